@@ -1,0 +1,1 @@
+"""Benchmarks: reports with everything a reader needs to judge them, never gates."""

@@ -1,0 +1,60 @@
+"""The integer engine: `export` writes a quantized model as one file, `load` runs it on pixels. Needs no torch.
+
+    accel.export(quantized_model, "model.safetensors")
+    engine = accel.load("model.safetensors", threads=2)
+    logits = engine(images)  # uint8 (N, H, W, 3) -> float32 (N, classes)
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from swincompress_pl import norm
+from swincompress_pl.accel import artifact
+from swincompress_pl.accel.artifact import ArtifactError
+from swincompress_pl.accel.core import implementations
+from swincompress_pl.accel.layer import QuantizedLayer, export_layer
+from swincompress_pl.accel.profile import Profile, ProfileRow
+from swincompress_pl.accel.runtime import Engine, ReferenceEngine, load, reference
+
+__all__ = [
+    "ArtifactError",
+    "Engine",
+    "Profile",
+    "ProfileRow",
+    "QuantizedLayer",
+    "ReferenceEngine",
+    "export",
+    "export_layer",
+    "implementations",
+    "load",
+    "reference",
+]
+
+
+def _program_of(model: Any) -> norm.Program:
+    if isinstance(model, norm.Program):
+        return model
+    for holder in (model, getattr(model, "net", None)):
+        if callable(getattr(holder, "to_program", None)):
+            program = holder.to_program()  # type: ignore[union-attr]
+            if not isinstance(program, norm.Program):
+                returned = f"{type(holder).__name__}.to_program() returned {type(program).__name__}"
+                raise TypeError(f"{returned}, not a norm.Program")
+            return program
+    raise TypeError(
+        f"{type(model).__name__} is not quantized: export takes a norm.Program or a model with to_program(); "
+        "quantize it first: accel.export(quant.quantize(model, calibration), path)"
+    )
+
+
+def export(model: Any, path: str | os.PathLike[str]) -> Path:
+    """Writes a quantized model as one safetensors artifact and returns its path.
+
+    model: a norm.Program, anything with `to_program()` (quant.quantize returns such), or a LightningModule whose `net`
+    has it. The file appears complete or not at all. Raises TypeError for a model that is not quantized,
+    norm.ProgramError for one that breaks a bound of the norm.
+    """
+    return artifact.write(_program_of(model), path)

@@ -1,0 +1,150 @@
+"""The artifact: a Program as one safetensors file, with a versioned and checksummed description, and no pickle.
+
+The header's metadata has one key, METADATA_KEY, that holds a JSON object: `format`, `version`, `description`
+(`Program.describe()`) and `sha256` over the description and all tensors. Files are written beside their destination and
+renamed, so that an interrupted export leaves the old file as it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from swincompress_pl import norm
+
+FORMAT = "swincompress_pl.program"
+VERSION = 1
+METADATA_KEY = "swincompress_pl"
+_HEADER_BYTES_MAX = 100_000_000
+
+Tensors = Mapping[str, npt.NDArray[Any]]
+
+
+class ArtifactError(ValueError):
+    """A file is not an artifact that this package can run; the message names the file, the fault and the remedy."""
+
+
+def _json(data: Any) -> str:
+    return json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+
+
+def checksum(description: Mapping[str, Any], tensors: Tensors) -> str:
+    """SHA-256 over the description and every tensor's name, type, shape and bytes."""
+    digest = hashlib.sha256(_json(description).encode())
+    for key in sorted(tensors):
+        tensor = tensors[key]
+        digest.update(_json([key, tensor.dtype.name, list(tensor.shape)]).encode())
+        digest.update(np.ascontiguousarray(tensor).data)
+    return digest.hexdigest()
+
+
+def to_bytes(program: norm.Program) -> bytes:
+    """The artifact's bytes: the same Program always gives the same bytes."""
+    norm.check(program)
+    used = {key for op in program.operations for key in op.tensors.values()}
+    unused = sorted(set(program.tensors) - used)
+    if unused:
+        raise ArtifactError(f"tensor {unused[0]!r} is not used by any operation; remove it from the Program")
+    tensors = {key: np.ascontiguousarray(program.tensors[key]) for key in sorted(used)}
+    description = program.describe()
+    try:
+        metadata = {
+            "format": FORMAT,
+            "version": VERSION,
+            "description": description,
+            "sha256": checksum(description, tensors),
+        }
+        text = _json(metadata)
+    except (TypeError, ValueError) as error:
+        raise ArtifactError(f"the Program's description cannot be written as JSON: {error}") from error
+    return bytes(save(tensors, {METADATA_KEY: text}))
+
+
+def write(program: norm.Program, path: str | os.PathLike[str]) -> Path:
+    """Writes the artifact and returns its path; a failure at any point leaves a previous file untouched."""
+    destination = Path(path)
+    content = to_bytes(program)
+    if not destination.parent.is_dir():
+        raise FileNotFoundError(f"{destination}: the folder {destination.parent} does not exist; make it first")
+    temporary = destination.with_name(f".{destination.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, destination)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return destination
+
+
+def _refuse_foreign_bytes(path: Path) -> None:
+    """Tells a truncated safetensors file from one that never was, before the library reads it."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        start = file.read(9)
+    header = int.from_bytes(start[:8], "little")
+    if len(start) < 9 or start[8:] != b"{" or header > _HEADER_BYTES_MAX:
+        raise ArtifactError(f"{path}: not a safetensors file; export a model with swincompress_pl.accel.export")
+    if size < 8 + header:
+        raise ArtifactError(f"{path}: truncated within its header ({size} bytes); copy or export it again")
+
+
+def _load(path: Path) -> tuple[dict[str, str], dict[str, npt.NDArray[Any]]]:
+    _refuse_foreign_bytes(path)
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return dict(file.metadata() or {}), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, TypeError, AttributeError) as error:
+        raise ArtifactError(f"{path}: truncated or damaged ({error}); copy or export it again") from error
+
+
+def _parse(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    if METADATA_KEY not in metadata:
+        raise ArtifactError(
+            f"{path}: a safetensors file, but not an artifact of swincompress_pl (perhaps a model's weights); "
+            "build the model and export it with swincompress_pl.accel.export"
+        )
+    try:
+        content = json.loads(metadata[METADATA_KEY])
+    except ValueError as error:
+        raise ArtifactError(f"{path}: its description is not JSON ({error}); export it again") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise ArtifactError(f"{path}: its description is not a {FORMAT}; export it again")
+    if content.get("version") != VERSION:
+        raise ArtifactError(
+            f"{path}: artifact version {content.get('version')!r}; this package reads version {VERSION}: "
+            "export the model again with this package, or install the package that wrote it"
+        )
+    return content
+
+
+def read(path: str | os.PathLike[str]) -> norm.Program:
+    """The Program of an artifact, checked: format, version, checksum, then every rule of the norm.
+
+    Raises FileNotFoundError, or ArtifactError naming the file and what is wrong with it.
+    """
+    source = Path(path)
+    if not source.is_file():
+        raise FileNotFoundError(f"{source}: no such file; write one with swincompress_pl.accel.export(model, path)")
+    metadata, tensors = _load(source)
+    content = _parse(source, metadata)
+    description = content.get("description")
+    if not isinstance(description, dict) or content.get("sha256") != checksum(description, tensors):
+        raise ArtifactError(f"{source}: altered after it was written (its checksum differs); copy or export it again")
+    try:
+        program = norm.Program.from_description(description, tensors)
+        norm.check(program)
+    except ValueError as error:
+        raise ArtifactError(f"{source}: {error}") from error
+    return program

@@ -1,0 +1,165 @@
+// Registers the engine as swincompress_pl.accel._core. Python owns the interface; this file converts and checks
+// arguments.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "dispatch.h"
+#include "engine.h"
+
+namespace py = pybind11;
+
+namespace swincompress {
+namespace {
+
+constexpr int kThreadsMax = 256;
+
+Type type_of(const py::array& array) {
+    const py::dtype dtype = array.dtype();
+    if (dtype.kind() == 'u' && dtype.itemsize() == 1) return Type::uint8;
+    if (dtype.kind() == 'i') {
+        switch (dtype.itemsize()) {
+            case 1: return Type::int8;
+            case 2: return Type::int16;
+            case 4: return Type::int32;
+            case 8: return Type::int64;
+            default: break;
+        }
+    }
+    throw std::invalid_argument("array of " + std::string(py::str(py::object(dtype))) +
+                                "; arrays must be int8, uint8, int16, int32 or int64");
+}
+
+py::dtype dtype_of(Type type) { return py::dtype(std::string(type_name(type))); }
+
+std::vector<Size> shape_of(const py::array& array) { return {array.shape(), array.shape() + array.ndim()}; }
+
+void require_contiguous(const py::array& array, const std::string& what) {
+    if ((array.flags() & py::array::c_style) == 0) throw std::invalid_argument(what + " is not C-contiguous");
+}
+
+Value value_of(const py::handle& pair) {
+    const auto [type, shape] = pair.cast<std::pair<std::string, std::vector<Size>>>();
+    if (shape.empty()) throw std::invalid_argument("a value needs at least one axis");
+    return {type_from_name(type), shape};
+}
+
+std::vector<Size> attribute_of(const py::handle& value) {
+    if (py::isinstance<py::int_>(value)) return {value.cast<Size>()};
+    return value.cast<std::vector<Size>>();
+}
+
+// {"kind", "name", "inputs": numbers, "output": (type, shape), "attributes": {...}, "tensors": {role: array}}
+Operation operation_of(const py::dict& given) {
+    Operation operation{};
+    operation.kind = given["kind"].cast<std::string>();
+    operation.name = given["name"].cast<std::string>();
+    operation.inputs = given["inputs"].cast<std::vector<Size>>();
+    operation.output = value_of(given["output"]);
+    for (const auto& [key, value] : given["attributes"].cast<py::dict>())
+        operation.attributes[key.cast<std::string>()] = attribute_of(value);
+    for (const auto& [key, value] : given["tensors"].cast<py::dict>()) {
+        const auto role = key.cast<std::string>();
+        const auto array = value.cast<py::array>();
+        require_contiguous(array, "tensor '" + role + "'");
+        operation.tensors[role] = {type_of(array), shape_of(array), array.data()};
+    }
+    return operation;
+}
+
+std::unique_ptr<Engine> make_engine(const py::sequence& inputs, const py::sequence& operations,
+                                    const std::string& implementation, int threads) {
+    if (threads < 1 || threads > kThreadsMax)
+        throw std::invalid_argument("threads is " + std::to_string(threads) + "; it must lie in [1, " +
+                                    std::to_string(kThreadsMax) + "]");
+    std::vector<Value> values;
+    for (const auto& input : inputs) values.push_back(value_of(input));
+    std::vector<Operation> list;
+    for (const auto& operation : operations) list.push_back(operation_of(operation.cast<py::dict>()));
+    return std::make_unique<Engine>(std::move(values), list, select_kernels(implementation), threads);
+}
+
+struct Batch {
+    std::vector<const std::byte*> data;
+    Size images;
+};
+
+// The arrays are (images, *shape of the value), C-contiguous.
+Batch batch_of(const Engine& engine, const std::vector<py::array>& arrays) {
+    const Plan& plan = engine.plan();
+    if (arrays.size() != plan.input_count())
+        throw std::invalid_argument("takes " + std::to_string(plan.input_count()) + " arrays");
+    Batch batch{{}, arrays.front().ndim() > 0 ? arrays.front().shape(0) : 0};
+    for (std::size_t i = 0; i < arrays.size(); ++i) {
+        std::vector<Size> expected = plan.value(i).shape;
+        expected.insert(expected.begin(), batch.images);
+        if (type_of(arrays[i]) != plan.value(i).type || shape_of(arrays[i]) != expected)
+            throw std::invalid_argument("array " + std::to_string(i) + " is " + type_name(type_of(arrays[i])) + " " +
+                                        shape_text(shape_of(arrays[i])) + "; it must be " +
+                                        type_name(plan.value(i).type) + " " + shape_text(expected));
+        require_contiguous(arrays[i], "array " + std::to_string(i));
+        batch.data.push_back(static_cast<const std::byte*>(arrays[i].data()));
+    }
+    return batch;
+}
+
+py::array result_array(const Engine& engine, Size images) {
+    const Value& result = engine.plan().value(engine.plan().result());
+    std::vector<Size> shape = result.shape;
+    shape.insert(shape.begin(), images);
+    return py::array(dtype_of(result.type), shape);
+}
+
+py::array run(Engine& engine, const std::vector<py::array>& arrays) {
+    const Batch batch = batch_of(engine, arrays);
+    py::array output = result_array(engine, batch.images);
+    auto* data = static_cast<std::byte*>(output.mutable_data());
+    const py::gil_scoped_release release;
+    engine.run(batch.data, data, batch.images);
+    return output;
+}
+
+py::array_t<Size> profile(Engine& engine, const std::vector<py::array>& arrays, int repeats) {
+    if (repeats < 1) throw std::invalid_argument("repeats is " + std::to_string(repeats) + "; it must be at least 1");
+    const Batch batch = batch_of(engine, arrays);
+    py::array output = result_array(engine, batch.images);
+    auto* data = static_cast<std::byte*>(output.mutable_data());
+    const std::size_t count = engine.plan().steps().size();
+    py::array_t<Size> times({static_cast<std::size_t>(repeats), count});
+    auto* rows = times.mutable_data();
+    const py::gil_scoped_release release;
+    for (int repeat = 0; repeat < repeats; ++repeat) {
+        std::vector<Size> step_ns(count, 0);
+        engine.run(batch.data, data, batch.images, &step_ns);
+        std::copy(step_ns.begin(), step_ns.end(), rows + static_cast<Size>(count) * repeat);
+    }
+    return times;
+}
+
+std::vector<std::vector<std::size_t>> steps(const Engine& engine) {
+    std::vector<std::vector<std::size_t>> covered;
+    for (const PlannedStep& step : engine.plan().steps()) covered.push_back(step.operations);
+    return covered;
+}
+
+}  // namespace
+}  // namespace swincompress
+
+PYBIND11_MODULE(_core, module) {
+    using namespace swincompress;
+    module.doc() = "The integer engine; use it through swincompress_pl.accel.";
+    module.def("implementations", &implementations);
+    module.def(
+        "select", [](const std::string& name) { return std::string(select_kernels(name).name); },
+        py::arg("implementation") = "");
+    py::class_<Engine>(module, "Engine")
+        .def(py::init(&make_engine), py::arg("inputs"), py::arg("operations"), py::arg("implementation") = "",
+             py::arg("threads") = 1)
+        .def("run", &run, py::arg("arrays"))
+        .def("profile", &profile, py::arg("arrays"), py::arg("repeats"))
+        .def_property_readonly("implementation", &Engine::implementation)
+        .def_property_readonly("threads", &Engine::threads)
+        .def_property_readonly("steps", &steps)
+        .def_property_readonly("chunk", [](const Engine& engine) { return engine.plan().chunk(); })
+        .def_property_readonly("arena_bytes", [](const Engine& engine) { return engine.plan().arena_bytes(); });
+}

@@ -1,0 +1,78 @@
+#include "engine.h"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <chrono>
+
+namespace swincompress {
+namespace {
+
+struct Share {
+    const Step& step;
+    const Work& all;
+    std::byte* scratch;
+    Size scratch_bytes;
+
+    void run(int part) const {
+        Work mine = all;
+        mine.part = part;
+        mine.scratch = scratch + part * scratch_bytes;
+        step.run(mine);
+    }
+};
+
+}  // namespace
+
+Engine::Engine(std::vector<Value> inputs, const std::vector<Operation>& operations, const Kernels& kernels, int threads)
+    : kernels_(kernels),
+      plan_(std::move(inputs), operations, kernels),
+      threads_(threads),
+      arena_(plan_.arena_bytes()),
+      scratch_(plan_.scratch_bytes() * threads) {}
+
+Engine::~Engine() {
+    if (pool_process_ != getpid()) pool_.release();  // a forked child has the object but not its threads
+}
+
+ThreadPool& Engine::pool() {
+    if (pool_process_ != getpid()) {
+        pool_.release();
+        pool_ = std::make_unique<ThreadPool>(threads_);
+        pool_process_ = getpid();
+    }
+    return *pool_;
+}
+
+void Engine::run(const std::vector<const std::byte*>& inputs, std::byte* output, Size images,
+                 std::vector<Size>* step_ns) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const Size out_bytes = plan_.value(plan_.result()).bytes();
+    for (Size first = 0; first < images; first += plan_.chunk()) {
+        std::vector<const std::byte*> from;
+        for (std::size_t i = 0; i < inputs.size(); ++i) from.push_back(inputs[i] + first * plan_.value(i).bytes());
+        run_chunk(from, output + first * out_bytes, std::min(plan_.chunk(), images - first), step_ns);
+    }
+}
+
+void Engine::run_chunk(const std::vector<const std::byte*>& inputs, std::byte* output, Size images,
+                       std::vector<Size>* step_ns) {
+    using Clock = std::chrono::steady_clock;
+    ThreadPool& pool = this->pool();
+    const auto place = [&](std::size_t value) { return arena_.data() + plan_.offset(value); };
+    for (std::size_t number = 0; number < plan_.steps().size(); ++number) {
+        const PlannedStep& planned = plan_.steps()[number];
+        Work work{{},     planned.output == plan_.result() ? output : place(planned.output), images, 0, pool.size(),
+                  nullptr};
+        for (std::size_t i = 0; i < planned.inputs.size(); ++i)
+            work.inputs[i] =
+                planned.inputs[i] < plan_.input_count() ? inputs[planned.inputs[i]] : place(planned.inputs[i]);
+        const auto start = Clock::now();
+        const Share share{*planned.step, work, scratch_.data(), plan_.scratch_bytes()};
+        pool.run([&share](int part) { share.run(part); });
+        if (step_ns != nullptr)
+            (*step_ns)[number] += std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now() - start).count();
+    }
+}
+
+}  // namespace swincompress

@@ -1,0 +1,43 @@
+// Runs a Plan on batches of any size with a fixed number of threads.
+#pragma once
+
+#include <mutex>
+
+#include "buffer.h"
+#include "plan.h"
+#include "thread_pool.h"
+
+namespace swincompress {
+
+class Engine {
+public:
+    Engine(std::vector<Value> inputs, const std::vector<Operation>& operations, const Kernels& kernels, int threads);
+    ~Engine();
+    Engine(const Engine&) = delete;
+    Engine& operator=(const Engine&) = delete;
+
+    const Plan& plan() const { return plan_; }
+    const char* implementation() const { return kernels_.name; }
+    int threads() const { return threads_; }
+
+    // inputs: one array of `images` values each; output: room for as many results. Callers take turns. Where `step_ns`
+    // is given, the time of every step is added to its entry.
+    void run(const std::vector<const std::byte*>& inputs, std::byte* output, Size images,
+             std::vector<Size>* step_ns = nullptr);
+
+private:
+    void run_chunk(const std::vector<const std::byte*>& inputs, std::byte* output, Size images,
+                   std::vector<Size>* step_ns);
+    ThreadPool& pool();
+
+    const Kernels& kernels_;
+    Plan plan_;
+    int threads_;
+    Buffer arena_;
+    Buffer scratch_;
+    std::mutex mutex_;
+    std::unique_ptr<ThreadPool> pool_;
+    long pool_process_ = 0;
+};
+
+}  // namespace swincompress

@@ -1,0 +1,62 @@
+// The implementation for CPUs with AVX-512 F, BW, DQ, VL and VNNI (Intel from Cascade Lake, AMD from Zen 4).
+#include <immintrin.h>
+
+#include <cstddef>
+
+#include "kernels.h"
+
+namespace swincompress {
+namespace {
+
+#include "generic_kernels.inc"
+
+// 64 lookups in 256 bytes: two in 128 each, chosen by the top bit. VBMI is no part of the baseline (Cascade Lake lacks
+// it).
+__attribute__((target("avx512vbmi"))) void look_up_bytes(const std::uint8_t* x, Size count, const std::uint8_t* values,
+                                                         std::uint8_t* y) {
+    const __m512i v0 = _mm512_loadu_si512(values), v1 = _mm512_loadu_si512(values + 64);
+    const __m512i v2 = _mm512_loadu_si512(values + 128), v3 = _mm512_loadu_si512(values + 192);
+    for (Size i = 0; i < count; i += 64) {
+        const __mmask64 inside = count - i >= 64 ? ~__mmask64{0} : (__mmask64{1} << (count - i)) - 1;
+        const __m512i index = _mm512_maskz_loadu_epi8(inside, x + i);
+        const __m512i low = _mm512_permutex2var_epi8(v0, index, v1), high = _mm512_permutex2var_epi8(v2, index, v3);
+        const __m512i found = _mm512_mask_blend_epi8(_mm512_movepi8_mask(index), low, high);
+        if (count - i >= 64)
+            _mm512_storeu_si512(y + i, found);
+        else
+            _mm512_mask_storeu_epi8(y + i, inside, found);
+    }
+}
+
+void table(const std::uint8_t* x, Size count, const void* values, Size entry_bytes, void* y) {
+    if (entry_bytes == 1 && __builtin_cpu_supports("avx512vbmi"))
+        look_up_bytes(x, count, static_cast<const std::uint8_t*>(values), static_cast<std::uint8_t*>(y));
+    else
+        generic_table(x, count, values, entry_bytes, y);
+}
+
+#include "avx512_attention.inc"
+#include "avx512_layer_norm.inc"
+#include "avx512_linear.inc"
+#include "avx512_tile.inc"
+
+// Also asks the operating system, through xgetbv, whether it saves the wide registers.
+bool runnable() {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512vnni");
+}
+
+}  // namespace
+
+const Kernels avx512_vnni_kernels = {
+    "avx512_vnni", runnable,
+    kPanelColumns, packed_linear_bytes,
+    pack_linear,   linear_scratch_bytes,
+    linear,        attention_scratch_bytes,
+    attention,     layer_norm,
+    generic_mean,  generic_add,
+    table,         generic_gather,
+};
+
+}  // namespace swincompress

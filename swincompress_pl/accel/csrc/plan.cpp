@@ -1,0 +1,112 @@
+#include "plan.h"
+
+#include <algorithm>
+
+#include "buffer.h"
+
+namespace swincompress {
+namespace {
+
+// Small networks run several images at once, as long as their values stay in a second-level cache.
+constexpr Size kChunkBytes = Size{1} << 19;
+constexpr Size kChunkMax = 256;
+
+Value input_value(const Operation& operation, const std::vector<Value>& values, Size number) {
+    if (number < 0 || number >= static_cast<Size>(values.size()))
+        throw OperationError(operation,
+                             "reads value " + std::to_string(number) + ", which no earlier operation writes");
+    return values[static_cast<std::size_t>(number)];
+}
+
+OperationView view_of(const Operation& operation, const std::vector<Value>& values) {
+    std::vector<Value> inputs;
+    for (const Size number : operation.inputs) inputs.push_back(input_value(operation, values, number));
+    return {operation, std::move(inputs)};
+}
+
+}  // namespace
+
+Plan::Plan(std::vector<Value> inputs, const std::vector<Operation>& operations, const Kernels& kernels)
+    : values_(std::move(inputs)), input_count_(values_.size()) {
+    if (input_count_ == 0 || operations.empty())
+        throw std::invalid_argument("a program needs an input and an operation");
+    for (const Value& value : values_) value.bytes();  // refuses impossible shapes
+    add_steps(operations, kernels);
+
+    Size one_image = 0;
+    lay_out(1, one_image);
+    one_image = std::max(one_image, aligned(values_.front().bytes()) + aligned(values_.back().bytes()));
+    chunk_ = std::clamp<Size>(kChunkBytes / one_image, 1, kChunkMax);
+    offsets_ = lay_out(chunk_, arena_bytes_);
+    for (const PlannedStep& step : steps_)
+        scratch_bytes_ = std::max(scratch_bytes_, aligned(step.step->scratch_bytes()));
+}
+
+void Plan::add_steps(const std::vector<Operation>& operations, const Kernels& kernels) {
+    std::vector<int> readers(input_count_ + operations.size(), 0);
+    for (const Operation& operation : operations)
+        for (const Size number : operation.inputs)
+            if (number >= 0 && number < static_cast<Size>(readers.size())) ++readers[static_cast<std::size_t>(number)];
+    for (std::size_t number = 0; number < operations.size(); ++number) {
+        const OperationView view = view_of(operations[number], values_);
+        view.output().bytes();
+        // made even where the previous step takes it in, so that a fused operation is refused for the same faults
+        PlannedStep step{make_step(view, kernels), {number}, {}, values_.size()};
+        if (!fuse(view, number, readers)) {
+            for (const Size input : operations[number].inputs) step.inputs.push_back(static_cast<std::size_t>(input));
+            steps_.push_back(std::move(step));
+        }
+        values_.push_back(operations[number].output);
+    }
+}
+
+// The previous step takes this operation in, if it is the only reader of that step's output.
+bool Plan::fuse(const OperationView& view, std::size_t number, const std::vector<int>& readers) {
+    if (steps_.empty()) return false;
+    PlannedStep& last = steps_.back();
+    std::vector<std::size_t> others;
+    for (const Size input : view.operation().inputs)
+        if (static_cast<std::size_t>(input) != last.output) others.push_back(static_cast<std::size_t>(input));
+    const bool reads_last = others.size() + 1 == view.operation().inputs.size();
+    if (!reads_last || readers[last.output] != 1 || view.output().rows() != values_[last.output].rows()) return false;
+    if (!last.step->fuse(view)) return false;
+    last.operations.push_back(number);
+    last.inputs.insert(last.inputs.end(), others.begin(), others.end());
+    last.output = values_.size();
+    return true;
+}
+
+// First fit: every value that lives between steps gets the lowest offset that no value alive at the same time covers.
+std::vector<Size> Plan::lay_out(Size images, Size& total) const {
+    struct Block {
+        std::size_t last_use;
+        Size first, last;
+    };
+    std::vector<std::size_t> last_use(values_.size(), 0);
+    for (std::size_t number = 0; number < steps_.size(); ++number) {
+        last_use[steps_[number].output] = number;
+        for (const std::size_t input : steps_[number].inputs) last_use[input] = number;
+    }
+    std::vector<Block> alive;
+    std::vector<Size> offsets(values_.size(), 0);
+    total = 0;
+    for (std::size_t number = 0; number < steps_.size(); ++number) {
+        const std::size_t output = steps_[number].output;
+        if (output == result()) break;
+        alive.erase(std::remove_if(alive.begin(), alive.end(), [&](const Block& b) { return b.last_use < number; }),
+                    alive.end());
+        std::sort(alive.begin(), alive.end(), [](const Block& a, const Block& b) { return a.first < b.first; });
+        const Size bytes = aligned(values_[output].bytes() * images);
+        Size at = 0;
+        for (const Block& block : alive) {
+            if (at + bytes <= block.first) break;
+            at = std::max(at, block.last);
+        }
+        alive.push_back({last_use[output], at, at + bytes});
+        offsets[output] = at;
+        total = std::max(total, at + bytes);
+    }
+    return offsets;
+}
+
+}  // namespace swincompress

@@ -1,0 +1,45 @@
+// A Program made ready to run: steps in order, fused where that is free, and one arena for all values between them.
+#pragma once
+
+#include "steps.h"
+
+namespace swincompress {
+
+struct PlannedStep {
+    std::unique_ptr<Step> step;
+    std::vector<std::size_t> operations;  // numbers of the operations it covers
+    std::vector<std::size_t> inputs;      // numbers of values
+    std::size_t output;
+};
+
+class Plan {
+public:
+    // inputs: the values that a caller gives. The result is the output of the last operation.
+    Plan(std::vector<Value> inputs, const std::vector<Operation>& operations, const Kernels& kernels);
+
+    const std::vector<PlannedStep>& steps() const { return steps_; }
+    const Value& value(std::size_t number) const { return values_[number]; }
+    std::size_t input_count() const { return input_count_; }
+    std::size_t result() const { return values_.size() - 1; }
+
+    Size chunk() const { return chunk_; }                  // images that run through all steps together
+    Size arena_bytes() const { return arena_bytes_; }      // for one chunk
+    Size scratch_bytes() const { return scratch_bytes_; }  // for one thread
+    // Where a value between the steps lies in the arena.
+    Size offset(std::size_t value) const { return offsets_[value]; }
+
+private:
+    void add_steps(const std::vector<Operation>& operations, const Kernels& kernels);
+    bool fuse(const OperationView& view, std::size_t number, const std::vector<int>& readers);
+    std::vector<Size> lay_out(Size images, Size& total) const;
+
+    std::vector<Value> values_;
+    std::size_t input_count_;
+    std::vector<PlannedStep> steps_;
+    std::vector<Size> offsets_;
+    Size chunk_ = 1;
+    Size arena_bytes_ = 0;
+    Size scratch_bytes_ = 0;
+};
+
+}  // namespace swincompress

@@ -1,0 +1,65 @@
+// What the engine runs: one step an operation (or a fused pair), prepared once, split statically between threads.
+#pragma once
+
+#include <array>
+#include <memory>
+
+#include "operation.h"
+
+namespace swincompress {
+
+// One thread's share of a step on a chunk of images.
+struct Work {
+    std::array<const std::byte*, 2> inputs;
+    std::byte* output;
+    Size images;
+    int part, parts;
+    std::byte* scratch;
+};
+
+struct Range {
+    Size first, last;
+};
+
+// The share of `part`: whole multiples of `unit`, sizes differing by at most one unit.
+Range share(Size total, Size unit, int part, int parts);
+
+class Step {
+public:
+    virtual ~Step() = default;
+
+    // Bytes that every thread needs for itself.
+    virtual Size scratch_bytes() const { return 0; }
+
+    virtual void run(const Work& work) const = 0;
+
+    // Takes `next`, the only reader of this step's output, into this step; false where it cannot. A step fused with a
+    // sum gets the other summand as its last input.
+    virtual bool fuse(const OperationView& /*next*/) { return false; }
+};
+
+// Throws OperationError for sizes, types or tensors that contradict each other, and for an unknown kind.
+std::unique_ptr<Step> make_step(const OperationView& view, const Kernels& kernels);
+
+// One maker a kind; make_step looks them up by name.
+std::unique_ptr<Step> make_linear(const OperationView& view, const Kernels& kernels);
+std::unique_ptr<Step> make_conv2d(const OperationView& view, const Kernels& kernels);
+std::unique_ptr<Step> make_attention(const OperationView& view, const Kernels& kernels);
+std::unique_ptr<Step> make_layer_norm(const OperationView& view, const Kernels& kernels);
+std::unique_ptr<Step> make_table(const OperationView& view, const Kernels& kernels);
+std::unique_ptr<Step> make_add(const OperationView& view, const Kernels& kernels);
+std::unique_ptr<Step> make_add_constant(const OperationView& view, const Kernels& kernels);
+std::unique_ptr<Step> make_prepend(const OperationView& view, const Kernels& kernels);
+std::unique_ptr<Step> make_gather(const OperationView& view, const Kernels& kernels);
+std::unique_ptr<Step> make_mean(const OperationView& view, const Kernels& kernels);
+
+// A copy of a tensor's elements that the step owns.
+template <typename Element>
+std::vector<Element> copied(const Element* elements, Size count) {
+    return {elements, elements + count};
+}
+
+constexpr Size kMultMax = (Size{1} << 22) - 1;
+constexpr Size kShiftMax = 52;
+
+}  // namespace swincompress

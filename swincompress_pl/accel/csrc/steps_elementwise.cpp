@@ -1,0 +1,256 @@
+// The steps around the matrix products: layer norm, tables, sums, means and moved rows.
+#include <algorithm>
+#include <cstring>
+
+#include "steps.h"
+
+namespace swincompress {
+namespace {
+
+std::size_t unsigned_size(Size size) { return static_cast<std::size_t>(size); }
+
+class LayerNormStep : public Step {
+public:
+    LayerNormStep(const LayerNormCall& call, std::vector<std::int32_t> gain, std::vector<std::int64_t> offset,
+                  const Kernels& kernels)
+        : call_(call), gain_(std::move(gain)), offset_(std::move(offset)), kernels_(kernels) {
+        for (std::int64_t& value : offset_) value += std::int64_t{1} << (call.shift - 1);
+        call_.gain = gain_.data();
+        call_.offset = offset_.data();
+    }
+
+    void run(const Work& work) const override {
+        const Range range = share(work.images * call_.rows, 1, work.part, work.parts);
+        LayerNormCall call = call_;
+        call.x = work.inputs[0] + range.first * call.channels * type_bytes(call.input);
+        call.y = work.output + range.first * call.channels * type_bytes(call.output);
+        call.rows = range.last - range.first;
+        kernels_.layer_norm(call);
+    }
+
+private:
+    LayerNormCall call_;
+    std::vector<std::int32_t> gain_;
+    std::vector<std::int64_t> offset_;
+    const Kernels& kernels_;
+};
+
+class TableStep : public Step {
+public:
+    TableStep(const void* values, Size entry_bytes, Size elements, const Kernels& kernels)
+        : values_(copied(static_cast<const std::byte*>(values), 256 * entry_bytes)),
+          entry_bytes_(entry_bytes),
+          elements_(elements),
+          kernels_(kernels) {}
+
+    void run(const Work& work) const override {
+        const Range range = share(work.images * elements_, 64, work.part, work.parts);
+        const auto* x = reinterpret_cast<const std::uint8_t*>(work.inputs[0]) + range.first;
+        std::byte* y = work.output + range.first * entry_bytes_;
+        kernels_.table(x, range.last - range.first, values_.data(), entry_bytes_, y);
+    }
+
+private:
+    std::vector<std::byte> values_;
+    Size entry_bytes_, elements_;
+    const Kernels& kernels_;
+};
+
+class AddStep : public Step {
+public:
+    AddStep(Type type, Size elements, const Kernels& kernels) : type_(type), elements_(elements), kernels_(kernels) {}
+
+    void run(const Work& work) const override {
+        const Range range = share(work.images * elements_, 64, work.part, work.parts);
+        const Size at = range.first * type_bytes(type_);
+        kernels_.add(type_, work.inputs[0] + at, work.inputs[1] + at, range.last - range.first, work.output + at);
+    }
+
+private:
+    Type type_;
+    Size elements_;
+    const Kernels& kernels_;
+};
+
+class AddConstantStep : public Step {
+public:
+    AddConstantStep(Type type, const void* constant, Size elements, const Kernels& kernels)
+        : type_(type),
+          constant_(copied(static_cast<const std::byte*>(constant), elements * type_bytes(type))),
+          elements_(elements),
+          kernels_(kernels) {}
+
+    void run(const Work& work) const override {
+        const Range range = share(elements_, 64, work.part, work.parts);
+        const Size size = type_bytes(type_);
+        for (Size image = 0; image < work.images; ++image) {
+            const Size at = (image * elements_ + range.first) * size;
+            kernels_.add(type_, work.inputs[0] + at, constant_.data() + range.first * size, range.last - range.first,
+                         work.output + at);
+        }
+    }
+
+private:
+    Type type_;
+    std::vector<std::byte> constant_;
+    Size elements_;
+    const Kernels& kernels_;
+};
+
+class PrependStep : public Step {
+public:
+    PrependStep(const void* rows, Size rows_bytes, Size in_bytes)
+        : rows_(copied(static_cast<const std::byte*>(rows), rows_bytes)), in_bytes_(in_bytes) {}
+
+    void run(const Work& work) const override {
+        const Range range = share(work.images, 1, work.part, work.parts);
+        for (Size image = range.first; image < range.last; ++image) {
+            std::byte* y = work.output + image * (static_cast<Size>(rows_.size()) + in_bytes_);
+            std::memcpy(y, rows_.data(), rows_.size());
+            std::memcpy(y + rows_.size(), work.inputs[0] + image * in_bytes_, unsigned_size(in_bytes_));
+        }
+    }
+
+private:
+    std::vector<std::byte> rows_;
+    Size in_bytes_;
+};
+
+class GatherStep : public Step {
+public:
+    GatherStep(std::vector<std::int32_t> index, Size row_bytes, Size in_rows, const Kernels& kernels)
+        : index_(std::move(index)), row_bytes_(row_bytes), in_rows_(in_rows), kernels_(kernels) {}
+
+    void run(const Work& work) const override {
+        const auto count = static_cast<Size>(index_.size());
+        const Range range = share(count, 1, work.part, work.parts);
+        for (Size image = 0; image < work.images; ++image) {
+            const auto* x = reinterpret_cast<const std::uint8_t*>(work.inputs[0]) + image * in_rows_ * row_bytes_;
+            auto* y = reinterpret_cast<std::uint8_t*>(work.output) + (image * count + range.first) * row_bytes_;
+            kernels_.gather(x, row_bytes_, index_.data() + range.first, range.last - range.first, y);
+        }
+    }
+
+private:
+    std::vector<std::int32_t> index_;
+    Size row_bytes_, in_rows_;
+    const Kernels& kernels_;
+};
+
+class MeanStep : public Step {
+public:
+    MeanStep(const MeanCall& call, const Kernels& kernels)
+        : call_(call),
+          mult_(copied(call.mult, call.channels)),
+          shift_(copied(call.shift, call.channels)),
+          kernels_(kernels) {
+        call_.mult = mult_.data();
+        call_.shift = shift_.data();
+    }
+
+    void run(const Work& work) const override {
+        const Range range = share(call_.channels, 64, work.part, work.parts);
+        for (Size image = 0; image < work.images; ++image) {
+            MeanCall call = call_;
+            call.x = work.inputs[0] + image * call.tokens * call.channels * type_bytes(call.input);
+            call.y = work.output + image * call.channels * type_bytes(call.output);
+            call.first_channel = range.first;
+            call.last_channel = range.last;
+            kernels_.mean(call);
+        }
+    }
+
+private:
+    MeanCall call_;
+    std::vector<std::int32_t> mult_;
+    std::vector<std::uint8_t> shift_;
+    const Kernels& kernels_;
+};
+
+}  // namespace
+
+std::unique_ptr<Step> make_layer_norm(const OperationView& view, const Kernels& kernels) {
+    view.require_arity(1);
+    view.require_input(0, {Type::int8, Type::int16});
+    const Value& x = view.input(0);
+    view.require_output({Type::int8, Type::int16}, x.shape);
+    const Size channels = x.channels();
+    view.require(channels <= 4096, "more than 4096 channels");
+    LayerNormCall call{};
+    call.input = x.type;
+    call.output = view.output().type;
+    call.rows = x.rows();
+    call.channels = channels;
+    call.epsilon = view.attribute("epsilon", 0, Size{1} << 58);
+    call.shift = static_cast<int>(view.attribute("shift", 1, kShiftMax));
+    const std::int64_t limit = std::int64_t{1} << 60;
+    const auto* gain = view.elements<std::int32_t>("gain", Type::int32, {channels}, -kMultMax, kMultMax);
+    const auto* offset = view.elements<std::int64_t>("offset", Type::int64, {channels}, -limit, limit);
+    return std::make_unique<LayerNormStep>(call, copied(gain, channels), copied(offset, channels), kernels);
+}
+
+std::unique_ptr<Step> make_table(const OperationView& view, const Kernels& kernels) {
+    view.require_arity(1);
+    view.require_input(0, {Type::int8});
+    view.require_output({Type::int8, Type::uint8, Type::int16}, view.input(0).shape);
+    const Tensor& values = view.tensor("values", view.output().type, {256});
+    return std::make_unique<TableStep>(values.data, type_bytes(values.type), view.input(0).elements(), kernels);
+}
+
+std::unique_ptr<Step> make_add(const OperationView& view, const Kernels& kernels) {
+    view.require_arity(2);
+    view.require_input(0, {Type::int8, Type::int16, Type::int32});
+    const Value &a = view.input(0), &b = view.input(1);
+    view.require(a.type == b.type && a.rows() == b.rows() && a.channels() == b.channels(), "inputs differ");
+    view.require_output({a.type}, a.shape);
+    return std::make_unique<AddStep>(a.type, a.elements(), kernels);
+}
+
+std::unique_ptr<Step> make_add_constant(const OperationView& view, const Kernels& kernels) {
+    view.require_arity(1);
+    view.require_input(0, {Type::int8, Type::int16});
+    const Value& x = view.input(0);
+    view.require_output({x.type}, {x.rows(), x.channels()});
+    const Tensor& constant = view.tensor("constant", x.type, {x.rows(), x.channels()});
+    return std::make_unique<AddConstantStep>(x.type, constant.data, x.elements(), kernels);
+}
+
+std::unique_ptr<Step> make_prepend(const OperationView& view, const Kernels& /*kernels*/) {
+    view.require_arity(1);
+    view.require_input(0, {Type::int8, Type::int16});
+    const Value& x = view.input(0);
+    const Size count = view.attribute("rows", 1, 1 << 16);
+    view.require_output({x.type}, {count + x.rows(), x.channels()});
+    const Tensor& rows = view.tensor("rows", x.type, {count, x.channels()});
+    const Size size = type_bytes(x.type);
+    return std::make_unique<PrependStep>(rows.data, count * x.channels() * size, x.elements() * size);
+}
+
+std::unique_ptr<Step> make_gather(const OperationView& view, const Kernels& kernels) {
+    view.require_arity(1);
+    view.require_input(0, {Type::int8, Type::uint8, Type::int16});
+    const Value& x = view.input(0);
+    const Size rows = view.attribute("rows", 1, 1 << 24), joined = view.attribute("joined", 1, 1 << 10);
+    view.require_output({x.type}, {rows, joined * x.channels()});
+    const auto* index = view.elements<std::int32_t>("index", Type::int32, {rows, joined}, -1, x.rows() - 1);
+    return std::make_unique<GatherStep>(copied(index, rows * joined), x.channels() * type_bytes(x.type), x.rows(),
+                                        kernels);
+}
+
+std::unique_ptr<Step> make_mean(const OperationView& view, const Kernels& kernels) {
+    view.require_arity(1);
+    view.require_input(0, {Type::int8, Type::uint8, Type::int16});
+    const Value& x = view.input(0);
+    view.require_output({Type::int8, Type::uint8, Type::int16}, {x.channels()});
+    view.require(x.rows() < (Size{1} << 31) / 32767, "sums over too many tokens");
+    MeanCall call{};
+    call.input = x.type;
+    call.output = view.output().type;
+    call.tokens = x.rows();
+    call.channels = x.channels();
+    call.mult = view.elements<std::int32_t>("mult", Type::int32, {x.channels()}, 0, kMultMax);
+    call.shift = view.elements<std::uint8_t>("shift", Type::uint8, {x.channels()}, 1, kShiftMax);
+    return std::make_unique<MeanStep>(call, kernels);
+}
+
+}  // namespace swincompress

@@ -1,0 +1,216 @@
+// Linear layers, and convolutions as linear layers of their receptive fields.
+#include <algorithm>
+#include <cstring>
+
+#include "buffer.h"
+#include "steps.h"
+
+namespace swincompress {
+namespace {
+
+// Below this many rows a thread, a layer is split by channels: each thread then reads its own weights only.
+constexpr Size kRowsPerPart = 64;
+
+// A layer in the form its kernels want.
+class PackedLayer {
+public:
+    PackedLayer(const LinearLayer& layer, const Kernels& kernels)
+        : kernels_(kernels),
+          channels_(layer.channels),
+          packed_(kernels.packed_linear_bytes(layer)),
+          scratch_bytes_(kernels.linear_scratch_bytes(layer)) {
+        kernels.pack_linear(layer, packed_.data());
+    }
+
+    Size scratch_bytes() const { return scratch_bytes_; }
+    Size column_unit() const { return kernels_.column_unit; }
+    Size channels() const { return channels_; }
+
+    void run(LinearCall call) const {
+        call.packed = packed_.data();
+        if (call.rows > 0 && call.first_channel < call.last_channel) kernels_.linear(call);
+    }
+
+private:
+    const Kernels& kernels_;
+    Size channels_;
+    Buffer packed_;
+    Size scratch_bytes_;
+};
+
+LinearLayer read_layer(const OperationView& view, Size depth, const std::vector<Size>& weight_shape,
+                       const std::vector<Size>& bias_shape) {
+    LinearLayer layer{};
+    layer.channels = weight_shape[0];
+    layer.depth = depth;
+    layer.bias_rows = element_count(bias_shape) / layer.channels;
+    layer.input = view.input(0).type;
+    layer.output = view.output().type;
+    layer.weight = view.elements<std::int8_t>("weight", Type::int8, weight_shape, -127, 127);
+    layer.bias = static_cast<const std::int32_t*>(view.tensor("bias", Type::int32, bias_shape).data);
+    layer.mult = view.elements<std::int32_t>("mult", Type::int32, {layer.channels}, 0, kMultMax);
+    layer.shift = view.elements<std::uint8_t>("shift", Type::uint8, {layer.channels}, 1, kShiftMax);
+    return layer;
+}
+
+class LinearStep : public Step {
+public:
+    LinearStep(const LinearLayer& layer, Size rows, const Kernels& kernels)
+        : layer_(layer, kernels), output_(layer.output), in_row_(layer.depth), rows_(rows) {}
+
+    Size scratch_bytes() const override { return layer_.scratch_bytes(); }
+
+    void run(const Work& work) const override {
+        const Size rows = work.images * rows_;
+        const bool by_channel = work.parts > 1 && rows < kRowsPerPart * work.parts;
+        const Range all_rows{0, rows}, all_channels{0, layer_.channels()};
+        const Range r = by_channel ? all_rows : share(rows, 1, work.part, work.parts);
+        const Range c =
+            by_channel ? share(layer_.channels(), layer_.column_unit(), work.part, work.parts) : all_channels;
+        const Size out_row = layer_.channels() * type_bytes(output_);
+        LinearCall call{};
+        call.x = work.inputs[0] + r.first * in_row_;
+        call.y = work.output + r.first * out_row;
+        call.rows = r.last - r.first;
+        call.first_channel = c.first;
+        call.last_channel = c.last;
+        call.table = table_.empty() ? nullptr : table_.data();
+        call.residual = adds_residual_ ? work.inputs[1] + r.first * out_row : nullptr;
+        call.scratch = work.scratch;
+        layer_.run(call);
+    }
+
+    bool fuse(const OperationView& next) override {
+        if (!table_.empty() || adds_residual_) return false;
+        const bool takes_table = next.operation().kind == "table" && output_ == Type::int8;
+        if (takes_table && type_bytes(next.output().type) == 1) {
+            const auto* entries =
+                static_cast<const std::uint8_t*>(next.tensor("values", next.output().type, {256}).data);
+            table_ = copied(entries, 256);
+            return true;
+        }
+        adds_residual_ = next.operation().kind == "add" && next.output().type == output_;
+        return adds_residual_;
+    }
+
+private:
+    PackedLayer layer_;
+    Type output_;
+    Size in_row_, rows_;
+    std::vector<std::uint8_t> table_;
+    bool adds_residual_ = false;
+};
+
+struct ConvolutionShape {
+    Size in_height, in_width, in_channels, height, width;
+    std::pair<Size, Size> kernel, stride, padding;
+
+    Size depth() const { return kernel.first * kernel.second * in_channels; }
+};
+
+ConvolutionShape convolution_shape(const OperationView& view) {
+    const Value& x = view.input(0);
+    view.require(x.shape.size() == 3, "input has shape " + shape_text(x.shape) + "; it must have three axes");
+    ConvolutionShape shape{};
+    shape.in_height = x.shape[0];
+    shape.in_width = x.shape[1];
+    shape.in_channels = x.shape[2];
+    shape.kernel = view.attribute_pair("kernel", 1, 1024);
+    shape.stride = view.attribute_pair("stride", 1, 1024);
+    shape.padding = view.attribute_pair("padding", 0, 1024);
+    const auto positions = [](Size size, Size kernel, Size stride, Size padding) {
+        return size + 2 * padding < kernel ? 0 : (size + 2 * padding - kernel) / stride + 1;
+    };
+    shape.height = positions(shape.in_height, shape.kernel.first, shape.stride.first, shape.padding.first);
+    shape.width = positions(shape.in_width, shape.kernel.second, shape.stride.second, shape.padding.second);
+    view.require(shape.height > 0 && shape.width > 0, "kernel is larger than the padded input");
+    return shape;
+}
+
+class Conv2dStep : public Step {
+public:
+    Conv2dStep(const LinearLayer& layer, const ConvolutionShape& shape, const Kernels& kernels)
+        : layer_(layer, kernels), shape_(shape), output_(layer.output) {}
+
+    Size scratch_bytes() const override { return aligned(kBlock * shape_.depth()) + layer_.scratch_bytes(); }
+
+    void run(const Work& work) const override {
+        const Size positions = shape_.height * shape_.width;
+        const Size in_bytes = shape_.in_height * shape_.in_width * shape_.in_channels;
+        const Size out_row = layer_.channels() * type_bytes(output_);
+        const Range range = share(work.images * positions, 1, work.part, work.parts);
+        for (Size first = range.first; first < range.last;) {
+            const Size image = first / positions, position = first % positions;
+            const Size rows = std::min({kBlock, range.last - first, positions - position});
+            collect(work.inputs[0] + image * in_bytes, position, rows, work.scratch);
+            LinearCall call{};
+            call.x = work.scratch;
+            call.y = work.output + first * out_row;
+            call.rows = rows;
+            call.last_channel = layer_.channels();
+            call.bias_row = position;
+            call.scratch = work.scratch + aligned(kBlock * shape_.depth());
+            layer_.run(call);
+            first += rows;
+        }
+    }
+
+private:
+    static constexpr Size kBlock = 64;
+
+    // The receptive fields of `rows` positions, (kh, kw, C) each, zeros outside the image.
+    void collect(const std::byte* image, Size position, Size rows, std::byte* fields) const {
+        const Size line = shape_.kernel.second * shape_.in_channels;
+        for (Size row = 0; row < rows; ++row) {
+            const Size top = (position + row) / shape_.width * shape_.stride.first - shape_.padding.first;
+            const Size left = (position + row) % shape_.width * shape_.stride.second - shape_.padding.second;
+            for (Size ky = 0; ky < shape_.kernel.first; ++ky, fields += line)
+                collect_line(image, top + ky, left, fields);
+        }
+    }
+
+    void collect_line(const std::byte* image, Size y, Size left, std::byte* field) const {
+        const Size channels = shape_.in_channels, width = shape_.kernel.second;
+        const Size first = y < 0 || y >= shape_.in_height ? width : std::clamp<Size>(-left, 0, width);
+        const Size last = std::clamp<Size>(shape_.in_width - left, first, width);
+        std::memset(field, 0, static_cast<std::size_t>(first * channels));
+        if (first < last)
+            std::memcpy(field + first * channels, image + (y * shape_.in_width + left + first) * channels,
+                        static_cast<std::size_t>((last - first) * channels));
+        std::memset(field + last * channels, 0, static_cast<std::size_t>((width - last) * channels));
+    }
+
+    PackedLayer layer_;
+    ConvolutionShape shape_;
+    Type output_;
+};
+
+}  // namespace
+
+std::unique_ptr<Step> make_linear(const OperationView& view, const Kernels& kernels) {
+    view.require_arity(1);
+    view.require_input(0, {Type::int8, Type::uint8});
+    const Value& x = view.input(0);
+    const Size channels = view.attribute("channels", 1, Size{1} << 20);
+    std::vector<Size> shape = x.shape;
+    shape.back() = channels;
+    view.require_output({Type::int8, Type::uint8, Type::int16, Type::int32}, shape);
+    const LinearLayer layer = read_layer(view, x.channels(), {channels, x.channels()}, {channels});
+    return std::make_unique<LinearStep>(layer, x.rows(), kernels);
+}
+
+std::unique_ptr<Step> make_conv2d(const OperationView& view, const Kernels& kernels) {
+    view.require_arity(1);
+    view.require_input(0, {Type::int8, Type::uint8});
+    const ConvolutionShape shape = convolution_shape(view);
+    const Size channels = view.attribute("channels", 1, Size{1} << 20);
+    view.require_output({Type::int8, Type::uint8, Type::int16, Type::int32}, {shape.height, shape.width, channels});
+    const bool has_map = view.has("bias") && view.operation().tensors.at("bias").shape.size() == 3;
+    const std::vector<Size> bias_shape =
+        has_map ? std::vector<Size>{shape.height, shape.width, channels} : std::vector<Size>{channels};
+    const LinearLayer layer = read_layer(
+        view, shape.depth(), {channels, shape.kernel.first, shape.kernel.second, shape.in_channels}, bias_shape);
+    return std::make_unique<Conv2dStep>(layer, shape, kernels);
+}
+
+}  // namespace swincompress

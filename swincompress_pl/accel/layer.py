@@ -1,0 +1,180 @@
+"""One quantized `nn.Linear` or `nn.Conv2d` as a callable on NumPy arrays, for those who only want the kernel."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from swincompress_pl import norm
+from swincompress_pl.accel import _core
+from swincompress_pl.accel.core import operation_engine, resolve_threads
+from swincompress_pl.norm.integer import LIMITS, saturate
+from swincompress_pl.norm.kinds import check_operation
+
+IntArray = npt.NDArray[np.integer]
+FloatArray = npt.NDArray[np.floating]
+_INPUT_TYPES = ("int8", "uint8")
+
+
+def _float_array(parameter: Any, name: str) -> npt.NDArray[np.float64]:
+    """A torch parameter, recognised by its methods, or an array."""
+    detached = parameter.detach().cpu() if hasattr(parameter, "detach") else parameter
+    values = np.asarray(detached, dtype=np.float64)
+    if not np.isfinite(values).all():
+        raise ValueError(f"{name} holds NaN or infinite values; train or load the layer first")
+    return values
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
+
+
+def _positive_scale(scale: float | None, name: str) -> float:
+    if scale is None:
+        return 1.0
+    if not (np.isfinite(scale) and scale > 0):
+        raise ValueError(f"{name} is {scale!r}; it must be a positive finite number")
+    return float(scale)
+
+
+def _convolution_attributes(module: Any) -> dict[str, Any]:
+    for name, plain in (("groups", (1,)), ("dilation", (1, (1, 1)))):
+        value = getattr(module, name, 1)
+        if value not in plain:
+            raise ValueError(f"convolution with {name}={value}; the engine runs {name}=1 only")
+    padding = module.padding
+    if isinstance(padding, str):
+        raise ValueError(f"convolution with padding={padding!r}; give it as numbers")
+    if getattr(module, "padding_mode", "zeros") != "zeros":
+        raise ValueError(f"convolution with padding_mode={module.padding_mode!r}; the engine pads with zeros only")
+    return {"stride": list(_pair(module.stride)), "padding": list(_pair(padding))}
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizedLayer:
+    """A linear layer or convolution in the integers of the norm: y = requantize(x_q weight_q + bias_q).
+
+    weight_q: (M, K), or (M, kh, kw, C) int8 with one scale a channel, weight_scale (M,). mult, shift: (M,), the factor
+    input_scale * weight_scale / output_scale. Calls take int8 or uint8 arrays, (..., K) or (N, H, W, C), and return
+    int8; accumulators of uint8 arrays reach twice as far, which the first call with one checks.
+    """
+
+    operation: norm.Operation
+    tensors: dict[str, npt.NDArray[Any]]
+    weight_scale: npt.NDArray[np.float64]
+    input_scale: float
+    output_scale: float
+    implementation: str
+    threads: int
+    _engines: dict[norm.Value, _core.Engine] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def weight_q(self) -> npt.NDArray[np.int8]:
+        return self.tensors["weight"]
+
+    @property
+    def bias_q(self) -> npt.NDArray[np.int32]:
+        return self.tensors["bias"]
+
+    @property
+    def mult(self) -> npt.NDArray[np.int32]:
+        return self.tensors["mult"]
+
+    @property
+    def shift(self) -> npt.NDArray[np.uint8]:
+        return self.tensors["shift"]
+
+    def quantize_input(self, x: FloatArray, dtype: str = "int8") -> IntArray:
+        """Floats to the integers that a call takes: round(x / input_scale), clamped to the range of `dtype`."""
+        if dtype not in _INPUT_TYPES:
+            raise ValueError(f"dtype is {dtype!r}; the layer takes {' or '.join(_INPUT_TYPES)}")
+        scaled = np.asarray(x, dtype=np.float64) / self.input_scale
+        if not np.isfinite(scaled).all():
+            raise ValueError("input holds NaN or infinite values")
+        return saturate(np.clip(np.rint(scaled), *LIMITS[dtype]).astype(np.int64), dtype)
+
+    def dequantize_output(self, y: IntArray) -> npt.NDArray[np.float32]:
+        """The real values that the integers of a result stand for."""
+        return (y * self.output_scale).astype(np.float32)
+
+    def __call__(self, x: IntArray) -> npt.NDArray[np.int8]:
+        """x: int8 in [-127, 127] or uint8, (..., K) for a linear layer, (N, H, W, C) for a convolution -> int8."""
+        x = np.ascontiguousarray(x)
+        if x.dtype.name not in _INPUT_TYPES:
+            raise TypeError(f"input is {x.dtype}; the layer takes int8 or uint8: use quantize_input")
+        if x.dtype == np.int8 and x.size and int(x.min()) < LIMITS["int8"][0]:
+            raise ValueError("input holds -128; int8 values lie in [-127, 127]: use quantize_input")
+        is_linear = self.operation.kind == "linear"
+        if x.ndim < 1 or (not is_linear and x.ndim != 4) or x.shape[-1] != self.weight_q.shape[-1]:
+            expected = f"(..., {self.weight_q.shape[1]})" if is_linear else f"(N, H, W, {self.weight_q.shape[3]})"
+            raise ValueError(f"input has shape {x.shape}; it must be {expected}")
+        batch = x.reshape(-1, x.shape[-1]) if is_linear else x
+        if 0 in x.shape[:-1] and is_linear:
+            return np.zeros((*x.shape[:-1], self.weight_q.shape[0]), dtype=np.int8)
+        y: npt.NDArray[np.int8] = self._engine(norm.Value(dtype=x.dtype.name, shape=batch.shape[1:])).run([batch])
+        return y.reshape(*x.shape[:-1], -1) if is_linear else y
+
+    def _engine(self, value: norm.Value) -> _core.Engine:
+        """One engine an input shape, made on first use."""
+        if value not in self._engines:
+            self._engines[value] = operation_engine(
+                self.operation, [value], self.tensors, implementation=self.implementation, threads=self.threads
+            )
+        return self._engines[value]
+
+
+def export_layer(
+    module: Any,
+    input_scale: float | None = None,
+    output_scale: float | None = None,
+    *,
+    implementation: str | None = None,
+    threads: int = 1,
+) -> QuantizedLayer:
+    """Quantizes one `torch.nn.Linear` or `torch.nn.Conv2d` to int8 and returns it as a callable on NumPy arrays.
+
+    module: anything with `weight` and `bias`, and for a convolution `stride` and `padding` (groups and dilation 1).
+    Weights get one symmetric scale a channel by their maximum. input_scale and output_scale are the real values of one
+    integer step of the input and output; without them, 1.0. Raises TypeError or ValueError naming what the engine
+    cannot run.
+    """
+    if not hasattr(module, "weight"):
+        raise TypeError(f"{type(module).__name__} has no weight; export_layer takes an nn.Linear or nn.Conv2d")
+    weight = _float_array(module.weight, "weight")
+    if weight.ndim not in (2, 4) or weight.size == 0:
+        raise TypeError(f"weight has shape {weight.shape}; export_layer takes an nn.Linear (2 axes) or nn.Conv2d (4)")
+    scale_in, scale_out = _positive_scale(input_scale, "input_scale"), _positive_scale(output_scale, "output_scale")
+    attributes: dict[str, Any] = {"channels": weight.shape[0]}
+    if weight.ndim == 4:
+        attributes |= {"kernel": list(weight.shape[2:]), **_convolution_attributes(module)}
+        weight = weight.transpose(0, 2, 3, 1)  # the norm puts channels last
+    rows = np.abs(weight).reshape(weight.shape[0], -1).max(axis=1)
+    weight_scale = np.where(rows > 0, rows, 127.0) / 127.0
+    weight_q = np.rint(weight / weight_scale.reshape(-1, *[1] * (weight.ndim - 1))).astype(np.int8)
+    given = getattr(module, "bias", None)
+    bias = np.zeros(weight.shape[0]) if given is None else _float_array(given, "bias")
+    bias_q = np.clip(np.rint(bias / (scale_in * weight_scale)), *LIMITS["int32"]).astype(np.int32)
+    mult, shift = norm.multiplier(scale_in * weight_scale / scale_out)
+    operation = norm.Operation(
+        kind="linear" if weight.ndim == 2 else "conv2d",
+        name=type(module).__name__,
+        inputs=("x",),
+        output="y",
+        dtype="int8",
+        attributes=attributes,
+    )
+    tensors = {"weight": np.ascontiguousarray(weight_q), "bias": bias_q, "mult": mult, "shift": shift}
+    smallest_input = weight_q.shape[1:]  # proves the bounds, whatever size comes later
+    check_operation(operation, [norm.Value(dtype="int8", shape=smallest_input)], tensors)
+    return QuantizedLayer(
+        operation=operation,
+        tensors=tensors,
+        weight_scale=weight_scale,
+        input_scale=scale_in,
+        output_scale=scale_out,
+        implementation=_core.select(implementation or ""),
+        threads=resolve_threads(threads),
+    )

@@ -1,0 +1,147 @@
+"""Engines: an artifact's Program ready to run, in C++ or, as the definition, in NumPy. One interface for both."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import numpy as np
+import numpy.typing as npt
+
+from swincompress_pl import norm
+from swincompress_pl.accel import artifact
+from swincompress_pl.accel.core import program_engine
+from swincompress_pl.accel.profile import Profile, profile_of
+from swincompress_pl.norm.reference import check_images
+
+Images = npt.NDArray[np.uint8]
+
+
+class _Runtime:
+    """What both engines share: shapes, checks and the one step from integers to float logits."""
+
+    implementation: str
+    threads: int
+
+    def __init__(self, program: norm.Program) -> None:
+        self.program = program
+        self._class_count = norm.check(program)[program.operations[-1].output].channels
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """(height, width, channels) of the images."""
+        return (self.program.input.height, self.program.input.width, self.program.input.channels)
+
+    @property
+    def classes(self) -> tuple[str, ...] | None:
+        """The class names in the order of the logits, where the artifact has them."""
+        return self.program.classes
+
+    @property
+    def class_count(self) -> int:
+        return self._class_count
+
+    def __call__(self, images: Images) -> npt.NDArray[np.float32]:
+        """images: (N, height, width, channels) uint8, N >= 0 -> (N, classes) float32 logits: int32 * logit_scale.
+
+        Raises TypeError for another dtype and ValueError for another shape.
+        """
+        return (self.run_integer(images) * self.program.logit_scale).astype(np.float32)
+
+    def run_integer(self, images: Images) -> npt.NDArray[np.int32]:
+        """images as in a call -> (N, classes) int32 logits, the same bits from every implementation."""
+        check_images(self.program, images)
+        if images.shape[0] == 0:
+            return np.zeros((0, self._class_count), dtype=np.int32)
+        return self._run(np.ascontiguousarray(images))
+
+    def profile(self, images: Images, *, repeats: int = 10) -> Profile:
+        """Times every step on `images` (N >= 1): the median of `repeats` runs after a warm-up."""
+        check_images(self.program, images)
+        if images.shape[0] == 0:
+            raise ValueError("profile needs at least one image, got an empty batch")
+        if repeats < 1:
+            raise ValueError(f"repeats is {repeats}; it must be at least 1")
+        steps, times_ns = self._times_ns(np.ascontiguousarray(images), repeats)
+        return profile_of(
+            self.program,
+            steps,
+            [float(value) / 1e6 for value in np.median(times_ns, axis=0)],
+            implementation=self.implementation,
+            threads=self.threads,
+            images=images.shape[0],
+        )
+
+    def __repr__(self) -> str:
+        height, width, channels = self.input_shape
+        return (
+            f"{type(self).__name__}({len(self.program.operations)} operations, images ({height}, {width}, {channels}), "
+            f"{self._class_count} classes, implementation={self.implementation!r}, threads={self.threads})"
+        )
+
+    def _run(self, images: Images) -> npt.NDArray[np.int32]:
+        raise NotImplementedError
+
+    def _times_ns(self, images: Images, repeats: int) -> tuple[list[list[int]], npt.NDArray[np.int64]]:
+        """The operations that every step covers, and (repeats, steps) times."""
+        raise NotImplementedError
+
+
+class Engine(_Runtime):
+    """A Program in C++, integers only between pixels and logits.
+
+    threads: 1 to 256, None for all CPUs that this process may use. implementation: a name of `implementations()`, None
+    for the best. An engine may be used from several Python threads: calls take turns, and the GIL is released meanwhile.
+    """
+
+    def __init__(
+        self, program: norm.Program, *, threads: int | None = None, implementation: str | None = None
+    ) -> None:
+        super().__init__(program)
+        self._core = program_engine(program, implementation=implementation, threads=threads)
+        self.implementation = self._core.implementation
+        self.threads = self._core.threads
+
+    def _run(self, images: Images) -> npt.NDArray[np.int32]:
+        logits: npt.NDArray[np.int32] = self._core.run([images]).reshape(images.shape[0], self._class_count)
+        return logits
+
+    def _times_ns(self, images: Images, repeats: int) -> tuple[list[list[int]], npt.NDArray[np.int64]]:
+        self._core.run([images])
+        return self._core.steps, self._core.profile([images], repeats)
+
+
+class ReferenceEngine(_Runtime):
+    """A Program in NumPy by the definition of the norm: slow, and what every other engine equals to the bit."""
+
+    implementation = "reference"
+    threads = 1
+
+    def _run(self, images: Images) -> npt.NDArray[np.int32]:
+        return norm.run(self.program, images)
+
+    def _times_ns(self, images: Images, repeats: int) -> tuple[list[list[int]], npt.NDArray[np.int64]]:
+        count = len(self.program.operations)
+        times_ns = np.zeros((repeats, count), dtype=np.int64)
+        for repeat in range(repeats):
+            last = time.perf_counter_ns()
+            for number, _ in enumerate(norm.steps(self.program, images)):
+                now = time.perf_counter_ns()
+                times_ns[repeat, number], last = now - last, now
+        return [[number] for number in range(count)], times_ns
+
+
+def load(
+    path: str | os.PathLike[str], threads: int | None = None, implementation: str | None = None
+) -> Engine:
+    """The engine of an artifact written by `export`.
+
+    Raises FileNotFoundError, ArtifactError (truncated, altered, foreign or of another version), or ValueError for
+    `threads` outside [1, 256] and for an `implementation` that this CPU cannot run; the message lists those it can.
+    """
+    return Engine(artifact.read(path), threads=threads, implementation=implementation)
+
+
+def reference(path: str | os.PathLike[str]) -> ReferenceEngine:
+    """The NumPy engine of an artifact, with the interface of `Engine`."""
+    return ReferenceEngine(artifact.read(path))

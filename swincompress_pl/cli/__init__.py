@@ -1,0 +1,107 @@
+"""The command `swincompress`: finds the sub-command, imports only what that one needs, turns user errors into one line.
+
+Exit codes: 0 done; 1 a check of the command itself failed; 2 the user's input was wrong; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import Protocol
+
+from swincompress_pl import __version__
+from swincompress_pl.registry import UnsupportedNetworkError
+
+PROGRAM = "swincompress"
+USER_ERROR = 2
+_INTERRUPTED = 130
+# What a user can put right; anything else is a defect and keeps its traceback.
+_USER_ERRORS = (ValueError, OSError, ImportError, UnsupportedNetworkError)
+
+
+class Command(Protocol):
+    """A module of this package: one sub-command, or several that share their arguments."""
+
+    def main(self, name: str, arguments: Sequence[str]) -> int:
+        """Runs sub-command `name`; returns the exit code."""
+        ...
+
+
+# sub-command -> (module, one line of help)
+COMMANDS: dict[str, tuple[str, str]] = {
+    "demo": ("demo", "the whole job in minutes: train, prune, quantize, export, measure, report"),
+    "fit": ("train", "train and compress a model as a YAML config says"),
+    "validate": ("train", "evaluate a model or checkpoint on the hold-out"),
+    "test": ("train", "evaluate a model or checkpoint on the test images"),
+    "export": ("export", "write a quantized checkpoint as an artifact for the integer engine"),
+    "bench": ("bench", "measure an artifact, alone or against other runtimes, or one kernel"),
+    "inspect": ("inspect", "show what an artifact or a checkpoint holds"),
+    "report": ("report", "render the report of a run directory again"),
+}
+
+_HELP = f"""\
+usage: {PROGRAM} [--version] [--debug] COMMAND ...
+
+Compresses vision transformers, from training to an integer engine.
+
+commands:
+{{commands}}
+
+options:
+  --version   the version
+  --debug     show the traceback of an error
+  -h, --help  this text; `{PROGRAM} COMMAND --help` explains a command
+
+example:
+  {PROGRAM} demo --output runs/demo
+  {PROGRAM} fit -c configs/digits_swin.yaml
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line `arguments` (default: the process's own); returns the exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in given
+    given = [argument for argument in given if argument != "--debug"]
+    if not given or given[0] in ("-h", "--help"):
+        lines = (f"  {name:<9} {line}" for name, (_, line) in COMMANDS.items())
+        print(_HELP.format(commands="\n".join(lines)), end="")
+        return 0 if given else USER_ERROR
+    if given[0] == "--version":
+        print(f"{PROGRAM} {__version__}")
+        return 0
+    if given[0] not in COMMANDS:
+        return _fail(f"unknown command {given[0]!r}; commands are {', '.join(COMMANDS)}")
+    return _run(given[0], given[1:], debug)
+
+
+def _run(name: str, arguments: list[str], debug: bool) -> int:
+    try:
+        command: Command = importlib.import_module(f"{__name__}.{COMMANDS[name][0]}")
+        return command.main(name, arguments)
+    except KeyboardInterrupt:
+        return _INTERRUPTED
+    except BrokenPipeError:
+        # The reader (head, less) went away; keep Python from complaining about it at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if debug or not _is_user_error(error):
+            raise
+        return _fail(f"{name}: {_one_line(error)}")
+
+
+def _is_user_error(error: Exception) -> bool:
+    return isinstance(error, _USER_ERRORS) or type(error).__name__ == "MisconfigurationException"
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text or type(error).__name__
+
+
+def _fail(message: str) -> int:
+    print(f"{PROGRAM}: error: {message}", file=sys.stderr)
+    return USER_ERROR

@@ -1,0 +1,170 @@
+"""`swincompress bench`."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import Namespace
+from rich.table import Table
+
+from swincompress_pl.cli.common import (
+    console,
+    existing_file,
+    integers,
+    is_checkpoint,
+    parser,
+    print_json,
+    progress,
+)
+
+KERNELS = ("linear",)
+_MISMATCH = 1
+
+
+def main(name: str, arguments: Sequence[str]) -> int:
+    """Measures an artifact or a kernel; returns 0, or 1 when the engine's answers differ from the reference's."""
+    given = _arguments(name, arguments)
+    if (given.file is None) == (given.kernel is None):
+        raise ValueError("give either an artifact or --kernel, e.g. `swincompress bench model.safetensors`")
+    for option in ("threads", "batch", "rounds"):
+        if getattr(given, option) is not None and getattr(given, option) < 1:
+            raise ValueError(f"--{option} is {getattr(given, option)}; give 1 or more")
+    return _bench_kernel(given) if given.kernel is not None else _bench_artifact(given)
+
+
+def _arguments(name: str, arguments: Sequence[str]) -> Namespace:
+    command = parser(
+        name,
+        "Measures an artifact on the integer engine, alone or against other runtimes on the same architecture, each in "
+        "a process of its own and in turns; or one kernel. Engine and reference are compared in the same run.",
+        "swincompress bench model.safetensors --threads 2",
+        "swincompress bench model.safetensors --against torch,onnxruntime,openvino --json",
+        "swincompress bench --kernel linear --shape 3136,384,96",
+    )
+    command.add_argument("file", nargs="?", type=str, default=None, help="artifact that `swincompress export` wrote")
+    command.add_argument("--threads", type=int, default=None, help="threads of every runtime; all cores if left out")
+    command.add_argument("--batch", type=int, default=1, help="images a call")
+    command.add_argument("--against", type=str, default="", help="torch, onnxruntime, openvino, separated by commas")
+    command.add_argument("--implementation", type=str, default=None, help="force one of the engine's implementations")
+    command.add_argument("--rounds", type=int, default=10, help="samples of each runtime")
+    command.add_argument("--operations", action="store_true", help="also the time of every operation")
+    command.add_argument("--kernel", type=str, default=None, help=f"measure a kernel instead: {', '.join(KERNELS)}")
+    command.add_argument("--shape", type=str, default="3136,384,96", help="M,N,K of the kernel: rows, outputs, inputs")
+    command.add_argument("--json", action="store_true", help="print JSON")
+    return command.parse_args(list(arguments))
+
+
+def _bench_artifact(given: Namespace) -> int:
+    from swincompress_pl.report.bench import bench_artifact
+    from swincompress_pl.report.environment import available_cores
+    from swincompress_pl.report.peers import parse_peers
+
+    file = existing_file(given.file)
+    if is_checkpoint(file):
+        raise ValueError(
+            f"{file} is a checkpoint; write it as an artifact first: `swincompress export {file} -o model.safetensors`"
+        )
+    peers = parse_peers(given.against)
+    with tempfile.TemporaryDirectory() as directory, progress() as tell:
+        outcome = bench_artifact(
+            file,
+            threads=given.threads or available_cores(),
+            batch=given.batch,
+            against=peers,
+            implementation=given.implementation,
+            rounds=given.rounds,
+            operations=given.operations,
+            directory=Path(directory),
+            on_progress=tell,
+        )
+    if given.json:
+        print_json(outcome.to_dict())
+    else:
+        _show(outcome, file)
+    return 0 if outcome.answers_equal else _MISMATCH
+
+
+def _show(outcome: Any, file: Path) -> None:
+    from swincompress_pl.report.markdown import count, megabytes
+    from swincompress_pl.report.peers import LATENCY_ONLY
+
+    shown = console()
+    shown.print(
+        f"{file.name}: {count(outcome.macs)} MACs an image, {megabytes(outcome.file_bytes)}, batch {outcome.batch}"
+    )
+    shown.print(
+        f"{outcome.environment['cpu']}, threads {outcome.environment['threads']}, "
+        f"implementation {outcome.implementation}"
+    )
+    rows = Table()
+    for column in ("runtime", "median ms", "quartiles ms", "GMAC/s", "times engine", "peak RSS"):
+        rows.add_column(column, justify="left" if column == "runtime" else "right")
+    for result in outcome.results:
+        rows.add_row(*_cells(result, outcome))
+    shown.print(rows)
+    for result in outcome.results:
+        if result.unavailable:
+            shown.print(f"{result.name}: {result.unavailable}")
+    verdict = "identical to the reference" if outcome.answers_equal else "DIFFERENT from the reference"
+    shown.print(f"integer logits of {outcome.images_checked} random images: {verdict}")
+    if len(outcome.results) > 1:
+        shown.print(LATENCY_ONLY)
+    if outcome.operations:
+        _show_operations(outcome.operations)
+
+
+def _cells(result: Any, outcome: Any) -> list[str]:
+    from swincompress_pl.report.markdown import megabytes
+
+    if result.latency is None:
+        return [result.name, "-", "", "", "", ""]
+    low, high = result.latency.quartiles_ms
+    times = outcome.ratios.get(result.name)
+    return [
+        result.name,
+        f"{result.latency.median_ms:.3f}",
+        f"{low:.3f} .. {high:.3f}",
+        f"{outcome.macs * outcome.batch / result.latency.median_ms / 1e6:.1f}",
+        "" if times is None else f"{times.median:.2f}",
+        megabytes(result.peak_rss_bytes),
+    ]
+
+
+def _show_operations(operations: Sequence[Any]) -> None:
+    rows = Table(title="operations")
+    for column in ("operation", "kind", "ms", "MACs", "GMAC/s"):
+        rows.add_column(column, justify="left" if column in ("operation", "kind") else "right")
+    for operation in operations:
+        speed = f"{operation.macs / operation.time_ms / 1e6:.1f}" if operation.macs and operation.time_ms else ""
+        rows.add_row(operation.name, operation.kind, f"{operation.time_ms:.4f}", f"{operation.macs:,}", speed)
+    console().print(rows)
+
+
+def _bench_kernel(given: Namespace) -> int:
+    from swincompress_pl.report.kernels import bench_linear
+
+    if given.kernel not in KERNELS:
+        raise ValueError(f"unknown kernel {given.kernel!r}; kernels are {', '.join(KERNELS)}")
+    rows, outputs, inputs = integers(given.shape, "--shape", count=3)
+    outcomes = bench_linear(
+        rows=rows, outputs=outputs, inputs=inputs, threads=given.threads or 1, implementation=given.implementation,
+        rounds=max(given.rounds, 20),
+    )  # fmt: skip
+    if given.json:
+        print_json([outcome.to_dict() for outcome in outcomes])
+    else:
+        table = Table(title=f"linear, M={rows} N={outputs} K={inputs}, {given.threads or 1} thread(s)")
+        for column in ("implementation", "median ms", "quartiles ms", "GMAC/s", "equals the norm"):
+            table.add_column(column, justify="left" if column == "implementation" else "right")
+        for outcome in outcomes:
+            low, high = outcome.latency.quartiles_ms
+            equal = "yes" if outcome.answers_equal else "NO"
+            table.add_row(
+                outcome.implementation, f"{outcome.latency.median_ms:.4f}", f"{low:.4f} .. {high:.4f}",
+                f"{outcome.gmacs_per_second:.1f}", equal,
+            )  # fmt: skip
+        console().print(table)
+    return 0 if all(outcome.answers_equal for outcome in outcomes) else _MISMATCH

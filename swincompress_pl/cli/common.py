@@ -1,0 +1,120 @@
+"""What the sub-commands share: their parser, their types of arguments, their progress."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+from jsonargparse import ArgumentParser, DefaultHelpFormatter
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from swincompress_pl.cli import PROGRAM
+
+
+class HelpFormatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keeps the lines of examples as they are."""
+
+
+def parser(name: str, description: str, *examples: str) -> ArgumentParser:
+    """A parser for `swincompress name` whose --help ends in examples; it exits with code 2 on wrong arguments."""
+    return ArgumentParser(
+        prog=f"{PROGRAM} {name}",
+        description=textwrap.fill(description, 100),
+        epilog=epilog(*examples),
+        formatter_class=HelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def epilog(*examples: str) -> str:
+    """The examples as the end of a help text."""
+    return "\n".join([f"example{'s' if len(examples) > 1 else ''}:", *(f"  {example}" for example in examples)])
+
+
+def integers(text: str, option: str, *, count: int | None = None) -> list[int]:
+    """The positive integers in "1,2"; ValueError naming the option. count: how many there must be."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdigit() and int(part) > 0 for part in parts) or (count is not None and len(parts) != count):
+        expected = (
+            "positive integers separated by commas" if count is None else f"{count} positive integers, e.g. 49,384,96"
+        )
+        raise ValueError(f"{option} is {text!r}; give {expected}")
+    return [int(part) for part in parts]
+
+
+def existing_file(path: str) -> Path:
+    """The path of a file that is there; FileNotFoundError otherwise."""
+    file = Path(path)
+    if file.is_dir():
+        raise FileNotFoundError(f"{file} is a directory; name a file")
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: there is no such file")
+    return file
+
+
+def is_checkpoint(file: Path) -> bool:
+    """Whether `file` is a torch checkpoint (a ZIP archive) and not an artifact."""
+    with file.open("rb") as stream:
+        return stream.read(4) == b"PK\x03\x04"
+
+
+def print_json(value: Any) -> None:
+    """A JSON document on the standard output."""
+    json.dump(value, sys.stdout, indent=1, allow_nan=False)
+    sys.stdout.write("\n")
+
+
+def console() -> Console:
+    """For tables and text on the standard output; lines are not broken when it is no terminal."""
+    shown = Console(highlight=False)
+    if not shown.is_terminal:
+        shown = Console(highlight=False, width=200)
+    return shown
+
+
+class Tell(Protocol):
+    """Reports progress: what is being done, and of how many steps how many are done."""
+
+    def __call__(self, what: str, done: int, total: int) -> None: ...
+
+
+@contextmanager
+def progress() -> Iterator[Tell]:
+    """A progress bar on the standard error that vanishes at the end; plain lines where that is no terminal."""
+    errors = Console(stderr=True)
+    if not errors.is_terminal:
+        yield _Lines()
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total}"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=errors, transient=True) as bar:
+        task = bar.add_task("")
+
+        def tell(what: str, done: int, total: int) -> None:
+            bar.update(task, description=what, completed=done, total=total)
+
+        yield tell
+
+
+class _Lines:
+    """Progress without a terminal: a line whenever another thing begins, and not for every round of it."""
+
+    def __init__(self) -> None:
+        self._shown = ""
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        kind = what.split(" ")[0]
+        if kind != self._shown:
+            self._shown = kind
+            print(f"{what} ({done}/{total})", file=sys.stderr, flush=True)

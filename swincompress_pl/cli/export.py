@@ -1,0 +1,184 @@
+"""`swincompress export`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from swincompress_pl.cli.common import existing_file, is_checkpoint, parser, progress
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule
+    from torch import nn
+
+    from swincompress_pl.quant import QuantizedNetwork
+
+_METHODS = ("searched", "max")
+_MISMATCH = 1
+
+
+def main(name: str, arguments: Sequence[str]) -> int:
+    """Writes a checkpoint as an artifact; returns 0, or 1 when a check finds different integers."""
+    command = parser(
+        name,
+        "Writes the quantized network of a Lightning checkpoint as one safetensors file for the integer engine, and "
+        "compares torch, reference and engine on random images. A float checkpoint needs --quantize and --data.",
+        "swincompress export runs/digits/best.ckpt -o model.safetensors",
+        "swincompress export float.ckpt -o model.safetensors --quantize searched --data configs/digits_swin.yaml",
+    )
+    command.add_argument("checkpoint", type=str, help="Lightning checkpoint of a CompressibleClassifier")
+    command.add_argument(
+        "-o", "--output", type=str, required=True, help="artifact to write; an old one is replaced at the end"
+    )
+    command.add_argument(
+        "--reference-check", type=int, default=2, metavar="N", help="compare the integers of N images; 0: none"
+    )
+    command.add_argument(
+        "--quantize", type=str, default=None, help=f"quantize a float checkpoint: {' or '.join(_METHODS)}"
+    )
+    command.add_argument(
+        "--data", type=str, default=None, help="YAML config whose `data` gives the images for --quantize"
+    )
+    command.add_argument("--data-root", type=str, default=None, help="replaces the `root` of that data")
+    command.add_argument("--images", type=int, default=128, help="how many images --quantize looks at")
+    command.add_argument(
+        "--model-class", type=str, default="swincompress_pl.models.CompressibleClassifier",
+        help="class of the LightningModule, if it is your own (with CompressionMixin)",
+    )  # fmt: skip
+    given = command.parse_args(list(arguments))
+    if given.reference_check < 0:
+        raise ValueError(f"--reference-check is {given.reference_check}; give 0 or more")
+    if (given.quantize is None) != (given.data is None):
+        raise ValueError("--quantize and --data go together: scales are found on the training images of a data config")
+    if given.quantize is not None and given.quantize not in _METHODS:
+        raise ValueError(f"--quantize is {given.quantize!r}; choose {' or '.join(_METHODS)}")
+    return _export(given)
+
+
+def _export(given: Any) -> int:
+    file = existing_file(given.checkpoint)
+    if not is_checkpoint(file):
+        raise ValueError(f"{file} is no Lightning checkpoint; an artifact needs no export")
+    output = Path(given.output)
+    if not output.parent.is_dir():
+        raise FileNotFoundError(f"{output}: the folder {output.parent} does not exist; make it first")
+    _say(f"loading {file}")
+    module = load_module(file, given.model_class)
+    network = quantized_network(module, file, is_to_be_quantized=given.quantize is not None)
+    if given.quantize is not None:
+        network = _quantize(network, given)
+    from swincompress_pl import accel
+
+    _say(f"writing {output}")
+    accel.export(network, output)
+    print(f"{output}: {output.stat().st_size:,} bytes")
+    return _check(network, output, given.reference_check) if given.reference_check else 0
+
+
+def load_module(file: Path, class_path: str) -> LightningModule:
+    """The LightningModule of a checkpoint. Raises ValueError when the class or the checkpoint does not fit."""
+    import importlib
+
+    from lightning.pytorch import LightningModule
+
+    try:
+        package, _, name = class_path.rpartition(".")
+        module_class = getattr(importlib.import_module(package), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"--model-class {class_path!r} cannot be imported: {error}") from error
+    if not (isinstance(module_class, type) and issubclass(module_class, LightningModule)):
+        raise ValueError(f"--model-class {class_path!r} is no LightningModule")
+    try:
+        return module_class.load_from_checkpoint(file, map_location="cpu", weights_only=True).eval()
+    except (TypeError, RuntimeError, KeyError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"{file} does not load as {class_path}: {reason}. Pass --model-class for a module of your own; it needs "
+            "CompressionMixin to come back compressed"
+        ) from error
+
+
+def quantized_network(module: LightningModule, file: Path, *, is_to_be_quantized: bool) -> Any:
+    """The network of `module`; ValueError with the remedy when it is float and should not be, or the other way
+    round."""
+    from swincompress_pl.quant import QuantizedNetwork
+
+    network = getattr(module, getattr(module, "model_attribute", "net"), None)
+    if isinstance(network, QuantizedNetwork) == is_to_be_quantized:
+        if is_to_be_quantized:
+            raise ValueError(f"{file} is quantized already; export it without --quantize")
+        raise ValueError(
+            f"{file} is not quantized (its network is a {type(network).__name__}): add the callback "
+            "QuantizationAwareTraining to the fit, or pass --quantize searched --data CONFIG here"
+        )
+    return network
+
+
+def _quantize(network: nn.Module, given: Any) -> QuantizedNetwork:
+    from swincompress_pl import quant
+
+    data = load_data(existing_file(given.data), given.data_root)
+    if not hasattr(data, "calibration_dataloader"):
+        raise ValueError(f"{given.data}: {type(data).__name__} has no calibration_dataloader; use swincompress_pl.data")
+    preprocessing = data.preprocessing.to_dict()
+    _say(f"quantizing on {given.images} images")
+    return quant.quantize(
+        network, data.calibration_dataloader(given.images), method=given.quantize, preprocessing=preprocessing,
+        images=given.images, classes=data.class_names, progress=True,
+    )  # fmt: skip
+
+
+def load_data(config: Path, root: str | None) -> Any:
+    """The datamodule that the `data` block of a YAML config describes; `root` replaces its root."""
+    import yaml  # type: ignore[import-untyped]
+    from jsonargparse import ArgumentParser
+    from lightning.pytorch import LightningDataModule
+
+    try:
+        block = (yaml.safe_load(config.read_text(encoding="utf-8")) or {}).get("data")
+    except (yaml.YAMLError, AttributeError) as error:
+        raise ValueError(f"{config} is no YAML mapping: {error}") from error
+    if not isinstance(block, dict) or "class_path" not in block:
+        raise ValueError(f"{config} has no `data` with a class_path; see configs/ for examples")
+    if root is not None:
+        block.setdefault("init_args", {})["root"] = root
+    factory = ArgumentParser(exit_on_error=False)
+    factory.add_subclass_arguments(LightningDataModule, "data")
+    try:
+        return factory.instantiate_classes(factory.parse_object({"data": block})).data
+    except Exception as error:
+        # jsonargparse raises an error type of its own and some of the constructor's; all of them are about this block
+        raise ValueError(f"{config}: `data` is not accepted: {error}") from error
+
+
+def _check(network: QuantizedNetwork, file: Path, images: int) -> int:
+    """Compares twin, reference and engine on random pixels; prints the verdict."""
+    import numpy as np
+    import torch
+
+    from swincompress_pl import accel
+
+    engine, reference = accel.load(file), accel.reference(file)
+    rng = np.random.default_rng(0)
+    wrong: dict[str, int] = {"torch": 0, "engine": 0}
+    with progress() as tell, torch.no_grad():
+        for number in range(images):
+            tell("comparing integers", number, images)
+            pixels = rng.integers(0, 256, (1, *engine.program.input.value.shape), dtype=np.uint8)
+            expected = reference.run_integer(pixels)
+            wrong["torch"] += not np.array_equal(network.integer_logits(torch.from_numpy(pixels)).numpy(), expected)
+            wrong["engine"] += not np.array_equal(engine.run_integer(pixels), expected)
+    if not any(wrong.values()):
+        print(
+            f"torch, reference and engine ({engine.implementation}): identical integer logits on {images} random images"
+        )
+        return 0
+    different = ", ".join(f"{name} on {number} of {images}" for name, number in wrong.items() if number)
+    print(f"integer logits differ from the reference: {different} images; please report this", file=sys.stderr)
+    return _MISMATCH
+
+
+def _say(what: str) -> None:
+    print(what, file=sys.stderr, flush=True)

@@ -1,0 +1,209 @@
+"""`swincompress inspect`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from swincompress_pl.cli.common import console, existing_file, is_checkpoint, parser, print_json
+from swincompress_pl.norm import LIMITS, Operation, Program, check, costs
+from swincompress_pl.report.markdown import count, megabytes
+
+CHECKPOINT_KEY = "swincompress_pl"
+
+
+def main(name: str, arguments: Sequence[str]) -> int:
+    """Shows an artifact or a checkpoint; returns 0."""
+    command = parser(
+        name,
+        "Shows what a file holds. Of an artifact: its input, classes, operations with shapes, MACs, bytes and proven "
+        "bounds. Of a checkpoint: hyperparameters, the history of its compression, parameters.",
+        "swincompress inspect model.safetensors",
+        "swincompress inspect runs/digits/best.ckpt --json",
+    )
+    command.add_argument("file", type=str, help="artifact or Lightning checkpoint")
+    command.add_argument("--json", action="store_true", help="print JSON")
+    given = command.parse_args(list(arguments))
+    file = existing_file(given.file)
+    if is_checkpoint(file):
+        described, show = describe_checkpoint(file), show_checkpoint
+    else:
+        described, show = describe_artifact(file), show_artifact
+    if given.json:
+        print_json(described)
+    else:
+        show(described)
+    return 0
+
+
+def describe_artifact(file: Path) -> dict[str, Any]:
+    """What an artifact holds, in JSON types. Raises ArtifactError or ProgramError for a bad one: reading it proves
+    it."""
+    from swincompress_pl.accel import artifact
+    from swincompress_pl.report.sizes import program_parameters, program_size
+
+    program = artifact.read(file)
+    table, values = costs(program), check(program)
+    description = program.describe()
+    return {
+        "kind": "artifact",
+        "file_bytes": file.stat().st_size,
+        "norm_version": description["norm_version"],
+        "input": description["input"],
+        "classes": description["classes"],
+        "logit_scale": program.logit_scale,
+        "origin": description["origin"],
+        "parameters": program_parameters(program),
+        "macs": sum(cost.macs for cost in table),
+        "size": program_size(program, file=file).to_dict(),
+        "operations": [
+            {
+                "name": cost.operation.name,
+                "kind": cost.operation.kind,
+                "inputs": list(cost.operation.inputs),
+                "output_shape": list(cost.output.shape),
+                "output_dtype": cost.output.dtype,
+                "macs": cost.macs,
+                "parameter_bytes": cost.parameter_bytes,
+                "accumulator_bound": _accumulator_bound(
+                    program, cost.operation, values[cost.operation.inputs[0]].dtype
+                ),
+            }
+            for cost in table
+        ],
+    }
+
+
+def _accumulator_bound(program: Program, operation: Operation, dtype: str) -> int | None:
+    """The largest magnitude that an accumulator of this layer can reach over inputs of `dtype`."""
+    if not {"weight", "bias"} <= operation.tensors.keys():
+        return None
+    weight = program.tensors[operation.tensors["weight"]].astype(np.int64)
+    bias = program.tensors[operation.tensors["bias"]].astype(np.int64)
+    reach = LIMITS[dtype][1] * np.abs(weight).reshape(weight.shape[0], -1).sum(axis=1)
+    return int((reach + np.abs(bias).reshape(-1, weight.shape[0]).max(axis=0)).max())
+
+
+def show_artifact(described: Mapping[str, Any]) -> None:
+    """The description of an artifact for people."""
+    shown, given = console(), described["input"]
+    shown.print(f"artifact of norm version {described['norm_version']}, {megabytes(described['file_bytes'])} on disk")
+    shape = f"(N, {given['height']}, {given['width']}, {given['channels']})"
+    shown.print(f"input: {given['dtype']} {shape}; preprocessing: {_pairs(given['preprocessing'])}")
+    classes = described["classes"]
+    more = ", ..." if classes and len(classes) > 5 else ""
+    shown.print("classes: " + ("not named" if classes is None else f"{len(classes)}: {', '.join(classes[:5])}{more}"))
+    shown.print(f"logits: int32, one step is {described['logit_scale']:.6g}")
+    shown.print(f"parameters: {count(described['parameters'])}; MACs an image: {count(described['macs'])}")
+    size = described["size"]
+    shown.print(
+        f"bytes: {megabytes(size['nonzero_bytes'])} of non-zeros, {megabytes(size['indexed_bytes'])} with index "
+        f"({size['index']}), {megabytes(size['file_bytes'])} on disk"
+    )
+    _show_history(shown, described["origin"])
+    table = Table(title=f"{len(described['operations'])} operations")
+    for column in ("operation", "kind", "output", "MACs", "bytes", "accumulator / 2^31"):
+        table.add_column(column, justify="left" if column in ("operation", "kind", "output") else "right")
+    for row in described["operations"]:
+        bound = row["accumulator_bound"]
+        table.add_row(
+            row["name"],
+            row["kind"],
+            f"{row['output_dtype']} {tuple(row['output_shape'])}",
+            f"{row['macs']:,}" if row["macs"] else "",
+            f"{row['parameter_bytes']:,}" if row["parameter_bytes"] else "",
+            "" if bound is None else f"{bound / 2**31:.4f}",
+        )
+    shown.print(table)
+
+
+def describe_checkpoint(file: Path) -> dict[str, Any]:
+    """What a Lightning checkpoint holds, in JSON types. Raises ValueError when it holds more than plain data and
+    tensors."""
+    checkpoint = read_checkpoint(file)
+    manifest = checkpoint.get(CHECKPOINT_KEY) or {}
+    state = checkpoint.get("state_dict", {})
+    return {
+        "kind": "checkpoint",
+        "file_bytes": file.stat().st_size,
+        "lightning_version": checkpoint.get("pytorch-lightning_version"),
+        "epoch": checkpoint.get("epoch"),
+        "global_step": checkpoint.get("global_step"),
+        "hyperparameters": _plain(checkpoint.get("hyper_parameters", {})),
+        "history": _plain(manifest.get("history", [])),
+        "tensors": len(state),
+        "values": sum(tensor.numel() for tensor in state.values() if hasattr(tensor, "numel")),
+        "callbacks": sorted(checkpoint.get("callbacks", {})),
+    }
+
+
+def read_checkpoint(file: Path) -> Mapping[str, Any]:
+    """A Lightning checkpoint, without running any code that it may hold."""
+    import pickle
+
+    import torch
+
+    try:
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"{file} is no checkpoint of plain data and tensors, or it is damaged: {reason}") from error
+    if not isinstance(checkpoint, Mapping) or "state_dict" not in checkpoint:
+        raise ValueError(f"{file} is no Lightning checkpoint: it has no state_dict; pass what the trainer saved")
+    return checkpoint
+
+
+def show_checkpoint(described: Mapping[str, Any]) -> None:
+    """The description of a checkpoint for people."""
+    shown = console()
+    shown.print(
+        f"checkpoint of Lightning {described['lightning_version']}, {megabytes(described['file_bytes'])}, "
+        f"epoch {described['epoch']}, step {described['global_step']}"
+    )
+    shown.print(f"{described['tensors']} tensors, {count(described['values'])} values")
+    for key, value in described["hyperparameters"].items():
+        shown.print(f"  {key}: {value}")
+    _show_history(shown, {"history": described["history"]})
+    if described["callbacks"]:
+        shown.print("callbacks: " + ", ".join(described["callbacks"]))
+
+
+def _show_history(shown: Any, origin: Mapping[str, Any]) -> None:
+    network = origin.get("network")
+    if network:
+        shown.print(f"network: {network.get('name')} {_pairs(network.get('kwargs', {}))}".rstrip())
+    history = origin.get("history") or []
+    shown.print("compression:" + ("" if history else " none"))
+    for number, entry in enumerate(history, 1):
+        shown.print(f"  {number}. {summarize(entry)}")
+
+
+def summarize(entry: Mapping[str, Any]) -> str:
+    """One entry of a compression history in a line."""
+    if "prune" in entry:
+        groups = entry["prune"].get("groups", {})
+        changed = [
+            f"{name} {'' if group.get('units') is None else group['units']} -> {len(group['kept'])}"
+            for name, group in groups.items()
+        ]
+        return f"prune {len(changed)} groups: " + ", ".join(changed[:4]) + (", ..." if len(changed) > 4 else "")
+    if "quantize" in entry:
+        return f"quantize, method {entry['quantize'].get('method')}"
+    return f"{', '.join(entry)} (unknown to this version)"
+
+
+def _pairs(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in values.items()) or "not described"
+
+
+def _plain(value: Any) -> Any:
+    """JSON types only; anything else as its text."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value if value is None or isinstance(value, str | int | float | bool) else str(value)

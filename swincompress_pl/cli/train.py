@@ -1,0 +1,66 @@
+"""`swincompress fit`, `validate` and `test`: Lightning's own command line over our models, data and callbacks."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_info
+
+import swincompress_pl.callbacks
+import swincompress_pl.data
+import swincompress_pl.models  # noqa: F401  (imported so that configs may name the classes without their modules)
+from swincompress_pl.cli import PROGRAM
+from swincompress_pl.cli.common import HelpFormatter, epilog
+
+_DEFAULT_MODEL = "swincompress_pl.models.CompressibleClassifier"
+_EXAMPLES = {
+    "fit": (
+        "swincompress fit -c configs/digits_swin.yaml",
+        "swincompress fit -c configs/deit_tiny_imagenet.yaml --data.root imagenet --model.checkpoint_path deit.pth",
+        "swincompress fit -c configs/digits_swin.yaml --ckpt_path runs/digits/last.ckpt",
+    ),
+    "validate": ("swincompress validate -c configs/digits_swin.yaml --ckpt_path runs/digits/best.ckpt",),
+    "test": ("swincompress test -c configs/digits_swin.yaml --ckpt_path runs/digits/best.ckpt",),
+}
+
+
+class CompressionCLI(LightningCLI):
+    """Any LightningModule, by default CompressibleClassifier, with any LightningDataModule."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Three of Lightning's four: a compressed classifier has no predict step."""
+        known = LightningCLI.subcommands()
+        return {name: known[name] for name in _EXAMPLES}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Makes CompressibleClassifier the default."""
+        parser.set_defaults({"model": {"class_path": _DEFAULT_MODEL}})
+
+    def after_fit(self) -> None:
+        """Says where the checkpoints are and what comes next."""
+        checkpoint = getattr(self.trainer.checkpoint_callback, "best_model_path", "")
+        if checkpoint:
+            rank_zero_info(f"best checkpoint: {checkpoint}\nnext: {PROGRAM} export {checkpoint} -o model.safetensors")
+
+
+def main(name: str, arguments: Sequence[str]) -> int:
+    """Runs Lightning's command line; returns 0."""
+    # Lightning reads sys.argv, and starts further processes of a DDP run with it.
+    sys.argv[1:] = [name, *arguments]
+    options: dict[str, Any] = {each: {"epilog": epilog(*examples)} for each, examples in _EXAMPLES.items()}
+    CompressionCLI(
+        LightningModule,
+        LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        auto_configure_optimizers=False,
+        seed_everything_default=0,
+        save_config_kwargs={"overwrite": True},
+        parser_kwargs={"prog": PROGRAM, "formatter_class": HelpFormatter, **options},
+    )
+    return 0

@@ -1,0 +1,130 @@
+"""Augmentations on pixels: each is plain data with one method, and draws only from torch's global CPU generator.
+
+The dataset seeds that generator from (seed, epoch, index) around every call (`sampling.seeded_torch`), so
+torchvision's own transforms can be used as they are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms.v2 import functional
+
+from swincompress_pl.data.preprocessing import PixelArray, Preprocessing
+
+
+class Augmentation(Protocol):
+    """Makes training pixels from an image; draws from torch's global generator only."""
+
+    def apply(self, image: Image.Image, preprocessing: Preprocessing) -> PixelArray:
+        """One augmented image: (preprocessing.height, preprocessing.width, 3) uint8."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class CropAndColor:
+    """The usual recipe for ImageNet: a random resized crop, a flip, optionally RandAugment and colour jitter.
+
+    area_min: smallest part of the image's area that a crop keeps, in (0, 1]. flip: mirror every second image.
+    randaugment_operations: how many a picture (0: none), of randaugment_magnitude 0 to 30. color_jitter: strength, 0:
+    none.
+    """
+
+    area_min: float = 0.08
+    flip: bool = True
+    randaugment_operations: int = 0
+    randaugment_magnitude: int = 9
+    color_jitter: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.area_min <= 1:
+            raise ValueError(
+                f"CropAndColor.area_min is {self.area_min}; give a part of the area above 0 and at most 1."
+            )
+        if self.randaugment_operations < 0:
+            raise ValueError(f"CropAndColor.randaugment_operations is {self.randaugment_operations}; give 0 or more.")
+        if not 0 <= self.randaugment_magnitude <= 30:
+            raise ValueError(f"CropAndColor.randaugment_magnitude is {self.randaugment_magnitude}; give 0 to 30.")
+        if not 0 <= self.color_jitter <= 1:
+            raise ValueError(f"CropAndColor.color_jitter is {self.color_jitter}; give 0 to 1.")
+
+    def apply(self, image: Image.Image, preprocessing: Preprocessing) -> PixelArray:
+        """See Augmentation.apply; the crop is taken from the whole image, before any resize."""
+        size = (preprocessing.height, preprocessing.width)
+        transform = _crop_and_color(self, size, preprocessing.interpolation)
+        return np.array(transform(image.convert("RGB")), dtype=np.uint8)
+
+
+@lru_cache(maxsize=8)
+def _crop_and_color(config: CropAndColor, size: tuple[int, int], interpolation: str) -> Any:
+    mode = InterpolationMode(interpolation)
+    steps: list[Any] = [v2.RandomResizedCrop(size, scale=(config.area_min, 1.0), interpolation=mode)]
+    if config.flip:
+        steps.append(v2.RandomHorizontalFlip())
+    if config.randaugment_operations:
+        steps.append(v2.RandAugment(config.randaugment_operations, config.randaugment_magnitude))
+    if config.color_jitter:
+        steps.append(v2.ColorJitter(config.color_jitter, config.color_jitter, config.color_jitter))
+    return v2.Compose(steps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PadCropFlip:
+    """The usual recipe for CIFAR: black padding of `padding_px` pixels, a random crop back to the size, a flip."""
+
+    padding_px: int = 4
+    flip: bool = True
+
+    def __post_init__(self) -> None:
+        if self.padding_px < 0:
+            raise ValueError(f"PadCropFlip.padding_px is {self.padding_px}; give 0 or more.")
+
+    def apply(self, image: Image.Image, preprocessing: Preprocessing) -> PixelArray:
+        """See Augmentation.apply; works on the pixels that evaluation would see."""
+        pixels = preprocessing.image_to_uint8(image)
+        height, width = pixels.shape[:2]
+        padding = self.padding_px
+        top, left, mirrored = torch.rand(3).tolist()
+        padded = np.pad(pixels, ((padding, padding), (padding, padding), (0, 0)))
+        top, left = int(top * (2 * padding + 1)), int(left * (2 * padding + 1))
+        crop = padded[top : top + height, left : left + width]
+        return np.ascontiguousarray(crop[:, ::-1] if self.flip and mirrored < 0.5 else crop)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShiftRotate:
+    """A small shift and rotation, bilinear on black, for what must not be mirrored, such as digits.
+
+    shift_px: at most this many pixels in each direction. rotation_deg: at most this many degrees either way.
+    """
+
+    shift_px: int = 3
+    rotation_deg: float = 10.0
+
+    def __post_init__(self) -> None:
+        if self.shift_px < 0:
+            raise ValueError(f"ShiftRotate.shift_px is {self.shift_px}; give 0 or more.")
+        if not 0 <= self.rotation_deg <= 180:
+            raise ValueError(f"ShiftRotate.rotation_deg is {self.rotation_deg}; give 0 to 180.")
+
+    def apply(self, image: Image.Image, preprocessing: Preprocessing) -> PixelArray:
+        """See Augmentation.apply; works on the pixels that evaluation would see."""
+        down, right, turn = torch.rand(3).tolist()
+        moved = functional.affine(
+            Image.fromarray(preprocessing.image_to_uint8(image)),
+            angle=(2 * turn - 1) * self.rotation_deg,
+            translate=[self._shift(right), self._shift(down)],
+            scale=1.0,
+            shear=[0.0, 0.0],
+            interpolation=InterpolationMode.BILINEAR,
+        )
+        return np.array(moved, dtype=np.uint8)
+
+    def _shift(self, fraction: float) -> int:
+        return int(fraction * (2 * self.shift_px + 1)) - self.shift_px

@@ -1,0 +1,139 @@
+"""One dataset for all sources: pixels and labels, augmented as the (epoch, index) request says."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from swincompress_pl.data.augmentation import Augmentation
+from swincompress_pl.data.preprocessing import PixelArray, Preprocessing
+from swincompress_pl.data.sampling import EpochIndex, Indices, Purpose, derive_seed, seeded_torch
+
+Sample = tuple[Tensor, int]  # (H, W, 3) uint8 pixels, label
+
+
+class ImageSource(Protocol):
+    """Images with labels, by position."""
+
+    @property
+    def labels(self) -> Indices:
+        """(N,) the class numbers."""
+        ...
+
+    def image(self, index: int) -> Image.Image:
+        """The image at `index`, 0 <= index < len(labels)."""
+        ...
+
+
+def decode_image(path: Path) -> Image.Image:
+    """The whole decoded image as RGB; raises ValueError, naming the file, where it is missing, broken or cut off."""
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        # SyntaxError is what Pillow raises for some broken PNG files.
+        raise ValueError(f"{path}: cannot be decoded as an image ({error}); replace or remove the file.") from error
+
+
+class FileImages:
+    """Images in files, decoded on request.
+
+    The paths are one NumPy array of bytes: a Python list of a million strings would be copied, page by page, into every
+    worker process when its reference counts change.
+    """
+
+    def __init__(self, root: Path, relative_paths: Sequence[str], labels: Indices) -> None:
+        self.root = root
+        self.labels = labels
+        self._paths: NDArray[np.bytes_] = np.array([os.fsencode(path) for path in relative_paths], dtype=np.bytes_)
+
+    def path(self, index: int) -> Path:
+        """The file of the image at `index`."""
+        return self.root / os.fsdecode(bytes(self._paths[index]))
+
+    def image(self, index: int) -> Image.Image:
+        """See ImageSource.image; raises ValueError, naming the file, where it cannot be decoded."""
+        return decode_image(self.path(index))
+
+
+@dataclass(frozen=True)
+class MemoryImages:
+    """Images held decoded: pixels (N, H, W, 3) uint8, labels (N,)."""
+
+    pixels: PixelArray
+    labels: Indices
+
+    def image(self, index: int) -> Image.Image:
+        """See ImageSource.image."""
+        return Image.fromarray(self.pixels[index])
+
+
+class ImageDataset(Dataset[Sample]):
+    """A part of a source as uint8 pixels and labels.
+
+    positions: (N,) which images of the source, in this order. Without an augmentation every request gives the pixels of
+    evaluation. With one, request EpochIndex(epoch, item); a bare index means epoch 0 (Lightning's `overfit_batches`
+    does so).
+    """
+
+    def __init__(
+        self,
+        source: ImageSource,
+        positions: Indices,
+        preprocessing: Preprocessing,
+        *,
+        augmentation: Augmentation | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.source = source
+        self.positions = positions
+        self.preprocessing = preprocessing
+        self.augmentation = augmentation
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    @property
+    def labels(self) -> Indices:
+        """(N,) the class numbers, in the dataset's order."""
+        return self.source.labels[self.positions]
+
+    def __getitem__(self, request: EpochIndex | int) -> Sample:
+        epoch, index = request if isinstance(request, EpochIndex) else (0, request)
+        position = int(self.positions[index])
+        image = self.source.image(position)
+        if self.augmentation is None:
+            pixels = self.preprocessing.image_to_uint8(image)
+        else:
+            with seeded_torch(derive_seed(self.seed, Purpose.AUGMENTATION, epoch, index)):
+                pixels = self.augmentation.apply(image, self.preprocessing)
+        return torch.from_numpy(pixels), int(self.source.labels[position])
+
+
+@dataclass(frozen=True)
+class CollateNormalized:
+    """Samples -> ((N, 3, H, W) float32 normalized, (N,) int64): what a network takes."""
+
+    preprocessing: Preprocessing
+
+    def __call__(self, samples: list[Sample]) -> tuple[Tensor, Tensor]:
+        """See the class."""
+        pixels, labels = collate_uint8(samples)
+        return self.preprocessing.normalize(pixels), labels
+
+
+def collate_uint8(samples: list[Sample]) -> tuple[Tensor, Tensor]:
+    """Samples -> ((N, H, W, 3) uint8, (N,) int64): what the engine takes."""
+    images, labels = zip(*samples, strict=True)
+    return torch.stack(images), torch.tensor(labels, dtype=torch.int64)

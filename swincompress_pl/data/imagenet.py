@@ -1,0 +1,114 @@
+"""ImageNet as folders: train/<wnid>/ and val/<wnid>/."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from swincompress_pl.data.augmentation import CropAndColor
+from swincompress_pl.data.dataset import FileImages
+from swincompress_pl.data.module import ImageClassificationData, image_files, require_folder
+from swincompress_pl.data.preprocessing import Preprocessing
+from swincompress_pl.data.progress import with_progress
+
+_LAYOUT = "expected <root>/train/<wnid>/*.JPEG and <root>/val/<wnid>/*.JPEG."
+
+
+class ImageNetFolder(ImageClassificationData):
+    """ImageNet-1K, or a part of it, from `root`/train/<wnid>/ and `root`/val/<wnid>/; the test split is val.
+
+    A class has its official number (0..999, as timm counts) even where folders of other classes are missing.
+    class_index: a JSON file wnid -> number, which replaces the official one. Hidden files are passed over; a folder
+    that is no known wnid, or a file in a class folder that is no image, is an error.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        *,
+        holdout: int | float = 0.02,
+        preprocessing: Preprocessing | None = None,
+        augmentation: CropAndColor | None = CropAndColor(),  # noqa: B008  (frozen)
+        class_index: str | Path | None = None,
+        batch_size: int = 64,
+        num_workers: int = 2,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(
+            preprocessing=preprocessing or Preprocessing(height=224, width=224, resize=256),
+            augmentation=augmentation,
+            holdout=holdout,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            seed=seed,
+        )
+        self.root = Path(root)
+        require_folder(self.root, "the ImageNet folder", _LAYOUT)
+        self.class_index = official_class_index() if class_index is None else read_class_index(Path(class_index))
+        wnids = sorted(self.class_index, key=self.class_index.__getitem__)
+        self.class_names = tuple(wnids) if class_index is not None else official_class_names()
+
+    def _training_source(self) -> FileImages:
+        return self._scan("train")
+
+    def _test_source(self) -> FileImages:
+        return self._scan("val")
+
+    def _scan(self, folder: str) -> FileImages:
+        root = self.root / folder
+        require_folder(root, f"the {folder} images", _LAYOUT)
+        wnids = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+        unknown = [wnid for wnid in wnids if wnid not in self.class_index]
+        if unknown:
+            raise ValueError(
+                f"{root / unknown[0]}: {unknown[0]!r} is no class of the index ({len(unknown)} such folders); "
+                f"rename or remove it, or pass class_index, a JSON file wnid -> number."
+            )
+        paths: list[str] = []
+        labels: list[int] = []
+        for wnid in with_progress(wnids, f"listing {root}", len(wnids)):
+            names = image_files(root / wnid)
+            paths += [f"{wnid}/{name}" for name in names]
+            labels += [self.class_index[wnid]] * len(names)
+        return FileImages(root, paths, np.array(labels, dtype=np.int64))
+
+
+def official_class_index() -> dict[str, int]:
+    """wnid -> 0..999, the order of ILSVRC 2012 that timm's weights use."""
+    return {wnid: number for number, wnid in enumerate(_imagenet_info().label_names())}
+
+
+def official_class_names() -> tuple[str, ...]:
+    """A description for each class 0..999, e.g. "tench, Tinca tinca"."""
+    info = _imagenet_info()
+    return tuple(info.index_to_description(number) for number in range(info.num_classes()))
+
+
+def _imagenet_info() -> Any:
+    # Imported on use (the other data sets do without timm); Any because its methods are not annotated.
+    from timm.data.imagenet_info import ImageNetInfo
+
+    return ImageNetInfo()
+
+
+def read_class_index(path: Path) -> dict[str, int]:
+    """A JSON file wnid -> number; raises ValueError unless the numbers are 0..n-1, each once."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: the class index is missing; give a JSON file wnid -> number.")
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error}); expected an object wnid -> number.") from error
+    numbers = list(index.values()) if isinstance(index, dict) else []
+    if (
+        not numbers
+        or any(type(number) is not int for number in numbers)
+        or sorted(numbers) != list(range(len(numbers)))
+    ):
+        raise ValueError(
+            f"{path}: not a class index; expected an object wnid -> number with the numbers 0..n-1, each once."
+        )
+    return dict(index)

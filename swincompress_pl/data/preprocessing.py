@@ -1,0 +1,136 @@
+"""From a picture to the pixels that a network sees, once for the float network and for the integer engine."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+
+PixelArray = NDArray[np.uint8]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preprocessing:
+    """Resize, center crop and normalization, split at the uint8 pixels.
+
+    `image_to_uint8` gives the (height, width, 3) uint8 pixels that the integer engine takes; `normalize` gives the
+    float input of the network from exactly these pixels. Nothing else lies between, so both see the same image.
+
+    height, width: size of the crop in pixels. resize: length of the shorter side before the crop, or None for no
+    resize. interpolation: "bicubic" or "bilinear" (antialiased, as Pillow does it). mean, std: per channel, for
+    pixels in [0, 1].
+    """
+
+    height: int = 224
+    width: int = 224
+    resize: int | None = None
+    interpolation: str = "bicubic"
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+
+    def __post_init__(self) -> None:
+        for name in ("height", "width"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"Preprocessing.{name} is {getattr(self, name)}; give a size in pixels of at least 1.")
+        if self.resize is not None and self.resize < max(self.height, self.width):
+            raise ValueError(
+                f"Preprocessing.resize is {self.resize}, shorter than the crop of {self.height} x {self.width}; "
+                f"give at least {max(self.height, self.width)}, or None to crop without a resize."
+            )
+        if self.interpolation not in RESAMPLING:
+            raise ValueError(
+                f"Preprocessing.interpolation is {self.interpolation!r}; choose from {', '.join(RESAMPLING)}."
+            )
+        for name in ("mean", "std"):
+            self._check_channels(name)
+
+    def _check_channels(self, name: str) -> None:
+        values = tuple(float(value) for value in getattr(self, name))
+        if len(values) != 3 or not all(math.isfinite(value) and 0 <= value <= 1 for value in values):
+            raise ValueError(
+                f"Preprocessing.{name} is {values}; give 3 numbers in [0, 1] "
+                f"(for pixels divided by 255, not for pixels in 0..255)."
+            )
+        if name == "std" and min(values) == 0:
+            raise ValueError(f"Preprocessing.std is {values}; every deviation must be above 0.")
+        object.__setattr__(self, name, values)
+
+    @classmethod
+    def from_crop_pct(cls, *, size: int, crop_pct: float, **fields: Any) -> Preprocessing:
+        """A square center crop of `size` pixels that keeps `crop_pct` of the shorter side, resolved as timm does it."""
+        if not 0 < crop_pct <= 1:
+            raise ValueError(f"crop_pct is {crop_pct}; give a fraction above 0 and at most 1.")
+        return cls(height=size, width=size, resize=math.floor(size / crop_pct), **fields)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON and YAML: numbers, a string, lists of three numbers."""
+        return {
+            key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(self).items()
+        }
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Preprocessing:
+        """The inverse of `to_dict`; raises ValueError on an unknown or missing field."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        if fields.keys() != known:
+            raise ValueError(
+                f"Preprocessing: unknown fields {sorted(fields.keys() - known)}, "
+                f"missing fields {sorted(known - fields.keys())}; "
+                f"expected exactly {sorted(known)}."
+            )
+        return cls(**fields)
+
+    def image_to_uint8(self, image: Image.Image) -> PixelArray:
+        """Resize the shorter side, crop the center: (height, width, 3) uint8 RGB.
+
+        Raises ValueError where there is no resize and the image is smaller than the crop.
+        """
+        image = image.convert("RGB")
+        if self.resize is not None:
+            image = resize_shorter_side(image, self.resize, self.interpolation)
+        if image.width < self.width or image.height < self.height:
+            raise ValueError(
+                f"image of {image.height} x {image.width} pixels is smaller than the crop of "
+                f"{self.height} x {self.width}; "
+                f"set Preprocessing.resize to {max(self.height, self.width)} or more."
+            )
+        left, top = round((image.width - self.width) / 2), round((image.height - self.height) / 2)
+        # np.array copies: the result is writable, as torch wants it.
+        return np.array(image.crop((left, top, left + self.width, top + self.height)), dtype=np.uint8)
+
+    def normalize(self, pixels: Tensor) -> Tensor:
+        """(N, H, W, 3) or (H, W, 3) uint8 -> (N, 3, H, W) or (3, H, W) float32: (pixels / 255 - mean) / std."""
+        if pixels.dtype != torch.uint8 or pixels.dim() not in (3, 4) or pixels.shape[-1] != 3:
+            raise ValueError(
+                f"pixels are {pixels.dtype} {tuple(pixels.shape)}; expected uint8 (N, H, W, 3) or (H, W, 3)."
+            )
+        mean, std = (torch.tensor(values, device=pixels.device) for values in (self.mean, self.std))
+        return ((pixels / 255 - mean) / std).movedim(-1, -3).contiguous()
+
+    def denormalize(self, inputs: Tensor) -> Tensor:
+        """The exact inverse of `normalize`: (N, 3, H, W) or (3, H, W) float32 -> uint8 with the channels last."""
+        mean, std = (torch.tensor(values, device=inputs.device) for values in (self.mean, self.std))
+        pixels = (inputs.movedim(-3, -1) * std + mean) * 255
+        return pixels.round().clamp(0, 255).to(torch.uint8)
+
+
+def resize_shorter_side(image: Image.Image, length: int, interpolation: str) -> Image.Image:
+    """Scale so that the shorter side has `length` pixels; the other one is truncated, as torchvision and timm do."""
+    short, long = sorted(image.size)
+    if short == length:
+        return image
+    scaled = int(length * long / short)
+    size = (length, scaled) if image.width <= image.height else (scaled, length)
+    return image.resize(size, RESAMPLING[interpolation])

@@ -1,0 +1,390 @@
+"""The LightningModule that trains, validates and tests a network, compressed or not."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from lightning import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from timm.data.mixup import Mixup
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.optim.lr_scheduler import LambdaLR
+from torchmetrics import MetricCollection
+from torchmetrics.classification import MulticlassAccuracy
+
+from swincompress_pl.models.factory import create_model
+from swincompress_pl.models.manifest import CompressionMixin
+
+Batch = tuple[Tensor, Tensor]  # (N, 3, H, W) float, (N,) int64
+Config = TypeVar("Config")
+
+# A parameter whose name holds one of these is not decayed, nor is any with fewer than two dimensions (norms, biases).
+# "scale" covers the learned scales of quantization, which may have two dimensions.
+_NO_DECAY = ("pos_embed", "cls_token", "dist_token", "reg_token", "relative_position", "scale")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizationConfig:
+    """AdamW, with a linear warm-up and a cosine to `min_lr` over the steps of the fit.
+
+    lr: the peak, > 0. weight_decay: >= 0, for matrices only (`decay_groups`). warmup_epochs: >= 0, fractions allowed.
+    min_lr: 0 to lr, reached at the last step. betas: AdamW's.
+    """
+
+    lr: float = 1e-3
+    weight_decay: float = 0.05
+    warmup_epochs: float = 1.0
+    min_lr: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "betas", tuple(self.betas))
+        _require(self.lr > 0 and math.isfinite(self.lr), "OptimizationConfig.lr", self.lr, "a finite number above 0")
+        _require(self.weight_decay >= 0, "OptimizationConfig.weight_decay", self.weight_decay, "0 or more")
+        _require(self.warmup_epochs >= 0, "OptimizationConfig.warmup_epochs", self.warmup_epochs, "0 or more")
+        _require(0 <= self.min_lr <= self.lr, "OptimizationConfig.min_lr", self.min_lr, f"0 to lr ({self.lr})")
+        good = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
+        _require(good, "OptimizationConfig.betas", self.betas, "two numbers in [0, 1)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixingConfig:
+    """Mixup and cutmix by timm, per batch; which images are mixed is a function of (seed, epoch, batch).
+
+    mixup_alpha, cutmix_alpha: the Beta distributions' parameter, 0 switches one off (both 0: no mixing). probability:
+    of mixing a batch at all. switch_probability: of cutmix, where both are on.
+    """
+
+    mixup_alpha: float = 0.0
+    cutmix_alpha: float = 0.0
+    probability: float = 1.0
+    switch_probability: float = 0.5
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("mixup_alpha", "cutmix_alpha", "seed"):
+            _require(getattr(self, name) >= 0, f"MixingConfig.{name}", getattr(self, name), "0 or more")
+        for name in ("probability", "switch_probability"):
+            _require(0 <= getattr(self, name) <= 1, f"MixingConfig.{name}", getattr(self, name), "0 to 1")
+
+    @property
+    def enabled(self) -> bool:
+        """Whether any batch is mixed."""
+        return self.mixup_alpha > 0 or self.cutmix_alpha > 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillationConfig:
+    """Learn from the uncompressed network: loss = (1 - weight) * labels + weight * T^2 * KL(teacher || student).
+
+    weight: above 0, at most 1. temperature T: above 0. start_epoch: the teacher is the network as it stands when this
+    epoch starts, so it must come before the first compression; before it, only the labels teach. 0 asks for loaded
+    weights.
+    """
+
+    weight: float = 0.5
+    temperature: float = 1.0
+    start_epoch: int = 0
+
+    def __post_init__(self) -> None:
+        _require(0 < self.weight <= 1, "DistillationConfig.weight", self.weight, "above 0 and at most 1")
+        _require(self.temperature > 0, "DistillationConfig.temperature", self.temperature, "a number above 0")
+        _require(self.start_epoch >= 0, "DistillationConfig.start_epoch", self.start_epoch, "0 or more")
+
+
+def _require(good: bool, option: str, value: object, expected: str) -> None:
+    if not good:
+        raise ValueError(f"{option} is {value!r}; give {expected}.")
+
+
+def _as_config(kind: type[Config], value: Config | Mapping[str, Any]) -> Config:
+    """A config that came as plain data (a checkpoint's hyperparameters) as the dataclass; unknown options raise."""
+    if not isinstance(value, Mapping):
+        return value
+    known = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]  # all three are dataclasses
+    unknown = sorted(value.keys() - set(known))
+    if unknown:
+        raise ValueError(f"{kind.__name__}: unknown option {', '.join(unknown)}; it has {', '.join(known)}.")
+    return kind(**value)
+
+
+class CompressibleClassifier(CompressionMixin, LightningModule):
+    """Trains the network `net` as a classifier; what compresses it are callbacks, what restores it is CompressionMixin.
+
+    model, model_kwargs, checkpoint_path: as `create_model` takes them (`pretrained` goes into model_kwargs).
+    num_classes >= 2. label_smoothing: 0 to below 1. A checkpoint holds plain data and tensors only and needs nothing
+    else to be loaded again: neither the initial weights nor the data. `distillation` puts the teacher's weights into
+    it too, so that a resumed fit has the same teacher; load with `distillation=None` to leave them behind.
+
+    `net` may be replaced or change its parameters at any time (pruning, quantization): nothing of it is held elsewhere.
+    `input_description`: {"preprocessing": fields of data.Preprocessing, "class_names": [...]} of the data it was last
+    attached to, kept in checkpoints; {} before.
+
+    Logs train/loss, {val,test}/{loss,top1} and, with more than 5 classes, top5.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        num_classes: int,
+        model_kwargs: dict[str, Any] | None = None,
+        checkpoint_path: str | Path | None = None,
+        optimization: OptimizationConfig = OptimizationConfig(),
+        label_smoothing: float = 0.0,
+        mixing: MixingConfig = MixingConfig(),
+        distillation: DistillationConfig | None = None,
+    ) -> None:
+        super().__init__()
+        _require(num_classes >= 2, "num_classes", num_classes, "2 or more")
+        _require(0 <= label_smoothing < 1, "label_smoothing", label_smoothing, "0 or more and below 1")
+        if "num_classes" in (model_kwargs or {}):
+            raise ValueError("model_kwargs holds num_classes; give it as the argument num_classes only.")
+        self.optimization = _as_config(OptimizationConfig, optimization)
+        self.mixing = _as_config(MixingConfig, mixing)
+        self.distillation = None if distillation is None else _as_config(DistillationConfig, distillation)
+        self.label_smoothing = label_smoothing
+        self.num_classes = num_classes
+        self.input_description: dict[str, Any] = {}
+
+        self.net = create_model(model, num_classes=num_classes, checkpoint_path=checkpoint_path, **(model_kwargs or {}))
+        self._random_start = checkpoint_path is None and not (model_kwargs or {}).get("pretrained", False)
+        self._create_teacher()
+        self._create_metrics()
+        # Plain data, so that a checkpoint loads with weights_only, and without what only gave the initial weights:
+        # loading a checkpoint must neither download nor look for a file that is gone.
+        self.save_hyperparameters(
+            {
+                "model": model,
+                "num_classes": num_classes,
+                "model_kwargs": {k: v for k, v in self.net.creation["kwargs"].items() if k != "num_classes"},  # type: ignore[index,union-attr]
+                "checkpoint_path": None,
+                "optimization": dataclasses.asdict(self.optimization),
+                "label_smoothing": label_smoothing,
+                "mixing": dataclasses.asdict(self.mixing),
+                "distillation": None if self.distillation is None else dataclasses.asdict(self.distillation),
+            }
+        )
+
+    def _create_metrics(self) -> None:
+        ranks = [1, 5] if self.num_classes > 5 else [1]
+        accuracies: dict[str, Any] = {
+            f"top{k}": MulticlassAccuracy(num_classes=self.num_classes, top_k=k, average="micro") for k in ranks
+        }
+        self.val_metrics = MetricCollection(accuracies, prefix="val/")
+        self.test_metrics = self.val_metrics.clone(prefix="test/")
+
+    def _create_teacher(self) -> None:
+        # A module from the start, with the uncompressed shapes whatever becomes of `net`: then Lightning saves it,
+        # restores it and moves it between devices, and a resume has the very same teacher.
+        self.teacher: nn.Module | None = None
+        self.teacher_taken = False
+        self._teacher_untrained = False
+        if self.distillation is not None:
+            self.teacher = copy.deepcopy(self.net).requires_grad_(False).eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, 3, H, W) float normalized -> (N, num_classes) logits."""
+        logits: Tensor = self.net(x)
+        return logits
+
+    def setup(self, stage: str) -> None:
+        """Take the description of the input from the datamodule, if there is one that describes it."""
+        super().setup(stage)
+        data = getattr(self.trainer, "datamodule", None)
+        classes = getattr(data, "num_classes", self.num_classes)
+        if classes != self.num_classes:
+            raise ValueError(
+                f"the data has {classes} classes, the model num_classes={self.num_classes}; make them equal."
+            )
+        if data is not None and hasattr(data, "preprocessing"):
+            self.input_description = {
+                "preprocessing": data.preprocessing.to_dict(),
+                "class_names": list(data.class_names),
+            }
+        # Here, and not when the epoch starts: callbacks may compress before that. On a resume this is preliminary:
+        # Lightning loads the checkpoint, and with it the teacher, after `setup`.
+        starts_now = stage == "fit" and self.distillation is not None and self.distillation.start_epoch == 0
+        if starts_now and not self.teacher_taken and self._fits_teacher():
+            self.take_teacher()
+
+    def train(self, mode: bool = True) -> CompressibleClassifier:
+        """As for every module, but the teacher stays in evaluation."""
+        super().train(mode)
+        if self.teacher is not None:
+            self.teacher.eval()
+        return self
+
+    def on_train_epoch_start(self) -> None:
+        """Take the teacher when its epoch has come; raises ValueError where it would have nothing to teach."""
+        super().on_train_epoch_start()
+        if self.distillation is None or self.current_epoch < self.distillation.start_epoch:
+            return
+        if not self.teacher_taken:
+            self.take_teacher()
+        if self._teacher_untrained:
+            raise ValueError(
+                "distillation: the network has its random initial weights, which teach nothing; give checkpoint_path, "
+                "or model_kwargs={'pretrained': True}, or a start_epoch after some training."
+            )
+
+    def take_teacher(self) -> None:
+        """Make the network as it is now the teacher; raises ValueError where it is compressed already."""
+        if self.teacher is None:
+            raise ValueError("take_teacher: there is no teacher; construct the classifier with a DistillationConfig.")
+        if not self._fits_teacher():
+            raise ValueError(
+                f"distillation: at epoch {self.current_epoch} the network is compressed already and cannot be its own "
+                f"teacher; choose a start_epoch before the first compression."
+            )
+        now, initial = self.net.state_dict(), self.teacher.state_dict()
+        self._teacher_untrained = self._random_start and all(torch.equal(now[key], initial[key]) for key in now)
+        self.teacher.load_state_dict(now)
+        self.teacher_taken = True
+
+    def _fits_teacher(self) -> bool:
+        assert self.teacher is not None
+        now, initial = self.net.state_dict(), self.teacher.state_dict()
+        return now.keys() == initial.keys() and all(now[key].shape == initial[key].shape for key in now)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The loss of one batch, logged as train/loss."""
+        images, targets = self._mix(*batch, batch_idx) if self.mixing.enabled else batch
+        logits = self(images)
+        smoothing = 0.0 if self.mixing.enabled else self.label_smoothing  # Mixup smooths its targets itself
+        loss = functional.cross_entropy(logits, targets, label_smoothing=smoothing)
+        if self.teacher is not None and self.distillation is not None and self.teacher_taken:
+            with torch.no_grad():
+                teacher_logits = self.teacher(images)
+            distilled = distillation_loss(logits, teacher_logits, self.distillation.temperature)
+            loss = (1 - self.distillation.weight) * loss + self.distillation.weight * distilled
+        self.log("train/loss", loss, prog_bar=True, on_step=False, on_epoch=True, batch_size=len(images))
+        return loss
+
+    def _mix(self, images: Tensor, targets: Tensor, batch_idx: int) -> Batch:
+        if len(images) % 2:
+            raise ValueError(
+                f"a batch of {len(images)} images cannot be mixed in pairs; use an even batch_size and drop_last."
+            )
+        mixup = Mixup(  # type: ignore[no-untyped-call]  # timm does not annotate it
+            mixup_alpha=self.mixing.mixup_alpha,
+            cutmix_alpha=self.mixing.cutmix_alpha,
+            prob=self.mixing.probability,
+            switch_prob=self.mixing.switch_probability,
+            label_smoothing=self.label_smoothing,
+            num_classes=self.num_classes,
+        )
+        with _seeded_numpy([self.mixing.seed, self.current_epoch, batch_idx, self.global_rank]):
+            mixed: Batch = mixup(images.clone(), targets)  # timm mixes in place
+        return mixed
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Log val/loss and the accuracies of one batch."""
+        self._evaluate(batch, "val", self.val_metrics)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Log test/loss and the accuracies of one batch."""
+        self._evaluate(batch, "test", self.test_metrics)
+
+    def _evaluate(self, batch: Batch, stage: str, metrics: MetricCollection) -> None:
+        images, labels = batch
+        logits = self(images)
+        metrics.update(logits, labels)
+        loss = functional.cross_entropy(logits, labels)
+        self.log(f"{stage}/loss", loss, prog_bar=stage == "val", sync_dist=True, batch_size=len(images))
+        self.log_dict(metrics, prog_bar=True, batch_size=len(images))
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """AdamW over the parameters that `net` has now, scheduled per step."""
+        config = self.optimization
+        optimizer = torch.optim.AdamW(decay_groups(self.net, config.weight_decay), lr=config.lr, betas=config.betas)
+        steps = self.trainer.estimated_stepping_batches
+        if not math.isfinite(steps):
+            raise ValueError("the schedule needs an end; give the Trainer max_epochs or max_steps.")
+        epochs = self.trainer.max_epochs
+        steps_per_epoch = steps / epochs if epochs is not None and epochs > 0 else self._steps_per_epoch()
+        warmup_steps = min(round(config.warmup_epochs * steps_per_epoch), int(steps))
+
+        # A function and not an object: LambdaLR saves objects, and a resume with more epochs would get the old
+        # schedule back.
+        def factor(step: int) -> float:
+            return warmup_cosine(step, int(steps), warmup_steps, floor=config.min_lr / config.lr)
+
+        schedule = LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step", "name": "lr"}}
+
+    def _steps_per_epoch(self) -> float:
+        return float(self.trainer.num_training_batches) / self.trainer.accumulate_grad_batches
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the manifest of the compression and the description of the input."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["swincompress_pl_input"] = copy.deepcopy(self.input_description)
+        checkpoint["swincompress_pl_teacher_taken"] = self.teacher_taken
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Rebuild the compressed network; take over the input's description, and the teacher where there is one."""
+        super().on_load_checkpoint(checkpoint)
+        if not self.input_description:  # a datamodule at hand says more than what was attached long ago
+            self.input_description = copy.deepcopy(checkpoint.get("swincompress_pl_input", {}))
+        state = checkpoint["state_dict"]
+        saved = [key for key in state if key.startswith("teacher.")]
+        self._teacher_untrained = False
+        if self.teacher is None:
+            for key in saved:  # loaded with distillation=None
+                del state[key]
+        elif saved:
+            self.teacher_taken = bool(checkpoint["swincompress_pl_teacher_taken"])
+        else:  # distillation is new: the teacher is taken at its epoch, from what is loaded now
+            self.teacher_taken = False
+            state.update({f"teacher.{key}": tensor for key, tensor in self.teacher.state_dict().items()})
+
+
+def decay_groups(network: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """The trainable parameters of `network` in two groups for an optimizer: with `weight_decay` and with none.
+
+    Not decayed: anything with fewer than two dimensions (norms, biases), position embeddings, tokens,
+    relative-position tables, and the scales of quantization.
+    """
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
+    for name, parameter in network.named_parameters():
+        if parameter.requires_grad:
+            spared = parameter.ndim < 2 or any(part in name for part in _NO_DECAY)
+            (plain if spared else decayed).append(parameter)
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+
+
+def warmup_cosine(step: int, steps: int, warmup_steps: int, *, floor: float) -> float:
+    """The learning rate at `step` in 0 .. steps - 1 as a part of its peak: linear to 1, then a cosine to `floor`."""
+    if step < warmup_steps:
+        return (step + 1) / (warmup_steps + 1)
+    progress = min((step - warmup_steps) / max(steps - 1 - warmup_steps, 1), 1.0)
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def distillation_loss(logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
+    """T^2 * KL(teacher || student) at temperature T, the batch's mean; (N, C) logits each (Hinton et al., 2015)."""
+    student = functional.log_softmax(logits / temperature, dim=-1)
+    teacher = functional.log_softmax(teacher_logits / temperature, dim=-1)
+    return functional.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature**2
+
+
+@contextmanager
+def _seeded_numpy(entropy: list[int]) -> Iterator[None]:
+    """NumPy's global generator, which timm's Mixup uses, starts from `entropy` inside and is unchanged afterwards."""
+    state = np.random.get_state()
+    np.random.seed(np.random.SeedSequence(entropy).generate_state(4))
+    try:
+        yield
+    finally:
+        np.random.set_state(state)

@@ -1,0 +1,215 @@
+"""Networks by name: timm's, two of timm's classes with free arguments, and spikingjelly's builders."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+# Lower-case name -> class of timm, for small inputs that no registered model has.
+_CLASSES: dict[str, type[nn.Module]] = {
+    "swintransformer": timm.models.SwinTransformer,
+    "swin": timm.models.SwinTransformer,
+    "visiontransformer": timm.models.VisionTransformer,
+    "vit": timm.models.VisionTransformer,
+}
+_CLASS_NAMES = ("SwinTransformer", "VisionTransformer")
+# Name -> module of spikingjelly.activation_based.model
+_SPIKING = {
+    "spikformer_ti": "spikformer",
+    "spikformer_s": "spikformer",
+    "spikformer_cifar10": "spikformer",
+    "qkformer_10_384": "qkformer",
+    "sdt_8_384": "spike_driven_transformer",
+    "maxformer_10_384": "maxformer",
+    "maxformer_cifar": "maxformer",
+}
+# Buffers that older timm versions saved and newer ones compute: the only keys of a file that may be left over.
+_RECOMPUTED = ("relative_position_index", "attn_mask")
+
+
+def create_model(
+    name: str, *, pretrained: bool = False, checkpoint_path: str | Path | None = None, **kwargs: Any
+) -> nn.Module:
+    """A network by name, with `kwargs` for its constructor; it remembers them as `network.creation`.
+
+    name: a model of timm ("swin_tiny_patch4_window7_224", with a tag or not), "SwinTransformer" or
+    "VisionTransformer" (any case, or "swin", "vit") with the arguments of timm's class, or a builder of spikingjelly
+    ("spikformer_ti", ...). pretrained: timm's published weights (a download). checkpoint_path: weights in a
+    safetensors or torch file instead. `network.creation` is {"name": str, "kwargs": JSON data}: with it and a state
+    dict the network can be built again.
+
+    Raises ValueError for an unknown name (with the closest known ones), for arguments that are not JSON data, and for
+    weights that do not fit or are not finite; TypeError for arguments that the network does not take.
+    """
+    if pretrained and checkpoint_path is not None:
+        raise ValueError(f"{name}: pretrained=True and checkpoint_path={checkpoint_path} are both given; choose one.")
+    recorded = _as_json(name, kwargs)
+    network = _builder(name, pretrained)(**kwargs)
+    if checkpoint_path is not None:
+        load_weights(network, Path(checkpoint_path))
+    network.creation = {"name": name, "kwargs": recorded}  # type: ignore[assignment]  # not a module, just data
+    return network
+
+
+def recreate_model(creation: Mapping[str, Any]) -> nn.Module:
+    """The network that `network.creation` describes, with fresh weights."""
+    return create_model(creation["name"], **creation["kwargs"])
+
+
+def _builder(name: str, pretrained: bool) -> Callable[..., nn.Module]:
+    if timm.is_model(name.split(".")[0]):
+        return lambda **kwargs: timm.create_model(name, pretrained=pretrained, **kwargs)
+    builder: Callable[..., nn.Module]
+    if name.lower() in _CLASSES:
+        builder = _CLASSES[name.lower()]
+    elif name in _SPIKING:
+        builder = _spiking_builder(name)
+    else:
+        raise ValueError(_unknown(name))
+    if pretrained:
+        raise ValueError(
+            f"{name}: there are no published weights under this name; use checkpoint_path, or a model name of timm."
+        )
+    return builder
+
+
+def _spiking_builder(name: str) -> Callable[..., nn.Module]:
+    # Imported on use: spikingjelly takes seconds to import and most networks do not spike.
+    import importlib
+
+    module = importlib.import_module(f"spikingjelly.activation_based.model.{_SPIKING[name]}")
+    return getattr(module, name)  # type: ignore[no-any-return]
+
+
+def _unknown(name: str) -> str:
+    known = [*_CLASS_NAMES, *_SPIKING, *timm.list_models()]
+    by_lower = {entry.lower(): entry for entry in known}
+    close = [by_lower[match] for match in difflib.get_close_matches(name.lower(), by_lower, n=5)]
+    hint = (
+        f"did you mean {', '.join(close)}?"
+        if close
+        else f"examples: swin_tiny_patch4_window7_224, {', '.join(_SPIKING)}."
+    )
+    return (
+        f"unknown model {name!r}; {hint} timm.list_models() lists timm's names; "
+        f"{' and '.join(_CLASS_NAMES)} take the arguments of timm's class."
+    )
+
+
+def _as_json(name: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    recorded = {}
+    for key, value in kwargs.items():
+        try:
+            recorded[key] = json.loads(json.dumps(value, allow_nan=False))
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"{name}: argument {key}={value!r} is not JSON data ({error}), so no checkpoint could rebuild the "
+                f"network; pass numbers, strings, lists (timm takes layers by name, e.g. norm_layer='layernorm')."
+            ) from error
+    return recorded
+
+
+def load_weights(network: nn.Module, path: Path) -> None:
+    """Load a safetensors file or a torch file (tensors only) into `network`, all or nothing.
+
+    A state dict may lie under "state_dict" or "model", with the prefix "net." of a LightningModule or "module." of DDP.
+    Raises ValueError, naming the tensors, where one is missing, left over, of another shape or not finite.
+    """
+    loaded = _strip_prefix(read_state_dict(path))
+    expected = network.state_dict()
+    left_over = {key for key in loaded.keys() - expected.keys() if not key.endswith(_RECOMPUTED)}
+    problems = {
+        "missing": sorted(expected.keys() - loaded.keys()),
+        "unexpected": sorted(left_over),
+        "of another shape": [
+            f"{key} {tuple(loaded[key].shape)} instead of {tuple(tensor.shape)}"
+            for key, tensor in expected.items()
+            if key in loaded and loaded[key].shape != tensor.shape
+        ],
+        "with NaN or infinity": [
+            key
+            for key in expected.keys() & loaded.keys()
+            if loaded[key].is_floating_point() and not loaded[key].isfinite().all()
+        ],
+    }
+    found = [
+        f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if names[3:] else ''})"
+        for what, names in problems.items()
+        if names
+    ]
+    if found:
+        raise ValueError(
+            f"{path}: its tensors do not fit {type(network).__name__}: {'; '.join(found)}. "
+            f"Check the model's name and arguments (num_classes, depths, ...) against the file."
+        )
+    network.load_state_dict({key: loaded[key] for key in expected})
+
+
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file (by its extension) or a torch file; raises ValueError for any other."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: the weights file is missing.")
+    if path.suffix == ".safetensors":
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"{path}: not a safetensors file, or cut off ({error}).") from error
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises whatever its unpickler and the zip reader raise
+        raise ValueError(f"{path}: not a torch file of plain tensors ({type(error).__name__}: {error}).") from error
+    for key in ("state_dict", "model"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise ValueError(
+            f"{path}: holds no state dict (names -> tensors), neither at the top nor under 'state_dict' or 'model'."
+        )
+    return dict(content)
+
+
+def _strip_prefix(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    for prefix in ("net.", "module."):
+        if state and any(key.startswith(prefix) for key in state):
+            # what lies beside the network (a teacher, metrics) is not the network's
+            return {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
+    return state
+
+
+def preprocessing_for(network: nn.Module) -> dict[str, Any]:
+    """How timm says that images are prepared for `network`, as the fields of `swincompress_pl.data.Preprocessing`.
+
+    Raises ValueError where the network brings no such description (timm's classes built directly, spiking networks),
+    or asks for something that Preprocessing has no word for: another crop mode, another interpolation.
+    """
+    described = getattr(network, "pretrained_cfg", None)
+    if not described:
+        raise ValueError(
+            f"{type(network).__name__}: brings no preprocessing; take it from the data (datamodule.preprocessing)."
+        )
+    resolved: dict[str, Any] = timm.data.config.resolve_data_config(model=network)  # type: ignore[no-untyped-call]
+    if resolved["crop_mode"] != "center" or resolved["interpolation"] not in ("bicubic", "bilinear"):
+        raise ValueError(
+            f"{type(network).__name__}: crop mode {resolved['crop_mode']!r} with interpolation "
+            f"{resolved['interpolation']!r} is not supported; only center crops with bicubic or bilinear. "
+            f"Pass a Preprocessing of your own to the data."
+        )
+    _, height, width = resolved["input_size"]
+    return {
+        "height": height,
+        "width": width,
+        "resize": math.floor(max(height, width) / resolved["crop_pct"]),
+        "interpolation": resolved["interpolation"],
+        "mean": list(resolved["mean"]),
+        "std": list(resolved["std"]),
+    }

@@ -1,0 +1,201 @@
+"""The architecture manifest: it travels in the checkpoint and is replayed before the weights load.
+
+A checkpoint carries `checkpoint["swincompress_pl"] = {"version": 1, "history": [...]}`, plain data: the network's
+`compression_history`, oldest entry first. There is one restore path, `LightningModule.on_load_checkpoint`, which runs
+for `load_from_checkpoint` and, in a trainer, before the weights are loaded and the optimizers are made.
+`CompressionMixin` brings it; a callback adds it to a module without the mixin by `restore_on_load` in its `setup`. (A
+look at `trainer.ckpt_path` in `setup` does not do: in lightning 2.6 it still is the path of the run before.)
+"""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import LightningModule
+from torch import nn
+
+from ..pruning import PruningPlan, apply_plan, history_of, regrow_latest_plan
+from ..quant import QuantizedNetwork
+from .factory import recreate_model
+
+CHECKPOINT_KEY = "swincompress_pl"
+MANIFEST_VERSION = 1
+
+
+def _replay_prune(network: nn.Module, data: Mapping[str, Any]) -> nn.Module:
+    apply_plan(network, PruningPlan.from_dict(data))
+    return network
+
+
+def _replay_quantize(network: nn.Module, data: Mapping[str, Any]) -> nn.Module:
+    quantized = QuantizedNetwork(network, **data)
+    return quantized.train(network.training)
+
+
+# Kind of a history's entry -> how it is done again to a network; gives the network that takes its place.
+_REPLAY: dict[str, Callable[[nn.Module, Mapping[str, Any]], nn.Module]] = {
+    "prune": _replay_prune,
+    "quantize": _replay_quantize,
+}
+
+
+class CompressionMixin:
+    """For a LightningModule whose checkpoints are to restore a compressed network.
+
+    `class Mine(CompressionMixin, LightningModule)`: then `Mine.load_from_checkpoint` rebuilds what was compressed.
+    model_attribute: the attribute that holds the network.
+    """
+
+    model_attribute: str = "net"
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the manifest."""
+        assert isinstance(self, LightningModule)
+        super().on_save_checkpoint(checkpoint)  # type: ignore[misc]  # the LightningModule's
+        save_to_checkpoint(self, checkpoint, self.model_attribute)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Rebuild the compressed network before the weights load."""
+        assert isinstance(self, LightningModule)
+        super().on_load_checkpoint(checkpoint)  # type: ignore[misc]  # the LightningModule's
+        _restore(self, history_in(checkpoint), self.model_attribute)
+
+
+def network_of(module: LightningModule, model_attribute: str) -> nn.Module:
+    """The network that `module` holds; a compiled one (`torch.compile`) is unwrapped.
+
+    Raises AttributeError naming the attribute and those that would do.
+    """
+    network = getattr(module, model_attribute, None)
+    if not isinstance(network, nn.Module):
+        children = [name for name, _ in module.named_children()]
+        raise AttributeError(
+            f"model_attribute={model_attribute!r}: {type(module).__name__} has no module of that name; it holds "
+            f"{', '.join(children) or 'no modules'}. Pass the name of the one to compress."
+        )
+    inner = getattr(network, "_orig_mod", network)
+    assert isinstance(inner, nn.Module)
+    return inner
+
+
+def save_to_checkpoint(module: LightningModule, checkpoint: dict[str, Any], model_attribute: str = "net") -> None:
+    """Write the manifest of `module`'s network into `checkpoint`; writing it twice changes nothing."""
+    history = copy.deepcopy(history_of(network_of(module, model_attribute)))
+    checkpoint[CHECKPOINT_KEY] = {"version": MANIFEST_VERSION, "history": history}
+
+
+def restore_on_load(module: LightningModule, model_attribute: str = "net") -> None:
+    """From now on, bring `module`'s network to the architecture of any checkpoint that a trainer loads into it.
+
+    For callbacks, in `setup`. Doing it twice, or for a module with the mixin, changes nothing.
+    """
+    network_of(module, model_attribute)  # a wrong name is found now
+    mixed_in = isinstance(module, CompressionMixin) and module.model_attribute == model_attribute
+    if not mixed_in and not isinstance(vars(module).get("on_load_checkpoint"), _RestoreFirst):
+        hook = _RestoreFirst(module, model_attribute, module.on_load_checkpoint)
+        module.on_load_checkpoint = hook  # type: ignore[method-assign]
+
+
+class _RestoreFirst:
+    """A module's `on_load_checkpoint` with the restoring in front; a class, so that it can be copied and pickled."""
+
+    def __init__(self, module: LightningModule, model_attribute: str, then: Callable[[dict[str, Any]], None]) -> None:
+        self.module, self.model_attribute, self.then = module, model_attribute, then
+
+    def __call__(self, checkpoint: dict[str, Any]) -> None:
+        _restore(self.module, history_in(checkpoint), self.model_attribute)
+        self.then(checkpoint)
+
+
+def _restore(module: LightningModule, history: Sequence[Mapping[str, Any]], model_attribute: str) -> None:
+    network = network_of(module, model_attribute)
+    restored = restore_from_history(network, history)
+    if restored is network:
+        return
+    if getattr(module, model_attribute) is not network:
+        raise ValueError(
+            f"{type(module).__name__}.{model_attribute} is compiled, so the network that the checkpoint needs cannot "
+            "take its place; load the checkpoint first, then call torch.compile"
+        )
+    setattr(module, model_attribute, restored)
+
+
+def restore_from_checkpoint(
+    module: LightningModule, ckpt_path: str | Path | None, model_attribute: str = "net"
+) -> None:
+    """Bring `module`'s network to the architecture of the checkpoint at `ckpt_path`, without its weights.
+
+    None does nothing. For a callback's `setup` take `restore_on_load`: `trainer.ckpt_path` is not yet that of the run.
+    """
+    if ckpt_path is not None:
+        _restore(module, history_in(_read(ckpt_path)), model_attribute)
+
+
+def history_in(checkpoint: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The history in a checkpoint's manifest, empty where there is none; ValueError for another version."""
+    manifest = checkpoint.get(CHECKPOINT_KEY)
+    if manifest is None:
+        return []
+    if not isinstance(manifest, Mapping) or manifest.get("version") != MANIFEST_VERSION:
+        found = manifest.get("version") if isinstance(manifest, Mapping) else manifest
+        raise ValueError(
+            f"the checkpoint's manifest has version {found!r}, this package reads {MANIFEST_VERSION}; update "
+            "swincompress_pl"
+        )
+    return list(manifest["history"])
+
+
+def restore_from_history(network: nn.Module, history: Sequence[Mapping[str, Any]]) -> nn.Module:
+    """The network with the history `history`: what `network` has beyond that is undone in shape, what is missing is
+    replayed.
+
+    Pruning changes `network` itself; quantization wraps it, so the result may be another object. The weights are not
+    right until those of the checkpoint are loaded.
+    """
+    for entry in history:
+        if len(entry) != 1 or next(iter(entry)) not in _REPLAY:
+            raise ValueError(
+                f"the history holds an entry {list(entry)}, this package knows {list(_REPLAY)}; update swincompress_pl"
+            )
+    done = history_of(network)
+    common = 0
+    while common < min(len(done), len(history)) and done[common] == history[common]:
+        common += 1
+    for entry in reversed(done[common:]):
+        if isinstance(network, QuantizedNetwork):
+            assert "quantize" in entry
+            network = network.network
+        else:
+            regrow_latest_plan(network)
+    for entry in history[common:]:
+        (kind, data), *_ = entry.items()
+        network = _REPLAY[kind](network, data)
+    return network
+
+
+def rebuild(origin: Mapping[str, Any]) -> nn.Module:
+    """The float network, pruned and with random weights, that a Program's `origin` describes.
+
+    origin: {"network": `creation` of the network, "history": entries}; entries of quantization are left out.
+    """
+    if not origin.get("network"):
+        raise ValueError("the origin does not say how its network was created; build networks with models.create_model")
+    history = [entry for entry in origin.get("history") or [] if "quantize" not in entry]
+    return restore_from_history(recreate_model(origin["network"]), history)
+
+
+def _read(ckpt_path: str | Path) -> Mapping[str, Any]:
+    try:
+        # Mapped, not read: only the manifest is needed here.
+        checkpoint: Mapping[str, Any] = torch.load(ckpt_path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{ckpt_path} holds more than tensors and plain data, so it is not read; save plain hyperparameters, or "
+            f"allow the types with torch.serialization.add_safe_globals. {error}"
+        ) from error
+    return checkpoint

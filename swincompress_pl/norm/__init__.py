@@ -1,0 +1,25 @@
+"""The integer norm: what every number of a compressed network is, in NumPy and without torch.
+
+`Program` is the network as data, `check` proves it, `run` defines its result. `docs/norm.md` derives the rules.
+"""
+
+from swincompress_pl.norm.integer import EXP_STEPS, LIMITS, multiplier
+from swincompress_pl.norm.program import INPUT_VALUE, InputDescription, Operation, Program, ProgramError, Value
+from swincompress_pl.norm.reference import Cost, check, costs, run, steps
+
+__all__ = [
+    "EXP_STEPS",
+    "INPUT_VALUE",
+    "LIMITS",
+    "Cost",
+    "InputDescription",
+    "Operation",
+    "Program",
+    "ProgramError",
+    "Value",
+    "check",
+    "costs",
+    "multiplier",
+    "run",
+    "steps",
+]

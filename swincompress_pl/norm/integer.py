@@ -1,0 +1,129 @@
+"""The integer primitives of the norm: ranges, requantization, exponential, reciprocal square root.
+
+Everything here is exact integer arithmetic on NumPy arrays. Where float64 is used as a tool (matrix products, a first
+guess of a square root) the result is the exact integer, by the bounds stated there. `docs/norm.md` derives each rule.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+
+IntArray = npt.NDArray[np.integer]
+Int64Array = npt.NDArray[np.int64]
+
+# Closed ranges of every type a value may have. -128 is excluded: with it AVX2's 16-bit pair sums may saturate.
+LIMITS: dict[str, tuple[int, int]] = {
+    "int8": (-127, 127),
+    "uint8": (0, 255),
+    "int16": (-32767, 32767),
+    "int32": (-(2**31 - 1), 2**31 - 1),
+}
+ITEMSIZE = {"int8": 1, "uint8": 1, "int16": 2, "int32": 4}
+
+MULTIPLIER_BITS = 22
+SHIFT_MAX = 52
+ACCUMULATOR_BOUND = 2**31
+
+# Exponential: steps an octave, and the argument from which every exponential is 0 (9 octaves: 255 * 2**-9 < 1/2).
+EXP_STEPS = 32
+EXP_ZERO = 9 * EXP_STEPS
+EXP_TABLE: npt.NDArray[np.uint16] = np.array(
+    [math.floor(65280 * 2 ** (-i / EXP_STEPS) + 0.5) for i in range(EXP_STEPS)], dtype=np.uint16
+)
+RECIPROCAL_BITS = 24
+
+# LayerNorm: fractional bits of the normalised value, and the widest row whose bounds hold (see `layer_norm`).
+NORMALIZED_FRACTION_BITS = 16
+LAYER_NORM_CHANNELS_MAX = 4096
+
+
+def multiplier(real: float | npt.NDArray[np.floating]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.uint8]]:
+    """The integer pair (mult, shift) with mult * 2**-shift nearest to `real`: mult in [2**21, 2**22) or 0, shift in
+    [1, 52].
+
+    real: any shape, finite, in [0, 2**21). Below 2**-31 the pair is (0, 1): over an int32 accumulator such a factor
+    moves the result by less than one step. Raises ValueError outside the range.
+    """
+    values = np.asarray(real, dtype=np.float64)
+    if not np.isfinite(values).all() or (values < 0).any() or (values >= 2**21 - 1).any():
+        worst = values.flat[int(np.argmax(~np.isfinite(values) | (values < 0) | (values >= 2**21 - 1)))]
+        raise ValueError(f"requantization factor {worst!r} is outside [0, 2**21); recalibrate the scales it comes from")
+    mantissa, exponent = np.frexp(values)
+    mult = np.floor(mantissa * 2**MULTIPLIER_BITS + 0.5).astype(np.int64)
+    carried = mult == 2**MULTIPLIER_BITS
+    mult = np.where(carried, 2 ** (MULTIPLIER_BITS - 1), mult)
+    shift = MULTIPLIER_BITS - (exponent.astype(np.int64) + carried)
+    dead = (mult == 0) | (shift > SHIFT_MAX)
+    return np.where(dead, 0, mult).astype(np.int32), np.where(dead, 1, shift).astype(np.uint8)
+
+
+def saturate(values: IntArray, dtype: str) -> IntArray:
+    """Clamps to the range of `dtype` and converts to it."""
+    low, high = LIMITS[dtype]
+    return np.clip(values, low, high).astype(dtype)
+
+
+def shift_right_rounded(values: IntArray, shift: IntArray | int) -> Int64Array:
+    """floor(values / 2**shift + 1/2) for int64 values: one rounding, half up; shift >= 1."""
+    wide_shift = np.asarray(shift, dtype=np.int64)
+    rounded: Int64Array = (values.astype(np.int64) + (np.int64(1) << (wide_shift - 1))) >> wide_shift
+    return rounded
+
+
+def requantize(accumulator: IntArray, mult: IntArray, shift: IntArray, dtype: str) -> IntArray:
+    """clamp((accumulator * mult + 2**(shift-1)) >> shift): the one way from an accumulator to a value.
+
+    accumulator: int32 range, last axis broadcasts against mult and shift. |accumulator| * mult < 2**53, so a float64
+    twin of the product is exact.
+    """
+    product = accumulator.astype(np.int64) * mult.astype(np.int64)
+    return saturate(shift_right_rounded(product, shift), dtype)
+
+
+def integer_matmul(a: IntArray, b: IntArray) -> Int64Array:
+    """The exact product of two integer arrays whose every partial sum stays below 2**53 in magnitude.
+
+    int8 products bounded by 2**31 satisfy that; sums of integers below 2**53 are exact in float64 in any order, so the
+    fast BLAS product is the integer product.
+    """
+    product: Int64Array = np.matmul(a.astype(np.float64), b.astype(np.float64)).astype(np.int64)
+    return product
+
+
+def exponential(distance: IntArray, mult: IntArray, shift: IntArray) -> npt.NDArray[np.uint8]:
+    """255 * exp(-x) for x = distance * (unit of x), rounded to uint8; 255 at distance 0 and 0 from nine octaves on.
+
+    distance: row maximum minus logit, >= 0, below 2**31, in accumulator units. (mult, shift) turn it into 32nds of an
+    octave.
+    """
+    octaves = np.minimum(shift_right_rounded(distance.astype(np.int64) * mult.astype(np.int64), shift), EXP_ZERO)
+    mantissa = EXP_TABLE[octaves % EXP_STEPS].astype(np.int64)
+    # floor of a floor: the same as one rounding of mantissa / 2**(8 + octave), and everything fits 16 bits
+    rounded: npt.NDArray[np.uint8] = (((mantissa >> (octaves // EXP_STEPS)) + 128) >> 8).astype(np.uint8)
+    return rounded
+
+
+def isqrt(n: Int64Array) -> Int64Array:
+    """floor(sqrt(n)) for n in [0, 2**62)."""
+    root = np.floor(np.sqrt(n.astype(np.float64))).astype(np.int64)
+    root -= root * root > n  # the guess is at most one off on either side
+    root += (root + 1) * (root + 1) <= n
+    return root
+
+
+def reciprocal_sqrt(variance: Int64Array) -> tuple[Int64Array, Int64Array]:
+    """(r, t) with r * 2**(t - 54) = 1 / sqrt(variance) to a relative error below 2**-22; r in [2**23, 2**24), t in [0,
+    30].
+
+    variance: in [1, 2**62). Normalised by 4**t into [2**60, 2**62), floored root, floored division.
+    """
+    normalized = variance.astype(np.int64)
+    t = np.zeros_like(normalized)
+    for step in (16, 8, 4, 2, 1):
+        small = normalized < np.int64(1) << np.int64(62 - 2 * step)
+        normalized = np.where(small, normalized << np.int64(2 * step), normalized)
+        t += step * small
+    return np.int64(2**54 - 1) // isqrt(normalized), t

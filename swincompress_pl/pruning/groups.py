@@ -1,0 +1,146 @@
+"""What can be cut: a structured group as plain data.
+
+A group is a set of interchangeable units (the heads of one attention, the hidden channels of one MLP) together with
+every tensor index that belongs to each unit. Removing a unit means removing all of its indices at once. Example, the
+heads of a ViT block with two heads of 16 channels:
+
+    Group(name="blocks.0.attn.heads", kind="heads", units=2,
+          slices=(Slice(tensor="blocks.0.attn.qkv.weight", axis=0, width=16, offsets=(0, 32, 64)),  # q, k and v rows
+                  Slice(tensor="blocks.0.attn.qkv.bias", axis=0, width=16, offsets=(0, 32, 64)),
+                  Slice(tensor="blocks.0.attn.proj.weight", axis=1, width=16, consumer=True)),
+          attributes=(Attribute(module="blocks.0.attn", name="num_heads"), ...))
+
+Groups are written down by the adapter of each family (`swincompress_pl.models`), never guessed from a trace.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slice:
+    """The indices along one axis of one tensor that belong to each unit of a group.
+
+    tensor: name of a parameter or buffer, dotted, from the network. axis: its axis.
+    Unit u owns the indices `offset + u * width + [0, width)` for each offset, e.g. offsets (0, D, 2 * D) for q, k and
+    v.
+    consumer: the tensor reads the unit's output and nothing else does; these indices set to zero remove the unit
+    exactly.
+    """
+
+    tensor: str
+    axis: int
+    width: int = 1
+    offsets: tuple[int, ...] = (0,)
+    consumer: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "offsets", tuple(self.offsets))
+        if self.axis < 0 or self.width < 1 or not self.offsets or min(self.offsets) < 0:
+            raise ValueError(
+                f"{self.tensor}: a slice needs axis >= 0, width >= 1 and offsets >= 0, not axis={self.axis}, "
+                f"width={self.width}, offsets={self.offsets}"
+            )
+
+    def indices(self, units: Iterable[int]) -> list[int]:
+        """The indices along `axis` that `units` own, sorted."""
+        starts = [offset + unit * self.width for offset in self.offsets for unit in units]
+        return sorted(start + i for start in starts for i in range(self.width))
+
+    def end(self, units: int) -> int:
+        """One past the highest index that any of `units` units owns."""
+        return max(self.offsets) + units * self.width
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attribute:
+    """An integer attribute of a module that has to follow when units are removed.
+
+    Without `size_of` its value is the number of units (`num_heads`); with it, the length of that tensor's `axis`
+    (`out_features`), which stays right when two groups cut the same tensor.
+    """
+
+    module: str
+    name: str
+    size_of: str | None = None
+    axis: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """Units that can be removed from a network, with everything that is coupled to them.
+
+    name: unique in the network and stable under pruning. kind: "heads" or "mlp" (more come with more families).
+    units: how many the network has now. min_units: how many have to stay, at least one.
+    The data can be printed (`str(group)`), stored (`to_dict`, JSON types only) and read back (`from_dict`).
+    """
+
+    name: str
+    kind: str
+    units: int
+    slices: tuple[Slice, ...]
+    attributes: tuple[Attribute, ...] = ()
+    min_units: int = 1
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "slices", tuple(self.slices))
+        object.__setattr__(self, "attributes", tuple(self.attributes))
+        if self.units < 1 or not 1 <= self.min_units <= self.units:
+            raise ValueError(
+                f"{self.name}: a group needs units >= 1 and 1 <= min_units <= units, not units={self.units}, "
+                f"min_units={self.min_units}"
+            )
+        if not any(s.consumer for s in self.slices):
+            raise ValueError(
+                f"{self.name}: no slice is marked as consumer, so its units cannot be masked; mark the reader"
+            )
+
+    def consumers(self) -> tuple[Slice, ...]:
+        """The slices whose indices, set to zero, remove a unit exactly."""
+        return tuple(s for s in self.slices if s.consumer)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The group in JSON types."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Group:
+        """The group that `to_dict` wrote, also after a way through JSON (lists for tuples)."""
+        fields = dict(data)
+        fields["slices"] = tuple(Slice(**s) for s in fields["slices"])
+        fields["attributes"] = tuple(Attribute(**a) for a in fields.get("attributes", ()))
+        return cls(**fields)
+
+    def __str__(self) -> str:
+        rows = [
+            f"  {s.tensor} axis {s.axis}: {s.width} a unit at "
+            f"{', '.join(map(str, s.offsets))}{' (consumer)' * s.consumer}"
+            for s in self.slices
+        ]
+        rows += [
+            f"  {a.module}.{a.name} = {f'length of {a.size_of} axis {a.axis}' if a.size_of else 'units'}"
+            for a in self.attributes
+        ]
+        return "\n".join([f"{self.name}: {self.units} {self.kind}, at least {self.min_units}", *rows])
+
+
+def validate_units(group: Group, units: Iterable[int], what: str) -> tuple[int, ...]:
+    """`units` as a sorted tuple; ValueError, naming the group, for repeated units or ones that it does not have."""
+    chosen = tuple(sorted(units))
+    if len(set(chosen)) != len(chosen):
+        raise ValueError(f"{group.name}: {what} repeat a unit: {_shorten(chosen)}")
+    if chosen and not 0 <= chosen[0] <= chosen[-1] < group.units:
+        wrong = [u for u in chosen if not 0 <= u < group.units]
+        raise ValueError(
+            f"{group.name}: {what} name units {_shorten(wrong)}, but the group has units 0 to {group.units - 1}; "
+            "was the plan made for another network, or was the network already pruned?"
+        )
+    return chosen
+
+
+def _shorten(values: Iterable[int], most: int = 8) -> str:
+    listed = list(values)
+    return ", ".join(map(str, listed[:most])) + (f", ... ({len(listed)} in all)" if len(listed) > most else "")

@@ -1,0 +1,137 @@
+"""What calibration sees of a float network: ranges of every site, and samples of layers with their sensitivities."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from swincompress_pl.quant.graph import Graph, Node, Passthrough, Run, Site, WeightedNode
+
+
+def calibration_images(calibration: Iterable[Any], limit: int) -> list[Tensor]:
+    """The first `limit` images of an iterable of batches (images, or a sequence or mapping that starts with them).
+
+    Raises TypeError for batches of another form and ValueError for none at all, naming what was found.
+    """
+    batches: list[Tensor] = []
+    count = 0
+    for batch in calibration:
+        images = batch[0] if isinstance(batch, Sequence) and not isinstance(batch, str) and len(batch) else batch
+        if not isinstance(images, Tensor) or images.ndim != 4 or not images.is_floating_point():
+            shape = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
+            raise TypeError(
+                f"calibration batch holds {shape}; give batches as the network takes them: normalized float images "
+                f"(N, C, H, W), alone or first in a tuple (images, labels)"
+            )
+        batches.append(images[: limit - count])
+        count += len(batches[-1])
+        if count >= limit:
+            break
+    if count == 0:
+        raise ValueError("calibration is empty; give at least one batch of images")
+    return batches
+
+
+@dataclass
+class Ranges:
+    """Extremes of one site over all calibration images, per channel (C,)."""
+
+    low: Tensor
+    high: Tensor
+
+    @property
+    def magnitude(self) -> Tensor:
+        return torch.maximum(self.low.abs(), self.high.abs())
+
+
+class RangeObserver(Passthrough):
+    """Keeps the true extremes of every site: nothing is sampled, an outlier of one pixel counts."""
+
+    def __init__(self) -> None:
+        self.ranges: dict[str, Ranges] = {}
+
+    def activation(self, site: Site, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        low, high = rows.amin(0), rows.amax(0)
+        if not (torch.isfinite(low).all() and torch.isfinite(high).all()):
+            raise ValueError(
+                f"site {site.name!r} sees NaN or infinite values in calibration; check the images and the weights "
+                "before it"
+            )
+        known = self.ranges.get(site.name)
+        if known is not None:
+            low, high = torch.minimum(low, known.low), torch.maximum(high, known.high)
+        self.ranges[site.name] = Ranges(low, high)
+        return x
+
+
+@dataclass
+class LayerSample:
+    """Rows of one weighted layer: inputs (R, K) and the sensitivity of the loss to each output (R, M)."""
+
+    inputs: list[Tensor] = field(default_factory=list)
+    sensitivity: list[Tensor] = field(default_factory=list)
+
+    @property
+    def rows(self) -> tuple[Tensor, Tensor]:
+        return torch.cat(self.inputs), torch.cat(self.sensitivity)
+
+
+class LayerSampler(Passthrough):
+    """Samples `rows_per_batch` random rows of every weighted layer, and their output gradients once they arrive."""
+
+    def __init__(self, network: nn.Module, *, rows_per_batch: int, seed: int = 0) -> None:
+        self.network, self.rows_per_batch = network, rows_per_batch
+        self.samples: dict[str, LayerSample] = {}
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def output(self, node: Node, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        if not isinstance(node, WeightedNode):
+            return
+        sample = self.samples.setdefault(node.name, LayerSample())
+        with torch.no_grad():
+            rows = node.input_rows(self.network, inputs[0]).flatten(0, 1)
+            picked = torch.randperm(len(rows), generator=self._generator)[: self.rows_per_batch].to(rows.device)
+            sample.inputs.append(rows[picked])
+        output.register_hook(lambda grad: sample.sensitivity.append(grad.reshape(-1, grad.shape[-1])[picked].detach()))
+
+
+def observe(graph: Graph, network: nn.Module, batches: Sequence[Tensor]) -> dict[str, Ranges]:
+    """Extremes of every site over the batches."""
+    observer = RangeObserver()
+    with torch.no_grad():
+        for images in batches:
+            Run(graph, network, observer)(images)
+    return observer.ranges
+
+
+def sample_layers(
+    graph: Graph, network: nn.Module, batches: Sequence[Tensor], *, rows: int, seed: int = 0
+) -> dict[str, LayerSample]:
+    """Inputs and output sensitivities of every weighted layer, about `rows` rows each.
+
+    The sensitivity is the gradient of sum_k r_k sqrt(p_k) log p_k with random signs r: its square has the diagonal of
+    the Gauss-Newton matrix of the KL divergence to the float output as its expectation (the gradient of that
+    divergence itself is zero at the float network). Source: the objective of PTQ4ViT (arXiv 2111.12293) with a
+    Hutchinson estimate.
+    """
+    sampler = LayerSampler(network, rows_per_batch=max(1, rows // len(batches)), seed=seed)
+    signs = torch.Generator().manual_seed(seed + 1)
+    frozen = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    try:
+        for images in batches:
+            with torch.enable_grad():
+                logits = Run(graph, network, sampler)(images.detach().clone().requires_grad_(True))
+                log_p = logits.float().log_softmax(-1)
+                sign = torch.randint(0, 2, log_p.shape, generator=signs).to(log_p.device) * 2 - 1
+                (log_p * (log_p.detach() / 2).exp() * sign).sum().backward()
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+    return sampler.samples

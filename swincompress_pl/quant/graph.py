@@ -1,0 +1,221 @@
+"""The quantizable graph of a network: which values exist, which of them carry a scale, and which modules make them.
+
+An adapter in `models/` writes the graph of its family once; everything else follows from it: the float pass that
+calibration watches, the fake-quantized pass that training differentiates, and the integer Program. Values are token
+matrices `(N, rows, channels)`; the input is the normalized image `(N, C, H, W)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from swincompress_pl.norm import INPUT_VALUE
+
+if TYPE_CHECKING:
+    from swincompress_pl.quant.lower import Lowering
+
+RESIDUAL_BITS = 16
+LOGIT_BITS = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """A place where values are quantized; several values may share one (the residual stream of a stage).
+
+    segments: sizes of the channel runs that share one scale, in order: `(C,)` a tensor, three entries for q | k | v.
+    balanced: each channel also has a fixed ratio to the scale, which the next linear layer absorbs in its weights
+    (LayerNorm outputs). bits: 8, 16 (residual stream) or 32 (logits); unsigned sites use the whole byte.
+    """
+
+    name: str
+    segments: tuple[int, ...]
+    bits: int = 8
+    signed: bool = True
+    balanced: bool = False
+
+    @property
+    def channels(self) -> int:
+        return sum(self.segments)
+
+    @property
+    def dtype(self) -> str:
+        return {8: "int8" if self.signed else "uint8", 16: "int16", 32: "int32"}[self.bits]
+
+    @property
+    def q_max(self) -> int:
+        """Largest code; logits keep 2**20 steps, well inside int32."""
+        return {8: 127 if self.signed else 255, RESIDUAL_BITS: 32767, LOGIT_BITS: 2**20}[self.bits]
+
+    @property
+    def searched(self) -> bool:
+        """Eight-bit sites have their scale searched; wider ones keep the true maximum with headroom."""
+        return self.bits == 8
+
+
+class Quantizer(Protocol):
+    """What happens to values and weights on the way through the graph: nothing, observation, or fake quantization."""
+
+    def activation(self, site: Site, x: Tensor) -> Tensor: ...
+
+    def weight(self, node: WeightedNode, weight: Tensor) -> Tensor: ...
+
+    def output(self, node: Node, inputs: tuple[Tensor, ...], output: Tensor) -> None: ...
+
+
+class Passthrough:
+    """The float network."""
+
+    def activation(self, site: Site, x: Tensor) -> Tensor:
+        return x
+
+    def weight(self, node: WeightedNode, weight: Tensor) -> Tensor:
+        return weight
+
+    def output(self, node: Node, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Node:
+    """One step of the graph. `site` is where its output is quantized; None: the output is in the unit of its first
+    input.
+
+    `regularizers` are paths of dropout and stochastic-depth modules that act on the output in training.
+    """
+
+    name: str
+    inputs: tuple[str, ...]
+    output: str
+    site: str | None = None
+    regularizers: tuple[str, ...] = ()
+
+    def forward(self, run: Run, *inputs: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def lower(self, lowering: Lowering) -> None:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightedNode(Node):
+    """A linear layer or convolution: has quantized weights with one step per output channel."""
+
+    module: str
+
+    def folded_weight(self, network: nn.Module, balance: Tensor | None) -> Tensor:
+        """(M, K...) the weight as it is quantized: with input ratios and layer scale folded in."""
+        raise NotImplementedError
+
+    def folded_bias(self, network: nn.Module) -> Tensor | None:
+        """(M,) the real bias, or None."""
+        raise NotImplementedError
+
+    def input_rows(self, network: nn.Module, x: Tensor) -> Tensor:
+        """(N, rows, K) the input as the rows that `folded_weight(network, None).flatten(1)` multiplies."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Graph:
+    """Sites by name and nodes in order; the last node writes the logits."""
+
+    sites: dict[str, Site]
+    nodes: tuple[Node, ...]
+    height: int
+    width: int
+    channels: int
+
+    def __post_init__(self) -> None:
+        owner: dict[str, str | None] = {INPUT_VALUE: None}
+        for node in self.nodes:
+            missing = [name for name in node.inputs if name not in owner]
+            if missing or node.output in owner:
+                raise ValueError(f"graph node {node.name!r}: reads unknown {missing} or rewrites {node.output!r}")
+            if node.site is not None and node.site not in self.sites:
+                raise ValueError(f"graph node {node.name!r}: unknown site {node.site!r}")
+            owner[node.output] = node.site if node.site is not None else owner[node.inputs[0]]
+        object.__setattr__(self, "_site_of", owner)
+
+    def site_of(self, value: str) -> Site | None:
+        """The site in whose unit `value` is; None for the pixels."""
+        name = self._site_of[value]  # type: ignore[attr-defined]
+        return None if name is None else self.sites[name]
+
+    @property
+    def weighted_nodes(self) -> tuple[WeightedNode, ...]:
+        return tuple(node for node in self.nodes if isinstance(node, WeightedNode))
+
+
+class Run:
+    """One pass of the graph over a network with a quantizer."""
+
+    def __init__(self, graph: Graph, network: nn.Module, quantizer: Quantizer) -> None:
+        self.graph, self.network, self.quantizer = graph, network, quantizer
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """images: normalized float (N, C, H, W) -> logits (N, classes)."""
+        expected = (self.graph.channels, self.graph.height, self.graph.width)
+        if images.ndim != 4 or tuple(images.shape[1:]) != expected:
+            raise ValueError(
+                f"images have shape {tuple(images.shape)}; this network takes (N, {', '.join(map(str, expected))})"
+            )
+        last_use = {name: number for number, node in enumerate(self.graph.nodes) for name in node.inputs}
+        values = {INPUT_VALUE: images}
+        for number, node in enumerate(self.graph.nodes):
+            inputs = tuple(values[name] for name in node.inputs)
+            output = node.forward(self, *inputs)
+            self.quantizer.output(node, inputs, output)
+            if node.site is not None:
+                output = self.quantizer.activation(self.graph.sites[node.site], output)
+            for path in node.regularizers:
+                output = self.network.get_submodule(path)(output)
+            values[node.output] = output
+            for name in node.inputs:
+                if last_use[name] == number:
+                    values.pop(name, None)
+        return output.flatten(1)
+
+    def weight(self, node: WeightedNode) -> Tensor:
+        """The weight of `node` as this pass uses it, input ratios divided out again."""
+        balance = self.balance(node)
+        folded = self.quantizer.weight(node, node.folded_weight(self.network, balance))
+        return folded if balance is None else folded / balance
+
+    def balance(self, node: WeightedNode) -> Tensor | None:
+        """(K,) ratios of the input's channels to its scale, or None."""
+        site = self.graph.site_of(node.inputs[0])
+        balances: dict[str, Tensor] = getattr(self.quantizer, "balances", {})
+        return balances.get(site.name) if site is not None else None
+
+
+def parameter(network: nn.Module, path: str) -> Tensor:
+    """The parameter or buffer at a dotted path."""
+    owner, _, name = path.rpartition(".")
+    tensor = getattr(network.get_submodule(owner), name)
+    if not isinstance(tensor, Tensor):
+        raise AttributeError(f"{path} is {type(tensor).__name__}, not a tensor")
+    return tensor
+
+
+def float_logits(graph: Graph, network: nn.Module, images: Tensor) -> Tensor:
+    """The float network through its graph; equal to `network(images)` up to float rounding."""
+    with torch.no_grad():
+        return Run(graph, network, Passthrough())(images)
+
+
+def residual_site(name: str, channels: int) -> Site:
+    return Site(name=name, segments=(channels,), bits=RESIDUAL_BITS)
+
+
+def collect_sites(sites: Sequence[Site]) -> dict[str, Site]:
+    """Sites by name; a name given twice must mean the same site."""
+    table: dict[str, Site] = {}
+    for site in sites:
+        if table.setdefault(site.name, site) != site:
+            raise ValueError(f"site {site.name!r} is declared twice, differently")
+    return table

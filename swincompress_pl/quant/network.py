@@ -1,0 +1,134 @@
+"""A network with its scales: fake-quantized floats in training, the integer norm itself in evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from swincompress_pl.norm import Program
+from swincompress_pl.quant.graph import Run
+from swincompress_pl.quant.lower import lower
+from swincompress_pl.quant.scales import Scales
+from swincompress_pl.quant.twin import TorchTwin
+from swincompress_pl.registry import adapter_for
+
+METHODS = ("searched", "max", "affine")
+# How far a normalized input may lie outside [0, 255] pixels before it is taken for a wrong normalization.
+_PIXEL_SLACK = 2.0
+
+
+class QuantizedNetwork(nn.Module):
+    """`network` run in int8. Takes and returns what `network` does: normalized float (N, C, H, W) -> float logits (N,
+    classes).
+
+    train(): float fake quantization with straight-through gradients; `network` keeps the float master weights.
+    eval(): the integer Program in its torch twin, on the pixels that the input was normalized from (rounded to uint8),
+    so a validation reports exactly what the engine gives. Logits there carry no gradient.
+
+    preprocessing: mapping with "mean" and "std" (per channel, [0, 1] units) of the normalization; stored in the
+    artifact whole. method "affine" is a simulation in both modes and has no Program.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        *,
+        preprocessing: Mapping[str, Any],
+        method: str = "searched",
+        classes: Sequence[str] | None = None,
+    ) -> None:
+        super().__init__()
+        if method not in METHODS:
+            raise ValueError(f"method is {method!r}; choose one of {', '.join(METHODS)}")
+        if isinstance(network, QuantizedNetwork):
+            raise ValueError("the network is already quantized; quantize its .network again if you want new scales")
+        self.network = network
+        self.preprocessing = checked_preprocessing(preprocessing)
+        self.method = method
+        self.classes = None if classes is None else tuple(classes)
+        self.graph = adapter_for(network).graph(network, self.preprocessing)
+        self.scales = Scales(self.graph, network, affine=method == "affine")
+        self._twin: tuple[tuple[Any, ...], TorchTwin] | None = None
+        device = next(network.parameters()).device
+        self.scales.to(device)
+
+    @property
+    def compression_history(self) -> list[dict[str, Any]]:
+        """What was done to the network, in order, as data that `models.replay` repeats."""
+        classes = None if self.classes is None else list(self.classes)
+        quantized = {"method": self.method, "preprocessing": self.preprocessing, "classes": classes}
+        return [*getattr(self.network, "compression_history", []), {"quantize": quantized}]
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.training or self.method == "affine":
+            return self.fake_quantized(images)
+        return self.integer_logits(self.pixels(images)).to(torch.float32) * self.twin().program.logit_scale
+
+    def fake_quantized(self, images: Tensor) -> Tensor:
+        """The float simulation, whatever the mode."""
+        return Run(self.graph, self.network, self.scales)(images)
+
+    def integer_logits(self, pixels: Tensor) -> Tensor:
+        """uint8 (N, H, W, C) -> int32 logits (N, classes), as reference and engine give them."""
+        return self.twin()(pixels)
+
+    def pixels(self, images: Tensor) -> Tensor:
+        """The uint8 pixels (N, H, W, C) of normalized images (N, C, H, W), rounded; ValueError if they cannot be
+        pixels."""
+        mean, std = (
+            torch.tensor(self.preprocessing[key], device=images.device, dtype=torch.float32)[:, None, None]
+            for key in ("mean", "std")
+        )
+        real = (images.float() * std + mean) * 255
+        low, high = (real.min().item(), real.max().item()) if real.numel() else (0.0, 0.0)
+        if not (low >= -_PIXEL_SLACK and high <= 255 + _PIXEL_SLACK):
+            raise ValueError(
+                f"images reach from {low:.1f} to {high:.1f} in pixel steps; pass images normalized with mean "
+                f"{self.preprocessing['mean']} and std {self.preprocessing['std']}, without NaN"
+            )
+        return real.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+    def to_program(self) -> Program:
+        """The integer Program with the present weights and scales."""
+        if self.method == "affine":
+            raise ValueError(
+                "method 'affine' is a simulation with zero-points; quantize with 'searched' or 'max' to export"
+            )
+        history = self.compression_history
+        origin = {"network": getattr(self.network, "creation", None), "history": history}
+        return lower(
+            self.graph,
+            self.network,
+            self.scales,
+            preprocessing=self.preprocessing,
+            classes=self.classes,
+            origin=origin,
+        )
+
+    def twin(self) -> TorchTwin:
+        """The torch twin of the present weights; rebuilt when a weight or scale has changed."""
+        tensors = [*self.parameters(), *self.buffers()]
+        key = tuple((id(t), t._version, t.data_ptr(), t.device) for t in tensors)
+        if self._twin is None or self._twin[0] != key:
+            self._twin = (key, TorchTwin(self.to_program(), tensors[0].device))
+        return self._twin[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_twin": None}  # copies build their own
+
+
+def checked_preprocessing(preprocessing: Mapping[str, Any]) -> dict[str, Any]:
+    """A plain copy; ValueError naming what is missing or out of range."""
+    for key in ("mean", "std"):
+        values = preprocessing.get(key)
+        if not isinstance(values, list | tuple) or not values or not all(isinstance(v, int | float) for v in values):
+            raise ValueError(f"preprocessing[{key!r}] is {values!r}; it must list one number per image channel")
+        low, high = min(values), max(values)
+        if not (low >= 0 and high <= 1) or (key == "std" and low <= 0):
+            raise ValueError(
+                f"preprocessing[{key!r}] is {values!r}; it is given in [0, 1] units (pixel / 255), std above 0"
+            )
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in preprocessing.items()}

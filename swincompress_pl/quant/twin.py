@@ -1,0 +1,207 @@
+"""The torch twin: runs a Program with torch operations and gives the norm's integers, bit for bit, on any device.
+
+Every floating-point product below is exact: its integer partial sums stay under the 24 or 53 bits that float32 and
+float64 hold, as the bounds that `norm.check` proved say. Autocast, TF32 and Winograd would break that, so autocast is
+off here and float32 products are left only where TF32 cannot enter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from swincompress_pl.norm import INPUT_VALUE, LIMITS, Operation, Program, check
+from swincompress_pl.norm.integer import (
+    ACCUMULATOR_BOUND,
+    EXP_STEPS,
+    EXP_TABLE,
+    EXP_ZERO,
+    NORMALIZED_FRACTION_BITS,
+    RECIPROCAL_BITS,
+)
+from swincompress_pl.norm.reference import tensors_of
+
+_DTYPES = {"int8": torch.int8, "uint8": torch.uint8, "int16": torch.int16, "int32": torch.int32}
+_FLOAT32_EXACT = 2**24
+
+
+def _saturate(values: Tensor, dtype: str) -> Tensor:
+    return values.clamp(*LIMITS[dtype]).to(_DTYPES[dtype])
+
+
+def _shift_right_rounded(values: Tensor, shift: Tensor | int) -> Tensor:
+    wide = torch.as_tensor(shift, dtype=torch.int64, device=values.device)
+    return (values + torch.bitwise_left_shift(torch.ones_like(wide), wide - 1)) >> wide
+
+
+def _requantize(accumulator: Tensor, mult: Tensor, shift: Tensor, dtype: str) -> Tensor:
+    return _saturate(_shift_right_rounded(accumulator.long() * mult.long(), shift.long()), dtype)
+
+
+def _matmul(a: Tensor, b: Tensor, bound: int) -> Tensor:
+    """Exact integer product, |partial sums| <= bound < 2**53. float32 on the CPU below 2**24, float64 otherwise."""
+    floating = torch.float32 if bound < _FLOAT32_EXACT and a.device.type == "cpu" else torch.float64
+    return torch.matmul(a.to(floating), b.to(floating)).to(torch.int64 if bound >= ACCUMULATOR_BOUND else torch.int32)
+
+
+def _linear_accumulator(x: Tensor, weight: Tensor) -> Tensor:
+    """x (rows, K) int8 or uint8 times weight (M, K) int8, transposed -> (rows, M) int32."""
+    if x.dtype == torch.int8 and x.device.type == "cpu" and x.shape[0] > 16 and x.shape[1] % 8 == 0:
+        return torch._int_mm(x.contiguous(), weight.t())
+    bound = int(np.iinfo(np.uint8).max if x.dtype == torch.uint8 else 127) * int(
+        weight.abs().sum(1, dtype=torch.int64).max()
+    )
+    return _matmul(x, weight.t(), bound)
+
+
+def _run_linear(x: list[Tensor], t: Mapping[str, Tensor], a: Mapping[str, Any], dtype: str) -> Tensor:
+    rows = x[0].reshape(-1, x[0].shape[-1])
+    out = _requantize(_linear_accumulator(rows, t["weight"]) + t["bias"], t["mult"], t["shift"], dtype)
+    return out.reshape(*x[0].shape[:-1], -1)
+
+
+def _run_conv2d(x: list[Tensor], t: Mapping[str, Tensor], a: Mapping[str, Any], dtype: str) -> Tensor:
+    image, weight = x[0], t["weight"]
+    kernel, stride, padding = a["kernel"], a["stride"], a["padding"]
+    image = torch.nn.functional.pad(image, (0, 0, padding[1], padding[1], padding[0], padding[0]))
+    fields = image.unfold(1, kernel[0], stride[0]).unfold(2, kernel[1], stride[1])  # N, Ho, Wo, C, kh, kw
+    fields = fields.permute(0, 1, 2, 4, 5, 3)
+    batch, height, width = fields.shape[:3]
+    accumulator = _linear_accumulator(fields.reshape(batch * height * width, -1), weight.flatten(1))
+    accumulator = accumulator.reshape(batch, height, width, -1) + t["bias"]
+    return _requantize(accumulator, t["mult"], t["shift"], dtype)
+
+
+def _reciprocal_sqrt(variance: Tensor) -> tuple[Tensor, Tensor]:
+    normalized, t = variance, torch.zeros_like(variance)
+    for step in (16, 8, 4, 2, 1):
+        small = normalized < 1 << (62 - 2 * step)
+        normalized = torch.where(small, normalized << (2 * step), normalized)
+        t = t + step * small
+    root = normalized.double().sqrt().floor().long()
+    root = root - (root * root > normalized).long()
+    root = root + ((root + 1) * (root + 1) <= normalized).long()
+    return torch.div(torch.full_like(root, 2**54 - 1), root, rounding_mode="floor"), t
+
+
+def _run_layer_norm(x: list[Tensor], t: Mapping[str, Tensor], a: Mapping[str, Any], dtype: str) -> Tensor:
+    wide = x[0].long()
+    channels = wide.shape[-1]
+    total = wide.sum(-1, keepdim=True)
+    variance = channels * (wide * wide).sum(-1, keepdim=True) - total * total + a["epsilon"]
+    r, exponent = _reciprocal_sqrt(variance.clamp(min=1))
+    normalized = ((channels * wide - total) * r) >> (54 - NORMALIZED_FRACTION_BITS - exponent)
+    return _saturate(_shift_right_rounded(normalized * t["gain"].long() + t["offset"], a["shift"]), dtype)
+
+
+def _run_table(x: list[Tensor], t: Mapping[str, Tensor], a: Mapping[str, Any], dtype: str) -> Tensor:
+    return t["values"][x[0].view(torch.uint8).int()]
+
+
+def _run_add(x: list[Tensor], t: Mapping[str, Tensor], a: Mapping[str, Any], dtype: str) -> Tensor:
+    return _saturate(x[0].long() + x[1].reshape(x[0].shape), dtype)
+
+
+def _run_add_constant(x: list[Tensor], t: Mapping[str, Tensor], a: Mapping[str, Any], dtype: str) -> Tensor:
+    return _saturate(_tokens(x[0]).long() + t["constant"], dtype)
+
+
+def _run_prepend(x: list[Tensor], t: Mapping[str, Tensor], a: Mapping[str, Any], dtype: str) -> Tensor:
+    return torch.cat([t["rows"].expand(x[0].shape[0], -1, -1), _tokens(x[0])], dim=1)
+
+
+def _run_gather(x: list[Tensor], t: Mapping[str, Tensor], a: Mapping[str, Any], dtype: str) -> Tensor:
+    source = torch.nn.functional.pad(_tokens(x[0]), (0, 0, 0, 1))  # row -1 is the zero row
+    index = t["index"].long() % source.shape[1]
+    return source[:, index.flatten()].reshape(source.shape[0], index.shape[0], -1)
+
+
+def _run_mean(x: list[Tensor], t: Mapping[str, Tensor], a: Mapping[str, Any], dtype: str) -> Tensor:
+    return _requantize(_tokens(x[0]).sum(1, dtype=torch.int64), t["mult"], t["shift"], dtype)
+
+
+def _exponential(distance: Tensor, mult: Tensor, shift: Tensor) -> Tensor:
+    octaves = _shift_right_rounded(distance.long() * mult.long(), shift.long()).clamp(max=EXP_ZERO).int()
+    mantissa = torch.from_numpy(EXP_TABLE.astype(np.int32)).to(distance.device)[octaves % EXP_STEPS]
+    return ((mantissa >> (octaves // EXP_STEPS)) + 128) >> 8
+
+
+def _run_attention(x: list[Tensor], t: Mapping[str, Tensor], a: Mapping[str, Any], dtype: str) -> Tensor:
+    qkv = _tokens(x[0])
+    windows, heads, qk_dim, v_dim = a["windows"], a["heads"], a["qk_dim"], a["v_dim"]
+    batch, rows, _ = qkv.shape
+    length = rows // windows
+    parts = qkv.reshape(batch, windows, length, -1).split([heads * qk_dim, heads * qk_dim, heads * v_dim], dim=-1)
+    q, k, v = (part.reshape(batch, windows, length, heads, -1).transpose(2, 3) for part in parts)
+
+    def per_head(name: str) -> Tensor:
+        return t[name][:, None, None]
+
+    logits = _matmul(q, k.transpose(-1, -2), 127 * 127 * qk_dim)
+    if "bias_table" in t:
+        logits = logits + t["bias_table"][:, t["bias_index"].long()]
+    if "region" in t:
+        allowed = (t["region"][:, :, None] == t["region"][:, None, :])[:, None]
+        maximum = logits.masked_fill(~allowed, torch.iinfo(torch.int32).min).amax(-1, keepdim=True)
+        distance = (maximum - logits).masked_fill(~allowed, 0)
+        e = _exponential(distance, per_head("exp_mult"), per_head("exp_shift")) * allowed
+    else:
+        distance = logits.amax(-1, keepdim=True) - logits
+        e = _exponential(distance, per_head("exp_mult"), per_head("exp_shift"))
+    numerator = (per_head("out_mult").long() << RECIPROCAL_BITS).expand(batch, windows, -1, length, -1)
+    reciprocal = torch.div(numerator, e.sum(-1, keepdim=True, dtype=torch.int64), rounding_mode="floor")
+    product = _matmul(e, v, 255 * 127 * length).long() * reciprocal
+    out = _saturate(_shift_right_rounded(product, per_head("out_shift").long() + RECIPROCAL_BITS), dtype)
+    return out.transpose(2, 3).reshape(batch, rows, heads * v_dim)
+
+
+def _tokens(x: Tensor) -> Tensor:
+    return x.reshape(x.shape[0], -1, x.shape[-1])
+
+
+_RUN: dict[str, Callable[[list[Tensor], Mapping[str, Tensor], Mapping[str, Any], str], Tensor]] = {
+    "linear": _run_linear,
+    "conv2d": _run_conv2d,
+    "layer_norm": _run_layer_norm,
+    "table": _run_table,
+    "add": _run_add,
+    "add_constant": _run_add_constant,
+    "prepend": _run_prepend,
+    "gather": _run_gather,
+    "mean": _run_mean,
+    "attention": _run_attention,
+}
+
+
+def run_operation(op: Operation, inputs: list[Tensor], tensors: Mapping[str, Tensor]) -> Tensor:
+    """One operation of the norm on torch tensors; `tensors` by role."""
+    return _RUN[op.kind](inputs, tensors, op.attributes, op.dtype)
+
+
+class TorchTwin:
+    """A checked Program with its tensors on one device. Call with uint8 (N, H, W, C) -> int32 logits (N, classes)."""
+
+    def __init__(self, program: Program, device: torch.device) -> None:
+        check(program)
+        self.program = program
+        # the Program's arrays may be read-only; torch wants its own copy
+        moved = {key: torch.from_numpy(np.array(tensor)).to(device) for key, tensor in program.tensors.items()}
+        self._steps = [(op, {role: moved[key] for role, key in op.tensors.items()}) for op in program.operations]
+        self._last_use = {name: number for number, op in enumerate(program.operations) for name in op.inputs}
+        assert all(set(tensors_of(program, op)) == set(tensors) for op, tensors in self._steps)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        if images.dtype != torch.uint8 or tuple(images.shape[1:]) != self.program.input.value.shape:
+            expected = ", ".join(map(str, self.program.input.value.shape))
+            raise ValueError(f"images are {images.dtype} {tuple(images.shape)}; expected uint8 (N, {expected})")
+        values = {INPUT_VALUE: images}
+        with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
+            for number, (op, tensors) in enumerate(self._steps):
+                output = run_operation(op, [values[name] for name in op.inputs], tensors)
+                values = {name: value for name, value in values.items() if self._last_use.get(name, -1) > number}
+                values[op.output] = output
+        return output.reshape(images.shape[0], -1)

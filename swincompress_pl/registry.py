@@ -1,0 +1,77 @@
+"""Finds the adapter of a network family by the network's type.
+
+`pruning` and `quant` work on networks that they know nothing about: an adapter tells them the pruning groups and the
+graph. Adapters live one floor above (`models/`), and other packages may bring their own, so they are announced as
+entry points of the group `swincompress_pl.adapters`; each entry names a module whose import calls `register`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator, Mapping
+from importlib.metadata import entry_points
+from typing import Any, Protocol
+
+ENTRY_POINT_GROUP = "swincompress_pl.adapters"
+# What pyproject.toml declares; repeated so that a source tree that was never installed works too.
+_OWN_ADAPTERS = "swincompress_pl.models"
+
+
+class Adapter(Protocol):
+    """What a family of networks tells the rest of the package about itself."""
+
+    family: str
+
+    def groups(self, network: Any) -> list[Any]:
+        """The structured pruning groups of `network`: a list of `swincompress_pl.pruning.Group`."""
+        ...
+
+    def graph(self, network: Any, preprocessing: Mapping[str, Any]) -> Any:
+        """The quantizable graph of `network`, a `swincompress_pl.quant.Graph`; mean and std are folded into its first
+        layer."""
+        ...
+
+
+class UnsupportedNetworkError(TypeError):
+    """No adapter knows this network, or its adapter does not cover this variant of it."""
+
+
+_adapters: dict[type, Adapter] = {}
+_loaded = False
+
+
+def register(network_type: type, adapter: Adapter) -> None:
+    """Announce `adapter` for `network_type` and its subclasses; a second registration of a type replaces the first."""
+    _adapters[network_type] = adapter
+
+
+def _load_adapters() -> None:
+    global _loaded
+    if _loaded:
+        return
+    _loaded = True  # set first: the modules below register by importing this one
+    modules = {_OWN_ADAPTERS} | {entry.module for entry in entry_points(group=ENTRY_POINT_GROUP)}
+    for module in sorted(modules):
+        importlib.import_module(module)
+
+
+def families() -> Iterator[str]:
+    """The names of the supported families, sorted."""
+    _load_adapters()
+    yield from sorted({adapter.family for adapter in _adapters.values()})
+
+
+def adapter_for(network: Any) -> Adapter:
+    """The adapter of `network`'s type or of its nearest base class.
+
+    Raises UnsupportedNetworkError, naming the type and the supported families, when there is none.
+    """
+    _load_adapters()
+    for base in type(network).__mro__:
+        if base in _adapters:
+            return _adapters[base]
+    raise UnsupportedNetworkError(
+        f"{type(network).__module__}.{type(network).__qualname__}: no adapter for this network; supported families are "
+        f"{', '.join(families())}. Pass the network itself (module.net, not the LightningModule), or register an "
+        f"adapter with swincompress_pl.registry.register(type, adapter)."
+    )

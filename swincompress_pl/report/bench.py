@@ -1,0 +1,125 @@
+"""Measuring an artifact: the engine in a race with its peers, its answers checked in the same run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from swincompress_pl import accel
+from swincompress_pl.report.environment import describe_environment
+from swincompress_pl.report.latency import Ratio, ratio
+from swincompress_pl.report.peers import prepare
+from swincompress_pl.report.race import Contestant, Progress, Result, run
+from swincompress_pl.report.record import OperationTime
+from swincompress_pl.report.sizes import program_macs
+
+ENGINE = "engine"
+_IMAGES_CHECKED = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """What a race gave; the engine is the first of `results`. ratios: {peer: its time / the engine's}.
+
+    answers_equal: integer logits of the engine equal the reference's on `images_checked` random images, in this very
+    run.
+    """
+
+    file_bytes: int
+    macs: int
+    batch: int
+    implementation: str
+    images_checked: int
+    answers_equal: bool
+    results: tuple[Result, ...]
+    ratios: dict[str, Ratio]
+    operations: tuple[OperationTime, ...]
+    environment: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The figures in JSON types."""
+        return {
+            "file_bytes": self.file_bytes,
+            "macs": self.macs,
+            "batch": self.batch,
+            "implementation": self.implementation,
+            "answers": {"images": self.images_checked, "equal_to_reference": self.answers_equal},
+            "results": [result.to_dict() for result in self.results],
+            "times_engine": {name: value.to_dict() for name, value in self.ratios.items()},
+            "operations": [operation.to_dict() for operation in self.operations],
+            "environment": self.environment,
+        }
+
+
+def bench_artifact(
+    file: Path,
+    *,
+    threads: int,
+    batch: int,
+    against: Sequence[str] = (),
+    implementation: str | None = None,
+    rounds: int = 10,
+    operations: bool = False,
+    directory: Path,
+    on_progress: Progress,
+) -> Bench:
+    """Races the artifact `file` against the peers named in `against` (`peers.PEERS`).
+
+    directory: for the files that peers read. Raises ArtifactError or ProgramError for a bad file, ValueError for an
+    unknown implementation or peer; a peer that is missing or fails stands in the results with the reason.
+    """
+    on_progress("checking the engine against the reference", 0, 1)
+    engine = accel.load(file, threads=threads, implementation=implementation)
+    program = engine.program
+    images = np.random.default_rng(1).integers(0, 256, (_IMAGES_CHECKED, *program.input.value.shape), dtype=np.uint8)
+    equal = bool(np.array_equal(engine.run_integer(images), accel.reference(file).run_integer(images)))
+    times = operation_times(engine.profile(images[:1])) if operations else ()
+    chosen = engine.implementation
+    shape = program.input.value.shape
+    peers = prepare(
+        against, origin=program.origin, image_shape=shape, threads=(threads,), batch=batch, directory=directory,
+        on_progress=lambda what: on_progress(what, 0, 1),
+    )[threads]  # fmt: skip
+    ours = Contestant(
+        name=ENGINE,
+        runtime="engine",
+        threads=threads,
+        batch=batch,
+        image_shape=shape,
+        file=str(file),
+        implementation=chosen,
+    )
+    results = run([ours, *peers], rounds=rounds, on_progress=on_progress)
+    if results[0].latency is None:
+        raise ValueError(f"{file}: the engine could not be measured: {results[0].unavailable}")
+    return Bench(
+        file_bytes=file.stat().st_size,
+        macs=program_macs(program),
+        batch=batch,
+        implementation=chosen,
+        images_checked=_IMAGES_CHECKED,
+        answers_equal=equal,
+        results=tuple(results),
+        ratios=ratios_to(results[0], results[1:]),
+        operations=tuple(times),
+        environment=describe_environment(threads=threads),
+    )
+
+
+def ratios_to(first: Result, others: Sequence[Result]) -> dict[str, Ratio]:
+    """{name: its time / the time of `first`} for those that were measured."""
+    if first.latency is None:
+        return {}
+    return {other.name: ratio(other.latency, first.latency) for other in others if other.latency is not None}
+
+
+def operation_times(profile: accel.Profile) -> list[OperationTime]:
+    """An engine's profile as values of a record."""
+    return [
+        OperationTime(name=row.operation, kind=row.kind, time_ms=row.time_ms, macs=row.macs, size_bytes=row.bytes)
+        for row in profile
+    ]

@@ -1,0 +1,334 @@
+"""The plots of a report, as PNG files: before and after, accuracy against size, sparsity and latency a layer."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from swincompress_pl.report.markdown import count, megabytes, runtimes
+from swincompress_pl.report.record import LayerSparsity, OperationTime, PruningStep, RunRecord, Stage
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_DPI = 130
+_BASE, _BETWEEN, _LAST, _ALERT, _TEXT = "#9aa5b1", "#8db9e0", "#1f6fb2", "#c8553d", "#2b3440"
+_KIND_COLOURS = (
+    "#1f6fb2",
+    "#e08a3c",
+    "#4c9a6a",
+    "#8a6fb8",
+    "#c8553d",
+    "#7a8794",
+    "#c9a227",
+    "#3aa6a6",
+    "#b26f8c",
+    "#5b6770",
+)
+_LAYERS_SHOWN = 48
+_OPERATIONS_SHOWN = 20
+_STYLE = {
+    "font.family": "DejaVu Sans",
+    "font.size": 10,
+    "text.color": _TEXT,
+    "axes.edgecolor": "#b8c0c8",
+    "axes.labelcolor": _TEXT,
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.titlepad": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "grid.color": "#e3e7eb",
+    "xtick.color": _TEXT,
+    "ytick.color": _TEXT,
+    "legend.frameon": False,
+}
+
+
+def render_plots(record: RunRecord, directory: str | Path) -> list[tuple[str, Path]]:
+    """Draws every plot that the record has figures for into `directory` (made if need be); returns (title, file) of
+    each."""
+    target = Path(directory)
+    target.mkdir(parents=True, exist_ok=True)
+    drawings: list[tuple[str, str, Callable[[], Figure | None]]] = [
+        ("Before and after", "before_after.png", lambda: _before_after(record.stages)),
+        ("Accuracy against size", "accuracy_size.png", lambda: _accuracy_size(record.stages, record.steps)),
+        ("Sparsity a layer", "sparsity.png", lambda: _sparsity(record.layers)),
+        ("Latency a layer", "latency.png", lambda: _latency(record.operations)),
+    ]
+    written = []
+    for title, name, draw in drawings:
+        with _style():
+            figure = draw()
+            if figure is None:
+                (target / name).unlink(missing_ok=True)  # of an earlier record: it would contradict this one
+                continue
+            _save(figure, target / name)
+        written.append((title, target / name))
+    return written
+
+
+@contextmanager
+def _style() -> Iterator[None]:
+    import matplotlib
+
+    with matplotlib.rc_context(_STYLE):  # type: ignore[arg-type]  # its keys are a Literal type
+        yield
+
+
+def _figure(width: float, height: float) -> Figure:
+    # No pyplot: it would keep global state and choose a backend of its own in a user's session.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure as NewFigure
+
+    figure = NewFigure(figsize=(width, height), dpi=_DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _save(figure: Figure, path: Path) -> None:
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        figure.savefig(temporary, format="png")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _before_after(stages: Sequence[Stage]) -> Figure | None:
+    panels: list[tuple[str, list[tuple[Stage, float]], Callable[[float], str]]] = [
+        ("Parameters", [(s, s.parameters) for s in stages if s.parameters is not None], lambda v: count(round(v))),
+        ("MACs an image", [(s, s.macs) for s in stages if s.macs is not None], lambda v: count(round(v))),
+        (
+            "File on disk",
+            [(s, s.size.file_bytes) for s in stages if s.size is not None and s.size.file_bytes is not None],
+            lambda v: megabytes(round(v)),
+        ),
+    ]
+    panels = [panel for panel in panels if panel[1]]
+    timed = runtimes(stages)
+    scored = [stage for stage in stages if stage.accuracy is not None]
+    total = len(panels) + bool(timed) + bool(scored)
+    if not total:
+        return None
+    columns = min(3, total)
+    rows = -(-total // columns)
+    figure = _figure(4.2 * columns, 2.9 * rows)
+    figure.get_layout_engine().set(h_pad=0.12, w_pad=0.08)  # type: ignore[union-attr, call-arg]
+    axes = [figure.add_subplot(rows, columns, number + 1) for number in range(total)]
+    for ax, (title, pairs, show) in zip(axes, panels, strict=False):
+        colours = _stage_colours(len(pairs))
+        _bars(ax, [stage.name for stage, _ in pairs], [value for _, value in pairs], show, colours)
+        ax.set_title(title)
+    if scored:
+        _accuracy_panel(axes[len(panels)], scored)
+    if timed:
+        _latency_panel(axes[-1], stages, timed)
+    return figure
+
+
+def _bars(
+    ax: Axes, names: Sequence[str], values: Sequence[float], show: Callable[[float], str], colours: Sequence[str]
+) -> None:
+    """Horizontal bars from zero, first on top, each with its value."""
+    places = list(range(len(names)))
+    ax.barh(places, list(values), color=list(colours), height=0.68)
+    ax.set_yticks(places, list(names))
+    ax.invert_yaxis()
+    largest = max(values) or 1.0
+    for place, value in zip(places, values, strict=True):
+        ax.text(value + 0.02 * largest, place, show(value), va="center", fontsize=9)
+    ax.set_xlim(0, 1.28 * largest)
+    ax.set_xticks([])
+    ax.spines["bottom"].set_visible(False)
+    ax.tick_params(axis="y", length=0)
+
+
+def _accuracy_panel(ax: Axes, stages: Sequence[Stage]) -> None:
+    names = [stage.name for stage in stages]
+    colours = _stage_colours(len(stages))
+    bounds = []
+    for place, (stage, colour) in enumerate(zip(stages, colours, strict=True)):
+        assert stage.accuracy is not None
+        low, high = stage.accuracy.interval_percent
+        bounds += [low, high]
+        ax.plot([low, high], [place, place], color=colour, linewidth=3, alpha=0.55, solid_capstyle="round")
+        ax.plot([stage.accuracy.percent], [place], "o", color=colour, markersize=7)
+        ax.annotate(
+            f"{stage.accuracy.percent:.2f} %", (stage.accuracy.percent, place), (0, 7), textcoords="offset points",
+            ha="center", fontsize=9,
+        )  # fmt: skip
+    room = max(0.2, 0.12 * (max(bounds) - min(bounds)))
+    ax.set_xlim(max(0.0, min(bounds) - room), min(100.0, max(bounds)) + room)
+    ax.set_ylim(len(names) - 0.5, -0.75)
+    ax.set_yticks(range(len(names)), names)
+    ax.tick_params(axis="y", length=0)
+    ax.grid(axis="x")
+    images = sorted({stage.accuracy.images for stage in stages if stage.accuracy is not None})
+    ax.set_title(f"Top-1, % with 95 % interval (n = {', '.join(map(str, images))})")
+
+
+def _latency_panel(ax: Axes, stages: Sequence[Stage], timed: Sequence[str]) -> None:
+    names, values, errors, colours = [], [], [], []
+    for runtime in timed:
+        for stage in (stage for stage in stages if runtime in stage.latency_ms):
+            latency = stage.latency_ms[runtime]
+            low, high = latency.quartiles_ms
+            names.append(stage.name if stage.name == runtime else f"{stage.name}\n{runtime}")
+            values.append(latency.median_ms)
+            errors.append((latency.median_ms - low, high - latency.median_ms))
+            colours.append(_LAST if "engine" in runtime else _BASE)
+    _bars(ax, names, values, lambda v: f"{v:.3g} ms", colours)
+    ax.errorbar(
+        values, range(len(values)), xerr=list(zip(*errors, strict=True)), fmt="none", ecolor=_TEXT, elinewidth=1,
+        capsize=2,
+    )  # fmt: skip
+    for text, value, (_, above) in zip(ax.texts, values, errors, strict=True):
+        text.set_x(value + above + 0.02 * max(values))
+    ax.tick_params(axis="y", labelsize=8.5)
+    ax.set_title("Latency, median and quartiles")
+
+
+def _accuracy_size(stages: Sequence[Stage], steps: Sequence[PruningStep]) -> Figure | None:
+    placed = [s for s in stages if s.accuracy is not None and s.size is not None and s.size.file_bytes is not None]
+    tried = [s for s in steps if s.accuracy_percent is not None and (s.macs is not None or s.parameters is not None)]
+    total = bool(len(placed) > 1) + bool(tried)
+    if not total:
+        return None
+    figure = _figure(6.2 * total, 3.9)
+    if tried:
+        _search_panel(figure.add_subplot(1, total, 1), tried)
+    if len(placed) > 1:
+        _trade_off_panel(figure.add_subplot(1, total, total), placed)
+    return figure
+
+
+def _search_panel(ax: Axes, steps: Sequence[PruningStep]) -> None:
+    by_macs = all(step.macs is not None for step in steps)
+    cost = [float((step.macs if by_macs else step.parameters) or 0) for step in steps]
+    unit, name = _unit(max(cost))
+    kept = [(c / unit, s.accuracy_percent) for c, s in zip(cost, steps, strict=True) if s.accepted]
+    undone = [(c / unit, s.accuracy_percent) for c, s in zip(cost, steps, strict=True) if not s.accepted]
+    if kept:
+        x, y = zip(*kept, strict=True)
+        ax.plot(x, y, "-", color=_LAST, linewidth=1, alpha=0.5)
+        ax.plot(x, y, "o", color=_LAST, markersize=4.5, label=f"kept ({len(kept)})")
+    if undone:
+        x, y = zip(*undone, strict=True)
+        ax.plot(x, y, "x", color=_ALERT, markersize=5, label=f"undone ({len(undone)})")
+    ax.invert_xaxis()
+    ax.set_xlabel(f"{'MACs' if by_macs else 'parameters'} left{', ' * bool(name)}{name} (smaller to the right)")
+    ax.set_ylabel("hold-out top-1, %")
+    ax.grid()
+    ax.legend(loc="lower left")
+    ax.set_title("Pruning, step by step")
+
+
+def _trade_off_panel(ax: Axes, stages: Sequence[Stage]) -> None:
+    points: list[tuple[float, float]] = []
+    sizes = [
+        stage.size.file_bytes / 1e6 for stage in stages if stage.size is not None and stage.size.file_bytes is not None
+    ]
+    apart = 0.018 * max(sizes)
+    for stage, size, colour in zip(stages, sizes, _stage_colours(len(stages)), strict=True):
+        assert stage.accuracy is not None
+        low, high = stage.accuracy.interval_percent
+        # Stages of (nearly) one size are drawn beside each other, or their intervals would hide one another.
+        x = size - apart * sum(abs(size - other) < apart for other in sizes[: len(points)])
+        y = stage.accuracy.percent
+        points.append((x, y))
+        ax.errorbar(
+            [x], [y], yerr=[[y - low], [high - y]], fmt="o", color=colour, capsize=3, elinewidth=1.4, markersize=7
+        )
+    ax.set_xlim(1.12 * max(sizes), -0.16 * max(sizes))
+    ax.set_xticks([tick for tick in ax.get_xticks() if 0 <= tick <= 1.12 * max(sizes)])
+    _label_apart(ax, points, [stage.name for stage in stages])
+    ax.set_xlabel("file, MB (smaller to the right)")
+    ax.set_ylabel("top-1, % with 95 % interval")
+    ax.grid()
+    ax.set_title("Accuracy against the file's size")
+
+
+def _label_apart(ax: Axes, points: Sequence[tuple[float, float]], names: Sequence[str]) -> None:
+    """Labels right of the points, those of points that lie together under each other and right of all of them."""
+    (left, right), (bottom, top) = ax.get_xlim(), ax.get_ylim()
+    line, near = 0.062 * (top - bottom), 0.12 * abs(left - right)
+    placed: list[tuple[float, float]] = []
+    for (x, y), name in sorted(zip(points, names, strict=True), key=lambda item: -item[0][1]):
+        cluster = [other for other, _ in points if abs(other - x) < near]
+        above = [height for other, height in placed if abs(other - x) < near]
+        height = min([y, *(value - line for value in above)])
+        placed.append((x, height))
+        ax.annotate(name, (min(cluster), height), (9, 0), textcoords="offset points", fontsize=9, va="center")
+
+
+def _sparsity(layers: Sequence[LayerSparsity]) -> Figure | None:
+    if not layers:
+        return None
+    shown = list(layers)
+    title = "Part of each weight that is gone"
+    if len(shown) > _LAYERS_SHOWN:
+        chosen = sorted(layers, key=lambda layer: -layer.weights_before)[:_LAYERS_SHOWN]
+        shown = [layer for layer in layers if layer in chosen]
+        title += f" (the {len(shown)} largest of {len(layers)} weights)"
+    figure = _figure(8.2, 1.0 + 0.21 * len(shown))
+    ax = figure.add_subplot()
+    percent = [100 * layer.sparsity for layer in shown]
+    places = range(len(shown))
+    ax.barh(places, [100] * len(shown), color="#eef1f4", height=0.72)
+    ax.barh(places, percent, color=_LAST, height=0.72)
+    ax.set_yticks(places, [layer.name for layer in shown], fontsize=7.5)
+    for place, value in zip(places, percent, strict=True):
+        ax.text(101, place, f"{value:.0f} %", va="center", fontsize=7.5)
+    ax.set_ylim(len(shown) - 0.4, -0.6)
+    ax.set_xlim(0, 108)
+    ax.set_xlabel("%")
+    ax.tick_params(axis="y", length=0)
+    ax.set_title(title)
+    return figure
+
+
+def _latency(operations: Sequence[OperationTime]) -> Figure | None:
+    if not operations:
+        return None
+    by_kind: dict[str, float] = {}
+    for operation in operations:
+        by_kind[operation.kind] = by_kind.get(operation.kind, 0.0) + operation.time_ms
+    kinds = sorted(by_kind, key=lambda kind: -by_kind[kind])
+    colours = {kind: _KIND_COLOURS[number % len(_KIND_COLOURS)] for number, kind in enumerate(kinds)}
+    total = sum(by_kind.values()) or 1.0
+    slowest = sorted(operations, key=lambda operation: -operation.time_ms)[:_OPERATIONS_SHOWN]
+    figure = _figure(11.5, 1.2 + 0.24 * max(len(slowest), len(kinds), 6))
+    left, right = figure.subplots(1, 2, width_ratios=(1, 1.35))
+    _bars(
+        left, kinds, [by_kind[kind] for kind in kinds], lambda v: f"{v:.3g} ms, {100 * v / total:.0f} %",
+        [colours[kind] for kind in kinds],
+    )  # fmt: skip
+    left.set_xlim(0, 1.55 * max(by_kind.values()))
+    left.set_title(f"By kind of operation ({total:.3g} ms)")
+    _bars(
+        right, [operation.name for operation in slowest], [operation.time_ms for operation in slowest],
+        lambda v: f"{v:.3g} ms", [colours[operation.kind] for operation in slowest],
+    )  # fmt: skip
+    right.tick_params(axis="y", labelsize=8)
+    right.set_title(f"The slowest {len(slowest)} of {len(operations)} operations")
+    return figure
+
+
+def _stage_colours(stages: int) -> list[str]:
+    if stages == 1:
+        return [_LAST]
+    return [_BASE, *[_BETWEEN] * (stages - 2), _LAST]
+
+
+def _unit(largest: float) -> tuple[float, str]:
+    for size, name in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if largest >= size:
+            return size, name
+    return 1.0, ""

@@ -1,0 +1,196 @@
+"""Runtimes measured against each other: each in a process of its own, in turns, so that none disturbs or favours
+another."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from swincompress_pl.report.latency import Latency, turned
+
+Progress = Callable[[str, int, int], object]
+_PACKAGE_ROOT = Path(__file__).resolve().parents[2]
+_LAST_WORDS = 300
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contestant:
+    """What a worker process runs: `runtime` is one of `worker.BUILDERS`.
+
+    image_shape: (height, width, channels). file: artifact or ONNX file. origin: how torch rebuilds the architecture.
+    settings: of OpenVINO. unavailable: why it cannot run ("not installed"); it then only stands in the table.
+    """
+
+    name: str
+    runtime: str
+    threads: int
+    batch: int
+    image_shape: tuple[int, ...]
+    file: str | None = None
+    origin: Mapping[str, Any] | None = None
+    implementation: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    unavailable: str | None = None
+
+    def task(self, warm_up: int, turn_ms: float) -> dict[str, Any]:
+        """The worker's first line."""
+        entries = ("runtime", "threads", "batch", "file", "origin", "implementation")
+        task = {name: getattr(self, name) for name in entries}
+        return task | {
+            "image_shape": list(self.image_shape),
+            "settings": dict(self.settings),
+            "warm_up": warm_up,
+            "turn_ms": turn_ms,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """How one contestant did; latency is None when it could not run, and `unavailable` says why."""
+
+    name: str
+    latency: Latency | None = None
+    peak_rss_bytes: int | None = None
+    unavailable: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "latency": None if self.latency is None else self.latency.to_dict(),
+            "peak_rss_bytes": self.peak_rss_bytes,
+            "unavailable": self.unavailable,
+        }
+
+
+def run(
+    contestants: Sequence[Contestant],
+    *,
+    rounds: int = 10,
+    warm_up: int = 3,
+    turn_ms: float = 100.0,
+    on_progress: Progress | None = None,
+) -> list[Result]:
+    """Starts every contestant, then gives each one turn a round; a sample is the median of a turn of about `turn_ms`.
+
+    A contestant that fails does not end the race: its result says why. on_progress: called with (what, done, total).
+    The k-th samples of all are from the same round, so `latency.ratio` may pair them. Raises ValueError for a repeated
+    name.
+    """
+    names = [contestant.name for contestant in contestants]
+    if len(set(names)) != len(names) or rounds < 1 or warm_up < 0:
+        raise ValueError(
+            f"contestants {names}, rounds={rounds}, warm_up={warm_up}: names must differ, rounds be 1 or more"
+        )
+    tell = on_progress or (lambda *_: None)
+    total = len(contestants) + rounds
+    with ExitStack() as stack:
+        workers: dict[str, _Worker] = {}
+        failed: dict[str, str] = {}
+        for number, contestant in enumerate(contestants):
+            tell(f"starting {contestant.name}", number, total)
+            worker = stack.enter_context(_Worker(contestant, warm_up, turn_ms))
+            (failed if worker.failure else workers)[contestant.name] = worker.failure or worker  # type: ignore[assignment]
+        for number in range(rounds):
+            tell(f"round {number + 1} of {rounds}", len(contestants) + number, total)
+            for name in turned(list(workers), number) if workers else []:
+                if not workers[name].failure:
+                    workers[name].turn()
+        tell("done", total, total)
+        return [
+            workers[name].result() if name in workers else Result(name=name, unavailable=failed[name]) for name in names
+        ]
+
+
+class _Worker:
+    """The parent's side of one worker process."""
+
+    def __init__(self, contestant: Contestant, warm_up: int, turn_ms: float) -> None:
+        self.contestant = contestant
+        self.failure = contestant.unavailable
+        self._samples: list[float] = []
+        self._peak: int | None = None
+        self._process: subprocess.Popen[str] | None = None
+        self._errors: IO[bytes] | None = None
+        if self.failure is None:
+            self._start(contestant.task(warm_up, turn_ms))
+
+    def __enter__(self) -> _Worker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._process is not None:
+            if self._process.stdin is not None:
+                self._process.stdin.close()
+            try:
+                self._process.wait(timeout=5)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+            if self._process.stdout is not None:
+                self._process.stdout.close()
+        if self._errors is not None:
+            self._errors.close()
+
+    def turn(self) -> None:
+        """One more sample, or a failure."""
+        answer = self._ask("turn")
+        if answer is not None:
+            self._samples.append(answer["sample_ms"])
+            self._peak = answer["peak_rss_bytes"]
+
+    def result(self) -> Result:
+        """What the turns gave."""
+        name = self.contestant.name
+        if self.failure:
+            return Result(name=name, unavailable=self.failure)
+        threads, batch = self.contestant.threads, self.contestant.batch
+        latency = Latency(samples_ms=tuple(self._samples), batch=batch, threads=threads)
+        return Result(name=name, latency=latency, peak_rss_bytes=self._peak)
+
+    def _start(self, task: Mapping[str, Any]) -> None:
+        threads = str(self.contestant.threads)
+        path = os.pathsep.join(filter(None, [str(_PACKAGE_ROOT), os.environ.get("PYTHONPATH")]))
+        environment = os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "PYTHONPATH": path}
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115  (closed in __exit__)
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "swincompress_pl.report.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            env=environment,
+            text=True,
+        )
+        self._ask(json.dumps(task))
+
+    def _ask(self, line: str) -> dict[str, Any] | None:
+        assert self._process is not None
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        try:
+            self._process.stdin.write(line + "\n")
+            self._process.stdin.flush()
+            answer = self._process.stdout.readline()
+        except BrokenPipeError:
+            answer = ""
+        if not answer:
+            self.failure = f"its process ended: {self._last_words()}"
+            return None
+        message: dict[str, Any] = json.loads(answer)
+        if "error" in message:
+            self.failure = str(message["error"])
+            return None
+        return message
+
+    def _last_words(self) -> str:
+        assert self._errors is not None
+        self._errors.seek(0)
+        lines = self._errors.read().decode("utf-8", errors="replace").strip().splitlines()
+        return (lines[-1] if lines else "without a message")[-_LAST_WORDS:]

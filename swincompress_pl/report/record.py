@@ -1,0 +1,296 @@
+"""What is known about one compression run, as values that a JSON file holds: stages, steps, layers, operations,
+checks."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Self
+
+from swincompress_pl.report.accuracy import Accuracy, PairedComparison
+from swincompress_pl.report.latency import Latency
+from swincompress_pl.report.sizes import Size
+
+RECORD_VERSION = 1
+RECORD_FILE = "report.json"
+Latencies = Mapping[str, Latency]
+
+
+class RecordError(ValueError):
+    """A run's record cannot be read; the message names the file, what is wrong and the remedy."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Plain:
+    """A value of JSON types only."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields in JSON types."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """The inverse of `to_dict`; an unknown or missing field raises TypeError or KeyError."""
+        return cls(**data)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """The model at one point of the run ("float", "pruned", "fine-tuned", "quantized", "engine"); None is "not
+    measured".
+
+    macs: multiply-accumulates of one image. latency_ms: {runtime, e.g. "torch" or "engine": Latency}.
+    """
+
+    name: str
+    parameters: int | None = None
+    macs: int | None = None
+    size: Size | None = None
+    accuracy: Accuracy | None = None
+    latency_ms: Latencies = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "parameters": self.parameters,
+            "macs": self.macs,
+            "size": None if self.size is None else self.size.to_dict(),
+            "accuracy": None if self.accuracy is None else self.accuracy.to_dict(),
+            "latency_ms": {runtime: latency.to_dict() for runtime, latency in self.latency_ms.items()},
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Stage:
+        return cls(
+            name=data["name"],
+            parameters=data["parameters"],
+            macs=data["macs"],
+            size=None if data["size"] is None else Size.from_dict(data["size"]),
+            accuracy=None if data["accuracy"] is None else Accuracy.from_dict(data["accuracy"]),
+            latency_ms={runtime: Latency.from_dict(entry) for runtime, entry in data["latency_ms"].items()},
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruningStep(_Plain):
+    """One step that a pruning search tried on one group, and whether it stayed.
+
+    units_after: what was tried, also where it was undone. accuracy_percent: the score on the hold-out that decided.
+    parameters, macs: of the network after the decision.
+    """
+
+    group: str
+    units_before: int
+    units_after: int
+    accepted: bool
+    kind: str = ""
+    round: int | None = None
+    accuracy_percent: float | None = None
+    parameters: int | None = None
+    macs: int | None = None
+
+    @classmethod
+    def of(cls, step: Any) -> PruningStep:
+        """From a row of a search's history (`pruning.Step`)."""
+        return cls(
+            group=step.group,
+            units_before=step.units_before,
+            units_after=step.units_after,
+            accepted=step.accepted,
+            kind=step.kind,
+            round=step.round,
+            accuracy_percent=step.score,
+            parameters=step.parameters,
+            macs=step.macs,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerSparsity(_Plain):
+    """One weight before and after: its values before, and its non-zeros after (removed ones do not count)."""
+
+    name: str
+    weights_before: int
+    nonzeros_after: int
+
+    @property
+    def sparsity(self) -> float:
+        """The part that is gone, 0 to 1."""
+        return 1.0 - self.nonzeros_after / self.weights_before if self.weights_before else 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class OperationTime(_Plain):
+    """One operation of the engine: its time for one call, and its MACs and bytes moved (weights, inputs and output)."""
+
+    name: str
+    kind: str
+    time_ms: float
+    macs: int = 0
+    size_bytes: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check(_Plain):
+    """Something that was verified in this run, e.g. that engine and reference gave the same integers."""
+
+    name: str
+    passed: bool
+    detail: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """A paired comparison under a name, e.g. "engine against float"."""
+
+    name: str
+    paired: PairedComparison
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"name": self.name, "paired": self.paired.to_dict()}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Comparison:
+        return cls(name=data["name"], paired=PairedComparison.from_dict(data["paired"]))
+
+
+@dataclass(kw_only=True)
+class RunRecord:
+    """Collects a run while it happens; everything put into it is a frozen value. `write_report` renders it.
+
+    name: the run's title. environment: what `describe_environment` gives. data: what the accuracies were measured on.
+    notes: sentences that a reader of the figures must know.
+    """
+
+    name: str
+    environment: Mapping[str, Any] = field(default_factory=dict)
+    data: str = ""
+    stages: list[Stage] = field(default_factory=list)
+    steps: list[PruningStep] = field(default_factory=list)
+    layers: list[LayerSparsity] = field(default_factory=list)
+    operations: list[OperationTime] = field(default_factory=list)
+    comparisons: list[Comparison] = field(default_factory=list)
+    checks: list[Check] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def add_stage(
+        self,
+        name: str,
+        *,
+        parameters: int | None = None,
+        macs: int | None = None,
+        size: Size | None = None,
+        accuracy: Accuracy | None = None,
+        latency_ms: Latencies | None = None,
+    ) -> Stage:
+        """Appends a stage and returns it. Raises ValueError when the run already has one of that name."""
+        if any(stage.name == name for stage in self.stages):
+            raise ValueError(
+                f"stage {name!r} is already in the record of {self.name!r}; give the second one another name"
+            )
+        stage = Stage(
+            name=name,
+            parameters=parameters,
+            macs=macs,
+            size=size,
+            accuracy=accuracy,
+            latency_ms=dict(latency_ms or {}),
+        )
+        self.stages.append(stage)
+        return stage
+
+    def add_comparison(self, name: str, paired: PairedComparison) -> None:
+        """Appends a paired comparison, e.g. "engine against float"."""
+        self.comparisons.append(Comparison(name=name, paired=paired))
+
+    def add_check(self, name: str, passed: bool, detail: str = "") -> None:
+        """Appends a check and its outcome."""
+        self.checks.append(Check(name=name, passed=bool(passed), detail=detail))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The record in JSON types, with its version."""
+        lists = {name: [item.to_dict() for item in getattr(self, name)] for name in _LISTS}
+        return {
+            "record_version": RECORD_VERSION,
+            "name": self.name,
+            "environment": dict(self.environment),
+            "data": self.data,
+            **lists,
+            "notes": list(self.notes),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> RunRecord:
+        """The inverse of `to_dict`; RecordError for another version, an unknown, missing or ill-typed entry."""
+        if not isinstance(data, Mapping) or data.get("record_version") != RECORD_VERSION:
+            found = data.get("record_version") if isinstance(data, Mapping) else type(data).__name__
+            raise RecordError(
+                f"a record of version {RECORD_VERSION} is expected, not {found!r}; render it with its own version"
+            )
+        unknown = set(data) - {entry.name for entry in fields(cls)} - {"record_version"}
+        if unknown:
+            raise RecordError(f"unknown entries {', '.join(sorted(map(repr, unknown)))} in the record")
+        try:
+            lists = {name: _read_all(kind, data[name]) for name, kind in _LISTS.items()}
+            return cls(
+                name=data["name"],
+                environment=data["environment"],
+                data=data["data"],
+                notes=list(data["notes"]),
+                **lists,
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise RecordError(f"the record is incomplete or ill-typed: {error!r}") from error
+
+    def save(self, path: str | Path) -> Path:
+        """Writes the record as JSON; an interrupted write leaves an old file as it was."""
+        return write_text(path, json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> RunRecord:
+        """Reads a record, or `report.json` of a run directory. Raises FileNotFoundError or RecordError, naming the
+        file."""
+        file = Path(path)
+        file = file / RECORD_FILE if file.is_dir() else file
+        if not file.is_file():
+            raise FileNotFoundError(
+                f"{file}: no record of a run there; `swincompress demo` and `write_report` make one"
+            )
+        try:
+            return cls.from_dict(json.loads(file.read_text(encoding="utf-8")))
+        except (RecordError, json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise RecordError(f"{file}: {error}") from error
+
+
+_LISTS: dict[str, Any] = {
+    "stages": Stage,
+    "steps": PruningStep,
+    "layers": LayerSparsity,
+    "operations": OperationTime,
+    "comparisons": Comparison,
+    "checks": Check,
+}
+
+
+def _read_all(kind: Any, entries: Iterable[Mapping[str, Any]]) -> list[Any]:
+    return [kind.from_dict(entry) for entry in entries]
+
+
+def write_text(path: str | Path, text: str) -> Path:
+    """Writes UTF-8 text via a temporary file beside `path` and a rename; makes the directory."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, target)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return target

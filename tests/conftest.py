@@ -1,0 +1,44 @@
+"""Fixtures that several rooms' tests share."""
+
+from __future__ import annotations
+
+import os
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+
+# A busy machine must not fail a test: no deadline for an example.
+settings.register_profile("swincompress", deadline=None)
+settings.load_profile("swincompress")
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    """The tests' tensors are small: more threads only cost time."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder with real images and weights, from SWINCOMPRESS_DATA or beside the repository; skips where absent."""
+    folder = Path(os.environ.get("SWINCOMPRESS_DATA", REPOSITORY.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"{folder}: no folder with the real data; set SWINCOMPRESS_DATA to it.")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def imagenet_mini(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An ImageNet-style tree of 1,000 images in train (one a class) and 600 in val (332 classes)."""
+    archive = shared_data / "imagenet_mini.tar"
+    if not archive.is_file():
+        pytest.skip(f"{archive}: absent.")
+    root = tmp_path_factory.mktemp("imagenet_mini")
+    with tarfile.open(archive) as tar:
+        tar.extractall(root, filter="data")
+    return root

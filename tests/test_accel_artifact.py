@@ -1,0 +1,220 @@
+"""The artifact: the same bytes again, and a clear refusal of whatever is not one."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+from test_accel_programs import images_of, swin_program, vit_program
+
+from swincompress_pl import accel, norm
+from swincompress_pl.accel import ArtifactError, artifact
+
+
+@pytest.fixture(scope="module")
+def program() -> norm.Program:
+    return vit_program()
+
+
+@pytest.fixture
+def path(program: norm.Program, tmp_path: Path) -> Path:
+    return accel.export(program, tmp_path / "model.safetensors")
+
+
+def metadata_of(path: Path) -> dict[str, Any]:
+    content = path.read_bytes()
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    assert list(header["__metadata__"]) == [artifact.METADATA_KEY]
+    return json.loads(header["__metadata__"][artifact.METADATA_KEY])
+
+
+def rewrite(path: Path, metadata: Any, tensors: dict[str, Any] | None = None) -> None:
+    text = metadata if isinstance(metadata, str) else json.dumps(metadata)
+    save_file(tensors if tensors is not None else load_file(path), path, {artifact.METADATA_KEY: text})
+
+
+@pytest.mark.parametrize("make", [swin_program, vit_program])
+def test_export_read_export_is_byte_identical(make: Any, tmp_path: Path) -> None:
+    first = accel.export(make(), tmp_path / "first.safetensors")
+    second = accel.export(artifact.read(first), tmp_path / "second.safetensors")
+    assert first.read_bytes() == second.read_bytes()
+    assert sorted(os.listdir(tmp_path)) == ["first.safetensors", "second.safetensors"]
+
+
+def test_read_gives_the_program_back(program: norm.Program, path: Path) -> None:
+    given = artifact.read(path)
+    assert given.describe() == program.describe()
+    assert given.classes == program.classes
+    assert set(given.tensors) == set(program.tensors)
+    for key, tensor in program.tensors.items():
+        assert given.tensors[key].dtype == tensor.dtype
+        np.testing.assert_array_equal(given.tensors[key], tensor)
+
+
+def test_the_loaded_engine_equals_the_program(program: norm.Program, path: Path) -> None:
+    images = images_of(program, 5)
+    np.testing.assert_array_equal(accel.load(path, threads=1).run_integer(images), norm.run(program, images))
+    np.testing.assert_array_equal(accel.reference(path).run_integer(images), norm.run(program, images))
+
+
+def test_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.safetensors: no such file"):
+        accel.load(tmp_path / "nowhere.safetensors")
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 a zip file of pickles", b"\xff" * 100, b"{}"])
+def test_other_files_are_refused(content: bytes, tmp_path: Path) -> None:
+    other = tmp_path / "other.pt"
+    other.write_bytes(content)
+    with pytest.raises(ArtifactError, match=r"other\.pt: not a safetensors file"):
+        accel.load(other)
+
+
+@pytest.mark.parametrize("share", [0.001, 0.1, 0.5, 0.9, 0.9999])
+def test_truncated_files_are_refused(path: Path, share: float) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[: max(int(len(content) * share), 9)])
+    with pytest.raises(ArtifactError, match="truncated"):
+        accel.load(path)
+
+
+def test_foreign_safetensors_are_refused(tmp_path: Path) -> None:
+    save_file({"weight": np.zeros(3, dtype=np.float32)}, tmp_path / "weights.safetensors")
+    with pytest.raises(ArtifactError, match="not an artifact of swincompress_pl"):
+        accel.load(tmp_path / "weights.safetensors")
+
+
+def test_foreign_descriptions_are_refused(path: Path) -> None:
+    rewrite(path, "{")
+    with pytest.raises(ArtifactError, match="not JSON"):
+        accel.load(path)
+    for foreign in ([], {"format": "other"}):
+        rewrite(path, foreign)
+        with pytest.raises(ArtifactError, match="is not a swincompress_pl"):
+            accel.load(path)
+
+
+def test_other_versions_are_refused(path: Path) -> None:
+    rewrite(path, {**metadata_of(path), "version": artifact.VERSION + 1})
+    with pytest.raises(ArtifactError, match="artifact version 2; this package reads version 1"):
+        accel.load(path)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_an_altered_byte_is_refused(path: Path, seed: int) -> None:
+    content = bytearray(path.read_bytes())
+    start = 8 + int.from_bytes(content[:8], "little")
+    content[int(np.random.default_rng(seed).integers(start, len(content)))] ^= 1 << seed % 8
+    path.write_bytes(content)
+    with pytest.raises(ArtifactError, match="altered"):
+        accel.load(path)
+
+
+@pytest.mark.parametrize("change", ["logit_scale", "operations", "missing"])
+def test_an_altered_description_is_refused(path: Path, change: str) -> None:
+    metadata = metadata_of(path)
+    if change == "logit_scale":
+        metadata["description"]["logit_scale"] = (1.0).hex()
+    elif change == "operations":
+        metadata["description"]["operations"][0]["attributes"]["stride"] = [1, 1]
+    else:
+        del metadata["description"]
+    rewrite(path, metadata)
+    with pytest.raises(ArtifactError, match="altered"):
+        accel.load(path)
+
+
+def test_a_right_checksum_over_a_wrong_program_is_refused(path: Path) -> None:
+    metadata, tensors = metadata_of(path), load_file(path)
+    metadata["description"]["operations"][0]["attributes"]["stride"] = [1, 1]
+    metadata["sha256"] = artifact.checksum(metadata["description"], tensors)
+    rewrite(path, metadata, tensors)
+    with pytest.raises(ArtifactError, match=r"model\.safetensors: add_constant"):
+        accel.load(path)
+    metadata["description"]["norm_version"] = 99
+    metadata["sha256"] = artifact.checksum(metadata["description"], tensors)
+    rewrite(path, metadata, tensors)
+    with pytest.raises(ArtifactError, match="norm version 99"):
+        accel.load(path)
+
+
+@pytest.mark.parametrize("failing", ["fsync", "replace"])
+def test_an_interrupted_export_leaves_the_old_file(
+    program: norm.Program, path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    before = path.read_bytes()
+
+    def fail(*_: Any) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(os, failing, fail)
+    with pytest.raises(OSError, match="no space left"):
+        accel.export(dataclasses.replace(program, logit_scale=2.0), path)
+    monkeypatch.undo()
+    assert path.read_bytes() == before
+    assert os.listdir(path.parent) == [path.name]
+
+
+def test_a_write_that_fails_midway_leaves_the_old_file(
+    program: norm.Program, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = path.read_bytes()
+
+    class FullDisk:
+        def __init__(self, file: Any) -> None:
+            self._file = file
+
+        def __enter__(self) -> FullDisk:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            self._file.close()
+
+        def write(self, content: bytes) -> None:
+            self._file.write(content[: len(content) // 2])
+            raise OSError("no space left on device")
+
+    monkeypatch.setattr(artifact, "open", lambda *arguments: FullDisk(open(*arguments)), raising=False)
+    with pytest.raises(OSError, match="no space left"):
+        accel.export(dataclasses.replace(program, logit_scale=2.0), path)
+    assert path.read_bytes() == before
+    assert os.listdir(path.parent) == [path.name]
+
+
+def test_export_names_a_missing_folder(program: norm.Program, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="folder .* does not exist"):
+        accel.export(program, tmp_path / "missing" / "model.safetensors")
+
+
+def test_export_takes_models_with_to_program(program: norm.Program, tmp_path: Path) -> None:
+    quantized = SimpleNamespace(to_program=lambda: program)
+    for number, model in enumerate((program, quantized, SimpleNamespace(net=quantized))):
+        path = accel.export(model, tmp_path / f"{number}.safetensors")
+        assert artifact.read(path).describe() == program.describe()
+
+
+def test_export_refuses_what_is_not_quantized(tmp_path: Path) -> None:
+    for model in (object(), SimpleNamespace(net=object()), None):
+        with pytest.raises(TypeError, match="is not quantized.*quantize it first"):
+            accel.export(model, tmp_path / "x.safetensors")
+    with pytest.raises(TypeError, match=r"to_program\(\) returned dict"):
+        accel.export(SimpleNamespace(to_program=dict), tmp_path / "x.safetensors")
+
+
+def test_export_refuses_programs_that_break_the_norm(program: norm.Program, tmp_path: Path) -> None:
+    with pytest.raises(norm.ProgramError, match="logit_scale"):
+        accel.export(dataclasses.replace(program, logit_scale=float("nan")), tmp_path / "x.safetensors")
+    extra = dataclasses.replace(program, tensors={**program.tensors, "stray": np.zeros(1, dtype=np.int8)})
+    with pytest.raises(ArtifactError, match="'stray' is not used"):
+        accel.export(extra, tmp_path / "x.safetensors")
+    unwritable = dataclasses.replace(program, origin={"model": object()})
+    with pytest.raises(ArtifactError, match="cannot be written as JSON"):
+        accel.export(unwritable, tmp_path / "x.safetensors")
+    assert os.listdir(tmp_path) == []

@@ -1,0 +1,195 @@
+"""Engines as users meet them: arguments, errors, profile, and no torch."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_accel_programs import images_of, swin_program, vit_program
+
+from swincompress_pl import accel, norm
+from swincompress_pl.accel import core
+
+
+@pytest.fixture(scope="module")
+def program() -> norm.Program:
+    return vit_program()
+
+
+@pytest.fixture(scope="module")
+def engine(program: norm.Program) -> accel.Engine:
+    return accel.Engine(program, threads=1)
+
+
+@pytest.fixture(scope="module")
+def path(program: norm.Program, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return accel.export(program, tmp_path_factory.mktemp("artifact") / "vit.safetensors")
+
+
+def run_python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=120)
+
+
+def test_call_scales_the_integer_logits(program: norm.Program, engine: accel.Engine) -> None:
+    images = images_of(program, 3)
+    logits = engine(images)
+    assert logits.dtype == np.float32
+    np.testing.assert_array_equal(logits, (norm.run(program, images) * program.logit_scale).astype(np.float32))
+
+
+def test_both_engines_have_one_interface(program: norm.Program, engine: accel.Engine, path: Path) -> None:
+    reference = accel.reference(path)
+    images = images_of(program, 2)
+    np.testing.assert_array_equal(engine(images), reference(images))
+    for runtime in (engine, reference):
+        assert runtime.input_shape == (24, 24, 3)
+        assert runtime.classes == program.classes
+        assert runtime.class_count == 7
+        assert runtime.threads == 1
+        assert runtime.program.describe() == program.describe()
+        assert "7 classes" in repr(runtime)
+        assert runtime.implementation in repr(runtime)
+
+
+@pytest.mark.parametrize("make", [accel.Engine, accel.ReferenceEngine])
+def test_empty_batches_give_empty_logits(program: norm.Program, make: type) -> None:
+    runtime = make(program)
+    empty = np.zeros((0, 24, 24, 3), dtype=np.uint8)
+    assert runtime(empty).shape == (0, 7)
+    assert runtime.run_integer(empty).dtype == np.int32
+
+
+def test_non_contiguous_images_are_copied(program: norm.Program, engine: accel.Engine) -> None:
+    channels_first = images_of(program, 4).transpose(0, 3, 1, 2).copy()
+    images = channels_first.transpose(0, 2, 3, 1)[::-1]
+    assert not images.flags.c_contiguous
+    np.testing.assert_array_equal(engine.run_integer(images), norm.run(program, np.ascontiguousarray(images)))
+
+
+@pytest.mark.parametrize("make", [accel.Engine, accel.ReferenceEngine])
+def test_wrong_images_are_refused(program: norm.Program, make: type) -> None:
+    runtime = make(program)
+    with pytest.raises(TypeError, match="float32.*raw uint8 pixels"):
+        runtime(np.zeros((1, 24, 24, 3), dtype=np.float32))
+    with pytest.raises(TypeError, match="list"):
+        runtime([[1]])
+    for shape in [(24, 24, 3), (1, 3, 24, 24), (1, 25, 24, 3), (1, 24, 24, 4), (0, 24, 24, 1)]:
+        with pytest.raises(ValueError, match=r"expected \(N, 24, 24, 3\)"):
+            runtime(np.zeros(shape, dtype=np.uint8))
+
+
+@pytest.mark.parametrize("threads", [0, -1, 257, 10_000])
+def test_impossible_thread_counts_are_refused(path: Path, threads: int) -> None:
+    with pytest.raises(ValueError, match=rf"threads is {threads}; it must lie in \[1, 256\]"):
+        accel.load(path, threads=threads)
+
+
+@pytest.mark.parametrize("threads", [True, 1.0, "2"])
+def test_thread_counts_are_integers(path: Path, threads: object) -> None:
+    with pytest.raises(TypeError, match="threads is"):
+        accel.load(path, threads=threads)  # type: ignore[arg-type]
+
+
+def test_more_threads_than_work_and_cpus(program: norm.Program) -> None:
+    images = images_of(program, 1)
+    np.testing.assert_array_equal(accel.Engine(program, threads=19).run_integer(images), norm.run(program, images))
+
+
+def test_default_threads_are_the_usable_cpus(program: norm.Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(core.os, "sched_getaffinity", lambda _: {0, 3, 5}, raising=False)
+    assert accel.Engine(program).threads == 3
+
+
+def test_implementations_are_listed_best_first() -> None:
+    names = accel.implementations()
+    assert names[-1] == "scalar"
+    assert len(set(names)) == len(names)
+
+
+def test_implementation_argument_wins_over_the_environment(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    best = accel.implementations()[0]
+    assert accel.load(path).implementation == best
+    monkeypatch.setenv("SWINCOMPRESS_IMPLEMENTATION", "scalar")
+    assert accel.load(path).implementation == "scalar"
+    assert accel.load(path, implementation=best).implementation == best
+    monkeypatch.setenv("SWINCOMPRESS_IMPLEMENTATION", "")
+    assert accel.load(path).implementation == best
+
+
+def test_unknown_implementations_are_refused_with_the_choices(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    choices = ", ".join(accel.implementations())
+    with pytest.raises(ValueError, match=f"implementation 'sse9' is unknown; this CPU can run: {choices}"):
+        accel.load(path, implementation="sse9")
+    with pytest.raises(ValueError, match="implementation 'neon_dotprod' is not part of this build"):
+        accel.load(path, implementation="neon_dotprod")
+    monkeypatch.setenv("SWINCOMPRESS_IMPLEMENTATION", "fastest")
+    with pytest.raises(ValueError, match="SWINCOMPRESS_IMPLEMENTATION 'fastest' is unknown"):
+        accel.load(path)
+
+
+@pytest.mark.parametrize("make", [accel.Engine, accel.ReferenceEngine])
+def test_profile_accounts_for_every_operation(make: type) -> None:
+    program = swin_program()
+    profile = make(program).profile(images_of(program, 2), repeats=3)
+    names = [name for row in profile for name in row.operation.split("+")]
+    assert names == [op.name for op in program.operations]
+    assert profile.macs == 2 * sum(cost.macs for cost in norm.costs(program))
+    assert sum(row.share for row in profile) == pytest.approx(1.0)
+    assert all(row.time_ms >= 0 and row.bytes > 0 for row in profile)
+    assert profile[0].kind == "conv2d"
+    assert len(profile) == len(profile.to_dict()["rows"])
+    table = str(profile)
+    assert all(row.operation in table for row in profile)
+    assert "GMAC/s" in table
+
+
+def test_profile_refuses_nothing_to_time(engine: accel.Engine, program: norm.Program) -> None:
+    with pytest.raises(ValueError, match="at least one image"):
+        engine.profile(np.zeros((0, 24, 24, 3), dtype=np.uint8))
+    with pytest.raises(ValueError, match="repeats is 0"):
+        engine.profile(images_of(program, 1), repeats=0)
+
+
+def test_an_artifact_runs_without_torch(program: norm.Program, path: Path) -> None:
+    code = """
+import sys
+import numpy as np
+from swincompress_pl import accel
+engine = accel.load(sys.argv[1], threads=2)
+images = np.random.default_rng(7).integers(0, 256, (3, *engine.input_shape)).astype(np.uint8)
+print(engine.run_integer(images).tolist())
+loaded = {"torch", "lightning", "timm"} & set(sys.modules)
+assert not loaded, loaded
+"""
+    done = run_python(code, str(path))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(norm.run(program, images_of(program, 3)).tolist())
+
+
+def test_a_missing_extension_says_how_to_build_it() -> None:
+    done = run_python(
+        "import sys; sys.modules['swincompress_pl.accel._core'] = None\nimport swincompress_pl.accel"
+    )
+    assert done.returncode != 0
+    assert "build it with `pip install .`" in done.stderr
+
+
+@pytest.mark.skipif(not hasattr(__import__("os"), "fork"), reason="needs fork")
+def test_an_engine_survives_a_fork(path: Path) -> None:
+    code = """
+import os, sys
+import numpy as np
+from swincompress_pl import accel
+engine = accel.load(sys.argv[1], threads=2)
+images = np.zeros((1, *engine.input_shape), dtype=np.uint8)
+before = engine.run_integer(images)
+child = os.fork()
+if child == 0:
+    os._exit(0 if np.array_equal(engine.run_integer(images), before) else 1)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    done = run_python(code, str(path))
+    assert done.returncode == 0, done.stderr

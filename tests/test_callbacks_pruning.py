@@ -1,0 +1,505 @@
+"""Pruning inside a real, tiny fit: shapes, optimizer, resume, and refusals."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, ModelPruning, StochasticWeightAveraging
+from timm.models import SwinTransformer, VisionTransformer
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from swincompress_pl.callbacks.pruning import AdaptiveIterativePruning
+from swincompress_pl.models.manifest import CompressionMixin
+from swincompress_pl.pruning import RoundRobinConfig, Step, history_of
+from swincompress_pl.quant import QuantizedNetwork
+
+pytestmark = pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning")
+
+
+def _vit() -> nn.Module:
+    return VisionTransformer(img_size=16, patch_size=8, embed_dim=32, depth=2, num_heads=4, num_classes=3)
+
+
+def _swin() -> nn.Module:
+    return SwinTransformer(
+        img_size=16, patch_size=2, embed_dim=16, depths=(1, 1), num_heads=(2, 4), window_size=4, num_classes=3
+    )
+
+
+class Plain(LightningModule):
+    """A user's own module: nothing of ours but the attribute that holds the network."""
+
+    def __init__(self, build: Any = _vit) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = build()
+        self.stages: list[str] = []
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        self.log("val/top1", (self.net(batch[0]).argmax(-1) == batch[1]).float().mean())
+
+    def test_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        self.log("test/top1", (self.net(batch[0]).argmax(-1) == batch[1]).float().mean())
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        self.stages.append(str(self.trainer.state.stage.value))
+        return batch
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW(self.net.parameters(), lr=1e-3)
+        return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)}
+
+
+class Restorable(CompressionMixin, Plain):
+    """The same with the mixin that `load_from_checkpoint` needs."""
+
+
+def _data(count: int = 24, seed: int = 1) -> TensorDataset:
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, 3, (count,), generator=generator)
+    images = torch.randn(count, 3, 16, 16, generator=generator) + labels.view(-1, 1, 1, 1)
+    return TensorDataset(images, labels)
+
+
+def _loader(shuffle: bool = False) -> DataLoader[Any]:
+    return DataLoader(_data(), batch_size=8, shuffle=shuffle)
+
+
+def _trainer(tmp_path: Path, epochs: int, *callbacks: Callback, **options: Any) -> Trainer:
+    options = {
+        "logger": False,
+        "enable_checkpointing": any(isinstance(c, ModelCheckpoint) for c in callbacks),
+        **options,
+    }
+    return Trainer(
+        default_root_dir=tmp_path,
+        max_epochs=epochs,
+        accelerator="cpu",
+        devices=1,
+        callbacks=list(callbacks),
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **options,
+    )
+
+
+def _greedy(**options: Any) -> AdaptiveIterativePruning:
+    """Accepts every step, so that what is cut does not hang on the accuracy of a toy."""
+    return AdaptiveIterativePruning(**{"tolerance": 100.0, "step": 0.25, "max_sparsity": 0.75, **options})
+
+
+def _shapes(module: Plain) -> dict[str, torch.Size]:
+    return {key: value.shape for key, value in module.state_dict().items()}
+
+
+@pytest.mark.parametrize("build", [_vit, _swin])
+def test_a_fit_shrinks_and_goes_on_training(tmp_path: Path, build: Any) -> None:
+    module, seen = Plain(build), []
+
+    class Watch(_Watch):
+        def on_step(self, trainer: Trainer, step: Step) -> None:
+            seen.append(step)
+
+    before = sum(p.numel() for p in module.parameters())
+    callback = Watch(tolerance=100.0, step=0.25, start_epoch=1)
+    trainer = _trainer(tmp_path, 3, callback)
+    trainer.fit(module, _loader(), _loader())
+    state = callback.search_state
+    assert state is not None
+    assert state.rounds == 2
+    assert seen == state.steps
+    assert sum(p.numel() for p in module.parameters()) == state.steps[-1].parameters < before
+    (optimizer,) = trainer.optimizers
+    assert {id(p) for g in optimizer.param_groups for p in g["params"]} == {id(p) for p in module.parameters()}
+    assert {float(s["step"]) for s in optimizer.state.values()} == {9.0}  # no step count was lost
+    assert trainer.callback_metrics["pruning/parameters"] == state.steps[-1].parameters
+    assert trainer.callback_metrics["pruning/macs"] == state.steps[-1].macs
+    assert 0 < trainer.callback_metrics["pruning/sparsity"] < 1
+    assert trainer.callback_metrics["pruning/score"] == pytest.approx(state.score)
+    assert len(history_of(module.net)) == 2
+
+
+class _Watch(AdaptiveIterativePruning):
+    pass
+
+
+def test_new_parameters_are_trained(tmp_path: Path) -> None:
+    class Snapshot(Callback):
+        before: dict[str, Tensor]
+
+        def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            self.before = copy.deepcopy(pl_module.state_dict())
+
+    module, snapshot = Plain(), Snapshot()
+    _trainer(tmp_path, 2, _greedy(max_rounds=1), snapshot).fit(module, _loader(), _loader())
+    assert module.net.blocks[0].attn.num_heads == 3
+    assert all(not torch.equal(snapshot.before[key], value) for key, value in module.state_dict().items())
+
+
+class Stop(Callback):
+    """Ends the process' work after an epoch, as a kill between epochs would."""
+
+    def __init__(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.current_epoch == self.epoch:
+            trainer.should_stop = True
+
+
+@pytest.mark.parametrize("at_train_end", [True, False])
+@pytest.mark.parametrize("stop", [0, 1, 2])
+def test_resume_ends_where_an_uninterrupted_fit_ends(tmp_path: Path, at_train_end: bool, stop: int) -> None:
+    """Also from a checkpoint that was written after validation, before the round at the epoch's end."""
+    options = {"tolerance": 30.0, "start_epoch": 1, "max_images": 20}
+    whole, first, second = Plain(), Plain(), Plain()
+    callback, resumed = _greedy(**options), _greedy(**options)
+    _trainer(tmp_path, 4, callback).fit(whole, _loader(), _loader())
+    save = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1, save_on_train_epoch_end=at_train_end)
+    _trainer(tmp_path, 4, _greedy(**options), save, Stop(stop)).fit(first, _loader(), _loader())
+    _trainer(tmp_path, 4, resumed).fit(second, _loader(), _loader(), ckpt_path=tmp_path / f"epoch={stop}.ckpt")
+    assert _shapes(second) == _shapes(whole) != _shapes(Plain())
+    for key, value in whole.state_dict().items():
+        assert torch.equal(second.state_dict()[key], value), key
+    assert resumed.state_dict() == callback.state_dict()
+    assert history_of(second.net) == history_of(whole.net)
+
+
+def test_checkpoint_is_plain_and_serves_validate_and_load(tmp_path: Path) -> None:
+    module = Restorable(_swin)
+    save = ModelCheckpoint(tmp_path, "last")
+    _trainer(tmp_path, 2, _greedy(), save).fit(module, _loader(), _loader())
+    checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert checkpoint["swincompress_pl"]["version"] == 1
+    restored = Restorable.load_from_checkpoint(tmp_path / "last.ckpt", build=_swin)
+    assert all(torch.equal(restored.state_dict()[k], v) for k, v in checkpoint["state_dict"].items())
+    # a user's own module without the mixin, through the callback
+    plain = Plain(_swin)
+    (metrics,) = _trainer(tmp_path, 1, _greedy()).validate(
+        plain, _loader(), ckpt_path=tmp_path / "last.ckpt", verbose=False
+    )
+    assert all(torch.equal(plain.state_dict()[k], v) for k, v in checkpoint["state_dict"].items())
+    assert metrics == _trainer(tmp_path, 1).validate(restored, _loader(), verbose=False)[0]
+
+
+def test_a_less_pruned_checkpoint_is_tested_after_the_fit(tmp_path: Path) -> None:
+    """The best checkpoint is often an earlier one than what is in memory."""
+    module = Plain()
+    save = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
+    trainer = _trainer(tmp_path, 3, _greedy(), save)
+    trainer.fit(module, _loader(), _loader())
+    for epoch, heads in ((0, 3), (2, 1), (1, 2)):
+        path = tmp_path / f"epoch={epoch}.ckpt"
+        trainer.test(module, _loader(), ckpt_path=path, verbose=False)
+        assert module.net.blocks[0].attn.num_heads == heads
+        state = torch.load(path, weights_only=True)["state_dict"]
+        assert all(torch.equal(module.state_dict()[key], value) for key, value in state.items())
+
+
+def test_the_search_leaves_no_trace_when_nothing_is_accepted(tmp_path: Path) -> None:
+    """Random numbers, modes and the trainer's progress are those of a fit without the callback."""
+
+    def fit(*callbacks: Callback) -> Plain:
+        module = Plain()
+        module.net.blocks[0].mlp.drop1.p = 0.3
+        torch.manual_seed(5)
+        trainer = _trainer(tmp_path, 3, *callbacks)
+        trainer.fit(module, _loader(shuffle=True), _loader())
+        assert trainer.global_step == 9
+        assert trainer.state.stage is None or trainer.state.finished
+        return module
+
+    class Nothing(AdaptiveIterativePruning):
+        calls = 0
+
+        def predict(self, module: LightningModule, network: nn.Module, images: Tensor) -> Tensor:
+            assert not network.training
+            Nothing.calls += 1
+            right = nn.functional.one_hot(_labels(images), 3).float()
+            return right if Nothing.calls <= 3 else -right  # the baseline is 100, everything else 0
+
+    with_search, without = fit(Nothing(tolerance=1.0, max_rounds=1)), fit()
+    assert Nothing.calls > 3
+    assert all(torch.equal(with_search.state_dict()[k], v) for k, v in without.state_dict().items())
+    assert {s for s in with_search.stages if s != "sanity_check"} == {"train", "validate"}
+
+
+def _labels(images: Tensor) -> Tensor:
+    dataset = _data()
+    found = [next(i for i, known in enumerate(dataset.tensors[0]) if torch.equal(known, image)) for image in images]
+    return dataset.tensors[1][found]
+
+
+def test_batches_are_scored_in_the_validating_stage(tmp_path: Path) -> None:
+    stages = []
+
+    class Watch(AdaptiveIterativePruning):
+        def predict(self, module: LightningModule, network: nn.Module, images: Tensor) -> Tensor:
+            stages.append((module.trainer.validating, torch.is_grad_enabled(), network.training))
+            return super().predict(module, network, images)
+
+    module = Plain()
+    _trainer(tmp_path, 1, Watch(tolerance=1.0)).fit(module, _loader(), _loader())
+    assert set(stages) == {(True, False, False)}
+
+
+def test_the_datamodules_holdout_decides(tmp_path: Path) -> None:
+    class Data(LightningDataModule):
+        scored = 0
+
+        def train_dataloader(self) -> DataLoader[Any]:
+            return _loader()
+
+        def holdout_dataloader(self) -> DataLoader[Any]:
+            Data.scored += 1
+            return DataLoader(_data(6, seed=2), batch_size=4)
+
+    class Count(AdaptiveIterativePruning):
+        images = 0
+
+        def predict(self, module: LightningModule, network: nn.Module, images: Tensor) -> Tensor:
+            Count.images += len(images)
+            return super().predict(module, network, images)
+
+    callback = Count(tolerance=100.0, kinds=("heads",), max_images=5)
+    _trainer(tmp_path, 1, callback).fit(Plain(), datamodule=Data())
+    assert Data.scored > 0
+    assert Count.images == 5 * 4  # the baseline, two groups, the sliced network
+
+
+@pytest.mark.parametrize(("cache_size_bytes", "passes"), [(1 << 30, 2), (0, 5), (1000, 5)])
+def test_a_small_holdout_is_read_once(tmp_path: Path, cache_size_bytes: int, passes: int) -> None:
+    class Loader:
+        passes = 0
+
+        def __iter__(self) -> Any:
+            Loader.passes += 1
+            return iter(DataLoader(_data(), batch_size=8))
+
+    class Data(LightningDataModule):
+        def train_dataloader(self) -> DataLoader[Any]:
+            return _loader()
+
+        def holdout_dataloader(self) -> Loader:
+            return Loader()
+
+    callback = AdaptiveIterativePruning(tolerance=100.0, kinds=("heads",), cache_size_bytes=cache_size_bytes)
+    _trainer(tmp_path, 1, callback).fit(Plain(), datamodule=Data())
+    # the input's shape, the baseline (cached from here), two groups, the sliced network
+    assert Loader.passes == passes
+
+
+def test_pruning_ends_where_quantization_begins(tmp_path: Path) -> None:
+    class Quantized(QuantizedNetwork):
+        """Passes through: the type is what counts here."""
+
+        def __init__(self, network: nn.Module) -> None:
+            nn.Module.__init__(self)
+            self.network = network
+
+        def forward(self, images: Tensor) -> Tensor:
+            logits: Tensor = self.network(images)
+            return logits
+
+    class Quantize(Callback):
+        def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            if trainer.current_epoch == 1:
+                pl_module.net = Quantized(pl_module.net)
+
+    module, callback = Plain(), _greedy()
+    _trainer(tmp_path, 3, callback, Quantize()).fit(module, _loader(), _loader())
+    assert callback.search_state is not None
+    assert callback.search_state.stopped == "the network is quantized"
+    assert module.net.network.blocks[0].attn.num_heads == 3
+
+
+def test_a_second_fit_begins_a_new_search(tmp_path: Path) -> None:
+    callback = _greedy(max_rounds=1)
+    for _ in range(2):
+        module = Plain()
+        _trainer(tmp_path, 1, callback).fit(module, _loader(), _loader())
+        assert module.net.blocks[0].attn.num_heads == 3
+
+
+def test_the_command_line_sees_every_option() -> None:
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(Callback, "callback")
+    name = "swincompress_pl.callbacks.pruning.AdaptiveIterativePruning"
+    options = {"tolerance": 2, "step": 0.1, "kinds": ["mlp"], "target": 0.3, "criterion": "magnitude", "order": "size"}
+    parsed = parser.parse_object({"callback": {"class_path": name, "init_args": options}})
+    callback = parser.instantiate_classes(parsed)["callback"]
+    assert callback.config == RoundRobinConfig(tolerance=2, step=0.1, kinds=("mlp",), target=0.3, order="size")
+    with pytest.raises(Exception, match="stepp"):
+        parser.parse_object({"callback": {"class_path": name, "init_args": {**options, "stepp": 1}}})
+
+
+def test_gradient_accumulation_and_bf16(tmp_path: Path) -> None:
+    module = Plain()
+    trainer = _trainer(tmp_path, 3, _greedy(), accumulate_grad_batches=2, precision="bf16-mixed", gradient_clip_val=0.5)
+    trainer.fit(module, _loader(), _loader())
+    assert module.net.blocks[1].attn.num_heads == 1
+    assert module.net.blocks[1].attn.qkv.weight.dtype == torch.float32
+
+
+def test_a_compiled_network_is_recompiled(tmp_path: Path) -> None:
+    module = Plain()
+    module.net = torch.compile(module.net, backend="eager")
+    save = ModelCheckpoint(tmp_path, "last")
+    _trainer(tmp_path, 2, _greedy(), save).fit(module, _loader(), _loader())
+    assert module.net._orig_mod.blocks[0].attn.num_heads == 2
+    again = Plain()
+    again.net = torch.compile(again.net, backend="eager")
+    _trainer(tmp_path, 3, _greedy()).fit(again, _loader(), _loader(), ckpt_path=tmp_path / "last.ckpt")
+    assert again.net._orig_mod.blocks[0].attn.num_heads == 1
+
+
+def test_frozen_parameters_are_cut_and_stay_frozen(tmp_path: Path) -> None:
+    module = Plain()
+    module.net.blocks[0].requires_grad_(False)
+    _trainer(tmp_path, 1, _greedy()).fit(module, _loader(), _loader())
+    assert module.net.blocks[0].attn.num_heads == 3
+    assert not any(p.requires_grad for p in module.net.blocks[0].parameters())
+
+
+def test_a_failing_round_leaves_the_module_as_it_was(tmp_path: Path) -> None:
+    class Fails(AdaptiveIterativePruning):
+        calls = 0
+        before: dict[str, Tensor]
+
+        def predict(self, module: LightningModule, network: nn.Module, images: Tensor) -> Tensor:
+            Fails.calls += 1
+            if Fails.calls == 1:
+                self.before = copy.deepcopy(module.state_dict())
+            if Fails.calls == 8:
+                raise RuntimeError("out of memory")
+            return super().predict(module, network, images)
+
+    module = Plain()
+    callback = Fails(tolerance=100.0)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        _trainer(tmp_path, 1, callback).fit(module, _loader(), _loader())
+    assert all(torch.equal(callback.before[key], value) for key, value in module.state_dict().items())
+    assert callback.search_state is None
+
+
+def test_an_optimizer_that_cannot_be_sliced_is_refused_and_the_network_restored(tmp_path: Path) -> None:
+    class Factored(Plain):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.Adafactor(self.parameters(), lr=1e-3)
+
+    module = Factored()
+    shapes = _shapes(module)
+    with pytest.raises(ValueError, match="Adafactor: its state 'row_var' of blocks"):
+        _trainer(tmp_path, 1, _greedy()).fit(module, _loader(), _loader())
+    assert _shapes(module) == shapes
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (lambda: EMAWeightAveraging(), "EMAWeightAveraging keeps a copy of the model"),
+        (lambda: StochasticWeightAveraging(swa_lrs=1e-3), "StochasticWeightAveraging keeps a copy"),
+        (lambda: ModelPruning("l1_unstructured", amount=0.5), "ModelPruning replaces weights by masked ones"),
+    ],
+)
+def test_callbacks_that_cannot_share_the_fit_are_refused(tmp_path: Path, other: Any, message: str) -> None:
+    for callbacks in ([_greedy(), other()], [other(), _greedy()]):
+        with pytest.raises(ValueError, match=message):
+            _trainer(tmp_path, 1, *callbacks).fit(Plain(), _loader(), _loader())
+
+
+def test_a_distributed_strategy_is_refused() -> None:
+    from swincompress_pl.callbacks.pruning import _refuse_surroundings
+
+    class Fake:
+        from lightning.pytorch.strategies import DDPStrategy
+
+        strategy = DDPStrategy()
+        callbacks: tuple[Callback, ...] = ()
+
+    with pytest.raises(ValueError, match=r"under DDPStrategy.*Prune first on one device"):
+        _refuse_surroundings(Fake())  # type: ignore[arg-type]
+
+
+def test_a_missing_attribute_is_named(tmp_path: Path) -> None:
+    with pytest.raises(
+        AttributeError, match=r"model_attribute='backbone': Plain has no module of that name; it holds net"
+    ):
+        _trainer(tmp_path, 1, _greedy(model_attribute="backbone")).fit(Plain(), _loader(), _loader())
+
+
+def test_an_unsupported_network_is_refused_before_the_first_epoch(tmp_path: Path) -> None:
+    module = Plain(lambda: nn.Sequential(nn.Flatten(), nn.Linear(768, 3)))
+    with pytest.raises(TypeError, match="no adapter for this network"):
+        _trainer(tmp_path, 1, _greedy()).fit(module, _loader(), _loader())
+    assert module.stages == []
+
+
+def test_a_parameter_shared_outside_the_network_is_refused(tmp_path: Path) -> None:
+    module = Plain()
+    module.probe = nn.Linear(32, 96)
+    module.probe.weight = module.net.blocks[0].attn.qkv.weight
+    with pytest.raises(ValueError, match=r"probe\.weight is shared with net\.blocks\.0\.attn\.qkv\.weight"):
+        _trainer(tmp_path, 1, _greedy()).fit(module, _loader(), _loader())
+
+
+def test_without_a_holdout_it_stops_before_the_first_batch(tmp_path: Path) -> None:
+    module = Plain()
+    with pytest.raises(ValueError, match="nothing to score on"):
+        _trainer(tmp_path, 1, _greedy()).fit(module, _loader())
+    assert module.stages == []
+
+
+def test_a_batch_without_labels_is_refused(tmp_path: Path) -> None:
+    class Data(LightningDataModule):
+        def train_dataloader(self) -> DataLoader[Any]:
+            return _loader()
+
+        def holdout_dataloader(self) -> list[Any]:
+            return [[{"images": torch.zeros(1, 3, 16, 16)}]]
+
+    with pytest.raises(TypeError, match=r"the hold-out gave a dict.*\(images, labels"):
+        _trainer(tmp_path, 1, _greedy()).fit(Plain(), datamodule=Data())
+
+
+def test_a_start_that_is_never_reached_is_warned_of(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="start_epoch=5 is not reached in max_epochs=1"):
+        _trainer(tmp_path, 1, _greedy(start_epoch=5)).fit(Plain(), _loader(), _loader())
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"granularity": "weight"}, ValueError, "granularity='weight' is not available; there is 'structured'"),
+        ({"tolerance": 0}, ValueError, "tolerance=0: it has to be in points, above 0"),
+        ({"start_epoch": -1}, ValueError, "start_epoch=-1: it has to be 0 or more"),
+        ({"every_n_epochs": 0}, ValueError, "every_n_epochs=0: it has to be 1 or more"),
+        ({"cache_size_bytes": -1}, ValueError, "cache_size_bytes=-1: it has to be 0"),
+        ({"max_images": 0}, ValueError, "max_images=0: it has to be None"),
+        ({"steps": 0.1}, TypeError, "has no option steps; the search's are step, min_step"),
+    ],
+)
+def test_bad_options_are_named(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        AdaptiveIterativePruning(**{"tolerance": 1.0, **options})
+
+
+def test_a_state_of_another_version_is_refused() -> None:
+    with pytest.raises(ValueError, match="state has version 9, 1 is expected"):
+        _greedy().load_state_dict({"version": 9})
+
+
+def test_every_n_epochs() -> None:
+    callback = _greedy(start_epoch=2, every_n_epochs=3)
+    assert [epoch for epoch in range(10) if callback.should_prune(epoch)] == [2, 5, 8]

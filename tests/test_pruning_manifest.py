@@ -1,0 +1,131 @@
+"""The manifest: what was done to a network is replayed, once, and never guessed."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from lightning import LightningModule
+from timm.models import VisionTransformer
+
+from swincompress_pl.models.manifest import (
+    CHECKPOINT_KEY,
+    history_in,
+    rebuild,
+    restore_from_checkpoint,
+    restore_from_history,
+    restore_on_load,
+    save_to_checkpoint,
+)
+from swincompress_pl.pruning import PruningPlan, apply_plan, history_of
+from swincompress_pl.registry import adapter_for
+
+
+class Module(LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = VisionTransformer(img_size=16, patch_size=8, embed_dim=16, depth=1, num_heads=4, num_classes=3)
+
+
+def _prune(module: Module, removed: dict[str, Any]) -> None:
+    groups = adapter_for(module.backbone).groups(module.backbone)
+    apply_plan(module.backbone, PruningPlan.removing(groups, removed))
+
+
+def _pruned() -> Module:
+    module = Module()
+    _prune(module, {"blocks.0.attn.heads": [2], "blocks.0.mlp.channels": range(20)})
+    _prune(module, {"blocks.0.attn.heads": [0]})
+    return module
+
+
+def test_saved_and_restored_any_number_of_times(tmp_path: Any) -> None:
+    module, fresh = _pruned(), Module()
+    checkpoint: dict[str, Any] = {"state_dict": module.state_dict()}
+    for _ in range(2):
+        save_to_checkpoint(module, checkpoint, "backbone")
+    torch.save(checkpoint, tmp_path / "a.ckpt")
+    for _ in range(2):
+        restore_from_checkpoint(fresh, tmp_path / "a.ckpt", "backbone")
+    fresh.load_state_dict(checkpoint["state_dict"])
+    assert history_of(fresh.backbone) == history_of(module.backbone)
+    assert fresh.backbone.blocks[0].attn.num_heads == 2
+
+
+def test_the_saved_history_is_a_copy() -> None:
+    module = _pruned()
+    checkpoint: dict[str, Any] = {}
+    save_to_checkpoint(module, checkpoint, "backbone")
+    checkpoint[CHECKPOINT_KEY]["history"][0]["prune"]["groups"].clear()
+    assert history_of(module.backbone)[0]["prune"]["groups"]
+
+
+def test_what_differs_is_undone_and_the_rest_replayed() -> None:
+    one, other = _pruned(), Module()
+    _prune(other, {"blocks.0.mlp.channels": [1, 5]})
+    restore_from_history(other.backbone, history_of(one.backbone))
+    assert {k: v.shape for k, v in other.state_dict().items()} == {k: v.shape for k, v in one.state_dict().items()}
+    restore_from_history(other.backbone, [])
+    assert {k: v.shape for k, v in other.state_dict().items()} == {k: v.shape for k, v in Module().state_dict().items()}
+
+
+class OwnHook(Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads_seen: list[int] = []
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.heads_seen.append(self.backbone.blocks[0].attn.num_heads)
+
+
+def test_restore_on_load_runs_once_before_the_modules_own_hook() -> None:
+    checkpoint: dict[str, Any] = {}
+    save_to_checkpoint(_pruned(), checkpoint, "backbone")
+    module = OwnHook()
+    for _ in range(2):
+        restore_on_load(module, "backbone")
+    twin = copy.deepcopy(module)
+    module.on_load_checkpoint(checkpoint)
+    assert module.heads_seen == [2]
+    assert (twin.backbone.blocks[0].attn.num_heads, twin.heads_seen) == (4, [])
+    twin.on_load_checkpoint(checkpoint)
+    assert twin.heads_seen == [2]
+
+
+def test_rebuild_from_an_origin() -> None:
+    arguments = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 4, "num_classes": 3}
+    module = _pruned()
+    history = [*history_of(module.backbone), {"quantize": {"method": "searched"}}]
+    network = rebuild({"network": {"name": "VisionTransformer", "kwargs": arguments}, "history": history})
+    assert {k: v.shape for k, v in network.state_dict().items()} == {
+        k: v.shape for k, v in module.backbone.state_dict().items()
+    }
+    with pytest.raises(ValueError, match="does not say how its network was created"):
+        rebuild({"history": history})
+
+
+def test_a_checkpoint_without_a_manifest_is_uncompressed() -> None:
+    assert history_in({"state_dict": {}}) == []
+
+
+def test_another_version_and_unknown_entries_are_refused() -> None:
+    with pytest.raises(ValueError, match="manifest has version 2, this package reads 1"):
+        history_in({CHECKPOINT_KEY: {"version": 2, "history": []}})
+    module = Module()
+    with pytest.raises(ValueError, match=r"an entry \['melt'\], this package knows"):
+        restore_from_history(module.backbone, [{"melt": {}}])
+
+
+def test_a_checkpoint_with_foreign_objects_is_refused_with_the_remedy(tmp_path: Any) -> None:
+    torch.save({"state_dict": {}, "hyper_parameters": Module()}, tmp_path / "a.ckpt")
+    with pytest.raises(ValueError, match="holds more than tensors and plain data"):
+        restore_from_checkpoint(Module(), tmp_path / "a.ckpt", "backbone")
+
+
+def test_a_missing_attribute_lists_those_there_are() -> None:
+    with pytest.raises(
+        AttributeError, match="model_attribute='net': Module has no module of that name; it holds backbone"
+    ):
+        save_to_checkpoint(Module(), {}, "net")

@@ -1,0 +1,337 @@
+"""The search holds its tolerance, ends, and leaves no trace when something goes wrong."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from timm.models import SwinTransformerV2, VisionTransformer
+from torch import nn
+
+from swincompress_pl.pruning import (
+    AppliedPlan,
+    PruningPlan,
+    RoundRobinConfig,
+    SearchState,
+    Step,
+    apply_plan,
+    begin_search,
+    count_macs,
+    count_parameters,
+    history_of,
+    prune,
+    run_round,
+    slice_optimizer,
+)
+from swincompress_pl.registry import adapter_for
+
+SHAPE = (1, 3, 16, 16)
+
+
+def _network() -> VisionTransformer:
+    torch.manual_seed(0)
+    return VisionTransformer(img_size=16, patch_size=8, embed_dim=32, depth=2, num_heads=4, num_classes=3)
+
+
+def _alive(network: nn.Module) -> dict[str, int]:
+    """{group: units that still do something}, sliced or masked."""
+    alive = {}
+    for group in adapter_for(network).groups(network):
+        (reader,) = group.consumers()
+        weight = network.get_parameter(reader.tensor).detach()
+        columns = weight.movedim(reader.axis, 0).reshape(group.units, -1)
+        alive[group.name] = int(columns.abs().sum(1).count_nonzero())
+    return alive
+
+
+WIDTHS = _alive(_network())
+
+
+def _score(network: nn.Module, price: dict[str, float], baseline: float = 90.0) -> float:
+    """Each group costs up to its price in points, in proportion to what is gone of it."""
+    alive = _alive(network)
+    return baseline - sum(price.get(name, 0.0) * (1 - alive[name] / WIDTHS[name]) for name in WIDTHS)
+
+
+def _snapshot(network: nn.Module) -> tuple[dict[str, torch.Tensor], list[object], list[bool]]:
+    return copy.deepcopy(network.state_dict()), history_of(network), [m.training for m in network.modules()]
+
+
+def _assert_same(network: nn.Module, snapshot: tuple[dict[str, torch.Tensor], list[object], list[bool]]) -> None:
+    state, history, training = snapshot
+    now = network.state_dict()
+    assert state.keys() == now.keys()
+    assert all(torch.equal(state[key], now[key]) for key in state)
+    assert history_of(network) == history
+    assert [m.training for m in network.modules()] == training
+
+
+_prices = st.fixed_dictionaries({name: st.floats(-5, 40) for name in WIDTHS})
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    price=_prices,
+    tolerance=st.floats(0.1, 30),
+    step=st.sampled_from([0.05, 0.13, 0.5, 1.0]),
+    round_to=st.sampled_from([1, 8, 12, 200]),
+    order=st.sampled_from(["fixed", "size"]),
+)
+def test_rollback_never_exceeds_the_tolerance(
+    price: dict[str, float], tolerance: float, step: float, round_to: int, order: str
+) -> None:
+    network, fresh = _network(), _network()
+    config = RoundRobinConfig(tolerance=tolerance, step=step, round_to=round_to, order=order, max_sparsity=0.8)  # type: ignore[arg-type]
+    result = prune(network, lambda n: _score(n, price), config)
+    assert result.score == _score(network, price) >= 90.0 - tolerance - 1e-6
+    assert result.stopped == "every group is locked"
+    alive = _alive(network)
+    for name, width in WIDTHS.items():
+        assert alive[name] >= max(1, width * 0.2 - 1e-9)
+        if name.endswith("channels") and alive[name] < width:
+            assert alive[name] % round_to == 0
+    for row in result.steps:
+        if row.accepted:
+            assert row.score >= 90.0 - tolerance - 1e-6
+    apply_plan(fresh, result.plan)
+    assert all(torch.equal(a, b) for a, b in zip(fresh.parameters(), network.parameters(), strict=True))
+
+
+def test_free_groups_go_to_the_limit_and_dear_ones_stay() -> None:
+    price = {name: 100.0 if "blocks.0" in name else 0.0 for name in WIDTHS}
+    network = _network()
+    result = prune(network, lambda n: _score(n, price), RoundRobinConfig(tolerance=1.0, step=0.25, max_sparsity=0.75))
+    assert _alive(network) == {
+        "blocks.0.attn.heads": 4,
+        "blocks.0.mlp.channels": 128,
+        "blocks.1.attn.heads": 1,
+        "blocks.1.mlp.channels": 32,
+    }
+    reasons = {name: entry.locked for name, entry in result.state.groups.items()}
+    assert reasons["blocks.0.attn.heads"] == "no smaller step is within the tolerance"
+    assert "as narrow as" in str(reasons["blocks.1.attn.heads"])
+
+
+def test_steps_halve_until_they_fit() -> None:
+    """12.5 % of the channels is the tolerance: 50 % and 25 % fail, 12.5 % fits, more does not."""
+    price = {name: 8.0 if name == "blocks.0.mlp.channels" else 80.0 for name in WIDTHS}
+    result = prune(_network(), lambda n: _score(n, price), RoundRobinConfig(tolerance=1.0, step=0.5, min_step=0.05))
+    tried = [(r.units_before, r.units_after, r.accepted) for r in result.steps if r.group == "blocks.0.mlp.channels"]
+    assert tried == [(128, 64, False), (128, 96, False), (128, 112, True), (112, 96, False), (112, 104, False)]
+
+
+def test_keep_overshoots_once_and_locks() -> None:
+    price = dict.fromkeys(WIDTHS, 20.0)
+    network = _network()
+    result = prune(network, lambda n: _score(n, price), RoundRobinConfig(tolerance=1.0, step=0.25, overshoot="keep"))
+    assert result.score < 89.0
+    assert all(row.accepted for row in result.steps)
+    assert [row.units_after for row in result.steps] == [3, 96, 3, 96]
+
+
+def test_the_lowest_units_go_first() -> None:
+    network = _network()
+    marked = [3, 77, 100]
+    with torch.no_grad():
+        network.blocks[0].mlp.fc1.weight[marked] *= 1e-3
+        network.blocks[0].mlp.fc2.weight[:, marked] *= 1e-3
+    config = RoundRobinConfig(kinds=("mlp",), step=3 / 128, min_step=0.01, round_to=1, max_rounds=1)
+    result = prune(network, lambda _n: 90.0, config)
+    assert set(range(128)) - set(result.plan.kept["blocks.0.mlp.channels"]) == set(marked)
+
+
+def test_order_by_size() -> None:
+    config = RoundRobinConfig(order="size", max_rounds=1)
+    result = prune(_network(), lambda _n: 90.0, config)
+    assert [row.kind for row in result.steps] == ["mlp", "mlp", "heads", "heads"]
+
+
+@pytest.mark.parametrize("measure", ["macs", "parameters"])
+def test_target_stops_the_search(measure: str) -> None:
+    network = _network()
+    before = {"macs": count_macs(network, SHAPE), "parameters": count_parameters(network)}
+    config = RoundRobinConfig(target=0.2, target_of=measure)  # type: ignore[arg-type]
+    result = prune(network, lambda _n: 90.0, config, input_shape=SHAPE)
+    after = {"macs": count_macs(network, SHAPE), "parameters": count_parameters(network)}
+    assert 0.2 <= 1 - after[measure] / before[measure] < 0.3
+    assert result.stopped.startswith("target reached")
+    assert (result.steps[-1].macs, result.steps[-1].parameters) == (after["macs"], after["parameters"])
+
+
+def test_a_target_that_cannot_be_met_is_reported() -> None:
+    config = RoundRobinConfig(target=0.9, max_sparsity=0.5)
+    result = prune(_network(), lambda _n: 90.0, config, input_shape=SHAPE)
+    assert "every group is locked" in result.stopped
+    assert "the target of 90.0% is not met" in result.stopped
+
+
+def test_slicing_that_tips_an_image_gives_up_the_latest_steps() -> None:
+    """The sliced network scores lower than the masked one as soon as the last block's channels are cut."""
+    network = _network()
+
+    def evaluate(candidate: nn.Module) -> float:
+        return 80.0 if candidate.blocks[1].mlp.fc1.out_features < 128 else 90.0
+
+    result = prune(network, evaluate, RoundRobinConfig(tolerance=1.0, max_rounds=1), input_shape=SHAPE)
+    assert network.blocks[1].mlp.fc1.out_features == 128
+    assert network.blocks[0].mlp.fc1.out_features == 120
+    assert result.score == 90.0
+    assert [(row.group, row.accepted) for row in result.steps[-2:]] == [
+        ("blocks.1.mlp.channels", True),
+        ("blocks.1.mlp.channels", False),
+    ]
+    assert result.steps[-1].macs == count_macs(network, SHAPE)
+    assert result.steps[-1].parameters == count_parameters(network)
+
+
+@pytest.mark.parametrize("calls", [1, 2, 5, 6, 9])
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_an_exception_leaves_the_network_as_it_was(calls: int, error: type[BaseException]) -> None:
+    network = _network().train()
+    network.blocks[0].eval()
+    snapshot, count = _snapshot(network), [0]
+
+    def evaluate(candidate: nn.Module) -> float:
+        assert not any(m.training for m in candidate.modules())
+        count[0] += 1
+        if count[0] == calls:
+            raise error("stop")
+        return 90.0
+
+    with pytest.raises(error, match="stop"):
+        prune(network, evaluate)
+    _assert_same(network, snapshot)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), -1.0, 100.5, float("inf")])
+@pytest.mark.parametrize("at", [1, 3])
+def test_a_score_that_is_no_accuracy_is_refused(bad: float, at: int) -> None:
+    network, count = _network(), [0]
+    snapshot = _snapshot(network)
+
+    def evaluate(_candidate: nn.Module) -> float:
+        count[0] += 1
+        return bad if count[0] == at else 90.0
+
+    what = "the unpruned network" if at == 1 else r"blocks\.0\.mlp\.channels with"
+    with pytest.raises(ValueError, match=rf"the score of {what}.*an accuracy in points, 0 to 100"):
+        prune(network, evaluate)
+    _assert_same(network, snapshot)
+
+
+def test_a_progress_that_raises_leaves_the_network_as_it_was() -> None:
+    network = _network()
+    snapshot = _snapshot(network)
+
+    def progress(step: Step) -> None:
+        raise ZeroDivisionError(step.group)
+
+    with pytest.raises(ZeroDivisionError):
+        prune(network, lambda _n: 90.0, progress=progress)
+    _assert_same(network, snapshot)
+
+
+def test_recovery_runs_between_rounds_and_steps_are_tried_again() -> None:
+    network = _network()
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)
+    rounds: list[AppliedPlan] = []
+
+    def recover(candidate: nn.Module, applied: AppliedPlan) -> None:
+        slice_optimizer(optimizer, applied)
+        candidate.train()
+        candidate(torch.ones(2, 3, 16, 16)).square().sum().backward()
+        optimizer.step()
+        rounds.append(applied)
+
+    # nothing is accepted before the second recovery
+    result = prune(
+        network,
+        lambda n: 90.0 if len(rounds) >= 2 or _alive(n) == WIDTHS else 10.0,
+        RoundRobinConfig(tolerance=1.0, step=0.25, max_rounds=4),
+        recover=recover,
+    )
+    assert [r.accepted for r in result.steps] == [False] * 8 + [True] * 8
+    assert len(rounds) == 3
+    assert result.stopped == "max_rounds=4 is reached"
+
+
+def test_rounds_one_by_one_equal_the_whole_and_the_state_is_data() -> None:
+    price = dict.fromkeys(WIDTHS, 6.0)
+    config = RoundRobinConfig(tolerance=2.0, step=0.2)
+    whole, single = _network(), _network()
+    result = prune(whole, lambda n: _score(n, price), config, input_shape=SHAPE)
+    state = begin_search(single, lambda n: _score(n, price), config, input_shape=SHAPE)
+    plan = PruningPlan.identity()
+    while state.stopped is None:
+        state = SearchState.from_dict(json.loads(json.dumps(state.to_dict())))
+        outcome = run_round(single, lambda n: _score(n, price), config, state, input_shape=SHAPE, retrains=False)
+        assert state.rounds == outcome.state.rounds - 1  # the given state is not changed
+        state, plan = outcome.state, plan.then(outcome.applied.plan)
+    assert (plan, state) == (result.plan, result.state)
+    with pytest.raises(ValueError, match="search state of version 1 is expected, not 7"):
+        SearchState.from_dict({**state.to_dict(), "version": 7})
+
+
+def test_a_state_of_another_network_is_refused() -> None:
+    state = begin_search(_network(), lambda _n: 90.0, RoundRobinConfig(kinds=("mlp",)))
+    with pytest.raises(ValueError, match=r"begun on another network or with other kinds.*blocks\.0\.attn\.heads"):
+        run_round(_network(), lambda _n: 90.0, RoundRobinConfig(), state)
+
+
+def test_a_fraction_for_a_score_is_warned_of() -> None:
+    with pytest.warns(UserWarning, match="does evaluate return a fraction"):
+        begin_search(_network(), lambda _n: 0.97, RoundRobinConfig())
+
+
+def test_kinds_that_match_nothing_are_refused() -> None:
+    network = SwinTransformerV2(img_size=16, patch_size=2, embed_dim=16, depths=(1,), num_heads=(2,), window_size=4)
+    with pytest.raises(ValueError, match="SwinTransformerV2 has no group of kind 'heads', only mlp"):
+        prune(network, lambda _n: 90.0)
+
+
+def test_a_target_in_macs_needs_the_input_shape() -> None:
+    with pytest.raises(ValueError, match="needs input_shape"):
+        prune(_network(), lambda _n: 90.0, RoundRobinConfig(target=0.5))
+
+
+_BAD: list[tuple[str, object]] = [
+    ("tolerance", 0),
+    ("tolerance", -1),
+    ("tolerance", 100.5),
+    ("tolerance", float("nan")),
+    ("step", 0),
+    ("step", 1.5),
+    ("min_step", 0),
+    ("min_step", 0.06),
+    ("max_sparsity", 0),
+    ("max_sparsity", 1),
+    ("round_to", 0),
+    ("round_to", 2.5),
+    ("order", "random"),
+    ("overshoot", "maybe"),
+    ("kinds", ()),
+    ("criterion", "taylor"),
+    ("target", 0),
+    ("target", 1.0),
+    ("target_of", "watts"),
+    ("max_rounds", 0),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), _BAD)
+def test_a_bad_setting_is_named(name: str, value: object) -> None:
+    with pytest.raises(ValueError, match=rf"^{name}=.*it has to be"):
+        RoundRobinConfig(**{name: value})  # type: ignore[arg-type]
+
+
+def test_a_users_criterion() -> None:
+    def last_first(_network: nn.Module, group: object) -> torch.Tensor:
+        return -torch.arange(float(group.units))  # type: ignore[attr-defined]
+
+    config = RoundRobinConfig(criterion=last_first, step=0.25, max_rounds=1)
+    result = prune(_network(), lambda _n: 90.0, config)
+    assert result.plan.kept["blocks.0.attn.heads"] == (0, 1, 2)

@@ -1,0 +1,134 @@
+"""Races between processes: what runs, what is missing and what fails all stand in the result."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from swincompress_pl import accel
+from swincompress_pl.report import peers
+from swincompress_pl.report.bench import bench_artifact
+from swincompress_pl.report.kernels import bench_linear, linear_program
+from swincompress_pl.report.peers import PEERS, parse_peers, prepare
+from swincompress_pl.report.race import Contestant, run
+from swincompress_pl.report.worker import turn_ms
+
+SHAPE = (4, 1, 8)
+
+
+@pytest.fixture
+def artifact(tmp_path: Path) -> Path:
+    rng = np.random.default_rng(0)
+    module = SimpleNamespace(weight=rng.standard_normal((16, 8)), bias=rng.standard_normal(16))
+    program = linear_program(accel.export_layer(module, 1.0, 10.0).tensors, rows=4)
+    return accel.export(program, tmp_path / "model.safetensors")
+
+
+def contestant(name: str, file: str | None, unavailable: str | None = None) -> Contestant:
+    return Contestant(
+        name=name, runtime="engine", threads=1, batch=2, image_shape=SHAPE, file=file, unavailable=unavailable
+    )
+
+
+def test_a_race_reports_everyone(artifact: Path) -> None:
+    told: list[tuple[str, int, int]] = []
+    results = run(
+        [
+            contestant("engine", str(artifact)),
+            contestant("broken", str(artifact.with_name("gone"))),
+            contestant("absent", None, unavailable="not installed: thing"),
+        ],
+        rounds=3,
+        warm_up=1,
+        turn_ms=0.1,
+        on_progress=lambda *entry: told.append(entry),
+    )
+    engine, broken, absent = results
+    assert [result.name for result in results] == ["engine", "broken", "absent"]
+    assert engine.latency is not None
+    assert (len(engine.latency.samples_ms), engine.latency.batch, engine.latency.threads) == (3, 2, 1)
+    assert engine.peak_rss_bytes is None or engine.peak_rss_bytes > 2**20
+    assert broken.latency is None
+    assert "FileNotFoundError" in (broken.unavailable or "")
+    assert absent.unavailable == "not installed: thing"
+    assert told[-1] == ("done", 6, 6)
+
+
+def test_a_worker_that_dies_does_not_end_the_race(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENBLAS_NUM_THREADS", "1")
+    dying = Contestant(name="dying", runtime="no such runtime", threads=1, batch=1, image_shape=SHAPE)
+    results = run([dying, contestant("engine", str(artifact))], rounds=1, warm_up=0, turn_ms=0.1)
+    assert "KeyError" in (results[0].unavailable or "")
+    assert results[1].latency is not None
+
+
+def test_names_must_differ(artifact: Path) -> None:
+    with pytest.raises(ValueError, match="names must differ"):
+        run([contestant("a", None, "x"), contestant("a", None, "x")])
+
+
+def test_a_turn_wakes_then_measures() -> None:
+    calls: list[None] = []
+    assert turn_ms(lambda: calls.append(None), 0.0) > 0
+    assert len(calls) == 2
+
+
+def test_an_artifact_is_measured_and_checked(artifact: Path, tmp_path: Path) -> None:
+    bench = bench_artifact(
+        artifact,
+        threads=1,
+        batch=1,
+        implementation="scalar",
+        rounds=2,
+        operations=True,
+        directory=tmp_path,
+        on_progress=lambda *_: None,
+    )
+    assert bench.answers_equal
+    assert bench.implementation == "scalar"
+    assert bench.macs == 4 * 16 * 8 + 16
+    assert [result.name for result in bench.results] == ["engine"]
+    assert sum(operation.macs for operation in bench.operations) == bench.macs
+    assert bench.to_dict()["answers"] == {"images": 2, "equal_to_reference": True}
+
+
+def test_every_implementation_of_a_kernel_is_compared() -> None:
+    outcomes = bench_linear(rows=5, outputs=7, inputs=9, rounds=1)
+    assert [outcome.implementation for outcome in outcomes] == list(accel.implementations())
+    assert all(outcome.answers_equal for outcome in outcomes)
+    assert {outcome.macs for outcome in outcomes} == {5 * 7 * 9}
+
+
+def test_peers_are_named() -> None:
+    assert parse_peers("torch, onnxruntime,torch") == ("torch", "onnxruntime")
+    assert parse_peers("") == ()
+    with pytest.raises(ValueError, match="unknown peer 'tensorrt'; choose from torch, onnxruntime, openvino"):
+        parse_peers("torch,tensorrt")
+
+
+def prepared(origin: dict[str, object] | None, tmp_path: Path) -> list[Contestant]:
+    by_threads = prepare(
+        ["onnxruntime"], origin=origin, image_shape=(32, 32, 3), threads=(1, 2), batch=1, directory=tmp_path
+    )
+    assert list(by_threads) == [1, 2]
+    assert [c.name for c in by_threads[1]] == [variant.name for variant in PEERS["onnxruntime"]]
+    return by_threads[2]
+
+
+def test_a_missing_peer_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "installed_version", lambda package: None if package == "onnxruntime" else "1")
+    assert {c.unavailable for c in prepared({"network": {"name": "x"}}, tmp_path)} == {"not installed: onnxruntime"}
+
+
+def test_an_artifact_without_origin_has_no_peers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "installed_version", lambda package: "1")
+    assert all("which architecture" in (c.unavailable or "") for c in prepared(None, tmp_path))
+
+
+def test_a_failed_conversion_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "installed_version", lambda package: "1")
+    origin: dict[str, object] = {"network": {"name": "no such network", "kwargs": {}}, "history": []}
+    assert all("conversion failed: ValueError" in (c.unavailable or "") for c in prepared(origin, tmp_path))
