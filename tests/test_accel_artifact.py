@@ -181,7 +181,7 @@ def test_a_write_that_fails_midway_leaves_the_old_file(
             self._file.write(content[: len(content) // 2])
             raise OSError("no space left on device")
 
-    monkeypatch.setattr(artifact, "open", lambda *arguments: FullDisk(open(*arguments)), raising=False)
+    monkeypatch.setattr(artifact, "open", lambda file, mode: FullDisk(open(file, mode)), raising=False)  # noqa: SIM115
     with pytest.raises(OSError, match="no space left"):
         accel.export(dataclasses.replace(program, logit_scale=2.0), path)
     assert path.read_bytes() == before
@@ -189,7 +189,7 @@ def test_a_write_that_fails_midway_leaves_the_old_file(
 
 
 def test_export_names_a_missing_folder(program: norm.Program, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="folder .* does not exist"):
+    with pytest.raises(FileNotFoundError, match=r"folder .* does not exist"):
         accel.export(program, tmp_path / "missing" / "model.safetensors")
 
 
@@ -202,7 +202,7 @@ def test_export_takes_models_with_to_program(program: norm.Program, tmp_path: Pa
 
 def test_export_refuses_what_is_not_quantized(tmp_path: Path) -> None:
     for model in (object(), SimpleNamespace(net=object()), None):
-        with pytest.raises(TypeError, match="is not quantized.*quantize it first"):
+        with pytest.raises(TypeError, match=r"is not quantized.*quantize it first"):
             accel.export(model, tmp_path / "x.safetensors")
     with pytest.raises(TypeError, match=r"to_program\(\) returned dict"):
         accel.export(SimpleNamespace(to_program=dict), tmp_path / "x.safetensors")

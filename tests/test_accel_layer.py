@@ -15,9 +15,7 @@ from swincompress_pl.norm import operations
 
 
 def linear_module(rng: np.random.Generator, channels: int, depth: int, bias: bool = True) -> Any:
-    return SimpleNamespace(
-        weight=rng.normal(size=(channels, depth)), bias=rng.normal(size=channels) if bias else None
-    )
+    return SimpleNamespace(weight=rng.normal(size=(channels, depth)), bias=rng.normal(size=channels) if bias else None)
 
 
 def conv_module(rng: np.random.Generator, **changes: Any) -> Any:

@@ -72,7 +72,7 @@ def test_non_contiguous_images_are_copied(program: norm.Program, engine: accel.E
 @pytest.mark.parametrize("make", [accel.Engine, accel.ReferenceEngine])
 def test_wrong_images_are_refused(program: norm.Program, make: type) -> None:
     runtime = make(program)
-    with pytest.raises(TypeError, match="float32.*raw uint8 pixels"):
+    with pytest.raises(TypeError, match=r"float32.*raw uint8 pixels"):
         runtime(np.zeros((1, 24, 24, 3), dtype=np.float32))
     with pytest.raises(TypeError, match="list"):
         runtime([[1]])
@@ -170,9 +170,7 @@ assert not loaded, loaded
 
 
 def test_a_missing_extension_says_how_to_build_it() -> None:
-    done = run_python(
-        "import sys; sys.modules['swincompress_pl.accel._core'] = None\nimport swincompress_pl.accel"
-    )
+    done = run_python("import sys; sys.modules['swincompress_pl.accel._core'] = None\nimport swincompress_pl.accel")
     assert done.returncode != 0
     assert "build it with `pip install .`" in done.stderr
 

@@ -19,6 +19,7 @@ from swincompress_pl.report import (
     RunRecord,
     Size,
     describe_environment,
+    plots,
     render_report,
     write_report,
 )
@@ -206,3 +207,16 @@ def test_a_searchs_step_becomes_a_records_step() -> None:
         group="g", units_before=8, units_after=4, accepted=True, kind="mlp", round=2, accuracy_percent=91.5,
         parameters=10, macs=20,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "short"),
+    [
+        ("head", "head"),
+        ("blocks.0.mlp.fc1+blocks.0.mlp.act", "blocks.0.mlp.fc1+act"),
+        ("blocks.0.mlp.fc2+blocks.0.add2", "blocks.0.mlp.fc2+add2"),
+        ("a+a", "a+a"),
+    ],
+)
+def test_joined_operations_have_short_labels(name: str, short: str) -> None:
+    assert plots._short(name) == short

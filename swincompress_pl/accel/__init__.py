@@ -1,5 +1,7 @@
 """The integer engine: `export` writes a quantized model as one file, `load` runs it on pixels. Needs no torch.
 
+Example::
+
     accel.export(quantized_model, "model.safetensors")
     engine = accel.load("model.safetensors", threads=2)
     logits = engine(images)  # uint8 (N, H, W, 3) -> float32 (N, classes)

@@ -11,7 +11,8 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -129,11 +130,28 @@ def _parse(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     return content
 
 
+@contextmanager
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turns a ProgramError into an ArtifactError that names the file."""
+    try:
+        yield
+    except norm.ProgramError as error:
+        raise ArtifactError(f"{Path(path)}: {error}") from error
+
+
 def read(path: str | os.PathLike[str]) -> norm.Program:
     """The Program of an artifact, checked: format, version, checksum, then every rule of the norm.
 
     Raises FileNotFoundError, or ArtifactError naming the file and what is wrong with it.
     """
+    program = read_unproved(path)
+    with naming(path):
+        norm.check(program)
+    return program
+
+
+def read_unproved(path: str | os.PathLike[str]) -> norm.Program:
+    """`read` without the rules of the norm, for a caller who checks those (an engine does, and once is enough)."""
     source = Path(path)
     if not source.is_file():
         raise FileNotFoundError(f"{source}: no such file; write one with swincompress_pl.accel.export(model, path)")
@@ -142,9 +160,8 @@ def read(path: str | os.PathLike[str]) -> norm.Program:
     description = content.get("description")
     if not isinstance(description, dict) or content.get("sha256") != checksum(description, tensors):
         raise ArtifactError(f"{source}: altered after it was written (its checksum differs); copy or export it again")
-    try:
-        program = norm.Program.from_description(description, tensors)
-        norm.check(program)
-    except ValueError as error:
-        raise ArtifactError(f"{source}: {error}") from error
-    return program
+    with naming(source):
+        try:
+            return norm.Program.from_description(description, tensors)
+        except ValueError as error:  # such as a logit_scale that is no number
+            raise norm.ProgramError(str(error)) from error

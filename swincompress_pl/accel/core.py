@@ -62,9 +62,10 @@ def _described(
     }
 
 
-def program_engine(program: norm.Program, *, implementation: str | None, threads: int | None) -> _core.Engine:
-    """The C++ engine of a Program; raises norm.ProgramError for one that breaks a rule of the norm."""
-    values = norm.check(program)
+def program_engine(
+    program: norm.Program, values: Mapping[str, norm.Value], *, implementation: str | None, threads: int | None
+) -> _core.Engine:
+    """The C++ engine of a Program whose values `norm.check` gave."""
     numbers = {norm.INPUT_VALUE: 0}
     operations = []
     for number, op in enumerate(program.operations, start=1):

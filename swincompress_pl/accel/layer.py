@@ -166,7 +166,12 @@ def export_layer(
         dtype="int8",
         attributes=attributes,
     )
-    tensors = {"weight": np.ascontiguousarray(weight_q), "bias": bias_q, "mult": mult, "shift": shift}
+    tensors: dict[str, npt.NDArray[Any]] = {
+        "weight": np.ascontiguousarray(weight_q),
+        "bias": bias_q,
+        "mult": mult,
+        "shift": shift,
+    }
     smallest_input = weight_q.shape[1:]  # proves the bounds, whatever size comes later
     check_operation(operation, [norm.Value(dtype="int8", shape=smallest_input)], tensors)
     return QuantizedLayer(

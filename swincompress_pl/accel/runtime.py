@@ -25,7 +25,8 @@ class _Runtime:
 
     def __init__(self, program: norm.Program) -> None:
         self.program = program
-        self._class_count = norm.check(program)[program.operations[-1].output].channels
+        self._values = norm.check(program)
+        self._class_count = self._values[program.operations[-1].output].channels
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
@@ -91,14 +92,12 @@ class Engine(_Runtime):
     """A Program in C++, integers only between pixels and logits.
 
     threads: 1 to 256, None for all CPUs that this process may use. implementation: a name of `implementations()`, None
-    for the best. An engine may be used from several Python threads: calls take turns, and the GIL is released meanwhile.
+    for the best. An engine may be used from several Python threads: calls take turns and release the GIL.
     """
 
-    def __init__(
-        self, program: norm.Program, *, threads: int | None = None, implementation: str | None = None
-    ) -> None:
+    def __init__(self, program: norm.Program, *, threads: int | None = None, implementation: str | None = None) -> None:
         super().__init__(program)
-        self._core = program_engine(program, implementation=implementation, threads=threads)
+        self._core = program_engine(program, self._values, implementation=implementation, threads=threads)
         self.implementation = self._core.implementation
         self.threads = self._core.threads
 
@@ -131,15 +130,15 @@ class ReferenceEngine(_Runtime):
         return [[number] for number in range(count)], times_ns
 
 
-def load(
-    path: str | os.PathLike[str], threads: int | None = None, implementation: str | None = None
-) -> Engine:
+def load(path: str | os.PathLike[str], threads: int | None = None, implementation: str | None = None) -> Engine:
     """The engine of an artifact written by `export`.
 
     Raises FileNotFoundError, ArtifactError (truncated, altered, foreign or of another version), or ValueError for
     `threads` outside [1, 256] and for an `implementation` that this CPU cannot run; the message lists those it can.
     """
-    return Engine(artifact.read(path), threads=threads, implementation=implementation)
+    program = artifact.read_unproved(path)
+    with artifact.naming(path):
+        return Engine(program, threads=threads, implementation=implementation)
 
 
 def reference(path: str | os.PathLike[str]) -> ReferenceEngine:

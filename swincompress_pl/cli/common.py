@@ -73,9 +73,9 @@ def print_json(value: Any) -> None:
 
 def console() -> Console:
     """For tables and text on the standard output; lines are not broken when it is no terminal."""
-    shown = Console(highlight=False)
+    shown = Console(highlight=False, markup=False, soft_wrap=True)
     if not shown.is_terminal:
-        shown = Console(highlight=False, width=200)
+        shown = Console(highlight=False, markup=False, soft_wrap=True, width=200)
     return shown
 
 

@@ -26,8 +26,7 @@ def main(name: str, arguments: Sequence[str]) -> int:
     given = command.parse_args(list(arguments))
     if given.threads is not None and given.threads < 1:
         raise ValueError(f"--threads is {given.threads}; give 1 or more")
-    from swincompress_pl import demo
+    from swincompress_pl.demo import run
 
-    report = demo.run(Path(given.output), seed=given.seed, threads=given.threads)
-    print(f"report: {report}")
+    run(Path(given.output), seed=given.seed, threads=given.threads)  # prints the path of its report
     return 0

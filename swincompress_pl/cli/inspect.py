@@ -95,8 +95,8 @@ def show_artifact(described: Mapping[str, Any]) -> None:
     shape = f"(N, {given['height']}, {given['width']}, {given['channels']})"
     shown.print(f"input: {given['dtype']} {shape}; preprocessing: {_pairs(given['preprocessing'])}")
     classes = described["classes"]
-    more = ", ..." if classes and len(classes) > 5 else ""
-    shown.print("classes: " + ("not named" if classes is None else f"{len(classes)}: {', '.join(classes[:5])}{more}"))
+    more = "; ..." if classes and len(classes) > 5 else ""
+    shown.print("classes: " + ("not named" if classes is None else f"{len(classes)}: {'; '.join(classes[:5])}{more}"))
     shown.print(f"logits: int32, one step is {described['logit_scale']:.6g}")
     shown.print(f"parameters: {count(described['parameters'])}; MACs an image: {count(described['macs'])}")
     size = described["size"]

@@ -311,7 +311,12 @@ class AttentionNode(Node):
         logit_unit = q_scale * k_scale * scale
         exp_mult, exp_shift = multiplier(np.full(heads, logit_unit * math.log2(math.e) * EXP_STEPS))
         out_mult, out_shift = multiplier(np.full(heads, v_scale / lowering.scalar_scale(self.output)))
-        tensors: dict[str, npt.NDArray[Any]] = {"exp_mult": exp_mult, "exp_shift": exp_shift, "out_mult": out_mult, "out_shift": out_shift}
+        tensors: dict[str, npt.NDArray[Any]] = {
+            "exp_mult": exp_mult,
+            "exp_shift": exp_shift,
+            "out_mult": out_mult,
+            "out_shift": out_shift,
+        }
         attributes = {"windows": self.windows, "heads": heads, "qk_dim": self.qk_dim, "v_dim": self.v_dim}
         if self.bias_index is not None:
             table = to_array(parameter(lowering.network, f"{self.module}.relative_position_bias_table")).T

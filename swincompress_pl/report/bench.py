@@ -74,33 +74,26 @@ def bench_artifact(
     """
     on_progress("checking the engine against the reference", 0, 1)
     engine = accel.load(file, threads=threads, implementation=implementation)
-    program = engine.program
-    images = np.random.default_rng(1).integers(0, 256, (_IMAGES_CHECKED, *program.input.value.shape), dtype=np.uint8)
+    shape = engine.input_shape
+    images = np.random.default_rng(1).integers(0, 256, (_IMAGES_CHECKED, *shape), dtype=np.uint8)
     equal = bool(np.array_equal(engine.run_integer(images), accel.reference(file).run_integer(images)))
-    times = operation_times(engine.profile(images[:1])) if operations else ()
-    chosen = engine.implementation
-    shape = program.input.value.shape
+    times = operation_times(engine.profile(images[:1])) if operations else []
     peers = prepare(
-        against, origin=program.origin, image_shape=shape, threads=(threads,), batch=batch, directory=directory,
+        against, origin=engine.program.origin, image_shape=shape, threads=(threads,), batch=batch, directory=directory,
         on_progress=lambda what: on_progress(what, 0, 1),
     )[threads]  # fmt: skip
     ours = Contestant(
-        name=ENGINE,
-        runtime="engine",
-        threads=threads,
-        batch=batch,
-        image_shape=shape,
-        file=str(file),
-        implementation=chosen,
-    )
+        name=ENGINE, runtime="engine", threads=threads, batch=batch, image_shape=shape, file=str(file),
+        implementation=engine.implementation,
+    )  # fmt: skip
     results = run([ours, *peers], rounds=rounds, on_progress=on_progress)
     if results[0].latency is None:
         raise ValueError(f"{file}: the engine could not be measured: {results[0].unavailable}")
     return Bench(
         file_bytes=file.stat().st_size,
-        macs=program_macs(program),
+        macs=program_macs(engine.program),
         batch=batch,
-        implementation=chosen,
+        implementation=engine.implementation,
         images_checked=_IMAGES_CHECKED,
         answers_equal=equal,
         results=tuple(results),

@@ -29,7 +29,7 @@ _KIND_COLOURS = (
     "#b26f8c",
     "#5b6770",
 )
-_LAYERS_SHOWN = 48
+_LAYERS_SHOWN = 64
 _OPERATIONS_SHOWN = 20
 _STYLE = {
     "font.family": "DejaVu Sans",
@@ -313,12 +313,25 @@ def _latency(operations: Sequence[OperationTime]) -> Figure | None:
     left.set_xlim(0, 1.55 * max(by_kind.values()))
     left.set_title(f"By kind of operation ({total:.3g} ms)")
     _bars(
-        right, [operation.name for operation in slowest], [operation.time_ms for operation in slowest],
+        right, [_short(operation.name) for operation in slowest], [operation.time_ms for operation in slowest],
         lambda v: f"{v:.3g} ms", [colours[operation.kind] for operation in slowest],
     )  # fmt: skip
     right.tick_params(axis="y", labelsize=8)
     right.set_title(f"The slowest {len(slowest)} of {len(operations)} operations")
     return figure
+
+
+def _short(name: str) -> str:
+    """Of operations that run as one, "a.b.c+a.b.d", the later ones without what they share: "a.b.c+d"."""
+    first, *later = name.split("+")
+    path = first.split(".")
+    for other in later:
+        parts = other.split(".")
+        shared = 0
+        while shared < min(len(path), len(parts)) - 1 and path[shared] == parts[shared]:
+            shared += 1
+        first += "+" + ".".join(parts[shared:])
+    return first
 
 
 def _stage_colours(stages: int) -> list[str]:

@@ -35,10 +35,13 @@ void table(const std::uint8_t* x, Size count, const void* values, Size entry_byt
         generic_table(x, count, values, entry_bytes, y);
 }
 
-#include "avx512_attention.inc"
-#include "avx512_layer_norm.inc"
-#include "avx512_linear.inc"
 #include "avx512_tile.inc"
+
+#include "avx512_linear.inc"
+
+#include "avx512_attention.inc"
+
+#include "avx512_layer_norm.inc"
 
 // Also asks the operating system, through xgetbv, whether it saves the wide registers.
 bool runnable() {

@@ -1,0 +1,305 @@
+"""The whole job in a few minutes on scikit-learn's digits: train, prune, quantize, export, run in integers, report.
+
+Nothing is downloaded: the 1,797 handwritten digits come with scikit-learn. A first `fit` trains the float network to
+the end of its schedule, a second one compresses it with the callbacks. Everything that is reported is measured on the
+360 test images, which no decision has seen.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import tempfile
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning
+import numpy as np
+import numpy.typing as npt
+import torch
+from lightning import Callback, LightningModule, Trainer
+from rich.console import Console
+from safetensors.torch import save_file
+from torch import nn
+
+from swincompress_pl import accel
+from swincompress_pl.callbacks import AdaptiveIterativePruning, CompressedCheckpoint, QuantizationAwareTraining
+from swincompress_pl.data import Digits, ShiftRotate
+from swincompress_pl.models import CompressibleClassifier
+from swincompress_pl.models.classifier import DistillationConfig, OptimizationConfig
+from swincompress_pl.pruning import count_macs
+from swincompress_pl.quant import QuantizedNetwork
+from swincompress_pl.report import (
+    Accuracy,
+    PairedComparison,
+    PruningStep,
+    RunRecord,
+    Size,
+    describe_environment,
+    layer_sparsity,
+    network_size,
+    program_macs,
+    program_parameters,
+    program_size,
+    write_report,
+)
+from swincompress_pl.report.bench import ENGINE, operation_times
+from swincompress_pl.report.peers import prepare
+from swincompress_pl.report.race import Contestant, Result
+from swincompress_pl.report.race import run as race
+
+Predictions = npt.NDArray[np.int64]
+IMAGE = (1, 3, 32, 32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """Epochs of the float fit, then of the compressing one: pruning from its start, quantized from `quantize_epoch` on.
+
+    target: part of the MACs to remove, if the tolerance allows it.
+    """
+
+    float_epochs: int = 40
+    quantize_epoch: int = 15
+    epochs: int = 20
+    target: float = 0.45
+
+    def __post_init__(self) -> None:
+        if not (self.float_epochs > 0 and 0 < self.quantize_epoch < self.epochs):
+            raise ValueError(
+                f"float_epochs={self.float_epochs}, quantize_epoch={self.quantize_epoch}, epochs={self.epochs}: "
+                "the first must be above 0, the second between 0 and the third"
+            )
+
+
+@dataclass
+class PrunedSnapshot(Callback):
+    """Keeps a copy of the network as it is when pruning is over and quantization has not begun."""
+
+    quantize_epoch: int
+    network: nn.Module | None = None
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.current_epoch == self.quantize_epoch - 1:
+            assert isinstance(pl_module, CompressibleClassifier)
+            self.network = copy.deepcopy(pl_module.net).eval()
+
+
+def run(output: str | Path, *, seed: int = 0, threads: int | None = None, schedule: Schedule | None = None) -> Path:
+    """Runs the demo and returns the path of its report, `output`/report.md.
+
+    output: directory for the checkpoint, the artifact and the report. threads: of training and measurement, default
+    all.
+    """
+    console = Console()
+    directory = Path(output)
+    directory.mkdir(parents=True, exist_ok=True)
+    plan = schedule or Schedule()
+    threads = threads or torch.get_num_threads()
+    torch.set_num_threads(threads)
+
+    data = Digits(seed=seed, augmentation=ShiftRotate(shift_px=2, rotation_deg=5.0))
+    lightning.seed_everything(seed, verbose=False)
+    console.print(f"[bold]1. Train[/] a small Swin on {data.num_classes} digits, {plan.float_epochs} epochs in float")
+    weights = _train(data, plan, directory)
+    console.print(f"[bold]2. Compress[/]: prune and quantize in one fit of {plan.epochs} epochs")
+    compressed = _compress(data, plan, directory, weights)
+
+    # Nothing but the file: the checkpoint says how its network was pruned and quantized.
+    module = CompressibleClassifier.load_from_checkpoint(compressed.checkpoint, distillation=None).eval()
+    artifact = accel.export(module, directory / "model.safetensors")
+    record = RunRecord(
+        name="swincompress demo: a small Swin on handwritten digits",
+        environment=describe_environment(threads=threads),
+        data="scikit-learn's digits, 32 x 32 pixels: the 360 images of the test split",
+        steps=compressed.steps,
+    )
+    before = _network(data, weights).net.eval()
+    _measure(record, data, {"float": before, "pruned": compressed.pruned}, module, artifact, threads)
+    console.print("[bold]3. Latency[/] beside the uncompressed network in torch and onnxruntime (where installed)")
+    _latency(record, before, artifact, threads)
+    report = write_report(record, directory)
+    _summary(console, record, report)
+    return report
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Compressed:
+    checkpoint: Path
+    pruned: nn.Module
+    steps: list[PruningStep]
+
+
+def _network(data: Digits, weights: Path | None = None, **options: Any) -> CompressibleClassifier:
+    return CompressibleClassifier(
+        model="SwinTransformer",
+        num_classes=data.num_classes,
+        model_kwargs={
+            "img_size": IMAGE[2],
+            "patch_size": 4,  # one pixel of the original 8 x 8 image
+            "window_size": 4,
+            "embed_dim": 64,
+            "depths": [2, 2],
+            "num_heads": [4, 8],
+        },
+        checkpoint_path=weights,
+        **options,
+    )
+
+
+def _trainer(directory: Path, epochs: int, callbacks: list[Callback], **options: Any) -> Trainer:
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    return Trainer(
+        max_epochs=epochs,
+        accelerator="cpu",
+        callbacks=callbacks,
+        default_root_dir=directory,
+        logger=False,
+        enable_model_summary=False,
+        **options,
+    )
+
+
+def _train(data: Digits, plan: Schedule, directory: Path) -> Path:
+    """The float network, trained to the end of its schedule; the path of its weights."""
+    optimization = OptimizationConfig(lr=2e-3, weight_decay=0.05, warmup_epochs=3)
+    module = _network(data, optimization=optimization, label_smoothing=0.1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer = _trainer(directory, plan.float_epochs, [], enable_checkpointing=False, check_val_every_n_epoch=5)
+        trainer.fit(module, data)
+    weights = directory / "float.safetensors"
+    save_file(module.net.state_dict(), weights)
+    return weights
+
+
+def _compress(data: Digits, plan: Schedule, directory: Path, weights: Path) -> _Compressed:
+    """Rounds of pruning, fine-tuning and quantization-aware training in one fit, taught by the float network."""
+    module = _network(
+        data,
+        weights,
+        optimization=OptimizationConfig(lr=1e-3, weight_decay=0.05, warmup_epochs=1),
+        label_smoothing=0.1,
+        distillation=DistillationConfig(weight=0.5, temperature=2.0),
+    )
+    snapshot = PrunedSnapshot(plan.quantize_epoch)
+    # The tolerance is two of the 180 hold-out images.
+    pruning = AdaptiveIterativePruning(tolerance=1.2, step=0.15, target=plan.target, max_rounds=plan.quantize_epoch - 2)
+    best = CompressedCheckpoint(
+        dirpath=directory, filename="best", monitor="val/top1", mode="max", enable_version_counter=False
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        quantization = QuantizationAwareTraining(start_epoch=plan.quantize_epoch)
+        _trainer(directory, plan.epochs, [snapshot, pruning, quantization, best]).fit(module, data)
+    assert snapshot.network is not None
+    steps = [] if pruning.search_state is None else pruning.search_state.steps
+    return _Compressed(
+        checkpoint=Path(best.best_model_path), pruned=snapshot.network, steps=[PruningStep.of(step) for step in steps]
+    )
+
+
+def _measure(
+    record: RunRecord,
+    data: Digits,
+    networks: dict[str, nn.Module],
+    module: CompressibleClassifier,
+    artifact: Path,
+    threads: int,
+) -> None:
+    """The stages, each on the test images; the engine's integers against the reference's."""
+    labels = np.concatenate([batch for _, batch in data.uint8_batches("test")])
+    images = np.concatenate([batch for batch, _ in data.uint8_batches("test")])
+    inputs = data.preprocessing.normalize(torch.from_numpy(images))
+    quantized = module.net
+    assert isinstance(quantized, QuantizedNetwork)
+
+    def torch_stage(name: str, network: nn.Module, size: Size) -> Predictions:
+        with torch.inference_mode():
+            predictions: Predictions = network(inputs).argmax(1).numpy()
+        floats = network.network if isinstance(network, QuantizedNetwork) else network
+        parameters = sum(parameter.numel() for parameter in floats.parameters())
+        record.add_stage(
+            name,
+            parameters=parameters,
+            macs=count_macs(floats, IMAGE),
+            size=size,
+            accuracy=Accuracy.of(predictions, labels),
+        )
+        return predictions
+
+    predictions = {name: torch_stage(name, network, network_size(network)) for name, network in networks.items()}
+    engine, reference = accel.load(artifact, threads=threads), accel.reference(artifact)
+    size = program_size(engine.program, file=artifact)
+    torch_stage("quantized", quantized, size)
+
+    logits = engine.run_integer(images)
+    predictions["engine"] = logits.argmax(1)
+    record.add_stage(
+        "engine",
+        parameters=program_parameters(engine.program),
+        macs=program_macs(engine.program),
+        size=size,
+        accuracy=Accuracy.of(predictions["engine"], labels),
+    )
+    with torch.inference_mode():
+        twin = quantized.integer_logits(torch.from_numpy(images)).numpy()
+    count = f"{len(images)} test images"
+    record.add_check(
+        "engine == NumPy reference, integer logits", np.array_equal(logits, reference.run_integer(images)), count
+    )
+    record.add_check("torch twin == engine, integer logits", np.array_equal(twin, logits), count)
+    record.add_comparison(
+        "engine against float", PairedComparison.of(predictions["float"], predictions["engine"], labels)
+    )
+    record.layers.extend(layer_sparsity(networks["float"], quantized.network))
+    record.operations.extend(operation_times(engine.profile(images[:1])))
+
+
+def _latency(record: RunRecord, network: nn.Module, artifact: Path, threads: int) -> None:
+    """A race of the engine with the uncompressed network (random weights: its time does not depend on them)."""
+    engine = accel.load(artifact, threads=threads)
+    origin: dict[str, Any] = {"network": network.creation, "history": []}
+    with tempfile.TemporaryDirectory() as scratch:
+        peers = prepare(
+            ("torch", "onnxruntime"), origin=origin, image_shape=engine.input_shape, threads=(threads,), batch=1,
+            directory=Path(scratch),
+        )[threads]  # fmt: skip
+        ours = Contestant(
+            name=ENGINE, runtime="engine", threads=threads, batch=1, image_shape=engine.input_shape, file=str(artifact),
+            implementation=engine.implementation,
+        )  # fmt: skip
+        results = {result.name: result for result in race([ours, *peers])}
+    _add_latencies(record, results)
+
+
+def _add_latencies(record: RunRecord, results: dict[str, Result]) -> None:
+    measured = {name: result.latency for name, result in results.items() if result.latency is not None}
+    of_stage = {"engine": {ENGINE}, "float": set(measured) - {ENGINE}}
+    for number, stage in enumerate(record.stages):
+        latencies = {name: measured[name] for name in of_stage.get(stage.name, set()) if name in measured}
+        record.stages[number] = type(stage)(**{**vars(stage), "latency_ms": latencies})
+    for name, result in results.items():
+        if result.latency is None:
+            record.notes.append(f"{name} was not measured: {result.unavailable}")
+
+
+def _summary(console: Console, record: RunRecord, report: Path) -> None:
+    stages = {stage.name: stage for stage in record.stages}
+    before, after = stages["float"], stages["engine"]
+    macs = [stage.macs or 0 for stage in (before, after)]
+    file_bytes = [(stage.size.file_bytes or 0) if stage.size else 0 for stage in (before, after)]
+    console.print(f"   accuracy  {before.accuracy}  ->  {after.accuracy} in the engine")
+    console.print(
+        f"   MACs      {macs[0] / 1e6:.2f} M  ->  {macs[1] / 1e6:.2f} M  ({1 - macs[1] / macs[0]:.1%} removed)"
+    )
+    share = file_bytes[1] / file_bytes[0]
+    console.print(f"   file      {file_bytes[0]:,}  ->  {file_bytes[1]:,} bytes  ({share:.1%})")
+    for stage in (before, after):
+        for name, latency in stage.latency_ms.items():
+            console.print(f"   latency   {name}: {latency}")
+    for check in record.checks:
+        console.print(f"   {'passed' if check.passed else '[bold red]FAILED[/]'}    {check.name} ({check.detail})")
+    console.print(f"[bold]Report:[/] {report}")

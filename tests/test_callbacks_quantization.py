@@ -1,0 +1,255 @@
+"""Quantization-aware training inside a real, tiny fit: pruning before it, resume, reload, export, and refusals."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from swincompress_pl import accel
+from swincompress_pl.callbacks import AdaptiveIterativePruning, CompressedCheckpoint, QuantizationAwareTraining
+from swincompress_pl.models import CompressibleClassifier, CompressionMixin, create_model
+from swincompress_pl.models.classifier import DistillationConfig, OptimizationConfig
+from swincompress_pl.quant import QuantizedNetwork
+from swincompress_pl.registry import UnsupportedNetworkError
+
+pytestmark = pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning")
+PREPROCESSING = {"mean": [0.5] * 3, "std": [0.25] * 3}
+VIT: dict[str, Any] = {"img_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4, "num_classes": 3}
+
+
+class Plain(LightningModule):
+    """A user's own module: nothing of ours but the attribute that holds the network."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.backbone = create_model("VisionTransformer", **VIT)
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return nn.functional.cross_entropy(self.backbone(batch[0]), batch[1])
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        self.log("val/top1", (self.backbone(batch[0]).argmax(-1) == batch[1]).float().mean())
+
+    def test_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        self.log("test/top1", (self.backbone(batch[0]).argmax(-1) == batch[1]).float().mean())
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=1e-3)
+
+
+class Restorable(CompressionMixin, Plain):
+    model_attribute = "backbone"
+
+
+def pixels_and_labels(count: int = 32) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    labels = torch.randint(0, 3, (count,), generator=generator)
+    noise = torch.randint(0, 120, (count, 16, 16, 3), generator=generator)
+    return (noise + 60 * labels.view(-1, 1, 1, 1)).to(torch.uint8), labels
+
+
+def loader() -> DataLoader[Any]:
+    pixels, labels = pixels_and_labels()
+    images = (pixels.permute(0, 3, 1, 2).float() / 255 - 0.5) / 0.25
+    return DataLoader(TensorDataset(images, labels), batch_size=8)
+
+
+def trainer(tmp_path: Path, epochs: int, *callbacks: Callback, **options: Any) -> Trainer:
+    return Trainer(
+        default_root_dir=tmp_path,
+        max_epochs=epochs,
+        accelerator="cpu",
+        callbacks=list(callbacks),
+        logger=False,
+        enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **options,
+    )
+
+
+def qat(**options: Any) -> QuantizationAwareTraining:
+    options = {
+        "start_epoch": 1,
+        "method": "max",
+        "preprocessing": PREPROCESSING,
+        "model_attribute": "backbone",
+    } | options
+    return QuantizationAwareTraining(**options)
+
+
+def pruning(**options: Any) -> AdaptiveIterativePruning:
+    return AdaptiveIterativePruning(tolerance=100.0, step=0.25, max_rounds=1, model_attribute="backbone", **options)
+
+
+def fit(module: LightningModule, tmp_path: Path, epochs: int, *callbacks: Callback, **options: Any) -> Trainer:
+    run = trainer(tmp_path, epochs, *callbacks, **options)
+    run.fit(module, loader(), loader())
+    return run
+
+
+def test_prune_then_quantize_in_one_fit_reports_the_engines_accuracy(tmp_path: Path) -> None:
+    module = Restorable()
+    optimizer_parameters = {id(parameter) for parameter in module.backbone.parameters()}
+    run = fit(module, tmp_path, 3, pruning(), qat())
+    quantized = module.backbone
+    assert isinstance(quantized, QuantizedNetwork)
+    assert quantized.network.blocks[0].mlp.fc1.out_features < 128  # type: ignore[index,union-attr]
+    held = {id(p) for group in run.optimizers[0].param_groups for p in group["params"]}
+    assert held == {id(parameter) for parameter in quantized.parameters()} != optimizer_parameters
+
+    file = accel.export(quantized, tmp_path / "model.safetensors")
+    pixels, labels = pixels_and_labels()
+    logits = accel.load(file, threads=1).run_integer(pixels.numpy())
+    assert np.array_equal(logits, accel.reference(file).run_integer(pixels.numpy()))
+    assert np.array_equal(logits, quantized.integer_logits(pixels).numpy())
+    assert float(run.callback_metrics["val/top1"]) == pytest.approx((logits.argmax(1) == labels.numpy()).mean())
+
+
+def test_training_goes_on_after_quantization(tmp_path: Path) -> None:
+    module = Plain()
+    weights: list[Tensor] = []
+
+    class Watch(Callback):
+        def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            weights.append(next(iter(module.backbone.parameters())).detach().clone())
+
+    fit(module, tmp_path, 3, qat(), Watch())
+    assert not torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[1], weights[2])
+
+
+def test_load_from_checkpoint_needs_nothing_else(tmp_path: Path) -> None:
+    module = Restorable()
+    fit(module, tmp_path, 2, pruning(), qat()).save_checkpoint(tmp_path / "a.ckpt")
+    again = Restorable.load_from_checkpoint(tmp_path / "a.ckpt")
+    pixels, _ = pixels_and_labels()
+    assert isinstance(module.backbone, QuantizedNetwork)
+    assert torch.equal(again.backbone.integer_logits(pixels), module.backbone.integer_logits(pixels))  # type: ignore[operator]
+    assert (
+        torch.load(tmp_path / "a.ckpt", weights_only=True)["swincompress_pl"]["history"][-1]["quantize"]["method"]
+        == "max"
+    )
+
+
+@pytest.mark.parametrize("stop", [1, 2])
+@pytest.mark.parametrize("kind", [Plain, Restorable])
+def test_resume_at_an_epochs_end_gives_the_same_weights(tmp_path: Path, kind: type[Plain], stop: int) -> None:
+    """Stopped before the quantization and after it; the module with and without the mixin."""
+    whole = kind()
+    fit(whole, tmp_path, 3, pruning(), qat())
+    fit(kind(), tmp_path, stop, pruning(), qat(), ModelCheckpoint(dirpath=tmp_path, filename="stop", save_last=False))
+    resumed = kind()
+    run = trainer(tmp_path, 3, pruning(), qat())
+    run.fit(resumed, loader(), loader(), ckpt_path=tmp_path / "stop.ckpt")
+    expected, state = whole.state_dict(), resumed.state_dict()
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(state[key], expected[key]) for key in expected)
+
+
+def test_test_with_a_checkpoint_path_sees_the_integers(tmp_path: Path) -> None:
+    module = Plain()
+    run = fit(module, tmp_path, 2, qat())
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    fresh = Plain()
+    later = trainer(tmp_path, 2, qat())
+    later.test(fresh, loader(), ckpt_path=tmp_path / "a.ckpt", verbose=False)
+    assert isinstance(fresh.backbone, QuantizedNetwork)
+    assert float(later.callback_metrics["test/top1"]) == float(run.callback_metrics["val/top1"])
+
+
+def test_best_checkpoint_is_a_compressed_one(tmp_path: Path) -> None:
+    best = CompressedCheckpoint(
+        dirpath=tmp_path, filename="{epoch}", monitor="val/top1", mode="max", save_top_k=-1, model_attribute="backbone"
+    )
+    fit(Plain(), tmp_path, 4, qat(start_epoch=2), best)
+    assert sorted(path.name for path in tmp_path.glob("*.ckpt")) == ["epoch=2.ckpt", "epoch=3.ckpt"]
+
+
+def test_classifier_with_distillation_accumulation_and_clipping(tmp_path: Path) -> None:
+    weights = tmp_path / "w.pt"
+    torch.save(create_model("VisionTransformer", **VIT).state_dict(), weights)
+    kwargs = {key: value for key, value in VIT.items() if key != "num_classes"}
+    module = CompressibleClassifier(
+        "VisionTransformer", 3, kwargs, weights, OptimizationConfig(warmup_epochs=0), distillation=DistillationConfig()
+    )
+    callbacks = (
+        AdaptiveIterativePruning(tolerance=100.0, step=0.25, max_rounds=1),
+        qat(model_attribute="net"),
+    )
+    run = fit(module, tmp_path, 3, *callbacks, accumulate_grad_batches=2, gradient_clip_val=1.0)
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    assert not isinstance(module.teacher, QuantizedNetwork)
+    again = CompressibleClassifier.load_from_checkpoint(tmp_path / "a.ckpt", distillation=None)
+    pixels, _ = pixels_and_labels()
+    assert torch.equal(again.net.integer_logits(pixels), module.net.integer_logits(pixels))  # type: ignore[operator]
+
+
+def test_bf16_autocast_validates_in_the_same_integers(tmp_path: Path) -> None:
+    module = Plain()
+    run = fit(module, tmp_path, 2, qat(), precision="bf16-mixed")
+    pixels, labels = pixels_and_labels()
+    logits = module.backbone.integer_logits(pixels)  # type: ignore[operator]
+    assert float(run.callback_metrics["val/top1"]) == pytest.approx(float((logits.argmax(1) == labels).float().mean()))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"start_epoch": -1}, "start_epoch=-1"),
+        ({"calibration_images": 0}, "calibration_images=0"),
+        ({"method": "magic"}, "method='magic'.*'searched'"),
+    ],
+)
+def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        qat(**options)
+
+
+def test_unknown_option_is_refused() -> None:
+    with pytest.raises(TypeError, match="bits"):
+        qat(bits=3)
+
+
+def test_wrong_attribute_is_named(tmp_path: Path) -> None:
+    with pytest.raises(AttributeError, match=r"model_attribute='net'.*backbone"):
+        fit(Plain(), tmp_path, 1, qat(model_attribute="net"))
+
+
+def test_unknown_normalization_is_refused_before_training(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="how the images are normalized"):
+        fit(Plain(), tmp_path, 1, qat(preprocessing=None))
+
+
+def test_unsupported_network_is_refused_before_training(tmp_path: Path) -> None:
+    module = Plain()
+    module.backbone = create_model("VisionTransformer", **VIT, qk_norm=True)
+    with pytest.raises(UnsupportedNetworkError, match=r"blocks\.0\.attn"):
+        fit(module, tmp_path, 1, qat(start_epoch=5))
+
+
+def test_weight_averaging_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="EMAWeightAveraging"):
+        fit(Plain(), tmp_path, 1, qat(), EMAWeightAveraging())
+
+
+def test_ddp_is_refused_by_name() -> None:
+    run: Any = SimpleNamespace(strategy=DDPStrategy(), callbacks=[])
+    with pytest.raises(ValueError, match="DDPStrategy"):
+        qat().setup(run, Plain(), "fit")
+
+
+def test_a_start_after_the_end_is_said(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="start_epoch=7 is not reached"):
+        fit(Plain(), tmp_path, 1, qat(start_epoch=7))
