@@ -142,7 +142,7 @@ def _network(data: Digits, weights: Path | None = None, **options: Any) -> Compr
             "window_size": 4,
             "embed_dim": 64,
             "depths": [2, 2],
-            "num_heads": [4, 8],
+            "num_heads": [2, 4],
         },
         checkpoint_path=weights,
         **options,

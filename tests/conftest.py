@@ -42,3 +42,15 @@ def imagenet_mini(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -
     with tarfile.open(archive) as tar:
         tar.extractall(root, filter="data")
     return root
+
+
+@pytest.fixture(scope="session")
+def cifar10(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """CIFAR-10 (JPEG copy) as folders train|test/<class>/."""
+    archive = shared_data / "cifar10_jpeg.tar.xz"
+    if not archive.is_file():
+        pytest.skip(f"{archive}: absent.")
+    root = tmp_path_factory.mktemp("cifar10")
+    with tarfile.open(archive) as tar:
+        tar.extractall(root, filter="data")
+    return root

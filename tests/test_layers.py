@@ -37,9 +37,9 @@ def rooms_imported_by(file: Path) -> set[str]:
             names = [module, *(f"{module}.{alias.name}" for alias in node.names)]
         for name in names:
             head, _, rest = name.partition(".")
-            if head == "swincompress_pl" and rest and (PACKAGE / rest.split(".")[0]).exists():
-                found.add(rest.split(".")[0])
-            elif head == "swincompress_pl" and (PACKAGE / f"{rest.split('.')[0]}.py").exists() and rest:
+            if (head == "swincompress_pl" and rest and (PACKAGE / rest.split(".")[0]).exists()) or (
+                head == "swincompress_pl" and (PACKAGE / f"{rest.split('.')[0]}.py").exists() and rest
+            ):
                 found.add(rest.split(".")[0])
     return found
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from swincompress_pl.quant.scales import WEIGHT_Q_MAX, quantize_weight
+from swincompress_pl.quant.scales import WEIGHT_Q_MAX
 
 CANDIDATES = torch.tensor([0.01 + i * 1.19 / 100 for i in range(101)])
 ROUNDS = 3
@@ -22,8 +22,9 @@ _COARSE = (1.0, 0.8, 0.6, 0.45, 0.3)
 
 
 def fake_quantize(x: Tensor, scale: Tensor, q_max: int, *, signed: bool = True) -> Tensor:
-    """Nearest multiple of `scale` within the code range."""
-    return torch.floor(x / scale + 0.5).clamp(-q_max if signed else 0, q_max) * scale
+    """Nearest multiple of `scale` within the code range; one fused pass, since the search makes hundreds."""
+    zero = torch.zeros((), dtype=torch.int32, device=x.device)
+    return torch.fake_quantize_per_tensor_affine(x, scale.to(x), zero, -q_max if signed else 0, q_max)
 
 
 def max_step(weight: Tensor) -> Tensor:
@@ -54,7 +55,8 @@ class LayerProblem:
 
     def quantized_weight(self, step: Tensor) -> Tensor:
         safe = torch.where(step > 0, step, 1.0)
-        return quantize_weight(self.weight, safe) * safe[:, None]
+        zero = torch.zeros_like(safe, dtype=torch.int32)
+        return torch.fake_quantize_per_channel_affine(self.weight, safe, zero, 0, -WEIGHT_Q_MAX, WEIGHT_Q_MAX)
 
     def quantized_input(self, scale: float) -> Tensor:
         return fake_quantize(self.x, torch.tensor(scale), self.q_max, signed=self.signed)
