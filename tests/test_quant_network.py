@@ -244,7 +244,7 @@ def test_quantizing_twice_is_refused() -> None:
 
 def test_unknown_normalization_is_refused() -> None:
     network, _, images = network_and_images("vit")
-    with pytest.raises(ValueError, match="how its images are normalized"):
+    with pytest.raises(ValueError, match="how the images are normalized"):
         quantize(network, [images])
 
 

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from ..models.manifest import network_of, restore_on_load, save_to_checkpoint
-from ..quant import METHODS, QuantizedNetwork, quantize
+from ..quant import METHODS, QuantizedNetwork, find_preprocessing, quantize
 
 
 class QuantizationAwareTraining(Callback):
@@ -115,21 +115,8 @@ class QuantizationAwareTraining(Callback):
     def _preprocessing(self, trainer: Trainer, module: LightningModule) -> Mapping[str, Any]:
         network = network_of(module, self.model_attribute)
         data = getattr(trainer, "datamodule", None)
-        source: Any
-        for source in (
-            self.preprocessing,
-            getattr(data, "preprocessing", None),
-            getattr(network, "pretrained_cfg", None),
-        ):
-            as_dict: Any = source.to_dict() if hasattr(source, "to_dict") else source
-            if isinstance(as_dict, Mapping) and as_dict.get("mean") and as_dict.get("std"):
-                return {
-                    key: value for key, value in as_dict.items() if isinstance(value, str | int | float | list | tuple)
-                }
-        raise ValueError(
-            "QuantizationAwareTraining does not know how the images are normalized; pass "
-            "preprocessing={'mean': (...), 'std': (...)} in [0, 1] units"
-        )
+        of_network = getattr(network, "pretrained_cfg", None)
+        return find_preprocessing(self.preprocessing, getattr(data, "preprocessing", None), of_network)
 
 
 def _class_names(trainer: Trainer) -> list[str] | None:

@@ -5,7 +5,7 @@
 
 from swincompress_pl.quant.build import GraphBuilder
 from swincompress_pl.quant.graph import Graph, Node, Site, WeightedNode, float_logits
-from swincompress_pl.quant.network import METHODS, QuantizedNetwork
+from swincompress_pl.quant.network import METHODS, QuantizedNetwork, find_preprocessing
 from swincompress_pl.quant.nodes import (
     ActivationNode,
     AddConstantNode,
@@ -38,6 +38,7 @@ __all__ = [
     "QuantizedNetwork",
     "Site",
     "WeightedNode",
+    "find_preprocessing",
     "float_logits",
     "quantize",
 ]

@@ -120,6 +120,20 @@ class QuantizedNetwork(nn.Module):
         return {**self.__dict__, "_twin": None}  # copies build their own
 
 
+def find_preprocessing(*sources: Any) -> dict[str, Any]:
+    """The plain data of the first source that says how images are normalized (a mapping, or an object with `to_dict`).
+
+    Raises ValueError where none does; the sources that are None are passed over.
+    """
+    for source in sources:
+        as_dict: Any = source.to_dict() if hasattr(source, "to_dict") else source
+        if isinstance(as_dict, Mapping) and (source is sources[0] or (as_dict.get("mean") and as_dict.get("std"))):
+            return {key: value for key, value in as_dict.items() if isinstance(value, str | int | float | list | tuple)}
+    raise ValueError(
+        "nothing says how the images are normalized; pass preprocessing={'mean': (...), 'std': (...)} in [0, 1] units"
+    )
+
+
 def checked_preprocessing(preprocessing: Mapping[str, Any]) -> dict[str, Any]:
     """A plain copy; ValueError naming what is missing or out of range."""
     for key in ("mean", "std"):

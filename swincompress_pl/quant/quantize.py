@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from swincompress_pl.quant.calibration import Ranges, calibration_images, observe, sample_layers
 from swincompress_pl.quant.graph import Graph, Node, WeightedNode
-from swincompress_pl.quant.network import QuantizedNetwork
+from swincompress_pl.quant.network import QuantizedNetwork, find_preprocessing
 from swincompress_pl.quant.nodes import GatherNode
 from swincompress_pl.quant.search import LayerProblem, best_balance, best_value_scale, max_step
 
@@ -50,9 +50,10 @@ def quantize(
     Raises ValueError for empty calibration, NaN or infinite values (naming the site), an unknown method or an already
     quantized network; UnsupportedNetworkError for a network without an integer form.
     """
-    quantized = QuantizedNetwork(
-        model, preprocessing=preprocessing or _default_preprocessing(model), method=method, classes=classes
+    found = find_preprocessing(
+        preprocessing, getattr(model, "preprocessing", None), getattr(model, "pretrained_cfg", None)
     )
+    quantized = QuantizedNetwork(model, preprocessing=found, method=method, classes=classes)
     device = next(model.parameters()).device
     batches = [batch.to(device) for batch in calibration_images(calibration, images)]
     for batch in batches:
@@ -72,18 +73,6 @@ def quantize(
         for module, training in modes.items():
             module.train(training) if module is quantized else setattr(module, "training", training)
     return quantized
-
-
-def _default_preprocessing(model: nn.Module) -> Mapping[str, Any]:
-    source: Any
-    for source in (getattr(model, "preprocessing", None), getattr(model, "pretrained_cfg", None)):
-        as_dict: Any = source.to_dict() if hasattr(source, "to_dict") else source
-        if isinstance(as_dict, Mapping) and as_dict.get("mean") and as_dict.get("std"):
-            return {key: value for key, value in as_dict.items() if isinstance(value, str | int | float | list | tuple)}
-    raise ValueError(
-        "the network does not say how its images are normalized; pass "
-        "preprocessing={'mean': (...), 'std': (...)} in [0, 1] units"
-    )
 
 
 def _set_ranges(quantized: QuantizedNetwork, ranges: Mapping[str, Ranges]) -> None:
