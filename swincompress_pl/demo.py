@@ -61,9 +61,9 @@ class Schedule:
     target: part of the MACs to remove, if the tolerance allows it.
     """
 
-    float_epochs: int = 40
-    quantize_epoch: int = 15
-    epochs: int = 20
+    float_epochs: int = 60
+    quantize_epoch: int = 18
+    epochs: int = 24
     target: float = 0.45
 
     def __post_init__(self) -> None:
@@ -100,7 +100,7 @@ def run(output: str | Path, *, seed: int = 0, threads: int | None = None, schedu
     threads = threads or torch.get_num_threads()
     torch.set_num_threads(threads)
 
-    data = Digits(seed=seed, augmentation=ShiftRotate(shift_px=2, rotation_deg=5.0))
+    data = Digits(seed=seed, augmentation=ShiftRotate(shift_px=4, rotation_deg=10.0))
     lightning.seed_everything(seed, verbose=False)
     console.print(f"[bold]1. Train[/] a small Swin on {data.num_classes} digits, {plan.float_epochs} epochs in float")
     weights = _train(data, plan, directory)
@@ -138,11 +138,12 @@ def _network(data: Digits, weights: Path | None = None, **options: Any) -> Compr
         num_classes=data.num_classes,
         model_kwargs={
             "img_size": IMAGE[2],
-            "patch_size": 4,  # one pixel of the original 8 x 8 image
-            "window_size": 4,
+            "patch_size": 8,  # 2 x 2 pixels of the original 8 x 8 image
+            "window_size": 2,
             "embed_dim": 64,
             "depths": [2, 2],
-            "num_heads": [2, 4],
+            "num_heads": [4, 8],
+            "drop_path_rate": 0.0,
         },
         checkpoint_path=weights,
         **options,
