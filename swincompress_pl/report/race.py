@@ -161,7 +161,8 @@ class _Worker:
         environment = os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "PYTHONPATH": path}
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115  (closed in __exit__)
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "swincompress_pl.report.worker"],
+            # -P: a source tree in the working directory must not stand in for the installed package
+            [sys.executable, "-P", "-m", "swincompress_pl.report.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
