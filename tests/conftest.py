@@ -32,25 +32,21 @@ def shared_data() -> Path:
     return folder
 
 
+def _extracted(archive: Path, folder: Path) -> Path:
+    if not archive.is_file():
+        pytest.skip(f"{archive}: absent.")
+    with tarfile.open(archive) as tar:
+        tar.extractall(folder, filter="data")
+    return folder
+
+
 @pytest.fixture(scope="session")
 def imagenet_mini(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An ImageNet-style tree of 1,000 images in train (one a class) and 600 in val (332 classes)."""
-    archive = shared_data / "imagenet_mini.tar"
-    if not archive.is_file():
-        pytest.skip(f"{archive}: absent.")
-    root = tmp_path_factory.mktemp("imagenet_mini")
-    with tarfile.open(archive) as tar:
-        tar.extractall(root, filter="data")
-    return root
+    return _extracted(shared_data / "imagenet_mini.tar", tmp_path_factory.mktemp("imagenet_mini"))
 
 
 @pytest.fixture(scope="session")
 def cifar10(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """CIFAR-10 (JPEG copy) as folders train|test/<class>/."""
-    archive = shared_data / "cifar10_jpeg.tar.xz"
-    if not archive.is_file():
-        pytest.skip(f"{archive}: absent.")
-    root = tmp_path_factory.mktemp("cifar10")
-    with tarfile.open(archive) as tar:
-        tar.extractall(root, filter="data")
-    return root
+    return _extracted(shared_data / "cifar10_jpeg.tar.xz", tmp_path_factory.mktemp("cifar10"))

@@ -7,7 +7,7 @@ matrices `(N, rows, channels)`; the input is the normalized image `(N, C, H, W)`
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -58,7 +58,13 @@ class Site:
 
 
 class Quantizer(Protocol):
-    """What happens to values and weights on the way through the graph: nothing, observation, or fake quantization."""
+    """What happens to values and weights on the way through the graph: nothing, observation, or fake quantization.
+
+    balances: ratios (C,) of the channels to the scale, for the balanced sites, by name.
+    """
+
+    @property
+    def balances(self) -> Mapping[str, Tensor]: ...
 
     def activation(self, site: Site, x: Tensor) -> Tensor: ...
 
@@ -69,6 +75,10 @@ class Quantizer(Protocol):
 
 class Passthrough:
     """The float network."""
+
+    @property
+    def balances(self) -> Mapping[str, Tensor]:
+        return {}
 
     def activation(self, site: Site, x: Tensor) -> Tensor:
         return x
@@ -189,8 +199,7 @@ class Run:
     def balance(self, node: WeightedNode) -> Tensor | None:
         """(K,) ratios of the input's channels to its scale, or None."""
         site = self.graph.site_of(node.inputs[0])
-        balances: dict[str, Tensor] = getattr(self.quantizer, "balances", {})
-        return balances.get(site.name) if site is not None else None
+        return None if site is None else self.quantizer.balances.get(site.name)
 
 
 def parameter(network: nn.Module, path: str) -> Tensor:
