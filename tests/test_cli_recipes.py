@@ -1,4 +1,4 @@
-"""The ImageNet recipes run end to end on a small part of ImageNet, shortened to a batch an epoch."""
+"""The ImageNet recipes run end to end on a small part of ImageNet, shortened to two batches an epoch."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 
 def shortened(name: str, root: Path, folder: Path) -> Path:
-    """The recipe with random weights: two epochs of one batch, a round on two images, quantized in the second epoch."""
+    """The recipe with random weights: two epochs of two batches, a round on two images, quantized in the second epoch."""
     recipe: dict[str, Any] = yaml.safe_load((CONFIGS / name).read_text(encoding="utf-8"))
     model, data, trainer = recipe["model"]["init_args"], recipe["data"]["init_args"], recipe["trainer"]
     model["distillation"] = None
     model.get("model_kwargs", {}).pop("pretrained", None)
     data |= {"root": str(root), "holdout": 8, "batch_size": 4, "num_workers": 0}
-    trainer |= {"max_epochs": 2, "limit_train_batches": 1, "limit_val_batches": 1, "default_root_dir": str(folder)}
+    # 2, not 1: Lightning takes a 1 that the parser read as 1.0 for all batches
+    trainer |= {"max_epochs": 2, "limit_train_batches": 2, "limit_val_batches": 2, "default_root_dir": str(folder)}
     trainer |= {"enable_progress_bar": False, "log_every_n_steps": 1, "accelerator": "cpu"}
     for callback in trainer["callbacks"]:
         options = callback["init_args"]
