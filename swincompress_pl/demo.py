@@ -187,7 +187,9 @@ def _compress(data: Digits, plan: Schedule, directory: Path, weights: Path) -> _
     )
     snapshot = PrunedSnapshot(plan.quantize_epoch)
     # The tolerance is four of the 180 hold-out images; the epochs after the last round win them back.
-    pruning = AdaptiveIterativePruning(tolerance=2.3, step=0.15, target=plan.target, max_rounds=plan.quantize_epoch - 2)
+    pruning = AdaptiveIterativePruning(
+        tolerance=2.3, step=0.15, target=plan.target, max_rounds=max(1, plan.quantize_epoch - 2)
+    )
     best = CompressedCheckpoint(
         dirpath=directory, filename="best", monitor="val/top1", mode="max", enable_version_counter=False
     )

@@ -15,7 +15,7 @@ CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 
 def shortened(name: str, root: Path, folder: Path) -> Path:
-    """The recipe with random weights: two epochs of two batches, a round on two images, quantized in the second epoch."""
+    """The recipe with random weights: two epochs of two batches, a round on two images, quantized in the second."""
     recipe: dict[str, Any] = yaml.safe_load((CONFIGS / name).read_text(encoding="utf-8"))
     model, data, trainer = recipe["model"]["init_args"], recipe["data"]["init_args"], recipe["trainer"]
     model["distillation"] = None
