@@ -34,7 +34,6 @@ from swincompress_pl.quant import QuantizedNetwork
 from swincompress_pl.report import (
     Accuracy,
     PairedComparison,
-    PruningStep,
     RunRecord,
     Size,
     describe_environment,
@@ -114,8 +113,9 @@ def run(output: str | Path, *, seed: int = 0, threads: int | None = None, schedu
         name="swincompress demo: a small Swin on handwritten digits",
         environment=describe_environment(threads=threads),
         data="scikit-learn's digits, 32 x 32 pixels: the 360 images of the test split",
-        steps=compressed.steps,
     )
+    if compressed.search is not None:
+        record.add_pruning(compressed.search, tolerance=compressed.tolerance)
     before = _network(data, weights).net.eval()
     _measure(record, data, {"float": before, "pruned": compressed.pruned}, module, artifact, threads)
     console.print("[bold]3. Latency[/] beside the uncompressed network in torch and onnxruntime (where installed)")
@@ -129,7 +129,8 @@ def run(output: str | Path, *, seed: int = 0, threads: int | None = None, schedu
 class _Compressed:
     checkpoint: Path
     pruned: nn.Module
-    steps: list[PruningStep]
+    search: dict[str, Any] | None
+    tolerance: float
 
 
 def _network(data: Digits, weights: Path | None = None, **options: Any) -> CompressibleClassifier:
@@ -198,9 +199,11 @@ def _compress(data: Digits, plan: Schedule, directory: Path, weights: Path) -> _
         quantization = QuantizationAwareTraining(start_epoch=plan.quantize_epoch)
         _trainer(directory, plan.epochs, [snapshot, pruning, quantization, best]).fit(module, data)
     assert snapshot.network is not None
-    steps = [] if pruning.search_state is None else pruning.search_state.steps
     return _Compressed(
-        checkpoint=Path(best.best_model_path), pruned=snapshot.network, steps=[PruningStep.of(step) for step in steps]
+        checkpoint=Path(best.best_model_path),
+        pruned=snapshot.network,
+        search=None if pruning.search_state is None else pruning.search_state.to_dict(),
+        tolerance=pruning.config.tolerance,
     )
 
 

@@ -26,6 +26,11 @@ class Adapter(Protocol):
         """The structured pruning groups of `network`: a list of `swincompress_pl.pruning.Group`."""
         ...
 
+    def segments(self, network: Any) -> list[str]:
+        """The names of the modules that a forward pass runs one after the other, each taking the one tensor that the
+        previous gave: patch embedding, blocks, down-sampling. What runs between them has to be cheap."""
+        ...
+
     def graph(self, network: Any, preprocessing: Mapping[str, Any]) -> Any:
         """The quantizable graph of `network`, a `swincompress_pl.quant.Graph`; mean and std are folded into its first
         layer."""

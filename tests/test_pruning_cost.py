@@ -6,7 +6,6 @@ import pytest
 import timm
 import torch
 from timm.models import SwinTransformer, VisionTransformer
-from torch import nn
 
 from swincompress_pl.pruning import PruningPlan, apply_plan, count_macs, count_parameters, skeleton, unit_scores
 from swincompress_pl.registry import adapter_for
@@ -60,16 +59,3 @@ def test_magnitude_is_the_norm_of_all_that_a_unit_owns() -> None:
     squares = sum(p.square().sum((0, 2)) for p in parts) + attn.proj.weight.view(16, 2, 8).square().sum((0, 2))
     expected = squares.sqrt() / squares.sqrt().mean()
     torch.testing.assert_close(unit_scores(network, group), expected.detach())
-
-
-def test_scores_of_a_users_function_are_checked() -> None:
-    network = VisionTransformer(img_size=16, patch_size=8, embed_dim=16, depth=1, num_heads=2, num_classes=3)
-    group = adapter_for(network).groups(network)[0]
-    assert unit_scores(network, group, lambda _network, g: torch.arange(g.units)).tolist() == [0.0, 2.0]
-    with pytest.raises(ValueError, match="criterion 'taylor' is unknown; there are magnitude"):
-        unit_scores(network, group, "taylor")
-    with pytest.raises(ValueError, match=r"heads: the criterion gave shape \(3,\), \(2,\) is expected"):
-        unit_scores(network, group, lambda _network, _group: torch.ones(3))
-    nn.init.constant_(network.blocks[0].attn.proj.weight, float("nan"))
-    with pytest.raises(ValueError, match="heads: a score is not finite"):
-        unit_scores(network, group)

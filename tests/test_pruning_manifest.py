@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from lightning import LightningModule
+from lightning import LightningModule, Trainer
 from timm.models import VisionTransformer
+from torch import nn
 
+from swincompress_pl.models.classifier import CompressibleClassifier
 from swincompress_pl.models.manifest import (
     CHECKPOINT_KEY,
     history_in,
@@ -20,6 +22,9 @@ from swincompress_pl.models.manifest import (
     save_to_checkpoint,
 )
 from swincompress_pl.pruning import PruningPlan, apply_plan, history_of
+from swincompress_pl.pruning.patterns import parse_granularity
+from swincompress_pl.pruning.weight_masks import masked_parameters, register_masks, remove_masks, set_mask
+from swincompress_pl.quant import QuantizedNetwork
 from swincompress_pl.registry import adapter_for
 
 
@@ -129,3 +134,90 @@ def test_a_missing_attribute_lists_those_there_are() -> None:
         AttributeError, match="model_attribute='net': Module has no module of that name; it holds backbone"
     ):
         save_to_checkpoint(Module(), {}, "net")
+
+
+# ---------------------------------------------------------------- masks of weights
+
+FC1, PROJ = "blocks.0.mlp.fc1.weight", "blocks.0.attn.proj.weight"
+
+
+def _half(network: nn.Module, name: str) -> None:
+    register_masks(network, [name])
+    weight = network.get_parameter(name)
+    set_mask(network, name, parse_granularity("weight").keep_mask(weight.detach().abs(), weight.numel() // 2))
+
+
+def test_a_masked_network_is_restored_with_masks_and_weights(tmp_path: Any) -> None:
+    module, fresh = _pruned(), Module()
+    _half(module.backbone, FC1)
+    checkpoint: dict[str, Any] = {"state_dict": module.state_dict()}
+    save_to_checkpoint(module, checkpoint, "backbone")
+    torch.save(checkpoint, tmp_path / "a.ckpt")
+    for _ in range(2):
+        restore_from_checkpoint(fresh, tmp_path / "a.ckpt", "backbone")
+    fresh.load_state_dict(torch.load(tmp_path / "a.ckpt", weights_only=True)["state_dict"])
+    assert history_of(fresh.backbone) == history_of(module.backbone)
+    assert [list(entry) for entry in history_of(fresh.backbone)] == [["prune"], ["prune"], ["mask"]]
+    weight, mask = masked_parameters(fresh.backbone)[FC1]
+    assert torch.equal(mask, module.backbone.get_buffer(f"{FC1}_mask"))
+    assert int(weight.count_nonzero()) == int(mask.sum()) == weight.numel() // 2
+
+
+def test_masks_are_undone_and_replayed_to_reach_another_checkpoint() -> None:
+    one, other = Module(), Module()
+    _half(one.backbone, FC1)
+    _half(one.backbone, PROJ)
+    remove_masks(one.backbone, [FC1])
+    _half(other.backbone, FC1)
+    _prune(other, {"blocks.0.attn.heads": [1]})
+    third = Module()
+    _half(third.backbone, PROJ)
+    _prune(third, {"blocks.0.attn.heads": [1, 3], "blocks.0.mlp.channels": [7]})
+    histories = [history_of(module.backbone) for module in (one, other, third, Module(), one)]
+    for history in histories:
+        restore_from_history(other.backbone, history)
+        assert history_of(other.backbone) == history
+        expected = Module()
+        restore_from_history(expected.backbone, history)
+        assert _shapes(other) == _shapes(expected)
+    assert set(masked_parameters(other.backbone)) == {PROJ}
+
+
+def _shapes(module: nn.Module) -> dict[str, Any]:
+    return {key: tensor.shape for key, tensor in module.state_dict().items()}
+
+
+def test_a_quantized_masked_network_is_reached_and_left() -> None:
+    module = Module()
+    _half(module.backbone, FC1)
+    quantized = {"method": "max", "preprocessing": {"mean": [0.5] * 3, "std": [0.5] * 3}, "classes": None}
+    history = [*history_of(module.backbone), {"quantize": quantized}]
+    network = restore_from_history(Module().backbone, history)
+    assert isinstance(network, QuantizedNetwork)
+    assert network.compression_history == history
+    assert set(masked_parameters(network)) == {f"network.{FC1}"}
+    plain = [{"quantize": quantized}]
+    network = restore_from_history(network, plain)
+    assert isinstance(network, QuantizedNetwork)
+    assert (history_of(network), masked_parameters(network)) == (plain, {})
+    assert not isinstance(restore_from_history(network, history_of(module.backbone)), QuantizedNetwork)
+
+
+def test_load_from_checkpoint_of_a_masked_classifier(tmp_path: Any) -> None:
+    arguments = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 4}
+    classifier = CompressibleClassifier("VisionTransformer", num_classes=3, model_kwargs=arguments)
+    _half(classifier.net, FC1)
+    trainer = Trainer(logger=False, enable_checkpointing=False, accelerator="cpu", default_root_dir=tmp_path)
+    trainer.strategy.connect(classifier)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    assert torch.load(tmp_path / "a.ckpt", weights_only=True)[CHECKPOINT_KEY]["history"] == [{"mask": [FC1]}]
+    loaded = CompressibleClassifier.load_from_checkpoint(tmp_path / "a.ckpt", map_location="cpu")
+    assert history_of(loaded.net) == [{"mask": [FC1]}]
+    assert all(torch.equal(loaded.state_dict()[key], tensor) for key, tensor in classifier.state_dict().items())
+    assert loaded.net.get_parameter(FC1).count_nonzero() == loaded.net.get_parameter(FC1).numel() // 2
+
+
+def test_an_origin_with_masks_is_rebuilt() -> None:
+    arguments = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 4, "num_classes": 3}
+    network = rebuild({"network": {"name": "VisionTransformer", "kwargs": arguments}, "history": [{"mask": [FC1]}]})
+    assert set(masked_parameters(network)) == {FC1}

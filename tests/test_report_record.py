@@ -7,17 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from report_cases import full_record, search_data
 
 from swincompress_pl.report import (
     Accuracy,
-    Latency,
-    LayerSparsity,
-    OperationTime,
-    PairedComparison,
     PruningStep,
     RecordError,
     RunRecord,
-    Size,
     describe_environment,
     plots,
     render_report,
@@ -26,38 +22,6 @@ from swincompress_pl.report import (
 from swincompress_pl.report import record as record_module
 
 PNG = b"\x89PNG\r\n\x1a\n"
-
-
-def full_record() -> RunRecord:
-    record = RunRecord(name="a run", environment=describe_environment(threads=1), data="6 images")
-    for name, share in (("float", 1.0), ("pruned", 0.6), ("engine", 0.15)):
-        record.add_stage(
-            name,
-            parameters=1_000_000,
-            macs=int(5e6 * share),
-            size=Size(nonzero_bytes=10, indexed_bytes=12, index="1 by 1-bit mask", file_bytes=int(4e6 * share)),
-            accuracy=Accuracy(correct=5, images=6),
-            latency_ms={"torch": Latency(samples_ms=(1.0, 1.5, 2.0), threads=1)},
-        )
-    record.steps.append(
-        PruningStep(
-            group="blocks.0.mlp", units_before=96, units_after=88, accepted=True, accuracy_percent=90.0, macs=4_000_000
-        )
-    )
-    record.steps.append(
-        PruningStep(
-            group="blocks.0.attn", units_before=3, units_after=2, accepted=False, accuracy_percent=80.0, macs=4_000_000
-        )
-    )
-    record.layers.append(LayerSparsity(name="blocks.0.fc1", weights_before=100, nonzeros_after=60))
-    record.operations.append(OperationTime(name="blocks.0.fc1", kind="linear", time_ms=0.5, macs=10**6, size_bytes=100))
-    record.add_comparison(
-        "engine against float",
-        PairedComparison(both_right=4, right_to_wrong=1, wrong_to_right=1, both_wrong=0, same_predictions=4),
-    )
-    record.add_check("engine equals reference", True, "6 of 6 images")
-    record.notes.append("a note")
-    return record
 
 
 def test_a_record_survives_its_file(tmp_path: Path) -> None:
@@ -75,6 +39,7 @@ def test_a_report_has_its_files(tmp_path: Path) -> None:
         "accuracy_size.png",
         "before_after.png",
         "latency.png",
+        "report.html",
         "report.json",
         "report.md",
         "sparsity.png",
@@ -201,12 +166,76 @@ def test_a_searchs_step_becomes_a_records_step() -> None:
     from swincompress_pl.pruning import Step
 
     step = Step(
-        round=2, group="g", kind="mlp", units_before=8, units_after=4, score=91.5, accepted=True, parameters=10, macs=20
-    )
+        round=2, target="g", kind="mlp", units_before=8, units_after=4, score=91.5, accepted=True, parameters=10,
+        size_bytes=40, macs=20, images=64, exact=False,
+    )  # fmt: skip
     assert PruningStep.of(step) == PruningStep(
         group="g", units_before=8, units_after=4, accepted=True, kind="mlp", round=2, accuracy_percent=91.5,
-        parameters=10, macs=20,
+        parameters=10, macs=20, images=64, exact=False,
     )  # fmt: skip
+
+
+def test_a_record_with_a_search_survives_its_file(tmp_path: Path) -> None:
+    record = RunRecord(name="x")
+    record.add_pruning(search_data(), tolerance=2)
+    record.save(tmp_path / "report.json")
+    loaded = RunRecord.load(tmp_path)
+    assert loaded == record
+    assert loaded.pruning is not None
+    assert loaded.pruning["tolerance"] == 2.0
+    assert [step.accepted for step in loaded.all_steps()] == [True, True, False, True, False]
+
+
+def test_a_report_with_a_search_has_its_plots_and_steps(tmp_path: Path) -> None:
+    record = RunRecord(name="x")
+    record.add_pruning(search_data(), tolerance=2.0)
+    path = write_report(record, tmp_path)
+    text = path.read_text(encoding="utf-8")
+    for name in ("sparsity", "accuracy_size", "sensitivity"):
+        assert (tmp_path / f"pruning_{name}.png").read_bytes().startswith(PNG)
+        assert f"(pruning_{name}.png)" in text
+    for expected in (
+        "75.00 -> 73.50 points, 2 may be lost",
+        "1,000 for 5 decisions, naively 5,000, 5.0 times fewer",
+        "250, 20.0 times fewer",
+        "4 of 5 steps; their scores are estimates",
+        "5 steps, 3 of them kept",
+        "| blocks.1.mlp",
+        "the tolerance",
+        "~ 74.50 %",
+    ):
+        assert expected in text
+
+
+def test_a_record_takes_one_search() -> None:
+    record = RunRecord(name="x")
+    record.add_pruning(search_data())
+    with pytest.raises(ValueError, match="'x' already has pruning steps"):
+        record.add_pruning(search_data())
+
+
+def test_a_search_of_another_version_is_refused_at_once_and_in_a_file(tmp_path: Path) -> None:
+    record = RunRecord(name="x")
+    with pytest.raises(ValueError, match="version 2 is expected, not 1"):
+        record.add_pruning(search_data() | {"version": 1})
+    assert record.pruning is None
+    record.add_pruning(search_data())
+    file = record.save(tmp_path / "report.json")
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"pruning": {"version": 1}}))
+    with pytest.raises(RecordError, match="version 2 is expected, not 1"):
+        RunRecord.load(tmp_path)
+
+
+def test_what_cannot_be_drawn_replaces_nothing(tmp_path: Path) -> None:
+    write_report(RunRecord(name="good"), tmp_path)
+    before = (tmp_path / "report.json").read_text()
+    with pytest.raises(ValueError, match="version 2"):
+        write_report(RunRecord(name="bad", pruning={"version": 7}), tmp_path)
+    assert (tmp_path / "report.json").read_text() == before
+
+
+def test_notes_are_shown_without_stages(tmp_path: Path) -> None:
+    assert "- it failed" in write_report(RunRecord(name="x", notes=["it failed"]), tmp_path).read_text()
 
 
 @pytest.mark.parametrize(

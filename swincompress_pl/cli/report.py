@@ -11,7 +11,7 @@ def main(name: str, arguments: Sequence[str]) -> int:
     """Renders a run's report again; returns 0."""
     command = parser(
         name,
-        "Renders report.md and the plots again from the report.json of a run.",
+        "Renders report.md, report.html and the plots again from the report.json of a run.",
         "swincompress report runs/demo",
     )
     command.add_argument("run_dir", type=str, help="directory that holds report.json")

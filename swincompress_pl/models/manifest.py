@@ -20,6 +20,7 @@ from lightning import LightningModule
 from torch import nn
 
 from ..pruning import PruningPlan, apply_plan, history_of, regrow_latest_plan
+from ..pruning.weight_masks import register_masks, remove_masks, undo_latest_masks
 from ..quant import QuantizedNetwork
 from .factory import recreate_model
 
@@ -37,10 +38,28 @@ def _replay_quantize(network: nn.Module, data: Mapping[str, Any]) -> nn.Module:
     return quantized.train(network.training)
 
 
+def _replay_mask(network: nn.Module, names: Sequence[str]) -> nn.Module:
+    register_masks(network, names)
+    return network
+
+
+def _replay_unmask(network: nn.Module, names: Sequence[str]) -> nn.Module:
+    remove_masks(network, names)
+    return network
+
+
 # Kind of a history's entry -> how it is done again to a network; gives the network that takes its place.
-_REPLAY: dict[str, Callable[[nn.Module, Mapping[str, Any]], nn.Module]] = {
+_REPLAY: dict[str, Callable[[nn.Module, Any], nn.Module]] = {
     "prune": _replay_prune,
+    "mask": _replay_mask,
+    "unmask": _replay_unmask,
     "quantize": _replay_quantize,
+}
+# The same kinds -> how the latest entry is undone, in shapes and names of the state dict; quantization is unwrapped.
+_UNDO: dict[str, Callable[[nn.Module], None]] = {
+    "prune": regrow_latest_plan,
+    "mask": undo_latest_masks,
+    "unmask": undo_latest_masks,
 }
 
 
@@ -154,8 +173,8 @@ def restore_from_history(network: nn.Module, history: Sequence[Mapping[str, Any]
     """The network with the history `history`: what `network` has beyond that is undone in shape, what is missing is
     replayed.
 
-    Pruning changes `network` itself; quantization wraps it, so the result may be another object. The weights are not
-    right until those of the checkpoint are loaded.
+    Pruning and masks change `network` itself; quantization wraps it, so the result may be another object. Weights and
+    masks are not right until those of the checkpoint are loaded.
     """
     for entry in history:
         if len(entry) != 1 or next(iter(entry)) not in _REPLAY:
@@ -171,7 +190,7 @@ def restore_from_history(network: nn.Module, history: Sequence[Mapping[str, Any]
             assert "quantize" in entry
             network = network.network
         else:
-            regrow_latest_plan(network)
+            _UNDO[next(iter(entry))](network)
     for entry in history[common:]:
         (kind, data), *_ = entry.items()
         network = _REPLAY[kind](network, data)

@@ -16,6 +16,7 @@ from timm.models.swin_transformer_v2 import SwinTransformerV2
 from torch import nn
 
 from swincompress_pl.models.groups import swin_groups
+from swincompress_pl.models.segments import swin_segments
 from swincompress_pl.pruning import Group
 from swincompress_pl.quant import Graph, GraphBuilder, MeanNode, Site
 from swincompress_pl.registry import UnsupportedNetworkError, register
@@ -31,6 +32,9 @@ class SwinAdapter:
 
     def groups(self, network: Any) -> list[Group]:
         return swin_groups(network)
+
+    def segments(self, network: Any) -> list[str]:
+        return swin_segments(network)
 
     def graph(self, network: Any, preprocessing: Mapping[str, Any]) -> Graph:
         if type(network) is not SwinTransformer:

@@ -11,6 +11,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
 from swincompress_pl.models.groups import vit_groups
+from swincompress_pl.models.segments import vit_segments
 from swincompress_pl.pruning import Group
 from swincompress_pl.quant import AddConstantNode, Graph, GraphBuilder, MeanNode, PrependNode, Site
 from swincompress_pl.registry import UnsupportedNetworkError, register
@@ -23,6 +24,9 @@ class VisionTransformerAdapter:
 
     def groups(self, network: Any) -> list[Group]:
         return vit_groups(network)
+
+    def segments(self, network: Any) -> list[str]:
+        return vit_segments(network)
 
     def graph(self, network: Any, preprocessing: Mapping[str, Any]) -> Graph:
         if type(network) is not VisionTransformer:

@@ -1,7 +1,8 @@
-"""What to cut: groups as data, plans that can be replayed, physical slicing, and the round-robin search.
+"""What to cut: groups and patterns as data, plans and masks that can be replayed, and the round-robin search.
 
-    from swincompress_pl.pruning import RoundRobinConfig, prune
-    result = prune(network, evaluate, RoundRobinConfig(tolerance=1.0), input_shape=(1, 3, 224, 224))
+    from swincompress_pl.pruning import HoldOut, RoundRobinConfig, prune
+    holdout = HoldOut.from_batches(loader)
+    result = prune(network, holdout, RoundRobinConfig(tolerance=1.0), input_shape=(1, 3, 224, 224))
 
 `network` needs an adapter (`swincompress_pl.models` brings those of timm's Swin and ViT); nothing here knows a family
 or Lightning.
@@ -10,54 +11,127 @@ or Lightning.
 from .apply import AppliedPlan, SlicedTensor, apply_plan, history_of, revert_plan
 from .config import RoundRobinConfig
 from .cost import count_macs, count_parameters, skeleton
-from .groups import Attribute, Group, Slice
-from .masks import mask_plan, mask_units
+from .granularity import (
+    Change,
+    Granularity,
+    StructuredGranularity,
+    Target,
+    WeightGranularity,
+    granularity_for,
+    prunable_weights,
+    revert,
+)
+from .groups import Attribute, Exchange, Group, NormSlice, Slice
+from .holdout import FunctionScorer, HoldOut, Scorer, ScoringCost, Verdict
+from .masks import MaskedLayerNorm, mask_plan, mask_units
 from .optimizers import slice_optimizer, slice_optimizers
+from .patterns import Pattern, parse_granularity
 from .plan import PruningPlan
+from .ranks import from_rank_zero, sum_over_ranks, world_size
 from .regrow import regrow_latest_plan
 from .round_robin import (
     PruningResult,
     RoundOutcome,
     begin_search,
     evaluation_mode,
-    prunable_groups,
+    finish_search,
+    measure_sensitivity,
     prune,
     run_round,
 )
-from .scores import CRITERIA, Criterion, magnitude, unit_scores
-from .state import GroupState, SearchState, Step
+from .scores import (
+    CRITERIA,
+    Criterion,
+    Gradients,
+    collect_gradients,
+    needs_gradients,
+    saliency,
+    unit_scores,
+    weight_scores,
+)
+from .state import SearchState, Step, TargetState
+from .weight_masks import (
+    count_nonzero,
+    enforce_masks,
+    keep_masks,
+    masked_parameters,
+    masked_share,
+    masked_shares,
+    register_masks,
+    remove_masks,
+    set_mask,
+    temporary_mask,
+    undo_latest_masks,
+)
 
 __all__ = [
     "CRITERIA",
     "AppliedPlan",
     "Attribute",
+    "Change",
     "Criterion",
+    "Exchange",
+    "FunctionScorer",
+    "Gradients",
+    "Granularity",
     "Group",
-    "GroupState",
+    "HoldOut",
+    "MaskedLayerNorm",
+    "NormSlice",
+    "Pattern",
     "PruningPlan",
     "PruningResult",
     "RoundOutcome",
     "RoundRobinConfig",
+    "Scorer",
+    "ScoringCost",
     "SearchState",
     "Slice",
     "SlicedTensor",
     "Step",
+    "StructuredGranularity",
+    "Target",
+    "TargetState",
+    "Verdict",
+    "WeightGranularity",
     "apply_plan",
     "begin_search",
+    "collect_gradients",
     "count_macs",
+    "count_nonzero",
     "count_parameters",
+    "enforce_masks",
     "evaluation_mode",
+    "finish_search",
+    "from_rank_zero",
+    "granularity_for",
     "history_of",
-    "magnitude",
+    "keep_masks",
     "mask_plan",
     "mask_units",
-    "prunable_groups",
+    "masked_parameters",
+    "masked_share",
+    "masked_shares",
+    "measure_sensitivity",
+    "needs_gradients",
+    "parse_granularity",
+    "prunable_weights",
     "prune",
+    "register_masks",
     "regrow_latest_plan",
+    "remove_masks",
+    "revert",
     "revert_plan",
     "run_round",
+    "saliency",
+    "set_mask",
     "skeleton",
     "slice_optimizer",
     "slice_optimizers",
+    "sum_over_ranks",
+    "temporary_mask",
+    "undo_latest_masks",
     "unit_scores",
+    "weight_scores",
+    "world_size",
 ]

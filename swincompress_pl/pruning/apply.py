@@ -1,7 +1,8 @@
-"""Physical slicing: a plan becomes smaller tensors, and the network's integer attributes follow."""
+"""Physical slicing: a plan becomes smaller tensors, and the network's attributes and, where needed, classes follow."""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..registry import adapter_for
-from .groups import Group, validate_units
+from .groups import Attribute, Exchange, Group, validate_units
 from .plan import PruningPlan, find_group
 
 
@@ -36,7 +37,8 @@ class AppliedPlan:
 
     plan: PruningPlan
     tensors: tuple[SlicedTensor, ...]
-    attributes: tuple[tuple[str, str, int, int], ...]  # module, name, value before, value after
+    attributes: tuple[tuple[str, str, Any, Any], ...]  # module, name, value before, value after
+    exchanged: tuple[tuple[str, type[nn.Module], type[nn.Module]], ...] = ()  # module, class before, class after
 
     def replacement(self, parameter: Tensor) -> SlicedTensor | None:
         """The change made to `parameter`, or None when it was left alone."""
@@ -47,38 +49,51 @@ def apply_plan(network: nn.Module, plan: PruningPlan, *, groups: Iterable[Group]
     """Remove from `network`, physically and in place, the units that `plan` does not keep.
 
     The sliced parameters are new `nn.Parameter`s of the same dtype, device and `requires_grad`, with their gradients
-    sliced; the plan is appended to `network.compression_history` as {"prune": plan.to_dict()} unless it is empty. An
-    optimizer that was made before still holds the old parameters: hand the returned AppliedPlan to `slice_optimizer`.
+    sliced; a buffer `<parameter>_mask` beside a parameter is cut with it. The plan is appended to
+    `network.compression_history` as {"prune": plan.to_dict()} unless it is empty. An optimizer that was made before
+    still holds the old parameters: hand the returned AppliedPlan to `slice_optimizer`.
     groups: those of the network's adapter unless given.
     Raises ValueError before anything is touched: an unknown group, units out of range, too few units kept, a network of
-    another width than the plan's, a parameter that is shared or computed.
+    another width than the plan's, a parameter that is shared or computed, an attribute or a class that is not what the
+    group expects.
     """
     known = {g.name: g for g in (adapter_for(network).groups(network) if groups is None else groups)}
     removed = {name: _removed_units(find_group(known, name), plan) for name in plan.kept}
     touched = [known[name] for name, gone in removed.items() if gone]
     _check_slots(network, touched)
     _check_attributes(network, touched)
-    tensors = tuple(_slice_tensor(network, name, axes) for name, axes in _lost_indices(touched, removed).items())
+    _check_unmasked(network, touched)
+    exchanged = tuple(_new_class(network, e) for group in touched for e in group.exchanges)
+    lost = _with_masks(network, _lost_indices(touched, removed))
+    tensors = tuple(_slice_tensor(network, name, axes) for name, axes in lost.items())
     attributes = tuple(_new_attributes(network, touched, removed, {t.name: t.new for t in tensors}))
     for sliced in tensors:
-        _put(network, sliced.name, sliced.new)
+        put_tensor(network, sliced.name, sliced.new)
     for module, name, _, value in attributes:
-        setattr(network.get_submodule(module), name, value)
+        write_attribute(network, module, name, value)
+    for module, _, new_class in exchanged:
+        network.get_submodule(module).__class__ = new_class
     if plan:
         _set_history(network, [*history_of(network), {"prune": plan.to_dict()}])
-    return AppliedPlan(plan=plan, tensors=tensors, attributes=attributes)
+    return AppliedPlan(plan=plan, tensors=tensors, attributes=attributes, exchanged=exchanged)
 
 
 def revert_plan(network: nn.Module, applied: AppliedPlan) -> None:
-    """Undo the latest `apply_plan`: the old tensors come back, with the values that they had then."""
+    """Undo the latest `apply_plan`: the old tensors come back, with the values that they had then.
+
+    Raises ValueError, before anything is touched, when the network was changed after it.
+    """
+    history = history_of(network)
+    if applied.plan and (not history or history[-1] != {"prune": applied.plan.to_dict()}):
+        raise ValueError("only the latest plan can be reverted; the network was changed after this one")
     for sliced in applied.tensors:
-        _put(network, sliced.name, sliced.old)
-    for module, name, value, _ in applied.attributes:
-        setattr(network.get_submodule(module), name, value)
+        put_tensor(network, sliced.name, sliced.old)
+    # backwards: two groups of the plan may have changed the same one
+    for module, name, value, _ in reversed(applied.attributes):
+        write_attribute(network, module, name, value)
+    for module, old_class, _ in reversed(applied.exchanged):
+        network.get_submodule(module).__class__ = old_class
     if applied.plan:
-        history = history_of(network)
-        if not history or history[-1] != {"prune": applied.plan.to_dict()}:
-            raise ValueError("only the latest plan can be reverted; the network was changed after this one")
         _set_history(network, history[:-1])
 
 
@@ -108,7 +123,7 @@ def _check_slots(network: nn.Module, groups: Iterable[Group]) -> None:
     """Every tensor exists, belongs to one place only, and is long enough for the group's indices."""
     owners: dict[int, list[str]] = {}
     tensors: dict[str, Tensor] = {}
-    for path, module in network.named_modules():
+    for path, module in network.named_modules(remove_duplicate=False):
         for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
             if tensor is not None:
                 full = f"{path}.{name}".lstrip(".")
@@ -133,21 +148,74 @@ def _check_slots(network: nn.Module, groups: Iterable[Group]) -> None:
                 )
 
 
-def _attribute_value(network: nn.Module, module: str, name: str) -> int:
-    value = getattr(network.get_submodule(module), name, None)
-    if not isinstance(value, int):
-        raise ValueError(
-            f"{module}.{name} is {value!r}, an integer is expected; does this version of the model differ?"
-        )
-    return value
+def _holder(network: nn.Module, module: str, name: str) -> tuple[Any, Any]:
+    """The object that holds the attribute and its key there: `name` may lead through lists and dictionaries."""
+    holder: Any = network.get_submodule(module)
+    *path, leaf = name.split(".")
+    for step in path:
+        holder = getattr(holder, step) if isinstance(holder, nn.Module) else holder[_key(holder, step)]
+    return holder, _key(holder, leaf)
+
+
+def _key(holder: Any, step: str) -> str | int:
+    return int(step) if isinstance(holder, list) else step
+
+
+def read_attribute(network: nn.Module, module: str, name: str) -> Any:
+    """The value at `module` and `name` (see `Attribute`); None where there is none."""
+    try:
+        holder, key = _holder(network, module, name)
+        return getattr(holder, key) if isinstance(holder, nn.Module) else holder[key]
+    except (AttributeError, LookupError, TypeError, ValueError):
+        return None
+
+
+def write_attribute(network: nn.Module, module: str, name: str, value: Any) -> None:
+    """Set what `read_attribute` reads."""
+    holder, key = _holder(network, module, name)
+    if isinstance(holder, nn.Module):
+        setattr(holder, key, value)
+    else:
+        holder[key] = value
+
+
+def attribute_value(network: nn.Module, attribute: Attribute, width: int) -> int | tuple[int]:
+    """What `attribute` has to be at `width`: an integer, or a tuple of one where it is one now."""
+    if attribute.value is not None:
+        return attribute.value
+    present = read_attribute(network, attribute.module, attribute.name)
+    return (width,) if isinstance(present, tuple) else width
 
 
 def _check_attributes(network: nn.Module, groups: Iterable[Group]) -> None:
     for group in groups:
         for a in group.attributes:
-            expected = group.units if a.size_of is None else _tensor(network, a.size_of).shape[a.axis]
-            if (value := _attribute_value(network, a.module, a.name)) != expected:
-                raise ValueError(f"{group.name}: {a.module}.{a.name} is {value}, {expected} is expected before pruning")
+            value = read_attribute(network, a.module, a.name)
+            name = f"{a.module}.{a.name}".lstrip(".")
+            if not isinstance(value[0] if isinstance(value, tuple) and len(value) == 1 else value, int):
+                raise ValueError(f"{name} is {value!r}, an integer is expected; does this version of the model differ?")
+            width = group.units if a.size_of is None else stored_tensor(network, a.size_of).shape[a.axis]
+            if a.value is None and value != (expected := attribute_value(network, a, width)):
+                raise ValueError(f"{group.name}: {name} is {value}, {expected} is expected before pruning")
+
+
+def _check_unmasked(network: nn.Module, groups: Iterable[Group]) -> None:
+    for group in groups:
+        for norm in group.norms:
+            if "kept_channels" in vars(network.get_submodule(norm.module)):  # see `masks`
+                raise ValueError(f"{group.name}: {norm.module} is masked; leave the context of the mask before slicing")
+
+
+def _new_class(network: nn.Module, exchange: Exchange) -> tuple[str, type[nn.Module], type[nn.Module]]:
+    old = type(network.get_submodule(exchange.module))
+    package, _, name = exchange.type.partition(":")
+    new = getattr(importlib.import_module(package), name)
+    if not issubclass(new, old):
+        raise ValueError(
+            f"{exchange.module} is a {old.__qualname__}, which {exchange.type} does not extend, so its width cannot "
+            "change; does this version of the model differ?"
+        )
+    return exchange.module, old, new
 
 
 def _lost_indices(groups: Iterable[Group], removed: Mapping[str, tuple[int, ...]]) -> dict[str, dict[int, set[int]]]:
@@ -159,20 +227,37 @@ def _lost_indices(groups: Iterable[Group], removed: Mapping[str, tuple[int, ...]
     return lost
 
 
-def _tensor(network: nn.Module, name: str) -> Tensor:
+def _with_masks(network: nn.Module, lost: dict[str, dict[int, set[int]]]) -> dict[str, dict[int, set[int]]]:
+    """`lost` with the mask of each tensor that has one beside it."""
+    return lost | {mask: axes for name, axes in lost.items() if (mask := mask_name(network, name)) is not None}
+
+
+def mask_name(network: nn.Module, name: str) -> str | None:
+    """The name of the buffer that masks the single weights of the parameter `name`, None where there is none."""
     path, _, leaf = name.rpartition(".")
-    tensor = getattr(network.get_submodule(path), leaf)
-    assert isinstance(tensor, Tensor)  # _check_slots has seen it
+    module = network.get_submodule(path)
+    mask = module._buffers.get(f"{leaf}_mask")
+    return None if mask is None or mask.shape != getattr(module, leaf).shape else f"{name}_mask"
+
+
+def stored_tensor(network: nn.Module, name: str) -> Tensor:
+    """The parameter or buffer `name`; ValueError where a parametrization computes it or there is none."""
+    path, _, leaf = name.rpartition(".")
+    module = network.get_submodule(path)
+    tensor = module._parameters.get(leaf, module._buffers.get(leaf))
+    if tensor is None:
+        raise ValueError(f"{name} is no parameter of the network; remove the parametrization that computes it")
     return tensor
 
 
-def _put(network: nn.Module, name: str, tensor: Tensor) -> None:
+def put_tensor(network: nn.Module, name: str, tensor: Tensor) -> None:
+    """Put `tensor` in the place of the parameter or buffer `name`."""
     path, _, leaf = name.rpartition(".")
     setattr(network.get_submodule(path), leaf, tensor)
 
 
 def _slice_tensor(network: nn.Module, name: str, lost: Mapping[int, set[int]]) -> SlicedTensor:
-    old = _tensor(network, name)
+    old = stored_tensor(network, name)
     kept = tuple(
         (axis, torch.tensor([i for i in range(old.shape[axis]) if i not in gone], device=old.device))
         for axis, gone in sorted(lost.items())
@@ -189,12 +274,10 @@ def _slice_tensor(network: nn.Module, name: str, lost: Mapping[int, set[int]]) -
 
 def _new_attributes(
     network: nn.Module, groups: Iterable[Group], removed: Mapping[str, tuple[int, ...]], new: Mapping[str, Tensor]
-) -> Iterable[tuple[str, str, int, int]]:
+) -> Iterable[tuple[str, str, Any, Any]]:
     for group in groups:
         for a in group.attributes:
-            before = _attribute_value(network, a.module, a.name)
-            if a.size_of is None:
-                after = group.units - len(removed[group.name])
-            else:
-                after = new.get(a.size_of, _tensor(network, a.size_of)).shape[a.axis]
-            yield a.module, a.name, before, after
+            width = group.units - len(removed[group.name])
+            if a.size_of is not None:
+                width = new.get(a.size_of, stored_tensor(network, a.size_of)).shape[a.axis]
+            yield a.module, a.name, read_attribute(network, a.module, a.name), attribute_value(network, a, width)

@@ -2,70 +2,116 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from .patterns import parse_granularity
 from .scores import CRITERIA, Criterion
 
 
 @dataclass(frozen=True, kw_only=True)
 class RoundRobinConfig:
-    """How far and in which steps the search prunes.
+    """What the search prunes, how far and in which steps.
 
     tolerance: accuracy that may be lost against the baseline, in points, above 0 and at most 100.
-    step: part of a group's original units that a first step removes; halved at each rejection until it is below
-        min_step, then the group is locked. Steps are rounded to whole heads, to multiples of round_to elsewhere.
-    max_sparsity: part of a group's original units that may go, above 0 and below 1.
-    round_to: kept widths (not heads) are multiples of it, so that kernels stay fast.
-    order: "fixed" is the network's own, "size" the group with most parameters first.
-    overshoot: "rollback" undoes a step beyond the tolerance; "keep" keeps it and locks the group, as the paper seems
-    to.
-    kinds: the kinds of groups to prune. criterion: a name in `pruning.CRITERIA` or a function (network, group) ->
-    (units,).
-    target: a second stopping rule: the part of the cost (target_of: "macs" or "parameters") to remove, between 0 and 1.
-    max_rounds: the search ends after so many rounds. Raises ValueError, naming the field, for anything else.
+    granularity: "structured" (units of the network's groups), "weight" (single weights), n of m like "2:4", or "block"
+        (blocks of block_shape = rows, columns).
+    step: part of a target's original units that a first step removes; halved at each rejection until it is below
+        min_step, then the target is locked. Steps are rounded to whole heads, to multiples of round_to elsewhere.
+    max_sparsity: part of a target's original units that may go, above 0 and below 1.
+    round_to: kept widths (not heads) are multiples of it, so that kernels stay fast. Structured only.
+    order: "fixed" is the network's own, "size" the target with most weights first, "sensitivity" the one that costs
+        least accuracy first, measured once before the first round.
+    ranking: "local" narrows one target after the other (round-robin); "global" takes the lowest scores of all together.
+    overshoot: "rollback" undoes a step beyond the tolerance; "keep" keeps it and locks the target, as the paper seems
+        to.
+    shrink: "round" slices at the end of every round, "end" masks until the search is over. Structured only.
+    kinds: the kinds of groups to prune: "heads", "mlp", "head_dim", "embed". layers: patterns (fnmatch) of the names to
+        prune, None for all. criterion: a name in `pruning.CRITERIA` or a function (see `pruning.Criterion`).
+    target: a second stopping rule: the part of the cost (target_of: "macs", "parameters" or "bytes") to remove, between
+        0 and 1. max_rounds, time_budget_s: the search ends after so many rounds, or so many seconds of searching.
+    Raises ValueError, naming the field, for anything else and for fields that contradict each other.
     """
 
     tolerance: float = 1.0
+    granularity: str = "structured"
+    block_shape: tuple[int, int] = (8, 8)
     step: float = 0.05
     min_step: float = 0.0125
     max_sparsity: float = 0.9
     round_to: int = 8
-    order: Literal["fixed", "size"] = "fixed"
+    order: Literal["fixed", "size", "sensitivity"] = "fixed"
+    ranking: Literal["local", "global"] = "local"
     overshoot: Literal["rollback", "keep"] = "rollback"
+    shrink: Literal["round", "end"] = "round"
     kinds: tuple[str, ...] = ("heads", "mlp")
+    layers: tuple[str, ...] | None = None
     criterion: str | Criterion = "magnitude"
     target: float | None = None
-    target_of: Literal["macs", "parameters"] = "macs"
+    target_of: Literal["macs", "parameters", "bytes"] = "macs"
     max_rounds: int | None = None
+    time_budget_s: float | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "kinds", (self.kinds,) if isinstance(self.kinds, str) else tuple(self.kinds))
+        object.__setattr__(self, "kinds", _names(self.kinds))
+        object.__setattr__(self, "layers", None if self.layers is None else _names(self.layers))
+        object.__setattr__(self, "block_shape", tuple(self.block_shape))
         _require("tolerance", self.tolerance, 0 < self.tolerance <= 100, "in points, above 0 and at most 100, e.g. 1.0")
         _require("step", self.step, 0 < self.step <= 1, "a part of the units, above 0 and at most 1, e.g. 0.05")
         _require("min_step", self.min_step, 0 < self.min_step <= self.step, f"above 0 and at most step={self.step}")
         _require("max_sparsity", self.max_sparsity, 0 < self.max_sparsity < 1, "above 0 and below 1, e.g. 0.9")
-        _require(
-            "round_to", self.round_to, isinstance(self.round_to, int) and self.round_to >= 1, "an integer of 1 or more"
-        )
-        _require("order", self.order, self.order in ("fixed", "size"), "'fixed' or 'size'")
-        _require("overshoot", self.overshoot, self.overshoot in ("rollback", "keep"), "'rollback' or 'keep'")
+        _require("round_to", self.round_to, _is_count(self.round_to), "an integer of 1 or more")
+        for name, choices in _CHOICES.items():
+            _require(name, getattr(self, name), getattr(self, name) in choices, f"one of {', '.join(choices)}")
         _require("kinds", self.kinds, bool(self.kinds), "one or more kinds, e.g. ('heads', 'mlp')")
+        _require("layers", self.layers, self.layers is None or bool(self.layers), "None, or one or more patterns")
         known = callable(self.criterion) or self.criterion in CRITERIA
+        _require("criterion", self.criterion, known, f"one of {', '.join(CRITERIA)}, or a function")
+        target, rounds, budget = self.target, self.max_rounds, self.time_budget_s
+        _require("target", target, target is None or 0 < target < 1, "None, or above 0 and below 1, e.g. 0.3")
+        _require("max_rounds", rounds, rounds is None or _is_count(rounds), "None, or 1 or more")
+        _require("time_budget_s", budget, budget is None or budget > 0, "None, or seconds above 0")
+        self._check_together()
+
+    def _check_together(self) -> None:
+        if self.granularity == "structured":
+            inside = sorted({"embed", "head_dim"} & set(self.kinds))
+            _require(
+                "shrink",
+                self.shrink,
+                self.shrink == "round" or not inside,
+                f"'round' for the kind {', '.join(inside)}: a mask of the readers' weights does not take them out",
+            )
+            return
+        pattern = parse_granularity(self.granularity, block_shape=self.block_shape)  # refuses an unknown one
+        _require("shrink", self.shrink, self.shrink == "round", "'round': masks of weights are never sliced")
+        of_macs = self.target is not None and self.target_of == "macs"
         _require(
-            "criterion",
-            self.criterion,
-            known,
-            f"one of {', '.join(CRITERIA)}, or a function (network, group) -> (units,)",
+            "target_of",
+            self.target_of,
+            not of_macs,
+            f"'parameters' or 'bytes': granularity={self.granularity!r} leaves the MACs of a dense kernel",
         )
-        _require(
-            "target", self.target, self.target is None or 0 < self.target < 1, "None, or above 0 and below 1, e.g. 0.3"
-        )
-        _require("target_of", self.target_of, self.target_of in ("macs", "parameters"), "'macs' or 'parameters'")
-        rounds = self.max_rounds
-        _require(
-            "max_rounds", rounds, rounds is None or (isinstance(rounds, int) and rounds >= 1), "None, or 1 or more"
-        )
+        by_slot = self.ranking == "global" and ":" in self.granularity
+        _require("ranking", self.ranking, not by_slot, f"'local': {pattern} is a rule for each layer")
+
+
+_CHOICES = {
+    "order": ("fixed", "size", "sensitivity"),
+    "ranking": ("local", "global"),
+    "overshoot": ("rollback", "keep"),
+    "shrink": ("round", "end"),
+    "target_of": ("macs", "parameters", "bytes"),
+}
+
+
+def _names(value: str | Sequence[str]) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else tuple(value)
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def _require(name: str, value: object, holds: bool, wanted: str) -> None:

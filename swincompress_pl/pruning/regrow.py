@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..registry import adapter_for
-from .apply import history_of
+from .apply import attribute_value, history_of, mask_name, put_tensor, stored_tensor, write_attribute
 from .groups import Group, Slice
 from .plan import PruningPlan, find_group
 
@@ -14,9 +16,11 @@ from .plan import PruningPlan, find_group
 def regrow_latest_plan(network: nn.Module) -> None:
     """Undo, in shapes, the latest entry of the network's history; the removed units come back with all weights zero.
 
-    The network computes the same as before, so it is ready for the weights of a less pruned checkpoint. Unlike
-    `revert_plan` it needs nothing but the history. Raises ValueError when the entry is no pruning plan with its units
-    recorded.
+    The network is ready for the weights of a less pruned checkpoint. Until then it computes the same as before, unless
+    the plan narrowed a residual stream ("embed"): its LayerNorms run over the zeros, too. A mask of single weights
+    keeps what comes back. What the plan set to a constant (`fused_attn`) and the classes that it exchanged stay: they
+    are right at every width. Unlike `revert_plan` it needs nothing but the history.
+    Raises ValueError, before anything is touched, when the entry is no pruning plan with its units recorded.
     """
     history = history_of(network)
     if not history or "prune" not in history[-1]:
@@ -37,38 +41,42 @@ def regrow_latest_plan(network: nn.Module) -> None:
 
 
 def _regrow(network: nn.Module, group: Group, kept: tuple[int, ...], units: int) -> None:
+    parts: dict[tuple[str, int], list[Slice]] = {}
     for part in group.slices:
-        path, _, leaf = part.tensor.rpartition(".")
-        module = network.get_submodule(path)
-        old = getattr(module, leaf)
-        sources = _source_indices(part, old.shape[part.axis], kept, units)
-        at = [i for i, source in enumerate(sources) if source is not None]
-        shape = list(old.shape)
-        shape[part.axis] = len(sources)
-        new = old.detach().new_zeros(shape)
-        new.index_copy_(part.axis, torch.tensor(at, device=old.device), old.detach())
-        setattr(
-            module, leaf, nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new
-        )
+        parts.setdefault((part.tensor, part.axis), []).append(part)
+    for (name, axis), slices in parts.items():
+        old = stored_tensor(network, name)
+        sources = _source_indices(slices, old.shape[axis], kept, units)
+        mask = mask_name(network, name)
+        if mask is not None:
+            put_tensor(network, mask, _spread(stored_tensor(network, mask), axis, sources, fill=True))
+        new = _spread(old.detach(), axis, sources, fill=0)
+        if isinstance(old, nn.Parameter):
+            new = nn.Parameter(new, requires_grad=old.requires_grad)
+            new.__dict__.update(old.__dict__)  # marks that users and libraries hang on parameters
+        put_tensor(network, name, new)
     for a in group.attributes:
-        value = units if a.size_of is None else _length(network, a.size_of, a.axis)
-        setattr(network.get_submodule(a.module), a.name, value)
+        if a.value is None:
+            width = units if a.size_of is None else stored_tensor(network, a.size_of).shape[a.axis]
+            write_attribute(network, a.module, a.name, attribute_value(network, a, width))
 
 
-def _source_indices(part: Slice, length: int, kept: tuple[int, ...], units: int) -> list[int | None]:
+def _spread(old: Tensor, axis: int, sources: list[int | None], fill: float) -> Tensor:
+    at = [i for i, source in enumerate(sources) if source is not None]
+    shape = list(old.shape)
+    shape[axis] = len(sources)
+    return old.new_full(shape, fill).index_copy_(axis, torch.tensor(at, device=old.device), old)
+
+
+def _source_indices(parts: Iterable[Slice], length: int, kept: tuple[int, ...], units: int) -> list[int | None]:
     """For each index of the grown axis the present one that goes there, or None for a unit that comes back."""
     position = {unit: i for i, unit in enumerate(kept)}
     sources: list[int | None] = []
     done = 0
-    for offset in sorted(part.offsets):
+    for offset, width in sorted({(offset, part.width) for part in parts for offset in part.offsets}):
         sources += range(done, offset)
         for unit in range(units):
-            start = offset + position[unit] * part.width if unit in position else None
-            sources += [None] * part.width if start is None else range(start, start + part.width)
-        done = offset + len(kept) * part.width
+            start = offset + position[unit] * width if unit in position else None
+            sources += [None] * width if start is None else range(start, start + width)
+        done = offset + len(kept) * width
     return [*sources, *range(done, length)]
-
-
-def _length(network: nn.Module, tensor: str, axis: int) -> int:
-    path, _, leaf = tensor.rpartition(".")
-    return int(getattr(network.get_submodule(path), leaf).shape[axis])

@@ -1,9 +1,9 @@
-"""Adaptive iterative pruning: round-robin over the groups, a step each, kept only where the accuracy allows it.
+"""Adaptive iterative pruning: round-robin over groups or layers, a step each, kept only where the accuracy allows it.
 
-After Cai & Liu (DOI 10.13700/j.bh.1001-5965.2024.0222), for whole units. A round tries one step on every active group
-in turn: the units with the lowest scores are masked and the network is scored; within the tolerance of the baseline
-they stay masked, otherwise they come back and the group's step is halved. At the end of a round everything accepted is
-sliced at once.
+After Cai & Liu (DOI 10.13700/j.bh.1001-5965.2024.0222). A round tries one step on every active target in turn: what
+has the lowest scores is masked and the network is scored; within the tolerance of the baseline it stays masked,
+otherwise it comes back and the target's step is halved. At the end of a round everything accepted is made to last and
+the whole hold-out is scored; should that be beyond the tolerance, the latest steps are given up until it is within.
 
 Nothing here knows Lightning: `prune` is the whole loop, `run_round` one round of it for those who train in between.
 """
@@ -11,23 +11,35 @@ Nothing here knows Lightning: `prune` is the whole loop, `run_round` one round o
 from __future__ import annotations
 
 import copy
-import math
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import cast
 
 from torch import nn
 
-from ..registry import adapter_for
-from .apply import AppliedPlan, apply_plan, revert_plan
+from .apply import AppliedPlan, apply_plan
 from .config import RoundRobinConfig
-from .cost import count_macs, count_parameters, skeleton
-from .groups import Group
-from .masks import mask_units
+from .granularity import (
+    Change,
+    Granularity,
+    Removal,
+    StructuredGranularity,
+    Target,
+    granularity_for,
+    nothing_applied,
+    plan_of_masks,
+    revert,
+)
+from .holdout import FunctionScorer, Scorer
+from .ledger import Ledger
 from .plan import PruningPlan
-from .scores import lowest_units, unit_scores
-from .state import GroupState, SearchState, Step
+from .ranks import from_rank_zero
+from .scores import Gradients, needs_gradients
+from .state import SearchState, Step, TargetState
+from .weight_masks import masked_parameters, remove_masks
 
 Evaluate = Callable[[nn.Module], float]
 """The accuracy of a network on a hold-out in points, 0 to 100; it must leave the weights alone."""
@@ -35,23 +47,33 @@ Evaluate = Callable[[nn.Module], float]
 Progress = Callable[[Step], None]
 """Told of each tried step, accepted or not."""
 
+SENSITIVITY_LEVELS = (0.125, 0.25, 0.5)
 _ROUNDING_POINTS = 1e-9  # a score is a quotient of counts: the tolerance itself is within the tolerance
 
 
 @dataclass(frozen=True, kw_only=True)
 class RoundOutcome:
-    """One finished round: what was cut (for the optimizers), the steps tried, and the state for the next round."""
+    """One finished round: what was changed, the steps tried, and the state for the next round.
 
-    applied: AppliedPlan
+    scored: the network as the round left it is the one that the scorer last scored in full.
+    """
+
+    change: Change
     steps: tuple[Step, ...]
     state: SearchState
+    scored: bool
+
+    @property
+    def applied(self) -> AppliedPlan:
+        """What was sliced, for `slice_optimizer`."""
+        return self.change.applied
 
 
 @dataclass(frozen=True, kw_only=True)
 class PruningResult:
     """A finished search.
 
-    plan: from the original network to the final one.
+    plan: what was sliced, from the original network to the final one; empty for masks.
     score, baseline_score: accuracy in points on the hold-out that decided.
     steps: every tried step in order. stopped: why the search ended, and whether a target was met.
     """
@@ -70,229 +92,349 @@ class PruningResult:
 
 def prune(
     network: nn.Module,
-    evaluate: Evaluate,
+    evaluate: Evaluate | Scorer,
     config: RoundRobinConfig | None = None,
     *,
     input_shape: Sequence[int] | None = None,
     recover: Callable[[nn.Module, AppliedPlan], None] | None = None,
+    gradients: Callable[[nn.Module], Gradients] | None = None,
     progress: Progress | None = None,
 ) -> PruningResult:
-    """Prune `network` in place, round by round, until all groups are locked, a target is met or the rounds are used up.
+    """Prune `network` in place, round by round, until all is locked, a target is met, or rounds or time are used up.
 
-    evaluate: (network) -> accuracy in points, 0 to 100, on a hold-out; called in eval mode with masks in place.
+    evaluate: a `HoldOut` (few images a decision), or a function (network) -> accuracy in points, 0 to 100, on a
+        hold-out; called in eval mode with masks in place.
     input_shape: of one input with its batch axis, e.g. (1, 3, 224, 224); needed for a target in MACs.
-    recover: (network, what was just cut) -> None, fine-tuning between rounds; use `slice_optimizer` on its optimizer.
+    recover: (network, what was just cut) -> None, fine-tuning between rounds; use `slice_optimizer` on its optimizer,
+        and `keep_masks` for granularities other than "structured".
+    gradients: (network) -> Gradients, e.g. with `collect_gradients`; for the criteria that need them.
     progress: told of each tried step.
     Whatever is raised (by evaluate, by progress, an interrupt), the network is left as it was before; with `recover`,
     which trains, as it was before the round that failed.
     """
     config = config or RoundRobinConfig()
-    state = begin_search(network, evaluate, config, input_shape=input_shape)
-    applied: list[AppliedPlan] = []
+    scorer = as_scorer(evaluate)
+    state = begin_search(network, scorer, config, input_shape=input_shape, gradients=gradients)
+    changes: list[Change] = []
     plan = PruningPlan.identity()
+    unchanged = True
     try:
         while state.stopped is None:
             outcome = run_round(
                 network,
-                evaluate,
+                scorer,
                 config,
                 state,
                 input_shape=input_shape,
+                gradients=gradients,
                 retrains=recover is not None,
+                unchanged=unchanged,
                 progress=progress,
             )
             state, plan = outcome.state, plan.then(outcome.applied.plan)
+            unchanged = outcome.scored and recover is None
             if recover is None:
-                applied.append(outcome.applied)
+                changes.append(outcome.change)
             elif state.stopped is None:
                 recover(network, outcome.applied)
+        plan = plan.then(finish_search(network, config).plan)
     except BaseException:
-        for earlier in reversed(applied):
-            revert_plan(network, earlier)
+        for earlier in reversed(changes):
+            revert(network, earlier)
         raise
     score = state.baseline_score if state.score is None else state.score
     return PruningResult(plan=plan, score=score, steps=tuple(state.steps), stopped=state.stopped, state=state)
 
 
 def begin_search(
-    network: nn.Module, evaluate: Evaluate, config: RoundRobinConfig, *, input_shape: Sequence[int] | None = None
+    network: nn.Module,
+    evaluate: Evaluate | Scorer,
+    config: RoundRobinConfig,
+    *,
+    input_shape: Sequence[int] | None = None,
+    gradients: Callable[[nn.Module], Gradients] | None = None,
 ) -> SearchState:
-    """Score the baseline: the state before the first round."""
-    groups = prunable_groups(network, config)
+    """Score the baseline, and each target's sensitivity if the order asks for it: the state before the first round."""
+    started, scorer = time.monotonic(), as_scorer(evaluate)
     if config.target is not None and config.target_of == "macs" and input_shape is None:
         raise ValueError(f"target={config.target} of the MACs needs input_shape, e.g. input_shape=(1, 3, 224, 224)")
+    spent_before = scorer.cost.to_dict()
+    granularity = granularity_for(config)
+    targets = granularity.targets(network)
+    statistics = _statistics(network, config, gradients)
+    ledger = Ledger(network, config, input_shape)
     with evaluation_mode(network):
-        baseline = _checked_score(evaluate(network), "the unpruned network")
-    if 0 < baseline <= 1:
-        warnings.warn(f"the baseline is {baseline:g} points of 100; does evaluate return a fraction?", stacklevel=2)
+        baseline = scorer.full(network)
+        if 0 < baseline <= 1:
+            warnings.warn(f"the baseline is {baseline:g} points of 100; does evaluate return a fraction?", stacklevel=2)
+        curves = {}
+        if config.order == "sensitivity" and config.ranking == "local":
+            curves = measure_sensitivity(network, scorer, granularity, baseline - config.tolerance, statistics)
     state = SearchState(
+        granularity=config.granularity,
         baseline_score=baseline,
-        baseline_parameters=count_parameters(network),
-        baseline_macs=None if input_shape is None else count_macs(network, input_shape),
-        groups={g.name: GroupState(initial_units=g.units, step=config.step) for g in groups},
+        baseline_parameters=ledger.parameters,
+        baseline_prunable=sum(t.weights for t in targets),
+        baseline_bytes=ledger.size_bytes,
+        baseline_macs=ledger.macs,
+        targets={
+            t.name: TargetState(kind=t.kind, initial_units=t.units, units=t.units, step=config.step) for t in targets
+        },
+        initial_units={m.name: m.units for t in targets for m in (t.members or (t,))},
+        sensitivity=curves,
+        scoring=_spent({}, scorer.cost.to_dict(), spent_before),
     )
-    _lock_finished(state, groups, {}, config)
+    _lock_finished(state, targets, config)
+    state.elapsed_s = time.monotonic() - started
     return state
+
+
+def measure_sensitivity(
+    network: nn.Module,
+    scorer: Scorer,
+    granularity: Granularity,
+    floor: float,
+    gradients: Gradients | None = None,
+    levels: Sequence[float] = SENSITIVITY_LEVELS,
+) -> dict[str, list[tuple[float, float]]]:
+    """{target: [(part removed, accuracy in points), ...]} with each target narrowed alone.
+
+    The scores are as exact as it takes to tell whether they are above `floor`. The network is left as it was.
+    """
+    curves: dict[str, list[tuple[float, float]]] = {}
+    with evaluation_mode(network):
+        reference = scorer.begin_round(network, unchanged=True)
+        for target in granularity.targets(network):
+            points = curves.setdefault(target.name, [(0.0, reference)])
+            for level in levels:
+                keep = max(round(target.units * (1 - level) / target.granule) * target.granule, target.min_units)
+                if keep >= target.units or points[-1][0] >= 1 - keep / target.units:
+                    continue
+                removal = from_rank_zero(granularity.removal(network, target, keep, gradients))
+                with granularity.masked(network, removal):
+                    verdict = scorer.judge(network, floor, target.tensors)
+                points.append((1 - keep / target.units, verdict.score))
+    return curves
 
 
 def run_round(
     network: nn.Module,
-    evaluate: Evaluate,
+    evaluate: Evaluate | Scorer,
     config: RoundRobinConfig,
     state: SearchState,
     *,
     input_shape: Sequence[int] | None = None,
+    gradients: Callable[[nn.Module], Gradients] | None = None,
     retrains: bool = True,
+    unchanged: bool = False,
     progress: Progress | None = None,
 ) -> RoundOutcome:
-    """Try one step on every active group in turn, then slice what was accepted; `state` itself is not changed.
+    """Try one step on every active target in turn, then make what was accepted last; `state` itself is not changed.
 
     retrains: the weights are trained between rounds, so a step that failed may be tried again in the next one.
-    On any exception the network is as it was.
+    unchanged: the network is the one that `scorer` last scored in full, so it need not do so again.
+    A network that training left below the tolerance is not tried at all: it trains on. On any exception the network is
+    as it was.
     """
-    groups = prunable_groups(network, config)
-    state = copy.deepcopy(state)
-    _check_same_groups(state, groups)
+    state, scorer = copy.deepcopy(state), as_scorer(evaluate)
+    granularity = granularity_for(config, state.initial_units)
+    targets = granularity.targets(network)
+    _check_same_targets(state, targets)
+    statistics = _statistics(network, config, gradients)
     state.rounds += 1
+    spent_before = scorer.cost.to_dict()
+    trial = _Round(network, scorer, config, state, granularity, statistics, input_shape, retrains, progress)
     with evaluation_mode(network):
-        trial = _Round(network, evaluate, config, state, input_shape, retrains, progress)
-        with ExitStack() as masks:
-            for group in _in_order(network, groups, config):
-                if trial.target_met():
-                    break
-                if state.groups[group.name].locked is None:
-                    trial.try_step(group, masks)
-        applied = trial.slice_accepted(groups)
+        if trial.begin(unchanged):
+            with ExitStack() as masks:
+                for target in _in_order(targets, state, config):
+                    if trial.target_met() or trial.out_of_time():
+                        break
+                    if state.targets[target.name].locked is None:
+                        trial.try_step(target, masks)
+        change = trial.commit_accepted()
     state.steps.extend(trial.steps)
-    _lock_finished(
-        state, groups, {name: g.units - len(trial.removed.get(name, ())) for name, g in _named(groups).items()}, config
-    )
-    state.stopped = _why_stopped(state, config, trial)
-    return RoundOutcome(applied=applied, steps=tuple(trial.steps), state=state)
+    _lock_finished(state, granularity.targets(network), config)
+    state.scoring = _spent(state.scoring, scorer.cost.to_dict(), spent_before)
+    state.elapsed_s += trial.seconds()
+    state.stopped = trial.why_stopped()
+    return RoundOutcome(change=change, steps=tuple(trial.steps), state=state, scored=trial.scored)
+
+
+def finish_search(network: nn.Module, config: RoundRobinConfig) -> AppliedPlan:
+    """With `shrink="end"`: slice away what the masks have taken, and the masks of those weights with it."""
+    if config.shrink != "end":
+        return nothing_applied()
+    groups = StructuredGranularity(config).groups(network)
+    plan = plan_of_masks(network, groups)
+    if not plan:
+        return nothing_applied()
+    readers = {s.tensor for g in groups for s in g.consumers()} & masked_parameters(network).keys()
+    remove_masks(network, sorted(readers))
+    return apply_plan(network, plan)
 
 
 class _Round:
-    """One round at work: the masks and steps so far, and the costs, counted on a copy without weights."""
+    """One round at work: what was accepted and the steps so far."""
 
     def __init__(
         self,
         network: nn.Module,
-        evaluate: Evaluate,
+        scorer: Scorer,
         config: RoundRobinConfig,
         state: SearchState,
+        granularity: Granularity,
+        gradients: Gradients | None,
         input_shape: Sequence[int] | None,
         retrains: bool,
         progress: Progress | None,
     ) -> None:
-        self.network, self.evaluate, self.config, self.state = network, evaluate, config, state
-        self.input_shape, self.retrains, self.progress = input_shape, retrains, progress
+        self.network, self.scorer, self.config, self.state = network, scorer, config, state
+        self.granularity, self.gradients, self.retrains, self.progress = granularity, gradients, retrains, progress
         self.steps: list[Step] = []
-        self.removed: dict[str, tuple[int, ...]] = {}
-        self._bare = skeleton(network)
-        self._count()
+        self.accepted: dict[str, tuple[Target, int, Removal]] = {}  # target -> itself, width before, what is gone
+        self.ledger = Ledger(network, config, input_shape)
+        self.floor = state.baseline_score - config.tolerance - _ROUNDING_POINTS
+        self.scored = self.below_floor = False
+        self._started = time.monotonic()
 
-    def _count(self) -> None:
-        self.parameters = count_parameters(self._bare)
-        self.macs = None if self.input_shape is None else count_macs(self._bare, self.input_shape)
+    def seconds(self) -> float:
+        return time.monotonic() - self._started
+
+    def out_of_time(self) -> bool:
+        budget = self.config.time_budget_s
+        return budget is not None and bool(from_rank_zero(self.state.elapsed_s + self.seconds() >= budget))
+
+    def begin(self, unchanged: bool) -> bool:
+        """Score the network as it stands; False when training left it below the tolerance."""
+        self.state.score = self.scorer.begin_round(self.network, unchanged=unchanged)
+        self.scored = True
+        self.below_floor = self.state.score < self.floor and self.config.overshoot != "keep"
+        return not self.below_floor
 
     def removed_part(self) -> float:
         """The part of the baseline's cost, in the target's measure, that is gone."""
         if self.config.target_of == "parameters":
-            return 1 - self.parameters / self.state.baseline_parameters
-        return 0.0 if self.macs is None else 1 - self.macs / (self.state.baseline_macs or self.macs)
+            return 1 - self.ledger.parameters / self.state.baseline_parameters
+        if self.config.target_of == "bytes":
+            return 1 - self.ledger.size_bytes / self.state.baseline_bytes
+        return (
+            0.0 if self.ledger.macs is None else 1 - self.ledger.macs / (self.state.baseline_macs or self.ledger.macs)
+        )
 
     def target_met(self) -> bool:
         return self.config.target is not None and self.removed_part() >= self.config.target
 
-    def try_step(self, group: Group, masks: ExitStack) -> None:
-        """Mask a step of `group` and score it; keep the mask on `masks` if the step is accepted."""
-        entry = self.state.groups[group.name]
-        after = _units_after_step(group, group.units, entry, self.config)
-        assert after is not None  # such groups were locked before the round
-        scores = unit_scores(self.network, group, self.config.criterion)
-        gone = lowest_units(scores, group.units - after)
+    def try_step(self, target: Target, masks: ExitStack) -> None:
+        """Mask a step of `target` and score it; keep the mask on `masks` if the step is accepted."""
+        entry = self.state.targets[target.name]
+        before, after = entry.units, _units_after_step(target, entry, self.config)
+        assert after is not None  # such targets were locked before the round
+        target = replace(target, units=before)
+        removal = from_rank_zero(self.granularity.removal(self.network, target, after, self.gradients))
         with ExitStack() as trial:
-            trial.enter_context(mask_units(self.network, group, gone))
-            score = _checked_score(self.evaluate(self.network), f"{group.name} with {after} of {group.units} units")
-            within = self._within(score)
-            accepted = within or self.config.overshoot == "keep"
+            trial.enter_context(self.granularity.masked(self.network, removal))
+            try:
+                verdict = self.scorer.judge(self.network, self.floor, target.tensors)
+            except ValueError as error:
+                error.add_note(f"while {target.name} was tried with {after} of {before} {target.kind}")
+                raise
+            accepted = verdict.accepted or self.config.overshoot == "keep"
             if accepted:
+                self.scorer.accept(target.tensors)
                 masks.enter_context(trial.pop_all())
         if accepted:
-            self.removed[group.name] = gone
-            self._cut_bare(group.name, after)
-        if not within:
-            self._reject(group, entry, after)
-        self._report(group, after, score, accepted)
+            self.accepted[target.name] = (target, before, removal)
+            entry.units = after
+            self.ledger.cut(removal)
+        if not verdict.accepted:
+            self._reject(target, entry, after)
+        self._report(target, before, after, verdict.score, accepted, verdict.images, verdict.exact)
 
-    def slice_accepted(self, groups: Sequence[Group]) -> AppliedPlan:
-        """Slice the accepted steps and score the result once more: sums in another order may tip an image.
-
-        Should that take it beyond the tolerance, the latest steps are given up until it is within.
-        """
+    def commit_accepted(self) -> Change:
+        """Make the accepted steps last and score the whole hold-out: sampling, or sums in another order, may have
+        erred. Should that be beyond the tolerance, the latest steps are given up until it is within."""
         while True:
-            applied = apply_plan(self.network, PruningPlan.removing(groups, self.removed))
-            if not self.removed:
-                return applied
+            if not self.accepted:
+                return Change(applied=nothing_applied())
+            removal = {name: gone for _, _, part in self.accepted.values() for name, gone in part.items()}
+            change = self.granularity.commit(self.network, removal)
             try:
-                score = _checked_score(self.evaluate(self.network), "the sliced network")
+                score = self.scorer.full(self.network)
             except BaseException:
-                revert_plan(self.network, applied)
+                revert(self.network, change)
                 raise
-            if self._within(score) or self.config.overshoot == "keep":
-                self.state.score = score
-                return applied
-            revert_plan(self.network, applied)
-            self._give_up_latest(_named(groups), score)
+            if score >= self.floor or self.config.overshoot == "keep":
+                self.state.score, self.scored = score, True
+                return change
+            revert(self.network, change)
+            self.scored = False
+            self._give_up_latest(score)
 
-    def _within(self, score: float) -> bool:
-        return self.state.baseline_score - score <= self.config.tolerance + _ROUNDING_POINTS
+    def _give_up_latest(self, score: float) -> None:
+        _, (target, before, _) = self.accepted.popitem()
+        entry = self.state.targets[target.name]
+        tried, entry.units = entry.units, before
+        self.ledger.reset()
+        for _, _, removal in self.accepted.values():
+            self.ledger.cut(removal)
+        self._reject(target, entry, tried)
+        self._report(target, before, tried, score, False, self.scorer.images, True)
 
-    def _reject(self, group: Group, entry: GroupState, tried: int) -> None:
+    def _reject(self, target: Target, entry: TargetState, tried: int) -> None:
         if self.config.overshoot == "keep":
             entry.locked = "the tolerance is exceeded; overshoot='keep' keeps the last step"
             return
         entry.step /= 2
         # Without training in between the same units would fail again: halve until the step differs.
         while not self.retrains and entry.step >= self.config.min_step:
-            if _units_after_step(group, group.units, entry, self.config) != tried:
+            if _units_after_step(target, entry, self.config) != tried:
                 break
             entry.step /= 2
         if entry.step < self.config.min_step:
             entry.locked = "no smaller step is within the tolerance"
 
-    def _cut_bare(self, name: str, after: int) -> None:
-        bare_groups = adapter_for(self._bare).groups(self._bare)
-        units = _named(bare_groups)[name].units
-        apply_plan(self._bare, PruningPlan.removing(bare_groups, {name: range(after, units)}), groups=bare_groups)
-        self._count()
-
-    def _report(self, group: Group, after: int, score: float, accepted: bool) -> None:
+    def _report(
+        self, target: Target, before: int, after: int, score: float, accepted: bool, images: int, exact: bool
+    ) -> None:
         step = Step(
             round=self.state.rounds,
-            group=group.name,
-            kind=group.kind,
-            units_before=group.units,
+            target=target.name,
+            kind=target.kind,
+            units_before=before,
             units_after=after,
             score=score,
             accepted=accepted,
-            parameters=self.parameters,
-            macs=self.macs,
+            parameters=self.ledger.parameters,
+            size_bytes=self.ledger.size_bytes,
+            macs=self.ledger.macs,
+            images=images,
+            exact=exact,
         )
         self.steps.append(step)
         if self.progress is not None:
             self.progress(step)
 
-    def _give_up_latest(self, groups: Mapping[str, Group], score: float) -> None:
-        name = next(reversed(self.removed))
-        group, gone = groups[name], self.removed.pop(name)
-        after = group.units - len(gone)
-        self._bare = skeleton(self.network)
-        for kept_name, kept_gone in self.removed.items():
-            self._cut_bare(kept_name, groups[kept_name].units - len(kept_gone))
-        self._count()
-        self._reject(group, self.state.groups[name], after)
-        self._report(group, after, score, accepted=False)
+    def why_stopped(self) -> str | None:
+        config, missed = self.config, ""
+        if self.below_floor and not self.retrains:
+            return f"{self.state.score:.2f} points are below the tolerance before anything is tried"
+        if config.target is not None:
+            removed = f"{self.removed_part():.1%} of the {config.target_of} removed"
+            if self.target_met():
+                return f"target reached: {removed}"
+            missed = f"; {removed}, the target of {config.target:.1%} is not met"
+        if all(entry.locked is not None for entry in self.state.targets.values()):
+            return "every target is locked" + missed
+        if config.max_rounds is not None and self.state.rounds >= config.max_rounds:
+            return f"max_rounds={config.max_rounds} is reached" + missed
+        if self.out_of_time():
+            return f"time_budget_s={config.time_budget_s} is used up" + missed
+        return None
+
+
+def _spent(so_far: Mapping[str, float], now: Mapping[str, float], before: Mapping[str, float]) -> dict[str, float]:
+    return {key: so_far.get(key, 0) + value - before[key] for key, value in now.items()}
 
 
 @contextmanager
@@ -307,83 +449,65 @@ def evaluation_mode(network: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def prunable_groups(network: nn.Module, config: RoundRobinConfig) -> list[Group]:
-    """The groups of `network` of the kinds in `config`; ValueError when a kind matches none."""
-    groups: list[Group] = adapter_for(network).groups(network)
-    kinds = sorted({g.kind for g in groups})
-    for kind in config.kinds:
-        if kind not in kinds:
-            raise ValueError(
-                f"kinds={config.kinds}: {type(network).__name__} has no group of kind {kind!r}, only {', '.join(kinds)}"
-            )
-    return [g for g in groups if g.kind in config.kinds]
+def as_scorer(evaluate: Evaluate | Scorer) -> Scorer:
+    """A scorer as it is, a function as one that scores everything each time."""
+    return cast(Scorer, evaluate) if hasattr(evaluate, "judge") else FunctionScorer(evaluate)
 
 
-def _named(groups: Sequence[Group]) -> dict[str, Group]:
-    return {group.name: group for group in groups}
-
-
-def _checked_score(value: object, what: str) -> float:
-    score = float(value)  # type: ignore[arg-type]  # a zero-dimensional tensor is welcome
-    if not 0 <= score <= 100:
-        raise ValueError(
-            f"the score of {what} is {score}; an accuracy in points, 0 to 100, is expected "
-            "(NaN: look for NaN weights or an empty hold-out). The network was left as it was."
-        )
-    return score
-
-
-def _check_same_groups(state: SearchState, groups: Sequence[Group]) -> None:
-    names = {g.name for g in groups}
-    if names != set(state.groups):
-        different = sorted(names ^ set(state.groups))[:4]
-        raise ValueError(
-            f"the search was begun on another network or with other kinds; groups that differ: {different}"
-        )
-
-
-def _in_order(network: nn.Module, groups: Sequence[Group], config: RoundRobinConfig) -> list[Group]:
-    if config.order == "fixed":
-        return list(groups)
-    return sorted(groups, key=lambda group: -group_parameters(network, group))
-
-
-def group_parameters(network: nn.Module, group: Group) -> int:
-    """How many parameter elements the units of `group` own."""
-    shapes = {name: p.shape for name, p in network.named_parameters()}
-    parts = [(shapes[s.tensor], s) for s in group.slices if s.tensor in shapes]
-    return sum(math.prod(shape) // shape[s.axis] * s.width * len(s.offsets) * group.units for shape, s in parts)
-
-
-def _units_after_step(group: Group, units: int, entry: GroupState, config: RoundRobinConfig) -> int | None:
-    """The width after the next step, None when the group is as narrow as it may be."""
-    granule = 1 if group.kind == "heads" else config.round_to
-    least = math.ceil(entry.initial_units * (1 - config.max_sparsity) / granule - 1e-9) * granule
-    least = max(least, group.min_units, granule)
-    if units <= least:
+def _statistics(
+    network: nn.Module, config: RoundRobinConfig, gradients: Callable[[nn.Module], Gradients] | None
+) -> Gradients | None:
+    if not needs_gradients(config.criterion):
         return None
-    removed = max(1, round(entry.step * entry.initial_units / granule)) * granule
-    return max((units - removed) // granule * granule, least)
+    if gradients is None:
+        raise ValueError(
+            f"criterion={config.criterion!r} needs gradients: give gradients=lambda network: "
+            "collect_gradients(network, batches)"
+        )
+    return gradients(network)
 
 
-def _lock_finished(
-    state: SearchState, groups: Sequence[Group], units: Mapping[str, int], config: RoundRobinConfig
-) -> None:
-    for group in groups:
-        entry = state.groups[group.name]
-        if entry.locked is None and _units_after_step(group, units.get(group.name, group.units), entry, config) is None:
-            entry.locked = "as narrow as max_sparsity, round_to and the last head allow"
+def _check_same_targets(state: SearchState, targets: Sequence[Target]) -> None:
+    names = {t.name for t in targets}
+    if names != set(state.targets):
+        different = sorted(names ^ set(state.targets))[:4]
+        raise ValueError(
+            f"the search was begun on another network or with other settings; targets that differ: {different}"
+        )
+    for target in targets:
+        expected = state.targets[target.name].units
+        if not target.members and target.units != expected:
+            raise ValueError(
+                f"{target.name} has {target.units} units, the search left it with {expected}; was the network changed "
+                "in between? Begin a new search"
+            )
 
 
-def _why_stopped(state: SearchState, config: RoundRobinConfig, trial: _Round) -> str | None:
-    missed = ""
-    if config.target is not None:
-        if trial.target_met():
-            return f"target reached: {trial.removed_part():.1%} of the {config.target_of} removed"
-        removed = f"{trial.removed_part():.1%} of the {config.target_of} removed"
-        missed = f"; {removed}, the target of {config.target:.1%} is not met"
-    if all(entry.locked is not None for entry in state.groups.values()):
-        return "every group is locked" + missed
-    if config.max_rounds is not None and state.rounds >= config.max_rounds:
-        return f"max_rounds={config.max_rounds} is reached" + missed
-    return None
+def _in_order(targets: Sequence[Target], state: SearchState, config: RoundRobinConfig) -> list[Target]:
+    if config.order == "fixed":
+        return list(targets)
+    if config.order == "size":
+        return sorted(targets, key=lambda target: -target.weights)
+    return sorted(targets, key=lambda target: _loss_a_part(state.sensitivity.get(target.name, [])))
+
+
+def _loss_a_part(curve: Sequence[tuple[float, float]]) -> float:
+    """Points lost a part removed, averaged over the measured levels."""
+    losses = [(curve[0][1] - score) / part for part, score in curve[1:]]
+    return sum(losses) / len(losses) if losses else 0.0
+
+
+def _units_after_step(target: Target, entry: TargetState, config: RoundRobinConfig) -> int | None:
+    """The width after the next step, None when the target is as narrow as it may be."""
+    least = target.least_units(config.max_sparsity)
+    if entry.units <= least:
+        return None
+    removed = max(1, round(entry.step * entry.initial_units / target.granule)) * target.granule
+    return max((entry.units - removed) // target.granule * target.granule, least)
+
+
+def _lock_finished(state: SearchState, targets: Sequence[Target], config: RoundRobinConfig) -> None:
+    for target in targets:
+        entry = state.targets[target.name]
+        if entry.locked is None and _units_after_step(target, entry, config) is None:
+            entry.locked = "as narrow as max_sparsity, round_to and its own limits allow"

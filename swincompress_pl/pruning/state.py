@@ -6,60 +6,85 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
     """One tried step: a row of the search's history.
 
-    score: accuracy in points with the step taken. parameters, macs: of the network after the decision (macs: None where
-    no input shape was given). units_after is what was tried, also where it was not accepted.
+    score: accuracy in points with the step taken, an estimate unless `exact`; images: how many were scored for it.
+    parameters (those that are not zero by a mask), macs, size_bytes: of the network after the decision (macs: None
+    where no input shape was given). units_after is what was tried, also where it was not accepted.
     """
 
     round: int
-    group: str
+    target: str
     kind: str
     units_before: int
     units_after: int
     score: float
     accepted: bool
     parameters: int
+    size_bytes: int
     macs: int | None = None
+    images: int = 0
+    exact: bool = True
 
 
 @dataclass(kw_only=True)
-class GroupState:
-    """Where one group stands: its original width, its next step as a part of that width, and why it is locked."""
+class TargetState:
+    """Where one target stands: original and present width, the next step as a part of the original, why locked."""
 
+    kind: str
     initial_units: int
+    units: int
     step: float
     locked: str | None = None
 
 
 @dataclass(kw_only=True)
 class SearchState:
-    """Where a search stands after some rounds; `stopped` says why it is over, None while it is not."""
+    """Where a search stands after some rounds; `stopped` says why it is over, None while it is not.
 
+    baseline_*: of the network before the first round; baseline_prunable: the weights that the targets own.
+    score: of the network after the last round, over the whole hold-out. initial_units: of every group or layer.
+    sensitivity: {target: [(part removed, score in points), ...]}, each alone, where it was measured.
+    scoring: what scoring cost so far (`ScoringCost`). elapsed_s: time spent searching.
+    """
+
+    granularity: str
     baseline_score: float
     baseline_parameters: int
+    baseline_prunable: int
+    baseline_bytes: int
     baseline_macs: int | None
-    groups: dict[str, GroupState]
+    targets: dict[str, TargetState]
+    initial_units: dict[str, int]
     rounds: int = 0
     score: float | None = None
     steps: list[Step] = field(default_factory=list)
+    sensitivity: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
+    scoring: dict[str, Any] = field(default_factory=dict)
+    elapsed_s: float = 0.0
     stopped: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The state in JSON types."""
-        return {"version": STATE_VERSION, **asdict(self)}
+        plain = asdict(self)
+        plain["sensitivity"] = {name: [list(point) for point in curve] for name, curve in self.sensitivity.items()}
+        return {"version": STATE_VERSION, **plain}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> SearchState:
         """The state that `to_dict` wrote; ValueError for another version."""
         if data.get("version") != STATE_VERSION:
-            raise ValueError(f"a search state of version {STATE_VERSION} is expected, not {data.get('version')!r}")
+            raise ValueError(
+                f"a search state of version {STATE_VERSION} is expected, not {data.get('version')!r}; it was written "
+                "by another version of swincompress_pl: begin a new search"
+            )
         fields = {key: value for key, value in data.items() if key != "version"}
-        fields["groups"] = {name: GroupState(**entry) for name, entry in fields["groups"].items()}
+        fields["targets"] = {name: TargetState(**entry) for name, entry in fields["targets"].items()}
         fields["steps"] = [Step(**row) for row in fields["steps"]]
+        fields["sensitivity"] = {name: [(p, s) for p, s in curve] for name, curve in fields["sensitivity"].items()}
         return cls(**fields)

@@ -1,22 +1,32 @@
-"""The plots of a report, as PNG files: before and after, accuracy against size, sparsity and latency a layer."""
+"""The plots of a report: before and after, accuracy against size, the pruning search, sparsity and latency a layer."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from swincompress_pl.report.markdown import count, megabytes, runtimes
+from swincompress_pl.report.content import count, megabytes, runtimes
+from swincompress_pl.report.drawing import (
+    ALERT,
+    BASE,
+    BETWEEN,
+    EMPTY,
+    LAST,
+    TEXT,
+    finished,
+    new_figure,
+    save_png,
+    style,
+)
+from swincompress_pl.report.pruning_plots import pruning_figures, scale
 from swincompress_pl.report.record import LayerSparsity, OperationTime, PruningStep, RunRecord, Stage
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_DPI = 130
-_BASE, _BETWEEN, _LAST, _ALERT, _TEXT = "#9aa5b1", "#8db9e0", "#1f6fb2", "#c8553d", "#2b3440"
 _KIND_COLOURS = (
     "#1f6fb2",
     "#e08a3c",
@@ -31,74 +41,64 @@ _KIND_COLOURS = (
 )
 _LAYERS_SHOWN = 64
 _OPERATIONS_SHOWN = 20
-_STYLE = {
-    "font.family": "DejaVu Sans",
-    "font.size": 10,
-    "text.color": _TEXT,
-    "axes.edgecolor": "#b8c0c8",
-    "axes.labelcolor": _TEXT,
-    "axes.titlesize": 11,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.titlepad": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "grid.color": "#e3e7eb",
-    "xtick.color": _TEXT,
-    "ytick.color": _TEXT,
-    "legend.frameon": False,
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plot:
+    """A drawn plot. name: its file's, without ending, and what a report's sections call it by."""
+
+    name: str
+    title: str
+    figure: Figure
+
+
+# In the order in which a reader meets them; the names are those of the PNG files.
+PLOTS = {
+    "before_after": "Before and after",
+    "accuracy_size": "Accuracy against size",
+    "pruning_sparsity": "What the search removed, by round",
+    "pruning_accuracy_size": "The search's steps, accuracy against size",
+    "pruning_sensitivity": "Sensitivity",
+    "sparsity": "Sparsity a layer",
+    "latency": "Latency a layer",
 }
 
 
-def render_plots(record: RunRecord, directory: str | Path) -> list[tuple[str, Path]]:
-    """Draws every plot that the record has figures for into `directory` (made if need be); returns (title, file) of
-    each."""
+def draw_plots(record: RunRecord) -> list[Plot]:
+    """Draws every plot of `PLOTS` that the record has figures for."""
+    with style():
+        figures: dict[str, Figure | None] = {
+            "before_after": _before_after(record.stages),
+            "accuracy_size": _accuracy_size(record.stages, record.steps),
+            "sparsity": _sparsity(record.layers),
+            "latency": _latency(record.operations),
+        }
+        for drawn in filter(None, figures.values()):
+            finished(drawn)
+    if record.pruning is not None:
+        figures |= {f"pruning_{name}": figure for name, figure in pruning_figures(record.pruning).items()}
+    return [
+        Plot(name=name, title=title, figure=figure)
+        for name, title in PLOTS.items()
+        if (figure := figures.get(name)) is not None
+    ]
+
+
+def save_plots(plots: Sequence[Plot], directory: str | Path) -> dict[str, tuple[str, Path]]:
+    """Writes the plots as PNG files into `directory` (made if need be); {name: (title, file)}.
+
+    Files of plots that are not among them go: they are of an earlier record and would contradict this one.
+    """
     target = Path(directory)
     target.mkdir(parents=True, exist_ok=True)
-    drawings: list[tuple[str, str, Callable[[], Figure | None]]] = [
-        ("Before and after", "before_after.png", lambda: _before_after(record.stages)),
-        ("Accuracy against size", "accuracy_size.png", lambda: _accuracy_size(record.stages, record.steps)),
-        ("Sparsity a layer", "sparsity.png", lambda: _sparsity(record.layers)),
-        ("Latency a layer", "latency.png", lambda: _latency(record.operations)),
-    ]
-    written = []
-    for title, name, draw in drawings:
-        with _style():
-            figure = draw()
-            if figure is None:
-                (target / name).unlink(missing_ok=True)  # of an earlier record: it would contradict this one
-                continue
-            _save(figure, target / name)
-        written.append((title, target / name))
+    written = {}
+    for plot in plots:
+        file = target / f"{plot.name}.png"
+        save_png(plot.figure, file)
+        written[plot.name] = (plot.title, file)
+    for name in PLOTS.keys() - written.keys():
+        (target / f"{name}.png").unlink(missing_ok=True)
     return written
-
-
-@contextmanager
-def _style() -> Iterator[None]:
-    import matplotlib
-
-    with matplotlib.rc_context(_STYLE):  # type: ignore[arg-type]  # its keys are a Literal type
-        yield
-
-
-def _figure(width: float, height: float) -> Figure:
-    # No pyplot: it would keep global state and choose a backend of its own in a user's session.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure as NewFigure
-
-    figure = NewFigure(figsize=(width, height), dpi=_DPI, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _save(figure: Figure, path: Path) -> None:
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        figure.savefig(temporary, format="png")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _before_after(stages: Sequence[Stage]) -> Figure | None:
@@ -119,7 +119,7 @@ def _before_after(stages: Sequence[Stage]) -> Figure | None:
         return None
     columns = min(3, total)
     rows = -(-total // columns)
-    figure = _figure(4.2 * columns, 2.9 * rows)
+    figure = new_figure(4.2 * columns, 2.9 * rows)
     figure.get_layout_engine().set(h_pad=0.12, w_pad=0.08)  # type: ignore[union-attr, call-arg]
     axes = [figure.add_subplot(rows, columns, number + 1) for number in range(total)]
     for ax, (title, pairs, show) in zip(axes, panels, strict=False):
@@ -183,10 +183,10 @@ def _latency_panel(ax: Axes, stages: Sequence[Stage], timed: Sequence[str]) -> N
             names.append(stage.name if stage.name == runtime else f"{stage.name}\n{runtime}")
             values.append(latency.median_ms)
             errors.append((latency.median_ms - low, high - latency.median_ms))
-            colours.append(_LAST if "engine" in runtime else _BASE)
+            colours.append(LAST if "engine" in runtime else BASE)
     _bars(ax, names, values, lambda v: f"{v:.3g} ms", colours)
     ax.errorbar(
-        values, range(len(values)), xerr=list(zip(*errors, strict=True)), fmt="none", ecolor=_TEXT, elinewidth=1,
+        values, range(len(values)), xerr=list(zip(*errors, strict=True)), fmt="none", ecolor=TEXT, elinewidth=1,
         capsize=2,
     )  # fmt: skip
     for text, value, (_, above) in zip(ax.texts, values, errors, strict=True):
@@ -201,7 +201,7 @@ def _accuracy_size(stages: Sequence[Stage], steps: Sequence[PruningStep]) -> Fig
     total = bool(len(placed) > 1) + bool(tried)
     if not total:
         return None
-    figure = _figure(6.2 * total, 3.9)
+    figure = new_figure(6.2 * total, 3.9)
     if tried:
         _search_panel(figure.add_subplot(1, total, 1), tried)
     if len(placed) > 1:
@@ -212,16 +212,16 @@ def _accuracy_size(stages: Sequence[Stage], steps: Sequence[PruningStep]) -> Fig
 def _search_panel(ax: Axes, steps: Sequence[PruningStep]) -> None:
     by_macs = all(step.macs is not None for step in steps)
     cost = [float((step.macs if by_macs else step.parameters) or 0) for step in steps]
-    unit, name = _unit(max(cost))
+    unit, name = scale(max(cost))
     kept = [(c / unit, s.accuracy_percent) for c, s in zip(cost, steps, strict=True) if s.accepted]
     undone = [(c / unit, s.accuracy_percent) for c, s in zip(cost, steps, strict=True) if not s.accepted]
     if kept:
         x, y = zip(*kept, strict=True)
-        ax.plot(x, y, "-", color=_LAST, linewidth=1, alpha=0.5)
-        ax.plot(x, y, "o", color=_LAST, markersize=4.5, label=f"kept ({len(kept)})")
+        ax.plot(x, y, "-", color=LAST, linewidth=1, alpha=0.5)
+        ax.plot(x, y, "o", color=LAST, markersize=4.5, label=f"kept ({len(kept)})")
     if undone:
         x, y = zip(*undone, strict=True)
-        ax.plot(x, y, "x", color=_ALERT, markersize=5, label=f"undone ({len(undone)})")
+        ax.plot(x, y, "x", color=ALERT, markersize=5, label=f"undone ({len(undone)})")
     ax.invert_xaxis()
     ax.set_xlabel(f"{'MACs' if by_macs else 'parameters'} left{', ' * bool(name)}{name} (smaller to the right)")
     ax.set_ylabel("hold-out top-1, %")
@@ -277,12 +277,12 @@ def _sparsity(layers: Sequence[LayerSparsity]) -> Figure | None:
         chosen = sorted(layers, key=lambda layer: -layer.weights_before)[:_LAYERS_SHOWN]
         shown = [layer for layer in layers if layer in chosen]
         title += f" (the {len(shown)} largest of {len(layers)} weights)"
-    figure = _figure(8.2, 1.0 + 0.21 * len(shown))
+    figure = new_figure(8.2, 1.0 + 0.21 * len(shown))
     ax = figure.add_subplot()
     percent = [100 * layer.sparsity for layer in shown]
     places = range(len(shown))
-    ax.barh(places, [100] * len(shown), color="#eef1f4", height=0.72)
-    ax.barh(places, percent, color=_LAST, height=0.72)
+    ax.barh(places, [100] * len(shown), color=EMPTY, height=0.72)
+    ax.barh(places, percent, color=LAST, height=0.72)
     ax.set_yticks(places, [layer.name for layer in shown], fontsize=7.5)
     for place, value in zip(places, percent, strict=True):
         ax.text(101, place, f"{value:.0f} %", va="center", fontsize=7.5)
@@ -304,7 +304,7 @@ def _latency(operations: Sequence[OperationTime]) -> Figure | None:
     colours = {kind: _KIND_COLOURS[number % len(_KIND_COLOURS)] for number, kind in enumerate(kinds)}
     total = sum(by_kind.values()) or 1.0
     slowest = sorted(operations, key=lambda operation: -operation.time_ms)[:_OPERATIONS_SHOWN]
-    figure = _figure(11.5, 1.2 + 0.24 * max(len(slowest), len(kinds), 6))
+    figure = new_figure(11.5, 1.2 + 0.24 * max(len(slowest), len(kinds), 6))
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.35))
     _bars(
         left, kinds, [by_kind[kind] for kind in kinds], lambda v: f"{v:.3g} ms, {100 * v / total:.0f} %",
@@ -336,12 +336,5 @@ def _short(name: str) -> str:
 
 def _stage_colours(stages: int) -> list[str]:
     if stages == 1:
-        return [_LAST]
-    return [_BASE, *[_BETWEEN] * (stages - 2), _LAST]
-
-
-def _unit(largest: float) -> tuple[float, str]:
-    for size, name in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if largest >= size:
-            return size, name
-    return 1.0, ""
+        return [LAST]
+    return [BASE, *[BETWEEN] * (stages - 2), LAST]

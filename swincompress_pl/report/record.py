@@ -13,6 +13,7 @@ from typing import Any, Self
 
 from swincompress_pl.report.accuracy import Accuracy, PairedComparison
 from swincompress_pl.report.latency import Latency
+from swincompress_pl.report.search import PruningSearch
 from swincompress_pl.report.sizes import Size
 
 RECORD_VERSION = 1
@@ -79,8 +80,8 @@ class Stage:
 class PruningStep(_Plain):
     """One step that a pruning search tried on one group, and whether it stayed.
 
-    units_after: what was tried, also where it was undone. accuracy_percent: the score on the hold-out that decided.
-    parameters, macs: of the network after the decision.
+    units_after: what was tried, also where it was undone. accuracy_percent: the score on the hold-out that decided, an
+    estimate from `images` of it unless `exact`. parameters, macs: of the network after the decision.
     """
 
     group: str
@@ -92,12 +93,14 @@ class PruningStep(_Plain):
     accuracy_percent: float | None = None
     parameters: int | None = None
     macs: int | None = None
+    images: int | None = None
+    exact: bool | None = None
 
     @classmethod
     def of(cls, step: Any) -> PruningStep:
-        """From a row of a search's history (`pruning.Step`)."""
+        """From a row of a search's history (`pruning.Step`, or a `SearchStep` of its plain data)."""
         return cls(
-            group=step.group,
+            group=step.target,
             units_before=step.units_before,
             units_after=step.units_after,
             accepted=step.accepted,
@@ -106,6 +109,8 @@ class PruningStep(_Plain):
             accuracy_percent=step.score,
             parameters=step.parameters,
             macs=step.macs,
+            images=step.images,
+            exact=step.exact,
         )
 
 
@@ -163,7 +168,8 @@ class RunRecord:
     """Collects a run while it happens; everything put into it is a frozen value. `write_report` renders it.
 
     name: the run's title. environment: what `describe_environment` gives. data: what the accuracies were measured on.
-    notes: sentences that a reader of the figures must know.
+    notes: sentences that a reader of the figures must know. pruning: what `add_pruning` was given; with it, the steps
+    shown are the search's and `steps` stays empty.
     """
 
     name: str
@@ -176,6 +182,24 @@ class RunRecord:
     comparisons: list[Comparison] = field(default_factory=list)
     checks: list[Check] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    pruning: Mapping[str, Any] | None = None
+
+    def add_pruning(self, search: Mapping[str, Any], *, tolerance: float | None = None) -> None:
+        """Takes a pruning search, the plain data of `SearchState.to_dict()`, and its tolerance in points.
+
+        Raises ValueError for another version of it, for bad data, and where the record already has steps or a search.
+        """
+        if self.steps or self.pruning is not None:
+            raise ValueError(f"the record of {self.name!r} already has pruning steps; one search goes into a record")
+        data = dict(search) | ({} if tolerance is None else {"tolerance": float(tolerance)})
+        PruningSearch.of(data)
+        self.pruning = data
+
+    def all_steps(self) -> list[PruningStep]:
+        """The pruning steps: those of the search where there is one, or else `steps`."""
+        if self.pruning is None:
+            return list(self.steps)
+        return [PruningStep.of(step) for step in PruningSearch.of(self.pruning).steps]
 
     def add_stage(
         self,
@@ -221,6 +245,7 @@ class RunRecord:
             "data": self.data,
             **lists,
             "notes": list(self.notes),
+            **({} if self.pruning is None else {"pruning": dict(self.pruning)}),
         }
 
     @classmethod
@@ -241,6 +266,7 @@ class RunRecord:
                 environment=data["environment"],
                 data=data["data"],
                 notes=list(data["notes"]),
+                pruning=_checked_search(data.get("pruning")),
                 **lists,
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -274,6 +300,12 @@ _LISTS: dict[str, Any] = {
     "comparisons": Comparison,
     "checks": Check,
 }
+
+
+def _checked_search(data: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    if data is not None:
+        PruningSearch.of(data)
+    return data
 
 
 def _read_all(kind: Any, entries: Iterable[Mapping[str, Any]]) -> list[Any]:

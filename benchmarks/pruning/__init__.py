@@ -1,0 +1,1 @@
+"""Pruning measured: see README.md beside this file."""

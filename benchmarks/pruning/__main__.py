@@ -1,0 +1,195 @@
+"""`python -m benchmarks.pruning COMMAND`: see README.md beside this file."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from . import jobs, runner
+from .subjects import Place
+
+_RESULTS = Path(__file__).resolve().parent.parent / "results"
+
+
+def main() -> int:
+    """Runs one command; 1 where a job failed."""
+    given = _arguments()
+    return int(given.command(given) or 0)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.pruning", description="See benchmarks/pruning/README.md."
+    )
+    commands = parser.add_subparsers(required=True)
+    for name, function in _COMMANDS.items():
+        command = commands.add_parser(name, help=function.__doc__, description=function.__doc__)
+        command.set_defaults(command=function)
+        for option in _OPTIONS_OF[name]:
+            command.add_argument(f"--{option}", **_OPTIONS[option])
+    return parser.parse_args()
+
+
+def _prepare(given: argparse.Namespace) -> None:
+    """decode the images, once"""
+    from .images import prepare
+
+    for name in given.sets.split(","):
+        print(prepare(name, given.data, _cache(given)))
+
+
+def _list(given: argparse.Namespace) -> None:
+    """the jobs, and which of them have results"""
+    for job in jobs.chosen(jobs.all_jobs(), given.filter):
+        print("done" if jobs.result_file(given.out, job.name).is_file() else "    ", job.name)
+
+
+def _run(given: argparse.Namespace) -> int:
+    """run jobs that have no results yet"""
+    wanted = jobs.chosen(jobs.all_jobs(), given.filter)
+    precision = given.precision or ("bf16-mixed" if given.device == "cuda" else "32-true")
+    settings = {
+        "place": Place(data=given.data, cache=_cache(given), device=given.device, precision=precision),
+        "overrides": _overrides(given.set),
+        "threads": given.threads,
+        "commit": given.commit,
+    }
+    outcome = runner.run(wanted, given.out, settings, parallel=given.jobs, budget_s=given.budget_s)
+    print(
+        f"{len(outcome.done)} done, {len(outcome.failed)} failed, {len(outcome.stopped)} stopped by the budget, "
+        f"{len(outcome.waiting)} not begun"
+    )
+    if given.pack is not None:
+        print(runner.pack(given.out, given.pack), "results in", given.pack)
+    return 1 if outcome.failed else 0
+
+
+def _pack(given: argparse.Namespace) -> None:
+    """all results into one file"""
+    print(runner.pack(given.out, given.file), "results in", given.file)
+
+
+def _unpack(given: argparse.Namespace) -> None:
+    """a packed file back into a folder, beside what is there"""
+    print(runner.unpack(given.file, given.out), "results new in", given.out)
+
+
+def _latency(given: argparse.Namespace) -> None:
+    """Swin-T pruned by 20, 40 and 60 % against the dense one, on this CPU"""
+    from swincompress_pl.cli.common import progress
+
+    from .latency import latency
+
+    with progress() as tell:
+        figures = latency(
+            given.model, None, threads=[int(n) for n in given.thread_counts.split(",")], rounds=given.rounds,
+            turn_ms=given.turn_ms, tell=tell,
+        )  # fmt: skip
+    _write(given.out / "latency.json", figures)
+
+
+def _memory(given: argparse.Namespace) -> None:
+    """one round on Swin-T at full size: peak memory, and the time for ImageNet"""
+    from .memory import memory
+    from .tables import part_of_naive
+
+    figures = memory(
+        Place(data=given.data, cache=_cache(given), device=given.device),
+        granularity=given.granularity,
+        batches=given.batches,
+        batch_size=given.batch_size,
+        holdout=given.holdout,
+        part_of_naive=part_of_naive(jobs.read_results(given.out)),
+    )
+    _write(given.out / f"memory-{given.granularity}.json", figures)
+    estimate = figures["imagenet"]
+    print(f"peak {figures['peak_rss_bytes'] / 1e9:.2f} GB; {figures['images_per_s']:.1f} images a second")
+    print(
+        f"ImageNet, {estimate['holdout']:,} images held out, {figures['targets']} targets: a round takes at most "
+        f"{estimate['naive_hours_a_round']:.1f} h here"
+        + (
+            ""
+            if estimate["hours_a_round"] is None
+            else f", {estimate['hours_a_round']:.1f} h as scored on swin_cifar10"
+        )
+    )
+
+
+def _report(given: argparse.Namespace) -> None:
+    """the results as pruning.md and pruning.json"""
+    from .report import write
+
+    for file in write(given.out, given.to):
+        print(file)
+
+
+def _cache(given: argparse.Namespace) -> Path:
+    return Path(given.cache or given.out / "cache")
+
+
+def _overrides(entries: list[str]) -> dict[str, Any]:
+    """["lr=0.001", "kinds=[\"mlp\"]"] -> fields of a recipe."""
+    found = {}
+    for entry in entries:
+        name, _, value = entry.partition("=")
+        try:
+            found[name] = json.loads(value)
+        except ValueError:
+            found[name] = value
+    return found
+
+
+def _write(file: Path, figures: dict[str, Any]) -> None:
+    from swincompress_pl.report.record import write_text
+
+    print(write_text(file, json.dumps(figures, indent=1, allow_nan=False) + "\n"))
+
+
+_COMMANDS = {
+    "prepare": _prepare, "list": _list, "run": _run, "pack": _pack, "unpack": _unpack, "latency": _latency,
+    "memory": _memory, "report": _report,
+}  # fmt: skip
+_PLACE = ["data", "cache", "device"]
+_OPTIONS_OF = {
+    "prepare": ["out", "data", "cache", "sets"],
+    "list": ["out", "filter"],
+    "run": ["out", *_PLACE, "filter", "jobs", "budget-s", "precision", "threads", "set", "commit", "pack"],
+    "pack": ["out", "file"],
+    "unpack": ["out", "file"],
+    "latency": ["out", "model", "thread-counts", "rounds", "turn-ms"],
+    "memory": ["out", *_PLACE, "granularity", "batches", "batch-size", "holdout"],
+    "report": ["out", "to"],
+}
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "out": {"type": Path, "required": True, "help": "folder of the results, one small file a job"},
+    "data": {"type": Path, "default": Path("."), "help": "folder with the images and the weights"},
+    "cache": {"type": Path, "help": "folder of the decoded images; default: OUT/cache"},
+    "sets": {"default": "cifar10,imagenet_mini", "help": "image sets, separated by commas"},
+    "filter": {"nargs": "*", "default": [], "help": "patterns of the names of jobs (fnmatch); default: all"},
+    "jobs": {"type": int, "default": 1, "help": "processes at a time"},
+    "budget-s": {"type": float, "default": 1e9, "help": "seconds after which what runs is stopped"},
+    "device": {"choices": ["cpu", "cuda"], "default": "cpu"},
+    "precision": {"help": "of training, as a Trainer takes it; default: bf16-mixed on cuda, 32-true on the cpu"},
+    "threads": {"type": int, "default": 1, "help": "CPU threads of a job"},
+    "set": {"nargs": "*", "default": [], "help": "fields of the recipe, e.g. epochs=12 lr=0.001"},
+    "commit": {"default": os.environ.get("COMMIT"), "help": "recorded where the source tree cannot tell"},
+    "pack": {"type": Path, "help": "after the run, all results into this one file"},
+    "file": {"type": Path, "required": True, "help": "the packed file"},
+    "model": {"default": "swin_tiny_patch4_window7_224", "help": "a name for create_model"},
+    "thread-counts": {"default": "1,2", "help": "a race for each"},
+    "rounds": {"type": int, "default": 15, "help": "samples of each runtime"},
+    "turn-ms": {"type": float, "default": 300.0, "help": "time of one runtime's turn in a round"},
+    "granularity": {"default": "structured", "help": "structured, weight, n:m or block"},
+    "batches": {"type": int, "default": 4, "help": "training steps of the one epoch"},
+    "batch-size": {"type": int, "default": 16, "help": "images a training step"},
+    "holdout": {"type": int, "default": 256, "help": "images to score on"},
+    "to": {"type": Path, "default": _RESULTS, "help": "folder of the report"},
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

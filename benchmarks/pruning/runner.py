@@ -1,0 +1,154 @@
+"""Many jobs in parallel processes until they are done or the time is up."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .jobs import Job, read_results, result_file
+
+_PRELOAD = ["benchmarks.pruning.work"]
+_POLL_S = 0.2
+_GRACE_S = 3.0
+_LAST_LINES = 4
+
+
+@dataclass(kw_only=True)
+class Outcome:
+    """Names of jobs: done now, failed now, stopped by the budget, and never begun."""
+
+    done: list[str] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
+    stopped: list[str] = field(default_factory=list)
+    waiting: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Running:
+    """A job at work."""
+
+    job: Job
+    process: Any
+    started: float
+
+
+def run(jobs: Sequence[Job], folder: Path, settings: dict[str, Any], *, parallel: int, budget_s: float) -> Outcome:
+    """Runs the jobs without a result, in order, `parallel` at a time; at the end of the budget the rest is stopped.
+
+    settings: what `_work` takes beside the job. A job whose reference is not finished waits for it. A job that was
+    stopped leaves nothing and begins anew in the next run. A job that failed leaves its log, logs/<name>.log.
+    """
+    # A server with the imports done, from which each job's process is forked: seconds less a job. CUDA begins there.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOAD)
+    (folder / "logs").mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + budget_s
+    queue = [job for job in jobs if not result_file(folder, job.name).is_file()]
+    running: list[Running] = []
+    outcome = Outcome()
+    try:
+        while (queue or running) and time.monotonic() < deadline:
+            running = _collect(running, folder, outcome)
+            queue = _start_some(context, queue, running, folder, settings, parallel)
+            if queue and not running:
+                break  # all that is left waits for jobs that are not here
+            time.sleep(_POLL_S)
+    finally:
+        for item in running:
+            item.process.terminate()
+        for item in running:
+            item.process.join(_GRACE_S)  # Lightning ends at its next batch
+            item.process.kill()
+            item.process.join()
+            done = result_file(folder, item.job.name).is_file()
+            (outcome.done if done else outcome.stopped).append(item.job.name)
+    outcome.waiting = [job.name for job in queue]
+    return outcome
+
+
+def _start_some(
+    context: Any, queue: list[Job], running: list[Running], folder: Path, settings: dict[str, Any], parallel: int
+) -> list[Job]:
+    """Starts what fits, adds it to `running`, and gives what is left."""
+    left = []
+    for job in queue:
+        ready = job.reference is None or result_file(folder, job.reference).is_file()
+        if ready and len(running) < parallel:
+            process = context.Process(target=_work, args=(job, folder, settings), name=job.name)
+            process.start()
+            running.append(Running(job=job, process=process, started=time.monotonic()))
+        else:
+            left.append(job)
+    return left
+
+
+def _collect(running: list[Running], folder: Path, outcome: Outcome) -> list[Running]:
+    """What is still at work; what has ended is reported."""
+    still = []
+    for item in running:
+        if item.process.is_alive():
+            still.append(item)
+            continue
+        seconds = time.monotonic() - item.started
+        if result_file(folder, item.job.name).is_file():
+            outcome.done.append(item.job.name)
+            print(f"{seconds:7.1f} s  {item.job.name}", flush=True)
+        else:
+            outcome.failed.append(item.job.name)
+            print(f"{seconds:7.1f} s  FAILED {item.job.name}: {_last_lines(folder, item.job)}", flush=True)
+    return still
+
+
+def _work(job: Job, folder: Path, settings: dict[str, Any]) -> None:
+    """The job's own process: all output into its log."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    log = os.open(folder / "logs" / f"{job.name}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    for descriptor in (1, 2):
+        os.dup2(log, descriptor)
+    import torch
+
+    from . import work
+
+    torch.set_num_threads(settings["threads"])
+    try:
+        work.do(job, folder, settings["place"], settings["overrides"], settings["commit"])
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
+
+
+def _last_lines(folder: Path, job: Job) -> str:
+    log = folder / "logs" / f"{job.name}.log"
+    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() if log.is_file() else []
+    return " | ".join(lines[-_LAST_LINES:])
+
+
+def pack(folder: Path, file: Path) -> int:
+    """All results of a folder into one file, a line each, for a machine that gives few files back; how many."""
+    results = read_results(folder)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(json.dumps(entry) + "\n" for entry in results.values()), encoding="utf-8")
+    return len(results)
+
+
+def unpack(file: Path, folder: Path) -> int:
+    """The results of a packed file as files of their own; those that are there already stay. How many were written."""
+    folder.mkdir(parents=True, exist_ok=True)
+    written = 0
+    for line in file.read_text(encoding="utf-8").splitlines():
+        entry = json.loads(line)
+        target = result_file(folder, Job(**entry["job"]).name)
+        if not target.is_file():
+            target.write_text(json.dumps(entry) + "\n", encoding="utf-8")
+            written += 1
+    return written

@@ -1,0 +1,93 @@
+"""A bar for the search that stands beside Lightning's own."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from lightning import Trainer
+from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
+from lightning.pytorch.utilities import rank_zero_info
+
+from ..pruning import Step
+
+Tell = Callable[[Step], None]
+_EVERY_S = 10.0
+
+
+@contextmanager
+def search_progress(trainer: Trainer, description: str, total: int) -> Iterator[Tell]:
+    """Shows the steps of a round: a bar in the trainer's progress bar (rich or tqdm), else a line now and then.
+
+    total: how many steps the round tries at most. The bar goes when the context ends, also by an exception.
+    """
+    bar = trainer.progress_bar_callback
+    if isinstance(bar, RichProgressBar) and bar.is_enabled and trainer.is_global_zero and bar.progress is not None:
+        with _rich_bar(bar, description, total) as tell:
+            yield tell
+    elif isinstance(bar, TQDMProgressBar) and bar.is_enabled and trainer.is_global_zero:
+        with _tqdm_bar(bar, description, total) as tell:
+            yield tell
+    else:
+        yield _Lines(description, total)
+
+
+def _text(step: Step) -> str:
+    verdict = "kept" if step.accepted else "undone"
+    return f"{step.target} {step.units_before} -> {step.units_after}: {step.score:.2f} points, {verdict}"
+
+
+@contextmanager
+def _rich_bar(bar: RichProgressBar, description: str, total: int) -> Iterator[Tell]:
+    progress = bar.progress
+    assert progress is not None
+    task = progress.add_task(description, total=total)
+
+    def tell(step: Step) -> None:
+        progress.update(task, advance=1, description=f"{description}: {_text(step)}")
+        progress.refresh()
+
+    try:
+        yield tell
+    finally:
+        # Hidden and not removed: Lightning's metrics column keeps the numbers of the tasks it has drawn.
+        progress.update(task, visible=False)
+        progress.refresh()
+
+
+@contextmanager
+def _tqdm_bar(bar: TQDMProgressBar, description: str, total: int) -> Iterator[Tell]:
+    line = Tqdm(
+        desc=description,
+        total=total,
+        position=2 * bar.process_position + 1,  # below the bar of the training epoch
+        leave=False,
+        dynamic_ncols=True,
+        file=sys.stdout,
+        smoothing=0,
+    )
+
+    def tell(step: Step) -> None:
+        line.set_postfix_str(_text(step), refresh=False)
+        line.update(1)
+
+    try:
+        yield tell
+    finally:
+        line.close()
+
+
+class _Lines:
+    """A line every ten seconds."""
+
+    def __init__(self, description: str, total: int) -> None:
+        self._description, self._total, self._tried, self._last = description, total, 0, time.monotonic()
+
+    def __call__(self, step: Step) -> None:
+        self._tried += 1
+        if time.monotonic() - self._last >= _EVERY_S:
+            self._last = time.monotonic()
+            rank_zero_info(f"{self._description}: {self._tried} of {self._total}; {_text(step)}")

@@ -1,0 +1,70 @@
+"""The states of the random number generators, which Lightning does not put into a checkpoint."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import torch
+from lightning import Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+
+
+def rng_states() -> dict[str, Any]:
+    """The states of torch's, NumPy's and Python's global generators as tensors and plain data (weights_only loads)."""
+    name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    version, state, gauss_next = random.getstate()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "numpy": {
+            "name": str(name),
+            "keys": torch.from_numpy(keys.astype(np.int64)),
+            "position": int(position),
+            "has_gauss": int(has_gauss),
+            "gauss": float(gauss),
+        },
+        "python": {"version": version, "state": torch.tensor(state), "gauss": gauss_next},
+    }
+
+
+def set_rng_states(states: dict[str, Any]) -> None:
+    """Set what `rng_states` gave; a different number of CUDA devices leaves those generators alone."""
+    torch.set_rng_state(states["torch"].cpu())
+    if torch.cuda.is_available() and len(states["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([state.cpu() for state in states["cuda"]])
+    of_numpy, of_python = states["numpy"], states["python"]
+    keys = of_numpy["keys"].cpu().numpy().astype(np.uint32)
+    np.random.set_state((of_numpy["name"], keys, of_numpy["position"], of_numpy["has_gauss"], of_numpy["gauss"]))
+    random.setstate((of_python["version"], tuple(of_python["state"].tolist()), of_python["gauss"]))
+
+
+class RandomNumbers:
+    """Sets a resumed fit's generators so that it draws what an uninterrupted one would have drawn.
+
+    Twice, because Lightning makes the first epoch's data iterator, which draws, before training starts, and that of
+    every other epoch after `on_train_epoch_start`. A checkpoint written after validation resumes at the end of its
+    epoch: its next epoch is not the first of the new fit.
+    In a distributed fit only rank 0's numbers are saved, so nothing is set.
+    """
+
+    def __init__(self) -> None:
+        self._states: dict[str, Any] | None = None
+        self._first_epoch = -1
+
+    def resume(self, trainer: Trainer, states: dict[str, Any]) -> None:
+        """From `on_load_checkpoint`: before anything is drawn."""
+        if trainer.state.fn == TrainerFn.FITTING and trainer.world_size == 1:
+            self._states = states
+            set_rng_states(states)
+
+    def on_train_start(self, trainer: Trainer) -> None:
+        """Remember which epoch's iterator exists already."""
+        self._first_epoch = trainer.current_epoch
+
+    def on_train_epoch_start(self, trainer: Trainer) -> None:
+        """Set the states again where the iterator is still to be made."""
+        if self._states is not None and trainer.current_epoch != self._first_epoch:
+            set_rng_states(self._states)
+        self._states = None

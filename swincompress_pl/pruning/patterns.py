@@ -1,0 +1,204 @@
+"""Which weights of a matrix may go alone and which only together: single weights, n of m, blocks.
+
+A pattern divides the weights of a layer, seen as (rows, columns) = (outputs, inputs * ...), into units and keeps those
+with the highest saliency. `units(shape)` says how many there are, `keep_mask(saliency, keep)` which weights stay:
+
+    parse_granularity("weight")                      a unit is one weight
+    parse_granularity("2:4")                         4 units: the best, second, ... of each 4 consecutive input weights
+    parse_granularity("block", block_shape=(8, 8))   a unit is a block of 8 outputs by 8 inputs
+
+Of equal units the one with the lower index goes first, so a mask that keeps fewer is part of one that keeps
+more.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+class Pattern(ABC):
+    """How the weights of a layer are divided into units; a frozen value."""
+
+    @property
+    def min_units(self) -> int:
+        """How many units have to stay."""
+        return 1
+
+    @abstractmethod
+    def units(self, shape: Sequence[int]) -> int:
+        """How many units a weight of `shape` has."""
+
+    @abstractmethod
+    def check(self, name: str, shape: Sequence[int]) -> None:
+        """Raise ValueError, naming the layer, for a weight of a shape that the pattern does not divide."""
+
+    @abstractmethod
+    def unit_scores(self, saliency: Tensor) -> Tensor:
+        """What each unit is worth, the sum over its weights: saliency of the weight's shape -> (units,) float64."""
+
+    @abstractmethod
+    def _kept(self, saliency: Tensor, keep: int) -> Tensor: ...
+
+    def keep_mask(self, saliency: Tensor, keep: int) -> Tensor:
+        """Which weights stay when the `keep` best units do: bool, True where kept, of the saliency's shape and device.
+
+        saliency: of a weight, finite. keep: `min_units` to `units(shape)`. Raises ValueError for anything else.
+        """
+        self.check("saliency", saliency.shape)
+        units = self.units(saliency.shape)
+        if not self.min_units <= keep <= units:
+            raise ValueError(f"keep={keep}: {self} of shape {tuple(saliency.shape)} keeps {self.min_units} to {units}")
+        if not bool(torch.isfinite(saliency).all()):
+            raise ValueError(f"the saliency of shape {tuple(saliency.shape)} is not finite; are there NaN weights?")
+        if keep == units:
+            return torch.ones_like(saliency, dtype=torch.bool)
+        return self._kept(saliency.detach(), keep)
+
+
+@dataclass(frozen=True)
+class SingleWeights(Pattern):
+    """Unstructured: every weight is a unit."""
+
+    def units(self, shape: Sequence[int]) -> int:
+        return math.prod(shape)
+
+    def check(self, name: str, shape: Sequence[int]) -> None:
+        if not math.prod(shape):
+            raise ValueError(f"{name}: a weight of shape {tuple(shape)} is empty; leave the layer out")
+
+    def unit_scores(self, saliency: Tensor) -> Tensor:
+        return saliency.flatten().double()
+
+    def _kept(self, saliency: Tensor, keep: int) -> Tensor:
+        return _highest(saliency.flatten(), keep).reshape(saliency.shape)
+
+    def __str__(self) -> str:
+        return "weight"
+
+
+@dataclass(frozen=True)
+class NOfM(Pattern):
+    """n weights stay of every m consecutive input weights; 1 <= n < m.
+
+    The m units are the ranks inside a group of m: keeping k of them keeps the k best of each group.
+    """
+
+    n: int
+    m: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.n < self.m:
+            raise ValueError(f"granularity '{self.n}:{self.m}': n of m weights stay, so 1 <= n < m, e.g. '2:4'")
+
+    @property
+    def min_units(self) -> int:
+        return self.n
+
+    def units(self, shape: Sequence[int]) -> int:
+        return self.m
+
+    def check(self, name: str, shape: Sequence[int]) -> None:
+        _, columns = _matrix(name, shape, str(self))
+        if columns % self.m:
+            raise ValueError(
+                f"{name}: {columns} input weights are no multiple of {self.m}, so granularity '{self}' does not divide "
+                "them; leave the layer out, or choose an m that does"
+            )
+
+    def unit_scores(self, saliency: Tensor) -> Tensor:
+        return self._groups(saliency).double().sort(dim=1, descending=True).values.sum(0)
+
+    def _kept(self, saliency: Tensor, keep: int) -> Tensor:
+        groups = self._groups(saliency)
+        rank = torch.zeros(groups.shape, dtype=torch.int16, device=groups.device)
+        for one in range(self.m):  # m^2 comparisons of whole columns: much faster than sorting millions of short rows
+            for other in range(self.m):
+                if other != one:
+                    a, b = groups[:, one], groups[:, other]
+                    rank[:, one] += (b > a) if other < one else (b >= a)
+        return (rank < keep).reshape(saliency.shape)
+
+    def _groups(self, saliency: Tensor) -> Tensor:
+        return saliency.reshape(-1, self.m)
+
+    def __str__(self) -> str:
+        return f"{self.n}:{self.m}"
+
+
+@dataclass(frozen=True)
+class Blocks(Pattern):
+    """Blocks of `rows` outputs by `columns` inputs; a block's saliency is the sum of its weights'."""
+
+    rows: int
+    columns: int
+
+    def __post_init__(self) -> None:
+        if self.rows < 1 or self.columns < 1:
+            raise ValueError(f"block_shape=({self.rows}, {self.columns}): both have to be 1 or more, e.g. (8, 8)")
+
+    def units(self, shape: Sequence[int]) -> int:
+        return shape[0] // self.rows * (math.prod(shape[1:]) // self.columns)
+
+    def check(self, name: str, shape: Sequence[int]) -> None:
+        rows, columns = _matrix(name, shape, str(self))
+        if rows % self.rows or columns % self.columns:
+            raise ValueError(
+                f"{name}: a weight of {rows} x {columns} is not divided by blocks of {self.rows} x {self.columns}; "
+                "leave the layer out, or choose a block_shape that divides it"
+            )
+
+    def unit_scores(self, saliency: Tensor) -> Tensor:
+        rows, columns = saliency.shape[0], math.prod(saliency.shape[1:])
+        blocks = saliency.reshape(rows // self.rows, self.rows, columns // self.columns, self.columns)
+        return blocks.sum((1, 3), dtype=torch.float64).flatten()
+
+    def _kept(self, saliency: Tensor, keep: int) -> Tensor:
+        blocks = _highest(self.unit_scores(saliency), keep).reshape(saliency.shape[0] // self.rows, 1, -1, 1)
+        return blocks.expand(-1, self.rows, -1, self.columns).reshape(saliency.shape)
+
+    def __str__(self) -> str:
+        return f"block {self.rows}x{self.columns}"
+
+
+def parse_granularity(granularity: str, *, block_shape: tuple[int, int] = (8, 8)) -> Pattern:
+    """The pattern of a granularity: "weight", "n:m" with 1 <= n < m (n of m stay), or "block" (outputs, inputs).
+
+    Raises ValueError, listing the choices, for any other name; "structured" removes whole units and has no pattern.
+    """
+    if granularity == "weight":
+        return SingleWeights()
+    if granularity == "block":
+        return Blocks(*block_shape)
+    ratio = re.fullmatch(r"(\d+):(\d+)", granularity)
+    if ratio is None:
+        hint = " ('structured' removes whole units and has no pattern)" if granularity == "structured" else ""
+        raise ValueError(f"granularity {granularity!r}: choose 'weight', 'n:m' such as '2:4', or 'block'{hint}")
+    return NOfM(int(ratio[1]), int(ratio[2]))
+
+
+def _matrix(name: str, shape: Sequence[int], pattern: str) -> tuple[int, int]:
+    if len(shape) < 2 or not math.prod(shape):
+        raise ValueError(
+            f"{name}: shape {tuple(shape)} has no rows and columns for granularity '{pattern}'; leave the tensor "
+            "out, or choose 'weight'"
+        )
+    return shape[0], math.prod(shape[1:])
+
+
+def _highest(values: Tensor, keep: int) -> Tensor:
+    """(N,) -> bool: the `keep` highest, 1 <= keep < N; of equal values the lower index is left out first."""
+    removed = values.numel() - keep
+    threshold = values.kthvalue(removed).values
+    kept = values > threshold
+    # Exactly `keep` stay: of those at the threshold, the last ones.
+    missing = keep - int(kept.sum())
+    if missing:
+        kept[(values == threshold).nonzero().flatten()[-missing:]] = True
+    return kept

@@ -1,0 +1,145 @@
+"""What all plots share: one style, figures without pyplot, and a figure as PNG file, RGB array or inline SVG."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from xml.etree import ElementTree
+
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+DPI = 130
+PAGE_WIDTH = 1250  # pixels: a wider drawing would be illegible when it is made to fit, so it scrolls
+# Blue against vermilion: told apart with every common colour blindness, and every pair differs in its mark, too.
+BASE, BETWEEN, LAST, ALERT, TEXT = "#9aa5b1", "#8db9e0", "#1f6fb2", "#c8553d", "#2b3440"
+EDGE, GRID, EMPTY, PAGE = "#b8c0c8", "#e3e7eb", "#eef1f4", "#ffffff"
+# A page that embeds `inline_svg` defines these, once for light and once for dark.
+CSS_COLOURS = {
+    TEXT: "--ink", EDGE: "--edge", GRID: "--grid", EMPTY: "--empty", PAGE: "--page", LAST: "--accent", ALERT: "--alert"
+}  # fmt: skip
+_FONT = "DejaVu Sans"
+_STYLE = {
+    "font.family": _FONT,
+    "font.size": 10,
+    "text.color": TEXT,
+    "axes.edgecolor": EDGE,
+    "axes.labelcolor": TEXT,
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.titlepad": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "xtick.color": TEXT,
+    "ytick.color": TEXT,
+    "legend.frameon": False,
+    "svg.fonttype": "none",  # text stays text: small, searchable
+    "svg.hashsalt": "swincompress_pl",  # equal figures give equal files
+}
+_SVG, _XLINK = "{http://www.w3.org/2000/svg}", "{http://www.w3.org/1999/xlink}"
+
+
+@contextmanager
+def style() -> Iterator[None]:
+    """The style of all plots, for as long as it lasts; a user's own settings come back afterwards."""
+    import matplotlib
+
+    with matplotlib.rc_context(_STYLE):  # type: ignore[arg-type]  # its keys are a Literal type
+        yield
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure of width x height inches that belongs to nobody but the caller."""
+    # No pyplot: it would keep global state and choose a backend of its own in a user's session.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure as NewFigure
+
+    figure = NewFigure(figsize=(width, height), dpi=DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def finished(figure: Figure) -> Figure:
+    """The figure laid out and drawn once: ticks come into being at the first drawing, in the style of that time."""
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")  # it stays as it is: laying it out again costs as much as drawing it
+    return figure
+
+
+def save_png(figure: Figure, path: Path) -> None:
+    """Writes a PNG via a temporary file beside `path` and a rename."""
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        with style():
+            figure.savefig(temporary, format="png")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def to_rgb(figure: Figure) -> npt.NDArray[np.uint8]:
+    """The figure's pixels, (height, width, 3)."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas: Any = FigureCanvasAgg(figure)  # its methods have no types
+    with style():
+        canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def inline_svg(figure: Figure, *, name: str, label: str) -> str:
+    """The figure as an <svg> element for an HTML page: no namespaces, no links to anywhere, the colours of the page.
+
+    name: unique in its page; all ids begin with it. label: what a screen reader says.
+    """
+    buffer = io.StringIO()
+    with style():
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    root = ElementTree.fromstring(buffer.getvalue())
+    for element in list(root.iter()):
+        for child in [child for child in element if child.tag == f"{_SVG}metadata"]:
+            element.remove(child)
+    for element in root.iter():
+        element.tag = element.tag.removeprefix(_SVG)
+        element.attrib = {key.removeprefix(_XLINK): _local(key, value, name) for key, value in element.attrib.items()}
+        if element.tag == "style" and element.text:
+            element.text = _in_page_colours(element.text)
+    width_pt = float(root.attrib.pop("width").removesuffix("pt"))
+    root.attrib.pop("height")
+    width = width_pt * 4 / 3
+    root.attrib |= {"role": "img", "aria-label": label, "style": f"width: {width:.0f}px"}
+    if width > PAGE_WIDTH:
+        root.attrib["class"] = "wide"
+    return ElementTree.tostring(root, encoding="unicode", short_empty_elements=True)
+
+
+def _local(key: str, value: str, name: str) -> str:
+    """An attribute's value with ids of this figure alone and colours of the page."""
+    if key == "id":
+        return f"{name}-{value}"
+    if value.startswith("#") and key.endswith("href"):
+        return f"#{name}-{value[1:]}"
+    value = value.replace("url(#", f"url(#{name}-")
+    return _in_page_colours(value) if key in ("style", "fill", "stroke") else value
+
+
+def _in_page_colours(css: str) -> str:
+    # Verdana has the widths of DejaVu Sans, for systems without it.
+    css = css.replace(f"'{_FONT}'", f"'{_FONT}', Verdana, sans-serif")
+    return re.sub(r"#[0-9a-f]{6}", lambda found: _page_colour(found), css)
+
+
+def _page_colour(found: Any) -> str:
+    colour: str = found.group(0)
+    return f"var({CSS_COLOURS[colour]})" if colour in CSS_COLOURS else colour
