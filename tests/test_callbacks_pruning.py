@@ -8,101 +8,33 @@ from typing import Any
 
 import pytest
 import torch
+from callback_cases import (
+    Plain,
+    Restorable,
+    assert_same_state,
+    data,
+    greedy,
+    loader,
+    make_trainer,
+    search_of,
+    shapes,
+    swin,
+    vit,
+)
 from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, ModelPruning, StochasticWeightAveraging
-from timm.models import SwinTransformer, VisionTransformer
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
 
 from swincompress_pl.callbacks.pruning import AdaptiveIterativePruning
 from swincompress_pl.callbacks.surroundings import refuse_strategy
-from swincompress_pl.models.manifest import CompressionMixin
 from swincompress_pl.pruning import RoundRobinConfig, Step, history_of
 from swincompress_pl.quant import QuantizedNetwork
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning")
 
 
-def _vit() -> nn.Module:
-    return VisionTransformer(img_size=16, patch_size=8, embed_dim=32, depth=2, num_heads=4, num_classes=3)
-
-
-def _swin() -> nn.Module:
-    return SwinTransformer(
-        img_size=16, patch_size=2, embed_dim=16, depths=(1, 1), num_heads=(2, 4), window_size=4, num_classes=3
-    )
-
-
-class Plain(LightningModule):
-    """A user's own module: nothing of ours but the attribute that holds the network."""
-
-    def __init__(self, build: Any = _vit) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.net = build()
-        self.stages: list[str] = []
-
-    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
-
-    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
-        self.log("val/top1", (self.net(batch[0]).argmax(-1) == batch[1]).float().mean())
-
-    def test_step(self, batch: list[Tensor], batch_idx: int) -> None:
-        self.log("test/top1", (self.net(batch[0]).argmax(-1) == batch[1]).float().mean())
-
-    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        self.stages.append(str(self.trainer.state.stage.value))
-        return batch
-
-    def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.AdamW(self.net.parameters(), lr=1e-3)
-        return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)}
-
-
-class Restorable(CompressionMixin, Plain):
-    """The same with the mixin that `load_from_checkpoint` needs."""
-
-
-def _data(count: int = 24, seed: int = 1) -> TensorDataset:
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.randint(0, 3, (count,), generator=generator)
-    images = torch.randn(count, 3, 16, 16, generator=generator) + labels.view(-1, 1, 1, 1)
-    return TensorDataset(images, labels)
-
-
-def _loader(shuffle: bool = False) -> DataLoader[Any]:
-    return DataLoader(_data(), batch_size=8, shuffle=shuffle)
-
-
-def _trainer(tmp_path: Path, epochs: int, *callbacks: Callback, **options: Any) -> Trainer:
-    options = {
-        "logger": False,
-        "enable_checkpointing": any(isinstance(c, ModelCheckpoint) for c in callbacks),
-        **options,
-    }
-    return Trainer(
-        default_root_dir=tmp_path,
-        max_epochs=epochs,
-        accelerator="cpu",
-        devices=1,
-        callbacks=list(callbacks),
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **options,
-    )
-
-
-def _greedy(**options: Any) -> AdaptiveIterativePruning:
-    """Accepts every step, so that what is cut does not hang on the accuracy of a toy."""
-    return AdaptiveIterativePruning(**{"tolerance": 100.0, "step": 0.25, "max_sparsity": 0.75, **options})
-
-
-def _shapes(module: Plain) -> dict[str, torch.Size]:
-    return {key: value.shape for key, value in module.state_dict().items()}
-
-
-@pytest.mark.parametrize("build", [_vit, _swin])
+@pytest.mark.parametrize("build", [vit, swin])
 def test_a_fit_shrinks_and_goes_on_training(tmp_path: Path, build: Any) -> None:
     module, seen = Plain(build), []
 
@@ -112,8 +44,8 @@ def test_a_fit_shrinks_and_goes_on_training(tmp_path: Path, build: Any) -> None:
 
     before = sum(p.numel() for p in module.parameters())
     callback = Watch(tolerance=100.0, step=0.25, start_epoch=1)
-    trainer = _trainer(tmp_path, 3, callback)
-    trainer.fit(module, _loader(), _loader())
+    trainer = make_trainer(tmp_path, 3, callback)
+    trainer.fit(module, loader(), loader())
     state = callback.search_state
     assert state is not None
     assert state.rounds == 2
@@ -141,7 +73,7 @@ def test_new_parameters_are_trained(tmp_path: Path) -> None:
             self.before = copy.deepcopy(pl_module.state_dict())
 
     module, snapshot = Plain(), Snapshot()
-    _trainer(tmp_path, 1, _greedy(max_rounds=1), snapshot).fit(module, _loader(), _loader())
+    make_trainer(tmp_path, 1, greedy(max_rounds=1), snapshot).fit(module, loader(), loader())
     assert module.net.blocks[0].attn.num_heads == 3
     assert all(not torch.equal(snapshot.before[key], value) for key, value in module.state_dict().items())
 
@@ -155,11 +87,6 @@ class Stop(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.current_epoch == self.epoch:
             trainer.should_stop = True
-
-
-def _search(callback: AdaptiveIterativePruning) -> dict[str, Any]:
-    assert callback.search_state is not None
-    return {**callback.search_state.to_dict(), "elapsed_s": 0.0, "scoring": {}}
 
 
 @pytest.mark.parametrize("granularity", [{}, {"granularity": "weight"}, {"shrink": "end", "max_rounds": 2}])
@@ -177,49 +104,49 @@ def test_resume_ends_where_an_uninterrupted_fit_ends(
         torch.manual_seed(7)
         return module
 
-    callback, resumed = _greedy(**options), _greedy(**options)
+    callback, resumed = greedy(**options), greedy(**options)
     whole = build()
-    _trainer(tmp_path, 4, callback).fit(whole, _loader(shuffle=True), _loader())
+    make_trainer(tmp_path, 4, callback).fit(whole, loader(shuffle=True), loader())
     first = build()
     save = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1, save_on_train_epoch_end=at_train_end)
-    _trainer(tmp_path, 4, _greedy(**options), save, Stop(stop)).fit(first, _loader(shuffle=True), _loader())
+    make_trainer(tmp_path, 4, greedy(**options), save, Stop(stop)).fit(first, loader(shuffle=True), loader())
     second = build()
     torch.manual_seed(99)  # another process begins with other numbers
-    trainer = _trainer(tmp_path, 4, resumed)
-    trainer.fit(second, _loader(shuffle=True), _loader(), ckpt_path=tmp_path / f"epoch={stop}.ckpt")
-    assert _shapes(second) == _shapes(whole) != _shapes(Plain())
+    trainer = make_trainer(tmp_path, 4, resumed)
+    trainer.fit(second, loader(shuffle=True), loader(), ckpt_path=tmp_path / f"epoch={stop}.ckpt")
+    assert shapes(second) == shapes(whole) != shapes(Plain())
     for key, value in whole.state_dict().items():
         assert torch.equal(second.state_dict()[key], value), key
-    assert _search(resumed) == _search(callback)
+    assert search_of(resumed) == search_of(callback)
     assert history_of(second.net) == history_of(whole.net)
 
 
 def test_checkpoint_is_plain_and_serves_validate_and_load(tmp_path: Path) -> None:
-    module = Restorable(_swin)
+    module = Restorable(swin)
     save = ModelCheckpoint(tmp_path, "last")
-    _trainer(tmp_path, 2, _greedy(), save).fit(module, _loader(), _loader())
+    make_trainer(tmp_path, 2, greedy(), save).fit(module, loader(), loader())
     checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
     assert checkpoint["swincompress_pl"]["version"] == 1
-    restored = Restorable.load_from_checkpoint(tmp_path / "last.ckpt", build=_swin)
+    restored = Restorable.load_from_checkpoint(tmp_path / "last.ckpt", build=swin)
     assert all(torch.equal(restored.state_dict()[k], v) for k, v in checkpoint["state_dict"].items())
     # a user's own module without the mixin, through the callback
-    plain = Plain(_swin)
-    (metrics,) = _trainer(tmp_path, 1, _greedy()).validate(
-        plain, _loader(), ckpt_path=tmp_path / "last.ckpt", verbose=False
+    plain = Plain(swin)
+    (metrics,) = make_trainer(tmp_path, 1, greedy()).validate(
+        plain, loader(), ckpt_path=tmp_path / "last.ckpt", verbose=False
     )
     assert all(torch.equal(plain.state_dict()[k], v) for k, v in checkpoint["state_dict"].items())
-    assert metrics == _trainer(tmp_path, 1).validate(restored, _loader(), verbose=False)[0]
+    assert metrics == make_trainer(tmp_path, 1).validate(restored, loader(), verbose=False)[0]
 
 
 def test_a_less_pruned_checkpoint_is_tested_after_the_fit(tmp_path: Path) -> None:
     """The best checkpoint is often an earlier one than what is in memory."""
     module = Plain()
     save = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
-    trainer = _trainer(tmp_path, 3, _greedy(), save)
-    trainer.fit(module, _loader(), _loader())
+    trainer = make_trainer(tmp_path, 3, greedy(), save)
+    trainer.fit(module, loader(), loader())
     for epoch, heads in ((0, 3), (2, 1), (1, 2)):
         path = tmp_path / f"epoch={epoch}.ckpt"
-        trainer.test(module, _loader(), ckpt_path=path, verbose=False)
+        trainer.test(module, loader(), ckpt_path=path, verbose=False)
         assert module.net.blocks[0].attn.num_heads == heads
         state = torch.load(path, weights_only=True)["state_dict"]
         assert all(torch.equal(module.state_dict()[key], value) for key, value in state.items())
@@ -232,8 +159,8 @@ def test_the_search_leaves_no_trace_when_nothing_is_accepted(tmp_path: Path) -> 
         module = Plain()
         module.net.blocks[0].mlp.drop1.p = 0.3
         torch.manual_seed(5)
-        trainer = _trainer(tmp_path, 3, *callbacks)
-        trainer.fit(module, _loader(shuffle=True), _loader())
+        trainer = make_trainer(tmp_path, 3, *callbacks)
+        trainer.fit(module, loader(shuffle=True), loader())
         assert trainer.global_step == 9
         assert trainer.state.stage is None or trainer.state.finished
         return module
@@ -254,7 +181,7 @@ def test_the_search_leaves_no_trace_when_nothing_is_accepted(tmp_path: Path) -> 
 
 
 def _labels(images: Tensor) -> Tensor:
-    dataset = _data()
+    dataset = data()
     found = [next(i for i, known in enumerate(dataset.tensors[0]) if torch.equal(known, image)) for image in images]
     return dataset.tensors[1][found]
 
@@ -268,7 +195,7 @@ def test_batches_are_scored_in_the_validating_stage(tmp_path: Path) -> None:
             return super().predict(module, network, images)
 
     module = Plain()
-    _trainer(tmp_path, 1, Watch(tolerance=1.0)).fit(module, _loader(), _loader())
+    make_trainer(tmp_path, 1, Watch(tolerance=1.0)).fit(module, loader(), loader())
     assert set(stages) == {(True, False, False)}
 
 
@@ -277,11 +204,11 @@ def test_the_datamodules_holdout_decides(tmp_path: Path) -> None:
         scored = 0
 
         def train_dataloader(self) -> DataLoader[Any]:
-            return _loader()
+            return loader()
 
         def holdout_dataloader(self) -> DataLoader[Any]:
             Data.scored += 1
-            return DataLoader(_data(6, seed=2), batch_size=4)
+            return DataLoader(data(6, seed=2), batch_size=4)
 
     class Count(AdaptiveIterativePruning):
         images = 0
@@ -291,7 +218,7 @@ def test_the_datamodules_holdout_decides(tmp_path: Path) -> None:
             return super().predict(module, network, images)
 
     callback = Count(tolerance=100.0, kinds=("heads",), max_images=5)
-    _trainer(tmp_path, 1, callback).fit(Plain(), datamodule=Data())
+    make_trainer(tmp_path, 1, callback).fit(Plain(), datamodule=Data())
     assert Data.scored > 0
     assert Count.images >= 5 * 2  # the baseline and the sliced network
     assert callback.search_state is not None
@@ -306,20 +233,20 @@ def test_the_holdout_is_read_once(tmp_path: Path) -> None:
 
         def __iter__(self) -> Any:
             Loader.passes += 1
-            return iter(DataLoader(_data(), batch_size=8))
+            return iter(DataLoader(data(), batch_size=8))
 
     class Data(LightningDataModule):
         def train_dataloader(self) -> DataLoader[Any]:
-            return _loader()
+            return loader()
 
         def holdout_dataloader(self) -> Loader:
             return Loader()
 
-    _trainer(tmp_path, 2, _greedy(kinds=("heads",))).fit(Plain(), datamodule=Data())
+    make_trainer(tmp_path, 2, greedy(kinds=("heads",))).fit(Plain(), datamodule=Data())
     assert Loader.passes == 1
     module = Plain()
     with pytest.raises(ValueError, match=r"more than max_size_bytes=1000.*keep max_images"):
-        _trainer(tmp_path, 1, _greedy(holdout_size_bytes=1000)).fit(module, datamodule=Data())
+        make_trainer(tmp_path, 1, greedy(holdout_size_bytes=1000)).fit(module, datamodule=Data())
     assert "train" not in module.stages  # refused before the first batch
 
 
@@ -340,18 +267,18 @@ def test_pruning_ends_where_quantization_begins(tmp_path: Path) -> None:
             if trainer.current_epoch == 1:
                 pl_module.net = Quantized(pl_module.net)
 
-    module, callback = Plain(), _greedy()
-    _trainer(tmp_path, 3, callback, Quantize()).fit(module, _loader(), _loader())
+    module, callback = Plain(), greedy()
+    make_trainer(tmp_path, 3, callback, Quantize()).fit(module, loader(), loader())
     assert callback.search_state is not None
     assert callback.search_state.stopped == "the network is quantized"
     assert module.net.network.blocks[0].attn.num_heads == 2  # rounds before epochs 0 and 1
 
 
 def test_a_second_fit_begins_a_new_search(tmp_path: Path) -> None:
-    callback = _greedy(max_rounds=1)
+    callback = greedy(max_rounds=1)
     for _ in range(2):
         module = Plain()
-        _trainer(tmp_path, 1, callback).fit(module, _loader(), _loader())
+        make_trainer(tmp_path, 1, callback).fit(module, loader(), loader())
         assert module.net.blocks[0].attn.num_heads == 3
 
 
@@ -371,8 +298,10 @@ def test_the_command_line_sees_every_option() -> None:
 
 def test_gradient_accumulation_and_bf16(tmp_path: Path) -> None:
     module = Plain()
-    trainer = _trainer(tmp_path, 3, _greedy(), accumulate_grad_batches=2, precision="bf16-mixed", gradient_clip_val=0.5)
-    trainer.fit(module, _loader(), _loader())
+    trainer = make_trainer(
+        tmp_path, 3, greedy(), accumulate_grad_batches=2, precision="bf16-mixed", gradient_clip_val=0.5
+    )
+    trainer.fit(module, loader(), loader())
     assert module.net.blocks[1].attn.num_heads == 1
     assert module.net.blocks[1].attn.qkv.weight.dtype == torch.float32
 
@@ -381,18 +310,18 @@ def test_a_compiled_network_is_recompiled(tmp_path: Path) -> None:
     module = Plain()
     module.net = torch.compile(module.net, backend="eager")
     save = ModelCheckpoint(tmp_path, "last")
-    _trainer(tmp_path, 2, _greedy(), save).fit(module, _loader(), _loader())
+    make_trainer(tmp_path, 2, greedy(), save).fit(module, loader(), loader())
     assert module.net._orig_mod.blocks[0].attn.num_heads == 2
     again = Plain()
     again.net = torch.compile(again.net, backend="eager")
-    _trainer(tmp_path, 3, _greedy()).fit(again, _loader(), _loader(), ckpt_path=tmp_path / "last.ckpt")
+    make_trainer(tmp_path, 3, greedy()).fit(again, loader(), loader(), ckpt_path=tmp_path / "last.ckpt")
     assert again.net._orig_mod.blocks[0].attn.num_heads == 1
 
 
 def test_frozen_parameters_are_cut_and_stay_frozen(tmp_path: Path) -> None:
     module = Plain()
     module.net.blocks[0].requires_grad_(False)
-    _trainer(tmp_path, 1, _greedy()).fit(module, _loader(), _loader())
+    make_trainer(tmp_path, 1, greedy()).fit(module, loader(), loader())
     assert module.net.blocks[0].attn.num_heads == 3
     assert not any(p.requires_grad for p in module.net.blocks[0].parameters())
 
@@ -413,7 +342,7 @@ def test_a_failing_round_leaves_the_module_as_it_was(tmp_path: Path) -> None:
     module = Plain()
     callback = Fails(tolerance=100.0)
     with pytest.raises(RuntimeError, match="out of memory"):
-        _trainer(tmp_path, 1, callback).fit(module, _loader(), _loader())
+        make_trainer(tmp_path, 1, callback).fit(module, loader(), loader())
     assert all(torch.equal(callback.before[key], value) for key, value in module.state_dict().items())
     assert callback.search_state is None
 
@@ -424,10 +353,27 @@ def test_an_optimizer_that_cannot_be_sliced_is_refused_and_the_network_restored(
             return torch.optim.Adafactor(self.parameters(), lr=1e-3)
 
     module = Factored()
-    shapes = _shapes(module)
+    before = shapes(module)
     with pytest.raises(ValueError, match="Adafactor: its state 'row_var' of blocks"):
-        _trainer(tmp_path, 2, _greedy(start_epoch=1)).fit(module, _loader(), _loader())
-    assert _shapes(module) == shapes
+        make_trainer(tmp_path, 2, greedy(start_epoch=1)).fit(module, loader(), loader())
+    assert shapes(module) == before
+
+
+@pytest.mark.parametrize("options", [{}, {"granularity": "weight"}])
+def test_an_error_after_the_round_restores_the_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    def fail(*_: Any) -> None:
+        raise MemoryError("no memory for the optimizer")
+
+    monkeypatch.setattr("swincompress_pl.callbacks.pruning.slice_optimizers", fail)
+    module, callback = Plain(), greedy(**options)
+    before = copy.deepcopy(module.net.state_dict())
+    with pytest.raises(MemoryError, match="no memory for the optimizer"):
+        make_trainer(tmp_path, 1, callback).fit(module, loader(), loader())
+    assert_same_state(dict(module.net.state_dict()), dict(before))
+    assert history_of(module.net) == []
+    assert callback.search_state is None
 
 
 @pytest.mark.parametrize(
@@ -439,9 +385,9 @@ def test_an_optimizer_that_cannot_be_sliced_is_refused_and_the_network_restored(
     ],
 )
 def test_callbacks_that_cannot_share_the_fit_are_refused(tmp_path: Path, other: Any, message: str) -> None:
-    for callbacks in ([_greedy(), other()], [other(), _greedy()]):
+    for callbacks in ([greedy(), other()], [other(), greedy()]):
         with pytest.raises(ValueError, match=message):
-            _trainer(tmp_path, 1, *callbacks).fit(Plain(), _loader(), _loader())
+            make_trainer(tmp_path, 1, *callbacks).fit(Plain(), loader(), loader())
 
 
 @pytest.mark.parametrize("strategy", ["FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"])
@@ -458,13 +404,13 @@ def test_a_missing_attribute_is_named(tmp_path: Path) -> None:
     with pytest.raises(
         AttributeError, match=r"model_attribute='backbone': Plain has no module of that name; it holds net"
     ):
-        _trainer(tmp_path, 1, _greedy(model_attribute="backbone")).fit(Plain(), _loader(), _loader())
+        make_trainer(tmp_path, 1, greedy(model_attribute="backbone")).fit(Plain(), loader(), loader())
 
 
 def test_an_unsupported_network_is_refused_before_the_first_epoch(tmp_path: Path) -> None:
     module = Plain(lambda: nn.Sequential(nn.Flatten(), nn.Linear(768, 3)))
     with pytest.raises(TypeError, match="no adapter for this network"):
-        _trainer(tmp_path, 1, _greedy()).fit(module, _loader(), _loader())
+        make_trainer(tmp_path, 1, greedy()).fit(module, loader(), loader())
     assert module.stages == []
 
 
@@ -473,31 +419,31 @@ def test_a_parameter_shared_outside_the_network_is_refused(tmp_path: Path) -> No
     module.probe = nn.Linear(32, 96)
     module.probe.weight = module.net.blocks[0].attn.qkv.weight
     with pytest.raises(ValueError, match=r"probe\.weight is shared with net\.blocks\.0\.attn\.qkv\.weight"):
-        _trainer(tmp_path, 1, _greedy()).fit(module, _loader(), _loader())
+        make_trainer(tmp_path, 1, greedy()).fit(module, loader(), loader())
 
 
 def test_without_a_holdout_it_stops_before_the_first_batch(tmp_path: Path) -> None:
     module = Plain()
     with pytest.raises(ValueError, match="nothing to score on"):
-        _trainer(tmp_path, 1, _greedy()).fit(module, _loader())
+        make_trainer(tmp_path, 1, greedy()).fit(module, loader())
     assert module.stages == []
 
 
 def test_a_batch_without_labels_is_refused(tmp_path: Path) -> None:
     class Data(LightningDataModule):
         def train_dataloader(self) -> DataLoader[Any]:
-            return _loader()
+            return loader()
 
         def holdout_dataloader(self) -> list[Any]:
             return [[{"images": torch.zeros(1, 3, 16, 16)}]]
 
     with pytest.raises(TypeError, match=r"the hold-out gave a \w+.*\(images, labels"):
-        _trainer(tmp_path, 1, _greedy()).fit(Plain(), datamodule=Data())
+        make_trainer(tmp_path, 1, greedy()).fit(Plain(), datamodule=Data())
 
 
 def test_a_start_that_is_never_reached_is_warned_of(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="start_epoch=5 is not reached in max_epochs=1"):
-        _trainer(tmp_path, 1, _greedy(start_epoch=5)).fit(Plain(), _loader(), _loader())
+        make_trainer(tmp_path, 1, greedy(start_epoch=5)).fit(Plain(), loader(), loader())
 
 
 @pytest.mark.parametrize(
@@ -521,9 +467,9 @@ def test_bad_options_are_named(options: dict[str, Any], error: type[Exception], 
 
 def test_a_state_of_another_version_is_refused() -> None:
     with pytest.raises(ValueError, match="state has version 9, 2 is expected"):
-        _greedy().load_state_dict({"version": 9})
+        greedy().load_state_dict({"version": 9})
 
 
 def test_every_n_epochs() -> None:
-    callback = _greedy(start_epoch=2, every_n_epochs=3)
+    callback = greedy(start_epoch=2, every_n_epochs=3)
     assert [epoch for epoch in range(10) if callback.should_prune(epoch)] == [2, 5, 8]

@@ -74,10 +74,10 @@ def _tensors(group: Any) -> list[str]:
     return [s.tensor for s in group.slices]
 
 
-@settings(max_examples=10)
+@settings(max_examples=8)
 @given(
     swin=st.booleans(),
-    picks=st.lists(st.tuples(st.integers(0, 99), st.integers(1, 8), st.sampled_from([-2.0, 0.0, 2.0])), max_size=6),
+    picks=st.lists(st.tuples(st.integers(0, 99), st.integers(1, 8), st.sampled_from([-2.0, 0.0, 2.0])), max_size=4),
     confidence=st.sampled_from([0.99, 1.0]),
     cache_size_bytes=st.sampled_from([0, 100_000, 1 << 30]),
     seed=st.integers(0, 5),

@@ -183,7 +183,7 @@ def test_tensors_outside_the_segments_and_shared_ones_start_at_the_front() -> No
 
 
 def test_an_unknown_name_is_an_error() -> None:
-    with pytest.raises(ValueError, match="blocks.9.mlp.fc1.weight: no parameter or buffer of VisionTransformer"):
+    with pytest.raises(ValueError, match=r"blocks\.9\.mlp\.fc1\.weight: no parameter or buffer of VisionTransformer"):
         PrefixCache(_vit(), size_bytes=1).depth(["blocks.9.mlp.fc1.weight"])
 
 
@@ -268,7 +268,7 @@ def test_a_segment_with_more_arguments_turns_the_cache_off() -> None:
     cache = PrefixCache(network, size_bytes=PLENTY)
     mask = torch.zeros(19, 19)
     for _ in range(2):
-        found, cost = cache.run(0, 3, lambda: network.forward_head(network.forward_features(IMAGES[0], attn_mask=mask)))
+        _, cost = cache.run(0, 3, lambda: network.forward_head(network.forward_features(IMAGES[0], attn_mask=mask)))
         assert cost == 1.0
     assert cache.off is not None
     assert "one tensor" in cache.off

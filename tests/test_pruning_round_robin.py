@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -539,3 +540,22 @@ def test_gradient_criteria_find_what_does_nothing(criterion: str) -> None:
 def test_contradictions_are_refused(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         RoundRobinConfig(**options)  # type: ignore[arg-type]
+
+
+def test_a_narrow_beginning_takes_what_is_cheap_first() -> None:
+    """The first group is dear and is met first; a wide tolerance spends all on it."""
+    price = dict(zip(WIDTHS, (0.0, 30.0, 0.0, 2.0), strict=True))
+    wide = RoundRobinConfig(tolerance=4.0, step=0.125, min_step=0.0625, kinds=("mlp",), max_sparsity=0.75)
+    narrow = replace(wide, first_tolerance=0.5)
+    results = [prune(_network(), lambda n: _score(n, price), config) for config in (wide, narrow)]
+    assert [r.stopped for r in results] == ["every target is locked"] * 2
+    assert all(r.score >= 86.0 for r in results)
+    cheap, dear = "blocks.1.mlp.channels", "blocks.0.mlp.channels"
+    widths = [{name: entry.units for name, entry in r.state.targets.items()} for r in results]
+    assert widths[1][cheap] < widths[0][cheap]
+    first = next(step for step in results[1].steps if step.target == dear and step.accepted)
+    assert {s.target for s in results[1].steps[: results[1].steps.index(first)] if s.accepted} == {cheap}
+    assert results[1].state.tolerance == 4.0
+    for bad in (0, 4.5):
+        with pytest.raises(ValueError, match=r"^first_tolerance=.*at most tolerance=4\.0"):
+            replace(wide, first_tolerance=bad)

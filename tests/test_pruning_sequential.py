@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -72,7 +73,7 @@ def test_small_margins_make_the_small_strata_and_classes_stay_in_proportion() ->
     order = make_order(reference, labels, batch_size=40, seed=0)
     assert np.bincount(order.stratum).tolist() == [250, 250, 500, 1000, 2000]
     margins = [np.abs(reference.margin[order.stratum == stratum]) for stratum in range(5)]
-    assert all(inner.max() <= outer.min() for inner, outer in zip(margins, margins[1:], strict=False))
+    assert all(inner.max() <= outer.min() for inner, outer in pairwise(margins))
     top = np.concatenate([order.batches[number] for number in order.pure[4][:10]])
     share = np.bincount(labels[order.stratum == 4], minlength=10) / 2000
     assert np.abs(np.bincount(labels[top], minlength=10) - 400 * share).max() <= 4
@@ -152,7 +153,7 @@ def test_wrong_decisions_are_as_rare_as_stated(kind: str) -> None:
 
 
 def test_the_estimates_error_is_about_what_its_variance_says() -> None:
-    """Over a chain of accepted candidates, each seen on a part of the images: standardised errors below 1 on average."""
+    """Over a chain of accepted candidates, each seen on a part of the images: standardised errors near 1."""
     squares = []
     for seed in range(40):
         rng = np.random.default_rng(seed)
@@ -208,7 +209,7 @@ def test_a_decision_keeps_its_distance_and_a_whole_image(needed: int, answer: bo
 def test_looks_grow_to_all_and_share_the_error() -> None:
     parts = look_parts()
     assert parts[-1] == 1
-    assert all(a < b for a, b in zip(parts, parts[1:], strict=False))
+    assert all(a < b for a, b in pairwise(parts))
     assert deviations_for(0.99, 1) == pytest.approx(2.326, abs=1e-3)
     assert deviations_for(0.99, 10) == pytest.approx(3.090, abs=1e-3)
     assert deviations_for(1.0, 10) == math.inf

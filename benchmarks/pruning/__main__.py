@@ -58,7 +58,9 @@ def _run(given: argparse.Namespace) -> int:
         "threads": given.threads,
         "commit": given.commit,
     }
-    outcome = runner.run(wanted, given.out, settings, parallel=given.jobs, budget_s=given.budget_s)
+    outcome = runner.run(
+        wanted, given.out, settings, parallel=given.jobs, budget_s=given.budget_s, start_method=given.start
+    )
     print(
         f"{len(outcome.done)} done, {len(outcome.failed)} failed, {len(outcome.stopped)} stopped by the budget, "
         f"{len(outcome.waiting)} not begun"
@@ -157,7 +159,7 @@ _PLACE = ["data", "cache", "device"]
 _OPTIONS_OF = {
     "prepare": ["out", "data", "cache", "sets"],
     "list": ["out", "filter"],
-    "run": ["out", *_PLACE, "filter", "jobs", "budget-s", "precision", "threads", "set", "commit", "pack"],
+    "run": ["out", *_PLACE, "filter", "jobs", "budget-s", "precision", "threads", "set", "commit", "pack", "start"],
     "pack": ["out", "file"],
     "unpack": ["out", "file"],
     "latency": ["out", "model", "thread-counts", "rounds", "turn-ms"],
@@ -177,6 +179,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "threads": {"type": int, "default": 1, "help": "CPU threads of a job"},
     "set": {"nargs": "*", "default": [], "help": "fields of the recipe, e.g. epochs=12 lr=0.001"},
     "commit": {"default": os.environ.get("COMMIT"), "help": "recorded where the source tree cannot tell"},
+    "start": {"choices": ["forkserver", "spawn"], "default": "forkserver", "help": "how processes are started"},
     "pack": {"type": Path, "help": "after the run, all results into this one file"},
     "file": {"type": Path, "required": True, "help": "the packed file"},
     "model": {"default": "swin_tiny_patch4_window7_224", "help": "a name for create_model"},

@@ -53,7 +53,7 @@ class MemoryData(LightningDataModule):
     def calibration_dataloader(self, images: int = 128) -> PlainBatches:
         """Some of the training images, not augmented."""
         order = torch.randperm(self.images("train"), generator=torch.Generator().manual_seed(self.seed))
-        return PlainBatches(self, "train", order[:images].split(self.batch_size))
+        return PlainBatches(self, "train", order[:images].split(64))
 
     def batches(self, split: str, *, batch_size: int = 500) -> PlainBatches:
         """The images of a split in stored order, as evaluation sees them."""

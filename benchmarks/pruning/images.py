@@ -34,6 +34,7 @@ from swincompress_pl.data.sampling import Purpose, derive_seed, stratified_sampl
 Pixels = NDArray[np.uint8]
 Labels = NDArray[np.int64]
 
+_WORTH_A_POOL = 500  # images; processes take seconds to start
 IMAGENET_SIDE_PX = 256  # of the kept square; networks see 224 of it
 
 
@@ -113,9 +114,12 @@ def locked(file: Path) -> Iterator[None]:
 def _decode(source: _Source, data: Path) -> dict[str, Any]:
     encoded = dict(sorted(_files(source, data)))
     numbers = _class_numbers(source, data)
-    with multiprocessing.get_context("spawn").Pool(len(os.sched_getaffinity(0))) as pool:
-        decode = partial(_pixels, preprocessing=source.preprocessing)
-        pixels = np.stack(pool.map(decode, encoded.values(), chunksize=64))
+    decode = partial(_pixels, preprocessing=source.preprocessing)
+    if len(encoded) < _WORTH_A_POOL:
+        pixels = np.stack([decode(file) for file in encoded.values()])
+    else:
+        with multiprocessing.get_context("spawn").Pool(len(os.sched_getaffinity(0))) as pool:
+            pixels = np.stack(pool.map(decode, encoded.values(), chunksize=64))
     splits = np.array([path.split("/")[0] for path in encoded])
     labels = np.array([numbers[path.split("/")[1]] for path in encoded], dtype=np.int64)
     arrays = {}

@@ -26,8 +26,8 @@ from .subjects import Recipe, Subject
 from .training import fit, network_figures
 
 Parameters = list[tuple[nn.Module, str]]
-_BISECTIONS = 12
 _PARTS = 1000  # a part of a network is asked for in thousandths
+_MOST_TORCH_PRUNING = 0.9  # near 1 it leaves layers whole that would have nothing left
 
 
 class UnreachableError(Exception):
@@ -50,6 +50,8 @@ def peer(subject: Subject, job: Job, reference: dict[str, Any]) -> dict[str, Any
         else:
             macs = reference["after"]["macs"]
             module.net = structured(module.net, job.method or "", macs, subject.input_shape, subject.recipe)
+    except ImportError:
+        raise  # a package that is not installed is no result
     except Exception as error:  # whatever a peer raises on a network it was not made for belongs into the table
         return {"failed": f"{type(error).__name__}: {error}"[:600], "versions": _versions(job)}
     seconds = fit(subject, module, data, callbacks)
@@ -154,9 +156,10 @@ def one_shot(
     return network
 
 
-def smallest_part(macs_at: Callable[[float], int], macs: int) -> float:
-    """The smallest part to remove, in thousandths, that leaves at most `macs`; UnreachableError where none does."""
-    low, high = 0, _PARTS - 1
+def smallest_part(macs_at: Callable[[float], int], macs: int, *, most: float = 0.999) -> float:
+    """The smallest part to remove, in thousandths up to `most`, that leaves at most `macs`; UnreachableError where none
+    does."""
+    low, high = 0, round(most * _PARTS)
     if macs_at(high / _PARTS) > macs:
         raise UnreachableError(f"{macs_at(high / _PARTS):,} MACs are left at the least, {macs:,} are asked for")
     while low < high:
@@ -185,7 +188,6 @@ def torch_pruning(network: nn.Module, method: str, macs: int, input_shape: tuple
             importance=tp.importance.GroupMagnitudeImportance(p=2),
             pruning_ratio=part,
             global_pruning=method.endswith("_global"),
-            max_pruning_ratio=0.95,
             ignored_layers=kept,
             round_to=round_to,
             **({} if mlp_only else {"num_heads": heads, "prune_num_heads": True, "head_pruning_ratio": part}),
@@ -193,4 +195,4 @@ def torch_pruning(network: nn.Module, method: str, macs: int, input_shape: tuple
         copied(torch.zeros(input_shape))  # what does not run raises here
         return copied
 
-    return pruned(smallest_part(lambda part: count_macs(pruned(part), input_shape), macs))
+    return pruned(smallest_part(lambda part: count_macs(pruned(part), input_shape), macs, most=_MOST_TORCH_PRUNING))

@@ -41,14 +41,24 @@ class Running:
     started: float
 
 
-def run(jobs: Sequence[Job], folder: Path, settings: dict[str, Any], *, parallel: int, budget_s: float) -> Outcome:
+def run(
+    jobs: Sequence[Job],
+    folder: Path,
+    settings: dict[str, Any],
+    *,
+    parallel: int,
+    budget_s: float,
+    start_method: str = "forkserver",
+) -> Outcome:
     """Runs the jobs without a result, in order, `parallel` at a time; at the end of the budget the rest is stopped.
 
     settings: what `_work` takes beside the job. A job whose reference is not finished waits for it. A job that was
     stopped leaves nothing and begins anew in the next run. A job that failed leaves its log, logs/<name>.log.
+    start_method: of the processes; "spawn" is slower and shares nothing.
     """
     # A server with the imports done, from which each job's process is forked: seconds less a job. CUDA begins there.
-    context = multiprocessing.get_context("forkserver")
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # else a look for a GPU there would spoil the forks
+    context: Any = multiprocessing.get_context(start_method)
     context.set_forkserver_preload(_PRELOAD)
     (folder / "logs").mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + budget_s

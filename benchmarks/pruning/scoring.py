@@ -24,7 +24,7 @@ from swincompress_pl.pruning import (
 from .batches import MemoryData
 from .jobs import Job
 from .subjects import Subject
-from .training import fit, search_options
+from .training import fit, gradients_from, search_options
 
 
 class NaiveScoring:
@@ -51,9 +51,9 @@ def scoring(subject: Subject, job: Job) -> dict[str, Any]:
         fit(replace(subject, recipe=replace(subject.recipe, epochs=epochs)), module, data, [])
     network = module.net.to(subject.place.device).eval()
     naive = NaiveScoring(data)
-    by_function, seconds_naive = _search(copy.deepcopy(network), FunctionScorer(naive), subject, job)
+    by_function, seconds_naive = _search(copy.deepcopy(network), FunctionScorer(naive), subject, job, data)
     holdout = HoldOut.from_batches(data.holdout_dataloader())
-    by_holdout, seconds = _search(network, holdout, subject, job)
+    by_holdout, seconds = _search(network, holdout, subject, job, data)
     one, other = _decisions(by_function), _decisions(by_holdout)
     differing = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
     cost = holdout.cost.to_dict()
@@ -76,14 +76,18 @@ def scoring(subject: Subject, job: Job) -> dict[str, Any]:
     }
 
 
-def _search(network: nn.Module, scorer: Scorer, subject: Subject, job: Job) -> tuple[SearchState, float]:
+def _search(
+    network: nn.Module, scorer: Scorer, subject: Subject, job: Job, data: MemoryData
+) -> tuple[SearchState, float]:
     config = RoundRobinConfig(**search_options(subject, job, network))
-    started = time.perf_counter()
+    gradients, started = gradients_from(data), time.perf_counter()
     if job.recovery:
-        state = begin_search(network, scorer, config, input_shape=subject.input_shape)
-        state = run_round(network, scorer, config, state, input_shape=subject.input_shape, unchanged=True).state
+        state = begin_search(network, scorer, config, input_shape=subject.input_shape, gradients=gradients)
+        state = run_round(
+            network, scorer, config, state, input_shape=subject.input_shape, gradients=gradients, unchanged=True
+        ).state
     else:
-        state = prune(network, scorer, config, input_shape=subject.input_shape).state
+        state = prune(network, scorer, config, input_shape=subject.input_shape, gradients=gradients).state
     return state, time.perf_counter() - started
 
 

@@ -52,6 +52,7 @@ class Recipe:
     kinds: tuple[str, ...] = ("heads", "mlp")
     criterion: str = "magnitude"
     order: str = "fixed"
+    ranking: str = "local"
 
     def changed(self, overrides: dict[str, Any]) -> Recipe:
         """With some fields replaced; TypeError for a field that there is not."""

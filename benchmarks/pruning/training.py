@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,22 @@ from lightning import Callback, LightningModule, Trainer
 from torch import nn
 
 from swincompress_pl.callbacks import AdaptiveIterativePruning
-from swincompress_pl.pruning import HoldOut, RoundRobinConfig, SearchState, count_macs, prunable_weights, prune
+from swincompress_pl.pruning import (
+    Gradients,
+    HoldOut,
+    RoundRobinConfig,
+    SearchState,
+    collect_gradients,
+    count_macs,
+    prunable_weights,
+    prune,
+)
 
 from .batches import MemoryData
 from .jobs import Job
 from .subjects import Subject, trainer
+
+_GRADIENT_IMAGES = 512
 
 
 class Watched(AdaptiveIterativePruning):
@@ -90,10 +102,17 @@ def prune_alone(subject: Subject, job: Job) -> dict[str, Any]:
     options = search_options(subject, job, network)
     started = time.perf_counter()
     holdout = HoldOut.from_batches(data.holdout_dataloader())
-    result = prune(network, holdout, RoundRobinConfig(**options), input_shape=subject.input_shape)
+    result = prune(
+        network, holdout, RoundRobinConfig(**options), input_shape=subject.input_shape, gradients=gradients_from(data)
+    )
     seconds = time.perf_counter() - started
     search = search_figures(result.state, job, [latest_round(result.state)], seconds)
     return {"after": network_figures(network, subject, data), "search": search, "seconds": seconds}
+
+
+def gradients_from(data: MemoryData) -> Callable[[nn.Module], Gradients]:
+    """For the criteria that need gradients: over some training images."""
+    return lambda network: collect_gradients(network, data.calibration_dataloader(_GRADIENT_IMAGES))
 
 
 def search_options(subject: Subject, job: Job, network: nn.Module) -> dict[str, Any]:
@@ -107,6 +126,7 @@ def search_options(subject: Subject, job: Job, network: nn.Module) -> dict[str, 
         "min_step": recipe.min_step,
         "criterion": recipe.criterion,
         "order": recipe.order,
+        "ranking": recipe.ranking,
     }
     if job.granularity == "structured":
         options |= {"kinds": recipe.kinds, "round_to": recipe.round_to, "target": job.target}

@@ -24,6 +24,7 @@ from ..pruning import (
     Step,
     begin_search,
     collect_gradients,
+    evaluation_mode,
     finish_search,
     granularity_for,
     keep_masks,
@@ -32,10 +33,11 @@ from ..pruning import (
     slice_optimizers,
 )
 from ..quant import QuantizedNetwork
+from ..registry import adapter_for
 from .progress import search_progress
 from .resume import RandomNumbers, rng_states
-from .scoring import batches_on_device, holdout_loaders, holdout_scorer, metric_scorer
-from .surroundings import refuse_neighbours, refuse_outside_sharing, refuse_strategy, wrap_anew
+from .scoring import batches_on_device, holdout_loaders, holdout_scorer, metric_scorer, training_batches
+from .surroundings import refuse_neighbours, refuse_optimizers, refuse_sharing, refuse_strategy, wrap_anew
 
 _STATE_VERSION = 2
 _WHO = "AdaptiveIterativePruning"
@@ -128,8 +130,7 @@ class AdaptiveIterativePruning(Callback):
             refuse_neighbours(trainer, _WHO)
             network = network_of(pl_module, self.model_attribute)
             if not isinstance(network, QuantizedNetwork):
-                granularity_for(self.config).targets(network)
-            refuse_outside_sharing(pl_module, network, self.model_attribute)
+                refuse_sharing(pl_module, network, _pruned_tensors(network, self.config), self.model_attribute)
             if trainer.current_epoch == 0:  # a fresh fit; a resumed one loads its state after this hook
                 self.search_state, self._last_epoch = None, -1
 
@@ -138,7 +139,8 @@ class AdaptiveIterativePruning(Callback):
         self._rng.on_train_start(trainer)
         self._keep_masks(trainer, pl_module)
         if not self._is_over(pl_module):
-            with isolate_rng(), _validating(trainer), torch.no_grad():
+            self._refuse_optimizers(trainer, pl_module)
+            with isolate_rng(), _validating(trainer, pl_module), torch.no_grad():
                 self._scorer = self._make_scorer(trainer, pl_module)
         if trainer.max_epochs is not None and 0 <= trainer.max_epochs <= self.start_epoch:
             rank_zero_warn(
@@ -160,10 +162,11 @@ class AdaptiveIterativePruning(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let go of the hold-out and of the optimizers."""
-        self._scorer = None
-        if self._masks is not None:
-            self._masks.remove()
-            self._masks = None
+        self._let_go()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """The same: Lightning tears nothing down after an exception."""
+        self._let_go()
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add the manifest with which the architecture is rebuilt."""
@@ -192,6 +195,17 @@ class AdaptiveIterativePruning(Callback):
 
     # Mechanism.
 
+    def _let_go(self) -> None:
+        self._scorer = None
+        if self._masks is not None:
+            self._masks.remove()
+            self._masks = None
+
+    def _refuse_optimizers(self, trainer: Trainer, module: LightningModule) -> None:
+        if self.config.granularity == "structured":
+            network = network_of(module, self.model_attribute)
+            refuse_optimizers(trainer.optimizers, network, _pruned_tensors(network, self.config))
+
     def _keep_masks(self, trainer: Trainer, module: LightningModule) -> None:
         if self._masks is not None:
             self._masks.remove()
@@ -209,7 +223,8 @@ class AdaptiveIterativePruning(Callback):
 
     def _run_round(self, trainer: Trainer, module: LightningModule) -> RoundOutcome:
         network = network_of(module, self.model_attribute)
-        with _validating(trainer), torch.no_grad():
+        self._refuse_optimizers(trainer, module)  # they have no state before the first step
+        with _validating(trainer, module), torch.no_grad():
             scorer = self._scorer
             assert scorer is not None  # made when training started
             shape = _input_shape(trainer, scorer)
@@ -270,12 +285,10 @@ class AdaptiveIterativePruning(Callback):
         )
 
     def _gradients(self, trainer: Trainer, module: LightningModule, network: nn.Module) -> Gradients:
-        source = getattr(trainer.datamodule, "calibration_dataloader", None)  # type: ignore[attr-defined]  # set by the trainer
-        loader = source(64 * self.gradient_batches) if callable(source) else trainer.train_dataloader
         with torch.enable_grad():
             return collect_gradients(
                 network,
-                batches_on_device(trainer, [loader]),
+                training_batches(trainer, self.gradient_batches),
                 max_batches=self.gradient_batches,
                 predict=lambda images: self.predict(module, network, images),
             )
@@ -294,12 +307,14 @@ class AdaptiveIterativePruning(Callback):
         }
         if last is not None and last.macs is not None:
             values["pruning/macs"] = float(last.macs)
-        module.log_dict(values, rank_zero_only=True)
-        below = "" if outcome.steps else "; training left it below the tolerance, so nothing was tried"
+        # All ranks have the same values; the reduction only tells Lightning so, that every rank may monitor them.
+        module.log_dict(values, sync_dist=True, reduce_fx="max")
+        accepted = f"{sum(s.accepted for s in outcome.steps)} of {len(outcome.steps)} steps kept"
+        if not outcome.steps:
+            accepted = "training left it below the tolerance, so nothing was tried"
         rank_zero_info(
             f"pruning round {state.rounds}: {values['pruning/score']:.2f} points, unpruned {state.baseline_score:.2f}; "
-            f"{values['pruning/sparsity']:.1%} of the prunable weights removed, {sum(s.accepted for s in outcome.steps)} "
-            f"of {len(outcome.steps)} steps kept{below}"
+            f"{values['pruning/sparsity']:.1%} of the prunable weights removed; {accepted}"
             + (f"; the search ends: {state.stopped}" if state.stopped else "")
         )
 
@@ -337,13 +352,26 @@ def _check_arguments(
         )
 
 
+def _pruned_tensors(network: nn.Module, config: RoundRobinConfig) -> set[str]:
+    """The names of the parameters that a search may cut or mask; ValueError where the config matches nothing."""
+    targets = granularity_for(config).targets(network)
+    names = {member.name for target in targets for member in (target.members or (target,))}
+    if config.granularity != "structured":
+        return names
+    own = dict(network.named_parameters(remove_duplicate=False))
+    groups = [group for group in adapter_for(network).groups(network) if group.name in names]
+    return {part.tensor for group in groups for part in group.slices if part.tensor in own}
+
+
 @contextmanager
-def _validating(trainer: Trainer) -> Iterator[None]:
-    """The trainer in the validating stage for a while, so that the batch hooks do what they do in validation."""
+def _validating(trainer: Trainer, module: LightningModule) -> Iterator[None]:
+    """The trainer in the validating stage and the module in eval mode for a while, so that the hooks and what stands
+    beside the network do what they do in validation."""
     stage = trainer.state.stage
     trainer.validating = True
     try:
-        yield
+        with evaluation_mode(module):
+            yield
     finally:
         trainer.state.stage = stage
 

@@ -13,7 +13,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 def rng_states() -> dict[str, Any]:
     """The states of torch's, NumPy's and Python's global generators as tensors and plain data (weights_only loads)."""
-    name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    numpy: Any = np.random.get_state(legacy=True)  # a tuple; annotated as a dictionary too
+    name, keys, position, has_gauss, gauss = numpy
     version, state, gauss_next = random.getstate()
     return {
         "torch": torch.get_rng_state(),

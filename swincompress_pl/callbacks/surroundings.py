@@ -2,19 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
+
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
-from torch import nn
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+from torch import Tensor, nn
+from torch.optim import LBFGS, Optimizer
+
+# They keep lists of parameters, or state under one parameter for all, that do not follow a cut (by name: not every
+# build of torch has them).
+_UNFIT_OPTIMIZERS = ("ZeroRedundancyOptimizer", "PostLocalSGDOptimizer", "DistributedOptimizer", LBFGS.__name__)
 
 
 def refuse_strategy(trainer: Trainer, who: str) -> None:
-    """ValueError for strategies that hold shards of the parameters; one device and DDP are fine."""
-    if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
+    """ValueError for strategies that hold shards of the parameters or cannot hand them back; one device and DDP are
+    fine."""
+    strategy = trainer.strategy
+    name = type(strategy).__name__
+    if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
         raise ValueError(
-            f"{who} cannot shrink a model in the middle of a fit under {type(trainer.strategy).__name__}, which holds "
-            "shards of its parameters. Prune first (Trainer(devices=1) or strategy='ddp'), then fit the pruned "
-            "checkpoint with your strategy and without this callback"
+            f"{who} cannot shrink a model in the middle of a fit under {name}, which holds shards of its parameters. "
+            "Prune first (Trainer(devices=1) or strategy='ddp'), then fit the pruned checkpoint with your strategy and "
+            "without this callback"
+        )
+    if isinstance(strategy.launcher, _MultiProcessingLauncher):
+        raise ValueError(
+            f"{who} cannot run under {name}'s spawned or forked processes: the weights that come back when they end "
+            "have other shapes than the module here. Use strategy='ddp' in a script, or one device"
+        )
+    if isinstance(strategy, DDPStrategy) and strategy._ddp_comm_state is not None:
+        raise ValueError(
+            f"{who} cannot shrink a model whose {name} has a ddp_comm_state "
+            f"({type(strategy._ddp_comm_state).__name__}): it keeps what has the old shapes. Leave it out of this fit"
         )
 
 
@@ -33,19 +54,55 @@ def refuse_neighbours(trainer: Trainer, who: str) -> None:
             )
 
 
-def refuse_outside_sharing(module: LightningModule, network: nn.Module, model_attribute: str) -> None:
-    """A parameter of the network that another part of the LightningModule holds as its own would keep its old shape."""
-    inside = {id(m) for m in network.modules()}
-    own = {id(p): name for name, p in network.named_parameters()}
-    for path, other in module.named_modules():
-        if id(other) in inside:
-            continue
-        for name, parameter in other._parameters.items():
-            if id(parameter) in own:
-                raise ValueError(
-                    f"{path}.{name} is shared with {model_attribute}.{own[id(parameter)]}; a shrink would leave it "
-                    "behind. Give it its own nn.Parameter"
-                )
+def refuse_sharing(module: LightningModule, network: nn.Module, tensors: Collection[str], model_attribute: str) -> None:
+    """ValueError where one of the parameters `tensors` of the network has a second place, in the network or outside it.
+
+    A cut would leave that place behind with the old shape, a mask would prune it unasked.
+    """
+    places: dict[int, list[str]] = {}
+    for path, holder in network.named_modules(remove_duplicate=False):
+        for name, parameter in holder._parameters.items():
+            places.setdefault(id(parameter), []).append(f"{model_attribute}.{path}.{name}".replace("..", "."))
+    inside = {id(m) for m in network.modules()}  # a network that is held twice, e.g. compiled, is no second place
+    for path, holder in module.named_modules():
+        for name, parameter in holder._parameters.items() if id(holder) not in inside else ():
+            if id(parameter) in places:
+                places[id(parameter)].append(f"{path}.{name}".lstrip("."))
+    for tensor in tensors:
+        first, *others = places[id(network.get_parameter(tensor))]
+        if others:
+            raise ValueError(
+                f"{others[0]} is shared with {first}; pruning one would break the other. Give each its own nn.Parameter"
+            )
+
+
+def refuse_optimizers(optimizers: Iterable[Optimizer], network: nn.Module, tensors: Collection[str]) -> None:
+    """ValueError for an optimizer whose state cannot be cut with the parameters `tensors` of the network."""
+    watched = {id(p): (name, p) for name, p in network.named_parameters() if name in tensors}
+    for optimizer in optimizers:
+        name = type(optimizer).__name__
+        if name in _UNFIT_OPTIMIZERS:
+            raise ValueError(
+                f"{name} keeps its own lists of parameters or a joint state, which cannot be cut with the network; use "
+                "an element-wise optimizer (AdamW, SGD), or prune before fit"
+            )
+        for parameter, state in optimizer.state.items():
+            path, expected = watched.get(id(parameter), ("", parameter))
+            for key, value in state.items() if path else ():
+                if not _can_be_cut(value, expected):
+                    shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                    raise ValueError(
+                        f"{name}: its state {key!r} of {path} ({shape}) does not have the parameter's shape "
+                        f"{tuple(expected.shape)} and cannot be cut with it; use an element-wise optimizer (AdamW, "
+                        "SGD), or prune before fit"
+                    )
+
+
+def _can_be_cut(value: object, parameter: Tensor) -> bool:
+    """As `slice_optimizers` sees it, which is told too late: after a round was searched."""
+    if isinstance(value, Tensor):
+        return value.numel() <= 1 or value.shape == parameter.shape
+    return value is None or isinstance(value, int | float | bool | str)
 
 
 def wrap_anew(trainer: Trainer) -> None:
@@ -54,4 +111,5 @@ def wrap_anew(trainer: Trainer) -> None:
     if isinstance(strategy, DDPStrategy):
         # The old wrapper has to go first: its reducer still hooks the parameters that stayed.
         strategy.model = strategy.lightning_module
+        strategy._pl_static_graph_delay_done = False  # the new reducer has its first backward pass before it
         strategy.configure_ddp()

@@ -22,7 +22,7 @@ from .granularity import (
     revert,
 )
 from .groups import Attribute, Exchange, Group, NormSlice, Slice
-from .holdout import FunctionScorer, HoldOut, Scorer, ScoringCost, Verdict
+from .holdout import HoldOut, Predict
 from .masks import MaskedLayerNorm, mask_plan, mask_units
 from .optimizers import slice_optimizer, slice_optimizers
 from .patterns import Pattern, parse_granularity
@@ -33,12 +33,12 @@ from .round_robin import (
     PruningResult,
     RoundOutcome,
     begin_search,
-    evaluation_mode,
     finish_search,
     measure_sensitivity,
     prune,
     run_round,
 )
+from .scorer import FunctionScorer, Scorer, ScoringCost, Verdict, evaluation_mode
 from .scores import (
     CRITERIA,
     Criterion,
@@ -79,6 +79,7 @@ __all__ = [
     "MaskedLayerNorm",
     "NormSlice",
     "Pattern",
+    "Predict",
     "PruningPlan",
     "PruningResult",
     "RoundOutcome",

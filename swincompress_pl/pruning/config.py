@@ -15,6 +15,9 @@ class RoundRobinConfig:
     """What the search prunes, how far and in which steps.
 
     tolerance: accuracy that may be lost against the baseline, in points, above 0 and at most 100.
+    first_tolerance: the tolerance to begin with, doubled up to `tolerance` whenever every target is locked; None for
+        `tolerance` from the start. A wide tolerance lets the first targets spend it on steps that others would give
+        cheaper; beginning narrow takes what is cheap everywhere first, for more rounds.
     granularity: "structured" (units of the network's groups), "weight" (single weights), n of m like "2:4", or "block"
         (blocks of block_shape = rows, columns).
     step: part of a target's original units that a first step removes; halved at each rejection until it is below
@@ -35,6 +38,7 @@ class RoundRobinConfig:
     """
 
     tolerance: float = 1.0
+    first_tolerance: float | None = None
     granularity: str = "structured"
     block_shape: tuple[int, int] = (8, 8)
     step: float = 0.05
@@ -58,6 +62,13 @@ class RoundRobinConfig:
         object.__setattr__(self, "layers", None if self.layers is None else _names(self.layers))
         object.__setattr__(self, "block_shape", tuple(self.block_shape))
         _require("tolerance", self.tolerance, 0 < self.tolerance <= 100, "in points, above 0 and at most 100, e.g. 1.0")
+        first = self.first_tolerance
+        _require(
+            "first_tolerance",
+            first,
+            first is None or 0 < first <= self.tolerance,
+            f"None, or above 0 and at most tolerance={self.tolerance}",
+        )
         _require("step", self.step, 0 < self.step <= 1, "a part of the units, above 0 and at most 1, e.g. 0.05")
         _require("min_step", self.min_step, 0 < self.min_step <= self.step, f"above 0 and at most step={self.step}")
         _require("max_sparsity", self.max_sparsity, 0 < self.max_sparsity < 1, "above 0 and below 1, e.g. 0.9")

@@ -186,7 +186,7 @@ class WeightGranularity:
         self.config, self.pattern = config, pattern
 
     def targets(self, network: nn.Module) -> list[Target]:
-        parameters = dict(network.named_parameters())
+        parameters = dict(network.named_parameters(remove_duplicate=False))  # a shared one is refused by its own name
         names = _matching(prunable_weights(network), self.config.layers)
         masks = masked_parameters(network)
         found = []

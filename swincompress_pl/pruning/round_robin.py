@@ -13,8 +13,8 @@ from __future__ import annotations
 import copy
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -33,10 +33,10 @@ from .granularity import (
     plan_of_masks,
     revert,
 )
-from .holdout import FunctionScorer, Scorer
 from .ledger import Ledger
 from .plan import PruningPlan
 from .ranks import from_rank_zero
+from .scorer import ROUNDING_POINTS, FunctionScorer, Scorer, evaluation_mode
 from .scores import Gradients, needs_gradients
 from .state import SearchState, Step, TargetState
 from .weight_masks import masked_parameters, remove_masks
@@ -48,7 +48,6 @@ Progress = Callable[[Step], None]
 """Told of each tried step, accepted or not."""
 
 SENSITIVITY_LEVELS = (0.125, 0.25, 0.5)
-_ROUNDING_POINTS = 1e-9  # a score is a quotient of counts: the tolerance itself is within the tolerance
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,6 +176,7 @@ def begin_search(
         baseline_prunable=sum(t.weights for t in targets),
         baseline_bytes=ledger.size_bytes,
         baseline_macs=ledger.macs,
+        tolerance=config.first_tolerance or config.tolerance,
         targets={
             t.name: TargetState(kind=t.kind, initial_units=t.units, units=t.units, step=config.step) for t in targets
         },
@@ -255,6 +255,7 @@ def run_round(
         change = trial.commit_accepted()
     state.steps.extend(trial.steps)
     _lock_finished(state, granularity.targets(network), config)
+    _widen_tolerance(state, granularity.targets(network), config)
     state.scoring = _spent(state.scoring, scorer.cost.to_dict(), spent_before)
     state.elapsed_s += trial.seconds()
     state.stopped = trial.why_stopped()
@@ -294,7 +295,7 @@ class _Round:
         self.steps: list[Step] = []
         self.accepted: dict[str, tuple[Target, int, Removal]] = {}  # target -> itself, width before, what is gone
         self.ledger = Ledger(network, config, input_shape)
-        self.floor = state.baseline_score - config.tolerance - _ROUNDING_POINTS
+        self.floor = state.baseline_score - state.tolerance - ROUNDING_POINTS
         self.scored = self.below_floor = False
         self._started = time.monotonic()
 
@@ -437,18 +438,6 @@ def _spent(so_far: Mapping[str, float], now: Mapping[str, float], before: Mappin
     return {key: so_far.get(key, 0) + value - before[key] for key, value in now.items()}
 
 
-@contextmanager
-def evaluation_mode(network: nn.Module) -> Iterator[None]:
-    """`network.eval()` for a while; after it every module is in the mode that it was in."""
-    modes = [(module, module.training) for module in network.modules()]
-    network.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
 def as_scorer(evaluate: Evaluate | Scorer) -> Scorer:
     """A scorer as it is, a function as one that scores everything each time."""
     return cast(Scorer, evaluate) if hasattr(evaluate, "judge") else FunctionScorer(evaluate)
@@ -511,3 +500,13 @@ def _lock_finished(state: SearchState, targets: Sequence[Target], config: RoundR
         entry = state.targets[target.name]
         if entry.locked is None and _units_after_step(target, entry, config) is None:
             entry.locked = "as narrow as max_sparsity, round_to and its own limits allow"
+
+
+def _widen_tolerance(state: SearchState, targets: Sequence[Target], config: RoundRobinConfig) -> None:
+    """When nothing more is to be had within a tolerance that is not yet the last, double it and begin again."""
+    if state.tolerance >= config.tolerance or any(entry.locked is None for entry in state.targets.values()):
+        return
+    state.tolerance = min(2 * state.tolerance, config.tolerance)
+    for entry in state.targets.values():
+        entry.step, entry.locked = config.step, None
+    _lock_finished(state, targets, config)

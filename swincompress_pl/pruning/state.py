@@ -48,6 +48,7 @@ class SearchState:
     """Where a search stands after some rounds; `stopped` says why it is over, None while it is not.
 
     baseline_*: of the network before the first round; baseline_prunable: the weights that the targets own.
+    tolerance: in points, of the present rounds (`first_tolerance` makes it grow).
     score: of the network after the last round, over the whole hold-out. initial_units: of every group or layer.
     sensitivity: {target: [(part removed, score in points), ...]}, each alone, where it was measured.
     scoring: what scoring cost so far (`ScoringCost`). elapsed_s: time spent searching.
@@ -59,6 +60,7 @@ class SearchState:
     baseline_prunable: int
     baseline_bytes: int
     baseline_macs: int | None
+    tolerance: float
     targets: dict[str, TargetState]
     initial_units: dict[str, int]
     rounds: int = 0

@@ -1,0 +1,233 @@
+"""Scoring by a metric that the module logs: the accuracy itself, and no trace of it in the module's own logging."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from callback_cases import (
+    Plain,
+    Unmoved,
+    assert_same_state,
+    data,
+    greedy,
+    loader,
+    make_trainer,
+)
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import CSVLogger
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics import MetricCollection
+from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
+
+from swincompress_pl.pruning import masked_parameters
+
+pytestmark = pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning")
+
+
+class _Right(Plain):
+    """What all modules here share."""
+
+    def right(self, batch: list[Tensor]) -> Tensor:
+        return (self.net(batch[0]).argmax(-1) == batch[1]).float()
+
+
+class Floats(_Right):
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        self.log("val/top1", float(self.right(batch).mean()))
+
+
+class WithoutIndex(_Right):
+    def validation_step(self, batch: list[Tensor]) -> None:  # type: ignore[override]  # Lightning allows it
+        self.log("val/top1", self.right(batch).mean(), prog_bar=True, batch_size=len(batch[0]))
+
+
+class Dictionary(_Right):
+    def validation_step(self, batch: list[Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+        self.log_dict({"val/top1": self.right(batch).mean(), "val/other": torch.tensor(7.0)}, on_epoch=True)
+
+
+class AtTheEnd(_Right):
+    def on_validation_epoch_start(self) -> None:
+        self.answers: list[Tensor] = []
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        self.answers.append(self.right(batch))
+
+    def on_validation_epoch_end(self) -> None:
+        self.log("val/top1", torch.cat(self.answers).mean())
+
+
+class TorchMetric(_Right):
+    def __init__(self) -> None:
+        super().__init__()
+        self.accuracy = MulticlassAccuracy(3, average="micro")
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        self.accuracy(self.net(batch[0]), batch[1])
+        self.log("val/top1", self.accuracy)
+
+
+class Collection(_Right):
+    def __init__(self) -> None:
+        super().__init__()
+        metrics = {"top1": MulticlassAccuracy(3, average="micro"), "f1": MulticlassF1Score(3)}
+        self.metrics = MetricCollection(metrics, prefix="val/")
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        self.metrics.update(self.net(batch[0]), batch[1])
+        self.log_dict(self.metrics)
+
+
+class ComputedByHand(TorchMetric):
+    """Never logged as an object, and reset by hand."""
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        self.accuracy.update(self.net(batch[0]), batch[1])
+
+    def on_validation_epoch_end(self) -> None:
+        self.log("val/top1", self.accuracy.compute())
+        self.accuracy.reset()
+
+
+MODULES = [Floats, WithoutIndex, Dictionary, AtTheEnd, TorchMetric, Collection, ComputedByHand]
+
+
+def uneven() -> DataLoader[Any]:
+    """The last batch is smaller: a mean of the batches' means would not be the mean of the images."""
+    return DataLoader(data(11), 4)
+
+
+@pytest.mark.parametrize("kind", MODULES)
+def test_the_metric_that_a_module_logs_decides(tmp_path: Path, kind: type[Plain]) -> None:
+    """The search sees the accuracy itself, and validation is logged as it is without the search."""
+
+    def fit(*callbacks: Callback) -> tuple[Plain, list[dict[str, str]]]:
+        module, folder = kind(), tmp_path / str(len(callbacks))
+        logger = CSVLogger(folder)
+        trainer = make_trainer(folder, 2, *callbacks, logger=logger, log_every_n_steps=1)
+        trainer.fit(module, loader(), uneven())
+        rows = (Path(logger.log_dir) / "metrics.csv").read_text().splitlines()
+        named = [dict(zip(rows[0].split(","), row.split(","), strict=True)) for row in rows[1:]]
+        return module, [{key: row[key] for key in ("epoch", "val/top1")} for row in named if row["val/top1"]]
+
+    module, rows = fit(greedy(monitor="val/top1", start_epoch=2))  # the search scores nothing: the fits are the same
+    plain, expected = fit()
+    assert rows == expected
+    assert len(rows) == 2
+    assert_same_state(dict(module.state_dict()), dict(plain.state_dict()))
+
+    callback = greedy(monitor="val/top1", kinds=("heads",), max_rounds=1, tolerance=1e-3)
+    module, rows = fit(callback)
+    state = callback.search_state
+    assert state is not None
+    assert state.baseline_score == pytest.approx(100 * _accuracy(kind(), uneven()), abs=1e-4)
+    assert len(rows) == 2
+    assert [row["epoch"] for row in rows] == ["0", "1"]
+    if not any(step.accepted for step in state.steps):
+        assert [row["val/top1"] for row in rows] == [row["val/top1"] for row in expected]
+
+
+def _accuracy(module: Plain, batches: DataLoader[Any]) -> float:
+    module.eval()
+    with torch.no_grad():
+        right = [module.net(images).argmax(-1) == labels for images, labels in batches]
+    return float(torch.cat(right).float().mean())
+
+
+def test_several_validation_loaders_are_one_holdout(tmp_path: Path) -> None:
+    class Two(_Right):
+        def validation_step(self, batch: list[Tensor], batch_idx: int, dataloader_idx: int) -> None:  # type: ignore[override]
+            self.log("val/top1", self.right(batch).mean(), add_dataloader_idx=False)
+
+    callback = greedy(monitor="val/top1", max_rounds=1)
+    loaders = [DataLoader(data(8, seed=3), 3), DataLoader(data(16, seed=4), 8)]
+    # No validation in this fit: Lightning takes no name for two loaders. So it has not asked for the loaders yet.
+    trainer = make_trainer(tmp_path, 1, callback, num_sanity_val_steps=0, check_val_every_n_epoch=2)
+    trainer.fit(Two(), loader(), val_dataloaders=loaders)
+    assert callback.search_state is not None
+    right = sum(_accuracy(Plain(), each) * len(each.dataset) for each in loaders)  # type: ignore[arg-type]  # sized
+    assert callback.search_state.baseline_score == pytest.approx(100 * right / 24, abs=1e-4)
+
+
+def test_the_module_is_validating_and_in_eval_mode(tmp_path: Path) -> None:
+    states = set()
+
+    class Watch(_Right):
+        def __init__(self) -> None:
+            super().__init__()
+            self.beside = nn.Dropout(0.5)
+
+        def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+            states.add((self.training, self.beside.training, self.trainer.validating, torch.is_grad_enabled()))
+            self.log("val/top1", self.right(batch).mean())
+
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            assert self.training
+            assert self.beside.training
+            return super().training_step(batch, batch_idx)
+
+    make_trainer(tmp_path, 1, greedy(monitor="val/top1"), num_sanity_val_steps=0, limit_val_batches=2).fit(
+        Watch(), loader(), loader()
+    )
+    assert states == {(False, False, True, False)}
+
+
+def test_limited_validation_is_a_limited_holdout(tmp_path: Path) -> None:
+    """`limit_val_batches` is what makes a trial of a fit quick."""
+    for monitor in (None, "val/top1"):
+        callback = greedy(monitor=monitor, max_rounds=1)
+        module = Floats()
+        make_trainer(tmp_path, 1, callback, limit_val_batches=2).fit(module, loader(), DataLoader(data(40), 4))
+        assert callback.search_state is not None
+        assert callback.search_state.baseline_score == pytest.approx(
+            100 * _accuracy(Floats(), DataLoader(TensorDataset(*(t[:8] for t in data(40).tensors)), 4)), abs=1e-4
+        )
+
+
+def test_a_metric_that_is_not_logged_is_refused_before_the_first_batch(tmp_path: Path) -> None:
+    module, unmoved = Dictionary(), Unmoved()
+    with pytest.raises(ValueError, match=r"monitor='val/acc' is not logged by Dictionary's.*logs val/top1, val/other"):
+        make_trainer(tmp_path, 9, greedy(monitor="val/acc", start_epoch=5), unmoved).fit(module, loader(), loader())
+    unmoved.check(module)
+    assert "train" not in module.stages
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [(float("nan"), "is nan.*look for NaN weights"), (71.25, "is 71.25.*a fraction between 0 and 1"), (-0.5, "is -50")],
+)
+@pytest.mark.parametrize("granularity", ["structured", "weight"])
+def test_a_metric_that_is_no_accuracy_is_refused(tmp_path: Path, value: float, message: str, granularity: str) -> None:
+    class Odd(_Right):
+        def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+            narrower = bool(masked_parameters(self.net)) or any((p == 0).any() for p in self.net.blocks.parameters())
+            broken = self.trainer.current_epoch == 1 and narrower
+            self.log("val/top1", value if broken else self.right(batch).mean())
+
+    module = Odd()
+    for parameter in module.parameters():
+        nn.init.uniform_(parameter, 0.01, 0.02)  # only what is masked is 0
+
+    class Late(Unmoved):
+        def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            super().on_fit_start(trainer, pl_module)
+
+    unmoved = Late()
+    callback = greedy(monitor="val/top1", start_epoch=1, granularity=granularity)
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, 2, unmoved, callback).fit(module, loader(), loader())
+    unmoved.check(module)
+    assert callback.search_state is None
+
+
+def test_a_metric_that_is_not_a_mean_is_refused(tmp_path: Path) -> None:
+    class Sums(_Right):
+        def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+            self.log("val/top1", self.right(batch).mean() / 3, reduce_fx="sum")
+
+    with pytest.raises(ValueError, match="val/top1 is logged with reduce_fx='sum'; only a mean"):
+        make_trainer(tmp_path, 1, greedy(monitor="val/top1")).fit(Sums(), loader(), loader())
