@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from callback_cases import (
+    Plain,
     Restorable,
     assert_same_state,
     greedy,
@@ -21,6 +22,7 @@ from lightning.pytorch.callbacks import (
 )
 from torch import Tensor, nn
 
+from swincompress_pl.callbacks import AdaptiveIterativePruning
 from swincompress_pl.models import CompressibleClassifier
 from swincompress_pl.models.manifest import CompressionMixin
 from swincompress_pl.pruning import masked_parameters
@@ -100,3 +102,28 @@ def test_masks_go_on_after_a_search_that_is_over(tmp_path: Path) -> None:
         assert torch.equal(mask, masks[name][1])
         assert not bool(parameter.detach()[~mask].any())
         assert not torch.equal(parameter, masks[name][0])
+
+
+def test_masks_hold_in_a_fit_without_the_callback(tmp_path: Path) -> None:
+    """Else the zeros would train away and nobody would say so."""
+    save = ModelCheckpoint(tmp_path, "masked")
+    make_trainer(tmp_path, 1, greedy(granularity="weight", step=0.25), save).fit(Restorable(), loader(), loader())
+    module = Restorable.load_from_checkpoint(tmp_path / "masked.ckpt")
+    make_trainer(tmp_path, 1).fit(module, loader(), loader())
+    masked = masked_parameters(module.net)
+    assert masked
+    for parameter, mask in masked.values():
+        assert not bool(parameter[~mask].any())
+        assert bool((~mask).any())
+
+
+def test_a_subclass_goes_on_with_the_search(tmp_path: Path) -> None:
+    class Special(AdaptiveIterativePruning):
+        pass
+
+    save = ModelCheckpoint(tmp_path, "first")
+    make_trainer(tmp_path, 1, greedy(), save).fit(Plain(), loader(), loader())
+    special = Special(tolerance=100.0, step=0.25, max_sparsity=0.75)
+    make_trainer(tmp_path, 2, special).fit(Plain(), loader(), loader(), ckpt_path=tmp_path / "first.ckpt")
+    assert special.search_state is not None
+    assert special.search_state.rounds == 2

@@ -106,6 +106,13 @@ class AdaptiveIterativePruning(Callback):
         self._masks: Any = None
         self._rng = RandomNumbers()
 
+    keeps_masks = True  # so CompressionMixin need not
+
+    @property
+    def state_key(self) -> str:
+        """One key for subclasses too: a checkpoint of one goes on with the other."""
+        return _WHO
+
     # Policy: override these.
 
     def should_prune(self, epoch: int) -> bool:

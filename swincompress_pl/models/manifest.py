@@ -20,7 +20,7 @@ from lightning import LightningModule
 from torch import nn
 
 from ..pruning import PruningPlan, apply_plan, history_of, regrow_latest_plan
-from ..pruning.weight_masks import register_masks, remove_masks, undo_latest_masks
+from ..pruning.weight_masks import keep_masks, masked_parameters, register_masks, remove_masks, undo_latest_masks
 from ..quant import QuantizedNetwork
 from .factory import recreate_model
 
@@ -71,6 +71,15 @@ class CompressionMixin:
     """
 
     model_attribute: str = "net"
+
+    def on_train_start(self) -> None:
+        """Keep the zeros of a masked network: no callback has to be there for it."""
+        assert isinstance(self, LightningModule)
+        super().on_train_start()
+        network = network_of(self, self.model_attribute)
+        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]  # set by the trainer
+        if masked_parameters(network) and not any(getattr(callback, "keeps_masks", False) for callback in callbacks):
+            keep_masks(self.trainer.optimizers, network)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the manifest."""
