@@ -34,8 +34,9 @@ PEERS = {
 class Job:
     """kind: "control" (fine-tuning without pruning), "prune", "peer", "scoring" or "overhead".
 
-    tolerance: in points. target: part of the prunable weights (granularity "weight") or of the MACs ("structured") at
-    which the search ends, None for the tolerance alone. recovery: epochs of fine-tuning between and after the rounds.
+    tolerance: in points; narrow: the search begins with an eighth of it. target: part of the prunable weights
+    (granularity "weight") or of the MACs ("structured") at which the search ends, None for the tolerance alone.
+    recovery: epochs of fine-tuning between and after the rounds.
     method: of a peer; reference: the job whose sparsity it has to reach, which has to be finished first.
     """
 
@@ -46,6 +47,7 @@ class Job:
     tolerance: float | None = None
     target: float | None = None
     recovery: bool = False
+    narrow: bool = False
     method: str | None = None
     reference: str | None = None
 
@@ -56,11 +58,13 @@ class Job:
         if self.tolerance is not None:
             parts.append(f"t{self.tolerance:g}")
         if self.kind in ("prune", "scoring"):
-            parts.append("recovery" if self.recovery else "alone")
+            parts.append("recovery" if self.recovery else "narrow" if self.narrow else "alone")
         if self.kind == "prune" and self.recovery:
             parts.append("free" if self.target is None else f"target{self.target:g}")
         if self.reference is not None:
             parts.append("as-" + self.reference.split("-", 3)[3].rsplit("-", 1)[0].replace("-", "_"))
+        if self.kind == "peer" and not self.recovery:
+            parts.append("alone")
         return "-".join(part for part in parts if part) + f"-s{self.seed}"
 
     def to_dict(self) -> dict[str, Any]:
@@ -76,6 +80,7 @@ def all_jobs() -> list[Job]:
     jobs += [job for granularity in FIXED for job in _at_fixed_sparsity(swin, granularity)]
     jobs += _pruned(swin, with_targets=False)
     jobs += _unrecovered(swin)
+    jobs += _narrow(swin)
     for granularity in ("structured", "weight"):
         jobs += [
             Job(kind="scoring", model=swin, seed=0, granularity=granularity, tolerance=2.0, recovery=recovered)
@@ -116,6 +121,18 @@ def _unrecovered(model: str) -> list[Job]:
     ]
 
 
+def _narrow(model: str) -> Iterator[Job]:
+    """Without recovery, beginning with a narrow tolerance; and the peers, without training too, at its sparsity."""
+    for granularity in TARGETS:
+        for tolerance in reversed(TOLERANCES):
+            for seed in SEEDS:
+                ours = Job(
+                    kind="prune", model=model, seed=seed, granularity=granularity, tolerance=tolerance, narrow=True
+                )
+                yield ours
+                yield from (peer for peer in _peers_of(ours) if not (peer.method or "").startswith("lightning"))
+
+
 def _at_fixed_sparsity(model: str, granularity: str) -> Iterator[Job]:
     for seed in SEEDS:
         ours = Job(
@@ -136,7 +153,7 @@ def _peers_of(ours: Job) -> Iterator[Job]:
     for method in PEERS[ours.granularity]:
         yield Job(
             kind="peer", model=ours.model, seed=ours.seed, granularity=ours.granularity, method=method,
-            recovery=True, reference=ours.name,
+            recovery=ours.recovery, reference=ours.name,
         )  # fmt: skip
 
 

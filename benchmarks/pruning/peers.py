@@ -35,7 +35,8 @@ class UnreachableError(Exception):
 
 
 def peer(subject: Subject, job: Job, reference: dict[str, Any]) -> dict[str, Any]:
-    """Prunes to the sparsity of `reference` (the results of one of our jobs) with job.method, and fine-tunes.
+    """Prunes to the sparsity of `reference` (the results of one of our jobs) with job.method, and fine-tunes
+    if the job has recovery.
 
     A method that fails on this network is a result: {"failed": its error}.
     """
@@ -54,7 +55,7 @@ def peer(subject: Subject, job: Job, reference: dict[str, Any]) -> dict[str, Any
         raise  # a package that is not installed is no result
     except Exception as error:  # whatever a peer raises on a network it was not made for belongs into the table
         return {"failed": f"{type(error).__name__}: {error}"[:600], "versions": _versions(job)}
-    seconds = fit(subject, module, data, callbacks)
+    seconds = fit(subject, module, data, callbacks) if job.recovery else 0.0
     for layer, name in parameters:
         if torch_prune.is_pruned(layer) and hasattr(layer, f"{name}_orig"):
             torch_prune.remove(layer, name)

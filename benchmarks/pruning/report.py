@@ -24,6 +24,7 @@ _WAYS = {
     "target": "recovery, tolerance and target",
     "tolerance": "recovery, tolerance alone",
     "alone": "no recovery",
+    "narrow": "no recovery, tolerance from an eighth",
 }
 _METHODS = {
     "ours": "ours",

@@ -53,7 +53,6 @@ class Recipe:
     criterion: str = "magnitude"
     order: str = "fixed"
     ranking: str = "local"
-    first_tolerance: float | None = None
 
     def changed(self, overrides: dict[str, Any]) -> Recipe:
         """With some fields replaced; TypeError for a field that there is not."""

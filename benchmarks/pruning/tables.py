@@ -115,7 +115,9 @@ def table1(results: Results, model: str) -> list[dict[str, Any]]:
     """A row for each granularity, way of recovery and tolerance: what was removed and what it cost."""
 
     def key(job: dict[str, Any]) -> tuple[Any, ...]:
-        way = "alone" if not job["recovery"] else "tolerance" if job["target"] is None else "target"
+        way = "narrow" if job.get("narrow") else "alone"
+        if job["recovery"]:
+            way = "tolerance" if job["target"] is None else "target"
         return job["model"], job["granularity"], way, -job["tolerance"], job["target"] or 0.0
 
     rows = []
@@ -167,7 +169,7 @@ def _float(results: Results, entry: dict[str, Any], way: str) -> dict[str, Any]:
     """What a job is measured against: without training in it the given network, else the better control."""
     control = control_of(results, entry["job"]["model"], entry["job"]["seed"])
     assert control is not None
-    return dict(control["given"]) if way == "alone" else better_control(control)
+    return dict(control["given"]) if way in ("alone", "narrow") else better_control(control)
 
 
 def _comparable(results: Results, entry: dict[str, Any]) -> bool:
@@ -210,7 +212,12 @@ def _peer_row(
         "weights_removed": Spread(tuple(e["after"]["prunable"]["removed"] for e in entries)),
         "macs_removed": Spread(tuple(1 - e["after"]["macs"] / e["after"]["macs_before"] for e in entries)),
         "accuracy": Spread(tuple(e["after"]["test"]["percent"] for e in entries)),
-        "lost": Loss(tuple(paired(_float(results, e, "fit")["test"], e["after"]["test"]) for e in entries)),
+        "lost": Loss(
+            tuple(
+                paired(_float(results, e, "fit" if e["job"]["recovery"] else "alone")["test"], e["after"]["test"])
+                for e in entries
+            )
+        ),
         "behind_ours": Loss(
             tuple(paired(ours[e["job"]["seed"]]["after"]["test"], e["after"]["test"]) for e in entries)
         ),

@@ -128,8 +128,8 @@ def search_options(subject: Subject, job: Job, network: nn.Module) -> dict[str, 
         "order": recipe.order,
         "ranking": recipe.ranking,
     }
-    if recipe.first_tolerance is not None:
-        options["first_tolerance"] = min(recipe.first_tolerance, _tolerance(job))
+    if job.narrow:
+        options["first_tolerance"] = _tolerance(job) / 8
     if job.granularity == "structured":
         options |= {"kinds": recipe.kinds, "round_to": recipe.round_to, "target": job.target}
     elif job.target is not None:
