@@ -22,6 +22,7 @@ from ..pruning import (
     Scorer,
     SearchState,
     Step,
+    StructuredGranularity,
     begin_search,
     collect_gradients,
     evaluation_mode,
@@ -33,7 +34,6 @@ from ..pruning import (
     slice_optimizers,
 )
 from ..quant import QuantizedNetwork
-from ..registry import adapter_for
 from .progress import search_progress
 from .resume import RandomNumbers, rng_states
 from .scoring import batches_on_device, holdout_loaders, holdout_scorer, metric_scorer, training_batches
@@ -366,7 +366,7 @@ def _pruned_tensors(network: nn.Module, config: RoundRobinConfig) -> set[str]:
     if config.granularity != "structured":
         return names
     own = dict(network.named_parameters(remove_duplicate=False))
-    groups = [group for group in adapter_for(network).groups(network) if group.name in names]
+    groups = StructuredGranularity(config).groups(network)
     return {part.tensor for group in groups for part in group.slices if part.tensor in own}
 
 

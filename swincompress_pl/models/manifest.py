@@ -75,7 +75,7 @@ class CompressionMixin:
     def on_train_start(self) -> None:
         """Keep the zeros of a masked network: no callback has to be there for it."""
         assert isinstance(self, LightningModule)
-        super().on_train_start()
+        super().on_train_start()  # type: ignore[misc]  # the LightningModule's
         network = network_of(self, self.model_attribute)
         callbacks = self.trainer.callbacks  # type: ignore[attr-defined]  # set by the trainer
         if masked_parameters(network) and not any(getattr(callback, "keeps_masks", False) for callback in callbacks):
