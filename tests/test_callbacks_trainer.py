@@ -447,10 +447,13 @@ class Rich(RichProgressBar):
     def on_screen(self) -> Iterator[None]:
         import rich
 
-        before = rich.get_console()
+        console = rich.get_console()
+        before = console.__dict__
         self._console_kwargs = {"file": self.screen, "force_terminal": True, "width": 200}
-        yield
-        rich._console = before  # Lightning reconfigures the global one
+        try:
+            yield
+        finally:
+            console.__dict__ = before  # Lightning reconfigures the global one, in place
 
 
 def test_the_search_has_a_line_in_rich(tmp_path: Path) -> None:
