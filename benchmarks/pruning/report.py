@@ -102,8 +102,9 @@ _INTRODUCTION = (
     "without recovery it cannot be avoided. Without recovery nothing is random but the choice of the hold-out."
 )
 _COMPARISON = (
-    "Each method gets the weights, epochs, recipe and seed of ours, and the sparsity that ours reached (part of the "
-    "prunable weights, or MACs). Lightning's structured functions write zeros and remove no MAC, so they have no row."
+    "Each method gets the weights, seed and training of ours (none where ours is narrow: without recovery, tolerance "
+    "from an eighth), and the sparsity that ours reached (part of the prunable weights, or MACs). "
+    "Lightning's structured functions write zeros and remove no MAC, so they have no row."
 )
 _SCORING = (
     "One search with every image scored for every decision, and the same with sampling, a sequential test and cached "
