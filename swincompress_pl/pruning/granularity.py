@@ -2,7 +2,7 @@
 
 A granularity tells the search its targets, chooses what goes, masks it for a trial and makes it last. Two there are:
 `StructuredGranularity` (units, sliced away) and `WeightGranularity` (weights, n:m, blocks: masks that stay zero).
-`GlobalTarget` lays either over the whole network, so that one step takes the least of all layers together.
+`GlobalGranularity` lays either over the whole network, so that one step takes the least of all layers together.
 """
 
 from __future__ import annotations
