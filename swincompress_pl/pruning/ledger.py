@@ -26,7 +26,6 @@ class Ledger:
 
     def __init__(self, network: nn.Module, config: RoundRobinConfig, input_shape: Sequence[int] | None) -> None:
         self._network, self._config, self._input_shape = network, config, input_shape
-        self.macs = self._macs_of(network)  # masks of weights leave them
         self.reset()
 
     def reset(self) -> None:
@@ -37,6 +36,8 @@ class Ledger:
             groups = StructuredGranularity(self._config).groups(self._network)
             apply_plan(self._bare, plan_of_masks(self._network, groups))
             self._units = {g.name: g.units for g in groups}
+        else:
+            self.macs = self._macs_of(self._network)  # masks of weights leave them
         self._kept = {name: int(mask.sum()) for name, (_, mask) in masked_parameters(self._network).items()}
         self._elements = {name: p.numel() for name, p in self._network.named_parameters()}
         self._count()
