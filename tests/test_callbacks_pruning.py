@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from torch.utils.data import DataLoader
 
 from swincompress_pl.callbacks.pruning import AdaptiveIterativePruning
 from swincompress_pl.callbacks.surroundings import refuse_strategy
-from swincompress_pl.pruning import RoundRobinConfig, Step, history_of
+from swincompress_pl.pruning import RoundRobinConfig, Step, history_of, masked_parameters
 from swincompress_pl.quant import QuantizedNetwork
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning")
@@ -473,3 +474,15 @@ def test_a_state_of_another_version_is_refused() -> None:
 def test_every_n_epochs() -> None:
     callback = greedy(start_epoch=2, every_n_epochs=3)
     assert [epoch for epoch in range(10) if callback.should_prune(epoch)] == [2, 5, 8]
+
+
+def test_a_fit_that_ends_before_its_search_says_that_nothing_was_sliced(tmp_path: Path) -> None:
+    module = Plain()
+    with pytest.warns(UserWarning, match="shrink='end': the search did not end in this fit"):
+        make_trainer(tmp_path, 1, greedy(shrink="end")).fit(module, loader(), loader())
+    assert module.net.blocks[0].attn.num_heads == 4
+    assert masked_parameters(module.net)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*did not end in this fit")
+        make_trainer(tmp_path, 1, greedy(shrink="end", max_rounds=1)).fit(module := Plain(), loader(), loader())
+    assert module.net.blocks[0].attn.num_heads == 3

@@ -41,6 +41,7 @@ from .surroundings import refuse_neighbours, refuse_optimizers, refuse_sharing, 
 
 _STATE_VERSION = 2
 _WHO = "AdaptiveIterativePruning"
+_QUANTIZED = "the network is quantized"
 
 
 class AdaptiveIterativePruning(Callback):
@@ -167,6 +168,15 @@ class AdaptiveIterativePruning(Callback):
         self._last_epoch = epoch
         self._log(pl_module, outcome)
 
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say so when the fit ends before a search that slices only at its own end."""
+        state = self.search_state
+        if self.config.shrink == "end" and state is not None and state.stopped in (None, _QUANTIZED):
+            rank_zero_warn(
+                "shrink='end': the search did not end in this fit, so what it took is masked and not sliced. Give "
+                "max_rounds or a target that is reached, or slice a float network with pruning.finish_search"
+            )
+
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let go of the hold-out and of the optimizers."""
         self._let_go()
@@ -223,7 +233,7 @@ class AdaptiveIterativePruning(Callback):
         state = self.search_state
         if isinstance(network_of(module, self.model_attribute), QuantizedNetwork):
             if state is not None and state.stopped is None:
-                state.stopped = "the network is quantized"
+                state.stopped = _QUANTIZED
                 rank_zero_info("pruning ends: the network is quantized, with scales for its present widths")
             return True
         return state is not None and state.stopped is not None
