@@ -73,6 +73,7 @@ def _tqdm_bar(bar: TQDMProgressBar, description: str, total: int) -> Iterator[Te
     def tell(step: Step) -> None:
         line.set_postfix_str(_text(step), refresh=False)
         line.update(1)
+        line.refresh()  # tqdm leaves out what follows within 0.1 s; a step is worth being seen
 
     try:
         yield tell
