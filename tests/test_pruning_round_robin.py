@@ -11,11 +11,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from timm.models import VisionTransformer
-from torch import nn
+from torch import Tensor, nn
 
 from swincompress_pl.models.manifest import restore_from_history
 from swincompress_pl.pruning import (
     AppliedPlan,
+    Gradients,
     PruningPlan,
     RoundRobinConfig,
     SearchState,
@@ -25,6 +26,7 @@ from swincompress_pl.pruning import (
     collect_gradients,
     count_macs,
     count_parameters,
+    granularity_for,
     history_of,
     masked_parameters,
     masked_share,
@@ -465,6 +467,55 @@ def test_global_ranking_takes_the_lowest_of_all_layers() -> None:
     gone = sum(share * network.get_parameter(name).numel() for name, share in zeros.items())
     assert gone / total == pytest.approx(0.01, abs=1 / total)
     assert [row.target for row in result.steps] == ["network"]
+
+
+def _unit_prices(network: nn.Module) -> dict[str, int]:
+    """MACs of one unit of each target, counted by removing eight channels or one head."""
+    prices = {}
+    for target in granularity_for(RoundRobinConfig()).targets(network):
+        narrower = copy.deepcopy(network)
+        removal = granularity_for(RoundRobinConfig()).removal(narrower, target, target.units - target.granule, None)
+        granularity_for(RoundRobinConfig()).commit(narrower, removal)
+        prices[target.name] = (count_macs(network, SHAPE) - count_macs(narrower, SHAPE)) // target.granule
+    return prices
+
+
+@pytest.mark.parametrize("dear", ["attn.heads", "mlp.channels"])
+def test_a_ranking_by_loss_pays_for_what_it_saves(dear: str) -> None:
+    # Units of `dear` cost the loss a little less than others, but much less than a MAC of theirs is worth, or the other
+    # way round: the ratio decides, not the score.
+    network = _network()
+    prices = _unit_prices(network)
+    wanted = {name: price * (3.0 if name.endswith(dear) else 1.0) for name, price in prices.items()}
+    groups = {g.name: g for g in granularity_for(RoundRobinConfig()).groups(network)}  # type: ignore[attr-defined]
+    owner = {s.tensor: name for name, g in groups.items() for s in g.consumers()}
+
+    def criterion(name: str, weight: Tensor, gradients: object) -> Tensor:
+        values = torch.zeros_like(weight)
+        if name in owner:
+            values += wanted[owner[name]] / (weight.numel() / groups[owner[name]].units)
+        return values
+
+    criterion.needs_gradients = True  # type: ignore[attr-defined]  # in units of the loss, it says
+    config = RoundRobinConfig(ranking="global", criterion=criterion, step=0.2, max_rounds=1, max_sparsity=0.5)
+    zeros = {name: torch.zeros_like(p) for name, p in network.named_parameters()}
+    empty = Gradients(absolute=zeros, squared=zeros, batches=1)
+    result = prune(network, lambda _n: 90.0, config, input_shape=SHAPE, gradients=lambda _n: empty)
+    assert result.plan.kept
+    assert not [name for name in result.plan.kept if name.endswith(dear)]
+
+
+@pytest.mark.parametrize("ranking", ["local", "global"])
+@pytest.mark.parametrize("target", [0.1, 0.23])
+def test_the_last_step_does_not_go_beyond_the_target(ranking: str, target: float) -> None:
+    network = _network()
+    whole = count_macs(network, SHAPE)
+    finest = max(price * (1 if name.endswith("heads") else 8) for name, price in _unit_prices(network).items())
+    config = RoundRobinConfig(ranking=ranking, step=0.5, target=target)  # type: ignore[arg-type]
+    result = prune(network, lambda _n: 90.0, config, input_shape=SHAPE)
+    removed = whole - count_macs(network, SHAPE)
+    assert result.stopped.startswith("target reached")
+    assert target * whole <= removed < target * whole + (1 if ranking == "local" else len(WIDTHS)) * finest
 
 
 def test_the_end_of_the_search_slices_what_was_masked() -> None:

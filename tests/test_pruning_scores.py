@@ -233,6 +233,7 @@ def test_criteria_are_their_formulas() -> None:
         "magnitude": weight**2,
         "taylor": weight.abs() * absolute,
         "fisher": weight**2 * squared / 2,
+        "layer_fisher": weight**2 * squared.double().mean() / 2,
     }
     assert expected.keys() == CRITERIA.keys()
     for criterion, values in expected.items():
@@ -255,7 +256,7 @@ def test_which_criteria_need_gradients() -> None:
     def mine(name: str, weight: Tensor, gradients: Gradients | None) -> Tensor:
         return weight.abs()
 
-    assert {c for c in CRITERIA if needs_gradients(c)} == {"taylor", "fisher"}
+    assert {c for c in CRITERIA if needs_gradients(c)} == {"taylor", "fisher", "layer_fisher"}
     assert not needs_gradients(mine)
     mine.needs_gradients = True  # type: ignore[attr-defined]
     assert needs_gradients(mine)
@@ -319,7 +320,7 @@ def test_a_units_score_is_the_sum_over_all_that_it_owns(criterion: str) -> None:
     normalized = unit_scores(network, group, criterion, gradients, normalize=True)
     torch.testing.assert_close(normalized, (expected / expected.mean()).float())
     default = unit_scores(network, group, criterion, gradients)
-    assert torch.equal(default, raw if criterion in ("taylor", "fisher") else normalized)
+    assert torch.equal(default, raw if criterion in ("taylor", "fisher", "layer_fisher") else normalized)
 
 
 def test_a_users_function_scores_units_by_its_sum() -> None:

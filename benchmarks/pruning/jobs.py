@@ -18,6 +18,10 @@ TARGETS = {"weight": {5.0: 0.57, 2.0: 0.52, 1.0: 0.42}, "structured": {5.0: 0.47
 # Sparsities of their own for the comparison with peers; the tolerance is wide, so that the target decides.
 FIXED = {"weight": 0.50, "structured": 0.35}
 FIXED_TOLERANCE = 10.0
+# The same where methods come apart, with a short fine-tuning.
+SHORT = "swin_cifar10_short"
+SHORT_FIXED = {"weight": 0.75, "structured": 0.47}
+SHORT_TOLERANCE = 20.0
 PEERS = {
     "weight": ("oneshot_global", "oneshot_uniform", "lightning_once", "lightning_iterative"),
     "structured": (
@@ -34,7 +38,8 @@ PEERS = {
 class Job:
     """kind: "control" (fine-tuning without pruning), "prune", "peer", "scoring" or "overhead".
 
-    tolerance: in points; narrow: the search begins with an eighth of it. target: part of the prunable weights
+    tolerance: in points; narrow: the search begins with an eighth of it. ranked: all targets are ranked together, by
+    what the loss feels for what is saved, instead of in turn by magnitude. target: part of the prunable weights
     (granularity "weight") or of the MACs ("structured") at which the search ends, None for the tolerance alone.
     recovery: epochs of fine-tuning between and after the rounds.
     method: of a peer; reference: the job whose sparsity it has to reach, which has to be finished first.
@@ -48,6 +53,7 @@ class Job:
     target: float | None = None
     recovery: bool = False
     narrow: bool = False
+    ranked: bool = False
     method: str | None = None
     reference: str | None = None
 
@@ -61,6 +67,8 @@ class Job:
             parts.append("recovery" if self.recovery else "narrow" if self.narrow else "alone")
         if self.kind == "prune" and self.recovery:
             parts.append("free" if self.target is None else f"target{self.target:g}")
+        if self.ranked:
+            parts.append("ranked")
         if self.reference is not None:
             parts.append("as-" + self.reference.split("-", 3)[3].rsplit("-", 1)[0].replace("-", "_"))
         if self.kind == "peer" and not self.recovery:
@@ -90,6 +98,7 @@ def all_jobs() -> list[Job]:
         jobs += [Job(kind="control", model=model, seed=seed) for seed in SEEDS]
         jobs += _pruned(model, with_targets=False) + _unrecovered(model)
     jobs += [job for granularity in FIXED for job in _like_tolerance_2(swin, granularity)]
+    jobs += _short()
     jobs += [Job(kind="overhead", model=swin, seed=0, granularity=g, tolerance=2.0) for g in ("structured", "weight")]
     return jobs
 
@@ -140,6 +149,17 @@ def _at_fixed_sparsity(model: str, granularity: str) -> Iterator[Job]:
             target=FIXED[granularity], recovery=True,
         )  # fmt: skip
         yield from (ours, *_peers_of(ours))
+
+
+def _short() -> Iterator[Job]:
+    for seed in SEEDS:
+        yield Job(kind="control", model=SHORT, seed=seed)
+        for granularity, target in SHORT_FIXED.items():
+            ours = Job(
+                kind="prune", model=SHORT, seed=seed, granularity=granularity, tolerance=SHORT_TOLERANCE,
+                target=target, recovery=True, ranked=True,
+            )  # fmt: skip
+            yield from (ours, *_peers_of(ours))
 
 
 def _like_tolerance_2(model: str, granularity: str) -> Iterator[Job]:

@@ -128,6 +128,9 @@ def search_options(subject: Subject, job: Job, network: nn.Module) -> dict[str, 
         "order": recipe.order,
         "ranking": recipe.ranking,
     }
+    if job.ranked:
+        criterion = "fisher" if job.granularity == "structured" else "layer_fisher"
+        options |= {"ranking": "global", "criterion": criterion}
     if job.narrow:
         options["first_tolerance"] = _tolerance(job) / 8
     if job.granularity == "structured":

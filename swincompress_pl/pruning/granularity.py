@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from ..registry import adapter_for
 from .apply import AppliedPlan, apply_plan, revert_plan
 from .config import RoundRobinConfig
+from .cost import count_macs, skeleton
 from .groups import Group
 from .masks import mask_units
 from .patterns import Pattern, parse_granularity
 from .plan import PruningPlan
-from .scores import Gradients, lowest_units, unit_scores, weight_scores
+from .scores import Gradients, lowest_units, needs_gradients, unit_scores, weight_scores
 from .weight_masks import masked_parameters, register_masks, set_mask, temporary_mask, undo_latest_masks
 
 Removal = Mapping[str, Any]
@@ -92,14 +93,21 @@ class Granularity(Protocol):
         ...
 
 
-def granularity_for(config: RoundRobinConfig, initial_units: Mapping[str, int] | None = None) -> Granularity:
-    """The granularity that `config` asks for; initial_units: the widths before the search, where it has begun."""
+def granularity_for(
+    config: RoundRobinConfig,
+    initial_units: Mapping[str, int] | None = None,
+    input_shape: Sequence[int] | None = None,
+) -> Granularity:
+    """The granularity that `config` asks for; initial_units: the widths before the search, where it has begun.
+
+    input_shape: of one input with its batch axis; with it a global ranking knows what a unit costs in MACs.
+    """
     local: StructuredGranularity | WeightGranularity
     if config.granularity == "structured":
         local = StructuredGranularity(config, initial_units)
     else:
         local = WeightGranularity(config, parse_granularity(config.granularity, block_shape=config.block_shape))
-    return GlobalGranularity(local, config) if config.ranking == "global" else local
+    return GlobalGranularity(local, config, input_shape) if config.ranking == "global" else local
 
 
 class StructuredGranularity:
@@ -240,12 +248,20 @@ class WeightGranularity:
 class GlobalGranularity:
     """One target, the whole network in per mille of its prunable weights: a step takes the lowest scores anywhere.
 
-    Every member keeps what `max_sparsity`, `round_to` and its own limits ask for, so a step may remove less than its
-    share.
+    Scores in units of the loss (criteria with gradients) are divided by what the unit costs: in MACs where they are the
+    target's measure and `input_shape` is known, else in parameters. So a step takes what saves most for the loss, the
+    order in which a knapsack is filled. Magnitudes are no loss and stay as they are. Every member keeps what
+    `max_sparsity`, `round_to` and its own limits ask for, so a step may remove less than its share.
     """
 
-    def __init__(self, local: StructuredGranularity | WeightGranularity, config: RoundRobinConfig) -> None:
-        self.local, self.config = local, config
+    def __init__(
+        self,
+        local: StructuredGranularity | WeightGranularity,
+        config: RoundRobinConfig,
+        input_shape: Sequence[int] | None = None,
+    ) -> None:
+        self.local, self.config, self.input_shape = local, config, input_shape
+        self._known_prices: list[float] = []
 
     def targets(self, network: nn.Module) -> list[Target]:
         members = tuple(self.local.targets(network))
@@ -271,6 +287,10 @@ class GlobalGranularity:
     def _widths(self, network: nn.Module, target: Target, keep: int, gradients: Gradients | None) -> list[int]:
         """The members' widths when the lowest (target.units - keep) per mille of all original weights go, together."""
         scores = [self.local.scores_of_kept(network, m, gradients) for m in target.members]
+        if needs_gradients(self.config.criterion):
+            # A granularity lives as long as a round, in which nothing is sliced.
+            self._known_prices = prices = self._known_prices or self._prices(network, target.members)
+            scores = [each / price for each, price in zip(scores, prices, strict=True)]
         owners = torch.cat([torch.full((len(s),), i) for i, s in enumerate(scores)])
         costs = torch.tensor([m.weights / m.initial_units for m in target.members], dtype=torch.float64)
         order = torch.argsort(torch.cat(scores), stable=True)
@@ -282,6 +302,22 @@ class GlobalGranularity:
             width = -(-(member.units - removed) // member.granule) * member.granule
             widths.append(min(max(width, member.least_units(self.config.max_sparsity)), member.units))
         return widths
+
+    def _prices(self, network: nn.Module, members: Sequence[Target]) -> list[float]:
+        """What a unit of each member costs: MACs or parameters, of the network as it stands."""
+        structured = isinstance(self.local, StructuredGranularity)
+        if not structured or self.config.target_of != "macs" or self.input_shape is None:
+            return [m.weights / m.initial_units for m in members]
+        assert isinstance(self.local, StructuredGranularity)
+        groups = {g.name: g for g in self.local.groups(network)}
+        whole, prices = count_macs(network, self.input_shape), []
+        for member in members:
+            group, bare = groups[member.name], skeleton(network)
+            cut = min(member.granule, group.units - 1)
+            if cut:
+                apply_plan(bare, PruningPlan.removing([group], {group.name: range(cut)}))
+            prices.append((whole - count_macs(bare, self.input_shape)) / cut if cut else float(whole))
+        return prices
 
     def masked(self, network: nn.Module, removal: Removal) -> AbstractContextManager[Any]:
         return self.local.masked(network, removal)

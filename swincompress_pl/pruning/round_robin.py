@@ -154,7 +154,7 @@ def begin_search(
     if config.target is not None and config.target_of == "macs" and input_shape is None:
         raise ValueError(f"target={config.target} of the MACs needs input_shape, e.g. input_shape=(1, 3, 224, 224)")
     spent_before = scorer.cost.to_dict()
-    granularity = granularity_for(config)
+    granularity = granularity_for(config, input_shape=input_shape)
     targets = granularity.targets(network)
     statistics = _statistics(network, config, gradients)
     ledger = Ledger(network, config, input_shape)
@@ -233,7 +233,7 @@ def run_round(
     as it was.
     """
     state, scorer = copy.deepcopy(state), as_scorer(evaluate)
-    granularity = granularity_for(config, state.initial_units)
+    granularity = granularity_for(config, state.initial_units, input_shape)
     targets = granularity.targets(network)
     check_same_targets(state, targets)
     statistics = _statistics(network, config, gradients)

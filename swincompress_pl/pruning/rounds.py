@@ -78,7 +78,7 @@ class Round:
         before, after = entry.units, units_after_step(target, entry, self.config)
         assert after is not None  # such targets were locked before the round
         target = replace(target, units=before)
-        removal = from_rank_zero(self.granularity.removal(self.network, target, after, self.gradients))
+        after, removal = self._removal(target, after)
         with ExitStack() as trial:
             trial.enter_context(self.granularity.masked(self.network, removal))
             try:
@@ -97,6 +97,36 @@ class Round:
         if not verdict.accepted:
             self._reject(target, entry, after)
         self._report(target, before, after, verdict.score, accepted, verdict.images, verdict.exact)
+
+    def _removal(self, target: Target, after: int) -> tuple[int, Removal]:
+        """What a step to `after` units removes, or a smaller one where that is beyond the search's target already."""
+
+        def at(keep: int) -> Removal:
+            return from_rank_zero(self.granularity.removal(self.network, target, keep, self.gradients))
+
+        removal = at(after)
+        if self.config.target is None or self._removed_part_with(removal) <= self.config.target:
+            return after, removal
+        widths = range(target.units // target.granule * target.granule, after - 1, -target.granule)
+        low, high = 0, len(widths) - 1  # the target is met at the last of them
+        while low < high:
+            middle = (low + high) // 2
+            met = self._removed_part_with(at(widths[middle])) >= self.config.target
+            low, high = (low, middle) if met else (middle + 1, high)
+        after = widths[low]
+        return after, at(after)
+
+    def _removed_part_with(self, removal: Removal) -> float:
+        """`removed_part` if `removal` were accepted."""
+        self.ledger.cut(removal)
+        part = self.removed_part()
+        self._recount()
+        return part
+
+    def _recount(self) -> None:
+        self.ledger.reset()
+        for _, _, removal in self.accepted.values():
+            self.ledger.cut(removal)
 
     def commit_accepted(self) -> Change:
         """Make the accepted steps last and score the whole hold-out: sampling, or sums in another order, may have
@@ -122,9 +152,7 @@ class Round:
         _, (target, before, _) = self.accepted.popitem()
         entry = self.state.targets[target.name]
         tried, entry.units = entry.units, before
-        self.ledger.reset()
-        for _, _, removal in self.accepted.values():
-            self.ledger.cut(removal)
+        self._recount()
         self._reject(target, entry, tried)
         self._report(target, before, tried, score, False, self.scorer.images, True)
 
