@@ -419,7 +419,9 @@ def test_a_pruned_network_quantizes(name: str) -> None:
     pixels = torch.randint(0, 256, (32, 16, 16, 3), dtype=torch.uint8)
     mean, std = (torch.tensor(_PREPROCESSING[key])[:, None, None] for key in ("mean", "std"))
     images = (pixels.permute(0, 3, 1, 2).float() / 255 - mean) / std
-    quantized = quantize(network, [images], method="searched", preprocessing=_PREPROCESSING, rows=128).eval()
+    quantized = quantize(
+        network, [images], method="searched", preprocessing=_PREPROCESSING, search={"rows": 128}
+    ).eval()
     with torch.no_grad():
         expected = network(images)
         assert (quantized(images) - expected).abs().mean() < 0.1 * expected.std()

@@ -56,6 +56,10 @@ def network_and_images(name: str, count: int = 12, seed: int = 0) -> tuple[nn.Mo
     return network, pixels, (pixels.permute(0, 3, 1, 2).float() / 255 - mean) / std
 
 
+def few_rows(method: str) -> dict[str, Any] | None:
+    return {"rows": 128} if method == "searched" else None
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 def test_graph_is_the_network(name: str) -> None:
     network, _, images = network_and_images(name)
@@ -69,7 +73,7 @@ def test_graph_is_the_network(name: str) -> None:
 @pytest.mark.parametrize("name", NETWORKS)
 def test_eval_is_the_norm_and_close_to_float(name: str, method: str) -> None:
     network, pixels, images = network_and_images(name)
-    quantized = quantize(network, [images], method=method, preprocessing=PREPROCESSING, rows=128).eval()
+    quantized = quantize(network, [images], method=method, preprocessing=PREPROCESSING, search=few_rows(method)).eval()
     with torch.no_grad():
         logits, expected = quantized(images), network(images)
     program = quantized.to_program()
@@ -82,7 +86,7 @@ def test_eval_is_the_norm_and_close_to_float(name: str, method: str) -> None:
 @pytest.mark.parametrize("name", ["swin", "swin drop", "vit"])
 def test_training_simulates_what_evaluation_computes(name: str) -> None:
     network, _, images = network_and_images(name, count=64)
-    quantized = quantize(network, [images], method="searched", preprocessing=PREPROCESSING, rows=256).eval()
+    quantized = quantize(network, [images], method="searched", preprocessing=PREPROCESSING, search={"rows": 256}).eval()
     with torch.no_grad():
         exact, simulated = quantized(images), quantized.fake_quantized(images)
     assert (exact.argmax(1) == simulated.argmax(1)).float().mean() >= 0.95
@@ -134,7 +138,7 @@ def test_affine_is_simulated_and_not_exported() -> None:
 
 def test_state_dict_restores_the_same_integers() -> None:
     network, pixels, images = network_and_images("swin")
-    quantized = quantize(network, [images], preprocessing=PREPROCESSING, rows=64)
+    quantized = quantize(network, [images], preprocessing=PREPROCESSING, search={"rows": 64})
     fresh = QuantizedNetwork(
         create_model(NETWORKS["swin"][0], num_classes=7, **NETWORKS["swin"][1]), preprocessing=PREPROCESSING
     )
@@ -171,7 +175,9 @@ def test_dead_layers_give_the_right_answer() -> None:
         network.blocks[1].attn.qkv.bias.zero_()  # type: ignore[index,union-attr]
         network.blocks[1].mlp.fc1.weight[3] = 0  # type: ignore[index,union-attr]
     for method in ("max", "searched"):
-        quantized = quantize(network, [images], method=method, preprocessing=PREPROCESSING, rows=64).eval()
+        quantized = quantize(
+            network, [images], method=method, preprocessing=PREPROCESSING, search=few_rows(method)
+        ).eval()
         with torch.no_grad():
             expected = network(images)
             assert (quantized(images) - expected).abs().mean() < 0.1 * expected.std()
@@ -182,7 +188,7 @@ def test_dead_layers_give_the_right_answer() -> None:
 
 def test_constant_images_calibrate_to_something_that_runs() -> None:
     network, _pixels, images = network_and_images("swin")
-    quantized = quantize(network, [torch.zeros_like(images)], preprocessing=PREPROCESSING, rows=64).eval()
+    quantized = quantize(network, [torch.zeros_like(images)], preprocessing=PREPROCESSING, search={"rows": 64}).eval()
     with torch.no_grad():
         assert torch.isfinite(quantized(images)).all()
 
@@ -209,7 +215,16 @@ def test_bad_calibration_is_refused(calibration: Any, error: type[Exception], me
     ("options", "message"),
     [
         ({"method": "magic"}, "method is 'magic'; choose one of searched, max, affine"),
-        ({"method": "max", "balance": True}, "balance=True"),
+        ({"method": "max", "search": {"balance": True}}, "search options go with method 'searched', not 'max'"),
+        ({"search": {"balanced": True}}, "balanced.*the options are balance"),
+        ({"search": {"rounding": "up"}}, "rounding is 'up'; choose one of nearest, learned"),
+        ({"search": {"rows": 0}}, "rows is 0"),
+        ({"percentile": 40.0}, "percentile is 40.0"),
+        ({"method": "affine", "percentile": 99.9}, "percentile goes with methods"),
+        ({"bits": "W9A8"}, "weights is 9 bits; widths are integers from 2 to 8"),
+        ({"bits": "int4"}, "bits is 'int4'; give 'W8A8'"),
+        ({"bits": {"weight": 4}}, "unknown entries weight"),
+        ({"bits": {"layers": {"blocks.7.mlp.fc1": 4}}}, "bits.layers names 'blocks.7.mlp.fc1'"),
         ({"preprocessing": {"mean": [0.5] * 3}}, "preprocessing\\['std'\\]"),
         ({"preprocessing": {"mean": [127.0] * 3, "std": [64.0] * 3}}, "in \\[0, 1\\] units"),
         ({"preprocessing": {"mean": [0.5], "std": [0.5]}}, "1 means for the 3 input channels"),

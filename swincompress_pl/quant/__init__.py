@@ -3,6 +3,7 @@
 `quantize` makes a `QuantizedNetwork`; adapters describe a family with `GraphBuilder` and the node types.
 """
 
+from swincompress_pl.quant.bits import Bits
 from swincompress_pl.quant.build import GraphBuilder
 from swincompress_pl.quant.graph import Graph, Node, Site, WeightedNode, float_logits
 from swincompress_pl.quant.network import METHODS, QuantizedNetwork, find_preprocessing
@@ -18,7 +19,7 @@ from swincompress_pl.quant.nodes import (
     PixelConvNode,
     PrependNode,
 )
-from swincompress_pl.quant.quantize import quantize
+from swincompress_pl.quant.quantize import SearchOptions, quantize
 
 __all__ = [
     "METHODS",
@@ -26,6 +27,7 @@ __all__ = [
     "AddConstantNode",
     "AddNode",
     "AttentionNode",
+    "Bits",
     "GatherNode",
     "Graph",
     "GraphBuilder",
@@ -36,6 +38,7 @@ __all__ = [
     "PixelConvNode",
     "PrependNode",
     "QuantizedNetwork",
+    "SearchOptions",
     "Site",
     "WeightedNode",
     "find_preprocessing",

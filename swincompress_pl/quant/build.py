@@ -149,7 +149,7 @@ class GraphBuilder:
         self.refuse(not plain, f"{path} is {type(mlp).__name__}; only fc1 - activation - fc2 without norm is supported")
         hidden = int(mlp.fc1.out_features)  # type: ignore[union-attr,arg-type]
         y = self.layer_norm(norm, x)
-        y = self.linear(f"{path}.fc1", y, site=self.site(Site(name=f"{path}.fc1", segments=(hidden,))))
+        y = self.linear(f"{path}.fc1", y, site=self.site(Site(name=f"{path}.fc1", segments=(hidden,), operand=False)))
         y = self.add(
             ActivationNode(
                 name=f"{path}.act",

@@ -38,21 +38,33 @@ def calibration_images(calibration: Iterable[Any], limit: int) -> list[Tensor]:
 
 @dataclass
 class Ranges:
-    """Extremes of one site over all calibration images, per channel (C,)."""
+    """Extremes of one site over all calibration images, per channel (C,), and some of its rows (R, C)."""
 
     low: Tensor
     high: Tensor
+    rows: Tensor
 
     @property
     def magnitude(self) -> Tensor:
+        """(C,) the largest magnitude."""
         return torch.maximum(self.low.abs(), self.high.abs())
+
+    def clip(self, percentile: float | None) -> Tensor:
+        """(C,) the magnitude, at most a percentile of the magnitudes of the sampled values; None: no less than that."""
+        if percentile is None:
+            return self.magnitude
+        values = self.rows.abs().flatten().sort().values
+        rank = min(len(values) - 1, int(len(values) * percentile / 100))
+        return self.magnitude.clamp(max=max(float(values[rank]), torch.finfo(values.dtype).tiny))
 
 
 class RangeObserver(Passthrough):
-    """Keeps the true extremes of every site: nothing is sampled, an outlier of one pixel counts."""
+    """Keeps the true extremes of every site, where an outlier of one pixel counts, and a sample of its rows."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, values_per_batch: int = 1 << 14, seed: int = 0) -> None:
         self.ranges: dict[str, Ranges] = {}
+        self._values_per_batch = values_per_batch
+        self._generator = torch.Generator().manual_seed(seed)
 
     def activation(self, site: Site, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
@@ -62,10 +74,13 @@ class RangeObserver(Passthrough):
                 f"site {site.name!r} sees NaN or infinite values in calibration; check the images and the weights "
                 "before it"
             )
+        count = max(1, self._values_per_batch // rows.shape[1])
+        some = rows[torch.randint(len(rows), (count,), generator=self._generator).to(rows.device)]
         known = self.ranges.get(site.name)
         if known is not None:
             low, high = torch.minimum(low, known.low), torch.maximum(high, known.high)
-        self.ranges[site.name] = Ranges(low, high)
+            some = torch.cat([known.rows, some])
+        self.ranges[site.name] = Ranges(low, high, some)
         return x
 
 

@@ -29,7 +29,8 @@ class Site:
 
     segments: sizes of the channel runs that share one scale, in order: `(C,)` a tensor, three entries for q | k | v.
     balanced: each channel also has a fixed ratio to the scale, which the next linear layer absorbs in its weights
-    (LayerNorm outputs). bits: 8, 16 (residual stream) or 32 (logits); unsigned sites use the whole byte.
+    (LayerNorm outputs). bits: 2 to 8, 16 (residual stream) or 32 (logits); unsigned sites use the whole range.
+    operand: its values go into a product; one that only goes into a table (GELU's input) is no operand.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Site:
     bits: int = 8
     signed: bool = True
     balanced: bool = False
+    operand: bool = True
 
     @property
     def channels(self) -> int:
@@ -44,17 +46,24 @@ class Site:
 
     @property
     def dtype(self) -> str:
-        return {8: "int8" if self.signed else "uint8", 16: "int16", 32: "int32"}[self.bits]
+        return f"{'' if self.signed else 'u'}int{self.bits}"
+
+    @property
+    def storage(self) -> str:
+        """The type of array that holds its codes: narrow ones take a byte."""
+        return ("int8" if self.signed else "uint8") if self.bits <= 8 else self.dtype
 
     @property
     def q_max(self) -> int:
         """Largest code; logits keep 2**20 steps, well inside int32."""
-        return {8: 127 if self.signed else 255, RESIDUAL_BITS: 32767, LOGIT_BITS: 2**20}[self.bits]
+        if self.bits == LOGIT_BITS:
+            return 2**20
+        return int(2 ** (self.bits - self.signed) - 1)
 
     @property
     def searched(self) -> bool:
-        """Eight-bit sites have their scale searched; wider ones keep the true maximum with headroom."""
-        return self.bits == 8
+        """Sites of up to eight bits have their scale searched; wider ones keep the true maximum with headroom."""
+        return self.bits <= 8
 
 
 class Quantizer(Protocol):
@@ -123,6 +132,10 @@ class WeightedNode(Node):
 
     def folded_bias(self, network: nn.Module) -> Tensor | None:
         """(M,) the real bias, or None."""
+        raise NotImplementedError
+
+    def add_to_bias(self, network: nn.Module, change: Tensor) -> None:
+        """Add (M,) to what `folded_bias` gives, in the network itself; a layer without a bias stays as it is."""
         raise NotImplementedError
 
     def input_rows(self, network: nn.Module, x: Tensor) -> Tensor:

@@ -72,7 +72,7 @@ class Lowering:
         balance = None if site is None or not site.balanced else self._scales.site(site).balance
         folded = node.folded_weight(self.network, balance)
         step = self._scales.step(node)
-        weight_q = quantize_weight(folded, step).to("cpu", torch.int8).numpy()
+        weight_q = quantize_weight(folded, step, self._scales.weight_scale(node).q_max).to("cpu", torch.int8).numpy()
         return weight_q, to_array(step)
 
     def bias(self, node: Node, real: FloatArray, unit: FloatArray) -> npt.NDArray[np.int32]:
@@ -90,7 +90,7 @@ class Lowering:
         """Constant tokens in the unit of the node's output."""
         site = self.site(node.output)
         codes = np.rint(real / self.scales(node.output))
-        return np.ascontiguousarray(np.clip(codes, -site.q_max, site.q_max).astype(site.dtype))
+        return np.ascontiguousarray(np.clip(codes, -site.q_max, site.q_max).astype(site.storage))
 
     def requantization(self, factor: FloatArray) -> dict[str, npt.NDArray[Any]]:
         mult, shift = multiplier(factor)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from swincompress_pl.norm import Program
+from swincompress_pl.quant.bits import Bits, with_bits
 from swincompress_pl.quant.graph import Run
 from swincompress_pl.quant.lower import lower
 from swincompress_pl.quant.scales import Scales
@@ -21,15 +22,16 @@ _PIXEL_SLACK = 2.0
 
 
 class QuantizedNetwork(nn.Module):
-    """`network` run in int8. Takes and returns what `network` does: normalized float (N, C, H, W) -> float logits (N,
-    classes).
+    """`network` run in integers of up to 8 bits. Takes and returns what `network` does: normalized float (N, C, H, W)
+    -> float logits (N, classes).
 
     train(): float fake quantization with straight-through gradients; `network` keeps the float master weights.
     eval(): the integer Program in its torch twin, on the pixels that the input was normalized from (rounded to uint8),
     so a validation reports exactly what the engine gives. Logits there carry no gradient.
 
     preprocessing: mapping with "mean" and "std" (per channel, [0, 1] units) of the normalization; stored in the
-    artifact whole. method "affine" is a simulation in both modes and has no Program.
+    artifact whole. method "affine" is a simulation in both modes and has no Program. bits: see `Bits`; unsigned: names
+    of sites whose codes have no sign.
     """
 
     def __init__(
@@ -39,6 +41,8 @@ class QuantizedNetwork(nn.Module):
         preprocessing: Mapping[str, Any],
         method: str = "searched",
         classes: Sequence[str] | None = None,
+        bits: Bits | str | Mapping[str, Any] = "W8A8",
+        unsigned: Sequence[str] = (),
     ) -> None:
         super().__init__()
         if method not in METHODS:
@@ -49,8 +53,9 @@ class QuantizedNetwork(nn.Module):
         self.preprocessing = checked_preprocessing(preprocessing)
         self.method = method
         self.classes = None if classes is None else tuple(classes)
-        self.graph = adapter_for(network).graph(network, self.preprocessing)
-        self.scales = Scales(self.graph, network, affine=method == "affine")
+        self.bits, self.unsigned = Bits.of(bits), tuple(unsigned)
+        self.graph = with_bits(adapter_for(network).graph(network, self.preprocessing), self.bits, self.unsigned)
+        self.scales = Scales(self.graph, network, self.bits, affine=method == "affine")
         self._twin: tuple[tuple[Any, ...], TorchTwin] | None = None
         device = next(network.parameters()).device
         self.scales.to(device)
@@ -59,8 +64,20 @@ class QuantizedNetwork(nn.Module):
     def compression_history(self) -> list[dict[str, Any]]:
         """What was done to the network, in order, as data that `models.replay` repeats."""
         classes = None if self.classes is None else list(self.classes)
-        quantized = {"method": self.method, "preprocessing": self.preprocessing, "classes": classes}
+        quantized = {
+            "method": self.method,
+            "preprocessing": self.preprocessing,
+            "classes": classes,
+            "bits": self.bits.to_dict(),
+            "unsigned": list(self.unsigned),
+        }
         return [*getattr(self.network, "compression_history", []), {"quantize": quantized}]
+
+    def make_unsigned(self, names: Sequence[str]) -> None:
+        """From now on the codes of these sites have no sign; ValueError for a site that there is not."""
+        self.graph = with_bits(self.graph, self.bits, names)
+        self.scales.retarget(self.graph)
+        self.unsigned = (*self.unsigned, *names)
 
     def forward(self, images: Tensor) -> Tensor:
         if self.training or self.method == "affine":

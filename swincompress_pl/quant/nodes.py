@@ -42,6 +42,11 @@ class LinearNode(WeightedNode):
         gamma = self._gamma(network)
         return bias if bias is None or gamma is None else bias * gamma
 
+    def add_to_bias(self, network: nn.Module, change: Tensor) -> None:
+        bias, gamma = getattr(network.get_submodule(self.module), "bias", None), self._gamma(network)
+        if bias is not None:
+            bias += change if gamma is None else torch.where(gamma == 0, 0.0, change / gamma)
+
     def input_rows(self, network: nn.Module, x: Tensor) -> Tensor:
         return x.reshape(x.shape[0], -1, x.shape[-1])
 
@@ -92,6 +97,11 @@ class PixelConvNode(WeightedNode):
 
     def folded_bias(self, network: nn.Module) -> Tensor | None:
         return self._conv(network).bias
+
+    def add_to_bias(self, network: nn.Module, change: Tensor) -> None:
+        bias = self._conv(network).bias
+        if bias is not None:
+            bias += change
 
     def input_rows(self, network: nn.Module, x: Tensor) -> Tensor:
         conv = self._conv(network)
@@ -174,7 +184,7 @@ class ActivationNode(Node):
         site = lowering.site(self.output)
         low = -site.q_max if site.signed else 0
         values = np.clip(np.floor(real / lowering.scalar_scale(self.output) + 0.5), low, site.q_max)
-        lowering.emit(self, "table", tensors={"values": values.astype(site.dtype)})
+        lowering.emit(self, "table", tensors={"values": values.astype(site.storage)})
 
 
 @dataclass(frozen=True, kw_only=True)

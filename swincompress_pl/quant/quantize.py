@@ -2,24 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from rich.progress import Progress
-from torch import Tensor, nn
+from torch import nn
 
+from swincompress_pl.quant.bits import Bits
 from swincompress_pl.quant.calibration import Ranges, calibration_images, observe, sample_layers
-from swincompress_pl.quant.graph import Graph, Node, WeightedNode
+from swincompress_pl.quant.layerwise import LayerwiseSearch
 from swincompress_pl.quant.network import QuantizedNetwork, find_preprocessing
-from swincompress_pl.quant.nodes import GatherNode
-from swincompress_pl.quant.search import LayerProblem, best_balance, best_value_scale, max_step
+from swincompress_pl.quant.scales import affine_range
+from swincompress_pl.quant.search import max_step
 
 # 16-bit sites and logits keep the true maximum and leave room above it: a bit there is free, clipping is not.
 HEADROOM = 2.0
 # Bias must stay below 2**30 accumulator steps at export; keep two bits of distance.
 _BIAS_STEPS = 2.0**28
 _DEAD_ROW_STEPS = 256.0
+ROUNDINGS = ("nearest", "learned")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchOptions:
+    """What "searched" does beyond a clip for every scale; each can be switched off or on alone.
+
+    balance: per-channel ranges of LayerNorm outputs, folded away (in the manner of RepQ-ViT, arXiv 2212.08254).
+    unsigned: GELU's output without a sign, where the error is smaller so. bias_correction: each layer's bias takes up
+    the mean error of its output. rounding: "nearest", or "learned" block by block (`rounding.py`). The last two write
+    to the network's own parameters. rows: sampled rows a layer. seed: of the sampling.
+    """
+
+    balance: bool = True
+    unsigned: bool = True
+    bias_correction: bool = False
+    rounding: str = "nearest"
+    rows: int = 1024
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.rounding not in ROUNDINGS:
+            raise ValueError(f"rounding is {self.rounding!r}; choose one of {', '.join(ROUNDINGS)}")
+        if type(self.rows) is not int or self.rows < 1:
+            raise ValueError(f"rows is {self.rows!r}; it must be an integer of 1 or more")
 
 
 @torch.no_grad()
@@ -28,79 +55,121 @@ def quantize(
     calibration: Iterable[Any],
     *,
     method: str = "searched",
+    bits: Bits | str | Mapping[str, Any] = "W8A8",
     preprocessing: Mapping[str, Any] | None = None,
     images: int = 128,
-    rows: int = 1024,
-    balance: bool | None = None,
+    percentile: float | None = None,
+    search: SearchOptions | Mapping[str, Any] | None = None,
     classes: Sequence[str] | None = None,
-    seed: int = 0,
     progress: bool = False,
 ) -> QuantizedNetwork:
-    """Quantizes a supported network to int8 without training.
+    """Quantizes a supported network to integers without training.
 
-    model: a network with an adapter (timm Swin or ViT), in any mode; it is wrapped, not copied, and its weights stay.
+    model: a network with an adapter (timm Swin or ViT), in any mode; it is wrapped, not copied. Its weights stay, but
+    for the search options that say otherwise.
     calibration: batches as the network takes them, normalized float (N, C, H, W), alone or first in a tuple; the first
     `images` images are used.
     method: "searched" (scales searched under the Gauss-Newton error), "max" (symmetric, clipped at the maximum),
     "affine" (min-max with offset; a simulation for comparison that cannot be exported).
+    bits: "W8A8", "W4A8", ..., or `Bits`. percentile: where the clip of an activation begins ("searched") or stays
+    ("max"): a percentile of its magnitudes, e.g. 99.99, instead of their maximum. search: `SearchOptions`, for
+    "searched" only.
     preprocessing: mapping with "mean" and "std" of the images; default: the network's own (`network.preprocessing`, or
-    timm's `pretrained_cfg`). rows: sampled rows a layer for the search. balance: per-channel ranges of LayerNorm
-    outputs, folded away; default: only when searched. classes: names for the artifact.
+    timm's `pretrained_cfg`). classes: names for the artifact.
 
-    Raises ValueError for empty calibration, NaN or infinite values (naming the site), an unknown method or an already
-    quantized network; UnsupportedNetworkError for a network without an integer form.
+    Raises ValueError for empty calibration, NaN or infinite values (naming the site), an unknown method, widths or
+    options that contradict each other, or an already quantized network; UnsupportedNetworkError for a network without
+    an integer form.
     """
+    options = _options(method, percentile, search)
     found = find_preprocessing(
         preprocessing, getattr(model, "preprocessing", None), getattr(model, "pretrained_cfg", None)
     )
-    quantized = QuantizedNetwork(model, preprocessing=found, method=method, classes=classes)
+    quantized = QuantizedNetwork(model, preprocessing=found, method=method, classes=classes, bits=bits)
     device = next(model.parameters()).device
     batches = [batch.to(device) for batch in calibration_images(calibration, images)]
     for batch in batches:
         quantized.pixels(batch)  # refuses images of another normalization
-    modes = {module: module.training for module in quantized.modules()}
-    quantized.eval()
-    try:
+    with _evaluating(quantized):
         ranges = observe(quantized.graph, model, batches)
-        _set_ranges(quantized, ranges)
-        if method == "searched":
-            use_balance = True if balance is None else balance
-            _Search(quantized, ranges, batches, rows=rows, seed=seed).run(balance=use_balance, progress=progress)
-        elif balance:
-            raise ValueError(f"balance=True goes with method 'searched', not {method!r}")
+        clips = {name: entry.clip(percentile) for name, entry in ranges.items()}
+        _set_ranges(quantized, ranges, clips)
+        if options is not None:
+            samples = sample_layers(quantized.graph, model, batches, rows=options.rows, seed=options.seed)
+            LayerwiseSearch(
+                quantized,
+                clips,
+                samples,
+                balance=options.balance,
+                unsigned=options.unsigned,
+                bias_correction=options.bias_correction,
+            ).run(progress=progress)
         _secure_steps(quantized)
-    finally:
-        for module, training in modes.items():
-            module.train(training) if module is quantized else setattr(module, "training", training)
     return quantized
 
 
-def _set_ranges(quantized: QuantizedNetwork, ranges: Mapping[str, Ranges]) -> None:
-    """The starting point, and the end of the methods without search: everything at its maximum."""
+def _options(
+    method: str, percentile: float | None, search: SearchOptions | Mapping[str, Any] | None
+) -> SearchOptions | None:
+    if percentile is not None and not 50 < percentile <= 100:
+        raise ValueError(f"percentile is {percentile!r}; it must be above 50 and at most 100, e.g. 99.99")
+    if percentile is not None and method == "affine":
+        raise ValueError("percentile goes with methods 'max' and 'searched'; 'affine' takes minimum and maximum")
+    if method != "searched":
+        if search is not None:
+            raise ValueError(f"search options go with method 'searched', not {method!r}")
+        return None
+    if search is None or isinstance(search, SearchOptions):
+        return search or SearchOptions()
+    try:
+        return SearchOptions(**search)
+    except TypeError as error:
+        raise ValueError(f"search: {error}; the options are {', '.join(SearchOptions.__dataclass_fields__)}") from error
+
+
+@contextmanager
+def _evaluating(quantized: QuantizedNetwork) -> Iterator[None]:
+    """Eval mode for a while; after it every module is in the mode that it was in."""
+    modes = {module: module.training for module in quantized.modules()}
+    quantized.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.train(training) if module is quantized else setattr(module, "training", training)
+
+
+def _set_ranges(quantized: QuantizedNetwork, ranges: Mapping[str, Ranges], clips: Mapping[str, torch.Tensor]) -> None:
+    """The starting point, and the end of the methods without search: everything at its clip."""
     for site in quantized.graph.sites.values():
         scale = quantized.scales.site(site)
-        affine = scale.affine and site.searched
         segments = list(site.segments)
-        low = torch.stack([part.min() for part in ranges[site.name].low.split(segments)])
-        high = torch.stack([part.max() for part in ranges[site.name].high.split(segments)])
-        if affine:
-            low, high = low.clamp(max=0), high.clamp(min=0)
-            step = (high - low) / 255
-            scale.scale.copy_(torch.where(step > 0, step, 1.0))
-            scale.zero_point.copy_(torch.round(-128 - low / scale.scale).to(torch.int32))
+        if scale.affine and site.searched:
+            low = torch.stack([part.min() for part in ranges[site.name].low.split(segments)]).clamp(max=0)
+            high = torch.stack([part.max() for part in ranges[site.name].high.split(segments)]).clamp(min=0)
+            _set_affine(scale.scale, scale.zero_point, low, high, site.bits)
             continue
-        magnitude = torch.maximum(low.abs(), high.abs()) * (1.0 if site.searched else HEADROOM)
+        if site.searched:
+            magnitude = torch.stack([part.max() for part in clips[site.name].split(segments)])
+        else:
+            magnitude = torch.stack([part.max() for part in ranges[site.name].magnitude.split(segments)]) * HEADROOM
         scale.scale.copy_(torch.where(magnitude > 0, magnitude, 1.0) / site.q_max)
     for node in quantized.graph.weighted_nodes:
         weight = quantized.scales.weight_scale(node)
         folded = node.folded_weight(quantized.network, None).flatten(1)
         if weight.affine:
             low, high = folded.amin(1).clamp(max=0), folded.amax(1).clamp(min=0)
-            step = (high - low) / 255
-            weight.step.copy_(torch.where(step > 0, step, 1.0))
-            weight.zero_point.copy_(torch.round(-128 - low / weight.step).to(torch.int32))
+            _set_affine(weight.step, weight.zero_point, low, high, weight.bits)
         else:
-            weight.step.copy_(max_step(folded))
+            weight.step.copy_(max_step(folded, weight.q_max))
+
+
+def _set_affine(
+    scale: torch.Tensor, zero_point: torch.Tensor, low: torch.Tensor, high: torch.Tensor, bits: int
+) -> None:
+    step = (high - low) / (2**bits - 1)
+    scale.copy_(torch.where(step > 0, step, 1.0))
+    zero_point.copy_(torch.round(affine_range(bits)[0] - low / scale).to(torch.int32))
 
 
 def _secure_steps(quantized: QuantizedNetwork) -> None:
@@ -118,89 +187,3 @@ def _secure_steps(quantized: QuantizedNetwork) -> None:
         if bias is not None:
             step = torch.maximum(step, bias.abs() / (in_scale * _BIAS_STEPS))
         scale.step.copy_(step)
-
-
-class _Search:
-    """Walks the graph and searches the scales around every weighted layer."""
-
-    def __init__(
-        self,
-        quantized: QuantizedNetwork,
-        ranges: Mapping[str, Ranges],
-        batches: Sequence[Tensor],
-        *,
-        rows: int,
-        seed: int,
-    ) -> None:
-        self.quantized, self.graph, self.ranges = quantized, quantized.graph, ranges
-        self.samples = sample_layers(self.graph, quantized.network, batches, rows=rows, seed=seed)
-        self._linear_inputs = {_source(self.graph, node.inputs[0]) for node in self.graph.weighted_nodes}
-
-    def run(self, *, balance: bool, progress: bool) -> None:
-        nodes = self.graph.weighted_nodes
-        with Progress(transient=True, disable=not progress) as bar:
-            task = bar.add_task("searching scales", total=len(nodes))
-            for node in nodes:
-                self._layer(node, balance=balance)
-                self._output(node)
-                del self.samples[node.name]
-                bar.advance(task)
-
-    def _layer(self, node: WeightedNode, *, balance: bool) -> None:
-        """Input scale (and ratios) and weight steps of one layer."""
-        network, scales = self.quantized.network, self.quantized.scales
-        x, sensitivity = self.samples[node.name].rows
-        weight = node.folded_weight(network, None).flatten(1)
-        site = self.graph.site_of(node.inputs[0])
-        magnitude = None
-        if site is not None and site.searched:
-            channel_magnitude = self.ranges[site.name].magnitude
-            if site.balanced and balance:
-                ratios = best_balance(x, weight, sensitivity, channel_magnitude)
-                scales.site(site).balance.copy_(ratios)
-                x, weight, channel_magnitude = x / ratios, weight * ratios, channel_magnitude / ratios
-            magnitude = float(channel_magnitude.max())
-        problem = LayerProblem(
-            x=x,
-            weight=weight,
-            sensitivity=sensitivity,
-            magnitude=magnitude if magnitude else None,
-            q_max=127 if site is None else site.q_max,
-            signed=True if site is None else site.signed,
-        )
-        scale, step = problem.solve()
-        scales.weight_scale(node).step.copy_(step)
-        if scale is not None and site is not None:
-            scales.site(site).scale.fill_(scale)
-
-    def _output(self, node: WeightedNode) -> None:
-        """The output's scales, where no linear layer reads it: each segment by the error of its own values."""
-        site = self.graph.site_of(node.output)
-        if site is None or not site.searched or node.output in self._linear_inputs:
-            return
-        network = self.quantized.network
-        x, sensitivity = self.samples[node.name].rows
-        values = x @ node.folded_weight(network, None).flatten(1).T
-        bias = node.folded_bias(network)
-        values = values if bias is None else values + bias
-        sizes = list(site.segments)
-        parts = zip(
-            values.split(sizes, 1),
-            sensitivity.split(sizes, 1),
-            self.ranges[site.name].magnitude.split(sizes),
-            strict=True,
-        )
-        scale = self.quantized.scales.site(site).scale
-        for number, (part, weight, magnitude) in enumerate(parts):
-            if float(magnitude.max()) > 0:
-                scale[number] = best_value_scale(
-                    part, weight, q_max=site.q_max, signed=site.signed, magnitude=float(magnitude.max())
-                )
-
-
-def _source(graph: Graph, value: str) -> str:
-    """The value that a chain of gathers started from."""
-    makers: dict[str, Node] = {node.output: node for node in graph.nodes}
-    while value in makers and isinstance(makers[value], GatherNode):
-        value = makers[value].inputs[0]
-    return value

@@ -11,17 +11,16 @@ import math
 import torch
 from torch import Tensor, nn
 
+from swincompress_pl.quant.bits import Bits
 from swincompress_pl.quant.graph import Graph, Node, Site, WeightedNode
-
-WEIGHT_Q_MAX = 127
 
 
 def _key(name: str) -> str:
     return name.replace(".", "/")  # module names may not contain dots
 
 
-def quantize_weight(weight: Tensor, step: Tensor) -> Tensor:
-    """round(weight / step) clamped to [-127, 127], as float; one step per output channel (axis 0).
+def quantize_weight(weight: Tensor, step: Tensor, q_max: int = 127) -> Tensor:
+    """round(weight / step) clamped to [-q_max, q_max], as float; one step per output channel (axis 0).
 
     -128 is excluded: AVX2's 16-bit pair sums are exact only without it (docs/norm.md). The division runs in float64,
     so that training, export and every device round alike. Raises ValueError for weights that are not finite.
@@ -29,7 +28,7 @@ def quantize_weight(weight: Tensor, step: Tensor) -> Tensor:
     if not torch.isfinite(weight).all():
         raise ValueError("weights hold NaN or infinite values; retrain or reload the layer")
     wide = weight.double() / step.double().reshape(-1, *[1] * (weight.ndim - 1))
-    return torch.floor(wide + 0.5).clamp(-WEIGHT_Q_MAX, WEIGHT_Q_MAX).to(weight.dtype)
+    return torch.floor(wide + 0.5).clamp(-q_max, q_max).to(weight.dtype)
 
 
 class SiteScale(nn.Module):
@@ -73,7 +72,7 @@ class SiteScale(nn.Module):
         site = self.site
         low, high = (-site.q_max, site.q_max) if site.signed else (0, site.q_max)
         if self.affine and site.searched:
-            low, high = -128, 127
+            low, high = affine_range(site.bits)
         x = x.float()
         if len(site.segments) == 1 and not site.balanced:
             zero = self.zero_point[0] if self.affine else torch.zeros((), dtype=torch.int32, device=x.device)
@@ -86,38 +85,55 @@ class SiteScale(nn.Module):
         return torch.fake_quantize_per_channel_affine(x, self.channel_scales(), zeros, x.ndim - 1, low, high)
 
 
+def affine_range(bits: int) -> tuple[int, int]:
+    """Codes with an offset: all 2**bits of them."""
+    return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+
+
 class WeightScale(nn.Module):
-    """The step of a weight per output channel, (M,); with `zero_point` (M,) when affine."""
+    """The step of a weight of `bits` per output channel, (M,); with `zero_point` (M,) when affine."""
 
     step: Tensor
     zero_point: Tensor
 
-    def __init__(self, rows: int, *, affine: bool) -> None:
+    def __init__(self, rows: int, *, bits: int, affine: bool) -> None:
         super().__init__()
-        self.affine = affine
+        self.bits, self.affine = bits, affine
         self.register_buffer("step", torch.full((rows,), math.nan))
         if affine:
             self.register_buffer("zero_point", torch.zeros(rows, dtype=torch.int32))
 
+    @property
+    def q_max(self) -> int:
+        """Largest symmetric code."""
+        return int(2 ** (self.bits - 1) - 1)
+
     def forward(self, weight: Tensor) -> Tensor:
         zero = self.zero_point if self.affine else torch.zeros_like(self.step, dtype=torch.int32)
-        low = -128 if self.affine else -WEIGHT_Q_MAX
-        return torch.fake_quantize_per_channel_affine(weight.float(), self.step, zero, 0, low, 127)
+        low, high = affine_range(self.bits) if self.affine else (-self.q_max, self.q_max)
+        return torch.fake_quantize_per_channel_affine(weight.float(), self.step, zero, 0, low, high)
 
 
 class Scales(nn.Module):
     """All scales of a graph; as a `Quantizer` it fake-quantizes activations and weights."""
 
-    def __init__(self, graph: Graph, network: nn.Module, *, affine: bool = False) -> None:
+    def __init__(self, graph: Graph, network: nn.Module, bits: Bits, *, affine: bool = False) -> None:
         super().__init__()
         self.affine = affine
         self.sites = nn.ModuleDict({_key(name): SiteScale(site, affine=affine) for name, site in graph.sites.items()})
         self.weights = nn.ModuleDict(
             {
-                _key(node.name): WeightScale(node.folded_weight(network, None).shape[0], affine=affine)
+                _key(node.name): WeightScale(
+                    node.folded_weight(network, None).shape[0], bits=bits.of_weight(node, graph), affine=affine
+                )
                 for node in graph.weighted_nodes
             }
         )
+
+    def retarget(self, graph: Graph) -> None:
+        """The same scales for a graph whose sites differ in width or sign."""
+        for site in graph.sites.values():
+            self.site(site).site = site
 
     def site(self, site: Site) -> SiteScale:
         module = self.sites[_key(site.name)]

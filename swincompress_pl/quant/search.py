@@ -12,8 +12,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from swincompress_pl.quant.scales import WEIGHT_Q_MAX
-
 CANDIDATES = torch.tensor([0.01 + i * 1.19 / 100 for i in range(101)])
 ROUNDS = 3
 # Exponents tried for balancing: channel ratio = (channel maximum / largest maximum) ** exponent.
@@ -27,16 +25,17 @@ def fake_quantize(x: Tensor, scale: Tensor, q_max: int, *, signed: bool = True) 
     return torch.fake_quantize_per_tensor_affine(x, scale.to(x), zero, -q_max if signed else 0, q_max)
 
 
-def max_step(weight: Tensor) -> Tensor:
-    """(M,) the step that puts each row's largest weight at code 127; 0 for a row of zeros."""
-    return weight.flatten(1).abs().amax(1) / WEIGHT_Q_MAX
+def max_step(weight: Tensor, q_max: int = 127) -> Tensor:
+    """(M,) the step that puts each row's largest weight at code `q_max`; 0 for a row of zeros."""
+    return weight.flatten(1).abs().amax(1) / q_max
 
 
 @dataclass(kw_only=True)
 class LayerProblem:
     """One layer's scales to find: x (R, K) inputs, weight (M, K), sensitivity (R, M) of its output.
 
-    `q_max`, `signed` and `magnitude` describe the input site; None: the input is exact (pixels).
+    `q_max`, `signed` and `magnitude` describe the input site; magnitude None: the input is exact (pixels).
+    weight_q_max: largest code of the weights.
     """
 
     x: Tensor
@@ -45,6 +44,7 @@ class LayerProblem:
     magnitude: float | None
     q_max: int = 127
     signed: bool = True
+    weight_q_max: int = 127
 
     def __post_init__(self) -> None:
         self.target = self.x @ self.weight.T
@@ -56,13 +56,13 @@ class LayerProblem:
     def quantized_weight(self, step: Tensor) -> Tensor:
         safe = torch.where(step > 0, step, 1.0)
         zero = torch.zeros_like(safe, dtype=torch.int32)
-        return torch.fake_quantize_per_channel_affine(self.weight, safe, zero, 0, -WEIGHT_Q_MAX, WEIGHT_Q_MAX)
+        return torch.fake_quantize_per_channel_affine(self.weight, safe, zero, 0, -self.weight_q_max, self.weight_q_max)
 
     def quantized_input(self, scale: float) -> Tensor:
         return fake_quantize(self.x, torch.tensor(scale), self.q_max, signed=self.signed)
 
     def best_step(self, x: Tensor) -> Tensor:
-        largest = self.weight.abs().amax(1) / (WEIGHT_Q_MAX + 0.5)
+        largest = self.weight.abs().amax(1) / (self.weight_q_max + 0.5)
         best = torch.full_like(largest, torch.inf)
         step = largest.clone()
         for factor in CANDIDATES.to(largest):
@@ -81,7 +81,7 @@ class LayerProblem:
 
     def solve(self) -> tuple[float | None, Tensor]:
         """(input scale, step (M,)), each chosen with the other fixed, three rounds."""
-        step = max_step(self.weight)
+        step = max_step(self.weight, self.weight_q_max)
         if self.magnitude is None:
             return None, self.best_step(self.x)
         scale = self.magnitude / self.q_max
@@ -93,12 +93,20 @@ class LayerProblem:
     def coarse_error(self) -> float:
         """The error of the better of a few clips at maximal weight steps: to compare balancings cheaply."""
         assert self.magnitude is not None
-        weight = self.quantized_weight(max_step(self.weight))
+        weight = self.quantized_weight(max_step(self.weight, self.weight_q_max))
         scales = [self.magnitude / self.q_max * factor for factor in _COARSE]
         return min(float(self.error(self.quantized_input(scale), weight).sum()) for scale in scales)
 
 
-def best_balance(x: Tensor, weight: Tensor, sensitivity: Tensor, channel_magnitude: Tensor) -> Tensor:
+def best_balance(
+    x: Tensor,
+    weight: Tensor,
+    sensitivity: Tensor,
+    channel_magnitude: Tensor,
+    *,
+    q_max: int = 127,
+    weight_q_max: int = 127,
+) -> Tensor:
     """(K,) ratios of the input channels to the site's scale, at most 1, chosen among powers of the channel maxima.
 
     A channel with ratio r is divided by r before rounding and its weight column multiplied by it: outlier channels of a
@@ -116,6 +124,8 @@ def best_balance(x: Tensor, weight: Tensor, sensitivity: Tensor, channel_magnitu
             weight=weight * balance,
             sensitivity=sensitivity,
             magnitude=float((channel_magnitude / balance).max()),
+            q_max=q_max,
+            weight_q_max=weight_q_max,
         )
         errors.append(problem.coarse_error())
     return balances[errors.index(min(errors))]

@@ -1,0 +1,89 @@
+"""How many bits weights and activations get: one width for all, exceptions by name, and what stays at eight."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from swincompress_pl.quant.graph import Graph, Site, WeightedNode
+
+WIDTHS = range(2, 9)
+_SPELLING = re.compile(r"w(\d+)a(\d+)", re.IGNORECASE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bits:
+    """Widths in bits, 2 to 8.
+
+    weights: of all linear layers and convolutions. activations: of every operand of a product (inputs of linear layers,
+    q, k and v); the input of GELU stays at 8, since its table costs the same, and the residual stream at 16.
+    first_and_last: of both in the first layer, which reads pixels, and in the classifier. layers: the weight bits of
+    single layers, by module path; they go before everything else.
+    """
+
+    weights: int = 8
+    activations: int = 8
+    first_and_last: int = 8
+    layers: Mapping[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", dict(self.layers))
+        named = {"weights": self.weights, "activations": self.activations, "first_and_last": self.first_and_last}
+        for name, width in {**named, **{f"layers[{key!r}]": value for key, value in self.layers.items()}}.items():
+            if type(width) is not int or width not in WIDTHS:
+                raise ValueError(f"{name} is {width!r} bits; widths are integers from {WIDTHS[0]} to {WIDTHS[-1]}")
+
+    @classmethod
+    def of(cls, bits: Bits | str | Mapping[str, Any]) -> Bits:
+        """From "W4A8", from what `to_dict` gave, or as it is; ValueError for anything else."""
+        if isinstance(bits, Bits):
+            return bits
+        if isinstance(bits, Mapping):
+            unknown = sorted(set(bits) - set(cls.__dataclass_fields__))
+            if unknown:
+                raise ValueError(
+                    f"bits has unknown entries {', '.join(unknown)}; {', '.join(cls.__dataclass_fields__)}"
+                )
+            return cls(**bits)
+        match = _SPELLING.fullmatch(bits) if isinstance(bits, str) else None
+        if match is None:
+            raise ValueError(f"bits is {bits!r}; give 'W8A8', 'W4A8', ... or quant.Bits(weights=4, activations=8)")
+        return cls(weights=int(match[1]), activations=int(match[2]))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields in JSON types."""
+        return asdict(self)
+
+    def of_weight(self, node: WeightedNode, graph: Graph) -> int:
+        """The weight bits of a layer."""
+        outer = node in (graph.weighted_nodes[0], graph.weighted_nodes[-1])
+        return self.layers.get(node.name, self.first_and_last if outer else self.weights)
+
+    def __str__(self) -> str:
+        mixed = f", {len(self.layers)} layers apart" if self.layers else ""
+        return f"W{self.weights}A{self.activations}{mixed}"
+
+
+def with_bits(graph: Graph, bits: Bits, unsigned: Collection[str] = ()) -> Graph:
+    """`graph` with its 8-bit sites at the widths of `bits`, and those named in `unsigned` without a sign.
+
+    Raises ValueError for a layer or a site that the graph does not have, or a sign that cannot go.
+    """
+    layers = {node.name for node in graph.weighted_nodes}
+    unknown = sorted(set(bits.layers) - layers)
+    if unknown:
+        raise ValueError(f"bits.layers names {unknown[0]!r}; the layers are {', '.join(sorted(layers))}")
+    last = graph.site_of(graph.weighted_nodes[-1].inputs[0])
+
+    def adapted(site: Site) -> Site:
+        if not site.searched:
+            return site
+        width = bits.first_and_last if site == last else bits.activations if site.operand else site.bits
+        return replace(site, bits=width, signed=site.signed and site.name not in unsigned)
+
+    lost = sorted(set(unsigned) - {name for name, site in graph.sites.items() if site.searched and not site.balanced})
+    if lost:
+        raise ValueError(f"unsigned names {lost[0]!r}, which is no 8-bit site of its own scale")
+    return replace(graph, sites={name: adapted(site) for name, site in graph.sites.items()})
