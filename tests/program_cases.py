@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from swincompress_pl.norm import InputDescription, Operation, Program, Value
-from swincompress_pl.norm.integer import LIMITS
+from swincompress_pl.norm import STORAGE, InputDescription, Operation, Program, Value
+from swincompress_pl.norm.integer import LIMITS, SIGNED_BYTES, UNSIGNED_BYTES
 
 Array = npt.NDArray[Any]
 Case = tuple[Operation, list[Array], dict[str, Array], Value]
@@ -24,8 +24,25 @@ def integers(rng: np.random.Generator, dtype: str, shape: tuple[int, ...], *, co
     """Uniform over the type's range, or only its extremes and zero."""
     low, high = LIMITS[dtype]
     if corners:
-        return rng.choice(np.array([low, 0, high]), shape).astype(dtype)
-    return rng.integers(low, high + 1, shape).astype(dtype)
+        return rng.choice(np.array([low, 0, high]), shape).astype(STORAGE[dtype])
+    return rng.integers(low, high + 1, shape).astype(STORAGE[dtype])
+
+
+def signed(rng: np.random.Generator, *wider: str) -> str:
+    """A signed type that fits a byte, int8 half of the time, or one of `wider`."""
+    byte = "int8" if rng.random() < 0.5 else str(rng.choice(SIGNED_BYTES))
+    return str(rng.choice([byte, *wider]))
+
+
+def either(rng: np.random.Generator, *wider: str) -> str:
+    """A type that fits a byte, or one of `wider`."""
+    byte = "uint8" if rng.random() < 0.5 else str(rng.choice(UNSIGNED_BYTES))
+    return signed(rng, byte, *wider)
+
+
+def weights(rng: np.random.Generator, shape: tuple[int, ...], *, corners: bool) -> Array:
+    """int8 weights of 2 to 8 bits."""
+    return integers(rng, signed(rng), shape, corners=corners)
 
 
 def requantization(rng: np.random.Generator, channels: int, reach: float) -> dict[str, Array]:
@@ -55,18 +72,19 @@ def operation(
     )
 
 
-def _value(array: Array) -> Value:
-    return Value(dtype=str(array.dtype), shape=tuple(array.shape[1:]))
+def _value(dtype: str, array: Array) -> Value:
+    return Value(dtype=dtype, shape=tuple(array.shape[1:]))
 
 
 def linear_case(rng: np.random.Generator, corners: bool) -> Case:
     rows, k, m = (int(rng.choice(SIZES)) for _ in range(3))
-    x = integers(rng, str(rng.choice(["int8", "uint8"])), (2, rows, k), corners=corners)
-    weight = integers(rng, "int8", (m, k), corners=corners)
+    source = either(rng)
+    x = integers(rng, source, (2, rows, k), corners=corners)
+    weight = weights(rng, (m, k), corners=corners)
     bias = rng.integers(-(2**20), 2**20, m).astype(np.int32)
-    tensors = {"weight": weight, "bias": bias, **requantization(rng, m, 127 * 127 * k**0.5)}
-    dtype = str(rng.choice(["int8", "uint8", "int16", "int32"]))
-    return operation("linear", dtype, {"channels": m}, tensors), [x], tensors, _value(x)
+    tensors = {"weight": weight, "bias": bias, **requantization(rng, m, LIMITS[source][1] * 127 * k**0.5)}
+    dtype = either(rng, "int16", "int32")
+    return operation("linear", dtype, {"channels": m}, tensors), [x], tensors, _value(source, x)
 
 
 def conv_case(rng: np.random.Generator, corners: bool) -> Case:
@@ -75,26 +93,27 @@ def conv_case(rng: np.random.Generator, corners: bool) -> Case:
     stride = [int(v) for v in rng.integers(1, 4, 2)]
     padding = [int(rng.integers(0, k)) for k in kernel]
     channels, m = int(rng.integers(1, 6)), int(rng.choice(SIZES))
-    x = integers(rng, str(rng.choice(["int8", "uint8"])), (2, *size, channels), corners=corners)
-    weight = integers(rng, "int8", (m, *kernel, channels), corners=corners)
+    source = either(rng)
+    x = integers(rng, source, (2, *size, channels), corners=corners)
+    weight = weights(rng, (m, *kernel, channels), corners=corners)
     out = [(s + 2 * p - k) // t + 1 for s, p, k, t in zip(size, padding, kernel, stride, strict=True)]
     shape = (*out, m) if rng.random() < 0.5 else (m,)
     tensors = {
         "weight": weight,
         "bias": rng.integers(-(2**20), 2**20, shape).astype(np.int32),
-        **requantization(rng, m, 127 * 127 * (kernel[0] * kernel[1] * channels) ** 0.5),
+        **requantization(rng, m, LIMITS[source][1] * 127 * (kernel[0] * kernel[1] * channels) ** 0.5),
     }
     attributes = {"channels": m, "kernel": kernel, "stride": stride, "padding": padding}
-    return operation("conv2d", str(rng.choice(["int8", "int16"])), attributes, tensors), [x], tensors, _value(x)
+    return operation("conv2d", either(rng, "int16"), attributes, tensors), [x], tensors, _value(source, x)
 
 
 def layer_norm_case(rng: np.random.Generator, corners: bool) -> Case:
     rows, channels = int(rng.choice(SIZES)), int(rng.choice(SIZES)) * int(rng.choice([1, 1, 4]))
-    dtype = str(rng.choice(["int8", "int16"]))
+    source = signed(rng, "int16")
     spread = int(2 ** rng.uniform(0, 15))
-    x = integers(rng, dtype, (2, rows, channels), corners=corners)
+    x = integers(rng, source, (2, rows, channels), corners=corners)
     if not corners:
-        x = (x.astype(np.int64) * spread // 2**15).astype(dtype)
+        x = (x.astype(np.int64) * spread // 2**15).astype(x.dtype)
     if rng.random() < 0.2:
         x[:, 0] = x[:, 0, :1]  # a constant row
     shift = int(rng.integers(20, 45))
@@ -103,7 +122,7 @@ def layer_norm_case(rng: np.random.Generator, corners: bool) -> Case:
         "offset": (rng.integers(-(2**7), 2**7, channels) << shift).astype(np.int64),
     }
     attributes = {"epsilon": int(2 ** rng.uniform(0, 40)) - 1, "shift": shift}
-    return operation("layer_norm", str(rng.choice(["int8", "int16"])), attributes, tensors), [x], tensors, _value(x)
+    return operation("layer_norm", signed(rng, "int16"), attributes, tensors), [x], tensors, _value(source, x)
 
 
 def attention_case(rng: np.random.Generator, corners: bool) -> Case:
@@ -113,10 +132,11 @@ def attention_case(rng: np.random.Generator, corners: bool) -> Case:
         int(rng.choice([1, 3, 8, 16, 31, 32])),
         int(rng.choice([1, 7, 16, 32, 33])),
     )
-    x = integers(rng, "int8", (2, windows * length, heads * (2 * qk_dim + v_dim)), corners=corners)
+    source = signed(rng)
+    x = integers(rng, source, (2, windows * length, heads * (2 * qk_dim + v_dim)), corners=corners)
     tensors: dict[str, Array] = {}
     attributes: dict[str, Any] = {"windows": windows, "heads": heads, "qk_dim": qk_dim, "v_dim": v_dim}
-    reach = 127 * 127 * qk_dim**0.5
+    reach = LIMITS[source][1] ** 2 * qk_dim**0.5
     for name, low, high in (("exp", 2, 9), ("out", -2, 1)):
         mult = rng.integers(2**21, 2**22, heads).astype(np.int32)
         wanted = 2.0 ** rng.uniform(low, high, heads) / (reach if name == "exp" else 1)
@@ -129,20 +149,22 @@ def attention_case(rng: np.random.Generator, corners: bool) -> Case:
         attributes["biases"] = biases
     if rng.random() < 0.5:
         tensors["region"] = rng.integers(0, 3, (windows, length)).astype(np.uint8)
-    return operation("attention", "int8", attributes, tensors), [x], tensors, _value(x)
+    return operation("attention", signed(rng), attributes, tensors), [x], tensors, _value(source, x)
 
 
 def simple_case(rng: np.random.Generator, corners: bool) -> Case:
     """One of the operations that only move, look up or add."""
     rows, channels = int(rng.choice(SIZES)), int(rng.choice(SIZES))
     kind = str(rng.choice(["table", "add", "add_constant", "prepend", "gather", "mean"]))
-    dtype = "int8" if kind == "table" else str(rng.choice(["int8", "int16"]))
+    dtype = (
+        signed(rng) if kind == "table" else either(rng, "int16") if kind in ("gather", "mean") else signed(rng, "int16")
+    )
     x = integers(rng, dtype, (2, rows, channels), corners=corners)
     attributes: dict[str, Any] = {}
     tensors: dict[str, Array] = {}
     inputs, out = [x], dtype
     if kind == "table":
-        out = str(rng.choice(["int8", "uint8", "int16"]))
+        out = either(rng, "int16")
         tensors["values"] = integers(rng, out, (256,))
     elif kind == "add":
         inputs.append(integers(rng, dtype, x.shape, corners=corners))
@@ -156,8 +178,8 @@ def simple_case(rng: np.random.Generator, corners: bool) -> Case:
         tensors["index"] = rng.integers(-1, rows, (attributes["rows"], attributes["joined"])).astype(np.int32)
     else:
         tensors.update(requantization(rng, channels, LIMITS[dtype][1] * rows**0.5))
-        out = str(rng.choice(["int8", "uint8", "int16"]))
-    return operation(kind, out, attributes, tensors, len(inputs)), inputs, tensors, _value(x)
+        out = either(rng, "int16")
+    return operation(kind, out, attributes, tensors, len(inputs)), inputs, tensors, _value(dtype, x)
 
 
 MAKERS = (linear_case, conv_case, layer_norm_case, attention_case, simple_case)
@@ -171,9 +193,15 @@ def operation_cases(count: int, seed: int = 0) -> Iterator[Case]:
         yield MAKERS[number % len(MAKERS)](rng, bool(rng.random() < 0.2))
 
 
-def small_program(seed: int = 0, *, size: int = 8, channels: int = 12, classes: int = 5) -> Program:
-    """A network of one shifted-window block with every kind of operation, random weights."""
+def small_program(
+    seed: int = 0, *, size: int = 8, channels: int = 12, classes: int = 5, byte: str = "int8", weight: str = "int8"
+) -> Program:
+    """A network of one shifted-window block with every kind of operation, random weights.
+
+    byte: type of the activations that fit one; weight: range of the weights.
+    """
     rng = np.random.default_rng(seed)
+    narrower, lighter = (8 - int(dtype.removeprefix("int")) for dtype in (byte, weight))  # bits below int8
     tokens, heads, dim, hidden = size * size // 4, 2, 4, 20
     operations: list[Operation] = []
     tensors: dict[str, Array] = {}
@@ -190,21 +218,22 @@ def small_program(seed: int = 0, *, size: int = 8, channels: int = 12, classes: 
         )
         return name
 
-    def linear(name: str, x: str, k: int, m: int, dtype: str = "int8", reach: float = 60.0) -> str:
-        unit = {"int8": 50.0, "int16": 5000.0, "int32": 1e5}[dtype] / (127 * reach * k**0.5 / 3)
+    def linear(name: str, x: str, k: int, m: int, dtype: str = byte) -> str:
+        reach = LIMITS[byte][1] * 0.5 * LIMITS[weight][1]
+        unit = {byte: 0.4 * LIMITS[byte][1], "int16": 5000.0, "int32": 1e5}[dtype] / (reach * k**0.5 / 3)
         shift = np.full(m, round(21 - np.log2(unit)), dtype=np.uint8)
         roles = {
-            "weight": integers(rng, "int8", (m, k)),
-            "bias": rng.integers(-(2**12), 2**12, m).astype(np.int32),
+            "weight": integers(rng, weight, (m, k)),
+            "bias": (rng.integers(-(2**12), 2**12, m) >> narrower + lighter).astype(np.int32),
             "mult": rng.integers(2**21, 2**22, m).astype(np.int32),
             "shift": shift,
         }
         return emit("linear", name, (x,), dtype, roles, channels=m)
 
-    def norm(name: str, x: str, c: int, dtype: str = "int8") -> str:
+    def norm(name: str, x: str, c: int, dtype: str = byte) -> str:
         gain = rng.integers(2**20, 2**22, c).astype(np.int32)
-        shift = {"int8": 32, "int16": 24}[dtype]
-        roles = {"gain": gain, "offset": (rng.integers(-8, 8, c) << shift).astype(np.int64)}
+        shift = {byte: 32 + narrower, "int16": 24}[dtype]
+        roles = {"gain": gain, "offset": (rng.integers(-8, 8, c) << shift >> narrower).astype(np.int64)}
         return emit("layer_norm", name, (x,), dtype, roles, epsilon=7, shift=shift)
 
     x = emit(
@@ -213,10 +242,10 @@ def small_program(seed: int = 0, *, size: int = 8, channels: int = 12, classes: 
         ("images",),
         "int16",
         {
-            "weight": integers(rng, "int8", (channels, 2, 2, 3)),
-            "bias": rng.integers(-(2**15), 2**15, (size // 2, size // 2, channels)).astype(np.int32),
+            "weight": integers(rng, weight, (channels, 2, 2, 3)),
+            "bias": (rng.integers(-(2**15), 2**15, (size // 2, size // 2, channels)) >> lighter).astype(np.int32),
             "mult": rng.integers(2**21, 2**22, channels).astype(np.int32),
-            "shift": np.full(channels, 24, dtype=np.uint8),
+            "shift": np.full(channels, 24 - lighter, dtype=np.uint8),
         },
         channels=channels,
         kernel=[2, 2],
@@ -232,19 +261,19 @@ def small_program(seed: int = 0, *, size: int = 8, channels: int = 12, classes: 
     )
     y = norm("norm1", x, channels)
     into = rng.permutation(tokens).astype(np.int32)[:, None]
-    y = emit("gather", "windows", (y,), "int8", {"index": into}, rows=tokens, joined=1)
+    y = emit("gather", "windows", (y,), byte, {"index": into}, rows=tokens, joined=1)
     y = linear("qkv", y, channels, heads * 3 * dim)
     roles = {
         "exp_mult": np.full(heads, 2**21, np.int32),
-        "exp_shift": np.full(heads, 30, np.uint8),
+        "exp_shift": np.full(heads, 30 - 2 * narrower, np.uint8),
         "out_mult": np.full(heads, 3 * 2**20, np.int32),
         "out_shift": np.full(heads, 21, np.uint8),
-        "bias_table": rng.integers(-9999, 9999, (heads, 7)).astype(np.int32),
+        "bias_table": (rng.integers(-9999, 9999, (heads, 7)) >> 2 * narrower).astype(np.int32),
         "bias_index": rng.integers(0, 7, (4, 4)).astype(np.int32),
         "region": rng.integers(0, 2, (tokens // 4, 4)).astype(np.uint8),
     }
     y = emit(
-        "attention", "attention", (y,), "int8", roles, windows=tokens // 4, heads=heads, qk_dim=dim, v_dim=dim, biases=7
+        "attention", "attention", (y,), byte, roles, windows=tokens // 4, heads=heads, qk_dim=dim, v_dim=dim, biases=7
     )
     y = linear("proj", y, heads * dim, channels, "int16")
     back = np.argsort(into[:, 0]).astype(np.int32)[:, None]
@@ -252,7 +281,7 @@ def small_program(seed: int = 0, *, size: int = 8, channels: int = 12, classes: 
     x = emit("add", "add1", (x, y), "int16", {})
     y = norm("norm2", x, channels)
     y = linear("fc1", y, channels, hidden)
-    y = emit("table", "gelu", (y,), "int8", {"values": integers(rng, "int8", (256,))})
+    y = emit("table", "gelu", (y,), byte, {"values": integers(rng, byte, (256,))})
     y = linear("fc2", y, hidden, channels, "int16")
     x = emit("add", "add2", (x, y), "int16", {})
     x = emit(
@@ -261,8 +290,8 @@ def small_program(seed: int = 0, *, size: int = 8, channels: int = 12, classes: 
     quads = rng.integers(-1, tokens + 1, (6, 4)).astype(np.int32)
     x = emit("gather", "merging", (x,), "int16", {"index": quads}, rows=6, joined=4)
     x = norm("norm", x, 4 * channels, "int16")
-    pool = {"mult": np.full(4 * channels, 2**21, np.int32), "shift": np.full(4 * channels, 27, np.uint8)}
-    x = emit("mean", "pool", (x,), "int8", pool)
+    pool = {"mult": np.full(4 * channels, 2**21, np.int32), "shift": np.full(4 * channels, 27 + narrower, np.uint8)}
+    x = emit("mean", "pool", (x,), byte, pool)
     linear("head", x, 4 * channels, classes, "int32")
     return Program(
         input=InputDescription(height=size, width=size, preprocessing={"mean": [0.5] * 3, "std": [0.25] * 3}),

@@ -73,7 +73,7 @@ def values(rng: np.random.Generator, dtype: str, shape: tuple[int, ...]) -> Arra
         drawn = np.broadcast_to(rng.integers(low, high + 1, (*shape[:-1], 1)), shape)
     else:
         drawn = rng.integers(low, high + 1, shape)
-    return np.ascontiguousarray(drawn).astype(dtype)
+    return np.ascontiguousarray(drawn).astype(norm.STORAGE[dtype])
 
 
 def requantization(rng: np.random.Generator, channels: int, reach: int, shift_max: int = 52) -> tuple[Array, Array]:
@@ -94,7 +94,7 @@ def weighted(
     rng: np.random.Generator, x_dtype: str, shape: tuple[int, ...], bias_shape: tuple[int, ...]
 ) -> dict[str, Array]:
     """Weights, a bias that may reach the bound of the accumulator, and factors."""
-    weight = values(rng, "int8", shape)
+    weight = values(rng, pick(rng, ["int8", "int8", "int6", "int4", "int2"]), shape)
     peak = norm.LIMITS[x_dtype][1] * np.abs(weight.astype(np.int64)).reshape(shape[0], -1).sum(axis=1)
     room = 2**31 - 1 - peak
     limit = room if rng.integers(8) == 0 else np.minimum(room, peak + 10)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from program_cases import small_program
 from test_accel_programs import images_of, swin_program, vit_program
 
 from swincompress_pl import accel, norm
@@ -128,6 +129,45 @@ def test_unknown_implementations_are_refused_with_the_choices(path: Path, monkey
     monkeypatch.setenv("SWINCOMPRESS_IMPLEMENTATION", "fastest")
     with pytest.raises(ValueError, match="SWINCOMPRESS_IMPLEMENTATION 'fastest' is unknown"):
         accel.load(path)
+
+
+@pytest.mark.parametrize("byte", ["int2", "int6", "int7"])
+def test_narrow_activations_are_left_to_the_reference(byte: str, tmp_path: Path) -> None:
+    program = small_program(1, byte=byte, weight="int4")
+    message = rf"layer_norm 'norm1': type {byte}; the C\+\+ engine runs 8-bit activations .*accel\.reference\(path\)"
+    with pytest.raises(norm.ProgramError, match=message):
+        accel.Engine(program)
+    path = accel.export(program, tmp_path / "narrow.safetensors", "lzma")
+    with pytest.raises(accel.ArtifactError, match=rf"narrow\.safetensors: {message}"):
+        accel.load(path)
+    images = images_of(program, 4)
+    np.testing.assert_array_equal(accel.reference(path).run_integer(images), norm.run(program, images))
+    assert accel.reference(path).profile(images, repeats=1).macs == 4 * sum(c.macs for c in norm.costs(program))
+
+
+def test_single_operations_of_narrow_types_are_refused() -> None:
+    for source, output in [("int5", "int5"), ("int8", "int5")]:
+        op = norm.Operation(kind="table", name="t", inputs=("a",), output="y", dtype=output, tensors={"values": "v"})
+        with pytest.raises(norm.ProgramError, match="table 't': type int5"):
+            core.operation_engine(
+                op, [norm.Value(dtype=source, shape=(1, 4))], {"values": np.zeros(256, np.int8)}, threads=1
+            )
+
+
+@pytest.mark.parametrize("implementation", accel.implementations())
+@pytest.mark.parametrize("compression", [None, "lzma"])
+@pytest.mark.parametrize("weight", ["int4", "int3"])
+def test_narrow_weights_run_in_the_engine(
+    weight: str, compression: str | None, implementation: str, tmp_path: Path
+) -> None:
+    program = small_program(4, channels=20, weight=weight)
+    path = accel.export(program, tmp_path / "w4.safetensors", compression)
+    images = images_of(program, 9)
+    expected = norm.run(program, images)
+    assert len(np.unique(expected)) > 20, "the program's values have died; the test would see nothing"
+    for threads in (1, 2):
+        engine = accel.load(path, threads=threads, implementation=implementation)
+        np.testing.assert_array_equal(engine.run_integer(images), expected)
 
 
 @pytest.mark.parametrize("make", [accel.Engine, accel.ReferenceEngine])

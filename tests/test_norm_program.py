@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from program_cases import operation_cases, small_program
 
-from swincompress_pl.norm import Operation, Program, ProgramError, check, costs, run, steps
+from swincompress_pl.norm import LIMITS, STORAGE, Operation, Program, ProgramError, check, costs, run, steps
 from swincompress_pl.norm.kinds import check_operation
 
 
@@ -34,7 +34,10 @@ def test_random_operations_pass_the_check_and_keep_their_declared_type() -> None
     for op, inputs, tensors, value in operation_cases(300, seed=1):
         declared = check_operation(op, [value] * len(inputs), tensors)
         result = KINDS[op.kind].run(inputs, tensors, op.attributes, op.dtype)
-        assert str(result.dtype) == declared.dtype
+        assert str(result.dtype) == STORAGE[declared.dtype]
+        low, high = LIMITS[declared.dtype]
+        assert low <= result.min()
+        assert result.max() <= high
         assert result.reshape(2, -1).shape[1] == declared.rows * declared.channels
 
 

@@ -52,11 +52,14 @@ def _program_of(model: Any) -> norm.Program:
     )
 
 
-def export(model: Any, path: str | os.PathLike[str]) -> Path:
+def export(model: Any, path: str | os.PathLike[str], compression: str | None = None) -> Path:
     """Writes a quantized model as one safetensors artifact and returns its path.
 
     model: a norm.Program, anything with `to_program()` (quant.quantize returns such), or a LightningModule whose `net`
-    has it. The file appears complete or not at all. Raises TypeError for a model that is not quantized,
-    norm.ProgramError for one that breaks a bound of the norm.
+    has it. compression: None packs weights below 8 bits and nothing else; "lzma" entropy-codes everything, losslessly,
+    each kind of tensor by LZMA or by Huffman codes alone, whichever is smaller; `load` reads both. The file appears
+    complete or not at all. Raises TypeError for a model that is not quantized, norm.ProgramError for one that breaks a
+    bound of the norm, ValueError for an unknown compression.
     """
-    return artifact.write(_program_of(model), path)
+    artifact.require_compression(compression)
+    return artifact.write(_program_of(model), path, compression)

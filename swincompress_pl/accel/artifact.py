@@ -1,8 +1,10 @@
 """The artifact: a Program as one safetensors file, with a versioned and checksummed description, and no pickle.
 
 The header's metadata has one key, METADATA_KEY, that holds a JSON object: `format`, `version`, `description`
-(`Program.describe()`) and `sha256` over the description and all tensors. Files are written beside their destination and
-renamed, so that an interrupted export leaves the old file as it was.
+(`Program.describe()`) and `sha256` over the description and all tensors as they are in memory. Version 2 adds
+`storage`, which says how they lie in the file: weights below 8 bits are packed, and a compressed artifact has streams
+(`storage.py`) and keeps description and storage in one more, `content`. A file that needs neither stays version 1.
+Files are written beside their destination and renamed, so that an interrupted export leaves the old file as it was.
 """
 
 from __future__ import annotations
@@ -22,10 +24,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from swincompress_pl import norm
+from swincompress_pl.accel import storage
 
 FORMAT = "swincompress_pl.program"
-VERSION = 1
+VERSIONS = (1, 2)
 METADATA_KEY = "swincompress_pl"
+_CONTENT = "content"
 _HEADER_BYTES_MAX = 100_000_000
 
 Tensors = Mapping[str, npt.NDArray[Any]]
@@ -49,8 +53,16 @@ def checksum(description: Mapping[str, Any], tensors: Tensors) -> str:
     return digest.hexdigest()
 
 
-def to_bytes(program: norm.Program) -> bytes:
-    """The artifact's bytes: the same Program always gives the same bytes."""
+def require_compression(compression: str | None) -> None:
+    """Raises ValueError unless `compression` is None or a known one."""
+    if compression is not None and compression not in storage.COMPRESSIONS:
+        known = ", ".join(map(repr, storage.COMPRESSIONS))
+        raise ValueError(f"compression is {compression!r}; choose None or {known}")
+
+
+def to_bytes(program: norm.Program, compression: str | None = None) -> bytes:
+    """The artifact's bytes: the same Program and compression always give the same bytes."""
+    require_compression(compression)
     norm.check(program)
     used = {key for op in program.operations for key in op.tensors.values()}
     unused = sorted(set(program.tensors) - used)
@@ -59,22 +71,40 @@ def to_bytes(program: norm.Program) -> bytes:
     tensors = {key: np.ascontiguousarray(program.tensors[key]) for key in sorted(used)}
     description = program.describe()
     try:
-        metadata = {
-            "format": FORMAT,
-            "version": VERSION,
-            "description": description,
-            "sha256": checksum(description, tensors),
-        }
-        text = _json(metadata)
+        sha256 = checksum(description, tensors)
     except (TypeError, ValueError) as error:
         raise ArtifactError(f"the Program's description cannot be written as JSON: {error}") from error
-    return bytes(save(tensors, {METADATA_KEY: text}))
+    if compression is None:
+        stored, content = _packed(description, tensors)
+    else:
+        roles = {key: role for op in reversed(program.operations) for role, key in op.tensors.items()}
+        stored, content = _compressed(description, tensors, roles)
+    return bytes(save(stored, {METADATA_KEY: _json({"format": FORMAT, "sha256": sha256, **content})}))
 
 
-def write(program: norm.Program, path: str | os.PathLike[str]) -> Path:
+def _packed(description: dict[str, Any], tensors: Tensors) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
+    stored, packed = storage.pack_tensors(tensors)
+    if not packed:
+        return stored, {"version": 1, "description": description}
+    return stored, {"version": 2, "description": description, "storage": {"packed": packed}}
+
+
+def _compressed(
+    description: dict[str, Any], tensors: Tensors, roles: Mapping[str, str]
+) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
+    try:
+        stored, streams = storage.compress_tensors(tensors, roles)
+    except storage.StorageError as error:
+        raise ArtifactError(f"the Program cannot be compressed ({error}); export it without compression") from error
+    text = _json({"description": description, "storage": {"streams": streams}}).encode()
+    coder, stored[_CONTENT] = storage.encode(text)
+    return stored, {"version": 2, _CONTENT: {"coder": coder, "size_bytes": len(text)}}
+
+
+def write(program: norm.Program, path: str | os.PathLike[str], compression: str | None = None) -> Path:
     """Writes the artifact and returns its path; a failure at any point leaves a previous file untouched."""
     destination = Path(path)
-    content = to_bytes(program)
+    content = to_bytes(program, compression)
     if not destination.parent.is_dir():
         raise FileNotFoundError(f"{destination}: the folder {destination.parent} does not exist; make it first")
     temporary = destination.with_name(f".{destination.name}.{secrets.token_hex(4)}.tmp")
@@ -118,16 +148,38 @@ def _parse(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
         )
     try:
         content = json.loads(metadata[METADATA_KEY])
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ArtifactError(f"{path}: its description is not JSON ({error}); export it again") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ArtifactError(f"{path}: its description is not a {FORMAT}; export it again")
-    if content.get("version") != VERSION:
+    if content.get("version") not in VERSIONS:
+        known = " and ".join(map(str, VERSIONS))
         raise ArtifactError(
-            f"{path}: artifact version {content.get('version')!r}; this package reads version {VERSION}: "
+            f"{path}: artifact version {content.get('version')!r}; this package reads versions {known}: "
             "export the model again with this package, or install the package that wrote it"
         )
     return content
+
+
+def _restored(content: Mapping[str, Any], stored: dict[str, npt.NDArray[Any]]) -> tuple[Any, Tensors]:
+    """(description, tensors) from what lies in the file; StorageError where the two do not fit."""
+    if content["version"] == 1:
+        return content.get("description"), stored
+    if _CONTENT in content:
+        declared = content[_CONTENT]
+        if not isinstance(declared, dict) or _CONTENT not in stored:
+            raise storage.StorageError("it has no description")
+        text = storage.decode(declared.get("coder"), stored.pop(_CONTENT), declared.get("size_bytes"))
+        try:
+            content = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise storage.StorageError(f"its description is not JSON: {error}") from error
+    layout = content.get("storage") if isinstance(content, dict) else None
+    if isinstance(layout, dict) and list(layout) == ["packed"]:
+        return content.get("description"), storage.unpack_tensors(stored, layout["packed"])
+    if isinstance(layout, dict) and list(layout) == ["streams"]:
+        return content.get("description"), storage.decompress_tensors(stored, layout["streams"])
+    raise storage.StorageError("it does not say how its tensors are stored")
 
 
 @contextmanager
@@ -155,9 +207,12 @@ def read_unproved(path: str | os.PathLike[str]) -> norm.Program:
     source = Path(path)
     if not source.is_file():
         raise FileNotFoundError(f"{source}: no such file; write one with swincompress_pl.accel.export(model, path)")
-    metadata, tensors = _load(source)
+    metadata, stored = _load(source)
     content = _parse(source, metadata)
-    description = content.get("description")
+    try:
+        description, tensors = _restored(content, stored)
+    except storage.StorageError as error:
+        raise ArtifactError(f"{source}: truncated or damaged ({error}); copy or export it again") from error
     if not isinstance(description, dict) or content.get("sha256") != checksum(description, tensors):
         raise ArtifactError(f"{source}: altered after it was written (its checksum differs); copy or export it again")
     with naming(source):

@@ -23,6 +23,7 @@ except ImportError as error:
     ) from error
 
 THREADS_MAX = 256
+_VALUE_TYPES = ("int8", "uint8", "int16", "int32")
 
 
 def implementations() -> tuple[str, ...]:
@@ -49,6 +50,17 @@ def resolve_threads(threads: int | None) -> int:
     return threads
 
 
+def _require_engine_types(op: norm.Operation, values: Sequence[norm.Value]) -> None:
+    """Raises norm.ProgramError where `op` reads or writes one of `values` in a type that the C++ engine does not
+    run."""
+    narrow = [value.dtype for value in values if value.dtype not in _VALUE_TYPES]
+    if narrow:
+        raise norm.ProgramError(
+            f"{op.kind} {op.name!r}: type {narrow[0]}; the C++ engine runs 8-bit activations (int8, uint8) beside "
+            "int16 and int32, with weights of any width: swincompress_pl.accel.reference(path) runs this one"
+        )
+
+
 def _described(
     op: norm.Operation, inputs: Sequence[int], output: norm.Value, tensors: Mapping[str, npt.NDArray[Any]]
 ) -> _core.OperationDescription:
@@ -65,7 +77,12 @@ def _described(
 def program_engine(
     program: norm.Program, values: Mapping[str, norm.Value], *, implementation: str | None, threads: int | None
 ) -> _core.Engine:
-    """The C++ engine of a Program whose values `norm.check` gave."""
+    """The C++ engine of a Program whose values `norm.check` gave.
+
+    Raises norm.ProgramError naming the first operation of a type that only the reference runs.
+    """
+    for op in program.operations:
+        _require_engine_types(op, [values[op.output]])
     numbers = {norm.INPUT_VALUE: 0}
     operations = []
     for number, op in enumerate(program.operations, start=1):
@@ -90,6 +107,7 @@ def operation_engine(
     Program's it may have any type. Raises norm.ProgramError for an operation that breaks a rule of the norm.
     """
     output = check_operation(op, inputs, tensors)
+    _require_engine_types(op, [*inputs, output])
     return _core.Engine(
         [(value.dtype, value.shape) for value in inputs],
         [_described(op, range(len(inputs)), output, tensors)],

@@ -89,10 +89,11 @@ class _Runtime:
 
 
 class Engine(_Runtime):
-    """A Program in C++, integers only between pixels and logits.
+    """A Program in C++, integers only between pixels and logits; its activations have 8 bits (int8, uint8) or more.
 
     threads: 1 to 256, None for all CPUs that this process may use. implementation: a name of `implementations()`, None
-    for the best. An engine may be used from several Python threads: calls take turns and release the GIL.
+    for the best. An engine may be used from several Python threads: calls take turns and release the GIL. Raises
+    norm.ProgramError for a Program with narrower activations, which only `ReferenceEngine` runs.
     """
 
     def __init__(self, program: norm.Program, *, threads: int | None = None, implementation: str | None = None) -> None:
@@ -133,8 +134,9 @@ class ReferenceEngine(_Runtime):
 def load(path: str | os.PathLike[str], threads: int | None = None, implementation: str | None = None) -> Engine:
     """The engine of an artifact written by `export`.
 
-    Raises FileNotFoundError, ArtifactError (truncated, altered, foreign or of another version), or ValueError for
-    `threads` outside [1, 256] and for an `implementation` that this CPU cannot run; the message lists those it can.
+    Raises FileNotFoundError, ArtifactError (truncated, altered, foreign, of another version, or with activations below
+    8 bits, which `reference` runs), or ValueError for `threads` outside [1, 256] and for an `implementation` that this
+    CPU cannot run; the message lists those it can.
     """
     program = artifact.read_unproved(path)
     with artifact.naming(path):

@@ -32,6 +32,7 @@ def main(name: str, arguments: Sequence[str]) -> int:
     command.add_argument(
         "-o", "--output", type=str, required=True, help="artifact to write; an old one is replaced at the end"
     )
+    command.add_argument("--compression", choices=("lzma",), default=None, help="entropy-code the artifact, losslessly")
     command.add_argument(
         "--reference-check", type=int, default=2, metavar="N", help="compare the integers of N images; 0: none"
     )
@@ -72,7 +73,7 @@ def _export(given: Any) -> int:
     from swincompress_pl import accel
 
     _say(f"writing {output}")
-    accel.export(network, output)
+    accel.export(network, output, compression=given.compression)
     print(f"{output}: {output.stat().st_size:,} bytes")
     return _check(network, output, given.reference_check) if given.reference_check else 0
 

@@ -3,7 +3,7 @@
 `Program` is the network as data, `check` proves it, `run` defines its result. `docs/norm.md` derives the rules.
 """
 
-from swincompress_pl.norm.integer import EXP_STEPS, LIMITS, multiplier
+from swincompress_pl.norm.integer import EXP_STEPS, LIMITS, STORAGE, multiplier
 from swincompress_pl.norm.program import INPUT_VALUE, InputDescription, Operation, Program, ProgramError, Value
 from swincompress_pl.norm.reference import Cost, check, costs, run, steps
 
@@ -11,6 +11,7 @@ __all__ = [
     "EXP_STEPS",
     "INPUT_VALUE",
     "LIMITS",
+    "STORAGE",
     "Cost",
     "InputDescription",
     "Operation",

@@ -14,14 +14,25 @@ import numpy.typing as npt
 IntArray = npt.NDArray[np.integer]
 Int64Array = npt.NDArray[np.int64]
 
+# The types that fit a byte, narrowest first.
+SIGNED_BYTES = tuple(f"int{bits}" for bits in range(2, 9))
+UNSIGNED_BYTES = tuple(f"uint{bits}" for bits in range(2, 9))
+
 # Closed ranges of every type a value may have. -128 is excluded: with it AVX2's 16-bit pair sums may saturate.
 LIMITS: dict[str, tuple[int, int]] = {
-    "int8": (-127, 127),
-    "uint8": (0, 255),
+    **{dtype: (1 - 2 ** (bits - 1), 2 ** (bits - 1) - 1) for bits, dtype in enumerate(SIGNED_BYTES, start=2)},
+    **{dtype: (0, 2**bits - 1) for bits, dtype in enumerate(UNSIGNED_BYTES, start=2)},
     "int16": (-32767, 32767),
     "int32": (-(2**31 - 1), 2**31 - 1),
 }
-ITEMSIZE = {"int8": 1, "uint8": 1, "int16": 2, "int32": 4}
+# The NumPy (and torch) type that holds a value: types below 8 bits live in whole bytes.
+STORAGE: dict[str, str] = {
+    **dict.fromkeys(SIGNED_BYTES, "int8"),
+    **dict.fromkeys(UNSIGNED_BYTES, "uint8"),
+    "int16": "int16",
+    "int32": "int32",
+}
+ITEMSIZE = {dtype: np.dtype(storage).itemsize for dtype, storage in STORAGE.items()}
 
 MULTIPLIER_BITS = 22
 SHIFT_MAX = 52
@@ -61,9 +72,9 @@ def multiplier(real: float | npt.NDArray[np.floating]) -> tuple[npt.NDArray[np.i
 
 
 def saturate(values: IntArray, dtype: str) -> IntArray:
-    """Clamps to the range of `dtype` and converts to it."""
+    """Clamps to the range of `dtype` and converts to the array type that holds it."""
     low, high = LIMITS[dtype]
-    return np.clip(values, low, high).astype(dtype)
+    return np.clip(values, low, high).astype(STORAGE[dtype])
 
 
 def shift_right_rounded(values: IntArray, shift: IntArray | int) -> Int64Array:

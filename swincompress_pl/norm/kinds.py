@@ -20,12 +20,24 @@ from swincompress_pl.norm.integer import (
     MULTIPLIER_BITS,
     RECIPROCAL_BITS,
     SHIFT_MAX,
+    SIGNED_BYTES,
+    STORAGE,
+    UNSIGNED_BYTES,
     IntArray,
 )
 from swincompress_pl.norm.program import Operation, ProgramError, Value
 
 Tensors = Mapping[str, IntArray]
 _MISSING = object()
+_BYTES = (*SIGNED_BYTES, *UNSIGNED_BYTES)
+
+
+def _listed(dtypes: Sequence[str]) -> str:
+    """`int2 to int8 or int16`: the types in words, runs of byte types by their ends."""
+    text = " or ".join(dtypes)
+    for run in (SIGNED_BYTES, UNSIGNED_BYTES):
+        text = text.replace(" or ".join(run), f"{run[0]} to {run[-1]}")
+    return text
 
 
 class _Call:
@@ -45,11 +57,11 @@ class _Call:
 
     def source(self, number: int, *dtypes: str) -> Value:
         value = self.inputs[number]
-        self.require(value.dtype in dtypes, f"input {number} is {value.dtype}; it must be {' or '.join(dtypes)}")
+        self.require(value.dtype in dtypes, f"input {number} is {value.dtype}; it must be {_listed(dtypes)}")
         return value
 
     def output(self, shape: tuple[int, ...], *dtypes: str) -> Value:
-        self.require(self.op.dtype in dtypes, f"output is {self.op.dtype}; it must be {' or '.join(dtypes)}")
+        self.require(self.op.dtype in dtypes, f"output is {self.op.dtype}; it must be {_listed(dtypes)}")
         return Value(dtype=self.op.dtype, shape=shape)
 
     def integer(self, key: str, low: int, high: int) -> int:
@@ -134,17 +146,17 @@ def _weight_in_range(call: _Call, weight: IntArray) -> None:
 
 
 def _check_linear(call: _Call) -> Value:
-    x = call.source(0, "int8", "uint8")
+    x = call.source(0, *_BYTES)
     channels = call.integer("channels", 1, 2**20)
     weight = call.tensor("weight", "int8", (channels, x.channels))
     _weight_in_range(call, weight)
     call.accumulator(x, weight, call.tensor("bias", "int32", (channels,)))
     call.requantization(channels)
-    return call.output((*x.shape[:-1], channels), "int8", "uint8", "int16", "int32")
+    return call.output((*x.shape[:-1], channels), *_BYTES, "int16", "int32")
 
 
 def _check_conv2d(call: _Call) -> Value:
-    x = call.source(0, "int8", "uint8")
+    x = call.source(0, *_BYTES)
     call.require(len(x.shape) == 3, f"input has shape {x.shape}; a convolution takes (height, width, channels)")
     channels = call.integer("channels", 1, 2**20)
     kernel, stride = call.pair("kernel", 1, 1024), call.pair("stride", 1, 1024)
@@ -159,11 +171,11 @@ def _check_conv2d(call: _Call) -> Value:
     bias = call.tensor("bias", "int32", (channels,), (height, width, channels))
     call.accumulator(x, weight.reshape(channels, -1), bias)
     call.requantization(channels)
-    return call.output((height, width, channels), "int8", "uint8", "int16", "int32")
+    return call.output((height, width, channels), *_BYTES, "int16", "int32")
 
 
 def _check_layer_norm(call: _Call) -> Value:
-    x = call.source(0, "int8", "int16")
+    x = call.source(0, *SIGNED_BYTES, "int16")
     call.require(
         x.channels <= LAYER_NORM_CHANNELS_MAX,
         f"{x.channels} channels; at most {LAYER_NORM_CHANNELS_MAX} keep the bounds",
@@ -173,18 +185,19 @@ def _check_layer_norm(call: _Call) -> Value:
     limit = 2**MULTIPLIER_BITS - 1
     call.in_range("gain", call.tensor("gain", "int32", (x.channels,)), -limit, limit)
     call.in_range("offset", call.tensor("offset", "int64", (x.channels,)), -(2**60), 2**60)
-    return call.output(x.shape, "int8", "int16")
+    return call.output(x.shape, *SIGNED_BYTES, "int16")
 
 
 def _check_table(call: _Call) -> Value:
-    x = call.source(0, "int8")
-    values = call.tensor("values", call.op.dtype if call.op.dtype in ("int8", "uint8", "int16") else "int8", (256,))
-    call.in_range("values", values, *LIMITS[call.op.dtype])
-    return call.output(x.shape, "int8", "uint8", "int16")
+    x = call.source(0, *SIGNED_BYTES)
+    output = call.output(x.shape, *_BYTES, "int16")
+    # 256 entries for a narrower input too: its codes are bytes like any other
+    call.in_range("values", call.tensor("values", STORAGE[output.dtype], (256,)), *LIMITS[output.dtype])
+    return output
 
 
 def _check_add(call: _Call) -> Value:
-    a, b = call.source(0, "int8", "int16", "int32"), call.inputs[1]
+    a, b = call.source(0, *SIGNED_BYTES, "int16", "int32"), call.inputs[1]
     call.require(
         a.dtype == b.dtype == call.op.dtype, f"adds {a.dtype} and {b.dtype} into {call.op.dtype}; they must agree"
     )
@@ -196,36 +209,36 @@ def _check_add(call: _Call) -> Value:
 
 
 def _check_add_constant(call: _Call) -> Value:
-    x = call.source(0, "int8", "int16")
-    constant = call.tensor("constant", x.dtype, (x.rows, x.channels))
+    x = call.source(0, *SIGNED_BYTES, "int16")
+    constant = call.tensor("constant", STORAGE[x.dtype], (x.rows, x.channels))
     call.in_range("constant", constant, *LIMITS[x.dtype])
     return call.output((x.rows, x.channels), x.dtype)
 
 
 def _check_prepend(call: _Call) -> Value:
-    x = call.source(0, "int8", "int16")
+    x = call.source(0, *SIGNED_BYTES, "int16")
     count = call.integer("rows", 1, 2**16)
-    call.in_range("rows", call.tensor("rows", x.dtype, (count, x.channels)), *LIMITS[x.dtype])
+    call.in_range("rows", call.tensor("rows", STORAGE[x.dtype], (count, x.channels)), *LIMITS[x.dtype])
     return call.output((count + x.rows, x.channels), x.dtype)
 
 
 def _check_gather(call: _Call) -> Value:
-    x = call.source(0, "int8", "uint8", "int16")
+    x = call.source(0, *_BYTES, "int16")
     rows, joined = call.integer("rows", 1, 2**24), call.integer("joined", 1, 2**10)
     call.in_range("index", call.tensor("index", "int32", (rows, joined)), -1, x.rows - 1)
     return call.output((rows, joined * x.channels), x.dtype)
 
 
 def _check_mean(call: _Call) -> Value:
-    x = call.source(0, "int8", "uint8", "int16")
+    x = call.source(0, *_BYTES, "int16")
     reach = x.rows * LIMITS[x.dtype][1]
     call.require(reach < ACCUMULATOR_BOUND, f"the sum over {x.rows} tokens may reach {reach}, beyond int32")
     call.requantization(x.channels)
-    return call.output((x.channels,), "int8", "uint8", "int16")
+    return call.output((x.channels,), *_BYTES, "int16")
 
 
 def _check_attention(call: _Call) -> Value:
-    x = call.source(0, "int8")
+    x = call.source(0, *SIGNED_BYTES)
     windows, heads = call.integer("windows", 1, 2**20), call.integer("heads", 1, 2**12)
     qk_dim, v_dim = call.integer("qk_dim", 1, 2**12), call.integer("v_dim", 1, 2**12)
     call.require(x.rows % windows == 0, f"{x.rows} tokens do not split into {windows} windows")
@@ -233,7 +246,7 @@ def _check_attention(call: _Call) -> Value:
     call.require(x.channels == channels, f"input has {x.channels} channels; {heads} heads need {channels}")
     # e sums of at most 255 * length and sums of e * v must stay in int32
     call.require(length <= 2**16, f"windows of {length} tokens; at most {2**16} keep the bounds")
-    reach = 127 * 127 * qk_dim
+    reach = LIMITS[x.dtype][1] ** 2 * qk_dim
     if call.has("bias_table"):
         bias_table = call.tensor("bias_table", "int32", (heads, call.integer("biases", 1, 2**24)))
         reach += int(np.abs(bias_table.astype(np.int64)).max())
@@ -243,7 +256,7 @@ def _check_attention(call: _Call) -> Value:
         call.tensor("region", "uint8", (windows, length))
     call.requantization(heads, "exp_mult", "exp_shift")
     call.requantization(heads, "out_mult", "out_shift", shift_max=62 - RECIPROCAL_BITS)
-    return call.output((x.rows, heads * v_dim), "int8")
+    return call.output((x.rows, heads * v_dim), *SIGNED_BYTES)
 
 
 def _tokens(x: IntArray) -> IntArray:

@@ -134,6 +134,10 @@ class WeightedNode(Node):
         """(M,) the real bias, or None."""
         raise NotImplementedError
 
+    def set_folded_weight(self, network: nn.Module, folded: Tensor, balance: Tensor | None) -> None:
+        """Make `folded_weight` give (M, K...) `folded`, in the network itself."""
+        raise NotImplementedError
+
     def add_to_bias(self, network: nn.Module, change: Tensor) -> None:
         """Add (M,) to what `folded_bias` gives, in the network itself; a layer without a bias stays as it is."""
         raise NotImplementedError
@@ -163,6 +167,29 @@ class Graph:
                 raise ValueError(f"graph node {node.name!r}: unknown site {node.site!r}")
             owner[node.output] = node.site if node.site is not None else owner[node.inputs[0]]
         object.__setattr__(self, "_site_of", owner)
+        last = {name: number for number, node in enumerate(self.nodes) for name in node.inputs}
+        object.__setattr__(self, "_last_use", last)
+
+    def last_use(self, value: str) -> int:
+        """The number of the last node that reads a value; -1: none does."""
+        uses: dict[str, int] = self._last_use  # type: ignore[attr-defined]
+        return uses.get(value, -1)
+
+    def blocks(self) -> list[range]:
+        """The numbers of the nodes, cut wherever a single value is all that goes on, with weights in every part."""
+        cuts, start = [], 0
+        for number, node in enumerate(self.nodes):
+            alive = {n.output for n in self.nodes[: number + 1] if self.last_use(n.output) > number}
+            weighted = any(isinstance(n, WeightedNode) for n in self.nodes[start : number + 1])
+            if alive <= {node.output} and weighted:
+                cuts.append(range(start, number + 1))
+                start = number + 1
+        rest = range(start, len(self.nodes))
+        return (
+            [*cuts[:-1], range(cuts[-1].start, rest.stop)]
+            if rest and not any(isinstance(self.nodes[n], WeightedNode) for n in rest)
+            else [*cuts, *([rest] if rest else [])]
+        )
 
     def site_of(self, value: str) -> Site | None:
         """The site in whose unit `value` is; None for the pixels."""
@@ -187,21 +214,26 @@ class Run:
             raise ValueError(
                 f"images have shape {tuple(images.shape)}; this network takes (N, {', '.join(map(str, expected))})"
             )
-        last_use = {name: number for number, node in enumerate(self.graph.nodes) for name in node.inputs}
-        values = {INPUT_VALUE: images}
-        for number, node in enumerate(self.graph.nodes):
-            inputs = tuple(values[name] for name in node.inputs)
+        values = self.advance({INPUT_VALUE: images}, range(len(self.graph.nodes)))
+        return values[self.graph.nodes[-1].output].flatten(1)
+
+    def advance(self, values: Mapping[str, Tensor], numbers: range) -> dict[str, Tensor]:
+        """Run the nodes of these numbers on what is known so far: the values that later nodes read, or the result."""
+        known = dict(values)
+        for number in numbers:
+            node = self.graph.nodes[number]
+            inputs = tuple(known[name] for name in node.inputs)
             output = node.forward(self, *inputs)
             self.quantizer.output(node, inputs, output)
             if node.site is not None:
                 output = self.quantizer.activation(self.graph.sites[node.site], output)
             for path in node.regularizers:
                 output = self.network.get_submodule(path)(output)
-            values[node.output] = output
+            known[node.output] = output
             for name in node.inputs:
-                if last_use[name] == number:
-                    values.pop(name, None)
-        return output.flatten(1)
+                if self.graph.last_use(name) == number:
+                    known.pop(name, None)
+        return known
 
     def weight(self, node: WeightedNode) -> Tensor:
         """The weight of `node` as this pass uses it, input ratios divided out again."""

@@ -42,6 +42,11 @@ class LinearNode(WeightedNode):
         gamma = self._gamma(network)
         return bias if bias is None or gamma is None else bias * gamma
 
+    def set_folded_weight(self, network: nn.Module, folded: Tensor, balance: Tensor | None) -> None:
+        weight, gamma = parameter(network, f"{self.module}.weight"), self._gamma(network)
+        unfolded = folded if balance is None else folded / balance
+        weight.copy_(unfolded if gamma is None else torch.where(gamma == 0, weight.T, unfolded.T / gamma).T)
+
     def add_to_bias(self, network: nn.Module, change: Tensor) -> None:
         bias, gamma = getattr(network.get_submodule(self.module), "bias", None), self._gamma(network)
         if bias is not None:
@@ -97,6 +102,9 @@ class PixelConvNode(WeightedNode):
 
     def folded_bias(self, network: nn.Module) -> Tensor | None:
         return self._conv(network).bias
+
+    def set_folded_weight(self, network: nn.Module, folded: Tensor, balance: Tensor | None) -> None:
+        self._conv(network).weight.copy_(folded * self._deviation(network))
 
     def add_to_bias(self, network: nn.Module, change: Tensor) -> None:
         bias = self._conv(network).bias

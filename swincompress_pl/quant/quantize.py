@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from swincompress_pl.quant.bits import Bits
 from swincompress_pl.quant.calibration import Ranges, calibration_images, observe, sample_layers
 from swincompress_pl.quant.layerwise import LayerwiseSearch
 from swincompress_pl.quant.network import QuantizedNetwork, find_preprocessing
+from swincompress_pl.quant.rounding import Learning, round_blocks
 from swincompress_pl.quant.scales import affine_range
 from swincompress_pl.quant.search import max_step
 
@@ -22,7 +23,7 @@ HEADROOM = 2.0
 # Bias must stay below 2**30 accumulator steps at export; keep two bits of distance.
 _BIAS_STEPS = 2.0**28
 _DEAD_ROW_STEPS = 256.0
-ROUNDINGS = ("nearest", "learned")
+ROUNDINGS = ("nearest", "second_order", "learned")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,20 +32,24 @@ class SearchOptions:
 
     balance: per-channel ranges of LayerNorm outputs, folded away (in the manner of RepQ-ViT, arXiv 2212.08254).
     unsigned: GELU's output without a sign, where the error is smaller so. bias_correction: each layer's bias takes up
-    the mean error of its output. rounding: "nearest", or "learned" block by block (`rounding.py`). The last two write
-    to the network's own parameters. rows: sampled rows a layer. seed: of the sampling.
+    the mean error of its output. rounding: "nearest", "second_order" or "learned", both block by block with biases
+    corrected (`rounding.py`); learning: the details of the last. These write to the network's own parameters.
+    rows: sampled rows a layer. seed: of the sampling.
     """
 
     balance: bool = True
     unsigned: bool = True
     bias_correction: bool = False
     rounding: str = "nearest"
+    learning: Learning = field(default_factory=Learning)
     rows: int = 1024
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.rounding not in ROUNDINGS:
             raise ValueError(f"rounding is {self.rounding!r}; choose one of {', '.join(ROUNDINGS)}")
+        if isinstance(self.learning, Mapping):
+            object.__setattr__(self, "learning", Learning(**self.learning))
         if type(self.rows) is not int or self.rows < 1:
             raise ValueError(f"rows is {self.rows!r}; it must be an integer of 1 or more")
 
@@ -105,6 +110,11 @@ def quantize(
                 bias_correction=options.bias_correction,
             ).run(progress=progress)
         _secure_steps(quantized)
+        if options is not None and options.rounding != "nearest":
+            learned = options.rounding == "learned"
+            learning = options.learning if learned else replace(options.learning, iterations=0)
+            round_blocks(quantized, batches, learning, progress=progress)
+            _secure_steps(quantized)
     return quantized
 
 

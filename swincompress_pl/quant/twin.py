@@ -7,14 +7,15 @@ off here and float32 products are left only where TF32 cannot enter.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from swincompress_pl.norm import INPUT_VALUE, LIMITS, Operation, Program, check
+from swincompress_pl.norm import INPUT_VALUE, LIMITS, STORAGE, Operation, Program, check
 from swincompress_pl.norm.integer import (
     ACCUMULATOR_BOUND,
     EXP_STEPS,
@@ -24,8 +25,21 @@ from swincompress_pl.norm.integer import (
     RECIPROCAL_BITS,
 )
 
-_DTYPES = {"int8": torch.int8, "uint8": torch.uint8, "int16": torch.int16, "int32": torch.int32}
+_DTYPES: dict[str, torch.dtype] = {dtype: getattr(torch, storage) for dtype, storage in STORAGE.items()}
 _FLOAT32_EXACT = 2**24
+
+
+@dataclass(frozen=True)
+class _Types:
+    """What an operation reads and writes, as types of the norm: a tensor only tells its storage."""
+
+    inputs: tuple[str, ...]
+    output: str
+
+    @property
+    def reach(self) -> int:
+        """Largest magnitude in the first input."""
+        return LIMITS[self.inputs[0]][1]
 
 
 def _saturate(values: Tensor, dtype: str) -> Tensor:
@@ -47,32 +61,31 @@ def _matmul(a: Tensor, b: Tensor, bound: int) -> Tensor:
     return torch.matmul(a.to(floating), b.to(floating)).to(torch.int64 if bound >= ACCUMULATOR_BOUND else torch.int32)
 
 
-def _linear_accumulator(x: Tensor, weight: Tensor) -> Tensor:
-    """x (rows, K) int8 or uint8 times weight (M, K) int8, transposed -> (rows, M) int32."""
-    if x.dtype == torch.int8 and x.device.type == "cpu" and x.shape[0] > 16 and x.shape[1] % 8 == 0:
-        return torch._int_mm(x.contiguous(), weight.t())
-    bound = int(np.iinfo(np.uint8).max if x.dtype == torch.uint8 else 127) * int(
-        weight.abs().sum(1, dtype=torch.int64).max()
-    )
-    return _matmul(x, weight.t(), bound)
+def _linear_accumulator(x: Tensor, weight: Tensor, reach: int) -> Tensor:
+    """x (rows, K) int8 or uint8, |x| <= reach, times weight (M, K) int8, transposed -> (rows, M) int32."""
+    if reach <= 127 and x.device.type == "cpu" and x.shape[0] > 16 and x.shape[1] % 8 == 0:
+        return torch._int_mm(x.contiguous().view(torch.int8), weight.t())
+    return _matmul(x, weight.t(), reach * int(weight.abs().sum(1, dtype=torch.int64).max()))
 
 
-def _run_linear(x: list[Tensor], t: Mapping[str, Tensor], a: Mapping[str, Any], dtype: str) -> Tensor:
+def _run_linear(x: list[Tensor], t: Mapping[str, Tensor], a: Mapping[str, Any], types: _Types) -> Tensor:
     rows = x[0].reshape(-1, x[0].shape[-1])
-    out = _requantize(_linear_accumulator(rows, t["weight"]) + t["bias"], t["mult"], t["shift"], dtype)
+    out = _requantize(
+        _linear_accumulator(rows, t["weight"], types.reach) + t["bias"], t["mult"], t["shift"], types.output
+    )
     return out.reshape(*x[0].shape[:-1], -1)
 
 
-def _run_conv2d(x: list[Tensor], t: Mapping[str, Tensor], a: Mapping[str, Any], dtype: str) -> Tensor:
+def _run_conv2d(x: list[Tensor], t: Mapping[str, Tensor], a: Mapping[str, Any], types: _Types) -> Tensor:
     image, weight = x[0], t["weight"]
     kernel, stride, padding = a["kernel"], a["stride"], a["padding"]
     image = torch.nn.functional.pad(image, (0, 0, padding[1], padding[1], padding[0], padding[0]))
     fields = image.unfold(1, kernel[0], stride[0]).unfold(2, kernel[1], stride[1])  # N, Ho, Wo, C, kh, kw
     fields = fields.permute(0, 1, 2, 4, 5, 3)
     batch, height, width = fields.shape[:3]
-    accumulator = _linear_accumulator(fields.reshape(batch * height * width, -1), weight.flatten(1))
+    accumulator = _linear_accumulator(fields.reshape(batch * height * width, -1), weight.flatten(1), types.reach)
     accumulator = accumulator.reshape(batch, height, width, -1) + t["bias"]
-    return _requantize(accumulator, t["mult"], t["shift"], dtype)
+    return _requantize(accumulator, t["mult"], t["shift"], types.output)
 
 
 def _reciprocal_sqrt(variance: Tensor) -> tuple[Tensor, Tensor]:
@@ -87,40 +100,40 @@ def _reciprocal_sqrt(variance: Tensor) -> tuple[Tensor, Tensor]:
     return torch.div(torch.full_like(root, 2**54 - 1), root, rounding_mode="floor"), t
 
 
-def _run_layer_norm(x: list[Tensor], t: Mapping[str, Tensor], a: Mapping[str, Any], dtype: str) -> Tensor:
+def _run_layer_norm(x: list[Tensor], t: Mapping[str, Tensor], a: Mapping[str, Any], types: _Types) -> Tensor:
     wide = x[0].long()
     channels = wide.shape[-1]
     total = wide.sum(-1, keepdim=True)
     variance = channels * (wide * wide).sum(-1, keepdim=True) - total * total + a["epsilon"]
     r, exponent = _reciprocal_sqrt(variance.clamp(min=1))
     normalized = ((channels * wide - total) * r) >> (54 - NORMALIZED_FRACTION_BITS - exponent)
-    return _saturate(_shift_right_rounded(normalized * t["gain"].long() + t["offset"], a["shift"]), dtype)
+    return _saturate(_shift_right_rounded(normalized * t["gain"].long() + t["offset"], a["shift"]), types.output)
 
 
-def _run_table(x: list[Tensor], t: Mapping[str, Tensor], a: Mapping[str, Any], dtype: str) -> Tensor:
+def _run_table(x: list[Tensor], t: Mapping[str, Tensor], a: Mapping[str, Any], types: _Types) -> Tensor:
     return t["values"][x[0].view(torch.uint8).int()]
 
 
-def _run_add(x: list[Tensor], t: Mapping[str, Tensor], a: Mapping[str, Any], dtype: str) -> Tensor:
-    return _saturate(x[0].long() + x[1].reshape(x[0].shape), dtype)
+def _run_add(x: list[Tensor], t: Mapping[str, Tensor], a: Mapping[str, Any], types: _Types) -> Tensor:
+    return _saturate(x[0].long() + x[1].reshape(x[0].shape), types.output)
 
 
-def _run_add_constant(x: list[Tensor], t: Mapping[str, Tensor], a: Mapping[str, Any], dtype: str) -> Tensor:
-    return _saturate(_tokens(x[0]).long() + t["constant"], dtype)
+def _run_add_constant(x: list[Tensor], t: Mapping[str, Tensor], a: Mapping[str, Any], types: _Types) -> Tensor:
+    return _saturate(_tokens(x[0]).long() + t["constant"], types.output)
 
 
-def _run_prepend(x: list[Tensor], t: Mapping[str, Tensor], a: Mapping[str, Any], dtype: str) -> Tensor:
+def _run_prepend(x: list[Tensor], t: Mapping[str, Tensor], a: Mapping[str, Any], types: _Types) -> Tensor:
     return torch.cat([t["rows"].expand(x[0].shape[0], -1, -1), _tokens(x[0])], dim=1)
 
 
-def _run_gather(x: list[Tensor], t: Mapping[str, Tensor], a: Mapping[str, Any], dtype: str) -> Tensor:
+def _run_gather(x: list[Tensor], t: Mapping[str, Tensor], a: Mapping[str, Any], types: _Types) -> Tensor:
     source = torch.nn.functional.pad(_tokens(x[0]), (0, 0, 0, 1))  # row -1 is the zero row
     index = t["index"].long() % source.shape[1]
     return source[:, index.flatten()].reshape(source.shape[0], index.shape[0], -1)
 
 
-def _run_mean(x: list[Tensor], t: Mapping[str, Tensor], a: Mapping[str, Any], dtype: str) -> Tensor:
-    return _requantize(_tokens(x[0]).sum(1, dtype=torch.int64), t["mult"], t["shift"], dtype)
+def _run_mean(x: list[Tensor], t: Mapping[str, Tensor], a: Mapping[str, Any], types: _Types) -> Tensor:
+    return _requantize(_tokens(x[0]).sum(1, dtype=torch.int64), t["mult"], t["shift"], types.output)
 
 
 def _exponential(distance: Tensor, mult: Tensor, shift: Tensor) -> Tensor:
@@ -129,7 +142,7 @@ def _exponential(distance: Tensor, mult: Tensor, shift: Tensor) -> Tensor:
     return ((mantissa >> (octaves // EXP_STEPS)) + 128) >> 8
 
 
-def _run_attention(x: list[Tensor], t: Mapping[str, Tensor], a: Mapping[str, Any], dtype: str) -> Tensor:
+def _run_attention(x: list[Tensor], t: Mapping[str, Tensor], a: Mapping[str, Any], types: _Types) -> Tensor:
     qkv = _tokens(x[0])
     windows, heads, qk_dim, v_dim = a["windows"], a["heads"], a["qk_dim"], a["v_dim"]
     batch, rows, _ = qkv.shape
@@ -140,7 +153,7 @@ def _run_attention(x: list[Tensor], t: Mapping[str, Tensor], a: Mapping[str, Any
     def per_head(name: str) -> Tensor:
         return t[name][:, None, None]
 
-    logits = _matmul(q, k.transpose(-1, -2), 127 * 127 * qk_dim)
+    logits = _matmul(q, k.transpose(-1, -2), types.reach**2 * qk_dim)
     if "bias_table" in t:
         logits = logits + t["bias_table"][:, t["bias_index"].long()]
     if "region" in t:
@@ -153,8 +166,8 @@ def _run_attention(x: list[Tensor], t: Mapping[str, Tensor], a: Mapping[str, Any
         e = _exponential(distance, per_head("exp_mult"), per_head("exp_shift"))
     numerator = (per_head("out_mult").long() << RECIPROCAL_BITS).expand(batch, windows, -1, length, -1)
     reciprocal = torch.div(numerator, e.sum(-1, keepdim=True, dtype=torch.int64), rounding_mode="floor")
-    product = _matmul(e, v, 255 * 127 * length).long() * reciprocal
-    out = _saturate(_shift_right_rounded(product, per_head("out_shift").long() + RECIPROCAL_BITS), dtype)
+    product = _matmul(e, v, 255 * types.reach * length).long() * reciprocal
+    out = _saturate(_shift_right_rounded(product, per_head("out_shift").long() + RECIPROCAL_BITS), types.output)
     return out.transpose(2, 3).reshape(batch, rows, heads * v_dim)
 
 
@@ -162,7 +175,7 @@ def _tokens(x: Tensor) -> Tensor:
     return x.reshape(x.shape[0], -1, x.shape[-1])
 
 
-_RUN: dict[str, Callable[[list[Tensor], Mapping[str, Tensor], Mapping[str, Any], str], Tensor]] = {
+_RUN: dict[str, Callable[[list[Tensor], Mapping[str, Tensor], Mapping[str, Any], _Types], Tensor]] = {
     "linear": _run_linear,
     "conv2d": _run_conv2d,
     "layer_norm": _run_layer_norm,
@@ -176,17 +189,24 @@ _RUN: dict[str, Callable[[list[Tensor], Mapping[str, Tensor], Mapping[str, Any],
 }
 
 
-def run_operation(op: Operation, inputs: list[Tensor], tensors: Mapping[str, Tensor]) -> Tensor:
-    """One operation of the norm on torch tensors; `tensors` by role."""
-    return _RUN[op.kind](inputs, tensors, op.attributes, op.dtype)
+def run_operation(
+    op: Operation, inputs: list[Tensor], tensors: Mapping[str, Tensor], input_types: Sequence[str] | None = None
+) -> Tensor:
+    """One operation of the norm on torch tensors; `tensors` by role.
+
+    input_types: the norm's types of the inputs; None takes the full range of what holds them.
+    """
+    given = [str(x.dtype).removeprefix("torch.") for x in inputs] if input_types is None else input_types
+    return _RUN[op.kind](inputs, tensors, op.attributes, _Types(inputs=tuple(given), output=op.dtype))
 
 
 class TorchTwin:
     """A checked Program with its tensors on one device. Call with uint8 (N, H, W, C) -> int32 logits (N, classes)."""
 
     def __init__(self, program: Program, device: torch.device) -> None:
-        check(program)
+        values = check(program)
         self.program = program
+        self._types = {name: value.dtype for name, value in values.items()}
         # the Program's arrays may be read-only; torch wants its own copy
         moved = {key: torch.from_numpy(np.array(tensor)).to(device) for key, tensor in program.tensors.items()}
         self._steps = [(op, {role: moved[key] for role, key in op.tensors.items()}) for op in program.operations]
@@ -199,7 +219,8 @@ class TorchTwin:
         values = {INPUT_VALUE: images}
         with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
             for number, (op, tensors) in enumerate(self._steps):
-                output = run_operation(op, [values[name] for name in op.inputs], tensors)
+                types = [self._types[name] for name in op.inputs]
+                output = run_operation(op, [values[name] for name in op.inputs], tensors, types)
                 values = {name: value for name, value in values.items() if self._last_use.get(name, -1) > number}
                 values[op.output] = output
         return output.reshape(images.shape[0], -1)

@@ -1,0 +1,257 @@
+"""How tensors lie in an artifact: int8 weights in the bits that their values need, or all of them in coded streams.
+
+Both are lossless. Packing keeps the low bits of each value (two's complement), the first value in the highest bits,
+zeros after the last. A stream holds every tensor of one role, type and width, packed to 2, 4 or 8 bits so that the
+coder sees whole values, wider integers as byte planes, lowest first. What a file declares is checked before anything is
+allocated for it.
+"""
+
+from __future__ import annotations
+
+import lzma
+import math
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Tensor = npt.NDArray[Any]
+Bytes = npt.NDArray[np.uint8]
+
+COMPRESSIONS = ("lzma",)
+_TYPES = ("int8", "uint8", "int16", "int32", "int64")
+_AXES_MAX = 8
+# A file may decode to this much, and beyond it to so many times its own size: far more than weights ever need.
+_DECODED_BYTES_FREE = 2**26
+_DECODED_RATIO_MAX = 256
+
+# Weights are noise with a skewed histogram: no context of neighbouring bytes and no alignment is the best setting of
+# lc, lp and pb (docs/norm.md, section 10). The dictionary is fixed here, not read from a file: it bounds the decoder.
+_LZMA_FILTERS: list[dict[str, Any]] = [
+    {"id": lzma.FILTER_LZMA2, "preset": 6, "lc": 0, "lp": 0, "pb": 0, "dict_size": 2**20}
+]
+
+
+class StorageError(ValueError):
+    """Stored bytes contradict what is declared about them."""
+
+
+def weight_bits(tensor: Tensor) -> int:
+    """Bits of the narrowest signed type that holds an int8 tensor of rank >= 2, in [2, 8]; 8 for any other tensor."""
+    if tensor.dtype != np.int8 or tensor.ndim < 2 or tensor.size == 0:
+        return 8
+    largest = int(np.abs(tensor.astype(np.int16)).max())
+    return min(max(largest.bit_length() + 1, 2), 8)
+
+
+def pack(tensor: Tensor, bits: int) -> Bytes:
+    """The low `bits` of every int8 value, one after another -> (ceil(size * bits / 8),) uint8."""
+    codes = np.ascontiguousarray(tensor).reshape(-1, 1).view(np.uint8)
+    return np.packbits(np.unpackbits(codes, axis=1)[:, 8 - bits :])
+
+
+def unpack(packed: Bytes, bits: int, shape: tuple[int, ...]) -> npt.NDArray[np.int8]:
+    """The inverse of `pack`. Raises StorageError where the length or the padding does not fit."""
+    count = math.prod(shape)
+    if packed.dtype != np.uint8 or packed.ndim != 1 or packed.size != (count * bits + 7) // 8:
+        raise StorageError(f"{packed.size} bytes do not hold {count} values of {bits} bits")
+    digits = np.unpackbits(packed)
+    if digits[count * bits :].any():
+        raise StorageError("padding bits are set")
+    codes = np.packbits(digits[: count * bits].reshape(count, bits), axis=1)[:, 0]  # in the high bits of each byte
+    values: npt.NDArray[np.int8] = (codes.view(np.int8) >> (8 - bits)).reshape(shape)
+    return values
+
+
+def pack_tensors(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(tensors to store, {key: [bits, shape]} of those that were packed)."""
+    widths = {key: weight_bits(tensor) for key, tensor in tensors.items()}
+    packed = {key: [bits, list(tensors[key].shape)] for key, bits in widths.items() if bits < 8}
+    return {key: pack(t, widths[key]) if key in packed else t for key, t in tensors.items()}, packed
+
+
+def unpack_tensors(stored: Mapping[str, Tensor], packed: Any) -> dict[str, Tensor]:
+    """The inverse of `pack_tensors`; StorageError for what does not fit."""
+    if not isinstance(packed, dict):
+        raise StorageError("its list of packed tensors is no mapping")
+    tensors = dict(stored)
+    for key, entry in packed.items():
+        if key not in stored or not isinstance(entry, list) or len(entry) != 2 or entry[0] not in range(2, 8):
+            raise StorageError(f"entry of packed tensor {key!r} is wrong")
+        tensors[key] = unpack(stored[key], int(entry[0]), _shape(key, entry[1]))
+    return tensors
+
+
+def _shape(key: str, sizes: Any) -> tuple[int, ...]:
+    if (
+        not isinstance(sizes, list)
+        or not 1 <= len(sizes) <= _AXES_MAX
+        or not all(type(size) is int and size >= 1 for size in sizes)
+    ):
+        raise StorageError(f"tensor {key!r} has shape {sizes!r}")
+    return tuple(sizes)
+
+
+# --- coders: bytes to fewer bytes -------------------------------------------------------------------------------------
+
+
+def _encode_lzma(data: bytes) -> bytes:
+    return lzma.compress(data, lzma.FORMAT_RAW, filters=_LZMA_FILTERS)
+
+
+def _decode_lzma(coded: bytes, size_bytes: int) -> bytes:
+    decoder = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=_LZMA_FILTERS)
+    try:
+        data = decoder.decompress(coded, size_bytes + 1)  # one more than due shows a stream that is too long
+    except lzma.LZMAError as error:
+        raise StorageError(f"LZMA stream: {error}") from error
+    if not decoder.eof or decoder.unused_data:
+        raise StorageError("LZMA stream does not end where it should")
+    return data
+
+
+def _encode_huffman(data: bytes) -> bytes:
+    coder = zlib.compressobj(9, zlib.DEFLATED, -15, 9, zlib.Z_HUFFMAN_ONLY)
+    return coder.compress(data) + coder.flush()
+
+
+def _decode_huffman(coded: bytes, size_bytes: int) -> bytes:
+    decoder = zlib.decompressobj(-15)
+    try:
+        data = decoder.decompress(coded, size_bytes + 1)
+    except zlib.error as error:
+        raise StorageError(f"deflate stream: {error}") from error
+    if not decoder.eof or decoder.unused_data or decoder.unconsumed_tail:
+        raise StorageError("deflate stream does not end where it should")
+    return data
+
+
+_CODERS: dict[str, tuple[Callable[[bytes], bytes], Callable[[bytes, int], bytes]]] = {
+    "none": (lambda data: data, lambda coded, _: coded),
+    "huffman": (_encode_huffman, _decode_huffman),
+    "lzma": (_encode_lzma, _decode_lzma),
+}
+
+
+def encode(data: bytes) -> tuple[str, Bytes]:
+    """(coder, coded): the shortest that the coders give; order-0 Huffman often beats LZMA on weights."""
+    coded = {name: coder[0](data) for name, coder in _CODERS.items()}
+    best = min(coded, key=lambda name: len(coded[name]))
+    return best, np.frombuffer(coded[best], np.uint8)
+
+
+def decode(coder: Any, coded: Tensor, size_bytes: Any) -> bytes:
+    """The `size_bytes` that `encode` was given. Raises StorageError for another length, before it grows beyond it."""
+    if not isinstance(coder, str) or coder not in _CODERS:
+        raise StorageError(f"coder {coder!r} is unknown")
+    if type(size_bytes) is not int or size_bytes < 0 or coded.dtype != np.uint8 or coded.ndim != 1:
+        raise StorageError("a stream's declaration is wrong")
+    require_bounded(size_bytes, coded.size)
+    data = _CODERS[coder][1](coded.tobytes(), size_bytes)
+    if len(data) != size_bytes:
+        raise StorageError(f"a stream does not hold the {size_bytes} bytes that it declares")
+    return data
+
+
+def require_bounded(decoded_bytes: int, coded_bytes: int) -> None:
+    """Raises StorageError for more decoded bytes than any network has in so few coded ones."""
+    limit = _DECODED_BYTES_FREE + _DECODED_RATIO_MAX * coded_bytes
+    if decoded_bytes > limit:
+        raise StorageError(f"{coded_bytes} coded bytes declare {decoded_bytes}; at most {limit} are accepted")
+
+
+# --- streams: tensors of one kind in one coded run --------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Stream:
+    """Tensors (key, shape) of one type, `bits` a value, one after another."""
+
+    coder: str
+    dtype: str
+    bits: int
+    tensors: tuple[tuple[str, tuple[int, ...]], ...]
+
+    @property
+    def size_bytes(self) -> int:
+        """Length before coding."""
+        return (sum(math.prod(shape) for _, shape in self.tensors) * self.bits + 7) // 8
+
+    def entry(self) -> dict[str, Any]:
+        tensors = [[key, list(shape)] for key, shape in self.tensors]
+        return {"coder": self.coder, "dtype": self.dtype, "bits": self.bits, "tensors": tensors}
+
+
+def _stream(entry: Any) -> _Stream:
+    try:
+        coder, dtype, bits, tensors = (entry[key] for key in ("coder", "dtype", "bits", "tensors"))
+        members = tuple((key, _shape(key, sizes)) for key, sizes in tensors)
+    except (KeyError, TypeError, ValueError) as error:
+        raise StorageError(f"a stream's declaration is wrong: {error!r}") from error
+    if dtype not in _TYPES or not all(isinstance(key, str) for key, _ in members):
+        raise StorageError(f"a stream of type {dtype!r}; types are {', '.join(_TYPES)}")
+    if type(bits) is not int or (bits != 8 * np.dtype(dtype).itemsize and (dtype != "int8" or bits not in (2, 4))):
+        raise StorageError(f"a stream of {dtype} in {bits!r} bits a value")
+    return _Stream(coder=coder, dtype=dtype, bits=bits, tensors=members)
+
+
+def _lay_out(values: Tensor, bits: int) -> bytes:
+    if bits < 8:
+        return pack(values, bits).tobytes()
+    little = values.astype(values.dtype.newbyteorder("<"), copy=False)
+    return little.view(np.uint8).reshape(-1, values.itemsize).T.tobytes()
+
+
+def _values(data: bytes, stream: _Stream) -> Tensor:
+    """The inverse of `_lay_out`."""
+    if stream.bits < 8:
+        return unpack(np.frombuffer(data, np.uint8), stream.bits, (sum(math.prod(s) for _, s in stream.tensors),))
+    native = np.dtype(stream.dtype)
+    planes = np.frombuffer(data, np.uint8).reshape(native.itemsize, -1)
+    values: Tensor = np.ascontiguousarray(planes.T).reshape(-1).view(native.newbyteorder("<"))
+    return values.astype(native)
+
+
+def compress_tensors(
+    tensors: Mapping[str, Tensor], roles: Mapping[str, str]
+) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    """(streams to store by name, what each holds). roles: "weight", "bias", ... of each key."""
+    groups: dict[tuple[str, str, int], list[str]] = {}
+    for key in sorted(tensors):
+        bits = weight_bits(tensors[key])
+        whole = 2 if bits == 2 else 4 if bits <= 4 else 8 * tensors[key].itemsize
+        groups.setdefault((roles[key], tensors[key].dtype.name, whole), []).append(key)
+    stored: dict[str, Tensor] = {}
+    entries = []
+    for number, ((_, dtype, bits), keys) in enumerate(sorted(groups.items())):
+        data = _lay_out(np.concatenate([tensors[key].reshape(-1) for key in keys]), bits)
+        coder, stored[f"stream{number}"] = encode(data)
+        members = tuple((key, tensors[key].shape) for key in keys)
+        entries.append(_Stream(coder=coder, dtype=dtype, bits=bits, tensors=members).entry())
+    require_bounded(sum(_stream(entry).size_bytes for entry in entries), sum(s.nbytes for s in stored.values()))
+    return stored, entries
+
+
+def decompress_tensors(stored: Mapping[str, Tensor], entries: Any) -> dict[str, Tensor]:
+    """The inverse of `compress_tensors`; StorageError for what does not fit, before memory is taken for it."""
+    if not isinstance(entries, list) or set(stored) != {f"stream{number}" for number in range(len(entries))}:
+        raise StorageError("its streams are not those that it declares")
+    streams = [_stream(entry) for entry in entries]
+    _require_each_once([key for stream in streams for key, _ in stream.tensors])
+    require_bounded(sum(stream.size_bytes for stream in streams), sum(s.nbytes for s in stored.values()))
+    tensors: dict[str, Tensor] = {}
+    for number, stream in enumerate(streams):
+        values = _values(decode(stream.coder, stored[f"stream{number}"], stream.size_bytes), stream)
+        start = 0
+        for key, shape in stream.tensors:
+            stop = start + math.prod(shape)
+            tensors[key], start = values[start:stop].reshape(shape), stop
+    return tensors
+
+
+def _require_each_once(keys: Sequence[str]) -> None:
+    if len(set(keys)) != len(keys):
+        raise StorageError("it declares a tensor twice")

@@ -1,0 +1,188 @@
+"""Rounding weights with regard to each other instead of each to its nearest, block by block.
+
+The network is cut into blocks between which only the residual stream passes. In order, each block sees what the
+quantized blocks before it give, and is asked for what the float network gives there, so that errors do not add up. In
+a block first every layer in turn is rounded by second-order compensation (GPTQ, arXiv 2210.17323: the error of a column
+is spread over the columns that are not rounded yet), then the rounding of all its weights is learned together, on the
+block's output (as BRECQ, arXiv 2102.05426, does with AdaRound's choice between two neighbours; here a straight-through
+gradient moves the weights, which may go further). What comes out stands in the network's own weights, so that rounding
+to nearest finds it again.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.progress import Progress
+from torch import Tensor, nn
+
+from swincompress_pl.norm import INPUT_VALUE
+from swincompress_pl.quant.graph import Node, Passthrough, Quantizer, Run, Site, WeightedNode
+from swincompress_pl.quant.network import QuantizedNetwork
+from swincompress_pl.quant.scales import Scales
+
+_DAMPING = 0.01  # of the mean diagonal: rows of a few images do not span all directions
+Values = Sequence[dict[str, Tensor]]
+"""The live values of each batch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Learning:
+    """iterations: of Adam on each block, after its second-order rounding; 0 for that alone. batch_images: of one
+    iteration. lr: in steps of the weights' grid."""
+
+    iterations: int = 200
+    batch_images: int = 16
+    lr: float = 0.02
+    seed: int = 0
+
+
+@torch.no_grad()
+def round_blocks(
+    quantized: QuantizedNetwork, batches: Sequence[Tensor], learning: Learning, *, progress: bool = False
+) -> None:
+    """Rounds all weights of a calibrated network in eval mode; biases take up the mean error that is left.
+
+    batches: normalized images (N, C, H, W), on the network's device. Two values of the residual stream are kept for
+    all images at a time.
+    """
+    graph, network = quantized.graph, quantized.network
+    integer = Run(graph, network, quantized.scales)
+    float_run = Run(graph, copy.deepcopy(network), Passthrough())
+    wanted: Values = [{INPUT_VALUE: images} for images in batches]
+    given: Values = [{INPUT_VALUE: images} for images in batches]
+    with Progress(transient=True, disable=not progress) as bar:
+        for numbers in bar.track(graph.blocks(), description="rounding"):
+            nodes = [node for node in graph.nodes[numbers.start : numbers.stop] if isinstance(node, WeightedNode)]
+            for node in nodes:
+                _compensate(node, numbers, integer, float_run, given, wanted)
+            wanted = [float_run.advance(values, numbers) for values in wanted]
+            if learning.iterations:
+                _learn(nodes, numbers, integer, given, wanted, learning)
+            given = [integer.advance(values, numbers) for values in given]
+
+
+class _Watch:
+    """A quantizer that keeps the rows which go into one layer."""
+
+    def __init__(self, inner: Quantizer, node: WeightedNode, network: nn.Module) -> None:
+        self.inner, self.node, self.network = inner, node, network
+        self.rows = torch.empty(0)
+
+    @property
+    def balances(self) -> Mapping[str, Tensor]:
+        return self.inner.balances
+
+    def activation(self, site: Site, x: Tensor) -> Tensor:
+        return self.inner.activation(site, x)
+
+    def weight(self, node: WeightedNode, weight: Tensor) -> Tensor:
+        return self.inner.weight(node, weight)
+
+    def output(self, node: Node, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        if node is self.node:
+            self.rows = self.node.input_rows(self.network, inputs[0]).flatten(0, 1)
+
+
+def _rows(node: WeightedNode, run: Run, values: dict[str, Tensor], numbers: range) -> Tensor:
+    """(R, K) what goes into `node` when its block runs on `values`."""
+    watch = _Watch(run.quantizer, node, run.network)
+    upto = next(n for n in numbers if run.graph.nodes[n] is node)
+    Run(run.graph, run.network, watch).advance(values, range(numbers.start, upto + 1))
+    return watch.rows
+
+
+def _compensate(
+    node: WeightedNode, numbers: range, integer: Run, float_run: Run, given: Values, wanted: Values
+) -> None:
+    """Second-order rounding of one layer towards the float layer's output on the float inputs."""
+    scales = integer.quantizer
+    assert isinstance(scales, Scales)
+    balance = integer.balance(node)
+    weight = node.folded_weight(integer.network, balance)
+    flat = weight.flatten(1).double()
+    ratios = torch.ones((), dtype=torch.float64) if balance is None else balance.double()
+    gram, cross, count = torch.zeros(2, *[flat.shape[1]] * 2, dtype=torch.float64, device=flat.device), 0, 0
+    mean_given, mean_wanted = torch.zeros(2, flat.shape[1], dtype=torch.float64, device=flat.device)
+    gram, cross = gram
+    for has, wants in zip(given, wanted, strict=True):
+        x = _rows(node, integer, has, numbers) / ratios.to(flat.device).float()
+        target = _rows(node, float_run, wants, numbers) / ratios.to(flat.device).float()
+        gram += (x.T @ x).double()
+        cross += (target.T @ x).double()
+        mean_given += x.double().sum(0)
+        mean_wanted += target.double().sum(0)
+        count += len(x)
+    damped = gram + torch.eye(len(gram), device=gram.device) * max(_DAMPING * float(gram.diagonal().mean()), 1e-12)
+    ideal = torch.linalg.solve(damped, (cross - gram).T @ flat.T).T + flat  # least squares for the inputs it gets
+    q_max = scales.weight_scale(node).q_max
+    rounded = second_order_rounding(ideal, scales.step(node).double(), damped, q_max)
+    node.set_folded_weight(integer.network, rounded.to(weight).reshape(weight.shape), balance)
+    change = flat @ (mean_wanted / count) - rounded @ (mean_given / count)
+    node.add_to_bias(integer.network, change.to(weight))
+
+
+def second_order_rounding(weight: Tensor, step: Tensor, gram: Tensor, q_max: int) -> Tensor:
+    """(M, K) multiples of `step` (M,) within +-q_max steps, near `weight` in the metric of `gram`, all float64.
+
+    gram: (K, K) positive definite: the sum of x x^T over the inputs. Columns go in order of their diagonal, largest
+    first; what rounding one of them costs is spread over the others through the Cholesky factor of the inverse.
+    """
+    order = torch.argsort(gram.diagonal(), descending=True)
+    left = weight[:, order].clone()
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram[order][:, order]))
+    factor = torch.linalg.cholesky(inverse, upper=True)
+    result = torch.empty_like(left)
+    for column in range(left.shape[1]):
+        codes = torch.floor(left[:, column] / step + 0.5).clamp(-q_max, q_max)
+        result[:, column] = codes * step
+        error = (left[:, column] - result[:, column]) / factor[column, column]
+        left[:, column + 1 :] -= error[:, None] * factor[column, column + 1 :]
+    restored = torch.empty_like(result)
+    restored[:, order] = result
+    return restored
+
+
+def _learn(
+    nodes: Sequence[WeightedNode], numbers: range, integer: Run, given: Values, wanted: Values, learning: Learning
+) -> None:
+    """Lets weights and biases of a block move, rounded with a straight-through gradient, towards the float output.
+
+    A step of Adam moves a weight by about `lr` of its grid's step at most, so what comes out is another rounding and
+    not another network.
+    """
+    scales, network = integer.quantizer, integer.network
+    assert isinstance(scales, Scales)
+    groups: list[dict[str, Any]] = []
+    for node in nodes:
+        balance = integer.balance(node)
+        grid = float(scales.step(node).median()) / (1.0 if balance is None else float(balance.median()))
+        module = network.get_submodule(node.module)
+        groups += [{"params": [p], "lr": learning.lr * grid} for p in module.parameters(recurse=False)]
+    parameters: list[nn.Parameter] = [p for group in groups for p in group["params"]]
+    required = [p.requires_grad for p in parameters]
+    (start,), (end,) = tuple(given[0]), tuple(wanted[0])
+    starts, ends = torch.cat([v[start] for v in given]), torch.cat([v[end] for v in wanted])
+    generator = torch.Generator().manual_seed(learning.seed)
+    try:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        adam = torch.optim.Adam(groups)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam, learning.iterations)
+        for _ in range(learning.iterations):
+            picked = torch.randperm(len(starts), generator=generator)[: learning.batch_images].to(starts.device)
+            with torch.enable_grad():
+                found = integer.advance({start: starts[picked]}, numbers)[end]
+                loss = (found - ends[picked]).square().mean()
+            for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+                parameter.grad = gradient
+            adam.step()
+            schedule.step()
+    finally:
+        for parameter, was in zip(parameters, required, strict=True):
+            parameter.requires_grad_(was)
+            parameter.grad = None

@@ -1,0 +1,109 @@
+"""Rounding with regard to other weights: never worse than nearest in its own metric, and on the grid."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from quant_cases import PREPROCESSING, network_and_images
+from torch import Tensor, nn
+
+from swincompress_pl.quant import quantize
+from swincompress_pl.quant.rounding import second_order_rounding
+from swincompress_pl.quant.scales import quantize_weight
+
+
+def problem(rows: int, columns: int, outputs: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights, steps and a gram matrix of correlated inputs."""
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(columns, columns, generator=generator, dtype=torch.float64)
+    x = torch.randn(rows, columns, generator=generator, dtype=torch.float64) @ mix
+    weight = torch.randn(outputs, columns, generator=generator, dtype=torch.float64)
+    gram = x.T @ x + torch.eye(columns, dtype=torch.float64) * 1e-6
+    return weight, weight.abs().amax(1) / 7, gram
+
+
+def cost(difference: Tensor, gram: Tensor) -> Tensor:
+    return ((difference @ gram) * difference).sum()
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.integers(8, 40), columns=st.integers(1, 12), outputs=st.integers(1, 6), bits=st.integers(3, 8),
+    seed=st.integers(0, 1000),
+)  # fmt: skip
+def test_second_order_rounding_stays_on_the_grid(rows: int, columns: int, outputs: int, bits: int, seed: int) -> None:
+    weight, _, gram = problem(rows, columns, outputs, seed)
+    q_max = 2 ** (bits - 1) - 1
+    step = weight.abs().amax(1) / q_max
+    rounded = second_order_rounding(weight, step, gram, q_max)
+    codes = rounded / step[:, None]
+    assert torch.equal(codes.round().abs().clamp(max=q_max), codes.round().abs())
+    torch.testing.assert_close(codes, codes.round(), atol=1e-9, rtol=0)
+
+
+def test_it_costs_less_than_nearest_where_inputs_are_correlated() -> None:
+    better = 0
+    for seed in range(20):
+        weight, step, gram = problem(64, 16, 8, seed)
+        nearest = quantize_weight(weight, step, 7) * step[:, None]
+        rounded = second_order_rounding(weight, step, gram, 7)
+        better += bool(cost(rounded - weight, gram) < 0.9 * cost(nearest - weight, gram))
+    assert better == 20
+
+
+def test_independent_inputs_leave_nearest() -> None:
+    weight, step, _ = problem(64, 16, 8, 0)
+    rounded = second_order_rounding(weight, step, torch.eye(16, dtype=torch.float64), 7)
+    assert torch.equal(rounded, quantize_weight(weight, step, 7) * step[:, None])
+
+
+def distance(quantized: nn.Module, images: Tensor, expected: Tensor) -> float:
+    with torch.no_grad():
+        return float((quantized(images) - expected).square().mean())
+
+
+@pytest.mark.parametrize("name", ["vit", "swin", "vit registers"])
+def test_rounding_block_by_block_comes_closer_to_float(name: str) -> None:
+    network, _, images = network_and_images(name)
+    with torch.no_grad():
+        expected = network(images)
+    found = {}
+    for rounding in ("nearest", "second_order", "learned"):
+        options: dict[str, Any] = {"rows": 128, "rounding": rounding}
+        if rounding == "learned":
+            options["learning"] = {"iterations": 30, "batch_images": 6}
+        quantized = quantize(
+            copy.deepcopy(network), [images[:6], images[6:]], bits="W4A8", preprocessing=PREPROCESSING, search=options
+        )
+        found[rounding] = distance(quantized.eval(), images, expected)
+    assert found["second_order"] < 0.7 * found["nearest"]
+    assert found["learned"] < 0.7 * found["nearest"]
+
+
+def test_what_was_rounded_is_found_again_by_nearest() -> None:
+    network, pixels, images = network_and_images("vit registers")  # has layer scale
+    options = {"rows": 128, "rounding": "second_order"}
+    quantized = quantize(network, [images], bits="W4A8", preprocessing=PREPROCESSING, search=options).eval()
+    for node in quantized.graph.weighted_nodes:
+        scale = quantized.scales.weight_scale(node)
+        site = quantized.graph.site_of(node.inputs[0])
+        balance = None if site is None else quantized.scales.balances.get(site.name)
+        codes = node.folded_weight(network, balance).flatten(1) / scale.step[:, None]
+        live = scale.step > 0
+        torch.testing.assert_close(codes[live], codes[live].round(), atol=1e-3, rtol=0)
+    assert quantized.integer_logits(pixels).shape == (len(pixels), 7)
+
+
+def test_gradients_and_flags_are_as_before() -> None:
+    network, _, images = network_and_images("vit")
+    frozen = network.blocks[0].mlp.fc1.weight  # type: ignore[index,union-attr]
+    frozen.requires_grad_(False)  # type: ignore[union-attr,operator]
+    options = {"rows": 64, "rounding": "learned", "learning": {"iterations": 2}}
+    quantize(network, [images], preprocessing=PREPROCESSING, search=options)
+    assert all(p.grad is None for p in network.parameters())
+    assert [name for name, p in network.named_parameters() if not p.requires_grad] == ["blocks.0.mlp.fc1.weight"]
