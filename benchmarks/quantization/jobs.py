@@ -1,0 +1,72 @@
+"""What there is to measure: one job is one network quantized in one way, and one file of results."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+NETWORKS = ("swin_cifar10", "deit_tiny")
+BITS = ("W8A8", "W6A6", "W4A8", "W4A4")
+# name -> method and search options of `quant.quantize`; frozen before any test image was looked at.
+WAYS: dict[str, dict[str, Any]] = {
+    "affine": {"method": "affine"},
+    "max": {"method": "max"},
+    "percentile": {"method": "max", "percentile": 99.99},
+    "searched": {"method": "searched"},
+    "searched, no balance": {"method": "searched", "search": {"balance": False}},
+    "searched, bias corrected": {"method": "searched", "search": {"bias_correction": True}},
+    "searched, second order": {"method": "searched", "search": {"rounding": "second_order"}},
+    "searched, learned": {"method": "searched", "search": {"rounding": "learned"}},
+}
+_TABLE = ("affine", "max", "searched", "searched, second order")
+_SWITCHES = ("percentile", "searched, no balance", "searched, bias corrected", "searched, learned")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """network: of NETWORKS, whole or pruned; way: of WAYS, None for the float network; bits: of BITS."""
+
+    network: str
+    pruned: bool = False
+    way: str | None = None
+    bits: str | None = None
+
+    @property
+    def name(self) -> str:
+        """Unique, and the name of the results' file."""
+        what = "float" if self.way is None else f"{self.bits}-{self.way.replace(', ', '-').replace(' ', '_')}"
+        return f"{self.network}-{'pruned' if self.pruned else 'whole'}-{what}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields in JSON types."""
+        return asdict(self)
+
+
+def all_jobs() -> list[Job]:
+    """Every job, the float networks first."""
+    jobs = [Job(network=network, pruned=pruned) for network in NETWORKS for pruned in (False, True)]
+    jobs += [
+        Job(network=network, pruned=pruned, way=way, bits=bits)
+        for network in NETWORKS
+        for pruned in (False, True)
+        for bits in BITS
+        for way in _TABLE
+    ]
+    jobs += [
+        Job(network=network, way=way, bits=bits)
+        for network in NETWORKS
+        for bits in ("W8A8", "W4A8", "W6A6")
+        for way in _SWITCHES
+    ]
+    return jobs
+
+
+def chosen(jobs: Iterable[Job], patterns: Sequence[str]) -> list[Job]:
+    """The jobs whose names match a pattern (fnmatch), all without patterns; ValueError for one that matches none."""
+    jobs = list(jobs)
+    for pattern in patterns:
+        if not any(fnmatchcase(job.name, pattern) for job in jobs):
+            raise ValueError(f"--filter: {pattern!r} matches no job; `list` shows the {len(jobs)} there are")
+    return [job for job in jobs if not patterns or any(fnmatchcase(job.name, pattern) for pattern in patterns)]

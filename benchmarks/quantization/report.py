@@ -1,0 +1,130 @@
+"""Tables of the results: accuracy with paired counts, sizes, and what quantizing took."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from swincompress_pl.report import PairedComparison
+from swincompress_pl.report.markdown import table
+from swincompress_pl.report.record import write_text
+
+from .jobs import BITS, NETWORKS, WAYS, Job
+from .work import classes_of
+
+Results = Mapping[str, dict[str, Any]]
+
+
+def write(folder: Path, to: Path) -> list[Path]:
+    """quantization.md and quantization.json from the files of results in `folder`; ValueError where there are none."""
+    results = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.json"))}
+    if not results:
+        raise ValueError(f"{folder} has no results; `python -m benchmarks.quantization run --out {folder}` makes them")
+    plain = {name: _without_answers(entry) for name, entry in results.items()}
+    return [
+        write_text(to / "quantization.md", page(results)),
+        write_text(to / "quantization.json", json.dumps(plain, allow_nan=False, indent=1) + "\n"),
+    ]
+
+
+def page(results: Results) -> str:
+    """The whole page."""
+    parts = ["# Quantization", _INTRODUCTION]
+    for network in NETWORKS:
+        for pruned in (False, True):
+            rows = _rows(results, network, pruned)
+            if rows:
+                parts += [f"## {network}{', pruned' if pruned else ''}", _about(results, network, pruned), *rows]
+    places = sorted({_place(entry) for entry in results.values()})
+    parts += ["## Where it ran", "\n".join(f"- {place}" for place in places)]
+    return "\n\n".join(parts) + "\n"
+
+
+_INTRODUCTION = (
+    "Top-1 on images that nothing was decided on. Every accuracy but that of `affine`, which is a simulation, is that "
+    "of the integers: the C++ engine's where it runs the widths (8-bit activations), else the torch twin's, checked "
+    "against the NumPy reference to the bit in the same run. Calibration: 128 training images without augmentation; the images "
+    "of `train` reported for DeiT are others. Paired against the float network of the same weights: right -> wrong / "
+    "wrong -> right, the points lost with their 95 % interval, and how many predictions are the same. The first layer "
+    "and the classifier keep 8 bits, GELU's input too; residual 16 bits. File: the artifact with weights packed, and "
+    "entropy-coded, as a part of the float32 file of the whole network."
+)
+
+
+def _rows(results: Results, network: str, pruned: bool) -> list[str]:
+    base = results.get(Job(network=network, pruned=pruned).name)
+    whole = results.get(Job(network=network).name)
+    if base is None or whole is None:
+        return []
+    tables = []
+    for name in base["sets"]:
+        rows = [
+            _row(entry, base, whole, name, bits, way)
+            for bits in BITS
+            for way in WAYS
+            if (entry := results.get(Job(network=network, pruned=pruned, way=way, bits=bits).name)) is not None
+        ]
+        images = base["sets"][name]["images"]
+        title = f"{images:,} images of `{name}`; float {_percent(base['sets'][name])} %"
+        header = [
+            "bits", "method", "top-1 %", "right -> wrong / wrong -> right", "points lost", "95 %", "same %", "equal",
+            "file %", "coded %", "s", "peak GB",
+        ]  # fmt: skip
+        tables.append(f"{title}\n\n{table(header, rows)}")
+    return tables
+
+
+def _row(
+    entry: dict[str, Any], base: dict[str, Any], whole: dict[str, Any], name: str, bits: str, way: str
+) -> list[str]:
+    before, after = base["sets"][name], entry["sets"][name]
+    paired = PairedComparison.of(classes_of(before), classes_of(after), classes_of(before, "labels"))
+    low, high = paired.interval_points
+    equal = {k: v for k, v in entry.get("equal", {}).items() if k != "images"}
+    part = [
+        f"{100 * entry[key] / whole['file_bytes']:.1f}" if key in entry else ""
+        for key in ("file_bytes", "compressed_file_bytes")
+    ]
+    return [
+        bits,
+        way,
+        _percent(after),
+        f"{paired.right_to_wrong} / {paired.wrong_to_right}",
+        f"{-paired.change_points + 0.0:.2f}",
+        f"{-high:.2f} .. {-low:.2f}",
+        f"{100 * paired.same_predictions / paired.images:.2f}",
+        ("yes" if all(equal.values()) else "NO") if equal else "simulated",
+        *part,
+        f"{entry['quantize_seconds']:.0f}",
+        f"{entry['peak_rss_bytes'] / 1e9:.2f}",
+    ]
+
+
+def _percent(entry: Mapping[str, Any]) -> str:
+    return f"{100 * entry['correct'] / entry['images']:.2f}"
+
+
+def _about(results: Results, network: str, pruned: bool) -> str:
+    entry = results[Job(network=network, pruned=pruned).name]
+    removed = 1 - entry["nonzero"] / entry["parameters"]
+    zeros = (
+        f"; {removed:.1%} of them zero: single weights, within 2 points of a hold-out, no training" if pruned else ""
+    )
+    return f"{entry['parameters']:,} parameters{zeros}; float file {entry['file_bytes'] / 1e6:.2f} MB."
+
+
+def _place(entry: Mapping[str, Any]) -> str:
+    found = entry["environment"]
+    return f"{found['cpu']}, {found['threads']} threads, torch {torch.__version__}, commit {found.get('commit')}"
+
+
+def _without_answers(entry: dict[str, Any]) -> dict[str, Any]:
+    sets = {
+        name: {k: v for k, v in found.items() if k not in ("classes", "labels")}
+        for name, found in entry.get("sets", {}).items()
+    }
+    return {**entry, "sets": sets}

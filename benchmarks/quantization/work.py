@@ -1,0 +1,209 @@
+"""One job: a network quantized, every test image through the integers, and what was predicted kept for pairing."""
+
+from __future__ import annotations
+
+import base64
+import copy
+import json
+import resource
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from rich.progress import track
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from benchmarks.pruning.images import Images, load_splits
+from benchmarks.pruning.subjects import Place, Subject, subject
+from swincompress_pl import accel, norm
+from swincompress_pl.data.sampling import Purpose, derive_seed
+from swincompress_pl.models.manifest import restore_from_history
+from swincompress_pl.pruning import HoldOut, RoundRobinConfig, collect_gradients, history_of, prune
+from swincompress_pl.quant import QuantizedNetwork, quantize
+from swincompress_pl.report import describe_environment
+from swincompress_pl.report.record import write_text
+
+from .jobs import WAYS, Job
+
+CALIBRATION_IMAGES = 128
+REPORTED_TRAIN_IMAGES = 800  # of ImageNet-mini's train, beside val: neither calibrated on nor looked at before
+_CHECKED_IMAGES = 64
+_BATCH = 50
+_SEED = 0
+_TOLERANCE_POINTS = 2.0
+
+Pixels = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Material:
+    """A network with its images. sets: {name: images} that accuracy is reported on, at the network's size."""
+
+    subject: Subject
+    network: nn.Module
+    calibration: list[Tensor]
+    sets: dict[str, Images]
+    preprocessing: dict[str, Any]
+
+
+def material(name: str, pruned: bool, place: Place) -> Material:
+    """Calibration is drawn from the training images; what is reported is disjoint from it."""
+    what = subject(name, _SEED, place)
+    # Nothing is decided on a hold-out here, so none is left out of the training images.
+    splits = load_splits(what.data_set, place.data, place.cache, holdout=what.recipe.holdout, seed=_SEED)
+    train = Images(
+        np.concatenate([splits.train.pixels, splits.holdout.pixels]),
+        np.concatenate([splits.train.labels, splits.holdout.labels]),
+    )
+    order = np.random.default_rng(derive_seed(_SEED, Purpose.CALIBRATION)).permutation(len(train.labels))
+    size = what.preprocessing.height
+    picked = order[:CALIBRATION_IMAGES]
+    calibration = what.preprocessing.normalize(torch.from_numpy(_centre(train.pixels[picked], size)))
+    sets = {"test": Images(_centre(splits.test.pixels, size), splits.test.labels)}
+    if name == "deit_tiny":
+        unseen = np.sort(order[CALIBRATION_IMAGES : CALIBRATION_IMAGES + REPORTED_TRAIN_IMAGES])
+        sets["train"] = Images(_centre(train.pixels[unseen], size), train.labels[unseen])
+    network = what.classifier().net.eval()
+    if pruned:
+        network = _pruned(what, network)
+    return Material(
+        subject=what,
+        network=network,
+        calibration=list(calibration.split(16)),
+        sets=sets,
+        preprocessing=what.preprocessing.to_dict(),
+    )
+
+
+def _centre(pixels: Pixels, size: int) -> Pixels:
+    edge = (pixels.shape[1] - size) // 2
+    return np.ascontiguousarray(pixels[:, edge : edge + size, edge : edge + size])
+
+
+def _pruned(what: Subject, network: nn.Module) -> nn.Module:
+    """Single weights masked within two points of the hold-out, without training; kept beside the decoded images."""
+    file = what.place.cache / f"{what.name}-weights-t{_TOLERANCE_POINTS:g}.safetensors"
+    if not file.is_file():
+        data = what.data()
+        config = RoundRobinConfig(
+            granularity="weight", tolerance=_TOLERANCE_POINTS, ranking="global", criterion="layer_fisher", step=0.1
+        )
+        prune(
+            network,
+            HoldOut.from_batches(data.holdout_dataloader()),
+            config,
+            gradients=lambda net: collect_gradients(net, data.calibration_dataloader(512)),
+        )
+        tensors = {key: value.contiguous() for key, value in network.state_dict().items()}
+        save_file(tensors, file, {"history": json.dumps(history_of(network))})
+        return network
+    with safe_open(file, framework="pt") as opened:
+        history = json.loads(opened.metadata()["history"])
+    network = restore_from_history(network, history)
+    network.load_state_dict(load_file(file))
+    return network.eval()
+
+
+def do(job: Job, folder: Path, place: Place) -> Path:
+    """Runs `job` and writes its results into `folder`."""
+    given = material(job.network, job.pruned, place)
+    figures = _float(given) if job.way is None else _quantized(given, job)
+    environment = describe_environment(threads=torch.get_num_threads())
+    text = json.dumps({"job": job.to_dict(), **figures, "environment": environment}, allow_nan=False)
+    return write_text(folder / f"{job.name}.json", text + "\n")
+
+
+def _float(given: Material) -> dict[str, Any]:
+    def predict(pixels: Tensor) -> Tensor:
+        logits: Tensor = given.network(given.subject.preprocessing.normalize(pixels))
+        return logits
+
+    parameters = list(given.network.parameters())
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "float.safetensors"
+        save_file({key: value.contiguous() for key, value in given.network.state_dict().items()}, file)
+        file_bytes = file.stat().st_size
+    return {
+        "sets": {name: _answers(images, predict) for name, images in given.sets.items()},
+        "file_bytes": file_bytes,
+        "parameters": sum(p.numel() for p in parameters),
+        "nonzero": sum(int(p.count_nonzero()) for p in parameters),
+    }
+
+
+def _quantized(given: Material, job: Job) -> dict[str, Any]:
+    assert job.way is not None
+    assert job.bits is not None
+    started = time.perf_counter()
+    quantized = quantize(
+        copy.deepcopy(given.network), given.calibration, bits=job.bits, preprocessing=given.preprocessing,
+        images=CALIBRATION_IMAGES, **WAYS[job.way],
+    ).eval()  # fmt: skip
+    figures: dict[str, Any] = {
+        "quantize_seconds": time.perf_counter() - started,
+        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "unsigned": list(quantized.unsigned),
+    }
+    if quantized.method == "affine":
+
+        def simulate(pixels: Tensor) -> Tensor:
+            logits: Tensor = quantized(given.subject.preprocessing.normalize(pixels))
+            return logits
+
+        return figures | {"sets": {name: _answers(images, simulate) for name, images in given.sets.items()}}
+    return figures | _integers(given, quantized)
+
+
+def _integers(given: Material, quantized: QuantizedNetwork) -> dict[str, Any]:
+    """Through the C++ engine where it runs the widths, else through the torch twin; both against the reference."""
+    program = quantized.to_program()
+    figures: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for compression in (None, "lzma"):
+            file = accel.export(quantized, Path(folder) / f"{compression}.safetensors", compression=compression)
+            figures["file_bytes" if compression is None else "compressed_file_bytes"] = file.stat().st_size
+    some = given.sets["test"].pixels[:_CHECKED_IMAGES]
+    expected = norm.run(program, some)
+    twin = quantized.integer_logits(torch.from_numpy(some)).numpy()
+    figures["equal"] = {"images": len(some), "twin == reference": bool(np.array_equal(twin, expected))}
+    run = quantized.integer_logits
+    try:
+        engine = accel.Engine(program, threads=torch.get_num_threads())
+    except norm.ProgramError as error:
+        figures["engine"] = str(error)
+    else:
+        figures["engine"] = engine.implementation
+        figures["equal"]["engine == reference"] = bool(np.array_equal(engine.run_integer(some), expected))
+
+        def run(pixels: Tensor) -> Tensor:
+            return torch.from_numpy(engine.run_integer(pixels.numpy()))
+
+    return figures | {"sets": {name: _answers(images, run) for name, images in given.sets.items()}}
+
+
+@torch.no_grad()
+def _answers(images: Images, predict: Any) -> dict[str, Any]:
+    """The predicted classes as base64 of int16, and how many are right."""
+    found = [
+        predict(batch).argmax(1).numpy()
+        for batch in track(torch.from_numpy(images.pixels).split(_BATCH), "images", transient=True)
+    ]
+    classes = np.concatenate(found).astype(np.int16)
+    return {
+        "images": len(classes),
+        "correct": int((classes == images.labels).sum()),
+        "classes": base64.b64encode(classes.tobytes()).decode(),
+        "labels": base64.b64encode(images.labels.astype(np.int16).tobytes()).decode(),
+    }
+
+
+def classes_of(entry: dict[str, Any], key: str = "classes") -> npt.NDArray[np.int16]:
+    """(images,) what `_answers` kept under "classes" or "labels"."""
+    return np.frombuffer(base64.b64decode(entry[key]), dtype=np.int16)
