@@ -47,11 +47,11 @@ def page(results: Results) -> str:
 _INTRODUCTION = (
     "Top-1 on images that nothing was decided on. Every accuracy but that of `affine`, which is a simulation, is that "
     "of the integers: the C++ engine's where it runs the widths (8-bit activations), else the torch twin's, checked "
-    "against the NumPy reference to the bit in the same run. Calibration: 128 training images without augmentation; the images "
-    "of `train` reported for DeiT are others. Paired against the float network of the same weights: right -> wrong / "
-    "wrong -> right, the points lost with their 95 % interval, and how many predictions are the same. The first layer "
-    "and the classifier keep 8 bits, GELU's input too; residual 16 bits. File: the artifact with weights packed, and "
-    "entropy-coded, as a part of the float32 file of the whole network."
+    "against the NumPy reference to the bit in the same run. Calibration: 128 training images without augmentation; "
+    "the images of `train` reported for DeiT are others. Paired against the float network of the same weights: right "
+    "-> wrong / wrong -> right, the points lost with their 95 % interval, and how many predictions are the same. The "
+    "first layer and the classifier keep 8 bits, GELU's input too; residual 16 bits. File: the artifact with weights "
+    "packed, and entropy-coded, as a part of the float32 file of the whole network."
 )
 
 
