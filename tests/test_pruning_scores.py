@@ -20,6 +20,7 @@ from swincompress_pl.pruning.scores import (
     CRITERIA,
     Gradients,
     collect_gradients,
+    estimates_loss,
     lowest_units,
     needs_gradients,
     saliency,
@@ -258,6 +259,8 @@ def test_which_criteria_need_gradients() -> None:
 
     assert {c for c in CRITERIA if needs_gradients(c)} == {"taylor", "fisher", "layer_fisher"}
     assert not needs_gradients(mine)
+    assert {c for c in CRITERIA if estimates_loss(c)} == {"fisher", "layer_fisher"}
+    assert not estimates_loss(mine)
     mine.needs_gradients = True  # type: ignore[attr-defined]
     assert needs_gradients(mine)
     with pytest.raises(ValueError, match="criterion 'tailor' is unknown; there are magnitude, l1, l2, taylor, fisher"):

@@ -25,7 +25,7 @@ from .groups import Group
 from .masks import mask_units
 from .patterns import Pattern, parse_granularity
 from .plan import PruningPlan
-from .scores import Gradients, lowest_units, needs_gradients, unit_scores, weight_scores
+from .scores import Gradients, estimates_loss, lowest_units, unit_scores, weight_scores
 from .weight_masks import masked_parameters, register_masks, set_mask, temporary_mask, undo_latest_masks
 
 Removal = Mapping[str, Any]
@@ -248,9 +248,9 @@ class WeightGranularity:
 class GlobalGranularity:
     """One target, the whole network in per mille of its prunable weights: a step takes the lowest scores anywhere.
 
-    Scores in units of the loss (criteria with gradients) are divided by what the unit costs: in MACs where they are the
-    target's measure and `input_shape` is known, else in parameters. So a step takes what saves most for the loss, the
-    order in which a knapsack is filled. Magnitudes are no loss and stay as they are. Every member keeps what
+    Scores that estimate the loss (`estimates_loss`: the Fisher criteria) are divided by what the unit costs: in MACs
+    where they are the target's measure and `input_shape` is known, else in parameters. So a step takes what saves most
+    for the loss, the order in which a knapsack is filled. Other scores stay as they are. Every member keeps what
     `max_sparsity`, `round_to` and its own limits ask for, so a step may remove less than its share.
     """
 
@@ -287,7 +287,7 @@ class GlobalGranularity:
     def _widths(self, network: nn.Module, target: Target, keep: int, gradients: Gradients | None) -> list[int]:
         """The members' widths when the lowest (target.units - keep) per mille of all original weights go, together."""
         scores = [self.local.scores_of_kept(network, m, gradients) for m in target.members]
-        if needs_gradients(self.config.criterion):
+        if estimates_loss(self.config.criterion):
             # A granularity lives as long as a round, in which nothing is sliced.
             self._known_prices = prices = self._known_prices or self._prices(network, target.members)
             scores = [each / price for each, price in zip(scores, prices, strict=True)]

@@ -92,6 +92,16 @@ def needs_gradients(criterion: str | Criterion) -> bool:
     return found in _WITH_GRADIENTS or bool(getattr(found, "needs_gradients", False))
 
 
+def estimates_loss(criterion: str | Criterion) -> bool:
+    """Whether a unit's score is what the loss gains without it, so that it may be divided by what the unit costs.
+
+    Both Fisher criteria are; "taylor" adds up absolute values, which is none: large units look dear. A function of
+    one's own says so with `mine.estimates_loss = True`.
+    """
+    found = _find(criterion)
+    return found in (fisher, layer_fisher) or bool(getattr(found, "estimates_loss", False))
+
+
 def saliency(network: nn.Module, name: str, criterion: str | Criterion, gradients: Gradients | None = None) -> Tensor:
     """The checked saliency of the parameter `name`: float64, its shape, on its device.
 
@@ -347,7 +357,9 @@ def _statistics(gradients: Gradients | None, criterion: str) -> Gradients:
 
 
 def _normalizes(criterion: str | Criterion, normalize: bool | None) -> bool:
-    return not needs_gradients(criterion) if normalize is None else normalize
+    if normalize is not None:
+        return normalize
+    return not (needs_gradients(criterion) or estimates_loss(criterion))
 
 
 def _divided(scores: Tensor, mean: Tensor) -> Tensor:
