@@ -481,8 +481,8 @@ def _unit_prices(network: nn.Module) -> dict[str, int]:
 
 @pytest.mark.parametrize("dear", ["attn.heads", "mlp.channels"])
 def test_a_ranking_by_loss_pays_for_what_it_saves(dear: str) -> None:
-    # A MAC of `dear` costs the loss three times as much as one of the others: the ratio decides, not the score, by which
-    # a channel, with fewer MACs than a head, always goes first.
+    # A MAC of `dear` costs the loss three times as much as one of the others: the ratio decides, not the score, by
+    # which a channel, with fewer MACs than a head, always goes first.
     network = _network()
     prices = _unit_prices(network)
     wanted = {name: price * (3.0 if name.endswith(dear) else 1.0) for name, price in prices.items()}
