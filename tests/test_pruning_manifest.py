@@ -24,7 +24,7 @@ from swincompress_pl.models.manifest import (
 from swincompress_pl.pruning import PruningPlan, apply_plan, history_of
 from swincompress_pl.pruning.patterns import parse_granularity
 from swincompress_pl.pruning.weight_masks import masked_parameters, register_masks, remove_masks, set_mask
-from swincompress_pl.quant import QuantizedNetwork
+from swincompress_pl.quant import Bits, QuantizedNetwork
 from swincompress_pl.registry import adapter_for
 
 
@@ -191,6 +191,7 @@ def test_a_quantized_masked_network_is_reached_and_left() -> None:
     module = Module()
     _half(module.backbone, FC1)
     quantized = {"method": "max", "preprocessing": {"mean": [0.5] * 3, "std": [0.5] * 3}, "classes": None}
+    quantized |= {"bits": Bits().to_dict(), "unsigned": []}
     history = [*history_of(module.backbone), {"quantize": quantized}]
     network = restore_from_history(Module().backbone, history)
     assert isinstance(network, QuantizedNetwork)

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
+import torch
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
-from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor, nn
 
 from ..models.manifest import network_of, restore_on_load, save_to_checkpoint
-from ..quant import METHODS, QuantizedNetwork, find_preprocessing, quantize
+from ..pruning import keep_masks
+from ..quant import METHODS, Bits, QuantizedNetwork, SearchOptions, find_preprocessing, quantize
+from .qat_averaging import renew_averages
+from .qat_distillation import Distillation
+from .qat_scales import ScaleGroup
+from .qat_surroundings import WHO, refuse_late_pruning, refuse_surroundings
+from .resume import RandomNumbers, rng_states
+from .surroundings import wrap_anew
+
+_STATE_VERSION = 1
 
 
 class QuantizationAwareTraining(Callback):
@@ -20,18 +31,34 @@ class QuantizationAwareTraining(Callback):
 
     From then on the attribute holds a `quant.QuantizedNetwork`: training sees rounded values with straight-through
     gradients, validation and test see the integers of the engine. Its float weights are the same parameters as before,
-    so the optimizer and its state stay; scales stay as calibrated.
+    so the optimizer and its state stay.
 
     start_epoch: the epoch before which the network is quantized; 0 for a network with trained weights.
-    calibration_images, method: see `quant.quantize`.
+    calibration_images, method, bits, search, percentile: see `quant.quantize`; bits "W8A8", "W4A8", ... or `Bits`.
+    learn_scales: train the scales too (LSQ, arXiv 1902.08153), in a parameter group of their own without weight decay;
+        else they stay as calibrated. Not with method "affine".
+    scale_lr_factor: their learning rate, as a multiple of the network's first group's; above 0.
+    freeze_epoch: from this epoch on, after start_epoch, learned scales stay as they are; None: never.
+    distillation, temperature: the loss becomes (1 - distillation) * the module's own + distillation * T^2 KL(teacher ||
+        student) with the float network of just before quantization as the teacher; 0 to 1. The teacher is in the
+        callback's state, so that checkpoints grow by the float weights. A module that is quantized before the fit
+        teaches with its float weights of then. Not for manual optimization, nor for a CompressibleClassifier with a
+        DistillationConfig, which goes on with the teacher that it has.
     preprocessing: {"mean": ..., "std": ...} of the images; default: the datamodule's `preprocessing`, or the network's.
     model_attribute: the attribute of the LightningModule that holds the network.
 
     The images come from the datamodule's `calibration_dataloader(images)`, or else from the training batches (images,
-    ...). A fit that is resumed after start_epoch goes on with the checkpoint's scales.
+    ...). The random numbers' states are in the checkpoint: a fit that is resumed at an epoch's end goes on as an
+    uninterrupted one would. Masks of pruned weights are kept; a pruning search ends with the quantization.
 
-    Example: `Trainer(max_epochs=10, callbacks=[QuantizationAwareTraining(start_epoch=6)])`
+    One device or DDP (rank 0 calibrates for all); mixed precision. Lightning's WeightAveraging and EMAWeightAveraging
+    go with it and have to stand after it: weights and learned scales are averaged and evaluated as integers. FSDP,
+    DeepSpeed, StochasticWeightAveraging, true half precision and compiled networks are refused by name.
+
+    Example: `Trainer(max_epochs=10, callbacks=[QuantizationAwareTraining(start_epoch=6, bits="W4A8")])`
     """
+
+    keeps_masks = True  # so CompressionMixin need not
 
     def __init__(
         self,
@@ -39,41 +66,91 @@ class QuantizationAwareTraining(Callback):
         start_epoch: int,
         calibration_images: int = 128,
         method: str = "searched",
+        bits: Bits | str | Mapping[str, Any] = "W8A8",
+        search: SearchOptions | Mapping[str, Any] | None = None,
+        percentile: float | None = None,
+        learn_scales: bool | None = None,
+        scale_lr_factor: float = 1.0,
+        freeze_epoch: int | None = None,
+        distillation: float = 0.0,
+        temperature: float = 1.0,
         preprocessing: Mapping[str, Any] | None = None,
         model_attribute: str = "net",
     ) -> None:
-        if start_epoch < 0:
-            raise ValueError(f"start_epoch={start_epoch}: it has to be 0 or more")
-        if calibration_images < 1:
-            raise ValueError(f"calibration_images={calibration_images}: it has to be 1 or more")
-        if method not in METHODS:
-            raise ValueError(f"method={method!r} is not available; there is {', '.join(map(repr, METHODS))}")
-        self.start_epoch = start_epoch
-        self.calibration_images = calibration_images
-        self.method = method
+        _check_epochs(start_epoch, freeze_epoch, learn_scales)
+        _check_quantization(calibration_images, method, search, percentile, learn_scales)
+        _check_training(scale_lr_factor, distillation, temperature)
+        self.start_epoch, self.freeze_epoch = start_epoch, freeze_epoch
+        self.calibration_images, self.method, self.percentile = calibration_images, method, percentile
+        self.bits = Bits.of(bits)
+        self.search = SearchOptions(**search) if isinstance(search, Mapping) else search
+        self.learn_scales = method != "affine" if learn_scales is None else learn_scales
         self.preprocessing = preprocessing
         self.model_attribute = model_attribute
+        self._scale_group = ScaleGroup(scale_lr_factor)
+        self._distillation = Distillation(distillation, temperature) if distillation > 0 else None
+        self._teacher_state: dict[str, Tensor] | None = None
+        self._resumed = False
+        self._masks: Any = None
+        self._rng = RandomNumbers()
 
-    # Policy: override this.
+    @property
+    def state_key(self) -> str:
+        """One key for subclasses and options: a checkpoint of one goes on with the other."""
+        return WHO
+
+    # Policy: override these.
 
     def should_quantize(self, epoch: int) -> bool:
         """Whether the network is to be quantized before `epoch` (it happens once)."""
         return epoch >= self.start_epoch
 
+    def should_freeze(self, epoch: int) -> bool:
+        """Whether learned scales stay as they are in `epoch`."""
+        return not self.learn_scales or (self.freeze_epoch is not None and epoch >= self.freeze_epoch)
+
     # Hooks.
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Rebuild the architecture of the checkpoint that is about to be loaded, and refuse what cannot work."""
-        if stage == "fit":
-            _refuse_surroundings(trainer)
+        """Have a checkpoint's architecture rebuilt before its weights load, and refuse what cannot work."""
         restore_on_load(pl_module, self.model_attribute)
         network = network_of(pl_module, self.model_attribute)
-        if stage == "fit" and not isinstance(network, QuantizedNetwork):
+        if stage != "fit":
+            return
+        self._resumed, self._teacher_state = False, None
+        refuse_surroundings(trainer, pl_module, self.model_attribute, self)
+        if self._distillation is not None:
+            _refuse_teaching(pl_module)
+        if not isinstance(network, QuantizedNetwork):
+            refuse_late_pruning(trainer, self.start_epoch, self.model_attribute)
             # Builds the graph once, so that a network without an integer form is refused now and not at start_epoch.
-            QuantizedNetwork(network, preprocessing=self._preprocessing(trainer, pl_module), method=self.method)
+            QuantizedNetwork(
+                network, preprocessing=self._preprocessing(trainer, pl_module), method=self.method, bits=self.bits
+            )
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Take up the random numbers; averages get the form of the network that the checkpoint brought."""
+        if isinstance(network_of(pl_module, self.model_attribute), QuantizedNetwork):
+            renew_averages(trainer, pl_module)
+        mine = checkpoint["callbacks"].get(self.state_key)
+        if mine is not None and mine.get("version") == _STATE_VERSION:
+            self._rng.resume(trainer, mine["rng"])
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Get the fit of a network that is quantized already ready, before the optimizer's state is restored."""
+        network = network_of(pl_module, self.model_attribute)
+        if isinstance(network, QuantizedNetwork):
+            if self._distillation is not None:
+                self._take_up_teacher(network)
+            self._learn(trainer, pl_module, network)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say when this fit ends before anything is quantized."""
+        """Say when this fit ends before anything is quantized; have masks kept and the teacher heard."""
+        self._rng.on_train_start(trainer)
+        self._let_go_of_masks()
+        self._masks = keep_masks(trainer.optimizers, network_of(pl_module, self.model_attribute))
+        if self._distillation is not None:
+            self._distillation.attach(pl_module, self.model_attribute)
         if trainer.max_epochs is not None and 0 <= trainer.max_epochs <= self.start_epoch:
             rank_zero_warn(
                 f"start_epoch={self.start_epoch} is not reached in max_epochs={trainer.max_epochs}: "
@@ -81,28 +158,148 @@ class QuantizationAwareTraining(Callback):
             )
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Quantize if this is the epoch."""
+        """Quantize if this is the epoch, and freeze the scales if this is that."""
+        self._rng.on_train_epoch_start(trainer)
         network = network_of(pl_module, self.model_attribute)
-        if isinstance(network, QuantizedNetwork) or not self.should_quantize(trainer.current_epoch):
-            return
-        rank_zero_info(f"quantizing {self.model_attribute} ({self.method}) on {self.calibration_images} images")
-        # Calibration must not move the random numbers that shuffling, dropout and augmentation draw.
-        with isolate_rng():
-            quantized = quantize(
-                network,
-                self._calibration(trainer),
-                method=self.method,
-                preprocessing=self._preprocessing(trainer, pl_module),
-                images=self.calibration_images,
-                classes=_class_names(trainer),
-            )
-        setattr(pl_module, self.model_attribute, quantized.train())
+        if not isinstance(network, QuantizedNetwork) and self.should_quantize(trainer.current_epoch):
+            network = self._exchange(trainer, pl_module, network)
+        if isinstance(network, QuantizedNetwork) and self.should_freeze(trainer.current_epoch):
+            _freeze(trainer, network)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Let go of the module and the optimizers."""
+        self._let_go()
+        network = network_of(pl_module, self.model_attribute)
+        if isinstance(network, QuantizedNetwork):
+            network.forget_twin()  # an averaging callback may have written its average behind autograd's back
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """The same: Lightning tears nothing down after an exception."""
+        self._let_go()
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add the manifest with which the architecture is rebuilt."""
         save_to_checkpoint(pl_module, checkpoint, self.model_attribute)
 
+    def state_dict(self) -> dict[str, Any]:
+        """The random numbers' states, and the teacher's weights where there is one."""
+        teacher = None if self._distillation is None else self._distillation.teacher
+        return {
+            "version": _STATE_VERSION,
+            "rng": rng_states(),
+            "teacher": None if teacher is None else teacher.state_dict(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with the teacher of the fit that wrote `state_dict`."""
+        if state_dict.get("version") != _STATE_VERSION:
+            raise ValueError(
+                f"the quantization callback's state has version {state_dict.get('version')!r}, {_STATE_VERSION} is "
+                "expected"
+            )
+        self._resumed, self._teacher_state = True, state_dict["teacher"]
+
     # Mechanism.
+
+    def _exchange(self, trainer: Trainer, module: LightningModule, network: nn.Module) -> QuantizedNetwork:
+        """The quantized network takes the place of the float one; optimizer, averages and DDP follow."""
+        rank_zero_info(
+            f"quantizing {self.model_attribute} ({self.method}, {self.bits}) on {self.calibration_images} images"
+        )
+        if self._distillation is not None:
+            self._distillation.take_teacher(network)
+        # Calibration must not move the random numbers that shuffling, dropout and augmentation draw, nor hang on them:
+        # a resumed fit has drawn its epoch's order by now, an uninterrupted one has not.
+        with isolate_rng():
+            _seed(trainer.current_epoch)
+            quantized = self._quantized(trainer, module, network)
+        setattr(module, self.model_attribute, quantized.train())
+        if self.learn_scales:
+            quantized.learn_scales()
+            self._scale_group.join(trainer, quantized)
+        wrap_anew(trainer)  # broadcasts what the search may have done to rank 0's weights
+        inside = f"{self.model_attribute}."
+        renew_averages(
+            trainer, module, lambda name: f"{inside}network.{name[len(inside) :]}" if name.startswith(inside) else name
+        )
+        return quantized
+
+    def _quantized(self, trainer: Trainer, module: LightningModule, network: nn.Module) -> QuantizedNetwork:
+        """Quantized by rank 0, and as it says on the others."""
+        if trainer.world_size == 1:
+            return self._calibrated(trainer, module, network)
+        result: QuantizedNetwork | None = None
+        failure: Exception | None = None
+        outcome: Any = None
+        if trainer.is_global_zero:
+            try:
+                result = self._calibrated(trainer, module, network)
+                scales = {key: value.cpu() for key, value in result.scales.state_dict().items()}
+                outcome = (result.compression_history[-1]["quantize"], scales)
+            except Exception as error:  # told to the others, which would wait for ever
+                failure, outcome = error, f"{type(error).__name__}: {error}"
+        outcome = trainer.strategy.broadcast(outcome, src=0)
+        if failure is not None:
+            raise failure
+        if isinstance(outcome, str):
+            raise RuntimeError(f"rank 0 failed while calibrating: {outcome}")
+        if result is None:
+            result = QuantizedNetwork(network, **outcome[0])
+            result.scales.load_state_dict(outcome[1])
+        return result
+
+    def _calibrated(self, trainer: Trainer, module: LightningModule, network: nn.Module) -> QuantizedNetwork:
+        return quantize(
+            network,
+            self._calibration(trainer),
+            method=self.method,
+            bits=self.bits,
+            search=self.search,
+            percentile=self.percentile,
+            preprocessing=self._preprocessing(trainer, module),
+            images=self.calibration_images,
+            classes=_class_names(trainer),
+        )
+
+    def _learn(self, trainer: Trainer, module: LightningModule, network: QuantizedNetwork) -> None:
+        """Learned scales of a network that was quantized before this fit, or before it was resumed."""
+        if not self.learn_scales:
+            if network.scales.drift is not None:
+                _freeze(trainer, network)
+            return
+        if network.method == "affine":
+            raise ValueError(
+                "the network is quantized with method 'affine', whose scales cannot be learned; pass learn_scales=False"
+            )
+        fresh = network.scales.drift is None
+        network.learn_scales()
+        assert network.scales.drift is not None
+        network.scales.drift.requires_grad_(True)
+        self._scale_group.join(trainer, network)
+        if fresh:
+            renew_averages(trainer, module)
+            wrap_anew(trainer)
+
+    def _take_up_teacher(self, network: QuantizedNetwork) -> None:
+        assert self._distillation is not None
+        if self._resumed and self._teacher_state is None:
+            raise ValueError(
+                f"distillation={self._distillation.weight}: the checkpoint was written without a teacher and its "
+                "network is quantized already; resume with distillation=0, or from a checkpoint before start_epoch"
+            )
+        self._distillation.take_teacher(network.network, self._teacher_state)
+        self._teacher_state = None
+
+    def _let_go(self) -> None:
+        self._let_go_of_masks()
+        self._scale_group.leave()
+        if self._distillation is not None:
+            self._distillation.detach()
+
+    def _let_go_of_masks(self) -> None:
+        if self._masks is not None:
+            self._masks.remove()
+            self._masks = None
 
     def _calibration(self, trainer: Trainer) -> Iterable[Any]:
         source = getattr(trainer.datamodule, "calibration_dataloader", None)  # type: ignore[attr-defined]  # set by the trainer
@@ -119,19 +316,85 @@ class QuantizationAwareTraining(Callback):
         return find_preprocessing(self.preprocessing, getattr(data, "preprocessing", None), of_network)
 
 
+def _freeze(trainer: Trainer, network: QuantizedNetwork) -> None:
+    """The learned scales are not trained from now on; DDP must not wait for their gradients."""
+    drift = network.scales.drift
+    if drift is not None and drift.requires_grad:
+        drift.requires_grad_(False)
+        drift.grad = None
+        wrap_anew(trainer)
+
+
+def _seed(seed: int) -> None:
+    torch.manual_seed(seed)
+    np.random.seed(seed)
+    random.seed(seed)
+
+
 def _class_names(trainer: Trainer) -> list[str] | None:
     names = getattr(getattr(trainer, "datamodule", None), "class_names", None)
     return None if names is None else [str(name) for name in names]
 
 
-def _refuse_surroundings(trainer: Trainer) -> None:
-    if not isinstance(trainer.strategy, SingleDeviceStrategy):
+def _refuse_teaching(module: LightningModule) -> None:
+    if not module.automatic_optimization:
         raise ValueError(
-            f"QuantizationAwareTraining cannot exchange the network in the middle of a fit under "
-            f"{type(trainer.strategy).__name__}, which has wrapped it. Train on one device (Trainer(devices=1))"
+            f"distillation: {type(module).__name__} optimizes by hand, so nothing can be added to its loss; add the "
+            "distillation there and pass distillation=0"
         )
-    for other in trainer.callbacks:  # type: ignore[attr-defined]  # set by the trainer
-        if isinstance(other, WeightAveraging | StochasticWeightAveraging):
-            raise ValueError(
-                f"{type(other).__name__} keeps a copy of the model that knows no scales; take it out of this fit"
-            )
+    if getattr(module, "distillation", None) is not None and getattr(module, "teacher", None) is not None:
+        raise ValueError(
+            f"{type(module).__name__} has a DistillationConfig and distils already, also into the quantized network; "
+            "leave the callback's distillation at 0"
+        )
+
+
+def _check_epochs(start_epoch: int, freeze_epoch: int | None, learn_scales: bool | None) -> None:
+    if start_epoch < 0:
+        raise ValueError(f"start_epoch={start_epoch}: it has to be 0 or more")
+    if freeze_epoch is None:
+        return
+    if learn_scales is False:
+        raise ValueError(f"freeze_epoch={freeze_epoch} goes with learned scales; leave it out or learn_scales=True")
+    if freeze_epoch <= start_epoch:
+        raise ValueError(
+            f"freeze_epoch={freeze_epoch} is not after start_epoch={start_epoch}: no scale would be learned; choose a "
+            "later one, or learn_scales=False"
+        )
+
+
+def _check_quantization(
+    calibration_images: int,
+    method: str,
+    search: SearchOptions | Mapping[str, Any] | None,
+    percentile: float | None,
+    learn_scales: bool | None,
+) -> None:
+    if calibration_images < 1:
+        raise ValueError(f"calibration_images={calibration_images}: it has to be 1 or more")
+    if method not in METHODS:
+        raise ValueError(f"method={method!r} is not available; there is {', '.join(map(repr, METHODS))}")
+    if method == "affine" and learn_scales:
+        raise ValueError("learn_scales=True: method 'affine' has zero-points, which are not learned; use 'searched'")
+    if search is not None and method != "searched":
+        raise ValueError(f"search options go with method 'searched', not {method!r}")
+    unknown = sorted(set(search) - set(SearchOptions.__dataclass_fields__)) if isinstance(search, Mapping) else []
+    if unknown:
+        raise ValueError(
+            f"search has no option {', '.join(unknown)}; there are {', '.join(SearchOptions.__dataclass_fields__)}"
+        )
+    if percentile is not None and (method == "affine" or not 50 < percentile <= 100):
+        raise ValueError(
+            f"percentile={percentile}: it has to be above 50 and at most 100, with method 'searched' or 'max'"
+        )
+
+
+def _check_training(scale_lr_factor: float, distillation: float, temperature: float) -> None:
+    if not 0 < scale_lr_factor < float("inf"):
+        raise ValueError(
+            f"scale_lr_factor={scale_lr_factor}: it has to be above 0; learn_scales=False keeps the scales"
+        )
+    if not 0 <= distillation <= 1:
+        raise ValueError(f"distillation={distillation}: it has to be 0 (none) to 1")
+    if not 0 < temperature < float("inf"):
+        raise ValueError(f"temperature={temperature}: it has to be a number above 0")

@@ -3,8 +3,16 @@
 `quantize` makes a `QuantizedNetwork`; adapters describe a family with `GraphBuilder` and the node types.
 """
 
+from swincompress_pl.quant.allocation import (
+    LayerSensitivity,
+    Sensitivity,
+    allocate,
+    measure_sensitivity,
+    mixed_precision,
+)
 from swincompress_pl.quant.bits import Bits
 from swincompress_pl.quant.build import GraphBuilder
+from swincompress_pl.quant.debug import Diagnosis, Effect, SiteCost, cost_table, diagnose, site_costs, site_errors
 from swincompress_pl.quant.graph import Graph, Node, Site, WeightedNode, float_logits
 from swincompress_pl.quant.network import METHODS, QuantizedNetwork, find_preprocessing
 from swincompress_pl.quant.nodes import (
@@ -20,6 +28,7 @@ from swincompress_pl.quant.nodes import (
     PrependNode,
 )
 from swincompress_pl.quant.quantize import SearchOptions, quantize
+from swincompress_pl.quant.site_errors import Histogram, SiteError, error_table
 
 __all__ = [
     "METHODS",
@@ -28,10 +37,14 @@ __all__ = [
     "AddNode",
     "AttentionNode",
     "Bits",
+    "Diagnosis",
+    "Effect",
     "GatherNode",
     "Graph",
     "GraphBuilder",
+    "Histogram",
     "LayerNormNode",
+    "LayerSensitivity",
     "LinearNode",
     "MeanNode",
     "Node",
@@ -39,9 +52,20 @@ __all__ = [
     "PrependNode",
     "QuantizedNetwork",
     "SearchOptions",
+    "Sensitivity",
     "Site",
+    "SiteCost",
+    "SiteError",
     "WeightedNode",
+    "allocate",
+    "cost_table",
+    "diagnose",
+    "error_table",
     "find_preprocessing",
     "float_logits",
+    "measure_sensitivity",
+    "mixed_precision",
     "quantize",
+    "site_costs",
+    "site_errors",
 ]

@@ -31,7 +31,7 @@ class QuantizedNetwork(nn.Module):
 
     preprocessing: mapping with "mean" and "std" (per channel, [0, 1] units) of the normalization; stored in the
     artifact whole. method "affine" is a simulation in both modes and has no Program. bits: see `Bits`; unsigned: names
-    of sites whose codes have no sign.
+    of sites whose codes have no sign. learned_scales: as after `learn_scales`.
     """
 
     def __init__(
@@ -43,6 +43,7 @@ class QuantizedNetwork(nn.Module):
         classes: Sequence[str] | None = None,
         bits: Bits | str | Mapping[str, Any] = "W8A8",
         unsigned: Sequence[str] = (),
+        learned_scales: bool = False,
     ) -> None:
         super().__init__()
         if method not in METHODS:
@@ -59,18 +60,22 @@ class QuantizedNetwork(nn.Module):
         self._twin: tuple[tuple[Any, ...], TorchTwin] | None = None
         device = next(network.parameters()).device
         self.scales.to(device)
+        if learned_scales:
+            self.learn_scales()
 
     @property
     def compression_history(self) -> list[dict[str, Any]]:
         """What was done to the network, in order, as data that `models.replay` repeats."""
         classes = None if self.classes is None else list(self.classes)
-        quantized = {
+        quantized: dict[str, Any] = {
             "method": self.method,
             "preprocessing": self.preprocessing,
             "classes": classes,
             "bits": self.bits.to_dict(),
             "unsigned": list(self.unsigned),
         }
+        if self.scales.drift is not None:
+            quantized["learned_scales"] = True
         return [*getattr(self.network, "compression_history", []), {"quantize": quantized}]
 
     def make_unsigned(self, names: Sequence[str]) -> None:
@@ -79,6 +84,14 @@ class QuantizedNetwork(nn.Module):
         self.scales.retarget(self.graph)
         self.unsigned = (*self.unsigned, *names)
 
+    def learn_scales(self) -> None:
+        """From now on scales and weight steps are trained with the weights (`Scales.learn`), from what they are."""
+        self.scales.learn()
+
+    def fixed_scales(self) -> Scales:
+        """The scales that the integers use now: `scales` itself, or a copy with what was learned written into it."""
+        return self.scales.fixed(self.graph, self.network)
+
     def forward(self, images: Tensor) -> Tensor:
         if self.training or self.method == "affine":
             return self.fake_quantized(images)
@@ -86,7 +99,7 @@ class QuantizedNetwork(nn.Module):
 
     def fake_quantized(self, images: Tensor) -> Tensor:
         """The float simulation, whatever the mode."""
-        return Run(self.graph, self.network, self.scales)(images)
+        return Run(self.graph, self.network, self.scales.quantizer())(images)
 
     def integer_logits(self, pixels: Tensor) -> Tensor:
         """uint8 (N, H, W, C) -> int32 logits (N, classes), as reference and engine give them."""
@@ -119,11 +132,21 @@ class QuantizedNetwork(nn.Module):
         return lower(
             self.graph,
             self.network,
-            self.scales,
+            self.fixed_scales(),
             preprocessing=self.preprocessing,
             classes=self.classes,
             origin=origin,
         )
+
+    def train(self, mode: bool = True) -> QuantizedNetwork:
+        """As for every module; and the twin is built anew, see `forget_twin`."""
+        self.forget_twin()
+        return super().train(mode)
+
+    def forget_twin(self) -> None:
+        """Build the twin anew at its next use: for weights written through `.data`, as averaging callbacks do, which
+        no version counter shows."""
+        self._twin = None
 
     def twin(self) -> TorchTwin:
         """The torch twin of the present weights; rebuilt when a weight or scale has changed."""

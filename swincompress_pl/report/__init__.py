@@ -5,6 +5,7 @@ from swincompress_pl.report.accuracy import Accuracy, PairedComparison, wilson_i
 from swincompress_pl.report.environment import describe_environment
 from swincompress_pl.report.latency import Latency, Ratio, measure, ratio
 from swincompress_pl.report.layers import layer_sparsity
+from swincompress_pl.report.quantization import quantization_record, write_quantization_report
 from swincompress_pl.report.record import (
     Check,
     Comparison,
@@ -40,8 +41,10 @@ __all__ = [
     "program_macs",
     "program_parameters",
     "program_size",
+    "quantization_record",
     "ratio",
     "render_report",
     "wilson_interval",
+    "write_quantization_report",
     "write_report",
 ]

@@ -54,6 +54,7 @@ def sections(record: RunRecord, *, steps_shown: int | None = None) -> list[Secti
         _targets(record),
         _steps(record, steps_shown),
         _layers(record),
+        *_quantization(record),
         _operations(record.operations),
         _environment(record.environment),
     ]
@@ -283,6 +284,14 @@ def _layers(record: RunRecord) -> Section | None:
     ]
     table = _table(["weight", "values before", "non-zeros after", "gone"], rows, long=True)
     return Section(title="Sparsity a layer", table=table, plots=("sparsity",))
+
+
+def _quantization(record: RunRecord) -> list[Section]:
+    if record.quantization is None:
+        return []
+    from swincompress_pl.report.quantization import quantization_sections  # it is made of what stands here
+
+    return quantization_sections(record.quantization)
 
 
 def _operations(operations: Sequence[OperationTime]) -> Section | None:

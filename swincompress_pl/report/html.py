@@ -10,6 +10,7 @@ from swincompress_pl import __version__
 from swincompress_pl.report.content import Item, Section, Table, count, megabytes, sections
 from swincompress_pl.report.drawing import inline_svg
 from swincompress_pl.report.plots import Plot
+from swincompress_pl.report.quantization import Quantization, label
 from swincompress_pl.report.record import RunRecord, Stage
 from swincompress_pl.report.search import PruningSearch
 
@@ -60,6 +61,8 @@ def _tiles(record: RunRecord) -> str:
     tiles = _stage_tiles(record.stages) if record.stages else []
     if not record.stages and record.pruning is not None:
         tiles = _search_tiles(PruningSearch.of(record.pruning))
+    if record.quantization is not None:
+        tiles += _quantization_tiles(Quantization.of(record.quantization))
     shown = "".join(
         f'<div class="tile"><div class="what">{escape(what)}</div><div class="value">{escape(value)}</div>'
         f'<div class="detail">{escape(detail)}</div></div>'
@@ -116,6 +119,17 @@ def _search_tiles(search: PruningSearch) -> list[tuple[str, str, str]]:
         cost = search.scoring
         detail = f"{cost.images_scored:,}; naive {cost.naive_images:,}"
         tiles.append(("images scored", f"{cost.times_fewer_images:.1f}x fewer", detail))
+    return tiles
+
+
+def _quantization_tiles(known: Quantization) -> list[tuple[str, str, str]]:
+    agreement = f"{known.result.agreement_percent:.2f} %"
+    tiles = [(f"same predictions as float, {known.bits}", agreement, f"of {known.images:,} images")]
+    float_bytes = 4 * sum(layer.weights for layer in known.layers)
+    share = f"{100 * known.weights_bytes / float_bytes:.1f} % of float32's {megabytes(float_bytes)}"
+    tiles.append(("packed weights", megabytes(known.weights_bytes), share))
+    if known.costs:
+        tiles.append(("costliest alone", f"KL {known.costs[0].alone.kl:.2g}", label(known.costs[0])))
     return tiles
 
 

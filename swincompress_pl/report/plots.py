@@ -1,4 +1,5 @@
-"""The plots of a report: before and after, accuracy against size, the pruning search, sparsity and latency a layer."""
+"""The plots of a report: before and after, accuracy against size, the pruning search, sparsity, quantization, latency a
+layer."""
 
 from __future__ import annotations
 
@@ -21,6 +22,8 @@ from swincompress_pl.report.drawing import (
     style,
 )
 from swincompress_pl.report.pruning_plots import pruning_figures, scale
+from swincompress_pl.report.quantization import PLOT_TITLES
+from swincompress_pl.report.quantization_plots import quantization_figures
 from swincompress_pl.report.record import LayerSparsity, OperationTime, PruningStep, RunRecord, Stage
 
 if TYPE_CHECKING:
@@ -60,6 +63,7 @@ PLOTS = {
     "pruning_accuracy_size": "The search's steps, accuracy against size",
     "pruning_sensitivity": "Sensitivity",
     "sparsity": "Sparsity a layer",
+    **PLOT_TITLES,
     "latency": "Latency a layer",
 }
 
@@ -77,6 +81,8 @@ def draw_plots(record: RunRecord) -> list[Plot]:
             finished(drawn)
     if record.pruning is not None:
         figures |= {f"pruning_{name}": figure for name, figure in pruning_figures(record.pruning).items()}
+    if record.quantization is not None:
+        figures |= quantization_figures(record.quantization)
     return [
         Plot(name=name, title=title, figure=figure)
         for name, title in PLOTS.items()

@@ -13,6 +13,7 @@ from typing import Any, Self
 
 from swincompress_pl.report.accuracy import Accuracy, PairedComparison
 from swincompress_pl.report.latency import Latency
+from swincompress_pl.report.quantization import Quantization
 from swincompress_pl.report.search import PruningSearch
 from swincompress_pl.report.sizes import Size
 
@@ -169,7 +170,7 @@ class RunRecord:
 
     name: the run's title. environment: what `describe_environment` gives. data: what the accuracies were measured on.
     notes: sentences that a reader of the figures must know. pruning: what `add_pruning` was given; with it, the steps
-    shown are the search's and `steps` stays empty.
+    shown are the search's and `steps` stays empty. quantization: what `add_quantization` was given.
     """
 
     name: str
@@ -183,6 +184,7 @@ class RunRecord:
     checks: list[Check] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     pruning: Mapping[str, Any] | None = None
+    quantization: Mapping[str, Any] | None = None
 
     def add_pruning(self, search: Mapping[str, Any], *, tolerance: float | None = None) -> None:
         """Takes a pruning search, the plain data of `SearchState.to_dict()`, and its tolerance in points.
@@ -194,6 +196,16 @@ class RunRecord:
         data = dict(search) | ({} if tolerance is None else {"tolerance": float(tolerance)})
         PruningSearch.of(data)
         self.pruning = data
+
+    def add_quantization(self, diagnosis: Mapping[str, Any]) -> None:
+        """Takes the diagnosis of a quantized network, the plain data of `quant.Diagnosis.to_dict()`.
+
+        Raises ValueError for another version of it, for bad data, and where the record already has one.
+        """
+        if self.quantization is not None:
+            raise ValueError(f"the record of {self.name!r} already has a quantized network; one goes into a record")
+        Quantization.of(diagnosis)
+        self.quantization = dict(diagnosis)
 
     def all_steps(self) -> list[PruningStep]:
         """The pruning steps: those of the search where there is one, or else `steps`."""
@@ -246,6 +258,7 @@ class RunRecord:
             **lists,
             "notes": list(self.notes),
             **({} if self.pruning is None else {"pruning": dict(self.pruning)}),
+            **({} if self.quantization is None else {"quantization": dict(self.quantization)}),
         }
 
     @classmethod
@@ -266,7 +279,8 @@ class RunRecord:
                 environment=data["environment"],
                 data=data["data"],
                 notes=list(data["notes"]),
-                pruning=_checked_search(data.get("pruning")),
+                pruning=_checked(PruningSearch, data.get("pruning")),
+                quantization=_checked(Quantization, data.get("quantization")),
                 **lists,
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -302,9 +316,9 @@ _LISTS: dict[str, Any] = {
 }
 
 
-def _checked_search(data: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+def _checked(reader: Any, data: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
     if data is not None:
-        PruningSearch.of(data)
+        reader.of(data)
     return data
 
 

@@ -1,0 +1,83 @@
+"""Distillation of the float network into the quantized one, for any LightningModule."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from lightning import LightningModule
+from torch import Tensor, nn
+
+from ..models.classifier import distillation_loss
+from ..quant import QuantizedNetwork
+
+
+class Distillation:
+    """A module's training loss becomes (1 - weight) * its own + weight * T^2 KL(teacher || student).
+
+    The teacher sees the very images that `training_step` gives to the network (mixed, augmented), so nothing of the
+    module has to be known but the attribute that holds the network. weight: above 0, at most 1; temperature T: above 0.
+    """
+
+    def __init__(self, weight: float, temperature: float) -> None:
+        self.weight, self.temperature = weight, temperature
+        self.teacher: nn.Module | None = None
+        self._module: LightningModule | None = None
+
+    def take_teacher(self, network: nn.Module, state: Mapping[str, Tensor] | None = None) -> None:
+        """Make a frozen copy of the float network the teacher, with the weights `state` if there are any."""
+        teacher = copy.deepcopy(network).requires_grad_(False).eval()
+        if state is not None:
+            teacher.load_state_dict(state)
+        self.teacher = teacher
+
+    def attach(self, module: LightningModule, model_attribute: str) -> None:
+        """From now on `module.training_step` gives the joint loss, once the network is quantized."""
+        self.detach()
+        step = module.training_step
+
+        # A function, not an object: copies of the module (EMA) must not copy the teacher and the trainer with it.
+        @functools.wraps(step)
+        def distilled(*args: Any, **kwargs: Any) -> Any:
+            network = getattr(module, model_attribute)
+            if not isinstance(network, QuantizedNetwork) or self.teacher is None:
+                return step(*args, **kwargs)
+            seen: list[tuple[Tensor, Tensor]] = []
+            handle = network.register_forward_hook(lambda _, inputs, output: seen.append((inputs[0], output)))
+            try:
+                outcome = step(*args, **kwargs)
+            finally:
+                handle.remove()
+            return outcome if outcome is None else self._joined(module, outcome, seen)
+
+        module.training_step = distilled  # type: ignore[method-assign]
+        self._module = module
+
+    def detach(self) -> None:
+        """Give the module its own `training_step` back."""
+        if self._module is not None:
+            vars(self._module).pop("training_step", None)
+            self._module = None
+
+    def _joined(self, module: LightningModule, outcome: Any, seen: list[tuple[Tensor, Tensor]]) -> Any:
+        seen = [(images, logits) for images, logits in seen if logits.requires_grad]
+        loss = outcome.get("loss") if isinstance(outcome, Mapping) else outcome
+        if not seen or not isinstance(loss, Tensor):
+            raise ValueError(
+                f"distillation: {type(module).__name__}.training_step "
+                + ("gives no loss" if seen else "does not call the network with gradients")
+                + "; return the loss of logits that the network gives, or pass distillation=0"
+            )
+        taught = torch.stack([self._loss(images, logits) for images, logits in seen]).mean()
+        module.log("qat/distillation", taught.detach(), on_step=False, on_epoch=True, batch_size=len(seen[0][0]))
+        joint = (1 - self.weight) * loss + self.weight * taught
+        return {**outcome, "loss": joint} if isinstance(outcome, Mapping) else joint
+
+    def _loss(self, images: Tensor, logits: Tensor) -> Tensor:
+        assert self.teacher is not None
+        with torch.no_grad():
+            taught = self.teacher(images)
+        return distillation_loss(logits.float(), taught.float(), self.temperature)
