@@ -133,6 +133,7 @@ def test_help_imports_nothing_heavy() -> None:
         (["bench", "--kernel", "linear", "--implementation", "nope"], "'nope' is unknown"),
         (["bench", "x", "--threads", "0"], "--threads is 0"),
         (["export", "x.ckpt", "-o", "y", "--quantize", "max"], "--quantize and --data go together"),
+        (["export", "x.ckpt", "-o", "y", "--bits", "W4A8"], "--bits W4A8 goes with --quantize"),
         (["export", "x.ckpt", "-o", "y", "--quantize", "affine", "--data", "z"], "'affine'; choose searched or max"),
         (["export", "gone.ckpt", "-o", "y"], "gone.ckpt: there is no such file"),
         (["demo", "--threads", "0"], "--threads is 0"),
@@ -253,6 +254,11 @@ def test_export_quantizes_a_float_checkpoint(
     assert "identical" in out
     code, _, err = run(["export", str(run_directory / "best.ckpt"), "-o", str(output), *quantize], capsys)
     assert (code, "is quantized already" in err) == (2, True)
+    narrow = [*quantize, "--bits", "W4A6", "--compression", "lzma"]
+    code, out, _ = run(["export", str(run_directory / "float.ckpt"), "-o", str(output), *narrow], capsys)
+    assert code == 0
+    assert "reference, torch: identical" in out
+    assert "W4A6: the C++ engine runs 8-bit activations" in out
 
 
 def test_export_into_a_missing_folder_fails_early(

@@ -82,9 +82,9 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         network_size(nn.Linear(2, 2), file=tmp_path / "gone.safetensors")
 
 
-def program() -> Program:
+def program(largest: int = 100) -> Program:
     mult, shift = multiplier(np.full(5, 0.01))
-    weight = np.ones((5, 12), dtype=np.int8)
+    weight = np.full((5, 12), largest, dtype=np.int8)
     weight[:, :6] = 0
     tensors = {
         "w": weight,
@@ -129,6 +129,7 @@ def test_a_programs_size_counts_zeros_of_weights_only(tmp_path: Path) -> None:
         nonzero_bytes=30 + whole, indexed_bytes=30 + 8 + whole, index="4 dense, 1 by 1-bit mask", file_bytes=321
     )
     assert program_size(program()).file_bytes is None
+    assert program_size(program(largest=7)).nonzero_bytes == 15 + whole  # four bits a weight
 
 
 def test_parameters_and_macs_of_a_program() -> None:

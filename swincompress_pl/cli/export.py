@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +39,7 @@ def main(name: str, arguments: Sequence[str]) -> int:
     command.add_argument(
         "--quantize", type=str, default=None, help=f"quantize a float checkpoint: {' or '.join(_METHODS)}"
     )
+    command.add_argument("--bits", type=str, default="W8A8", help="widths for --quantize, e.g. W4A8")
     command.add_argument(
         "--data", type=str, default=None, help="YAML config whose `data` gives the images for --quantize"
     )
@@ -53,6 +54,8 @@ def main(name: str, arguments: Sequence[str]) -> int:
         raise ValueError(f"--reference-check is {given.reference_check}; give 0 or more")
     if (given.quantize is None) != (given.data is None):
         raise ValueError("--quantize and --data go together: scales are found on the training images of a data config")
+    if given.quantize is None and given.bits != "W8A8":
+        raise ValueError(f"--bits {given.bits} goes with --quantize: a quantized checkpoint has its widths")
     if given.quantize is not None and given.quantize not in _METHODS:
         raise ValueError(f"--quantize is {given.quantize!r}; choose {' or '.join(_METHODS)}")
     return _export(given)
@@ -126,8 +129,8 @@ def _quantize(network: nn.Module, given: Any) -> QuantizedNetwork:
     preprocessing = data.preprocessing.to_dict()
     _say(f"quantizing on {given.images} images")
     return quant.quantize(
-        network, data.calibration_dataloader(given.images), method=given.quantize, preprocessing=preprocessing,
-        images=given.images, classes=data.class_names, progress=True,
+        network, data.calibration_dataloader(given.images), method=given.quantize, bits=given.bits,
+        preprocessing=preprocessing, images=given.images, classes=data.class_names, progress=True,
     )  # fmt: skip
 
 
@@ -161,20 +164,25 @@ def _check(network: QuantizedNetwork, file: Path, images: int) -> int:
 
     from swincompress_pl import accel
 
-    engine, reference = accel.load(file), accel.reference(file)
+    reference = accel.reference(file)
+    runs: dict[str, Callable[[Any], Any]] = {"torch": lambda x: network.integer_logits(torch.from_numpy(x)).numpy()}
+    narrow = network.bits.activations < 8
+    if not narrow:  # narrower activations run in the reference only
+        engine = accel.load(file)
+        runs[f"engine ({engine.implementation})"] = engine.run_integer
     rng = np.random.default_rng(0)
-    wrong: dict[str, int] = {"torch": 0, "engine": 0}
+    wrong = dict.fromkeys(runs, 0)
     with progress() as tell, torch.no_grad():
         for number in range(images):
             tell("comparing integers", number, images)
-            pixels = rng.integers(0, 256, (1, *engine.program.input.value.shape), dtype=np.uint8)
+            pixels = rng.integers(0, 256, (1, *reference.program.input.value.shape), dtype=np.uint8)
             expected = reference.run_integer(pixels)
-            wrong["torch"] += not np.array_equal(network.integer_logits(torch.from_numpy(pixels)).numpy(), expected)
-            wrong["engine"] += not np.array_equal(engine.run_integer(pixels), expected)
+            for run_name, run in runs.items():
+                wrong[run_name] += not np.array_equal(run(pixels), expected)
     if not any(wrong.values()):
-        print(
-            f"torch, reference and engine ({engine.implementation}): identical integer logits on {images} random images"
-        )
+        print(f"reference, {' and '.join(runs)}: identical integer logits on {images} random images")
+        if narrow:
+            print(f"{network.bits}: the C++ engine runs 8-bit activations; accel.reference runs this file")
         return 0
     different = ", ".join(f"{name} on {number} of {images}" for name, number in wrong.items() if number)
     print(f"integer logits differ from the reference: {different} images; please report this", file=sys.stderr)

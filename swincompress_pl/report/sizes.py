@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from swincompress_pl.accel.storage import weight_bits
 from swincompress_pl.norm import Program, costs
 
 if TYPE_CHECKING:
@@ -107,10 +108,13 @@ def network_size(network: nn.Module, *, file: str | Path | None = None) -> Size:
 
 
 def program_size(program: Program, *, file: str | Path | None = None) -> Size:
-    """The size of a Program's tensors: its int8 weights as matrices, everything else stored whole. file: its artifact,
-    if written."""
+    """The size of a Program's tensors: its weights as matrices of 2 to 8 bits a value, everything else stored whole.
+    file: its artifact, if written."""
     weights = {key for op in program.operations for role, key in op.tensors.items() if role == "weight"}
-    stored = [_stored(tensor, 8 * tensor.itemsize, key in weights) for key, tensor in program.tensors.items()]
+    stored = [
+        _stored(tensor, weight_bits(tensor) if key in weights else 8 * tensor.itemsize, key in weights)
+        for key, tensor in program.tensors.items()
+    ]
     return _total(stored, None if file is None else Path(file).stat().st_size)
 
 
