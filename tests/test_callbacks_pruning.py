@@ -90,7 +90,15 @@ class Stop(Callback):
             trainer.should_stop = True
 
 
-@pytest.mark.parametrize("granularity", [{}, {"granularity": "weight"}, {"shrink": "end", "max_rounds": 2}])
+@pytest.mark.parametrize(
+    "granularity",
+    [
+        {},
+        {"granularity": "weight"},
+        {"shrink": "end", "max_rounds": 2},
+        {"criterion": "fisher", "ranking": "global", "gradient_batches": 2},
+    ],
+)
 @pytest.mark.parametrize("at_train_end", [True, False])
 @pytest.mark.parametrize("stop", [0, 1, 2])
 def test_resume_ends_where_an_uninterrupted_fit_ends(

@@ -35,7 +35,7 @@ from ..pruning import (
 )
 from ..quant import QuantizedNetwork
 from .progress import search_progress
-from .resume import RandomNumbers, rng_states
+from .resume import RandomNumbers, rng_states, seeded
 from .scoring import batches_on_device, holdout_loaders, holdout_scorer, metric_scorer, training_batches
 from .surroundings import refuse_neighbours, refuse_optimizers, refuse_sharing, refuse_strategy, wrap_anew
 
@@ -302,7 +302,7 @@ class AdaptiveIterativePruning(Callback):
         )
 
     def _gradients(self, trainer: Trainer, module: LightningModule, network: nn.Module) -> Gradients:
-        with torch.enable_grad():
+        with torch.enable_grad(), seeded(trainer.current_epoch):
             return collect_gradients(
                 network,
                 training_batches(trainer, self.gradient_batches),

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import numpy as np
-import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 from ..models.manifest import network_of, restore_on_load, save_to_checkpoint
@@ -20,7 +16,7 @@ from .qat_averaging import renew_averages
 from .qat_distillation import Distillation
 from .qat_scales import ScaleGroup
 from .qat_surroundings import WHO, refuse_late_pruning, refuse_surroundings
-from .resume import RandomNumbers, rng_states
+from .resume import RandomNumbers, rng_states, seeded
 from .surroundings import wrap_anew
 
 _STATE_VERSION = 1
@@ -208,10 +204,7 @@ class QuantizationAwareTraining(Callback):
         )
         if self._distillation is not None:
             self._distillation.take_teacher(network)
-        # Calibration must not move the random numbers that shuffling, dropout and augmentation draw, nor hang on them:
-        # a resumed fit has drawn its epoch's order by now, an uninterrupted one has not.
-        with isolate_rng():
-            _seed(trainer.current_epoch)
+        with seeded(trainer.current_epoch):
             quantized = self._quantized(trainer, module, network)
         setattr(module, self.model_attribute, quantized.train())
         if self.learn_scales:
@@ -323,12 +316,6 @@ def _freeze(trainer: Trainer, network: QuantizedNetwork) -> None:
         drift.requires_grad_(False)
         drift.grad = None
         wrap_anew(trainer)
-
-
-def _seed(seed: int) -> None:
-    torch.manual_seed(seed)
-    np.random.seed(seed)
-    random.seed(seed)
 
 
 def _class_names(trainer: Trainer) -> list[str] | None:

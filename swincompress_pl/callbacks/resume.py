@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from lightning import Trainer
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.seed import isolate_rng
 
 
 def rng_states() -> dict[str, Any]:
@@ -39,6 +42,20 @@ def set_rng_states(states: dict[str, Any]) -> None:
     keys = of_numpy["keys"].cpu().numpy().astype(np.uint32)
     np.random.set_state((of_numpy["name"], keys, of_numpy["position"], of_numpy["has_gauss"], of_numpy["gauss"]))
     random.setstate((of_python["version"], tuple(of_python["state"].tolist()), of_python["gauss"]))
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Global random numbers from `seed` for a while, then as they were.
+
+    For images read in the middle of a fit: a resumed fit has drawn the order of its epoch by then, an uninterrupted one
+    has not, so what follows must hang on neither.
+    """
+    with isolate_rng():
+        torch.manual_seed(seed)
+        np.random.seed(seed)
+        random.seed(seed)
+        yield
 
 
 class RandomNumbers:
