@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from swincompress_pl.report import PairedComparison
 from swincompress_pl.report.markdown import table
 from swincompress_pl.report.record import write_text
@@ -119,7 +117,9 @@ def _about(results: Results, network: str, pruned: bool) -> str:
 
 def _place(entry: Mapping[str, Any]) -> str:
     found = entry["environment"]
-    return f"{found['cpu']}, {found['threads']} threads, torch {torch.__version__}, commit {found.get('commit')}"
+    return (
+        f"{found['cpu']}, {found['threads']} threads, torch {found['packages']['torch']}, commit {found.get('commit')}"
+    )
 
 
 def _without_answers(entry: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,104 @@
+"""The quantization benchmark on a tiny network and random images: from the job to the report."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from swincompress_pl.data import Preprocessing
+from swincompress_pl.models import create_model
+
+# The benchmarks are no part of the package, which is imported above so that this does not change where it comes from.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks.pruning import batches, images, subjects
+from benchmarks.quantization import jobs, report, work
+from benchmarks.quantization.jobs import Job
+
+ARGUMENTS = {"img_size": 16, "patch_size": 2, "window_size": 4, "embed_dim": 16, "depths": [1, 1], "num_heads": [2, 4]}
+
+
+def random_splits(*_: Any, holdout: int, seed: int, **__: Any) -> images.Splits:
+    rng = np.random.default_rng(seed)
+
+    def some(count: int) -> images.Images:
+        return images.Images(rng.integers(0, 256, (count, 16, 16, 3), dtype=np.uint8), rng.integers(0, 4, count))
+
+    return images.Splits(some(30), some(holdout), some(70))
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> subjects.Place:
+    """Where a tiny subject stands for swin_cifar10."""
+    torch.manual_seed(0)
+    weights = tmp_path / "weights.safetensors"
+    save_file(create_model("SwinTransformer", num_classes=4, **ARGUMENTS).state_dict(), weights)
+    where = subjects.Place(data=tmp_path, cache=tmp_path)
+    recipe = subjects.Recipe(epochs=1, batch_size=8, lr=1e-3, weight_decay=0.0, holdout=20, max_rounds=1)
+    found = subjects.Subject(
+        name="swin_cifar10", recipe=recipe, seed=0, place=where, model="SwinTransformer", classes=4,
+        arguments=ARGUMENTS, weights=weights, preprocessing=Preprocessing(height=16, width=16), data_set="cifar10",
+        augment=batches.pad_crop_flip, test_data="random images",
+    )  # fmt: skip
+    monkeypatch.setattr(subjects, "load_splits", random_splits)
+    monkeypatch.setattr(work, "load_splits", random_splits)
+    monkeypatch.setattr(work, "subject", lambda *_: found)
+    monkeypatch.setitem(jobs.WAYS, "searched", {"method": "searched", "search": {"rows": 32}})
+    return where
+
+
+def test_from_the_job_to_the_report(place: subjects.Place, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    some = [Job(network="swin_cifar10"), Job(network="swin_cifar10", pruned=True)]
+    some += [
+        Job(network="swin_cifar10", way=way, bits=bits) for way, bits in (("affine", "W8A8"), ("searched", "W4A8"))
+    ]
+    some += [Job(network="swin_cifar10", pruned=True, way="max", bits="W6A6")]
+    for job in some:
+        work.do(job, out, place)
+    found = {file.stem: json.loads(file.read_text()) for file in out.glob("*.json")}
+    assert found.keys() == {job.name for job in some}
+    pruned, whole = found["swin_cifar10-pruned-float"], found["swin_cifar10-whole-float"]
+    assert whole["nonzero"] > pruned["nonzero"]  # and the second job read what the first one had pruned
+    narrow = found["swin_cifar10-pruned-W6A6-max"]
+    assert narrow["equal"] == {"images": 64, "twin == reference": True}
+    assert "8-bit activations" in narrow["engine"]
+    searched = found["swin_cifar10-whole-W4A8-searched"]
+    assert searched["equal"]["engine == reference"]
+    assert searched["compressed_file_bytes"] < searched["file_bytes"]
+    files = report.write(out, tmp_path)
+    page = files[0].read_text()
+    assert "70 images of `test`" in page
+    assert page.count(" yes |") == 2
+    assert "simulated" in page
+    assert "classes" not in json.loads(files[1].read_text())["swin_cifar10-whole-float"]["sets"]["test"]
+
+
+def test_what_is_reported_was_not_calibrated_on(place: subjects.Place) -> None:
+    given = work.material("deit_tiny", False, place)
+    size = sum(len(batch) for batch in given.calibration)
+    calibration = given.subject.preprocessing
+    pixels = torch.cat(given.calibration) * torch.tensor(calibration.std)[:, None, None]
+    pixels = ((pixels + torch.tensor(calibration.mean)[:, None, None]) * 255).round().to(torch.uint8)
+    seen = {image.permute(1, 2, 0).numpy().tobytes() for image in pixels}
+    assert len(seen) == size == 50  # all there are of 30 + 20
+    assert not seen & {image.tobytes() for images in given.sets.values() for image in images.pixels}
+
+
+def test_names_are_unique_and_filters_are_checked() -> None:
+    names = [job.name for job in jobs.all_jobs()]
+    assert len(names) == len(set(names))
+    with pytest.raises(ValueError, match="'nothing' matches no job"):
+        jobs.chosen(jobs.all_jobs(), ["nothing"])
+
+
+def test_a_report_of_nothing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="has no results"):
+        report.write(tmp_path, tmp_path)
