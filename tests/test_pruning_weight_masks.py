@@ -352,7 +352,7 @@ def test_half_precision_keeps_masks_bool() -> None:
 def _quantized() -> tuple[Any, Tensor]:
     images = _batch(0, size=8)[0].clamp(-1, 1)
     return quantize(
-        _masked(), [images], method="searched", rows=32, preprocessing={"mean": [0.5] * 3, "std": [0.5] * 3}
+        _masked(), [images], method="searched", search={"rows": 32}, preprocessing={"mean": [0.5] * 3, "std": [0.5] * 3}
     ), images
 
 
