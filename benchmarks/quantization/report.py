@@ -49,7 +49,8 @@ _INTRODUCTION = (
     "the images of `train` reported for DeiT are others. Paired against the float network of the same weights: right "
     "-> wrong / wrong -> right, the points lost with their 95 % interval, and how many predictions are the same. The "
     "first layer and the classifier keep 8 bits, GELU's input too; residual 16 bits. File: the artifact with weights "
-    "packed, and entropy-coded, as a part of the float32 file of the whole network."
+    "packed, and entropy-coded, as a part of the float32 file of the whole network. s: wall time of quantizing, other "
+    "work beside it or not; the command `cost` takes it alone."
 )
 
 
