@@ -177,19 +177,15 @@ class Graph:
 
     def blocks(self) -> list[range]:
         """The numbers of the nodes, cut wherever a single value is all that goes on, with weights in every part."""
-        cuts, start = [], 0
+        blocks, start = [], 0
         for number, node in enumerate(self.nodes):
             alive = {n.output for n in self.nodes[: number + 1] if self.last_use(n.output) > number}
+            later = any(isinstance(n, WeightedNode) for n in self.nodes[number + 1 :])
             weighted = any(isinstance(n, WeightedNode) for n in self.nodes[start : number + 1])
-            if alive <= {node.output} and weighted:
-                cuts.append(range(start, number + 1))
+            if alive <= {node.output} and weighted and later:
+                blocks.append(range(start, number + 1))
                 start = number + 1
-        rest = range(start, len(self.nodes))
-        return (
-            [*cuts[:-1], range(cuts[-1].start, rest.stop)]
-            if rest and not any(isinstance(self.nodes[n], WeightedNode) for n in rest)
-            else [*cuts, *([rest] if rest else [])]
-        )
+        return [*blocks, range(start, len(self.nodes))]
 
     def site_of(self, value: str) -> Site | None:
         """The site in whose unit `value` is; None for the pixels."""

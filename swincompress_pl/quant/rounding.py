@@ -106,7 +106,8 @@ def _compensate(node: WeightedNode, numbers: range, integer: Run, given: Values)
     balance = integer.balance(node)
     weight = node.folded_weight(integer.network, balance)
     flat = weight.flatten(1).double()
-    gram, total, count = torch.zeros_like(flat[:1].T @ flat[:1]), torch.zeros_like(flat[0]), 0
+    inputs = flat.shape[1]
+    gram, total, count = flat.new_zeros(inputs, inputs), flat.new_zeros(inputs), 0
     for values in given:
         rows = _rows(node, integer, values, numbers)
         x = rows if balance is None else rows / balance
