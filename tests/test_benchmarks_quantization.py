@@ -18,6 +18,7 @@ from swincompress_pl.models import create_model
 # The benchmarks are no part of the package, which is imported above so that this does not change where it comes from.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.pruning import batches, images, subjects
+from benchmarks.pruning.jobs import chosen
 from benchmarks.quantization import jobs, report, work
 from benchmarks.quantization.jobs import Job
 
@@ -96,7 +97,7 @@ def test_names_are_unique_and_filters_are_checked() -> None:
     names = [job.name for job in jobs.all_jobs()]
     assert len(names) == len(set(names))
     with pytest.raises(ValueError, match="'nothing' matches no job"):
-        jobs.chosen(jobs.all_jobs(), ["nothing"])
+        chosen(jobs.all_jobs(), ["nothing"])
 
 
 def test_a_report_of_nothing_is_refused(tmp_path: Path) -> None:

@@ -9,12 +9,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from quant_cases import PREPROCESSING, network_and_images
+from quant_cases import NETWORKS, PREPROCESSING, network_and_images
 from torch import Tensor, nn
 
-from swincompress_pl.quant import quantize
+from swincompress_pl.quant import WeightedNode, quantize
 from swincompress_pl.quant.rounding import second_order_rounding
 from swincompress_pl.quant.scales import quantize_weight
+from swincompress_pl.registry import adapter_for
 
 
 def problem(rows: int, columns: int, outputs: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -60,6 +61,16 @@ def test_independent_inputs_leave_nearest() -> None:
     weight, step, _ = problem(64, 16, 8, 0)
     rounded = second_order_rounding(weight, step, torch.eye(16, dtype=torch.float64), 7)
     assert torch.equal(rounded, quantize_weight(weight, step, 7) * step[:, None])
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_blocks_cover_the_graph_and_each_has_weights(name: str) -> None:
+    network, _, _ = network_and_images(name)
+    graph = adapter_for(network).graph(network, PREPROCESSING)
+    blocks = graph.blocks()
+    assert [number for block in blocks for number in block] == list(range(len(graph.nodes)))
+    assert all(any(isinstance(graph.nodes[n], WeightedNode) for n in block) for block in blocks)
+    assert len(blocks) > 4
 
 
 def distance(quantized: nn.Module, images: Tensor, expected: Tensor) -> float:

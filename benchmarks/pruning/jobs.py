@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from swincompress_pl.report.record import write_text
 
@@ -177,7 +177,17 @@ def _peers_of(ours: Job) -> Iterator[Job]:
         )  # fmt: skip
 
 
-def chosen(jobs: Iterable[Job], patterns: Sequence[str]) -> list[Job]:
+class Named(Protocol):
+    """A job of any benchmark."""
+
+    @property
+    def name(self) -> str: ...
+
+
+AnyJob = TypeVar("AnyJob", bound=Named)
+
+
+def chosen(jobs: Iterable[AnyJob], patterns: Sequence[str]) -> list[AnyJob]:
     """The jobs whose names match a pattern (fnmatch), all without patterns; ValueError for one that matches none."""
     jobs = list(jobs)
     for pattern in patterns:

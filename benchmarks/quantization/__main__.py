@@ -18,12 +18,13 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.pruning.jobs import chosen
 from benchmarks.pruning.subjects import Place
 from swincompress_pl.models import create_model
 from swincompress_pl.quant import quantize
 from swincompress_pl.report import describe_environment
 
-from .jobs import all_jobs, chosen
+from .jobs import all_jobs
 from .report import write
 from .work import CALIBRATION_IMAGES, do
 

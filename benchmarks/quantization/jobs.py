@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from fnmatch import fnmatchcase
 from typing import Any
 
 NETWORKS = ("swin_cifar10", "deit_tiny")
@@ -61,12 +59,3 @@ def all_jobs() -> list[Job]:
         for way in _SWITCHES
     ]
     return jobs
-
-
-def chosen(jobs: Iterable[Job], patterns: Sequence[str]) -> list[Job]:
-    """The jobs whose names match a pattern (fnmatch), all without patterns; ValueError for one that matches none."""
-    jobs = list(jobs)
-    for pattern in patterns:
-        if not any(fnmatchcase(job.name, pattern) for job in jobs):
-            raise ValueError(f"--filter: {pattern!r} matches no job; `list` shows the {len(jobs)} there are")
-    return [job for job in jobs if not patterns or any(fnmatchcase(job.name, pattern) for pattern in patterns)]

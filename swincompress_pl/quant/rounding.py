@@ -98,8 +98,8 @@ def _rows(node: WeightedNode, run: Run, values: dict[str, Tensor], numbers: rang
 def _compensate(node: WeightedNode, numbers: range, integer: Run, given: Values) -> None:
     """Second-order rounding of one layer for the inputs it gets; its bias takes up the mean error.
 
-    Neither is asked to make good what the layers before did wrong: fitted to a few images that costs more on others
-    than it gains (tried on DeiT-Tiny with 64 images: twice the KL to the float network).
+    Neither is asked to make good what the layers before did wrong: fitted to a few images, that cost DeiT-Tiny more on
+    others than it gained.
     """
     scales = integer.quantizer
     assert isinstance(scales, Scales)
