@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,10 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> subjects.Place:
     )  # fmt: skip
     monkeypatch.setattr(subjects, "load_splits", random_splits)
     monkeypatch.setattr(work, "load_splits", random_splits)
-    monkeypatch.setattr(work, "subject", lambda *_: found)
+    monkeypatch.setattr(
+        work, "subject", lambda *given: replace(found, recipe=recipe.changed(given[3] or {}) if given[3:] else recipe)
+    )
+    monkeypatch.setitem(work.RECIPES, "swin_cifar10", {"epochs": 1, "distillation": 0.5})
     monkeypatch.setitem(jobs.WAYS, "searched", {"method": "searched", "search": {"rows": 32}})
     return where
 
@@ -80,6 +84,24 @@ def test_from_the_job_to_the_report(place: subjects.Place, tmp_path: Path) -> No
     assert page.count(" yes |") == 2
     assert "simulated" in page
     assert "classes" not in json.loads(files[1].read_text())["swin_cifar10-whole-float"]["sets"]["test"]
+
+
+def test_after_fine_tuning_the_integers_stand_against_a_float_control(place: subjects.Place, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    some = [Job(network="swin_cifar10"), Job(network="swin_cifar10", pruned=True)]
+    some += [Job(network="swin_cifar10", pruned=True, tuned=True)]
+    some += [Job(network="swin_cifar10", pruned=True, tuned=True, way="searched", bits="W4A8")]
+    for job in some:
+        work.do(job, out, place)
+    found = {file.stem: json.loads(file.read_text()) for file in out.glob("*.json")}
+    given, control = found["swin_cifar10-pruned-float"], found["swin_cifar10-pruned-float-tuned"]
+    assert control["recipe"]["epochs"] == 1
+    zeros = [entry["parameters"] - entry["nonzero"] for entry in (given, control)]
+    assert zeros[1] > zeros[0] / 2 > 0  # masks are kept; biases that began as 0 move
+    assert found["swin_cifar10-pruned-W4A8-searched-tuned"]["equal"]["engine == reference"]
+    page = report.write(out, tmp_path)[0].read_text()
+    assert "After 1 epochs with distillation" in page
 
 
 def test_what_is_reported_was_not_calibrated_on(place: subjects.Place) -> None:

@@ -40,6 +40,7 @@ def main() -> None:
         if name == "run":
             command.add_argument("--data", type=Path, required=True)
             command.add_argument("--cache", type=Path, help="folder of decoded images; default: OUT/cache")
+            command.add_argument("--precision", default="32-true", help="of the Trainer where a job fine-tunes")
         if name != "report":
             command.add_argument("--filter", nargs="*", default=[], help="patterns of names (fnmatch)")
     cost = commands.add_parser("cost", help="time and memory of quantizing with random weights and images")
@@ -58,7 +59,8 @@ def main() -> None:
         elif not file.is_file():
             given.out.mkdir(parents=True, exist_ok=True)
             print(job.name, flush=True)
-            do(job, given.out, Place(data=given.data, cache=given.cache or given.out / "cache"))
+            cache = given.cache or given.out / "cache"
+            do(job, given.out, Place(data=given.data, cache=cache, precision=given.precision))
 
 
 def _cost(model: str) -> dict[str, object]:

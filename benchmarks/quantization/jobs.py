@@ -24,18 +24,20 @@ _SWITCHES = ("percentile", "searched, no balance", "searched, bias corrected", "
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """network: of NETWORKS, whole or pruned; way: of WAYS, None for the float network; bits: of BITS."""
+    """network: of NETWORKS, whole or pruned; way: of WAYS, None for the float network; bits: of BITS. tuned: fine-tuned
+    for some epochs by `tuning.py`, quantized from the first on, or in floats where way is None."""
 
     network: str
     pruned: bool = False
     way: str | None = None
     bits: str | None = None
+    tuned: bool = False
 
     @property
     def name(self) -> str:
         """Unique, and the name of the results' file."""
         what = "float" if self.way is None else f"{self.bits}-{self.way.replace(', ', '-').replace(' ', '_')}"
-        return f"{self.network}-{'pruned' if self.pruned else 'whole'}-{what}"
+        return f"{self.network}-{'pruned' if self.pruned else 'whole'}-{what}{'-tuned' if self.tuned else ''}"
 
     def to_dict(self) -> dict[str, Any]:
         """The fields in JSON types."""
@@ -44,7 +46,12 @@ class Job:
 
 def all_jobs() -> list[Job]:
     """Every job, the float networks first."""
-    jobs = [Job(network=network, pruned=pruned) for network in NETWORKS for pruned in (False, True)]
+    jobs = [
+        Job(network=network, pruned=pruned, tuned=tuned)
+        for tuned in (False, True)
+        for network in NETWORKS
+        for pruned in (False, True)
+    ]
     jobs += [
         Job(network=network, pruned=pruned, way=way, bits=bits)
         for network in NETWORKS
@@ -57,5 +64,11 @@ def all_jobs() -> list[Job]:
         for network in NETWORKS
         for bits in ("W8A8", "W4A8", "W6A6")
         for way in _SWITCHES
+    ]
+    jobs += [
+        Job(network=network, pruned=pruned, way="searched", bits=bits, tuned=True)
+        for network in NETWORKS
+        for pruned in (False, True)
+        for bits in BITS
     ]
     return jobs

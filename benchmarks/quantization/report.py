@@ -34,7 +34,7 @@ def page(results: Results) -> str:
     parts = ["# Quantization", _INTRODUCTION]
     for network in NETWORKS:
         for pruned in (False, True):
-            rows = _rows(results, network, pruned)
+            rows = [*_rows(results, network, pruned), *_rows(results, network, pruned, tuned=True)]
             if rows:
                 parts += [f"## {network}{', pruned' if pruned else ''}", _about(results, network, pruned), *rows]
     places = sorted({_place(entry) for entry in results.values()})
@@ -49,13 +49,15 @@ _INTRODUCTION = (
     "the images of `train` reported for DeiT are others. Paired against the float network of the same weights: right "
     "-> wrong / wrong -> right, the points lost with their 95 % interval, and how many predictions are the same. The "
     "first layer and the classifier keep 8 bits, GELU's input too; residual 16 bits. File: the artifact with weights "
-    "packed, and entropy-coded, as a part of the float32 file of the whole network. s: wall time of quantizing, other "
-    "work beside it or not; the command `cost` takes it alone."
+    "packed, and entropy-coded, as a part of the float32 file of the whole network. s: wall time of quantizing or of "
+    "the fit, other work beside it or not; the command `cost` takes it alone. After fine-tuning the float network is a "
+    "control: fine-tuned by the same recipe, with the same teacher (the given float network), masks kept."
 )
 
 
-def _rows(results: Results, network: str, pruned: bool) -> list[str]:
-    base = results.get(Job(network=network, pruned=pruned).name)
+def _rows(results: Results, network: str, pruned: bool, *, tuned: bool = False) -> list[str]:
+    """A table for each set of images, against the float network; with `tuned` against the fine-tuned one."""
+    base = results.get(Job(network=network, pruned=pruned, tuned=tuned).name)
     whole = results.get(Job(network=network).name)
     if base is None or whole is None:
         return []
@@ -65,10 +67,14 @@ def _rows(results: Results, network: str, pruned: bool) -> list[str]:
             _row(entry, base, whole, name, bits, way)
             for bits in BITS
             for way in WAYS
-            if (entry := results.get(Job(network=network, pruned=pruned, way=way, bits=bits).name)) is not None
+            if (entry := results.get(Job(network=network, pruned=pruned, way=way, bits=bits, tuned=tuned).name))
+            is not None
         ]
         images = base["sets"][name]["images"]
         title = f"{images:,} images of `{name}`; float {_percent(base['sets'][name])} %"
+        if tuned:
+            epochs = base["recipe"]["epochs"]
+            title = f"After {epochs} epochs with distillation: {title} after the same epochs"
         header = [
             "bits", "method", "top-1 %", "right -> wrong / wrong -> right", "points lost", "95 %", "same %", "equal",
             "file %", "coded %", "s", "peak GB",
@@ -98,7 +104,7 @@ def _row(
         f"{100 * paired.same_predictions / paired.images:.2f}",
         ("yes" if all(equal.values()) else "NO") if equal else "simulated",
         *part,
-        f"{entry['quantize_seconds']:.0f}",
+        f"{entry['quantize_seconds'] if 'quantize_seconds' in entry else entry['fit_seconds']:.0f}",
         f"{entry['peak_rss_bytes'] / 1e9:.2f}",
     ]
 

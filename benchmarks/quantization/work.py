@@ -8,7 +8,7 @@ import json
 import resource
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from swincompress_pl.report import describe_environment
 from swincompress_pl.report.record import write_text
 
 from .jobs import WAYS, Job
+from .tuning import RECIPES, tune
 
 CALIBRATION_IMAGES = 128
 REPORTED_TRAIN_IMAGES = 800  # of ImageNet-mini's train, beside val: neither calibrated on nor looked at before
@@ -53,9 +54,10 @@ class Material:
     preprocessing: dict[str, Any]
 
 
-def material(name: str, pruned: bool, place: Place) -> Material:
-    """Calibration is drawn from the training images; what is reported is disjoint from it."""
-    what = subject(name, _SEED, place)
+def material(name: str, pruned: bool, place: Place, *, tuned: bool = False) -> Material:
+    """Calibration is drawn from the training images; what is reported is disjoint from it, and for a network that is
+    to be fine-tuned from all training images."""
+    what = subject(name, _SEED, place, RECIPES[name] if tuned else None)
     # Nothing is decided on a hold-out here, so none is left out of the training images.
     splits = load_splits(what.data_set, place.data, place.cache, holdout=what.recipe.holdout, seed=_SEED)
     train = Images(
@@ -67,7 +69,7 @@ def material(name: str, pruned: bool, place: Place) -> Material:
     picked = order[:CALIBRATION_IMAGES]
     calibration = what.preprocessing.normalize(torch.from_numpy(_centre(train.pixels[picked], size)))
     sets = {"test": Images(_centre(splits.test.pixels, size), splits.test.labels)}
-    if name == "deit_tiny":
+    if name == "deit_tiny" and not tuned:
         unseen = np.sort(order[CALIBRATION_IMAGES : CALIBRATION_IMAGES + REPORTED_TRAIN_IMAGES])
         sets["train"] = Images(_centre(train.pixels[unseen], size), train.labels[unseen])
     network = what.classifier().net.eval()
@@ -113,14 +115,17 @@ def _pruned(what: Subject, network: nn.Module) -> nn.Module:
 
 def do(job: Job, folder: Path, place: Place) -> Path:
     """Runs `job` and writes its results into `folder`."""
-    given = material(job.network, job.pruned, place)
-    figures = _float(given) if job.way is None else _quantized(given, job)
+    given = material(job.network, job.pruned, place, tuned=job.tuned)
+    do_it = _tuned if job.tuned else _plain if job.way is None else _quantized
+    figures = do_it(given, job)
     environment = describe_environment(threads=torch.get_num_threads())
     text = json.dumps({"job": job.to_dict(), **figures, "environment": environment}, allow_nan=False)
     return write_text(folder / f"{job.name}.json", text + "\n")
 
 
-def _float(given: Material) -> dict[str, Any]:
+def _plain(given: Material, job: Job) -> dict[str, Any]:
+    """The float network as it is."""
+
     def predict(pixels: Tensor) -> Tensor:
         logits: Tensor = given.network(given.subject.preprocessing.normalize(pixels))
         return logits
@@ -138,6 +143,19 @@ def _float(given: Material) -> dict[str, Any]:
     }
 
 
+def _tuned(given: Material, job: Job) -> dict[str, Any]:
+    options = {} if job.way is None else WAYS[job.way]
+    network, seconds = tune(given.subject, given.network, job.bits, given.preprocessing, options)
+    costs = {"fit_seconds": seconds, "peak_rss_bytes": _peak_rss_bytes(), "recipe": given.subject.recipe.to_dict()}
+    if isinstance(network, QuantizedNetwork):
+        return costs | _integers(given, network)
+    return costs | _plain(replace(given, network=network), job)
+
+
+def _peak_rss_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
 def _quantized(given: Material, job: Job) -> dict[str, Any]:
     assert job.way is not None
     assert job.bits is not None
@@ -148,7 +166,7 @@ def _quantized(given: Material, job: Job) -> dict[str, Any]:
     ).eval()  # fmt: skip
     figures: dict[str, Any] = {
         "quantize_seconds": time.perf_counter() - started,
-        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_rss_bytes": _peak_rss_bytes(),
         "unsigned": list(quantized.unsigned),
     }
     if quantized.method == "affine":
