@@ -20,6 +20,7 @@ from swincompress_pl.models import create_model
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.pruning import batches, images, subjects
 from benchmarks.pruning.jobs import chosen
+from benchmarks.quantization import __main__ as main
 from benchmarks.quantization import jobs, report, work
 from benchmarks.quantization.jobs import Job
 
@@ -106,13 +107,28 @@ def test_after_fine_tuning_the_integers_stand_against_a_float_control(place: sub
 
 def test_what_is_reported_was_not_calibrated_on(place: subjects.Place) -> None:
     given = work.material("deit_tiny", False, place)
-    size = sum(len(batch) for batch in given.calibration)
+    batches = work.calibration_batches(given, crops=0)
     calibration = given.subject.preprocessing
-    pixels = torch.cat(given.calibration) * torch.tensor(calibration.std)[:, None, None]
+    pixels = torch.cat(batches) * torch.tensor(calibration.std)[:, None, None]
     pixels = ((pixels + torch.tensor(calibration.mean)[:, None, None]) * 255).round().to(torch.uint8)
     seen = {image.permute(1, 2, 0).numpy().tobytes() for image in pixels}
-    assert len(seen) == size == 50  # all there are of 30 + 20
+    assert len(seen) == len(pixels) == 50  # all there are of 30 + 20
+    cropped = torch.cat(work.calibration_batches(given, crops=2))
+    assert cropped.shape == (150, 3, 16, 16)
+    assert torch.equal(cropped[:50], torch.cat(batches))
+    assert not torch.equal(cropped[50:100], cropped[100:])
     assert not seen & {image.tobytes() for images in given.sets.values() for image in images.pixels}
+
+
+def test_costs_are_written_and_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    tiny = create_model("VisionTransformer", img_size=224, patch_size=56, embed_dim=16, depth=1, num_heads=2)
+    monkeypatch.setattr(main, "create_model", lambda _: tiny)
+    monkeypatch.setattr(sys, "argv", ["benchmarks.quantization", "cost", "--model", "tiny", "--out", str(tmp_path)])
+    main.main()
+    entry = json.loads((tmp_path / "cost-tiny.json").read_text())
+    assert [len(seconds) for seconds in entry["validation"].values()] == [7, 7]
+    page = report.write(tmp_path, tmp_path)[0].read_text()
+    assert page.count("| tiny ") == 1
 
 
 def test_names_are_unique_and_filters_are_checked() -> None:

@@ -30,7 +30,6 @@ from torch.utils.data import DataLoader
 from swincompress_pl.callbacks.pruning import AdaptiveIterativePruning
 from swincompress_pl.callbacks.surroundings import refuse_strategy
 from swincompress_pl.pruning import RoundRobinConfig, Step, history_of, masked_parameters
-from swincompress_pl.quant import QuantizedNetwork
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning")
 
@@ -257,30 +256,6 @@ def test_the_holdout_is_read_once(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"more than max_size_bytes=1000.*keep max_images"):
         make_trainer(tmp_path, 1, greedy(holdout_size_bytes=1000)).fit(module, datamodule=Data())
     assert "train" not in module.stages  # refused before the first batch
-
-
-def test_pruning_ends_where_quantization_begins(tmp_path: Path) -> None:
-    class Quantized(QuantizedNetwork):
-        """Passes through: the type is what counts here."""
-
-        def __init__(self, network: nn.Module) -> None:
-            nn.Module.__init__(self)
-            self.network = network
-
-        def forward(self, images: Tensor) -> Tensor:
-            logits: Tensor = self.network(images)
-            return logits
-
-    class Quantize(Callback):
-        def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-            if trainer.current_epoch == 1:
-                pl_module.net = Quantized(pl_module.net)
-
-    module, callback = Plain(), greedy()
-    make_trainer(tmp_path, 3, callback, Quantize()).fit(module, loader(), loader())
-    assert callback.search_state is not None
-    assert callback.search_state.stopped == "the network is quantized"
-    assert module.net.network.blocks[0].attn.num_heads == 2  # rounds before epochs 0 and 1
 
 
 def test_a_second_fit_begins_a_new_search(tmp_path: Path) -> None:

@@ -370,7 +370,7 @@ def test_a_network_quantized_before_the_fit_learns_too(tmp_path: Path) -> None:
 
 def test_search_options_arrive(tmp_path: Path) -> None:
     module = Plain()
-    options = {"search": {"balance": False, "unsigned": False, "rows": 64}, "percentile": 99.9, "bits": "W8A6"}
+    options = {"search": {"balance": False, "shift": False, "rows": 64}, "percentile": 99.9, "bits": "W8A6"}
     fit(module, tmp_path, 1, qat(start_epoch=0, method="searched", learn_scales=False, **options))
     assert isinstance(module.backbone, QuantizedNetwork)
     assert module.backbone.bits.activations == 6

@@ -237,7 +237,6 @@ def test_an_average_survives_a_resume(tmp_path: Path, stop: int) -> None:
         ),
         (lambda: (qat(), StochasticWeightAveraging(1e-2)), "StochasticWeightAveraging.*WeightAveraging"),
         (lambda: (qat(), ModelPruning("l1_unstructured", amount=0.5)), "ModelPruning.*AdaptiveIterativePruning"),
-        (lambda: (qat(), pruning(start_epoch=1)), r"begins at epoch 1.*at epoch 1.*Let the search begin and end"),
     ],
 )
 def test_neighbours_are_refused_by_name(tmp_path: Path, callbacks: Any, message: str) -> None:
@@ -383,16 +382,8 @@ def test_true_half_precision_is_refused(tmp_path: Path, precision: Any) -> None:
         fit(Plain(), tmp_path, 1, qat(), precision=precision)
 
 
-def test_compiled_networks_are_refused(tmp_path: Path) -> None:
-    module = Plain()
-    module.backbone = torch.compile(module.backbone, backend="eager")  # type: ignore[assignment]
-    with pytest.raises(ValueError, match=r"Plain\.backbone is compiled"):
-        fit(module, tmp_path, 1, qat())
-    module = Plain()
-    module.backbone.compile(backend="eager")
-    with pytest.raises(ValueError, match=r"Plain\.backbone is compiled"):
-        fit(module, tmp_path, 1, qat())
-    with pytest.raises(ValueError, match="Plain is compiled"):
+def test_a_module_compiled_as_a_whole_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"Plain is compiled as a whole.*Compile the network alone"):
         fit(torch.compile(Plain(), backend="eager"), tmp_path, 1, qat())  # type: ignore[arg-type]
 
 

@@ -17,17 +17,21 @@ import time
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
 from benchmarks.pruning.jobs import chosen
 from benchmarks.pruning.subjects import Place
 from swincompress_pl.models import create_model
 from swincompress_pl.quant import quantize
 from swincompress_pl.report import describe_environment
+from swincompress_pl.report.record import write_text
 
 from .jobs import all_jobs
 from .report import write
 from .work import CALIBRATION_IMAGES, do
 
+_VALIDATED_IMAGES = 32
+_VALIDATION_TURNS = 7
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 
 
@@ -45,9 +49,13 @@ def main() -> None:
             command.add_argument("--filter", nargs="*", default=[], help="patterns of names (fnmatch)")
     cost = commands.add_parser("cost", help="time and memory of quantizing with random weights and images")
     cost.add_argument("--model", required=True)
+    cost.add_argument("--out", type=Path, help="folder of the results; default: it is printed only")
     given = parser.parse_args()
     if given.command == "cost":
-        print(json.dumps(_cost(given.model)))
+        found = json.dumps(_cost(given.model))
+        print(found)
+        if given.out is not None:
+            write_text(given.out / f"cost-{given.model}.json", found + "\n")
         return
     if given.command == "report":
         print(*write(given.out, RESULTS))
@@ -69,14 +77,29 @@ def _cost(model: str) -> dict[str, object]:
     images = torch.randn(CALIBRATION_IMAGES, 3, 224, 224).clamp(-1.7, 1.7)
     started = time.perf_counter()
     preprocessing = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
-    quantize(network, images.split(16), preprocessing=preprocessing)
+    quantized = quantize(network, images.split(16), preprocessing=preprocessing).eval()
+    seconds = time.perf_counter() - started
+    peak_rss_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {
         "model": model,
         "images": CALIBRATION_IMAGES,
-        "seconds": round(time.perf_counter() - started, 1),
-        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "seconds": round(seconds, 1),
+        "peak_rss_bytes": peak_rss_bytes,
+        "validation": _validation_seconds(network, quantized, images[:_VALIDATED_IMAGES]),
         "environment": describe_environment(threads=torch.get_num_threads()),
     }
+
+
+@torch.no_grad()
+def _validation_seconds(network: nn.Module, quantized: nn.Module, images: Tensor) -> dict[str, list[float]]:
+    """Seconds that a batch takes in floats and in the integers of eval(), in turns; the first turn is not counted."""
+    turns: dict[str, list[float]] = {"float": [], "integers": []}
+    for _ in range(_VALIDATION_TURNS + 1):
+        for name, run in (("float", network), ("integers", quantized)):
+            started = time.perf_counter()
+            run(images)
+            turns[name].append(round(time.perf_counter() - started, 3))
+    return {name: seconds[1:] for name, seconds in turns.items()}
 
 
 if __name__ == "__main__":

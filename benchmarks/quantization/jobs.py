@@ -7,7 +7,8 @@ from typing import Any
 
 NETWORKS = ("swin_cifar10", "deit_tiny")
 BITS = ("W8A8", "W6A6", "W4A8", "W4A4")
-# name -> method and search options of `quant.quantize`; frozen before any test image was looked at.
+# name -> method and search options of `quant.quantize`; frozen before any test image was looked at. "crops": so many
+# random crops of every calibration image are calibrated on beside it, as training would see them.
 WAYS: dict[str, dict[str, Any]] = {
     "affine": {"method": "affine"},
     "max": {"method": "max"},
@@ -16,10 +17,17 @@ WAYS: dict[str, dict[str, Any]] = {
     "searched, no balance": {"method": "searched", "search": {"balance": False}},
     "searched, bias corrected": {"method": "searched", "search": {"bias_correction": True}},
     "searched, second order": {"method": "searched", "search": {"rounding": "second_order"}},
-    "searched, learned": {"method": "searched", "search": {"rounding": "learned"}},
+    "searched, no shift": {"method": "searched", "search": {"shift": False}},
+    "searched, learned": {
+        "method": "searched",
+        "search": {"rounding": "learned", "learning": {"iterations": 300}},
+        "crops": 2,
+    },
 }
 _TABLE = ("affine", "max", "searched", "searched, second order")
-_SWITCHES = ("percentile", "searched, no balance", "searched, bias corrected", "searched, learned")
+_SWITCHES = (
+    "percentile", "searched, no balance", "searched, no shift", "searched, bias corrected", "searched, learned",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

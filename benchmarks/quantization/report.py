@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import statistics
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,9 @@ def page(results: Results) -> str:
             rows = [*_rows(results, network, pruned), *_rows(results, network, pruned, tuned=True)]
             if rows:
                 parts += [f"## {network}{', pruned' if pruned else ''}", _about(results, network, pruned), *rows]
+    costs = [results[name] for name in sorted(results) if name.startswith("cost-")]
+    if costs:
+        parts += ["## What it costs", _cost_table(costs)]
     places = sorted({_place(entry) for entry in results.values()})
     parts += ["## Where it ran", "\n".join(f"- {place}" for place in places)]
     return "\n\n".join(parts) + "\n"
@@ -107,6 +111,31 @@ def _row(
         f"{entry['quantize_seconds'] if 'quantize_seconds' in entry else entry['fit_seconds']:.0f}",
         f"{entry['peak_rss_bytes'] / 1e9:.2f}",
     ]
+
+
+def _cost_table(costs: Sequence[dict[str, Any]]) -> str:
+    """Time and memory of the search, and of a validation pass against the float one."""
+    rows = []
+    for entry in costs:
+        passes = entry["validation"]
+        ratios = [after / before for before, after in zip(passes["float"], passes["integers"], strict=True)]
+        rows.append(
+            [
+                entry["model"],
+                str(entry["images"]),
+                str(entry["environment"]["threads"]),
+                f"{entry['seconds']:.0f}",
+                f"{entry['peak_rss_bytes'] / 1e9:.2f}",
+                f"{statistics.median(passes['float']):.2f}",
+                f"{statistics.median(passes['integers']):.2f}",
+                f"{statistics.median(ratios):.2f} ({min(ratios):.2f} .. {max(ratios):.2f})",
+            ]
+        )
+    header = [
+        "network, random weights", "images", "threads", "calibration and search s", "peak GB",
+        "32 images in floats s", "in integers, eval() s", "ratio, median of turns",
+    ]  # fmt: skip
+    return table(header, rows)
 
 
 def _percent(entry: Mapping[str, Any]) -> str:

@@ -45,11 +45,12 @@ Pixels = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True, kw_only=True)
 class Material:
-    """A network with its images. sets: {name: images} that accuracy is reported on, at the network's size."""
+    """A network with its images. calibration: as stored. sets: {name: images} that accuracy is reported on, at the
+    network's size."""
 
     subject: Subject
     network: nn.Module
-    calibration: list[Tensor]
+    calibration: Images
     sets: dict[str, Images]
     preprocessing: dict[str, Any]
 
@@ -67,7 +68,6 @@ def material(name: str, pruned: bool, place: Place, *, tuned: bool = False) -> M
     order = np.random.default_rng(derive_seed(_SEED, Purpose.CALIBRATION)).permutation(len(train.labels))
     size = what.preprocessing.height
     picked = order[:CALIBRATION_IMAGES]
-    calibration = what.preprocessing.normalize(torch.from_numpy(_centre(train.pixels[picked], size)))
     sets = {"test": Images(_centre(splits.test.pixels, size), splits.test.labels)}
     if name == "deit_tiny" and not tuned:
         unseen = np.sort(order[CALIBRATION_IMAGES : CALIBRATION_IMAGES + REPORTED_TRAIN_IMAGES])
@@ -78,7 +78,7 @@ def material(name: str, pruned: bool, place: Place, *, tuned: bool = False) -> M
     return Material(
         subject=what,
         network=network,
-        calibration=list(calibration.split(16)),
+        calibration=Images(train.pixels[picked], train.labels[picked]),
         sets=sets,
         preprocessing=what.preprocessing.to_dict(),
     )
@@ -159,10 +159,12 @@ def _peak_rss_bytes() -> int:
 def _quantized(given: Material, job: Job) -> dict[str, Any]:
     assert job.way is not None
     assert job.bits is not None
+    options = dict(WAYS[job.way])
+    batches = calibration_batches(given, crops=options.pop("crops", 0))
     started = time.perf_counter()
     quantized = quantize(
-        copy.deepcopy(given.network), given.calibration, bits=job.bits, preprocessing=given.preprocessing,
-        images=CALIBRATION_IMAGES, **WAYS[job.way],
+        copy.deepcopy(given.network), batches, bits=job.bits, preprocessing=given.preprocessing,
+        images=sum(len(batch) for batch in batches), **options,
     ).eval()  # fmt: skip
     figures: dict[str, Any] = {
         "quantize_seconds": time.perf_counter() - started,
@@ -177,6 +179,17 @@ def _quantized(given: Material, job: Job) -> dict[str, Any]:
 
         return figures | {"sets": {name: _answers(images, simulate) for name, images in given.sets.items()}}
     return figures | _integers(given, quantized)
+
+
+def calibration_batches(given: Material, *, crops: int) -> list[Tensor]:
+    """The calibration images as the network takes them, and so many random crops of each."""
+    stored, preprocessing = given.calibration.pixels, given.subject.preprocessing
+    generator = torch.Generator().manual_seed(_SEED)
+    views = [torch.from_numpy(_centre(stored, preprocessing.height))]
+    for _ in range(crops):
+        cropped = given.subject.augment(torch.from_numpy(stored).movedim(-1, 1).float() / 255, generator)
+        views.append((cropped * 255).round().clamp(0, 255).to(torch.uint8).movedim(1, -1))
+    return [batch for view in views for batch in preprocessing.normalize(view).split(16)]
 
 
 def _integers(given: Material, quantized: QuantizedNetwork) -> dict[str, Any]:

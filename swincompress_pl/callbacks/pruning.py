@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,35 +12,30 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
-from ..models.manifest import network_of, restore_on_load, save_to_checkpoint
+from ..models.manifest import restore_on_load, save_to_checkpoint
 from ..pruning import (
     Gradients,
-    HoldOut,
     RoundOutcome,
     RoundRobinConfig,
     Scorer,
     SearchState,
     Step,
-    StructuredGranularity,
     begin_search,
     collect_gradients,
-    evaluation_mode,
     finish_search,
-    granularity_for,
     keep_masks,
     revert,
     run_round,
     slice_optimizers,
 )
-from ..quant import QuantizedNetwork
 from .progress import search_progress
 from .resume import RandomNumbers, rng_states, seeded
-from .scoring import batches_on_device, holdout_loaders, holdout_scorer, metric_scorer, training_batches
+from .scoring import holdout_loaders, holdout_scorer, input_shape, metric_scorer, training_batches, validating
+from .searched import ScalesFollower, pruned_tensors, refuse_masked_integers, scored_network, searched_network
 from .surroundings import refuse_neighbours, refuse_optimizers, refuse_sharing, refuse_strategy, wrap_anew
 
 _STATE_VERSION = 2
 _WHO = "AdaptiveIterativePruning"
-_QUANTIZED = "the network is quantized"
 
 
 class AdaptiveIterativePruning(Callback):
@@ -70,7 +64,12 @@ class AdaptiveIterativePruning(Callback):
     (images, labels, ...). Logs pruning/score, pruning/baseline, pruning/parameters, pruning/sparsity (of the prunable
     weights), pruning/active_targets, pruning/images_scored and pruning/macs to every logger. The search and the states
     of the random number generators are in the checkpoint: a resumed fit goes on with the same architecture, search and
-    random numbers. The search ends when the network is quantized.
+    random numbers.
+
+    Once the network is quantized (`QuantizationAwareTraining` in the same fit, or before it) the search goes on: it
+    cuts or masks the float weights, the scales of what stays are kept as they are, and what is scored is the rounded
+    network. The tolerance is against the network before the first round: a search begun before the quantization keeps
+    its float baseline, so that what quantization loses counts; one begun after it has a quantized baseline.
 
     One device or DDP; FSDP and DeepSpeed, EMA and SWA are refused by name. Compiled networks (`torch.compile`) are
     compiled anew after a shrink.
@@ -136,9 +135,9 @@ class AdaptiveIterativePruning(Callback):
         if stage == "fit":
             refuse_strategy(trainer, _WHO)
             refuse_neighbours(trainer, _WHO)
-            network = network_of(pl_module, self.model_attribute)
-            if not isinstance(network, QuantizedNetwork):
-                refuse_sharing(pl_module, network, _pruned_tensors(network, self.config), self.model_attribute)
+            refuse_masked_integers(trainer, pl_module, self.model_attribute, self.monitor, self.config.kinds)
+            network = self._network(pl_module)
+            refuse_sharing(pl_module, network, pruned_tensors(network, self.config), self.model_attribute)
             if trainer.current_epoch == 0:  # a fresh fit; a resumed one loads its state after this hook
                 self.search_state, self._last_epoch = None, -1
 
@@ -146,9 +145,9 @@ class AdaptiveIterativePruning(Callback):
         """Make sure that there is something to score on, before the first epoch is spent; have masks kept."""
         self._rng.on_train_start(trainer)
         self._keep_masks(trainer, pl_module)
-        if not self._is_over(pl_module):
+        if not self._is_over():
             self._refuse_optimizers(trainer, pl_module)
-            with isolate_rng(), _validating(trainer, pl_module), torch.no_grad():
+            with isolate_rng(), validating(trainer, pl_module), torch.no_grad():
                 self._scorer = self._make_scorer(trainer, pl_module)
         if trainer.max_epochs is not None and 0 <= trainer.max_epochs <= self.start_epoch:
             rank_zero_warn(
@@ -159,7 +158,7 @@ class AdaptiveIterativePruning(Callback):
         """Run a round if there is one before this epoch."""
         self._rng.on_train_epoch_start(trainer)
         epoch = trainer.current_epoch
-        if self._is_over(pl_module) or epoch <= self._last_epoch or not self.should_prune(epoch):
+        if self._is_over() or epoch <= self._last_epoch or not self.should_prune(epoch):
             return
         # The search must not move the random numbers that shuffling, dropout and augmentation draw.
         with isolate_rng():
@@ -171,7 +170,7 @@ class AdaptiveIterativePruning(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say so when the fit ends before a search that slices only at its own end."""
         state = self.search_state
-        if self.config.shrink == "end" and state is not None and state.stopped in (None, _QUANTIZED):
+        if self.config.shrink == "end" and state is not None and state.stopped is None:
             rank_zero_warn(
                 "shrink='end': the search did not end in this fit, so what it took is masked and not sliced. Give "
                 "max_rounds or a target that is reached, or slice a float network with pruning.finish_search"
@@ -220,31 +219,28 @@ class AdaptiveIterativePruning(Callback):
 
     def _refuse_optimizers(self, trainer: Trainer, module: LightningModule) -> None:
         if self.config.granularity == "structured":
-            network = network_of(module, self.model_attribute)
-            refuse_optimizers(trainer.optimizers, network, _pruned_tensors(network, self.config))
+            network = self._network(module)
+            refuse_optimizers(trainer.optimizers, network, pruned_tensors(network, self.config))
 
     def _keep_masks(self, trainer: Trainer, module: LightningModule) -> None:
         if self._masks is not None:
             self._masks.remove()
-        self._masks = keep_masks(trainer.optimizers, network_of(module, self.model_attribute))
+        self._masks = keep_masks(trainer.optimizers, self._network(module))
 
-    def _is_over(self, module: LightningModule) -> bool:
-        """The search has stopped, or quantization has begun, whose scales belong to the present widths."""
-        state = self.search_state
-        if isinstance(network_of(module, self.model_attribute), QuantizedNetwork):
-            if state is not None and state.stopped is None:
-                state.stopped = _QUANTIZED
-                rank_zero_info("pruning ends: the network is quantized, with scales for its present widths")
-            return True
-        return state is not None and state.stopped is not None
+    def _network(self, module: LightningModule) -> nn.Module:
+        return searched_network(module, self.model_attribute)
+
+    def _is_over(self) -> bool:
+        return self.search_state is not None and self.search_state.stopped is not None
 
     def _run_round(self, trainer: Trainer, module: LightningModule) -> RoundOutcome:
-        network = network_of(module, self.model_attribute)
+        network = self._network(module)
+        follower = ScalesFollower(module, self.model_attribute)
         self._refuse_optimizers(trainer, module)  # they have no state before the first step
-        with _validating(trainer, module), torch.no_grad():
+        with validating(trainer, module), torch.no_grad():
             scorer = self._scorer
             assert scorer is not None  # made when training started
-            shape = _input_shape(trainer, scorer)
+            shape = input_shape(trainer, scorer, _WHO)
             fresh = self.search_state is None
             state = self.search_state or begin_search(
                 network, scorer, self.config, input_shape=shape, gradients=lambda n: self._gradients(trainer, module, n)
@@ -265,22 +261,27 @@ class AdaptiveIterativePruning(Callback):
                     gradients=lambda n: self._gradients(trainer, module, n),
                     unchanged=fresh,
                     progress=progress,
+                    follower=follower,
                 )
-        self._follow(trainer, module, outcome)
+        self._follow(trainer, module, outcome, follower)
         return outcome
 
-    def _follow(self, trainer: Trainer, module: LightningModule, outcome: RoundOutcome) -> None:
+    def _follow(
+        self, trainer: Trainer, module: LightningModule, outcome: RoundOutcome, follower: ScalesFollower
+    ) -> None:
         """Optimizers, masks, compiled code and DDP go on with what the round made of the network."""
-        network = network_of(module, self.model_attribute)
+        network = self._network(module)
         try:
-            slice_optimizers(trainer.optimizers, outcome.applied)
+            slice_optimizers(trainer.optimizers, follower.with_scales(outcome.applied))
         except BaseException:
             revert(network, outcome.change)
+            follower.uncut()
             raise
         sliced = bool(outcome.applied.tensors)
         if outcome.state.stopped is not None:
             finished = finish_search(network, self.config)
-            slice_optimizers(trainer.optimizers, finished)
+            follower.cut(finished)
+            slice_optimizers(trainer.optimizers, follower.with_scales(finished))
             sliced = sliced or bool(finished.tensors)
         self._keep_masks(trainer, module)
         if sliced:
@@ -296,10 +297,13 @@ class AdaptiveIterativePruning(Callback):
         return holdout_scorer(
             trainer,
             loaders,
-            lambda network, images: self.predict(module, network, images),
+            lambda network, images: self._predict(module, network, images),
             self.max_images,
             self.holdout_size_bytes,
         )
+
+    def _predict(self, module: LightningModule, network: nn.Module, images: Tensor) -> Tensor:
+        return self.predict(module, scored_network(module, self.model_attribute, network), images)
 
     def _gradients(self, trainer: Trainer, module: LightningModule, network: nn.Module) -> Gradients:
         with torch.enable_grad(), seeded(trainer.current_epoch):
@@ -307,7 +311,7 @@ class AdaptiveIterativePruning(Callback):
                 network,
                 training_batches(trainer, self.gradient_batches),
                 max_batches=self.gradient_batches,
-                predict=lambda images: self.predict(module, network, images),
+                predict=lambda images: self._predict(module, network, images),
             )
 
     def _log(self, module: LightningModule, outcome: RoundOutcome) -> None:
@@ -328,7 +332,7 @@ class AdaptiveIterativePruning(Callback):
         module.log_dict(values, sync_dist=True, reduce_fx="max")
         accepted = f"{sum(s.accepted for s in outcome.steps)} of {len(outcome.steps)} steps kept"
         if not outcome.steps:
-            accepted = "training left it below the tolerance, so nothing was tried"
+            accepted = "it stands below the tolerance, so nothing was tried"
         rank_zero_info(
             f"pruning round {state.rounds}: {values['pruning/score']:.2f} points, unpruned {state.baseline_score:.2f}; "
             f"{values['pruning/sparsity']:.1%} of the prunable weights removed; {accepted}"
@@ -367,38 +371,3 @@ def _check_arguments(
         raise TypeError(
             f"AdaptiveIterativePruning has no option {', '.join(unknown)}; the search's are {', '.join(options)}"
         )
-
-
-def _pruned_tensors(network: nn.Module, config: RoundRobinConfig) -> set[str]:
-    """The names of the parameters that a search may cut or mask; ValueError where the config matches nothing."""
-    targets = granularity_for(config).targets(network)
-    names = {member.name for target in targets for member in (target.members or (target,))}
-    if config.granularity != "structured":
-        return names
-    own = dict(network.named_parameters(remove_duplicate=False))
-    groups = StructuredGranularity(config).groups(network)
-    return {part.tensor for group in groups for part in group.slices if part.tensor in own}
-
-
-@contextmanager
-def _validating(trainer: Trainer, module: LightningModule) -> Iterator[None]:
-    """The trainer in the validating stage and the module in eval mode for a while, so that the hooks and what stands
-    beside the network do what they do in validation."""
-    stage = trainer.state.stage
-    trainer.validating = True
-    try:
-        with evaluation_mode(module):
-            yield
-    finally:
-        trainer.state.stage = stage
-
-
-def _input_shape(trainer: Trainer, scorer: Scorer) -> tuple[int, ...] | None:
-    """Of one image with its batch axis; with a monitor, of the first image of the hold-out."""
-    if isinstance(scorer, HoldOut):
-        return (1, *scorer.image_shape)
-    try:
-        images, _ = next(batches_on_device(trainer, holdout_loaders(trainer, _WHO)))
-    except (TypeError, StopIteration):
-        return None  # batches of another form: MACs are not counted
-    return (1, *images.shape[1:])

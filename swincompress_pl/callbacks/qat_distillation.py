@@ -12,6 +12,8 @@ from lightning import LightningModule
 from torch import Tensor, nn
 
 from ..models.classifier import distillation_loss
+from ..models.manifest import restore_from_history
+from ..pruning import history_of
 from ..quant import QuantizedNetwork
 
 
@@ -27,12 +29,21 @@ class Distillation:
         self.teacher: nn.Module | None = None
         self._module: LightningModule | None = None
 
-    def take_teacher(self, network: nn.Module, state: Mapping[str, Tensor] | None = None) -> None:
-        """Make a frozen copy of the float network the teacher, with the weights `state` if there are any."""
+    def take_teacher(self, network: nn.Module, saved: Mapping[str, Any] | None = None) -> None:
+        """Make a frozen copy of the float network the teacher; saved: what `to_dict` gave of an earlier one, which may
+        have been wider than the network is by now."""
         teacher = copy.deepcopy(network).requires_grad_(False).eval()
-        if state is not None:
-            teacher.load_state_dict(state)
+        if saved is not None:
+            if saved.get("teacher_history") is not None:
+                teacher = restore_from_history(teacher, saved["teacher_history"])
+            teacher.load_state_dict(saved["teacher"])
         self.teacher = teacher
+
+    def to_dict(self) -> dict[str, Any]:
+        """The teacher as plain data and tensors, None where there is none yet."""
+        if self.teacher is None:
+            return {"teacher": None, "teacher_history": None}
+        return {"teacher": self.teacher.state_dict(), "teacher_history": history_of(self.teacher)}
 
     def attach(self, module: LightningModule, model_attribute: str) -> None:
         """From now on `module.training_step` gives the joint loss, once the network is quantized."""

@@ -6,15 +6,12 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
-from torch import nn
-
-from .pruning import AdaptiveIterativePruning
 
 WHO = "QuantizationAwareTraining"
 _PRECISIONS = ("32-true", "64-true", "16-mixed", "bf16-mixed")
 
 
-def refuse_surroundings(trainer: Trainer, module: LightningModule, model_attribute: str, callback: object) -> None:
+def refuse_surroundings(trainer: Trainer, module: LightningModule, callback: object) -> None:
     """ValueError, with the remedy, for what cannot work beside the callback: strategy, precision, compiled code,
     neighbours."""
     _refuse_strategy(trainer)
@@ -23,7 +20,7 @@ def refuse_surroundings(trainer: Trainer, module: LightningModule, model_attribu
             f"{WHO} cannot train with precision={trainer.precision!r}, which would round the scales and the float "
             f"weights themselves; use 'bf16-mixed', '16-mixed' or '32-true'"
         )
-    _refuse_compiled(module, model_attribute)
+    _refuse_compiled(module)
     _refuse_neighbours(trainer, callback)
 
 
@@ -48,14 +45,12 @@ def _refuse_strategy(trainer: Trainer) -> None:
         )
 
 
-def _refuse_compiled(module: LightningModule, model_attribute: str) -> None:
-    network = getattr(module, model_attribute, None)
-    inside = isinstance(network, nn.Module) and (hasattr(network, "_orig_mod") or network._compiled_call_impl)
-    if inside or getattr(module, "_compiler_ctx", None) is not None:
-        what = f"{type(module).__name__}.{model_attribute}" if inside else type(module).__name__
+def _refuse_compiled(module: LightningModule) -> None:
+    if getattr(module, "_compiler_ctx", None) is not None:
         raise ValueError(
-            f"{what} is compiled, but the quantized network that takes its place is not: its evaluation is integer "
-            "arithmetic that torch.compile does not see through. Fit without torch.compile from start_epoch on"
+            f"{type(module).__name__} is compiled as a whole, but evaluation after quantization is integer arithmetic "
+            "that torch.compile does not see through. Compile the network alone (module.net = "
+            "torch.compile(module.net)): its training goes on compiled"
         )
 
 
@@ -77,16 +72,4 @@ def _refuse_neighbours(trainer: Trainer, callback: object) -> None:
             raise ValueError(
                 f"{name} replaces weights by masked ones, which no quantizer of ours sees; prune with "
                 "AdaptiveIterativePruning(granularity='weight')"
-            )
-
-
-def refuse_late_pruning(trainer: Trainer, start_epoch: int, model_attribute: str) -> None:
-    """ValueError for a search that would begin when the network is quantized already: it would never run."""
-    for other in trainer.callbacks:  # type: ignore[attr-defined]  # set by the trainer
-        same = isinstance(other, AdaptiveIterativePruning) and other.model_attribute == model_attribute
-        if same and other.start_epoch >= start_epoch:
-            raise ValueError(
-                f"{type(other).__name__} begins at epoch {other.start_epoch} and {WHO} at epoch {start_epoch}: the "
-                "search ends when the network is quantized, so nothing would be pruned. Let the search begin and end "
-                "(max_rounds, target) before quantization's start_epoch; masks and cuts are kept from there on"
             )

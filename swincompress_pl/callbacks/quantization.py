@@ -7,15 +7,15 @@ from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor, nn
+from torch import nn
 
-from ..models.manifest import network_of, restore_on_load, save_to_checkpoint
+from ..models.manifest import network_of, put_network, restore_on_load, save_to_checkpoint
 from ..pruning import keep_masks
 from ..quant import METHODS, Bits, QuantizedNetwork, SearchOptions, find_preprocessing, quantize
 from .qat_averaging import renew_averages
 from .qat_distillation import Distillation
 from .qat_scales import ScaleGroup
-from .qat_surroundings import WHO, refuse_late_pruning, refuse_surroundings
+from .qat_surroundings import WHO, refuse_surroundings
 from .resume import RandomNumbers, rng_states, seeded
 from .surroundings import wrap_anew
 
@@ -45,11 +45,13 @@ class QuantizationAwareTraining(Callback):
 
     The images come from the datamodule's `calibration_dataloader(images)`, or else from the training batches (images,
     ...). The random numbers' states are in the checkpoint: a fit that is resumed at an epoch's end goes on as an
-    uninterrupted one would. Masks of pruned weights are kept; a pruning search ends with the quantization.
+    uninterrupted one would. Masks of pruned weights are kept; a pruning search beside it goes on on the
+    quantized network.
 
     One device or DDP (rank 0 calibrates for all); mixed precision. Lightning's WeightAveraging and EMAWeightAveraging
-    go with it and have to stand after it: weights and learned scales are averaged and evaluated as integers. FSDP,
-    DeepSpeed, StochasticWeightAveraging, true half precision and compiled networks are refused by name.
+    go with it and have to stand after it: weights and learned scales are averaged and evaluated as integers. The
+    training of a compiled network goes on compiled, likewise; evaluation, in integers, is not. FSDP, DeepSpeed,
+    StochasticWeightAveraging, true half precision and a LightningModule compiled as a whole are refused by name.
 
     Example: `Trainer(max_epochs=10, callbacks=[QuantizationAwareTraining(start_epoch=6, bits="W4A8")])`
     """
@@ -85,7 +87,7 @@ class QuantizationAwareTraining(Callback):
         self.model_attribute = model_attribute
         self._scale_group = ScaleGroup(scale_lr_factor)
         self._distillation = Distillation(distillation, temperature) if distillation > 0 else None
-        self._teacher_state: dict[str, Tensor] | None = None
+        self._teacher_state: Mapping[str, Any] | None = None
         self._resumed = False
         self._masks: Any = None
         self._rng = RandomNumbers()
@@ -114,11 +116,10 @@ class QuantizationAwareTraining(Callback):
         if stage != "fit":
             return
         self._resumed, self._teacher_state = False, None
-        refuse_surroundings(trainer, pl_module, self.model_attribute, self)
+        refuse_surroundings(trainer, pl_module, self)
         if self._distillation is not None:
             _refuse_teaching(pl_module)
         if not isinstance(network, QuantizedNetwork):
-            refuse_late_pruning(trainer, self.start_epoch, self.model_attribute)
             # Builds the graph once, so that a network without an integer form is refused now and not at start_epoch.
             QuantizedNetwork(
                 network, preprocessing=self._preprocessing(trainer, pl_module), method=self.method, bits=self.bits
@@ -136,6 +137,8 @@ class QuantizationAwareTraining(Callback):
         """Get the fit of a network that is quantized already ready, before the optimizer's state is restored."""
         network = network_of(pl_module, self.model_attribute)
         if isinstance(network, QuantizedNetwork):
+            if getattr(pl_module, self.model_attribute) is not network:  # torch.compile around a quantized one
+                put_network(pl_module, self.model_attribute, network)
             if self._distillation is not None:
                 self._take_up_teacher(network)
             self._learn(trainer, pl_module, network)
@@ -179,12 +182,8 @@ class QuantizationAwareTraining(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The random numbers' states, and the teacher's weights where there is one."""
-        teacher = None if self._distillation is None else self._distillation.teacher
-        return {
-            "version": _STATE_VERSION,
-            "rng": rng_states(),
-            "teacher": None if teacher is None else teacher.state_dict(),
-        }
+        teacher = {"teacher": None} if self._distillation is None else self._distillation.to_dict()
+        return {"version": _STATE_VERSION, "rng": rng_states(), **teacher}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with the teacher of the fit that wrote `state_dict`."""
@@ -193,7 +192,7 @@ class QuantizationAwareTraining(Callback):
                 f"the quantization callback's state has version {state_dict.get('version')!r}, {_STATE_VERSION} is "
                 "expected"
             )
-        self._resumed, self._teacher_state = True, state_dict["teacher"]
+        self._resumed, self._teacher_state = True, state_dict if state_dict["teacher"] is not None else None
 
     # Mechanism.
 
@@ -206,15 +205,19 @@ class QuantizationAwareTraining(Callback):
             self._distillation.take_teacher(network)
         with seeded(trainer.current_epoch):
             quantized = self._quantized(trainer, module, network)
-        setattr(module, self.model_attribute, quantized.train())
+        put_network(module, self.model_attribute, quantized.train())
         if self.learn_scales:
             quantized.learn_scales()
             self._scale_group.join(trainer, quantized)
         wrap_anew(trainer)  # broadcasts what the search may have done to rank 0's weights
         inside = f"{self.model_attribute}."
-        renew_averages(
-            trainer, module, lambda name: f"{inside}network.{name[len(inside) :]}" if name.startswith(inside) else name
-        )
+
+        def renamed(name: str) -> str:
+            if not name.startswith(inside):
+                return name
+            return f"{inside}network.{name.removeprefix(inside).removeprefix('_orig_mod.')}"  # of a compiled network
+
+        renew_averages(trainer, module, renamed)
         return quantized
 
     def _quantized(self, trainer: Trainer, module: LightningModule, network: nn.Module) -> QuantizedNetwork:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler
 from torchmetrics import Metric
 
-from ..pruning import FunctionScorer, HoldOut, Scorer, sum_over_ranks, world_size
+from ..pruning import FunctionScorer, HoldOut, Scorer, evaluation_mode, sum_over_ranks, world_size
 
 _CPU_BATCH, _GPU_BATCH = 64, 256  # a decision is taken after whole batches: not larger than the device needs
 
@@ -266,3 +266,27 @@ def _collecting(module: LightningModule) -> Iterator[_Logged]:
         for metric, count in updates.items():
             if metric.update_count != count:
                 metric.reset()
+
+
+@contextmanager
+def validating(trainer: Trainer, module: LightningModule) -> Iterator[None]:
+    """The trainer in the validating stage and the module in eval mode for a while, so that the hooks and what stands
+    beside the network do what they do in validation."""
+    stage = trainer.state.stage
+    trainer.validating = True
+    try:
+        with evaluation_mode(module):
+            yield
+    finally:
+        trainer.state.stage = stage
+
+
+def input_shape(trainer: Trainer, scorer: Scorer, who: str) -> tuple[int, ...] | None:
+    """Of one image with its batch axis; with a monitor, of the first image of the hold-out."""
+    if isinstance(scorer, HoldOut):
+        return (1, *scorer.image_shape)
+    try:
+        images, _ = next(batches_on_device(trainer, holdout_loaders(trainer, who)))
+    except (TypeError, StopIteration):
+        return None  # batches of another form: MACs are not counted
+    return (1, *images.shape[1:])

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from lightning import LightningModule
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from ..pruning import PruningPlan, apply_plan, history_of, regrow_latest_plan
@@ -28,8 +29,15 @@ CHECKPOINT_KEY = "swincompress_pl"
 MANIFEST_VERSION = 1
 
 
+def _inside(network: nn.Module) -> nn.Module:
+    """Where pruning and masks act: the network, or the one with the float weights in a quantized one."""
+    return network.network if isinstance(network, QuantizedNetwork) else network
+
+
 def _replay_prune(network: nn.Module, data: Mapping[str, Any]) -> nn.Module:
-    apply_plan(network, PruningPlan.from_dict(data))
+    applied = apply_plan(_inside(network), PruningPlan.from_dict(data))
+    if isinstance(network, QuantizedNetwork):
+        network.follow({sliced.name: dict(sliced.kept) for sliced in applied.tensors})
     return network
 
 
@@ -39,12 +47,12 @@ def _replay_quantize(network: nn.Module, data: Mapping[str, Any]) -> nn.Module:
 
 
 def _replay_mask(network: nn.Module, names: Sequence[str]) -> nn.Module:
-    register_masks(network, names)
+    register_masks(_inside(network), names)
     return network
 
 
 def _replay_unmask(network: nn.Module, names: Sequence[str]) -> nn.Module:
-    remove_masks(network, names)
+    remove_masks(_inside(network), names)
     return network
 
 
@@ -111,6 +119,39 @@ def network_of(module: LightningModule, model_attribute: str) -> nn.Module:
     return inner
 
 
+def put_network(module: LightningModule, model_attribute: str, network: nn.Module) -> None:
+    """Put `network` in the place of the one that `module` holds, compiled where that is compiled.
+
+    Of a quantized network the training is compiled; where that cannot be, a warning says so and it goes on uncompiled.
+    """
+    held = getattr(module, model_attribute)
+    compiled, compiler = _compiler_of(held)
+    if isinstance(network, QuantizedNetwork):
+        if compiler is not None and network.method != "affine":
+            network.compile_with(compiler)
+        elif compiled:
+            why = "its compiler is not known" if compiler is None else "method 'affine' cannot be traced"
+            rank_zero_warn(
+                f"{type(module).__name__}.{model_attribute} was compiled; quantized it trains uncompiled ({why})"
+            )
+    elif compiler is not None and network._compiled_call_impl is None:
+        network = compiler(network)
+    setattr(module, model_attribute, network)
+
+
+def _compiler_of(held: nn.Module) -> tuple[bool, Callable[[Any], Any] | None]:
+    """Whether `held` is compiled, by `torch.compile(held)` or `held.compile()`, and what compiles another likewise."""
+    if isinstance(held, QuantizedNetwork):
+        return held.compiler is not None, held.compiler
+    if hasattr(held, "_orig_mod"):
+        return True, getattr(held, "dynamo_ctx", None)
+    call = held._compiled_call_impl
+    cells = [cell.cell_contents for cell in getattr(call, "__closure__", None) or ()]
+    # torch has no public way from a compiled function to what compiled it.
+    found = (each for each in cells if any(base.__name__ == "_TorchDynamoContext" for base in type(each).__mro__))
+    return call is not None, next(found, None)
+
+
 def save_to_checkpoint(module: LightningModule, checkpoint: dict[str, Any], model_attribute: str = "net") -> None:
     """Write the manifest of `module`'s network into `checkpoint`; writing it twice changes nothing."""
     history = copy.deepcopy(history_of(network_of(module, model_attribute)))
@@ -145,12 +186,7 @@ def _restore(module: LightningModule, history: Sequence[Mapping[str, Any]], mode
     restored = restore_from_history(network, history)
     if restored is network:
         return
-    if getattr(module, model_attribute) is not network:
-        raise ValueError(
-            f"{type(module).__name__}.{model_attribute} is compiled, so the network that the checkpoint needs cannot "
-            "take its place; load the checkpoint first, then call torch.compile"
-        )
-    setattr(module, model_attribute, restored)
+    put_network(module, model_attribute, restored)
 
 
 def restore_from_checkpoint(
@@ -194,12 +230,13 @@ def restore_from_history(network: nn.Module, history: Sequence[Mapping[str, Any]
     common = 0
     while common < min(len(done), len(history)) and done[common] == history[common]:
         common += 1
+    if common < len(done):  # scales do not grow again: what was quantized before that is quantized anew
+        common = min([common, *(number for number, entry in enumerate(done) if "quantize" in entry)])
     for entry in reversed(done[common:]):
-        if isinstance(network, QuantizedNetwork):
-            assert "quantize" in entry
-            network = network.network
+        if "quantize" in entry:
+            network = _inside(network)
         else:
-            _UNDO[next(iter(entry))](network)
+            _UNDO[next(iter(entry))](_inside(network))
     for entry in history[common:]:
         (kind, data), *_ = entry.items()
         network = _REPLAY[kind](network, data)

@@ -38,6 +38,7 @@ from .round_robin import (
     prune,
     run_round,
 )
+from .rounds import Follower
 from .scorer import FunctionScorer, Scorer, ScoringCost, Verdict, evaluation_mode
 from .scores import (
     CRITERIA,
@@ -72,6 +73,7 @@ __all__ = [
     "Change",
     "Criterion",
     "Exchange",
+    "Follower",
     "FunctionScorer",
     "Gradients",
     "Granularity",

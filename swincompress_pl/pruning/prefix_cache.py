@@ -26,7 +26,7 @@ class PrefixCache:
 
     The batches and the network stay the same for the life of a cache, apart from changes that are tried and taken back
     (`run`) and those that stay (`drop_behind`). off: why nothing is kept, None while the cache works. A network without
-    segments, with forward hooks, compiled, or that runs a segment more than once a pass is run as it is.
+    segments, with forward hooks, compiled, or that does not run every segment once a pass is run as it is.
     """
 
     def __init__(self, network: nn.Module, *, size_bytes: int) -> None:
@@ -78,6 +78,8 @@ class PrefixCache:
                 hooks.callback(handle.remove)
             forward()
             total = max(1, counter.get_total_flops())
+        if len(before) < len(self._segments):  # a quantized network computes its modules' functions by itself
+            return self._turn_off("a pass does not run every segment")
         self._part_before = [before.get(number, 0) / total for number in range(len(self._segments))]
 
     def depth(self, tensors: Sequence[str]) -> int:

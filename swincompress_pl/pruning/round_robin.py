@@ -34,7 +34,7 @@ from .granularity import (
 from .ledger import Ledger
 from .plan import PruningPlan
 from .ranks import from_rank_zero
-from .rounds import Progress, Round, check_same_targets, in_order, lock_finished, widen_tolerance
+from .rounds import Follower, Progress, Round, check_same_targets, in_order, lock_finished, widen_tolerance
 from .scorer import FunctionScorer, Scorer, evaluation_mode
 from .scores import Gradients, needs_gradients
 from .state import SearchState, Step, TargetState
@@ -224,11 +224,13 @@ def run_round(
     retrains: bool = True,
     unchanged: bool = False,
     progress: Progress | None = None,
+    follower: Follower | None = None,
 ) -> RoundOutcome:
     """Try one step on every active target in turn, then make what was accepted last; `state` itself is not changed.
 
     retrains: the weights are trained between rounds, so a step that failed may be tried again in the next one.
     unchanged: the network is the one that `scorer` last scored in full, so it need not do so again.
+    follower: told when what was accepted is cut, before it is scored, and when that is taken back.
     A network that training left below the tolerance is not tried at all: it trains on. On any exception the network is
     as it was.
     """
@@ -239,7 +241,7 @@ def run_round(
     statistics = _statistics(network, config, gradients)
     state.rounds += 1
     spent_before = scorer.cost.to_dict()
-    trial = Round(network, scorer, config, state, granularity, statistics, input_shape, retrains, progress)
+    trial = Round(network, scorer, config, state, granularity, statistics, input_shape, retrains, progress, follower)
     with evaluation_mode(network):
         if trial.begin(unchanged):
             with ExitStack() as masks:

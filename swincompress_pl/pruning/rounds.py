@@ -6,9 +6,11 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from typing import Protocol
 
 from torch import nn
 
+from .apply import AppliedPlan
 from .config import RoundRobinConfig
 from .granularity import Change, Granularity, Removal, Target, nothing_applied, revert
 from .ledger import Ledger
@@ -19,6 +21,18 @@ from .state import SearchState, Step, TargetState
 
 Progress = Callable[[Step], None]
 """Told of each tried step, accepted or not."""
+
+
+class Follower(Protocol):
+    """What belongs to a network and has to be cut with it, such as the scales of its quantization."""
+
+    def cut(self, applied: AppliedPlan) -> None:
+        """The network was cut; on an exception the cut is taken back and this is as it was."""
+        ...
+
+    def uncut(self) -> None:
+        """The latest cut was taken back."""
+        ...
 
 
 class Round:
@@ -35,9 +49,11 @@ class Round:
         input_shape: Sequence[int] | None,
         retrains: bool,
         progress: Progress | None,
+        follower: Follower | None = None,
     ) -> None:
         self.network, self.scorer, self.config, self.state = network, scorer, config, state
         self.granularity, self.gradients, self.retrains, self.progress = granularity, gradients, retrains, progress
+        self.follower = follower
         self.steps: list[Step] = []
         self.accepted: dict[str, tuple[Target, int, Removal]] = {}  # target -> itself, width before, what is gone
         self.ledger = Ledger(network, config, input_shape)
@@ -135,18 +151,33 @@ class Round:
             if not self.accepted:
                 return Change(applied=nothing_applied())
             removal = {name: gone for _, _, part in self.accepted.values() for name, gone in part.items()}
-            change = self.granularity.commit(self.network, removal)
+            change = self._commit(removal)
             try:
                 score = self.scorer.full(self.network)
             except BaseException:
-                revert(self.network, change)
+                self._revert(change)
                 raise
             if score >= self.floor or self.config.overshoot == "keep":
                 self.state.score, self.scored = score, True
                 return change
-            revert(self.network, change)
+            self._revert(change)
             self.scored = False
             self._give_up_latest(score)
+
+    def _commit(self, removal: Removal) -> Change:
+        change = self.granularity.commit(self.network, removal)
+        if self.follower is not None:
+            try:
+                self.follower.cut(change.applied)
+            except BaseException:
+                revert(self.network, change)
+                raise
+        return change
+
+    def _revert(self, change: Change) -> None:
+        revert(self.network, change)
+        if self.follower is not None:
+            self.follower.uncut()
 
     def _give_up_latest(self, score: float) -> None:
         _, (target, before, _) = self.accepted.popitem()

@@ -286,22 +286,29 @@ def _changes(
     changes = {}
     for node in track(graph.weighted_nodes, "searching steps", transient=True, disable=not progress):
         sample, site = samples.pop(node.name), graph.site_of(node.inputs[0])
-        clip = ranges[site.name].magnitude if site is not None and site.balanced else None
+        bounds = ranges[site.name].bounds(None) if site is not None and site.balanced else None
         for width in widths[node.name]:
             q_max = 2 ** (width - 1) - 1
-            changes[node.name, width] = _change(network, node, sample, clip, q_max, 127 if site is None else site.q_max)
+            changes[node.name, width] = _change(
+                network, node, sample, bounds, q_max, 127 if site is None else site.q_max
+            )
     return changes
 
 
 def _change(
-    network: nn.Module, node: WeightedNode, sample: LayerSample, clip: Tensor | None, q_max: int, input_q_max: int
+    network: nn.Module,
+    node: WeightedNode,
+    sample: LayerSample,
+    bounds: tuple[Tensor, Tensor] | None,
+    q_max: int,
+    input_q_max: int,
 ) -> Tensor:
-    """clip: (K,) magnitudes of an input whose channels get ratios."""
+    """bounds: (K,) least and (K,) largest values of an input whose channels get ratios."""
     x, sensitivity = sample.rows
     float_weight = node.folded_weight(network, None)
     weight, ratios = float_weight.flatten(1), torch.ones(())
-    if clip is not None:
-        ratios = best_balance(x, weight, sensitivity, clip, q_max=input_q_max, weight_q_max=q_max)
+    if bounds is not None:
+        ratios, _ = best_balance(x, weight, sensitivity, bounds, shift=False, q_max=input_q_max, weight_q_max=q_max)
         x, weight = x / ratios, weight * ratios
     problem = LayerProblem(x=x, weight=weight, sensitivity=sensitivity, magnitude=None, weight_q_max=q_max)
     rounded = problem.quantized_weight(problem.best_step(x)) / ratios.to(weight)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +21,8 @@ from swincompress_pl.quant.nodes import (
 )
 from swincompress_pl.registry import UnsupportedNetworkError
 
+_ADDING = (LayerNormNode, LinearNode, ActivationNode)
+_SUBTRACTING = (LinearNode, ActivationNode)
 IndexArray = npt.NDArray[np.int32]
 
 
@@ -32,8 +35,10 @@ class GraphBuilder:
         self._sites: list[Site] = []
 
     def graph(self, *, height: int, width: int, channels: int) -> Graph:
-        return Graph(
-            sites=collect_sites(self._sites), nodes=tuple(self.nodes), height=height, width=width, channels=channels
+        return _with_shifts(
+            Graph(
+                sites=collect_sites(self._sites), nodes=tuple(self.nodes), height=height, width=width, channels=channels
+            )
         )
 
     def site(self, site: Site) -> str:
@@ -149,7 +154,8 @@ class GraphBuilder:
         self.refuse(not plain, f"{path} is {type(mlp).__name__}; only fc1 - activation - fc2 without norm is supported")
         hidden = int(mlp.fc1.out_features)  # type: ignore[union-attr,arg-type]
         y = self.layer_norm(norm, x)
-        y = self.linear(f"{path}.fc1", y, site=self.site(Site(name=f"{path}.fc1", segments=(hidden,), operand=False)))
+        inner = Site(name=f"{path}.fc1", segments=(hidden,), operand=False)
+        y = self.linear(f"{path}.fc1", y, site=self.site(inner))
         y = self.add(
             ActivationNode(
                 name=f"{path}.act",
@@ -184,6 +190,19 @@ class GraphBuilder:
     def refuse(self, condition: bool, message: str) -> None:
         if condition:
             raise UnsupportedNetworkError(f"{type(self.network).__name__}: {message}")
+
+
+def _with_shifts(graph: Graph) -> Graph:
+    """`graph` with those sites shiftable whose makers and readers all absorb a constant."""
+    fixed = {site.name for site in graph.sites.values() if not site.searched}
+    for node in graph.nodes:
+        # A padded gather brings rows of code 0, which have to mean 0; one that joins rows makes other channels.
+        moves = isinstance(node, GatherNode) and node.index.shape[1] == 1 and int(node.index.min()) >= 0
+        for kinds, values in ((_ADDING, (node.output,)), (_SUBTRACTING, node.inputs)):
+            found = [site for value in values if (site := graph.site_of(value)) is not None]
+            fixed |= {site.name for site in found if not (moves or isinstance(node, kinds))}
+    sites = {name: replace(site, shiftable=name not in fixed) for name, site in graph.sites.items()}
+    return replace(graph, sites=sites)
 
 
 def _pair(padding: object) -> tuple[object, ...]:

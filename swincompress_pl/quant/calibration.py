@@ -57,6 +57,11 @@ class Ranges:
         rank = min(len(values) - 1, int(len(values) * percentile / 100))
         return self.magnitude.clamp(max=max(float(values[rank]), torch.finfo(values.dtype).tiny))
 
+    def bounds(self, percentile: float | None) -> tuple[Tensor, Tensor]:
+        """(C,) least and (C,) largest value, neither further from 0 than `clip`."""
+        clip = self.clip(percentile)
+        return self.low.clamp(min=-clip), self.high.clamp(max=clip)
+
 
 class RangeObserver(Passthrough):
     """Keeps the true extremes of every site, where an outlier of one pixel counts, and a sample of its rows."""

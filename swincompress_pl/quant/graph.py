@@ -29,7 +29,9 @@ class Site:
 
     segments: sizes of the channel runs that share one scale, in order: `(C,)` a tensor, three entries for q | k | v.
     balanced: each channel also has a fixed ratio to the scale, which the next linear layer absorbs in its weights
-    (LayerNorm outputs). bits: 2 to 8, 16 (residual stream) or 32 (logits); unsigned sites use the whole range.
+    (LayerNorm outputs). shiftable: its codes may stand for the value plus a constant, which its neighbours absorb in
+    their biases and tables (`GraphBuilder` finds out which). bits: 2 to 8, 16 (residual stream) or 32 (logits);
+    unsigned sites use the whole range.
     operand: its values go into a product; one that only goes into a table (GELU's input) is no operand.
     """
 
@@ -38,6 +40,7 @@ class Site:
     bits: int = 8
     signed: bool = True
     balanced: bool = False
+    shiftable: bool = False
     operand: bool = True
 
     @property

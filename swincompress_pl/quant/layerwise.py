@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+import torch
 from rich.progress import Progress
 from torch import Tensor
 
@@ -12,11 +13,12 @@ from swincompress_pl.quant.calibration import LayerSample
 from swincompress_pl.quant.graph import Graph, Node, Site, WeightedNode
 from swincompress_pl.quant.network import QuantizedNetwork
 from swincompress_pl.quant.nodes import ActivationNode, GatherNode
-from swincompress_pl.quant.search import LayerProblem, best_balance, best_value_scale
+from swincompress_pl.quant.search import LayerProblem, best_balance, best_shifted_scale, best_value_scale
 
 
 class LayerwiseSearch:
-    """clips: (C,) magnitude of every site's channels, from which candidates begin. samples: consumed layer by layer.
+    """bounds: (C,) least and largest value of every site's channels, from which candidates begin. samples: consumed
+    layer by layer.
 
     The switches are those of `SearchOptions`.
     """
@@ -24,15 +26,15 @@ class LayerwiseSearch:
     def __init__(
         self,
         quantized: QuantizedNetwork,
-        clips: Mapping[str, Tensor],
+        bounds: Mapping[str, tuple[Tensor, Tensor]],
         samples: dict[str, LayerSample],
         *,
         balance: bool,
-        unsigned: bool,
+        shift: bool,
         bias_correction: bool,
     ) -> None:
-        self.quantized, self.clips, self.samples = quantized, clips, samples
-        self.balance, self.unsigned, self.bias_correction = balance, unsigned, bias_correction
+        self.quantized, self.bounds, self.samples = quantized, bounds, samples
+        self.balance, self.shift, self.bias_correction = balance, shift, bias_correction
         graph = quantized.graph
         self._linear_inputs = {
             source(graph, node.inputs[0]).output for node in graph.weighted_nodes if graph.site_of(node.inputs[0])
@@ -52,9 +54,12 @@ class LayerwiseSearch:
         """Input scale (with its ratios and sign) and weight steps of one layer; then its bias."""
         scales, site = self.quantized.scales, self.quantized.graph.site_of(node.inputs[0])
         problem = self._problem(node, site)
-        if site is not None and problem.magnitude is not None and self._better_unsigned(node, problem):
+        without = self._without_sign(node, problem, site)
+        if site is not None and without is not None and without.coarse_error() < problem.coarse_error():
             self.quantized.make_unsigned([site.name])
-            problem = _without_sign(problem)
+            assert without.shift is not None
+            scales.site(site).shift.copy_(without.shift)
+            problem = without
         scale, step = problem.solve()
         scales.weight_scale(node).step.copy_(step)
         if scale is not None and site is not None:
@@ -68,30 +73,47 @@ class LayerwiseSearch:
         x, sensitivity = self.samples[node.name].rows
         weight = node.folded_weight(network, None).flatten(1)
         weight_q_max = scales.weight_scale(node).q_max
-        magnitude = None
+        magnitude, shift = None, None
         if site is not None and site.searched:
-            clip = self.clips[site.name]
+            low, high = self.bounds[site.name]
+            magnitude = float(torch.maximum(-low, high).max())
             if site.balanced and self.balance:
-                ratios = best_balance(x, weight, sensitivity, clip, q_max=site.q_max, weight_q_max=weight_q_max)
+                ratios, shift = best_balance(
+                    x,
+                    weight,
+                    sensitivity,
+                    (low, high),
+                    shift=self.shift and site.shiftable,
+                    q_max=site.q_max,
+                    weight_q_max=weight_q_max,
+                )
                 scales.site(site).balance.copy_(ratios)
-                x, weight, clip = x / ratios, weight * ratios, clip / ratios
-            magnitude = float(clip.max())
+                if site.shiftable:
+                    scales.site(site).shift.copy_(shift)
+                magnitude = float((torch.maximum(-(low + shift), high + shift) / ratios).max())
+                x, weight, shift = x / ratios, weight * ratios, shift / ratios
         return LayerProblem(
             x=x,
             weight=weight,
             sensitivity=sensitivity,
             magnitude=magnitude if magnitude else None,
+            shift=shift,
             q_max=127 if site is None else site.q_max,
             signed=True if site is None else site.signed,
             weight_q_max=weight_q_max,
         )
 
-    def _better_unsigned(self, node: WeightedNode, problem: LayerProblem) -> bool:
-        """Whether the layer that reads a non-linearity does better without the sign: twice the steps above zero."""
-        maker = source(self.quantized.graph, node.inputs[0])
-        if not (self.unsigned and problem.signed and isinstance(maker, ActivationNode)):
-            return False
-        return _without_sign(problem).coarse_error() < problem.coarse_error()
+    def _without_sign(self, node: WeightedNode, problem: LayerProblem, site: Site | None) -> LayerProblem | None:
+        """The same with codes from 0 to 2 q_max + 1 for the output of a non-linearity plus a constant: none of them is
+        then spent on values below the least, and GELU's steps halve. None where that cannot be."""
+        if site is None or not (self.shift and site.shiftable and site.signed) or problem.magnitude is None:
+            return None
+        if not isinstance(source(self.quantized.graph, node.inputs[0]), ActivationNode):
+            return None
+        low, high = self.bounds[site.name]
+        shift = (-low.min()).clamp(min=0).reshape(1)
+        magnitude = float(high.max().clamp(min=0) + shift)
+        return replace(problem, signed=False, q_max=2 * problem.q_max + 1, shift=shift, magnitude=magnitude)
 
     def _output(self, node: WeightedNode) -> None:
         """The output's scales, where no linear layer reads it: each segment by the error of its own values."""
@@ -103,14 +125,20 @@ class LayerwiseSearch:
         values = x @ node.folded_weight(network, None).flatten(1).T
         bias = node.folded_bias(network)
         values = values if bias is None else values + bias
+        scale, (low, high) = self.quantized.scales.site(site), self.bounds[site.name]
+        if self.shift and site.shiftable and site.signed and not site.balanced:
+            ends = float(low.min()), float(high.max())
+            if any(ends):
+                found, shift = best_shifted_scale(values, sensitivity, q_max=site.q_max, bounds=ends)
+                scale.scale.fill_(found)
+                scale.shift.fill_(shift)
+            return
         sizes = list(site.segments)
-        parts = zip(
-            values.split(sizes, 1), sensitivity.split(sizes, 1), self.clips[site.name].split(sizes), strict=True
-        )
-        scale = self.quantized.scales.site(site).scale
+        clip = torch.maximum(-low, high)
+        parts = zip(values.split(sizes, 1), sensitivity.split(sizes, 1), clip.split(sizes), strict=True)
         for number, (part, weight, magnitude) in enumerate(parts):
             if float(magnitude.max()) > 0:
-                scale[number] = best_value_scale(
+                scale.scale[number] = best_value_scale(
                     part, weight, q_max=site.q_max, signed=site.signed, magnitude=float(magnitude.max())
                 )
 
@@ -122,11 +150,3 @@ def source(graph: Graph, value: str) -> Node:
     while isinstance(node, GatherNode):
         node = makers[node.inputs[0]]
     return node
-
-
-def _without_sign(problem: LayerProblem) -> LayerProblem:
-    """The same with codes from 0 to 2 q_max + 1, and candidates from the largest positive value."""
-    largest = float(problem.x.max())
-    assert problem.magnitude is not None
-    magnitude = min(problem.magnitude, largest) if largest > 0 else problem.magnitude
-    return replace(problem, signed=False, q_max=2 * problem.q_max + 1, magnitude=magnitude)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from swincompress_pl.quant.scales import Scales
 
 FloatArray = npt.NDArray[np.float64]
+_PASSING = ("linear", "layer_norm", "table", "gather")
 
 
 def to_array(tensor: Tensor) -> FloatArray:
@@ -62,6 +63,18 @@ class Lowering:
             raise ValueError(f"value {value!r} has {len(scales)} scales where one is needed")
         return float(scales[0])
 
+    def ratios(self, value: str) -> FloatArray:
+        """(C,) or (1,): ratios of the channels to the value's scale."""
+        site = self.graph.site_of(value)
+        return np.ones(1) if site is None or not site.balanced else to_array(self._scales.site(site).balance)
+
+    def shift(self, value: str) -> FloatArray:
+        """(C,) or (1,): what the codes of a value stand for beyond it; 0 for pixels and where nothing is shifted."""
+        site = self.graph.site_of(value)
+        if site is None or not site.shiftable:
+            return np.zeros(1)
+        return to_array(self._scales.site(site).shift)
+
     def scales(self, value: str) -> FloatArray:
         """(C,) scale of every channel, ratios included."""
         return to_array(self._scales.site(self.site(value)).channel_scales())
@@ -104,6 +117,8 @@ class Lowering:
         attributes: Mapping[str, Any] | None = None,
         tensors: Mapping[str, npt.NDArray[Any]] | None = None,
     ) -> None:
+        if kind not in _PASSING and any(self.shift(value).any() for value in (*node.inputs, node.output)):
+            raise ValueError(f"operation {kind!r} cannot absorb the shift of its site; only {', '.join(_PASSING)} can")
         keys = {role: self._store(node.name, role, tensor) for role, tensor in (tensors or {}).items()}
         self.operations.append(
             Operation(

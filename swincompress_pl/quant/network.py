@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from swincompress_pl.norm import Program
 from swincompress_pl.quant.bits import Bits, with_bits
-from swincompress_pl.quant.graph import Run
+from swincompress_pl.quant.cut import Kept, ScaleCut, check_fit, cut_scales, through_norm_modules, traceable, undo_cut
+from swincompress_pl.quant.graph import Graph, Run
 from swincompress_pl.quant.lower import lower
 from swincompress_pl.quant.scales import Scales
 from swincompress_pl.quant.twin import TorchTwin
@@ -55,9 +56,14 @@ class QuantizedNetwork(nn.Module):
         self.method = method
         self.classes = None if classes is None else tuple(classes)
         self.bits, self.unsigned = Bits.of(bits), tuple(unsigned)
-        self.graph = with_bits(adapter_for(network).graph(network, self.preprocessing), self.bits, self.unsigned)
+        self.graph = self._present_graph()
         self.scales = Scales(self.graph, network, self.bits, affine=method == "affine")
+        self.register_load_state_dict_post_hook(_take_up_signs)  # type: ignore[no-untyped-call]
         self._twin: tuple[tuple[Any, ...], TorchTwin] | None = None
+        self.compiler: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None
+        self._compiled: Callable[[Run, Tensor], Tensor] | None = None
+        self._traceable: tuple[Graph, Graph] | None = None
+        self._entries_before = len(getattr(network, "compression_history", []))
         device = next(network.parameters()).device
         self.scales.to(device)
         if learned_scales:
@@ -65,7 +71,8 @@ class QuantizedNetwork(nn.Module):
 
     @property
     def compression_history(self) -> list[dict[str, Any]]:
-        """What was done to the network, in order, as data that `models.replay` repeats."""
+        """What was done to the network, in order, as data that `models.manifest` replays; what came after the entry of
+        quantization was done to `network`, with the scales following."""
         classes = None if self.classes is None else list(self.classes)
         quantized: dict[str, Any] = {
             "method": self.method,
@@ -76,7 +83,38 @@ class QuantizedNetwork(nn.Module):
         }
         if self.scales.drift is not None:
             quantized["learned_scales"] = True
-        return [*getattr(self.network, "compression_history", []), {"quantize": quantized}]
+        history: list[dict[str, Any]] = getattr(self.network, "compression_history", [])
+        return [*history[: self._entries_before], {"quantize": quantized}, *history[self._entries_before :]]
+
+    def _present_graph(self) -> Graph:
+        """The graph at the network's present widths."""
+        graph = adapter_for(self.network).graph(self.network, self.preprocessing)
+        return with_bits(graph, self.bits, self.unsigned)
+
+    def follow(self, kept: Kept) -> ScaleCut:
+        """Keep the scales of what a cut of `network` kept, exactly as they are: what was removed takes its own along.
+
+        kept: {name of a tensor of `network`: {axis: kept indices}}, for all that the cut changed. Learned scales get a
+        new parameter: hand `ScaleCut.drift` to the optimizer. Raises ValueError, with the scales as before, where they
+        do not fit the network then.
+        """
+        cut = cut_scales(self.scales, self.graph, kept)
+        try:
+            self.graph = self._present_graph()
+            self.scales.retarget(self.graph)
+            check_fit(self.scales, self.graph, self.network)
+        except BaseException:
+            self.unfollow(cut)
+            raise
+        self.forget_twin()
+        return cut
+
+    def unfollow(self, cut: ScaleCut) -> None:
+        """Undo the latest `follow`, when the network's own cut is undone."""
+        undo_cut(self.scales, cut)
+        self.graph = cut.graph
+        self.scales.retarget(self.graph)
+        self.forget_twin()
 
     def make_unsigned(self, names: Sequence[str]) -> None:
         """From now on the codes of these sites have no sign; ValueError for a site that there is not."""
@@ -93,6 +131,8 @@ class QuantizedNetwork(nn.Module):
         return self.scales.fixed(self.graph, self.network)
 
     def forward(self, images: Tensor) -> Tensor:
+        if self.training and self._compiled is not None:
+            return self._compiled(self._traceable_run(), images)
         if self.training or self.method == "affine":
             return self.fake_quantized(images)
         return self.integer_logits(self.pixels(images)).to(torch.float32) * self.twin().program.logit_scale
@@ -100,6 +140,28 @@ class QuantizedNetwork(nn.Module):
     def fake_quantized(self, images: Tensor) -> Tensor:
         """The float simulation, whatever the mode."""
         return Run(self.graph, self.network, self.scales.quantizer())(images)
+
+    def masked_logits(self, images: Tensor) -> Tensor:
+        """`fake_quantized` for a network with units masked on trial, whose LayerNorms see fewer channels."""
+        return Run(through_norm_modules(self.graph), self.network, self.scales.quantizer())(images)
+
+    def compile(self, *args: Any, **options: Any) -> None:
+        """As `nn.Module.compile`, for the fake quantization of training alone: evaluation is integer arithmetic that
+        gains nothing by it. Copies are not compiled. Raises ValueError for method "affine"."""
+        self.compile_with(torch.compile(*args, **options))
+
+    def compile_with(self, compiler: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+        """`compile` with a compiler that there is already: a function of the function to compile."""
+        if self.method == "affine":
+            raise ValueError("method 'affine' has operators that torch.compile does not trace; train it uncompiled")
+        self.compiler, self._compiled = compiler, compiler(_run)
+
+    def _traceable_run(self) -> Run:
+        """A pass for compiled code, to which the values of arrays are unknown. Learned scales are computed before it,
+        where what is wrong with them can be raised."""
+        if self._traceable is None or self._traceable[0] is not self.graph:
+            self._traceable = (self.graph, traceable(self.graph))
+        return Run(self._traceable[1], self.network, self.scales.quantizer())
 
     def integer_logits(self, pixels: Tensor) -> Tensor:
         """uint8 (N, H, W, C) -> int32 logits (N, classes), as reference and engine give them."""
@@ -157,7 +219,20 @@ class QuantizedNetwork(nn.Module):
         return self._twin[1]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_twin": None}  # copies build their own
+        # copies build their own
+        return {**self.__dict__, "_twin": None, "compiler": None, "_compiled": None, "_traceable": None}
+
+
+def _run(run: Run, images: Tensor) -> Tensor:
+    return run(images)
+
+
+def _take_up_signs(quantized: QuantizedNetwork, _: Any) -> None:
+    """What was loaded may have other sites without a sign."""
+    if set(quantized.scales.unsigned) != set(quantized.unsigned):
+        quantized.unsigned = quantized.scales.unsigned
+        quantized.graph = quantized._present_graph()
+        quantized.scales.retarget(quantized.graph)
 
 
 def find_preprocessing(*sources: Any) -> dict[str, Any]:

@@ -63,6 +63,9 @@ class LinearNode(WeightedNode):
         unit = step * lowering.scalar_scale(self.inputs[0])
         bias = self.folded_bias(lowering.network)
         real_bias = np.zeros(len(step)) if bias is None else to_array(bias)
+        # The input's codes stand for more than its values: what that adds, with the weights as rounded, is taken off.
+        added = lowering.shift(self.inputs[0]) / lowering.ratios(self.inputs[0])
+        real_bias = real_bias - (weight_q * added).sum(1) * step + lowering.shift(self.output)
         lowering.emit(
             self,
             "linear",
@@ -164,7 +167,8 @@ class LayerNormNode(Node):
         scales = lowering.scales(self.output)
         channels = len(scales)
         gain = (np.ones(channels) if norm.weight is None else to_array(norm.weight)) / scales
-        offset = (np.zeros(channels) if norm.bias is None else to_array(norm.bias)) / scales
+        offset = np.zeros(channels) if norm.bias is None else to_array(norm.bias)
+        offset = (offset + lowering.shift(self.output)) / scales
         gain_q, shift = fixed_point(gain, fraction_bits=16)
         unit = lowering.scalar_scale(self.inputs[0])
         lowering.emit(
@@ -188,7 +192,8 @@ class ActivationNode(Node):
     def lower(self, lowering: Lowering) -> None:
         codes = torch.arange(256, dtype=torch.uint8).view(torch.int8).to(torch.float64)
         function = lowering.network.get_submodule(self.module)
-        real = to_array(function(codes * lowering.scalar_scale(self.inputs[0])))
+        (shift_in,), (shift_out,) = lowering.shift(self.inputs[0]), lowering.shift(self.output)
+        real = to_array(function(codes * lowering.scalar_scale(self.inputs[0]) - shift_in)) + shift_out
         site = lowering.site(self.output)
         low = -site.q_max if site.signed else 0
         values = np.clip(np.floor(real / lowering.scalar_scale(self.output) + 0.5), low, site.q_max)

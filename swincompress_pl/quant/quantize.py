@@ -31,14 +31,16 @@ class SearchOptions:
     """What "searched" does beyond a clip for every scale; each can be switched off or on alone.
 
     balance: per-channel ranges of LayerNorm outputs, folded away (in the manner of RepQ-ViT, arXiv 2212.08254).
-    unsigned: GELU's output without a sign, where the error is smaller so. bias_correction: each layer's bias takes up
-    the mean error of its output. rounding: "nearest", "second_order" or "learned", both block by block with biases
-    corrected (`rounding.py`); learning: the details of the last. These write to the network's own parameters.
+    shift: codes of LayerNorm's outputs and of GELU's input and output that stand for the value plus a constant, where
+    the error is smaller so; biases and GELU's table absorb it, and GELU's output needs no sign.
+    bias_correction: each layer's bias takes up the mean error of its output. rounding: "nearest", "second_order" or
+    "learned", both block by block with biases corrected (`rounding.py`); learning: the details of the last. These write
+    to the network's own parameters.
     rows: sampled rows a layer. seed: of the sampling.
     """
 
     balance: bool = True
-    unsigned: bool = True
+    shift: bool = True
     bias_correction: bool = False
     rounding: str = "nearest"
     learning: Learning = field(default_factory=Learning)
@@ -103,10 +105,10 @@ def quantize(
             samples = sample_layers(quantized.graph, model, batches, rows=options.rows, seed=options.seed)
             LayerwiseSearch(
                 quantized,
-                clips,
+                {name: entry.bounds(percentile) for name, entry in ranges.items()},
                 samples,
                 balance=options.balance,
-                unsigned=options.unsigned,
+                shift=options.shift,
                 bias_correction=options.bias_correction,
             ).run(progress=progress)
         _secure_steps(quantized)

@@ -148,7 +148,7 @@ def _learn(
     """Lets weights and biases of a block move, rounded with a straight-through gradient, towards the float output.
 
     A step of Adam moves a weight by about `lr` of its grid's step at most, so what comes out is another rounding and
-    not another network.
+    not another network. Where the block's error over all images is no less afterwards, the weights stay as they were.
     """
     scales, network = integer.quantizer, integer.network
     assert isinstance(scales, Scales)
@@ -163,6 +163,7 @@ def _learn(
     (start,), (end,) = tuple(given[0]), tuple(wanted[0])
     starts, ends = torch.cat([v[start] for v in given]), torch.cat([v[end] for v in wanted])
     generator = torch.Generator().manual_seed(learning.seed)
+    before, error = [p.clone() for p in parameters], _block_error(integer, numbers, given, wanted)
     try:
         for parameter in parameters:
             parameter.requires_grad_(True)
@@ -181,3 +182,13 @@ def _learn(
         for parameter, was in zip(parameters, required, strict=True):
             parameter.requires_grad_(was)
             parameter.grad = None
+    if not _block_error(integer, numbers, given, wanted) < error:
+        for parameter, old in zip(parameters, before, strict=True):
+            parameter.copy_(old)
+
+
+def _block_error(integer: Run, numbers: range, given: Values, wanted: Values) -> float:
+    """The squared error of what the block gives, summed over all images."""
+    pairs = zip(given, wanted, strict=True)
+    (end,) = tuple(wanted[0])
+    return float(sum((integer.advance(v, numbers)[end] - w[end]).square().sum() for v, w in pairs))

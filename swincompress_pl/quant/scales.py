@@ -26,6 +26,11 @@ def _key(name: str) -> str:
     return name.replace(".", "/")  # module names may not contain dots
 
 
+def weight_key(node: WeightedNode) -> str:
+    """The key of a layer's steps in `Scales.calibrated` and `Scales.present`."""
+    return f"weights.{_key(node.name)}"
+
+
 def quantize_weight(weight: Tensor, step: Tensor, q_max: int = 127) -> Tensor:
     """round(weight / step) clamped to [-q_max, q_max], as float; one step per output channel (axis 0).
 
@@ -71,6 +76,14 @@ class LearnedStep(torch.autograd.Function):
         return of_x, of_scale, None, None, None
 
 
+def _straight_through(x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
+    """What torch's operators for fake quantization do, to the bit, with a gradient inside the range alone."""
+    rounded = (x * scale.reciprocal()).round()
+    codes = rounded.clamp(low, high)
+    passed = torch.where(rounded == codes, x, 0.0)
+    return (codes * scale).detach() + (passed - passed.detach())
+
+
 class _Drifted(torch.autograd.Function):
     """base * (drift + sqrt(drift^2 + 1)): positive for every drift, `base` itself at 0, and made of operations that
     round alike on every device (as an exponential would not).
@@ -98,12 +111,17 @@ class _Drifted(torch.autograd.Function):
 class SiteScale(nn.Module):
     """The scale of one site: `scale` (segments,), `balance` (C,) ratios, `zero_point` (segments,) when affine.
 
+    shift: (C,) of a balanced site, (1,) of another that is shiftable: the codes stand for the values plus this.
+    signed: (1,) uint8, so that a state dict says which codes have a sign.
+
     Everything starts as NaN: a site that calibration or a checkpoint never filled is noticed, not used.
     Where scales are learned, `scale` is the calibrated one; `Scales.fixed` gives the present one.
     """
 
     scale: Tensor
     balance: Tensor
+    shift: Tensor
+    signed: Tensor
     zero_point: Tensor
 
     def __init__(self, site: Site, *, affine: bool) -> None:
@@ -112,11 +130,15 @@ class SiteScale(nn.Module):
         self.register_buffer("scale", torch.full((len(site.segments),), math.nan))
         if site.balanced:
             self.register_buffer("balance", torch.ones(site.channels))
+        self.register_buffer("signed", torch.tensor([site.signed], dtype=torch.uint8))
+        if site.shiftable:
+            self.register_buffer("shift", torch.zeros(site.channels if site.balanced else 1))
         if affine:
             self.register_buffer("zero_point", torch.zeros(len(site.segments), dtype=torch.int32))
 
     def checked_scale(self) -> Tensor:
-        if not (torch.isfinite(self.scale).all() and (self.scale > 0).all()):
+        # Compiled code cannot raise on a value; evaluation, which is not compiled, does.
+        if not torch.compiler.is_compiling() and not (torch.isfinite(self.scale).all() and (self.scale > 0).all()):
             raise ValueError(
                 f"site {self.site.name!r} has scale {self.scale.tolist()}; calibrate the network (quant.quantize) or "
                 "load a checkpoint of a calibrated one"
@@ -136,23 +158,31 @@ class SiteScale(nn.Module):
         """Fake quantization with `scale` (segments,) in the place of this one, which gets a gradient."""
         site = self.site
         # LSQ's n: the values of one image that share a scale.
-        count = x.numel() / max(1, x.shape[0]) / len(site.segments)
+        count = math.prod(x.shape[1:]) / len(site.segments)
         if len(site.segments) > 1:
             scale = self._spread(scale)
         if site.balanced:
             scale = scale * self.balance
-        result: Tensor = LearnedStep.apply(
-            x.float(), scale, -site.q_max if site.signed else 0, site.q_max, 1 / math.sqrt(max(1.0, count) * site.q_max)
-        )
-        return result
+        shifted: Tensor = LearnedStep.apply(
+            x.float() + self.shift if site.shiftable else x.float(), scale, -site.q_max if site.signed else 0,
+            site.q_max, 1 / math.sqrt(max(1.0, count) * site.q_max),
+        )  # fmt: skip
+        return shifted - self.shift if site.shiftable else shifted
 
     def forward(self, x: Tensor) -> Tensor:
         """Fake quantization with a straight-through gradient inside the range."""
+        if self.site.shiftable and not self.affine:
+            return self._rounded(x.float() + self.shift) - self.shift
+        return self._rounded(x.float())
+
+    def _rounded(self, x: Tensor) -> Tensor:
         site = self.site
         low, high = (-site.q_max, site.q_max) if site.signed else (0, site.q_max)
         if self.affine and site.searched:
             low, high = affine_range(site.bits)
-        x = x.float()
+        elif torch.compiler.is_compiling():  # the operators below cannot be traced for batches of every size
+            scale = self.channel_scales() if len(site.segments) > 1 or site.balanced else self.scale
+            return _straight_through(x, scale, low, high)
         if len(site.segments) == 1 and not site.balanced:
             zero = self.zero_point[0] if self.affine else torch.zeros((), dtype=torch.int32, device=x.device)
             return torch.fake_quantize_per_tensor_affine(x, self.checked_scale()[0], zero, low, high)
@@ -229,12 +259,14 @@ class Scales(nn.Module):
     def retarget(self, graph: Graph) -> None:
         """The same scales for a graph whose sites differ in width or sign."""
         for site in graph.sites.values():
-            self.site(site).site = site
+            scale = self.site_scale(site)
+            scale.site = site
+            scale.signed.fill_(site.signed)
 
     def site(self, site: Site) -> SiteScale:
         """The scale of a site; RuntimeError where scales are learned, see `fixed`."""
         self._check_fixed()
-        return self._site(site)
+        return self.site_scale(site)
 
     def _check_fixed(self) -> None:
         if self.drift is not None:
@@ -242,7 +274,8 @@ class Scales(nn.Module):
                 "the scales are learned, and here they are as calibrated; read QuantizedNetwork.fixed_scales()"
             )
 
-    def _site(self, site: Site) -> SiteScale:
+    def site_scale(self, site: Site) -> SiteScale:
+        """The scale of a site, as calibrated where scales are learned."""
         module = self.sites[_key(site.name)]
         assert isinstance(module, SiteScale)
         return module
@@ -264,6 +297,12 @@ class Scales(nn.Module):
         return step
 
     @property
+    def unsigned(self) -> tuple[str, ...]:
+        """The names of the sites whose codes have no sign, as a loaded state dict says."""
+        modules = (module for module in self.sites.values() if isinstance(module, SiteScale))
+        return tuple(module.site.name for module in modules if not module.signed)
+
+    @property
     def balances(self) -> dict[str, Tensor]:
         modules = (module for module in self.sites.values() if isinstance(module, SiteScale))
         return {module.site.name: module.balance for module in modules if module.site.balanced}
@@ -279,14 +318,14 @@ class Scales(nn.Module):
         if self.affine:
             raise ValueError("method 'affine' has zero-points, which are not learned; use 'searched' or 'max'")
         if self.drift is None:
-            calibrated = torch.cat(list(self._calibrated().values()))
+            calibrated = torch.cat(list(self.calibrated().values()))
             self.drift = nn.Parameter(torch.zeros_like(calibrated))
 
     def present(self) -> dict[str, Tensor]:
         """The learned scales by `sites.<key>` and `weights.<key>`, differentiable; empty where none are learned."""
         if self.drift is None:
             return {}
-        calibrated = self._calibrated()
+        calibrated = self.calibrated()
         base = torch.cat(list(calibrated.values()))
         if not (torch.isfinite(base).all() and (base > 0).all() and torch.isfinite(self.drift).all()):
             missing = [key for key, value in calibrated.items() if not (torch.isfinite(value) & (value > 0)).all()]
@@ -297,7 +336,8 @@ class Scales(nn.Module):
         values: Tensor = _Drifted.apply(self.drift, base)
         return dict(zip(calibrated, values.split([len(value) for value in calibrated.values()]), strict=True))
 
-    def _calibrated(self) -> dict[str, Tensor]:
+    def calibrated(self) -> dict[str, Tensor]:
+        """What `drift` moves, as it was calibrated, in its order."""
         sites = {
             f"sites.{key}": m.scale for key, m in self.sites.items() if isinstance(m, SiteScale) and m.site.searched
         }
@@ -358,13 +398,13 @@ class _LearnedScales:
 
     def activation(self, site: Site, x: Tensor) -> Tensor:
         scale = self._present.get(f"sites.{_key(site.name)}")
-        return self._wide(site, x) if scale is None else self._scales._site(site).learned(x, scale)
+        return self._wide(site, x) if scale is None else self._scales.site_scale(site).learned(x, scale)
 
     def _wide(self, site: Site, x: Tensor) -> Tensor:
-        return x if site.bits > 16 else self._scales._site(site)(x)
+        return x if site.bits > 16 else self._scales.site_scale(site)(x)
 
     def weight(self, node: WeightedNode, weight: Tensor) -> Tensor:
-        return self._scales.weight_scale(node).learned(weight, self._present[f"weights.{_key(node.name)}"])
+        return self._scales.weight_scale(node).learned(weight, self._present[weight_key(node)])
 
     def output(self, node: Node, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         return None

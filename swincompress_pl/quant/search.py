@@ -7,12 +7,17 @@ under a diagonal Gauss-Newton error.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-CANDIDATES = torch.tensor([0.01 + i * 1.19 / 100 for i in range(101)])
+SPACING = 1.19 / 100
+CANDIDATES = torch.tensor([0.01 + i * SPACING for i in range(101)])
+# Every fourth candidate is tried, then the neighbours of the best: the error hardly jumps in between.
+_STRIDE = 4
+_NEIGHBOURS = [offset * SPACING for offset in range(1 - _STRIDE, _STRIDE) if offset]
 ROUNDS = 3
 # Exponents tried for balancing: channel ratio = (channel maximum / largest maximum) ** exponent.
 BALANCE_EXPONENTS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -30,11 +35,20 @@ def max_step(weight: Tensor, q_max: int = 127) -> Tensor:
     return weight.flatten(1).abs().amax(1) / q_max
 
 
+def best_factor(error: Callable[[float], Tensor]) -> float:
+    """The candidate of least error: among every fourth, then among the neighbours of the best of them."""
+    coarse = [float(factor) for factor in CANDIDATES[::_STRIDE]]
+    centre = coarse[int(torch.stack([error(factor) for factor in coarse]).argmin())]
+    fine = [centre, *(factor for offset in _NEIGHBOURS if (factor := centre + offset) >= float(CANDIDATES[0]))]
+    return fine[int(torch.stack([error(factor) for factor in fine]).argmin())]
+
+
 @dataclass(kw_only=True)
 class LayerProblem:
     """One layer's scales to find: x (R, K) inputs, weight (M, K), sensitivity (R, M) of its output.
 
-    `q_max`, `signed` and `magnitude` describe the input site; magnitude None: the input is exact (pixels).
+    `q_max`, `signed` and `magnitude` describe the input site; magnitude None: the input is exact (pixels). shift: (K,)
+    or (1,), what its codes stand for beyond the values; magnitude is that of the sum.
     weight_q_max: largest code of the weights.
     """
 
@@ -42,6 +56,7 @@ class LayerProblem:
     weight: Tensor
     sensitivity: Tensor
     magnitude: float | None
+    shift: Tensor | None = None
     q_max: int = 127
     signed: bool = True
     weight_q_max: int = 127
@@ -59,25 +74,31 @@ class LayerProblem:
         return torch.fake_quantize_per_channel_affine(self.weight, safe, zero, 0, -self.weight_q_max, self.weight_q_max)
 
     def quantized_input(self, scale: float) -> Tensor:
-        return fake_quantize(self.x, torch.tensor(scale), self.q_max, signed=self.signed)
+        if self.shift is None:
+            return fake_quantize(self.x, torch.tensor(scale), self.q_max, signed=self.signed)
+        return fake_quantize(self.x + self.shift, torch.tensor(scale), self.q_max, signed=self.signed) - self.shift
 
     def best_step(self, x: Tensor) -> Tensor:
         largest = self.weight.abs().amax(1) / (self.weight_q_max + 0.5)
-        best = torch.full_like(largest, torch.inf)
-        step = largest.clone()
-        for factor in CANDIDATES.to(largest):
-            candidate = largest * factor
-            error = self.error(x, self.quantized_weight(candidate))
+        best, factor = torch.full_like(largest, torch.inf), torch.ones_like(largest)
+
+        def attempt(tried: Tensor) -> None:
+            nonlocal best, factor
+            error = self.error(x, self.quantized_weight(largest * tried))
             better = error < best
-            best, step = torch.where(better, error, best), torch.where(better, candidate, step)
-        return step
+            best, factor = torch.where(better, error, best), torch.where(better, tried, factor)
+
+        for candidate in CANDIDATES[::_STRIDE]:
+            attempt(candidate.to(largest).expand_as(largest))
+        centre = factor
+        for offset in _NEIGHBOURS:
+            attempt((centre + offset).clamp(min=float(CANDIDATES[0])))
+        return largest * factor
 
     def best_scale(self, weight: Tensor) -> float:
         assert self.magnitude is not None
         largest = self.magnitude / (self.q_max + 0.5)
-        scales = [largest * float(factor) for factor in CANDIDATES]
-        errors = torch.stack([self.error(self.quantized_input(scale), weight).sum() for scale in scales])
-        return scales[int(errors.argmin())]
+        return largest * best_factor(lambda factor: self.error(self.quantized_input(largest * factor), weight).sum())
 
     def solve(self) -> tuple[float | None, Tensor]:
         """(input scale, step (M,)), each chosen with the other fixed, three rounds."""
@@ -102,42 +123,80 @@ def best_balance(
     x: Tensor,
     weight: Tensor,
     sensitivity: Tensor,
-    channel_magnitude: Tensor,
+    bounds: tuple[Tensor, Tensor],
     *,
+    shift: bool,
     q_max: int = 127,
     weight_q_max: int = 127,
-) -> Tensor:
-    """(K,) ratios of the input channels to the site's scale, at most 1, chosen among powers of the channel maxima.
+) -> tuple[Tensor, Tensor]:
+    """(K,) ratios of the input channels to the site's scale, at most 1, and (K,) what is added to each before rounding.
 
-    A channel with ratio r is divided by r before rounding and its weight column multiplied by it: outlier channels of a
-    LayerNorm output then no longer set everyone's step (in the manner of RepQ-ViT, arXiv 2212.08254).
+    bounds: (K,) least and (K,) largest values. A channel with ratio r is divided by r before rounding and its weight
+    column multiplied by it: outlier channels of a LayerNorm output then no longer set everyone's step. With `shift`
+    channels may also be centred. Ratios are chosen among powers of the channels' reach (in the manner of RepQ-ViT,
+    arXiv 2212.08254, which puts both into LayerNorm's affine).
     """
-    largest = channel_magnitude.max()
-    if largest == 0:
-        return torch.ones_like(channel_magnitude)
-    relative = (channel_magnitude / largest).clamp(min=2.0**-10)
-    balances = [relative**exponent for exponent in BALANCE_EXPONENTS]
-    errors = []
-    for balance in balances:
-        problem = LayerProblem(
-            x=x / balance,
-            weight=weight * balance,
-            sensitivity=sensitivity,
-            magnitude=float((channel_magnitude / balance).max()),
-            q_max=q_max,
-            weight_q_max=weight_q_max,
-        )
-        errors.append(problem.coarse_error())
-    return balances[errors.index(min(errors))]
+    low, high = bounds
+    found: list[tuple[float, Tensor, Tensor]] = []
+    largest = torch.maximum(high, -low).max()
+    for middle in [torch.zeros_like(low), *([(low + high) / 2] if shift else [])]:
+        reach = torch.maximum(high - middle, middle - low)
+        if reach.max() <= largest / 16:  # nothing, or nothing but a constant, which needs no tiny steps
+            continue
+        relative = (reach / reach.max()).clamp(min=2.0**-10)
+        for exponent in BALANCE_EXPONENTS:
+            balance = relative**exponent
+            problem = LayerProblem(
+                x=x / balance,
+                weight=weight * balance,
+                sensitivity=sensitivity,
+                magnitude=float((reach / balance).max()),
+                shift=-middle / balance,
+                q_max=q_max,
+                weight_q_max=weight_q_max,
+            )
+            found.append((problem.coarse_error(), balance, -middle))
+    if not found:
+        return torch.ones_like(low), torch.zeros_like(low)
+    _, balance, chosen = min(found, key=lambda entry: entry[0])
+    return balance, chosen
 
 
 def best_value_scale(values: Tensor, sensitivity: Tensor, *, q_max: int, signed: bool, magnitude: float) -> float:
     """The scale of values that feed no linear layer (q, k, v, the input of GELU): least weighted error of the
     values."""
     largest = magnitude / (q_max + 0.5)
-    scales = [largest * float(factor) for factor in CANDIDATES]
-    errors = [
-        (((fake_quantize(values, torch.tensor(scale), q_max, signed=signed) - values) * sensitivity) ** 2).mean()
-        for scale in scales
-    ]
-    return scales[int(torch.stack(errors).argmin())]
+
+    def error(factor: float) -> Tensor:
+        rounded = fake_quantize(values, torch.tensor(largest * factor), q_max, signed=signed)
+        return ((rounded - values) * sensitivity).square_().mean()
+
+    return largest * best_factor(error)
+
+
+def best_shifted_scale(
+    values: Tensor, sensitivity: Tensor, *, q_max: int, bounds: tuple[float, float]
+) -> tuple[float, float]:
+    """(scale, shift) of values whose codes from -q_max to q_max may stand for the value plus a constant.
+
+    bounds: least and largest value. One end of the range is searched after the other, twice, for the least weighted
+    error.
+    """
+    low, high = bounds
+
+    least_width = max(-low, high, torch.finfo(values.dtype).tiny) / 4  # constant values need no tiny steps
+
+    def fit(low: float, high: float) -> tuple[float, float]:
+        return max(high - low, least_width) / (2 * q_max), -(low + high) / 2
+
+    def error(low: float, high: float) -> float:
+        scale, shift = fit(low, high)
+        rounded = fake_quantize(values + shift, torch.tensor(scale), q_max) - shift
+        return float(((rounded - values) * sensitivity).square_().mean())
+
+    factors = [float(factor) for factor in CANDIDATES[10::3]]
+    top, bottom = high, low
+    for _ in range(2):
+        top = min((high * factor for factor in factors), key=lambda end: error(bottom, end)) if high > 0 else high
+        bottom = min((low * factor for factor in factors), key=lambda end: error(end, top)) if low < 0 else low
+    return fit(bottom, top)

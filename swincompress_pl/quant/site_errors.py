@@ -179,6 +179,8 @@ class _Compared(Passthrough):
                 sizes = torch.tensor(site.segments, device=x.device)
                 (low, high), offset = affine_range(site.bits), scale.zero_point.repeat_interleave(sizes)
             step = scale.channel_scales()
+            if site.shiftable:
+                offset = offset + scale.shift / step
             tally = self.tallies.setdefault(("activation", site.name), Tally(low, high, samples=self.samples))
             tally.add(expected, x, after, expected / step + offset, x / step + offset)
         return after

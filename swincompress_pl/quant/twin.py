@@ -7,6 +7,7 @@ off here and float32 products are left only where TF32 cannot enter.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,7 @@ from swincompress_pl.norm.integer import (
 
 _DTYPES: dict[str, torch.dtype] = {dtype: getattr(torch, storage) for dtype, storage in STORAGE.items()}
 _FLOAT32_EXACT = 2**24
+_CACHED_VALUES = 1 << 15
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,27 @@ def _shift_right_rounded(values: Tensor, shift: Tensor | int) -> Tensor:
     return (values + torch.bitwise_left_shift(torch.ones_like(wide), wide - 1)) >> wide
 
 
-def _requantize(accumulator: Tensor, mult: Tensor, shift: Tensor, dtype: str) -> Tensor:
-    return _saturate(_shift_right_rounded(accumulator.long() * mult.long(), shift.long()), dtype)
+def _requantize(accumulator: Tensor, mult: Tensor, shift: Tensor, dtype: str, bias: Tensor | None = None) -> Tensor:
+    """(..., M) accumulators, plus bias (M,), times mult / 2**shift of each channel, rounded and saturated."""
+    mult, shift = mult.long(), shift.long()
+    half = torch.bitwise_left_shift(torch.ones_like(shift), shift - 1)
+    start = half if bias is None else bias.long() * mult + half
+
+    def scaled(part: Tensor) -> Tensor:
+        wide = part.long().mul_(mult).add_(start)
+        return torch.bitwise_right_shift(wide, shift, out=wide).clamp_(*LIMITS[dtype])
+
+    return _by_rows(scaled, accumulator, _DTYPES[dtype])
+
+
+def _by_rows(function: Callable[[Tensor], Tensor], x: Tensor, dtype: torch.dtype) -> Tensor:
+    """function(x) for one that treats each row (last axis) alone, on so many rows at a time as a CPU's cache holds."""
+    rows = x.reshape(-1, x.shape[-1])
+    result = torch.empty(rows.shape, dtype=dtype, device=x.device)
+    count = max(1, _CACHED_VALUES // x.shape[-1]) if x.device.type == "cpu" else max(1, len(rows))
+    for part, place in zip(rows.split(count), result.split(count), strict=True):
+        place.copy_(function(part))
+    return result.reshape(x.shape)
 
 
 def _matmul(a: Tensor, b: Tensor, bound: int) -> Tensor:
@@ -61,18 +82,33 @@ def _matmul(a: Tensor, b: Tensor, bound: int) -> Tensor:
     return torch.matmul(a.to(floating), b.to(floating)).to(torch.int64 if bound >= ACCUMULATOR_BOUND else torch.int32)
 
 
+@functools.cache
+def _int_mm_is_exact() -> bool:
+    """Whether `torch._int_mm` gives true sums of the largest products on this CPU; without VNNI instructions a kernel
+    may add pairs of products in 16 bits, where they saturate."""
+    rng = np.random.default_rng(0)
+    x = torch.from_numpy(rng.choice([-128, -127, 127], (32, 64)).astype(np.int8))
+    x[:3] = torch.tensor([-128, -127, 127], dtype=torch.int8)[:, None]
+    weight = torch.from_numpy(rng.choice([-127, 127], (16, 64)).astype(np.int8))
+    weight[:2] = torch.tensor([-127, 127], dtype=torch.int8)[:, None]
+    return torch.equal(torch._int_mm(x, weight.t()).double(), x.double() @ weight.t().double())
+
+
 def _linear_accumulator(x: Tensor, weight: Tensor, reach: int) -> Tensor:
     """x (rows, K) int8 or uint8, |x| <= reach, times weight (M, K) int8, transposed -> (rows, M) int32."""
-    if reach <= 127 and x.device.type == "cpu" and x.shape[0] > 16 and x.shape[1] % 8 == 0:
-        return torch._int_mm(x.contiguous().view(torch.int8), weight.t())
+    if x.device.type == "cpu" and x.shape[0] > 16 and x.shape[1] % 8 == 0 and _int_mm_is_exact():
+        if reach <= 127:
+            return torch._int_mm(x.contiguous().view(torch.int8), weight.t())
+        # bytes less 128 are int8; what that takes away is 128 times the sum of each row of the weight
+        centred = torch._int_mm((x.contiguous() ^ 128).view(torch.int8), weight.t())
+        return centred + 128 * weight.sum(1, dtype=torch.int32)
     return _matmul(x, weight.t(), reach * int(weight.abs().sum(1, dtype=torch.int64).max()))
 
 
 def _run_linear(x: list[Tensor], t: Mapping[str, Tensor], a: Mapping[str, Any], types: _Types) -> Tensor:
     rows = x[0].reshape(-1, x[0].shape[-1])
-    out = _requantize(
-        _linear_accumulator(rows, t["weight"], types.reach) + t["bias"], t["mult"], t["shift"], types.output
-    )
+    accumulator = _linear_accumulator(rows, t["weight"], types.reach)
+    out = _requantize(accumulator, t["mult"], t["shift"], types.output, t["bias"])
     return out.reshape(*x[0].shape[:-1], -1)
 
 
@@ -84,7 +120,7 @@ def _run_conv2d(x: list[Tensor], t: Mapping[str, Tensor], a: Mapping[str, Any], 
     fields = fields.permute(0, 1, 2, 4, 5, 3)
     batch, height, width = fields.shape[:3]
     accumulator = _linear_accumulator(fields.reshape(batch * height * width, -1), weight.flatten(1), types.reach)
-    accumulator = accumulator.reshape(batch, height, width, -1) + t["bias"]
+    accumulator = accumulator.reshape(batch, height, width, -1) + t["bias"]  # which may differ from place to place
     return _requantize(accumulator, t["mult"], t["shift"], types.output)
 
 
@@ -101,21 +137,30 @@ def _reciprocal_sqrt(variance: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _run_layer_norm(x: list[Tensor], t: Mapping[str, Tensor], a: Mapping[str, Any], types: _Types) -> Tensor:
-    wide = x[0].long()
-    channels = wide.shape[-1]
-    total = wide.sum(-1, keepdim=True)
-    variance = channels * (wide * wide).sum(-1, keepdim=True) - total * total + a["epsilon"]
-    r, exponent = _reciprocal_sqrt(variance.clamp(min=1))
-    normalized = ((channels * wide - total) * r) >> (54 - NORMALIZED_FRACTION_BITS - exponent)
-    return _saturate(_shift_right_rounded(normalized * t["gain"].long() + t["offset"], a["shift"]), types.output)
+    gain, offset = t["gain"].long(), t["offset"] + (1 << (a["shift"] - 1))
+
+    def normalized(rows: Tensor) -> Tensor:
+        wide = rows.long()
+        channels = wide.shape[-1]
+        total = wide.sum(-1, keepdim=True)
+        variance = channels * (wide * wide).sum(-1, keepdim=True) - total * total + a["epsilon"]
+        r, exponent = _reciprocal_sqrt(variance.clamp(min=1))
+        wide = wide.mul_(channels).sub_(total).mul_(r)
+        wide = torch.bitwise_right_shift(wide, 54 - NORMALIZED_FRACTION_BITS - exponent, out=wide)
+        wide = wide.mul_(gain).add_(offset)
+        return torch.bitwise_right_shift(wide, a["shift"], out=wide).clamp_(*LIMITS[types.output])
+
+    return _by_rows(normalized, x[0], _DTYPES[types.output])
 
 
 def _run_table(x: list[Tensor], t: Mapping[str, Tensor], a: Mapping[str, Any], types: _Types) -> Tensor:
-    return t["values"][x[0].view(torch.uint8).int()]
+    values = t["values"]
+    return _by_rows(lambda rows: values[rows.view(torch.uint8).int()], x[0], values.dtype)
 
 
 def _run_add(x: list[Tensor], t: Mapping[str, Tensor], a: Mapping[str, Any], types: _Types) -> Tensor:
-    return _saturate(x[0].long() + x[1].reshape(x[0].shape), types.output)
+    wide = x[0].long() if types.output == "int32" else x[0].int()
+    return _saturate(wide + x[1].reshape(x[0].shape), types.output)
 
 
 def _run_add_constant(x: list[Tensor], t: Mapping[str, Tensor], a: Mapping[str, Any], types: _Types) -> Tensor:
