@@ -8,6 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from swincompress_pl.report import PairedComparison
 from swincompress_pl.report.markdown import table
 from swincompress_pl.report.record import write_text
@@ -66,16 +69,16 @@ def _rows(results: Results, network: str, pruned: bool, *, tuned: bool = False) 
     if base is None or whole is None:
         return []
     tables = []
-    for name in base["sets"]:
+    for names in [*((name,) for name in base["sets"]), *([tuple(base["sets"])] if len(base["sets"]) > 1 else [])]:
         rows = [
-            _row(entry, base, whole, name, bits, way)
+            _row(entry, base, whole, names, bits, way)
             for bits in BITS
             for way in WAYS
             if (entry := results.get(Job(network=network, pruned=pruned, way=way, bits=bits, tuned=tuned).name))
             is not None
         ]
-        images = base["sets"][name]["images"]
-        title = f"{images:,} images of `{name}`; float {_percent(base['sets'][name])} %"
+        images = sum(base["sets"][name]["images"] for name in names)
+        title = f"{images:,} images of `{'` and `'.join(names)}`; float {_percent(base, names)} %"
         if tuned:
             epochs = base["recipe"]["epochs"]
             title = f"After {epochs} epochs with distillation: {title} after the same epochs"
@@ -88,10 +91,9 @@ def _rows(results: Results, network: str, pruned: bool, *, tuned: bool = False) 
 
 
 def _row(
-    entry: dict[str, Any], base: dict[str, Any], whole: dict[str, Any], name: str, bits: str, way: str
+    entry: dict[str, Any], base: dict[str, Any], whole: dict[str, Any], names: Sequence[str], bits: str, way: str
 ) -> list[str]:
-    before, after = base["sets"][name], entry["sets"][name]
-    paired = PairedComparison.of(classes_of(before), classes_of(after), classes_of(before, "labels"))
+    paired = PairedComparison.of(_classes(base, names), _classes(entry, names), _classes(base, names, "labels"))
     low, high = paired.interval_points
     equal = {k: v for k, v in entry.get("equal", {}).items() if k != "images"}
     part = [
@@ -101,7 +103,7 @@ def _row(
     return [
         bits,
         way,
-        _percent(after),
+        _percent(entry, names),
         f"{paired.right_to_wrong} / {paired.wrong_to_right}",
         f"{-paired.change_points + 0.0:.2f}",
         f"{-high:.2f} .. {-low:.2f}",
@@ -138,8 +140,13 @@ def _cost_table(costs: Sequence[dict[str, Any]]) -> str:
     return table(header, rows)
 
 
-def _percent(entry: Mapping[str, Any]) -> str:
-    return f"{100 * entry['correct'] / entry['images']:.2f}"
+def _classes(entry: Mapping[str, Any], names: Sequence[str], key: str = "classes") -> npt.NDArray[np.int16]:
+    return np.concatenate([classes_of(entry["sets"][name], key) for name in names])
+
+
+def _percent(entry: Mapping[str, Any], names: Sequence[str]) -> str:
+    sets = [entry["sets"][name] for name in names]
+    return f"{100 * sum(found['correct'] for found in sets) / sum(found['images'] for found in sets):.2f}"
 
 
 def _about(results: Results, network: str, pruned: bool) -> str:
