@@ -84,7 +84,7 @@ def _rows(results: Results, network: str, pruned: bool, *, tuned: bool = False) 
             title = f"After {epochs} epochs with distillation: {title} after the same epochs"
         header = [
             "bits", "method", "top-1 %", "right -> wrong / wrong -> right", "points lost", "95 %", "same %", "equal",
-            "file %", "coded %", "s", "peak GB",
+            "file %", "coded %", "s", "peak GB", "commit",
         ]  # fmt: skip
         tables.append(f"{title}\n\n{table(header, rows)}")
     return tables
@@ -112,6 +112,7 @@ def _row(
         *part,
         f"{entry['quantize_seconds'] if 'quantize_seconds' in entry else entry['fit_seconds']:.0f}",
         f"{entry['peak_rss_bytes'] / 1e9:.2f}",
+        (entry["environment"].get("commit") or "")[:7],
     ]
 
 
