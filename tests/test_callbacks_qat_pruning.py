@@ -188,7 +188,7 @@ def test_predict_is_given_the_rounded_network(tmp_path: Path) -> None:
         def predict(self, module: LightningModule, network: nn.Module, images: Tensor) -> Tensor:
             assert not network.training
             logits: Tensor = network(images)
-            seen.append(torch.equal(logits, quantized_of(module).masked_logits(images)))
+            seen.append(torch.equal(logits, quantized_of(module).fake_quantized(images)))
             return logits
 
     search = Mine(tolerance=100.0, step=0.25, max_rounds=1, model_attribute="backbone")
@@ -199,7 +199,7 @@ def test_predict_is_given_the_rounded_network(tmp_path: Path) -> None:
 
 def test_no_activations_are_kept_for_a_quantized_network() -> None:
     network, (images, labels) = quantized_of(prequantized()).eval(), images_and_labels()
-    holdout = HoldOut(images, labels, predict=lambda _, batch: network.masked_logits(batch))
+    holdout = HoldOut(images, labels, predict=lambda _, batch: network.fake_quantized(batch))
     holdout.begin_round(network.network)
     assert holdout._cache is not None
     assert holdout._cache.off == "a pass does not run every segment"
@@ -214,7 +214,7 @@ def test_what_a_round_takes_back_comes_back_with_its_scales() -> None:
     widths: list[int] = []
 
     def evaluate(inner: nn.Module) -> float:
-        network.eval().masked_logits(images_and_labels()[0])  # fits at any width
+        network.eval().fake_quantized(images_and_labels()[0])  # fits at any width
         widths.append(len(network.scales.drift))  # type: ignore[arg-type]
         return 100.0 if widths[-1] == widths[0] else 0.0
 

@@ -197,7 +197,7 @@ def _with_shifts(graph: Graph) -> Graph:
     fixed = {site.name for site in graph.sites.values() if not site.searched}
     for node in graph.nodes:
         # A padded gather brings rows of code 0, which have to mean 0; one that joins rows makes other channels.
-        moves = isinstance(node, GatherNode) and node.index.shape[1] == 1 and int(node.index.min()) >= 0
+        moves = isinstance(node, GatherNode) and node.index.shape[1] == 1 and not node.pads
         for kinds, values in ((_ADDING, (node.output,)), (_SUBTRACTING, node.inputs)):
             found = [site for value in values if (site := graph.site_of(value)) is not None]
             fixed |= {site.name for site in found if not (moves or isinstance(node, kinds))}

@@ -1,18 +1,14 @@
-"""A quantized network under changes of the one below it: scales that follow a cut, and graphs for networks with masked
-LayerNorms and for compiled code."""
+"""Scales that follow when units are removed from the network below them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from swincompress_pl.quant.graph import Graph, Node, Run
-from swincompress_pl.quant.nodes import GatherNode, LayerNormNode
+from swincompress_pl.quant.graph import Graph
 from swincompress_pl.quant.scales import Scales, weight_key
 
 Kept = Mapping[str, Mapping[int, Tensor]]
@@ -97,52 +93,3 @@ def check_fit(scales: Scales, graph: Graph, network: nn.Module) -> None:
                 f"{node.name}: the layer is {tuple(weight.shape)}, its scales are made for {wide}; cut the network and "
                 "its scales together: QuantizedNetwork.follow takes what pruning.apply_plan gave"
             )
-
-
-@dataclass(frozen=True, kw_only=True)
-class _ModuleNorm(LayerNormNode):
-    """A LayerNorm through its module, which pruning may have masked."""
-
-    def forward(self, run: Run, *inputs: Tensor) -> Tensor:
-        result: Tensor = self._norm(run.network)(inputs[0])
-        return result
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _TraceableGather(GatherNode):
-    """A gather that knows without looking whether it reads the zero row. order: the index, flat."""
-
-    order: Tensor
-    reads_zeros: bool
-
-    def forward(self, run: Run, *inputs: Tensor) -> Tensor:
-        x, order = inputs[0], self.order.to(inputs[0].device)
-        if self.reads_zeros:
-            x = F.pad(x, (0, 0, 0, 1))  # row -1 is the zero row
-            order = order % x.shape[1]
-        return x[:, order].reshape(x.shape[0], order.shape[0] // self.joined, -1)
-
-    @property
-    def joined(self) -> int:
-        """Tokens that go side by side."""
-        return int(self.index.shape[1])
-
-
-def through_norm_modules(graph: Graph) -> Graph:
-    """`graph` for a network whose LayerNorms may be masked: they see the channels that their masks leave."""
-    nodes = tuple(_ModuleNorm(**_fields(n)) if type(n) is LayerNormNode else n for n in graph.nodes)
-    return replace(graph, nodes=nodes)
-
-
-def traceable(graph: Graph) -> Graph:
-    """`graph` for `torch.compile`, in one piece."""
-
-    def of(node: GatherNode) -> _TraceableGather:
-        index = torch.from_numpy(node.index).flatten()
-        return _TraceableGather(**_fields(node), order=index, reads_zeros=bool((index < 0).any()))
-
-    return replace(graph, nodes=tuple(of(n) if type(n) is GatherNode else n for n in graph.nodes))
-
-
-def _fields(node: Node) -> dict[str, Any]:
-    return {f.name: getattr(node, f.name) for f in fields(node)}

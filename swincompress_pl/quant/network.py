@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from swincompress_pl.norm import Program
 from swincompress_pl.quant.bits import Bits, with_bits
-from swincompress_pl.quant.cut import Kept, ScaleCut, check_fit, cut_scales, through_norm_modules, traceable, undo_cut
+from swincompress_pl.quant.cut import Kept, ScaleCut, check_fit, cut_scales, undo_cut
 from swincompress_pl.quant.graph import Graph, Run
 from swincompress_pl.quant.lower import lower
 from swincompress_pl.quant.scales import Scales
@@ -62,7 +62,6 @@ class QuantizedNetwork(nn.Module):
         self._twin: tuple[tuple[Any, ...], TorchTwin] | None = None
         self.compiler: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None
         self._compiled: Callable[[Run, Tensor], Tensor] | None = None
-        self._traceable: tuple[Graph, Graph] | None = None
         self._entries_before = len(getattr(network, "compression_history", []))
         device = next(network.parameters()).device
         self.scales.to(device)
@@ -132,7 +131,8 @@ class QuantizedNetwork(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         if self.training and self._compiled is not None:
-            return self._compiled(self._traceable_run(), images)
+            # Learned scales are computed before it, where what is wrong with them can be raised.
+            return self._compiled(Run(self.graph, self.network, self.scales.quantizer()), images)
         if self.training or self.method == "affine":
             return self.fake_quantized(images)
         return self.integer_logits(self.pixels(images)).to(torch.float32) * self.twin().program.logit_scale
@@ -140,10 +140,6 @@ class QuantizedNetwork(nn.Module):
     def fake_quantized(self, images: Tensor) -> Tensor:
         """The float simulation, whatever the mode."""
         return Run(self.graph, self.network, self.scales.quantizer())(images)
-
-    def masked_logits(self, images: Tensor) -> Tensor:
-        """`fake_quantized` for a network with units masked on trial, whose LayerNorms see fewer channels."""
-        return Run(through_norm_modules(self.graph), self.network, self.scales.quantizer())(images)
 
     def compile(self, *args: Any, **options: Any) -> None:
         """As `nn.Module.compile`, for the fake quantization of training alone: evaluation is integer arithmetic that
@@ -155,13 +151,6 @@ class QuantizedNetwork(nn.Module):
         if self.method == "affine":
             raise ValueError("method 'affine' has operators that torch.compile does not trace; train it uncompiled")
         self.compiler, self._compiled = compiler, compiler(_run)
-
-    def _traceable_run(self) -> Run:
-        """A pass for compiled code, to which the values of arrays are unknown. Learned scales are computed before it,
-        where what is wrong with them can be raised."""
-        if self._traceable is None or self._traceable[0] is not self.graph:
-            self._traceable = (self.graph, traceable(self.graph))
-        return Run(self._traceable[1], self.network, self.scales.quantizer())
 
     def integer_logits(self, pixels: Tensor) -> Tensor:
         """uint8 (N, H, W, C) -> int32 logits (N, classes), as reference and engine give them."""
@@ -220,7 +209,7 @@ class QuantizedNetwork(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # copies build their own
-        return {**self.__dict__, "_twin": None, "compiler": None, "_compiled": None, "_traceable": None}
+        return {**self.__dict__, "_twin": None, "compiler": None, "_compiled": None}
 
 
 def _run(run: Run, images: Tensor) -> Tensor:

@@ -159,8 +159,8 @@ class LayerNormNode(Node):
         return norm
 
     def forward(self, run: Run, *inputs: Tensor) -> Tensor:
-        norm = self._norm(run.network)
-        return F.layer_norm(inputs[0], norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+        result: Tensor = self._norm(run.network)(inputs[0])  # the module, which pruning may have masked on trial
+        return result
 
     def lower(self, lowering: Lowering) -> None:
         norm = self._norm(lowering.network)
@@ -256,10 +256,20 @@ class GatherNode(Node):
 
     index: npt.NDArray[np.int32]
 
+    def __post_init__(self) -> None:
+        # Code that torch.compile traces cannot look into arrays.
+        object.__setattr__(self, "_pads", bool((self.index < 0).any()))
+
+    @property
+    def pads(self) -> bool:
+        """Whether rows of zeros (index -1) are among what it gives."""
+        pads: bool = self._pads  # type: ignore[attr-defined]
+        return pads
+
     def forward(self, run: Run, *inputs: Tensor) -> Tensor:
         x = inputs[0]
         index = torch.from_numpy(self.index).to(x.device)
-        if self.index.min() < 0:
+        if self.pads:
             x = F.pad(x, (0, 0, 0, 1))  # row -1 is the zero row
             index = index % x.shape[1]
         return x[:, index.flatten()].reshape(x.shape[0], index.shape[0], -1)
