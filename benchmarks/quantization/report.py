@@ -22,14 +22,16 @@ Results = Mapping[str, dict[str, Any]]
 
 
 def write(folder: Path, to: Path) -> list[Path]:
-    """quantization.md and quantization.json from the files of results in `folder`; ValueError where there are none."""
-    results = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.json"))}
+    """quantization.md and quantization.json from the results in `folder` and, where a job has none there, those that
+    quantization.json kept, with every image's answer; ValueError where there are none."""
+    kept = to / "quantization.json"
+    results = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
+    results |= {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.json"))}
     if not results:
         raise ValueError(f"{folder} has no results; `python -m benchmarks.quantization run --out {folder}` makes them")
-    plain = {name: _without_answers(entry) for name, entry in results.items()}
     return [
         write_text(to / "quantization.md", page(results)),
-        write_text(to / "quantization.json", json.dumps(plain, allow_nan=False, indent=1) + "\n"),
+        write_text(kept, json.dumps(dict(sorted(results.items())), allow_nan=False, indent=1) + "\n"),
     ]
 
 
@@ -164,11 +166,3 @@ def _place(entry: Mapping[str, Any]) -> str:
     return (
         f"{found['cpu']}, {found['threads']} threads, torch {found['packages']['torch']}, commit {found.get('commit')}"
     )
-
-
-def _without_answers(entry: dict[str, Any]) -> dict[str, Any]:
-    sets = {
-        name: {k: v for k, v in found.items() if k not in ("classes", "labels")}
-        for name, found in entry.get("sets", {}).items()
-    }
-    return {**entry, "sets": sets}

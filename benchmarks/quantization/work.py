@@ -8,6 +8,7 @@ import json
 import resource
 import tempfile
 import time
+import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -221,7 +222,7 @@ def _integers(given: Material, quantized: QuantizedNetwork) -> dict[str, Any]:
 
 @torch.no_grad()
 def _answers(images: Images, predict: Any) -> dict[str, Any]:
-    """The predicted classes as base64 of int16, and how many are right."""
+    """The predicted classes, packed (`classes_of` reads them), and how many are right."""
     found = [
         predict(batch).argmax(1).numpy()
         for batch in track(torch.from_numpy(images.pixels).split(_BATCH), "images", transient=True)
@@ -230,11 +231,15 @@ def _answers(images: Images, predict: Any) -> dict[str, Any]:
     return {
         "images": len(classes),
         "correct": int((classes == images.labels).sum()),
-        "classes": base64.b64encode(classes.tobytes()).decode(),
-        "labels": base64.b64encode(images.labels.astype(np.int16).tobytes()).decode(),
+        "classes": _packed(classes),
+        "labels": _packed(images.labels.astype(np.int16)),
     }
+
+
+def _packed(classes: npt.NDArray[np.int16]) -> str:
+    return base64.b64encode(zlib.compress(classes.tobytes(), 9)).decode()
 
 
 def classes_of(entry: dict[str, Any], key: str = "classes") -> npt.NDArray[np.int16]:
     """(images,) what `_answers` kept under "classes" or "labels"."""
-    return np.frombuffer(base64.b64decode(entry[key]), dtype=np.int16)
+    return np.frombuffer(zlib.decompress(base64.b64decode(entry[key])), dtype=np.int16)
