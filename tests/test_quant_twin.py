@@ -12,9 +12,19 @@ from program_cases import MAKERS, operation_cases, small_program
 from swincompress_pl.norm import LIMITS, STORAGE, Operation, run
 from swincompress_pl.norm.integer import SIGNED_BYTES, UNSIGNED_BYTES
 from swincompress_pl.norm.kinds import KINDS, check_operation
+from swincompress_pl.quant import twin
 from swincompress_pl.quant.twin import TorchTwin, run_operation
 
 
+@pytest.fixture(params=["_int_mm", "floats"])
+def product(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways to an integer product, whichever of them this CPU would take."""
+    if request.param == "_int_mm" and not twin._int_mm_is_exact():
+        pytest.skip("torch._int_mm saturates on this CPU")
+    monkeypatch.setattr(twin, "_int_mm_pays", lambda: request.param == "_int_mm")
+
+
+@pytest.mark.usefixtures("product")
 @pytest.mark.parametrize("seed", range(4))
 def test_every_operation_equals_the_norm(seed: int) -> None:
     for op, inputs, tensors, value in operation_cases(500, seed=100 + seed):
@@ -61,6 +71,7 @@ def test_any_program_of_any_width_equals_the_reference(seed: int, byte: str, wei
     assert np.array_equal(logits.numpy(), run(program, images))
 
 
+@pytest.mark.usefixtures("product")
 @pytest.mark.parametrize("source", [*SIGNED_BYTES, *UNSIGNED_BYTES])
 @pytest.mark.parametrize("depth", [8, 3072])
 def test_extreme_products_of_every_width_equal_the_norm(source: str, depth: int) -> None:

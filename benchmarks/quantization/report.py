@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-import numpy.typing as npt
 
 from swincompress_pl.report import PairedComparison
 from swincompress_pl.report.markdown import table
@@ -22,17 +20,35 @@ Results = Mapping[str, dict[str, Any]]
 
 
 def write(folder: Path, to: Path) -> list[Path]:
-    """quantization.md and quantization.json from the results in `folder` and, where a job has none there, those that
-    quantization.json kept, with every image's answer; ValueError where there are none."""
+    """quantization.md and quantization.json from the results in `folder` and, for jobs that have none there, those that
+    quantization.json keeps; ValueError where there are none, or a network without its float one."""
     kept = to / "quantization.json"
     results = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
-    results |= {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.json"))}
+    new = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.json"))}
+    results |= {name: _paired(entry, new) for name, entry in new.items()}
     if not results:
         raise ValueError(f"{folder} has no results; `python -m benchmarks.quantization run --out {folder}` makes them")
     return [
         write_text(to / "quantization.md", page(results)),
         write_text(kept, json.dumps(dict(sorted(results.items())), allow_nan=False, indent=1) + "\n"),
     ]
+
+
+def _paired(entry: dict[str, Any], results: Results) -> dict[str, Any]:
+    """Counts of the pairs with the float network's answers instead of all answers, which would fill megabytes."""
+    if "sets" not in entry:
+        return entry
+    job = Job(**entry["job"])
+    name = Job(network=job.network, pruned=job.pruned, tuned=job.tuned).name
+    if name not in results:
+        raise ValueError(f"{job.name}: the results of {name}, which it is paired with, are not in the same folder")
+    sets = {}
+    for key, found in entry["sets"].items():
+        before, after = (classes_of(results[given]["sets"][key]) for given in (name, job.name))
+        pairs = PairedComparison.of(before, after, classes_of(found, "labels"))
+        rest = {field: value for field, value in found.items() if field not in ("classes", "labels")}
+        sets[key] = rest | {"paired": asdict(pairs)}
+    return entry | {"sets": sets}
 
 
 def page(results: Results) -> str:
@@ -73,7 +89,7 @@ def _rows(results: Results, network: str, pruned: bool, *, tuned: bool = False) 
     tables = []
     for names in [*((name,) for name in base["sets"]), *([tuple(base["sets"])] if len(base["sets"]) > 1 else [])]:
         rows = [
-            _row(entry, base, whole, names, bits, way)
+            _row(entry, whole, names, bits, way)
             for bits in BITS
             for way in WAYS
             if (entry := results.get(Job(network=network, pruned=pruned, way=way, bits=bits, tuned=tuned).name))
@@ -92,10 +108,9 @@ def _rows(results: Results, network: str, pruned: bool, *, tuned: bool = False) 
     return tables
 
 
-def _row(
-    entry: dict[str, Any], base: dict[str, Any], whole: dict[str, Any], names: Sequence[str], bits: str, way: str
-) -> list[str]:
-    paired = PairedComparison.of(_classes(base, names), _classes(entry, names), _classes(base, names, "labels"))
+def _row(entry: dict[str, Any], whole: dict[str, Any], names: Sequence[str], bits: str, way: str) -> list[str]:
+    counts = [entry["sets"][name]["paired"] for name in names]
+    paired = PairedComparison(**{key: sum(count[key] for count in counts) for key in counts[0]})
     low, high = paired.interval_points
     equal = {k: v for k, v in entry.get("equal", {}).items() if k != "images"}
     part = [
@@ -141,10 +156,6 @@ def _cost_table(costs: Sequence[dict[str, Any]]) -> str:
         "32 images in floats s", "in integers, eval() s", "ratio, median of turns",
     ]  # fmt: skip
     return table(header, rows)
-
-
-def _classes(entry: Mapping[str, Any], names: Sequence[str], key: str = "classes") -> npt.NDArray[np.int16]:
-    return np.concatenate([classes_of(entry["sets"][name], key) for name in names])
 
 
 def _percent(entry: Mapping[str, Any], names: Sequence[str]) -> str:

@@ -14,8 +14,8 @@ from swincompress_pl.callbacks import QuantizationAwareTraining
 # What differs from the recipe of pruning: less to recover, so fewer epochs at a lower rate, and always a teacher, the
 # float network as it was given.
 RECIPES: dict[str, dict[str, Any]] = {
-    "swin_cifar10": {"epochs": 1, "lr": 2e-4, "warmup_epochs": 0.1, "distillation": 0.5},
-    "deit_tiny": {"epochs": 2, "lr": 5e-5, "warmup_epochs": 0.1, "distillation": 0.9},
+    "swin_cifar10": {"epochs": 3, "lr": 2e-4, "warmup_epochs": 0.3, "distillation": 0.5},
+    "deit_tiny": {"epochs": 1, "lr": 5e-5, "warmup_epochs": 0.1, "distillation": 0.9},
 }
 
 

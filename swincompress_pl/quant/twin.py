@@ -8,6 +8,7 @@ off here and float32 products are left only where TF32 cannot enter.
 from __future__ import annotations
 
 import functools
+import timeit
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -82,21 +83,42 @@ def _matmul(a: Tensor, b: Tensor, bound: int) -> Tensor:
     return torch.matmul(a.to(floating), b.to(floating)).to(torch.int64 if bound >= ACCUMULATOR_BOUND else torch.int32)
 
 
+def _largest_products() -> tuple[Tensor, Tensor, int]:
+    """Two square int8 matrices of the largest codes, and the bound of their product's sums."""
+    rng = np.random.default_rng(0)
+    x, weight = (
+        torch.from_numpy(rng.choice(codes, (256, 256)).astype(np.int8)) for codes in ([-128, 127], [-127, 127])
+    )
+    for matrix in (x, weight):  # rows of one sign, too: their sums are the largest
+        matrix[:2] = torch.tensor([int(matrix.min()), 127], dtype=torch.int8)[:, None]
+    return x, weight.t(), 128 * 127 * 256
+
+
 @functools.cache
 def _int_mm_is_exact() -> bool:
-    """Whether `torch._int_mm` gives true sums of the largest products on this CPU; without VNNI instructions a kernel
-    may add pairs of products in 16 bits, where they saturate."""
-    rng = np.random.default_rng(0)
-    x = torch.from_numpy(rng.choice([-128, -127, 127], (32, 64)).astype(np.int8))
-    x[:3] = torch.tensor([-128, -127, 127], dtype=torch.int8)[:, None]
-    weight = torch.from_numpy(rng.choice([-127, 127], (16, 64)).astype(np.int8))
-    weight[:2] = torch.tensor([-127, 127], dtype=torch.int8)[:, None]
-    return torch.equal(torch._int_mm(x, weight.t()).double(), x.double() @ weight.t().double())
+    """Whether `torch._int_mm` gives true sums on this CPU; a kernel may add pairs of products in 16 bits, where they
+    saturate."""
+    x, weight, bound = _largest_products()
+    return torch.equal(torch._int_mm(x, weight), _matmul(x, weight, bound))
+
+
+@functools.cache
+def _int_mm_pays() -> bool:
+    """Whether `torch._int_mm` is exact and faster than floats: without instructions for it (VNNI) it is a plain loop,
+    ten to thirty times slower. Both ways give the same integers, so that a measurement may decide."""
+    x, weight, bound = _largest_products()
+    return _int_mm_is_exact() and (
+        _least_seconds(lambda: torch._int_mm(x, weight)) < _least_seconds(lambda: _matmul(x, weight, bound))
+    )
+
+
+def _least_seconds(function: Callable[[], object]) -> float:
+    return min(timeit.repeat(function, number=1, repeat=5))
 
 
 def _linear_accumulator(x: Tensor, weight: Tensor, reach: int) -> Tensor:
     """x (rows, K) int8 or uint8, |x| <= reach, times weight (M, K) int8, transposed -> (rows, M) int32."""
-    if x.device.type == "cpu" and x.shape[0] > 16 and x.shape[1] % 8 == 0 and _int_mm_is_exact():
+    if x.device.type == "cpu" and x.shape[0] > 16 and x.shape[1] % 8 == 0 and _int_mm_pays():
         if reach <= 127:
             return torch._int_mm(x.contiguous().view(torch.int8), weight.t())
         # bytes less 128 are int8; what that takes away is 128 times the sum of each row of the weight
