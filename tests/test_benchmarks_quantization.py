@@ -84,7 +84,15 @@ def test_from_the_job_to_the_report(place: subjects.Place, tmp_path: Path) -> No
     assert "70 images of `test`" in page
     assert page.count(" yes |") == 2
     assert "simulated" in page
-    assert "classes" not in json.loads(files[1].read_text())["swin_cifar10-whole-float"]["sets"]["test"]
+    kept = json.loads(files[1].read_text())["swin_cifar10-whole-float"]["sets"]["test"]
+    assert "classes" not in kept
+    assert kept["paired"]["same_predictions"] == 70
+    for file in out.glob("*.json"):
+        file.unlink()
+    assert report.write(out, tmp_path)[0].read_text() == page  # rows stay where their results are no longer at hand
+    work.do(some[-1], out, place)
+    with pytest.raises(ValueError, match="the results of swin_cifar10-pruned-float, which it is paired with"):
+        report.write(out, tmp_path)
 
 
 def test_after_fine_tuning_the_integers_stand_against_a_float_control(place: subjects.Place, tmp_path: Path) -> None:
@@ -140,4 +148,4 @@ def test_names_are_unique_and_filters_are_checked() -> None:
 
 def test_a_report_of_nothing_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="has no results"):
-        report.write(tmp_path, tmp_path)
+        report.write(tmp_path, tmp_path / "other")
