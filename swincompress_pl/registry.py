@@ -41,12 +41,15 @@ class UnsupportedNetworkError(TypeError):
     """No adapter knows this network, or its adapter does not cover this variant of it."""
 
 
-_adapters: dict[type, Adapter] = {}
+_adapters: dict[type | str, Adapter] = {}
 _loaded = False
 
 
-def register(network_type: type, adapter: Adapter) -> None:
-    """Announce `adapter` for `network_type` and its subclasses; a second registration of a type replaces the first."""
+def register(network_type: type | str, adapter: Adapter) -> None:
+    """Announce `adapter` for `network_type` and its subclasses; a second registration of a type replaces the first.
+
+    network_type: the class, or "module:Class" for one that is not worth importing before a network of it comes along.
+    """
     _adapters[network_type] = adapter
 
 
@@ -73,8 +76,9 @@ def adapter_for(network: Any) -> Adapter:
     """
     _load_adapters()
     for base in type(network).__mro__:
-        if base in _adapters:
-            return _adapters[base]
+        for key in (base, f"{base.__module__}:{base.__qualname__}"):
+            if key in _adapters:
+                return _adapters[key]
     raise UnsupportedNetworkError(
         f"{type(network).__module__}.{type(network).__qualname__}: no adapter for this network; supported families are "
         f"{', '.join(families())}. Pass the network itself (module.net, not the LightningModule), or register an "

@@ -30,6 +30,7 @@ SPIKING = [
     "sdt_8_384",
     "maxformer_10_384",
     "maxformer_cifar",
+    "meta_spikeformer_8_256",
 ]
 
 

@@ -1,4 +1,4 @@
-"""Networks by name: timm's, two of timm's classes with free arguments, and spikingjelly's builders."""
+"""Networks by name: timm's, two of timm's classes with free arguments, spikingjelly's builders, Meta-SpikeFormer."""
 
 from __future__ import annotations
 
@@ -23,16 +23,27 @@ _CLASSES: dict[str, type[nn.Module]] = {
     "vit": timm.models.VisionTransformer,
 }
 _CLASS_NAMES = ("SwinTransformer", "VisionTransformer")
-# Name -> module of spikingjelly.activation_based.model
+_THEIRS = "spikingjelly.activation_based.model"
+_OURS = "swincompress_pl.models"
+# Name -> module with the builder or class of that name
 _SPIKING = {
-    "spikformer_ti": "spikformer",
-    "spikformer_s": "spikformer",
-    "spikformer_cifar10": "spikformer",
-    "qkformer_10_384": "qkformer",
-    "sdt_8_384": "spike_driven_transformer",
-    "maxformer_10_384": "maxformer",
-    "maxformer_cifar": "maxformer",
+    "spikformer_ti": f"{_THEIRS}.spikformer",
+    "spikformer_s": f"{_THEIRS}.spikformer",
+    "spikformer_cifar10": f"{_THEIRS}.spikformer",
+    "qkformer_10_384": f"{_THEIRS}.qkformer",
+    "sdt_8_384": f"{_THEIRS}.spike_driven_transformer",
+    "maxformer_10_384": f"{_THEIRS}.maxformer",
+    "maxformer_cifar": f"{_THEIRS}.maxformer",
+    "meta_spikeformer_8_256": f"{_OURS}.meta_spikeformer",
+    "meta_spikeformer_8_384": f"{_OURS}.meta_spikeformer",
+    "meta_spikeformer_8_512": f"{_OURS}.meta_spikeformer",
+    "MetaSpikeFormer": f"{_OURS}.meta_spikeformer",
+    "Spikformer": f"{_THEIRS}.spikformer",
+    "QKFormer": f"{_THEIRS}.qkformer",
+    "SpikeDrivenTransformer": f"{_THEIRS}.spike_driven_transformer",
+    "MaxFormer": f"{_THEIRS}.maxformer",
 }
+_SPIKING_CLASSES = {name.lower(): name for name in _SPIKING if not name.islower()}
 # Buffers that older timm versions saved and newer ones compute: the only keys of a file that may be left over.
 _RECOMPUTED = ("relative_position_index", "attn_mask")
 
@@ -43,10 +54,12 @@ def create_model(
     """A network by name, with `kwargs` for its constructor; it remembers them as `network.creation`.
 
     name: a model of timm ("swin_tiny_patch4_window7_224", with a tag or not), "SwinTransformer" or
-    "VisionTransformer" (any case, or "swin", "vit") with the arguments of timm's class, or a builder of spikingjelly
-    ("spikformer_ti", ...). pretrained: timm's published weights (a download). checkpoint_path: weights in a
-    safetensors or torch file instead. `network.creation` is {"name": str, "kwargs": JSON data}: with it and a state
-    dict the network can be built again.
+    "VisionTransformer" (any case, or "swin", "vit") with the arguments of timm's class, a builder of spikingjelly
+    ("spikformer_ti", ...), one of `meta_spikeformer` ("meta_spikeformer_8_256", ...), or a spiking class, "Spikformer",
+    "QKFormer", "SpikeDrivenTransformer", "MaxFormer" or "MetaSpikeFormer" (any case) with its own arguments; spiking
+    networks forget between calls and answer once (`models.spiking.without_memory`).
+    pretrained: timm's published weights (a download). checkpoint_path: weights in a safetensors or torch file instead.
+    `network.creation` is {"name": str, "kwargs": JSON data}: with it and a state dict the network can be built again.
 
     Raises ValueError for an unknown name (with the closest known ones), for arguments that are not JSON data, and for
     weights that do not fit or are not finite; TypeError for arguments that the network does not take.
@@ -72,8 +85,8 @@ def _builder(name: str, pretrained: bool) -> Callable[..., nn.Module]:
     builder: Callable[..., nn.Module]
     if name.lower() in _CLASSES:
         builder = _CLASSES[name.lower()]
-    elif name in _SPIKING:
-        builder = _spiking_builder(name)
+    elif name in _SPIKING or name.lower() in _SPIKING_CLASSES:
+        builder = _spiking_builder(_SPIKING_CLASSES.get(name.lower(), name))
     else:
         raise ValueError(_unknown(name))
     if pretrained:
@@ -87,8 +100,10 @@ def _spiking_builder(name: str) -> Callable[..., nn.Module]:
     # Imported on use: spikingjelly takes seconds to import and most networks do not spike.
     import importlib
 
-    module = importlib.import_module(f"spikingjelly.activation_based.model.{_SPIKING[name]}")
-    return getattr(module, name)  # type: ignore[no-any-return]
+    from swincompress_pl.models.spiking import without_memory
+
+    builder = getattr(importlib.import_module(_SPIKING[name]), name)
+    return lambda **kwargs: without_memory(builder(**kwargs))
 
 
 def _unknown(name: str) -> str:

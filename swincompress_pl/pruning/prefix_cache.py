@@ -26,7 +26,7 @@ class PrefixCache:
 
     The batches and the network stay the same for the life of a cache, apart from changes that are tried and taken back
     (`run`) and those that stay (`drop_behind`). off: why nothing is kept, None while the cache works. A network without
-    segments, with forward hooks, compiled, or that does not run every segment once a pass is run as it is.
+    segments, with forward hooks on its modules, compiled, or that does not run every segment once is run as it is.
     """
 
     def __init__(self, network: nn.Module, *, size_bytes: int) -> None:
@@ -50,8 +50,9 @@ class PrefixCache:
         self._part_before = [0.0] * len(names)
         if len(names) < 2:
             return self._turn_off("fewer than two segments, or size_bytes=0")
-        if any(m._forward_hooks or m._forward_pre_hooks for m in self.network.modules()):
-            return self._turn_off("the network has forward hooks, which have to see a whole pass")
+        # hooks of the network itself see what they always see: the images and the answer
+        if any(m._forward_hooks or m._forward_pre_hooks for m in self.network.modules() if m is not self.network):
+            return self._turn_off("the network's modules have forward hooks, which have to see a whole pass")
         if any(getattr(m, "_compiled_call_impl", None) is not None for m in self.network.modules()):
             return self._turn_off("the network is compiled")
         self._first_segment = _first_segments(self.network, names)

@@ -1,0 +1,76 @@
+"""spikingjelly's attentions for any number and width of heads: same state, same function, widths taken from the
+weights.
+
+spikingjelly's forwards take the width of a head from that of the input, so they cannot lose dimensions. Pruning
+exchanges the class of the modules that it cuts for one of these.
+"""
+
+from __future__ import annotations
+
+from spikingjelly.activation_based.layer.attention import (
+    QKAttention,
+    SpikeDrivenSelfAttention,
+    SpikingSelfAttention,
+)
+from spikingjelly.activation_based.model.maxformer import _MaxCifarSSA
+from torch import Tensor, nn
+
+MaxCifarSelfAttention: type[nn.Module] = _MaxCifarSSA
+
+
+class ResizableSpikingSelfAttention(SpikingSelfAttention):  # type: ignore[misc]  # spikingjelly is not typed
+    """Rows of qkv: q and k of one width, v of that of the projection's input."""
+
+    def forward(self, x_seq: Tensor) -> Tensor:
+        """x_seq: (T, N, C, L) -> (T, N, C, L) spikes."""
+        q, k, v = _heads(self.qkv_lif(self.qkv_conv_bn(x_seq)), self.num_heads, self.proj_conv_bn[0].in_channels)
+        # as spikingjelly orders the products; over spikes either order is exact
+        attended = v @ k.transpose(-2, -1) @ q * self.scale
+        spikes = self.attn_lif(attended).flatten(2, 3)
+        result: Tensor = self.proj_lif(self.proj_conv_bn(spikes))
+        return result
+
+
+class ResizableMaxCifarSelfAttention(_MaxCifarSSA):  # type: ignore[misc]  # spikingjelly is not typed
+    """Rows of qkv: q and k of one width, v of that of the projection's input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (T, N, C, L) -> (T, N, C, L), real values."""
+        q, k, v = _heads(self.qkv_lif(self.qkv(self.input_lif(x))), self.num_heads, self.proj[0].in_channels)
+        attended = v @ k.transpose(-2, -1) @ q * 0.125
+        result: Tensor = self.proj(self.attn_lif(attended.flatten(2, 3)))
+        return result
+
+
+class ResizableQKAttention(QKAttention):  # type: ignore[misc]  # spikingjelly is not typed
+    """Rows of qk: q, then k of the width of the projection's input."""
+
+    def forward(self, x_seq: Tensor) -> Tensor:
+        """x_seq: (T, N, C, L) -> (T, N, C, L) spikes."""
+        qk = self.qk_lif(self.qk_conv_bn(x_seq))
+        width = self.proj_conv_bn[0].in_channels
+        q, k = (part.unflatten(2, (self.num_heads, -1)) for part in qk.split([qk.shape[2] - width, width], dim=2))
+        gate = self.attn_lif(q.sum(self.sum_dim, keepdim=True))
+        result: Tensor = self.proj_lif(self.proj_conv_bn((gate * k).flatten(2, 3)))
+        return result
+
+
+class ResizableSpikeDrivenSelfAttention(SpikeDrivenSelfAttention):  # type: ignore[misc]  # spikingjelly is not typed
+    """Every channel for itself: heads play no part in the arithmetic."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (T, N, C, H, W) -> the same, real values."""
+        spikes = self.shortcut_lif(x)
+        q = self.q_lif(self.q_bn(self.q_conv(spikes)))
+        k = self.k_lif(self.k_bn(self.k_conv(spikes)))
+        v = self.v_lif(self.v_bn(self.v_conv(spikes)))
+        gate = self.attn_lif((k * v).sum((-2, -1), keepdim=True))
+        result: Tensor = self.proj_bn(self.proj_conv(q * gate)) + x
+        return result
+
+
+def _heads(qkv: Tensor, heads: int, v_width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(T, N, q | k | v, L) -> three (T, N, heads, dimensions, L)."""
+    width = (qkv.shape[2] - v_width) // 2
+    q, k, v = (part.unflatten(2, (heads, -1)) for part in qkv.split([width, width, v_width], dim=2))
+    return q, k, v

@@ -1,0 +1,344 @@
+"""Meta-SpikeFormer (Spike-driven Transformer V2; Yao et al., ICLR 2024, arXiv 2404.03663) on spikingjelly's layers.
+
+Its structure is that of the authors' published code (github.com/BICLab/Spike-Driven-Transformer-V2,
+classification/models.py), of which no line is copied, and the paper's parameter counts come out. From that code, too:
+biases in the down-samplings and the transformer blocks' MLPs and nowhere else; two BatchNorms after a
+re-parameterized convolution, its own and one more; the constant scale 0.125; no drop path (the code builds it and never
+calls it); truncated normal weights (0.02) in the head, torch's defaults elsewhere. Decided here:
+
+- The head sees spikes: mean over space, neuron, Linear. The published code computes these spikes but gives them to its
+  distillation head only; its ordinary head gets the mean before the neuron, which is not spike-driven.
+- The mean over time comes before the head, which is affine: the same logits with 1 / T of the work.
+- The distillation head of the T = 4 fine-tuning is left out; with it, the paper's counts would be passed.
+- The MLPs are 1 x 1 convolutions of images, not Conv1d over tokens: the same arithmetic, weights (out, in, 1, 1).
+- The smallest model's widths come from the published segmentation configuration of the "15M" model: the classification
+  code lists larger ones only.
+
+Importing this module imports spikingjelly, which takes seconds; `factory.create_model` does so on use. Sequences are
+(T, N, C, H, W) throughout: time steps, images, channels, rows, columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from spikingjelly.activation_based import layer, neuron
+from torch import Tensor, nn
+
+_SCALE = 0.125
+_EXPANSION = 2  # of the separable convolutions
+_ATTENTION_THRESHOLD = 0.5
+
+
+def _lif(v_threshold: float = 1.0) -> nn.Module:
+    node: nn.Module = neuron.LIFNode(tau=2.0, v_threshold=v_threshold, detach_reset=True, step_mode="m")
+    return node
+
+
+def _conv(inputs: int, outputs: int, kernel_size: int, *, bias: bool = False, groups: int = 1) -> nn.Module:
+    """A convolution that keeps the image's size."""
+    conv: nn.Module = layer.Conv2d(
+        inputs, outputs, kernel_size, padding=kernel_size // 2, bias=bias, groups=groups, step_mode="m"
+    )
+    return conv
+
+
+def _norm(channels: int) -> nn.Module:
+    norm: nn.Module = layer.BatchNorm2d(channels, step_mode="m")
+    return norm
+
+
+class DownSampling(nn.Module):
+    """Neuron (none in the first, which sees the image), convolution with bias, BatchNorm.
+
+    (T, N, inputs, H, W) -> (T, N, outputs, ceil(H / stride), ceil(W / stride)); kernel_size is odd.
+    """
+
+    def __init__(self, inputs: int, outputs: int, *, kernel_size: int = 3, stride: int = 2, first: bool = False):
+        super().__init__()
+        self.lif = nn.Identity() if first else _lif()
+        self.conv = layer.Conv2d(
+            inputs, outputs, kernel_size, stride=stride, padding=kernel_size // 2, bias=True, step_mode="m"
+        )
+        self.bn = _norm(outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.bn(self.conv(self.lif(x)))
+        return x
+
+
+class SeparableConv(nn.Module):
+    """Token mixer of the convolution blocks: 1 x 1 to twice the channels, 7 x 7 a channel, 1 x 1 back; no biases."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        hidden = _EXPANSION * dim
+        self.lif1 = _lif()
+        self.conv1 = _conv(dim, hidden, 1)
+        self.bn1 = _norm(hidden)
+        self.lif2 = _lif()
+        self.depthwise = _conv(hidden, hidden, 7, groups=hidden)
+        self.conv2 = _conv(hidden, dim, 1)
+        self.bn2 = _norm(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.bn1(self.conv1(self.lif1(x)))
+        x = self.bn2(self.conv2(self.depthwise(self.lif2(x))))
+        return x
+
+
+class Mlp(nn.Module):
+    """Channel mixer of every block: neuron, convolution, BatchNorm, twice."""
+
+    def __init__(self, dim: int, hidden: int, *, kernel_size: int, bias: bool):
+        super().__init__()
+        self.lif1 = _lif()
+        self.conv1 = _conv(dim, hidden, kernel_size, bias=bias)
+        self.bn1 = _norm(hidden)
+        self.lif2 = _lif()
+        self.conv2 = _conv(hidden, dim, kernel_size, bias=bias)
+        self.bn2 = _norm(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.bn1(self.conv1(self.lif1(x)))
+        x = self.bn2(self.conv2(self.lif2(x)))
+        return x
+
+
+class BatchNormPad(nn.Module):
+    """BatchNorm, then a border of one pixel with what the running statistics make of a zero.
+
+    (T, N, C, H, W) -> (T, N, C, H + 2, W + 2). With it, padding after the BatchNorm is padding with zeros before it, so
+    that the layers of a RepConv fold into one convolution. No gradient flows through the border.
+    """
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.bn = _norm(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.bn(x)
+        padded = self._border().to(x.dtype).expand(*x.shape[:-2], x.shape[-2] + 2, x.shape[-1] + 2).clone()
+        padded[..., 1:-1, 1:-1] = x
+        return padded
+
+    @torch.no_grad()
+    def _border(self) -> Tensor:
+        """(C, 1, 1)"""
+        bn: Any = self.bn
+        border: Tensor = bn.bias - bn.running_mean * bn.weight / torch.sqrt(bn.running_var + bn.eps)
+        return border[:, None, None]
+
+
+class RepConv(nn.Module):
+    """A 3 x 3 convolution in parts: 1 x 1, BatchNorm with border, 3 x 3 a channel, 1 x 1, BatchNorm; no biases."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__()
+        self.conv1 = _conv(inputs, inputs, 1)
+        self.bn1 = BatchNormPad(inputs)
+        self.depthwise = layer.Conv2d(inputs, inputs, 3, bias=False, groups=inputs, step_mode="m")
+        self.conv2 = _conv(inputs, outputs, 1)
+        self.bn2 = _norm(outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.bn2(self.conv2(self.depthwise(self.bn1(self.conv1(x)))))
+        return x
+
+
+class Attention(nn.Module):
+    """Token mixer of the transformer blocks: attention of spikes without softmax, in num_heads heads.
+
+    q (k^T v) of whole spikes, so the cost is linear in the tokens; the products are counts, exact in floats.
+    """
+
+    def __init__(self, dim: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.lif = _lif()
+        self.q_conv, self.q_bn, self.q_lif = RepConv(dim, dim), _norm(dim), _lif()
+        self.k_conv, self.k_bn, self.k_lif = RepConv(dim, dim), _norm(dim), _lif()
+        self.v_conv, self.v_bn, self.v_lif = RepConv(dim, dim), _norm(dim), _lif()
+        self.attn_lif = _lif(_ATTENTION_THRESHOLD)
+        self.proj_conv, self.proj_bn = RepConv(dim, dim), _norm(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.lif(x)
+        q = self._heads(self.q_lif(self.q_bn(self.q_conv(x))))
+        k = self._heads(self.k_lif(self.k_bn(self.k_conv(x))))
+        v = self._heads(self.v_lif(self.v_bn(self.v_conv(x))))
+        counts = (v @ k.transpose(-1, -2)) @ q
+        x = self.attn_lif(_SCALE * counts.flatten(2, 3).unflatten(-1, x.shape[-2:]))
+        x = self.proj_bn(self.proj_conv(x))
+        return x
+
+    def _heads(self, x: Tensor) -> Tensor:
+        """(T, N, C, H, W) -> (T, N, heads, C / heads, H * W)"""
+        heads: Tensor = x.flatten(3).unflatten(2, (self.num_heads, -1))
+        return heads
+
+
+class Block(nn.Module):
+    """A token mixer and a channel mixer, each with a residual connection around it (figure 1)."""
+
+    def __init__(self, mixer: nn.Module, mlp: nn.Module):
+        super().__init__()
+        self.mixer = mixer
+        self.mlp = mlp
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.mixer(x)
+        x = x + self.mlp(x)
+        return x
+
+
+class ConvBlock(Block):
+    """Separable convolution, then 3 x 3 convolutions through ratio times the channels."""
+
+    def __init__(self, dim: int, ratio: float):
+        super().__init__(SeparableConv(dim), Mlp(dim, int(dim * ratio), kernel_size=3, bias=False))
+
+
+class TransformerBlock(Block):
+    """Attention, then 1 x 1 convolutions through ratio times the channels."""
+
+    def __init__(self, dim: int, ratio: float, num_heads: int):
+        super().__init__(Attention(dim, num_heads), Mlp(dim, int(dim * ratio), kernel_size=1, bias=True))
+
+
+class Stage(nn.Module):
+    """Down-sampling and the blocks at its width."""
+
+    def __init__(self, downsample: DownSampling, blocks: Sequence[Block]):
+        super().__init__()
+        self.downsample = downsample
+        self.blocks = nn.Sequential(*blocks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.blocks(self.downsample(x))
+        return x
+
+
+class MetaSpikeFormer(nn.Module):
+    """Images (N, C, H, W), or sequences of them (T, N, C, H, W), to logits (N, num_classes), the mean over time.
+
+    An image is shown T times. embed_dims: the widths e0 to e3 of the paper's four stages, e0 even, e2 and e3 multiples
+    of num_heads. `stages` has five entries, as the paper's first stage scales down twice: convolution blocks at widths
+    e0 / 2, e0 and e1 after strides 2, 4 and 8, transformer blocks at e2 and e3 after stride 16. depths: their blocks.
+    conv_mlp_ratio and mlp_ratio: hidden channels of the MLPs in the first three and the last two, over their width.
+
+    Membranes stay in the neurons: call spikingjelly's functional.reset_net before each new batch. Raises ValueError for
+    arguments outside these ranges and for inputs of other than four or five dimensions.
+    """
+
+    def __init__(
+        self,
+        T: int = 4,  # noqa: N803  # as in spikingjelly's models
+        in_channels: int = 3,
+        num_classes: int = 1000,
+        embed_dims: Sequence[int] = (64, 128, 256, 360),
+        depths: Sequence[int] = (1, 1, 2, 6, 2),
+        num_heads: int = 8,
+        mlp_ratio: float = 4,
+        conv_mlp_ratio: float = 4,
+    ):
+        super().__init__()
+        _check_counts(T=T, in_channels=in_channels, num_classes=num_classes, num_heads=num_heads)
+        _check_widths(embed_dims, depths, num_heads)
+        _check_ratios(embed_dims, mlp_ratio, conv_mlp_ratio)
+        self.T = T
+        e0, e1, e2, e3 = embed_dims
+        downsamples = (
+            DownSampling(in_channels, e0 // 2, kernel_size=7, first=True),
+            DownSampling(e0 // 2, e0),
+            DownSampling(e0, e1),
+            DownSampling(e1, e2),
+            DownSampling(e2, e3, stride=1),
+        )
+        self.stages = nn.Sequential()
+        for number, (downsample, width, depth) in enumerate(
+            zip(downsamples, (e0 // 2, e0, e1, e2, e3), depths, strict=True)
+        ):
+            blocks = [
+                ConvBlock(width, conv_mlp_ratio) if number < 3 else TransformerBlock(width, mlp_ratio, num_heads)
+                for _ in range(depth)
+            ]
+            self.stages.append(Stage(downsample, blocks))
+        self.head_lif = _lif()
+        self.head = nn.Linear(e3, num_classes)
+        nn.init.trunc_normal_(self.head.weight, std=0.02)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stages(self._sequence(x))
+        x = self.head_lif(x.flatten(3).mean(-1))
+        x = self.head(x.mean(0))
+        return x
+
+    def _sequence(self, x: Tensor) -> Tensor:
+        if x.ndim == 4:
+            return x.expand(self.T, *x.shape)
+        if x.ndim == 5:
+            return x
+        raise ValueError(
+            f"MetaSpikeFormer: input of shape {tuple(x.shape)}; give images (N, C, H, W) or sequences (T, N, C, H, W)."
+        )
+
+
+def _check_counts(**counts: int) -> None:
+    for name, count in counts.items():
+        if count < 1:
+            raise ValueError(f"MetaSpikeFormer: {name}={count}; it must be at least 1.")
+
+
+def _check_widths(embed_dims: Sequence[int], depths: Sequence[int], num_heads: int) -> None:
+    if len(embed_dims) != 4 or min(embed_dims) < 1 or embed_dims[0] % 2:
+        raise ValueError(
+            f"MetaSpikeFormer: embed_dims={list(embed_dims)}; give four widths of at least 1, the first one even."
+        )
+    if any(width % num_heads for width in embed_dims[2:]):
+        raise ValueError(
+            f"MetaSpikeFormer: embed_dims={list(embed_dims)} with num_heads={num_heads}; the last two widths must be "
+            f"multiples of num_heads."
+        )
+    if len(depths) != 5 or min(depths) < 1:
+        raise ValueError(f"MetaSpikeFormer: depths={list(depths)}; give five numbers of blocks, each at least 1.")
+
+
+def _check_ratios(embed_dims: Sequence[int], mlp_ratio: float, conv_mlp_ratio: float) -> None:
+    narrowest = {"conv_mlp_ratio": embed_dims[0] // 2, "mlp_ratio": min(embed_dims[2:])}
+    for name, ratio in {"conv_mlp_ratio": conv_mlp_ratio, "mlp_ratio": mlp_ratio}.items():
+        if int(narrowest[name] * ratio) < 1:
+            raise ValueError(
+                f"MetaSpikeFormer: {name}={ratio} leaves the MLP at width {narrowest[name]} no hidden channel; "
+                f"raise it to at least 1 / {narrowest[name]}."
+            )
+
+
+def meta_spikeformer_8_256(
+    T: int = 4,  # noqa: N803
+    in_channels: int = 3,
+    num_classes: int = 1000,
+) -> MetaSpikeFormer:
+    """The smallest ImageNet model: 15.1 M parameters with 1000 classes."""
+    return MetaSpikeFormer(T, in_channels, num_classes, embed_dims=(64, 128, 256, 360))
+
+
+def meta_spikeformer_8_384(
+    T: int = 4,  # noqa: N803
+    in_channels: int = 3,
+    num_classes: int = 1000,
+) -> MetaSpikeFormer:
+    """The middle ImageNet model: 31.3 M parameters with 1000 classes."""
+    return MetaSpikeFormer(T, in_channels, num_classes, embed_dims=(96, 192, 384, 480))
+
+
+def meta_spikeformer_8_512(
+    T: int = 4,  # noqa: N803
+    in_channels: int = 3,
+    num_classes: int = 1000,
+) -> MetaSpikeFormer:
+    """The largest ImageNet model: 55.4 M parameters with 1000 classes."""
+    return MetaSpikeFormer(T, in_channels, num_classes, embed_dims=(128, 256, 512, 640))

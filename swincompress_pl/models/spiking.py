@@ -1,0 +1,129 @@
+"""spikingjelly's spiking transformers: their adapter, and their handling of time as an ordinary classifier's.
+
+A spiking network keeps membranes from one call to the next and answers once a time step. `without_memory` makes every
+call a fresh start with one answer, so that what evaluates, copies, trains or prunes a network need not know of time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from swincompress_pl.pruning import Group
+from swincompress_pl.registry import UnsupportedNetworkError, register
+
+_MODELS = "spikingjelly.activation_based.model"
+_BLOCKS = ("stage1", "stage2", "stage3")
+
+
+class SpikingAdapter:
+    """One family; groups_of: the name of its function in `models.groups`, which imports spikingjelly when used.
+    stem: modules before the blocks; blocks: the lists of blocks, each behind its stem where there are as many."""
+
+    def __init__(self, family: str, groups_of: str, *, stem: tuple[str, ...], blocks: tuple[str, ...]) -> None:
+        self.family, self._groups_of, self._stem, self._blocks = family, groups_of, stem, blocks
+
+    def groups(self, network: Any) -> list[Group]:
+        """The structured pruning groups (see `models.groups.spiking`)."""
+        from swincompress_pl.models.groups import meta_spikeformer, spiking
+
+        module = spiking if hasattr(spiking, self._groups_of) else meta_spikeformer
+        groups: Callable[[Any], list[Group]] = getattr(module, self._groups_of)
+        return groups(network)
+
+    def segments(self, network: Any) -> list[str]:
+        """Stem and blocks in the order of a pass."""
+        names = []
+        for stem, blocks in zip(self._stem, self._blocks, strict=True):
+            names += [stem, *(f"{blocks}.{name}" for name, _ in network.get_submodule(blocks).named_children())]
+        return names
+
+    def graph(self, network: Any, preprocessing: Mapping[str, Any]) -> Any:
+        """Raises UnsupportedNetworkError: there is no integer form yet."""
+        raise UnsupportedNetworkError(f"{type(network).__name__}: spiking networks have no integer form yet")
+
+
+class MetaSpikeFormerAdapter(SpikingAdapter):
+    """Five stages, each a down-sampling and its blocks."""
+
+    def __init__(self) -> None:
+        super().__init__("Meta-SpikeFormer", "meta_spikeformer_groups", stem=(), blocks=())
+
+    def segments(self, network: Any) -> list[str]:
+        """Down-sampling and blocks of each stage."""
+        names = []
+        for stage, module in network.get_submodule("stages").named_children():
+            names.append(f"stages.{stage}.downsample")
+            names += [f"stages.{stage}.blocks.{name}" for name, _ in module.blocks.named_children()]
+        return names
+
+
+def without_memory(network: nn.Module) -> nn.Module:
+    """Makes `network` forget between calls, in place, and gives it back; twice is once.
+
+    From then on a call takes images (N, C, H, W), each shown at every time step, or events (N, T, C, H, W), and gives
+    the mean over time, (N, classes). Before and after it the neurons are reset, in training as in evaluation, so that
+    a copy, a checkpoint or another batch never sees membranes. Raises ValueError for a network without neurons and for
+    one in single-step mode.
+    """
+    from spikingjelly.activation_based.base import MemoryModule
+
+    neurons = {name: module for name, module in network.named_modules() if isinstance(module, MemoryModule)}
+    if not neurons:
+        raise ValueError(f"{type(network).__name__}: no neuron of spikingjelly in it, so it is not a spiking network")
+    single = [name for name, module in neurons.items() if module.step_mode != "m"]
+    if single:
+        raise ValueError(
+            f"{type(network).__name__}: {single[0]} is in single-step mode; use functional.set_step_mode(network, 'm')"
+        )
+    if _begin not in network._forward_pre_hooks.values():
+        network.register_forward_pre_hook(_begin)
+        network.register_forward_hook(_end)
+    return network
+
+
+def _begin(network: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Fresh membranes; events (N, T, ...) with time in front, as spikingjelly wants it."""
+    _reset(network)
+    images, *rest = inputs
+    if not isinstance(images, Tensor) or images.ndim not in (4, 5):
+        found = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
+        raise ValueError(f"{type(network).__name__}: takes images (N, C, H, W) or events (N, T, C, H, W), not {found}")
+    return (images.transpose(0, 1) if images.ndim == 5 else images, *rest)
+
+
+def _end(network: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+    _reset(network)
+    return output.mean(0) if output.ndim == 3 else output
+
+
+def _reset(network: nn.Module) -> None:
+    from spikingjelly.activation_based import functional
+
+    functional.reset_net(network)
+
+
+for _type, _adapter in {
+    "spikformer:Spikformer": SpikingAdapter(
+        "spikingjelly Spikformer", "spikformer_groups", stem=("patch_embed",), blocks=("blocks",)
+    ),
+    "spike_driven_transformer:SpikeDrivenTransformer": SpikingAdapter(
+        "spikingjelly Spike-driven Transformer", "sdt_groups", stem=("patch_embed",), blocks=("blocks",)
+    ),
+    "qkformer:QKFormer": SpikingAdapter(
+        "spikingjelly QKFormer",
+        "qkformer_groups",
+        stem=("patch_embed1", "patch_embed2", "patch_embed3"),
+        blocks=_BLOCKS,
+    ),
+    "maxformer:MaxFormer": SpikingAdapter(
+        "spikingjelly MaxFormer",
+        "maxformer_groups",
+        stem=("patch_embed1", "patch_embed2", "patch_embed3"),
+        blocks=_BLOCKS,
+    ),
+}.items():
+    register(f"{_MODELS}.{_type}", _adapter)
+register("swincompress_pl.models.meta_spikeformer:MetaSpikeFormer", MetaSpikeFormerAdapter())

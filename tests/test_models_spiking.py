@@ -1,0 +1,166 @@
+"""Spiking networks as ordinary classifiers: no call sees the membranes of another."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning import Trainer
+from spiking_cases import FAMILIES, SIZE_PX, lively
+from spikingjelly.activation_based import functional
+from spikingjelly.activation_based.base import MemoryModule
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from swincompress_pl.callbacks import AdaptiveIterativePruning
+from swincompress_pl.models import CompressibleClassifier, create_model
+from swincompress_pl.models.spiking import without_memory
+from swincompress_pl.pruning import HoldOut, RoundRobinConfig, history_of, prune
+from swincompress_pl.quant import quantize
+from swincompress_pl.registry import UnsupportedNetworkError, adapter_for
+
+KINDS = ("mlp", "conv", "heads", "qk", "v", "embed")
+SMALL = {"T": 2, "img_size_h": 32, "img_size_w": 32, "patch_size": 4, "embed_dims": 16, "num_heads": 2, "depths": 2}
+
+
+def no_membranes(network: nn.Module) -> bool:
+    modules = [module for module in network.modules() if isinstance(module, MemoryModule)]
+    assert modules
+    return all(value == module._memories_rv[name] for module in modules for name, value in module._memories.items())
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_call_is_what_spikingjelly_gives_after_a_reset(name: str, training: bool) -> None:
+    network, images = lively(FAMILIES[name], 0, trained_statistics=True)
+    plain = FAMILIES[name]().double()
+    plain.load_state_dict(network.state_dict())
+    network.train(training)
+    plain.train(training)
+    given = network(images)
+    expected = plain(images)
+    assert torch.equal(given, expected.mean(0) if expected.ndim == 3 else expected)
+    assert given.shape == (2, 5)
+    assert no_membranes(network)
+    given.square().mean().backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in network.parameters())
+    copy.deepcopy(network)  # which membranes that are part of a graph would forbid
+    with pytest.raises(RuntimeError, match="deepcopy"):
+        copy.deepcopy(plain)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_calls_do_not_know_of_each_other(name: str) -> None:
+    network, images = lively(FAMILIES[name], 3, trained_statistics=True)
+    with torch.no_grad():
+        first = network(images)
+        other = network(images[:1])  # another batch size, which left-over membranes would not fit
+        again = network(images)
+    assert torch.equal(first, again)
+    torch.testing.assert_close(other, first[:1], rtol=1e-9, atol=1e-9)
+
+
+def test_events_have_time_behind_the_batch() -> None:
+    network, _ = lively(FAMILIES["sdt"], 0, trained_statistics=True)
+    events = torch.randn(2, 3, 3, SIZE_PX, SIZE_PX, dtype=torch.float64)  # N, T, C, H, W
+    plain = FAMILIES["sdt"]().double().eval()
+    plain.load_state_dict(network.state_dict())
+    with torch.no_grad():
+        assert torch.equal(network(events), plain(events.transpose(0, 1)))
+        functional.reset_net(plain)
+        images = events[:, 0]
+        assert torch.equal(network(images), network(images[:, None].expand(-1, 2, -1, -1, -1)))
+
+
+def test_twice_is_once() -> None:
+    network = without_memory(without_memory(FAMILIES["sdt"]()))
+    assert len(network._forward_hooks) == len(network._forward_pre_hooks) == 1
+    assert len(copy.deepcopy(network)._forward_hooks) == 1
+
+
+@pytest.mark.parametrize("images", [torch.zeros(3, 32, 32), torch.zeros(1, 1, 1, 3, 32, 32), "image"])
+def test_wrong_images_are_refused(images: Any) -> None:
+    network = without_memory(FAMILIES["sdt"]())
+    with pytest.raises(ValueError, match=r"takes images \(N, C, H, W\) or events"):
+        network(images)
+
+
+def test_networks_that_do_not_spike_in_many_steps_are_refused() -> None:
+    with pytest.raises(ValueError, match="no neuron of spikingjelly in it"):
+        without_memory(nn.Linear(3, 3))
+    single = FAMILIES["spikformer"]()
+    functional.set_step_mode(single, "s")
+    with pytest.raises(ValueError, match=r"is in single-step mode; use functional.set_step_mode\(network, 'm'\)"):
+        without_memory(single)
+
+
+def test_there_is_no_integer_form_yet() -> None:
+    network, images = lively(FAMILIES["spikformer"], 0, trained_statistics=True)
+    preprocessing = {"mean": [0.5] * 3, "std": [0.5] * 3}
+    with pytest.raises(UnsupportedNetworkError, match="spiking networks have no integer form yet"):
+        quantize(network, [images], preprocessing=preprocessing)
+
+
+def holdout_of(network: nn.Module, images: Tensor, cache_size_bytes: int) -> HoldOut:
+    """Images whose labels are what the network says."""
+    with torch.no_grad():
+        labels = network(images).argmax(1)
+    return HoldOut(images, labels, batch_size=20, cache_size_bytes=cache_size_bytes)
+
+
+@pytest.mark.parametrize("name", ["spikformer", "qkformer", "maxformer, cifar"])
+def test_the_round_robin_search_prunes_them_and_begins_in_the_middle(name: str) -> None:
+    network, _ = lively(FAMILIES[name], 5, trained_statistics=True)
+    network.float()
+    images = torch.randn(60, 3, SIZE_PX, SIZE_PX)
+    results = []
+    for cache_size_bytes in (0, 1 << 28):
+        holdout = holdout_of(network, images, cache_size_bytes)
+        other = copy.deepcopy(network)
+        config = RoundRobinConfig(tolerance=20.0, kinds=KINDS, step=0.25, min_step=0.25, round_to=1, max_rounds=2)
+        result = prune(other, holdout, config, input_shape=(1, 3, SIZE_PX, SIZE_PX))
+        results.append((result, other))
+    (plain, _), (cached, pruned) = results
+    assert [step.accepted for step in plain.state.steps] == [step.accepted for step in cached.state.steps]
+    assert cached.state.scoring["image_forwards"] < plain.state.scoring["image_forwards"]
+    assert sum(p.numel() for p in pruned.parameters()) < sum(p.numel() for p in network.parameters())
+    assert history_of(pruned)
+    assert cached.state.score >= cached.state.baseline_score - 20.0
+
+
+class Watched(AdaptiveIterativePruning):
+    """Copies the network in mid-fit, as callbacks do."""
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any, **__: Any) -> None:
+        assert no_membranes(pl_module.net)
+        copy.deepcopy(pl_module.net)
+
+
+def test_a_fit_prunes_and_its_checkpoint_rebuilds_the_network(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module = CompressibleClassifier("Spikformer", 4, model_kwargs=SMALL)
+    images, labels = torch.randn(32, 3, 32, 32), torch.randint(0, 4, (32,))
+    loader = DataLoader(TensorDataset(images, labels), batch_size=8)
+    pruning = Watched(tolerance=100.0, kinds=("mlp", "v", "embed"), step=0.5, min_step=0.5, max_rounds=1)
+    trainer = Trainer(
+        max_epochs=2, accelerator="cpu", callbacks=[pruning], logger=False, enable_progress_bar=False,
+        enable_model_summary=False, default_root_dir=tmp_path, num_sanity_val_steps=0,
+    )  # fmt: skip
+    trainer.fit(module, loader, loader)
+    assert adapter_for(module.net).groups(module.net)[-1].units == 8
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    loaded = CompressibleClassifier.load_from_checkpoint(tmp_path / "last.ckpt").eval()
+    with torch.no_grad():
+        assert torch.equal(loaded(images), module.eval()(images))
+    assert no_membranes(loaded.net)
+
+
+def test_builders_give_networks_without_memory() -> None:
+    network = create_model("spikformer_cifar10", T=1)
+    images = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        assert network.eval()(images).shape == (1, 10)
+    assert no_membranes(network)
