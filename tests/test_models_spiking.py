@@ -131,6 +131,33 @@ def test_the_round_robin_search_prunes_them_and_begins_in_the_middle(name: str) 
     assert cached.state.score >= cached.state.baseline_score - 20.0
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"granularity": "weight"},
+        {"granularity": "2:4"},
+        {"granularity": "block"},
+        {"shrink": "end", "kinds": ("mlp", "conv", "heads", "v"), "round_to": 1},
+    ],
+    ids=str,
+)
+def test_every_granularity_prunes_convolutions(options: dict[str, Any]) -> None:
+    network, _ = lively(FAMILIES["spikformer"], 5, trained_statistics=True)
+    network.float()
+    images = torch.randn(60, 3, SIZE_PX, SIZE_PX)
+    before = sum(int(p.count_nonzero()) for p in network.parameters())
+    config = RoundRobinConfig(tolerance=20.0, step=0.25, min_step=0.25, max_rounds=1, **options)
+    prune(network, holdout_of(network, images, 1 << 28), config, input_shape=(1, 3, SIZE_PX, SIZE_PX))
+    assert sum(int(p.count_nonzero()) for p in network.parameters()) < 0.95 * before
+
+
+def test_a_network_with_nothing_to_prune_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("swincompress_pl.pruning.granularity.prunable_weights", lambda _: [])
+    network, images = lively(FAMILIES["spikformer"], 5, trained_statistics=True)
+    with pytest.raises(ValueError, match="granularity='weight': Spikformer has no linear layer or convolution"):
+        prune(network, holdout_of(network, images, 0), RoundRobinConfig(granularity="weight"))
+
+
 class Watched(AdaptiveIterativePruning):
     """Copies the network in mid-fit, as callbacks do."""
 

@@ -582,6 +582,7 @@ def test_gradient_criteria_find_what_does_nothing(criterion: str) -> None:
         ({"granularity": "weight", "shrink": "end"}, "^shrink='end'"),
         ({"granularity": "2:4", "ranking": "global"}, "^ranking='global'"),
         ({"kinds": ("embed",), "shrink": "end"}, "^shrink='end'.*kind embed"),
+        ({"kinds": ("qk",), "shrink": "end"}, "^shrink='end'.*kind qk"),
         ({"granularity": "rows"}, "rows"),
     ],
 )

@@ -30,7 +30,8 @@ class RoundRobinConfig:
     overshoot: "rollback" undoes a step beyond the tolerance; "keep" keeps it and locks the target, as the paper seems
         to.
     shrink: "round" slices at the end of every round, "end" masks until the search is over. Structured only.
-    kinds: the kinds of groups to prune: "heads", "mlp", "head_dim", "embed". layers: patterns (fnmatch) of the names to
+    kinds: the kinds of groups to prune: "heads", "mlp", "head_dim", "embed", of spiking networks also "conv", "qk",
+        "v". layers: patterns (fnmatch) of the names to
         prune, None for all. criterion: a name in `pruning.CRITERIA` or a function (see `pruning.Criterion`).
     target: a second stopping rule: the part of the cost (target_of: "macs", "parameters" or "bytes") to remove, between
         0 and 1. max_rounds, time_budget_s: the search ends after so many rounds, or so many seconds of searching.
@@ -87,7 +88,7 @@ class RoundRobinConfig:
 
     def _check_together(self) -> None:
         if self.granularity == "structured":
-            inside = sorted({"embed", "head_dim"} & set(self.kinds))
+            inside = sorted({"embed", "head_dim", "qk"} & set(self.kinds))
             _require(
                 "shrink",
                 self.shrink,

@@ -195,7 +195,13 @@ class WeightGranularity:
 
     def targets(self, network: nn.Module) -> list[Target]:
         parameters = dict(network.named_parameters(remove_duplicate=False))  # a shared one is refused by its own name
-        names = _matching(prunable_weights(network), self.config.layers)
+        prunable = prunable_weights(network)
+        if not prunable:
+            raise ValueError(
+                f"granularity={self.config.granularity!r}: {type(network).__name__} has no linear layer or convolution "
+                "behind its first segment; there is nothing to prune"
+            )
+        names = _matching(prunable, self.config.layers)
         masks = masked_parameters(network)
         found = []
         for name in names:
@@ -327,12 +333,14 @@ class GlobalGranularity:
 
 
 def prunable_weights(network: nn.Module) -> list[str]:
-    """The weights of the linear layers inside the network's segments, the first segment (patch embedding) apart."""
+    """The weights of the linear layers, in spiking networks of the convolutions, inside the network's segments, the
+    first segment (patch embedding) apart."""
     segments = adapter_for(network).segments(network)[1:]
     return [
         f"{name}.weight"
         for name, module in network.named_modules()
-        if isinstance(module, nn.Linear) and any(name.startswith(f"{segment}.") for segment in segments)
+        if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d))
+        and any(name.startswith(f"{segment}.") for segment in segments)
     ]
 
 
