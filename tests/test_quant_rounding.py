@@ -13,7 +13,6 @@ from quant_cases import NETWORKS, PREPROCESSING, network_and_images
 from torch import Tensor, nn
 
 from swincompress_pl.quant import WeightedNode, quantize
-from swincompress_pl.quant.calibration import row_sensitivities
 from swincompress_pl.quant.rounding import second_order_rounding
 from swincompress_pl.quant.scales import quantize_weight
 from swincompress_pl.registry import adapter_for
@@ -72,43 +71,6 @@ def test_blocks_cover_the_graph_and_each_has_weights(name: str) -> None:
     assert [number for block in blocks for number in block] == list(range(len(graph.nodes)))
     assert all(any(isinstance(graph.nodes[n], WeightedNode) for n in block) for block in blocks)
     assert len(blocks) > 4
-
-
-def test_at_the_end_of_a_vit_only_the_class_token_matters() -> None:
-    network, _, images = network_and_images("vit")
-    graph = adapter_for(network).graph(network, PREPROCESSING)
-    found = row_sensitivities(graph, network, [images[:5], images[5:]])
-    last = [node.name for node in graph.weighted_nodes if node.name.startswith("blocks.")][-1]
-    for part, count in zip(found[last], (5, len(images) - 5), strict=True):
-        assert part.shape[0] == count
-        assert (part[:, 0] > 0).all()
-        assert not part[:, 1:].any()
-    first = graph.weighted_nodes[0].name
-    assert all((part > 0).all() for part in found[first])
-    assert {graph.nodes[block.stop - 1].name for block in graph.blocks()} <= found.keys()
-    assert all(p.grad is None and p.requires_grad for p in network.parameters())
-
-
-def test_sensitivities_are_the_gauss_newton_diagonal_on_average() -> None:
-    network, _, images = network_and_images("vit")
-    graph = adapter_for(network).graph(network, PREPROCESSING)
-    (found,) = row_sensitivities(graph, network, [images], draws=400)[graph.nodes[-1].name]
-    p = network(images).detach().softmax(-1)
-    expected = (p - p.square()).mean(-1)  # of the KL divergence in the logits
-    torch.testing.assert_close(found.flatten(), expected, rtol=0.25, atol=0)
-
-
-@pytest.mark.parametrize("kind", ["dead", "one live row"])
-def test_rows_without_importance_are_no_trouble(kind: str) -> None:
-    network, pixels, images = network_and_images("vit")
-    with torch.no_grad():
-        network.head.weight.zero_()  # type: ignore[union-attr,operator]  # the answer feels nothing
-        if kind == "one live row":
-            network.head.weight[0] = 0.5  # type: ignore[index,operator]
-    options = {"rows": 64, "rounding": "learned", "learning": {"iterations": 2}}
-    quantized = quantize(network, [images], bits="W4A8", preprocessing=PREPROCESSING, search=options).eval()
-    assert all(torch.isfinite(p).all() for p in network.parameters())
-    assert quantized.integer_logits(pixels).shape == (len(pixels), 7)
 
 
 def distance(quantized: nn.Module, images: Tensor, expected: Tensor) -> float:

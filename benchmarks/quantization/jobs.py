@@ -20,7 +20,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "searched, no shift": {"method": "searched", "search": {"shift": False}},
     "searched, learned": {
         "method": "searched",
-        "search": {"rounding": "learned", "learning": {"iterations": 400}},
+        "search": {"rounding": "learned", "learning": {"iterations": 300}},
         "crops": 2,
     },
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -133,67 +132,26 @@ def observe(graph: Graph, network: nn.Module, batches: Sequence[Tensor]) -> dict
 def sample_layers(
     graph: Graph, network: nn.Module, batches: Sequence[Tensor], *, rows: int, seed: int = 0
 ) -> dict[str, LayerSample]:
-    """Inputs and output sensitivities of every weighted layer, about `rows` rows each."""
-    sampler = LayerSampler(network, rows_per_batch=max(1, rows // len(batches)), seed=seed)
-    signs = torch.Generator().manual_seed(seed + 1)
-    for images in batches:
-        _backpropagate(Run(graph, network, sampler), images, signs)
-    return sampler.samples
+    """Inputs and output sensitivities of every weighted layer, about `rows` rows each.
 
-
-def row_sensitivities(
-    graph: Graph, network: nn.Module, batches: Sequence[Tensor], *, draws: int = 2, seed: int = 0
-) -> dict[str, list[Tensor]]:
-    """{node: (N, rows) of each batch}: the mean square of the sensitivity over the channels of what a node gives, for
-    the weighted nodes and those between two blocks, averaged over `draws` draws of signs.
-
-    Rows differ a lot: at the end of a ViT nothing but the class token matters.
-    """
-    ends = {graph.nodes[block.stop - 1].name for block in graph.blocks()}
-    watch = _RowSensitivities({node.name for node in graph.weighted_nodes} | ends)
-    signs = torch.Generator().manual_seed(seed + 1)
-    for images in batches:
-        for draw in range(draws):
-            watch.first = draw == 0
-            _backpropagate(Run(graph, network, watch), images, signs)
-    return {name: [total / draws for total in totals] for name, totals in watch.totals.items()}
-
-
-class _RowSensitivities(Passthrough):
-    """Adds up squared gradients; `first`: of a new batch."""
-
-    def __init__(self, names: set[str]) -> None:
-        self.names, self.first = names, True
-        self.totals: dict[str, list[Tensor]] = {name: [] for name in names}
-
-    def output(self, node: Node, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        if node.name in self.names:
-            output.register_hook(functools.partial(self._add, node.name))
-
-    def _add(self, name: str, gradient: Tensor) -> None:
-        squares = gradient.detach().square().mean(-1)
-        if self.first:
-            self.totals[name].append(squares)
-        else:
-            self.totals[name][-1] += squares
-
-
-def _backpropagate(run: Run, images: Tensor, signs: torch.Generator) -> None:
-    """One backward pass in which gradients are sensitivities; no gradient is left in the parameters.
-
-    What is differentiated is sum_k r_k sqrt(p_k) log p_k with random signs r: the squares of its gradient have the
-    diagonal of the Gauss-Newton matrix of the KL divergence to the float output as their expectation (the gradient of
-    that divergence itself is zero at the float network). Source: the objective of PTQ4ViT (arXiv 2111.12293) with a
+    The sensitivity is the gradient of sum_k r_k sqrt(p_k) log p_k with random signs r: its square has the diagonal of
+    the Gauss-Newton matrix of the KL divergence to the float output as its expectation (the gradient of that
+    divergence itself is zero at the float network). Source: the objective of PTQ4ViT (arXiv 2111.12293) with a
     Hutchinson estimate.
     """
-    trained = [parameter for parameter in run.network.parameters() if parameter.requires_grad]
-    for parameter in trained:
+    sampler = LayerSampler(network, rows_per_batch=max(1, rows // len(batches)), seed=seed)
+    signs = torch.Generator().manual_seed(seed + 1)
+    frozen = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    for parameter in frozen:
         parameter.requires_grad_(False)
     try:
-        with torch.enable_grad():
-            log_p = run(images.detach().clone().requires_grad_(True)).float().log_softmax(-1)
-            sign = torch.randint(0, 2, log_p.shape, generator=signs).to(log_p.device) * 2 - 1
-            (log_p * (log_p.detach() / 2).exp() * sign).sum().backward()
+        for images in batches:
+            with torch.enable_grad():
+                logits = Run(graph, network, sampler)(images.detach().clone().requires_grad_(True))
+                log_p = logits.float().log_softmax(-1)
+                sign = torch.randint(0, 2, log_p.shape, generator=signs).to(log_p.device) * 2 - 1
+                (log_p * (log_p.detach() / 2).exp() * sign).sum().backward()
     finally:
-        for parameter in trained:
+        for parameter in frozen:
             parameter.requires_grad_(True)
+    return sampler.samples

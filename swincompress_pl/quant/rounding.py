@@ -5,8 +5,7 @@ quantized blocks before it give. First every layer in turn is rounded by second-
 2210.17323: the error of a column is spread over the columns that are not rounded yet), then the rounding of all weights
 of the block is learned together, towards what the float network gives there (as BRECQ, arXiv 2102.05426, does with
 AdaRound's choice between two neighbours; here a straight-through gradient moves the weights, which may go further).
-An error counts by how much the network's answer feels it, token by token: at the end of a ViT only the class token
-matters. What comes out stands in the network's own weights, so that rounding to nearest finds it again.
+What comes out stands in the network's own weights, so that rounding to nearest finds it again.
 """
 
 from __future__ import annotations
@@ -21,13 +20,11 @@ from rich.progress import Progress
 from torch import Tensor, nn
 
 from swincompress_pl.norm import INPUT_VALUE
-from swincompress_pl.quant.calibration import row_sensitivities
 from swincompress_pl.quant.graph import Node, Passthrough, Quantizer, Run, Site, WeightedNode
 from swincompress_pl.quant.network import QuantizedNetwork
 from swincompress_pl.quant.scales import Scales
 
 _DAMPING = 0.1  # of the mean diagonal: rows of a few images say little about most directions
-_SEED = 0  # of the signs of the sensitivities
 Values = Sequence[dict[str, Tensor]]
 """The live values of each batch."""
 
@@ -43,27 +40,6 @@ class Learning:
     seed: int = 0
 
 
-@dataclass(kw_only=True)
-class _Block:
-    """Some nodes in order, the live values before them as the quantized network gives them, and, for learning, those
-    after them as the float network does. importance: (images, rows, 1) of an error in the latter, 1 on average."""
-
-    numbers: range
-    nodes: list[WeightedNode]
-    given: Values
-    wanted: Values
-    importance: Tensor
-
-    def error(self, integer: Run) -> float:
-        """The squared error of what the block gives, summed over all images."""
-        parts, total = self.importance.split([len(next(iter(values.values()))) for values in self.given]), 0.0
-        for values, wanted, importance in zip(self.given, self.wanted, parts, strict=True):
-            (end,) = tuple(wanted)
-            difference = integer.advance(values, self.numbers)[end] - wanted[end]
-            total += float((difference.square() * importance).sum())
-        return total
-
-
 @torch.no_grad()
 def round_blocks(
     quantized: QuantizedNetwork, batches: Sequence[Tensor], learning: Learning, *, progress: bool = False
@@ -74,9 +50,6 @@ def round_blocks(
     images at a time, twice for learning.
     """
     graph, network = quantized.graph, quantized.network
-    importance = {
-        name: _importance(parts) for name, parts in row_sensitivities(graph, network, batches, seed=_SEED).items()
-    }
     integer = Run(graph, network, quantized.scales)
     float_run = Run(graph, copy.deepcopy(network), Passthrough()) if learning.iterations else None
     wanted: Values = [{INPUT_VALUE: images} for images in batches]
@@ -85,21 +58,11 @@ def round_blocks(
         for numbers in bar.track(graph.blocks(), description="rounding"):
             nodes = [node for node in graph.nodes[numbers.start : numbers.stop] if isinstance(node, WeightedNode)]
             for node in nodes:
-                _compensate(node, numbers, integer, given, importance[node.name])
+                _compensate(node, numbers, integer, given)
             if float_run is not None:
                 wanted = [float_run.advance(values, numbers) for values in wanted]
-                last = importance[graph.nodes[numbers.stop - 1].name]
-                block = _Block(numbers=numbers, nodes=nodes, given=given, wanted=wanted, importance=last)
-                _learn(block, integer, learning)
+                _learn(nodes, numbers, integer, given, wanted, learning)
             given = [integer.advance(values, numbers) for values in given]
-
-
-def _importance(sensitivities: Sequence[Tensor]) -> Tensor:
-    """(images, rows, 1), 1 on average: the root of the mean squares. The squares themselves, which the error's second
-    order asks for, leave too few rows to fit so many weights."""
-    roots = torch.cat(list(sensitivities)).sqrt()[..., None]
-    mean = roots.mean()
-    return roots / mean if mean > 0 else torch.ones_like(roots)
 
 
 class _Watch:
@@ -132,11 +95,11 @@ def _rows(node: WeightedNode, run: Run, values: dict[str, Tensor], numbers: rang
     return watch.rows
 
 
-def _compensate(node: WeightedNode, numbers: range, integer: Run, given: Values, importance: Tensor) -> None:
+def _compensate(node: WeightedNode, numbers: range, integer: Run, given: Values) -> None:
     """Second-order rounding of one layer for the inputs it gets; its bias takes up the mean error.
 
-    importance: (images, rows, 1) of the rows. Neither is asked to make good what the layers before did wrong: fitted to
-    a few images, that cost DeiT-Tiny more on others than it gained.
+    Neither is asked to make good what the layers before did wrong: fitted to a few images, that cost DeiT-Tiny more on
+    others than it gained.
     """
     scales = integer.quantizer
     assert isinstance(scales, Scales)
@@ -144,20 +107,18 @@ def _compensate(node: WeightedNode, numbers: range, integer: Run, given: Values,
     weight = node.folded_weight(integer.network, balance)
     flat = weight.flatten(1).double()
     inputs = flat.shape[1]
-    gram, total = flat.new_zeros(inputs, inputs), flat.new_zeros(inputs)
-    left = importance.flatten()
+    gram, total, count = flat.new_zeros(inputs, inputs), flat.new_zeros(inputs), 0
     for values in given:
         rows = _rows(node, integer, values, numbers)
         x = rows if balance is None else rows / balance
-        counted = left[: len(x), None] * x
-        left = left[len(x) :]
-        gram += (counted.T @ x).double()
-        total += counted.double().sum(0)
+        gram += (x.T @ x).double()
+        total += x.double().sum(0)
+        count += len(x)
     gram.diagonal().add_(max(_DAMPING * float(gram.diagonal().mean()), 1e-12))
     step, q_max = scales.step(node).double(), scales.weight_scale(node).q_max
     rounded = second_order_rounding(flat, step, gram, q_max)
     node.set_folded_weight(integer.network, rounded.to(weight).reshape(weight.shape), balance)
-    node.add_to_bias(integer.network, ((flat - rounded) @ (total / importance.sum())).to(weight))
+    node.add_to_bias(integer.network, ((flat - rounded) @ (total / count)).to(weight))
 
 
 def second_order_rounding(weight: Tensor, step: Tensor, gram: Tensor, q_max: int) -> Tensor:
@@ -181,55 +142,53 @@ def second_order_rounding(weight: Tensor, step: Tensor, gram: Tensor, q_max: int
     return restored
 
 
-def _learn(block: _Block, integer: Run, learning: Learning) -> None:
+def _learn(
+    nodes: Sequence[WeightedNode], numbers: range, integer: Run, given: Values, wanted: Values, learning: Learning
+) -> None:
     """Lets weights and biases of a block move, rounded with a straight-through gradient, towards the float output.
 
     A step of Adam moves a weight by about `lr` of its grid's step at most, so what comes out is another rounding and
     not another network. Where the block's error over all images is no less afterwards, the weights stay as they were.
     """
-    groups = _parameter_groups(block.nodes, integer, learning.lr)
+    scales, network = integer.quantizer, integer.network
+    assert isinstance(scales, Scales)
+    groups: list[dict[str, Any]] = []
+    for node in nodes:
+        balance = integer.balance(node)
+        grid = float(scales.step(node).median()) / (1.0 if balance is None else float(balance.median()))
+        module = network.get_submodule(node.module)
+        groups += [{"params": [p], "lr": learning.lr * grid} for p in module.parameters(recurse=False)]
     parameters: list[nn.Parameter] = [p for group in groups for p in group["params"]]
     required = [p.requires_grad for p in parameters]
-    before, error = [p.clone() for p in parameters], block.error(integer)
+    (start,), (end,) = tuple(given[0]), tuple(wanted[0])
+    starts, ends = torch.cat([v[start] for v in given]), torch.cat([v[end] for v in wanted])
+    generator = torch.Generator().manual_seed(learning.seed)
+    before, error = [p.clone() for p in parameters], _block_error(integer, numbers, given, wanted)
     try:
         for parameter in parameters:
             parameter.requires_grad_(True)
-        _descend(block, integer, groups, parameters, learning)
+        adam = torch.optim.Adam(groups)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam, learning.iterations)
+        for _ in range(learning.iterations):
+            picked = torch.randperm(len(starts), generator=generator)[: learning.batch_images].to(starts.device)
+            with torch.enable_grad():
+                found = integer.advance({start: starts[picked]}, numbers)[end]
+                loss = (found - ends[picked]).square().mean()
+            for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+                parameter.grad = gradient
+            adam.step()
+            schedule.step()
     finally:
         for parameter, was in zip(parameters, required, strict=True):
             parameter.requires_grad_(was)
             parameter.grad = None
-    if not block.error(integer) < error:
+    if not _block_error(integer, numbers, given, wanted) < error:
         for parameter, old in zip(parameters, before, strict=True):
             parameter.copy_(old)
 
 
-def _parameter_groups(nodes: Sequence[WeightedNode], integer: Run, lr: float) -> list[dict[str, Any]]:
-    """The parameters of some layers with rates in steps of their weights' grids."""
-    scales, groups = integer.quantizer, []
-    assert isinstance(scales, Scales)
-    for node in nodes:
-        balance = integer.balance(node)
-        grid = float(scales.step(node).median()) / (1.0 if balance is None else float(balance.median()))
-        module = integer.network.get_submodule(node.module)
-        groups += [{"params": [p], "lr": lr * grid} for p in module.parameters(recurse=False)]
-    return groups
-
-
-def _descend(
-    block: _Block, integer: Run, groups: list[dict[str, Any]], parameters: Sequence[nn.Parameter], learning: Learning
-) -> None:
-    (start,), (end,) = tuple(block.given[0]), tuple(block.wanted[0])
-    starts, ends = torch.cat([v[start] for v in block.given]), torch.cat([v[end] for v in block.wanted])
-    generator = torch.Generator().manual_seed(learning.seed)
-    adam = torch.optim.Adam(groups)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam, learning.iterations)
-    for _ in range(learning.iterations):
-        picked = torch.randperm(len(starts), generator=generator)[: learning.batch_images].to(starts.device)
-        with torch.enable_grad():
-            found = integer.advance({start: starts[picked]}, block.numbers)[end]
-            loss = ((found - ends[picked]).square() * block.importance[picked]).mean()
-        for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
-            parameter.grad = gradient
-        adam.step()
-        schedule.step()
+def _block_error(integer: Run, numbers: range, given: Values, wanted: Values) -> float:
+    """The squared error of what the block gives, summed over all images."""
+    pairs = zip(given, wanted, strict=True)
+    (end,) = tuple(wanted[0])
+    return float(sum((integer.advance(v, numbers)[end] - w[end]).square().sum() for v, w in pairs))
