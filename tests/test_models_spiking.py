@@ -8,10 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from lightning import Trainer
+from callback_cases import Plain, greedy, loader, make_trainer, search_of, shapes
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from rank_cases import on_ranks
 from spiking_cases import FAMILIES, SIZE_PX, lively
 from spikingjelly.activation_based import functional
 from spikingjelly.activation_based.base import MemoryModule
+from test_callbacks_distributed import fit
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -158,6 +162,16 @@ def test_a_network_with_nothing_to_prune_is_refused(monkeypatch: pytest.MonkeyPa
         prune(network, holdout_of(network, images, 0), RoundRobinConfig(granularity="weight"))
 
 
+class Stop(Callback):
+    """Ends the fit after an epoch."""
+
+    def __init__(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        trainer.should_stop = trainer.current_epoch == self.epoch
+
+
 class Watched(AdaptiveIterativePruning):
     """Copies the network in mid-fit, as callbacks do."""
 
@@ -183,6 +197,56 @@ def test_a_fit_prunes_and_its_checkpoint_rebuilds_the_network(tmp_path: Path) ->
     with torch.no_grad():
         assert torch.equal(loaded(images), module.eval()(images))
     assert no_membranes(loaded.net)
+
+
+def small_spikformer() -> nn.Module:
+    return create_model("Spikformer", num_classes=3, **{**SMALL, "img_size_h": 16, "img_size_w": 16})
+
+
+def seeded() -> Plain:
+    module = Plain(small_spikformer)
+    torch.manual_seed(7)
+    return module
+
+
+def test_a_resumed_fit_ends_where_an_uninterrupted_one_does(tmp_path: Path) -> None:
+    options = {"tolerance": 60.0, "kinds": ("mlp", "qk", "v", "conv"), "round_to": 1}
+    callback, resumed = greedy(**options), greedy(**options)
+    whole = seeded()
+    make_trainer(tmp_path, 3, callback).fit(whole, loader(shuffle=True), loader())
+    first = seeded()
+    save = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
+    make_trainer(tmp_path, 3, greedy(**options), save, Stop(1)).fit(first, loader(shuffle=True), loader())
+    second = seeded()
+    torch.manual_seed(99)  # another process begins with other numbers
+    trainer = make_trainer(tmp_path, 3, resumed)
+    trainer.fit(second, loader(shuffle=True), loader(), ckpt_path=tmp_path / "epoch=1.ckpt")
+    assert shapes(second) == shapes(whole) != shapes(Plain(small_spikformer))
+    for key, value in whole.state_dict().items():
+        assert torch.equal(second.state_dict()[key], value), key
+    assert search_of(resumed) == search_of(callback)
+    assert history_of(second.net) == history_of(whole.net)
+
+
+@pytest.mark.slow
+def test_ranks_decide_on_the_same_network(tmp_path: Path) -> None:
+    """Each rank's BatchNorm has statistics of its own batches; a round begins with rank 0's for all."""
+
+    def work(rank: int) -> Any:
+        torch.manual_seed(rank)
+        return fit(
+            tmp_path / "fit", rank, 2, epochs=3, build=small_spikformer, tolerance=60.0, kinds=("mlp", "qk", "v"),
+            round_to=1,
+        )  # fmt: skip
+
+    first, second = on_ranks(tmp_path, 2, work)
+    assert first["search"] == second["search"]
+    assert first["metrics"] == second["metrics"]
+    assert first["history"] == second["history"] != []
+    starts = [[digest for digest in one["digests"] if digest not in one["steps"]] for one in (first, second)]
+    assert len(starts[0]) == 3
+    assert starts[0] == starts[1]  # after the round, before the first batch of the epoch
+    assert first["steps"] != second["steps"]  # else the ranks' statistics were never different
 
 
 def test_builders_give_networks_without_memory() -> None:

@@ -26,6 +26,7 @@ from ..pruning import (
     keep_masks,
     revert,
     run_round,
+    share_buffers,
     slice_optimizers,
 )
 from .progress import search_progress
@@ -237,6 +238,7 @@ class AdaptiveIterativePruning(Callback):
         network = self._network(module)
         follower = ScalesFollower(module, self.model_attribute)
         self._refuse_optimizers(trainer, module)  # they have no state before the first step
+        share_buffers(network)
         with validating(trainer, module), torch.no_grad():
             scorer = self._scorer
             assert scorer is not None  # made when training started

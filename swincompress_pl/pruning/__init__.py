@@ -27,7 +27,7 @@ from .masks import MaskedLayerNorm, mask_plan, mask_units
 from .optimizers import slice_optimizer, slice_optimizers
 from .patterns import Pattern, parse_granularity
 from .plan import PruningPlan
-from .ranks import from_rank_zero, sum_over_ranks, world_size
+from .ranks import from_rank_zero, share_buffers, sum_over_ranks, world_size
 from .regrow import regrow_latest_plan
 from .round_robin import (
     PruningResult,
@@ -130,6 +130,7 @@ __all__ = [
     "run_round",
     "saliency",
     "set_mask",
+    "share_buffers",
     "skeleton",
     "slice_optimizer",
     "slice_optimizers",

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch.distributed as dist
+from torch import nn
 
 T = TypeVar("T")
 
@@ -65,3 +66,11 @@ def from_rank_zero(value: T) -> T:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def share_buffers(network: nn.Module) -> None:
+    """Rank 0's buffers for all: the running statistics of a BatchNorm are those of each rank's own last batch, but a
+    candidate has to be the same network wherever its images are."""
+    if world_size() > 1:
+        for buffer in network.buffers():
+            dist.broadcast(buffer, src=0)
