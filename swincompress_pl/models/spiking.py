@@ -6,6 +6,7 @@ call a fresh start with one answer, so that what evaluates, copies, trains or pr
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -19,18 +20,18 @@ _BLOCKS = ("stage1", "stage2", "stage3")
 
 
 class SpikingAdapter:
-    """One family; groups_of: the name of its function in `models.groups`, which imports spikingjelly when used.
+    """One family; groups_of: "module:function" in `models.groups`, imported on use, as it imports spikingjelly.
     stem: modules before the blocks; blocks: the lists of blocks, each behind its stem where there are as many."""
 
     def __init__(self, family: str, groups_of: str, *, stem: tuple[str, ...], blocks: tuple[str, ...]) -> None:
         self.family, self._groups_of, self._stem, self._blocks = family, groups_of, stem, blocks
 
     def groups(self, network: Any) -> list[Group]:
-        """The structured pruning groups (see `models.groups.spiking`)."""
-        from swincompress_pl.models.groups import meta_spikeformer, spiking
-
-        module = spiking if hasattr(spiking, self._groups_of) else meta_spikeformer
-        groups: Callable[[Any], list[Group]] = getattr(module, self._groups_of)
+        """The structured pruning groups (see `models.groups`)."""
+        module, _, function = self._groups_of.partition(":")
+        groups: Callable[[Any], list[Group]] = getattr(
+            importlib.import_module(f"swincompress_pl.models.groups.{module}"), function
+        )
         return groups(network)
 
     def segments(self, network: Any) -> list[str]:
@@ -49,7 +50,7 @@ class MetaSpikeFormerAdapter(SpikingAdapter):
     """Five stages, each a down-sampling and its blocks."""
 
     def __init__(self) -> None:
-        super().__init__("Meta-SpikeFormer", "meta_spikeformer_groups", stem=(), blocks=())
+        super().__init__("Meta-SpikeFormer", "meta_spikeformer:meta_spikeformer_groups", stem=(), blocks=())
 
     def segments(self, network: Any) -> list[str]:
         """Down-sampling and blocks of each stage."""
@@ -107,20 +108,20 @@ def _reset(network: nn.Module) -> None:
 
 for _type, _adapter in {
     "spikformer:Spikformer": SpikingAdapter(
-        "spikingjelly Spikformer", "spikformer_groups", stem=("patch_embed",), blocks=("blocks",)
+        "spikingjelly Spikformer", "spiking:spikformer_groups", stem=("patch_embed",), blocks=("blocks",)
     ),
     "spike_driven_transformer:SpikeDrivenTransformer": SpikingAdapter(
-        "spikingjelly Spike-driven Transformer", "sdt_groups", stem=("patch_embed",), blocks=("blocks",)
+        "spikingjelly Spike-driven Transformer", "spiking:sdt_groups", stem=("patch_embed",), blocks=("blocks",)
     ),
     "qkformer:QKFormer": SpikingAdapter(
         "spikingjelly QKFormer",
-        "qkformer_groups",
+        "spiking:staged_groups",
         stem=("patch_embed1", "patch_embed2", "patch_embed3"),
         blocks=_BLOCKS,
     ),
     "maxformer:MaxFormer": SpikingAdapter(
         "spikingjelly MaxFormer",
-        "maxformer_groups",
+        "spiking:staged_groups",
         stem=("patch_embed1", "patch_embed2", "patch_embed3"),
         blocks=_BLOCKS,
     ),

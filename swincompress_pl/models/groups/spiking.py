@@ -116,16 +116,16 @@ def _mlp(network: nn.Module, path: str, stream: Coupling) -> list[Group]:
 # QKFormer and MaxFormer: three stages, each with a residual stream of its own
 
 
-def qkformer_groups(network: nn.Module) -> list[Group]:
-    """The groups of spikingjelly's `QKFormer`, stage by stage, each followed by its "stage<n>.embed"."""
+def staged_groups(network: nn.Module) -> list[Group]:
+    """The groups of spikingjelly's `QKFormer` and `MaxFormer`, the latter for ImageNet and for CIFAR, stage by stage,
+    each followed by its "stage<n>.embed"."""
     groups: list[Group] = []
     before: Coupling | None = None
     for number in (1, 2, 3):
-        embedding, stage = f"patch_embed{number}", f"stage{number}"
         stream = _stage_stream(network, number)
-        groups += _qkformer_embedding(network, embedding, stream, before)
+        groups += _embedding(network, f"patch_embed{number}", stream, before)
         groups += [] if before is None else [before.group()]
-        for block in _children(network, stage):
+        for block in _children(network, f"stage{number}"):
             groups += _stage_block(network, block, stream)
         before = stream
     stream.reader("head")
@@ -137,46 +137,23 @@ def _stage_stream(network: nn.Module, number: int) -> Coupling:
     return Coupling(network, f"stage{number}.embed", "embed", width)
 
 
-def _qkformer_embedding(network: nn.Module, path: str, stream: Coupling, before: Coupling | None) -> Iterator[Group]:
+def _embedding(network: nn.Module, path: str, stream: Coupling, before: Coupling | None) -> Iterator[Group]:
+    """Down-sampling that ends in two branches on the stream; `before` is the stream that it reads, None for images."""
+    if before is None and hasattr(network.get_submodule(path), "branch"):  # MaxFormer for CIFAR
+        branch, shortcut = _pair(path, "branch.1", "branch.2"), _pair(path, "shortcut.1", "shortcut.2")
+        yield hidden_group(network, f"{path}.conv", "conv", _pair(path, "conv", "bn"), branch[0], shortcut[0])
+        _on_stream(stream, readers=[], writers=[branch, shortcut])
+        return
     first, second, third = (_pair(path, f"conv{n}", f"bn{n}") for n in (1, 2, 3))
     shortcut = _pair(path, "shortcut.0", "shortcut.1")
-    stream.writer(*shortcut)
     if before is None:
         yield hidden_group(network, f"{path}.conv1", "conv", first, second[0], shortcut[0])
         yield hidden_group(network, f"{path}.conv2", "conv", second, third[0])
-        stream.writer(*third)
+        _on_stream(stream, readers=[], writers=[third, shortcut])
         return
-    before.reader(first[0])
-    before.reader(shortcut[0])
+    _on_stream(before, readers=[first[0], shortcut[0]], writers=[])
     yield hidden_group(network, f"{path}.conv1", "conv", first, second[0])
-    stream.writer(*second)
-
-
-def maxformer_groups(network: nn.Module) -> list[Group]:
-    """The groups of spikingjelly's `MaxFormer`, for ImageNet and for CIFAR, stage by stage as in `qkformer_groups`."""
-    groups: list[Group] = []
-    before: Coupling | None = None
-    for number in (1, 2, 3):
-        embedding = f"patch_embed{number}"
-        stream = _stage_stream(network, number)
-        small = before is None and hasattr(network.get_submodule(embedding), "branch")
-        make = _maxformer_cifar_embedding if small else _qkformer_embedding
-        groups += make(network, embedding, stream, before)
-        groups += [] if before is None else [before.group()]
-        for block in _children(network, f"stage{number}"):
-            groups += _stage_block(network, block, stream)
-        before = stream
-    stream.reader("head")
-    return [*groups, stream.group()]
-
-
-def _maxformer_cifar_embedding(
-    network: nn.Module, path: str, stream: Coupling, before: Coupling | None
-) -> Iterator[Group]:
-    branch, shortcut = _pair(path, "branch.1", "branch.2"), _pair(path, "shortcut.1", "shortcut.2")
-    yield hidden_group(network, f"{path}.conv", "conv", _pair(path, "conv", "bn"), branch[0], shortcut[0])
-    stream.writer(*branch)
-    stream.writer(*shortcut)
+    _on_stream(stream, readers=[], writers=[second, shortcut])
 
 
 def _stage_block(network: nn.Module, path: str, stream: Coupling) -> list[Group]:
