@@ -15,7 +15,7 @@ from swincompress_pl.callbacks import QuantizationAwareTraining
 # float network as it was given.
 RECIPES: dict[str, dict[str, Any]] = {
     "swin_cifar10": {"epochs": 3, "lr": 2e-4, "warmup_epochs": 0.3, "distillation": 0.5},
-    "deit_tiny": {"epochs": 1, "lr": 5e-5, "warmup_epochs": 0.1, "distillation": 0.9},
+    "deit_tiny": {"epochs": 4, "lr": 2e-5, "warmup_epochs": 0.5, "distillation": 0.9},
 }
 
 
