@@ -139,8 +139,9 @@ def test_the_round_robin_search_prunes_them_and_begins_in_the_middle(name: str) 
     "options",
     [
         {"granularity": "weight"},
-        {"granularity": "2:4"},
-        {"granularity": "block"},
+        {"granularity": "2:4", "layers": ("blocks.*",)},
+        {"granularity": "block", "layers": ("blocks.*",)},
+        {"granularity": "filter"},
         {"shrink": "end", "kinds": ("mlp", "conv", "heads", "v"), "round_to": 1},
     ],
     ids=str,

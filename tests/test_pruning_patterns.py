@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from swincompress_pl.pruning.patterns import Blocks, NOfM, Pattern, SingleWeights, parse_granularity
+from swincompress_pl.pruning.patterns import Blocks, FilterChannels, NOfM, Pattern, SingleWeights, parse_granularity
 
-GRANULARITIES = ["weight", "1:2", "2:4", "3:8", "block"]
+GRANULARITIES = ["weight", "1:2", "2:4", "3:8", "block", "filter"]
 
 
 @st.composite
@@ -37,6 +37,10 @@ def _units_kept(pattern: Pattern, mask: Tensor) -> list[float]:
         blocks = rows.unfold(0, pattern.rows, pattern.rows).unfold(1, pattern.columns, pattern.columns)
         assert torch.equal(blocks.all(-1).all(-1), blocks.any(-1).any(-1)), "blocks stay or go as a whole"
         return [int(blocks.all(-1).all(-1).sum())]
+    if isinstance(pattern, FilterChannels):
+        channels = mask.flatten(2) if mask.ndim > 2 else mask[..., None]
+        assert torch.equal(channels.all(-1), channels.any(-1)), "a channel of a filter stays or goes as a whole"
+        return channels.all(-1).sum(1).tolist()
     return [int(rows.sum())]
 
 
@@ -99,7 +103,9 @@ def test_names_of_granularities() -> None:
     assert parse_granularity("weight") == SingleWeights()
     assert parse_granularity("2:4") == NOfM(2, 4)
     assert parse_granularity("block", block_shape=(16, 1)) == Blocks(16, 1)
-    assert [str(parse_granularity(name)) for name in GRANULARITIES] == ["weight", "1:2", "2:4", "3:8", "block 8x8"]
+    assert [str(parse_granularity(name)) for name in GRANULARITIES] == [
+        *("weight", "1:2", "2:4", "3:8", "block 8x8", "filter"),
+    ]
     assert hash(NOfM(2, 4)) == hash(parse_granularity("2:4"))
 
 
@@ -108,9 +114,9 @@ def test_names_of_granularities() -> None:
     [
         (
             "structured",
-            r"granularity 'structured': choose 'weight', 'n:m' such as '2:4', or 'block' \('structured' rem",
+            r"granularity 'structured': choose 'weight', 'n:m' such as '2:4', 'block', or 'filter' \('structured' rem",
         ),
-        ("channel", r"granularity 'channel': choose 'weight', 'n:m' such as '2:4', or 'block'$"),
+        ("channel", r"granularity 'channel': choose 'weight', 'n:m' such as '2:4', 'block', or 'filter'$"),
         ("2:4:8", "granularity '2:4:8': choose"),
         ("-2:4", "granularity '-2:4': choose"),
         ("4:4", "granularity '4:4': n of m weights stay, so 1 <= n < m, e.g. '2:4'"),
@@ -140,7 +146,7 @@ def test_layers_that_do_not_divide_are_named_with_the_remedy() -> None:
             ValueError, match=f"{name}: a weight of {shape[0]} x {shape[1]} is not divided by blocks of 2"
         ):
             Blocks(2, 4).check(name, shape)
-    for pattern in (NOfM(2, 4), Blocks(2, 4)):
+    for pattern in (NOfM(2, 4), Blocks(2, 4), FilterChannels()):
         with pytest.raises(
             ValueError, match=rf"fc1.bias: shape \(8,\) has no rows and columns for granularity '{pattern}"
         ):

@@ -7,9 +7,11 @@ call a fresh start with one answer, so that what evaluates, copies, trains or pr
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from swincompress_pl.pruning import Group
@@ -69,6 +71,14 @@ def without_memory(network: nn.Module) -> nn.Module:
     a copy, a checkpoint or another batch never sees membranes. Raises ValueError for a network without neurons and for
     one in single-step mode.
     """
+    _check_neurons(network)
+    if _begin not in network._forward_pre_hooks.values():
+        network.register_forward_pre_hook(_begin)
+        network.register_forward_hook(_end)
+    return network
+
+
+def _check_neurons(network: nn.Module) -> None:
     from spikingjelly.activation_based.base import MemoryModule
 
     neurons = {name: module for name, module in network.named_modules() if isinstance(module, MemoryModule)}
@@ -79,10 +89,40 @@ def without_memory(network: nn.Module) -> nn.Module:
         raise ValueError(
             f"{type(network).__name__}: {single[0]} is in single-step mode; use functional.set_step_mode(network, 'm')"
         )
+
+
+def check_spiking(network: nn.Module) -> None:
+    """Raises ValueError, naming the remedy, unless `network` spikes, in multi-step mode, and forgets between calls."""
+    _check_neurons(network)
     if _begin not in network._forward_pre_hooks.values():
-        network.register_forward_pre_hook(_begin)
-        network.register_forward_hook(_end)
-    return network
+        raise ValueError(
+            f"{type(network).__name__}: it keeps its membranes from one call to the next; make it by create_model, or "
+            "use models.spiking.without_memory(network)"
+        )
+
+
+@contextmanager
+def watching_spikes(network: nn.Module) -> Iterator[dict[str, float]]:
+    """{neuron: spikes a time step and a place, 0 to 1}, in the order of a pass, complete when the context ends.
+
+    Over all calls within it; what a neuron gives is taken for its spikes.
+    """
+    from spikingjelly.activation_based.neuron import BaseNode
+
+    counts: dict[str, tuple[Tensor, int]] = {}
+    rates: dict[str, float] = {}
+
+    def count(name: str, output: Tensor) -> None:
+        spikes, places = counts.get(name, (output.new_zeros((), dtype=torch.float64), 0))
+        counts[name] = spikes + output.detach().double().sum(), places + output.numel()
+
+    with ExitStack() as hooks:
+        for name, module in network.named_modules():
+            if isinstance(module, BaseNode):
+                handle = module.register_forward_hook(lambda _module, _inputs, output, name=name: count(name, output))
+                hooks.callback(handle.remove)
+        yield rates
+    rates.update({name: float(spikes) / places for name, (spikes, places) in counts.items()})
 
 
 def _begin(network: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:

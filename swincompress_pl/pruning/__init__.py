@@ -27,6 +27,10 @@ from .masks import MaskedLayerNorm, mask_plan, mask_units
 from .optimizers import slice_optimizer, slice_optimizers
 from .patterns import Pattern, parse_granularity
 from .plan import PruningPlan
+from .prime_candidates import Candidate
+from .prime_config import PrimeSVTConfig
+from .prime_result import BlockState, PrimeSVTResult, TargetSet
+from .primesvt import PrimeProgress, primesvt
 from .ranks import from_rank_zero, share_buffers, sum_over_ranks, world_size
 from .regrow import regrow_latest_plan
 from .round_robin import (
@@ -70,6 +74,8 @@ __all__ = [
     "CRITERIA",
     "AppliedPlan",
     "Attribute",
+    "BlockState",
+    "Candidate",
     "Change",
     "Criterion",
     "Exchange",
@@ -83,6 +89,9 @@ __all__ = [
     "NormSlice",
     "Pattern",
     "Predict",
+    "PrimeProgress",
+    "PrimeSVTConfig",
+    "PrimeSVTResult",
     "PruningPlan",
     "PruningResult",
     "RoundOutcome",
@@ -95,6 +104,7 @@ __all__ = [
     "Step",
     "StructuredGranularity",
     "Target",
+    "TargetSet",
     "TargetState",
     "Verdict",
     "WeightGranularity",
@@ -120,6 +130,7 @@ __all__ = [
     "measure_sensitivity",
     "needs_gradients",
     "parse_granularity",
+    "primesvt",
     "prunable_weights",
     "prune",
     "register_masks",

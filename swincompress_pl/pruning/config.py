@@ -18,8 +18,8 @@ class RoundRobinConfig:
     first_tolerance: the tolerance to begin with, doubled up to `tolerance` whenever every target is locked; None for
         `tolerance` from the start. A wide tolerance lets the first targets spend it on steps that others would give
         cheaper; beginning narrow takes what is cheap everywhere first, for more rounds.
-    granularity: "structured" (units of the network's groups), "weight" (single weights), n of m like "2:4", or "block"
-        (blocks of block_shape = rows, columns).
+    granularity: "structured" (units of the network's groups), "weight" (single weights), n of m like "2:4", "block"
+        (blocks of block_shape = rows, columns), or "filter" (input channels, for each filter its own).
     step: part of a target's original units that a first step removes; halved at each rejection until it is below
         min_step, then the target is locked. Steps are rounded to whole heads, to multiples of round_to elsewhere.
     max_sparsity: part of a target's original units that may go, above 0 and below 1.
@@ -31,8 +31,8 @@ class RoundRobinConfig:
         to.
     shrink: "round" slices at the end of every round, "end" masks until the search is over. Structured only.
     kinds: the kinds of groups to prune: "heads", "mlp", "head_dim", "embed", of spiking networks also "conv", "qk",
-        "v". layers: patterns (fnmatch) of the names to
-        prune, None for all. criterion: a name in `pruning.CRITERIA` or a function (see `pruning.Criterion`).
+        "v". layers: patterns (fnmatch) of the names to prune, None for all. criterion: a name in `pruning.CRITERIA`
+        or a function (see `pruning.Criterion`).
     target: a second stopping rule: the part of the cost (target_of: "macs", "parameters" or "bytes") to remove, between
         0 and 1. max_rounds, time_budget_s: the search ends after so many rounds, or so many seconds of searching.
     Raises ValueError, naming the field, for anything else and for fields that contradict each other.
@@ -105,7 +105,7 @@ class RoundRobinConfig:
             not of_macs,
             f"'parameters' or 'bytes': granularity={self.granularity!r} leaves the MACs of a dense kernel",
         )
-        by_slot = self.ranking == "global" and ":" in self.granularity
+        by_slot = self.ranking == "global" and (":" in self.granularity or self.granularity == "filter")
         _require("ranking", self.ranking, not by_slot, f"'local': {pattern} is a rule for each layer")
 
 

@@ -3,16 +3,32 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from .groups import Group
+
 
 def count_parameters(network: nn.Module) -> int:
     """The number of parameters; a shared one counts once."""
     return sum(p.numel() for p in network.parameters())
+
+
+def count_parameters_without(network: nn.Module, removed: Mapping[Group, Iterable[int]]) -> int:
+    """`count_parameters` if the units in `removed`, {group: unit indices}, were sliced away; nothing is touched."""
+    gone: dict[tuple[str, int], set[int]] = {}
+    for group, units in removed.items():
+        chosen = tuple(units)
+        for part in group.slices:
+            gone.setdefault((part.tensor, part.axis), set()).update(part.indices(chosen))
+    total = 0
+    for name, parameter in network.named_parameters():
+        total += math.prod(size - len(gone.get((name, axis), ())) for axis, size in enumerate(parameter.shape))
+    return total
 
 
 def count_macs(network: nn.Module, input_shape: Sequence[int]) -> int:

@@ -187,7 +187,7 @@ class StructuredGranularity:
 class WeightGranularity:
     """Single weights of the linear layers in the network's segments, by a pattern; their masks stay with the network.
 
-    Patch embedding and head are left alone, as in the paper.
+    The layer that reads the pixels (patch embedding) and the head are left alone, as in the paper.
     """
 
     def __init__(self, config: RoundRobinConfig, pattern: Pattern) -> None:
@@ -199,7 +199,7 @@ class WeightGranularity:
         if not prunable:
             raise ValueError(
                 f"granularity={self.config.granularity!r}: {type(network).__name__} has no linear layer or convolution "
-                "behind its first segment; there is nothing to prune"
+                "behind the one that reads the pixels; there is nothing to prune"
             )
         names = _matching(prunable, self.config.layers)
         masks = masked_parameters(network)
@@ -334,14 +334,14 @@ class GlobalGranularity:
 
 def prunable_weights(network: nn.Module) -> list[str]:
     """The weights of the linear layers, in spiking networks of the convolutions, inside the network's segments, the
-    first segment (patch embedding) apart."""
-    segments = adapter_for(network).segments(network)[1:]
+    layer that reads the pixels apart."""
+    segments = adapter_for(network).segments(network)
     return [
         f"{name}.weight"
         for name, module in network.named_modules()
         if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d))
         and any(name.startswith(f"{segment}.") for segment in segments)
-    ]
+    ][1:]
 
 
 def gone_units(network: nn.Module, group: Group) -> tuple[int, ...]:

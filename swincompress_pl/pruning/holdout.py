@@ -11,6 +11,7 @@ that the candidate changes (`prefix_cache.py`).
 
 from __future__ import annotations
 
+import hashlib
 import heapq
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -112,6 +113,15 @@ class HoldOut:
         return cls(images, labels, sharded=sharded, seed=seed, **options)
 
     @property
+    def fingerprint(self) -> str:
+        """Tells this rank's images and labels from others': of all labels and of the first and the last image."""
+        digest = hashlib.sha256(repr(tuple(self._images.shape)).encode())
+        digest.update(self._labels.numpy().tobytes())
+        for image in (self._images[:1], self._images[-1:]):
+            digest.update(image.detach().cpu().double().numpy().tobytes())
+        return digest.hexdigest()
+
+    @property
     def image_shape(self) -> tuple[int, ...]:
         """The shape of one image, without a batch axis."""
         return tuple(self._images.shape[1:])
@@ -138,11 +148,14 @@ class HoldOut:
                 self._cache.measure(partial(self._predict, network, self._images[:1]))
         return self._last_score
 
-    def judge(self, network: nn.Module, floor: float, tensors: Sequence[str]) -> Verdict:
+    def judge(
+        self, network: nn.Module, floor: float, tensors: Sequence[str], *, resolution_points: float | None = None
+    ) -> Verdict:
         """Whether the accuracy on all images is at least `floor` points, from as few of them as that takes.
 
         tensors: the parameters, by name, in which the network differs from the one accepted last in this round; none
-        named: it may differ anywhere.
+        named: it may differ anywhere. resolution_points: for scores that are compared with others; to an accepted
+        candidate images are added until the standard error of its score is no larger.
         """
         if self._standing is None or self._cache is None:
             raise RuntimeError("judge: there is nothing to compare with; call begin_round(network) first")
@@ -154,8 +167,11 @@ class HoldOut:
                 found = gather_results(partial(self._score_part, network, trial, part, depth))
                 tally = add_tallies([each for each, _ in found])
                 forwards += math.fsum(each for _, each in found)
-                accepted = from_rank_zero(tally.decide(needed, self._deviations))
-                if accepted is not None:
+                if accepted is None:  # a decision stays, whatever more images say
+                    accepted = from_rank_zero(tally.decide(needed, self._deviations))
+                error_points = 100.0 * math.sqrt(tally.variance) / self.images
+                resolved = accepted is False or resolution_points is None or error_points <= resolution_points
+                if accepted is not None and resolved:
                     break
         assert accepted is not None  # with every image seen it is certain
         self._trial = trial
@@ -163,7 +179,10 @@ class HoldOut:
             images_scored=tally.seen, image_forwards=forwards, naive_images=self.images, decisions=1
         )
         score = min(100.0, max(0.0, 100.0 * tally.estimate / self.images))
-        return Verdict(score=score, accepted=accepted, images=tally.seen, exact=tally.seen == self.images)
+        exact = tally.seen == self.images
+        if exact:
+            accepted = tally.correct >= needed
+        return Verdict(score=score, accepted=accepted, images=tally.seen, exact=exact, error_points=error_points)
 
     def accept(self, tensors: Sequence[str]) -> None:
         """The change judged last stays: later candidates of the round contain it."""

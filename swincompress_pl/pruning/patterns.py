@@ -1,4 +1,4 @@
-"""Which weights of a matrix may go alone and which only together: single weights, n of m, blocks.
+"""Which weights of a matrix may go alone and which only together: single weights, n of m, blocks, channels of filters.
 
 A pattern divides the weights of a layer, seen as (rows, columns) = (outputs, inputs * ...), into units and keeps those
 with the highest saliency. `units(shape)` says how many there are, `keep_mask(saliency, keep)` which weights stay:
@@ -6,6 +6,7 @@ with the highest saliency. `units(shape)` says how many there are, `keep_mask(sa
     parse_granularity("weight")                      a unit is one weight
     parse_granularity("2:4")                         4 units: the best, second, ... of each 4 consecutive input weights
     parse_granularity("block", block_shape=(8, 8))   a unit is a block of 8 outputs by 8 inputs
+    parse_granularity("filter")                      a unit is the weakest, next, ... input channel of every filter
 
 Of equal units the one with the lower index goes first, so a mask that keeps fewer is part of one that keeps
 more.
@@ -167,8 +168,39 @@ class Blocks(Pattern):
         return f"block {self.rows}x{self.columns}"
 
 
+@dataclass(frozen=True)
+class FilterChannels(Pattern):
+    """Every filter (output) keeps as many input channels, its own best ones: PrimeSVT's filter pruning (arXiv
+    2606.03428, Alg. 2). A channel of a filter is its whole kernel, so in a linear layer it is one weight.
+
+    The units are the ranks inside a filter: keeping k of them keeps the k best channels of each.
+    """
+
+    def units(self, shape: Sequence[int]) -> int:
+        return shape[1]
+
+    def check(self, name: str, shape: Sequence[int]) -> None:
+        _matrix(name, shape, str(self))
+
+    def unit_scores(self, saliency: Tensor) -> Tensor:
+        return self._channels(saliency).sort(dim=1, descending=True).values.sum(0)
+
+    def _kept(self, saliency: Tensor, keep: int) -> Tensor:
+        channels = self._channels(saliency)
+        order = channels.argsort(dim=1, stable=True)
+        kept = torch.ones_like(channels, dtype=torch.bool).scatter_(1, order[:, : channels.shape[1] - keep], False)
+        return kept.reshape(*kept.shape, *[1] * (saliency.ndim - 2)).expand(saliency.shape).contiguous()
+
+    def _channels(self, saliency: Tensor) -> Tensor:
+        return saliency.flatten(2).sum(2, dtype=torch.float64) if saliency.ndim > 2 else saliency.double()
+
+    def __str__(self) -> str:
+        return "filter"
+
+
 def parse_granularity(granularity: str, *, block_shape: tuple[int, int] = (8, 8)) -> Pattern:
-    """The pattern of a granularity: "weight", "n:m" with 1 <= n < m (n of m stay), or "block" (outputs, inputs).
+    """The pattern of a granularity: "weight", "n:m" with 1 <= n < m (n of m stay), "block" (outputs, inputs), or
+    "filter" (input channels of each filter).
 
     Raises ValueError, listing the choices, for any other name; "structured" removes whole units and has no pattern.
     """
@@ -176,10 +208,14 @@ def parse_granularity(granularity: str, *, block_shape: tuple[int, int] = (8, 8)
         return SingleWeights()
     if granularity == "block":
         return Blocks(*block_shape)
+    if granularity == "filter":
+        return FilterChannels()
     ratio = re.fullmatch(r"(\d+):(\d+)", granularity)
     if ratio is None:
         hint = " ('structured' removes whole units and has no pattern)" if granularity == "structured" else ""
-        raise ValueError(f"granularity {granularity!r}: choose 'weight', 'n:m' such as '2:4', or 'block'{hint}")
+        raise ValueError(
+            f"granularity {granularity!r}: choose 'weight', 'n:m' such as '2:4', 'block', or 'filter'{hint}"
+        )
     return NOfM(int(ratio[1]), int(ratio[2]))
 
 

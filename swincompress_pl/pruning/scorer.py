@@ -20,13 +20,14 @@ class Verdict:
     """The answer about one candidate.
 
     score: its accuracy in points, an estimate unless `exact`. accepted: at least the floor. images: how many it was
-    scored on. exact: on all of them.
+    scored on. exact: on all of them. error_points: the standard error of the score, 0 where it is exact.
     """
 
     score: float
     accepted: bool
     images: int
     exact: bool
+    error_points: float = 0.0
 
 
 @dataclass
@@ -75,10 +76,13 @@ class Scorer(Protocol):
         was last scored in full; that score is used again."""
         ...
 
-    def judge(self, network: nn.Module, floor: float, tensors: Sequence[str]) -> Verdict:
+    def judge(
+        self, network: nn.Module, floor: float, tensors: Sequence[str], *, resolution_points: float | None = None
+    ) -> Verdict:
         """Whether the accuracy on the whole hold-out is at least `floor` points.
 
         tensors: the parameters, by name, in which the network differs from the one accepted last in this round.
+        resolution_points: for scores that are compared with others, the standard error of an accepted candidate's.
         """
         ...
 
@@ -109,7 +113,9 @@ class FunctionScorer:
     def begin_round(self, network: nn.Module, *, unchanged: bool = False) -> float:
         return self._score if unchanged and self._score is not None else self.full(network)
 
-    def judge(self, network: nn.Module, floor: float, tensors: Sequence[str]) -> Verdict:
+    def judge(
+        self, network: nn.Module, floor: float, tensors: Sequence[str], *, resolution_points: float | None = None
+    ) -> Verdict:
         kept = self._score
         score = self.full(network)
         self._score = kept  # a candidate is not what the round goes on from

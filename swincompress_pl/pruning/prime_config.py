@@ -1,0 +1,136 @@
+"""The settings of PrimeSVT, checked once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+from ..registry import adapter_for
+from .config import RoundRobinConfig
+from .scores import CRITERIA, Criterion
+
+WHOLE_UNITS = ("heads", "embed")  # kinds that a default leaves alone: they overlap the others, or reach everywhere
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrimeSVTConfig:
+    """What PrimeSVT (arXiv 2606.03428) prunes, under which constraints, and in which steps.
+
+    max_accuracy_drop: in points against the network before, above 0 and at most 100.
+    min_memory_saving: part of all parameters that has to go, 0 to below 1.
+    mode: "group" removes units of the network's groups physically; "paper" makes the weakest input channels of every
+        filter zero, for each filter its own (Alg. 2), so shapes stay and the saving is a count of zeros.
+    order: in which blocks are raised: "robustness" (Alg. 3), the most robust first and by more, or "size", the largest
+        first and all by the largest increment.
+    prefer: what is applied where no candidate meets both constraints: the largest saving within "accuracy", or the best
+        accuracy within "memory".
+    target_sets: parts of the layers, the largest first, that Alg. 1 chooses from. rates: parts of a layer's units that
+        it tries on each, uniformly.
+    theta: width of a band of robustness (Alg. 4), in percent saved a point lost. increments: of the rate, for the best
+        band, the next, ...; the last for all others. A refused increment is followed by the next smaller one.
+    blocks: "block" raises the rate of all layers of a block together (the paper), "layer" of each alone.
+    max_rate: no layer goes beyond it, above 0 and below 1.
+    round_to: kept widths (not heads) are multiples of it. kinds: of groups, only in mode "group"; None for all that
+        the network has but "heads" and "embed". layers: patterns (fnmatch) of the names to prune, None for all.
+    criterion: a name in `pruning.CRITERIA` or a function; "magnitude" is the paper's L2 norm.
+    batchnorm: "keep" the running statistics, or "reestimate" them on calibration images for every candidate.
+    resolution_points: standard error to which the accuracies that are compared (Alg. 1 and 3) are estimated.
+    Raises ValueError, naming the field, for anything else and for fields that contradict each other.
+    """
+
+    max_accuracy_drop: float = 3.0
+    min_memory_saving: float = 0.25
+    mode: Literal["group", "paper"] = "group"
+    order: Literal["robustness", "size"] = "robustness"
+    prefer: Literal["accuracy", "memory"] = "accuracy"
+    target_sets: tuple[float, ...] = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
+    rates: tuple[float, ...] = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64)
+    theta: float = 1.0
+    increments: tuple[float, ...] = (0.08, 0.04, 0.02, 0.01, 0.0)
+    blocks: Literal["block", "layer"] = "block"
+    max_rate: float = 0.9
+    round_to: int = 8
+    kinds: tuple[str, ...] | None = None
+    layers: tuple[str, ...] | None = None
+    criterion: str | Criterion = "magnitude"
+    batchnorm: Literal["keep", "reestimate"] = "keep"
+    resolution_points: float = 0.5
+
+    def __post_init__(self) -> None:
+        for name in ("kinds", "layers"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, (value,) if isinstance(value, str) else value and tuple(value))
+        for name in ("target_sets", "rates", "increments"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name, choices in _CHOICES.items():
+            _require(name, getattr(self, name), getattr(self, name) in choices, f"one of {', '.join(choices)}")
+        drop, saving = self.max_accuracy_drop, self.min_memory_saving
+        _require("max_accuracy_drop", drop, 0 < drop <= 100, "in points, above 0 and at most 100, e.g. 3.0")
+        _require("min_memory_saving", saving, 0 <= saving < 1, "a part, 0 to below 1, e.g. 0.25")
+        _require("max_rate", self.max_rate, 0 < self.max_rate < 1, "above 0 and below 1, e.g. 0.9")
+        _require("theta", self.theta, 0 < self.theta < math.inf, "above 0, e.g. 1.0")
+        _require("resolution_points", self.resolution_points, self.resolution_points > 0, "above 0, e.g. 0.5")
+        rounded = isinstance(self.round_to, int) and not isinstance(self.round_to, bool) and self.round_to >= 1
+        _require("round_to", self.round_to, rounded, "an integer of 1 or more")
+        self._check_lists()
+        known = callable(self.criterion) or self.criterion in CRITERIA
+        _require("criterion", self.criterion, known, f"one of {', '.join(CRITERIA)}, or a function")
+        self._check_together()
+
+    def _check_lists(self) -> None:
+        parts = all(0 < part <= 1 for part in self.target_sets)
+        _require("target_sets", self.target_sets, bool(self.target_sets) and parts, "parts, above 0 and at most 1")
+        within = all(0 < rate <= self.max_rate for rate in self.rates)
+        _require("rates", self.rates, bool(self.rates) and within, f"above 0 and at most max_rate={self.max_rate}")
+        falling = list(self.increments) == sorted(set(self.increments), reverse=True)
+        _require(
+            "increments",
+            self.increments,
+            bool(self.increments) and falling and self.increments[-1] >= 0 and 0 < self.increments[0] < 1,
+            "falling, below 1 and at least 0, e.g. (0.08, 0.04, 0.02, 0.01, 0.0)",
+        )
+
+    def _check_together(self) -> None:
+        if self.min_memory_saving >= self.max_rate:
+            raise ValueError(
+                f"min_memory_saving={self.min_memory_saving} contradicts max_rate={self.max_rate}: not even all layers "
+                "at that rate save as much; raise max_rate, or ask for less"
+            )
+        if self.mode == "paper" and self.kinds is not None:
+            raise ValueError(f"kinds={self.kinds}: mode='paper' prunes filters, not groups; choose with layers=")
+
+    def granularity(self, network: nn.Module) -> RoundRobinConfig:
+        """What a removal is, in the words of the other search: for `granularity_for`, `Ledger` and the like."""
+        common: dict[str, Any] = {"layers": self.layers, "criterion": self.criterion, "max_sparsity": self.max_rate}
+        if self.mode == "paper":
+            return RoundRobinConfig(granularity="filter", target_of="parameters", **common)
+        kinds: Sequence[str] | None = self.kinds
+        if kinds is None:
+            found = dict.fromkeys(group.kind for group in adapter_for(network).groups(network))
+            kinds = [kind for kind in found if kind not in WHOLE_UNITS]
+        return RoundRobinConfig(granularity="structured", kinds=tuple(kinds), round_to=self.round_to, **common)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields in JSON types; a function is its name."""
+        plain = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        if callable(self.criterion):
+            plain["criterion"] = getattr(self.criterion, "__qualname__", repr(self.criterion))
+        return plain
+
+
+_CHOICES = {
+    "mode": ("group", "paper"),
+    "order": ("robustness", "size"),
+    "prefer": ("accuracy", "memory"),
+    "blocks": ("block", "layer"),
+    "batchnorm": ("keep", "reestimate"),
+}
+
+
+def _require(name: str, value: object, holds: bool, wanted: str) -> None:
+    if not holds:
+        raise ValueError(f"{name}={value!r}: it has to be {wanted}")

@@ -1,0 +1,500 @@
+"""PrimeSVT: what it applies holds, its phases do what the paper says, and a killed search goes on."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rank_cases import on_ranks
+from spiking_cases import FAMILIES, SIZE_PX, lively
+from torch import Tensor, nn
+
+from swincompress_pl.models import create_model
+from swincompress_pl.models.spiking import without_memory
+from swincompress_pl.pruning import (
+    BlockState,
+    Candidate,
+    HoldOut,
+    PrimeProgress,
+    PrimeSVTConfig,
+    PrimeSVTResult,
+    apply_plan,
+    count_macs,
+    masked_parameters,
+    primesvt,
+    register_masks,
+    revert,
+)
+from swincompress_pl.registry import adapter_for
+
+SHAPE = (1, 3, SIZE_PX, SIZE_PX)
+QUICK: dict[str, Any] = {"target_sets": (1.0, 0.5), "rates": (0.1, 0.3), "increments": (0.4, 0.2), "round_to": 1}
+
+
+def network_of(name: str = "spikformer", seed: int = 5) -> nn.Module:
+    """Half of the units of every group matter little, so that there is something to prune."""
+    network, _ = lively(FAMILIES[name], seed, trained_statistics=True)
+    parameters = dict(network.named_parameters())
+    with torch.no_grad():
+        for group in adapter_for(network).groups(network):
+            if group.kind in ("heads", "embed"):
+                continue
+            for part in group.slices:
+                if part.tensor in parameters:
+                    index = torch.tensor(part.indices(range(0, group.units, 2)))
+                    faint = 1e-3 * parameters[part.tensor].index_select(part.axis, index)
+                    parameters[part.tensor].index_copy_(part.axis, index, faint)
+    return network.float()
+
+
+def holdout_of(network: nn.Module, count: int = 60, **options: Any) -> HoldOut:
+    """Images whose labels are what the network says, so that it is right on all."""
+    images = torch.randn(count, 3, SIZE_PX, SIZE_PX, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        labels = network(images).argmax(1)
+    return HoldOut(images, labels, batch_size=20, **options)
+
+
+def state_of(network: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in network.state_dict().items()}
+
+
+def same_state(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def by_zeros(costs: dict[str, float], images: Tensor) -> Callable[[nn.Module], float]:
+    """An accuracy that falls with the zeros in the weights of each block, `costs` points for all of a block's."""
+
+    def evaluate(network: nn.Module) -> float:
+        network(images)  # so that its spikes are seen
+        lost = 0.0
+        for block, cost in costs.items():
+            weights = [
+                p.flatten() for name, p in network.named_parameters() if name.startswith(f"{block}.") and p.ndim > 1
+            ]
+            together = torch.cat(weights)
+            lost += cost * float((together == 0).sum()) / together.numel()
+        return max(0.0, 90 - lost)
+
+    return evaluate
+
+
+@pytest.mark.parametrize("mode", ["group", "paper"])
+@pytest.mark.parametrize("name", ["spikformer", "sdt", "qkformer", "maxformer", "meta-spikeformer"])
+def test_what_is_applied_holds_on_every_family(name: str, mode: str) -> None:
+    network = network_of(name)
+    holdout, before = holdout_of(network), sum(p.numel() for p in network.parameters())
+    config = PrimeSVTConfig(max_accuracy_drop=30, min_memory_saving=0.02, mode=mode, **QUICK)
+    result = primesvt(network, holdout, config, input_shape=SHAPE)
+    assert result.baseline_score == 100
+    assert result.applied is not None
+    assert result.met
+    assert result.applied == result.within_accuracy == result.within_memory
+    assert result.score == holdout.full(network) >= 70
+    assert result.saving >= 0.02
+    parameters = sum(p.numel() for p in network.parameters())
+    assert (result.parameters_before, result.parameters_after) == (before, parameters)
+    assert result.macs_after == count_macs(network, SHAPE)
+    if mode == "group":
+        assert parameters == pytest.approx(before * (1 - result.saving))
+        assert not masked_parameters(network)
+        assert result.macs_before is not None
+        assert result.macs_after < result.macs_before
+        fresh = FAMILIES[name]().float()
+        apply_plan(fresh, result.plan)
+        fresh.load_state_dict(network.state_dict())
+    else:
+        zeros = sum(int((~mask).sum()) for _, mask in masked_parameters(network).values())
+        assert zeros == pytest.approx(before * result.saving)
+        for weight, mask in masked_parameters(network).values():
+            assert not bool(weight[~mask].any())
+            assert len(set(mask.flatten(1).sum(1).tolist())) == 1, "every filter keeps as much"
+    assert result.macs_before == count_macs(FAMILIES[name]().float(), SHAPE)
+    revert(network, result.change)
+    assert sum(int(p.count_nonzero()) for p in network.parameters()) == before
+    assert holdout.full(network) == 100
+
+
+@pytest.mark.parametrize("mode", ["group", "paper"])
+def test_few_images_and_cached_activations_decide_as_all_images_do(mode: str) -> None:
+    results = []
+    for options in ({"confidence": 1.0, "cache_size_bytes": 0}, {"confidence": 0.99}):
+        network = network_of("qkformer")
+        config = PrimeSVTConfig(max_accuracy_drop=30, min_memory_saving=0.0, mode=mode, resolution_points=1e-6, **QUICK)
+        results.append(primesvt(network, holdout_of(network, 60, **options), config))
+    exact, sampled = results
+    assert [(c.label, c.widths, c.saving, c.accepted) for c in exact.candidates] == [
+        (c.label, c.widths, c.saving, c.accepted) for c in sampled.candidates
+    ]
+    assert exact.applied is not None
+    assert sampled.applied is not None
+    assert (exact.applied.widths, exact.score) == (sampled.applied.widths, sampled.score)
+    assert exact.blocks == sampled.blocks
+    assert sampled.scoring["image_forwards"] < exact.scoring["image_forwards"]
+    assert exact.scoring["image_forwards"] == exact.scoring["images_scored"]
+
+
+def _policy(result: PrimeSVTResult) -> list[Candidate]:
+    return [candidate for candidate in result.candidates if candidate.phase == "policy"]
+
+
+@pytest.fixture(scope="module")
+def replay() -> tuple[PrimeSVTConfig, PrimeSVTResult]:
+    """A search under a known law: the second block is nearly free, the first is dear, the stem dearer."""
+    network, images = network_of(), torch.randn(1, 3, SIZE_PX, SIZE_PX)
+    config = PrimeSVTConfig(
+        max_accuracy_drop=4.0,
+        mode="paper",
+        rates=(0.02, 0.08, 0.16, 0.5),
+        increments=(0.08, 0.04, 0.02, 0.01),
+        theta=2,
+        min_memory_saving=0.05,
+    )
+    costs = {"patch_embed": 30.0, "blocks.0": 15.0, "blocks.1": 3.0}
+    return config, primesvt(network, by_zeros(costs, images), config)
+
+
+def test_the_target_set_is_that_of_the_highest_benefit(replay: tuple[PrimeSVTConfig, PrimeSVTResult]) -> None:
+    config, result = replay
+    tried = [c for c in result.candidates if c.phase == "target set"]
+    assert len(tried) == len(config.target_sets) * len(config.rates)
+    groups = [tried[start : start + 4] for start in range(0, len(tried), 4)]
+    for account, group in zip(result.target_sets, groups, strict=True):
+        accepted = [c for c in group if c.accepted]
+        assert account.accepted_rates == tuple(rate for rate, c in zip(config.rates, group, strict=True) if c.accepted)
+        benefit = math.fsum(c.score + 100 * c.saving for c in accepted) / len(accepted)
+        assert account.benefit == pytest.approx(benefit)
+        assert all(c.score >= 86 - 1e-9 for c in accepted)
+        assert all(c.score < 86 for c in group if not c.accepted)
+    best = max(result.target_sets, key=lambda account: account.benefit or 0)
+    assert result.initial_rate == best.accepted_rates[-1]
+    assert sum(len(block.layers) for block in result.blocks) == best.layers
+    assert [account.layers for account in result.target_sets] == [12, 12, 11, 11, 10, 9, 9]
+
+
+def test_blocks_are_raised_by_their_robustness(replay: tuple[PrimeSVTConfig, PrimeSVTResult]) -> None:
+    config, result = replay
+    etas = [block.robustness for block in result.blocks]
+    assert etas == sorted(etas, reverse=True, key=lambda eta: eta or 0)
+    assert result.blocks[0].name == "blocks.1"
+    measured = {c.label.split(" at ")[0]: c for c in result.candidates if c.phase == "robustness"}
+    for block in result.blocks:
+        found = measured[block.name]
+        assert block.robustness == pytest.approx(100 * found.saving / (90 - found.score + 0.001))
+        assert block.band == min(int((etas[0] - block.robustness) / config.theta), 3)  # type: ignore[operator]
+    policy = _policy(result)
+    assert policy[0].label.startswith("blocks.1 at ")
+    assert all(c.accepted == (c.score >= 86 - 1e-9) for c in policy)
+    savings = [c.saving for c in policy if c.accepted]
+    assert savings == sorted(savings)
+    assert result.applied is not None
+    assert result.applied.saving == max(c.saving for c in result.candidates if c.accepted)
+
+
+def test_no_block_can_be_raised_further(replay: tuple[PrimeSVTConfig, PrimeSVTResult]) -> None:
+    config, result = replay
+    refused: dict[str, list[float]] = {}
+    for c in _policy(result):
+        block, rate = c.label.split(" at ")
+        if not c.accepted:
+            refused.setdefault(block, []).append(float(rate.rstrip("%")) / 100)
+    for block in result.blocks:
+        at_the_end = block.rate >= config.max_rate - 1e-9
+        assert at_the_end or min(refused[block.name]) <= block.rate + 0.01 + 0.005, block
+
+
+def test_by_size_the_largest_block_comes_first_and_robustness_is_not_measured() -> None:
+    network, images = network_of(), torch.randn(1, 3, SIZE_PX, SIZE_PX)
+    config = PrimeSVTConfig(max_accuracy_drop=4.0, mode="paper", order="size", **{**QUICK, "rates": (0.1,)})
+    result = primesvt(network, by_zeros({"blocks.0": 15.0}, images), config)
+    sizes = [block.parameters_part for block in result.blocks]
+    assert sizes == sorted(sizes, reverse=True)
+    assert not any(c.phase == "robustness" for c in result.candidates)
+    assert all((block.robustness, block.band) == (None, 0) for block in result.blocks)
+    assert _policy(result)[0].label.startswith(f"{result.blocks[0].name} at ")
+
+
+def test_a_block_can_be_a_single_layer() -> None:
+    network, images = network_of(), torch.randn(1, 3, SIZE_PX, SIZE_PX)
+    config = PrimeSVTConfig(max_accuracy_drop=4.0, blocks="layer", min_memory_saving=0, **QUICK)
+    result = primesvt(network, by_zeros({"blocks.0": 15.0}, images), config)
+    assert all(block.layers == (block.name,) for block in result.blocks)
+    assert len(result.blocks) == max(account.layers for account in result.target_sets)
+    kinds = {g.name: g.kind for g in adapter_for(network).groups(network)}
+    assert {kinds[block.name] for block in result.blocks} == {"conv", "qk", "v", "mlp"}
+
+
+@pytest.mark.parametrize("prefer", ["accuracy", "memory"])
+def test_both_alternatives_are_reported_where_both_constraints_cannot_be_met(prefer: str) -> None:
+    network, images = network_of(), torch.randn(1, 3, SIZE_PX, SIZE_PX)
+    evaluate = by_zeros({"patch_embed": 15.0, "blocks.0": 15.0, "blocks.1": 15.0}, images)
+    config = PrimeSVTConfig(max_accuracy_drop=5.0, min_memory_saving=0.2, mode="paper", prefer=prefer, **QUICK)
+    with pytest.warns(UserWarning, match="PrimeSVT: no candidate keeps both constraints, at most 5 points lost and at"):
+        result = primesvt(network, evaluate, config)
+    accuracy, memory = result.within_accuracy, result.within_memory
+    assert not result.met
+    assert accuracy is not None
+    assert memory is not None
+    assert accuracy.saving < 0.2 <= memory.saving
+    assert memory.score < 85 <= accuracy.score
+    assert result.applied == (accuracy if prefer == "accuracy" else memory)
+    assert result.score == evaluate(network)
+    assert f"{memory.saving:.2%} of the parameters saved at {memory.score:.2f} points" in result.summary()
+
+
+def test_nothing_is_applied_where_nothing_is_acceptable() -> None:
+    network, images = network_of(), torch.randn(1, 3, SIZE_PX, SIZE_PX)
+    before = state_of(network)
+
+    def brittle(tried: nn.Module) -> float:
+        tried(images)
+        return 90.0 if same_state(before, state_of(tried)) else 10.0
+
+    with pytest.warns(UserWarning, match="within the accuracy: none; within the memory: .* at 10.00 points"):
+        result = primesvt(network, brittle, PrimeSVTConfig(min_memory_saving=0.1, **QUICK))
+    assert (result.applied, result.within_accuracy, result.initial_rate, result.blocks) == (None, None, 0.0, [])
+    assert (result.score, result.saving, result.met) == (90.0, 0.0, False)
+    assert same_state(before, state_of(network))
+
+
+class KilledError(Exception):
+    pass
+
+
+def _kill(progress: PrimeProgress) -> None:
+    raise KilledError
+
+
+def test_a_killed_search_goes_on_from_its_memo(tmp_path: Path) -> None:
+    config = PrimeSVTConfig(max_accuracy_drop=30, min_memory_saving=0.0, **QUICK)
+    network = network_of()
+    whole = primesvt(network, holdout_of(network_of()), config)
+    killed_after = len(whole.candidates) * 2 // 3
+
+    def kill(progress: PrimeProgress) -> None:
+        nonlocal killed_after
+        killed_after -= 1
+        if killed_after == 0:
+            raise KilledError
+
+    memo, network = tmp_path / "new" / "memo.jsonl", network_of()
+    before = state_of(network)
+    with pytest.raises(KilledError):
+        primesvt(network, holdout_of(network), config, memo=memo, progress=kill)
+    assert same_state(before, state_of(network))
+    with memo.open("a", encoding="utf-8") as file:
+        file.write('{"widths": {"half a li')  # as a kill in the middle of a write leaves it
+    kept = len(memo.read_text(encoding="utf-8").splitlines()) - 2
+    again = primesvt(network, holdout_of(network), config, memo=memo)
+    assert [(c.label, c.accepted) for c in again.candidates] == [(c.label, c.accepted) for c in whole.candidates]
+    assert again.applied is not None
+    assert whole.applied is not None
+    assert (again.applied.widths, again.score) == (whole.applied.widths, whole.score)
+    assert again.scoring["evaluations"] == whole.scoring["evaluations"] - kept > 0
+    third = network_of()
+    assert primesvt(third, holdout_of(third), config, memo=memo).scoring["evaluations"] == 0
+
+
+def test_a_memo_about_something_else_or_damaged_is_refused(tmp_path: Path) -> None:
+    memo, network = tmp_path / "memo.jsonl", network_of()
+    config = PrimeSVTConfig(max_accuracy_drop=30, min_memory_saving=0.0, **{**QUICK, "rates": (0.1,)})
+    primesvt(network, holdout_of(network_of()), config, memo=memo)
+    text = memo.read_text(encoding="utf-8")
+    other = network_of(seed=6)
+    with pytest.raises(ValueError, match=r"memo\.jsonl' is about another network, hold-out or constraint"):
+        primesvt(other, holdout_of(other), config, memo=memo)
+    stricter = PrimeSVTConfig(max_accuracy_drop=5, min_memory_saving=0.0, **QUICK)
+    network = network_of()
+    with pytest.raises(ValueError, match="about another network, hold-out or constraint"):
+        primesvt(network, holdout_of(network), stricter, memo=memo)
+    images = torch.zeros(60, 3, SIZE_PX, SIZE_PX)
+    with pytest.raises(ValueError, match="about another network, hold-out or constraint"):
+        primesvt(network, HoldOut(torch.randn_like(images), torch.arange(60) % 5), config, memo=memo)
+    lines = text.splitlines(keepends=True)
+    for damaged in ("nonsense\n", lines[0] + "{}\n", lines[0] + "[1]\n", "\n" + text):
+        memo.write_text(damaged, encoding="utf-8")
+        with pytest.raises(ValueError, match=r"memo\.jsonl' is damaged"):
+            primesvt(network, holdout_of(network), config, memo=memo)
+        assert memo.read_text(encoding="utf-8") == damaged
+
+
+@pytest.mark.parametrize("mode", ["group", "paper"])
+def test_whatever_fails_leaves_the_network_as_it_was(mode: str) -> None:
+    network, images = network_of(), torch.randn(1, 3, SIZE_PX, SIZE_PX)
+    law = by_zeros({"blocks.0": 15.0}, images)
+    calls: list[float] = []
+
+    def counted(tried: nn.Module) -> float:
+        calls.append(law(tried))
+        return calls[-1]
+
+    config = PrimeSVTConfig(max_accuracy_drop=4.0, min_memory_saving=0, mode=mode, **QUICK)
+    primesvt(copy.deepcopy(network), counted, config)
+    before, modes = state_of(network), [module.training for module in network.modules()]
+    for last in (1, 2, len(calls) // 2, len(calls)):
+        left = last
+
+        def failing(tried: nn.Module) -> float:
+            nonlocal left
+            left -= 1
+            if left == 0:
+                raise KilledError
+            return law(tried)
+
+        with pytest.raises(KilledError):
+            primesvt(network, failing, config)
+        assert same_state(before, state_of(network))
+        assert [module.training for module in network.modules()] == modes
+        assert all(p.requires_grad for p in network.parameters())
+
+
+def test_statistics_made_anew_belong_to_the_candidate() -> None:
+    network = network_of()
+    holdout, calibration = holdout_of(network), [torch.randn(8, 3, SIZE_PX, SIZE_PX) for _ in range(2)]
+    before = state_of(network)
+    config = PrimeSVTConfig(max_accuracy_drop=90, min_memory_saving=0, batchnorm="reestimate", **QUICK)
+    result = primesvt(network, holdout, config, calibration=calibration)
+    assert result.scoring["batchnorm_passes"] > result.scoring["evaluations"]
+    assert result.applied is not None
+    assert result.score == holdout.full(network)
+    anew = copy.deepcopy(network)
+    torch.optim.swa_utils.update_bn(calibration, anew)
+    assert same_state(state_of(anew), state_of(network))
+    revert(network, result.change)
+    kept = {name for name in before if "running" not in name and "num_batches" not in name}
+    assert all(torch.equal(before[name], network.state_dict()[name]) for name in kept)
+    # candidates that were only tried left no trace
+    network = network_of()
+    with pytest.raises(KilledError):
+        primesvt(network, holdout, config, calibration=calibration, progress=_kill)
+    assert same_state(before, state_of(network))
+    with pytest.raises(ValueError, match="batchnorm='reestimate' needs calibration=: batches of training images"):
+        primesvt(network, holdout, config)
+    with pytest.raises(ValueError, match="calibration is an iterator, which ends after the first candidate"):
+        primesvt(network, holdout, config, calibration=iter(calibration))
+
+
+def test_the_result_is_plain_data() -> None:
+    network = network_of()
+    config = PrimeSVTConfig(max_accuracy_drop=30, min_memory_saving=0.0, criterion=own_criterion, **QUICK)
+    result = primesvt(network, holdout_of(network), config)
+    stored = json.loads(json.dumps(result.to_dict()))
+    assert stored["config"]["criterion"] == "own_criterion"
+    again = PrimeSVTResult.from_dict(stored)
+    assert again.to_dict() == result.to_dict()
+    assert isinstance(again.blocks[0], BlockState)
+    assert again.summary() == result.summary()
+    assert 0 < min(result.spike_rates.values()) <= max(result.spike_rates.values()) <= 1
+    with pytest.raises(ValueError, match="a PrimeSVT result of version 1 is expected, not 7"):
+        PrimeSVTResult.from_dict({**stored, "version": 7})
+
+
+def own_criterion(name: str, weight: Tensor, gradients: object) -> Tensor:
+    return weight.double().abs()
+
+
+def test_progress_tells_how_long_it_may_take() -> None:
+    network, told = network_of(), list[PrimeProgress]()
+    config = PrimeSVTConfig(max_accuracy_drop=30, min_memory_saving=0.0, **QUICK)
+    result = primesvt(network, holdout_of(network), config, progress=told.append)
+    assert [p.candidate for p in told] == result.candidates
+    assert [p.phase for p in told] == sorted((p.phase for p in told), key=["target set", "robustness", "policy"].index)
+    assert all(1 <= p.done <= p.total for p in told)
+    assert all(p.left_s is None or p.left_s >= 0 for p in told)
+    assert [p.done for p in told if p.phase == "target set"] == [1, 2, 3, 4]
+
+
+def test_networks_that_do_not_spike_are_refused() -> None:
+    vit = create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, num_classes=5)
+    images, labels = torch.randn(4, 3, 32, 32), torch.arange(4)
+    with pytest.raises(ValueError, match="VisionTransformer: no neuron of spikingjelly in it, so it is not a spiking"):
+        primesvt(vit, HoldOut(images, labels))
+    single = network_of()
+    for module in single.modules():
+        if hasattr(module, "step_mode"):
+            module.step_mode = "s"
+    with pytest.raises(ValueError, match=r"is in single-step mode; use functional.set_step_mode\(network, 'm'\)"):
+        primesvt(single, HoldOut(images, labels))
+    keeps = FAMILIES["spikformer"]()
+    with pytest.raises(ValueError, match="Spikformer: it keeps its membranes from one call to the next; make it by"):
+        primesvt(keeps, HoldOut(images, labels))
+
+
+def test_a_silent_network_is_refused() -> None:
+    network = without_memory(FAMILIES["spikformer"]()).eval()
+    for module in network.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            nn.init.constant_(module.bias, -1.0)
+            nn.init.zeros_(module.weight)
+    before = state_of(network)
+    with pytest.raises(ValueError, match=r"Spikformer: .* does not spike once on the hold-out, so the logits say noth"):
+        primesvt(network, HoldOut(torch.randn(4, 3, 32, 32), torch.arange(4)))
+    assert same_state(before, state_of(network))
+
+
+def test_what_cannot_be_saved_is_refused_before_anything_is_tried() -> None:
+    network = network_of()
+    config = PrimeSVTConfig(min_memory_saving=0.6, layers=("blocks.0.*",), round_to=1)
+    with pytest.raises(ValueError, match=r"min_memory_saving=0.6 cannot be met: all 3 layers at max_rate=0.9 save"):
+        primesvt(network, holdout_of(network), config)
+    with pytest.raises(ValueError, match=r"layers: 'stage9\.\*' matches nothing that can be pruned"):
+        primesvt(network, holdout_of(network), PrimeSVTConfig(layers="stage9.*"))
+    with pytest.raises(ValueError, match="Spikformer has no group of kind 'head_dim'"):
+        primesvt(network, holdout_of(network), PrimeSVTConfig(kinds=("head_dim",)))
+    with pytest.raises(ValueError, match="criterion='taylor' needs gradients"):
+        primesvt(network, holdout_of(network), PrimeSVTConfig(criterion="taylor"))
+    masked = network_of()
+    register_masks(masked, ["blocks.0.mlp.fc1.0.weight"])
+    with pytest.raises(ValueError, match="mode='paper': Spikformer has masked weights already"):
+        primesvt(masked, holdout_of(masked), PrimeSVTConfig(mode="paper"))
+    with pytest.raises(ValueError, match="the hold-out is empty"):
+        primesvt(network, HoldOut(torch.zeros(0, 3, 32, 32), torch.zeros(0, dtype=torch.long)))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_accuracy_drop": 0}, "max_accuracy_drop=0: it has to be in points, above 0"),
+        ({"min_memory_saving": 25}, "min_memory_saving=25: it has to be a part, 0 to below 1"),
+        ({"min_memory_saving": 0.95}, "min_memory_saving=0.95 contradicts max_rate=0.9"),
+        ({"mode": "filter"}, "mode='filter': it has to be one of group, paper"),
+        ({"order": "random"}, "order='random': it has to be one of robustness, size"),
+        ({"rates": ()}, r"rates=\(\): it has to be above 0 and at most max_rate=0.9"),
+        ({"rates": (0.5, 0.95)}, "rates=.*at most max_rate=0.9"),
+        ({"target_sets": (1.5,)}, r"target_sets=\(1.5,\): it has to be parts"),
+        ({"increments": (0.1, 0.2)}, "increments=.*it has to be falling"),
+        ({"theta": 0}, "theta=0: it has to be above 0"),
+        ({"max_rate": 1.0}, "max_rate=1.0: it has to be above 0 and below 1"),
+        ({"round_to": 0}, "round_to=0: it has to be an integer of 1 or more"),
+        ({"criterion": "largest"}, "criterion='largest': it has to be one of magnitude"),
+        ({"batchnorm": "fold"}, "batchnorm='fold': it has to be one of keep, reestimate"),
+        ({"mode": "paper", "kinds": ("mlp",)}, r"kinds=\('mlp',\): mode='paper' prunes filters"),
+        ({"resolution_points": 0}, "resolution_points=0: it has to be above 0"),
+    ],
+)
+def test_settings_are_checked(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        PrimeSVTConfig(**options)
+
+
+def _search_on_ranks(store: Path | None, rank: int) -> list[tuple[str, bool, float]]:
+    if store is not None:
+        torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    network = network_of()
+    config = PrimeSVTConfig(max_accuracy_drop=30, min_memory_saving=0.0, **{**QUICK, "rates": (0.1,)})
+    result = primesvt(network, holdout_of(network), config)
+    weights = sum(float(p.detach().double().abs().sum()) for p in network.parameters())
+    return [*((c.label, c.accepted, c.saving) for c in result.candidates), ("weights", result.met, weights)]
+
+
+def test_ranks_decide_together(tmp_path: Path) -> None:
+    alone = _search_on_ranks(None, 0)
+    for found in on_ranks(tmp_path, 2, lambda rank: _search_on_ranks(tmp_path / "store", rank)):
+        assert found == alone
