@@ -127,7 +127,14 @@ def test_few_images_and_cached_activations_decide_as_all_images_do(mode: str) ->
     results = []
     for options in ({"confidence": 1.0, "cache_size_bytes": 0}, {"confidence": 0.99}):
         network = network_of("qkformer")
-        config = PrimeSVTConfig(max_accuracy_drop=30, min_memory_saving=0.0, mode=mode, resolution_points=1e-6, **QUICK)
+        config = PrimeSVTConfig(
+            max_accuracy_drop=30,
+            min_memory_saving=0.0,
+            mode=mode,
+            benefit_resolution_points=1e-6,
+            robustness_resolution_points=1e-6,
+            **QUICK,
+        )
         results.append(primesvt(network, holdout_of(network, 60, **options), config))
     exact, sampled = results
     assert [(c.label, c.widths, c.saving, c.accepted) for c in exact.candidates] == [
@@ -434,9 +441,19 @@ def test_a_silent_network_is_refused() -> None:
             nn.init.constant_(module.bias, -1.0)
             nn.init.zeros_(module.weight)
     before = state_of(network)
-    with pytest.raises(ValueError, match=r"Spikformer: .* does not spike once on the hold-out, so the logits say noth"):
+    with pytest.raises(ValueError, match=r"Spikformer: not one of its \d+ neurons behind patch_embed spikes on the"):
         primesvt(network, HoldOut(torch.randn(4, 3, 32, 32), torch.arange(4)))
     assert same_state(before, state_of(network))
+
+
+def test_silent_neurons_are_named() -> None:
+    network = network_of()
+    nn.init.zeros_(network.get_submodule("blocks.1.mlp.fc2.1").weight)  # type: ignore[arg-type]
+    nn.init.constant_(network.get_submodule("blocks.1.mlp.fc2.1").bias, -1.0)  # type: ignore[arg-type]
+    config = PrimeSVTConfig(max_accuracy_drop=30, min_memory_saving=0, **{**QUICK, "rates": (0.1,)})
+    with pytest.warns(UserWarning, match=r"1 of \d+ neurons never spike on the hold-out \(blocks.1.mlp.neuron2\)"):
+        result = primesvt(network, holdout_of(network), config)
+    assert result.spike_rates["blocks.1.mlp.neuron2"] == 0
 
 
 def test_what_cannot_be_saved_is_refused_before_anything_is_tried() -> None:
@@ -476,7 +493,7 @@ def test_what_cannot_be_saved_is_refused_before_anything_is_tried() -> None:
         ({"criterion": "largest"}, "criterion='largest': it has to be one of magnitude"),
         ({"batchnorm": "fold"}, "batchnorm='fold': it has to be one of keep, reestimate"),
         ({"mode": "paper", "kinds": ("mlp",)}, r"kinds=\('mlp',\): mode='paper' prunes filters"),
-        ({"resolution_points": 0}, "resolution_points=0: it has to be above 0"),
+        ({"benefit_resolution_points": 0}, "benefit_resolution_points=0: it has to be above 0"),
     ],
 )
 def test_settings_are_checked(options: dict[str, Any], message: str) -> None:

@@ -8,19 +8,21 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import save_file
 
+from ..pruning.batches import PlainBatches
 from ..pruning.subjects import Place
 from ..pruning.training import accuracy
 from .subjects import Subject
 
-_WATCHED_BATCHES = 4  # of 500 images of the hold-out after each epoch, for the curve
+_WATCHED_IMAGES = 2000  # of the hold-out after each epoch, for the curve; every so manieth, for all classes
 
 
 class _Curve(Callback):
-    """Notes the accuracy on the first images of the hold-out after each epoch; in the checkpoint, so it survives."""
+    """Notes the accuracy on a part of the hold-out after each epoch; in the checkpoint, so it survives."""
 
     def __init__(self) -> None:
         self.points: list[dict[str, float]] = []
@@ -58,11 +60,14 @@ def train(subject: Subject, place: Place, out: Path, commit: str) -> dict[str, A
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
-        limit_val_batches=_WATCHED_BATCHES,
     )
     last = folder / "last.ckpt"
+    watched = torch.arange(0, data.images("holdout"), data.images("holdout") // _WATCHED_IMAGES).split(500)
     trainer.fit(
-        module, data.train_dataloader(), data.holdout_dataloader(), ckpt_path=str(last) if last.is_file() else None
+        module,
+        data.train_dataloader(),
+        PlainBatches(data, "holdout", watched),
+        ckpt_path=str(last) if last.is_file() else None,
     )
     network = module.net.to(place.device)
     record = {

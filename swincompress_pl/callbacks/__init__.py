@@ -1,7 +1,8 @@
 """Lightning callbacks: when a network is pruned and quantized. What happens then is in `pruning` and `quant`."""
 
 from swincompress_pl.callbacks.checkpoint import CompressedCheckpoint
+from swincompress_pl.callbacks.primesvt import PrimeSVT
 from swincompress_pl.callbacks.pruning import AdaptiveIterativePruning
 from swincompress_pl.callbacks.quantization import QuantizationAwareTraining
 
-__all__ = ["AdaptiveIterativePruning", "CompressedCheckpoint", "QuantizationAwareTraining"]
+__all__ = ["AdaptiveIterativePruning", "CompressedCheckpoint", "PrimeSVT", "QuantizationAwareTraining"]

@@ -12,17 +12,17 @@ from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from lightning.pytorch.utilities import rank_zero_info
 
-from ..pruning import Step
-
-Tell = Callable[[Step], None]
+Tell = Callable[[str, int], None]
+"""(what was just tried, how many tries there are at most)"""
 _EVERY_S = 10.0
 
 
 @contextmanager
 def search_progress(trainer: Trainer, description: str, total: int) -> Iterator[Tell]:
-    """Shows the steps of a round: a bar in the trainer's progress bar (rich or tqdm), else a line now and then.
+    """Shows the tries of a search: a bar in the trainer's progress bar (rich or tqdm), else a line now and then.
 
-    total: how many steps the round tries at most. The bar goes when the context ends, also by an exception.
+    total: how many tries there are, as far as that is known at first. The bar goes when the context ends, also by an
+    exception.
     """
     bar = trainer.progress_bar_callback
     if isinstance(bar, RichProgressBar) and bar.is_enabled and trainer.is_global_zero and bar.progress is not None:
@@ -32,12 +32,7 @@ def search_progress(trainer: Trainer, description: str, total: int) -> Iterator[
         with _tqdm_bar(bar, description, total) as tell:
             yield tell
     else:
-        yield _Lines(description, total)
-
-
-def _text(step: Step) -> str:
-    verdict = "kept" if step.accepted else "undone"
-    return f"{step.target} {step.units_before} -> {step.units_after}: {step.score:.2f} points, {verdict}"
+        yield _Lines(description)
 
 
 @contextmanager
@@ -46,8 +41,8 @@ def _rich_bar(bar: RichProgressBar, description: str, total: int) -> Iterator[Te
     assert progress is not None
     task = progress.add_task(description, total=total)
 
-    def tell(step: Step) -> None:
-        progress.update(task, advance=1, description=f"{description}: {_text(step)}")
+    def tell(text: str, total: int) -> None:
+        progress.update(task, advance=1, total=total, description=f"{description}: {text}")
         progress.refresh()
 
     try:
@@ -70,8 +65,9 @@ def _tqdm_bar(bar: TQDMProgressBar, description: str, total: int) -> Iterator[Te
         smoothing=0,
     )
 
-    def tell(step: Step) -> None:
-        line.set_postfix_str(_text(step), refresh=False)
+    def tell(text: str, total: int) -> None:
+        line.total = total
+        line.set_postfix_str(text, refresh=False)
         line.update(1)
         line.refresh()  # tqdm leaves out what follows within 0.1 s; a step is worth being seen
 
@@ -84,11 +80,11 @@ def _tqdm_bar(bar: TQDMProgressBar, description: str, total: int) -> Iterator[Te
 class _Lines:
     """A line every ten seconds."""
 
-    def __init__(self, description: str, total: int) -> None:
-        self._description, self._total, self._tried, self._last = description, total, 0, time.monotonic()
+    def __init__(self, description: str) -> None:
+        self._description, self._tried, self._last = description, 0, time.monotonic()
 
-    def __call__(self, step: Step) -> None:
+    def __call__(self, text: str, total: int) -> None:
         self._tried += 1
         if time.monotonic() - self._last >= _EVERY_S:
             self._last = time.monotonic()
-            rank_zero_info(f"{self._description}: {self._tried} of {self._total}; {_text(step)}")
+            rank_zero_info(f"{self._description}: {self._tried} of {total}; {text}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -140,19 +141,24 @@ class Candidates:
         return zeros / self._parameters
 
     def judge(
-        self, widths: dict[str, int], base: dict[str, int], *, phase: str, label: str, resolved: bool
+        self,
+        widths: dict[str, int],
+        base: dict[str, int],
+        *,
+        phase: str,
+        label: str,
+        resolution_points: float | None = None,
     ) -> Candidate:
         """Whether the network so narrowed meets the accuracy constraint.
 
-        base: narrower nowhere; the candidate is compared with the network so narrowed. resolved: the score is compared
-        with others, so that of an accepted candidate is estimated to `resolution_points`.
+        base: narrower nowhere; the candidate is compared with the network so narrowed. resolution_points: for scores
+        that are compared with others, the standard error of an accepted candidate's.
         """
         known = from_rank_zero(self._memo.get(widths))
-        resolution = self.config.resolution_points if resolved else None
-        vague = known is not None and known.accepted and resolution is not None and known.error_points > resolution
-        fresh = known is None or vague
+        finest = math.inf if resolution_points is None else resolution_points
+        fresh = known is None or (known.accepted and known.error_points > finest)
         if fresh:
-            known = self._score(widths, base, resolution)
+            known = self._score(widths, base, resolution_points)
             self._memo.put(widths, known)
         assert known is not None
         return Candidate(

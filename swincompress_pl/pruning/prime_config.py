@@ -31,14 +31,16 @@ class PrimeSVTConfig:
     target_sets: parts of the layers, the largest first, that Alg. 1 chooses from. rates: parts of a layer's units that
         it tries on each, uniformly.
     theta: width of a band of robustness (Alg. 4), in percent saved a point lost. increments: of the rate, for the best
-        band, the next, ...; the last for all others. A refused increment is followed by the next smaller one.
+        band, the next, ...; the last for all others (the paper ends with 0.0, which leaves them at the initial rate
+        and stops the search early wherever one block costs nothing). A refused one is followed by the next smaller.
     blocks: "block" raises the rate of all layers of a block together (the paper), "layer" of each alone.
     max_rate: no layer goes beyond it, above 0 and below 1.
     round_to: kept widths (not heads) are multiples of it. kinds: of groups, only in mode "group"; None for all that
         the network has but "heads" and "embed". layers: patterns (fnmatch) of the names to prune, None for all.
     criterion: a name in `pruning.CRITERIA` or a function; "magnitude" is the paper's L2 norm.
     batchnorm: "keep" the running statistics, or "reestimate" them on calibration images for every candidate.
-    resolution_points: standard error to which the accuracies that are compared (Alg. 1 and 3) are estimated.
+    benefit_resolution_points, robustness_resolution_points: standard errors to which accuracies are estimated that
+        are averaged over the rates of a set (Alg. 1) and that tell the blocks apart (Alg. 3).
     Raises ValueError, naming the field, for anything else and for fields that contradict each other.
     """
 
@@ -50,7 +52,7 @@ class PrimeSVTConfig:
     target_sets: tuple[float, ...] = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
     rates: tuple[float, ...] = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64)
     theta: float = 1.0
-    increments: tuple[float, ...] = (0.08, 0.04, 0.02, 0.01, 0.0)
+    increments: tuple[float, ...] = (0.08, 0.04, 0.02, 0.01)
     blocks: Literal["block", "layer"] = "block"
     max_rate: float = 0.9
     round_to: int = 8
@@ -58,7 +60,8 @@ class PrimeSVTConfig:
     layers: tuple[str, ...] | None = None
     criterion: str | Criterion = "magnitude"
     batchnorm: Literal["keep", "reestimate"] = "keep"
-    resolution_points: float = 0.5
+    benefit_resolution_points: float = 1.0
+    robustness_resolution_points: float = 0.2
 
     def __post_init__(self) -> None:
         for name in ("kinds", "layers"):
@@ -73,7 +76,8 @@ class PrimeSVTConfig:
         _require("min_memory_saving", saving, 0 <= saving < 1, "a part, 0 to below 1, e.g. 0.25")
         _require("max_rate", self.max_rate, 0 < self.max_rate < 1, "above 0 and below 1, e.g. 0.9")
         _require("theta", self.theta, 0 < self.theta < math.inf, "above 0, e.g. 1.0")
-        _require("resolution_points", self.resolution_points, self.resolution_points > 0, "above 0, e.g. 0.5")
+        for name in ("benefit_resolution_points", "robustness_resolution_points"):
+            _require(name, getattr(self, name), getattr(self, name) > 0, "above 0, e.g. 0.5")
         rounded = isinstance(self.round_to, int) and not isinstance(self.round_to, bool) and self.round_to >= 1
         _require("round_to", self.round_to, rounded, "an integer of 1 or more")
         self._check_lists()
@@ -91,7 +95,7 @@ class PrimeSVTConfig:
             "increments",
             self.increments,
             bool(self.increments) and falling and self.increments[-1] >= 0 and 0 < self.increments[0] < 1,
-            "falling, below 1 and at least 0, e.g. (0.08, 0.04, 0.02, 0.01, 0.0)",
+            "falling, below 1 and at least 0, e.g. (0.08, 0.04, 0.02, 0.01)",
         )
 
     def _check_together(self) -> None:

@@ -27,6 +27,7 @@ from .granularity import Change, Target, nothing_applied, revert
 from .prime_candidates import Candidate, Candidates, batchnorm_state, restore_batchnorm
 from .prime_config import PrimeSVTConfig
 from .prime_result import BlockState, PrimeSVTResult, TargetSet
+from .ranks import from_all_ranks
 from .round_robin import Evaluate, as_scorer
 from .scorer import ROUNDING_POINTS, Scorer, evaluation_mode
 from .scores import Gradients
@@ -177,6 +178,7 @@ class _Search:
         chosen: list[Target] = []
         highest = -math.inf
         total, done = len(self.config.target_sets) * len(self.config.rates), 0
+        resolution = self.config.benefit_resolution_points
         for part in self.config.target_sets:
             layers = by_size[: math.ceil(part * len(by_size) - 1e-9)]
             accepted: list[tuple[float, Candidate]] = []
@@ -184,7 +186,7 @@ class _Search:
                 label = f"{part:.0%} of the layers at {rate:.0%}"
                 widths = self.candidates.widths({layer.name: rate for layer in layers})
                 done += 1
-                candidate = self._judge(widths, {}, "target set", label, True, done, total)
+                candidate = self._judge(widths, {}, "target set", label, resolution, done, total)
                 if candidate.accepted:
                     accepted.append((rate, candidate))
             benefit = _mean([each.score + 100 * each.saving for _, each in accepted]) if accepted else None
@@ -231,7 +233,8 @@ class _Search:
         for number, block in enumerate(self.blocks, start=1):
             changed = [replace(each, rate=rate) if each is block else each for each in self.blocks]
             label = f"{block.name} at {rate:.0%}, the others at {self.initial_rate:.0%}"
-            found = self._judge(self._widths_of(changed), base, "robustness", label, True, number, len(self.blocks))
+            widths, resolution = self._widths_of(changed), self.config.robustness_resolution_points
+            found = self._judge(widths, base, "robustness", label, resolution, number, len(self.blocks))
             drop = max(self.baseline - found.score, 0.0)
             measured.append(replace(block, robustness=100 * found.saving / (drop + _LEAST_DROP)))
         measured.sort(key=lambda block: -_robustness(block))
@@ -257,7 +260,7 @@ class _Search:
                     widths, done = self._widths_of(raised), done + 1
                     if widths != before:
                         label = f"{block.name} at {rate:.0%}"
-                        found = self._judge(widths, before, "policy", label, False, done, done + left)
+                        found = self._judge(widths, before, "policy", label, None, done, done + left)
                         if not found.accepted:
                             steps[block.name] = steps[block.name][1:]
                             continue
@@ -282,13 +285,13 @@ class _Search:
         base: dict[str, int],
         phase: str,
         label: str,
-        resolved: bool,
+        resolution: float | None,
         done: int,
         total: int,
     ) -> Candidate:
         started = time.monotonic()
         try:
-            found = self.candidates.judge(widths, base, phase=phase, label=label, resolved=resolved)
+            found = self.candidates.judge(widths, base, phase=phase, label=label, resolution_points=resolution)
         except ValueError as error:
             error.add_note(f"while {label} was tried")
             raise
@@ -394,15 +397,29 @@ def _baseline(network: nn.Module, scorer: Scorer) -> tuple[float, dict[str, floa
     check_spiking(network)
     with watching_spikes(network) as rates:
         baseline = scorer.full(network)
+    rates = _over_ranks(rates)
     if 0 < baseline <= 1:
         warnings.warn(f"the baseline is {baseline:g} points of 100; does evaluate return a fraction?", stacklevel=4)
-    if not rates or not any(rates.values()) or not list(rates.values())[-1]:
-        silent = next((name for name, rate in reversed(rates.items()) if not rate), "no neuron")
+    stem = adapter_for(network).segments(network)[0]
+    silent = [name for name, rate in rates.items() if not rate]
+    if not any(rate for name, rate in rates.items() if not name.startswith(f"{stem}.")):
         raise ValueError(
-            f"{type(network).__name__}: {silent} does not spike once on the hold-out, so the logits say nothing about "
-            "the images; train the network, or give it its trained BatchNorm statistics"
+            f"{type(network).__name__}: not one of its {len(rates)} neurons behind {stem} spikes on the hold-out, so "
+            "the logits say nothing about the images; train the network, or give it its trained BatchNorm statistics"
+        )
+    if silent:
+        warnings.warn(
+            f"{len(silent)} of {len(rates)} neurons never spike on the hold-out ({', '.join(silent[:3])}"
+            f"{', ...' if silent[3:] else ''}); what leads to them is pruned for nothing",
+            stacklevel=4,
         )
     return baseline, rates
+
+
+def _over_ranks(rates: dict[str, float]) -> dict[str, float]:
+    """The mean over the ranks that had images; their shards are of one size, but for an image."""
+    shards = [shard for shard in from_all_ranks(rates) if shard]
+    return {name: _mean([shard[name] for shard in shards]) for name in (shards[0] if shards else {})}
 
 
 def _robustness(block: BlockState) -> float:

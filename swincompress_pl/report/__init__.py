@@ -5,6 +5,7 @@ from swincompress_pl.report.accuracy import Accuracy, PairedComparison, wilson_i
 from swincompress_pl.report.environment import describe_environment
 from swincompress_pl.report.latency import Latency, Ratio, measure, ratio
 from swincompress_pl.report.layers import layer_sparsity
+from swincompress_pl.report.primesvt_plots import primesvt_figures, save_primesvt_figures
 from swincompress_pl.report.quantization import quantization_record, write_quantization_report
 from swincompress_pl.report.record import (
     Check,
@@ -18,6 +19,7 @@ from swincompress_pl.report.record import (
 )
 from swincompress_pl.report.run import render_report, write_report
 from swincompress_pl.report.sizes import Size, matrix_size, network_size, program_macs, program_parameters, program_size
+from swincompress_pl.report.spiking import SpikingCost, spiking_cost
 
 __all__ = [
     "Accuracy",
@@ -32,18 +34,22 @@ __all__ = [
     "RecordError",
     "RunRecord",
     "Size",
+    "SpikingCost",
     "Stage",
     "describe_environment",
     "layer_sparsity",
     "matrix_size",
     "measure",
     "network_size",
+    "primesvt_figures",
     "program_macs",
     "program_parameters",
     "program_size",
     "quantization_record",
     "ratio",
     "render_report",
+    "save_primesvt_figures",
+    "spiking_cost",
     "wilson_interval",
     "write_quantization_report",
     "write_report",

@@ -1,0 +1,295 @@
+"""What pruning callbacks share: a search on a hold-out before an epoch, and the rest of the fit that follows it."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Protocol
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor, nn
+
+from ..models.manifest import restore_on_load, save_to_checkpoint
+from ..pruning import (
+    AppliedPlan,
+    Change,
+    Gradients,
+    RoundRobinConfig,
+    Scorer,
+    collect_gradients,
+    keep_masks,
+    revert,
+    share_buffers,
+    slice_optimizers,
+)
+from .resume import RandomNumbers, rng_states, seeded
+from .scoring import holdout_loaders, holdout_scorer, input_shape, metric_scorer, training_batches, validating
+from .searched import ScalesFollower, pruned_tensors, refuse_masked_integers, scored_network, searched_network
+from .surroundings import refuse_neighbours, refuse_optimizers, refuse_sharing, refuse_strategy, wrap_anew
+
+_STATE_VERSION = 2
+
+
+class Outcome(Protocol):
+    """What a search did."""
+
+    @property
+    def change(self) -> Change:
+        """To the network."""
+        ...
+
+
+class SearchCallback(Callback):
+    """Runs a search before some epochs of a fit; those that derive from it say which search and when.
+
+    The options are those of `AdaptiveIterativePruning` of the same names; raises ValueError for bad ones.
+    """
+
+    keeps_masks = True  # so CompressionMixin need not
+    who: ClassVar[str]  # the key of the state, one for subclasses too: a checkpoint of one goes on with the other
+
+    def __init__(
+        self,
+        *,
+        start_epoch: int,
+        monitor: str | None,
+        max_images: int | None,
+        holdout_size_bytes: int,
+        gradient_batches: int,
+        model_attribute: str,
+    ) -> None:
+        _check_arguments(start_epoch, monitor, max_images, holdout_size_bytes, gradient_batches)
+        self.start_epoch = start_epoch
+        self.monitor = monitor
+        self.max_images = max_images
+        self.holdout_size_bytes = holdout_size_bytes
+        self.gradient_batches = gradient_batches
+        self.model_attribute = model_attribute
+        self._last_epoch = -1
+        self._scorer: Scorer | None = None
+        self._masks: Any = None
+        self._rng = RandomNumbers()
+
+    @property
+    def state_key(self) -> str:
+        return self.who
+
+    # Policy: override these.
+
+    def should_prune(self, epoch: int) -> bool:
+        """Whether a search runs before `epoch` (it may be over already)."""
+        raise NotImplementedError
+
+    def predict(self, module: LightningModule, network: nn.Module, images: Tensor) -> Tensor:
+        """The logits (N, classes) that are scored; override it where the network alone does not see ready images."""
+        logits: Tensor = network(images)
+        return logits
+
+    # The search: those that derive from this class give these.
+
+    def _granularity(self, network: nn.Module) -> RoundRobinConfig:
+        """What a removal is."""
+        raise NotImplementedError
+
+    def _is_over(self) -> bool:
+        raise NotImplementedError
+
+    def _forget(self) -> None:
+        """Begin anew: what is known is of another fit."""
+        raise NotImplementedError
+
+    def _find(
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        scorer: Scorer,
+        shape: tuple[int, ...] | None,
+        follower: ScalesFollower,
+    ) -> Outcome:
+        """Search, and change the network."""
+        raise NotImplementedError
+
+    def _finish(self, network: nn.Module, outcome: Outcome) -> AppliedPlan | None:
+        """What is sliced once more when the search is over."""
+        return None
+
+    def _take(self, module: LightningModule, outcome: Outcome) -> None:
+        """Everything in the fit has followed: keep what was found, and log it."""
+        raise NotImplementedError
+
+    def _stored(self) -> dict[str, Any]:
+        """The search as plain data."""
+        raise NotImplementedError
+
+    def _restore(self, stored: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+    # Hooks.
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Have a checkpoint's architecture rebuilt before its weights load, and refuse what cannot work."""
+        restore_on_load(pl_module, self.model_attribute)
+        if stage == "fit":
+            refuse_strategy(trainer, self.who)
+            refuse_neighbours(trainer, self.who)
+            network = self._network(pl_module)
+            settings = self._granularity(network)
+            refuse_masked_integers(trainer, pl_module, self.model_attribute, self.monitor, settings.kinds)
+            refuse_sharing(pl_module, network, pruned_tensors(network, settings), self.model_attribute)
+            if trainer.current_epoch == 0:  # a fresh fit; a resumed one loads its state after this hook
+                self._last_epoch = -1
+                self._forget()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Make sure that there is something to score on, before the first epoch is spent; have masks kept."""
+        self._rng.on_train_start(trainer)
+        self._keep_masks(trainer, pl_module)
+        if not self._is_over():
+            self._refuse_optimizers(trainer, pl_module)
+            with isolate_rng(), validating(trainer, pl_module), torch.no_grad():
+                self._scorer = self._make_scorer(trainer, pl_module)
+        if trainer.max_epochs is not None and 0 <= trainer.max_epochs <= self.start_epoch:
+            rank_zero_warn(
+                f"start_epoch={self.start_epoch} is not reached in max_epochs={trainer.max_epochs}: nothing is pruned."
+            )
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Search if there is a search before this epoch."""
+        self._rng.on_train_epoch_start(trainer)
+        epoch = trainer.current_epoch
+        if self._is_over() or epoch <= self._last_epoch or not self.should_prune(epoch):
+            return
+        # The search must not move the random numbers that shuffling, dropout and augmentation draw.
+        with isolate_rng():
+            outcome = self._search(trainer, pl_module)
+        self._last_epoch = epoch
+        self._take(pl_module, outcome)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Let go of the hold-out and of the optimizers."""
+        self._let_go()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """The same: Lightning tears nothing down after an exception."""
+        self._let_go()
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Add the manifest with which the architecture is rebuilt."""
+        save_to_checkpoint(pl_module, checkpoint, self.model_attribute)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Take up the random numbers where the checkpoint left them."""
+        mine = checkpoint["callbacks"].get(self.state_key)
+        if mine is not None and mine.get("version") == _STATE_VERSION:
+            self._rng.resume(trainer, mine["rng"])
+
+    def state_dict(self) -> dict[str, Any]:
+        """The search so far and the random numbers' states: plain data and tensors."""
+        return {"version": _STATE_VERSION, "last_epoch": self._last_epoch, **self._stored(), "rng": rng_states()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with the search that `state_dict` wrote."""
+        if state_dict.get("version") != _STATE_VERSION:
+            raise ValueError(
+                f"the pruning callback's state has version {state_dict.get('version')!r}, {_STATE_VERSION} is expected"
+            )
+        self._last_epoch = int(state_dict["last_epoch"])
+        self._restore(state_dict)
+
+    # Mechanism.
+
+    def _let_go(self) -> None:
+        self._scorer = None
+        if self._masks is not None:
+            self._masks.remove()
+            self._masks = None
+
+    def _refuse_optimizers(self, trainer: Trainer, module: LightningModule) -> None:
+        network = self._network(module)
+        settings = self._granularity(network)
+        if settings.granularity == "structured":
+            refuse_optimizers(trainer.optimizers, network, pruned_tensors(network, settings))
+
+    def _keep_masks(self, trainer: Trainer, module: LightningModule) -> None:
+        if self._masks is not None:
+            self._masks.remove()
+        self._masks = keep_masks(trainer.optimizers, self._network(module))
+
+    def _network(self, module: LightningModule) -> nn.Module:
+        return searched_network(module, self.model_attribute)
+
+    def _search(self, trainer: Trainer, module: LightningModule) -> Outcome:
+        follower = ScalesFollower(module, self.model_attribute)
+        self._refuse_optimizers(trainer, module)  # they have no state before the first step
+        share_buffers(self._network(module))
+        with validating(trainer, module), torch.no_grad():
+            assert self._scorer is not None  # made when training started
+            shape = input_shape(trainer, self._scorer, self.who)
+            outcome = self._find(trainer, module, self._scorer, shape, follower)
+        self._follow(trainer, module, outcome, follower)
+        return outcome
+
+    def _follow(self, trainer: Trainer, module: LightningModule, outcome: Outcome, follower: ScalesFollower) -> None:
+        """Optimizers, masks, compiled code and DDP go on with what the search made of the network."""
+        network, change = self._network(module), outcome.change
+        try:
+            slice_optimizers(trainer.optimizers, follower.with_scales(change.applied))
+        except BaseException:
+            revert(network, change)
+            follower.uncut()
+            raise
+        sliced = bool(change.applied.tensors)
+        finished = self._finish(network, outcome)
+        if finished is not None:
+            follower.cut(finished)
+            slice_optimizers(trainer.optimizers, follower.with_scales(finished))
+            sliced = sliced or bool(finished.tensors)
+        self._keep_masks(trainer, module)
+        if sliced:
+            # Compiled code knows the old shapes; without a reset each shrink counts against the recompile limit.
+            torch.compiler.reset()
+        if sliced or change.registered:
+            wrap_anew(trainer)
+
+    def _make_scorer(self, trainer: Trainer, module: LightningModule) -> Scorer:
+        loaders = holdout_loaders(trainer, self.who)
+        if self.monitor is not None:
+            return metric_scorer(trainer, module, self.monitor, loaders)
+        return holdout_scorer(
+            trainer,
+            loaders,
+            lambda network, images: self._predict(module, network, images),
+            self.max_images,
+            self.holdout_size_bytes,
+        )
+
+    def _predict(self, module: LightningModule, network: nn.Module, images: Tensor) -> Tensor:
+        return self.predict(module, scored_network(module, self.model_attribute, network), images)
+
+    def _gradients(self, trainer: Trainer, module: LightningModule, network: nn.Module) -> Gradients:
+        with torch.enable_grad(), seeded(trainer.current_epoch):
+            return collect_gradients(
+                network,
+                training_batches(trainer, self.gradient_batches),
+                max_batches=self.gradient_batches,
+                predict=lambda images: self._predict(module, network, images),
+            )
+
+
+def _check_arguments(
+    start_epoch: int, monitor: str | None, max_images: int | None, holdout_size_bytes: int, gradient_batches: int
+) -> None:
+    if start_epoch < 0:
+        raise ValueError(f"start_epoch={start_epoch}: it has to be 0 or more")
+    if max_images is not None and max_images < 1:
+        raise ValueError(f"max_images={max_images}: it has to be None (all) or 1 or more")
+    if monitor is not None and max_images is not None:
+        raise ValueError(
+            f"max_images={max_images}: a monitor ({monitor!r}) is computed over the whole hold-out; leave one of the "
+            "two out, or limit the hold-out itself"
+        )
+    if holdout_size_bytes < 1:
+        raise ValueError(f"holdout_size_bytes={holdout_size_bytes}: it has to be 1 or more, e.g. 4 << 30")
+    if gradient_batches < 1:
+        raise ValueError(f"gradient_batches={gradient_batches}: it has to be 1 or more")

@@ -1,0 +1,143 @@
+"""The plots of a PrimeSVT search: robustness a block, accuracy against memory, spike rates.
+
+Each takes the plain data of `pruning.PrimeSVTResult.to_dict()` and returns a matplotlib Figure that belongs to the
+caller, or None where there is nothing to draw; none touches pyplot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from swincompress_pl.pruning import Candidate, PrimeSVTResult
+from swincompress_pl.report.drawing import ALERT, BASE, BETWEEN, LAST, finished, new_figure, save_png, style
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Result = Mapping[str, Any] | PrimeSVTResult
+
+_BAND_COLOURS = (LAST, BETWEEN, BASE)
+_PHASES = {"target set": ("s", BASE), "robustness": ("^", BETWEEN), "policy": ("o", LAST)}
+_ROW_INCHES = 0.24
+
+
+def primesvt_figures(result: Result, *, rates_after: Mapping[str, float] | None = None) -> dict[str, Figure]:
+    """All plots for which the result has data: {"robustness", "accuracy_memory", "spike_rates"}, in this order.
+
+    rates_after: {neuron: spike rate} of the pruned network, beside those of the unpruned one.
+    Raises ValueError for data of another version.
+    """
+    known = _read(result)
+    drawn = {
+        "robustness": robustness_by_block(known),
+        "accuracy_memory": accuracy_against_memory(known),
+        "spike_rates": spike_rates(known.spike_rates, rates_after),
+    }
+    return {name: figure for name, figure in drawn.items() if figure is not None}
+
+
+def save_primesvt_figures(
+    result: Result, folder: Path, *, rates_after: Mapping[str, float] | None = None
+) -> list[Path]:
+    """Writes each of `primesvt_figures` as primesvt-<name>.png into `folder`, which is made if need be."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = []
+    for name, figure in primesvt_figures(result, rates_after=rates_after).items():
+        files.append(folder / f"primesvt-{name}.png")
+        save_png(figure, files[-1])
+    return files
+
+
+def robustness_by_block(result: Result) -> Figure | None:
+    """A bar for each block, coloured by its band, with the rate that the policy left it at; None where robustness was
+    not measured."""
+    known = _read(result)
+    blocks = [block for block in known.blocks if block.robustness is not None]
+    if not blocks:
+        return None
+    with style():
+        figure = new_figure(7, 1.2 + _ROW_INCHES * len(blocks))
+        ax = figure.subplots()
+        places = range(len(blocks))
+        colours = [_BAND_COLOURS[min(block.band, len(_BAND_COLOURS) - 1)] for block in blocks]
+        values = [float(block.robustness or 0) for block in blocks]
+        ax.barh(places, values, color=colours)
+        ax.set_yticks(places, [block.name for block in blocks], fontsize=8)
+        ax.invert_yaxis()
+        for place, block, value in zip(places, blocks, values, strict=True):
+            ax.annotate(
+                f"band {block.band}, {known.initial_rate:.0%} → {block.rate:.0%}", (value, place), (4, 0),
+                textcoords="offset points", va="center", fontsize=7.5,
+            )  # fmt: skip
+        ax.margins(x=0.3)
+        ax.set_xlabel("robustness: percent of the parameters saved a point lost")
+        ax.set_title("Robustness of the blocks, and their pruning rates")
+        return finished(figure)
+
+
+def accuracy_against_memory(result: Result) -> Figure | None:
+    """Every candidate by what it saves and how it scores, the two constraints, and what was applied; None without
+    candidates."""
+    known = _read(result)
+    if not known.candidates:
+        return None
+    drop, least = known.config["max_accuracy_drop"], known.config["min_memory_saving"]
+    with style():
+        figure = new_figure(7, 4.6)
+        ax = figure.subplots()
+        _points(ax, known.candidates)
+        ax.plot([0], [known.baseline_score], "D", color=LAST, markersize=6, label="unpruned")
+        floor = known.baseline_score - drop
+        ax.axhline(floor, color=ALERT, linewidth=1.1, linestyle="--", label=f"at most {drop:g} points lost")
+        ax.axvline(100 * least, color=ALERT, linewidth=1.1, linestyle=":", label=f"at least {least:.0%} saved")
+        if known.applied is not None:
+            ax.plot(
+                [100 * known.applied.saving], [known.applied.score], "*", color=ALERT, markersize=13, zorder=5,
+                label=f"applied: {known.applied.saving:.1%} saved, {known.applied.score:.2f} points",
+            )  # fmt: skip
+        ax.grid()
+        ax.set_xlabel("parameters saved, %")
+        ax.set_ylabel("accuracy on the hold-out, points")
+        ax.set_title("Accuracy against memory, every candidate")
+        ax.legend(loc="lower left", fontsize=8)
+        return finished(figure)
+
+
+def spike_rates(before: Mapping[str, float], after: Mapping[str, float] | None = None) -> Figure | None:
+    """The rate of each neuron, in the order of a pass, unpruned and, where given, pruned; None without neurons."""
+    if not before:
+        return None
+    with style():
+        figure = new_figure(7, 1.4 + 0.8 * _ROW_INCHES * len(before))
+        ax = figure.subplots()
+        places = range(len(before))
+        ax.plot([100 * rate for rate in before.values()], places, "o", color=BASE, label="unpruned")
+        if after is not None:
+            found = [(100 * after[name], place) for place, name in enumerate(before) if name in after]
+            ax.plot([x for x, _ in found], [y for _, y in found], "o", color=LAST, markersize=4.5, label="pruned")
+        ax.set_yticks(places, list(before), fontsize=7)
+        ax.invert_yaxis()
+        ax.set_xlim(left=0)
+        ax.grid()
+        ax.set_xlabel("spikes a time step and a place, %")
+        ax.set_title("Spike rates of the neurons")
+        ax.legend(fontsize=8)
+        return finished(figure)
+
+
+def _points(ax: Axes, candidates: list[Candidate]) -> None:
+    for phase, (mark, colour) in _PHASES.items():
+        for accepted, face in ((True, colour), (False, "none")):
+            found = [c for c in candidates if (c.phase, c.accepted) == (phase, accepted)]
+            if found:
+                ax.plot(
+                    [100 * c.saving for c in found], [c.score for c in found], mark, color=colour, markerfacecolor=face,
+                    markersize=4.5, label=f"{phase}, {'within' if accepted else 'beyond'} ({len(found)})",
+                )  # fmt: skip
+
+
+def _read(result: Result) -> PrimeSVTResult:
+    return result if isinstance(result, PrimeSVTResult) else PrimeSVTResult.from_dict(result)

@@ -1,0 +1,229 @@
+"""PrimeSVT in a fit: once, with optimizer, checkpoint, resume, ranks and masks following it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from callback_cases import Plain, Unmoved, loader, make_trainer, shapes
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from rank_cases import digest, on_ranks
+from test_callbacks_distributed import HoldOutData, ddp
+from test_models_spiking import no_membranes, small_spikformer
+from torch import nn
+
+from swincompress_pl.callbacks import PrimeSVT
+from swincompress_pl.models.manifest import CompressionMixin
+from swincompress_pl.pruning import PrimeProgress, history_of, masked_parameters, prune
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning"),
+    pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:PrimeSVT. no candidate keeps both"),
+    pytest.mark.filterwarnings("ignore:.* neurons never spike on the hold-out"),
+]
+# A toy of 24 images: what is cut does not hang on its accuracy.
+OPTIONS: dict[str, Any] = {
+    "max_accuracy_drop": 100.0,
+    "min_memory_saving": 0.05,
+    "target_sets": (1.0, 0.5),
+    "rates": (0.1, 0.25),
+    "increments": (0.3, 0.15),
+    "max_rate": 0.6,
+    "round_to": 1,
+}
+
+
+def shooter(**options: Any) -> PrimeSVT:
+    return PrimeSVT(**{**OPTIONS, **options})
+
+
+def spiking() -> Plain:
+    """Fires from the start: BatchNorm's shift lifts the membranes."""
+    module = Plain(small_spikformer)
+    for part in module.net.modules():
+        if isinstance(part, nn.modules.batchnorm._BatchNorm):
+            nn.init.constant_(part.bias, 2.0)
+    torch.manual_seed(7)
+    return module
+
+
+class Restorable(CompressionMixin, Plain):
+    def __init__(self) -> None:
+        super().__init__(small_spikformer)
+
+
+class Stop(Callback):
+    def __init__(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        trainer.should_stop = trainer.current_epoch == self.epoch
+
+
+def found_by(callback: PrimeSVT) -> dict[str, Any]:
+    assert callback.result is not None
+    return {**callback.result.to_dict(), "elapsed_s": 0.0, "scoring": {}}
+
+
+@pytest.mark.parametrize("mode", ["group", "paper"])
+def test_a_fit_prunes_once_and_trains_what_is_left(tmp_path: Path, mode: str) -> None:
+    callback, module, logger = shooter(mode=mode, start_epoch=1), spiking(), CSVLogger(tmp_path)
+    before = sum(p.numel() for p in module.parameters())
+    trainer = make_trainer(tmp_path, 3, callback, logger=logger)
+    trainer.fit(module, loader(), loader())
+    result = callback.result
+    assert result is not None
+    assert result.met
+    assert no_membranes(module.net)
+    parameters = {p for group in trainer.optimizers[0].param_groups for p in group["params"]}
+    assert parameters == set(module.net.parameters())
+    if mode == "group":
+        assert sum(p.numel() for p in module.parameters()) == result.parameters_after < before
+        assert len(history_of(module.net)) == 1
+        assert all(
+            trainer.optimizers[0].state[p]["exp_avg"].shape == p.shape
+            for p in module.net.parameters()
+            if p.grad is not None
+        )
+    else:
+        masks = masked_parameters(module.net)
+        assert masks
+        for weight, mask in masks.values():
+            assert not bool(weight[~mask].any()), "zeros stay zeros while the others train"
+    rows = (Path(logger.log_dir) / "metrics.csv").read_text(encoding="utf-8").splitlines()
+    for name in ("score", "baseline", "saving", "parameters", "images_scored", "macs"):
+        assert f"pruning/{name}" in rows[0]
+    metrics = trainer.callback_metrics
+    assert float(metrics["pruning/saving"]) == pytest.approx(result.saving)
+    assert float(metrics["pruning/parameters"]) == pytest.approx(before * (1 - result.saving))
+
+
+@pytest.mark.parametrize("mode", ["group", "paper"])
+def test_a_resumed_fit_ends_where_an_uninterrupted_one_does(tmp_path: Path, mode: str) -> None:
+    callback, resumed = shooter(mode=mode), shooter(mode=mode)
+    whole = spiking()
+    make_trainer(tmp_path, 3, callback).fit(whole, loader(shuffle=True), loader())
+    save = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
+    make_trainer(tmp_path, 3, shooter(mode=mode), save, Stop(1)).fit(spiking(), loader(shuffle=True), loader())
+    second = spiking()
+    torch.manual_seed(99)  # another process begins with other numbers
+    make_trainer(tmp_path, 3, resumed).fit(second, loader(shuffle=True), loader(), ckpt_path=tmp_path / "epoch=1.ckpt")
+    assert shapes(second) == shapes(whole) != shapes(Plain(small_spikformer))
+    for key, value in whole.state_dict().items():
+        assert torch.equal(second.state_dict()[key], value), key
+    assert json.loads(json.dumps(found_by(resumed))) == json.loads(json.dumps(found_by(callback)))
+    assert history_of(second.net) == history_of(whole.net)
+
+
+@pytest.mark.parametrize("mode", ["group", "paper"])
+def test_a_checkpoint_rebuilds_the_network(tmp_path: Path, mode: str) -> None:
+    module = Restorable()
+    module.load_state_dict(spiking().state_dict())
+    trainer = make_trainer(tmp_path, 1, shooter(mode=mode))
+    trainer.fit(module, loader(), loader())
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    loaded = Restorable.load_from_checkpoint(tmp_path / "last.ckpt").eval()
+    images = torch.randn(4, 3, 16, 16)
+    with torch.no_grad():
+        assert torch.equal(loaded.net(images), module.eval().net(images))
+    assert shapes(loaded) == shapes(module)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"monitor": "val/top1"}, {"criterion": "taylor"}, {"batchnorm": "reestimate", "gradient_batches": 2}],
+    ids=str,
+)
+def test_other_ways_to_score(tmp_path: Path, options: dict[str, Any]) -> None:
+    callback, module = shooter(**options), spiking()
+    make_trainer(tmp_path, 1, callback, precision="bf16-mixed").fit(module, loader(), loader())
+    assert callback.result is not None
+    assert callback.result.met
+    assert (callback.result.scoring["batchnorm_passes"] > 0) == ("batchnorm" in options)
+
+
+class KilledError(Exception):
+    pass
+
+
+class Killed(PrimeSVT):
+    """Dies at its sixth candidate."""
+
+    seen = 0
+
+    def on_progress(self, trainer: Trainer, progress: PrimeProgress) -> None:
+        self.seen += 1
+        if self.seen == 6:
+            raise KilledError
+
+
+def test_a_search_that_dies_leaves_no_trace_and_goes_on_from_its_memo(tmp_path: Path) -> None:
+    memo, unmoved, module = tmp_path / "memo.jsonl", Unmoved(), spiking()
+    killed = Killed(**OPTIONS, memo=memo)
+    with pytest.raises(KilledError):
+        make_trainer(tmp_path, 1, killed, unmoved).fit(module, loader(), loader())
+    unmoved.check(module)
+    assert (killed.result, killed._scorer) == (None, None)
+    callback = shooter(memo=memo)
+    make_trainer(tmp_path, 1, callback).fit(spiking(), loader(), loader())
+    assert callback.result is not None
+    assert callback.result.scoring["remembered"] >= 6
+
+
+@pytest.mark.parametrize("bar", [True, False])
+def test_the_search_is_seen(tmp_path: Path, bar: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    make_trainer(tmp_path, 1, shooter(), enable_progress_bar=bar).fit(spiking(), loader(), loader())
+    shown = capsys.readouterr()
+    assert ("PrimeSVT before epoch 0" in shown.out + shown.err) == bar
+    if bar:
+        assert "saved at" in shown.out + shown.err
+
+
+def test_it_refuses_what_it_cannot_prune(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="VisionTransformer: no neuron of spikingjelly in it"):
+        make_trainer(tmp_path, 1, shooter()).fit(Plain(), loader(), loader())
+    with pytest.raises(ValueError, match="PrimeSVT has nothing to score on: give the datamodule a holdout_dataloader"):
+        make_trainer(tmp_path, 1, shooter()).fit(spiking(), loader())
+    with pytest.raises(TypeError, match="PrimeSVT has no option tolerance; the search's are order, prefer, target_set"):
+        shooter(tolerance=1.0)
+    with pytest.raises(ValueError, match="start_epoch=-1: it has to be 0 or more"):
+        shooter(start_epoch=-1)
+    with pytest.raises(ValueError, match="mode='both': it has to be one of group, paper"):
+        shooter(mode="both")
+    with pytest.raises(ValueError, match="max_images=8: a monitor"):
+        shooter(max_images=8, monitor="val/top1")
+    with pytest.raises(ValueError, match="the pruning callback's state has version 1, 2 is expected"):
+        shooter().load_state_dict({"version": 1})
+
+
+def test_one_search_may_follow_the_other(tmp_path: Path) -> None:
+    module = spiking()
+    make_trainer(tmp_path, 1, shooter()).fit(module, loader(), loader())
+    after_first = shapes(module)
+    prune(module.net, lambda network: 90.0, input_shape=(1, 3, 16, 16))
+    make_trainer(tmp_path, 1, shooter(min_memory_saving=0.0)).fit(module, loader(), loader())
+    assert shapes(module) != after_first
+    assert len(history_of(module.net)) >= 2
+
+
+def _fit_on(folder: Path, rank: int) -> dict[str, Any]:
+    torch.manual_seed(rank)
+    module, callback = spiking(), shooter(max_accuracy_drop=60.0, min_memory_saving=0.0)
+    torch.manual_seed(rank)
+    trainer = make_trainer(folder, 2, callback, devices=2, strategy=ddp())
+    trainer.fit(module, datamodule=HoldOutData(rank, 2))
+    parameters = [p.detach() for p in module.net.parameters()]
+    return {"found": json.dumps(found_by(callback)), "weights": digest([parameters]), "history": history_of(module.net)}
+
+
+@pytest.mark.slow
+def test_ranks_stay_equal(tmp_path: Path) -> None:
+    first, second = on_ranks(tmp_path, 2, lambda rank: _fit_on(tmp_path / "fit", rank))
+    assert first == second
+    assert first["history"]
