@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import fnmatch
 import json
 import subprocess
 from pathlib import Path
@@ -19,8 +20,12 @@ def main() -> None:
     commands = parser.add_subparsers(required=True)
     train = commands.add_parser("train", help="train baselines and write their weights into the tree")
     train.set_defaults(command=_train)
-    for command in (train,):
-        command.add_argument("--models", default=",".join(SUBJECTS), help="names, with commas between them")
+    train.add_argument("--models", default=",".join(SUBJECTS), help="names, with commas between them")
+    run = commands.add_parser("run", help="run the jobs that have no result yet")
+    run.set_defaults(command=_run)
+    run.add_argument("--filter", default="*", help="of jobs, patterns with commas between them")
+    run.add_argument("--list", action="store_true", help="only say which there are")
+    for command in (train, run):
         command.add_argument("--data", type=Path, required=True, help="the folder with cifar10_jpeg.tar.xz")
         command.add_argument("--cache", type=Path, required=True, help="of decoded images")
         command.add_argument("--out", type=Path, required=True, help="of checkpoints and results")
@@ -40,6 +45,28 @@ def _train(given: argparse.Namespace) -> None:
     for name in given.models.split(","):
         record = train(SUBJECTS[name], place, given.out, given.commit or _commit())
         print(json.dumps({"model": name, "test": record["test"], "seconds": record["seconds"]}), flush=True)
+
+
+def _run(given: argparse.Namespace) -> None:
+    from .work import all_jobs, result_file, run
+
+    patterns = given.filter.split(",")
+    jobs = [job for job in all_jobs() if any(fnmatch.fnmatchcase(job.key, pattern) for pattern in patterns)]
+    place = Place(data=given.data, cache=given.cache, device=given.device, precision=given.precision)
+    for job in jobs:
+        file = result_file(given.out, job)
+        ready = SUBJECTS[job.subject].weights.is_file()
+        state = "done" if file.is_file() else "to do" if ready else "no weights"
+        if given.list or state != "to do":
+            print(f"{job.key}: {state}", flush=True)
+            continue
+        result = run(job, place, given.commit or _commit())
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = file.with_suffix(".tmp")
+        temporary.write_text(json.dumps(result), encoding="utf-8")
+        temporary.replace(file)
+        shown = {key: result[key]["test"]["percent"] for key in ("given", "single_shot", "tuned") if key in result}
+        print(f"{job.key}: {shown}, {result['seconds']} s", flush=True)
 
 
 def _commit() -> str:

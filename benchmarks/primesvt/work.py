@@ -1,0 +1,153 @@
+"""One job: a search, what it leaves on the test images, and the same after fine-tuning."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from swincompress_pl.pruning import HoldOut, PrimeSVTConfig, primesvt
+from swincompress_pl.pruning.prime_candidates import batchnorm_state, restore_batchnorm
+from swincompress_pl.report.spiking import spiking_cost
+
+from ..pruning.batches import MemoryData
+from ..pruning.subjects import Place, trainer
+from ..pruning.training import accuracy
+from .subjects import INPUT_SHAPE, SUBJECTS, Recipe, Subject
+
+_COUNTED_IMAGES = 64  # for operations, spikes and energy
+_BATCHNORM_IMAGES = 512
+FINE_TUNING = Recipe(epochs=2, lr=5e-4, warmup_epochs=0.1)
+# Widths in steps of four: the networks are narrow (16 to 96 channels), eight would be up to half of them.
+_COMMON = {"round_to": 4}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A search on a subject. options: of PrimeSVTConfig, None for the control, which is only fine-tuned.
+
+    tuned: fine-tune what it leaves. naive: every candidate on every image, for the cost of the plain algorithm.
+    """
+
+    subject: str
+    name: str
+    options: dict[str, Any] | None = field(default_factory=dict)
+    tuned: bool = False
+    naive: bool = False
+
+    @property
+    def key(self) -> str:
+        return f"{self.subject}-{self.name}"
+
+
+def all_jobs() -> list[Job]:
+    """Every row of the tables."""
+    jobs = []
+    for subject in SUBJECTS:
+        jobs += [
+            Job(subject=subject, name="control", options=None, tuned=True),
+            Job(subject=subject, name="paper", options={"mode": "paper"}, tuned=True),
+            Job(subject=subject, name="paper-size", options={"mode": "paper", "order": "size"}),
+            Job(subject=subject, name="group", tuned=True),
+            Job(subject=subject, name="group-size", options={"order": "size"}),
+            Job(subject=subject, name="group-layers", options={"blocks": "layer"}),
+            Job(subject=subject, name="group-batchnorm", options={"batchnorm": "reestimate"}),
+        ]
+        jobs += [
+            Job(
+                subject=subject, name=f"deep-{drop}", options={"blocks": "layer", "max_accuracy_drop": drop}, tuned=True
+            )
+            for drop in (6.0, 12.0)
+        ]
+    jobs += [Job(subject="maxformer", name=f"naive-{mode}", options={"mode": mode}, naive=True) for mode in _MODES]
+    frozen = (0.08, 0.04, 0.02, 0.01, 0.0)
+    for theta in _THETAS:
+        options = {"mode": "paper", "theta": theta}
+        jobs.append(Job(subject="maxformer", name=f"theta-{theta}", options=options))
+        jobs.append(Job(subject="maxformer", name=f"theta-{theta}-frozen", options=options | {"increments": frozen}))
+    jobs.append(Job(subject="maxformer", name="memory-27", options={"mode": "paper", "min_memory_saving": 0.27}))
+    jobs += [
+        Job(subject="maxformer", name=f"set-{part:.0%}".rstrip("%"), options={"mode": "paper", "target_sets": [part]})
+        for part in PrimeSVTConfig().target_sets
+    ]
+    return jobs
+
+
+_MODES = ("paper", "group")
+_THETAS = (0.5, 1.0, 1.5, 2.0)
+
+
+def run(job: Job, place: Place, commit: str, seed: int = 0) -> dict[str, Any]:
+    """The job's result, in JSON types."""
+    started, subject = time.perf_counter(), SUBJECTS[job.subject]
+    data = subject.data(place, FINE_TUNING, seed)
+    module = subject.classifier(FINE_TUNING, seed, trained=True)
+    network = module.net.to(place.device).eval()
+    images = next(iter(data.holdout_dataloader()))[0][:_COUNTED_IMAGES]
+    result: dict[str, Any] = {
+        "job": {"subject": job.subject, "name": job.name, "options": job.options, "naive": job.naive},
+        "commit": commit,
+        "seed": seed,
+        "precision": place.precision,
+        "weights": hashlib.sha256(subject.weights.read_bytes()).hexdigest()[:16],
+        "given": _figures(network, data, images),
+    }
+    if job.options is not None:
+        options = _COMMON | job.options
+        if options.get("mode") == "paper":
+            options.pop("round_to")
+        if job.naive:
+            options |= {"benefit_resolution_points": 1e-9, "robustness_resolution_points": 1e-9}
+        holdout = HoldOut.from_batches(
+            data.holdout_dataloader(), **({"confidence": 1.0, "cache_size_bytes": 0} if job.naive else {})
+        )
+        calibration = [batch for batch, _ in data.calibration_dataloader(_BATCHNORM_IMAGES)]
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="PrimeSVT: no candidate keeps both")
+            found = primesvt(
+                network, holdout, PrimeSVTConfig(**options), input_shape=INPUT_SHAPE, calibration=calibration
+            )
+        result["search"] = found.to_dict()
+        result["single_shot"] = _figures(network, data, images)
+        if options.get("batchnorm", "keep") == "keep":
+            result["batchnorm_anew"] = _with_batchnorm_anew(network, data, calibration)
+    if job.tuned:
+        result["tuned"] = _fine_tune(subject, module, data, place) | _figures(network, data, images)
+    result["seconds"] = round(time.perf_counter() - started)
+    return result
+
+
+def _figures(network: nn.Module, data: MemoryData, images: torch.Tensor) -> dict[str, Any]:
+    return {
+        "test": accuracy(network, data, "test"),
+        "holdout": accuracy(network, data, "holdout"),
+        "cost": spiking_cost(network, images).to_dict(),
+    }
+
+
+def _with_batchnorm_anew(network: nn.Module, data: MemoryData, calibration: list[torch.Tensor]) -> dict[str, Any]:
+    """The accuracy with BatchNorm's statistics of the pruned network; it is left as it was."""
+    before = batchnorm_state(network)
+    torch.optim.swa_utils.update_bn(calibration, network)
+    found = {"test": accuracy(network, data, "test")}
+    restore_batchnorm(network, before)
+    return found
+
+
+def _fine_tune(subject: Subject, module: Any, data: MemoryData, place: Place) -> dict[str, Any]:
+    started = time.perf_counter()
+    fit = trainer(FINE_TUNING.epochs, [], place)
+    fit.fit(module, datamodule=data)
+    module.net.eval()
+    return {"seconds": round(time.perf_counter() - started), "epochs": FINE_TUNING.epochs}
+
+
+def result_file(out: Path, job: Job) -> Path:
+    """Where a job's result is kept."""
+    return out / f"{job.key}.json"
