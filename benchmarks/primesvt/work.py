@@ -142,6 +142,7 @@ def _with_batchnorm_anew(network: nn.Module, data: MemoryData, calibration: list
 
 def _fine_tune(subject: Subject, module: Any, data: MemoryData, place: Place) -> dict[str, Any]:
     started = time.perf_counter()
+    module.train()  # Lightning trains in the mode that it finds
     fit = trainer(FINE_TUNING.epochs, [], place)
     fit.fit(module, datamodule=data)
     module.net.eval()

@@ -1,0 +1,81 @@
+"""Costs of spiking networks and the plots of a PrimeSVT search."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from spiking_cases import FAMILIES, SIZE_PX, lively, spikes_of
+from test_pruning_primesvt import QUICK, SHAPE, holdout_of, network_of
+
+from swincompress_pl.models import create_model
+from swincompress_pl.pruning import PrimeSVTConfig, PrimeSVTResult, count_macs, primesvt
+from swincompress_pl.report import SpikingCost, primesvt_figures, save_primesvt_figures, spiking_cost
+
+
+@pytest.mark.parametrize("name", ["spikformer", "sdt", "qkformer", "maxformer", "meta-spikeformer"])
+def test_costs_are_of_one_image_and_leave_the_network_alone(name: str) -> None:
+    network, images = lively(FAMILIES[name], 0, trained_statistics=True)
+    network.train()
+    cost = spiking_cost(network, images)
+    assert network.training
+    halves = [spiking_cost(network, image[None]) for image in images]
+    for field in ("macs", "acs", "sops", "energy_compute_pj"):
+        mean = sum(getattr(half, field) for half in halves) / 2  # a pass has a few operations of its own
+        assert getattr(cost, field) == pytest.approx(mean, rel=0.02)
+    assert 0 < cost.sops <= cost.acs
+    assert cost.sops < cost.dense_macs
+    assert cost.dense_macs == count_macs(network, SHAPE)
+    assert cost.parameters == sum(p.numel() for p in network.parameters()) == cost.size_bytes // 4
+    with torch.no_grad(), spikes_of(network.eval()) as spikes:
+        network(images)
+    assert cost.spike_rates == pytest.approx({neuron: float(found.mean()) for neuron, found in spikes.items()})
+    assert cost.spike_rate == pytest.approx(sum(cost.spike_rates.values()) / len(cost.spike_rates))
+    assert SpikingCost.from_dict(json.loads(json.dumps(cost.to_dict()))) == cost
+
+
+def test_costs_of_what_cannot_be_counted_are_refused() -> None:
+    network, images = lively(FAMILIES["sdt"], 0, trained_statistics=True)
+    with pytest.raises(ValueError, match=r"images of shape \(0, 3, 32, 32\): .* with one image or more is expected"):
+        spiking_cost(network, images[:0])
+    with pytest.raises(ValueError, match=r"images of shape \(3, 32, 32\)"):
+        spiking_cost(network, images[0])
+    with pytest.raises(ValueError, match="so it is not a spiking network"):
+        spiking_cost(create_model("vit_tiny_patch16_224", num_classes=3), torch.zeros(1, 3, 224, 224))
+
+
+@pytest.fixture(scope="module")
+def result() -> PrimeSVTResult:
+    network = network_of()
+    return primesvt(network, holdout_of(network), PrimeSVTConfig(max_accuracy_drop=30, min_memory_saving=0.02, **QUICK))
+
+
+def test_a_search_is_drawn(result: PrimeSVTResult, tmp_path: Path) -> None:
+    after = dict.fromkeys(result.spike_rates, 0.1)
+    files = save_primesvt_figures(result, tmp_path / "new", rates_after=after)
+    assert [file.name for file in files] == [
+        f"primesvt-{name}.png" for name in ("robustness", "accuracy_memory", "spike_rates")
+    ]
+    for file in files:
+        with Image.open(file) as image:
+            assert image.width >= SIZE_PX
+            assert len(image.convert("L").getcolors(256) or []) > 10
+    figures = primesvt_figures(json.loads(json.dumps(result.to_dict())))
+    blocks = [label.get_text() for label in figures["robustness"].axes[0].get_yticklabels()]
+    assert blocks == [block.name for block in result.blocks]
+    shown = sum(len(line.get_xdata()) for line in figures["accuracy_memory"].axes[0].lines)  # type: ignore[arg-type]
+    assert shown == len(result.candidates) + 1 + 2 * 2 + 1  # the unpruned network, two constraints, what was applied
+    neurons = [label.get_text() for label in figures["spike_rates"].axes[0].get_yticklabels()]
+    assert neurons == list(result.spike_rates)
+
+
+def test_a_search_without_blocks_or_candidates_is_drawn_as_far_as_it_goes(result: PrimeSVTResult) -> None:
+    empty = PrimeSVTResult.from_dict(
+        {**result.to_dict(), "blocks": [], "candidates": [], "applied": None, "spike_rates": {}}
+    )
+    assert primesvt_figures(empty) == {}
+    with pytest.raises(ValueError, match="a PrimeSVT result of version 1 is expected, not None"):
+        primesvt_figures({})
