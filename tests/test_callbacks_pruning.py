@@ -350,7 +350,7 @@ def test_an_error_after_the_round_restores_the_network(
     def fail(*_: Any) -> None:
         raise MemoryError("no memory for the optimizer")
 
-    monkeypatch.setattr("swincompress_pl.callbacks.pruning.slice_optimizers", fail)
+    monkeypatch.setattr("swincompress_pl.callbacks.search.slice_optimizers", fail)
     module, callback = Plain(), greedy(**options)
     before = copy.deepcopy(module.net.state_dict())
     with pytest.raises(MemoryError, match="no memory for the optimizer"):
