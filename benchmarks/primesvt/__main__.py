@@ -33,8 +33,16 @@ def main() -> None:
         command.add_argument("--precision", default="32-true")
         command.add_argument("--threads", type=int, default=1)
         command.add_argument("--commit", default=None)
+    latency = commands.add_parser("latency", help="time the networks that the jobs left, in torch")
+    latency.set_defaults(command=_latency)
+    latency.add_argument("--models", default=",".join(SUBJECTS))
+    report = commands.add_parser("report", help="write benchmarks/results/primesvt.md and .json")
+    report.set_defaults(command=_report)
+    for command in (latency, report):
+        command.add_argument("--out", type=Path, required=True, help="of results")
+    latency.add_argument("--threads", type=int, default=1)
     given = parser.parse_args()
-    torch.set_num_threads(given.threads)
+    torch.set_num_threads(getattr(given, "threads", 1))
     given.command(given)
 
 
@@ -60,13 +68,28 @@ def _run(given: argparse.Namespace) -> None:
         if given.list or state != "to do":
             print(f"{job.key}: {state}", flush=True)
             continue
-        result = run(job, place, given.commit or _commit())
+        result = run(job, place, given.commit or _commit(), given.out)
         file.parent.mkdir(parents=True, exist_ok=True)
         temporary = file.with_suffix(".tmp")
         temporary.write_text(json.dumps(result), encoding="utf-8")
         temporary.replace(file)
         shown = {key: result[key]["test"]["percent"] for key in ("given", "single_shot", "tuned") if key in result}
         print(f"{job.key}: {shown}, {result['seconds']} s", flush=True)
+
+
+def _latency(given: argparse.Namespace) -> None:
+    from .latency import measure
+
+    for name in given.models.split(","):
+        if any(given.out.glob(f"{name}-*.json")):
+            (given.out / f"{name}_latency.json").write_text(json.dumps(measure(name, given.out)), encoding="utf-8")
+
+
+def _report(given: argparse.Namespace) -> None:
+    from .report import write
+
+    for file in write(given.out, Path(__file__).resolve().parent.parent / "results"):
+        print(file)
 
 
 def _commit() -> str:

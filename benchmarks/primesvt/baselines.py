@@ -54,7 +54,7 @@ def train(subject: Subject, place: Place, out: Path, commit: str) -> dict[str, A
         max_epochs=recipe.epochs,
         accelerator="gpu" if place.device == "cuda" else "cpu",
         devices=1,
-        precision=place.precision,
+        precision=place.precision,  # type: ignore[arg-type]  # Lightning checks it
         callbacks=[curve, ModelCheckpoint(dirpath=folder, save_last=True)],
         logger=False,
         enable_progress_bar=False,

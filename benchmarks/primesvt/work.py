@@ -50,21 +50,11 @@ def all_jobs() -> list[Job]:
     """Every row of the tables."""
     jobs = []
     for subject in SUBJECTS:
-        jobs += [
-            Job(subject=subject, name="control", options=None, tuned=True),
-            Job(subject=subject, name="paper", options={"mode": "paper"}, tuned=True),
-            Job(subject=subject, name="paper-size", options={"mode": "paper", "order": "size"}),
-            Job(subject=subject, name="group", tuned=True),
-            Job(subject=subject, name="group-size", options={"order": "size"}),
-            Job(subject=subject, name="group-layers", options={"blocks": "layer"}),
-            Job(subject=subject, name="group-batchnorm", options={"batchnorm": "reestimate"}),
-        ]
-        jobs += [
-            Job(
-                subject=subject, name=f"deep-{drop}", options={"blocks": "layer", "max_accuracy_drop": drop}, tuned=True
-            )
-            for drop in (6.0, 12.0)
-        ]
+        jobs.append(Job(subject=subject, name="control", options=None, tuned=True))
+        for name, options in _SEARCHES.items():
+            jobs.append(Job(subject=subject, name=name, options=options))
+            if name in _TUNED:
+                jobs.append(Job(subject=subject, name=f"{name}-tuned", options=options, tuned=True))
     jobs += [Job(subject="maxformer", name=f"naive-{mode}", options={"mode": mode}, naive=True) for mode in _MODES]
     frozen = (0.08, 0.04, 0.02, 0.01, 0.0)
     for theta in _THETAS:
@@ -80,11 +70,23 @@ def all_jobs() -> list[Job]:
 
 
 _MODES = ("paper", "group")
+_SEARCHES: dict[str, dict[str, Any]] = {
+    "paper": {"mode": "paper"},
+    "paper-size": {"mode": "paper", "order": "size"},
+    "group": {},
+    "group-size": {"order": "size"},
+    "group-layers": {"blocks": "layer"},
+    "group-batchnorm": {"batchnorm": "reestimate"},
+    "deep-6.0": {"blocks": "layer", "max_accuracy_drop": 6.0},
+    "deep-12.0": {"blocks": "layer", "max_accuracy_drop": 12.0},
+}
+_TUNED = ("paper", "group", "deep-6.0", "deep-12.0")
 _THETAS = (0.5, 1.0, 1.5, 2.0)
 
 
-def run(job: Job, place: Place, commit: str, seed: int = 0) -> dict[str, Any]:
-    """The job's result, in JSON types."""
+def run(job: Job, place: Place, commit: str, out: Path, seed: int = 0) -> dict[str, Any]:
+    """The job's result, in JSON types. A search's verdicts stay in `out`/memo: the job that fine-tunes after the same
+    search does not make them again."""
     started, subject = time.perf_counter(), SUBJECTS[job.subject]
     data = subject.data(place, FINE_TUNING, seed)
     module = subject.classifier(FINE_TUNING, seed, trained=True)
@@ -104,14 +106,18 @@ def run(job: Job, place: Place, commit: str, seed: int = 0) -> dict[str, Any]:
             options.pop("round_to")
         if job.naive:
             options |= {"benefit_resolution_points": 1e-9, "robustness_resolution_points": 1e-9}
-        holdout = HoldOut.from_batches(
-            data.holdout_dataloader(), **({"confidence": 1.0, "cache_size_bytes": 0} if job.naive else {})
-        )
+        plain: dict[str, Any] = {"confidence": 1.0, "cache_size_bytes": 0} if job.naive else {}
+        holdout = HoldOut.from_batches(data.holdout_dataloader(), **plain)
         calibration = [batch for batch, _ in data.calibration_dataloader(_BATCHNORM_IMAGES)]
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="PrimeSVT: no candidate keeps both")
             found = primesvt(
-                network, holdout, PrimeSVTConfig(**options), input_shape=INPUT_SHAPE, calibration=calibration
+                network,
+                holdout,
+                PrimeSVTConfig(**options),
+                input_shape=INPUT_SHAPE,
+                calibration=calibration,
+                memo=out / "memo" / f"{job.key.removesuffix('-tuned')}.jsonl",
             )
         result["search"] = found.to_dict()
         result["single_shot"] = _figures(network, data, images)

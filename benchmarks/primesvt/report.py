@@ -1,0 +1,265 @@
+"""The results as a page and as data; what is committed stays where its results are no longer at hand."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from swincompress_pl.pruning import PrimeSVTResult
+from swincompress_pl.report.markdown import count, table
+from swincompress_pl.report.primesvt_plots import save_primesvt_figures
+from swincompress_pl.report.record import write_text
+
+from ..pruning.training import right_images
+from .subjects import SUBJECTS
+
+Results = Mapping[str, dict[str, Any]]
+
+_STATES = ("given", "single_shot", "batchnorm_anew", "tuned")
+_PLOTTED = "group-layers"
+_INTRODUCTION = (
+    "Small networks of each family, trained and fine-tuned on 45,000 images of CIFAR-10 (JPEG copy), T = 2. The search "
+    "decides on 5,000 held-out training images; accuracies here are top-1 on the 10,000 test images, which decide "
+    "nothing. Pairs: images that change from right to wrong / from wrong to right. Constraints unless said otherwise: "
+    "at most 3 points lost on the hold-out, at least 25 % of the parameters saved. Widths are multiples of 4. One seed."
+)
+_METHODS = {
+    "paper": "paper",
+    "paper-size": "paper, by size",
+    "group": "group",
+    "group-size": "group, by size",
+    "group-layers": "group, each layer alone",
+    "group-batchnorm": "group, statistics anew in the search",
+    "deep-6.0": "group, each layer alone, 6 points allowed",
+    "deep-12.0": "group, each layer alone, 12 points allowed",
+}
+
+
+def write(folder: Path, to: Path) -> list[Path]:
+    """primesvt.md, primesvt.json and plots in `to`, from the results in `folder` and those that primesvt.json keeps."""
+    kept = to / "primesvt.json"
+    results: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
+    new = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.json"))}
+    results |= {key: _kept(entry, new) for key, entry in new.items()}
+    if not results:
+        raise ValueError(f"{folder} has no results; `python -m benchmarks.primesvt run --out {folder}` makes them")
+    files = [
+        write_text(to / "primesvt.md", page(results)),
+        write_text(kept, json.dumps(dict(sorted(results.items())), allow_nan=False, indent=1) + "\n"),
+    ]
+    for key, entry in new.items():
+        if key.endswith(_PLOTTED):
+            drawn = save_primesvt_figures(
+                PrimeSVTResult.from_dict(entry["search"]),
+                to / "primesvt" / entry["job"]["subject"],
+                rates_after=entry["single_shot"]["cost"]["spike_rates"],
+            )
+            files += drawn
+    return files
+
+
+def _kept(entry: dict[str, Any], results: Results) -> dict[str, Any]:
+    """Without answers and candidates, which would fill megabytes, but with what was counted of both."""
+    if "job" not in entry:
+        return entry
+    control = results.get(f"{entry['job']['subject']}-control")
+    slim = dict(entry)
+    for state in _STATES:
+        if state not in entry:
+            continue
+        slim[state] = {key: _without_answers(value) for key, value in entry[state].items()}
+        before = control and control.get("tuned") if state == "tuned" else entry["given"]
+        if before and state != "given":
+            slim[state]["paired"] = _pairs(before["test"], entry[state]["test"])
+    if "search" in entry:
+        slim["search"] = {key: value for key, value in entry["search"].items() if key != "candidates"}
+        slim["search"]["uniform"] = _best_uniform(entry["search"]["candidates"])
+    return slim
+
+
+def _without_answers(value: Any) -> Any:
+    return {key: each for key, each in value.items() if key != "right"} if isinstance(value, dict) else value
+
+
+def _pairs(before: dict[str, Any], after: dict[str, Any]) -> list[int]:
+    was, now = right_images(before), right_images(after)
+    return [int((was & ~now).sum()), int((~was & now).sum())]
+
+
+def _best_uniform(candidates: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
+    """The largest saving that a uniform rate reaches within the constraint."""
+    uniform = [each for each in candidates if each["phase"] == "target set" and each["accepted"]]
+    best = max(uniform, key=lambda each: each["saving"], default=None)
+    return best and {key: best[key] for key in ("label", "saving", "score", "error_points", "images")}
+
+
+def page(results: Results) -> str:
+    """The whole page."""
+    parts = ["# PrimeSVT", _INTRODUCTION, "## Baselines", _baselines()]
+    for subject in SUBJECTS:
+        rows = [key for key in results if key.startswith(f"{subject}-") and "search" in results[key]]
+        if not rows:
+            continue
+        parts += [f"## {subject}", _single_shots(results, subject)]
+        parts += [text for text in (_tuned(results, subject), _operations(results, subject)) if text]
+    parts += [text for text in (_costs(results), _ablations(results), _latencies(results)) if text]
+    places = sorted({f"commit {entry['commit']}, {entry['precision']}" for entry in results.values() if "job" in entry})
+    places += sorted({entry["where"] for entry in results.values() if "where" in entry})
+    parts += ["## Where it ran", "\n".join(f"- {place}" for place in places)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _baselines() -> str:
+    rows = []
+    for subject in SUBJECTS.values():
+        if not subject.weights.is_file():
+            rows.append([subject.name, "not trained", "", "", ""])
+            continue
+        record = subject.baseline_record()
+        parameters = subject.classifier(subject.baseline, 0, trained=False).net.parameters()
+        rows.append(
+            [
+                subject.name,
+                f"{count(sum(p.numel() for p in parameters))}",
+                str(record["subject"]["baseline"]["epochs"]),
+                f"{record['holdout']['percent']:.2f}",
+                f"{record['test']['percent']:.2f}",
+            ]
+        )
+    text = (
+        "`python -m benchmarks.primesvt train`; recipe and curve are in the metadata of `benchmarks/primesvt/weights`."
+    )
+    return f"{text}\n\n{table(['network', 'parameters', 'epochs', 'hold-out, %', 'test, %'], rows)}"
+
+
+def _points(entry: dict[str, Any], state: str, before: float) -> str:
+    """Test accuracy, points lost, pairs."""
+    found = entry[state]
+    wrong, right = found.get("paired", (None, None))
+    pairs = "" if wrong is None else f" ({wrong} / {right})"
+    return f"{found['test']['percent']:.2f}, {before - found['test']['percent']:+.2f} lost{pairs}"
+
+
+def _single_shots(results: Results, subject: str) -> str:
+    rows = []
+    for name, title in _METHODS.items():
+        entry = results.get(f"{subject}-{name}")
+        if entry is None:
+            continue
+        search, given = entry["search"], entry["given"]["test"]["percent"]
+        applied = search["applied"]
+        rows.append(
+            [
+                title,
+                "none" if applied is None else f"{applied['saving']:.2%}",
+                "yes" if search["met"] else "no",
+                "" if applied is None else f"{search['baseline_score'] - applied['score']:+.2f}",
+                _points(entry, "single_shot", given),
+                _points(entry, "batchnorm_anew", given) if "batchnorm_anew" in entry else "as searched",
+            ]
+        )
+        uniform = search.get("uniform")
+        if name in ("paper", "group") and uniform:
+            lost = f"{search['baseline_score'] - uniform['score']:+.2f} ± {uniform['error_points']:.2f}"
+            rows.append([f"{title}, uniform ({uniform['label']})", f"{uniform['saving']:.2%}", "", lost, "", ""])
+    header = ["single shot", "saved", "both met", "lost on the hold-out", "test, %", "test with statistics anew, %"]
+    return table(header, rows)
+
+
+def _tuned(results: Results, subject: str) -> str:
+    control = results.get(f"{subject}-control")
+    if control is None:
+        return ""
+    reached = control["tuned"]["test"]["percent"]
+    rows = [["control, unpruned", "", f"{reached:.2f}"]]
+    for name, title in _METHODS.items():
+        entry = results.get(f"{subject}-{name}-tuned")
+        if entry is not None and entry["search"]["applied"]:
+            rows.append([title, f"{entry['search']['applied']['saving']:.2%}", _points(entry, "tuned", reached)])
+    epochs = control["tuned"]["epochs"]
+    return table([f"fine-tuned, {epochs} epochs each", "parameters saved", "test, % against the control"], rows)
+
+
+def _operations(results: Results, subject: str) -> str:
+    rows: list[list[str]] = []
+    for name, title in _METHODS.items():
+        entry = results.get(f"{subject}-{name}")
+        if entry is None:
+            continue
+        if not rows:
+            rows.append(["unpruned", *_cost_cells(entry["given"]["cost"])])
+        rows.append([title, *_cost_cells(entry["single_shot"]["cost"])])
+    header = [
+        "an image, single shot", "parameters", "non-zero", "MACs of the shapes", "MACs", "ACs", "SOPs",
+        "energy of these, µJ", "spike rate, %",
+    ]  # fmt: skip
+    return table(header, rows)
+
+
+def _cost_cells(cost: dict[str, Any]) -> list[str]:
+    rates = cost["spike_rates"].values()
+    counts = [count(round(cost[key])) for key in ("parameters", "nonzero", "dense_macs", "macs", "acs", "sops")]
+    return [*counts, f"{cost['energy_compute_pj'] / 1e6:.2f}", f"{100 * sum(rates) / len(rates):.1f}"]
+
+
+def _costs(results: Results) -> str:
+    rows = []
+    for key, entry in results.items():
+        scoring = entry.get("search", {}).get("scoring")
+        if not scoring or key.endswith("-tuned"):
+            continue
+        forwards = scoring["image_forwards"]
+        naive, distinct = scoring["naive_image_forwards"], scoring["naive_image_forwards_distinct"]
+        rows.append(
+            [
+                key,
+                count(scoring["candidates"]),
+                count(scoring["evaluations"]),
+                count(round(forwards)),
+                f"{naive / forwards:.1f}x",
+                f"{distinct / forwards:.1f}x",
+                f"{entry['search']['elapsed_s']:.0f}",
+            ]
+        )
+    text = (
+        "## What the searches cost\n\nPasses an image, a pass from half-way counting half, against a whole pass over "
+        "the hold-out for each candidate, and for each different plan. Rows `naive` score every candidate on all "
+        "images. Seconds with other work beside them."
+    )
+    header = ["job", "candidates", "evaluations", "passes", "fewer than naive", "than distinct plans", "s"]
+    return f"{text}\n\n{table(header, rows)}" if rows else ""
+
+
+def _ablations(results: Results) -> str:
+    rows = []
+    for key, entry in results.items():
+        job, search = entry.get("job", {}), entry.get("search")
+        if search is None or job["name"].removesuffix("-tuned") in _METHODS:
+            continue
+        applied = search["applied"]
+        rows.append(
+            [
+                key,
+                ", ".join(f"{name}={value}" for name, value in job["options"].items()),
+                f"{search['initial_rate']:.0%}",
+                "none" if applied is None else f"{applied['saving']:.2%}",
+                "" if applied is None else f"{search['baseline_score'] - applied['score']:+.2f}",
+                _points(entry, "single_shot", entry["given"]["test"]["percent"]),
+            ]
+        )
+    header = ["job", "options", "initial rate", "parameters saved", "lost on the hold-out", "test, %"]
+    return f"## Ablations, and the plain algorithm\n\n{table(header, rows)}" if rows else ""
+
+
+def _latencies(results: Results) -> str:
+    rows = []
+    for key, entry in results.items():
+        for each in entry.get("latencies", []):
+            rows.append([key, each["name"], f"{each['macs_removed']:.1%}", each["milliseconds"], each["ratio"]])
+    text = (
+        "## Latency in torch against MACs removed\n\nOne image, one thread, networks in turns; median and quartiles, "
+        "ratios turn by turn against the unpruned network."
+    )
+    return f"{text}\n\n{table(['', 'network', 'MACs removed', 'ms', 'times as fast'], rows)}" if rows else ""
