@@ -15,11 +15,13 @@ from lightning.pytorch.loggers import CSVLogger
 from rank_cases import digest, on_ranks
 from test_callbacks_distributed import HoldOutData, ddp
 from test_models_spiking import no_membranes, small_spikformer
+from test_report_callback import Calls, Recording
 from torch import nn
 
 from swincompress_pl.callbacks import PrimeSVT
 from swincompress_pl.models.manifest import CompressionMixin
 from swincompress_pl.pruning import PrimeProgress, history_of, masked_parameters, prune
+from swincompress_pl.report.callback import PruningFigures
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning"),
@@ -183,6 +185,20 @@ def test_the_search_is_seen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert "PrimeSVT before epoch 0" in shown.out + shown.err
     assert "saved at" in shown.out + shown.err
     assert "s left in this phase" in shown.out + shown.err
+
+
+def test_its_figures_are_logged_and_written(tmp_path: Path) -> None:
+    experiment = Calls("add_figure")
+    figures = PruningFigures(tmp_path / "page")
+    trainer = make_trainer(tmp_path, 2, shooter(), figures, logger=Recording(experiment))
+    trainer.fit(spiking(), loader(), loader())
+    tags = [arguments[0] for arguments, _ in experiment.calls]
+    assert tags == ["pruning/robustness", "pruning/accuracy_memory", "pruning/spike_rates"], "once"
+    assert sorted(file.name for file in (tmp_path / "page").iterdir()) == [
+        "primesvt-accuracy_memory.png",
+        "primesvt-robustness.png",
+        "primesvt-spike_rates.png",
+    ]
 
 
 def test_it_refuses_what_it_cannot_prune(tmp_path: Path) -> None:

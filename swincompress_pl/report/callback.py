@@ -11,7 +11,9 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
+from swincompress_pl.callbacks.primesvt import PrimeSVT
 from swincompress_pl.report.drawing import to_rgb
+from swincompress_pl.report.primesvt_plots import primesvt_figures, save_primesvt_figures
 from swincompress_pl.report.pruning_plots import pruning_figures
 from swincompress_pl.report.record import RunRecord
 from swincompress_pl.report.run import write_html
@@ -47,13 +49,14 @@ def log_figures(loggers: Iterable[Logger], figures: Mapping[str, Figure], step: 
 class PruningFigures(Callback):
     """Logs the plots of a pruning search after each of its rounds, and writes them as a page when the fit ends.
 
-    save_dir: where pruning.html goes (made if need be), None for no page. tag: what the figures' names begin with:
-    <tag>/sparsity, <tag>/accuracy_size, <tag>/sensitivity.
+    save_dir: where pruning.html goes (made if need be), of PrimeSVT primesvt-*.png, None for neither. tag: what the
+    figures' names begin with: <tag>/sparsity, <tag>/accuracy_size, <tag>/sensitivity, of PrimeSVT <tag>/robustness,
+    <tag>/accuracy_memory, <tag>/spike_rates.
 
     It stands in a fit beside one callback that has a `search_state` with `to_dict()`, as `AdaptiveIterativePruning`
-    has; at the start of a fit with none or several it raises ValueError, and NotADirectoryError where save_dir is a
-    file. A resumed fit does not log a round again. Loggers: see `log_figures`; when none takes images, a warning says
-    so once. Only rank zero logs and writes.
+    has, or beside one `PrimeSVT`; at the start of a fit with none or several it raises ValueError, and
+    NotADirectoryError where save_dir is a file. A resumed fit does not log a round again. Loggers: see `log_figures`;
+    when none takes images, a warning says so once. Only rank zero logs and writes.
     """
 
     def __init__(self, save_dir: str | Path | None = None, *, tag: str = "pruning") -> None:
@@ -79,8 +82,15 @@ class PruningFigures(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log what the last epoch added, and write the page."""
         self._log(trainer)
-        search = _search_of(trainer)
-        if self.save_dir is None or search is None or not trainer.is_global_zero:
+        callback = _searching(trainer)
+        if self.save_dir is None or not trainer.is_global_zero:
+            return
+        if isinstance(callback, PrimeSVT):
+            if callback.result is not None:
+                save_primesvt_figures(callback.result, self.save_dir)
+            return
+        search = _search_of(callback)
+        if search is None:
             return
         record = RunRecord(name="Pruning search")
         record.add_pruning(search)
@@ -99,16 +109,16 @@ class PruningFigures(Callback):
         self._rounds_logged = int(state_dict["rounds_logged"])
 
     def _log(self, trainer: Trainer) -> None:
-        search = _search_of(trainer)
-        if search is None or search["rounds"] <= self._rounds_logged:
+        rounds, draw = _drawn(_searching(trainer))
+        if rounds <= self._rounds_logged:
             return
-        self._rounds_logged = int(search["rounds"])
+        self._rounds_logged = rounds
         if not trainer.is_global_zero or not trainer.loggers:
             return
         if all(_writer(logger) is None for logger in trainer.loggers):
             self._warn(trainer.loggers)
             return
-        figures = {f"{self.tag}/{name}": figure for name, figure in pruning_figures(search).items()}
+        figures = {f"{self.tag}/{name}": figure for name, figure in draw().items()}
         log_figures(trainer.loggers, figures, trainer.global_step)
 
     def _warn(self, loggers: Iterable[Logger]) -> None:
@@ -119,12 +129,12 @@ class PruningFigures(Callback):
 
 
 def _searching(trainer: Trainer) -> Any:
-    found = [callback for callback in _callbacks(trainer) if hasattr(callback, "search_state")]
+    found = [each for each in _callbacks(trainer) if hasattr(each, "search_state") or isinstance(each, PrimeSVT)]
     if len(found) != 1:
         names = ", ".join(type(callback).__name__ for callback in found) or "none"
         raise ValueError(
-            "PruningFigures draws the search of one callback with a search_state, such as AdaptiveIterativePruning; "
-            f"this trainer has {names}"
+            "PruningFigures draws the search of one callback with a search_state, such as AdaptiveIterativePruning, or "
+            f"of one PrimeSVT; this trainer has {names}"
         )
     return found[0]
 
@@ -134,9 +144,17 @@ def _callbacks(trainer: Trainer) -> list[Callback]:
     return callbacks
 
 
-def _search_of(trainer: Trainer) -> dict[str, Any] | None:
+def _drawn(callback: Any) -> tuple[int, Callable[[], dict[str, Figure]]]:
+    """How many rounds there were, PrimeSVT's being one, and their figures."""
+    if isinstance(callback, PrimeSVT):
+        result = callback.result
+        return (0, dict) if result is None else (1, lambda: primesvt_figures(result))
+    search = _search_of(callback)
+    return (0, dict) if search is None else (int(search["rounds"]), lambda: pruning_figures(search))
+
+
+def _search_of(callback: Any) -> dict[str, Any] | None:
     """The search as plain data with its callback's tolerance; None before it has begun."""
-    callback = _searching(trainer)
     if callback.search_state is None:
         return None
     search: dict[str, Any] = callback.search_state.to_dict()
