@@ -27,13 +27,13 @@ class _Curve(Callback):
     def __init__(self) -> None:
         self.points: list[dict[str, float]] = []
 
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         found = trainer.callback_metrics
         self.points.append(
             {
                 "epoch": trainer.current_epoch + 1,
                 "holdout_percent": round(100 * float(found["val/top1"]), 2),
-                "train_loss": round(float(found.get("train/loss", float("nan"))), 4),
+                "train_loss": round(float(found["train/loss"]), 4),
             }
         )
         print(self.points[-1], flush=True)

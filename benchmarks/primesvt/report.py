@@ -28,9 +28,11 @@ _INTRODUCTION = (
 _METHODS = {
     "paper": "paper",
     "paper-size": "paper, by size",
+    "paper-strict": "paper, 1.5 points allowed",
     "group": "group",
     "group-size": "group, by size",
     "group-layers": "group, each layer alone",
+    "group-strict": "group, each layer alone, 1.5 points allowed",
     "group-batchnorm": "group, statistics anew in the search",
     "deep-6.0": "group, each layer alone, 6 points allowed",
     "deep-12.0": "group, each layer alone, 12 points allowed",
@@ -42,12 +44,12 @@ def write(folder: Path, to: Path) -> list[Path]:
     kept = to / "primesvt.json"
     results: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
     new = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.json"))}
-    results |= {key: _kept(entry, new) for key, entry in new.items()}
+    results = dict(sorted((results | {key: _kept(entry, new) for key, entry in new.items()}).items()))
     if not results:
         raise ValueError(f"{folder} has no results; `python -m benchmarks.primesvt run --out {folder}` makes them")
     files = [
         write_text(to / "primesvt.md", page(results)),
-        write_text(kept, json.dumps(dict(sorted(results.items())), allow_nan=False, indent=1) + "\n"),
+        write_text(kept, json.dumps(results, allow_nan=False, indent=1) + "\n"),
     ]
     for key, entry in new.items():
         if key.endswith(_PLOTTED):

@@ -73,14 +73,16 @@ _MODES = ("paper", "group")
 _SEARCHES: dict[str, dict[str, Any]] = {
     "paper": {"mode": "paper"},
     "paper-size": {"mode": "paper", "order": "size"},
+    "paper-strict": {"mode": "paper", "max_accuracy_drop": 1.5},
     "group": {},
     "group-size": {"order": "size"},
     "group-layers": {"blocks": "layer"},
+    "group-strict": {"blocks": "layer", "max_accuracy_drop": 1.5},
     "group-batchnorm": {"batchnorm": "reestimate"},
     "deep-6.0": {"blocks": "layer", "max_accuracy_drop": 6.0},
     "deep-12.0": {"blocks": "layer", "max_accuracy_drop": 12.0},
 }
-_TUNED = ("paper", "group", "deep-6.0", "deep-12.0")
+_TUNED = ("paper", "group", "group-layers", "deep-6.0", "deep-12.0")
 _THETAS = (0.5, 1.0, 1.5, 2.0)
 
 

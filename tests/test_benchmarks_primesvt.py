@@ -1,0 +1,122 @@
+"""The PrimeSVT benchmark on a tiny network and random images: from training to the report."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from swincompress_pl.models import create_model
+
+# The benchmarks are no part of the package, which is imported above so that this does not change where it comes from.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks.primesvt import __main__ as main
+from benchmarks.primesvt import baselines, latency, report, subjects, work
+from benchmarks.pruning import images
+from benchmarks.pruning.subjects import Place
+
+ARGUMENTS = {"T": 2, "embed_dims": 32, "depths": [1, 1, 1]}
+QUICK = {"target_sets": (1.0,), "rates": (0.1, 0.3), "increments": (0.3,), "min_memory_saving": 0.0}
+
+
+def random_splits(*_: Any, holdout: int, seed: int, **__: Any) -> images.Splits:
+    rng = np.random.default_rng(seed)
+
+    def some(count: int) -> images.Images:
+        return images.Images(rng.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8), rng.integers(0, 10, count))
+
+    return images.Splits(some(32), some(40), some(30))
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
+    """Where a tiny network stands for maxformer, the only family, with few images and short fits."""
+    recipe = subjects.Recipe(epochs=4, batch_size=4)
+    tiny = subjects.Subject(name="maxformer", model="MaxFormer", arguments=ARGUMENTS, baseline=recipe)
+    for module in (subjects, work, main, latency, report):
+        monkeypatch.setattr(module, "SUBJECTS", {"maxformer": tiny})
+    monkeypatch.setattr(subjects, "WEIGHTS", tmp_path)
+    monkeypatch.setattr(subjects, "load_splits", random_splits)
+    monkeypatch.setattr(baselines, "_WATCHED_IMAGES", 20)
+    monkeypatch.setattr(work, "FINE_TUNING", replace(recipe, epochs=1))
+    monkeypatch.setattr(work, "_COMMON", {**QUICK, "round_to": 1})
+    return Place(data=tmp_path, cache=tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.* neurons never spike on the hold-out")
+def test_from_training_to_the_report(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, subject = tmp_path / "out", subjects.SUBJECTS["maxformer"]
+    out.mkdir()
+    trained = baselines.train(subject, place, tmp_path / "checkpoints", "abc")
+    assert [point["epoch"] for point in trained["curve"]] == [1, 2, 3, 4]
+    assert subject.baseline_record() == trained
+    wanted = (
+        "control",
+        "paper",
+        "paper-tuned",
+        "group",
+        "group-size",
+        "group-layers",
+        "group-batchnorm",
+        "naive-group",
+    )
+    for job in work.all_jobs():
+        if job.name not in wanted:
+            continue
+        result = work.run(job, place, "abc", out)
+        assert ("tuned" in result) == (job.name == "control" or job.name.endswith("-tuned"))
+        work.result_file(out, job).write_text(json.dumps(result), encoding="utf-8")
+    read = {name: json.loads((out / f"maxformer-{name}.json").read_text(encoding="utf-8")) for name in wanted}
+    assert read["paper"]["search"]["applied"] == read["paper-tuned"]["search"]["applied"]
+    assert read["paper-tuned"]["search"]["scoring"]["evaluations"] == 0, "its search was known"
+    assert read["paper-tuned"]["tuned"]["cost"]["nonzero"] <= read["paper"]["single_shot"]["cost"]["nonzero"]
+    assert read["naive-group"]["search"]["scoring"]["images_scored"] >= 40 * len(
+        read["naive-group"]["search"]["blocks"]
+    )
+    monkeypatch.setattr(latency, "_WARM_UP_TURNS", 0)
+    (out / "maxformer_latency.json").write_text(
+        json.dumps(latency.measure("maxformer", out, turns=2)), encoding="utf-8"
+    )
+    files = report.write(out, tmp_path / "report")
+    assert {file.name for file in files} >= {"primesvt.md", "primesvt.json", "primesvt-robustness.png"}
+    page = files[0].read_text(encoding="utf-8")
+    saved = read["group"]["search"]["applied"]["saving"]
+    assert f"| group | {saved:.2%} |" in " ".join(page.split()).replace(" | ", " | ")
+    for heading in (
+        "Baselines",
+        "maxformer",
+        "What the searches cost",
+        "Ablations",
+        "Latency in torch",
+        "Where it ran",
+    ):
+        assert f"## {heading}" in page
+    kept = json.loads(files[1].read_text(encoding="utf-8"))
+    assert "right" not in files[1].read_text(encoding="utf-8").replace('"right_', "")
+    wrong, right = kept["maxformer-group"]["single_shot"]["paired"]
+    given, after = (kept["maxformer-group"][state]["test"]["correct"] for state in ("given", "single_shot"))
+    assert after - given == right - wrong
+    for file in out.glob("*.json"):
+        file.unlink()
+    assert report.write(out, tmp_path / "report")[0].read_text(encoding="utf-8") == page
+
+
+def test_the_jobs_have_names_of_their_own_and_weights_that_fit(capsys: pytest.CaptureFixture[str]) -> None:
+    jobs = work.all_jobs()
+    assert len({job.key for job in jobs}) == len(jobs)
+    for subject in subjects.SUBJECTS.values():
+        if subject.weights.is_file():
+            assert subject.weights.stat().st_size < 8e6
+            create_model(subject.model, num_classes=10, checkpoint_path=subject.weights, **subject.arguments)
+            assert subject.baseline_record()["test"]["images"] == 10_000
+
+
+def test_a_report_of_nothing_says_how_to_get_something(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"has no results; `python -m benchmarks\.primesvt run --out"):
+        report.write(tmp_path, tmp_path)
