@@ -228,6 +228,26 @@ def test_by_size_the_largest_block_comes_first_and_robustness_is_not_measured() 
     assert _policy(result)[0].label.startswith(f"{result.blocks[0].name} at ")
 
 
+def test_small_blocks_stay_at_the_initial_rate() -> None:
+    images = torch.randn(1, 3, SIZE_PX, SIZE_PX)
+    raised = {}
+    for share in (0.0, 0.9):
+        network = network_of()
+        config = PrimeSVTConfig(
+            max_accuracy_drop=4.0,
+            min_memory_saving=0,
+            mode="paper",
+            min_block_share=share,
+            **{**QUICK, "rates": (0.1,)},
+        )
+        result = primesvt(network, by_zeros({"blocks.0": 15.0}, images), config)
+        mean = sum(block.parameters_part for block in result.blocks) / len(result.blocks)
+        for block in result.blocks:
+            assert block.rate == result.initial_rate or block.parameters_part >= share * mean, block
+        raised[share] = {block.name for block in result.blocks if block.rate > result.initial_rate}
+    assert raised[0.9] < raised[0.0]
+
+
 def test_a_block_can_be_a_single_layer() -> None:
     network, images = network_of(), torch.randn(1, 3, SIZE_PX, SIZE_PX)
     config = PrimeSVTConfig(max_accuracy_drop=4.0, blocks="layer", min_memory_saving=0, **QUICK)
@@ -487,6 +507,7 @@ def test_what_cannot_be_saved_is_refused_before_anything_is_tried() -> None:
         ({"rates": (0.5, 0.95)}, "rates=.*at most max_rate=0.9"),
         ({"target_sets": (1.5,)}, r"target_sets=\(1.5,\): it has to be parts"),
         ({"increments": (0.1, 0.2)}, "increments=.*it has to be falling"),
+        ({"min_block_share": 1}, "min_block_share=1: it has to be a part of an average block"),
         ({"theta": 0}, "theta=0: it has to be above 0"),
         ({"max_rate": 1.0}, "max_rate=1.0: it has to be above 0 and below 1"),
         ({"round_to": 0}, "round_to=0: it has to be an integer of 1 or more"),

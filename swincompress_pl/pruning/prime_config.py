@@ -34,6 +34,8 @@ class PrimeSVTConfig:
         band, the next, ...; the last for all others (the paper ends with 0.0, which leaves them at the initial rate
         and stops the search early wherever one block costs nothing). A refused one is followed by the next smaller.
     blocks: "block" raises the rate of all layers of a block together (the paper), "layer" of each alone.
+    min_block_share: a block with a smaller part of an average block's parameters stays at the initial rate: raising it
+        costs accuracy and evaluations for next to nothing. 0 (the paper) raises all.
     max_rate: no layer goes beyond it, above 0 and below 1.
     round_to: kept widths (not heads) are multiples of it. kinds: of groups, only in mode "group"; None for all that
         the network has but "heads" and "embed". layers: patterns (fnmatch) of the names to prune, None for all.
@@ -54,6 +56,7 @@ class PrimeSVTConfig:
     theta: float = 1.0
     increments: tuple[float, ...] = (0.08, 0.04, 0.02, 0.01)
     blocks: Literal["block", "layer"] = "block"
+    min_block_share: float = 0.2
     max_rate: float = 0.9
     round_to: int = 8
     kinds: tuple[str, ...] | None = None
@@ -75,6 +78,8 @@ class PrimeSVTConfig:
         _require("max_accuracy_drop", drop, 0 < drop <= 100, "in points, above 0 and at most 100, e.g. 3.0")
         _require("min_memory_saving", saving, 0 <= saving < 1, "a part, 0 to below 1, e.g. 0.25")
         _require("max_rate", self.max_rate, 0 < self.max_rate < 1, "above 0 and below 1, e.g. 0.9")
+        share = self.min_block_share
+        _require("min_block_share", share, 0 <= share < 1, "a part of an average block, 0 to below 1, e.g. 0.2")
         _require("theta", self.theta, 0 < self.theta < math.inf, "above 0, e.g. 1.0")
         for name in ("benefit_resolution_points", "robustness_resolution_points"):
             _require(name, getattr(self, name), getattr(self, name) > 0, "above 0, e.g. 0.5")

@@ -247,7 +247,11 @@ class _Search:
 
     def _raise_rates(self) -> None:
         """Raise the blocks in turn until none gains."""
-        steps = {block.name: self.config.increments[block.band :] for block in self.blocks}
+        least = self.config.min_block_share * _mean([block.parameters_part for block in self.blocks])
+        steps = {
+            block.name: self.config.increments[block.band :] if block.parameters_part >= least else ()
+            for block in self.blocks
+        }
         done, gained = 0, True
         while gained:
             gained = False
