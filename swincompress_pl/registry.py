@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from importlib.metadata import entry_points
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 ENTRY_POINT_GROUP = "swincompress_pl.adapters"
 # What pyproject.toml declares; repeated so that a source tree that was never installed works too.
@@ -34,6 +35,19 @@ class Adapter(Protocol):
     def graph(self, network: Any, preprocessing: Mapping[str, Any]) -> Any:
         """The quantizable graph of `network`, a `swincompress_pl.quant.Graph`; mean and std are folded into its first
         layer."""
+        ...
+
+
+@runtime_checkable
+class SpikingAdapter(Adapter, Protocol):
+    """What a family of spiking networks tells in addition."""
+
+    def check_spiking(self, network: Any) -> None:
+        """Raises ValueError unless `network` spikes, in multi-step mode, and forgets between calls."""
+        ...
+
+    def watching_spikes(self, network: Any) -> AbstractContextManager[dict[str, float]]:
+        """{neuron: spikes a time step and a place} of the calls within the context, complete when it ends."""
         ...
 
 

@@ -19,7 +19,7 @@ ALLOWED: dict[str, set[str]] = {
     "models": {"registry", "pruning", "quant"},
     "accel": {"norm"},
     "callbacks": {"pruning", "quant", "models"},
-    "report": {"norm", "accel", "models"},
+    "report": {"norm", "accel", "pruning", "models"},
 }
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -42,6 +42,14 @@ class SpikingAdapter:
         for stem, blocks in zip(self._stem, self._blocks, strict=True):
             names += [stem, *(f"{blocks}.{name}" for name, _ in network.get_submodule(blocks).named_children())]
         return names
+
+    def check_spiking(self, network: Any) -> None:
+        """See `check_spiking`."""
+        check_spiking(network)
+
+    def watching_spikes(self, network: Any) -> AbstractContextManager[dict[str, float]]:
+        """See `watching_spikes`."""
+        return watching_spikes(network)
 
     def graph(self, network: Any, preprocessing: Mapping[str, Any]) -> Any:
         """Raises UnsupportedNetworkError: there is no integer form yet."""

@@ -21,7 +21,7 @@ from typing import Any
 
 from torch import nn
 
-from ..registry import adapter_for
+from ..registry import SpikingAdapter, adapter_for
 from .cost import count_macs, count_parameters
 from .granularity import Change, Target, nothing_applied, revert
 from .prime_candidates import Candidate, Candidates, batchnorm_state, restore_batchnorm
@@ -396,15 +396,19 @@ class _Search:
 
 def _baseline(network: nn.Module, scorer: Scorer) -> tuple[float, dict[str, float]]:
     """Score the unpruned network and watch it spike; ValueError where it is no network that spikes."""
-    from ..models.spiking import check_spiking, watching_spikes  # one floor above; spikingjelly takes long to import
-
-    check_spiking(network)
-    with watching_spikes(network) as rates:
+    adapter = adapter_for(network)
+    if not isinstance(adapter, SpikingAdapter):
+        raise ValueError(
+            f"{type(network).__name__}: a {adapter.family} is not a spiking network; PrimeSVT prunes spiking ones, "
+            "`prune` and AdaptiveIterativePruning any"
+        )
+    adapter.check_spiking(network)
+    with adapter.watching_spikes(network) as rates:
         baseline = scorer.full(network)
     rates = _over_ranks(rates)
     if 0 < baseline <= 1:
         warnings.warn(f"the baseline is {baseline:g} points of 100; does evaluate return a fraction?", stacklevel=4)
-    stem = adapter_for(network).segments(network)[0]
+    stem = adapter.segments(network)[0]
     silent = [name for name, rate in rates.items() if not rate]
     if not any(rate for name, rate in rates.items() if not name.startswith(f"{stem}.")):
         raise ValueError(

@@ -11,7 +11,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
-from swincompress_pl.callbacks.primesvt import PrimeSVT
+from swincompress_pl.pruning import PrimeSVTConfig
 from swincompress_pl.report.drawing import to_rgb
 from swincompress_pl.report.primesvt_plots import primesvt_figures, save_primesvt_figures
 from swincompress_pl.report.pruning_plots import pruning_figures
@@ -85,7 +85,7 @@ class PruningFigures(Callback):
         callback = _searching(trainer)
         if self.save_dir is None or not trainer.is_global_zero:
             return
-        if isinstance(callback, PrimeSVT):
+        if _is_primesvt(callback):
             if callback.result is not None:
                 save_primesvt_figures(callback.result, self.save_dir)
             return
@@ -129,7 +129,7 @@ class PruningFigures(Callback):
 
 
 def _searching(trainer: Trainer) -> Any:
-    found = [each for each in _callbacks(trainer) if hasattr(each, "search_state") or isinstance(each, PrimeSVT)]
+    found = [each for each in _callbacks(trainer) if hasattr(each, "search_state") or _is_primesvt(each)]
     if len(found) != 1:
         names = ", ".join(type(callback).__name__ for callback in found) or "none"
         raise ValueError(
@@ -144,9 +144,14 @@ def _callbacks(trainer: Trainer) -> list[Callback]:
     return callbacks
 
 
+def _is_primesvt(callback: Any) -> bool:
+    """By its settings, as callbacks stand above reports."""
+    return isinstance(getattr(callback, "config", None), PrimeSVTConfig)
+
+
 def _drawn(callback: Any) -> tuple[int, Callable[[], dict[str, Figure]]]:
     """How many rounds there were, PrimeSVT's being one, and their figures."""
-    if isinstance(callback, PrimeSVT):
+    if _is_primesvt(callback):
         result = callback.result
         return (0, dict) if result is None else (1, lambda: primesvt_figures(result))
     search = _search_of(callback)
