@@ -425,3 +425,42 @@ def test_ranks_agree_on_every_verdict(world: int, tmp_path: Path) -> None:
     assert cost["images_scored"] < cost["naive_images"]
     assert found[0]["few"][0] == 1
     assert found[0]["part"] == 100
+
+
+def test_accepted_scores_are_resolved_as_finely_as_asked_and_refused_ones_are_not() -> None:
+    network, labels = copy.deepcopy(VIT), LABELS[id(VIT)]
+    holdout = HoldOut(IMAGES, labels, batch_size=8)
+    holdout.begin_round(network)
+    group = next(g for g in adapter_for(network).groups(network) if g.kind == "mlp")
+    with mask_units(network, group, range(group.units // 2)):
+        true = _accuracy(network, labels)
+        found = [
+            holdout.judge(network, true - 30, _tensors(group), resolution_points=points)
+            for points in (None, 3.0, 1.0, 1e-9)
+        ]
+        assert all(verdict.accepted for verdict in found)
+        assert [verdict.images for verdict in found] == sorted(verdict.images for verdict in found)
+        assert found[0].images < found[2].images < found[3].images == len(labels)
+        for verdict, points in zip(found[1:], (3.0, 1.0, 1e-9), strict=True):
+            assert verdict.error_points <= points
+        assert (found[3].score, found[3].error_points, found[3].exact) == (pytest.approx(true), 0.0, True)
+        refused = [
+            holdout.judge(network, true + 30, _tensors(group), resolution_points=points) for points in (None, 1e-9)
+        ]
+        assert not any(verdict.accepted for verdict in refused)
+        assert refused[0].images == refused[1].images < len(labels)
+
+
+def test_a_fingerprint_tells_hold_outs_apart() -> None:
+    labels = LABELS[id(VIT)]
+    same = HoldOut(IMAGES.clone(), labels.clone(), batch_size=7).fingerprint
+    assert HoldOut(IMAGES, labels).fingerprint == same
+    changed = IMAGES.clone()
+    changed[-1, 0, 0, 0] += 1
+    others = [
+        HoldOut(changed, labels),
+        HoldOut(IMAGES, (labels + 1) % CLASSES),
+        HoldOut(IMAGES[:-1], labels[:-1]),
+        HoldOut(IMAGES.half(), labels),
+    ]
+    assert len({same, *(other.fingerprint for other in others)}) == 5
