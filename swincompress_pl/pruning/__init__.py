@@ -30,7 +30,8 @@ from .plan import PruningPlan
 from .prime_candidates import Candidate
 from .prime_config import PrimeSVTConfig
 from .prime_result import BlockState, PrimeSVTResult, TargetSet
-from .primesvt import PrimeProgress, primesvt
+from .prime_search import PrimeProgress
+from .primesvt import primesvt
 from .ranks import from_rank_zero, share_buffers, sum_over_ranks, world_size
 from .regrow import regrow_latest_plan
 from .round_robin import (

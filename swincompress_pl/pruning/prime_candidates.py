@@ -39,7 +39,8 @@ class Candidate:
     phase: "target set", "robustness" or "policy"; label: what was tried, for people. widths: {target: units that stay},
     the narrowed ones. saving: part of all parameters that it removes. score: accuracy in points on the hold-out, an
     estimate with a standard error of `error_points` unless `exact`; images: how many it took. accepted: within the
-    accuracy constraint. remembered: the verdict was known already, nothing was run.
+    accuracy constraint. remembered: the verdict was known already, nothing was run. stands_for: how many candidates of
+    the plain algorithm it replaces.
     """
 
     phase: str
@@ -52,6 +53,7 @@ class Candidate:
     exact: bool
     error_points: float = 0.0
     remembered: bool = False
+    stands_for: int = 1
 
     def to_dict(self) -> dict[str, Any]:
         """The fields in JSON types."""
