@@ -87,7 +87,14 @@ def by_zeros(costs: dict[str, float], images: Tensor) -> Callable[[nn.Module], f
 
 
 @pytest.mark.parametrize("mode", ["group", "paper"])
-@pytest.mark.parametrize("name", ["spikformer", "sdt", "qkformer", "maxformer", "meta-spikeformer"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "spikformer",
+        "qkformer",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("sdt", "maxformer", "meta-spikeformer")),
+    ],
+)
 def test_what_is_applied_holds_on_every_family(name: str, mode: str) -> None:
     network = network_of(name)
     holdout, before = holdout_of(network), sum(p.numel() for p in network.parameters())
@@ -122,7 +129,7 @@ def test_what_is_applied_holds_on_every_family(name: str, mode: str) -> None:
     assert holdout.full(network) == 100
 
 
-@pytest.mark.parametrize("mode", ["group", "paper"])
+@pytest.mark.parametrize("mode", ["group", pytest.param("paper", marks=pytest.mark.slow)])
 def test_few_images_and_cached_activations_decide_as_all_images_do(mode: str) -> None:
     results = []
     for options in ({"confidence": 1.0, "cache_size_bytes": 0}, {"confidence": 0.99}):
