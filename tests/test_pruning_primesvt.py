@@ -480,6 +480,11 @@ def test_a_silent_network_is_refused() -> None:
     assert same_state(before, state_of(network))
 
 
+def test_an_evaluation_of_something_else_is_refused() -> None:
+    with pytest.raises(ValueError, match="evaluate gave 90 points without a pass through the network"):
+        primesvt(network_of(), lambda _: 90.0)
+
+
 def test_silent_neurons_are_named() -> None:
     network = network_of()
     nn.init.zeros_(network.get_submodule("blocks.1.mlp.fc2.1").weight)  # type: ignore[arg-type]

@@ -364,6 +364,10 @@ def _baseline(network: nn.Module, scorer: Scorer) -> tuple[float, dict[str, floa
     rates = _over_ranks(rates)
     if 0 < baseline <= 1:
         warnings.warn(f"the baseline is {baseline:g} points of 100; does evaluate return a fraction?", stacklevel=4)
+    if not rates:
+        raise ValueError(
+            f"evaluate gave {baseline:g} points without a pass through the network; it has to score the one it is given"
+        )
     stem = adapter.segments(network)[0]
     silent = [name for name, rate in rates.items() if not rate]
     if not any(rate for name, rate in rates.items() if not name.startswith(f"{stem}.")):
@@ -374,7 +378,7 @@ def _baseline(network: nn.Module, scorer: Scorer) -> tuple[float, dict[str, floa
     if silent:
         warnings.warn(
             f"{len(silent)} of {len(rates)} neurons never spike on the hold-out ({', '.join(silent[:3])}"
-            f"{', ...' if silent[3:] else ''}); what leads to them is pruned for nothing",
+            f"{', ...' if silent[3:] else ''}); is the network trained? What only leads to them costs nothing to prune",
             stacklevel=4,
         )
     return baseline, rates
