@@ -29,6 +29,7 @@ _METHODS = {
     "paper": "paper",
     "paper-size": "paper, by size",
     "paper-strict": "paper, 1.5 points allowed",
+    "paper-2.25": "paper, 2.25 points allowed",
     "group": "group",
     "group-size": "group, by size",
     "group-layers": "group, each layer alone",

@@ -74,6 +74,7 @@ _SEARCHES: dict[str, dict[str, Any]] = {
     "paper": {"mode": "paper"},
     "paper-size": {"mode": "paper", "order": "size"},
     "paper-strict": {"mode": "paper", "max_accuracy_drop": 1.5},
+    "paper-2.25": {"mode": "paper", "max_accuracy_drop": 2.25},
     "group": {},
     "group-size": {"order": "size"},
     "group-layers": {"blocks": "layer"},
