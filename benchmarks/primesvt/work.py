@@ -83,7 +83,7 @@ _SEARCHES: dict[str, dict[str, Any]] = {
     "deep-6.0": {"blocks": "layer", "max_accuracy_drop": 6.0},
     "deep-12.0": {"blocks": "layer", "max_accuracy_drop": 12.0},
 }
-_TUNED = ("paper", "group", "group-layers", "deep-6.0", "deep-12.0")
+_TUNED = ("paper", "paper-2.25", "group", "group-layers", "group-strict", "deep-6.0", "deep-12.0")
 _THETAS = (0.5, 1.0, 1.5, 2.0)
 
 
