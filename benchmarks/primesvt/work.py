@@ -14,6 +14,7 @@ from torch import nn
 
 from swincompress_pl.pruning import HoldOut, PrimeSVTConfig, primesvt
 from swincompress_pl.pruning.prime_candidates import batchnorm_state, restore_batchnorm
+from swincompress_pl.report import describe_environment
 from swincompress_pl.report.spiking import spiking_cost
 
 from ..pruning.batches import MemoryData
@@ -100,6 +101,7 @@ def run(job: Job, place: Place, commit: str, out: Path, seed: int = 0) -> dict[s
         "commit": commit,
         "seed": seed,
         "precision": place.precision,
+        "where": _where(place),
         "weights": hashlib.sha256(subject.weights.read_bytes()).hexdigest()[:16],
         "given": _figures(network, data, images),
     }
@@ -130,6 +132,15 @@ def run(job: Job, place: Place, commit: str, out: Path, seed: int = 0) -> dict[s
         result["tuned"] = _fine_tune(subject, module, data, place) | _figures(network, data, images)
     result["seconds"] = round(time.perf_counter() - started)
     return result
+
+
+def _where(place: Place) -> str:
+    found = describe_environment()
+    packages = ", ".join(f"{name} {found['packages'][name]}" for name in ("torch", "lightning", "spikingjelly"))
+    device = (
+        torch.cuda.get_device_name() if place.device == "cuda" else f"{found['cpu']} ({', '.join(found['cpu_flags'])})"
+    )
+    return f"{device}, {torch.get_num_threads()} threads, {packages}"
 
 
 def _figures(network: nn.Module, data: MemoryData, images: torch.Tensor) -> dict[str, Any]:
