@@ -62,6 +62,7 @@ def all_jobs() -> list[Job]:
         options = {"mode": "paper", "theta": theta}
         jobs.append(Job(subject="maxformer", name=f"theta-{theta}", options=options))
         jobs.append(Job(subject="maxformer", name=f"theta-{theta}-frozen", options=options | {"increments": frozen}))
+    jobs.append(Job(subject="maxformer", name="group-frozen", options={"increments": frozen}))
     jobs.append(Job(subject="maxformer", name="memory-27", options={"mode": "paper", "min_memory_saving": 0.27}))
     jobs += [
         Job(subject="maxformer", name=f"set-{part:.0%}".rstrip("%"), options={"mode": "paper", "target_sets": [part]})
