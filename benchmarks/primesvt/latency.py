@@ -19,32 +19,35 @@ from .subjects import INPUT_SHAPE, SUBJECTS, Subject
 from .work import FINE_TUNING
 
 _WARM_UP_TURNS = 5
-_CALLS_A_TURN = 5
+_BATCHES = (1, 64)
 
 
-def measure(subject: str, out: Path, *, turns: int = 40) -> dict[str, Any]:
+def measure(subject: str, out: Path, *, turns: int = 20) -> dict[str, Any]:
     """Every network of `subject` that a job in `out` sliced; widths decide the time, so which units went does not."""
     networks = {"unpruned": _pruned(SUBJECTS[subject], {})}
     for file in sorted(out.glob(f"{subject}-*.json")):
         entry = json.loads(file.read_text(encoding="utf-8"))
         search = entry.get("search")
+        if file.stem.endswith("-tuned"):
+            continue  # the same network as before it was tuned, to the clock
         if search and search["config"]["mode"] == "group" and search["applied"] and not entry["job"]["naive"]:
             networks[entry["job"]["name"]] = _pruned(SUBJECTS[subject], search["applied"]["widths"])
     macs = {name: count_macs(network, INPUT_SHAPE) for name, network in networks.items()}
-    took = _in_turns(networks, turns)
-    whole = np.array(took["unpruned"])
     rows = []
-    for name, seconds in took.items():
-        low, middle, high = 1e3 * np.percentile(seconds, (25, 50, 75))
-        ratios = np.percentile(whole / np.array(seconds), (25, 50, 75))
-        rows.append(
-            {
-                "name": name,
-                "macs_removed": 1 - macs[name] / macs["unpruned"],
-                "milliseconds": f"{middle:.2f} [{low:.2f}, {high:.2f}]",
-                "ratio": f"{ratios[1]:.2f} [{ratios[0]:.2f}, {ratios[2]:.2f}]",
-            }
-        )
+    for batch in _BATCHES:
+        took = _in_turns(networks, batch, turns)
+        whole = np.array(took["unpruned"])
+        for name, seconds in took.items():
+            low, middle, high = 1e3 * np.percentile(seconds, (25, 50, 75))
+            ratios = np.percentile(whole / np.array(seconds), (25, 50, 75))
+            rows.append(
+                {
+                    "name": f"{name}, batch {batch}",
+                    "macs_removed": 1 - macs[name] / macs["unpruned"],
+                    "milliseconds": f"{middle:.2f} [{low:.2f}, {high:.2f}]",
+                    "ratio": f"{ratios[1]:.2f} [{ratios[0]:.2f}, {ratios[2]:.2f}]",
+                }
+            )
     where = describe_environment()
     return {"latencies": rows, "where": f"latency: {json.dumps(where, sort_keys=True)}"}
 
@@ -58,14 +61,13 @@ def _pruned(subject: Subject, widths: dict[str, int]) -> nn.Module:
     return network
 
 
-def _in_turns(networks: dict[str, nn.Module], turns: int) -> dict[str, list[float]]:
-    image, took = torch.randn(INPUT_SHAPE), {name: list[float]() for name in networks}
+def _in_turns(networks: dict[str, nn.Module], batch: int, turns: int) -> dict[str, list[float]]:
+    images, took = torch.randn(batch, *INPUT_SHAPE[1:]), {name: list[float]() for name in networks}
     with torch.no_grad():
         for turn in range(turns + _WARM_UP_TURNS):
             for name, network in networks.items():
                 started = time.perf_counter()
-                for _ in range(_CALLS_A_TURN):
-                    network(image)
+                network(images)
                 if turn >= _WARM_UP_TURNS:
-                    took[name].append((time.perf_counter() - started) / _CALLS_A_TURN)
+                    took[name].append(time.perf_counter() - started)
     return took

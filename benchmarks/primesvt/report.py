@@ -262,7 +262,7 @@ def _latencies(results: Results) -> str:
         for each in entry.get("latencies", []):
             rows.append([key, each["name"], f"{each['macs_removed']:.1%}", each["milliseconds"], each["ratio"]])
     text = (
-        "## Latency in torch against MACs removed\n\nOne image, one thread, networks in turns; median and quartiles, "
-        "ratios turn by turn against the unpruned network."
+        "## Latency in torch against MACs removed\n\nOne thread, networks in turns, a batch a turn; median and "
+        "quartiles, ratios turn by turn against the unpruned network."
     )
     return f"{text}\n\n{table(['', 'network', 'MACs removed', 'ms', 'times as fast'], rows)}" if rows else ""
