@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -40,7 +41,7 @@ class Outcome(Protocol):
         ...
 
 
-class SearchCallback(Callback):
+class SearchCallback(Callback, ABC):
     """Runs a search before some epochs of a fit; those that derive from it say which search and when.
 
     The options are those of `AdaptiveIterativePruning` of the same names; raises ValueError for bad ones.
@@ -77,9 +78,9 @@ class SearchCallback(Callback):
 
     # Policy: override these.
 
+    @abstractmethod
     def should_prune(self, epoch: int) -> bool:
         """Whether a search runs before `epoch` (it may be over already)."""
-        raise NotImplementedError
 
     def predict(self, module: LightningModule, network: nn.Module, images: Tensor) -> Tensor:
         """The logits (N, classes) that are scored; override it where the network alone does not see ready images."""
@@ -88,17 +89,19 @@ class SearchCallback(Callback):
 
     # The search: those that derive from this class give these.
 
+    @abstractmethod
     def _granularity(self, network: nn.Module) -> RoundRobinConfig:
         """What a removal is."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _is_over(self) -> bool:
-        raise NotImplementedError
+        """Whether there is nothing left to search."""
 
+    @abstractmethod
     def _forget(self) -> None:
         """Begin anew: what is known is of another fit."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _find(
         self,
         trainer: Trainer,
@@ -108,22 +111,22 @@ class SearchCallback(Callback):
         follower: ScalesFollower,
     ) -> Outcome:
         """Search, and change the network."""
-        raise NotImplementedError
 
     def _finish(self, network: nn.Module, outcome: Outcome) -> AppliedPlan | None:
         """What is sliced once more when the search is over."""
         return None
 
+    @abstractmethod
     def _take(self, module: LightningModule, outcome: Outcome) -> None:
         """Everything in the fit has followed: keep what was found, and log it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _stored(self) -> dict[str, Any]:
         """The search as plain data."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _restore(self, stored: dict[str, Any]) -> None:
-        raise NotImplementedError
+        """Take up what `_stored` gave."""
 
     # Hooks.
 
