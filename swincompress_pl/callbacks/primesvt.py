@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,7 @@ from ..pruning import (
 from .progress import search_progress
 from .resume import seeded
 from .scoring import training_batches
-from .search import Outcome, SearchCallback
+from .search import Outcome, SearchCallback, log_search, refuse_unknown
 from .searched import ScalesFollower
 
 
@@ -74,7 +72,7 @@ class PrimeSVT(SearchCallback):
             gradient_batches=gradient_batches,
             model_attribute=model_attribute,
         )
-        _check_options(search)
+        refuse_unknown(self.who, search, PrimeSVTConfig, own=("max_accuracy_drop", "min_memory_saving", "mode"))
         self.config = PrimeSVTConfig(
             max_accuracy_drop=max_accuracy_drop,
             min_memory_saving=min_memory_saving,
@@ -144,16 +142,15 @@ class PrimeSVT(SearchCallback):
         assert isinstance(outcome, PrimeSVTResult)
         self.result = outcome
         values = {
-            "pruning/score": outcome.score,
-            "pruning/baseline": outcome.baseline_score,
-            "pruning/saving": outcome.saving,
-            "pruning/parameters": outcome.parameters_before * (1 - outcome.saving),
-            "pruning/images_scored": float(outcome.scoring["images_scored"]),
+            "score": outcome.score,
+            "baseline": outcome.baseline_score,
+            "saving": outcome.saving,
+            "parameters": outcome.parameters_before * (1 - outcome.saving),
+            "images_scored": float(outcome.scoring["images_scored"]),
         }
         if outcome.macs_after is not None:
-            values["pruning/macs"] = float(outcome.macs_after)
-        # All ranks have the same values; the reduction only tells Lightning so, that every rank may monitor them.
-        module.log_dict(values, sync_dist=True, reduce_fx="max")
+            values["macs"] = float(outcome.macs_after)
+        log_search(module, values)
         rank_zero_info(f"PrimeSVT: {outcome.summary()}")
 
 
@@ -162,11 +159,3 @@ def _text(progress: PrimeProgress) -> str:
     verdict = "within" if found.accepted else "beyond"
     left = "" if progress.left_s is None else f", at most {progress.left_s:.0f} s left in this phase"
     return f"{found.label}: {found.saving:.1%} saved at {found.score:.2f} points, {verdict} the constraint{left}"
-
-
-def _check_options(search: Mapping[str, Any]) -> None:
-    own = ("max_accuracy_drop", "min_memory_saving", "mode")
-    options = [field.name for field in dataclasses.fields(PrimeSVTConfig) if field.name not in own]
-    unknown = sorted(set(search) - set(options))
-    if unknown:
-        raise TypeError(f"PrimeSVT has no option {', '.join(unknown)}; the search's are {', '.join(options)}")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 from lightning import LightningModule, Trainer
@@ -22,7 +20,7 @@ from ..pruning import (
     run_round,
 )
 from .progress import search_progress
-from .search import Outcome, SearchCallback
+from .search import Outcome, SearchCallback, log_search, refuse_unknown
 from .searched import ScalesFollower
 
 
@@ -89,7 +87,7 @@ class AdaptiveIterativePruning(SearchCallback):
         )
         if every_n_epochs < 1:
             raise ValueError(f"every_n_epochs={every_n_epochs}: it has to be 1 or more")
-        _check_options(search)
+        refuse_unknown(self.who, search, RoundRobinConfig, own=("tolerance", "granularity"))
         self.config = RoundRobinConfig(tolerance=tolerance, granularity=granularity, **search)
         self.every_n_epochs = every_n_epochs
         self.search_state: SearchState | None = None
@@ -177,23 +175,22 @@ class AdaptiveIterativePruning(SearchCallback):
         last = state.steps[-1] if state.steps else None
         parameters = state.baseline_parameters if last is None else last.parameters
         values = {
-            "pruning/score": state.baseline_score if state.score is None else state.score,
-            "pruning/baseline": state.baseline_score,
-            "pruning/parameters": float(parameters),
-            "pruning/sparsity": (state.baseline_parameters - parameters) / state.baseline_prunable,
-            "pruning/active_targets": float(sum(entry.locked is None for entry in state.targets.values())),
-            "pruning/images_scored": float(state.scoring.get("images_scored", 0)),
+            "score": state.baseline_score if state.score is None else state.score,
+            "baseline": state.baseline_score,
+            "parameters": float(parameters),
+            "sparsity": (state.baseline_parameters - parameters) / state.baseline_prunable,
+            "active_targets": float(sum(entry.locked is None for entry in state.targets.values())),
+            "images_scored": float(state.scoring.get("images_scored", 0)),
         }
         if last is not None and last.macs is not None:
-            values["pruning/macs"] = float(last.macs)
-        # All ranks have the same values; the reduction only tells Lightning so, that every rank may monitor them.
-        module.log_dict(values, sync_dist=True, reduce_fx="max")
+            values["macs"] = float(last.macs)
+        log_search(module, values)
         accepted = f"{sum(s.accepted for s in outcome.steps)} of {len(outcome.steps)} steps kept"
         if not outcome.steps:
             accepted = "it stands below the tolerance, so nothing was tried"
         rank_zero_info(
-            f"pruning round {state.rounds}: {values['pruning/score']:.2f} points, unpruned {state.baseline_score:.2f}; "
-            f"{values['pruning/sparsity']:.1%} of the prunable weights removed; {accepted}"
+            f"pruning round {state.rounds}: {values['score']:.2f} points, unpruned {state.baseline_score:.2f}; "
+            f"{values['sparsity']:.1%} of the prunable weights removed; {accepted}"
             + (f"; the search ends: {state.stopped}" if state.stopped else "")
         )
 
@@ -201,13 +198,3 @@ class AdaptiveIterativePruning(SearchCallback):
 def _text(step: Step) -> str:
     verdict = "kept" if step.accepted else "undone"
     return f"{step.target} {step.units_before} -> {step.units_after}: {step.score:.2f} points, {verdict}"
-
-
-def _check_options(search: Mapping[str, Any]) -> None:
-    own = ("tolerance", "granularity")
-    options = [f.name for f in dataclasses.fields(RoundRobinConfig) if f.name not in own]
-    unknown = sorted(set(search) - set(options))
-    if unknown:
-        raise TypeError(
-            f"AdaptiveIterativePruning has no option {', '.join(unknown)}; the search's are {', '.join(options)}"
-        )

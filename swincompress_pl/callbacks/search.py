@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -278,6 +280,21 @@ class SearchCallback(Callback, ABC):
                 max_batches=self.gradient_batches,
                 predict=lambda images: self._predict(module, network, images),
             )
+
+
+def log_search(module: LightningModule, values: Mapping[str, float]) -> None:
+    """Log what a search found, {name: value}, as pruning/<name>."""
+    # All ranks have the same values; the reduction only tells Lightning so, that every rank may monitor them.
+    module.log_dict({f"pruning/{name}": value for name, value in values.items()}, sync_dist=True, reduce_fx="max")
+
+
+def refuse_unknown(who: str, search: Mapping[str, Any], config: type[Any], own: Collection[str]) -> None:
+    """TypeError, listing the options, for one in `search` that is no field of `config`, or one of `own`: those are
+    arguments of the callback itself."""
+    options = [field.name for field in dataclasses.fields(config) if field.name not in own]
+    unknown = sorted(set(search) - set(options))
+    if unknown:
+        raise TypeError(f"{who} has no option {', '.join(unknown)}; the search's are {', '.join(options)}")
 
 
 def _check_arguments(
