@@ -420,6 +420,19 @@ def test_statistics_made_anew_belong_to_the_candidate() -> None:
         primesvt(network, holdout, config, calibration=iter(calibration))
 
 
+def test_a_memo_knows_a_criterion_by_what_it_gives(tmp_path: Path) -> None:
+    def reversed_criterion(name: str, weight: Tensor, gradients: object) -> Tensor:
+        return 1 / (1e-3 + weight.double().abs())
+
+    reversed_criterion.__qualname__ = own_criterion.__qualname__
+    options: dict[str, Any] = {"max_accuracy_drop": 30, "min_memory_saving": 0.0, **QUICK, "rates": (0.1,)}
+    network, memo = network_of(), tmp_path / "memo.jsonl"
+    primesvt(network, holdout_of(network_of()), PrimeSVTConfig(criterion=own_criterion, **options), memo=memo)
+    network = network_of()
+    with pytest.raises(ValueError, match="about another network, hold-out or constraint"):
+        primesvt(network, holdout_of(network), PrimeSVTConfig(criterion=reversed_criterion, **options), memo=memo)
+
+
 def test_the_result_is_plain_data() -> None:
     network = network_of()
     config = PrimeSVTConfig(max_accuracy_drop=30, min_memory_saving=0.0, criterion=own_criterion, **QUICK)

@@ -97,7 +97,7 @@ def granularity_for(
     config: RoundRobinConfig,
     initial_units: Mapping[str, int] | None = None,
     input_shape: Sequence[int] | None = None,
-) -> Granularity:
+) -> StructuredGranularity | WeightGranularity | GlobalGranularity:
     """The granularity that `config` asks for; initial_units: the widths before the search, where it has begun.
 
     input_shape: of one input with its batch axis; with it a global ranking knows what a unit costs in MACs.

@@ -18,10 +18,9 @@ from torch.optim.swa_utils import update_bn
 
 from .config import RoundRobinConfig
 from .cost import count_parameters, count_parameters_without
-from .granularity import Change, Removal, StructuredGranularity, Target, WeightGranularity, granularity_for
-from .patterns import parse_granularity
+from .granularity import Change, GlobalGranularity, Removal, StructuredGranularity, Target, granularity_for
 from .prime_config import PrimeSVTConfig
-from .ranks import from_rank_zero, rank, share_buffers
+from .ranks import from_rank_zero, gather_results, rank, share_buffers
 from .scorer import Scorer, Verdict
 from .scores import Gradients, lowest_units, needs_gradients, unit_scores, weight_scores
 from .weight_masks import masked_parameters
@@ -84,14 +83,18 @@ class Candidates:
                 f"mode='paper': {type(network).__name__} has masked weights already; begin with a network without masks"
             )
         self.network, self.scorer, self.config, self.floor = network, scorer, config, floor
-        self.granularity, settings = _granularity(network, config)
+        settings = config.granularity(network)
+        found = granularity_for(settings)
+        assert not isinstance(found, GlobalGranularity)  # ranked locally
+        self.granularity = found
         self.targets = {target.name: target for target in self.granularity.targets(network)}
         self._calibration = calibration
         self.reestimates = 0
         statistics = gradients(network) if gradients is not None and needs_gradients(config.criterion) else None
         self._scores = self._ranked(settings, statistics)
         self._parameters = count_parameters(network)
-        self._memo = Memo(memo, self._fingerprint()) if rank() == 0 else Memo(None, "")
+        self._memo = Memo()
+        gather_results(lambda: self._open(memo) if rank() == 0 else None)  # should it fail, all ranks hear of it
         self._standing: dict[str, int] | None = None  # the widths that the scorer's round stands at
         self._last: dict[str, int] | None = None  # the widths judged last
         self._baseline_is_latest = True  # what the scorer last scored in full is the unpruned network
@@ -107,14 +110,19 @@ class Candidates:
             found = {name: weight_scores(self.network, name, settings.criterion, statistics) for name in self.targets}
         return {name: from_rank_zero(scores) for name, scores in found.items()}
 
+    def _open(self, memo: Path | None) -> None:
+        if memo is not None:
+            self._memo = Memo(memo, self._fingerprint())
+
     def _fingerprint(self) -> str:
         """Of all that a verdict depends on: weights, hold-out, constraint, and what a width of a target means."""
         digest = hashlib.sha256()
         for name, tensor in self.network.state_dict().items():
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().flatten().contiguous().view(torch.uint8).numpy().tobytes())
-        config = self.config.to_dict()
-        means = {key: config[key] for key in ("mode", "criterion", "batchnorm", "max_accuracy_drop")}
+        for scores in self._scores.values():  # they say which units go first, whatever the criterion is called
+            digest.update(scores.cpu().numpy().tobytes())
+        means = [self.config.mode, self.config.batchnorm, self.config.max_accuracy_drop]
         holdout = getattr(self.scorer, "fingerprint", None)
         units = {name: target.units for name, target in self.targets.items()}
         digest.update(json.dumps([means, units, holdout, self.scorer.images], sort_keys=True).encode())
@@ -172,23 +180,25 @@ class Candidates:
             with self.masked(base):
                 self.scorer.begin_round(self.network, unchanged=self._baseline_is_latest and not base)
             self._standing, self._baseline_is_latest = dict(base), not base
-        changed = [name for name in widths if widths[name] != base.get(name)]
-        # statistics that are made anew differ everywhere
-        anywhere = self.config.batchnorm == "reestimate"
-        tensors = [] if anywhere else list(dict.fromkeys(t for name in changed for t in self.targets[name].tensors))
         with self.masked(widths):
-            verdict = self.scorer.judge(self.network, self.floor, tensors, resolution_points=resolution)
+            verdict = self.scorer.judge(
+                self.network, self.floor, self._changed(widths, base), resolution_points=resolution
+            )
         self._last = dict(widths)
         return verdict
 
     def accept(self, widths: dict[str, int], base: dict[str, int]) -> None:
         """Candidates to come have `widths` for their base; what was run for the last one is kept where it was that."""
         if self._standing == base and self._last == widths:
-            changed = [name for name in widths if widths[name] != base.get(name)]
-            anywhere = self.config.batchnorm == "reestimate"
-            names = [] if anywhere else [t for name in changed for t in self.targets[name].tensors]
-            self.scorer.accept(list(dict.fromkeys(names)))
+            self.scorer.accept(self._changed(widths, base))
             self._standing = dict(widths)
+
+    def _changed(self, widths: Widths, base: Widths) -> list[str]:
+        """The tensors in which two candidates differ; none named is anywhere, as statistics that are made anew do."""
+        if self.config.batchnorm == "reestimate":
+            return []
+        changed = [name for name in widths if widths[name] != base.get(name)]
+        return list(dict.fromkeys(tensor for name in changed for tensor in self.targets[name].tensors))
 
     @contextmanager
     def masked(self, widths: Widths) -> Iterator[None]:
@@ -233,7 +243,7 @@ class Memo:
     A line that was cut off by a kill at the end of the file is dropped.
     """
 
-    def __init__(self, path: Path | None, fingerprint: str) -> None:
+    def __init__(self, path: Path | None = None, fingerprint: str = "") -> None:
         self._path, self._known = path, dict[str, Verdict]()
         if path is None:
             return
@@ -295,17 +305,6 @@ def _statistics(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def _key(widths: Widths) -> str:
     return json.dumps(widths, sort_keys=True)
-
-
-def _granularity(
-    network: nn.Module, config: PrimeSVTConfig
-) -> tuple[StructuredGranularity | WeightGranularity, RoundRobinConfig]:
-    settings = config.granularity(network)
-    if config.mode == "paper":
-        return WeightGranularity(settings, parse_granularity(settings.granularity)), settings
-    found = granularity_for(settings)
-    assert isinstance(found, StructuredGranularity)
-    return found, settings
 
 
 def _width(target: Target, rate: float, max_rate: float) -> int:

@@ -46,7 +46,7 @@ def primesvt(
     input_shape: of one input with its batch axis; with it MACs are counted. calibration: batches (images, ...) for
     `batchnorm="reestimate"`. gradients: as for `prune`, for the criteria that need them.
     memo: a file in which every verdict is kept, so that a killed search goes on where it was; for the same network,
-    hold-out and accuracy constraint only. progress: told of each candidate.
+    hold-out, calibration images and accuracy constraint only. progress: told of each candidate.
 
     Where both constraints cannot be met, `result.met` is False and `config.prefer` says which alternative is applied;
     nothing is where that one does not exist. Raises ValueError for a network that does not spike, not in multi-step
