@@ -71,7 +71,12 @@ class Search:
         self.target_sets: list[TargetSet] = []
         self.blocks: list[BlockState] = []
         self.initial_rate = 0.0
-        self._spent_s, self._fresh, self._remembered = 0.0, 0, 0
+        self._spent_s, self._policy_tries = 0.0, 0
+        # where scores are compared with others, and not only with the floor
+        self._resolution_points = {
+            "target set": config.benefit_resolution_points,
+            "robustness": config.robustness_resolution_points,
+        }
 
     def refuse_impossible(self) -> None:
         """ValueError where no candidate could save what is asked for."""
@@ -104,7 +109,6 @@ class Search:
         chosen: list[Target] = []
         highest = -math.inf
         total, done = len(self.config.target_sets) * len(self.config.rates), 0
-        resolution = self.config.benefit_resolution_points
         for part in self.config.target_sets:
             layers = by_size[: math.ceil(part * len(by_size) - 1e-9)]
             accepted: list[tuple[float, Candidate]] = []
@@ -112,7 +116,7 @@ class Search:
                 label = f"{part:.0%} of the layers at {rate:.0%}"
                 widths = self.candidates.widths({layer.name: rate for layer in layers})
                 done += 1
-                candidate = self._judge(widths, {}, "target set", label, resolution, done, total)
+                candidate = self._judge(widths, {}, "target set", label, done, total)
                 if candidate.accepted:
                     accepted.append((rate, candidate))
             benefit = _mean([each.score + 100 * each.saving for _, each in accepted]) if accepted else None
@@ -159,8 +163,7 @@ class Search:
         for number, block in enumerate(self.blocks, start=1):
             changed = [replace(each, rate=rate) if each is block else each for each in self.blocks]
             label = f"{block.name} at {rate:.0%}, the others at {self.initial_rate:.0%}"
-            widths, resolution = self._widths_of(changed), self.config.robustness_resolution_points
-            found = self._judge(widths, base, "robustness", label, resolution, number, len(self.blocks))
+            found = self._judge(self._widths_of(changed), base, "robustness", label, number, len(self.blocks))
             drop = max(self.baseline - found.score, 0.0)
             measured.append(replace(block, robustness=100 * found.saving / (drop + _LEAST_DROP)))
         measured.sort(key=lambda block: -_robustness(block))
@@ -182,7 +185,6 @@ class Search:
             for block in self.blocks
             if block.parameters_part >= least
         }
-        self._policy_tries = 0
         while self._raise_together(steps):
             pass
         gained = True
@@ -218,7 +220,7 @@ class Search:
             total = self._policy_tries + self._steps_left(steps)
             tried = label.format(rate=rate)
             together = plans if len(raises) > 1 else None
-            found = self._judge(widths, widths_before, "policy", tried, None, self._policy_tries, total, together)
+            found = self._judge(widths, widths_before, "policy", tried, self._policy_tries, total, together)
             if not found.accepted:
                 return False
             self.candidates.accept(widths, widths_before)
@@ -242,12 +244,11 @@ class Search:
         base: dict[str, int],
         phase: str,
         label: str,
-        resolution: float | None,
         done: int,
         total: int,
         together: int | None = None,
     ) -> Candidate:
-        started = time.monotonic()
+        started, resolution = time.monotonic(), self._resolution_points.get(phase)
         try:
             found = self.candidates.judge(widths, base, phase=phase, label=label, resolution_points=resolution)
         except ValueError as error:
@@ -256,15 +257,16 @@ class Search:
         if together is not None:  # the plain algorithm tries them one by one, and would not have tried what is refused
             found = replace(found, stands_for=together if found.accepted else 0)
         self.found.append(found)
-        if found.remembered:
-            self._remembered += 1
-        else:
-            self._fresh += 1
+        if not found.remembered:
             self._spent_s += time.monotonic() - started
         if self.progress is not None:
-            left = self._spent_s / self._fresh * max(total - done, 0) if self._fresh else None
+            fresh = self._evaluations()
+            left = self._spent_s / fresh * max(total - done, 0) if fresh else None
             self.progress(PrimeProgress(phase=phase, done=done, total=total, candidate=found, left_s=left))
         return found
+
+    def _evaluations(self) -> int:
+        return sum(not each.remembered for each in self.found)
 
     # Selection
 
@@ -341,8 +343,8 @@ class Search:
         return spent | {
             "candidates": len(self.found),
             "plans": len(distinct),
-            "evaluations": self._fresh,
-            "remembered": self._remembered,
+            "evaluations": self._evaluations(),
+            "remembered": len(self.found) - self._evaluations(),
             "batchnorm_passes": self.candidates.reestimates,
             "holdout_images": images,
             "naive_image_forwards": (sum(each.stands_for for each in self.found) + 2) * images,  # baseline, final score
