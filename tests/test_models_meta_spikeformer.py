@@ -216,8 +216,9 @@ def test_rep_conv_folds_into_one_convolution() -> None:
         torch.testing.assert_close(part(x).flatten(0, 1), F.conv2d(x.flatten(0, 1), kernel, bias, padding=1))
 
 
-def test_attention_counts_spikes_head_by_head() -> None:
-    attention = lively(Attention(12, num_heads=3))
+@pytest.mark.parametrize("scale", [0.125, 1.0])
+def test_attention_counts_spikes_head_by_head(scale: float) -> None:
+    attention = lively(Attention(12, num_heads=3, scale=scale))
     seen: dict[str, Tensor] = {}
     for name in ("q_lif", "k_lif", "v_lif"):
         attention.get_submodule(name).register_forward_hook(
@@ -230,7 +231,7 @@ def test_attention_counts_spikes_head_by_head() -> None:
     for start in range(0, 12, 4):
         of = slice(start, start + 4)
         agreement = torch.einsum("tncx,tncy->tnxy", q[:, :, of], k[:, :, of])
-        expected[:, :, of] = torch.einsum("tnxy,tncy->tncx", agreement, v[:, :, of]) / 8
+        expected[:, :, of] = torch.einsum("tnxy,tncy->tncx", agreement, v[:, :, of]) * scale
     assert expected.any()
     assert torch.equal(seen["current"], expected.unflatten(-1, (4, 5)))
 
@@ -288,6 +289,10 @@ def test_other_shapes_are_refused(shape: tuple[int, ...]) -> None:
         ({"embed_dims": [8, 12, 16, 22]}, r"with num_heads=4; the last two widths must be multiples"),
         ({"depths": [1, 1, 2, 6]}, r"depths=\[1, 1, 2, 6\]; give five"),
         ({"depths": [1, 1, 2, 6, 0]}, r"depths=\[1, 1, 2, 6, 0\]; give five"),
+        ({"strides": [2, 2, 2, 1]}, r"strides=\[2, 2, 2, 1\]; give five"),
+        ({"strides": [2, 2, 2, 1, 0]}, r"strides=\[2, 2, 2, 1, 0\]; give five"),
+        ({"attention_scale": 0.0}, r"attention_scale=0.0; it must be above 0"),
+        ({"attention_scale": float("nan")}, r"attention_scale=nan; it must be above 0"),
         ({"mlp_ratio": 0.06}, r"mlp_ratio=0.06 leaves the MLP at width 16 no hidden channel"),
         ({"conv_mlp_ratio": 0.2}, r"conv_mlp_ratio=0.2 leaves the MLP at width 4 no hidden channel"),
     ],
@@ -295,6 +300,16 @@ def test_other_shapes_are_refused(shape: tuple[int, ...]) -> None:
 def test_arguments_out_of_range_are_named(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         create_model("MetaSpikeFormer", **{**NARROW, **arguments})
+
+
+def test_strides_set_the_sizes_of_the_stages() -> None:
+    network = create_model("MetaSpikeFormer", **{**NARROW, "strides": [1, 2, 1, 2, 2], "attention_scale": 0.5})
+    sizes: list[int] = []
+    for stage in network.stages:
+        stage.register_forward_hook(lambda module, inputs, output: sizes.append(output.shape[-1]))
+    network(torch.randn(1, 3, 32, 32))
+    assert sizes == [32, 16, 16, 8, 4]
+    assert all(m.scale == 0.5 for m in network.modules() if isinstance(m, Attention))
 
 
 def test_arguments_that_a_builder_fixes_are_refused() -> None:

@@ -228,6 +228,33 @@ def test_no_block_can_be_raised_further(replay: tuple[PrimeSVTConfig, PrimeSVTRe
         assert at_the_end or min(refused[block.name]) <= block.rate + 0.01 + 0.005, block
 
 
+@pytest.mark.parametrize("frozen", ["last", "never"])
+def test_frozen_blocks_are_raised_when_no_other_gains_or_never(frozen: str) -> None:
+    """The first is nearly free, and so by far the most robust: the paper freezes all others."""
+    network, images = network_of(), torch.randn(1, 3, SIZE_PX, SIZE_PX)
+    config = PrimeSVTConfig(
+        max_accuracy_drop=4.0, mode="paper", rates=(0.02, 0.08), theta=0.5, min_memory_saving=0.05, frozen=frozen,
+        max_rate=0.5,
+    )  # fmt: skip
+    result = primesvt(network, by_zeros({"patch_embed": 20.0, "blocks.0": 15.0, "blocks.1": 0.01}, images), config)
+    rates = {block.name: block.rate for block in result.blocks}
+    assert rates["blocks.1"] == config.max_rate
+    raised = [c.label.split(" at ")[0] for c in _policy(result)]
+    alone = [name for name in raised if " raised, " not in name]
+    if frozen == "never":
+        assert {rate for name, rate in rates.items() if name != "blocks.1"} == {result.initial_rate}
+        assert not alone or set(alone) == {"blocks.1"}
+        assert [block.band for block in result.blocks] == [0] + [4] * (len(rates) - 1)
+        return
+    assert all(rate > result.initial_rate for rate in rates.values())
+    second = result.blocks[1]
+    assert second.band == 0, "banded among themselves: the best of the rest has the largest increment"
+    smallest = min(step for step in config.increments if step)
+    refused = {c.label for c in _policy(result) if not c.accepted}
+    for block in result.blocks[1:]:
+        assert f"{block.name} at {block.rate + smallest:.0%}" in refused
+
+
 def test_by_size_the_largest_block_comes_first_and_robustness_is_not_measured() -> None:
     network, images = network_of(), torch.randn(1, 3, SIZE_PX, SIZE_PX)
     config = PrimeSVTConfig(max_accuracy_drop=4.0, mode="paper", order="size", **{**QUICK, "rates": (0.1,)})
@@ -539,6 +566,7 @@ def test_what_cannot_be_saved_is_refused_before_anything_is_tried() -> None:
         ({"rates": (0.5, 0.95)}, "rates=.*at most max_rate=0.9"),
         ({"target_sets": (1.5,)}, r"target_sets=\(1.5,\): it has to be parts"),
         ({"increments": (0.1, 0.2)}, "increments=.*it has to be falling"),
+        ({"frozen": "always"}, "frozen='always': it has to be one of last, never"),
         ({"min_block_share": 1}, "min_block_share=1: it has to be a part of an average block"),
         ({"theta": 0}, "theta=0: it has to be above 0"),
         ({"max_rate": 1.0}, "max_rate=1.0: it has to be above 0 and below 1"),

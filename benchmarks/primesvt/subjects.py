@@ -120,7 +120,10 @@ SUBJECTS = {
         Subject(
             name="meta_spikeformer",
             model="MetaSpikeFormer",
-            arguments={"T": 2, "embed_dims": [16, 32, 64, 96], "depths": [1, 1, 1, 2, 1], "num_heads": 4},
+            arguments={
+                "T": 2, "embed_dims": [16, 32, 64, 96], "depths": [1, 1, 1, 2, 1], "num_heads": 4,
+                "strides": [2, 2, 2, 1, 1], "attention_scale": 1.0,
+            },
             baseline=Recipe(epochs=7),
         ),
     )

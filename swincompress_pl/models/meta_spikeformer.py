@@ -3,8 +3,9 @@
 Its structure is that of the authors' published code (github.com/BICLab/Spike-Driven-Transformer-V2,
 classification/models.py), of which no line is copied, and the paper's parameter counts come out. From that code, too:
 biases in the down-samplings and the transformer blocks' MLPs and nowhere else; two BatchNorms after a
-re-parameterized convolution, its own and one more; the constant scale 0.125; no drop path (the code builds it and never
-calls it); truncated normal weights (0.02) in the head, torch's defaults elsewhere. Decided here:
+re-parameterized convolution, its own and one more; the constant scale 0.125 (here an argument, as are the strides); no
+drop path (the code builds it and never calls it); truncated normal weights (0.02) in the head, torch's defaults
+elsewhere. Decided here:
 
 - The head sees spikes: mean over space, neuron, Linear. The published code computes these spikes but gives them to its
   distillation head only; its ordinary head gets the mean before the neuron, which is not spike-driven.
@@ -20,6 +21,7 @@ Importing this module imports spikingjelly, which takes seconds; `factory.create
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,7 +29,6 @@ import torch
 from spikingjelly.activation_based import layer, neuron
 from torch import Tensor, nn
 
-_SCALE = 0.125
 _EXPANSION = 2  # of the separable convolutions
 _ATTENTION_THRESHOLD = 0.5
 
@@ -56,7 +57,7 @@ class DownSampling(nn.Module):
     (T, N, inputs, H, W) -> (T, N, outputs, ceil(H / stride), ceil(W / stride)); kernel_size is odd.
     """
 
-    def __init__(self, inputs: int, outputs: int, *, kernel_size: int = 3, stride: int = 2, first: bool = False):
+    def __init__(self, inputs: int, outputs: int, *, kernel_size: int, stride: int, first: bool):
         super().__init__()
         self.lif = nn.Identity() if first else _lif()
         self.conv = layer.Conv2d(
@@ -154,9 +155,10 @@ class Attention(nn.Module):
     q (k^T v) of whole spikes, so the cost is linear in the tokens; the products are counts, exact in floats.
     """
 
-    def __init__(self, dim: int, num_heads: int):
+    def __init__(self, dim: int, num_heads: int, scale: float):
         super().__init__()
         self.num_heads = num_heads
+        self.scale = scale
         self.lif = _lif()
         self.q_conv, self.q_bn, self.q_lif = RepConv(dim, dim), _norm(dim), _lif()
         self.k_conv, self.k_bn, self.k_lif = RepConv(dim, dim), _norm(dim), _lif()
@@ -170,7 +172,7 @@ class Attention(nn.Module):
         k = self._heads(self.k_lif(self.k_bn(self.k_conv(x))))
         v = self._heads(self.v_lif(self.v_bn(self.v_conv(x))))
         counts = (v @ k.transpose(-1, -2)) @ q
-        x = self.attn_lif(_SCALE * counts.flatten(2, 3).unflatten(-1, x.shape[-2:]))
+        x = self.attn_lif(self.scale * counts.flatten(2, 3).unflatten(-1, x.shape[-2:]))
         x = self.proj_bn(self.proj_conv(x))
         return x
 
@@ -204,8 +206,10 @@ class ConvBlock(Block):
 class TransformerBlock(Block):
     """Attention, then 1 x 1 convolutions through ratio times the channels."""
 
-    def __init__(self, dim: int, ratio: float, num_heads: int):
-        super().__init__(Attention(dim, num_heads), Mlp(dim, int(dim * ratio), kernel_size=1, bias=True))
+    def __init__(self, dim: int, ratio: float, num_heads: int, attention_scale: float):
+        super().__init__(
+            Attention(dim, num_heads, attention_scale), Mlp(dim, int(dim * ratio), kernel_size=1, bias=True)
+        )
 
 
 class Stage(nn.Module):
@@ -226,8 +230,12 @@ class MetaSpikeFormer(nn.Module):
 
     An image is shown T times. embed_dims: the widths e0 to e3 of the paper's four stages, e0 even, e2 and e3 multiples
     of num_heads. `stages` has five entries, as the paper's first stage scales down twice: convolution blocks at widths
-    e0 / 2, e0 and e1 after strides 2, 4 and 8, transformer blocks at e2 and e3 after stride 16. depths: their blocks.
-    conv_mlp_ratio and mlp_ratio: hidden channels of the MLPs in the first three and the last two, over their width.
+    e0 / 2, e0 and e1, transformer blocks at e2 and e3. depths: their blocks. strides: of their down-samplings, for
+    224 pixels; on 32 the default leaves 2 x 2 tokens. conv_mlp_ratio and mlp_ratio: hidden channels of the MLPs in the
+    first three and the last two, over their width. attention_scale: of q (k^T v) before its neuron, whose threshold is
+    0.5. The default is for the 196 tokens of 224 pixels and heads of 32 to 80 channels: with few tokens or narrow
+    heads hardly a count reaches 0.5 / 0.125 = 4, the attention never spikes, and the BatchNorms behind it, which then
+    divide by no more than their eps, make gradients explode. There, take up to 1.
 
     Membranes stay in the neurons: call spikingjelly's functional.reset_net before each new batch. Raises ValueError for
     arguments outside these ranges and for inputs of other than four or five dimensions.
@@ -243,26 +251,29 @@ class MetaSpikeFormer(nn.Module):
         num_heads: int = 8,
         mlp_ratio: float = 4,
         conv_mlp_ratio: float = 4,
+        strides: Sequence[int] = (2, 2, 2, 2, 1),
+        attention_scale: float = 0.125,
     ):
         super().__init__()
         _check_counts(T=T, in_channels=in_channels, num_classes=num_classes, num_heads=num_heads)
         _check_widths(embed_dims, depths, num_heads)
         _check_ratios(embed_dims, mlp_ratio, conv_mlp_ratio)
+        _check_strides(strides)
+        if not 0 < attention_scale < math.inf:
+            raise ValueError(f"MetaSpikeFormer: attention_scale={attention_scale}; it must be above 0, e.g. 0.125.")
         self.T = T
         e0, e1, e2, e3 = embed_dims
-        downsamples = (
-            DownSampling(in_channels, e0 // 2, kernel_size=7, first=True),
-            DownSampling(e0 // 2, e0),
-            DownSampling(e0, e1),
-            DownSampling(e1, e2),
-            DownSampling(e2, e3, stride=1),
-        )
+        widths = (e0 // 2, e0, e1, e2, e3)
         self.stages = nn.Sequential()
-        for number, (downsample, width, depth) in enumerate(
-            zip(downsamples, (e0 // 2, e0, e1, e2, e3), depths, strict=True)
+        for number, (inputs, width, depth, stride) in enumerate(
+            zip((in_channels, *widths), widths, depths, strides, strict=False)
         ):
+            first = number == 0
+            downsample = DownSampling(inputs, width, kernel_size=7 if first else 3, stride=stride, first=first)
             blocks = [
-                ConvBlock(width, conv_mlp_ratio) if number < 3 else TransformerBlock(width, mlp_ratio, num_heads)
+                ConvBlock(width, conv_mlp_ratio)
+                if number < 3
+                else TransformerBlock(width, mlp_ratio, num_heads, attention_scale)
                 for _ in range(depth)
             ]
             self.stages.append(Stage(downsample, blocks))
@@ -305,6 +316,11 @@ def _check_widths(embed_dims: Sequence[int], depths: Sequence[int], num_heads: i
         )
     if len(depths) != 5 or min(depths) < 1:
         raise ValueError(f"MetaSpikeFormer: depths={list(depths)}; give five numbers of blocks, each at least 1.")
+
+
+def _check_strides(strides: Sequence[int]) -> None:
+    if len(strides) != 5 or min(strides) < 1:
+        raise ValueError(f"MetaSpikeFormer: strides={list(strides)}; give five, each at least 1.")
 
 
 def _check_ratios(embed_dims: Sequence[int], mlp_ratio: float, conv_mlp_ratio: float) -> None:

@@ -31,8 +31,10 @@ class PrimeSVTConfig:
     target_sets: parts of the layers, the largest first, that Alg. 1 chooses from. rates: parts of a layer's units that
         it tries on each, uniformly.
     theta: width of a band of robustness (Alg. 4), in percent saved a point lost. increments: of the rate, for the best
-        band, the next, ...; the last for all others (the paper ends with 0.0, which leaves them at the initial rate
-        and stops the search early wherever one block costs nothing). A refused one is followed by the next smaller.
+        band, the next, ...; the last for all others. A refused one is followed by the next smaller.
+    frozen: what becomes of the blocks whose increment is 0.0: "last" raises them, banded among themselves, when no
+        other gains; "never" leaves them at the initial rate (the paper), which ends the search early wherever one
+        block costs nothing and so leaves all others in the last band.
     blocks: "block" raises the rate of all layers of a block together (the paper), "layer" of each alone.
     min_block_share: a block with a smaller part of an average block's parameters stays at the initial rate: raising it
         costs accuracy and evaluations for next to nothing. 0 (the paper) raises all.
@@ -54,7 +56,8 @@ class PrimeSVTConfig:
     target_sets: tuple[float, ...] = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
     rates: tuple[float, ...] = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64)
     theta: float = 1.0
-    increments: tuple[float, ...] = (0.08, 0.04, 0.02, 0.01)
+    increments: tuple[float, ...] = (0.08, 0.04, 0.02, 0.01, 0.0)
+    frozen: Literal["last", "never"] = "last"
     blocks: Literal["block", "layer"] = "block"
     min_block_share: float = 0.2
     max_rate: float = 0.9
@@ -100,7 +103,7 @@ class PrimeSVTConfig:
             "increments",
             self.increments,
             bool(self.increments) and falling and self.increments[-1] >= 0 and 0 < self.increments[0] < 1,
-            "falling, below 1 and at least 0, e.g. (0.08, 0.04, 0.02, 0.01)",
+            "falling, below 1 and at least 0, e.g. (0.08, 0.04, 0.02, 0.01, 0.0)",
         )
 
     def _check_together(self) -> None:
@@ -136,6 +139,7 @@ _CHOICES = {
     "order": ("robustness", "size"),
     "prefer": ("accuracy", "memory"),
     "blocks": ("block", "layer"),
+    "frozen": ("last", "never"),
     "batchnorm": ("keep", "reestimate"),
 }
 

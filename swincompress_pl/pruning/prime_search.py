@@ -156,7 +156,7 @@ class Search:
         ]
 
     def _measure_robustness(self) -> None:
-        """Each block at twice the rate; sorts the blocks, the most robust first, and puts them into bands."""
+        """Each block at twice the rate; sorts the blocks, the most robust first."""
         base = self._widths_of(self.blocks)
         rate = min(2 * self.initial_rate, self.config.max_rate)
         measured = []
@@ -167,24 +167,40 @@ class Search:
             drop = max(self.baseline - found.score, 0.0)
             measured.append(replace(block, robustness=100 * found.saving / (drop + _LEAST_DROP)))
         measured.sort(key=lambda block: -_robustness(block))
-        best, last = _robustness(measured[0]), len(self.config.increments) - 1
-        self.blocks = [
-            replace(block, band=min(int((best - _robustness(block)) / self.config.theta), last)) for block in measured
-        ]
+        self.blocks = measured
 
     # Alg. 4
 
     def _raise_rates(self) -> None:
-        """Raise the blocks in turn until none gains.
+        """Raise the blocks until none gains, by their bands; then those whose increment is 0, banded among themselves,
+        unless `frozen` keeps them."""
+        least = self.config.min_block_share * _mean([block.parameters_part for block in self.blocks])
+        waiting = [block.name for block in self.blocks if block.parameters_part >= least]
+        while waiting:
+            increments = self._band(waiting)
+            self._raise_in_turn({name: steps for name, steps in increments.items() if steps})
+            # the first of a banding has an increment above 0, so there are fewer each time
+            waiting = [name for name, steps in increments.items() if not steps and self.config.frozen == "last"]
+
+    def _band(self, names: Sequence[str]) -> dict[str, tuple[float, ...]]:
+        """Put these blocks into bands below the most robust of them: {name: the increments above 0, falling}."""
+        banded = [block for block in self.blocks if block.name in names]
+        if self.config.order == "robustness":
+            best, last = _robustness(banded[0]), len(self.config.increments) - 1
+            banded = [
+                replace(block, band=min(int((best - _robustness(block)) / self.config.theta), last)) for block in banded
+            ]
+        found = {block.name: block for block in banded}
+        self.blocks = [found.get(block.name, block) for block in self.blocks]
+        return {
+            block.name: tuple(step for step in self.config.increments[block.band :] if step > 0) for block in banded
+        }
+
+    def _raise_in_turn(self, steps: dict[str, tuple[float, ...]]) -> None:
+        """Raise each block by its first increment, the next where that is refused, until none gains.
 
         Until a raise is refused, all of a turn are tried at once: what they lose together, fewer of them do not.
         """
-        least = self.config.min_block_share * _mean([block.parameters_part for block in self.blocks])
-        steps = {
-            block.name: tuple(step for step in self.config.increments[block.band :] if step > 0)
-            for block in self.blocks
-            if block.parameters_part >= least
-        }
         while self._raise_together(steps):
             pass
         gained = True
