@@ -292,7 +292,7 @@ def test_other_shapes_are_refused(shape: tuple[int, ...]) -> None:
         ({"strides": [2, 2, 2, 1]}, r"strides=\[2, 2, 2, 1\]; give five"),
         ({"strides": [2, 2, 2, 1, 0]}, r"strides=\[2, 2, 2, 1, 0\]; give five"),
         ({"attention_scale": 0.0}, r"attention_scale=0.0; it must be above 0"),
-        ({"attention_scale": float("nan")}, r"attention_scale=nan; it must be above 0"),
+        ({"attention_scale": -1.0}, r"attention_scale=-1.0; it must be above 0"),
         ({"mlp_ratio": 0.06}, r"mlp_ratio=0.06 leaves the MLP at width 16 no hidden channel"),
         ({"conv_mlp_ratio": 0.2}, r"conv_mlp_ratio=0.2 leaves the MLP at width 4 no hidden channel"),
     ],

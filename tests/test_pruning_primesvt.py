@@ -233,7 +233,7 @@ def test_frozen_blocks_are_raised_when_no_other_gains_or_never(frozen: str) -> N
     """The first is nearly free, and so by far the most robust: the paper freezes all others."""
     network, images = network_of(), torch.randn(1, 3, SIZE_PX, SIZE_PX)
     config = PrimeSVTConfig(
-        max_accuracy_drop=4.0, mode="paper", rates=(0.02, 0.08), theta=0.5, min_memory_saving=0.05, frozen=frozen,
+        max_accuracy_drop=4.0, mode="paper", rates=(0.02, 0.08), theta=0.01, min_memory_saving=0.05, frozen=frozen,
         max_rate=0.5,
     )  # fmt: skip
     result = primesvt(network, by_zeros({"patch_embed": 20.0, "blocks.0": 15.0, "blocks.1": 0.01}, images), config)

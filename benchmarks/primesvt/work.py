@@ -57,12 +57,13 @@ def all_jobs() -> list[Job]:
             if name in _TUNED:
                 jobs.append(Job(subject=subject, name=f"{name}-tuned", options=options, tuned=True))
     jobs += [Job(subject="maxformer", name=f"naive-{mode}", options={"mode": mode}, naive=True) for mode in _MODES]
-    frozen = (0.08, 0.04, 0.02, 0.01, 0.0)
+    never, none = {"frozen": "never"}, {"increments": (0.08, 0.04, 0.02, 0.01)}
     for theta in _THETAS:
         options = {"mode": "paper", "theta": theta}
         jobs.append(Job(subject="maxformer", name=f"theta-{theta}", options=options))
-        jobs.append(Job(subject="maxformer", name=f"theta-{theta}-frozen", options=options | {"increments": frozen}))
-    jobs.append(Job(subject="maxformer", name="group-frozen", options={"increments": frozen}))
+        jobs.append(Job(subject="maxformer", name=f"theta-{theta}-frozen", options=options | never))
+    jobs.append(Job(subject="maxformer", name="group-frozen", options=never))
+    jobs += [Job(subject="maxformer", name=f"{mode}-unfrozen", options={"mode": mode} | none) for mode in _MODES]
     jobs.append(Job(subject="maxformer", name="memory-27", options={"mode": "paper", "min_memory_saving": 0.27}))
     jobs += [
         Job(subject="maxformer", name=f"set-{part:.0%}".rstrip("%"), options={"mode": "paper", "target_sets": [part]})
