@@ -106,6 +106,25 @@ def test_a_fit_prunes_once_and_trains_what_is_left(tmp_path: Path, mode: str) ->
     assert float(metrics["pruning/parameters"]) == pytest.approx(before * (1 - result.saving))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_compiled_network_is_pruned_and_trained_as_a_plain_one(tmp_path: Path, in_place: bool) -> None:
+    torch.compiler.reset()
+    plain, compiled, found = spiking(), spiking(), []
+    network = compiled.net
+    if in_place:
+        compiled.net.compile(backend="eager")
+    else:
+        compiled.net = torch.compile(compiled.net, backend="eager")
+    for module in (plain, compiled):
+        callback = shooter(start_epoch=1)
+        make_trainer(tmp_path, 3, callback).fit(module, loader(), loader())
+        found.append(found_by(callback))
+    assert found[0] == found[1]
+    assert shapes(network) == shapes(plain.net)
+    assert all(torch.equal(value, plain.net.state_dict()[key]) for key, value in network.state_dict().items())
+
+
 @pytest.mark.parametrize("mode", ["group", "paper"])
 def test_a_resumed_fit_ends_where_an_uninterrupted_one_does(tmp_path: Path, mode: str) -> None:
     callback, resumed = shooter(mode=mode), shooter(mode=mode)
