@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from swincompress_pl import norm
+from swincompress_pl.norm.integer import UNSIGNED_BYTES
 from swincompress_pl.norm.kinds import check_operation
 from swincompress_pl.norm.reference import tensors_of
 
@@ -24,6 +25,8 @@ except ImportError as error:
 
 THREADS_MAX = 256
 _VALUE_TYPES = ("int8", "uint8", "int16", "int32")
+# Their results cannot leave the narrow unsigned type that they declare, so that a byte holds them without saturation.
+_PROVED_KINDS = ("add", "block_sum", "gather", "lif", "max_pool", "multiply")
 
 
 def implementations() -> tuple[str, ...]:
@@ -50,14 +53,19 @@ def resolve_threads(threads: int | None) -> int:
     return threads
 
 
-def _require_engine_types(op: norm.Operation, values: Sequence[norm.Value]) -> None:
-    """Raises norm.ProgramError where `op` reads or writes one of `values` in a type that the C++ engine does not
-    run."""
-    narrow = [value.dtype for value in values if value.dtype not in _VALUE_TYPES]
+def _require_engine_types(op: norm.Operation, inputs: Sequence[norm.Value], output: norm.Value) -> None:
+    """Raises norm.ProgramError where `op` reads or writes a type that the C++ engine does not run.
+
+    Spikes and counts (uint1 to uint7) may be read by any operation, and written where that needs no saturation.
+    """
+    known = (*_VALUE_TYPES, *UNSIGNED_BYTES)
+    narrow = [value.dtype for value in inputs if value.dtype not in known]
+    narrow += [output.dtype] if output.dtype not in (known if op.kind in _PROVED_KINDS else _VALUE_TYPES) else []
     if narrow:
         raise norm.ProgramError(
             f"{op.kind} {op.name!r}: type {narrow[0]}; the C++ engine runs 8-bit activations (int8, uint8) beside "
-            "int16 and int32, with weights of any width: swincompress_pl.accel.reference(path) runs this one"
+            "int16, int32 and counts of spikes, with weights of any width: swincompress_pl.accel.reference(path) runs "
+            "this one"
         )
 
 
@@ -68,7 +76,7 @@ def _described(
         "kind": op.kind,
         "name": op.name,
         "inputs": inputs,
-        "output": (output.dtype, output.shape),
+        "output": (norm.STORAGE[output.dtype], output.shape),
         "attributes": op.attributes,
         "tensors": {role: np.ascontiguousarray(tensor) for role, tensor in tensors.items()},
     }
@@ -82,7 +90,7 @@ def program_engine(
     Raises norm.ProgramError naming the first operation of a type that only the reference runs.
     """
     for op in program.operations:
-        _require_engine_types(op, [values[op.output]])
+        _require_engine_types(op, [values[name] for name in op.inputs], values[op.output])
     numbers = {norm.INPUT_VALUE: 0}
     operations = []
     for number, op in enumerate(program.operations, start=1):
@@ -107,9 +115,9 @@ def operation_engine(
     Program's it may have any type. Raises norm.ProgramError for an operation that breaks a rule of the norm.
     """
     output = check_operation(op, inputs, tensors)
-    _require_engine_types(op, [*inputs, output])
+    _require_engine_types(op, inputs, output)
     return _core.Engine(
-        [(value.dtype, value.shape) for value in inputs],
+        [(norm.STORAGE[value.dtype], value.shape) for value in inputs],
         [_described(op, range(len(inputs)), output, tensors)],
         implementation or "",
         resolve_threads(threads),

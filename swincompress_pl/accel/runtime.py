@@ -29,9 +29,9 @@ class _Runtime:
         self._class_count = self._values[program.operations[-1].output].channels
 
     @property
-    def input_shape(self) -> tuple[int, int, int]:
-        """(height, width, channels) of the images."""
-        return (self.program.input.height, self.program.input.width, self.program.input.channels)
+    def input_shape(self) -> tuple[int, ...]:
+        """(height, width, channels) of the images, or (time steps, height, width, channels) of events."""
+        return self.program.input.value.shape
 
     @property
     def classes(self) -> tuple[str, ...] | None:
@@ -43,7 +43,7 @@ class _Runtime:
         return self._class_count
 
     def __call__(self, images: Images) -> npt.NDArray[np.float32]:
-        """images: (N, height, width, channels) uint8, N >= 0 -> (N, classes) float32 logits: int32 * logit_scale.
+        """images: (N, *input_shape) uint8, N >= 0 -> (N, classes) float32 logits: int32 * logit_scale.
 
         Raises TypeError for another dtype and ValueError for another shape.
         """
@@ -74,9 +74,8 @@ class _Runtime:
         )
 
     def __repr__(self) -> str:
-        height, width, channels = self.input_shape
         return (
-            f"{type(self).__name__}({len(self.program.operations)} operations, images ({height}, {width}, {channels}), "
+            f"{type(self).__name__}({len(self.program.operations)} operations, images {self.input_shape}, "
             f"{self._class_count} classes, implementation={self.implementation!r}, threads={self.threads})"
         )
 

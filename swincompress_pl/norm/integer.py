@@ -16,12 +16,12 @@ Int64Array = npt.NDArray[np.int64]
 
 # The types that fit a byte, narrowest first.
 SIGNED_BYTES = tuple(f"int{bits}" for bits in range(2, 9))
-UNSIGNED_BYTES = tuple(f"uint{bits}" for bits in range(2, 9))
+UNSIGNED_BYTES = tuple(f"uint{bits}" for bits in range(1, 9))  # uint1: spikes
 
 # Closed ranges of every type a value may have. -128 is excluded: with it AVX2's 16-bit pair sums may saturate.
 LIMITS: dict[str, tuple[int, int]] = {
     **{dtype: (1 - 2 ** (bits - 1), 2 ** (bits - 1) - 1) for bits, dtype in enumerate(SIGNED_BYTES, start=2)},
-    **{dtype: (0, 2**bits - 1) for bits, dtype in enumerate(UNSIGNED_BYTES, start=2)},
+    **{dtype: (0, 2**bits - 1) for bits, dtype in enumerate(UNSIGNED_BYTES, start=1)},
     "int16": (-32767, 32767),
     "int32": (-(2**31 - 1), 2**31 - 1),
 }

@@ -33,11 +33,16 @@ def linear(x: IntArray, weight: IntArray, bias: IntArray, mult: IntArray, shift:
 
 
 def patches(x: IntArray, kernel: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int]) -> IntArray:
-    """The receptive fields of a convolution: (N, H, W, C) -> (N, Ho, Wo, kh * kw * C), zeros outside the image."""
+    """The receptive fields of a convolution: (N, H, W, C) -> (N, Ho, Wo, kh * kw, C), zeros outside the image."""
     padded = np.pad(x, ((0, 0), (padding[0], padding[0]), (padding[1], padding[1]), (0, 0)))
-    windows = np.lib.stride_tricks.sliding_window_view(padded, kernel, axis=(1, 2))[:, :: stride[0], :: stride[1]]
-    fields = windows.transpose(0, 1, 2, 4, 5, 3)
-    return fields.reshape(*fields.shape[:3], -1)
+    fields = sliding(padded, kernel, stride)
+    return fields.reshape(*fields.shape[:3], -1, x.shape[-1])
+
+
+def sliding(x: IntArray, kernel: tuple[int, int], stride: tuple[int, int]) -> IntArray:
+    """The windows of an image: (N, H, W, C) -> (N, Ho, Wo, kh, kw, C)."""
+    windows = np.lib.stride_tricks.sliding_window_view(x, kernel, axis=(1, 2))[:, :: stride[0], :: stride[1]]
+    return windows.transpose(0, 1, 2, 4, 5, 3)
 
 
 def conv2d(
@@ -49,16 +54,24 @@ def conv2d(
     *,
     stride: tuple[int, int],
     padding: tuple[int, int],
+    groups: int = 1,
     dtype: str,
 ) -> IntArray:
     """A convolution as a linear map of its receptive fields.
 
-    x: (N, H, W, C) int8 or uint8; weight: (M, kh, kw, C) int8; bias: (M,) or, a bias map, (Ho, Wo, M) int32
-    -> (N, Ho, Wo, M). The map carries what differs by position: the border of an image that is padded with zeros after
-    its normalisation was folded into the weights.
+    x: (N, H, W, C) or, time steps, (N, T, H, W, C) int8 or uint8; weight: (M, kh, kw, C / groups) int8; bias: (M,) or,
+    a bias map, (Ho, Wo, M) int32 -> (N, Ho, Wo, M) or (N, T, Ho, Wo, M). The map carries what differs by position: the
+    border of an image that is padded with zeros after its normalisation was folded into the weights. Each of `groups`
+    equal runs of output channels reads one run of input channels.
     """
-    fields = patches(x, (weight.shape[1], weight.shape[2]), stride, padding)
-    return requantize(integer_matmul(fields, weight.reshape(weight.shape[0], -1).T) + bias, mult, shift, dtype)
+    outputs = weight.shape[0]
+    fields = patches(x.reshape(-1, *x.shape[-3:]), (weight.shape[1], weight.shape[2]), stride, padding)
+    grouped = fields.reshape(*fields.shape[:-1], groups, -1)
+    columns = np.moveaxis(grouped, -2, 0).reshape(groups, *fields.shape[:3], -1)  # (groups, N, Ho, Wo, kh * kw * C)
+    rows = weight.reshape(groups, outputs // groups, -1)
+    sums = np.stack([integer_matmul(columns[group], rows[group].T) for group in range(groups)], axis=-2)
+    sums = sums.reshape(*fields.shape[:3], outputs)
+    return requantize(sums + bias, mult, shift, dtype).reshape(*x.shape[:-3], *sums.shape[1:])
 
 
 def layer_norm(x: IntArray, gain: IntArray, offset: IntArray, *, epsilon: int, shift: int, dtype: str) -> IntArray:
@@ -85,6 +98,11 @@ def table(x: IntArray, values: IntArray) -> IntArray:
 def add(a: IntArray, b: IntArray, *, dtype: str) -> IntArray:
     """Saturating sum of two values in the same unit; b may lack the batch axis (a constant)."""
     return saturate(a.astype(np.int64) + b, dtype)
+
+
+def add_values(a: IntArray, b: IntArray, *, dtype: str) -> IntArray:
+    """`add` of a (N, rows..., C) and b, whose rows repeat where they are fewer: the same value at every time step."""
+    return add(a.reshape(b.shape[0], -1, *b.shape[1:]), b[:, None], dtype=dtype).reshape(a.shape)
 
 
 def prepend(x: IntArray, rows: IntArray) -> IntArray:

@@ -68,7 +68,8 @@ class Operation:
 
 @dataclass(frozen=True, kw_only=True)
 class InputDescription:
-    """What the engine takes: uint8 pixels (N, height, width, channels), and how they were made from an image.
+    """What the engine takes: uint8 pixels (N, height, width, channels), and how they were made from an image; or, with
+    `time_steps`, uint8 counts of events (N, time_steps, height, width, channels).
 
     `preprocessing` is information for the user (resize, crop, interpolation, mean, std); mean and std are already
     folded into the first layer.
@@ -77,11 +78,42 @@ class InputDescription:
     height: int
     width: int
     channels: int = 3
+    time_steps: int | None = None
     preprocessing: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def value(self) -> Value:
-        return Value(dtype="uint8", shape=(self.height, self.width, self.channels))
+        time = () if self.time_steps is None else (self.time_steps,)
+        return Value(dtype="uint8", shape=(*time, self.height, self.width, self.channels))
+
+    def describe(self) -> dict[str, Any]:
+        """As JSON-able data; `from_description` is the inverse."""
+        events = {} if self.time_steps is None else {"time_steps": self.time_steps}
+        return {
+            "dtype": "uint8",
+            "axes": "NTHWC" if events else "NHWC",
+            **events,
+            "height": self.height,
+            "width": self.width,
+            "channels": self.channels,
+            "preprocessing": dict(self.preprocessing),
+        }
+
+    @classmethod
+    def from_description(cls, given: Mapping[str, Any]) -> InputDescription:
+        """Raises ProgramError for a type or an order of axes that is not known, KeyError for a missing entry."""
+        if given["dtype"] != "uint8" or given["axes"] not in ("NHWC", "NTHWC"):
+            raise ProgramError(
+                f"program input is {given['dtype']} {given['axes']}; only uint8 NHWC (images) and NTHWC (events) are "
+                "known"
+            )
+        return cls(
+            height=given["height"],
+            width=given["width"],
+            channels=given["channels"],
+            time_steps=given["time_steps"] if given["axes"] == "NTHWC" else None,
+            preprocessing=given["preprocessing"],
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,14 +134,7 @@ class Program:
         """Everything but the tensors as JSON-able data; `Program.from_description` is the inverse."""
         return {
             "norm_version": NORM_VERSION,
-            "input": {
-                "dtype": "uint8",
-                "axes": "NHWC",
-                "height": self.input.height,
-                "width": self.input.width,
-                "channels": self.input.channels,
-                "preprocessing": dict(self.input.preprocessing),
-            },
+            "input": self.input.describe(),
             "logit_scale": float(self.logit_scale).hex(),
             "classes": list(self.classes) if self.classes is not None else None,
             "origin": dict(self.origin),
@@ -137,17 +162,9 @@ class Program:
                     f"program of norm version {version!r}; this package runs version {NORM_VERSION}: "
                     "export the model again"
                 )
-            given = description["input"]
-            if (given["dtype"], given["axes"]) != ("uint8", "NHWC"):
-                raise ProgramError(f"program input is {given['dtype']} {given['axes']}; only uint8 NHWC is known")
             classes = description["classes"]
             return cls(
-                input=InputDescription(
-                    height=given["height"],
-                    width=given["width"],
-                    channels=given["channels"],
-                    preprocessing=given["preprocessing"],
-                ),
+                input=InputDescription.from_description(description["input"]),
                 operations=tuple(_operation(entry) for entry in description["operations"]),
                 tensors=tensors,
                 logit_scale=float.fromhex(description["logit_scale"]),
@@ -156,6 +173,12 @@ class Program:
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise ProgramError(f"program description is incomplete or ill-typed: {error!r}") from error
+
+    @property
+    def time_steps(self) -> int | None:
+        """Of a spiking network; None for any other."""
+        found = (op.attributes.get("steps") for op in self.operations if op.kind == "lif")
+        return next(found, self.input.time_steps)
 
     @property
     def parameter_bytes(self) -> int:

@@ -79,17 +79,16 @@ def costs(program: Program) -> list[Cost]:
 
 
 def check_images(program: Program, images: npt.NDArray[np.uint8]) -> None:
-    """Raises TypeError or ValueError unless `images` is uint8 (N, height, width, channels) of the program's size."""
-    expected = program.input.value.shape
+    """Raises TypeError or ValueError unless `images` is uint8 (N, height, width, channels) of the program's size, or
+    (N, time steps, height, width, channels) where it takes events."""
+    shape = program.input.value.shape
+    expected = ", ".join(map(str, shape))
+    what = "raw uint8 pixels" if program.input.time_steps is None else "uint8 counts of events"
     if not isinstance(images, np.ndarray) or images.dtype != np.uint8:
         kind = getattr(images, "dtype", type(images).__name__)
-        raise TypeError(
-            f"images are {kind}; pass raw uint8 pixels (N, {', '.join(map(str, expected))}), not normalized floats"
-        )
-    if images.ndim != 4 or images.shape[1:] != expected:
-        raise ValueError(
-            f"images have shape {images.shape}; expected (N, {', '.join(map(str, expected))}), channels last"
-        )
+        raise TypeError(f"images are {kind}; pass {what} (N, {expected}), not normalized floats")
+    if images.ndim != len(shape) + 1 or images.shape[1:] != shape:
+        raise ValueError(f"images have shape {images.shape}; expected (N, {expected}), channels last")
 
 
 def steps(program: Program, images: npt.NDArray[np.uint8]) -> Iterator[tuple[Operation, IntArray]]:

@@ -26,6 +26,7 @@ from swincompress_pl.norm.integer import (
     NORMALIZED_FRACTION_BITS,
     RECIPROCAL_BITS,
 )
+from swincompress_pl.quant import twin_spiking as spiking
 
 _DTYPES: dict[str, torch.dtype] = {dtype: getattr(torch, storage) for dtype, storage in STORAGE.items()}
 _FLOAT32_EXACT = 2**24
@@ -135,15 +136,28 @@ def _run_linear(x: list[Tensor], t: Mapping[str, Tensor], a: Mapping[str, Any], 
 
 
 def _run_conv2d(x: list[Tensor], t: Mapping[str, Tensor], a: Mapping[str, Any], types: _Types) -> Tensor:
-    image, weight = x[0], t["weight"]
+    image, weight, groups = x[0].reshape(-1, *x[0].shape[-3:]), t["weight"], a.get("groups", 1)
     kernel, stride, padding = a["kernel"], a["stride"], a["padding"]
     image = torch.nn.functional.pad(image, (0, 0, padding[1], padding[1], padding[0], padding[0]))
     fields = image.unfold(1, kernel[0], stride[0]).unfold(2, kernel[1], stride[1])  # N, Ho, Wo, C, kh, kw
-    fields = fields.permute(0, 1, 2, 4, 5, 3)
     batch, height, width = fields.shape[:3]
-    accumulator = _linear_accumulator(fields.reshape(batch * height * width, -1), weight.flatten(1), types.reach)
+    if groups == 1:
+        columns = fields.permute(0, 1, 2, 4, 5, 3).reshape(batch * height * width, -1)
+        accumulator = _linear_accumulator(columns, weight.flatten(1), types.reach)
+    else:
+        accumulator = _grouped_accumulator(fields.unflatten(3, (groups, -1)), weight, types.reach)
     accumulator = accumulator.reshape(batch, height, width, -1) + t["bias"]  # which may differ from place to place
-    return _requantize(accumulator, t["mult"], t["shift"], types.output)
+    out = _requantize(accumulator, t["mult"], t["shift"], types.output)
+    return out.reshape(*x[0].shape[:-3], *out.shape[1:])
+
+
+def _grouped_accumulator(fields: Tensor, weight: Tensor, reach: int) -> Tensor:
+    """fields (N, Ho, Wo, groups, C / groups, kh, kw), weight (M, kh, kw, C / groups) -> (N * Ho * Wo, M) int32."""
+    groups = fields.shape[3]
+    columns = fields.permute(3, 0, 1, 2, 5, 6, 4).reshape(groups, -1, weight[0].numel())
+    rows = weight.reshape(groups, -1, weight[0].numel())
+    bound = reach * int(weight.flatten(1).abs().sum(1, dtype=torch.int64).max())
+    return _matmul(columns, rows.transpose(1, 2), bound).transpose(0, 1).reshape(columns.shape[1], -1)
 
 
 def _reciprocal_sqrt(variance: Tensor) -> tuple[Tensor, Tensor]:
@@ -182,7 +196,8 @@ def _run_table(x: list[Tensor], t: Mapping[str, Tensor], a: Mapping[str, Any], t
 
 def _run_add(x: list[Tensor], t: Mapping[str, Tensor], a: Mapping[str, Any], types: _Types) -> Tensor:
     wide = x[0].long() if types.output == "int32" else x[0].int()
-    return _saturate(wide + x[1].reshape(x[0].shape), types.output)
+    other = x[1]  # whose rows repeat where they are fewer
+    return _saturate(wide.reshape(len(other), -1, *other.shape[1:]) + other[:, None], types.output).reshape(x[0].shape)
 
 
 def _run_add_constant(x: list[Tensor], t: Mapping[str, Tensor], a: Mapping[str, Any], types: _Types) -> Tensor:
@@ -253,6 +268,14 @@ _RUN: dict[str, Callable[[list[Tensor], Mapping[str, Tensor], Mapping[str, Any],
     "gather": _run_gather,
     "mean": _run_mean,
     "attention": _run_attention,
+    "lif": lambda x, t, a, types: spiking.lif(x[0], t, a),
+    "max_pool": lambda x, t, a, types: spiking.max_pool(x[0], a),
+    "block_sum": lambda x, t, a, types: spiking.block_sum(_tokens(x[0]), a, types.output).to(_DTYPES[types.output]),
+    "multiply": lambda x, t, a, types: spiking.multiply(_tokens(x[0]), _tokens(x[1])).reshape(x[0].shape),
+    "spike_attention": lambda x, t, a, types: spiking.spike_attention(
+        _tokens(x[0]), _tokens(x[1]), _tokens(x[2]), a
+    ).reshape(x[2].shape),
+    "requantize": lambda x, t, a, types: _requantize(x[0], t["mult"], t["shift"], types.output),
 }
 
 

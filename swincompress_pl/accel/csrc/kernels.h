@@ -78,6 +78,80 @@ struct MeanCall {
     const std::uint8_t* shift;
 };
 
+// Neurons over time (docs/norm.md, "Spiking"): rows [first_row, last_row) of one image, every time step of each.
+// Limits: |bias| <= 2^27, threshold in [1, 2^28], |reset| <= 2^28, so that everything but the product with decay fits
+// int32.
+struct LifCall {
+    const std::int32_t* x;  // (steps, rows, channels), or (rows, channels), the same at every step
+    std::uint8_t* y;        // (steps, rows, channels), 0 or 1
+    Size steps, rows, channels;
+    bool repeated, input_decay, soft_reset;
+    std::int32_t decay;  // in [0, 2^16]
+    int fraction_bits;   // in [0, 15]
+    const std::int32_t* threshold;
+    const std::int32_t* reset;
+    const std::int32_t* bias;
+    Size first_row, last_row;
+};
+
+// Windows that slide over `images` images; a row is an output position.
+struct WindowCall {
+    const void* x;  // (images, in_height, in_width, in_channels)
+    void* y;        // (images, height, width, channels)
+    Size in_height, in_width, in_channels, height, width, channels;
+    Size kernel_height, kernel_width, stride_height, stride_width, padding_height, padding_width;
+    Size first_row, last_row;
+};
+
+// A convolution whose groups have few channels; bounds as in LinearLayer.
+struct GroupedConvolution {
+    Type input, output;
+    Size groups;
+    const std::int8_t* weight;  // (channels, kernel_height, kernel_width, in_channels / groups)
+    const std::int32_t* bias;   // (channels), or (height, width, channels)
+    bool bias_map;
+    const std::int32_t* mult;
+    const std::uint8_t* shift;
+};
+
+// y[r, c] = sum of x over `rows_joined` rows and `channels_joined` channels; output rows [first_row, last_row).
+struct BlockSumCall {
+    const void* x;
+    void* y;
+    Type input, output;  // uint8 or int32
+    Size channels, rows_joined, channels_joined;
+    Size first_row, last_row;
+};
+
+// y[r, c] = a[r, c] * b[r / rows_joined, c / channels_joined]; rows [first_row, last_row) of a.
+struct MultiplyCall {
+    const std::uint8_t* a;
+    const std::uint8_t* b;
+    std::uint8_t* y;
+    Size channels, rows_joined, channels_joined;
+    Size first_row, last_row;
+};
+
+// y = q (k^T v) of one head of one window of counts; no sum passes int32. Rows lie `*_stride` elements apart.
+struct SpikeAttentionCall {
+    const std::uint8_t* q;
+    const std::uint8_t* k;
+    const std::uint8_t* v;
+    std::int32_t* y;
+    Size length, qk_dim, v_dim, qk_stride, v_stride;
+    std::int32_t* scratch;  // qk_dim * v_dim, or length where that takes fewer products
+};
+
+// y[r, c] = requantize(x[r, c], mult[c], shift[c])
+struct RequantizeCall {
+    const void* x;
+    void* y;
+    Type input, output;  // int16 or int32; int8, uint8, int16 or int32
+    Size rows, channels;
+    const std::int32_t* mult;
+    const std::uint8_t* shift;
+};
+
 struct Kernels {
     const char* name;
     bool (*runnable)();  // whether this CPU and operating system can run it
@@ -93,12 +167,20 @@ struct Kernels {
 
     void (*layer_norm)(const LayerNormCall&);
     void (*mean)(const MeanCall&);
-    // y may be a or b. Types int8, int16 and int32.
+    // y may be a or b. Types int8, uint8, int16 and int32.
     void (*add)(Type type, const void* a, const void* b, Size count, void* y);
     // y may be x where entries are one byte. entry_bytes 1 or 2.
     void (*table)(const std::uint8_t* x, Size count, const void* values, Size entry_bytes, void* y);
     // y[i] = x[index[i]], zeros for -1; rows of row_bytes.
     void (*gather)(const std::uint8_t* x, Size row_bytes, const std::int32_t* index, Size count, std::uint8_t* y);
+
+    void (*lif)(const LifCall&);
+    void (*max_pool)(Type type, const WindowCall&);
+    void (*grouped_conv)(const GroupedConvolution&, const WindowCall&);
+    void (*block_sum)(const BlockSumCall&);
+    void (*multiply)(const MultiplyCall&);
+    void (*spike_attention)(const SpikeAttentionCall&);
+    void (*requantize)(const RequantizeCall&);
 };
 
 // One object an implementation; dispatch.cpp lists them in order of preference.

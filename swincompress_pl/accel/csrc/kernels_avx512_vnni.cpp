@@ -10,6 +10,8 @@ namespace {
 
 #include "generic_kernels.inc"
 
+#include "generic_spiking.inc"
+
 // 64 lookups in 256 bytes: two in 128 each, chosen by the top bit. VBMI is no part of the baseline (Cascade Lake lacks
 // it).
 __attribute__((target("avx512vbmi"))) void look_up_bytes(const std::uint8_t* x, Size count, const std::uint8_t* values,
@@ -53,13 +55,27 @@ bool runnable() {
 }  // namespace
 
 const Kernels avx512_vnni_kernels = {
-    "avx512_vnni", runnable,
-    kPanelColumns, packed_linear_bytes,
-    pack_linear,   linear_scratch_bytes,
-    linear,        attention_scratch_bytes,
-    attention,     layer_norm,
-    generic_mean,  generic_add,
-    table,         generic_gather,
+    "avx512_vnni",
+    runnable,
+    kPanelColumns,
+    packed_linear_bytes,
+    pack_linear,
+    linear_scratch_bytes,
+    linear,
+    attention_scratch_bytes,
+    attention,
+    layer_norm,
+    generic_mean,
+    generic_add,
+    table,
+    generic_gather,
+    generic_lif,
+    generic_max_pool,
+    generic_grouped_conv,
+    generic_block_sum,
+    generic_multiply,
+    generic_spike_attention,
+    generic_requantize,
 };
 
 }  // namespace swincompress

@@ -7,6 +7,8 @@ namespace {
 
 #include "generic_kernels.inc"
 
+#include "generic_spiking.inc"
+
 // The layer itself follows this header in the packed bytes: weight, bias, mult, shift.
 struct PackedLinear {
     Size channels, depth, bias_rows;
@@ -166,6 +168,13 @@ const Kernels scalar_kernels = {
     generic_add,
     generic_table,
     generic_gather,
+    generic_lif,
+    generic_max_pool,
+    generic_grouped_conv,
+    generic_block_sum,
+    generic_multiply,
+    generic_spike_attention,
+    generic_requantize,
 };
 
 }  // namespace swincompress

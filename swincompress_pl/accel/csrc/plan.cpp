@@ -68,6 +68,9 @@ bool Plan::fuse(const OperationView& view, std::size_t number, const std::vector
     for (const Size input : view.operation().inputs)
         if (static_cast<std::size_t>(input) != last.output) others.push_back(static_cast<std::size_t>(input));
     const bool reads_last = others.size() + 1 == view.operation().inputs.size();
+    // a summand that is repeated over time has fewer rows
+    for (const std::size_t other : others)
+        if (values_[other].rows() != values_[last.output].rows()) return false;
     if (!reads_last || readers[last.output] != 1 || view.output().rows() != values_[last.output].rows()) return false;
     if (!last.step->fuse(view)) return false;
     last.operations.push_back(number);

@@ -10,7 +10,7 @@ namespace swincompress {
 
 // One thread's share of a step on a chunk of images.
 struct Work {
-    std::array<const std::byte*, 2> inputs;
+    std::array<const std::byte*, 3> inputs;
     std::byte* output;
     Size images;
     int part, parts;
@@ -52,6 +52,23 @@ std::unique_ptr<Step> make_add_constant(const OperationView& view, const Kernels
 std::unique_ptr<Step> make_prepend(const OperationView& view, const Kernels& kernels);
 std::unique_ptr<Step> make_gather(const OperationView& view, const Kernels& kernels);
 std::unique_ptr<Step> make_mean(const OperationView& view, const Kernels& kernels);
+std::unique_ptr<Step> make_lif(const OperationView& view, const Kernels& kernels);
+std::unique_ptr<Step> make_max_pool(const OperationView& view, const Kernels& kernels);
+std::unique_ptr<Step> make_block_sum(const OperationView& view, const Kernels& kernels);
+std::unique_ptr<Step> make_multiply(const OperationView& view, const Kernels& kernels);
+std::unique_ptr<Step> make_spike_attention(const OperationView& view, const Kernels& kernels);
+std::unique_ptr<Step> make_requantize(const OperationView& view, const Kernels& kernels);
+
+// How a kernel slides over images (height, width, channels), or over those of every time step; throws where it does
+// not fit.
+struct WindowShape {
+    Size in_height, in_width, height, width;
+    std::pair<Size, Size> kernel, stride, padding;
+};
+WindowShape window_shape(const OperationView& view);
+
+std::unique_ptr<Step> make_grouped_conv2d(const OperationView& view, const LinearLayer& layer, const WindowShape& shape,
+                                          Size groups, const Kernels& kernels);
 
 // A copy of a tensor's elements that the step owns.
 template <typename Element>

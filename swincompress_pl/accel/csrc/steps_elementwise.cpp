@@ -58,17 +58,26 @@ private:
 
 class AddStep : public Step {
 public:
-    AddStep(Type type, Size elements, const Kernels& kernels) : type_(type), elements_(elements), kernels_(kernels) {}
+    // repeated: how many elements the second summand has; it is the same for every such run of the first
+    AddStep(Type type, Size elements, Size repeated, const Kernels& kernels)
+        : type_(type), elements_(elements), repeated_(repeated), kernels_(kernels) {}
 
     void run(const Work& work) const override {
-        const Range range = share(work.images * elements_, 64, work.part, work.parts);
-        const Size at = range.first * type_bytes(type_);
-        kernels_.add(type_, work.inputs[0] + at, work.inputs[1] + at, range.last - range.first, work.output + at);
+        if (repeated_ == elements_) return add(work, 0, 0, share(work.images * elements_, 64, work.part, work.parts));
+        const Range range = share(repeated_, 64, work.part, work.parts);
+        for (Size at = 0; at < work.images * elements_; at += repeated_)
+            add(work, at, at / elements_ * repeated_, range);
     }
 
 private:
+    void add(const Work& work, Size at, Size other, Range range) const {
+        const Size size = type_bytes(type_), first = (at + range.first) * size;
+        kernels_.add(type_, work.inputs[0] + first, work.inputs[1] + (other + range.first) * size,
+                     range.last - range.first, work.output + first);
+    }
+
     Type type_;
-    Size elements_;
+    Size elements_, repeated_;
     const Kernels& kernels_;
 };
 
@@ -199,11 +208,11 @@ std::unique_ptr<Step> make_table(const OperationView& view, const Kernels& kerne
 
 std::unique_ptr<Step> make_add(const OperationView& view, const Kernels& kernels) {
     view.require_arity(2);
-    view.require_input(0, {Type::int8, Type::int16, Type::int32});
+    view.require_input(0, {Type::int8, Type::uint8, Type::int16, Type::int32});
     const Value &a = view.input(0), &b = view.input(1);
-    view.require(a.type == b.type && a.rows() == b.rows() && a.channels() == b.channels(), "inputs differ");
+    view.require(a.type == b.type && a.rows() % b.rows() == 0 && a.channels() == b.channels(), "inputs differ");
     view.require_output({a.type}, a.shape);
-    return std::make_unique<AddStep>(a.type, a.elements(), kernels);
+    return std::make_unique<AddStep>(a.type, a.elements(), b.elements(), kernels);
 }
 
 std::unique_ptr<Step> make_add_constant(const OperationView& view, const Kernels& kernels) {

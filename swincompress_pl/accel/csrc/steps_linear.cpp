@@ -89,7 +89,7 @@ public:
             table_ = copied(entries, 256);
             return true;
         }
-        adds_residual_ = next.operation().kind == "add" && next.output().type == output_;
+        adds_residual_ = next.operation().kind == "add" && next.output().type == output_ && output_ != Type::uint8;
         return adds_residual_;
     }
 
@@ -101,44 +101,25 @@ private:
     bool adds_residual_ = false;
 };
 
-struct ConvolutionShape {
-    Size in_height, in_width, in_channels, height, width;
-    std::pair<Size, Size> kernel, stride, padding;
-
-    Size depth() const { return kernel.first * kernel.second * in_channels; }
-};
-
-ConvolutionShape convolution_shape(const OperationView& view) {
-    const Value& x = view.input(0);
-    view.require(x.shape.size() == 3, "input has shape " + shape_text(x.shape) + "; it must have three axes");
-    ConvolutionShape shape{};
-    shape.in_height = x.shape[0];
-    shape.in_width = x.shape[1];
-    shape.in_channels = x.shape[2];
-    shape.kernel = view.attribute_pair("kernel", 1, 1024);
-    shape.stride = view.attribute_pair("stride", 1, 1024);
-    shape.padding = view.attribute_pair("padding", 0, 1024);
-    const auto positions = [](Size size, Size kernel, Size stride, Size padding) {
-        return size + 2 * padding < kernel ? 0 : (size + 2 * padding - kernel) / stride + 1;
-    };
-    shape.height = positions(shape.in_height, shape.kernel.first, shape.stride.first, shape.padding.first);
-    shape.width = positions(shape.in_width, shape.kernel.second, shape.stride.second, shape.padding.second);
-    view.require(shape.height > 0 && shape.width > 0, "kernel is larger than the padded input");
-    return shape;
-}
-
 class Conv2dStep : public Step {
 public:
-    Conv2dStep(const LinearLayer& layer, const ConvolutionShape& shape, const Kernels& kernels)
-        : layer_(layer, kernels), shape_(shape), output_(layer.output) {}
+    // images: of one image, its time steps
+    Conv2dStep(const LinearLayer& layer, const WindowShape& shape, Size images, Size in_channels,
+               const Kernels& kernels)
+        : layer_(layer, kernels),
+          shape_(shape),
+          images_(images),
+          in_channels_(in_channels),
+          fields_bytes_(aligned(kBlock * layer.depth)),
+          output_(layer.output) {}
 
-    Size scratch_bytes() const override { return aligned(kBlock * shape_.depth()) + layer_.scratch_bytes(); }
+    Size scratch_bytes() const override { return fields_bytes_ + layer_.scratch_bytes(); }
 
     void run(const Work& work) const override {
         const Size positions = shape_.height * shape_.width;
-        const Size in_bytes = shape_.in_height * shape_.in_width * shape_.in_channels;
+        const Size in_bytes = shape_.in_height * shape_.in_width * in_channels_;
         const Size out_row = layer_.channels() * type_bytes(output_);
-        const Range range = share(work.images * positions, 1, work.part, work.parts);
+        const Range range = share(work.images * images_ * positions, 1, work.part, work.parts);
         for (Size first = range.first; first < range.last;) {
             const Size image = first / positions, position = first % positions;
             const Size rows = std::min({kBlock, range.last - first, positions - position});
@@ -149,7 +130,7 @@ public:
             call.rows = rows;
             call.last_channel = layer_.channels();
             call.bias_row = position;
-            call.scratch = work.scratch + aligned(kBlock * shape_.depth());
+            call.scratch = work.scratch + fields_bytes_;
             layer_.run(call);
             first += rows;
         }
@@ -160,7 +141,7 @@ private:
 
     // The receptive fields of `rows` positions, (kh, kw, C) each, zeros outside the image.
     void collect(const std::byte* image, Size position, Size rows, std::byte* fields) const {
-        const Size line = shape_.kernel.second * shape_.in_channels;
+        const Size line = shape_.kernel.second * in_channels_;
         for (Size row = 0; row < rows; ++row) {
             const Size top = (position + row) / shape_.width * shape_.stride.first - shape_.padding.first;
             const Size left = (position + row) % shape_.width * shape_.stride.second - shape_.padding.second;
@@ -170,7 +151,7 @@ private:
     }
 
     void collect_line(const std::byte* image, Size y, Size left, std::byte* field) const {
-        const Size channels = shape_.in_channels, width = shape_.kernel.second;
+        const Size channels = in_channels_, width = shape_.kernel.second;
         const Size first = y < 0 || y >= shape_.in_height ? width : std::clamp<Size>(-left, 0, width);
         const Size last = std::clamp<Size>(shape_.in_width - left, first, width);
         std::memset(field, 0, static_cast<std::size_t>(first * channels));
@@ -181,7 +162,8 @@ private:
     }
 
     PackedLayer layer_;
-    ConvolutionShape shape_;
+    WindowShape shape_;
+    Size images_, in_channels_, fields_bytes_;
     Type output_;
 };
 
@@ -202,15 +184,22 @@ std::unique_ptr<Step> make_linear(const OperationView& view, const Kernels& kern
 std::unique_ptr<Step> make_conv2d(const OperationView& view, const Kernels& kernels) {
     view.require_arity(1);
     view.require_input(0, {Type::int8, Type::uint8});
-    const ConvolutionShape shape = convolution_shape(view);
+    const WindowShape shape = window_shape(view);
+    const Value& x = view.input(0);
     const Size channels = view.attribute("channels", 1, Size{1} << 20);
-    view.require_output({Type::int8, Type::uint8, Type::int16, Type::int32}, {shape.height, shape.width, channels});
+    const Size groups = view.operation().attributes.count("groups") != 0 ? view.attribute("groups", 1, 1 << 20) : 1;
+    view.require(x.channels() % groups == 0 && channels % groups == 0, "channels do not split into groups");
+    std::vector<Size> out_shape(x.shape.begin(), x.shape.end() - 3);
+    out_shape.insert(out_shape.end(), {shape.height, shape.width, channels});
+    view.require_output({Type::int8, Type::uint8, Type::int16, Type::int32}, out_shape);
     const bool has_map = view.has("bias") && view.operation().tensors.at("bias").shape.size() == 3;
     const std::vector<Size> bias_shape =
         has_map ? std::vector<Size>{shape.height, shape.width, channels} : std::vector<Size>{channels};
-    const LinearLayer layer = read_layer(
-        view, shape.depth(), {channels, shape.kernel.first, shape.kernel.second, shape.in_channels}, bias_shape);
-    return std::make_unique<Conv2dStep>(layer, shape, kernels);
+    const std::vector<Size> weight_shape = {channels, shape.kernel.first, shape.kernel.second, x.channels() / groups};
+    const LinearLayer layer = read_layer(view, element_count(weight_shape) / channels, weight_shape, bias_shape);
+    if (groups > 1) return make_grouped_conv2d(view, layer, shape, groups, kernels);
+    const Size images = view.output().rows() / (shape.height * shape.width);
+    return std::make_unique<Conv2dStep>(layer, shape, images, x.channels(), kernels);
 }
 
 }  // namespace swincompress

@@ -1,0 +1,355 @@
+// The steps of spiking networks: neurons, windows, counts. Time is the first axis of a value that has it.
+#include <algorithm>
+
+#include "buffer.h"
+#include "steps.h"
+
+namespace swincompress {
+namespace {
+
+constexpr Size kCurrentMax = Size{1} << 27, kThresholdMax = Size{1} << 28;
+
+class LifStep : public Step {
+public:
+    LifStep(const LifCall& call, std::vector<std::int32_t> threshold, std::vector<std::int32_t> reset,
+            std::vector<std::int32_t> bias, const Kernels& kernels)
+        : call_(call),
+          threshold_(std::move(threshold)),
+          reset_(std::move(reset)),
+          bias_(std::move(bias)),
+          kernels_(kernels) {
+        call_.threshold = threshold_.data();
+        call_.reset = reset_.data();
+        call_.bias = bias_.data();
+    }
+
+    void run(const Work& work) const override {
+        const Range range = share(call_.rows, 1, work.part, work.parts);
+        const Size step = call_.rows * call_.channels;
+        for (Size image = 0; image < work.images; ++image) {
+            LifCall call = call_;
+            const Size in_steps = call.repeated ? 1 : call.steps;
+            call.x = reinterpret_cast<const std::int32_t*>(work.inputs[0]) + image * in_steps * step;
+            call.y = reinterpret_cast<std::uint8_t*>(work.output) + image * call.steps * step;
+            call.first_row = range.first;
+            call.last_row = range.last;
+            kernels_.lif(call);
+        }
+    }
+
+private:
+    LifCall call_;
+    std::vector<std::int32_t> threshold_, reset_, bias_;
+    const Kernels& kernels_;
+};
+
+// Windows over the images of all time steps.
+WindowCall window_call(const OperationView& view, const WindowShape& shape, Size channels) {
+    WindowCall call{};
+    call.in_height = shape.in_height;
+    call.in_width = shape.in_width;
+    call.in_channels = view.input(0).channels();
+    call.height = shape.height;
+    call.width = shape.width;
+    call.channels = channels;
+    call.kernel_height = shape.kernel.first;
+    call.kernel_width = shape.kernel.second;
+    call.stride_height = shape.stride.first;
+    call.stride_width = shape.stride.second;
+    call.padding_height = shape.padding.first;
+    call.padding_width = shape.padding.second;
+    return call;
+}
+
+class MaxPoolStep : public Step {
+public:
+    MaxPoolStep(const WindowCall& call, Type type, Size rows, const Kernels& kernels)
+        : call_(call), type_(type), rows_(rows), kernels_(kernels) {}
+
+    void run(const Work& work) const override {
+        const Range range = share(work.images * rows_, 1, work.part, work.parts);
+        WindowCall call = call_;
+        call.x = work.inputs[0];
+        call.y = work.output;
+        call.first_row = range.first;
+        call.last_row = range.last;
+        kernels_.max_pool(type_, call);
+    }
+
+private:
+    WindowCall call_;
+    Type type_;
+    Size rows_;
+    const Kernels& kernels_;
+};
+
+class GroupedConvStep : public Step {
+public:
+    GroupedConvStep(const GroupedConvolution& layer, const WindowCall& call, Size rows, const Kernels& kernels)
+        : layer_(layer),
+          call_(call),
+          rows_(rows),
+          weight_(copied(layer.weight,
+                         call.channels * call.kernel_height * call.kernel_width * call.in_channels / layer.groups)),
+          bias_(copied(layer.bias, (layer.bias_map ? call.height * call.width : 1) * call.channels)),
+          mult_(copied(layer.mult, call.channels)),
+          shift_(copied(layer.shift, call.channels)),
+          kernels_(kernels) {
+        layer_.weight = weight_.data();
+        layer_.bias = bias_.data();
+        layer_.mult = mult_.data();
+        layer_.shift = shift_.data();
+    }
+
+    void run(const Work& work) const override {
+        const Range range = share(work.images * rows_, 1, work.part, work.parts);
+        WindowCall call = call_;
+        call.x = work.inputs[0];
+        call.y = work.output;
+        call.first_row = range.first;
+        call.last_row = range.last;
+        kernels_.grouped_conv(layer_, call);
+    }
+
+private:
+    GroupedConvolution layer_;
+    WindowCall call_;
+    Size rows_;
+    std::vector<std::int8_t> weight_;
+    std::vector<std::int32_t> bias_, mult_;
+    std::vector<std::uint8_t> shift_;
+    const Kernels& kernels_;
+};
+
+class BlockSumStep : public Step {
+public:
+    BlockSumStep(const BlockSumCall& call, Size rows, const Kernels& kernels)
+        : call_(call), rows_(rows), kernels_(kernels) {}
+
+    void run(const Work& work) const override {
+        const Range range = share(work.images * rows_, 1, work.part, work.parts);
+        BlockSumCall call = call_;
+        call.x = work.inputs[0];
+        call.y = work.output;
+        call.first_row = range.first;
+        call.last_row = range.last;
+        kernels_.block_sum(call);
+    }
+
+private:
+    BlockSumCall call_;
+    Size rows_;
+    const Kernels& kernels_;
+};
+
+class MultiplyStep : public Step {
+public:
+    MultiplyStep(const MultiplyCall& call, Size rows, const Kernels& kernels)
+        : call_(call), rows_(rows), kernels_(kernels) {}
+
+    void run(const Work& work) const override {
+        const Range range = share(work.images * rows_, 1, work.part, work.parts);
+        MultiplyCall call = call_;
+        call.a = reinterpret_cast<const std::uint8_t*>(work.inputs[0]);
+        call.b = reinterpret_cast<const std::uint8_t*>(work.inputs[1]);
+        call.y = reinterpret_cast<std::uint8_t*>(work.output);
+        call.first_row = range.first;
+        call.last_row = range.last;
+        kernels_.multiply(call);
+    }
+
+private:
+    MultiplyCall call_;
+    Size rows_;
+    const Kernels& kernels_;
+};
+
+class SpikeAttentionStep : public Step {
+public:
+    SpikeAttentionStep(const SpikeAttentionCall& call, Size windows, Size heads, const Kernels& kernels)
+        : call_(call), windows_(windows), heads_(heads), kernels_(kernels) {}
+
+    Size scratch_bytes() const override { return call_.qk_dim * call_.v_dim * type_bytes(Type::int32); }
+
+    void run(const Work& work) const override {
+        const Range range = share(work.images * windows_ * heads_, 1, work.part, work.parts);
+        for (Size unit = range.first; unit < range.last; ++unit) {
+            const Size row = unit / heads_ * call_.length, head = unit % heads_;
+            const auto part = [&](int input, Size stride, Size dim) {
+                return reinterpret_cast<const std::uint8_t*>(work.inputs[static_cast<std::size_t>(input)]) +
+                       row * stride + head * dim;
+            };
+            SpikeAttentionCall call = call_;
+            call.q = part(0, call.qk_stride, call.qk_dim);
+            call.k = part(1, call.qk_stride, call.qk_dim);
+            call.v = part(2, call.v_stride, call.v_dim);
+            call.y = reinterpret_cast<std::int32_t*>(work.output) + row * call.v_stride + head * call.v_dim;
+            call.scratch = reinterpret_cast<std::int32_t*>(work.scratch);
+            kernels_.spike_attention(call);
+        }
+    }
+
+private:
+    SpikeAttentionCall call_;
+    Size windows_, heads_;
+    const Kernels& kernels_;
+};
+
+class RequantizeStep : public Step {
+public:
+    RequantizeStep(const RequantizeCall& call, const Kernels& kernels)
+        : call_(call),
+          mult_(copied(call.mult, call.channels)),
+          shift_(copied(call.shift, call.channels)),
+          kernels_(kernels) {
+        call_.mult = mult_.data();
+        call_.shift = shift_.data();
+    }
+
+    void run(const Work& work) const override {
+        const Range range = share(work.images * call_.rows, 1, work.part, work.parts);
+        RequantizeCall call = call_;
+        call.x = work.inputs[0] + range.first * call.channels * type_bytes(call.input);
+        call.y = work.output + range.first * call.channels * type_bytes(call.output);
+        call.rows = range.last - range.first;
+        kernels_.requantize(call);
+    }
+
+private:
+    RequantizeCall call_;
+    std::vector<std::int32_t> mult_;
+    std::vector<std::uint8_t> shift_;
+    const Kernels& kernels_;
+};
+
+std::vector<Size> pooled_shape(const Value& x, const WindowShape& window, Size channels) {
+    std::vector<Size> shape(x.shape.begin(), x.shape.end() - 3);
+    shape.insert(shape.end(), {window.height, window.width, channels});
+    return shape;
+}
+
+}  // namespace
+
+std::unique_ptr<Step> make_lif(const OperationView& view, const Kernels& kernels) {
+    view.require_arity(1);
+    view.require_input(0, {Type::int32});
+    const Value& x = view.input(0);
+    LifCall call{};
+    call.steps = view.attribute("steps", 1, 1 << 16);
+    call.repeated = view.attribute("repeated", 0, 1) != 0;
+    view.require(call.repeated || x.rows() % call.steps == 0, "rows do not split into time steps");
+    call.rows = call.repeated ? x.rows() : x.rows() / call.steps;
+    call.channels = x.channels();
+    call.decay = static_cast<std::int32_t>(view.attribute("decay", 0, 1 << 16));
+    call.input_decay = view.attribute("input_decay", 0, 1) != 0;
+    call.soft_reset = view.attribute("soft_reset", 0, 1) != 0;
+    call.fraction_bits = static_cast<int>(view.attribute("fraction_bits", 0, 15));
+    const auto read = [&](const char* role, Size low, Size high) {
+        return copied(view.elements<std::int32_t>(role, Type::int32, {call.channels}, low, high), call.channels);
+    };
+    std::vector<Size> shape = x.shape;
+    if (call.repeated) shape.insert(shape.begin(), call.steps);
+    view.require_output({Type::uint8}, shape);
+    const Size reset_max = call.soft_reset ? 0 : kThresholdMax;
+    return std::make_unique<LifStep>(call, read("threshold", 1, kThresholdMax), read("reset", -reset_max, reset_max),
+                                     read("bias", -kCurrentMax, kCurrentMax), kernels);
+}
+
+std::unique_ptr<Step> make_max_pool(const OperationView& view, const Kernels& kernels) {
+    view.require_arity(1);
+    view.require_input(0, {Type::int8, Type::uint8, Type::int16, Type::int32});
+    const Value& x = view.input(0);
+    const WindowShape shape = window_shape(view);
+    view.require(shape.padding.first < shape.kernel.first && shape.padding.second < shape.kernel.second,
+                 "padding reaches the kernel");
+    view.require_output({x.type}, pooled_shape(x, shape, x.channels()));
+    return std::make_unique<MaxPoolStep>(window_call(view, shape, x.channels()), x.type, view.output().rows(), kernels);
+}
+
+std::unique_ptr<Step> make_grouped_conv2d(const OperationView& view, const LinearLayer& layer, const WindowShape& shape,
+                                          Size groups, const Kernels& kernels) {
+    GroupedConvolution grouped{};
+    grouped.input = layer.input;
+    grouped.output = layer.output;
+    grouped.groups = groups;
+    grouped.weight = layer.weight;
+    grouped.bias = layer.bias;
+    grouped.bias_map = layer.bias_rows > 1;
+    grouped.mult = layer.mult;
+    grouped.shift = layer.shift;
+    return std::make_unique<GroupedConvStep>(grouped, window_call(view, shape, layer.channels), view.output().rows(),
+                                             kernels);
+}
+
+std::unique_ptr<Step> make_block_sum(const OperationView& view, const Kernels& kernels) {
+    view.require_arity(1);
+    view.require_input(0, {Type::uint8, Type::int32});
+    const Value& x = view.input(0);
+    const Size rows = view.attribute("rows", 1, 1 << 24), channels = view.attribute("channels", 1, 1 << 20);
+    view.require(x.rows() % rows == 0 && x.channels() % channels == 0, "input does not split into these blocks");
+    view.require(x.type == Type::uint8 || view.output().type == Type::int32, "sums int32 into bytes");
+    std::vector<Size> shape = {rows, channels};
+    if (rows == x.rows()) {
+        shape = x.shape;
+        shape.back() = channels;
+    }
+    view.require_output({Type::uint8, Type::int32}, shape);
+    BlockSumCall call{};
+    call.input = x.type;
+    call.output = view.output().type;
+    call.channels = x.channels();
+    call.rows_joined = x.rows() / rows;
+    call.channels_joined = x.channels() / channels;
+    return std::make_unique<BlockSumStep>(call, rows, kernels);
+}
+
+std::unique_ptr<Step> make_multiply(const OperationView& view, const Kernels& kernels) {
+    view.require_arity(2);
+    view.require_input(0, {Type::uint8});
+    view.require_input(1, {Type::uint8});
+    const Value &a = view.input(0), &b = view.input(1);
+    view.require(a.rows() % b.rows() == 0 && a.channels() % b.channels() == 0,
+                 "the second's rows and channels must divide the first's");
+    view.require_output({Type::uint8}, a.shape);
+    MultiplyCall call{};
+    call.channels = a.channels();
+    call.rows_joined = a.rows() / b.rows();
+    call.channels_joined = a.channels() / b.channels();
+    return std::make_unique<MultiplyStep>(call, a.rows(), kernels);
+}
+
+std::unique_ptr<Step> make_spike_attention(const OperationView& view, const Kernels& kernels) {
+    view.require_arity(3);
+    for (std::size_t number = 0; number < 3; ++number) view.require_input(number, {Type::uint8});
+    const Value &q = view.input(0), &k = view.input(1), &v = view.input(2);
+    const Size windows = view.attribute("windows", 1, 1 << 20), heads = view.attribute("heads", 1, 1 << 12);
+    view.require(q.rows() == k.rows() && q.rows() == v.rows() && q.rows() % windows == 0,
+                 "tokens differ or do not split into windows");
+    view.require(q.channels() == k.channels() && q.channels() % heads == 0 && v.channels() % heads == 0,
+                 "channels differ or do not split into heads");
+    view.require_output({Type::int32}, v.shape);
+    SpikeAttentionCall call{};
+    call.length = q.rows() / windows;
+    call.qk_dim = q.channels() / heads;
+    call.v_dim = v.channels() / heads;
+    call.qk_stride = q.channels();
+    call.v_stride = v.channels();
+    return std::make_unique<SpikeAttentionStep>(call, windows, heads, kernels);
+}
+
+std::unique_ptr<Step> make_requantize(const OperationView& view, const Kernels& kernels) {
+    view.require_arity(1);
+    view.require_input(0, {Type::int16, Type::int32});
+    const Value& x = view.input(0);
+    view.require_output({Type::int8, Type::uint8, Type::int16, Type::int32}, x.shape);
+    RequantizeCall call{};
+    call.input = x.type;
+    call.output = view.output().type;
+    call.rows = x.rows();
+    call.channels = x.channels();
+    call.mult = view.elements<std::int32_t>("mult", Type::int32, {x.channels()}, 0, kMultMax);
+    call.shift = view.elements<std::uint8_t>("shift", Type::uint8, {x.channels()}, 1, kShiftMax);
+    return std::make_unique<RequantizeStep>(call, kernels);
+}
+
+}  // namespace swincompress

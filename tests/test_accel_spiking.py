@@ -1,0 +1,125 @@
+"""The spiking operations of twin and engine equal the norm, to the bit."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from spiking_programs import SPIKING_MAKERS, SpikingCase, pictures, spiking_cases, spiking_program
+
+from swincompress_pl import accel
+from swincompress_pl.accel.core import operation_engine
+from swincompress_pl.norm import Program, ProgramError, run
+from swincompress_pl.norm import steps as program_steps
+from swincompress_pl.norm.kinds import check_operation
+from swincompress_pl.quant.twin import TorchTwin, run_operation
+
+
+def assert_engine_equals(case: SpikingCase, threads: int = 1) -> None:
+    expected = case.expected()
+    for implementation in accel.implementations():
+        engine = operation_engine(
+            case.operation, case.values, case.tensors, implementation=implementation, threads=threads
+        )
+        given = engine.run(case.arrays)
+        assert given.dtype == expected.dtype
+        assert np.array_equal(given.reshape(expected.shape), expected), f"{implementation}: {case.operation}"
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_engine_equals_norm(seed: int) -> None:
+    for case in spiking_cases(400, seed):
+        assert_engine_equals(case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(100, 110))
+def test_engine_equals_norm_on_8000_more(seed: int) -> None:
+    for case in spiking_cases(800, seed):
+        assert_engine_equals(case)
+
+
+@pytest.mark.parametrize("threads", [2, 3, 5])
+def test_threads_change_nothing(threads: int) -> None:
+    for case in spiking_cases(80, threads):
+        assert_engine_equals(case, threads)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_twin_equals_norm(seed: int) -> None:
+    for case in spiking_cases(400, 50 + seed):
+        expected = case.expected()
+        given = run_operation(
+            case.operation,
+            [torch.from_numpy(x) for x in case.arrays],
+            {role: torch.from_numpy(tensor) for role, tensor in case.tensors.items()},
+            case.dtypes,
+        ).numpy()
+        assert given.dtype == expected.dtype
+        assert np.array_equal(given.reshape(expected.shape), expected), case.operation
+
+
+def test_cases_pass_the_check_keep_their_type_and_reach_both_answers() -> None:
+    seen: dict[str, set[bool]] = {maker.__name__: set() for maker in SPIKING_MAKERS}
+    rates = []
+    for number, case in enumerate(spiking_cases(400, 9)):
+        declared = check_operation(case.operation, case.values, case.tensors)
+        result = case.expected()
+        assert result.reshape(2, -1).shape[1] == declared.rows * declared.channels
+        seen[SPIKING_MAKERS[number % len(SPIKING_MAKERS)].__name__] |= {bool(result.any()), bool(not result.all())}
+        if case.kind == "lif":
+            rates.append(float(result.mean()))
+    assert all(len(found) == 2 or found == {True} for found in seen.values()), seen
+    assert 0.1 < np.mean(rates) < 0.9
+
+
+@pytest.mark.parametrize("events", [False, True])
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_whole_programs_have_one_answer(tmp_path: Path, steps: int, events: bool) -> None:
+    """Logits and every spike: reference, twin, and the engine of the file, at batches of 1 and 3."""
+    program = spiking_program(1 + steps, steps=steps, events=events)
+    assert program.time_steps == steps
+    file = tmp_path / "spiking.safetensors"
+    accel.export(program, file)
+    twin = TorchTwin(program, torch.device("cpu"))
+    engines = [accel.load(file, implementation=name, threads=2) for name in accel.implementations()]
+    for images in (pictures(np.random.default_rng(n), n, program.input.value.shape) for n in (1, 3, 16)):
+        logits = run(program, images)
+        assert np.array_equal(twin(torch.from_numpy(images)).numpy(), logits)
+        for engine in (*engines, accel.reference(file)):
+            assert np.array_equal(engine.run_integer(images), logits)
+    rates = [float(out.mean()) for op, out in program_steps(program, images) if op.kind == "lif"]
+    assert all(0 < rate < 1 for rate in rates), rates
+    assert len({tuple(row) for row in logits}) > 1
+    assert np.array_equal(logits, np.concatenate([run(program, image[None]) for image in images]))
+
+
+def test_the_description_says_what_goes_in() -> None:
+    events, images = spiking_program(events=True), spiking_program()
+    assert events.describe()["input"]["axes"] == "NTHWC"
+    assert images.describe()["input"]["axes"] == "NHWC"
+    for program in (events, images):
+        again = Program.from_description(json.loads(json.dumps(program.describe())), program.tensors)
+        assert again.describe() == program.describe()
+        assert again.input.value == program.input.value
+    with pytest.raises(TypeError, match=r"uint8 counts of events \(N, 3, 8, 8, 2\)"):
+        run(events, np.zeros((1, 3, 8, 8, 2), np.float32))
+    with pytest.raises(ValueError, match=r"have shape \(1, 8, 8, 2\); expected \(N, 3, 8, 8, 2\)"):
+        run(events, np.zeros((1, 8, 8, 2), np.uint8))
+    changed = images.describe()
+    changed["input"]["axes"] = "NCHW"
+    with pytest.raises(ProgramError, match="uint8 NCHW; only uint8 NHWC"):
+        Program.from_description(changed, images.tensors)
+
+
+def test_narrow_results_that_would_saturate_are_refused_by_the_engine() -> None:
+    program = spiking_program()
+    operations = tuple(replace(op, dtype="uint4") if op.kind == "requantize" else op for op in program.operations)
+    narrow = replace(program, operations=operations)
+    run(narrow, np.zeros((1, 8, 8, 3), np.uint8))
+    with pytest.raises(ProgramError, match=r"requantize.*type uint4; the C\+\+ engine runs"):
+        accel.Engine(narrow)
