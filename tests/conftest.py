@@ -17,6 +17,12 @@ settings.load_profile("swincompress")
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that fork come first: some libraries that other tests load make torch refuse gradients in a fork."""
+    forks = {path: "rank_cases" in path.read_text(encoding="utf-8") for path in {item.path for item in items}}
+    items.sort(key=lambda item: not forks[item.path])
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
     """The tests' tensors are small: more threads only cost time."""
