@@ -52,8 +52,12 @@ class SpikingAdapter:
         return watching_spikes(network)
 
     def graph(self, network: Any, preprocessing: Mapping[str, Any]) -> Any:
-        """Raises UnsupportedNetworkError: there is no integer form yet."""
-        raise UnsupportedNetworkError(f"{type(network).__name__}: spiking networks have no integer form yet")
+        """The quantizable graph (see `models.spiking_graphs`); UnsupportedNetworkError where there is none yet."""
+        graphs = importlib.import_module("swincompress_pl.models.spiking_graphs").GRAPHS
+        for kind in type(network).__mro__:
+            if kind.__name__ in graphs:
+                return graphs[kind.__name__](network, preprocessing)
+        raise UnsupportedNetworkError(f"{type(network).__name__}: no integer form yet; {', '.join(graphs)} have one")
 
 
 class MetaSpikeFormerAdapter(SpikingAdapter):

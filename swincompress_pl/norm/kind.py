@@ -56,6 +56,12 @@ class Call:
         self.require(self.op.dtype in dtypes, f"output is {self.op.dtype}; it must be {_listed(dtypes)}")
         return Value(dtype=self.op.dtype, shape=shape)
 
+    def counts(self, shape: tuple[int, ...], what: str, reach: int, *dtypes: str) -> Value:
+        """An output of sums of spikes that may reach `reach` and no more; `what` names one of them in the error."""
+        value = self.output(shape, *dtypes)
+        self.require(reach <= LIMITS[value.dtype][1], f"{what} may reach {reach}, beyond {value.dtype}")
+        return Value(dtype=value.dtype, shape=shape, largest=reach)
+
     def integer(self, key: str, low: int, high: int, default: int | None = None) -> int:
         """The attribute; `default` where it is absent, which is an error without one."""
         self._asked_attributes.add(key)
@@ -122,8 +128,7 @@ class Call:
 
     def accumulator(self, value: Value, weight: IntArray, bias: IntArray) -> None:
         """Proves |bias| + a_max * sum |w| < 2**31 for every output channel. weight: (M, K)."""
-        a_max = LIMITS[value.dtype][1]
-        reach = a_max * np.abs(weight.astype(np.int64)).sum(axis=1)
+        reach = value.reach * np.abs(weight.astype(np.int64)).sum(axis=1)
         peak = np.abs(bias.astype(np.int64)).reshape(-1, weight.shape[0]).max(axis=0)
         worst = int((reach + peak).max())
         self.require(

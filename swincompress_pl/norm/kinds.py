@@ -7,6 +7,7 @@ A kind proves its bounds from the tensors themselves, so a Program that passes `
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -84,19 +85,16 @@ def _check_table(call: Call) -> Value:
 
 def _check_add(call: Call) -> Value:
     a, b = call.source(0, *BYTES, "int16", "int32"), call.inputs[1]
-    counts = all(dtype in UNSIGNED_BYTES for dtype in (a.dtype, b.dtype, call.op.dtype))
-    if counts:
-        reach = LIMITS[a.dtype][1] + LIMITS[b.dtype][1]
-        call.require(reach <= LIMITS[call.op.dtype][1], f"the sum may reach {reach}, beyond {call.op.dtype}")
-    else:
-        call.require(
-            a.dtype == b.dtype == call.op.dtype, f"adds {a.dtype} and {b.dtype} into {call.op.dtype}; they must agree"
-        )
     call.require(
         a.rows % b.rows == 0 and a.channels == b.channels,
         f"adds shapes {a.shape} and {b.shape}; rows and channels must agree, or the second's rows divide the first's",
     )
-    return call.output(a.shape, call.op.dtype)
+    if all(dtype in UNSIGNED_BYTES for dtype in (a.dtype, b.dtype, call.op.dtype)):
+        return call.counts(a.shape, "the sum", a.reach + b.reach, *UNSIGNED_BYTES)
+    call.require(
+        a.dtype == b.dtype == call.op.dtype, f"adds {a.dtype} and {b.dtype} into {call.op.dtype}; they must agree"
+    )
+    return call.output(a.shape, a.dtype)
 
 
 def _check_add_constant(call: Call) -> Value:
@@ -117,12 +115,12 @@ def _check_gather(call: Call) -> Value:
     x = call.source(0, *BYTES, "int16")
     rows, joined = call.integer("rows", 1, 2**24), call.integer("joined", 1, 2**10)
     call.in_range("index", call.tensor("index", "int32", (rows, joined)), -1, x.rows - 1)
-    return call.output((rows, joined * x.channels), x.dtype)
+    return replace(call.output((rows, joined * x.channels), x.dtype), largest=x.largest)
 
 
 def _check_mean(call: Call) -> Value:
     x = call.source(0, *BYTES, "int16")
-    reach = x.rows * LIMITS[x.dtype][1]
+    reach = x.rows * x.reach
     call.require(reach < ACCUMULATOR_BOUND, f"the sum over {x.rows} tokens may reach {reach}, beyond int32")
     call.requantization(x.channels)
     return call.output((x.channels,), *BYTES, "int16")

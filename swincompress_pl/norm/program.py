@@ -27,10 +27,19 @@ class ProgramError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Value:
-    """Type and per-image shape of a value: (rows..., channels); the batch axis is left out."""
+    """Type and per-image shape of a value: (rows..., channels); the batch axis is left out.
+
+    largest: what no value is beyond, as `check` has proved it for spikes and their sums; None: the type's own limit.
+    """
 
     dtype: str
     shape: tuple[int, ...]
+    largest: int | None = None
+
+    @property
+    def reach(self) -> int:
+        """The largest magnitude that is possible."""
+        return LIMITS[self.dtype][1] if self.largest is None else self.largest
 
     def __post_init__(self) -> None:
         if self.dtype not in LIMITS:

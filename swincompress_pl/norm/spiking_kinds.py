@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
 from swincompress_pl.norm import spiking as ops
-from swincompress_pl.norm.integer import ACCUMULATOR_BOUND, LIMITS, UNSIGNED_BYTES, IntArray
+from swincompress_pl.norm.integer import UNSIGNED_BYTES, IntArray
 from swincompress_pl.norm.kind import BYTES, Call, Kind, Tensors
 from swincompress_pl.norm.program import Value
 
@@ -30,13 +29,13 @@ def _check_lif(call: Call) -> Value:
     }
     for role, (low, high) in limits.items():
         call.in_range(role, call.tensor(role, "int32", (x.channels,)), low, high)
-    return call.output((steps, *x.shape) if repeated else x.shape, "uint1")
+    return call.counts((steps, *x.shape) if repeated else x.shape, "a spike", 1, "uint1")
 
 
 def _check_max_pool(call: Call) -> Value:
     x = call.source(0, *BYTES, "int16", "int32")
     height, width = call.positions(x, call.pair("kernel", 1, 1024))
-    return call.output((*x.shape[:-3], height, width, x.channels), x.dtype)
+    return replace(call.output((*x.shape[:-3], height, width, x.channels), x.dtype), largest=x.largest)
 
 
 def _check_block_sum(call: Call) -> Value:
@@ -46,13 +45,11 @@ def _check_block_sum(call: Call) -> Value:
         x.rows % rows == 0 and x.channels % channels == 0,
         f"input of {x.rows} rows and {x.channels} channels does not split into {rows} x {channels} blocks",
     )
-    output = call.output((*x.shape[:-1], channels) if rows == x.rows else (rows, channels), *UNSIGNED_BYTES, "int32")
+    shape = (*x.shape[:-1], channels) if rows == x.rows else (rows, channels)
     if x.dtype == "int32":
-        call.require(output.dtype == "int32", f"sums int32 into {output.dtype}; they must agree")
-    else:
-        reach = LIMITS[x.dtype][1] * (x.rows // rows) * (x.channels // channels)
-        call.require(reach <= LIMITS[output.dtype][1], f"a sum may reach {reach}, beyond {output.dtype}")
-    return output
+        return call.output(shape, "int32")
+    reach = x.reach * (x.rows // rows) * (x.channels // channels)
+    return call.counts(shape, "a sum", reach, *UNSIGNED_BYTES, "int32")
 
 
 def _check_multiply(call: Call) -> Value:
@@ -61,10 +58,7 @@ def _check_multiply(call: Call) -> Value:
         a.rows % b.rows == 0 and a.channels % b.channels == 0,
         f"shapes {a.shape} and {b.shape}; the second's rows and channels must divide the first's",
     )
-    output = call.output(a.shape, *UNSIGNED_BYTES)
-    reach = LIMITS[a.dtype][1] * LIMITS[b.dtype][1]
-    call.require(reach <= LIMITS[output.dtype][1], f"a product may reach {reach}, beyond {output.dtype}")
-    return output
+    return call.counts(a.shape, "a product", a.reach * b.reach, *UNSIGNED_BYTES)
 
 
 def _check_spike_attention(call: Call) -> Value:
@@ -79,9 +73,8 @@ def _check_spike_attention(call: Call) -> Value:
         f"q, k and v of {q.channels}, {k.channels} and {v.channels} channels; q and k must agree, and all split into "
         f"{heads} heads",
     )
-    reach = (q.rows // windows) * (q.channels // heads) * int(np.prod([LIMITS[x.dtype][1] for x in (q, k, v)]))
-    call.require(reach < ACCUMULATOR_BOUND, f"a count may reach {reach}, beyond int32")
-    return call.output(v.shape, "int32")
+    reach = (q.rows // windows) * (q.channels // heads) * q.reach * k.reach * v.reach
+    return call.counts(v.shape, "a count", reach, "int32")
 
 
 def _check_requantize(call: Call) -> Value:

@@ -114,9 +114,9 @@ class LayerSampler(Passthrough):
             return
         sample = self.samples.setdefault(node.name, LayerSample())
         with torch.no_grad():
-            rows = node.input_rows(self.network, inputs[0]).flatten(0, 1)
-            picked = torch.randperm(len(rows), generator=self._generator)[: self.rows_per_batch].to(rows.device)
-            sample.inputs.append(rows[picked])
+            rows = output[..., 0].numel()
+            picked = torch.randperm(rows, generator=self._generator)[: self.rows_per_batch].to(output.device)
+            sample.inputs.append(node.sampled_rows(self.network, inputs[0], picked))
         output.register_hook(lambda grad: sample.sensitivity.append(grad.reshape(-1, grad.shape[-1])[picked].detach()))
 
 

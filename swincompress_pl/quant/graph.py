@@ -33,6 +33,9 @@ class Site:
     their biases and tables (`GraphBuilder` finds out which). bits: 2 to 8, 16 (residual stream) or 32 (logits);
     unsigned sites use the whole range.
     operand: its values go into a product; one that only goes into a table (GELU's input) is no operand.
+    fixed_scale: a scale that quantization has no say in: 1 for spikes and their sums, which are whole numbers, and for
+    currents, whose unit is that of the weights; the unit of a stream of membrane potentials. Such values are not
+    rounded in training.
     """
 
     name: str
@@ -42,6 +45,7 @@ class Site:
     balanced: bool = False
     shiftable: bool = False
     operand: bool = True
+    fixed_scale: float | None = None
 
     @property
     def channels(self) -> int:
@@ -66,7 +70,7 @@ class Site:
     @property
     def searched(self) -> bool:
         """Sites of up to eight bits have their scale searched; wider ones keep the true maximum with headroom."""
-        return self.bits <= 8
+        return self.bits <= 8 and self.fixed_scale is None
 
 
 class Quantizer(Protocol):
@@ -146,8 +150,20 @@ class WeightedNode(Node):
         raise NotImplementedError
 
     def input_rows(self, network: nn.Module, x: Tensor) -> Tensor:
-        """(N, rows, K) the input as the rows that `folded_weight(network, None).flatten(1)` multiplies."""
+        """(N, rows, K) the input as the rows that `search_weight` multiplies."""
         raise NotImplementedError
+
+    def search_weight(self, network: nn.Module) -> Tensor:
+        """(M, K) the folded weight without ratios, as the matrix that a search tries steps on."""
+        return self.folded_weight(network, None).flatten(1)
+
+    def sampled_rows(self, network: nn.Module, x: Tensor, index: Tensor) -> Tensor:
+        """(R, K) some of the rows, counted over the whole batch."""
+        return self.input_rows(network, x).flatten(0, 1)[index]
+
+    def settled_step(self, network: nn.Module, step: Tensor, in_scale: float) -> Tensor:
+        """(M,) the steps nearest to these that what reads the layer can take."""
+        return step
 
 
 @dataclass(frozen=True, kw_only=True)

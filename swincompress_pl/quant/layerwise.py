@@ -71,7 +71,7 @@ class LayerwiseSearch:
     def _problem(self, node: WeightedNode, site: Site | None) -> LayerProblem:
         network, scales = self.quantized.network, self.quantized.scales
         x, sensitivity = self.samples[node.name].rows
-        weight = node.folded_weight(network, None).flatten(1)
+        weight = node.search_weight(network)
         weight_q_max = scales.weight_scale(node).q_max
         magnitude, shift = None, None
         if site is not None and site.searched:
@@ -122,7 +122,7 @@ class LayerwiseSearch:
             return
         network = self.quantized.network
         x, sensitivity = self.samples[node.name].rows
-        values = x @ node.folded_weight(network, None).flatten(1).T
+        values = x @ node.search_weight(network).T
         bias = node.folded_bias(network)
         values = values if bias is None else values + bias
         scale, (low, high) = self.quantized.scales.site(site), self.bounds[site.name]

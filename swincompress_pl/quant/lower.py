@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from swincompress_pl.norm import InputDescription, Operation, Program, check, multiplier
+from swincompress_pl.norm.spiking import CURRENT_MAX
 from swincompress_pl.quant.scales import quantize_weight
 
 if TYPE_CHECKING:
@@ -37,6 +39,16 @@ def fixed_point(values: FloatArray, *, fraction_bits: int) -> tuple[npt.NDArray[
     return np.rint(values * 2.0**bits).astype(np.int32), shift
 
 
+@dataclass(frozen=True, kw_only=True)
+class Current:
+    """Accumulators that a neuron reads as they are: (C,) their unit; (C,) the real bias that is still to be added; the
+    largest magnitude that they can reach."""
+
+    unit: FloatArray
+    bias: FloatArray
+    reach: float
+
+
 class Lowering:
     """Gathers the operations and tensors of a Program while the graph's nodes write themselves into it."""
 
@@ -45,6 +57,7 @@ class Lowering:
         self.operations: list[Operation] = []
         self.tensors: dict[str, npt.NDArray[Any]] = {}
         self._shared: dict[tuple[str, tuple[int, ...], bytes], str] = {}
+        self.currents: dict[str, Current] = {}
 
     def site(self, value: str) -> Site:
         site = self.graph.site_of(value)
@@ -78,6 +91,22 @@ class Lowering:
     def scales(self, value: str) -> FloatArray:
         """(C,) scale of every channel, ratios included."""
         return to_array(self._scales.site(self.site(value)).channel_scales())
+
+    def current(self, value: str) -> Current:
+        """What a neuron reads; a stream's may be anything, since its unit leaves no fraction to gain."""
+        if value in self.currents:
+            return self.currents[value]
+        scales = self.scales(value)
+        return Current(unit=scales, bias=np.zeros(len(scales)), reach=float(CURRENT_MAX))
+
+    def pass_current(self, value: str, output: str) -> None:
+        """`output` holds a choice of the same accumulators."""
+        if value in self.currents:
+            self.currents[output] = self.currents[value]
+
+    def counted(self, output: str, channels: int, reach: float) -> None:
+        """`output` holds sums of spikes."""
+        self.currents[output] = Current(unit=np.ones(channels), bias=np.zeros(channels), reach=reach)
 
     def weight(self, node: WeightedNode) -> tuple[npt.NDArray[np.int8], FloatArray]:
         """(weight_q, step): integer weight and its step per output channel."""

@@ -283,12 +283,12 @@ class GatherNode(Node):
 
 @dataclass(frozen=True, kw_only=True)
 class MeanNode(Node):
-    """The mean over tokens: one sum and one requantization."""
+    """The mean over tokens, and time steps where there are any: one sum and one requantization."""
 
     rows: int
 
     def forward(self, run: Run, *inputs: Tensor) -> Tensor:
-        return inputs[0].mean(dim=1)
+        return inputs[0].flatten(1, -2).mean(dim=1)
 
     def lower(self, lowering: Lowering) -> None:
         factor = lowering.scales(self.inputs[0]) / (self.rows * lowering.scales(self.output))

@@ -154,6 +154,8 @@ def _evaluating(quantized: QuantizedNetwork) -> Iterator[None]:
 def _set_ranges(quantized: QuantizedNetwork, ranges: Mapping[str, Ranges], clips: Mapping[str, torch.Tensor]) -> None:
     """The starting point, and the end of the methods without search: everything at its clip."""
     for site in quantized.graph.sites.values():
+        if site.fixed_scale is not None:
+            continue
         scale = quantized.scales.site(site)
         segments = list(site.segments)
         if scale.affine and site.searched:
@@ -198,4 +200,4 @@ def _secure_steps(quantized: QuantizedNetwork) -> None:
         bias = node.folded_bias(quantized.network)
         if bias is not None:
             step = torch.maximum(step, bias.abs() / (in_scale * _BIAS_STEPS))
-        scale.step.copy_(step)
+        scale.step.copy_(node.settled_step(quantized.network, step, in_scale))

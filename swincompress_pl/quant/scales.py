@@ -127,7 +127,8 @@ class SiteScale(nn.Module):
     def __init__(self, site: Site, *, affine: bool) -> None:
         super().__init__()
         self.site, self.affine = site, affine
-        self.register_buffer("scale", torch.full((len(site.segments),), math.nan))
+        known = math.nan if site.fixed_scale is None else site.fixed_scale
+        self.register_buffer("scale", torch.full((len(site.segments),), known))
         if site.balanced:
             self.register_buffer("balance", torch.ones(site.channels))
         self.register_buffer("signed", torch.tensor([site.signed], dtype=torch.uint8))
@@ -245,7 +246,13 @@ class Scales(nn.Module):
     def __init__(self, graph: Graph, network: nn.Module, bits: Bits, *, affine: bool = False) -> None:
         super().__init__()
         self.affine = affine
-        self.sites = nn.ModuleDict({_key(name): SiteScale(site, affine=affine) for name, site in graph.sites.items()})
+        self.sites = nn.ModuleDict(
+            {
+                _key(name): SiteScale(site, affine=affine)
+                for name, site in graph.sites.items()
+                if site.fixed_scale is None
+            }
+        )
         self.weights = nn.ModuleDict(
             {
                 _key(node.name): WeightScale(
@@ -259,9 +266,10 @@ class Scales(nn.Module):
     def retarget(self, graph: Graph) -> None:
         """The same scales for a graph whose sites differ in width or sign."""
         for site in graph.sites.values():
-            scale = self.site_scale(site)
-            scale.site = site
-            scale.signed.fill_(site.signed)
+            if site.fixed_scale is None:
+                scale = self.site_scale(site)
+                scale.site = site
+                scale.signed.fill_(site.signed)
 
     def site(self, site: Site) -> SiteScale:
         """The scale of a site; RuntimeError where scales are learned, see `fixed`."""
@@ -275,7 +283,9 @@ class Scales(nn.Module):
             )
 
     def site_scale(self, site: Site) -> SiteScale:
-        """The scale of a site, as calibrated where scales are learned."""
+        """The scale of a site, as calibrated where scales are learned; a fixed one is no part of the state."""
+        if site.fixed_scale is not None:
+            return SiteScale(site, affine=False)
         module = self.sites[_key(site.name)]
         assert isinstance(module, SiteScale)
         return module
@@ -365,6 +375,7 @@ class Scales(nn.Module):
             step = result.weight_scale(node).step
             if bias is not None:
                 step.copy_(torch.maximum(step, bias.abs() / (in_scale * _BIAS_STEPS)))
+            step.copy_(node.settled_step(network, step, in_scale))
         return result
 
     def quantizer(self) -> Quantizer:
@@ -373,8 +384,8 @@ class Scales(nn.Module):
 
     # Quantizer
     def activation(self, site: Site, x: Tensor) -> Tensor:
-        if site.bits > 16:
-            return x  # 2**20 steps to the largest logit: nothing to learn from
+        if site.bits > 16 or site.fixed_scale is not None:
+            return x  # 2**20 steps to the largest logit, or whole numbers: nothing to learn from
         result: Tensor = self.site(site)(x)
         return result
 
@@ -401,7 +412,7 @@ class _LearnedScales:
         return self._wide(site, x) if scale is None else self._scales.site_scale(site).learned(x, scale)
 
     def _wide(self, site: Site, x: Tensor) -> Tensor:
-        return x if site.bits > 16 else self._scales.site_scale(site)(x)
+        return x if site.bits > 16 or site.fixed_scale is not None else self._scales.site_scale(site)(x)
 
     def weight(self, node: WeightedNode, weight: Tensor) -> Tensor:
         return self._scales.weight_scale(node).learned(weight, self._present[weight_key(node)])

@@ -1,0 +1,77 @@
+"""spikingjelly's neurons as the integer norm knows them: one recurrence, with the numbers of each kind."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from swincompress_pl.registry import UnsupportedNetworkError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Neuron:
+    """v = v + (reset - v + current) * decay, or v + (reset - v) * decay + current where the input does not decay;
+    a spike where v >= threshold, then v - threshold (soft_reset) or reset.
+
+    decay: 1 / tau, 0 for a neuron without leak; a tensor where it is learned. All in the units of the current.
+    """
+
+    threshold: float
+    reset: float
+    decay: float | Tensor
+    input_decay: bool
+    soft_reset: bool
+
+    @classmethod
+    def of(cls, name: str, module: nn.Module) -> Neuron:
+        """What `module`, called `name` in errors, does. UnsupportedNetworkError for another kind than IFNode, LIFNode
+        and ParametricLIFNode, and for a threshold that is not positive."""
+        from spikingjelly.activation_based import neuron
+
+        node: Any = module
+        decay: float | Tensor
+        if type(node) is neuron.IFNode:
+            decay, input_decay = 0.0, False
+        elif type(node) is neuron.LIFNode:
+            decay, input_decay = 1.0 / float(node.tau), bool(node.decay_input)
+        elif type(node) is neuron.ParametricLIFNode:
+            decay, input_decay = node.w.sigmoid(), bool(node.decay_input)
+        else:
+            raise UnsupportedNetworkError(
+                f"{name} is {type(node).__name__}; neurons with an integer form are IFNode, LIFNode and "
+                "ParametricLIFNode"
+            )
+        if not float(node.v_threshold) > 0:
+            raise UnsupportedNetworkError(f"{name} has v_threshold={node.v_threshold}; it has to be above 0")
+        return cls(
+            threshold=float(node.v_threshold),
+            reset=0.0 if node.v_reset is None else float(node.v_reset),
+            decay=decay,
+            input_decay=input_decay,
+            soft_reset=node.v_reset is None,
+        )
+
+
+def spikes(module: nn.Module, neuron: Neuron, currents: Tensor, steps: int, *, repeated: bool) -> Tensor:
+    """Currents (N, T, ...), or (N, ...) `repeated` at every step, to spikes (N, T, ...), with the surrogate gradient
+    of `module` in training and in evaluation; membranes begin at the reset value and are forgotten."""
+    node: Any = module
+    membrane = torch.full_like(currents if repeated else currents[:, 0], neuron.reset)
+    found = []
+    for step in range(steps):
+        current = currents if repeated else currents[:, step]
+        if neuron.input_decay:
+            charged = membrane + (current - (membrane - neuron.reset)) * neuron.decay
+        else:
+            charged = membrane - (membrane - neuron.reset) * neuron.decay + current
+        spike = node.surrogate_function(charged - neuron.threshold)
+        found.append(spike)
+        fired = spike.detach() if node.detach_reset else spike
+        if neuron.soft_reset:
+            membrane = charged - fired * neuron.threshold
+        else:
+            membrane = charged * (1 - fired) + fired * neuron.reset
+    return torch.stack(found, dim=1)
