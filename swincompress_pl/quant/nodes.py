@@ -202,10 +202,11 @@ class ActivationNode(Node):
 
 @dataclass(frozen=True, kw_only=True)
 class AddNode(Node):
-    """The residual sum; both sides are already in the stream's unit."""
+    """The residual sum; both sides are already in the stream's unit. The second may lack the axis of time."""
 
     def forward(self, run: Run, *inputs: Tensor) -> Tensor:
-        return inputs[0] + inputs[1]
+        stream, branch = inputs
+        return stream + (branch if branch.ndim == stream.ndim else branch.unsqueeze(1))
 
     def lower(self, lowering: Lowering) -> None:
         lowering.emit(self, "add")

@@ -33,7 +33,8 @@ class ConvNormNode(WeightedNode):
 
     rows: the output channels first to last of a layer whose parts go different ways (q | k | v). neuron: the module of
     the neurons that read its output as a current, in the unit that its weights have; None: it is in that of its site.
-    mean, std: of the images, for the layer that reads them.
+    mean, std: of the images, for the layer that reads them. border: a BatchNorm before a layer without padding; it is
+    padded by one with what that makes of a zero. size: (H, W) of what the layer reads; None: of the images.
     """
 
     norms: tuple[str, ...]
@@ -41,6 +42,8 @@ class ConvNormNode(WeightedNode):
     neuron: str | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    border: str | None = None
+    size: tuple[int, int] | None = None
 
     def _conv(self, network: nn.Module) -> Any:
         return network.get_submodule(self.module)
@@ -96,19 +99,36 @@ class ConvNormNode(WeightedNode):
         """The input; images come as every network takes them, (N, C, H, W)."""
         return x if self.mean is None else x.movedim(-3, -1)
 
-    def _geometry(self, network: nn.Module) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int], int]:
+    def geometry(self, network: nn.Module) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int], int]:
         """(kernel, stride, padding, groups)"""
         conv = self._conv(network)
         if conv.weight.ndim == 3:
             return (1, 1), (1, 1), (0, 0), conv.groups
-        return tuple(conv.kernel_size), tuple(conv.stride), tuple(conv.padding), conv.groups
+        padding = tuple(conv.padding) if self.border is None else (1, 1)
+        return tuple(conv.kernel_size), tuple(conv.stride), padding, conv.groups
+
+    def _border(self, network: nn.Module) -> Tensor:
+        """(C,) or (): what lies around an image."""
+        if self.border is None:
+            weight: Tensor = self._conv(network).weight
+            return weight.new_zeros(())
+        norm: Any = network.get_submodule(self.border)
+        border: Tensor = norm.bias - norm.running_mean * norm.weight / torch.sqrt(norm.running_var + norm.eps)
+        return border.detach()
+
+    def _padded(self, network: nn.Module, x: Tensor) -> Tensor:
+        """(B, H + 2 ph, W + 2 pw, C) the images of a value, and what lies around them."""
+        _, _, (high, wide), _ = self.geometry(network)
+        x = self._channels_last(x)
+        border = self._border(network)
+        return F.pad(x.reshape(-1, *x.shape[-3:]) - border, (0, 0, wide, wide, high, high)) + border
 
     def forward(self, run: Run, *inputs: Tensor) -> Tensor:
-        x = self._channels_last(inputs[0])
-        _, stride, padding, groups = self._geometry(run.network)
+        x = inputs[0]
+        _, stride, _, groups = self.geometry(run.network)
         weight = run.weight(self) * self._deviation(x)
-        images = x.reshape(-1, *x.shape[-3:]).permute(0, 3, 1, 2)
-        y = F.conv2d(images, weight, self.folded_bias(run.network), stride, padding, groups=groups).permute(0, 2, 3, 1)
+        images = self._padded(run.network, x).permute(0, 3, 1, 2)
+        y = F.conv2d(images, weight, self.folded_bias(run.network), stride, groups=groups).permute(0, 2, 3, 1)
         return y.reshape(*x.shape[:-3], *y.shape[1:])
 
     def settled_step(self, network: nn.Module, step: Tensor, in_scale: float) -> Tensor:
@@ -134,40 +154,44 @@ class ConvNormNode(WeightedNode):
 
     def sampled_rows(self, network: nn.Module, x: Tensor, index: Tensor) -> Tensor:
         """(R, K) the receptive fields at these output positions, in pixel steps for the first layer."""
-        kernel, stride, padding, _ = self._geometry(network)
-        x = self._channels_last(x)
-        images = x.reshape(-1, *x.shape[-3:])
-        padded = F.pad(images, (0, 0, padding[1], padding[1], padding[0], padding[0]))
-        fields = padded.unfold(1, kernel[0], stride[0]).unfold(2, kernel[1], stride[1])
+        kernel, stride, _, _ = self.geometry(network)
+        fields = self._padded(network, x).unfold(1, kernel[0], stride[0]).unfold(2, kernel[1], stride[1])
         height, width = fields.shape[1:3]
         picked = fields[index // (height * width), index // width % height, index % width]
         return (picked * self._deviation(x)).flatten(1)
 
     def input_rows(self, network: nn.Module, x: Tensor) -> Tensor:
-        kernel, stride, padding, _ = self._geometry(network)
-        x = self._channels_last(x)
-        images = x.reshape(-1, *x.shape[-3:]).permute(0, 3, 1, 2) * self._deviation(x)
-        return F.unfold(images, kernel, stride=stride, padding=padding).transpose(1, 2)
+        kernel, stride, _, _ = self.geometry(network)
+        images = self._padded(network, x).permute(0, 3, 1, 2) * self._deviation(x)
+        return F.unfold(images, kernel, stride=stride).transpose(1, 2)
 
-    def _pixel_bias(self, weight_q: Any, unit: FloatArray, network: nn.Module, size: tuple[int, int]) -> FloatArray:
-        """(H, W, M) what the mean of the images takes off at each position: pixels outside the image are 0 in both."""
-        _, stride, padding, _ = self._geometry(network)
-        mean = torch.tensor(self.mean, dtype=torch.float64)[None, :, None, None] * 255
-        means = mean.expand(1, -1, *size)
-        taken = F.conv2d(means, torch.from_numpy(weight_q).double(), stride=stride, padding=padding)
-        return taken[0].permute(1, 2, 0).numpy() * unit
+    def _bias_map(self, lowering: Lowering, weight_q: Any, step: FloatArray) -> FloatArray:
+        """(H, W, M), or (M,), the bias with what the integers leave out: the mean of the images, taken off wherever a
+        pixel is, or the border, added wherever none is. Both act on the weights as they are rounded."""
+        network, weight = lowering.network, torch.from_numpy(weight_q).double()
+        bias = to_array(self.folded_bias(network))
+        if self.mean is None and self.border is None:
+            return bias
+        inside = torch.tensor(self.mean).double() * 255 if self.mean else self._border(network).double()
+        _, stride, padding, groups = self.geometry(network)
+        image = inside[None, :, None, None].expand(1, -1, *self._in_size(lowering))
+        seen = F.conv2d(image, weight, stride=stride, padding=padding, groups=groups)
+        if self.border is not None:
+            around = F.pad(image, (padding[1], padding[1], padding[0], padding[0]), mode="replicate")
+            seen = seen - F.conv2d(around, weight, stride=stride, groups=groups)
+        return bias - seen[0].permute(1, 2, 0).numpy() * step
+
+    def _in_size(self, lowering: Lowering) -> tuple[int, int]:
+        return (lowering.graph.height, lowering.graph.width) if self.size is None else self.size
 
     def lower(self, lowering: Lowering) -> None:
         weight_q, step = lowering.weight(self)
         network = lowering.network
-        kernel, stride, padding, groups = self._geometry(network)
+        kernel, stride, padding, groups = self.geometry(network)
         source = lowering.graph.site_of(self.inputs[0])
         unit = step if source is None else step * lowering.scalar_scale(self.inputs[0])
-        bias, later = to_array(self.folded_bias(network)), np.zeros(len(unit))
-        if self.mean is not None:
-            size = (lowering.graph.height, lowering.graph.width)
-            bias = bias - self._pixel_bias(weight_q, unit, network, size)
-        elif self.neuron is not None:  # the neuron adds it, in finer units
+        bias, later = self._bias_map(lowering, weight_q, step), np.zeros(len(unit))
+        if self.neuron is not None and bias.ndim == 1:  # the neuron adds it, in finer units
             bias, later = later, bias
         codes = lowering.bias(self, bias, unit)
         tensors: dict[str, Any] = {"bias": codes}
@@ -287,3 +311,69 @@ class SpikeAttentionNode(Node):
         q, v = lowering.site(self.inputs[0]), lowering.site(self.inputs[2])
         lowering.counted(self.output, v.channels, reach=self.tokens * q.channels / heads)
         lowering.emit(self, "spike_attention", attributes={"windows": self.steps, "heads": int(heads)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockSumNode(Node):
+    """Sums over all tokens of a step (`over` "tokens"), or over the channels of each of `groups` heads ("channels").
+
+    rows: of the integer result, time steps times tokens that are left.
+    """
+
+    over: str
+    rows: int
+    groups: int
+
+    def forward(self, run: Run, *inputs: Tensor) -> Tensor:
+        x = inputs[0]
+        if self.over == "tokens":
+            return x.sum(dim=(2, 3), keepdim=True)
+        by_head: Tensor = x.unflatten(-1, (self.groups, -1)).sum(-1)
+        return by_head
+
+    def lower(self, lowering: Lowering) -> None:
+        site = lowering.site(self.inputs[0])
+        unit = lowering.scales(self.inputs[0])[: self.groups]
+        reach = float(CURRENT_MAX) if site.bits > 8 else 2.0**16  # of counts; fraction bits are all that hangs on it
+        lowering.currents[self.output] = Current(unit=unit, bias=np.zeros(len(unit)), reach=reach)
+        lowering.emit(self, "block_sum", attributes={"rows": self.rows, "channels": self.groups})
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateNode(Node):
+    """Spikes times spikes; the second has one for all tokens of a step, or one for all channels of a head."""
+
+    def forward(self, run: Run, *inputs: Tensor) -> Tensor:
+        x, gate = inputs
+        if gate.shape[-1] != x.shape[-1]:
+            gate = gate.repeat_interleave(x.shape[-1] // gate.shape[-1], dim=-1)
+        return x * gate
+
+    def lower(self, lowering: Lowering) -> None:
+        lowering.emit(self, "multiply")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RequantizeNode(Node):
+    """A stream in the unit of another site."""
+
+    def forward(self, run: Run, *inputs: Tensor) -> Tensor:
+        return inputs[0]
+
+    def lower(self, lowering: Lowering) -> None:
+        factor = lowering.scales(self.inputs[0]) / lowering.scales(self.output)
+        lowering.emit(self, "requantize", tensors=lowering.requantization(factor))
+
+
+@dataclass(frozen=True, kw_only=True)
+class WidenNode(Node):
+    """Spikes as int32, before they join a stream; rows: time steps times tokens."""
+
+    rows: int
+
+    def forward(self, run: Run, *inputs: Tensor) -> Tensor:
+        return inputs[0]
+
+    def lower(self, lowering: Lowering) -> None:
+        channels = lowering.site(self.inputs[0]).channels
+        lowering.emit(self, "block_sum", attributes={"rows": self.rows, "channels": channels})

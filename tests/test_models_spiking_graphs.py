@@ -1,0 +1,168 @@
+"""The graphs of the spiking networks: the network itself in floats, one answer in integers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from spiking_cases import FAMILIES, SIZE_PX, lively, spikes_of
+from torch import Tensor, nn
+
+from swincompress_pl import accel
+from swincompress_pl.norm import run, steps
+from swincompress_pl.quant import Graph, quantize
+from swincompress_pl.quant.graph import Node, Passthrough, Run
+from swincompress_pl.quant.spiking_nodes import NeuronNode
+from swincompress_pl.quant.twin import run_operation
+from swincompress_pl.registry import UnsupportedNetworkError, adapter_for
+
+PREPROCESSING: dict[str, Any] = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.25], "height": SIZE_PX, "width": SIZE_PX}
+
+
+def graph_of(network: nn.Module, preprocessing: Mapping[str, Any] = PREPROCESSING) -> Graph:
+    found: Graph = adapter_for(network).graph(network, preprocessing)
+    return found
+
+
+def pictures(count: int, seed: int = 0) -> Tensor:
+    """uint8 (N, H, W, C) of some structure: noise in large squares."""
+    torch.manual_seed(seed)
+    coarse = torch.randint(0, 256, (count, 3, 8, 8)).float()
+    return nn.functional.interpolate(coarse, size=SIZE_PX).permute(0, 2, 3, 1).to(torch.uint8)
+
+
+def normalized(pixels: Tensor) -> Tensor:
+    mean, std = (torch.tensor(PREPROCESSING[key])[:, None, None] for key in ("mean", "std"))
+    return (pixels.permute(0, 3, 1, 2) / 255 - mean) / std
+
+
+class Spikes(Passthrough):
+    """Keeps what every neuron of a pass gives, as (T, N, channels, places)."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, list[Tensor]] = {}
+
+    def output(self, node: Node, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        if isinstance(node, NeuronNode):
+            self.found.setdefault(node.module, []).append(output.flatten(2, -2).permute(1, 0, 3, 2))
+
+
+@pytest.mark.parametrize("statistics", ["random", "trained"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_graph_is_the_network_spike_for_spike(name: str, statistics: str) -> None:
+    network, images = lively(FAMILIES[name], 3, trained_statistics=statistics == "trained")
+    graph, watched = graph_of(network), Spikes()
+    with torch.no_grad(), spikes_of(network) as expected:
+        logits = network(images)
+        found = Run(graph, network, watched)(images)
+    torch.testing.assert_close(found, logits)
+    assert set(watched.found) == set(expected)
+    for neuron, parts in watched.found.items():
+        spikes = torch.cat(parts, dim=2)
+        assert torch.equal(spikes.flatten(), expected[neuron].reshape(spikes.shape).flatten()), neuron
+    assert sum(0 < float(s.mean()) < 1 for s in expected.values()) > len(expected) / 2, "the network is dead"
+
+
+def quantized(name: str, seed: int, time_steps: int, *, bits: str = "W8A8") -> Any:
+    def build() -> nn.Module:
+        return FAMILIES[name](T=time_steps)  # type: ignore[call-arg]
+
+    network, _ = lively(build, seed, trained_statistics=False)
+    network = network.float()
+    return quantize(network, [normalized(pictures(8))], method="max", bits=bits, preprocessing=PREPROCESSING).eval()
+
+
+@pytest.mark.parametrize("time_steps", [1, 2, 4])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_integers_have_one_answer(tmp_path: Path, name: str, time_steps: int) -> None:
+    """Logits of reference, twin and engine at batches of 1 and 3; all spikes of reference, twin and engine."""
+    network = quantized(name, 5, time_steps)
+    program, file = network.to_program(), tmp_path / "network.safetensors"
+    accel.export(network, file)
+    assert program.time_steps == time_steps
+    for count in (1, 3):
+        pixels = pictures(count, seed=count)
+        expected = run(program, pixels.numpy())
+        assert np.array_equal(network.integer_logits(pixels).numpy(), expected)
+        assert np.array_equal(accel.load(file, threads=2).run_integer(pixels.numpy()), expected)
+        logits = network(normalized(pixels))
+        assert torch.equal(logits, torch.from_numpy(expected).float() * program.logit_scale)
+    rates = same_spikes(program, pixels)
+    assert sum(0 < rate < 1 for rate in rates) > len(rates) / 2
+
+
+def same_spikes(program: Any, pixels: Tensor) -> list[float]:
+    """Runs every operation in reference, twin and engine on the same values; the rates of the spikes."""
+    from swincompress_pl.accel.core import operation_engine
+    from swincompress_pl.norm import check
+    from swincompress_pl.norm.reference import tensors_of
+
+    values, known, rates = check(program), {"images": pixels.numpy()}, []
+    for op, output in steps(program, pixels.numpy()):
+        tensors, inputs = tensors_of(program, op), [known[each] for each in op.inputs]
+        types = [values[each] for each in op.inputs]
+        engine = operation_engine(op, types, tensors)
+        given = engine.run(
+            [np.ascontiguousarray(x.reshape(len(pixels), *v.shape)) for x, v in zip(inputs, types, strict=True)]
+        )
+        assert np.array_equal(given.reshape(output.shape), output), op.name
+        moved = {role: torch.from_numpy(np.array(tensor)) for role, tensor in tensors.items()}
+        twin = run_operation(op, [torch.from_numpy(np.array(x)) for x in inputs], moved, [v.dtype for v in types])
+        assert np.array_equal(twin.numpy().reshape(output.shape), output), op.name
+        known[op.output] = output
+        if op.kind == "lif":
+            rates.append(float(output.mean()))
+    return rates
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_integers_spike_as_floats_do(name: str) -> None:
+    """With weights of 8 bits most spikes of the first neurons are those of the float network."""
+    network = quantized(name, 5, 2)
+    pixels, watched = pictures(8, seed=9), Spikes()
+    with torch.no_grad():
+        Run(network.graph, network.network, watched)(normalized(pixels))
+    first = next(iter(watched.found))
+    integer = next(out for op, out in steps(network.to_program(), pixels.numpy()) if op.kind == "lif")
+    spikes = torch.from_numpy(integer).flatten(2, -2).permute(1, 0, 3, 2)
+    agreement = float((spikes == watched.found[first][0]).float().mean())
+    assert agreement > 0.99
+    assert 0.01 < float(spikes.float().mean()) < 0.99
+
+
+def test_thresholds_are_whole_numbers_of_the_weights_steps() -> None:
+    network = quantized("spikformer", 1, 2, bits="W4A8")
+    for node in network.graph.nodes:
+        if isinstance(node, NeuronNode) and "attn_lif" not in node.name:
+            lif = next(op for op in network.to_program().operations if op.name == node.name)
+            layer = next(
+                n
+                for n in network.graph.weighted_nodes
+                if n.neuron == node.module and n.output in _back(network.graph, node)
+            )
+            step = network.scales.step(layer).double()
+            real = 8 / step
+            torch.testing.assert_close(real, real.round(), rtol=1e-5, atol=0)
+            assert lif.attributes["fraction_bits"] >= 3
+
+
+def _back(graph: Graph, node: Node) -> set[str]:
+    """Names of what a node reads, poolings passed over."""
+    makers = {each.output: each for each in graph.nodes}
+    return {node.inputs[0], *(makers[node.inputs[0]].inputs if node.inputs[0] in makers else ())}
+
+
+def test_what_has_no_integer_form_is_refused() -> None:
+    from spikingjelly.activation_based import neuron
+
+    network, _ = lively(FAMILIES["spikformer"], 0, trained_statistics=False)
+    network.blocks[0].mlp.neuron1 = neuron.QIFNode(step_mode="m")  # type: ignore[index, union-attr]
+    with pytest.raises(UnsupportedNetworkError, match=r"blocks.0.mlp.neuron1 is QIFNode; neurons with an integer form"):
+        quantize(network.float(), [normalized(pictures(2))], method="max", preprocessing=PREPROCESSING)
+    network, _ = lively(FAMILIES["sdt"], 0, trained_statistics=False)
+    with pytest.raises(UnsupportedNetworkError, match="give preprocessing 'height' and 'width'"):
+        graph_of(network, {key: PREPROCESSING[key] for key in ("mean", "std")})
