@@ -23,8 +23,7 @@ from swincompress_pl.callbacks import AdaptiveIterativePruning
 from swincompress_pl.models import CompressibleClassifier, create_model
 from swincompress_pl.models.spiking import without_memory
 from swincompress_pl.pruning import HoldOut, RoundRobinConfig, history_of, prune
-from swincompress_pl.quant import quantize
-from swincompress_pl.registry import UnsupportedNetworkError, adapter_for
+from swincompress_pl.registry import adapter_for
 
 KINDS = ("mlp", "conv", "heads", "qk", "v", "embed")
 SMALL = {"T": 2, "img_size_h": 32, "img_size_w": 32, "patch_size": 4, "embed_dims": 16, "num_heads": 2, "depths": 2}
@@ -99,13 +98,6 @@ def test_networks_that_do_not_spike_in_many_steps_are_refused() -> None:
     functional.set_step_mode(single, "s")
     with pytest.raises(ValueError, match=r"is in single-step mode; use functional.set_step_mode\(network, 'm'\)"):
         without_memory(single)
-
-
-def test_there_is_no_integer_form_yet() -> None:
-    network, images = lively(FAMILIES["spikformer"], 0, trained_statistics=True)
-    preprocessing = {"mean": [0.5] * 3, "std": [0.5] * 3}
-    with pytest.raises(UnsupportedNetworkError, match="spiking networks have no integer form yet"):
-        quantize(network, [images], preprocessing=preprocessing)
 
 
 def holdout_of(network: nn.Module, images: Tensor, cache_size_bytes: int) -> HoldOut:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from swincompress_pl import accel
 from swincompress_pl.norm import run, steps
-from swincompress_pl.quant import Graph, quantize
+from swincompress_pl.pruning import Group, PruningPlan, apply_plan
+from swincompress_pl.quant import Graph, float_logits, quantize
 from swincompress_pl.quant.graph import Node, Passthrough, Run
 from swincompress_pl.quant.spiking_nodes import NeuronNode
 from swincompress_pl.quant.twin import run_operation
@@ -154,6 +155,52 @@ def _back(graph: Graph, node: Node) -> set[str]:
     """Names of what a node reads, poolings passed over."""
     makers = {each.output: each for each in graph.nodes}
     return {node.inputs[0], *(makers[node.inputs[0]].inputs if node.inputs[0] in makers else ())}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_pruned_network_has_its_graph_and_one_answer(name: str) -> None:
+    """Every second unit of a few groups of each kind removed, attentions with q and k narrower than v."""
+    network, images = lively(FAMILIES[name], 4, trained_statistics=False)
+    groups: list[Group] = adapter_for(network).groups(network)
+    chosen = {group.kind: group for group in groups if group.kind != "embed" and group.units > 3}
+    chosen |= {f"{group.kind} last": group for group in groups[::3] if group.kind == "mlp" and group.units > 3}
+    plan = PruningPlan.removing(
+        list(chosen.values()), {group.name: range(0, group.units - 1, 2) for group in chosen.values()}
+    )
+    before = sum(p.numel() for p in network.parameters())
+    apply_plan(network, plan)
+    assert sum(p.numel() for p in network.parameters()) < before
+    with torch.no_grad():
+        torch.testing.assert_close(float_logits(graph_of(network), network, images), network(images))
+    small = quantize(network.float(), [normalized(pictures(4))], method="max", preprocessing=PREPROCESSING).eval()
+    assert_one_answer(small, pictures(2, seed=1))
+
+
+def assert_one_answer(network: Any, pixels: Tensor) -> None:
+    program = network.to_program()
+    expected = run(program, pixels.numpy())
+    assert np.array_equal(network.integer_logits(pixels).numpy(), expected)
+    assert np.array_equal(accel.Engine(program).run_integer(pixels.numpy()), expected)
+
+
+@pytest.mark.parametrize("name", ["spikformer", "sdt", "maxformer"])
+def test_events_go_in_as_counts(name: str) -> None:
+    """(N, T, C, H, W) counts, as spikingjelly's datasets give frames, T other than the network's own."""
+    network, _ = lively(lambda: FAMILIES[name](in_channels=2), 6, trained_statistics=False)  # type: ignore[call-arg]
+    torch.manual_seed(0)
+    events = torch.randint(0, 6, (3, 3, 2, SIZE_PX, SIZE_PX)).double()
+    counts = {"mean": [0.0, 0.0], "std": [1 / 255] * 2, "height": SIZE_PX, "width": SIZE_PX, "time_steps": 3}
+    graph = graph_of(network, counts)
+    with torch.no_grad():
+        torch.testing.assert_close(float_logits(graph, network, events), network(events))
+    network = quantize(network.float(), [events.float()], method="max", preprocessing=counts).eval()
+    pixels = network.pixels(events.float())
+    assert pixels.shape == (3, 3, SIZE_PX, SIZE_PX, 2)
+    assert torch.equal(pixels.movedim(-1, -3).double(), events)
+    assert network.to_program().time_steps == 3
+    assert_one_answer(network, pixels)
+    with pytest.raises(ValueError, match=r"this network takes \(N, 3, 2, 32, 32\)"):
+        network.train()(events[:, :2].float())
 
 
 def test_what_has_no_integer_form_is_refused() -> None:

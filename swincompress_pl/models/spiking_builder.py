@@ -43,14 +43,19 @@ class _Value:
 
 
 class SpikingBuilder(GraphBuilder):
-    """Every method appends nodes and gives the name of the value they make."""
+    """Every method appends nodes and gives the name of the value they make.
+
+    preprocessing: mean and std as everywhere; height and width of the images, where the network does not say; and
+    time_steps for a network that reads that many frames of events (mean 0 and std 1 / 255: counts as they are).
+    """
 
     def __init__(
         self, network: nn.Module, preprocessing: Mapping[str, Any], size: tuple[int, int] | None = None
     ) -> None:
         super().__init__(network)
         self.preprocessing = preprocessing
-        self.steps = int(network.T)  # type: ignore[arg-type]
+        self._event_steps = preprocessing.get("time_steps")
+        self.steps = int(network.T if self._event_steps is None else self._event_steps)  # type: ignore[arg-type]
         if size is None:
             size = _size_of(preprocessing)
         self.refuse(
@@ -59,7 +64,9 @@ class SpikingBuilder(GraphBuilder):
         )
         assert size is not None
         self._values = {
-            INPUT_VALUE: _Value(height=size[0], width=size[1], channels=len(preprocessing["mean"]), timed=False)
+            INPUT_VALUE: _Value(
+                height=size[0], width=size[1], channels=len(preprocessing["mean"]), timed=self._event_steps is not None
+            )
         }
         thresholds = [float(m.v_threshold) for m in network.modules() if isinstance(m, BaseNode)]
         self._stream_scale = min(thresholds) / _STREAM_STEPS
@@ -67,7 +74,7 @@ class SpikingBuilder(GraphBuilder):
     def finished(self) -> Graph:
         """The graph of all that was appended."""
         image = self._values[INPUT_VALUE]
-        return self.graph(height=image.height, width=image.width, channels=image.channels)
+        return self.graph(height=image.height, width=image.width, channels=image.channels, time_steps=self._event_steps)
 
     def of(self, value: str) -> _Value:
         return self._values[value]

@@ -34,10 +34,15 @@ class GraphBuilder:
         self.nodes: list[Node] = []
         self._sites: list[Site] = []
 
-    def graph(self, *, height: int, width: int, channels: int) -> Graph:
+    def graph(self, *, height: int, width: int, channels: int, time_steps: int | None = None) -> Graph:
         return _with_shifts(
             Graph(
-                sites=collect_sites(self._sites), nodes=tuple(self.nodes), height=height, width=width, channels=channels
+                sites=collect_sites(self._sites),
+                nodes=tuple(self.nodes),
+                height=height,
+                width=width,
+                channels=channels,
+                time_steps=time_steps,
             )
         )
 

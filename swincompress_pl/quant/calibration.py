@@ -21,11 +21,11 @@ def calibration_images(calibration: Iterable[Any], limit: int) -> list[Tensor]:
     count = 0
     for batch in calibration:
         images = batch[0] if isinstance(batch, Sequence) and not isinstance(batch, str) and len(batch) else batch
-        if not isinstance(images, Tensor) or images.ndim != 4 or not images.is_floating_point():
+        if not isinstance(images, Tensor) or images.ndim not in (4, 5) or not images.is_floating_point():
             shape = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
             raise TypeError(
                 f"calibration batch holds {shape}; give batches as the network takes them: normalized float images "
-                f"(N, C, H, W), alone or first in a tuple (images, labels)"
+                f"(N, C, H, W), or events (N, T, C, H, W), alone or first in a tuple (images, labels)"
             )
         batches.append(images[: limit - count])
         count += len(batches[-1])

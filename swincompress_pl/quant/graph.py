@@ -168,13 +168,14 @@ class WeightedNode(Node):
 
 @dataclass(frozen=True, kw_only=True)
 class Graph:
-    """Sites by name and nodes in order; the last node writes the logits."""
+    """Sites by name and nodes in order; the last node writes the logits. time_steps: of events; None for images."""
 
     sites: dict[str, Site]
     nodes: tuple[Node, ...]
     height: int
     width: int
     channels: int
+    time_steps: int | None = None
 
     def __post_init__(self) -> None:
         owner: dict[str, str | None] = {INPUT_VALUE: None}
@@ -223,9 +224,10 @@ class Run:
         self.graph, self.network, self.quantizer = graph, network, quantizer
 
     def __call__(self, images: Tensor) -> Tensor:
-        """images: normalized float (N, C, H, W) -> logits (N, classes)."""
-        expected = (self.graph.channels, self.graph.height, self.graph.width)
-        if images.ndim != 4 or tuple(images.shape[1:]) != expected:
+        """images: normalized float (N, C, H, W), or events (N, T, C, H, W) -> logits (N, classes)."""
+        time = () if self.graph.time_steps is None else (self.graph.time_steps,)
+        expected = (*time, self.graph.channels, self.graph.height, self.graph.width)
+        if tuple(images.shape[1:]) != expected:
             raise ValueError(
                 f"images have shape {tuple(images.shape)}; this network takes (N, {', '.join(map(str, expected))})"
             )

@@ -192,7 +192,11 @@ def lower(
             raise ValueError(f"{node.name}: {error}") from error
     program = Program(
         input=InputDescription(
-            height=graph.height, width=graph.width, channels=graph.channels, preprocessing=dict(preprocessing)
+            height=graph.height,
+            width=graph.width,
+            channels=graph.channels,
+            time_steps=graph.time_steps,
+            preprocessing=dict(preprocessing),
         ),
         operations=tuple(lowering.operations),
         tensors=lowering.tensors,

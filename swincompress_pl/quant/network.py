@@ -157,8 +157,8 @@ class QuantizedNetwork(nn.Module):
         return self.twin()(pixels)
 
     def pixels(self, images: Tensor) -> Tensor:
-        """The uint8 pixels (N, H, W, C) of normalized images (N, C, H, W), rounded; ValueError if they cannot be
-        pixels."""
+        """The uint8 pixels (N, H, W, C) of normalized images (N, C, H, W), rounded, with time behind the batch where
+        there is any; ValueError if they cannot be pixels."""
         mean, std = (
             torch.tensor(self.preprocessing[key], device=images.device, dtype=torch.float32)[:, None, None]
             for key in ("mean", "std")
@@ -170,7 +170,7 @@ class QuantizedNetwork(nn.Module):
                 f"images reach from {low:.1f} to {high:.1f} in pixel steps; pass images normalized with mean "
                 f"{self.preprocessing['mean']} and std {self.preprocessing['std']}, without NaN"
             )
-        return real.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+        return real.round().clamp(0, 255).to(torch.uint8).movedim(-3, -1).contiguous()
 
     def to_program(self) -> Program:
         """The integer Program with the present weights and scales."""
