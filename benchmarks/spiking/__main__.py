@@ -1,0 +1,101 @@
+"""`python -m benchmarks.spiking COMMAND`: see README.md in the folder above."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from swincompress_pl.report import describe_environment
+
+from ..primesvt.subjects import SUBJECTS
+from ..pruning.subjects import Place
+from .exact import BUILDERS
+
+
+def main() -> None:
+    """Runs one command."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.spiking")
+    commands = parser.add_subparsers(required=True)
+    exact = commands.add_parser("exact", help="compare reference, twin and engine on every builder")
+    exact.set_defaults(command=_exact)
+    exact.add_argument("--models", default=",".join(BUILDERS), help="names, with commas between them")
+    exact.add_argument("--steps", default="1,2,4", help="numbers of time steps")
+    exact.add_argument("--batches", default="1,3")
+    accuracy = commands.add_parser("accuracy", help="of the trained baselines, in the engine")
+    accuracy.set_defaults(command=_accuracy)
+    accuracy.add_argument("--models", default=",".join(SUBJECTS))
+    accuracy.add_argument("--bits", default="W8A8,W4A8", help="widths; `float` is the control, with --tuned")
+    accuracy.add_argument("--tuned", action="store_true", help="after two epochs of fine-tuning")
+    accuracy.add_argument("--data", type=Path, required=True, help="the folder with cifar10_jpeg.tar.xz")
+    accuracy.add_argument("--cache", type=Path, required=True, help="of decoded images")
+    report = commands.add_parser("report", help="write benchmarks/results/spiking.md and .json")
+    report.set_defaults(command=_report)
+    for command in (exact, accuracy, report):
+        command.add_argument("--out", type=Path, required=True, help="of results")
+        command.add_argument("--threads", type=int, default=1)
+        command.add_argument("--commit", default=None)
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    given.command(given)
+
+
+def _exact(given: argparse.Namespace) -> None:
+    from .exact import compare
+
+    batches = [int(count) for count in given.batches.split(",")]
+    for name in given.models.split(","):
+        for steps in map(int, given.steps.split(",")):
+            _keep(given, f"exact-{name}-{steps}", lambda name=name, steps=steps: compare(name, steps, batches))
+
+
+def _accuracy(given: argparse.Namespace) -> None:
+    from .accuracy import measure
+
+    place = Place(data=given.data, cache=given.cache, device="cpu", precision="32-true")
+    for name in given.models.split(","):
+        for bits in given.bits.split(","):
+            key = f"{name}-{bits}{'-tuned' if given.tuned else ''}"
+            width = None if bits == "float" else bits
+            _keep(given, key, lambda name=name, width=width: measure(name, width, given.tuned, place, _commit(given)))
+
+
+def _keep(given: argparse.Namespace, key: str, make: Any) -> None:
+    """Run what has no result yet."""
+    file = given.out / f"{key}.json"
+    if file.is_file():
+        return
+    found = make()
+    environment = describe_environment()
+    packages = ", ".join(f"{name} {environment['packages'][name]}" for name in ("torch", "spikingjelly"))
+    found |= {
+        "commit": _commit(given),
+        "where": f"{environment['cpu']} ({', '.join(environment['cpu_flags'])}), {given.threads} threads, {packages}",
+    }
+    given.out.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(json.dumps(found), encoding="utf-8")
+    temporary.replace(file)
+    print(key, {k: v for k, v in found.items() if not isinstance(v, dict)}, flush=True)
+
+
+def _report(given: argparse.Namespace) -> None:
+    from .report import write
+
+    for file in write(given.out, Path(__file__).resolve().parent.parent / "results"):
+        print(file)
+
+
+def _commit(given: argparse.Namespace) -> str:
+    if given.commit:
+        return str(given.commit)
+    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return found.stdout.strip() or "unknown"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""Accuracy of the trained baselines of `benchmarks.primesvt` in integers, before and after fine-tuning."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from swincompress_pl import accel
+from swincompress_pl.callbacks import QuantizationAwareTraining
+from swincompress_pl.data.cifar import CIFAR10_PREPROCESSING
+from swincompress_pl.quant import QuantizedNetwork, quantize
+
+from ..primesvt.subjects import SUBJECTS
+from ..primesvt.work import FINE_TUNING
+from ..pruning.subjects import Place, trainer
+from ..pruning.training import accuracy, fingerprint
+
+CALIBRATION_IMAGES = 128
+BITS = ("W8A8", "W4A8")
+
+
+class _Engine(nn.Module):
+    """The C++ engine of a quantized network, in the place of the network."""
+
+    def __init__(self, network: QuantizedNetwork, threads: int) -> None:
+        super().__init__()
+        with tempfile.TemporaryDirectory() as folder:
+            file = accel.export(network, Path(folder) / "network.safetensors")
+            self.engine, self.file_bytes = accel.load(file, threads=threads), file.stat().st_size
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        return torch.from_numpy(self.engine(self.network.pixels(images).numpy()))
+
+
+def measure(
+    subject_name: str, bits: str | None, tuned: bool, place: Place, commit: str, seed: int = 0
+) -> dict[str, Any]:
+    """One row. bits None: the float control, which is only fine-tuned."""
+    started, subject = time.perf_counter(), SUBJECTS[subject_name]
+    data = subject.data(place, FINE_TUNING, seed)
+    module = subject.classifier(FINE_TUNING, seed, trained=True)
+    preprocessing = CIFAR10_PREPROCESSING.to_dict()
+    result: dict[str, Any] = {
+        "network": subject_name,
+        "bits": bits,
+        "tuned": tuned,
+        "seed": seed,
+        "commit": commit,
+        "weights": fingerprint(subject.weights),
+        "float": {"test": accuracy(module.net, data, "test")},
+    }
+    if tuned:
+        callbacks: list[Any] = []
+        if bits is not None:
+            qat = QuantizationAwareTraining(
+                start_epoch=0, bits=bits, calibration_images=CALIBRATION_IMAGES, preprocessing=preprocessing
+            )
+            callbacks.append(qat)
+        module.train()
+        trainer(FINE_TUNING.epochs, callbacks, place).fit(module, datamodule=data)
+        network = module.net.eval()
+        result["epochs"] = FINE_TUNING.epochs
+    elif bits is not None:
+        batches = [images for images, _ in data.calibration_dataloader(CALIBRATION_IMAGES)]
+        network = quantize(module.net.eval(), batches, bits=bits, preprocessing=preprocessing).eval()
+    if bits is not None:
+        engine = _Engine(network, torch.get_num_threads())
+        result["file_bytes"] = engine.file_bytes
+        result["integer"] = {"test": accuracy(engine, data, "test")}
+    else:
+        result["integer"] = {"test": accuracy(network, data, "test")}
+    result["seconds"] = round(time.perf_counter() - started)
+    return result

@@ -1,0 +1,105 @@
+"""The results as a page and as data; what is committed stays where its results are no longer at hand."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from swincompress_pl.report.markdown import count, table
+from swincompress_pl.report.record import write_text
+
+from ..pruning.training import right_images
+
+Results = Mapping[str, dict[str, Any]]
+
+
+def write(folder: Path, to: Path) -> list[Path]:
+    """spiking.md and spiking.json in `to`, from the results in `folder` and those that spiking.json keeps."""
+    kept = to / "spiking.json"
+    results: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
+    new = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.json"))}
+    results = dict(sorted((results | {key: _kept(entry, new) for key, entry in new.items()}).items()))
+    if not results:
+        raise ValueError(f"{folder} has no results; `python -m benchmarks.spiking exact --out {folder}` makes some")
+    return [
+        write_text(to / "spiking.md", page(results)),
+        write_text(kept, json.dumps(results, allow_nan=False, indent=1) + "\n"),
+    ]
+
+
+def _kept(entry: dict[str, Any], results: Results) -> dict[str, Any]:
+    """Without answers, but with what was counted of them against the network that the row is compared with."""
+    if "integer" not in entry:
+        return entry
+    control = results.get(f"{entry['network']}-float-tuned") if entry["tuned"] and entry["bits"] else None
+    before = control["integer"]["test"] if control else entry["float"]["test"]
+    was, now = right_images(before), right_images(entry["integer"]["test"])
+    slim = dict(entry) | {"paired": [int((was & ~now).sum()), int((~was & now).sum())], "against": before["percent"]}
+    for state in ("float", "integer"):
+        slim[state] = {"test": {key: value for key, value in entry[state]["test"].items() if key != "right"}}
+    return slim
+
+
+def page(results: Results) -> str:
+    """The whole page."""
+    parts = [
+        "# Spiking transformers in integers",
+        "Exactness on all builders; accuracy of small trained networks (those of the PrimeSVT benchmark, T = 2, "
+        "CIFAR-10 JPEG copy, 10,000 test images). Every accuracy of integers is the C++ engine's.",
+    ]
+    parts += [text for text in (_exact(results), _accuracy(results)) if text]
+    commits = sorted({f"commit {entry['commit']}" for entry in results.values() if "commit" in entry})
+    commits += sorted({entry["where"] for entry in results.values() if "where" in entry})
+    return "\n\n".join([*parts, "## Where it ran", "\n".join(f"- {line}" for line in commits)]) + "\n"
+
+
+def _exact(results: Results) -> str:
+    rows = [
+        [
+            entry["network"],
+            str(entry["steps"]),
+            ", ".join(map(str, entry["batches"])),
+            str(entry["operations"]),
+            f"{entry['neurons']} ({entry['silent_neurons']} silent)",
+            f"{entry['spike_rate_percent']:.1f}",
+            count(entry["macs"]),
+            str(entry["differ"]),
+        ]
+        for entry in results.values()
+        if "differ" in entry
+    ]
+    header = ["network", "T", "batches", "operations", "neurons", "spike rate, %", "MACs", "values that differ"]
+    text = (
+        "## Reference, twin and engine\n\nFresh weights, statistics set by a pass in training mode, W8A8. Every "
+        "operation's output, spikes included, is compared between the NumPy reference, the torch twin and the C++ engine, and the "
+        "logits of whole passes besides."
+    )
+    return f"{text}\n\n{table(header, rows)}" if rows else ""
+
+
+def _accuracy(results: Results) -> str:
+    rows = []
+    for entry in results.values():
+        if "integer" not in entry:
+            continue
+        reached = entry["integer"]["test"]["percent"]
+        wrong, right = entry["paired"]
+        rows.append(
+            [
+                entry["network"],
+                entry["bits"] or "float, fine-tuned",
+                "yes" if entry["tuned"] else "no",
+                f"{entry['float']['test']['percent']:.2f}",
+                f"{reached:.2f}",
+                f"{entry['against'] - reached:+.2f} ({wrong} / {right})",
+                f"{entry['file_bytes'] / 1e3:.0f}" if "file_bytes" in entry else "",
+            ]
+        )
+    header = ["network", "bits", "fine-tuned", "float, %", "engine, %", "points lost (right to wrong / back)", "kB"]
+    text = (
+        "## Accuracy\n\nScales searched on 128 images. Fine-tuned rows (quantization-aware, 2 epochs) are compared with "
+        "a float control of as many epochs, the others with the float network."
+    )
+    return f"{text}\n\n{table(header, rows)}" if rows else ""
