@@ -73,8 +73,8 @@ def _exact(results: Results) -> str:
     header = ["network", "T", "batches", "operations", "neurons", "spike rate, %", "MACs", "values that differ"]
     text = (
         "## Reference, twin and engine\n\nFresh weights, statistics set by a pass in training mode, W8A8. Every "
-        "operation's output, spikes included, is compared between the NumPy reference, the torch twin and the C++ engine, and the "
-        "logits of whole passes besides."
+        "operation's output, spikes included, is compared between the NumPy reference, the torch twin and the C++ "
+        "engine, and the logits of whole passes besides."
     )
     return f"{text}\n\n{table(header, rows)}" if rows else ""
 
@@ -99,7 +99,7 @@ def _accuracy(results: Results) -> str:
         )
     header = ["network", "bits", "fine-tuned", "float, %", "engine, %", "points lost (right to wrong / back)", "kB"]
     text = (
-        "## Accuracy\n\nScales searched on 128 images. Fine-tuned rows (quantization-aware, 2 epochs) are compared with "
-        "a float control of as many epochs, the others with the float network."
+        "## Accuracy\n\nScales searched on 128 images. Fine-tuned rows (quantization-aware, 2 epochs) are compared "
+        "with a float control of as many epochs, the others with the float network."
     )
     return f"{text}\n\n{table(header, rows)}" if rows else ""
