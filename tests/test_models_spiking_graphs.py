@@ -68,6 +68,30 @@ def test_the_graph_is_the_network_spike_for_spike(name: str, statistics: str) ->
     assert sum(0 < float(s.mean()) < 1 for s in expected.values()) > len(expected) / 2, "the network is dead"
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_gradients_are_those_of_spikingjelly(name: str) -> None:
+    """Through surrogates, folded BatchNorms and time; BatchNorms on their running statistics on both sides."""
+    network, images = lively(FAMILIES[name], 7, trained_statistics=True)
+    graph, labels = graph_of(network), torch.tensor([1, 2])
+    found = []
+    for run_on in (network, Run(graph, network, Passthrough())):
+        network.train()
+        for module in network.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+        network.zero_grad()
+        nn.functional.cross_entropy(run_on(images), labels).backward()
+        found.append({key: parameter.grad for key, parameter in network.named_parameters()})
+    moved, largest = 0, max(float(grad.abs().max()) for grad in found[0].values() if grad is not None)
+    for key, expected in found[0].items():
+        if expected is not None:
+            torch.testing.assert_close(
+                found[1][key], expected, rtol=1e-4, atol=1e-10 * largest, msg=lambda text, key=key: f"{key}: {text}"
+            )
+            moved += bool(expected.any())
+    assert moved > len(found[0]) / 2
+
+
 def quantized(name: str, seed: int, time_steps: int, *, bits: str = "W8A8") -> Any:
     def build() -> nn.Module:
         return FAMILIES[name](T=time_steps)  # type: ignore[call-arg]
@@ -149,6 +173,25 @@ def test_thresholds_are_whole_numbers_of_the_weights_steps() -> None:
             real = 8 / step
             torch.testing.assert_close(real, real.round(), rtol=1e-5, atol=0)
             assert lif.attributes["fraction_bits"] >= 3
+
+
+def test_channels_that_barely_have_weights_keep_their_thresholds() -> None:
+    """One has tiny weights, one tiny weights and a large bias, one none at all."""
+    network, _ = lively(FAMILIES["spikformer"], 2, trained_statistics=False)
+    fc1: Any = network.blocks[0].mlp.fc1  # type: ignore[index, union-attr]
+    with torch.no_grad():
+        for channel, (scale, bias) in enumerate([(1e-12, 0.3), (1e-9, 60.0), (0.0, 5.0)]):
+            fc1[1].weight[channel], fc1[1].bias[channel] = scale, bias
+            fc1[1].running_mean[channel] = 0.0
+    images = normalized(pictures(4))
+    small = quantize(network.float(), [images], method="max", preprocessing=PREPROCESSING).eval()
+    assert_one_answer(small, pictures(2, seed=1))
+    spikes = next(
+        out for op, out in steps(small.to_program(), pictures(2).numpy()) if op.name == "blocks.0.mlp.neuron1"
+    )
+    # a current of 0.3 never reaches the threshold of 1, one of 60 always does, one of 5 does from the first step on
+    assert [int(spikes[..., channel].min()) for channel in range(3)] == [0, 1, 1]
+    assert int(spikes[..., 0].max()) == 0
 
 
 def _back(graph: Graph, node: Node) -> set[str]:

@@ -127,17 +127,22 @@ class ConvNormNode(WeightedNode):
         x = inputs[0]
         _, stride, _, groups = self.geometry(run.network)
         weight = run.weight(self) * self._deviation(x)
-        images = self._padded(run.network, x).permute(0, 3, 1, 2)
+        # A copy to channels first: on channels last, backward passes of torch 2.15 on a CPU give wrong gradients
+        # (double precision, 3 channels) or write beyond their memory (1 x 1 with stride 2, 4 to 8 channels).
+        images = self._padded(run.network, x).permute(0, 3, 1, 2).contiguous()
         y = F.conv2d(images, weight, self.folded_bias(run.network), stride, groups=groups).permute(0, 2, 3, 1)
         return y.reshape(*x.shape[:-3], *y.shape[1:])
 
     def settled_step(self, network: nn.Module, step: Tensor, in_scale: float) -> Tensor:
-        """Such that the threshold is a whole number of them, a fraction included that every neuron has."""
+        """Such that the threshold is a whole number of them, a fraction included that every neuron has; and not below
+        what threshold and bias, with that fraction, can count. Weights that are smaller move no membrane."""
         if self.neuron is None:
             return step
-        threshold = (
-            Neuron.of(self.neuron, network.get_submodule(self.neuron)).threshold * _THRESHOLD_FRACTION / in_scale
-        )
+        threshold = Neuron.of(self.neuron, network.get_submodule(self.neuron)).threshold / in_scale
+        bias = self.folded_bias(network).abs() / in_scale
+        largest = torch.maximum(bias, torch.full_like(bias, threshold))
+        step = torch.maximum(step, largest * 2**FRACTION_BITS_MAX / CURRENT_MAX)
+        threshold = threshold * _THRESHOLD_FRACTION
         return threshold / torch.round(threshold / step).clamp(min=1)
 
     def search_weight(self, network: nn.Module) -> Tensor:
