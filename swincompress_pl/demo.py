@@ -11,7 +11,8 @@ import copy
 import logging
 import tempfile
 import warnings
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,12 @@ from safetensors.torch import save_file
 from torch import nn
 
 from swincompress_pl import accel
-from swincompress_pl.callbacks import AdaptiveIterativePruning, CompressedCheckpoint, QuantizationAwareTraining
+from swincompress_pl.callbacks import (
+    AdaptiveIterativePruning,
+    CompressedCheckpoint,
+    PrimeSVT,
+    QuantizationAwareTraining,
+)
 from swincompress_pl.data import Digits, ShiftRotate
 from swincompress_pl.models import CompressibleClassifier
 from swincompress_pl.models.classifier import DistillationConfig, OptimizationConfig
@@ -73,6 +79,63 @@ class Schedule:
             )
 
 
+def _round_robin(plan: Schedule) -> Callback:
+    """The tolerance is four of the 180 hold-out images; the epochs after the last round win them back."""
+    return AdaptiveIterativePruning(
+        tolerance=2.3, step=0.15, target=plan.target, max_rounds=max(1, plan.quantize_epoch - 2)
+    )
+
+
+def _single_shot(plan: Schedule) -> Callback:
+    """PrimeSVT before the first epoch, each layer alone; the network is narrow, so widths in steps of four."""
+    return PrimeSVT(max_accuracy_drop=3.0, min_memory_saving=0.25, blocks="layer", round_to=4)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """A network of the demo: for `create_model`, how it is trained, and what prunes it."""
+
+    title: str
+    model: str
+    arguments: Mapping[str, Any]
+    schedule: Schedule
+    pruning: Callable[[Schedule], Callback]
+
+
+SUBJECTS = {
+    "swin": Subject(
+        title="small Swin",
+        model="SwinTransformer",
+        arguments={
+            "img_size": IMAGE[2],
+            "patch_size": 8,  # 2 x 2 pixels of the original 8 x 8 image
+            "window_size": 2,
+            "embed_dim": 64,
+            "depths": [2, 2],
+            "num_heads": [4, 8],
+            "drop_path_rate": 0.0,
+        },
+        schedule=Schedule(),
+        pruning=_round_robin,
+    ),
+    "spikformer": Subject(
+        title="small Spikformer",
+        model="Spikformer",
+        arguments={
+            "T": 2,
+            "img_size_h": IMAGE[2],
+            "img_size_w": IMAGE[3],
+            "patch_size": 4,
+            "embed_dims": 48,
+            "num_heads": 4,
+            "depths": 1,
+        },
+        schedule=Schedule(float_epochs=24, quantize_epoch=4, epochs=8),
+        pruning=_single_shot,
+    ),
+}
+
+
 @dataclass
 class PrunedSnapshot(Callback):
     """Keeps a copy of the network as it is when pruning is over and quantization has not begun."""
@@ -86,37 +149,50 @@ class PrunedSnapshot(Callback):
             self.network = copy.deepcopy(pl_module.net).eval()
 
 
-def run(output: str | Path, *, seed: int = 0, threads: int | None = None, schedule: Schedule | None = None) -> Path:
+def run(
+    output: str | Path,
+    *,
+    model: str = "swin",
+    seed: int = 0,
+    threads: int | None = None,
+    schedule: Schedule | None = None,
+) -> Path:
     """Runs the demo and returns the path of its report, `output`/report.md.
 
-    output: directory for the checkpoint, the artifact and the report. threads: of training and measurement, default
-    all.
+    output: directory for the checkpoint, the artifact and the report. model: "swin", pruned round by round, or
+    "spikformer", a spiking one, pruned by PrimeSVT. threads: of training and measurement, default all. Raises
+    ValueError for another model.
     """
-    console = Console()
+    if model not in SUBJECTS:
+        raise ValueError(f"model is {model!r}; choose one of {', '.join(SUBJECTS)}")
+    console, subject = Console(), SUBJECTS[model]
     directory = Path(output)
     directory.mkdir(parents=True, exist_ok=True)
-    plan = schedule or Schedule()
+    plan = schedule or subject.schedule
     threads = threads or torch.get_num_threads()
     torch.set_num_threads(threads)
 
     data = Digits(seed=seed, augmentation=ShiftRotate(shift_px=4, rotation_deg=10.0))
     lightning.seed_everything(seed, verbose=False)
-    console.print(f"[bold]1. Train[/] a small Swin on {data.num_classes} digits, {plan.float_epochs} epochs in float")
-    weights = _train(data, plan, directory)
+    console.print(
+        f"[bold]1. Train[/] a {subject.title} on {data.num_classes} digits, {plan.float_epochs} epochs in float"
+    )
+    weights = _train(subject, data, plan, directory)
     console.print(f"[bold]2. Compress[/]: prune and quantize in one fit of {plan.epochs} epochs")
-    compressed = _compress(data, plan, directory, weights)
+    compressed = _compress(subject, data, plan, directory, weights)
 
     # Nothing but the file: the checkpoint says how its network was pruned and quantized.
     module = CompressibleClassifier.load_from_checkpoint(compressed.checkpoint, distillation=None).eval()
     artifact = accel.export(module, directory / "model.safetensors")
     record = RunRecord(
-        name="swincompress demo: a small Swin on handwritten digits",
+        name=f"swincompress demo: a {subject.title} on handwritten digits",
         environment=describe_environment(threads=threads),
         data="scikit-learn's digits, 32 x 32 pixels: the 360 images of the test split",
     )
     if compressed.search is not None:
         record.add_pruning(compressed.search, tolerance=compressed.tolerance)
-    before = _network(data, weights).net.eval()
+    record.notes.extend(compressed.notes)
+    before = _network(subject, data, weights).net.eval()
     _measure(record, data, {"float": before, "pruned": compressed.pruned}, module, artifact, threads)
     console.print("[bold]3. Latency[/] beside the uncompressed network in torch and onnxruntime (where installed)")
     _latency(record, before, artifact, threads)
@@ -130,22 +206,15 @@ class _Compressed:
     checkpoint: Path
     pruned: nn.Module
     search: dict[str, Any] | None
-    tolerance: float
+    tolerance: float | None
+    notes: list[str]
 
 
-def _network(data: Digits, weights: Path | None = None, **options: Any) -> CompressibleClassifier:
+def _network(subject: Subject, data: Digits, weights: Path | None = None, **options: Any) -> CompressibleClassifier:
     return CompressibleClassifier(
-        model="SwinTransformer",
+        model=subject.model,
         num_classes=data.num_classes,
-        model_kwargs={
-            "img_size": IMAGE[2],
-            "patch_size": 8,  # 2 x 2 pixels of the original 8 x 8 image
-            "window_size": 2,
-            "embed_dim": 64,
-            "depths": [2, 2],
-            "num_heads": [4, 8],
-            "drop_path_rate": 0.0,
-        },
+        model_kwargs=dict(subject.arguments),
         checkpoint_path=weights,
         **options,
     )
@@ -164,10 +233,10 @@ def _trainer(directory: Path, epochs: int, callbacks: list[Callback], **options:
     )
 
 
-def _train(data: Digits, plan: Schedule, directory: Path) -> Path:
+def _train(subject: Subject, data: Digits, plan: Schedule, directory: Path) -> Path:
     """The float network, trained to the end of its schedule; the path of its weights."""
     optimization = OptimizationConfig(lr=2e-3, weight_decay=0.05, warmup_epochs=3)
-    module = _network(data, optimization=optimization, label_smoothing=0.1)
+    module = _network(subject, data, optimization=optimization, label_smoothing=0.1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer = _trainer(directory, plan.float_epochs, [], enable_checkpointing=False, check_val_every_n_epoch=5)
@@ -177,9 +246,10 @@ def _train(data: Digits, plan: Schedule, directory: Path) -> Path:
     return weights
 
 
-def _compress(data: Digits, plan: Schedule, directory: Path, weights: Path) -> _Compressed:
+def _compress(subject: Subject, data: Digits, plan: Schedule, directory: Path, weights: Path) -> _Compressed:
     """Rounds of pruning, fine-tuning and quantization-aware training in one fit, taught by the float network."""
     module = _network(
+        subject,
         data,
         weights,
         optimization=OptimizationConfig(lr=1e-3, weight_decay=0.05, warmup_epochs=1),
@@ -187,10 +257,7 @@ def _compress(data: Digits, plan: Schedule, directory: Path, weights: Path) -> _
         distillation=DistillationConfig(weight=0.5, temperature=2.0),
     )
     snapshot = PrunedSnapshot(plan.quantize_epoch)
-    # The tolerance is four of the 180 hold-out images; the epochs after the last round win them back.
-    pruning = AdaptiveIterativePruning(
-        tolerance=2.3, step=0.15, target=plan.target, max_rounds=max(1, plan.quantize_epoch - 2)
-    )
+    pruning = subject.pruning(plan)
     best = CompressedCheckpoint(
         dirpath=directory, filename="best", monitor="val/top1", mode="max", enable_version_counter=False
     )
@@ -199,12 +266,14 @@ def _compress(data: Digits, plan: Schedule, directory: Path, weights: Path) -> _
         quantization = QuantizationAwareTraining(start_epoch=plan.quantize_epoch)
         _trainer(directory, plan.epochs, [snapshot, pruning, quantization, best]).fit(module, data)
     assert snapshot.network is not None
-    return _Compressed(
-        checkpoint=Path(best.best_model_path),
-        pruned=snapshot.network,
-        search=None if pruning.search_state is None else pruning.search_state.to_dict(),
-        tolerance=pruning.config.tolerance,
+    found = _Compressed(
+        checkpoint=Path(best.best_model_path), pruned=snapshot.network, search=None, tolerance=None, notes=[]
     )
+    if isinstance(pruning, AdaptiveIterativePruning) and pruning.search_state is not None:
+        return replace(found, search=pruning.search_state.to_dict(), tolerance=pruning.config.tolerance)
+    if isinstance(pruning, PrimeSVT) and pruning.result is not None:
+        return replace(found, notes=[f"PrimeSVT, on the hold-out, before fine-tuning: {pruning.result.summary()}."])
+    return found
 
 
 def _measure(

@@ -11,9 +11,10 @@ from swincompress_pl.report import RunRecord
 
 
 @pytest.mark.slow
-def test_a_short_demo_reports_every_stage(tmp_path: Path) -> None:
+@pytest.mark.parametrize("model", ["swin", "spikformer"])
+def test_a_short_demo_reports_every_stage(tmp_path: Path, model: str) -> None:
     schedule = Schedule(float_epochs=4, quantize_epoch=2, epochs=4, target=0.2)
-    report = run(tmp_path / "run", seed=0, threads=1, schedule=schedule)
+    report = run(tmp_path / "run", model=model, seed=0, threads=1, schedule=schedule)
     record = RunRecord.load(report.parent)
     assert [stage.name for stage in record.stages] == ["float", "pruned", "quantized", "engine"]
     assert record.checks
@@ -27,6 +28,13 @@ def test_a_short_demo_reports_every_stage(tmp_path: Path) -> None:
     assert after is not None
     assert after.file_bytes < 0.4 * before.file_bytes  # type: ignore[operator]
     assert (report.parent / "before_after.png").is_file()
+    assert any("PrimeSVT" in note for note in record.notes) == (model == "spikformer")
+
+
+def test_an_unknown_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="model is 'bert'; choose one of swin, spikformer"):
+        run(tmp_path / "run", model="bert")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("options", [{"float_epochs": 0}, {"quantize_epoch": 0}, {"quantize_epoch": 9, "epochs": 9}])

@@ -12,12 +12,15 @@ def main(name: str, arguments: Sequence[str]) -> int:
     """Runs the demo; returns 0."""
     command = parser(
         name,
-        "Trains a small Swin on scikit-learn's digits, prunes it, quantizes it, exports it, runs it in integers and "
-        "writes a report: a few minutes on two cores. Nothing is downloaded.",
+        "Trains a small Swin (or Spikformer) on scikit-learn's digits, prunes it, quantizes it, exports it, runs it in "
+        "integers and writes a report: a few minutes on two cores. Nothing is downloaded.",
         "swincompress demo --output runs/demo --threads 2",
     )
     command.add_argument(
         "--output", type=str, default="runs/demo", help="directory of the report, the checkpoint and the artifact"
+    )
+    command.add_argument(
+        "--model", default="swin", choices=("swin", "spikformer"), help="the network; spikformer is a spiking one"
     )
     command.add_argument("--seed", type=int, default=0, help="seed of weights, order and augmentation")
     command.add_argument(
@@ -28,5 +31,5 @@ def main(name: str, arguments: Sequence[str]) -> int:
         raise ValueError(f"--threads is {given.threads}; give 1 or more")
     from swincompress_pl.demo import run
 
-    run(Path(given.output), seed=given.seed, threads=given.threads)  # prints the path of its report
+    run(Path(given.output), model=given.model, seed=given.seed, threads=given.threads)  # prints the path of its report
     return 0
