@@ -194,6 +194,17 @@ def test_channels_that_barely_have_weights_keep_their_thresholds() -> None:
     assert int(spikes[..., 0].max()) == 0
 
 
+def test_a_bias_that_outgrew_its_steps_is_refused() -> None:
+    network, _ = lively(FAMILIES["spikformer"], 2, trained_statistics=False)
+    small = quantize(network.float(), [normalized(pictures(2))], method="max", preprocessing=PREPROCESSING).eval()
+    with torch.no_grad():
+        small.network.blocks[0].mlp.fc1[1].bias[3] = 1e9
+    with pytest.raises(
+        ValueError, match=r"blocks.0.mlp.neuron1: channel 3 has a bias of 1e\+09, beyond .* recalibrate"
+    ):
+        small.to_program()
+
+
 def _back(graph: Graph, node: Node) -> set[str]:
     """Names of what a node reads, poolings passed over."""
     makers = {each.output: each for each in graph.nodes}

@@ -23,6 +23,8 @@ from swincompress_pl.quant.neurons import Neuron, spikes
 FRACTION_BITS_MAX = 8
 # Thresholds are whole numbers of a step over this, a power of two that is no more than any layer's fraction.
 _THRESHOLD_FRACTION = 8
+# How far training may raise a bias, or bring it above the threshold, before the steps have to be calibrated again.
+_BIAS_HEADROOM = 16
 # A multiplier of 2**21 and a shift of 21: the accumulator as it is.
 _AS_IT_IS = (2**21, 21)
 
@@ -141,7 +143,7 @@ class ConvNormNode(WeightedNode):
         threshold = Neuron.of(self.neuron, network.get_submodule(self.neuron)).threshold / in_scale
         bias = self.folded_bias(network).abs() / in_scale
         largest = torch.maximum(bias, torch.full_like(bias, threshold))
-        step = torch.maximum(step, largest * 2**FRACTION_BITS_MAX / CURRENT_MAX)
+        step = torch.maximum(step, _BIAS_HEADROOM * largest * 2**FRACTION_BITS_MAX / CURRENT_MAX)
         threshold = threshold * _THRESHOLD_FRACTION
         return threshold / torch.round(threshold / step).clamp(min=1)
 
@@ -250,7 +252,13 @@ class NeuronNode(Node):
                 "no whole number below 2**28 of it; recalibrate, or prune the channel"
             )
         decay = round(float(torch.as_tensor(neuron.decay).detach()) * 2**DECAY_BITS)
-        bias = np.clip(np.rint(current.bias * self.gain / unit), -CURRENT_MAX, CURRENT_MAX)
+        bias = np.rint(current.bias * self.gain / unit)
+        if (np.abs(bias) > CURRENT_MAX).any():
+            worst = int(np.abs(bias).argmax())
+            raise ValueError(
+                f"channel {worst} has a bias of {current.bias[worst] * self.gain:.3g}, beyond {CURRENT_MAX} units of "
+                f"{unit[worst]:.3g}; recalibrate"
+            )
         lowering.emit(
             self,
             "lif",
