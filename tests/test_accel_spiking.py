@@ -16,6 +16,7 @@ from swincompress_pl.accel.core import operation_engine
 from swincompress_pl.norm import Program, ProgramError, run
 from swincompress_pl.norm import steps as program_steps
 from swincompress_pl.norm.kinds import check_operation
+from swincompress_pl.norm.spiking_kinds import SPIKING_KINDS
 from swincompress_pl.quant.twin import TorchTwin, run_operation
 
 
@@ -73,6 +74,7 @@ def test_cases_pass_the_check_keep_their_type_and_reach_both_answers() -> None:
         seen[SPIKING_MAKERS[number % len(SPIKING_MAKERS)].__name__] |= {bool(result.any()), bool(not result.all())}
         if case.kind == "lif":
             rates.append(float(result.mean()))
+    assert set(SPIKING_KINDS) <= {case.kind for case in spiking_cases(2 * len(SPIKING_MAKERS))}
     assert all(len(found) == 2 or found == {True} for found in seen.values()), seen
     assert 0.1 < np.mean(rates) < 0.9
 

@@ -9,7 +9,6 @@ from typing import Any
 from spikingjelly.activation_based.neuron import BaseNode
 from torch import nn
 
-from swincompress_pl.norm import INPUT_VALUE
 from swincompress_pl.quant import AddNode, Graph, GraphBuilder, MeanNode, Node, Site
 from swincompress_pl.quant.graph import LOGIT_BITS
 from swincompress_pl.quant.spiking_nodes import (
@@ -23,6 +22,7 @@ from swincompress_pl.quant.spiking_nodes import (
     WidenNode,
 )
 
+_IMAGES = "images"  # the value that every graph begins with
 # Steps of a stream of membrane potentials to the lowest threshold: a sum is rounded to 1 / 8192 of it.
 _STREAM_STEPS = 4096
 
@@ -64,7 +64,7 @@ class SpikingBuilder(GraphBuilder):
         )
         assert size is not None
         self._values = {
-            INPUT_VALUE: _Value(
+            _IMAGES: _Value(
                 height=size[0], width=size[1], channels=len(preprocessing["mean"]), timed=self._event_steps is not None
             )
         }
@@ -73,7 +73,7 @@ class SpikingBuilder(GraphBuilder):
 
     def finished(self) -> Graph:
         """The graph of all that was appended."""
-        image = self._values[INPUT_VALUE]
+        image = self._values[_IMAGES]
         return self.graph(height=image.height, width=image.width, channels=image.channels, time_steps=self._event_steps)
 
     def of(self, value: str) -> _Value:
@@ -114,7 +114,7 @@ class SpikingBuilder(GraphBuilder):
         plain = all(value == 1 for value in dilation) and module.padding_mode == "zeros"
         plain = plain and (module.weight.ndim == 4 or tuple(module.kernel_size) == (1,))
         self.refuse(not plain, f"{path} is {module}; convolutions without dilation, padded with zeros, are supported")
-        name, first, given = f"{path}{part}", x == INPUT_VALUE, self.of(x)
+        name, first, given = f"{path}{part}", x == _IMAGES, self.of(x)
         channels = module.out_channels if rows is None else rows[1] - rows[0]
         if site is not None:
             placed = self.site(replace(site, name=name, segments=(channels,)))
