@@ -265,5 +265,8 @@ def test_what_has_no_integer_form_is_refused() -> None:
     with pytest.raises(UnsupportedNetworkError, match=r"blocks.0.mlp.neuron1 is QIFNode; neurons with an integer form"):
         quantize(network.float(), [normalized(pictures(2))], method="max", preprocessing=PREPROCESSING)
     network, _ = lively(FAMILIES["sdt"], 0, trained_statistics=False)
+    network.patch_embed.final_stage[2].ceil_mode = True  # type: ignore[index, union-attr]
+    with pytest.raises(UnsupportedNetworkError, match=r"final_stage.2 is MaxPool2d.* without dilation or ceil_mode"):
+        graph_of(network)
     with pytest.raises(UnsupportedNetworkError, match="give preprocessing 'height' and 'width'"):
         graph_of(network, {key: PREPROCESSING[key] for key in ("mean", "std")})

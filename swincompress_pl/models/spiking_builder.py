@@ -143,6 +143,9 @@ class SpikingBuilder(GraphBuilder):
 
     def max_pool(self, path: str, x: str) -> str:
         pool: Any = self.network.get_submodule(path)
+        sizes = (pool.kernel_size, pool.stride, pool.padding)
+        plain = all(isinstance(size, int) for size in sizes) and pool.dilation == 1 and not pool.ceil_mode
+        self.refuse(not plain, f"{path} is {pool}; square poolings without dilation or ceil_mode are supported")
         given = self.of(x)
         height, width = (
             (size + 2 * pool.padding - pool.kernel_size) // pool.stride + 1 for size in (given.height, given.width)
