@@ -9,6 +9,24 @@ namespace {
 
 constexpr Size kCurrentMax = Size{1} << 27, kThresholdMax = Size{1} << 28;
 
+// This thread's share of the output rows of all images.
+template <typename Call>
+Call with_share(Call call, const Work& work, Size rows) {
+    const Range range = share(work.images * rows, 1, work.part, work.parts);
+    call.first_row = range.first;
+    call.last_row = range.last;
+    return call;
+}
+
+// The same for a call from x to y.
+template <typename Call>
+Call placed(const Call& call, const Work& work, Size rows) {
+    Call mine = with_share(call, work, rows);
+    mine.x = work.inputs[0];
+    mine.y = work.output;
+    return mine;
+}
+
 class LifStep : public Step {
 public:
     LifStep(const LifCall& call, std::vector<std::int32_t> threshold, std::vector<std::int32_t> reset,
@@ -66,15 +84,7 @@ public:
     MaxPoolStep(const WindowCall& call, Type type, Size rows, const Kernels& kernels)
         : call_(call), type_(type), rows_(rows), kernels_(kernels) {}
 
-    void run(const Work& work) const override {
-        const Range range = share(work.images * rows_, 1, work.part, work.parts);
-        WindowCall call = call_;
-        call.x = work.inputs[0];
-        call.y = work.output;
-        call.first_row = range.first;
-        call.last_row = range.last;
-        kernels_.max_pool(type_, call);
-    }
+    void run(const Work& work) const override { kernels_.max_pool(type_, placed(call_, work, rows_)); }
 
 private:
     WindowCall call_;
@@ -101,15 +111,7 @@ public:
         layer_.shift = shift_.data();
     }
 
-    void run(const Work& work) const override {
-        const Range range = share(work.images * rows_, 1, work.part, work.parts);
-        WindowCall call = call_;
-        call.x = work.inputs[0];
-        call.y = work.output;
-        call.first_row = range.first;
-        call.last_row = range.last;
-        kernels_.grouped_conv(layer_, call);
-    }
+    void run(const Work& work) const override { kernels_.grouped_conv(layer_, placed(call_, work, rows_)); }
 
 private:
     GroupedConvolution layer_;
@@ -126,15 +128,7 @@ public:
     BlockSumStep(const BlockSumCall& call, Size rows, const Kernels& kernels)
         : call_(call), rows_(rows), kernels_(kernels) {}
 
-    void run(const Work& work) const override {
-        const Range range = share(work.images * rows_, 1, work.part, work.parts);
-        BlockSumCall call = call_;
-        call.x = work.inputs[0];
-        call.y = work.output;
-        call.first_row = range.first;
-        call.last_row = range.last;
-        kernels_.block_sum(call);
-    }
+    void run(const Work& work) const override { kernels_.block_sum(placed(call_, work, rows_)); }
 
 private:
     BlockSumCall call_;
@@ -148,13 +142,10 @@ public:
         : call_(call), rows_(rows), kernels_(kernels) {}
 
     void run(const Work& work) const override {
-        const Range range = share(work.images * rows_, 1, work.part, work.parts);
-        MultiplyCall call = call_;
+        MultiplyCall call = with_share(call_, work, rows_);
         call.a = reinterpret_cast<const std::uint8_t*>(work.inputs[0]);
         call.b = reinterpret_cast<const std::uint8_t*>(work.inputs[1]);
         call.y = reinterpret_cast<std::uint8_t*>(work.output);
-        call.first_row = range.first;
-        call.last_row = range.last;
         kernels_.multiply(call);
     }
 
