@@ -126,7 +126,7 @@ SUBJECTS = {
             "img_size_h": IMAGE[2],
             "img_size_w": IMAGE[3],
             "patch_size": 4,
-            "embed_dims": 32,
+            "embed_dims": 48,
             "num_heads": 4,
             "depths": 1,
         },
