@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from swincompress_pl.report.record import write_text
+
 from ..pruning.subjects import Place
 from .subjects import SUBJECTS
 
@@ -24,6 +26,7 @@ def main() -> None:
     run = commands.add_parser("run", help="run the jobs that have no result yet")
     run.set_defaults(command=_run)
     run.add_argument("--filter", default="*", help="of jobs, patterns with commas between them")
+    run.add_argument("--single-shot", action="store_true", help="search now, fine-tune in a later run")
     run.add_argument("--list", action="store_true", help="only say which there are")
     for command in (train, run):
         command.add_argument("--data", type=Path, required=True, help="the folder with cifar10_jpeg.tar.xz")
@@ -63,16 +66,16 @@ def _run(given: argparse.Namespace) -> None:
     place = Place(data=given.data, cache=given.cache, device=given.device, precision=given.precision)
     for job in jobs:
         file = result_file(given.out, job)
-        ready = SUBJECTS[job.subject].weights.is_file()
-        state = "done" if file.is_file() else "to do" if ready else "no weights"
+        known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+        done = known is not None and (given.single_shot or not job.tuned or "tuned" in known)
+        ready = SUBJECTS[job.subject].weights.is_file() and (job.options is not None or not given.single_shot)
+        state = "done" if done else "to do" if ready else "nothing to do here"
         if given.list or state != "to do":
             print(f"{job.key}: {state}", flush=True)
             continue
-        result = run(job, place, given.commit or _commit(), given.out)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_suffix(".tmp")
-        temporary.write_text(json.dumps(result), encoding="utf-8")
-        temporary.replace(file)
+        commit = given.commit or _commit()
+        result = run(job, place, commit, given.out, known=known, tune=not given.single_shot)
+        write_text(file, json.dumps(result))
         shown = {key: result[key]["test"]["percent"] for key in ("given", "single_shot", "tuned") if key in result}
         print(f"{job.key}: {shown}, {result['seconds']} s", flush=True)
 

@@ -28,8 +28,6 @@ def measure(subject: str, out: Path, *, turns: int = 20) -> dict[str, Any]:
     for file in sorted(out.glob(f"{subject}-*.json")):
         entry = json.loads(file.read_text(encoding="utf-8"))
         search = entry.get("search")
-        if file.stem.endswith("-tuned"):
-            continue  # the same network as before it was tuned, to the clock
         if search and search["config"]["mode"] == "group" and search["applied"] and not entry["job"]["naive"]:
             networks[entry["job"]["name"]] = _pruned(SUBJECTS[subject], search["applied"]["widths"])
     macs = {name: count_macs(network, INPUT_SHAPE) for name, network in networks.items()}

@@ -178,8 +178,8 @@ def _tuned(results: Results, subject: str) -> str:
     reached = control["tuned"]["test"]["percent"]
     rows = [["control, unpruned", "", f"{reached:.2f}"]]
     for name, title in _METHODS.items():
-        entry = results.get(f"{subject}-{name}-tuned")
-        if entry is not None and entry["search"]["applied"]:
+        entry = results.get(f"{subject}-{name}", {})
+        if "tuned" in entry and entry["search"]["applied"]:
             rows.append([title, f"{entry['search']['applied']['saving']:.2%}", _points(entry, "tuned", reached)])
     epochs = control["tuned"]["epochs"]
     return table([f"fine-tuned, {epochs} epochs each", "parameters saved", "test, % against the control"], rows)
@@ -211,7 +211,7 @@ def _costs(results: Results) -> str:
     rows = []
     for key, entry in results.items():
         scoring = entry.get("search", {}).get("scoring")
-        if not scoring or key.endswith("-tuned"):
+        if not scoring:
             continue
         forwards = scoring["image_forwards"]
         naive, distinct = scoring["naive_image_forwards"], scoring["naive_image_forwards_distinct"]
@@ -239,7 +239,7 @@ def _ablations(results: Results) -> str:
     rows = []
     for key, entry in results.items():
         job, search = entry.get("job", {}), entry.get("search")
-        if search is None or job["name"].removesuffix("-tuned") in _METHODS:
+        if search is None or job["name"] in _METHODS:
             continue
         applied = search["applied"]
         rows.append(

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from swincompress_pl.pruning import HoldOut, PrimeSVTConfig, primesvt
+from swincompress_pl.pruning import HoldOut, PrimeSVTConfig, PrimeSVTResult, primesvt
 from swincompress_pl.pruning.prime_candidates import batchnorm_state, restore_batchnorm
 from swincompress_pl.report import describe_environment
 from swincompress_pl.report.spiking import spiking_cost
@@ -52,10 +52,10 @@ def all_jobs() -> list[Job]:
     jobs = []
     for subject in SUBJECTS:
         jobs.append(Job(subject=subject, name="control", options=None, tuned=True))
-        for name, options in _SEARCHES.items():
-            jobs.append(Job(subject=subject, name=name, options=options))
-            if name in _TUNED:
-                jobs.append(Job(subject=subject, name=f"{name}-tuned", options=options, tuned=True))
+        jobs += [
+            Job(subject=subject, name=name, options=options, tuned=name in _TUNED)
+            for name, options in _SEARCHES.items()
+        ]
     jobs += [Job(subject="maxformer", name=f"naive-{mode}", options={"mode": mode}, naive=True) for mode in _MODES]
     never, none = {"frozen": "never"}, {"increments": (0.08, 0.04, 0.02, 0.01)}
     for theta in _THETAS:
@@ -90,15 +90,20 @@ _TUNED = ("paper", "paper-2.25", "group", "group-layers", "group-strict", "deep-
 _THETAS = (0.5, 1.0, 1.5, 2.0)
 
 
-def run(job: Job, place: Place, commit: str, out: Path, seed: int = 0) -> dict[str, Any]:
-    """The job's result, in JSON types. A search's verdicts stay in `out`/memo: the job that fine-tunes after the same
-    search does not make them again."""
+def run(
+    job: Job, place: Place, commit: str, out: Path, *, seed: int = 0, known: dict[str, Any] | None = None, tune: bool
+) -> dict[str, Any]:
+    """The job's result, in JSON types.
+
+    known: what was found before of a job that is only to be fine-tuned yet; its search comes from its memo in `out`.
+    tune: fine-tune now, if the job says so.
+    """
     started, subject = time.perf_counter(), SUBJECTS[job.subject]
     data = subject.data(place, FINE_TUNING, seed)
     module = subject.classifier(FINE_TUNING, seed, trained=True)
     network = module.net.to(place.device).eval()
     images = next(iter(data.holdout_dataloader()))[0][:_COUNTED_IMAGES]
-    result: dict[str, Any] = {
+    result = known or {
         "job": {"subject": job.subject, "name": job.name, "options": job.options, "naive": job.naive},
         "commit": commit,
         "seed": seed,
@@ -108,32 +113,44 @@ def run(job: Job, place: Place, commit: str, out: Path, seed: int = 0) -> dict[s
         "given": _figures(network, data, images),
     }
     if job.options is not None:
-        options = _COMMON | job.options
-        if options.get("mode") == "paper":
-            options.pop("round_to")
-        if job.naive:
-            options |= {"benefit_resolution_points": 1e-9, "robustness_resolution_points": 1e-9}
-        plain: dict[str, Any] = {"confidence": 1.0, "cache_size_bytes": 0} if job.naive else {}
-        holdout = HoldOut.from_batches(data.holdout_dataloader(), **plain)
-        calibration = [batch for batch, _ in data.calibration_dataloader(_BATCHNORM_IMAGES)]
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="PrimeSVT: no candidate keeps both")
-            found = primesvt(
-                network,
-                holdout,
-                PrimeSVTConfig(**options),
-                input_shape=INPUT_SHAPE,
-                calibration=calibration,
-                memo=out / "memo" / f"{job.key.removesuffix('-tuned')}.jsonl",
-            )
-        result["search"] = found.to_dict()
-        result["single_shot"] = _figures(network, data, images)
-        if options.get("batchnorm", "keep") == "keep":
-            result["batchnorm_anew"] = _with_batchnorm_anew(network, data, calibration)
-    if job.tuned:
-        result["tuned"] = _fine_tune(subject, module, data, place) | _figures(network, data, images)
-    result["seconds"] = round(time.perf_counter() - started)
+        found = _search(job, network, data, out)
+        if known is None:
+            result["search"] = found.to_dict()
+            result["single_shot"] = _figures(network, data, images)
+            if job.options.get("batchnorm", "keep") == "keep":
+                result["batchnorm_anew"] = _with_batchnorm_anew(network, data)
+        elif known["search"]["applied"] != found.to_dict()["applied"]:
+            raise ValueError(f"{job.key} was searched with other code or weights; remove {result_file(out, job)}")
+    if job.tuned and tune:
+        result["tuned"] = (
+            _fine_tune(subject, module, data, place) | {"commit": commit} | _figures(network, data, images)
+        )
+    result["seconds"] = round(time.perf_counter() - started) + result.get("seconds", 0)
     return result
+
+
+def _search(job: Job, network: nn.Module, data: MemoryData, out: Path) -> PrimeSVTResult:
+    """Prunes the network."""
+    options = _COMMON | (job.options or {})
+    if options.get("mode") == "paper":
+        options.pop("round_to")
+    if job.naive:
+        options |= {"benefit_resolution_points": 1e-9, "robustness_resolution_points": 1e-9}
+    plain: dict[str, Any] = {"confidence": 1.0, "cache_size_bytes": 0} if job.naive else {}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="PrimeSVT: no candidate keeps both")
+        return primesvt(
+            network,
+            HoldOut.from_batches(data.holdout_dataloader(), **plain),
+            PrimeSVTConfig(**options),
+            input_shape=INPUT_SHAPE,
+            calibration=_calibration(data),
+            memo=out / "memo" / f"{job.key}.jsonl",
+        )
+
+
+def _calibration(data: MemoryData) -> list[torch.Tensor]:
+    return [batch for batch, _ in data.calibration_dataloader(_BATCHNORM_IMAGES)]
 
 
 def _where(place: Place) -> str:
@@ -153,10 +170,10 @@ def _figures(network: nn.Module, data: MemoryData, images: torch.Tensor) -> dict
     }
 
 
-def _with_batchnorm_anew(network: nn.Module, data: MemoryData, calibration: list[torch.Tensor]) -> dict[str, Any]:
+def _with_batchnorm_anew(network: nn.Module, data: MemoryData) -> dict[str, Any]:
     """The accuracy with BatchNorm's statistics of the pruned network; it is left as it was."""
     before = batchnorm_state(network)
-    torch.optim.swa_utils.update_bn(calibration, network)
+    torch.optim.swa_utils.update_bn(_calibration(data), network)
     found = {"test": accuracy(network, data, "test")}
     restore_batchnorm(network, before)
     return found
