@@ -28,6 +28,7 @@ class SpikingCase:
     arrays: tuple[Array, ...]
     attributes: dict[str, Any] = field(default_factory=dict)
     tensors: dict[str, Array] = field(default_factory=dict)
+    largest: int | None = None  # that is known of the inputs
 
     @property
     def operation(self) -> Operation:
@@ -43,7 +44,10 @@ class SpikingCase:
 
     @property
     def values(self) -> list[Value]:
-        return [Value(dtype=d, shape=x.shape[1:]) for d, x in zip(self.dtypes, self.arrays, strict=True)]
+        return [
+            Value(dtype=d, shape=x.shape[1:], largest=self.largest)
+            for d, x in zip(self.dtypes, self.arrays, strict=True)
+        ]
 
     def expected(self) -> Array:
         return KINDS[self.kind].run(self.arrays, self.tensors, self.attributes, self.dtype)
@@ -181,6 +185,31 @@ def grouped_conv_case(rng: np.random.Generator) -> SpikingCase:
     )
 
 
+def spike_linear_case(rng: np.random.Generator) -> SpikingCase:
+    """Layers whose inputs are spikes or sums of two: few and many of them, more than int16 holds largest weights."""
+    rows, k, m = int(_pick(rng, 1, 5, 40)), int(_pick(rng, 1, 7, 64, 259, 700)), int(_pick(rng, 1, 16, 64, 65, 130))
+    largest = int(_pick(rng, 1, 2))
+    rate = float(_pick(rng, 0.0, 0.1, 0.6, 1.0))
+    x = np.where(rng.random((2, rows, k)) < rate, largest if rate == 1 else rng.integers(1, largest + 1), 0)
+    return SpikingCase(
+        kind="linear",
+        dtype=str(_pick(rng, "int8", "uint8", "int16", "int32")),
+        dtypes=(f"uint{largest}",),
+        arrays=(x.astype(np.uint8),),
+        attributes={"channels": m},
+        tensors={
+            "weight": weights(rng, (m, k), corners=bool(rng.integers(2))),
+            "bias": rng.integers(-(2**14), 2**14, m).astype(np.int32),
+            **(
+                requantization(rng, m, 127 * largest * k**0.5)
+                if rng.integers(2)
+                else {"mult": np.full(m, 2**21, np.int32), "shift": np.full(m, 21, np.uint8)}
+            ),
+        },
+        largest=largest,
+    )
+
+
 def add_case(rng: np.random.Generator) -> SpikingCase:
     """Counts, which widen, and streams whose second summand is the same at every time step."""
     rows, repeats, channels = int(rng.integers(1, 9)), int(rng.integers(1, 4)), int(_pick(rng, 1, 5, 33))
@@ -194,7 +223,7 @@ def add_case(rng: np.random.Generator) -> SpikingCase:
 
 SPIKING_MAKERS = (
     lif_case, max_pool_case, block_sum_case, multiply_case, spike_attention_case, requantize_case, grouped_conv_case,
-    add_case,
+    spike_linear_case, add_case,
 )  # fmt: skip
 
 

@@ -5,12 +5,15 @@ import numpy as np
 import numpy.typing as npt
 
 class OperationDescription(TypedDict):
-    """One operation as the extension takes it; `inputs` are numbers of values: the inputs, then every output."""
+    """One operation as the extension takes it; `inputs` are numbers of values: the inputs, then every output.
+
+    A value is (type, shape, largest magnitude).
+    """
 
     kind: str
     name: str
     inputs: Sequence[int]
-    output: tuple[str, Sequence[int]]
+    output: tuple[str, Sequence[int], int]
     attributes: Mapping[str, int | Sequence[int]]
     tensors: Mapping[str, npt.NDArray[Any]]
 
@@ -20,7 +23,7 @@ def select(implementation: str = "") -> str: ...
 class Engine:
     def __init__(
         self,
-        inputs: Sequence[tuple[str, Sequence[int]]],
+        inputs: Sequence[tuple[str, Sequence[int], int]],
         operations: Sequence[OperationDescription],
         implementation: str = "",
         threads: int = 1,

@@ -69,6 +69,10 @@ def _require_engine_types(op: norm.Operation, inputs: Sequence[norm.Value], outp
         )
 
 
+def _value(value: norm.Value) -> tuple[str, Sequence[int], int]:
+    return norm.STORAGE[value.dtype], value.shape, value.reach
+
+
 def _described(
     op: norm.Operation, inputs: Sequence[int], output: norm.Value, tensors: Mapping[str, npt.NDArray[Any]]
 ) -> _core.OperationDescription:
@@ -76,7 +80,7 @@ def _described(
         "kind": op.kind,
         "name": op.name,
         "inputs": inputs,
-        "output": (norm.STORAGE[output.dtype], output.shape),
+        "output": _value(output),
         "attributes": op.attributes,
         "tensors": {role: np.ascontiguousarray(tensor) for role, tensor in tensors.items()},
     }
@@ -98,7 +102,7 @@ def program_engine(
         operations.append(_described(op, inputs, values[op.output], tensors_of(program, op)))
         numbers[op.output] = number
     image = program.input.value
-    return _core.Engine([(image.dtype, image.shape)], operations, implementation or "", resolve_threads(threads))
+    return _core.Engine([_value(image)], operations, implementation or "", resolve_threads(threads))
 
 
 def operation_engine(
@@ -117,7 +121,7 @@ def operation_engine(
     output = check_operation(op, inputs, tensors)
     _require_engine_types(op, inputs, output)
     return _core.Engine(
-        [(norm.STORAGE[value.dtype], value.shape) for value in inputs],
+        [_value(value) for value in inputs],
         [_described(op, range(len(inputs)), output, tensors)],
         implementation or "",
         resolve_threads(threads),

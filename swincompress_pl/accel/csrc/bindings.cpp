@@ -38,10 +38,11 @@ void require_contiguous(const py::array& array, const std::string& what) {
     if ((array.flags() & py::array::c_style) == 0) throw std::invalid_argument(what + " is not C-contiguous");
 }
 
-Value value_of(const py::handle& pair) {
-    const auto [type, shape] = pair.cast<std::pair<std::string, std::vector<Size>>>();
+// (type, shape, largest)
+Value value_of(const py::handle& given) {
+    const auto [type, shape, largest] = given.cast<std::tuple<std::string, std::vector<Size>, Size>>();
     if (shape.empty()) throw std::invalid_argument("a value needs at least one axis");
-    return {type_from_name(type), shape};
+    return {type_from_name(type), shape, largest};
 }
 
 std::vector<Size> attribute_of(const py::handle& value) {
@@ -49,7 +50,7 @@ std::vector<Size> attribute_of(const py::handle& value) {
     return value.cast<std::vector<Size>>();
 }
 
-// {"kind", "name", "inputs": numbers, "output": (type, shape), "attributes": {...}, "tensors": {role: array}}
+// {"kind", "name", "inputs": numbers, "output": (type, shape, largest), "attributes": {...}, "tensors": {role: array}}
 Operation operation_of(const py::dict& given) {
     Operation operation{};
     operation.kind = given["kind"].cast<std::string>();

@@ -12,6 +12,9 @@ const Kernels* const kInOrderOfPreference[] = {
 #ifdef SWINCOMPRESS_WITH_AVX512_VNNI
     &avx512_vnni_kernels,
 #endif
+#ifdef SWINCOMPRESS_WITH_AVX2
+    &avx2_kernels,
+#endif
     &scalar_kernels,
 };
 

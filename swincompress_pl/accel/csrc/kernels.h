@@ -103,6 +103,15 @@ struct WindowCall {
     Size first_row, last_row;
 };
 
+// A convolution, or a linear layer as one of kernel (1, 1) over a column of pixels, whose inputs are spikes or small
+// counts: uint8 of which `largest` <= 127 are counted. Rows [first_row, last_row) of the window.
+struct EventCall {
+    const void* packed;  // what pack_events of the same implementation wrote
+    WindowCall window;
+    Size largest;
+    void* scratch;  // event_scratch_bytes, 64-byte aligned
+};
+
 // A convolution whose groups have few channels; bounds as in LinearLayer.
 struct GroupedConvolution {
     Type input, output;
@@ -174,6 +183,13 @@ struct Kernels {
     // y[i] = x[index[i]], zeros for -1; rows of row_bytes.
     void (*gather)(const std::uint8_t* x, Size row_bytes, const std::int32_t* index, Size count, std::uint8_t* y);
 
+    // Layers whose inputs never exceed event_largest (0: none) are run by `events` rather than by `linear`.
+    Size event_largest;
+    Size (*packed_events_bytes)(const LinearLayer&);
+    void (*pack_events)(const LinearLayer&, void* packed);
+    Size (*event_scratch_bytes)(const WindowCall&, Size largest);
+    void (*events)(const EventCall&);
+
     void (*lif)(const LifCall&);
     void (*max_pool)(Type type, const WindowCall&);
     void (*grouped_conv)(const GroupedConvolution&, const WindowCall&);
@@ -185,6 +201,9 @@ struct Kernels {
 
 // One object an implementation; dispatch.cpp lists them in order of preference.
 extern const Kernels scalar_kernels;
+#ifdef SWINCOMPRESS_WITH_AVX2
+extern const Kernels avx2_kernels;
+#endif
 #ifdef SWINCOMPRESS_WITH_AVX512_VNNI
 extern const Kernels avx512_vnni_kernels;
 #endif

@@ -12,6 +12,10 @@ namespace {
 
 #include "generic_spiking.inc"
 
+#include "generic_add_weights.inc"
+
+#include "generic_events.inc"
+
 // 64 lookups in 256 bytes: two in 128 each, chosen by the top bit. VBMI is no part of the baseline (Cascade Lake lacks
 // it).
 __attribute__((target("avx512vbmi"))) void look_up_bytes(const std::uint8_t* x, Size count, const std::uint8_t* values,
@@ -69,6 +73,11 @@ const Kernels avx512_vnni_kernels = {
     generic_add,
     table,
     generic_gather,
+    0,  // not measured yet against the dense kernel
+    generic_packed_events_bytes,
+    generic_pack_events,
+    generic_event_scratch_bytes,
+    generic_events,
     generic_lif,
     generic_max_pool,
     generic_grouped_conv,

@@ -9,6 +9,12 @@ namespace {
 
 #include "generic_spiking.inc"
 
+#include "generic_add_weights.inc"
+
+#include "generic_events.inc"
+
+#include "generic_attention.inc"
+
 // The layer itself follows this header in the packed bytes: weight, bias, mult, shift.
 struct PackedLinear {
     Size channels, depth, bias_rows;
@@ -48,14 +54,6 @@ void pack_linear(const LinearLayer& layer, void* packed) {
 
 Size linear_scratch_bytes(const LinearLayer&) { return 0; }
 
-// 16-bit factors, because that is what the baseline's pair products (pmaddwd, smlal) take.
-template <typename Input>
-std::int32_t dot(const Input* x, const std::int8_t* weight, Size depth) {
-    std::int32_t sum = 0;
-    for (Size k = 0; k < depth; ++k) sum += static_cast<std::int16_t>(x[k]) * static_cast<std::int16_t>(weight[k]);
-    return sum;
-}
-
 template <Type input, Type output>
 void linear_rows(const LinearCall& call) {
     using Out = typename Stored<output>::Element;
@@ -92,61 +90,7 @@ void linear(const LinearCall& call) {
         linear_into<Type::int8>(call, packed.output);
     else
         linear_into<Type::uint8>(call, packed.output);
-    const Size bytes = element_bytes(packed.output), width = call.last_channel - call.first_channel;
-    for (Size row = 0; row < call.rows; ++row) {
-        const Size at = (row * packed.channels + call.first_channel) * bytes;
-        char* y = static_cast<char*>(call.y) + at;
-        if (call.table != nullptr) generic_table(reinterpret_cast<std::uint8_t*>(y), width, call.table, 1, y);
-        if (call.residual != nullptr)
-            generic_add(packed.output, y, static_cast<const char*>(call.residual) + at, width, y);
-    }
-}
-
-// A row of logits, one of exponentials and one of sums.
-Size attention_scratch_bytes(Size length, Size /*qk_dim*/, Size v_dim) {
-    return round_up(length * 4, 64) + round_up(length * 4, 64) + round_up(v_dim * 4, 64);
-}
-
-// Logits of one query, then their exponentials; returns the sum. Tokens of other regions count as 0.
-std::int32_t softmax_row(const AttentionCall& call, const AttentionUnit& unit, Size row, std::int32_t* logits,
-                         std::int32_t* e) {
-    const std::int32_t* bias =
-        call.bias == nullptr ? nullptr : call.bias + (unit.head * call.length + row) * call.bias_stride;
-    std::int32_t highest = -2147483647 - 1;
-    for (Size j = 0; j < call.length; ++j) {
-        logits[j] = dot(unit.q + row * unit.in_stride, unit.k + j * unit.in_stride, call.qk_dim);
-        if (bias != nullptr) logits[j] += bias[j];
-        const bool allowed = unit.region == nullptr || unit.region[j] == unit.region[row];
-        if (allowed && logits[j] > highest) highest = logits[j];
-    }
-    std::int32_t total = 0;
-    for (Size j = 0; j < call.length; ++j) {
-        const bool allowed = unit.region == nullptr || unit.region[j] == unit.region[row];
-        const std::int64_t distance = static_cast<std::int64_t>(highest) - logits[j];
-        e[j] = allowed ? exponential(distance, call.exp_mult[unit.head], call.exp_shift[unit.head]) : 0;
-        total += e[j];
-    }
-    return total;
-}
-
-void attention(const AttentionCall& call) {
-    auto* logits = static_cast<std::int32_t*>(call.scratch);
-    auto* e = logits + round_up(call.length, 16);
-    auto* sums = e + round_up(call.length, 16);
-    for (Size number = call.first_unit; number < call.last_unit; ++number) {
-        const AttentionUnit unit = attention_unit(call, number);
-        const int shift = call.out_shift[unit.head] + kReciprocalBits;
-        for (Size row = 0; row < call.length; ++row) {
-            const std::int32_t total = softmax_row(call, unit, row, logits, e);
-            for (Size c = 0; c < call.v_dim; ++c) sums[c] = 0;
-            for (Size j = 0; j < call.length; ++j)
-                for (Size c = 0; c < call.v_dim; ++c) sums[c] += e[j] * unit.v[j * unit.in_stride + c];
-            const std::int64_t reciprocal = reciprocal_of(total, call.out_mult[unit.head]);
-            for (Size c = 0; c < call.v_dim; ++c)
-                unit.y[row * unit.out_stride + c] =
-                    saturate<Type::int8>((sums[c] * reciprocal + (std::int64_t{1} << (shift - 1))) >> shift);
-        }
-    }
+    finish_rows(call, packed.output, packed.channels, 0, call.rows);
 }
 
 bool runnable() { return true; }
@@ -161,13 +105,18 @@ const Kernels scalar_kernels = {
     pack_linear,
     linear_scratch_bytes,
     linear,
-    attention_scratch_bytes,
-    attention,
+    generic_attention_scratch_bytes,
+    generic_attention,
     generic_layer_norm,
     generic_mean,
     generic_add,
     generic_table,
     generic_gather,
+    2,
+    generic_packed_events_bytes,
+    generic_pack_events,
+    generic_event_scratch_bytes,
+    generic_events,
     generic_lif,
     generic_max_pool,
     generic_grouped_conv,

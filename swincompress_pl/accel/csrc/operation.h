@@ -11,10 +11,12 @@
 
 namespace swincompress {
 
-// Type and shape of a value of one image: (rows..., channels).
+// Type and shape of a value of one image: (rows..., channels). largest: what a uint8 value never exceeds, as the norm
+// has proved it for spikes and counts; were it wrong, answers would be, but no address.
 struct Value {
     Type type;
     std::vector<Size> shape;
+    Size largest = 255;
 
     Size channels() const;
     Size rows() const;

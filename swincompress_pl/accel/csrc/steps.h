@@ -70,6 +70,12 @@ WindowShape window_shape(const OperationView& view);
 std::unique_ptr<Step> make_grouped_conv2d(const OperationView& view, const LinearLayer& layer, const WindowShape& shape,
                                           Size groups, const Kernels& kernels);
 
+// Whether a layer runs by its input's spikes, and the step that does so.
+bool takes_events(const Value& x, const LinearLayer& layer, const Kernels& kernels);
+std::unique_ptr<Step> make_events(const OperationView& view, const LinearLayer& layer, const WindowShape& shape,
+                                  const Kernels& kernels);
+WindowCall window_call(const OperationView& view, const WindowShape& shape, Size channels);
+
 // A copy of a tensor's elements that the step owns.
 template <typename Element>
 std::vector<Element> copied(const Element* elements, Size count) {

@@ -178,6 +178,10 @@ std::unique_ptr<Step> make_linear(const OperationView& view, const Kernels& kern
     shape.back() = channels;
     view.require_output({Type::int8, Type::uint8, Type::int16, Type::int32}, shape);
     const LinearLayer layer = read_layer(view, x.channels(), {channels, x.channels()}, {channels});
+    if (takes_events(x, layer, kernels)) {
+        const WindowShape column{x.rows(), 1, x.rows(), 1, {1, 1}, {1, 1}, {0, 0}};
+        return make_events(view, layer, column, kernels);
+    }
     return std::make_unique<LinearStep>(layer, x.rows(), kernels);
 }
 
@@ -198,6 +202,7 @@ std::unique_ptr<Step> make_conv2d(const OperationView& view, const Kernels& kern
     const std::vector<Size> weight_shape = {channels, shape.kernel.first, shape.kernel.second, x.channels() / groups};
     const LinearLayer layer = read_layer(view, element_count(weight_shape) / channels, weight_shape, bias_shape);
     if (groups > 1) return make_grouped_conv2d(view, layer, shape, groups, kernels);
+    if (takes_events(x, layer, kernels)) return make_events(view, layer, shape, kernels);
     const Size images = view.output().rows() / (shape.height * shape.width);
     return std::make_unique<Conv2dStep>(layer, shape, images, x.channels(), kernels);
 }

@@ -61,24 +61,6 @@ private:
     const Kernels& kernels_;
 };
 
-// Windows over the images of all time steps.
-WindowCall window_call(const OperationView& view, const WindowShape& shape, Size channels) {
-    WindowCall call{};
-    call.in_height = shape.in_height;
-    call.in_width = shape.in_width;
-    call.in_channels = view.input(0).channels();
-    call.height = shape.height;
-    call.width = shape.width;
-    call.channels = channels;
-    call.kernel_height = shape.kernel.first;
-    call.kernel_width = shape.kernel.second;
-    call.stride_height = shape.stride.first;
-    call.stride_width = shape.stride.second;
-    call.padding_height = shape.padding.first;
-    call.padding_width = shape.padding.second;
-    return call;
-}
-
 class MaxPoolStep : public Step {
 public:
     MaxPoolStep(const WindowCall& call, Type type, Size rows, const Kernels& kernels)
@@ -220,6 +202,24 @@ std::vector<Size> pooled_shape(const Value& x, const WindowShape& window, Size c
 }
 
 }  // namespace
+
+// Windows over the images of all time steps.
+WindowCall window_call(const OperationView& view, const WindowShape& shape, Size channels) {
+    WindowCall call{};
+    call.in_height = shape.in_height;
+    call.in_width = shape.in_width;
+    call.in_channels = view.input(0).channels();
+    call.height = shape.height;
+    call.width = shape.width;
+    call.channels = channels;
+    call.kernel_height = shape.kernel.first;
+    call.kernel_width = shape.kernel.second;
+    call.stride_height = shape.stride.first;
+    call.stride_width = shape.stride.second;
+    call.padding_height = shape.padding.first;
+    call.padding_width = shape.padding.second;
+    return call;
+}
 
 std::unique_ptr<Step> make_lif(const OperationView& view, const Kernels& kernels) {
     view.require_arity(1);

@@ -1,0 +1,56 @@
+// The implementation for CPUs with AVX2 (Intel from Haswell, AMD from Excavator): linear layers on register tiles, the
+// rest in plain C++ that the compiler vectorizes.
+#include <immintrin.h>
+
+#include "kernels.h"
+
+namespace swincompress {
+namespace {
+
+#include "generic_kernels.inc"
+
+#include "generic_spiking.inc"
+
+#include "avx2_add_weights.inc"
+
+#include "generic_events.inc"
+
+#include "generic_attention.inc"
+
+#include "avx2_linear.inc"
+
+// Also asks the operating system, through xgetbv, whether it saves the wide registers.
+bool runnable() { return __builtin_cpu_supports("avx2"); }
+
+}  // namespace
+
+const Kernels avx2_kernels = {
+    "avx2",
+    runnable,
+    kPanelColumns,
+    packed_linear_bytes,
+    pack_linear,
+    linear_scratch_bytes,
+    linear,
+    generic_attention_scratch_bytes,
+    generic_attention,
+    generic_layer_norm,
+    generic_mean,
+    generic_add,
+    generic_table,
+    generic_gather,
+    2,
+    generic_packed_events_bytes,
+    generic_pack_events,
+    generic_event_scratch_bytes,
+    generic_events,
+    generic_lif,
+    generic_max_pool,
+    generic_grouped_conv,
+    generic_block_sum,
+    generic_multiply,
+    generic_spike_attention,
+    generic_requantize,
+};
+
+}  // namespace swincompress
