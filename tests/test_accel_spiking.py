@@ -119,6 +119,32 @@ def test_whole_programs_have_one_answer(tmp_path: Path, steps: int, events: bool
     assert np.array_equal(logits, np.concatenate([run(program, image[None]) for image in images]))
 
 
+@pytest.mark.parametrize("events", [False, True])
+def test_the_profile_counts_spikes_and_synaptic_operations(events: bool) -> None:
+    """From the engine's own counters, the same in every implementation, and what the reference's values say."""
+    program = spiking_program(3, steps=2, events=events)
+    images = pictures(np.random.default_rng(0), 3, program.input.value.shape)
+    expected = accel.ReferenceEngine(program).profile(images, repeats=1)
+    seen = {op.name: output for op, output in program_steps(program, images)}
+    by_name = {row.operation: row for row in expected}
+    for op in program.operations:
+        if op.kind == "lif":
+            assert by_name[op.name].spike_rate == pytest.approx(float(seen[op.name].mean()))
+            assert by_name[op.name].sops is None
+    counted = [row for row in expected if row.sops is not None]
+    assert counted
+    assert all((row.sops or 0) > 0 for row in counted)
+    assert expected.sops == sum(row.sops or 0 for row in counted)
+    for name in accel.implementations():
+        profile = accel.Engine(program, implementation=name, threads=2).profile(images, repeats=1)
+        assert profile.sops == expected.sops
+        for row in profile:
+            first = by_name[row.operation.split("+")[0]]
+            assert (row.spike_rate, row.sops) == (first.spike_rate, first.sops), row.operation
+        assert "MSOP" in str(profile)
+        assert profile.to_dict()["sops"] == expected.sops
+
+
 def test_the_description_says_what_goes_in() -> None:
     events, images = spiking_program(events=True), spiking_program()
     assert events.describe()["input"]["axes"] == "NTHWC"

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+
 from swincompress_pl import norm
+from swincompress_pl.norm.kinds import KINDS
+
+Counts = tuple[int, int, int]  # spikes, the places of neurons, synaptic operations
+_COLUMNS = (9, 6, 9, 7, 9, 9, 6)  # widths of the table's
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,6 +20,8 @@ class ProfileRow:
     """One step for a whole batch: `time_ms` is the median over the repeats, `bytes` what it reads and writes once.
 
     A step may cover several operations that run as one; then `operation` and `kind` join theirs with `+`.
+    spike_rate: of neurons, spikes a place and time step, 0 to 1. sops: synaptic operations of a layer that reads spikes
+    or counts of them, the additions that they cause: a count of k, k for every output that it reaches. None elsewhere.
     """
 
     operation: str
@@ -22,6 +30,8 @@ class ProfileRow:
     share: float
     macs: int
     bytes: int
+    spike_rate: float | None = None
+    sops: int | None = None
 
     @property
     def gmacs_per_s(self) -> float:
@@ -49,6 +59,12 @@ class Profile:
     def macs(self) -> int:
         return sum(row.macs for row in self.rows)
 
+    @property
+    def sops(self) -> int | None:
+        """None for a network without spikes."""
+        found = [row.sops for row in self.rows if row.sops is not None]
+        return sum(found) if found else None
+
     def __len__(self) -> int:
         return len(self.rows)
 
@@ -65,6 +81,7 @@ class Profile:
             "images": self.images,
             "time_ms": self.time_ms,
             "macs": self.macs,
+            "sops": self.sops,
             "rows": [row.to_dict() for row in self.rows],
         }
 
@@ -72,8 +89,10 @@ class Profile:
         width = max((len(row.operation) for row in self.rows), default=0)
         width = max(width, len("operation"))
         kinds = max(max((len(row.kind) for row in self.rows), default=0), len("kind"))
-        head = f"{'operation':{width}}  {'kind':{kinds}}" + "  {:>9}  {:>6}  {:>9}  {:>7}  {:>9}".format(
-            "ms", "share", "MMAC", "GMAC/s", "kB"
+        spiking = self.sops is not None
+        titles = ("ms", "share", "MMAC", "GMAC/s", "kB") + (("MSOP", "spikes") if spiking else ())
+        head = f"{'operation':{width}}  {'kind':{kinds}}  " + "  ".join(
+            f"{title:>{size}}" for title, size in zip(titles, _COLUMNS, strict=False)
         )
         lines = [f"{self.images} images, {self.implementation}, {self.threads} threads", head, "-" * len(head)]
         total = ProfileRow(
@@ -83,30 +102,62 @@ class Profile:
             share=1.0,
             macs=self.macs,
             bytes=sum(row.bytes for row in self.rows),
+            sops=self.sops,
         )
         for row in (*self.rows, total):
-            lines.append(
-                f"{row.operation:{width}}  {row.kind:{kinds}}  {row.time_ms:9.4f}  {row.share:6.1%}"
-                f"  {row.macs / 1e6:9.3f}  {row.gmacs_per_s:7.1f}  {row.bytes / 1e3:9.1f}"
+            cells = [f"{row.time_ms:9.4f}", f"{row.share:6.1%}", f"{row.macs / 1e6:9.3f}", f"{row.gmacs_per_s:7.1f}"]
+            cells += [f"{row.bytes / 1e3:9.1f}"]
+            if spiking:
+                cells += ["" if row.sops is None else f"{row.sops / 1e6:9.3f}"]
+                cells += ["" if row.spike_rate is None else f"{row.spike_rate:6.1%}"]
+            line = f"{row.operation:{width}}  {row.kind:{kinds}}  " + "  ".join(
+                f"{cell:>{size}}" for cell, size in zip(cells, _COLUMNS, strict=False)
             )
+            lines.append(line.rstrip())
         return "\n".join(lines)
+
+
+def _reads_spikes(op: norm.Operation, values: Mapping[str, norm.Value]) -> bool:
+    """Whether this is a layer over spikes or counts of them, not over pixels or other numbers."""
+    x = values[op.inputs[0]]
+    return op.kind in ("linear", "conv2d") and x.dtype.startswith("uint") and x.reach < 255
+
+
+def spike_counts(
+    program: norm.Program, values: Mapping[str, norm.Value], seen: Mapping[str, Any], number: int
+) -> Counts:
+    """(spikes, places, synaptic operations) of operation `number`, from its values in `seen`; the engine's counters
+    give the same."""
+    op = program.operations[number]
+    if op.kind == "lif":
+        return int(seen[op.output].sum()), seen[op.output].size, 0
+    if not _reads_spikes(op, values):
+        return 0, 0, 0
+    ones = {"weight": np.ones_like(program.tensors[op.tensors["weight"]])}
+    ones |= {"bias": np.zeros(values[op.output].channels, np.int32)}
+    ones |= {"mult": np.full(values[op.output].channels, 2**21, np.int32)}
+    ones |= {"shift": np.full(values[op.output].channels, 21, np.uint8)}
+    counted = KINDS[op.kind].run([seen[op.inputs[0]]], ones, op.attributes, "int32")
+    return 0, 0, int(counted.astype(np.int64).sum())
 
 
 def profile_of(
     program: norm.Program,
     steps: Sequence[Sequence[int]],
     times_ms: Sequence[float],
+    counts: Sequence[Counts],
     *,
     implementation: str,
     threads: int,
     images: int,
 ) -> Profile:
-    """Joins measured times with the Program's costs. steps: the numbers of the operations that every time covers."""
+    """Joins measured times and counts with the Program's costs. steps: the operations, by number, that every time and
+    count covers."""
     costs = norm.costs(program)
     values = norm.check(program)
     total_ms = sum(times_ms) or 1.0
     rows = []
-    for covered, time_ms in zip(steps, times_ms, strict=True):
+    for covered, time_ms, (spikes, places, counted) in zip(steps, times_ms, counts, strict=True):
         operations = [program.operations[number] for number in covered]
         written = {op.output for op in operations}
         read = {name for op in operations for name in op.inputs} - written
@@ -120,6 +171,8 @@ def profile_of(
                 share=time_ms / total_ms,
                 macs=images * sum(costs[number].macs for number in covered),
                 bytes=images * moved + sum(program.tensors[key].nbytes for key in keys),
+                spike_rate=spikes / places if places else None,
+                sops=counted if _reads_spikes(program.operations[covered[0]], values) else None,
             )
         )
     return Profile(rows=tuple(rows), implementation=implementation, threads=threads, images=images)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -11,7 +12,7 @@ import numpy.typing as npt
 from swincompress_pl import norm
 from swincompress_pl.accel import artifact
 from swincompress_pl.accel.core import program_engine
-from swincompress_pl.accel.profile import Profile, profile_of
+from swincompress_pl.accel.profile import Counts, Profile, profile_of, spike_counts
 from swincompress_pl.norm.reference import check_images
 
 Images = npt.NDArray[np.uint8]
@@ -57,7 +58,8 @@ class _Runtime:
         return self._run(np.ascontiguousarray(images))
 
     def profile(self, images: Images, *, repeats: int = 10) -> Profile:
-        """Times every step on `images` (N >= 1): the median of `repeats` runs after a warm-up."""
+        """Times every step on `images` (N >= 1): the median of `repeats` runs after a warm-up; one more
+        run counts spikes and synaptic operations."""
         check_images(self.program, images)
         if images.shape[0] == 0:
             raise ValueError("profile needs at least one image, got an empty batch")
@@ -68,6 +70,7 @@ class _Runtime:
             self.program,
             steps,
             [float(value) / 1e6 for value in np.median(times_ns, axis=0)],
+            self._spike_counts(np.ascontiguousarray(images)),
             implementation=self.implementation,
             threads=self.threads,
             images=images.shape[0],
@@ -84,6 +87,9 @@ class _Runtime:
 
     def _times_ns(self, images: Images, repeats: int) -> tuple[list[list[int]], npt.NDArray[np.int64]]:
         """The operations that every step covers, and (repeats, steps) times."""
+        raise NotImplementedError
+
+    def _spike_counts(self, images: Images) -> list[Counts]:
         raise NotImplementedError
 
 
@@ -109,6 +115,9 @@ class Engine(_Runtime):
         self._core.run([images])
         return self._core.steps, self._core.profile([images], repeats)
 
+    def _spike_counts(self, images: Images) -> list[Counts]:
+        return [(int(a), int(b), int(c)) for a, b, c in self._core.count_spikes([images])]
+
 
 class ReferenceEngine(_Runtime):
     """A Program in NumPy by the definition of the norm: slow, and what every other engine equals to the bit."""
@@ -128,6 +137,14 @@ class ReferenceEngine(_Runtime):
                 now = time.perf_counter_ns()
                 times_ns[repeat, number], last = now - last, now
         return [[number] for number in range(count)], times_ns
+
+    def _spike_counts(self, images: Images) -> list[Counts]:
+        seen: dict[str, npt.NDArray[Any]] = {norm.INPUT_VALUE: images}
+        counts = []
+        for number, (op, output) in enumerate(norm.steps(self.program, images)):
+            seen[op.output] = output.reshape(len(images), *self._values[op.output].shape)
+            counts.append(spike_counts(self.program, self._values, seen, number))
+        return counts
 
 
 def load(path: str | os.PathLike[str], threads: int | None = None, implementation: str | None = None) -> Engine:

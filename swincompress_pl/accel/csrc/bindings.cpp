@@ -131,10 +131,29 @@ py::array_t<Size> profile(Engine& engine, const std::vector<py::array>& arrays, 
     const py::gil_scoped_release release;
     for (int repeat = 0; repeat < repeats; ++repeat) {
         std::vector<Size> step_ns(count, 0);
-        engine.run(batch.data, data, batch.images, &step_ns);
+        engine.run(batch.data, data, batch.images, {&step_ns, nullptr});
         std::copy(step_ns.begin(), step_ns.end(), rows + static_cast<Size>(count) * repeat);
     }
     return times;
+}
+
+// (steps, 3): spikes written, their places, synaptic operations
+py::array_t<Size> count_spikes(Engine& engine, const std::vector<py::array>& arrays) {
+    const Batch batch = batch_of(engine, arrays);
+    py::array output = result_array(engine, batch.images);
+    auto* data = static_cast<std::byte*>(output.mutable_data());
+    const std::size_t count = engine.plan().steps().size();
+    py::array_t<Size> counts({count, std::size_t{3}});
+    auto* rows = counts.mutable_data();
+    const py::gil_scoped_release release;
+    std::vector<SpikeCounts> found(count);
+    engine.run(batch.data, data, batch.images, {nullptr, &found});
+    for (const SpikeCounts& each : found) {
+        *rows++ = each.spikes;
+        *rows++ = each.places;
+        *rows++ = each.operations;
+    }
+    return counts;
 }
 
 std::vector<std::vector<std::size_t>> steps(const Engine& engine) {
@@ -158,6 +177,7 @@ PYBIND11_MODULE(_core, module) {
              py::arg("threads") = 1)
         .def("run", &run, py::arg("arrays"))
         .def("profile", &profile, py::arg("arrays"), py::arg("repeats"))
+        .def("count_spikes", &count_spikes, py::arg("arrays"))
         .def_property_readonly("implementation", &Engine::implementation)
         .def_property_readonly("threads", &Engine::threads)
         .def_property_readonly("steps", &steps)

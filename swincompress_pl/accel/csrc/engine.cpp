@@ -44,19 +44,18 @@ ThreadPool& Engine::pool() {
     return *pool_;
 }
 
-void Engine::run(const std::vector<const std::byte*>& inputs, std::byte* output, Size images,
-                 std::vector<Size>* step_ns) {
+void Engine::run(const std::vector<const std::byte*>& inputs, std::byte* output, Size images, const Watch& watch) {
     const std::lock_guard<std::mutex> lock(mutex_);
     const Size out_bytes = plan_.value(plan_.result()).bytes();
     for (Size first = 0; first < images; first += plan_.chunk()) {
         std::vector<const std::byte*> from;
         for (std::size_t i = 0; i < inputs.size(); ++i) from.push_back(inputs[i] + first * plan_.value(i).bytes());
-        run_chunk(from, output + first * out_bytes, std::min(plan_.chunk(), images - first), step_ns);
+        run_chunk(from, output + first * out_bytes, std::min(plan_.chunk(), images - first), watch);
     }
 }
 
 void Engine::run_chunk(const std::vector<const std::byte*>& inputs, std::byte* output, Size images,
-                       std::vector<Size>* step_ns) {
+                       const Watch& watch) {
     using Clock = std::chrono::steady_clock;
     ThreadPool& pool = this->pool();
     const auto place = [&](std::size_t value) { return arena_.data() + plan_.offset(value); };
@@ -70,8 +69,15 @@ void Engine::run_chunk(const std::vector<const std::byte*>& inputs, std::byte* o
         const auto start = Clock::now();
         const Share share{*planned.step, work, scratch_.data(), plan_.scratch_bytes()};
         pool.run([&share](int part) { share.run(part); });
-        if (step_ns != nullptr)
-            (*step_ns)[number] += std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now() - start).count();
+        if (watch.ns != nullptr)
+            (*watch.ns)[number] += std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now() - start).count();
+        if (watch.spikes != nullptr) {
+            const SpikeCounts found = planned.counter.count(work);
+            SpikeCounts& total = (*watch.spikes)[number];
+            total.spikes += found.spikes;
+            total.places += found.places;
+            total.operations += found.operations;
+        }
     }
 }
 

@@ -20,14 +20,20 @@ public:
     const char* implementation() const { return kernels_.name; }
     int threads() const { return threads_; }
 
-    // inputs: one array of `images` values each; output: room for as many results. Callers take turns. Where `step_ns`
-    // is given, the time of every step is added to its entry.
-    void run(const std::vector<const std::byte*>& inputs, std::byte* output, Size images,
-             std::vector<Size>* step_ns = nullptr);
+    // What is added to for every step, where it is given.
+    struct Watch {
+        std::vector<Size>* ns = nullptr;
+        std::vector<SpikeCounts>* spikes = nullptr;
+    };
+
+    // inputs: one array of `images` values each; output: room for as many results. Callers take turns.
+    void run(const std::vector<const std::byte*>& inputs, std::byte* output, Size images) {
+        run(inputs, output, images, Watch{});
+    }
+    void run(const std::vector<const std::byte*>& inputs, std::byte* output, Size images, const Watch& watch);
 
 private:
-    void run_chunk(const std::vector<const std::byte*>& inputs, std::byte* output, Size images,
-                   std::vector<Size>* step_ns);
+    void run_chunk(const std::vector<const std::byte*>& inputs, std::byte* output, Size images, const Watch& watch);
     ThreadPool& pool();
 
     const Kernels& kernels_;

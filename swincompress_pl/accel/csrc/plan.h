@@ -1,7 +1,7 @@
 // A Program made ready to run: steps in order, fused where that is free, and one arena for all values between them.
 #pragma once
 
-#include "steps.h"
+#include "spike_counter.h"
 
 namespace swincompress {
 
@@ -10,6 +10,7 @@ struct PlannedStep {
     std::vector<std::size_t> operations;  // numbers of the operations it covers
     std::vector<std::size_t> inputs;      // numbers of values
     std::size_t output;
+    SpikeCounter counter;  // of the first operation, the only one that can have something to count
 };
 
 class Plan {
