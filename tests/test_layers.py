@@ -58,7 +58,9 @@ def test_the_table_covers_every_room() -> None:
     assert rooms - {"cli"} == set(ALLOWED) - {"registry"}
 
 
-@pytest.mark.parametrize("module", ["swincompress_pl", "swincompress_pl.norm", "swincompress_pl.accel"])
+@pytest.mark.parametrize(
+    "module", ["swincompress_pl", "swincompress_pl.norm", "swincompress_pl.accel", "swincompress_pl.report.worker"]
+)
 def test_importing_it_loads_no_torch(module: str) -> None:
     code = f"import sys, {module}; sys.exit('torch' in sys.modules or 'lightning' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from swincompress_pl.cli.common import progress
 from swincompress_pl.report import describe_environment
 
 from ..primesvt.subjects import SUBJECTS
@@ -26,6 +27,14 @@ def main() -> None:
     exact.add_argument("--models", default=",".join(BUILDERS), help="names, with commas between them")
     exact.add_argument("--steps", default="1,2,4", help="numbers of time steps")
     exact.add_argument("--batches", default="1,3")
+    speed = commands.add_parser("speed", help="race the engine with torch and onnxruntime; leave the machine alone")
+    speed.set_defaults(command=_speed)
+    speed.add_argument("--models", default=",".join(BUILDERS))
+    speed.add_argument("--steps", type=int, default=4)
+    speed.add_argument("--thread-counts", default="1,2", help="one race each")
+    speed.add_argument("--density", type=float, default=0.2, help="synaptic operations a multiplication")
+    speed.add_argument("--rounds", type=int, default=7, help="samples of each runtime")
+    speed.add_argument("--turn-ms", type=float, default=300.0)
     accuracy = commands.add_parser("accuracy", help="of the trained baselines, in the engine")
     accuracy.set_defaults(command=_accuracy)
     accuracy.add_argument("--models", default=",".join(SUBJECTS))
@@ -35,7 +44,7 @@ def main() -> None:
     accuracy.add_argument("--cache", type=Path, required=True, help="of decoded images")
     report = commands.add_parser("report", help="write benchmarks/results/spiking.md and .json")
     report.set_defaults(command=_report)
-    for command in (exact, accuracy, report):
+    for command in (exact, speed, accuracy, report):
         command.add_argument("--out", type=Path, required=True, help="of results")
         command.add_argument("--threads", type=int, default=1)
         command.add_argument("--commit", default=None)
@@ -51,6 +60,22 @@ def _exact(given: argparse.Namespace) -> None:
     for name in given.models.split(","):
         for steps in map(int, given.steps.split(",")):
             _keep(given, f"exact-{name}-{steps}", lambda name=name, steps=steps: compare(name, steps, batches))
+
+
+def _speed(given: argparse.Namespace) -> None:
+    from .speed import measure
+
+    counts = [int(count) for count in given.thread_counts.split(",")]
+    with progress() as tell:
+        for name in given.models.split(","):
+            _keep(
+                given,
+                f"speed-{name}-{given.steps}",
+                lambda name=name: measure(
+                    name, given.steps, threads=counts, density=given.density, rounds=given.rounds,
+                    turn_ms=given.turn_ms, tell=tell,
+                ),
+            )  # fmt: skip
 
 
 def _accuracy(given: argparse.Namespace) -> None:

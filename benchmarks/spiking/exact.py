@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -45,20 +45,29 @@ def normalized(pixels: Tensor) -> Tensor:
     return (pixels.permute(0, 3, 1, 2) / 255 - mean) / std
 
 
-def quantized(name: str, steps: int, seed: int = 0) -> QuantizedNetwork:
-    """A builder's network with fresh weights, its statistics set by a pass in training mode, in integers."""
+def quantized(
+    name: str,
+    steps: int,
+    seed: int = 0,
+    *,
+    bias: float = 1.0,
+    network: Callable[[str, int], nn.Module] = lambda name, steps: create_model(name, T=steps),
+) -> QuantizedNetwork:
+    """A builder's network with fresh weights, its statistics set by a pass in training mode, in integers.
+
+    bias: of the normalizations, since fresh networks hardly spike. network: builds it.
+    """
     torch.manual_seed(seed)
-    size_px = BUILDERS[name]
-    network = create_model(name, T=steps)
-    for module in network.modules():
+    size_px, built = BUILDERS[name], network(name, steps)
+    for module in built.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.momentum = 1.0
-            nn.init.constant_(module.bias, 1.0)  # fresh networks hardly spike
+            nn.init.constant_(module.bias, bias)
     images = normalized(pictures(4, size_px, seed + 1))
     with torch.no_grad():
-        network.train()(images)
+        built.train()(images)
     preprocessing = {"mean": MEAN, "std": STD, "height": size_px, "width": size_px}
-    return quantize(network.eval(), [images], method="max", preprocessing=preprocessing).eval()
+    return quantize(built.eval(), [images], method="max", preprocessing=preprocessing).eval()
 
 
 def compare(name: str, steps: int, batches: Iterable[int]) -> dict[str, Any]:

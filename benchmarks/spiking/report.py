@@ -7,10 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from swincompress_pl.report.markdown import count, table
+import numpy as np
+
+from swincompress_pl.report.bench import ENGINE
+from swincompress_pl.report.markdown import count, megabytes, table
 from swincompress_pl.report.record import write_text
 
 from ..pruning.training import right_images
+from .speed import PRUNED
 
 Results = Mapping[str, dict[str, Any]]
 
@@ -49,7 +53,7 @@ def page(results: Results) -> str:
         "Exactness on all builders; accuracy of small trained networks (those of the PrimeSVT benchmark, T = 2, "
         "CIFAR-10 JPEG copy, 10,000 test images). Every accuracy of integers is the C++ engine's.",
     ]
-    parts += [text for text in (_exact(results), _accuracy(results)) if text]
+    parts += [text for text in (_exact(results), _accuracy(results), _speed(results), _pruned(results)) if text]
     commits = sorted({f"commit {entry['commit']}" for entry in results.values() if "commit" in entry})
     commits += sorted({entry["where"] for entry in results.values() if "where" in entry})
     return "\n\n".join([*parts, "## Where it ran", "\n".join(f"- {line}" for line in commits)]) + "\n"
@@ -101,5 +105,75 @@ def _accuracy(results: Results) -> str:
     text = (
         "## Accuracy\n\nScales searched on 128 images. Fine-tuned rows (quantization-aware, 2 epochs) are compared "
         "with a float control of as many epochs, the others with the float network."
+    )
+    return f"{text}\n\n{table(header, rows)}" if rows else ""
+
+
+def _speed(results: Results) -> str:
+    rows, shares = [], []
+    for entry in results.values():
+        for race in entry.get("races", []):
+            found = {result["name"]: result for result in race["results"]}
+            dense = entry["dense"]
+            rows.append(
+                [
+                    f"{entry['network']}, {race['threads']} thread(s)",
+                    count(dense["macs"]),
+                    f"{dense['sops'] / dense['macs']:.0%}",
+                    _time(found[ENGINE]),
+                    *(_against(found, race, name) for name in ("torch fp32", "onnxruntime fp32")),
+                    "yes" if dense["equal"] else "**NO**",
+                    megabytes(found[ENGINE]["peak_rss_bytes"]),
+                    f"{dense['file_bytes'] / (4 * dense['parameters']):.1%}",
+                ]
+            )
+            told = ", ".join(f"{kind} {share:.0%}" for kind, share in race["shares"].items() if share >= 0.005)
+            shares.append(f"- {entry['network']}, {race['threads']} thread(s): {told}")
+    header = [
+        "network", "MACs", "spikes a MAC", "engine, ms", "torch fp32, ms (times engine)",
+        "onnxruntime fp32, ms (times engine)", "answer equal", "peak RSS", "file against float32",
+    ]  # fmt: skip
+    text = (
+        "## Speed\n\nBatch 1, T = 4, fresh weights, normalizations biased for the given density of spikes. Every "
+        "runtime in its own process, in turns; medians with quartiles, ratios round by round. Integer logits of every "
+        "implementation against the twin's in the same run. Peers have the same shapes; their time does not depend on "
+        "spikes. onnxruntime runs T unrolled.\n\n"
+    )
+    return text + table(header, rows) + "\n\nThe engine's time by kind of step:\n\n" + "\n".join(shares) if rows else ""
+
+
+def _time(result: Mapping[str, Any]) -> str:
+    """Median and quartiles in ms, or why there are none."""
+    if result["latency"] is None:
+        return str(result["unavailable"])
+    low, high = np.percentile(result["latency"]["samples_ms"], (25, 75))
+    return f"{np.median(result['latency']['samples_ms']):.1f} [{low:.1f}, {high:.1f}]"
+
+
+def _against(found: Mapping[str, Any], race: Mapping[str, Any], name: str) -> str:
+    if name not in race["times_engine"]:
+        return _time(found[name])
+    return f"{_time(found[name])} ({race['times_engine'][name]['median']:.2f})"
+
+
+def _pruned(results: Results) -> str:
+    rows = []
+    for entry in results.values():
+        for race in entry.get("races", []):
+            dense, pruned = entry["dense"], entry["pruned"]
+            rows.append(
+                [
+                    f"{entry['network']}, {race['threads']} thread(s)",
+                    f"{1 - pruned['parameters'] / dense['parameters']:.2%}",
+                    f"{pruned['macs'] / dense['macs']:.2f}",
+                    f"{pruned['sops'] / dense['sops']:.2f}",
+                    f"{race['times_engine'][PRUNED]['median']:.2f}",
+                    "yes" if pruned["equal"] else "**NO**",
+                ]
+            )
+    header = ["network", "parameters removed", "MACs left", "spikes' additions left", "time left", "answer equal"]
+    text = (
+        "## Pruned networks\n\nAn equal part of every group removed, widths in multiples of eight, in the race above; "
+        "other spikes too, since the weights are fresh."
     )
     return f"{text}\n\n{table(header, rows)}" if rows else ""

@@ -10,14 +10,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from swincompress_pl.pruning import Candidate, PrimeSVTResult
 from swincompress_pl.report.drawing import ALERT, BASE, BETWEEN, LAST, finished, new_figure, save_png, style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Result = Mapping[str, Any] | PrimeSVTResult
+    from swincompress_pl.pruning import Candidate, PrimeSVTResult
+
+    Result = Mapping[str, Any] | PrimeSVTResult
 
 _BAND_COLOURS = (LAST, BETWEEN, BASE)
 _PHASES = {"target set": ("s", BASE), "robustness": ("^", BETWEEN), "policy": ("o", LAST)}
@@ -140,4 +141,6 @@ def _points(ax: Axes, candidates: list[Candidate]) -> None:
 
 
 def _read(result: Result) -> PrimeSVTResult:
+    from swincompress_pl.pruning import PrimeSVTResult
+
     return result if isinstance(result, PrimeSVTResult) else PrimeSVTResult.from_dict(result)

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
-
-from swincompress_pl.models.spiking import check_spiking, watching_spikes
-from swincompress_pl.pruning import count_macs, evaluation_mode
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 _FLOAT_BYTES = 4
 
@@ -58,7 +55,11 @@ def spiking_cost(network: nn.Module, images: Tensor) -> SpikingCost:
 
     Raises ValueError for a network that does not spike (`models.spiking.check_spiking`) and for no images.
     """
+    import torch
     from spikingjelly.activation_based.op_counter import estimate_simple_energy
+
+    from swincompress_pl.models.spiking import check_spiking, watching_spikes
+    from swincompress_pl.pruning import count_macs, evaluation_mode
 
     check_spiking(network)
     if images.ndim not in (4, 5) or not len(images):
