@@ -72,11 +72,7 @@ void Engine::run_chunk(const std::vector<const std::byte*>& inputs, std::byte* o
         if (watch.ns != nullptr)
             (*watch.ns)[number] += std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now() - start).count();
         if (watch.spikes != nullptr) {
-            const SpikeCounts found = planned.counter.count(work);
-            SpikeCounts& total = (*watch.spikes)[number];
-            total.spikes += found.spikes;
-            total.places += found.places;
-            total.operations += found.operations;
+            for (const SpikeCounter& counter : planned.counters) (*watch.spikes)[number] += counter.count(work);
         }
     }
 }

@@ -104,12 +104,14 @@ struct WindowCall {
 };
 
 // A convolution, or a linear layer as one of kernel (1, 1) over a column of pixels, whose inputs are spikes or small
-// counts: uint8 of which `largest` <= 127 are counted. Rows [first_row, last_row) of the window.
+// counts: uint8 of which `largest` <= 127 are counted. Rows [first_row, last_row) of the window, or, where neurons of
+// at most 32 time steps follow (lif, whose x, y and rows to run are not used), as many positions of all time steps.
 struct EventCall {
     const void* packed;  // what pack_events of the same implementation wrote
     WindowCall window;
     Size largest;
-    void* scratch;  // event_scratch_bytes, 64-byte aligned
+    const LifCall* lif;  // or nullptr
+    void* scratch;       // event_scratch_bytes, 64-byte aligned
 };
 
 // A convolution whose groups have few channels; bounds as in LinearLayer.
@@ -117,6 +119,8 @@ struct GroupedConvolution {
     Type input, output;
     Size groups;
     const std::int8_t* weight;  // (channels, kernel_height, kernel_width, in_channels / groups)
+    const std::int8_t* by_tap;  // nullptr, or where every channel has its own kernel (kernel_height, kernel_width,
+                                // channels)
     const std::int32_t* bias;   // (channels), or (height, width, channels)
     bool bias_map;
     const std::int32_t* mult;
@@ -187,7 +191,7 @@ struct Kernels {
     Size event_largest;
     Size (*packed_events_bytes)(const LinearLayer&);
     void (*pack_events)(const LinearLayer&, void* packed);
-    Size (*event_scratch_bytes)(const WindowCall&, Size largest);
+    Size (*event_scratch_bytes)(const EventCall&);
     void (*events)(const EventCall&);
 
     void (*lif)(const LifCall&);

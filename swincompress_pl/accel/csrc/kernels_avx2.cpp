@@ -9,6 +9,8 @@ namespace {
 
 #include "generic_kernels.inc"
 
+#include "avx2_requantize_channels.inc"
+
 #include "generic_spiking.inc"
 
 #include "avx2_add_weights.inc"
@@ -39,7 +41,7 @@ const Kernels avx2_kernels = {
     generic_add,
     generic_table,
     generic_gather,
-    2,
+    kEventLargest,
     generic_packed_events_bytes,
     generic_pack_events,
     generic_event_scratch_bytes,

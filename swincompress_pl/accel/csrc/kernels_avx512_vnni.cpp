@@ -10,9 +10,11 @@ namespace {
 
 #include "generic_kernels.inc"
 
+#include "generic_requantize_channels.inc"
+
 #include "generic_spiking.inc"
 
-#include "generic_add_weights.inc"
+#include "avx2_add_weights.inc"
 
 #include "generic_events.inc"
 
@@ -73,7 +75,7 @@ const Kernels avx512_vnni_kernels = {
     generic_add,
     table,
     generic_gather,
-    0,  // not measured yet against the dense kernel
+    kEventLargest,
     generic_packed_events_bytes,
     generic_pack_events,
     generic_event_scratch_bytes,

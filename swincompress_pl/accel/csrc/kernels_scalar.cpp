@@ -7,6 +7,8 @@ namespace {
 
 #include "generic_kernels.inc"
 
+#include "generic_requantize_channels.inc"
+
 #include "generic_spiking.inc"
 
 #include "generic_add_weights.inc"
@@ -112,7 +114,7 @@ const Kernels scalar_kernels = {
     generic_add,
     generic_table,
     generic_gather,
-    2,
+    kEventLargest,
     generic_packed_events_bytes,
     generic_pack_events,
     generic_event_scratch_bytes,

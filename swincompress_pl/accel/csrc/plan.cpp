@@ -51,7 +51,7 @@ void Plan::add_steps(const std::vector<Operation>& operations, const Kernels& ke
         const OperationView view = view_of(operations[number], values_);
         view.output().bytes();
         // made even where the previous step takes it in, so that a fused operation is refused for the same faults
-        PlannedStep step{make_step(view, kernels), {number}, {}, values_.size(), SpikeCounter(view)};
+        PlannedStep step{make_step(view, kernels), {number}, {}, values_.size(), {SpikeCounter(view)}};
         if (!fuse(view, number, readers)) {
             for (const Size input : operations[number].inputs) step.inputs.push_back(static_cast<std::size_t>(input));
             steps_.push_back(std::move(step));
@@ -74,6 +74,7 @@ bool Plan::fuse(const OperationView& view, std::size_t number, const std::vector
     if (!reads_last || readers[last.output] != 1 || view.output().rows() != values_[last.output].rows()) return false;
     if (!last.step->fuse(view)) return false;
     last.operations.push_back(number);
+    last.counters.emplace_back(view);
     last.inputs.insert(last.inputs.end(), others.begin(), others.end());
     last.output = values_.size();
     return true;

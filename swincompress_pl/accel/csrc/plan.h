@@ -10,7 +10,7 @@ struct PlannedStep {
     std::vector<std::size_t> operations;  // numbers of the operations it covers
     std::vector<std::size_t> inputs;      // numbers of values
     std::size_t output;
-    SpikeCounter counter;  // of the first operation, the only one that can have something to count
+    std::vector<SpikeCounter> counters;  // one an operation
 };
 
 class Plan {

@@ -8,6 +8,12 @@ namespace swincompress {
 // spikes: written by neurons, of so many places. operations: synaptic ones, a count of k being k additions an output.
 struct SpikeCounts {
     Size spikes = 0, places = 0, operations = 0;
+
+    void operator+=(const SpikeCounts& other) {
+        spikes += other.spikes;
+        places += other.places;
+        operations += other.operations;
+    }
 };
 
 // Counts after a step has run, from what it read and wrote, so that no kernel is slower for it.

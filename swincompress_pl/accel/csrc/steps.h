@@ -70,6 +70,20 @@ WindowShape window_shape(const OperationView& view);
 std::unique_ptr<Step> make_grouped_conv2d(const OperationView& view, const LinearLayer& layer, const WindowShape& shape,
                                           Size groups, const Kernels& kernels);
 
+// The neurons of a "lif" operation, checked.
+class Neurons {
+public:
+    explicit Neurons(const OperationView& view);
+    Neurons(const Neurons&) = delete;
+    Neurons& operator=(const Neurons&) = delete;
+
+    const LifCall& call() const { return call_; }  // without x, y and the rows to run
+
+private:
+    LifCall call_{};
+    std::vector<std::int32_t> threshold_, reset_, bias_;
+};
+
 // Whether a layer runs by its input's spikes, and the step that does so.
 bool takes_events(const Value& x, const LinearLayer& layer, const Kernels& kernels);
 std::unique_ptr<Step> make_events(const OperationView& view, const LinearLayer& layer, const WindowShape& shape,

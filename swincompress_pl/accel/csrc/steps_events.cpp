@@ -6,6 +6,7 @@ namespace swincompress {
 namespace {
 
 constexpr Size kDepthMax = 65535;  // rows of weights are numbered in 16 bits
+constexpr Size kStepsMax = 32;     // that neurons may have to be run with their layer
 
 class EventStep : public Step {
 public:
@@ -17,10 +18,11 @@ public:
         call_.largest = largest;
     }
 
-    Size scratch_bytes() const override { return kernels_.event_scratch_bytes(call_.window, call_.largest); }
+    Size scratch_bytes() const override { return kernels_.event_scratch_bytes(call_); }
 
     void run(const Work& work) const override {
-        const Range range = share(work.images * rows_, 1, work.part, work.parts);
+        const Size rows = neurons_ == nullptr ? rows_ : call_.lif->rows;
+        const Range range = share(work.images * rows, 1, work.part, work.parts);
         if (range.first == range.last) return;
         EventCall call = call_;
         call.window.x = work.inputs[0];
@@ -36,7 +38,14 @@ public:
     }
 
     bool fuse(const OperationView& next) override {
-        if (adds_residual_) return false;
+        if (adds_residual_ || neurons_ != nullptr) return false;
+        if (next.operation().kind == "lif" && output_ == Type::int32) {
+            auto neurons = std::make_unique<Neurons>(next);
+            if (neurons->call().repeated || neurons->call().steps > kStepsMax) return false;
+            neurons_ = std::move(neurons);
+            call_.lif = &neurons_->call();
+            return true;
+        }
         adds_residual_ = next.operation().kind == "add" && next.output().type == output_ && output_ != Type::uint8;
         return adds_residual_;
     }
@@ -48,6 +57,7 @@ private:
     Buffer packed_;
     const Kernels& kernels_;
     bool adds_residual_ = false;
+    std::unique_ptr<Neurons> neurons_;
 };
 
 }  // namespace

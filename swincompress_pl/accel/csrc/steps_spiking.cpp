@@ -29,35 +29,23 @@ Call placed(const Call& call, const Work& work, Size rows) {
 
 class LifStep : public Step {
 public:
-    LifStep(const LifCall& call, std::vector<std::int32_t> threshold, std::vector<std::int32_t> reset,
-            std::vector<std::int32_t> bias, const Kernels& kernels)
-        : call_(call),
-          threshold_(std::move(threshold)),
-          reset_(std::move(reset)),
-          bias_(std::move(bias)),
-          kernels_(kernels) {
-        call_.threshold = threshold_.data();
-        call_.reset = reset_.data();
-        call_.bias = bias_.data();
-    }
+    LifStep(const OperationView& view, const Kernels& kernels) : neurons_(view), kernels_(kernels) {}
 
     void run(const Work& work) const override {
-        const Range range = share(call_.rows, 1, work.part, work.parts);
-        const Size step = call_.rows * call_.channels;
+        LifCall call = neurons_.call();
+        const Range range = share(call.rows, 1, work.part, work.parts);
+        const Size step = call.rows * call.channels, in_steps = call.repeated ? 1 : call.steps;
+        call.first_row = range.first;
+        call.last_row = range.last;
         for (Size image = 0; image < work.images; ++image) {
-            LifCall call = call_;
-            const Size in_steps = call.repeated ? 1 : call.steps;
             call.x = reinterpret_cast<const std::int32_t*>(work.inputs[0]) + image * in_steps * step;
             call.y = reinterpret_cast<std::uint8_t*>(work.output) + image * call.steps * step;
-            call.first_row = range.first;
-            call.last_row = range.last;
             kernels_.lif(call);
         }
     }
 
 private:
-    LifCall call_;
-    std::vector<std::int32_t> threshold_, reset_, bias_;
+    Neurons neurons_;
     const Kernels& kernels_;
 };
 
@@ -88,6 +76,14 @@ public:
           shift_(copied(layer.shift, call.channels)),
           kernels_(kernels) {
         layer_.weight = weight_.data();
+        if (layer.groups == call.channels && layer.groups == call.in_channels) {
+            const Size taps = call.kernel_height * call.kernel_width;
+            by_tap_.resize(weight_.size());
+            for (Size c = 0; c < call.channels; ++c)
+                for (Size tap = 0; tap < taps; ++tap)
+                    by_tap_[static_cast<std::size_t>(tap * call.channels + c)] = layer.weight[c * taps + tap];
+            layer_.by_tap = by_tap_.data();
+        }
         layer_.bias = bias_.data();
         layer_.mult = mult_.data();
         layer_.shift = shift_.data();
@@ -99,7 +95,7 @@ private:
     GroupedConvolution layer_;
     WindowCall call_;
     Size rows_;
-    std::vector<std::int8_t> weight_;
+    std::vector<std::int8_t> weight_, by_tap_;
     std::vector<std::int32_t> bias_, mult_;
     std::vector<std::uint8_t> shift_;
     const Kernels& kernels_;
@@ -221,29 +217,36 @@ WindowCall window_call(const OperationView& view, const WindowShape& shape, Size
     return call;
 }
 
-std::unique_ptr<Step> make_lif(const OperationView& view, const Kernels& kernels) {
+Neurons::Neurons(const OperationView& view) {
     view.require_arity(1);
     view.require_input(0, {Type::int32});
     const Value& x = view.input(0);
-    LifCall call{};
-    call.steps = view.attribute("steps", 1, 1 << 16);
-    call.repeated = view.attribute("repeated", 0, 1) != 0;
-    view.require(call.repeated || x.rows() % call.steps == 0, "rows do not split into time steps");
-    call.rows = call.repeated ? x.rows() : x.rows() / call.steps;
-    call.channels = x.channels();
-    call.decay = static_cast<std::int32_t>(view.attribute("decay", 0, 1 << 16));
-    call.input_decay = view.attribute("input_decay", 0, 1) != 0;
-    call.soft_reset = view.attribute("soft_reset", 0, 1) != 0;
-    call.fraction_bits = static_cast<int>(view.attribute("fraction_bits", 0, 15));
-    const auto read = [&](const char* role, Size low, Size high) {
-        return copied(view.elements<std::int32_t>(role, Type::int32, {call.channels}, low, high), call.channels);
-    };
+    call_.steps = view.attribute("steps", 1, 1 << 16);
+    call_.repeated = view.attribute("repeated", 0, 1) != 0;
+    view.require(call_.repeated || x.rows() % call_.steps == 0, "rows do not split into time steps");
+    call_.rows = call_.repeated ? x.rows() : x.rows() / call_.steps;
+    call_.channels = x.channels();
+    call_.decay = static_cast<std::int32_t>(view.attribute("decay", 0, 1 << 16));
+    call_.input_decay = view.attribute("input_decay", 0, 1) != 0;
+    call_.soft_reset = view.attribute("soft_reset", 0, 1) != 0;
+    call_.fraction_bits = static_cast<int>(view.attribute("fraction_bits", 0, 15));
     std::vector<Size> shape = x.shape;
-    if (call.repeated) shape.insert(shape.begin(), call.steps);
+    if (call_.repeated) shape.insert(shape.begin(), call_.steps);
     view.require_output({Type::uint8}, shape);
-    const Size reset_max = call.soft_reset ? 0 : kThresholdMax;
-    return std::make_unique<LifStep>(call, read("threshold", 1, kThresholdMax), read("reset", -reset_max, reset_max),
-                                     read("bias", -kCurrentMax, kCurrentMax), kernels);
+    const auto read = [&](const char* role, Size low, Size high) {
+        return copied(view.elements<std::int32_t>(role, Type::int32, {call_.channels}, low, high), call_.channels);
+    };
+    const Size reset_max = call_.soft_reset ? 0 : kThresholdMax;
+    threshold_ = read("threshold", 1, kThresholdMax);
+    reset_ = read("reset", -reset_max, reset_max);
+    bias_ = read("bias", -kCurrentMax, kCurrentMax);
+    call_.threshold = threshold_.data();
+    call_.reset = reset_.data();
+    call_.bias = bias_.data();
+}
+
+std::unique_ptr<Step> make_lif(const OperationView& view, const Kernels& kernels) {
+    return std::make_unique<LifStep>(view, kernels);
 }
 
 std::unique_ptr<Step> make_max_pool(const OperationView& view, const Kernels& kernels) {
