@@ -186,15 +186,16 @@ def grouped_conv_case(rng: np.random.Generator) -> SpikingCase:
 
 
 def spike_linear_case(rng: np.random.Generator) -> SpikingCase:
-    """Layers whose inputs are spikes or sums of two: few and many of them, more than int16 holds largest weights."""
+    """Layers whose inputs are spikes or counts: few and many of them, more than int16 holds largest weights."""
     rows, k, m = int(_pick(rng, 1, 5, 40)), int(_pick(rng, 1, 7, 64, 259, 700)), int(_pick(rng, 1, 16, 64, 65, 130))
-    largest = int(_pick(rng, 1, 2))
+    largest = int(_pick(rng, 1, 2, 3, 9, 64, 127))
     rate = float(_pick(rng, 0.0, 0.1, 0.6, 1.0))
-    x = np.where(rng.random((2, rows, k)) < rate, largest if rate == 1 else rng.integers(1, largest + 1), 0)
+    counts = np.full((2, rows, k), largest) if rate == 1 else rng.integers(1, largest + 1, (2, rows, k))
+    x = np.where(rng.random((2, rows, k)) < rate, counts, 0)
     return SpikingCase(
         kind="linear",
         dtype=str(_pick(rng, "int8", "uint8", "int16", "int32")),
-        dtypes=(f"uint{largest}",),
+        dtypes=(f"uint{largest.bit_length()}",),
         arrays=(x.astype(np.uint8),),
         attributes={"channels": m},
         tensors={

@@ -20,6 +20,7 @@ struct LinearLayer {
     Size bias_rows;             // 1, or one row of biases for every output position of a convolution
     Type input;                 // int8 or uint8
     Type output;                // int8, uint8, int16 or int32
+    Size largest;               // what no uint8 input exceeds
     const std::int8_t* weight;  // (channels, depth), in [-127, 127]
     const std::int32_t* bias;   // (bias_rows, channels)
     const std::int32_t* mult;   // (channels), in [0, 2^22)

@@ -46,6 +46,7 @@ LinearLayer read_layer(const OperationView& view, Size depth, const std::vector<
     layer.bias_rows = element_count(bias_shape) / layer.channels;
     layer.input = view.input(0).type;
     layer.output = view.output().type;
+    layer.largest = view.input(0).largest;
     layer.weight = view.elements<std::int8_t>("weight", Type::int8, weight_shape, -127, 127);
     layer.bias = static_cast<const std::int32_t*>(view.tensor("bias", Type::int32, bias_shape).data);
     layer.mult = view.elements<std::int32_t>("mult", Type::int32, {layer.channels}, 0, kMultMax);
