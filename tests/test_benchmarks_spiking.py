@@ -12,16 +12,19 @@ import pytest
 from spiking_cases import FAMILIES
 from test_benchmarks_primesvt import place  # noqa: F401  # a fixture
 
+from swincompress_pl.models import create_model
+from swincompress_pl.models.spiking import without_memory
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.primesvt import baselines, subjects
 from benchmarks.pruning.subjects import Place
 from benchmarks.spiking import __main__ as main
-from benchmarks.spiking import accuracy, exact, report
+from benchmarks.spiking import accuracy, exact, report, speed
 
 
 def test_every_builder_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exact, "BUILDERS", {"tiny": 32})
-    monkeypatch.setattr(exact, "create_model", lambda name, T: FAMILIES["qkformer"](T=T))  # noqa: N803  # spikingjelly's
+    monkeypatch.setattr(exact, "create_model", lambda name, T: without_memory(FAMILIES["qkformer"](T=T)))  # noqa: N803
     given = SimpleNamespace(models="tiny", steps="1,2", batches="1,2", out=tmp_path, commit="abc", threads=1)
     main._exact(given)
     found = json.loads((tmp_path / "exact-tiny-2.json").read_text())
@@ -36,7 +39,7 @@ def test_every_builder_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_a_difference_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exact, "BUILDERS", {"tiny": 32})
-    monkeypatch.setattr(exact, "create_model", lambda name, T: FAMILIES["spikformer"](T=T))  # noqa: N803  # spikingjelly's
+    monkeypatch.setattr(exact, "create_model", lambda name, T: without_memory(FAMILIES["spikformer"](T=T)))  # noqa: N803
     whole = exact.run_operation
 
     def wrong(op: Any, *rest: Any) -> Any:
@@ -45,6 +48,35 @@ def test_a_difference_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(exact, "run_operation", wrong)
     assert exact.compare("tiny", 1, [1])["differ"] > 0
+
+
+@pytest.mark.slow
+def test_the_engine_races_with_its_peers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def tiny(_: str, T: int) -> Any:  # noqa: N803
+        size = {"img_size_h": 32, "img_size_w": 32, "patch_size": 4}
+        return create_model("Spikformer", T=T, embed_dims=64, num_heads=2, depths=1, **size)
+
+    for module in (exact, speed):
+        monkeypatch.setattr(module, "BUILDERS", {"tiny": 32})
+        monkeypatch.setattr(module, "create_model", tiny)
+    given = SimpleNamespace(
+        models="tiny", steps=2, thread_counts="1", density=0.2, rounds=1, turn_ms=1.0, out=tmp_path, commit="abc",
+        threads=1,
+    )  # fmt: skip
+    main._speed(given)
+    found = json.loads((tmp_path / "speed-tiny-2.json").read_text())
+    assert found["dense"]["equal"]
+    assert found["pruned"]["equal"]
+    assert found["pruned"]["parameters"] <= (1 - 0.2668) * found["dense"]["parameters"]
+    assert found["pruned"]["macs"] < found["dense"]["macs"]
+    assert found["dense"]["sops"] > 0
+    (race,) = found["races"]
+    measured = {result["name"] for result in race["results"] if result["latency"] is not None}
+    assert measured == {"engine", "engine, pruned", "torch fp32", "onnxruntime fp32"}
+    assert sum(race["shares"].values()) == pytest.approx(1)
+    text = report.write(tmp_path, tmp_path / "results")[0].read_text()
+    assert "| tiny, T = 2, 1 thread(s) |" in text
+    assert "## Pruned networks" in text
 
 
 @pytest.mark.slow

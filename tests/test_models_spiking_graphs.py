@@ -13,6 +13,7 @@ from spiking_cases import FAMILIES, SIZE_PX, lively, spikes_of
 from torch import Tensor, nn
 
 from swincompress_pl import accel
+from swincompress_pl.models import create_model
 from swincompress_pl.norm import run, steps
 from swincompress_pl.pruning import Group, PruningPlan, apply_plan
 from swincompress_pl.quant import Graph, float_logits, quantize
@@ -270,3 +271,24 @@ def test_what_has_no_integer_form_is_refused() -> None:
         graph_of(network)
     with pytest.raises(UnsupportedNetworkError, match="give preprocessing 'height' and 'width'"):
         graph_of(network, {key: PREPROCESSING[key] for key in ("mean", "std")})
+
+
+def test_networks_that_cannot_mean_anything_are_refused_by_name() -> None:
+    images = [normalized(pictures(2))]
+    fresh = create_model(
+        "Spikformer", T=2, img_size_h=SIZE_PX, img_size_w=SIZE_PX, embed_dims=32, num_heads=2, depths=1
+    )
+    with pytest.raises(ValueError, match=r"of 12 neurons never spike .* patch_embed.stages.0.neuron the first"):
+        quantize(fresh.eval(), images, method="max", preprocessing=PREPROCESSING)
+    with pytest.raises(ValueError, match="Spikformer: T is 0; a network needs 1 time step or more"):
+        create_model("Spikformer", T=0, embed_dims=32, num_heads=2, depths=1)
+    network, _ = lively(FAMILIES["spikformer"], 0, trained_statistics=False)
+    with pytest.raises(ValueError, match="time_steps is 0; events have 1 time step or more"):
+        graph_of(network, PREPROCESSING | {"time_steps": 0})
+    network.blocks[0].mlp.neuron1.step_mode = "s"  # type: ignore[index, union-attr]
+    with pytest.raises(ValueError, match=r"blocks.0.mlp.neuron1 is in single-step mode"):
+        quantize(network.float(), images, method="max", preprocessing=PREPROCESSING)
+    remembering, _ = lively(FAMILIES["spikformer"], 0, trained_statistics=False)
+    remembering._forward_pre_hooks.clear()
+    with pytest.raises(ValueError, match="keeps its membranes from one call to the next"):
+        quantize(remembering.float(), images, method="max", preprocessing=PREPROCESSING)

@@ -117,7 +117,7 @@ def _speed(results: Results) -> str:
             dense = entry["dense"]
             rows.append(
                 [
-                    f"{entry['network']}, {race['threads']} thread(s)",
+                    f"{entry['network']}, T = {entry['steps']}, {race['threads']} thread(s)",
                     count(dense["macs"]),
                     f"{dense['sops'] / dense['macs']:.0%}",
                     _time(found[ENGINE]),
@@ -134,10 +134,10 @@ def _speed(results: Results) -> str:
         "onnxruntime fp32, ms (times engine)", "answer equal", "peak RSS", "file against float32",
     ]  # fmt: skip
     text = (
-        "## Speed\n\nBatch 1, T = 4, fresh weights, normalizations biased for the given density of spikes. Every "
-        "runtime in its own process, in turns; medians with quartiles, ratios round by round. Integer logits of every "
-        "implementation against the twin's in the same run. Peers have the same shapes; their time does not depend on "
-        "spikes. onnxruntime runs T unrolled.\n\n"
+        "## Speed\n\nBatch 1, fresh weights, random images, normalizations biased until spikes cause at least a fifth as "
+        "many additions as there are MACs. Every runtime in its own process, in turns; medians with quartiles, ratios "
+        "round by round. Integer logits of every implementation against the twin's in the same run. Peers have the same "
+        "shapes; their time does not depend on spikes. onnxruntime runs T unrolled.\n\n"
     )
     return text + table(header, rows) + "\n\nThe engine's time by kind of step:\n\n" + "\n".join(shares) if rows else ""
 
@@ -163,7 +163,7 @@ def _pruned(results: Results) -> str:
             dense, pruned = entry["dense"], entry["pruned"]
             rows.append(
                 [
-                    f"{entry['network']}, {race['threads']} thread(s)",
+                    f"{entry['network']}, T = {entry['steps']}, {race['threads']} thread(s)",
                     f"{1 - pruned['parameters'] / dense['parameters']:.2%}",
                     f"{pruned['macs'] / dense['macs']:.2f}",
                     f"{pruned['sops'] / dense['sops']:.2f}",

@@ -41,8 +41,8 @@ def measure(
     turn_ms: float,
     tell: Progress,
 ) -> dict[str, Any]:
-    """Batch 1. density: additions that spikes cause, against all multiplications of the same shapes; the biases of the
-    normalizations are chosen for it, since those of fresh networks make next to no spikes."""
+    """Batch 1. density: additions that spikes cause, at the least, against all multiplications of the same shapes; the
+    biases of the normalizations are raised for it, since some fresh networks make next to no spikes."""
     tell(f"{name}: network", 0, 1)
     images = np.random.default_rng(0).integers(0, 256, (1, BUILDERS[name], BUILDERS[name], 3), dtype=np.uint8)
     bias = bias_for(name, steps, density, images)

@@ -52,7 +52,11 @@ class SpikingAdapter:
         return watching_spikes(network)
 
     def graph(self, network: Any, preprocessing: Mapping[str, Any]) -> Any:
-        """The quantizable graph (see `models.spiking_graphs`); UnsupportedNetworkError where there is none yet."""
+        """The quantizable graph (see `models.spiking_graphs`).
+
+        UnsupportedNetworkError where there is none yet; ValueError as `check_spiking`.
+        """
+        check_spiking(network)
         graphs = importlib.import_module("swincompress_pl.models.spiking_graphs").GRAPHS
         for kind in type(network).__mro__:
             if kind.__name__ in graphs:
@@ -96,6 +100,9 @@ def _check_neurons(network: nn.Module) -> None:
     neurons = {name: module for name, module in network.named_modules() if isinstance(module, MemoryModule)}
     if not neurons:
         raise ValueError(f"{type(network).__name__}: no neuron of spikingjelly in it, so it is not a spiking network")
+    steps = getattr(network, "T", 1)
+    if not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"{type(network).__name__}: T is {steps!r}; a network needs 1 time step or more")
     single = [name for name, module in neurons.items() if module.step_mode != "m"]
     if single:
         raise ValueError(

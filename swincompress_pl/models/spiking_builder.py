@@ -55,6 +55,8 @@ class SpikingBuilder(GraphBuilder):
         super().__init__(network)
         self.preprocessing = preprocessing
         self._event_steps = preprocessing.get("time_steps")
+        if self._event_steps is not None and (type(self._event_steps) is not int or self._event_steps < 1):
+            raise ValueError(f"time_steps is {self._event_steps!r}; events have 1 time step or more")
         self.steps = int(network.T if self._event_steps is None else self._event_steps)  # type: ignore[arg-type]
         if size is None:
             size = _size_of(preprocessing)

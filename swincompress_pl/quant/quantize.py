@@ -12,11 +12,13 @@ from torch import nn
 
 from swincompress_pl.quant.bits import Bits
 from swincompress_pl.quant.calibration import Ranges, calibration_images, observe, sample_layers
+from swincompress_pl.quant.graph import Graph
 from swincompress_pl.quant.layerwise import LayerwiseSearch
 from swincompress_pl.quant.network import QuantizedNetwork, find_preprocessing
 from swincompress_pl.quant.rounding import Learning, round_blocks
 from swincompress_pl.quant.scales import affine_range
 from swincompress_pl.quant.search import max_step
+from swincompress_pl.quant.spiking_nodes import NeuronNode
 
 # 16-bit sites and logits keep the true maximum and leave room above it: a bit there is free, clipping is not.
 HEADROOM = 2.0
@@ -85,7 +87,8 @@ def quantize(
     timm's `pretrained_cfg`). classes: names for the artifact.
 
     Raises ValueError for empty calibration, NaN or infinite values (naming the site), an unknown method, widths or
-    options that contradict each other, or an already quantized network; UnsupportedNetworkError for a network without
+    options that contradict each other, an already quantized network, or a spiking one most of whose neurons are silent
+    (naming the first) or that keeps its membranes between calls; UnsupportedNetworkError for a network without
     an integer form.
     """
     options = _options(method, percentile, search)
@@ -99,6 +102,7 @@ def quantize(
         quantized.pixels(batch)  # refuses images of another normalization
     with _evaluating(quantized):
         ranges = observe(quantized.graph, model, batches)
+        _require_spikes(quantized.graph, ranges)
         clips = {name: entry.clip(percentile) for name, entry in ranges.items()}
         _set_ranges(quantized, ranges, clips)
         if options is not None:
@@ -118,6 +122,17 @@ def quantize(
             round_blocks(quantized, batches, learning, progress=progress)
             _secure_steps(quantized)
     return quantized
+
+
+def _require_spikes(graph: Graph, ranges: Mapping[str, Ranges]) -> None:
+    """Raises ValueError for a spiking network most of whose neurons are silent."""
+    neurons = [node for node in graph.nodes if isinstance(node, NeuronNode)]
+    silent = [node.module for node in neurons if not ranges[node.output].magnitude.any()]
+    if 2 * len(silent) > len(neurons):
+        raise ValueError(
+            f"{len(silent)} of {len(neurons)} neurons never spike on the calibration images, {silent[0]} the first of "
+            "them; train the network, or give it its trained BatchNorm statistics (fresh ones leave it silent)"
+        )
 
 
 def _options(
