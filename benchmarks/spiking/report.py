@@ -134,10 +134,10 @@ def _speed(results: Results) -> str:
         "onnxruntime fp32, ms (times engine)", "answer equal", "peak RSS", "file against float32",
     ]  # fmt: skip
     text = (
-        "## Speed\n\nBatch 1, fresh weights, random images, normalizations biased until spikes cause at least a fifth as "
-        "many additions as there are MACs. Every runtime in its own process, in turns; medians with quartiles, ratios "
-        "round by round. Integer logits of every implementation against the twin's in the same run. Peers have the same "
-        "shapes; their time does not depend on spikes. onnxruntime runs T unrolled.\n\n"
+        "## Speed\n\nBatch 1, fresh weights, random images, normalizations biased until spikes cause at least a fifth "
+        "as many additions as there are MACs. Every runtime in its own process, in turns; medians with quartiles, "
+        "ratios round by round. Integer logits of every implementation against the twin's in the same run. Peers have "
+        "the same shapes; their time does not depend on spikes. onnxruntime runs T unrolled.\n\n"
     )
     return text + table(header, rows) + "\n\nThe engine's time by kind of step:\n\n" + "\n".join(shares) if rows else ""
 
