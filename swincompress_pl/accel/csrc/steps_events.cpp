@@ -1,4 +1,6 @@
 // Linear layers and convolutions over spikes and small counts.
+#include <algorithm>
+
 #include "buffer.h"
 #include "steps.h"
 
@@ -68,8 +70,9 @@ bool takes_events(const Value& x, const LinearLayer& layer, const Kernels& kerne
 
 std::unique_ptr<Step> make_events(const OperationView& view, const LinearLayer& layer, const WindowShape& shape,
                                   const Kernels& kernels) {
-    return std::make_unique<EventStep>(layer, window_call(view, shape, layer.channels), view.input(0).largest,
-                                       view.output().rows(), kernels);
+    const Size largest = std::max<Size>(view.input(0).largest, 1);
+    return std::make_unique<EventStep>(layer, window_call(view, shape, layer.channels), largest, view.output().rows(),
+                                       kernels);
 }
 
 }  // namespace swincompress
