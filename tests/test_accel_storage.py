@@ -17,7 +17,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from program_cases import small_program
+from safetensors import safe_open
 from safetensors.numpy import load_file, save, save_file
+from spiking_programs import spiking_program
 from test_accel_programs import images_of
 
 from swincompress_pl import accel, norm
@@ -403,3 +405,51 @@ def test_unused_history_compresses_too(narrow: norm.Program, tmp_path: Path) -> 
     coded = accel.export(program, tmp_path / "coded.safetensors", "lzma")
     assert plain - coded.stat().st_size > 25_000
     assert artifact.read(coded).origin["history"] == history
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=9), st.lists(st.integers(0, 2), min_size=1, max_size=9))
+def test_folding_maps_loses_nothing(rows: list[int], columns: list[int]) -> None:
+    distinct = np.arange(4 * 3 * 5, dtype=np.int32).reshape(4, 3, 5)
+    tensors = {"map": distinct[rows][:, columns], "weight": np.ones((2, 2, 2), np.int8), "flat": np.zeros(4, np.int32)}
+    stored, folded = storage.fold_maps(tensors)
+    assert set(folded) <= {"map"}
+    assert stored["map"].size <= tensors["map"].size
+    assert ("map" in folded) == (2 * len(set(rows)) * len(set(columns)) <= len(rows) * len(columns))
+    restored = storage.unfold_maps(stored, json.loads(json.dumps(folded)))
+    assert all(np.array_equal(restored[key], tensor) for key, tensor in tensors.items())
+
+
+@pytest.mark.parametrize(
+    ("folded", "message"),
+    [
+        ([], "no mapping"),
+        ({"other": [[0], [0]]}, "entry of folded map 'other'"),
+        ({"flat": [[0], [0]]}, "entry of folded map 'flat'"),
+        ({"map": [[0, 1]]}, "entry of folded map 'map'"),
+        ({"map": [[0, 2], [0]]}, "rows or columns that it lacks"),
+        ({"map": [[0], [-1]]}, "rows or columns that it lacks"),
+        ({"map": [[], [0]]}, "rows or columns that it lacks"),
+        ({"map": [[0], [0.5]]}, "rows or columns that it lacks"),
+        ({"map": [[0] * 40_000, [0] * 40_000]}, "are accepted"),
+    ],
+)
+def test_folded_maps_that_do_not_fit_are_refused(folded: Any, message: str) -> None:
+    with pytest.raises(storage.StorageError, match=message):
+        storage.unfold_maps({"map": np.zeros((2, 2, 3), np.int32), "flat": np.zeros(3, np.int32)}, folded)
+
+
+def test_a_spiking_stem_takes_no_map_in_the_file(tmp_path: Path) -> None:
+    program = spiking_program()
+    (conv,) = [op for op in program.operations if op.kind == "conv2d" and "images" in op.inputs]
+    shape = norm.check(program)[conv.output].shape
+    border = np.broadcast_to(np.arange(shape[-1], dtype=np.int32), shape[-3:]).copy()
+    border[0] += 7
+    border[:, -1] -= 3
+    mapped = dataclasses.replace(program, tensors={**program.tensors, conv.tensors["bias"]: border})
+    file = accel.export(mapped, tmp_path / "mapped.safetensors")
+    assert metadata_of(file)["storage"]["folded"]
+    with safe_open(file, framework="numpy") as stored:
+        assert stored.get_tensor(conv.tensors["bias"]).shape == (2, 2, shape[-1])
+    assert np.array_equal(artifact.read(file).tensors[conv.tensors["bias"]], border)
+    images = np.zeros((2, *program.input.value.shape), np.uint8)
+    assert np.array_equal(accel.load(file).run_integer(images), accel.ReferenceEngine(mapped).run_integer(images))

@@ -2,7 +2,8 @@
 
 The header's metadata has one key, METADATA_KEY, that holds a JSON object: `format`, `version`, `description`
 (`Program.describe()`) and `sha256` over the description and all tensors as they are in memory. Version 2 adds
-`storage`, which says how they lie in the file: weights below 8 bits are packed, and a compressed artifact has streams
+`storage`, which says how they lie in the file: weights below 8 bits are packed, maps of
+biases are folded, and a compressed artifact has streams
 (`storage.py`) and keeps description and storage in one more, `content`. A file that needs neither stays version 1.
 Files are written beside their destination and renamed, so that an interrupted export leaves the old file as it was.
 """
@@ -84,9 +85,11 @@ def to_bytes(program: norm.Program, compression: str | None = None) -> bytes:
 
 def _packed(description: dict[str, Any], tensors: Tensors) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
     stored, packed = storage.pack_tensors(tensors)
-    if not packed:
+    stored, folded = storage.fold_maps(stored)
+    layout = {name: entries for name, entries in (("packed", packed), ("folded", folded)) if entries}
+    if not layout:
         return stored, {"version": 1, "description": description}
-    return stored, {"version": 2, "description": description, "storage": {"packed": packed}}
+    return stored, {"version": 2, "description": description, "storage": layout}
 
 
 def _compressed(
@@ -175,8 +178,9 @@ def _restored(content: Mapping[str, Any], stored: dict[str, npt.NDArray[Any]]) -
         except (ValueError, RecursionError) as error:
             raise storage.StorageError(f"its description is not JSON: {error}") from error
     layout = content.get("storage") if isinstance(content, dict) else None
-    if isinstance(layout, dict) and list(layout) == ["packed"]:
-        return content.get("description"), storage.unpack_tensors(stored, layout["packed"])
+    if isinstance(layout, dict) and layout and set(layout) <= {"packed", "folded"}:
+        tensors = storage.unpack_tensors(stored, layout.get("packed", {}))
+        return content.get("description"), storage.unfold_maps(tensors, layout.get("folded", {}))
     if isinstance(layout, dict) and list(layout) == ["streams"]:
         return content.get("description"), storage.decompress_tensors(stored, layout["streams"])
     raise storage.StorageError("it does not say how its tensors are stored")
