@@ -89,14 +89,19 @@ def measure(
 
 
 def bias_for(name: str, steps: int, density: float, images: np.ndarray[Any, Any]) -> float:
-    """Of the normalizations, by bisection."""
+    """Of the normalizations: 0 where that is enough, else by bisection."""
+
+    def enough(bias: float) -> bool:
+        profile = accel.Engine(quantized(name, steps, bias=bias).to_program(), threads=1).profile(images, repeats=1)
+        return (profile.sops or 0) >= density * profile.macs
+
+    if enough(0.0):
+        return 0.0
     low, high = 0.0, 1.5
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2
-        program = quantized(name, steps, bias=middle).to_program()
-        profile = accel.Engine(program, threads=1).profile(images, repeats=1)
-        low, high = (middle, high) if (profile.sops or 0) < density * profile.macs else (low, middle)
-    return (low + high) / 2
+        low, high = (low, middle) if enough(middle) else (middle, high)
+    return high
 
 
 def _pruned(name: str, steps: int) -> nn.Module:

@@ -87,7 +87,7 @@ def unpack_tensors(stored: Mapping[str, Tensor], packed: Any) -> dict[str, Tenso
 
 
 def fold_maps(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(tensors to store, {key: [which row each is, which column each is]} of the int32 maps (H, W, C) that were folded).
+    """(tensors to store, {key: [which row each is, which column each is]} of the int32 maps (H, W, C) among them).
 
     A convolution's map of biases has few different rows and columns: those near the border, and one for all others.
     """
