@@ -18,7 +18,7 @@ from .subjects import SUBJECTS
 Results = Mapping[str, dict[str, Any]]
 
 _STATES = ("given", "single_shot", "batchnorm_anew", "tuned")
-_PLOTTED = "group-layers"
+_PLOTTED = "-group"
 _INTRODUCTION = (
     "Small networks of each family, trained and fine-tuned on 45,000 images of CIFAR-10 (JPEG copy), T = 2. The search "
     "decides on 5,000 held-out training images; accuracies here are top-1 on the 10,000 test images, which decide "
