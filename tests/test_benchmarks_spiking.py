@@ -14,6 +14,7 @@ from test_benchmarks_primesvt import place  # noqa: F401  # a fixture
 
 from swincompress_pl.models import create_model
 from swincompress_pl.models.spiking import without_memory
+from swincompress_pl.report.environment import installed_version
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.primesvt import baselines, subjects
@@ -72,7 +73,8 @@ def test_the_engine_races_with_its_peers(tmp_path: Path, monkeypatch: pytest.Mon
     assert found["dense"]["sops"] > 0
     (race,) = found["races"]
     measured = {result["name"] for result in race["results"] if result["latency"] is not None}
-    assert measured == {"engine", "engine, pruned", "torch fp32", "onnxruntime fp32"}
+    assert measured >= {"engine", "engine, pruned", "torch fp32"}
+    assert ("onnxruntime fp32" in measured) == all(map(installed_version, ("onnxruntime", "onnx", "onnxscript")))
     assert sum(race["shares"].values()) == pytest.approx(1)
     text = report.write(tmp_path, tmp_path / "results")[0].read_text()
     assert "| tiny, T = 2, 1 thread(s) |" in text
