@@ -12,6 +12,7 @@ import torch
 
 from swincompress_pl.cli.common import progress
 from swincompress_pl.report import describe_environment
+from swincompress_pl.report.record import write_text
 
 from ..primesvt.subjects import SUBJECTS
 from ..pruning.subjects import Place
@@ -101,10 +102,7 @@ def _keep(given: argparse.Namespace, key: str, make: Any) -> None:
         "commit": _commit(given),
         "where": f"{environment['cpu']} ({', '.join(environment['cpu_flags'])}), {given.threads} threads, {packages}",
     }
-    given.out.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(json.dumps(found), encoding="utf-8")
-    temporary.replace(file)
+    write_text(file, json.dumps(found))
     print(key, {k: v for k, v in found.items() if not isinstance(v, dict)}, flush=True)
 
 
