@@ -104,6 +104,8 @@ struct WindowCall {
     Size first_row, last_row;
 };
 
+constexpr Size kEventStepsMax = 32;  // time steps of neurons that run with their layer
+
 // A convolution, or a linear layer as one of kernel (1, 1) over a column of pixels, whose inputs are spikes or small
 // counts: uint8 of which `largest` <= 127 are counted. Rows [first_row, last_row) of the window, or, where neurons of
 // at most 32 time steps follow (lif, whose x, y and rows to run are not used), as many positions of all time steps.

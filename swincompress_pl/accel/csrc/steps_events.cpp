@@ -8,7 +8,6 @@ namespace swincompress {
 namespace {
 
 constexpr Size kDepthMax = 65535;  // rows of weights are numbered in 16 bits
-constexpr Size kStepsMax = 32;     // that neurons may have to be run with their layer
 
 class EventStep : public Step {
 public:
@@ -43,7 +42,7 @@ public:
         if (adds_residual_ || neurons_ != nullptr) return false;
         if (next.operation().kind == "lif" && output_ == Type::int32) {
             auto neurons = std::make_unique<Neurons>(next);
-            if (neurons->call().repeated || neurons->call().steps > kStepsMax) return false;
+            if (neurons->call().repeated || neurons->call().steps > kEventStepsMax) return false;
             neurons_ = std::move(neurons);
             call_.lif = &neurons_->call();
             return true;
