@@ -2,9 +2,9 @@
 
 The header's metadata has one key, METADATA_KEY, that holds a JSON object: `format`, `version`, `description`
 (`Program.describe()`) and `sha256` over the description and all tensors as they are in memory. Version 2 adds
-`storage`, which says how they lie in the file: weights below 8 bits are packed, maps of
-biases are folded, and a compressed artifact has streams
-(`storage.py`) and keeps description and storage in one more, `content`. A file that needs neither stays version 1.
+`storage`, which says how they lie in the file: weights below 8 bits are packed, maps of biases are folded, and a
+compressed artifact has streams (`storage.py`) and keeps description and storage in one more, `content`. A file that
+needs none of these stays version 1.
 Files are written beside their destination and renamed, so that an interrupted export leaves the old file as it was.
 """
 
