@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import tempfile
 from collections import defaultdict
 from collections.abc import Sequence
@@ -108,13 +109,18 @@ def _pruned(name: str, steps: int) -> nn.Module:
     """The network without an equal part of every group's units, a multiple of eight left, by the paper's saving."""
     whole = create_model(name, T=steps)
     groups, total = adapter_for(whole).groups(whole), _parameters(whole)
-    for part in np.arange(0.05, 0.9, 0.01):
+
+    def without(part: float) -> nn.Module:
         network = create_model(name, T=steps)
-        gone = {group.name: range(_kept(group.units, float(part)), group.units) for group in groups}
+        gone = {group.name: range(_kept(group.units, part), group.units) for group in groups}
         apply_plan(network, PruningPlan.removing(groups, {key: units for key, units in gone.items() if len(units)}))
-        if _parameters(network) <= (1 - _SAVING) * total:
-            return network
-    raise ValueError(f"{name}: no equal part of all groups saves {_SAVING:.2%} of the parameters")
+        return network
+
+    parts = [float(part) for part in np.arange(0.05, 0.9, 0.01)]
+    enough = bisect.bisect_left(parts, _SAVING, key=lambda part: 1 - _parameters(without(part)) / total)
+    if enough == len(parts):
+        raise ValueError(f"{name}: no equal part of all groups saves {_SAVING:.2%} of the parameters")
+    return without(parts[enough])
 
 
 def _kept(units: int, part: float) -> int:
