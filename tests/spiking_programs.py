@@ -63,7 +63,7 @@ def _spikes(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
 
 def lif_case(rng: np.random.Generator) -> SpikingCase:
     steps, repeated, soft = int(rng.integers(1, 6)), int(rng.integers(2)), int(rng.integers(2))
-    bits, channels = int(_pick(rng, 0, 0, 1, 6, 15)), int(_pick(rng, 1, 3, 16, 33))
+    bits, channels = int(_pick(rng, 0, 0, 1, 6, 15)), int(_pick(rng, 1, 3, 16, 33, 44))
     rows = _pick(rng, (), (5,), (3, 4))
     shape = (2, *(() if repeated else (steps,)), *rows, channels)
     reach = _pick(rng, 20, 2000, CURRENT_MAX >> bits, 2**31 - 1)
@@ -100,7 +100,7 @@ def max_pool_case(rng: np.random.Generator) -> SpikingCase:
         kind="max_pool",
         dtype=dtype,
         dtypes=(dtype,),
-        arrays=(integers(rng, dtype, (2, *steps, *size, int(_pick(rng, 1, 5, 17)))),),
+        arrays=(integers(rng, dtype, (2, *steps, *size, int(_pick(rng, 1, 5, 17, 43)))),),
         attributes={
             "kernel": kernel,
             "stride": [int(v) for v in rng.integers(1, 4, 2)],
@@ -187,7 +187,11 @@ def grouped_conv_case(rng: np.random.Generator) -> SpikingCase:
 
 def spike_linear_case(rng: np.random.Generator) -> SpikingCase:
     """Layers whose inputs are spikes or counts: few and many of them, more than int16 holds largest weights."""
-    rows, k, m = int(_pick(rng, 1, 5, 40)), int(_pick(rng, 1, 7, 64, 259, 700)), int(_pick(rng, 1, 16, 64, 65, 130))
+    rows, k, m = (
+        int(_pick(rng, 1, 5, 40)),
+        int(_pick(rng, 1, 7, 64, 259, 700)),
+        int(_pick(rng, 1, 16, 32, 33, 64, 65, 96, 97, 130)),
+    )
     largest = int(_pick(rng, 1, 2, 3, 9, 64, 127))
     rate = float(_pick(rng, 0.0, 0.1, 0.6, 1.0))
     counts = np.full((2, rows, k), largest) if rate == 1 else rng.integers(1, largest + 1, (2, rows, k))
@@ -293,10 +297,12 @@ class _Builder:
 HALF_DECAY = 2**15
 
 
-def spiking_program(seed: int = 0, *, steps: int = 3, events: bool = False, classes: int = 5) -> Program:
+def spiking_program(
+    seed: int = 0, *, steps: int = 3, events: bool = False, classes: int = 5, width: int = 12
+) -> Program:
     """A network with every spiking operation: stem with a bias map and pooling, a depthwise convolution on a stream,
     spike attention, a gate by head, a head on counts."""
-    size, width, heads = 8, 12, 2
+    size, heads = 8, 2
     given = InputDescription(height=size, width=size, channels=2 if events else 3, time_steps=steps if events else None)
     build = _Builder(seed, given.value.shape)
     stem = build.layer((width, 3, 3, given.channels), 4000, bias_shape=(size, size))
@@ -320,7 +326,7 @@ def spiking_program(seed: int = 0, *, steps: int = 3, events: bool = False, clas
     narrow = build.emit("requantize", (stream,), "int8", factors)
     summed = build.emit("block_sum", (build.linear(narrow, width, width),), "int32", {}, rows=steps, channels=width)
     spikes = build.lif(summed, steps, decay=21845, input_decay=0)
-    counted = build.emit("block_sum", (spikes,), "uint4", {}, rows=1, channels=width)
+    counted = build.emit("block_sum", (spikes,), f"uint{max(4, steps.bit_length())}", {}, rows=1, channels=width)
     build.linear(counted, width, classes)
     return Program(
         input=given,

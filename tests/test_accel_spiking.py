@@ -119,6 +119,27 @@ def test_whole_programs_have_one_answer(tmp_path: Path, steps: int, events: bool
     assert np.array_equal(logits, np.concatenate([run(program, image[None]) for image in images]))
 
 
+@pytest.mark.parametrize("width", [32, 36, 64, 100, 104])
+def test_widths_of_pruned_layers_have_one_answer(width: int) -> None:
+    """Panels of weights with 64 columns and a last one of 32, neurons eight at a time and the rest one by one."""
+    program = spiking_program(width, steps=2, width=width)
+    images = pictures(np.random.default_rng(width), 3, program.input.value.shape)
+    logits = run(program, images)
+    for name in accel.implementations():
+        assert np.array_equal(accel.Engine(program, implementation=name, threads=2).run_integer(images), logits), name
+
+
+@pytest.mark.parametrize(("steps", "fused"), [(32, True), (33, False)])
+def test_neurons_run_with_their_layer_for_up_to_32_steps(steps: int, fused: bool) -> None:
+    program = spiking_program(steps, steps=steps)
+    images = pictures(np.random.default_rng(steps), 2, program.input.value.shape)
+    logits = run(program, images)
+    for name in accel.implementations():
+        engine = accel.Engine(program, implementation=name, threads=2)
+        assert np.array_equal(engine.run_integer(images), logits), name
+        assert any(row.kind == "linear+lif" for row in engine.profile(images, repeats=1)) == fused, name
+
+
 @pytest.mark.parametrize("events", [False, True])
 def test_the_profile_counts_spikes_and_synaptic_operations(events: bool) -> None:
     """From the engine's own counters, the same in every implementation, and what the reference's values say."""

@@ -11,6 +11,8 @@ namespace {
 
 #include "avx2_requantize_channels.inc"
 
+#include "avx2_store_spikes.inc"
+
 #include "generic_spiking.inc"
 
 #include "avx2_add_weights.inc"

@@ -12,6 +12,8 @@ namespace {
 
 #include "generic_requantize_channels.inc"
 
+#include "avx2_store_spikes.inc"
+
 #include "generic_spiking.inc"
 
 #include "avx2_add_weights.inc"

@@ -9,6 +9,8 @@ namespace {
 
 #include "generic_requantize_channels.inc"
 
+#include "generic_store_spikes.inc"
+
 #include "generic_spiking.inc"
 
 #include "generic_add_weights.inc"
