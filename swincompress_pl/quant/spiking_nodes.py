@@ -1,7 +1,9 @@
 """The kinds of graph node of spiking networks; see `nodes.py`.
 
-Values are channels-last: (N, H, W, C) before the first neuron, (N, T, H, W, C) behind it. BatchNorms run on their
-running statistics, folded into the layer before them, also in training.
+Values are channels-last: (N, H, W, C) before the first neuron, (N, T, H, W, C) behind it. BatchNorms are folded into
+the layer before them on their running statistics. In training they normalize by the batch and keep those up to date, as
+everywhere in torch, unless they are in `eval()`: the weight is rounded as it will be folded and unfolded again before
+(as Krishnamoorthi, arXiv 1806.08342, folds; the correction there is left out).
 """
 
 from __future__ import annotations
@@ -53,12 +55,14 @@ class ConvNormNode(WeightedNode):
     def _rows(self, tensor: Tensor) -> Tensor:
         return tensor if self.rows is None else tensor[self.rows[0] : self.rows[1]]
 
+    def _norms(self, network: nn.Module) -> list[Any]:
+        return [network.get_submodule(path) for path in self.norms]
+
     def _factor_and_offset(self, network: nn.Module) -> tuple[Tensor, Tensor]:
         """(M,) of the BatchNorms together."""
         factor: Tensor | None = None
         offset: Tensor | None = None
-        for path in self.norms:
-            norm: Any = network.get_submodule(path)
+        for norm in self._norms(network):
             scale = norm.weight / torch.sqrt(norm.running_var + norm.eps)
             shift = norm.bias - norm.running_mean * scale
             factor = scale if factor is None else factor * scale
@@ -126,14 +130,35 @@ class ConvNormNode(WeightedNode):
         return F.pad(x.reshape(-1, *x.shape[-3:]) - border, (0, 0, wide, wide, high, high)) + border
 
     def forward(self, run: Run, *inputs: Tensor) -> Tensor:
-        x = inputs[0]
+        x, norms = inputs[0], self._norms(run.network)
         _, stride, _, groups = self.geometry(run.network)
         weight = run.weight(self) * self._deviation(x)
+        by_batch = any(norm.training for norm in norms)
+        bias = self._unfolded_bias(run.network) if by_batch else self.folded_bias(run.network)
+        if by_batch:
+            factor = self._rows(self._factor_and_offset(run.network)[0])[:, None, None, None]
+            weight = weight / torch.where(factor == 0, 1, factor)
         # A copy to channels first: on channels last, backward passes of torch 2.15 on a CPU give wrong gradients
         # (double precision, 3 channels) or write beyond their memory (1 x 1 with stride 2, 4 to 8 channels).
         images = self._padded(run.network, x).permute(0, 3, 1, 2).contiguous()
-        y = F.conv2d(images, weight, self.folded_bias(run.network), stride, groups=groups).permute(0, 2, 3, 1)
+        y = F.conv2d(images, weight, bias, stride, groups=groups)
+        for norm in norms if by_batch else ():
+            y = self._normalized(norm, y)
+        y = y.permute(0, 2, 3, 1)
         return y.reshape(*x.shape[:-3], *y.shape[1:])
+
+    def _unfolded_bias(self, network: nn.Module) -> Tensor | None:
+        bias = self._conv(network).bias
+        return None if bias is None else self._rows(bias)
+
+    def _normalized(self, norm: Any, y: Tensor) -> Tensor:
+        """(B, M, H, W) by the batch, with the running statistics of these rows updated; by those if `norm` is in
+        evaluation."""
+        if norm.training and (self.rows is None or self.rows[0] == 0):
+            norm.num_batches_tracked.add_(1)
+        momentum = 1 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
+        mean, variance, scale, shift = map(self._rows, (norm.running_mean, norm.running_var, norm.weight, norm.bias))
+        return F.batch_norm(y, mean, variance, scale, shift, norm.training, momentum, norm.eps)
 
     def settled_step(self, network: nn.Module, step: Tensor, in_scale: float) -> Tensor:
         """Such that the threshold is a whole number of them, a fraction included that every neuron has; and not below
