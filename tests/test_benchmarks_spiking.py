@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from spiking_cases import FAMILIES
 from test_benchmarks_primesvt import place  # noqa: F401  # a fixture
@@ -79,6 +81,36 @@ def test_the_engine_races_with_its_peers(tmp_path: Path, monkeypatch: pytest.Mon
     text = report.write(tmp_path, tmp_path / "results")[0].read_text()
     assert "| tiny, T = 2, 1 thread(s) |" in text
     assert "## Pruned networks" in text
+
+
+def test_controls_are_those_of_the_pruning_benchmark(tmp_path: Path) -> None:
+    """Of the same weights; a fine-tuned row without one has nothing to stand against."""
+
+    def test_set(right: list[int]) -> dict[str, Any]:
+        packed = base64.b64encode(np.packbits(np.array(right, bool)).tobytes()).decode()
+        return {"images": len(right), "correct": sum(right), "percent": 100 * sum(right) / len(right), "right": packed}
+
+    def keep(folder: str, name: str, found: dict[str, Any]) -> None:
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / f"{name}.json").write_text(json.dumps(found))
+
+    given, row, control = test_set([1, 0, 0, 0]), test_set([1, 0, 1, 0]), test_set([1, 1, 0, 1])
+    entry = {"network": "sdt", "bits": "W8A8", "tuned": True, "weights": "a", "commit": "abc", "file_bytes": 1000}
+    keep("out", "sdt-W8A8-tuned", entry | {"float": {"test": given}, "integer": {"test": row}})
+    tuned = {"commit": "abc", "epochs": 2, "test": control}
+    found = {"job": {"subject": "sdt"}, "seed": 0, "weights": "a", "given": {"test": given}, "tuned": tuned}
+    with pytest.raises(ValueError, match="sdt: no control was fine-tuned from weights a"):
+        report.write(tmp_path / "out", tmp_path / "results")
+    keep("controls", "sdt-control", found | {"weights": "b"})
+    with pytest.raises(ValueError, match="sdt: no control was fine-tuned from weights a"):
+        report.write(tmp_path / "out", tmp_path / "results", tmp_path / "controls")
+    keep("controls", "sdt-control", found)
+    page, kept = report.write(tmp_path / "out", tmp_path / "results", tmp_path / "controls")
+    rows = json.loads(kept.read_text())
+    assert rows["sdt-W8A8-tuned"]["against"] == 75.0
+    assert rows["sdt-W8A8-tuned"]["paired"] == [2, 1]
+    assert "+25.00 (2 / 1)" in page.read_text()
+    assert rows["sdt-float-tuned"]["integer"]["test"]["percent"] == 75.0
 
 
 @pytest.mark.slow

@@ -45,6 +45,7 @@ def main() -> None:
     accuracy.add_argument("--cache", type=Path, required=True, help="of decoded images")
     report = commands.add_parser("report", help="write benchmarks/results/spiking.md and .json")
     report.set_defaults(command=_report)
+    report.add_argument("--controls", type=Path, default=None, help="results of benchmarks.primesvt, for its controls")
     for command in (exact, speed, accuracy, report):
         command.add_argument("--out", type=Path, required=True, help="of results")
         command.add_argument("--threads", type=int, default=1)
@@ -109,7 +110,7 @@ def _keep(given: argparse.Namespace, key: str, make: Any) -> None:
 def _report(given: argparse.Namespace) -> None:
     from .report import write
 
-    for file in write(given.out, Path(__file__).resolve().parent.parent / "results"):
+    for file in write(given.out, Path(__file__).resolve().parent.parent / "results", given.controls):
         print(file)
 
 

@@ -19,11 +19,17 @@ from .speed import PRUNED
 Results = Mapping[str, dict[str, Any]]
 
 
-def write(folder: Path, to: Path) -> list[Path]:
-    """spiking.md and spiking.json in `to`, from the results in `folder` and those that spiking.json keeps."""
+def write(folder: Path, to: Path, controls: Path | None = None) -> list[Path]:
+    """spiking.md and spiking.json in `to`, from the results in `folder` and those that spiking.json keeps.
+
+    controls: results of `benchmarks.primesvt run`, whose controls are fine-tuned just as these rows are.
+    """
     kept = to / "spiking.json"
     results: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
     new = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.json"))}
+    for file in sorted(controls.glob("*-control.json")) if controls else ():
+        control = _control(json.loads(file.read_text(encoding="utf-8")))
+        new.setdefault(f"{control['network']}-float-tuned", control)
     results = dict(sorted((results | {key: _kept(entry, new) for key, entry in new.items()}).items()))
     if not results:
         raise ValueError(f"{folder} has no results; `python -m benchmarks.spiking exact --out {folder}` makes some")
@@ -33,11 +39,31 @@ def write(folder: Path, to: Path) -> list[Path]:
     ]
 
 
+def _control(found: dict[str, Any]) -> dict[str, Any]:
+    """A control of `benchmarks.primesvt` as a row of this benchmark."""
+    return {
+        "network": found["job"]["subject"],
+        "bits": None,
+        "tuned": True,
+        "seed": found["seed"],
+        "commit": found["tuned"]["commit"],
+        "weights": found["weights"],
+        "float": {"test": found["given"]["test"]},
+        "integer": {"test": found["tuned"]["test"]},
+        "epochs": found["tuned"]["epochs"],
+    }
+
+
 def _kept(entry: dict[str, Any], results: Results) -> dict[str, Any]:
     """Without answers, but with what was counted of them against the network that the row is compared with."""
     if "integer" not in entry:
         return entry
     control = results.get(f"{entry['network']}-float-tuned") if entry["tuned"] and entry["bits"] else None
+    if entry["tuned"] and entry["bits"] and (control is None or control["weights"] != entry["weights"]):
+        raise ValueError(
+            f"{entry['network']}: no control was fine-tuned from weights {entry['weights']}; run `accuracy --tuned --bits "
+            "float`, or pass --controls"
+        )
     before = control["integer"]["test"] if control else entry["float"]["test"]
     was, now = right_images(before), right_images(entry["integer"]["test"])
     slim = dict(entry) | {"paired": [int((was & ~now).sum()), int((~was & now).sum())], "against": before["percent"]}
