@@ -61,8 +61,8 @@ def _kept(entry: dict[str, Any], results: Results) -> dict[str, Any]:
     control = results.get(f"{entry['network']}-float-tuned") if entry["tuned"] and entry["bits"] else None
     if entry["tuned"] and entry["bits"] and (control is None or control["weights"] != entry["weights"]):
         raise ValueError(
-            f"{entry['network']}: no control was fine-tuned from weights {entry['weights']}; run `accuracy --tuned --bits "
-            "float`, or pass --controls"
+            f"{entry['network']}: no control was fine-tuned from weights {entry['weights']}; run `accuracy --tuned "
+            "--bits float`, or pass --controls"
         )
     before = control["integer"]["test"] if control else entry["float"]["test"]
     was, now = right_images(before), right_images(entry["integer"]["test"])
