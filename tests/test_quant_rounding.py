@@ -63,6 +63,14 @@ def test_independent_inputs_leave_nearest() -> None:
     assert torch.equal(rounded, quantize_weight(weight, step, 7) * step[:, None])
 
 
+def test_groups_are_rounded_each_by_itself() -> None:
+    problems = [problem(64, 16, 8, seed) for seed in range(3)]
+    weight, step, gram = (torch.stack(parts) for parts in zip(*problems, strict=True))
+    together = second_order_rounding(weight, step, gram, 7)
+    for each, rounded in zip(problems, together, strict=True):
+        torch.testing.assert_close(rounded, second_order_rounding(*each, 7), rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 def test_blocks_cover_the_graph_and_each_has_weights(name: str) -> None:
     network, _, _ = network_and_images(name)

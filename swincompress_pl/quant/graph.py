@@ -161,6 +161,14 @@ class WeightedNode(Node):
         """(R, K) some of the rows, counted over the whole batch."""
         return self.input_rows(network, x).flatten(0, 1)[index]
 
+    def groups(self, network: nn.Module) -> int:
+        """Into how many equal parts outputs and inputs split, that have nothing to do with each other."""
+        return 1
+
+    def grid(self, network: nn.Module, step: Tensor, balance: Tensor | None) -> float:
+        """The step (M,) of the folded weight in the network's own weight, for a typical channel."""
+        return float(step.median()) / (1.0 if balance is None else float(balance.median()))
+
     def settled_step(self, network: nn.Module, step: Tensor, in_scale: float) -> Tensor:
         """(M,) the steps nearest to these that what reads the layer can take."""
         return step

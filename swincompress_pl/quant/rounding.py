@@ -13,7 +13,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from rich.progress import Progress
@@ -105,41 +104,44 @@ def _compensate(node: WeightedNode, numbers: range, integer: Run, given: Values)
     assert isinstance(scales, Scales)
     balance = integer.balance(node)
     weight = node.folded_weight(integer.network, balance)
-    flat = weight.flatten(1).double()
-    inputs = flat.shape[1]
-    gram, total, count = flat.new_zeros(inputs, inputs), flat.new_zeros(inputs), 0
+    groups = node.groups(integer.network)
+    flat = weight.flatten(1).double().unflatten(0, (groups, -1))
+    inputs = flat.shape[2]
+    gram, total, count = flat.new_zeros(groups, inputs, inputs), flat.new_zeros(groups, inputs), 0
     for values in given:
         rows = _rows(node, integer, values, numbers)
-        x = rows if balance is None else rows / balance
-        gram += (x.T @ x).double()
-        total += x.double().sum(0)
-        count += len(x)
-    gram.diagonal().add_(max(_DAMPING * float(gram.diagonal().mean()), 1e-12))
+        x = (rows if balance is None else rows / balance).unflatten(1, (groups, inputs)).transpose(0, 1)
+        gram += (x.transpose(1, 2) @ x).double()
+        total += x.double().sum(1)
+        count += x.shape[1]
+    diagonal = gram.diagonal(dim1=1, dim2=2)
+    diagonal.add_((_DAMPING * diagonal.mean(1, keepdim=True)).clamp(min=1e-12))
     step, q_max = scales.step(node).double(), scales.weight_scale(node).q_max
-    rounded = second_order_rounding(flat, step, gram, q_max)
+    rounded = second_order_rounding(flat, step.unflatten(0, (groups, -1)), gram, q_max)
     node.set_folded_weight(integer.network, rounded.to(weight).reshape(weight.shape), balance)
-    node.add_to_bias(integer.network, ((flat - rounded) @ (total / count)).to(weight))
+    error = ((flat - rounded) @ (total / count)[:, :, None]).flatten()
+    node.add_to_bias(integer.network, error.to(weight))
 
 
 def second_order_rounding(weight: Tensor, step: Tensor, gram: Tensor, q_max: int) -> Tensor:
-    """(M, K) multiples of `step` (M,) within +-q_max steps, near `weight` in the metric of `gram`, all float64.
+    """(..., M, K) multiples of `step` (..., M) within +-q_max steps, near `weight` in the metric of `gram`; float64.
 
-    gram: (K, K) positive definite: the sum of x x^T over the inputs. Columns go in order of their diagonal, largest
-    first; what rounding one of them costs is spread over the others through the Cholesky factor of the inverse.
+    gram: (..., K, K) positive definite: the sum of x x^T over the inputs. Columns go in order of their diagonal,
+    largest first; what rounding one of them costs is spread over the others through the Cholesky factor of the inverse.
     """
-    order = torch.argsort(gram.diagonal(), descending=True)
-    left = weight[:, order].clone()
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram[order][:, order]))
+    order = torch.argsort(gram.diagonal(dim1=-2, dim2=-1), dim=-1, descending=True)
+    columns = order[..., None, :].expand_as(weight)
+    left = weight.gather(-1, columns)
+    ordered = gram.take_along_dim(order[..., :, None], -2).take_along_dim(order[..., None, :], -1)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(ordered))
     factor = torch.linalg.cholesky(inverse, upper=True)
     result = torch.empty_like(left)
-    for column in range(left.shape[1]):
-        codes = torch.floor(left[:, column] / step + 0.5).clamp(-q_max, q_max)
-        result[:, column] = codes * step
-        error = (left[:, column] - result[:, column]) / factor[column, column]
-        left[:, column + 1 :] -= error[:, None] * factor[column, column + 1 :]
-    restored = torch.empty_like(result)
-    restored[:, order] = result
-    return restored
+    for column in range(left.shape[-1]):
+        codes = torch.floor(left[..., column] / step + 0.5).clamp(-q_max, q_max)
+        result[..., column] = codes * step
+        error = (left[..., column] - result[..., column]) / factor[..., column, column, None]
+        left[..., column + 1 :] -= error[..., None] * factor[..., None, column, column + 1 :]
+    return torch.empty_like(result).scatter_(-1, columns, result)
 
 
 def _learn(
@@ -152,13 +154,11 @@ def _learn(
     """
     scales, network = integer.quantizer, integer.network
     assert isinstance(scales, Scales)
-    groups: list[dict[str, Any]] = []
+    rates: dict[nn.Parameter, float] = {}  # a layer may stand in several nodes, each with some of its rows
     for node in nodes:
-        balance = integer.balance(node)
-        grid = float(scales.step(node).median()) / (1.0 if balance is None else float(balance.median()))
-        module = network.get_submodule(node.module)
-        groups += [{"params": [p], "lr": learning.lr * grid} for p in module.parameters(recurse=False)]
-    parameters: list[nn.Parameter] = [p for group in groups for p in group["params"]]
+        rate = learning.lr * node.grid(network, scales.step(node), integer.balance(node))
+        rates |= dict.fromkeys(network.get_submodule(node.module).parameters(recurse=False), rate)
+    parameters = list(rates)
     required = [p.requires_grad for p in parameters]
     (start,), (end,) = tuple(given[0]), tuple(wanted[0])
     starts, ends = torch.cat([v[start] for v in given]), torch.cat([v[end] for v in wanted])
@@ -167,7 +167,7 @@ def _learn(
     try:
         for parameter in parameters:
             parameter.requires_grad_(True)
-        adam = torch.optim.Adam(groups)
+        adam = torch.optim.Adam([{"params": [p], "lr": rate} for p, rate in rates.items()])
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam, learning.iterations)
         for _ in range(learning.iterations):
             picked = torch.randperm(len(starts), generator=generator)[: learning.batch_images].to(starts.device)

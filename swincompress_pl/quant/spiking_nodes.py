@@ -160,6 +160,13 @@ class ConvNormNode(WeightedNode):
         mean, variance, scale, shift = map(self._rows, (norm.running_mean, norm.running_var, norm.weight, norm.bias))
         return F.batch_norm(y, mean, variance, scale, shift, norm.training, momentum, norm.eps)
 
+    def groups(self, network: nn.Module) -> int:
+        return int(self._conv(network).groups)
+
+    def grid(self, network: nn.Module, step: Tensor, balance: Tensor | None) -> float:
+        factor = self._rows(self._factor_and_offset(network)[0]).abs()
+        return float((step * self._deviation(step).mean() / torch.where(factor == 0, 1, factor)).median())
+
     def settled_step(self, network: nn.Module, step: Tensor, in_scale: float) -> Tensor:
         """Such that the threshold is a whole number of them, a fraction included that every neuron has; and not below
         what threshold and bias, with that fraction, can count. Weights that are smaller move no membrane."""
@@ -175,7 +182,7 @@ class ConvNormNode(WeightedNode):
     def search_weight(self, network: nn.Module) -> Tensor:
         """(M, K) over the inputs of all groups, zeros where a channel is of another."""
         weight = self.folded_weight(network, None)
-        groups = self._conv(network).groups
+        groups = self.groups(network)
         if groups == 1:
             return weight.flatten(1)
         depth, outputs = weight.shape[1], len(weight) // groups
