@@ -124,16 +124,23 @@ def test_accuracy_before_and_after_fine_tuning(
     monkeypatch.setattr(accuracy, "SUBJECTS", subjects.SUBJECTS)
     monkeypatch.setattr(accuracy, "FINE_TUNING", subjects.Recipe(epochs=1, batch_size=4))
     out = tmp_path / "out"
-    for tuned, bits in ((False, "W8A8"), (True, "float,W4A8")):
-        given = SimpleNamespace(
-            models="maxformer", bits=bits, tuned=tuned, data=tmp_path, cache=tmp_path, out=out, commit="abc", threads=1
-        )
+    given = SimpleNamespace(models="maxformer", data=tmp_path, cache=tmp_path, out=out, commit="abc", threads=1)
+    for tuned, bits, rounding in (
+        (False, "W8A8", "nearest"),
+        (False, "W4A8", "second_order"),
+        (True, "float,W4A8", "nearest"),
+    ):
+        given.tuned, given.bits, given.rounding = tuned, bits, rounding
+        main._accuracy(given)
+    given.rounding = "learned"
+    with pytest.raises(SystemExit, match="--rounding learned goes with networks that are not trained"):
         main._accuracy(given)
     found = {file.stem: json.loads(file.read_text()) for file in out.glob("*.json")}
-    assert set(found) == {"maxformer-W8A8", "maxformer-float-tuned", "maxformer-W4A8-tuned"}
+    expected = {"maxformer-W8A8", "maxformer-W4A8-second_order", "maxformer-float-tuned", "maxformer-W4A8-tuned"}
+    assert set(found) == expected
     assert found["maxformer-W4A8-tuned"]["file_bytes"] < found["maxformer-W8A8"]["file_bytes"]
     report.write(out, tmp_path / "results")
     kept = json.loads((tmp_path / "results" / "spiking.json").read_text())
     assert kept["maxformer-W4A8-tuned"]["against"] == found["maxformer-float-tuned"]["integer"]["test"]["percent"]
     assert "right" not in kept["maxformer-W8A8"]["integer"]["test"]
-    assert report.page(kept).count("| maxformer") == 3
+    assert report.page(kept).count("| maxformer") == 4

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from swincompress_pl.cli.common import progress
+from swincompress_pl.quant.quantize import ROUNDINGS
 from swincompress_pl.report import describe_environment
 from swincompress_pl.report.record import write_text
 
@@ -41,6 +42,7 @@ def main() -> None:
     accuracy.add_argument("--models", default=",".join(SUBJECTS))
     accuracy.add_argument("--bits", default="W8A8,W4A8", help="widths; `float` is the control, with --tuned")
     accuracy.add_argument("--tuned", action="store_true", help="after two epochs of fine-tuning")
+    accuracy.add_argument("--rounding", default="nearest", choices=ROUNDINGS, help="of the weights, without --tuned")
     accuracy.add_argument("--data", type=Path, required=True, help="the folder with cifar10_jpeg.tar.xz")
     accuracy.add_argument("--cache", type=Path, required=True, help="of decoded images")
     report = commands.add_parser("report", help="write benchmarks/results/spiking.md and .json")
@@ -83,12 +85,20 @@ def _speed(given: argparse.Namespace) -> None:
 def _accuracy(given: argparse.Namespace) -> None:
     from .accuracy import measure
 
+    if given.tuned and given.rounding != "nearest":
+        raise SystemExit(f"--rounding {given.rounding} goes with networks that are not trained; leave out --tuned")
     place = Place(data=given.data, cache=given.cache, device="cpu", precision="32-true")
+    kind = "-tuned" if given.tuned else "" if given.rounding == "nearest" else f"-{given.rounding}"
     for name in given.models.split(","):
         for bits in given.bits.split(","):
-            key = f"{name}-{bits}{'-tuned' if given.tuned else ''}"
             width = None if bits == "float" else bits
-            _keep(given, key, lambda name=name, width=width: measure(name, width, given.tuned, place, _commit(given)))
+            _keep(
+                given,
+                f"{name}-{bits}{kind}",
+                lambda name=name, width=width: measure(
+                    name, width, given.tuned, place, _commit(given), rounding=given.rounding
+                ),
+            )
 
 
 def _keep(given: argparse.Namespace, key: str, make: Any) -> None:

@@ -39,9 +39,16 @@ class _Engine(nn.Module):
 
 
 def measure(
-    subject_name: str, bits: str | None, tuned: bool, place: Place, commit: str, seed: int = 0
+    subject_name: str,
+    bits: str | None,
+    tuned: bool,
+    place: Place,
+    commit: str,
+    seed: int = 0,
+    *,
+    rounding: str = "nearest",
 ) -> dict[str, Any]:
-    """One row. bits None: the float control, which is only fine-tuned."""
+    """One row. bits None: the float control, which is only fine-tuned. rounding: of the weights, without training."""
     started, subject = time.perf_counter(), SUBJECTS[subject_name]
     data = subject.data(place, FINE_TUNING, seed)
     module = subject.classifier(FINE_TUNING, seed, trained=True)
@@ -50,6 +57,7 @@ def measure(
         "network": subject_name,
         "bits": bits,
         "tuned": tuned,
+        "rounding": rounding,
         "seed": seed,
         "commit": commit,
         "weights": fingerprint(subject.weights),
@@ -64,11 +72,12 @@ def measure(
             callbacks.append(qat)
         module.train()
         trainer(FINE_TUNING.epochs, callbacks, place).fit(module, datamodule=data)
-        network = module.net.eval()
+        network: Any = module.net.eval()
         result["epochs"] = FINE_TUNING.epochs
     elif bits is not None:
         batches = [images for images, _ in data.calibration_dataloader(CALIBRATION_IMAGES)]
-        network = quantize(module.net.eval(), batches, bits=bits, preprocessing=preprocessing).eval()
+        search = {"rounding": rounding}
+        network = quantize(module.net.eval(), batches, bits=bits, preprocessing=preprocessing, search=search).eval()
     if bits is not None:
         engine = _Engine(network, torch.get_num_threads())
         result["file_bytes"] = engine.file_bytes

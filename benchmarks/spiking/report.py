@@ -121,13 +121,23 @@ def _accuracy(results: Results) -> str:
                 entry["network"],
                 entry["bits"] or "float, fine-tuned",
                 "yes" if entry["tuned"] else "no",
+                "" if entry["tuned"] else entry.get("rounding", "nearest").replace("_", " "),
                 f"{entry['float']['test']['percent']:.2f}",
                 f"{reached:.2f}",
                 f"{entry['against'] - reached:+.2f} ({wrong} / {right})",
                 f"{entry['file_bytes'] / 1e3:.0f}" if "file_bytes" in entry else "",
             ]
         )
-    header = ["network", "bits", "fine-tuned", "float, %", "engine, %", "points lost (right to wrong / back)", "kB"]
+    header = [
+        "network",
+        "bits",
+        "fine-tuned",
+        "rounding",
+        "float, %",
+        "engine, %",
+        "points lost (right to wrong / back)",
+        "kB",
+    ]
     text = (
         "## Accuracy\n\nScales searched on 128 images. Fine-tuned rows (quantization-aware, 2 epochs) are compared "
         "with a float control of as many epochs, the others with the float network."
