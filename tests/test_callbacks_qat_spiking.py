@@ -67,7 +67,7 @@ class Before(Callback):
             self.weights = {key: p.detach().clone() for key, p in pl_module.backbone.network.named_parameters()}
 
 
-@pytest.mark.parametrize("bits", ["W8A8", "W4A8"])
+@pytest.mark.parametrize("bits", [pytest.param("W8A8", marks=pytest.mark.slow), "W4A8"])
 def test_a_fit_goes_on_and_reports_the_engines_accuracy(tmp_path: Path, bits: str) -> None:
     module, before = Spiking(), Before()
     run = fit(module, tmp_path, 3, spiking_qat(bits=bits), before)
@@ -150,7 +150,7 @@ def test_compiled_training_is_the_same_pass(tmp_path: Path) -> None:
     assert_same_state(statistics(traced), statistics(plain))
 
 
-@pytest.mark.parametrize("kind", ["round_robin", "primesvt"])
+@pytest.mark.parametrize("kind", [pytest.param("round_robin", marks=pytest.mark.slow), "primesvt"])
 def test_prune_then_quantize_in_one_fit(tmp_path: Path, kind: str) -> None:
     """The search runs before the first epoch's end, quantization at the third epoch's beginning."""
     module = Spiking()

@@ -133,8 +133,17 @@ def test_integers_have_one_answer(tmp_path: Path, name: str, time_steps: int) ->
     assert sum(0 < rate < 1 for rate in rates) > len(rates) / 2
 
 
-@pytest.mark.parametrize("rounding", ["second_order", "learned"])
-@pytest.mark.parametrize("name", FAMILIES)
+QUICKLY_ROUNDED = {"maxformer": "second_order", "meta-spikeformer": "second_order", "sdt": "learned"}
+
+
+@pytest.mark.parametrize(
+    ("name", "rounding"),
+    [
+        pytest.param(name, rounding, marks=() if QUICKLY_ROUNDED.get(name) == rounding else pytest.mark.slow)
+        for name in FAMILIES
+        for rounding in ("second_order", "learned")
+    ],
+)
 def test_rounded_weights_are_on_their_grids(name: str, rounding: str) -> None:
     """Layers with groups, parts of a layer that go different ways and BatchNorms included."""
     network, _ = lively(FAMILIES[name], 5, trained_statistics=False)
