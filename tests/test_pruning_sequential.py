@@ -144,7 +144,7 @@ def test_wrong_decisions_are_as_rare_as_stated(kind: str) -> None:
         }[kind]
         candidate = _shifted(reference, shift)
         order = _order(reference, rng, 32)
-        for offset in (-12, -4, -1, 1, 4, 12):
+        for offset in (-12, -4, -1, 0, 1, 4, 12):
             needed = int(candidate.correct.sum()) + offset
             answer, _ = _decide(Standing(order, reference), candidate, needed)
             wrong += answer != (offset <= 0)
@@ -183,6 +183,19 @@ def test_a_candidate_that_changes_nothing_is_decided_by_the_pilot() -> None:
     assert trial.seen <= 4000 // 20
 
 
+@pytest.mark.parametrize("offset", [0, 1])
+def test_small_shifts_are_settled_at_the_floor_itself(offset: int) -> None:
+    """The floor is just met, or just missed: without the tail of the shifts every image would be scored."""
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        reference = _reference(4000, rng)
+        candidate = _shifted(reference, rng.normal(-0.002, 0.005, 4000))
+        needed = int(candidate.correct.sum()) + offset
+        answer, trial = _decide(Standing(_order(reference, rng, 32), reference), candidate, needed)
+        assert answer == (offset == 0)
+        assert trial.seen <= 1500
+
+
 def test_far_from_the_floor_few_images_decide() -> None:
     rng = np.random.default_rng(0)
     reference = _reference(4000, rng)
@@ -194,8 +207,12 @@ def test_far_from_the_floor_few_images_decide() -> None:
 
 
 def test_shards_add_up_to_the_whole() -> None:
-    tallies = [Tally(10, 4, 3, 8.5, 0.25), Tally(20, 20, 11, 11.0, 0.0), Tally(0, 0, 0, 0.0, 0.0)]
-    assert add_tallies(tallies) == Tally(30, 24, 14, 19.5, 0.25)
+    tallies = [
+        Tally(10, 4, 3, 8.5, 0.25, 8, 0.125),
+        Tally(20, 20, 11, 11.0, 0.0, 11, 0.0),
+        Tally(0, 0, 0, 0.0, 0.0, 0, 0.0),
+    ]
+    assert add_tallies(tallies) == Tally(30, 24, 14, 19.5, 0.25, 19, 0.125)
 
 
 @pytest.mark.parametrize(
@@ -203,7 +220,28 @@ def test_shards_add_up_to_the_whole() -> None:
 )
 def test_a_decision_keeps_its_distance_and_a_whole_image(needed: int, answer: bool | None) -> None:
     """50 right of 70 seen, 30 unseen; an estimate of 65 with a deviation of 2, of which three are kept."""
-    assert Tally(100, 70, 50, 65.0, 4.0).decide(needed, 3.0) is answer
+    assert Tally(100, 70, 50, 65.0, 4.0, 64, 30.0).decide(needed, 3.0) is answer
+
+
+@pytest.mark.parametrize(
+    ("needed", "expected_changes", "answer"),
+    [
+        (64, 1e-4, True),  # one change would turn it: as likely as 1e-4
+        (65, 1e-4, False),
+        (64, 0.01, None),  # 0.01 is more than the 0.00135 beyond three deviations
+        (63, 0.01, True),  # two changes: 5e-5
+        (66, 0.01, False),
+        (63, 0.1, None),
+        (60, 0.1, True),
+        (69, 0.1, False),
+    ],
+)
+def test_where_hardly_an_answer_changes_they_are_counted(
+    needed: int, expected_changes: float, answer: bool | None
+) -> None:
+    """64 right as things stand, and 30 unseen of which few change; by the normal distribution all stay open."""
+    assert Tally(100, 70, 40, 64.5, 100.0, 64, expected_changes).decide(needed, 3.0) is answer
+    assert Tally(100, 70, 40, 64.5, 100.0, 64, expected_changes).decide(needed, math.inf) is None
 
 
 def test_looks_grow_to_all_and_share_the_error() -> None:
@@ -220,4 +258,4 @@ def test_a_shard_without_images_says_nothing() -> None:
     order = make_order(none, np.zeros(0, np.int64), batch_size=8, seed=0)
     trial = Trial(Standing(order, none))
     assert trial.next_batch() is None
-    assert trial.tally() == Tally(0, 0, 0, 0.0, 0.0)
+    assert trial.tally() == Tally(0, 0, 0, 0.0, 0.0, 0, 0.0)

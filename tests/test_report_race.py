@@ -105,7 +105,7 @@ def test_every_implementation_of_a_kernel_is_compared() -> None:
 def test_peers_are_named() -> None:
     assert parse_peers("torch, onnxruntime,torch") == ("torch", "onnxruntime")
     assert parse_peers("") == ()
-    with pytest.raises(ValueError, match="unknown peer 'tensorrt'; choose from torch, onnxruntime, openvino"):
+    with pytest.raises(ValueError, match="unknown peer 'tensorrt'; choose from torch, torch-bf16, torch-compile, onnx"):
         parse_peers("torch,tensorrt")
 
 

@@ -19,6 +19,7 @@ from swincompress_pl.cli.common import (
     print_json,
     progress,
 )
+from swincompress_pl.report.peers import PEERS
 
 KERNELS = ("linear",)
 _MISMATCH = 1
@@ -47,7 +48,7 @@ def _arguments(name: str, arguments: Sequence[str]) -> Namespace:
     command.add_argument("file", nargs="?", type=str, default=None, help="artifact that `swincompress export` wrote")
     command.add_argument("--threads", type=int, default=None, help="threads of every runtime; all cores if left out")
     command.add_argument("--batch", type=int, default=1, help="images a call")
-    command.add_argument("--against", type=str, default="", help="torch, onnxruntime, openvino, separated by commas")
+    command.add_argument("--against", type=str, default="", help=f"of {', '.join(PEERS)}, separated by commas")
     command.add_argument("--implementation", type=str, default=None, help="force one of the engine's implementations")
     command.add_argument("--rounds", type=int, default=10, help="samples of each runtime")
     command.add_argument("--operations", action="store_true", help="also the time of every operation")

@@ -17,6 +17,7 @@ from statistics import NormalDist
 
 import numpy as np
 import numpy.typing as npt
+from scipy.special import pdtrc
 
 Indices = npt.NDArray[np.int64]
 Margins = npt.NDArray[np.float64]
@@ -29,7 +30,13 @@ _LEAST_PILOT = 8  # images of a stratum in the pilot
 _LOOK_GROWTH = 1.3
 _PRIOR_IMAGES = 64.0  # weight of what the margins let expect, in images
 _DOUBT = 1e-3  # rate of changed answers that is reckoned with where none was seen
-_LEAST_DOUBT = 1e-6  # the same for a candidate that shifts nothing: what was not seen is never settled
+_LEAST_DOUBT = 1e-8  # the same for a candidate that shifts nothing: what was not seen is never settled
+_TAIL_PART = 0.1  # of the seen images, the largest shifts, which the tail beyond them is read from
+# Before so many are seen (reckoned as equally weighted ones, Kish), nothing is read from it: a twentieth of the images
+# that behaves otherwise escapes 192 with a probability of 0.95 ** 192 = 5e-5, but 64 with 4 %.
+_TAIL_SEEN = 192
+_FEW_CHANGES = 0.25  # expected among the unseen, below which changes are counted one by one
+_TAIL_CAUTION = 4.0  # the tail is taken to be so many times as long as it looks
 _LEAST_MARGIN = 1e-6
 
 
@@ -108,7 +115,8 @@ class Tally:
     """What is known of a candidate: counts and the estimate for all images. Tallies of separate shards add up.
 
     images, seen, correct: how many there are, were scored, and were right among those. estimate: right ones among all.
-    variance: of the estimate.
+    variance: of the estimate. settled: right ones among all if no answer changed where it was not looked at.
+    unseen_changes: how many answers are expected to change there.
     """
 
     images: int
@@ -116,17 +124,25 @@ class Tally:
     correct: int
     estimate: float
     variance: float
+    settled: int
+    unseen_changes: float
 
     def decide(self, needed: int, deviations: float) -> bool | None:
         """Whether at least `needed` of all images are right; None while that is open.
 
         Certain when what is unseen cannot change the answer; else when `needed` lies `deviations` standard deviations
-        from the estimate, and the answer's side of the integers next to it.
+        from the estimate, and the answer's side of the integers next to it. Where hardly any answer changes, the normal
+        distribution is a bad guide and a count of exactly `needed` would never be settled: there the answer stands when
+        as many changes as would turn it are no likelier, as a Poisson count, than such a deviation.
         """
         if self.correct >= needed:
             return True
         if self.correct + self.images - self.seen < needed:
             return False
+        turning = self.settled - needed + 1 if self.settled >= needed else needed - self.settled
+        unlikely = float(pdtrc(turning - 1, self.unseen_changes)) < NormalDist().cdf(-deviations)
+        if self.unseen_changes <= _FEW_CHANGES and unlikely:
+            return self.settled >= needed
         width = deviations * math.sqrt(self.variance)
         if self.estimate - width >= needed:
             return True
@@ -143,6 +159,8 @@ def add_tallies(tallies: Sequence[Tally]) -> Tally:
         sum(t.correct for t in tallies),
         math.fsum(t.estimate for t in tallies),
         math.fsum(t.variance for t in tallies),
+        sum(t.settled for t in tallies),
+        math.fsum(t.unseen_changes for t in tallies),
     )
 
 
@@ -283,19 +301,22 @@ class Trial:
         if self.found:
             self._estimate_rates()
         estimate, variance = float(self._standing.correct), 0.0
+        settled, unseen_changes = self._standing.correct, 0.0
         for stratum, size in enumerate(self._sizes.tolist()):
             for link in self.chain(stratum):
                 estimate += link.changes * size / max(link.seen, 1)
                 variance += _spread(size, link.seen) * link.rate
-        return Tally(int(self._sizes.sum()), self.seen, correct, estimate, variance)
+                settled += link.changes
+                unseen_changes += (size - link.seen) * link.rate
+        return Tally(int(self._sizes.sum()), self.seen, correct, estimate, variance, settled, unseen_changes)
 
     def _estimate_rates(self) -> None:
         """The rate of changed answers in each stratum: what was counted, drawn towards what the margins let expect.
 
         An unseen image of margin m is expected to change as often as the seen images, of all strata, shifted towards
         the other answer by m or more. Beyond what was seen it may change once in a thousand, or less often where the
-        shifts are so small that Chebyshev's inequality, mean(shift^2) / m^2, says so. The expected rate counts as much
-        as `_PRIOR_IMAGES` scored images.
+        shifts are so small that Chebyshev's inequality, mean(shift^2) / m^2, says so, or their tail (`_tail_beyond`).
+        The expected rate counts as much as `_PRIOR_IMAGES` scored images.
         """
         images = np.concatenate([self._order.batches[batch] for batch in self.found])
         shifts = np.concatenate(self._shifts)
@@ -305,10 +326,31 @@ class Trial:
         above = np.append(np.cumsum(weights[ascending][::-1])[::-1], 0.0)
         margins = np.maximum(np.abs(self._standing.latest.margin), _LEAST_MARGIN)
         tail = above[np.searchsorted(shifts[ascending], margins)]
-        beyond = np.minimum(_DOUBT, float(weights @ shifts**2) / margins**2 + _LEAST_DOUBT)
+        beyond = float(weights @ shifts**2) / margins**2 + _LEAST_DOUBT
+        if 1 / float(weights @ weights) >= _TAIL_SEEN:
+            # the longer of two tails: with weights few images of the large strata say nearly all, without they say less
+            alike = np.full(len(shifts), 1 / len(shifts))
+            tails = (_tail_beyond(shifts, share, margins) for share in (weights, alike))
+            beyond = np.minimum(beyond, np.maximum(*tails) + _LEAST_DOUBT)
+        beyond = np.minimum(_DOUBT, beyond)
         expected = np.maximum(tail, beyond) * self._unseen
         prior = np.bincount(self._order.stratum, expected, len(self._sizes)) / np.maximum(self._sizes - self._seen, 1)
         self._rates = (self._flips + _PRIOR_IMAGES * prior) / (self._seen + _PRIOR_IMAGES)
+
+
+def _tail_beyond(shifts: Margins, weights: Margins, margins: Margins) -> Margins:
+    """How often a shift passes each of `margins`, by an exponential tail through the largest of `shifts`.
+
+    Peaks over a threshold: excesses over a high one are about exponential where the tail is no heavier (Pickands,
+    Annals of Statistics 3, 1975). The mean excess is taken `_TAIL_CAUTION` times as large as it is.
+    """
+    largest = np.argsort(-shifts, kind="stable")[: math.ceil(len(shifts) * _TAIL_PART)]
+    threshold, part = shifts[largest[-1]], weights[largest]
+    length = _TAIL_CAUTION * float(part @ (shifts[largest] - threshold)) / float(part.sum())
+    excess = np.maximum(margins - threshold, 0.0)
+    if length <= 0:
+        return np.where(excess > 0, 0.0, 1.0)
+    return np.asarray(part.sum() * np.exp(-excess / length))
 
 
 def _spread(size: int, seen: int) -> float:

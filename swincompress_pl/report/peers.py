@@ -30,6 +30,16 @@ class Variant:
 _ONNX = ("onnx", "onnxscript")
 PEERS: dict[str, tuple[Variant, ...]] = {
     "torch": (Variant(name="torch fp32", runtime="torch", packages=("torch",)),),
+    "torch-bf16": (Variant(name="torch bf16", runtime="torch", packages=("torch",), settings={"precision": "bf16"}),),
+    "torch-compile": (
+        Variant(name="torch.compile fp32", runtime="torch", packages=("torch",), settings={"compile": True}),
+        Variant(
+            name="torch.compile bf16",
+            runtime="torch",
+            packages=("torch",),
+            settings={"compile": True, "precision": "bf16"},
+        ),
+    ),
     "onnxruntime": (
         Variant(name="onnxruntime fp32", runtime="onnxruntime", packages=("onnxruntime", *_ONNX), form="onnx"),
         Variant(
@@ -37,6 +47,14 @@ PEERS: dict[str, tuple[Variant, ...]] = {
             runtime="onnxruntime",
             packages=("onnxruntime", *_ONNX),
             form="onnx dynamic int8",
+        ),
+    ),
+    "onnxruntime-qdq": (
+        Variant(
+            name="onnxruntime static int8 (QDQ)",
+            runtime="onnxruntime",
+            packages=("onnxruntime", *_ONNX),
+            form="onnx static int8",
         ),
     ),
     "openvino": (
@@ -131,9 +149,14 @@ class _Forms:
 
     def file(self, form: str) -> Path:
         if form not in self.made:
-            make = {"onnx": self._onnx, "onnx dynamic int8": self._dynamic, "openvino int8": self._openvino_int8}[form]
+            make = {
+                "onnx": self._onnx,
+                "onnx dynamic int8": self._dynamic,
+                "onnx static int8": self._static,
+                "openvino int8": self._openvino_int8,
+            }
             with _quiet():
-                self.made[form] = make()
+                self.made[form] = make[form]()
         return self.made[form]
 
     def _onnx(self) -> Path:
@@ -151,23 +174,57 @@ class _Forms:
         return path
 
     def _dynamic(self) -> Path:
-        import onnx
         from onnxruntime.quantization import QuantType, quantize_dynamic
 
         path = self.directory / "network.dynamic-int8.onnx"
-        model = onnx.load(self.file("onnx"))
-        del model.graph.value_info[:]  # torch's exporter leaves shapes there that the quantizer's inference rejects
-        quantize_dynamic(model, path, weight_type=QuantType.QInt8)
+        quantize_dynamic(self._without_shapes(), path, weight_type=QuantType.QInt8)
         return path
 
-    def _openvino_int8(self) -> Path:
-        import nncf
+    def _static(self) -> Path:
+        import onnx
+        from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+
+        class Reader(CalibrationDataReader):  # type: ignore[misc]
+            def __init__(self, name: str, samples: Sequence[Any]) -> None:
+                self.feeds = iter([{name: sample} for sample in samples])
+
+            def get_next(self) -> dict[str, Any] | None:
+                return next(self.feeds, None)
+
+        path = self.directory / "network.static-int8.onnx"
+        model: onnx.ModelProto = self._without_shapes()
+        quantize_static(
+            model,
+            path,
+            Reader(model.graph.input[0].name, self._samples()),
+            quant_format=QuantFormat.QDQ,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+            per_channel=True,
+        )
+        return path
+
+    def _without_shapes(self) -> Any:
+        """The ONNX model without the inner shapes that torch's exporter leaves, which the quantizers reject."""
+        import onnx
+
+        model = onnx.load(self.file("onnx"))
+        del model.graph.value_info[:]
+        return model
+
+    def _samples(self) -> list[Any]:
+        """Random images for a calibration: right for latency, which is all that is compared."""
         import numpy as np
-        import openvino
 
         height, width, channels = self.image_shape
         rng = np.random.default_rng(0)
-        samples = [rng.standard_normal((self.batch, channels, height, width), dtype=np.float32) for _ in range(2)]
+        return [rng.standard_normal((self.batch, channels, height, width), dtype=np.float32) for _ in range(2)]
+
+    def _openvino_int8(self) -> Path:
+        import nncf
+        import openvino
+
+        samples = self._samples()
         model = openvino.Core().read_model(self.file("onnx"))
         quantized = nncf.quantize(
             model,

@@ -26,7 +26,8 @@ class Contestant:
     """What a worker process runs: `runtime` is one of `worker.BUILDERS`.
 
     image_shape: (height, width, channels). file: artifact or ONNX file. origin: how torch rebuilds the architecture.
-    settings: of OpenVINO. unavailable: why it cannot run ("not installed"); it then only stands in the table.
+    settings: of OpenVINO, or torch's `precision` ("fp32", "bf16") and `compile`. unavailable: why it cannot run ("not
+    installed"); it then only stands in the table.
     """
 
     name: str

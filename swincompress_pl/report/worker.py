@@ -75,8 +75,11 @@ def _torch(task: Mapping[str, Any]) -> Call:
 
     torch.set_num_threads(task["threads"])
     torch.manual_seed(_SEED)
-    network = models.rebuild(task["origin"]).eval()
-    images = torch.from_numpy(_normalized(task))
+    precision = {"fp32": torch.float32, "bf16": torch.bfloat16}[task["settings"].get("precision", "fp32")]
+    network = models.rebuild(task["origin"]).eval().to(precision)
+    if task["settings"].get("compile"):
+        network.compile()
+    images = torch.from_numpy(_normalized(task)).to(precision)
 
     def call() -> object:
         with torch.inference_mode():

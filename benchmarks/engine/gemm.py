@@ -1,0 +1,93 @@
+"""`python -m benchmarks.engine.gemm`: the int8 linear layers of Swin-T alone, in every implementation in turns."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser
+
+from swincompress_pl.cli.common import integers, progress
+from swincompress_pl.report import describe_environment
+from swincompress_pl.report.kernels import bench_linear
+from swincompress_pl.report.markdown import table
+from swincompress_pl.report.record import write_text
+
+_RESULTS = Path(__file__).resolve().parent.parent / "results"
+# (rows, outputs, inputs) of the four stages at 224 pixels: qkv, projection, fc1, fc2, and the merging before a stage.
+_STAGES = ((3136, 96), (784, 192), (196, 384), (49, 768))
+SHAPES = tuple(
+    shape
+    for number, (rows, width) in enumerate(_STAGES)
+    for shape in (
+        *(((rows, width, 2 * width),) if number else ()),
+        (rows, 3 * width, width),
+        (rows, width, width),
+        (rows, 4 * width, width),
+        (rows, width, 4 * width),
+    )
+)
+
+
+def main() -> int:
+    """Runs the benchmark and writes its results; returns 1 when an answer differs from the norm's."""
+    command = ArgumentParser(prog="python -m benchmarks.engine.gemm", description=main.__doc__)
+    command.add_argument("--threads", type=str, default="1,2", help="numbers of threads")
+    command.add_argument("--rounds", type=int, default=50, help="samples of each implementation")
+    command.add_argument("--output", type=str, default=str(_RESULTS), help="directory of the results")
+    given = command.parse_args()
+    rows = []
+    with progress() as tell:
+        for threads in integers(given.threads, "--threads"):
+            for number, (m, n, k) in enumerate(SHAPES):
+                tell(f"{m} x {n} x {k}, {threads} thread(s)", number, len(SHAPES))
+                benches = bench_linear(rows=m, outputs=n, inputs=k, threads=threads, rounds=given.rounds)
+                rows += [{"shape": (m, n, k), "threads": threads} | bench.to_dict() for bench in benches]
+    figures = {"rows": rows, "environment": describe_environment()}
+    write_text(Path(given.output) / "gemm.json", json.dumps(figures, indent=1, allow_nan=False) + "\n")
+    text = markdown(figures)
+    print(text)
+    print(write_text(Path(given.output) / "gemm.md", text))
+    return 0 if all(row["equal_to_norm"] for row in rows) else 1
+
+
+def markdown(figures: dict[str, Any]) -> str:
+    """The results as a page: GMAC/s by shape, the median and the best sample."""
+    rows: Sequence[dict[str, Any]] = figures["rows"]
+    environment = figures["environment"]
+    names = list(dict.fromkeys(row["implementation"] for row in rows))
+    parts = [
+        "# int8 linear layers of Swin-T, alone",
+        "GMAC/s of one layer with bias and requantization to int8, batch 1 at 224 pixels; medians, the fastest sample "
+        "in brackets. The engine's step as its profile times it; answers of every implementation are compared with the "
+        "norm in the same run.",
+    ]
+    for threads in dict.fromkeys(row["threads"] for row in rows):
+        lines = []
+        for shape in dict.fromkeys(tuple(row["shape"]) for row in rows):
+            found = {
+                row["implementation"]: row for row in rows if row["threads"] == threads and tuple(row["shape"]) == shape
+            }
+            lines.append(["x".join(map(str, shape)), *(_cell(found[name]) for name in names)])
+        parts += [f"## {threads} thread(s)", table(["rows x outputs x inputs", *names], lines)]
+    equal = all(row["equal_to_norm"] for row in rows)
+    packages = ", ".join(f"{name} {version}" for name, version in environment["packages"].items())
+    parts.append(f"Answers {'equal' if equal else '**DIFFER from**'} the norm's.")
+    parts.append(
+        f"{environment['date']}, commit {environment['commit']}, {environment['cpu']} "
+        f"({', '.join(environment['cpu_flags'])}), {environment['cores']} cores, Python {environment['python']}, "
+        f"{packages}."
+    )
+    return "\n\n".join(parts) + "\n"
+
+
+def _cell(row: dict[str, Any]) -> str:
+    best = row["macs"] / min(row["latency"]["samples_ms"]) / 1e6
+    return f"{row['gmacs_per_second']:.0f} ({best:.0f})"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
