@@ -334,3 +334,43 @@ def spiking_program(
         tensors=build.tensors,
         logit_scale=0.01,
     )
+
+
+def layers_of_spikes(seed: int = 0, *, steps: int = 3, width: int = 40, classes: int = 5) -> Program:
+    """Layers that read the same spikes, which the brightness of the images rules: a convolution with neurons behind it,
+    one with a sum, linear layers with neurons and with less than 32 bits. The spikes are "lif1"."""
+    size = 9
+    given = InputDescription(height=size, width=size, channels=3)
+    build = _Builder(seed, given.value.shape)
+    stem = build.layer((width, 1, 1, 3), 1) | {"weight": np.ones((width, 1, 1, 3), np.int8)}
+    x = build.emit("conv2d", ("images",), "int32", stem, channels=width, kernel=[1, 1], stride=[1, 1], padding=[0, 0])
+    spikes = build.emit(
+        "lif",
+        (x,),
+        "uint1",
+        {
+            "threshold": build.rng.integers(2, 380, width).astype(np.int32),
+            "reset": np.zeros(width, np.int32),
+            "bias": np.zeros(width, np.int32),
+        },
+        steps=steps,
+        repeated=1,
+        decay=HALF_DECAY,
+        input_decay=1,
+        soft_reset=0,
+        fraction_bits=0,
+    )
+    window: dict[str, Any] = {"channels": width, "kernel": [3, 3], "stride": [1, 1], "padding": [1, 1]}
+    deep = (width, 3, 3, width)
+    through = build.lif(build.emit("conv2d", (spikes,), "int32", build.layer(deep, 50), **window), steps)
+    first = build.emit("conv2d", (spikes,), "int32", build.layer(deep, 50, bias_shape=(size, size)), **window)
+    second = build.emit("conv2d", (spikes,), "int32", build.layer(deep, 50), **window)
+    stream = build.emit("add", (first, second), "int32", {})
+    counted = build.emit("add", (through, build.lif(build.linear(spikes, width, width), steps)), "uint2", {})
+    narrow = build.layer((width, width), 99) | {"shift": np.full(width, 29, np.uint8)}
+    bytes_ = build.emit("linear", (counted,), "int8", narrow, channels=width)
+    stream = build.emit("add", (stream, build.linear(bytes_, width, width)), "int32", {})
+    counted = build.emit("block_sum", (build.lif(stream, steps),), "int32", {}, rows=1, channels=width)
+    factors = {"mult": np.full(width, 2**21, np.int32), "shift": np.full(width, 23, np.uint8)}
+    build.linear(build.emit("requantize", (counted,), "uint8", factors), width, classes)
+    return Program(input=given, operations=tuple(build.operations), tensors=build.tensors, logit_scale=0.01)

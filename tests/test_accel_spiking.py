@@ -9,7 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from spiking_programs import SPIKING_MAKERS, SpikingCase, pictures, spiking_cases, spiking_program
+from spiking_programs import (
+    SPIKING_MAKERS,
+    SpikingCase,
+    layers_of_spikes,
+    pictures,
+    spiking_cases,
+    spiking_program,
+)
 
 from swincompress_pl import accel
 from swincompress_pl.accel.core import operation_engine
@@ -127,6 +134,27 @@ def test_widths_of_pruned_layers_have_one_answer(width: int) -> None:
     logits = run(program, images)
     for name in accel.implementations():
         assert np.array_equal(accel.Engine(program, implementation=name, threads=2).run_integer(images), logits), name
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(("steps", "width"), [(1, 40), (3, 100), (4, 64)])
+def test_layers_have_one_answer_however_many_spikes_they_read(steps: int, width: int, threads: int) -> None:
+    """Listed spikes where there are few, products where there are many: each image is a call of its own."""
+    program = layers_of_spikes(steps, steps=steps, width=width)
+    engines = [accel.Engine(program, implementation=name, threads=threads) for name in accel.implementations()]
+    assert any(row.kind == "conv2d+lif" for row in engines[0].profile(np.zeros((1, 9, 9, 3), np.uint8), repeats=1))
+    assert any(row.kind == "conv2d+add" for row in engines[0].profile(np.zeros((1, 9, 9, 3), np.uint8), repeats=1))
+    rng, rates = np.random.default_rng(width), []
+    for brightness in (0, 6, 20, 60, 100, 140, 255):
+        images = np.clip(brightness + rng.integers(-5, 6, (3, 9, 9, 3)), 0, 255).astype(np.uint8)
+        images[:, :, 5:] = np.clip(images[:, :, 5:] * 1.5, 0, 255)  # and not the same everywhere
+        for batch in (images[:1], images):
+            logits = run(program, batch)
+            for engine in engines:
+                assert np.array_equal(engine.run_integer(batch), logits), (engine.implementation, brightness)
+        rates.append(next(float(y.mean()) for op, y in program_steps(program, images[:1]) if op.name == "lif1"))
+    assert rates[0] < 0.02
+    assert all(any(low < rate < high for rate in rates) for low, high in ((0.01, 0.1), (0.2, 0.4), (0.5, 1.0)))
 
 
 @pytest.mark.parametrize(("steps", "fused"), [(32, True), (33, False)])

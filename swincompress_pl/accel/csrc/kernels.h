@@ -117,6 +117,8 @@ struct EventCall {
     void* scratch;       // event_scratch_bytes, 64-byte aligned
 };
 
+constexpr Size kEventsOnly = 1000;  // percent: more than `largest` lets there be, whatever it is up to 10
+
 // A convolution whose groups have few channels; bounds as in LinearLayer.
 struct GroupedConvolution {
     Type input, output;
@@ -204,6 +206,10 @@ struct Kernels {
     void (*multiply)(const MultiplyCall&);
     void (*spike_attention)(const SpikeAttentionCall&);
     void (*requantize)(const RequantizeCall&);
+
+    // `events` takes a layer's rows where at most so many of a hundred inputs are spikes (a count of two is two),
+    // `linear` where more are.
+    Size events_max_percent = kEventsOnly;
 };
 
 // One object an implementation; dispatch.cpp lists them in order of preference.

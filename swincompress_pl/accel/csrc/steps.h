@@ -84,10 +84,27 @@ private:
     std::vector<std::int32_t> threshold_, reset_, bias_;
 };
 
-// Whether a layer runs by its input's spikes, and the step that does so.
+// The neurons of `next`, if they can run with the layer before them, whose output is of type `output`; or nullptr.
+std::unique_ptr<Neurons> neurons_behind(const OperationView& next, Type output);
+
+// A layer that multiplies, any of its rows at a time: those of its output, over all images and time steps.
+class RowStep : public Step {
+public:
+    // Rows [first, last), the first at y.
+    virtual void run_rows(const std::byte* x, Range rows, std::byte* y, std::byte* scratch) const = 0;
+    virtual Size row_scratch_bytes() const = 0;
+};
+
+// `layer` and the neurons that alone read it, a few positions at a time, so that what charges them stays in the cache.
+Size neurons_scratch_bytes(const RowStep& layer, const LifCall& lif);
+void run_with_neurons(const RowStep& layer, const LifCall& lif, const Work& work, Range positions,
+                      const Kernels& kernels);
+
+// Whether a layer may run by its input's spikes, and the step that does so; `dense` runs it where there are many, or is
+// nullptr.
 bool takes_events(const Value& x, const LinearLayer& layer, const Kernels& kernels);
 std::unique_ptr<Step> make_events(const OperationView& view, const LinearLayer& layer, const WindowShape& shape,
-                                  const Kernels& kernels);
+                                  std::unique_ptr<RowStep> dense, const Kernels& kernels);
 WindowCall window_call(const OperationView& view, const WindowShape& shape, Size channels);
 
 // A copy of a tensor's elements that the step owns.

@@ -54,14 +54,33 @@ LinearLayer read_layer(const OperationView& view, Size depth, const std::vector<
     return layer;
 }
 
-class LinearStep : public Step {
+class LinearStep : public RowStep {
 public:
     LinearStep(const LinearLayer& layer, Size rows, const Kernels& kernels)
-        : layer_(layer, kernels), output_(layer.output), in_row_(layer.depth), rows_(rows) {}
+        : layer_(layer, kernels), output_(layer.output), in_row_(layer.depth), rows_(rows), kernels_(kernels) {}
 
-    Size scratch_bytes() const override { return layer_.scratch_bytes(); }
+    Size row_scratch_bytes() const override { return layer_.scratch_bytes(); }
+
+    Size scratch_bytes() const override {
+        return neurons_ == nullptr ? row_scratch_bytes() : neurons_scratch_bytes(*this, neurons_->call());
+    }
+
+    void run_rows(const std::byte* x, Range rows, std::byte* y, std::byte* scratch) const override {
+        LinearCall call{};
+        call.x = x + rows.first * in_row_;
+        call.y = y;
+        call.rows = rows.last - rows.first;
+        call.last_channel = layer_.channels();
+        call.scratch = scratch;
+        layer_.run(call);
+    }
 
     void run(const Work& work) const override {
+        if (neurons_ != nullptr) {
+            const LifCall& lif = neurons_->call();
+            return run_with_neurons(*this, lif, work, share(work.images * lif.rows, 1, work.part, work.parts),
+                                    kernels_);
+        }
         const Size rows = work.images * rows_;
         const bool by_channel = work.parts > 1 && rows < kRowsPerPart * work.parts;
         const Range all_rows{0, rows}, all_channels{0, layer_.channels()};
@@ -82,7 +101,9 @@ public:
     }
 
     bool fuse(const OperationView& next) override {
-        if (!table_.empty() || adds_residual_) return false;
+        if (!table_.empty() || adds_residual_ || neurons_ != nullptr) return false;
+        neurons_ = neurons_behind(next, output_);
+        if (neurons_ != nullptr) return true;
         const bool takes_table = next.operation().kind == "table" && output_ == Type::int8;
         if (takes_table && type_bytes(next.output().type) == 1) {
             const auto* entries =
@@ -98,11 +119,13 @@ private:
     PackedLayer layer_;
     Type output_;
     Size in_row_, rows_;
+    const Kernels& kernels_;
     std::vector<std::uint8_t> table_;
     bool adds_residual_ = false;
+    std::unique_ptr<Neurons> neurons_;
 };
 
-class Conv2dStep : public Step {
+class Conv2dStep : public RowStep {
 public:
     // images: of one image, its time steps
     Conv2dStep(const LinearLayer& layer, const WindowShape& shape, Size images, Size in_channels,
@@ -112,29 +135,49 @@ public:
           images_(images),
           in_channels_(in_channels),
           fields_bytes_(aligned(kBlock * layer.depth)),
-          output_(layer.output) {}
+          output_(layer.output),
+          kernels_(kernels) {}
 
-    Size scratch_bytes() const override { return fields_bytes_ + layer_.scratch_bytes(); }
+    Size row_scratch_bytes() const override { return fields_bytes_ + layer_.scratch_bytes(); }
+
+    Size scratch_bytes() const override {
+        return neurons_ == nullptr ? row_scratch_bytes() : neurons_scratch_bytes(*this, neurons_->call());
+    }
 
     void run(const Work& work) const override {
+        const Size rows = neurons_ == nullptr ? images_ * shape_.height * shape_.width : neurons_->call().rows;
+        const Range range = share(work.images * rows, 1, work.part, work.parts);
+        if (neurons_ != nullptr) return run_with_neurons(*this, neurons_->call(), work, range, kernels_);
+        const Size out_row = layer_.channels() * type_bytes(output_);
+        run_rows(work.inputs[0], range, work.output + range.first * out_row, work.scratch);
+    }
+
+    void run_rows(const std::byte* x, Range range, std::byte* y, std::byte* scratch) const override {
         const Size positions = shape_.height * shape_.width;
         const Size in_bytes = shape_.in_height * shape_.in_width * in_channels_;
         const Size out_row = layer_.channels() * type_bytes(output_);
-        const Range range = share(work.images * images_ * positions, 1, work.part, work.parts);
         for (Size first = range.first; first < range.last;) {
             const Size image = first / positions, position = first % positions;
             const Size rows = std::min({kBlock, range.last - first, positions - position});
-            collect(work.inputs[0] + image * in_bytes, position, rows, work.scratch);
+            collect(x + image * in_bytes, position, rows, scratch);
             LinearCall call{};
-            call.x = work.scratch;
-            call.y = work.output + first * out_row;
+            call.x = scratch;
+            call.y = y + (first - range.first) * out_row;
             call.rows = rows;
             call.last_channel = layer_.channels();
             call.bias_row = position;
-            call.scratch = work.scratch + fields_bytes_;
+            call.scratch = scratch + fields_bytes_;
             layer_.run(call);
             first += rows;
         }
+    }
+
+    bool fuse(const OperationView& next) override {
+        if (neurons_ == nullptr)
+            neurons_ = neurons_behind(next, output_);
+        else
+            return false;
+        return neurons_ != nullptr;
     }
 
 private:
@@ -166,7 +209,12 @@ private:
     WindowShape shape_;
     Size images_, in_channels_, fields_bytes_;
     Type output_;
+    const Kernels& kernels_;
+    std::unique_ptr<Neurons> neurons_;
 };
+
+// Whether layers of spikes are packed for products as well.
+bool multiplies_too(const Kernels& kernels) { return kernels.events_max_percent < kEventsOnly; }
 
 }  // namespace
 
@@ -179,11 +227,12 @@ std::unique_ptr<Step> make_linear(const OperationView& view, const Kernels& kern
     shape.back() = channels;
     view.require_output({Type::int8, Type::uint8, Type::int16, Type::int32}, shape);
     const LinearLayer layer = read_layer(view, x.channels(), {channels, x.channels()}, {channels});
-    if (takes_events(x, layer, kernels)) {
-        const WindowShape column{x.rows(), 1, x.rows(), 1, {1, 1}, {1, 1}, {0, 0}};
-        return make_events(view, layer, column, kernels);
-    }
-    return std::make_unique<LinearStep>(layer, x.rows(), kernels);
+    const bool events = takes_events(x, layer, kernels);
+    std::unique_ptr<RowStep> dense;
+    if (!events || multiplies_too(kernels)) dense = std::make_unique<LinearStep>(layer, x.rows(), kernels);
+    if (!events) return dense;
+    const WindowShape column{x.rows(), 1, x.rows(), 1, {1, 1}, {1, 1}, {0, 0}};
+    return make_events(view, layer, column, std::move(dense), kernels);
 }
 
 std::unique_ptr<Step> make_conv2d(const OperationView& view, const Kernels& kernels) {
@@ -203,9 +252,13 @@ std::unique_ptr<Step> make_conv2d(const OperationView& view, const Kernels& kern
     const std::vector<Size> weight_shape = {channels, shape.kernel.first, shape.kernel.second, x.channels() / groups};
     const LinearLayer layer = read_layer(view, element_count(weight_shape) / channels, weight_shape, bias_shape);
     if (groups > 1) return make_grouped_conv2d(view, layer, shape, groups, kernels);
-    if (takes_events(x, layer, kernels)) return make_events(view, layer, shape, kernels);
+    const bool events = takes_events(x, layer, kernels);
     const Size images = view.output().rows() / (shape.height * shape.width);
-    return std::make_unique<Conv2dStep>(layer, shape, images, x.channels(), kernels);
+    std::unique_ptr<RowStep> dense;
+    if (!events || multiplies_too(kernels))
+        dense = std::make_unique<Conv2dStep>(layer, shape, images, x.channels(), kernels);
+    if (!events) return dense;
+    return make_events(view, layer, shape, std::move(dense), kernels);
 }
 
 }  // namespace swincompress
