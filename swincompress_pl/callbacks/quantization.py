@@ -17,7 +17,7 @@ from .qat_distillation import Distillation
 from .qat_scales import ScaleGroup
 from .qat_surroundings import WHO, refuse_surroundings
 from .resume import RandomNumbers, rng_states, seeded
-from .surroundings import wrap_anew
+from .surroundings import refuse_synchronized_norms, wrap_anew
 
 _STATE_VERSION = 1
 
@@ -48,10 +48,12 @@ class QuantizationAwareTraining(Callback):
     uninterrupted one would. Masks of pruned weights are kept; a pruning search beside it goes on on the
     quantized network.
 
-    One device or DDP (rank 0 calibrates for all); mixed precision. Lightning's WeightAveraging and EMAWeightAveraging
+    One device or DDP (rank 0 calibrates for all; BatchNorms normalize by each rank's own batch and, as DDP has it, rank 0's
+    running statistics are evaluated and kept); mixed precision. Lightning's WeightAveraging and EMAWeightAveraging
     go with it and have to stand after it: weights and learned scales are averaged and evaluated as integers. The
     training of a compiled network goes on compiled, likewise; evaluation, in integers, is not. FSDP, DeepSpeed,
-    StochasticWeightAveraging, true half precision and a LightningModule compiled as a whole are refused by name.
+    StochasticWeightAveraging, true half precision, synchronized BatchNorms and a LightningModule compiled as a whole are
+    refused by name.
 
     Example: `Trainer(max_epochs=10, callbacks=[QuantizationAwareTraining(start_epoch=6, bits="W4A8")])`
     """
@@ -117,6 +119,7 @@ class QuantizationAwareTraining(Callback):
             return
         self._resumed, self._teacher_state = False, None
         refuse_surroundings(trainer, pl_module, self)
+        refuse_synchronized_norms(trainer, network, WHO)
         if self._distillation is not None:
             _refuse_teaching(pl_module)
         if not isinstance(network, QuantizedNetwork):

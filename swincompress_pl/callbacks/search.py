@@ -29,7 +29,14 @@ from ..pruning import (
 from .resume import RandomNumbers, rng_states, seeded
 from .scoring import holdout_loaders, holdout_scorer, input_shape, metric_scorer, training_batches, validating
 from .searched import ScalesFollower, pruned_tensors, refuse_masked_integers, scored_network, searched_network
-from .surroundings import refuse_neighbours, refuse_optimizers, refuse_sharing, refuse_strategy, wrap_anew
+from .surroundings import (
+    refuse_neighbours,
+    refuse_optimizers,
+    refuse_sharing,
+    refuse_strategy,
+    refuse_synchronized_norms,
+    wrap_anew,
+)
 
 _STATE_VERSION = 2
 
@@ -139,6 +146,7 @@ class SearchCallback(Callback, ABC):
             refuse_strategy(trainer, self.who)
             refuse_neighbours(trainer, self.who)
             network = self._network(pl_module)
+            refuse_synchronized_norms(trainer, network, self.who)
             settings = self._granularity(network)
             refuse_masked_integers(trainer, pl_module, self.model_attribute, self.monitor, settings.kinds)
             refuse_sharing(pl_module, network, pruned_tensors(network, settings), self.model_attribute)

@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging,
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import LBFGS, Optimizer
 
 # They keep lists of parameters, or state under one parameter for all, that do not follow a cut (by name: not every
@@ -36,6 +37,20 @@ def refuse_strategy(trainer: Trainer, who: str) -> None:
         raise ValueError(
             f"{who} cannot shrink a model whose {name} has a ddp_comm_state "
             f"({type(strategy._ddp_comm_state).__name__}): it keeps what has the old shapes. Leave it out of this fit"
+        )
+
+
+def refuse_synchronized_norms(trainer: Trainer, network: nn.Module, who: str) -> None:
+    """ValueError where Lightning would put SyncBatchNorm in the place of the network's BatchNorms: it knows no time axis,
+    so those of spikingjelly, which run over (T, N, C, H, W), would normalize images and lose their step mode for good."""
+    sync = getattr(trainer.strategy, "_layer_sync", None)
+    norms = [name for name, module in network.named_modules() if isinstance(module, _BatchNorm)]
+    if sync is not None and norms:
+        raise ValueError(
+            f"{who} beside Trainer(sync_batchnorm=True): {type(sync).__name__} would replace the {len(norms)} BatchNorms "
+            f"of {type(network).__name__} ({norms[0]}, ...), whose time steps it does not know. Leave it out: every "
+            "process normalizes by its own images at all time steps, rank 0's statistics are kept; give the processes "
+            "larger batches where theirs are too small"
         )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from spikingjelly.activation_based import layer
 from spikingjelly.activation_based.neuron import BaseNode
 from torch import nn
 
@@ -116,6 +117,8 @@ class SpikingBuilder(GraphBuilder):
         plain = all(value == 1 for value in dilation) and module.padding_mode == "zeros"
         plain = plain and (module.weight.ndim == 4 or tuple(module.kernel_size) == (1,))
         self.refuse(not plain, f"{path} is {module}; convolutions without dilation, padded with zeros, are supported")
+        for norm in (*norms, *([] if border is None else [border])):
+            self._require_foldable(norm)
         name, first, given = f"{path}{part}", x == _IMAGES, self.of(x)
         channels = module.out_channels if rows is None else rows[1] - rows[0]
         if site is not None:
@@ -142,6 +145,19 @@ class SpikingBuilder(GraphBuilder):
             for size, p, k, s in zip((given.height, given.width), padding, kernel, stride, strict=True)
         )
         return self._made(node, _Value(height=height, width=width, channels=channels, timed=given.timed))
+
+    def _require_foldable(self, path: str) -> None:
+        norm: Any = self.network.get_submodule(path)
+        self.refuse(
+            isinstance(norm, nn.SyncBatchNorm),
+            f"{path} is SyncBatchNorm, which takes the batch of a spiking network for its channels; leave the BatchNorms "
+            "as they were built",
+        )
+        known = type(norm) in (nn.BatchNorm1d, nn.BatchNorm2d, layer.BatchNorm1d, layer.BatchNorm2d)
+        self.refuse(
+            not known or norm.weight is None or norm.bias is None or norm.running_mean is None,
+            f"{path} is {norm}; BatchNorm1d and BatchNorm2d with affine=True and running statistics can be folded",
+        )
 
     def max_pool(self, path: str, x: str) -> str:
         pool: Any = self.network.get_submodule(path)
