@@ -1,4 +1,4 @@
-"""Quantization-aware training of a spiking network under DDP (gloo): what the ranks share, and what is each one's own."""
+"""Quantization-aware training of a spiking network under DDP (gloo): what ranks share, and what is each one's own."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 from spiking_cases import FAMILIES, SIZE_PX, lively, spikes_of
+from spikingjelly.activation_based import layer, surrogate
+from spikingjelly.activation_based import neuron as neurons
 from torch import Tensor, nn
 
 from swincompress_pl import accel
@@ -304,10 +306,8 @@ def test_events_go_in_as_counts(name: str) -> None:
 
 
 def test_what_has_no_integer_form_is_refused() -> None:
-    from spikingjelly.activation_based import neuron
-
     network, _ = lively(FAMILIES["spikformer"], 0, trained_statistics=False)
-    network.blocks[0].mlp.neuron1 = neuron.QIFNode(step_mode="m")  # type: ignore[index, union-attr]
+    network.blocks[0].mlp.neuron1 = neurons.QIFNode(step_mode="m")  # type: ignore[index, union-attr]
     with pytest.raises(UnsupportedNetworkError, match=r"blocks.0.mlp.neuron1 is QIFNode; neurons with an integer form"):
         quantize(network.float(), [normalized(pictures(2))], method="max", preprocessing=PREPROCESSING)
     network, _ = lively(FAMILIES["sdt"], 0, trained_statistics=False)
@@ -316,6 +316,72 @@ def test_what_has_no_integer_form_is_refused() -> None:
         graph_of(network)
     with pytest.raises(UnsupportedNetworkError, match="give preprocessing 'height' and 'width'"):
         graph_of(network, {key: PREPROCESSING[key] for key in ("mean", "std")})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"v_threshold": 0.0}, r"v_threshold=0.0; it has to be above 0 and finite"),
+        ({"v_threshold": float("inf")}, r"v_threshold=inf; it has to be above 0 and finite"),
+        ({"v_reset": float("nan")}, r"v_reset=nan; it has to be finite, or None"),
+        ({"tau": 0.0}, r"tau=0.0; it has to be 1 time step or more"),
+        ({"tau": float("nan")}, r"tau=nan; it has to be 1 time step or more"),
+        ({"surrogate_function": surrogate.Sigmoid(spiking=False)}, r"Sigmoid\(spiking=False\) gives real numbers"),
+    ],
+)
+def test_neurons_out_of_range_are_refused_with_the_graph(change: dict[str, Any], message: str) -> None:
+    network, _ = lively(FAMILIES["sdt"], 0, trained_statistics=False)
+    graph_of(network)
+    for key, value in change.items():
+        setattr(network.blocks[0].mlp.lif1, key, value)  # type: ignore[index, union-attr]
+    with pytest.raises(UnsupportedNetworkError, match=r"blocks.0.mlp.lif1.*" + message):
+        graph_of(network)
+
+
+@pytest.mark.parametrize(
+    ("norm", "message"),
+    [
+        (nn.SyncBatchNorm, "is SyncBatchNorm, whose sums over all processes"),
+        (
+            lambda channels: nn.BatchNorm2d(channels, affine=False),
+            "is BatchNorm2d.* with affine=True and running statistics",
+        ),
+        (
+            lambda channels: nn.BatchNorm2d(channels, track_running_stats=False),
+            "is BatchNorm2d.* with affine=True and running statistics",
+        ),
+        (lambda channels: nn.GroupNorm(1, channels), r"is GroupNorm\(.*BatchNorm1d and BatchNorm2d can be folded"),
+        (lambda channels: layer.ThresholdDependentBatchNorm2d(1.0, 1.0, channels), "is ThresholdDependentBatchNorm2d"),
+    ],
+)
+def test_norms_that_cannot_be_folded_are_refused_with_the_graph(norm: Callable[[int], nn.Module], message: str) -> None:
+    network, _ = lively(FAMILIES["spikformer"], 0, trained_statistics=False)
+    block: Any = network.patch_embed.stages[0].conv_bn.block  # type: ignore[index, union-attr]
+    block[1] = norm(block[1].num_features)
+    with pytest.raises(UnsupportedNetworkError, match=r"patch_embed.stages.0.conv_bn.block.1 " + message):
+        graph_of(network)
+
+
+def test_numbers_that_leave_the_membranes_bounds_are_refused_by_name() -> None:
+    images = [normalized(pictures(2))]
+
+    def exported(key: str, value: Any) -> None:
+        network, _ = lively(FAMILIES["spikformer"], 0, trained_statistics=False)
+        node: Any = network.blocks[0].mlp  # type: ignore[index, union-attr]
+        if key == "w":
+            node.neuron1 = neurons.ParametricLIFNode(step_mode="m")
+            node.neuron1.w.data.fill_(value)
+        else:
+            setattr(node.neuron1, key, value)
+        quantize(network.float(), images, method="max", preprocessing=PREPROCESSING).to_program()
+
+    with pytest.raises(ValueError, match=r"blocks.0.mlp.neuron1: v_reset=-1e\+12 is beyond 2\*\*28 units of .*channel"):
+        exported("v_reset", -1e12)
+    with pytest.raises(ValueError, match=r"blocks.0.mlp.neuron1: .*bias of .* beyond 134217728 units"):
+        exported("v_threshold", 1e-30)
+    exported("w", 0.0)
+    with pytest.raises(ValueError, match=r"blocks.0.mlp.neuron1"):
+        exported("w", float("nan"))
 
 
 def test_networks_that_cannot_mean_anything_are_refused_by_name() -> None:

@@ -279,6 +279,8 @@ def _case(kind: str) -> SpikingCase:
 @pytest.mark.parametrize(
     ("kind", "change", "message"),
     [
+        ("lif", {"steps": 0}, r"attribute steps is 0; it must be an integer in \[1,"),
+        ("lif", {"threshold": 2**29}, r"'threshold' holds values in"),
         ("lif", {"steps": 4}, "6 rows do not split into 4 time steps"),
         ("lif", {"dtype": "uint8"}, "output is uint8; it must be uint1"),
         ("lif", {"threshold": 0}, r"'threshold' holds values in \[0, 0\]; they must lie in \[1,"),

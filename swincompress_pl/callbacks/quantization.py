@@ -48,12 +48,12 @@ class QuantizationAwareTraining(Callback):
     uninterrupted one would. Masks of pruned weights are kept; a pruning search beside it goes on on the
     quantized network.
 
-    One device or DDP (rank 0 calibrates for all; BatchNorms normalize by each rank's own batch and, as DDP has it, rank 0's
-    running statistics are evaluated and kept); mixed precision. Lightning's WeightAveraging and EMAWeightAveraging
-    go with it and have to stand after it: weights and learned scales are averaged and evaluated as integers. The
-    training of a compiled network goes on compiled, likewise; evaluation, in integers, is not. FSDP, DeepSpeed,
-    StochasticWeightAveraging, true half precision, synchronized BatchNorms and a LightningModule compiled as a whole are
-    refused by name.
+    One device or DDP (rank 0 calibrates for all; BatchNorms normalize by each rank's own batch, and rank 0's running
+    statistics are evaluated and kept, as in DDP of floats); mixed precision. Lightning's WeightAveraging and
+    EMAWeightAveraging go with it and have to stand after it: weights and learned scales are averaged and evaluated as
+    integers. The training of a compiled network goes on compiled, likewise; evaluation, in integers, is not. FSDP,
+    DeepSpeed, StochasticWeightAveraging, true half precision, synchronized BatchNorms and a LightningModule compiled as
+    a whole are refused by name.
 
     Example: `Trainer(max_epochs=10, callbacks=[QuantizationAwareTraining(start_epoch=6, bits="W4A8")])`
     """

@@ -41,16 +41,17 @@ def refuse_strategy(trainer: Trainer, who: str) -> None:
 
 
 def refuse_synchronized_norms(trainer: Trainer, network: nn.Module, who: str) -> None:
-    """ValueError where Lightning would put SyncBatchNorm in the place of the network's BatchNorms: it knows no time axis,
-    so those of spikingjelly, which run over (T, N, C, H, W), would normalize images and lose their step mode for good."""
+    """ValueError where Lightning would put SyncBatchNorm in the place of the network's BatchNorms: a quantized network
+    would go on normalizing by each process's batch, and spikingjelly's, over (T, N, C, H, W), would lose their step
+    mode for good and take the images for channels."""
     sync = getattr(trainer.strategy, "_layer_sync", None)
     norms = [name for name, module in network.named_modules() if isinstance(module, _BatchNorm)]
     if sync is not None and norms:
         raise ValueError(
-            f"{who} beside Trainer(sync_batchnorm=True): {type(sync).__name__} would replace the {len(norms)} BatchNorms "
-            f"of {type(network).__name__} ({norms[0]}, ...), whose time steps it does not know. Leave it out: every "
-            "process normalizes by its own images at all time steps, rank 0's statistics are kept; give the processes "
-            "larger batches where theirs are too small"
+            f"{who} beside Trainer(sync_batchnorm=True): {type(sync).__name__} would replace the {len(norms)} "
+            f"BatchNorms of {type(network).__name__} ({norms[0]}, ...) by others, which know no time "
+            "steps and which no integers follow. Leave it out: every process normalizes by its own images at all time steps, rank 0's statistics "
+            "are kept; give the processes larger batches where theirs are too small"
         )
 
 

@@ -9,9 +9,11 @@ from typing import Any
 from spikingjelly.activation_based import layer
 from spikingjelly.activation_based.neuron import BaseNode
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from swincompress_pl.quant import AddNode, Graph, GraphBuilder, MeanNode, Node, Site
 from swincompress_pl.quant.graph import LOGIT_BITS
+from swincompress_pl.quant.neurons import Neuron
 from swincompress_pl.quant.spiking_nodes import (
     BlockSumNode,
     ConvNormNode,
@@ -150,13 +152,14 @@ class SpikingBuilder(GraphBuilder):
         norm: Any = self.network.get_submodule(path)
         self.refuse(
             isinstance(norm, nn.SyncBatchNorm),
-            f"{path} is SyncBatchNorm, which takes the batch of a spiking network for its channels; leave the BatchNorms "
-            "as they were built",
+            f"{path} is SyncBatchNorm, whose sums over all processes quantization does not follow; leave the "
+            "BatchNorms as they were built",
         )
-        known = type(norm) in (nn.BatchNorm1d, nn.BatchNorm2d, layer.BatchNorm1d, layer.BatchNorm2d)
+        passes = (nn.BatchNorm2d.forward, layer.BatchNorm1d.forward, layer.BatchNorm2d.forward)
+        known = isinstance(norm, _BatchNorm) and type(norm).forward in passes
         self.refuse(
             not known or norm.weight is None or norm.bias is None or norm.running_mean is None,
-            f"{path} is {norm}; BatchNorm1d and BatchNorm2d with affine=True and running statistics can be folded",
+            f"{path} is {norm}; BatchNorm1d and BatchNorm2d can be folded, with affine=True and running statistics",
         )
 
     def max_pool(self, path: str, x: str) -> str:
@@ -173,6 +176,7 @@ class SpikingBuilder(GraphBuilder):
 
     def neuron(self, path: str, x: str, *, gain: float = 1.0, part: str = "") -> str:
         """Spikes; a value without time is seen at every step."""
+        Neuron.of(path, self.network.get_submodule(path))  # refuses now what has no integer form
         name, given = f"{path}{part}", self.of(x)
         node = NeuronNode(
             name=name,

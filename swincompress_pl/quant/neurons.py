@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +29,7 @@ class Neuron:
     @classmethod
     def of(cls, name: str, module: nn.Module) -> Neuron:
         """What `module`, called `name` in errors, does. UnsupportedNetworkError for another kind than IFNode, LIFNode
-        and ParametricLIFNode, and for a threshold that is not positive."""
+        and ParametricLIFNode, for spikes that are not 0 or 1, and for a threshold, reset value or tau out of range."""
         from spikingjelly.activation_based import neuron
 
         node: Any = module
@@ -36,6 +37,8 @@ class Neuron:
         if type(node) is neuron.IFNode:
             decay, input_decay = 0.0, False
         elif type(node) is neuron.LIFNode:
+            if not float(node.tau) >= 1:
+                raise UnsupportedNetworkError(f"{name} has tau={node.tau}; it has to be 1 time step or more")
             decay, input_decay = 1.0 / float(node.tau), bool(node.decay_input)
         elif type(node) is neuron.ParametricLIFNode:
             decay, input_decay = node.w.sigmoid(), bool(node.decay_input)
@@ -44,8 +47,15 @@ class Neuron:
                 f"{name} is {type(node).__name__}; neurons with an integer form are IFNode, LIFNode and "
                 "ParametricLIFNode"
             )
-        if not float(node.v_threshold) > 0:
-            raise UnsupportedNetworkError(f"{name} has v_threshold={node.v_threshold}; it has to be above 0")
+        if not 0 < float(node.v_threshold) < math.inf:
+            raise UnsupportedNetworkError(f"{name} has v_threshold={node.v_threshold}; it has to be above 0 and finite")
+        if node.v_reset is not None and not math.isfinite(node.v_reset):
+            raise UnsupportedNetworkError(f"{name} has v_reset={node.v_reset}; it has to be finite, or None")
+        if not getattr(node.surrogate_function, "spiking", True):
+            raise UnsupportedNetworkError(
+                f"{name}: {type(node.surrogate_function).__name__}(spiking=False) gives real numbers for spikes; only "
+                "0 and 1 have an integer form, set spiking=True"
+            )
         return cls(
             threshold=float(node.v_threshold),
             reset=0.0 if node.v_reset is None else float(node.v_reset),

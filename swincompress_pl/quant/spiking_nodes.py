@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from swincompress_pl.norm.spiking import CURRENT_MAX, DECAY_BITS
+from swincompress_pl.norm.spiking import CURRENT_MAX, DECAY_BITS, THRESHOLD_MAX
 from swincompress_pl.quant.graph import Node, Run, WeightedNode, parameter
 from swincompress_pl.quant.lower import Current, FloatArray, Lowering, to_array
 from swincompress_pl.quant.neurons import Neuron, spikes
@@ -277,13 +277,23 @@ class NeuronNode(Node):
             raise ValueError(f"currents may reach {current.reach:.3g}, beyond {CURRENT_MAX}; the layer is too wide")
         unit = current.unit * self.gain / 2**bits
         threshold = np.rint(neuron.threshold / unit)
-        if not ((threshold >= 1) & (threshold < 2**28)).all():
+        if not ((threshold >= 1) & (threshold <= THRESHOLD_MAX)).all():
             worst = int(np.argmax(np.abs(np.log(unit))))
             raise ValueError(
                 f"channel {worst} has a unit of {unit[worst]:.3g} under a threshold of {neuron.threshold:g}, which is "
-                "no whole number below 2**28 of it; recalibrate, or prune the channel"
+                "no whole number up to 2**28 of it; recalibrate, or prune the channel"
             )
-        decay = round(float(torch.as_tensor(neuron.decay).detach()) * 2**DECAY_BITS)
+        reset = np.rint(neuron.reset / unit)
+        if (np.abs(reset) > THRESHOLD_MAX).any():
+            worst = int(np.abs(reset).argmax())
+            raise ValueError(
+                f"v_reset={neuron.reset:g} is beyond 2**28 units of {unit[worst]:.3g} (channel {worst}); bring it "
+                f"nearer to the threshold of {neuron.threshold:g}"
+            )
+        rate = float(torch.as_tensor(neuron.decay).detach())
+        if not 0 <= rate <= 1:
+            raise ValueError(f"1 / tau is {rate}; it has to be in [0, 1], the learned w of the neuron a number")
+        decay = round(rate * 2**DECAY_BITS)
         bias = np.rint(current.bias * self.gain / unit)
         if (np.abs(bias) > CURRENT_MAX).any():
             worst = int(np.abs(bias).argmax())
@@ -304,7 +314,7 @@ class NeuronNode(Node):
             },
             tensors={
                 "threshold": threshold.astype(np.int32),
-                "reset": np.rint(neuron.reset / unit).astype(np.int32),
+                "reset": reset.astype(np.int32),
                 "bias": bias.astype(np.int32),
             },
         )
