@@ -49,9 +49,9 @@ def refuse_synchronized_norms(trainer: Trainer, network: nn.Module, who: str) ->
     if sync is not None and norms:
         raise ValueError(
             f"{who} beside Trainer(sync_batchnorm=True): {type(sync).__name__} would replace the {len(norms)} "
-            f"BatchNorms of {type(network).__name__} ({norms[0]}, ...) by others, which know no time "
-            "steps and which no integers follow. Leave it out: every process normalizes by its own images at all time steps, rank 0's statistics "
-            "are kept; give the processes larger batches where theirs are too small"
+            f"BatchNorms of {type(network).__name__} ({norms[0]}, ...) by others, which know no time steps and which "
+            "no integers follow. Leave it out: every process normalizes by its own images at all time steps, rank 0's "
+            "statistics are kept; give the processes larger batches where theirs are too small"
         )
 
 
