@@ -96,21 +96,24 @@ private:
         kernels_.events(call);
     }
 
-    // Spikes in a hundred of the inputs that the range reads; positions of all time steps where neurons follow.
+    // Spikes in a hundred of the inputs that the range reads: rows, or positions of all time steps of the neurons. No
+    // window lies in the padding alone: the plan refuses paddings as large as the kernel.
     Size percent(const std::byte* x, Range range) const {
         Size spikes = 0, inputs = 0;
-        const Size frames = neurons_ == nullptr ? 1 : call_.lif->steps,
-                   rows = neurons_ == nullptr ? 0 : call_.lif->rows;
-        if (neurons_ == nullptr) add_counts(x, range, spikes, inputs);
-        for (Size first = range.first; rows != 0 && first < range.last;) {
+        if (neurons_ == nullptr) {
+            add_counts(x, range, spikes, inputs);
+            return spikes * 100 / inputs;
+        }
+        const Size steps = call_.lif->steps, rows = call_.lif->rows;
+        for (Size first = range.first; first < range.last;) {
             const Size image = first / rows, last = std::min(range.last, (image + 1) * rows);
-            for (Size step = 0; step < frames; ++step) {
-                const Size shift = (image * frames + step) * rows - image * rows;
-                add_counts(x, {first + shift, last + shift}, spikes, inputs);
+            for (Size step = 0; step < steps; ++step) {
+                const Size before = (image * (steps - 1) + step) * rows;
+                add_counts(x, {first + before, last + before}, spikes, inputs);
             }
             first = last;
         }
-        return inputs == 0 ? 0 : spikes * 100 / inputs;
+        return spikes * 100 / inputs;
     }
 
     // Of the lines of images under these output rows.
