@@ -1,5 +1,6 @@
-// The implementation for CPUs with AVX2 (Intel from Haswell, AMD from Excavator): linear layers on register tiles, the
-// rest in plain C++ that the compiler vectorizes.
+// The implementation for CPUs with AVX2 (Intel from Haswell, AMD from Excavator): linear layers and attention on
+// register tiles, layer norms and requantization in 256-bit registers, the rest in plain C++ that the compiler
+// vectorizes.
 #include <immintrin.h>
 
 #include "kernels.h"
@@ -21,7 +22,15 @@ namespace {
 
 #include "generic_attention.inc"
 
+#include "avx2_tile.inc"
+
+#include "avx2_products.inc"
+
 #include "avx2_linear.inc"
+
+#include "avx2_attention.inc"
+
+#include "avx2_layer_norm.inc"
 
 // Also asks the operating system, through xgetbv, whether it saves the wide registers.
 bool runnable() { return __builtin_cpu_supports("avx2"); }
@@ -36,9 +45,9 @@ const Kernels avx2_kernels = {
     pack_linear,
     linear_scratch_bytes,
     linear,
-    generic_attention_scratch_bytes,
-    generic_attention,
-    generic_layer_norm,
+    attention_scratch_bytes,
+    attention,
+    layer_norm,
     generic_mean,
     generic_add,
     generic_table,
