@@ -2,25 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
-from test_accel_cases import MAKERS, Case, random_case
+from test_accel_cases import Case, random_cases
 
 from swincompress_pl import accel, norm
 from swincompress_pl.accel.core import operation_engine
 
 IMPLEMENTATIONS = accel.implementations()
-# How often each kind is drawn: the matrix products have the most paths.
-SHARES = {"linear": 8, "attention": 4, "conv2d": 2, "layer_norm": 2}
-
-
-def cases(seed: int, count: int) -> Iterator[Case]:
-    rng = np.random.default_rng(seed)
-    kinds = [kind for kind in MAKERS for _ in range(SHARES.get(kind, 1))]
-    for number in range(count):
-        yield random_case(rng, kinds[number % len(kinds)])
 
 
 def assert_equals_norm(case: Case, threads: int = 1) -> None:
@@ -37,20 +26,20 @@ def assert_equals_norm(case: Case, threads: int = 1) -> None:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_random_cases_equal_norm(seed: int) -> None:
-    for case in cases(seed, 500):
+    for case in random_cases(seed, 500):
         assert_equals_norm(case)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(100, 120))
 def test_20000_random_cases_equal_norm(seed: int) -> None:
-    for case in cases(seed, 1000):
+    for case in random_cases(seed, 1000):
         assert_equals_norm(case)
 
 
 @pytest.mark.parametrize("threads", [2, 3, 5])
 def test_threads_change_nothing(threads: int) -> None:
-    for case in cases(threads, 100):
+    for case in random_cases(threads, 100):
         assert_equals_norm(case, threads)
 
 
@@ -146,7 +135,7 @@ def test_reciprocal_root_over_its_whole_range() -> None:
 
 
 def test_extension_refuses_what_contradicts_itself() -> None:
-    case = next(c for c in cases(0, 1) if c.kind == "linear")
+    case = next(c for c in random_cases(0, 1) if c.kind == "linear")
     with pytest.raises(norm.ProgramError, match="accumulator"):
         operation_engine(
             case.operation,

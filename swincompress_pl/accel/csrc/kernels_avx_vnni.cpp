@@ -10,7 +10,9 @@ namespace {
 
 #include "generic_kernels.inc"
 
-#include "avx2_requantize_channels.inc"
+#include "avx2_registers.inc"
+
+#include "tiled_requantize_channels.inc"
 
 #include "avx2_store_spikes.inc"
 
@@ -22,13 +24,15 @@ namespace {
 
 #include "generic_attention.inc"
 
-#include "avx2_tile.inc"
+#include "tile.inc"
 
 #include "avx_vnni_products.inc"
 
-#include "avx2_linear.inc"
+#include "tiled_linear.inc"
 
 #include "avx2_attention.inc"
+
+#include "tiled_attention.inc"
 
 #include "avx2_layer_norm.inc"
 
