@@ -64,7 +64,8 @@ def product_case(x: int, weight: int, depth: int, x_dtype: str, mult: int, shift
 @pytest.mark.parametrize("depth", [1, 4, 7, 64, 66000])
 def test_corner_products(x: int, weight: int, depth: int) -> None:
     dtype = "uint8" if x == 255 else "int8"
-    for mult, shift in [(2**22 - 1, 22), (2**21, 21), (2**22 - 1, 1), (2**22 - 1, 52), (0, 1), (0, 33), (0, 52), (1, 1)]:
+    largest = 2**22 - 1
+    for mult, shift in [(largest, 22), (2**21, 21), (largest, 1), (largest, 52), (0, 1), (0, 33), (0, 52), (1, 1)]:
         assert_equals_norm(product_case(x, weight, depth, dtype, mult, shift))
 
 
