@@ -135,6 +135,25 @@ def test_reciprocal_root_over_its_whole_range() -> None:
             assert_equals_norm(case)
 
 
+@pytest.mark.parametrize("shift", range(1, 53))
+def test_layer_norm_at_the_limits_of_gain_and_offset(shift: int) -> None:
+    channels = 21
+    sign = np.where(np.arange(channels) % 3 == 0, -1, 1)
+    for dtype in ("int8", "int16"):
+        for limit in (2**60, 2 ** max(shift - 1, 1), 2 ** min(shift + 14, 60)):
+            case = Case(
+                kind="layer_norm",
+                dtype=dtype,
+                arrays=(np.random.default_rng(shift).integers(-32767, 32768, (1, 3, channels)).astype(np.int16),),
+                attributes={"epsilon": 0, "shift": shift},
+                tensors={
+                    "gain": ((2**22 - 1) * np.roll(sign, 1)).astype(np.int32),
+                    "offset": (limit * sign).astype(np.int64),
+                },
+            )
+            assert_equals_norm(case)
+
+
 def test_extension_refuses_what_contradicts_itself() -> None:
     case = next(c for c in random_cases(0, 1) if c.kind == "linear")
     with pytest.raises(norm.ProgramError, match="accumulator"):
