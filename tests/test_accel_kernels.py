@@ -2,25 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
-from test_accel_cases import MAKERS, Case, random_case
+from test_accel_cases import Case, random_cases
 
 from swincompress_pl import accel, norm
 from swincompress_pl.accel.core import operation_engine
 
 IMPLEMENTATIONS = accel.implementations()
-# How often each kind is drawn: the matrix products have the most paths.
-SHARES = {"linear": 8, "attention": 4, "conv2d": 2, "layer_norm": 2}
-
-
-def cases(seed: int, count: int) -> Iterator[Case]:
-    rng = np.random.default_rng(seed)
-    kinds = [kind for kind in MAKERS for _ in range(SHARES.get(kind, 1))]
-    for number in range(count):
-        yield random_case(rng, kinds[number % len(kinds)])
 
 
 def assert_equals_norm(case: Case, threads: int = 1) -> None:
@@ -37,20 +26,20 @@ def assert_equals_norm(case: Case, threads: int = 1) -> None:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_random_cases_equal_norm(seed: int) -> None:
-    for case in cases(seed, 500):
+    for case in random_cases(seed, 500):
         assert_equals_norm(case)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(100, 120))
-def test_20000_random_cases_equal_norm(seed: int) -> None:
-    for case in cases(seed, 1000):
+@pytest.mark.parametrize("seed", range(100, 180))
+def test_80000_random_cases_equal_norm(seed: int) -> None:
+    for case in random_cases(seed, 1000):
         assert_equals_norm(case)
 
 
 @pytest.mark.parametrize("threads", [2, 3, 5])
 def test_threads_change_nothing(threads: int) -> None:
-    for case in cases(threads, 100):
+    for case in random_cases(threads, 100):
         assert_equals_norm(case, threads)
 
 
@@ -75,7 +64,8 @@ def product_case(x: int, weight: int, depth: int, x_dtype: str, mult: int, shift
 @pytest.mark.parametrize("depth", [1, 4, 7, 64, 66000])
 def test_corner_products(x: int, weight: int, depth: int) -> None:
     dtype = "uint8" if x == 255 else "int8"
-    for mult, shift in [(2**22 - 1, 22), (2**21, 21), (2**22 - 1, 1), (2**22 - 1, 52), (0, 1), (1, 1)]:
+    largest = 2**22 - 1
+    for mult, shift in [(largest, 22), (2**21, 21), (largest, 1), (largest, 52), (0, 1), (0, 33), (0, 52), (1, 1)]:
         assert_equals_norm(product_case(x, weight, depth, dtype, mult, shift))
 
 
@@ -145,8 +135,27 @@ def test_reciprocal_root_over_its_whole_range() -> None:
             assert_equals_norm(case)
 
 
+@pytest.mark.parametrize("shift", range(1, 53))
+def test_layer_norm_at_the_limits_of_gain_and_offset(shift: int) -> None:
+    channels = 21
+    sign = np.where(np.arange(channels) % 3 == 0, -1, 1)
+    for dtype in ("int8", "int16"):
+        for limit in (2**60, 2 ** max(shift - 1, 1), 2 ** min(shift + 14, 60)):
+            case = Case(
+                kind="layer_norm",
+                dtype=dtype,
+                arrays=(np.random.default_rng(shift).integers(-32767, 32768, (1, 3, channels)).astype(np.int16),),
+                attributes={"epsilon": 0, "shift": shift},
+                tensors={
+                    "gain": ((2**22 - 1) * np.roll(sign, 1)).astype(np.int32),
+                    "offset": (limit * sign).astype(np.int64),
+                },
+            )
+            assert_equals_norm(case)
+
+
 def test_extension_refuses_what_contradicts_itself() -> None:
-    case = next(c for c in cases(0, 1) if c.kind == "linear")
+    case = next(c for c in random_cases(0, 1) if c.kind == "linear")
     with pytest.raises(norm.ProgramError, match="accumulator"):
         operation_engine(
             case.operation,

@@ -45,9 +45,9 @@ def test_engine_equals_norm(seed: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(100, 110))
-def test_engine_equals_norm_on_8000_more(seed: int) -> None:
-    for case in spiking_cases(800, seed):
+@pytest.mark.parametrize("seed", range(100, 120))
+def test_engine_equals_norm_on_20000_more(seed: int) -> None:
+    for case in spiking_cases(1000, seed):
         assert_engine_equals(case)
 
 

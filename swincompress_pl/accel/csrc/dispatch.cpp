@@ -12,8 +12,14 @@ const Kernels* const kInOrderOfPreference[] = {
 #ifdef SWINCOMPRESS_WITH_AVX512_VNNI
     &avx512_vnni_kernels,
 #endif
+#ifdef SWINCOMPRESS_WITH_AVX_VNNI
+    &avx_vnni_kernels,
+#endif
 #ifdef SWINCOMPRESS_WITH_AVX2
     &avx2_kernels,
+#endif
+#ifdef SWINCOMPRESS_WITH_NEON_DOTPROD
+    &neon_dotprod_kernels,
 #endif
     &scalar_kernels,
 };

@@ -217,8 +217,14 @@ extern const Kernels scalar_kernels;
 #ifdef SWINCOMPRESS_WITH_AVX2
 extern const Kernels avx2_kernels;
 #endif
+#ifdef SWINCOMPRESS_WITH_AVX_VNNI
+extern const Kernels avx_vnni_kernels;
+#endif
 #ifdef SWINCOMPRESS_WITH_AVX512_VNNI
 extern const Kernels avx512_vnni_kernels;
+#endif
+#ifdef SWINCOMPRESS_WITH_NEON_DOTPROD
+extern const Kernels neon_dotprod_kernels;
 #endif
 
 }  // namespace swincompress

@@ -1,5 +1,6 @@
-// The implementation for CPUs with AVX2 (Intel from Haswell, AMD from Excavator): linear layers on register tiles, the
-// rest in plain C++ that the compiler vectorizes.
+// The implementation for CPUs with AVX2 (Intel from Haswell, AMD from Excavator): linear layers and attention on
+// register tiles, layer norms and requantization in 256-bit registers, the rest in plain C++ that the compiler
+// vectorizes.
 #include <immintrin.h>
 
 #include "kernels.h"
@@ -9,7 +10,9 @@ namespace {
 
 #include "generic_kernels.inc"
 
-#include "avx2_requantize_channels.inc"
+#include "avx2_registers.inc"
+
+#include "tiled_requantize_channels.inc"
 
 #include "avx2_store_spikes.inc"
 
@@ -21,7 +24,17 @@ namespace {
 
 #include "generic_attention.inc"
 
-#include "avx2_linear.inc"
+#include "tile.inc"
+
+#include "avx2_products.inc"
+
+#include "tiled_linear.inc"
+
+#include "avx2_attention.inc"
+
+#include "tiled_attention.inc"
+
+#include "avx2_layer_norm.inc"
 
 // Measured as in kernels_avx512_vnni.cpp, on the same CPU: the same time at 40 to 55 % of spikes.
 constexpr Size kEventsMaxPercent = 45;
@@ -39,9 +52,9 @@ const Kernels avx2_kernels = {
     pack_linear,
     linear_scratch_bytes,
     linear,
-    generic_attention_scratch_bytes,
-    generic_attention,
-    generic_layer_norm,
+    attention_scratch_bytes,
+    attention,
+    layer_norm,
     generic_mean,
     generic_add,
     generic_table,
