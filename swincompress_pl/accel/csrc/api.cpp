@@ -97,8 +97,12 @@ void Engine::run(const std::uint8_t* images, std::size_t count, float* logits) {
 }
 
 void Engine::run_integer(const std::uint8_t* images, std::size_t count, std::int32_t* logits) {
-    state_->model.executor->run({reinterpret_cast<const std::byte*>(images)}, reinterpret_cast<std::byte*>(logits),
-                                static_cast<Size>(count));
+    try {
+        state_->model.executor->run({reinterpret_cast<const std::byte*>(images)}, reinterpret_cast<std::byte*>(logits),
+                                    static_cast<Size>(count));
+    } catch (const std::runtime_error& error) {  // threads that could not be started
+        throw Error(error.what());
+    }
 }
 
 }  // namespace swincompress

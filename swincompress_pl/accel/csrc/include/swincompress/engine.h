@@ -19,7 +19,7 @@
 namespace swincompress {
 
 // Every error of this header; the message names the thing, the value and the remedy. Memory that the system does not
-// give is std::bad_alloc.
+// give is std::bad_alloc. Threads are started by the first run.
 class Error : public std::runtime_error {
 public:
     using std::runtime_error::runtime_error;
