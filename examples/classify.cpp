@@ -47,8 +47,8 @@ std::vector<std::uint8_t> read_image(const std::string& path, const swincompress
     if (content.size() != engine.input_size() && content.compare(0, 2, "P6") == 0)
         content = ppm_pixels(path, content, engine);
     if (content.size() != engine.input_size())
-        throw swincompress::Error(path + ": " + std::to_string(content.size()) + " bytes of pixels; the artifact takes " +
-                                  std::to_string(engine.input_size()));
+        throw swincompress::Error(path + ": " + std::to_string(content.size()) +
+                                  " bytes of pixels; the artifact takes " + std::to_string(engine.input_size()));
     return {content.begin(), content.end()};
 }
 

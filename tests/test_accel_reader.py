@@ -270,7 +270,7 @@ def set_dtype(name: str, dtype: str) -> Change:
         (set_tensor("fc1.mult", -1, 0), "linear 'fc1': tensor 'mult' holds values in .-1"),
         (set_tensor("fc1.shift", 0, 0), "linear 'fc1': tensor 'shift' holds values in .0"),
         (set_tensor("fc1.shift", 53, 0), "tensor 'shift' holds values in .*they must lie in .1, 52"),
-        (set_shape("fc1.weight", 20, 11), r"linear 'fc1': tensor 'weight' is int8 \(20, 11\); it must be int8 \(20, 12\)"),
+        (set_shape("fc1.weight", 20, 11), r"'fc1': tensor 'weight' is int8 \(20, 11\); it must be int8 \(20, 12\)"),
         (set_type("fc1.weight", "uint8"), "linear 'fc1': tensor 'weight' is uint8"),
         (set_type("fc1.bias", "int64"), "linear 'fc1': tensor 'bias' is int64"),
         (set_attribute("fc1", channels=2**21), "attribute channels is 2097152; it must be an integer in .1, 1048576"),

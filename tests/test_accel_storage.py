@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+from artifact_bytes import sealed
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from artifact_bytes import sealed
 from program_cases import small_program
 from safetensors import safe_open
 from safetensors.numpy import load_file, save, save_file

@@ -10,8 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from swincompress_pl import norm
-from swincompress_pl.accel import artifact
-from swincompress_pl.accel import _core
+from swincompress_pl.accel import _core, artifact
 from swincompress_pl.accel.core import artifact_engine, program_engine, resolve_threads
 from swincompress_pl.accel.profile import Counts, Profile, profile_of, spike_counts
 from swincompress_pl.norm.reference import check_images

@@ -15,11 +15,11 @@ constexpr std::array<const char*, 5> kCodes = {"I8", "U8", "I16", "I32", "I64"};
 
 // Around every limit of the norm and of the types.
 const std::vector<std::int64_t> kInteresting = {
-    0,       1,       2,       3,        4,        5,         7,         8,         16,        27,          31,
-    32,      38,      39,      49,       52,       53,        63,        64,        65,        127,         128,
-    255,     256,     1023,    1024,     1025,     4095,      4096,      4097,      32767,     32768,       65535,
-    65536,   65537,   1 << 20, 1 << 21,  1 << 22,  1 << 24,   1 << 27,   1 << 28,   1 << 30,   2147483647,  2147483648,
-    1L << 32, 1L << 40, 1L << 58, 1L << 60, 1L << 62, 9223372036854775807};
+    0,       1,       2,          3,          4,        5,        7,        8,        16,       27,
+    31,      32,      38,         39,         49,       52,       53,       63,       64,       65,
+    127,     128,     255,        256,        1023,     1024,     1025,     4095,     4096,     4097,
+    32767,   32768,   65535,      65536,      65537,    1 << 20,  1 << 21,  1 << 22,  1 << 24,  1 << 27,
+    1 << 28, 1 << 30, 2147483647, 2147483648, 1L << 32, 1L << 40, 1L << 58, 1L << 60, 1L << 62, 9223372036854775807};
 
 Json text_value(std::string text) { return {Json::Kind::text, std::move(text), {}, {}}; }
 Json number_value(std::int64_t value) { return {Json::Kind::number, std::to_string(value), {}, {}}; }
@@ -62,21 +62,23 @@ std::int64_t odd_integer(Random& random) {
 void mutate_number(Json& value, Random& random) {
     const auto integer = value.integer();
     if (integer && *integer > -(1L << 40) && *integer < 1L << 40 && random.chance(60)) {
-        const std::array<std::int64_t, 6> near = {*integer + 1, *integer - 1,  *integer * 2,
-                                                  *integer / 2, -(*integer), 1 - *integer};
+        const std::array<std::int64_t, 6> near = {*integer + 1, *integer - 1, *integer * 2,
+                                                  *integer / 2, -(*integer),  1 - *integer};
         value = number_value(random.among(near));
         return;
     }
     const std::array<const char*, 6> written = {"0.5", "1e3", "-0", "1e999", "99999999999999999999", "1.0"};
-    value = random.chance(85) ? number_value(odd_integer(random))
-                              : Json{Json::Kind::number, random.among(written), {}, {}};
+    value =
+        random.chance(85) ? number_value(odd_integer(random)) : Json{Json::Kind::number, random.among(written), {}, {}};
 }
 
 const std::vector<const char*> kWords = {
-    "linear", "conv2d",  "layer_norm", "table",     "add",       "add_constant",    "prepend",    "gather", "mean",
-    "attention", "lif",  "max_pool",   "block_sum", "multiply",  "spike_attention", "requantize", "int8",   "uint8",
-    "int16",  "int32",   "int64",      "uint1",     "uint2",     "uint7",           "int4",       "images", "NHWC",
-    "NTHWC",  "0x1p+1",  "0x0p+0",     "inf",       "0x1p+2000", "weight",          "bias",       "",       "\x01 \xc3\xa9"};
+    "linear",          "conv2d",     "layer_norm", "table",     "add",      "add_constant", "prepend",
+    "gather",          "mean",       "attention",  "lif",       "max_pool", "block_sum",    "multiply",
+    "spike_attention", "requantize", "int8",       "uint8",     "int16",    "int32",        "int64",
+    "uint1",           "uint2",      "uint7",      "int4",      "images",   "NHWC",         "NTHWC",
+    "0x1p+1",          "0x0p+0",     "inf",        "0x1p+2000", "weight",   "bias",         "",
+    "\x01 \xc3\xa9"};
 
 // Some text of the same document, so that references go astray, or a word of the format.
 std::string other_text(const std::vector<Json*>& document, Random& random) {
@@ -159,7 +161,8 @@ void fill(StoredTensor& tensor, std::size_t first, std::size_t last, std::int64_
 
 void resize(StoredTensor& tensor) {
     std::uint64_t bytes = static_cast<std::uint64_t>(type_bytes(tensor.type));
-    for (const Size size : tensor.shape) bytes = std::min<std::uint64_t>(bytes * static_cast<std::uint64_t>(size), 1 << 20);
+    for (const Size size : tensor.shape)
+        bytes = std::min<std::uint64_t>(bytes * static_cast<std::uint64_t>(size), 1 << 20);
     tensor.bytes.resize(bytes);
 }
 
@@ -297,7 +300,8 @@ std::vector<std::byte> mutant(const Parts& original, std::uint64_t seed) {
     Random random(seed);
     Parts parts = original;
     const bool only_bytes = random.chance(10);
-    for (std::size_t changes = only_bytes ? 0 : 1 + random.below(3); changes > 0; --changes) mutate_parts(parts, random);
+    for (std::size_t changes = only_bytes ? 0 : 1 + random.below(3); changes > 0; --changes)
+        mutate_parts(parts, random);
     seal(parts);
     Json header = header_of(parts);
     if (!only_bytes && random.chance(5)) mutate_json(header, random);

@@ -48,8 +48,8 @@ Engine::~Engine() = default;
 Engine Engine::from_bytes(const void* bytes, std::size_t size, const Options& options) {
     try {
         const Resources resources{options.threads.value_or(usable_cpus()), options.memory_bytes_max};
-        Model model = load_model(static_cast<const std::byte*>(bytes), size, select_kernels(options.implementation),
-                                 resources);
+        Model model =
+            load_model(static_cast<const std::byte*>(bytes), size, select_kernels(options.implementation), resources);
         auto classes = model.classes.value_or(std::vector<std::string>{});
         return Engine(std::make_unique<State>(State{std::move(model), std::move(classes)}));
     } catch (const std::invalid_argument& error) {

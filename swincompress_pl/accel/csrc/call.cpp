@@ -145,11 +145,10 @@ void Call::accumulator(const Value& x, const std::vector<Size>& weight_shape, co
         }
     Size worst = 0;
     for (Size c = 0; c < channels; ++c)
-        worst = std::max(worst,
-                         x.largest * absolute_sum(weight + c * depth, depth) + peaks[static_cast<std::size_t>(c)]);
-    require(worst <= kInt32Max,
-            "accumulator may reach " + std::to_string(worst) +
-                ", beyond int32; the layer is too wide or its bias too large for its scale");
+        worst =
+            std::max(worst, x.largest * absolute_sum(weight + c * depth, depth) + peaks[static_cast<std::size_t>(c)]);
+    require(worst <= kInt32Max, "accumulator may reach " + std::to_string(worst) +
+                                    ", beyond int32; the layer is too wide or its bias too large for its scale");
 }
 
 std::pair<Size, Size> Call::positions(const Value& x, std::pair<Size, Size> kernel) {

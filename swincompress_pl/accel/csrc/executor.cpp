@@ -56,7 +56,7 @@ void Executor::run(const std::vector<const std::byte*>& inputs, std::byte* outpu
 }
 
 void Executor::run_chunk(const std::vector<const std::byte*>& inputs, std::byte* output, Size images,
-                       const Watch& watch) {
+                         const Watch& watch) {
     using Clock = std::chrono::steady_clock;
     ThreadPool& pool = this->pool();
     const auto place = [&](std::size_t value) { return arena_.data() + plan_.offset(value); };

@@ -57,9 +57,7 @@ public:
     }
 
 private:
-    [[noreturn]] void fail(const std::string& what) const {
-        throw JsonError(what + " at byte " + std::to_string(at_));
-    }
+    [[noreturn]] void fail(const std::string& what) const { throw JsonError(what + " at byte " + std::to_string(at_)); }
 
     int peek() const { return at_ < text_.size() ? static_cast<unsigned char>(text_[at_]) : -1; }
 
@@ -224,8 +222,7 @@ void append_text(std::string_view text, std::string& to) {
     for (std::size_t at = 0; at < text.size();) {
         const std::int64_t point = next_code_point(text, at);
         if (point < 0) throw JsonError("text that is not UTF-8");
-        const std::size_t known =
-            point < 0x80 ? short_meanings.find(static_cast<char>(point)) : std::string_view::npos;
+        const std::size_t known = point < 0x80 ? short_meanings.find(static_cast<char>(point)) : std::string_view::npos;
         if (known != std::string_view::npos) {
             to += '\\';
             to += short_names[known];

@@ -53,7 +53,8 @@ ValueType value_type_from_name(const std::string& name) {
         if (name == "uint" + std::to_string(bits)) return {Type::uint8, (Size{1} << bits) - 1};
         if (bits > 1 && name == "int" + std::to_string(bits)) return {Type::int8, (Size{1} << (bits - 1)) - 1};
     }
-    throw std::invalid_argument("value of type '" + name + "'; types are int2 to int8, uint1 to uint8, int16 and int32");
+    throw std::invalid_argument("value of type '" + name +
+                                "'; types are int2 to int8, uint1 to uint8, int16 and int32");
 }
 
 bool ValueType::narrow() const { return limit < known(type).limit; }

@@ -73,9 +73,9 @@ Value check_add(Call& call) {
     const ValueType type = call.operation().output;
     if (a.type() == Type::uint8 && b.type() == Type::uint8 && type.type == Type::uint8)
         return call.counts(a.shape, "the sum", a.largest + b.largest);
-    call.require(a.declared == b.declared && a.declared == type, "adds " + a.declared.name() + " and " +
-                                                                     b.declared.name() + " into " + type.name() +
-                                                                     "; they must agree");
+    call.require(
+        a.declared == b.declared && a.declared == type,
+        "adds " + a.declared.name() + " and " + b.declared.name() + " into " + type.name() + "; they must agree");
     return call.output(a.shape, {type.type});
 }
 
@@ -125,8 +125,8 @@ Value check_attention(Call& call) {
     const Value& x = call.source(0, {Type::int8});
     const Size windows = call.integer("windows", 1, 1 << 20), heads = call.integer("heads", 1, 1 << 12);
     const Size qk_dim = call.integer("qk_dim", 1, 1 << 12), v_dim = call.integer("v_dim", 1, 1 << 12);
-    call.require(x.rows() % windows == 0, std::to_string(x.rows()) + " tokens do not split into " +
-                                              std::to_string(windows) + " windows");
+    call.require(x.rows() % windows == 0,
+                 std::to_string(x.rows()) + " tokens do not split into " + std::to_string(windows) + " windows");
     const Size length = x.rows() / windows, channels = heads * (2 * qk_dim + v_dim);
     call.require(x.channels() == channels, "input has " + std::to_string(x.channels()) + " channels; " +
                                                std::to_string(heads) + " heads need " + std::to_string(channels));

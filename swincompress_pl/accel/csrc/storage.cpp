@@ -12,7 +12,8 @@ constexpr Size kUnfoldedBytesFree = Size{1} << 26, kUnfoldedRatioMax = 256;
 
 Tensor& tensor_of(Artifact& artifact, const std::string& key, const char* what) {
     const auto found = artifact.tensors.find(key);
-    if (found == artifact.tensors.end()) throw damaged(std::string("entry of ") + what + " " + json_text(key) + " is wrong");
+    if (found == artifact.tensors.end())
+        throw damaged(std::string("entry of ") + what + " " + json_text(key) + " is wrong");
     return found->second;
 }
 
