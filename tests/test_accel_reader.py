@@ -193,6 +193,8 @@ def test_compressed_artifacts_are_left_to_python(program: norm.Program) -> None:
         (lambda d, _: d.update(classes=["a", 1, "b", "c", "d"]), "a class name is no text"),
         (lambda d, _: d.update(classes=["a"]), "5 logits but names 1 classes"),
         (lambda d, _: d.pop("classes"), "entry 'classes'"),
+        (lambda d, _: d.pop("origin"), "entry 'origin'"),
+        (lambda d, _: d["input"].pop("preprocessing"), "entry 'preprocessing'"),
         (lambda d, _: d.update(operations=[]), "program of 0 operations"),
         (lambda d, _: d.update(operations=d["operations"] * 1000), "program of 19000 operations; .* 1 to 10000"),
         (lambda d, _: d["operations"].pop(), r"ends in int8 of shape \(48,\)"),
@@ -432,6 +434,16 @@ def test_biases_that_spread_beyond_the_memory_are_refused() -> None:
     )  # fmt: skip
     program = norm.Program(input=taken, operations=(conv, attention), tensors=layer | tables, logit_scale=1.0)
     refused(program, lambda *_: None, "attention 'wide': takes 5033164800 bytes; only 42[0-9]* are left")
+
+
+def test_values_that_python_gives_are_checked() -> None:
+    for value, message in [
+        (("uint2", (4,), 4), "a value of uint2 cannot reach 4"),
+        (("int9", (4,), 4), "value of type 'int9'"),
+        (("int8", (), 4), "at least one axis"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            _core.Engine([value], [], "", 1)
 
 
 # --- agreement --------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ namespace {
 constexpr unsigned kSecondsMax = 60;
 constexpr std::int64_t kMemoryBytesMax = 1 << 25;
 
-unsigned long current = 0;
+volatile unsigned long current = 0;  // the handler of a signal reads it
 
 void tell_hang(int) {
     char text[64];
@@ -32,7 +32,7 @@ void tell_hang(int) {
 }
 
 [[noreturn]] void fail(const std::string& what) {
-    std::fprintf(stderr, "mutant %lu: %s\n", current, what.c_str());
+    std::fprintf(stderr, "mutant %lu: %s\n", static_cast<unsigned long>(current), what.c_str());
     std::exit(1);
 }
 
@@ -105,11 +105,25 @@ void check_sha256(Random& random) {
     if (fast != plain) fail("SHA-256 by instructions differs from SHA-256 in plain C++");
 }
 
+// Each must load before it is changed, take no images, and refuse a part of one.
+void check_sound(const Parts& original) {
+    const std::vector<std::byte> bytes = put_together(original);
+    Engine engine = Engine::from_bytes(bytes.data(), bytes.size());
+    if (!engine.run({}).empty()) fail("logits of no images");
+    try {
+        engine.run(std::vector<std::uint8_t>(engine.input_size() + 1));
+    } catch (const Error&) {
+        return;
+    }
+    fail("a part of an image is taken");
+}
+
 int run(unsigned long count, std::uint64_t seed, unsigned long first, const std::vector<Parts>& originals) {
     std::map<std::string, unsigned long> guards;
     unsigned long loaded = 0;
-    for (current = first; current < first + count; ++current) {
-        Random random(seed * 0x100000001b3 + current);
+    for (unsigned long number = first; number < first + count; ++number) {
+        current = number;
+        Random random(seed * 0x100000001b3 + number);
         const Parts& original = random.among(originals);
         alarm(kSecondsMax);
         try {
@@ -137,10 +151,7 @@ int main(int count, char** arguments) {
     std::signal(SIGALRM, tell_hang);
     std::vector<Parts> originals;
     for (int i = 4; i < count; ++i) originals.push_back(take_apart(read_file(arguments[i])));
-    for (const Parts& original : originals) {
-        const std::vector<std::byte> bytes = put_together(original);
-        swincompress::Engine::from_bytes(bytes.data(), bytes.size());  // each must load before it is changed
-    }
+    for (const Parts& original : originals) check_sound(original);
     Random random(1);
     check_sha256(random);
     const auto number = [&](int at) { return std::strtoul(arguments[at], nullptr, 10); };

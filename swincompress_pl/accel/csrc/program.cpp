@@ -33,6 +33,7 @@ Value parse_input(const Json& given) {
     Value value{{Type::uint8, 255}, {}, 255};
     if (events) value.shape.push_back(size_of(given, "time_steps"));
     for (const char* key : {"height", "width", "channels"}) value.shape.push_back(size_of(given, key));
+    entry_of(given, "preprocessing", Json::Kind::object);
     value.elements();
     return value;
 }
@@ -161,6 +162,7 @@ Program read_program(const Artifact& artifact) {
     }
     program.logit_scale = parse_scale(entry_of(description, "logit_scale", Json::Kind::text).text);
     program.classes = parse_classes(description);
+    entry_of(description, "origin", Json::Kind::object);
     const std::vector<Json>& operations = entry_of(description, "operations", Json::Kind::list).items;
     if (operations.empty() || operations.size() > kOperationsMax)
         throw ArtifactError("program of " + std::to_string(operations.size()) + " operations; it must have 1 to " +
