@@ -57,6 +57,16 @@ def classify(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return user / "build" / "classify"
 
 
+def test_the_sources_can_be_a_subdirectory(tmp_path: Path) -> None:
+    included = CONSUMER.replace("find_package(swincompress_engine REQUIRED)", f"add_subdirectory({ROOT} engine)")
+    (tmp_path / "CMakeLists.txt").write_text(included)
+    shutil.copy(ROOT / "examples" / "classify.cpp", tmp_path)
+    cmake("-S", tmp_path, "-B", tmp_path / "build", "-DCMAKE_DISABLE_FIND_PACKAGE_Python=ON")
+    done = run("cmake", "--build", tmp_path / "build", "--target", "help")
+    assert "swincompress_engine" in done.stdout
+    assert "_core" not in done.stdout
+
+
 def best_of(program: norm.Program, image: np.ndarray) -> str:
     """What the example prints, by the Python engine."""
     (logits,) = accel.Engine(program, threads=1)(image[None])
