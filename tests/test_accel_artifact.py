@@ -102,7 +102,7 @@ def test_foreign_descriptions_are_refused(path: Path) -> None:
 
 
 def test_other_versions_are_refused(path: Path) -> None:
-    rewrite(path, {**metadata_of(path), "version": artifact.VERSIONS[-1] + 1})
+    rewrite(path, {**metadata_of(path), "version": 3})
     with pytest.raises(ArtifactError, match="artifact version 3; this package reads versions 1 and 2"):
         accel.load(path)
 

@@ -184,7 +184,7 @@ def test_programs_equal_reference(family: str, implementation: str, threads: int
 
 def test_batches_beyond_a_chunk_equal_single_images() -> None:
     program = vit_program()
-    chunk = program_engine(program, norm.check(program), implementation=None, threads=1).chunk
+    chunk = program_engine(program, implementation=None, threads=1).chunk
     assert chunk > 1
     engine = accel.Engine(program, threads=2)
     images = images_of(program, 2 * chunk + 1)
@@ -194,7 +194,7 @@ def test_batches_beyond_a_chunk_equal_single_images() -> None:
 
 def test_fused_steps_cover_every_operation_once() -> None:
     program = swin_program()
-    steps = program_engine(program, norm.check(program), implementation=None, threads=1).steps
+    steps = program_engine(program, implementation=None, threads=1).steps
     assert [number for step in steps for number in step] == list(range(len(program.operations)))
     kinds = {tuple(program.operations[number].kind for number in step) for step in steps}
     assert ("linear", "table") in kinds

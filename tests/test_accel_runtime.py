@@ -245,6 +245,29 @@ def test_a_missing_extension_says_how_to_build_it() -> None:
     assert "build it with `pip install .`" in done.stderr
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the address space as Linux does")
+def test_threads_that_cannot_be_started_are_an_error(path: Path) -> None:
+    code = """
+import resource, sys
+import numpy as np
+from swincompress_pl import accel
+engine = accel.load(sys.argv[1], threads=256)
+images = np.zeros((1, *engine.input_shape), dtype=np.uint8)
+(used,) = (line.split()[1] for line in open("/proc/self/status") if line.startswith("VmSize"))
+resource.setrlimit(resource.RLIMIT_AS, (int(used) * 1024 + 2**28, resource.RLIM_INFINITY))
+try:
+    engine(images)
+except RuntimeError as error:
+    print(error)
+resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+print(engine(images).shape)
+"""
+    done = run_python(code, str(path))
+    assert done.returncode == 0, done.stderr
+    assert "of 256 threads could be started" in done.stdout
+    assert done.stdout.endswith("(1, 7)\n")
+
+
 @pytest.mark.skipif(not hasattr(__import__("os"), "fork"), reason="needs fork")
 def test_an_engine_survives_a_fork(path: Path) -> None:
     code = """

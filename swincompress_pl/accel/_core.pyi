@@ -5,25 +5,34 @@ import numpy as np
 import numpy.typing as npt
 
 class OperationDescription(TypedDict):
-    """One operation as the extension takes it; `inputs` are numbers of values: the inputs, then every output.
-
-    A value is (type, shape, largest magnitude).
-    """
+    """One operation as the extension takes it; `inputs` are numbers of values: the inputs, then every output."""
 
     kind: str
     name: str
     inputs: Sequence[int]
-    output: tuple[str, Sequence[int], int]
+    dtype: str
     attributes: Mapping[str, int | Sequence[int]]
     tensors: Mapping[str, npt.NDArray[Any]]
 
+class ModelFacts(TypedDict):
+    """What a loaded artifact tells about itself."""
+
+    input_shape: tuple[int, ...]
+    logit_scale: float
+    class_count: int
+    classes: tuple[str, ...] | None
+
+class CodedError(ValueError): ...
+
+def load(content: bytes, implementation: str, threads: int) -> tuple[Engine, ModelFacts]: ...
+def read(content: bytes) -> tuple[str, dict[str, npt.NDArray[Any]]]: ...
 def implementations() -> list[str]: ...
 def select(implementation: str = "") -> str: ...
 
 class Engine:
     def __init__(
         self,
-        inputs: Sequence[tuple[str, Sequence[int], int]],
+        inputs: Sequence[tuple[str, Sequence[int], int]],  # (type, shape, largest magnitude)
         operations: Sequence[OperationDescription],
         implementation: str = "",
         threads: int = 1,

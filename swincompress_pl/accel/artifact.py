@@ -4,7 +4,7 @@ The header's metadata has one key, METADATA_KEY, that holds a JSON object: `form
 (`Program.describe()`) and `sha256` over the description and all tensors as they are in memory. Version 2 adds
 `storage`, which says how they lie in the file: weights below 8 bits are packed, maps of biases are folded, and a
 compressed artifact has streams (`storage.py`) and keeps description and storage in one more, `content`. A file that
-needs none of these stays version 1.
+needs none of these stays version 1. Files are read in C++ (csrc/reader.h), compressed ones after they are decoded here.
 Files are written beside their destination and renamed, so that an interrupted export leaves the old file as it was.
 """
 
@@ -14,26 +14,25 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
 
 from swincompress_pl import norm
 from swincompress_pl.accel import storage
+from swincompress_pl.accel.core import CodedError, read_artifact
 
 FORMAT = "swincompress_pl.program"
-VERSIONS = (1, 2)
 METADATA_KEY = "swincompress_pl"
 _CONTENT = "content"
-_HEADER_BYTES_MAX = 100_000_000
 
 Tensors = Mapping[str, npt.NDArray[Any]]
+Result = TypeVar("Result")
 
 
 class ArtifactError(ValueError):
@@ -80,7 +79,12 @@ def to_bytes(program: norm.Program, compression: str | None = None) -> bytes:
     else:
         roles = {key: role for op in reversed(program.operations) for role, key in op.tensors.items()}
         stored, content = _compressed(description, tensors, roles)
-    return bytes(save(stored, {METADATA_KEY: _json({"format": FORMAT, "sha256": sha256, **content})}))
+    written = bytes(save(stored, {METADATA_KEY: _json({"format": FORMAT, "sha256": sha256, **content})}))
+    try:
+        from_bytes(written, read_artifact)
+    except ValueError as error:
+        raise ArtifactError(f"the Program makes an artifact that could not be read back: {error}") from error
+    return written
 
 
 def _packed(description: dict[str, Any], tensors: Tensors) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
@@ -122,77 +126,66 @@ def write(program: norm.Program, path: str | os.PathLike[str], compression: str 
     return destination
 
 
-def _refuse_foreign_bytes(path: Path) -> None:
-    """Tells a truncated safetensors file from one that never was, before the library reads it."""
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        start = file.read(9)
-    header = int.from_bytes(start[:8], "little")
-    if len(start) < 9 or start[8:] != b"{" or header > _HEADER_BYTES_MAX:
-        raise ArtifactError(f"{path}: not a safetensors file; export a model with swincompress_pl.accel.export")
-    if size < 8 + header:
-        raise ArtifactError(f"{path}: truncated within its header ({size} bytes); copy or export it again")
-
-
-def _load(path: Path) -> tuple[dict[str, str], dict[str, npt.NDArray[Any]]]:
-    _refuse_foreign_bytes(path)
+def _decoded(content: bytes) -> bytes:
+    """A compressed artifact, whose container is known to be whole, as the version 1 of it."""
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    metadata = json.loads(header["__metadata__"][METADATA_KEY])
     try:
-        with safe_open(path, framework="numpy") as file:
-            return dict(file.metadata() or {}), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, TypeError, AttributeError) as error:
-        raise ArtifactError(f"{path}: truncated or damaged ({error}); copy or export it again") from error
+        description, tensors = _restored(metadata[_CONTENT], load(content))
+        text = _json({"format": FORMAT, "version": 1, "sha256": metadata.get("sha256"), "description": description})
+    except (ValueError, TypeError, SafetensorError) as error:
+        raise ArtifactError(f"truncated or damaged ({error}); copy or export it again") from error
+    return bytes(save(tensors, {METADATA_KEY: text}))
 
 
-def _parse(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
-    if METADATA_KEY not in metadata:
-        raise ArtifactError(
-            f"{path}: a safetensors file, but not an artifact of swincompress_pl (perhaps a model's weights); "
-            "build the model and export it with swincompress_pl.accel.export"
-        )
+def _restored(declared: Any, stored: dict[str, npt.NDArray[Any]]) -> tuple[Any, dict[str, npt.NDArray[Any]]]:
+    """(description, tensors) of a compressed artifact; StorageError where its parts do not fit."""
+    if not isinstance(declared, dict) or _CONTENT not in stored:
+        raise storage.StorageError("it has no description")
+    text = storage.decode(declared.get("coder"), stored.pop(_CONTENT), declared.get("size_bytes"))
     try:
-        content = json.loads(metadata[METADATA_KEY])
+        content = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ArtifactError(f"{path}: its description is not JSON ({error}); export it again") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise ArtifactError(f"{path}: its description is not a {FORMAT}; export it again")
-    if content.get("version") not in VERSIONS:
-        known = " and ".join(map(str, VERSIONS))
-        raise ArtifactError(
-            f"{path}: artifact version {content.get('version')!r}; this package reads versions {known}: "
-            "export the model again with this package, or install the package that wrote it"
-        )
-    return content
-
-
-def _restored(content: Mapping[str, Any], stored: dict[str, npt.NDArray[Any]]) -> tuple[Any, Tensors]:
-    """(description, tensors) from what lies in the file; StorageError where the two do not fit."""
-    if content["version"] == 1:
-        return content.get("description"), stored
-    if _CONTENT in content:
-        declared = content[_CONTENT]
-        if not isinstance(declared, dict) or _CONTENT not in stored:
-            raise storage.StorageError("it has no description")
-        text = storage.decode(declared.get("coder"), stored.pop(_CONTENT), declared.get("size_bytes"))
-        try:
-            content = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise storage.StorageError(f"its description is not JSON: {error}") from error
+        raise storage.StorageError(f"its description is not JSON: {error}") from error
     layout = content.get("storage") if isinstance(content, dict) else None
-    if isinstance(layout, dict) and layout and set(layout) <= {"packed", "folded"}:
-        tensors = storage.unpack_tensors(stored, layout.get("packed", {}))
-        return content.get("description"), storage.unfold_maps(tensors, layout.get("folded", {}))
-    if isinstance(layout, dict) and list(layout) == ["streams"]:
-        return content.get("description"), storage.decompress_tensors(stored, layout["streams"])
-    raise storage.StorageError("it does not say how its tensors are stored")
+    if not isinstance(layout, dict) or list(layout) != ["streams"]:
+        raise storage.StorageError("it does not say how its tensors are stored")
+    return content.get("description"), storage.decompress_tensors(stored, layout["streams"])
 
 
-@contextmanager
-def naming(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Turns a ProgramError into an ArtifactError that names the file."""
+def through(path: str | os.PathLike[str], reader: Callable[[bytes], Result]) -> Result:
+    """`reader` on the bytes of an artifact, decoded where that is compressed.
+
+    Raises FileNotFoundError; the ValueErrors of `reader` become ArtifactErrors that name the file.
+    """
+    source = Path(path)
+    if not source.is_file():
+        raise FileNotFoundError(f"{source}: no such file; write one with swincompress_pl.accel.export(model, path)")
     try:
-        yield
-    except norm.ProgramError as error:
-        raise ArtifactError(f"{Path(path)}: {error}") from error
+        return from_bytes(source.read_bytes(), reader)
+    except ValueError as error:
+        raise ArtifactError(f"{source}: {error}") from error
+
+
+def from_bytes(content: bytes, reader: Callable[[bytes], Result]) -> Result:
+    """`reader` on an artifact's bytes, decoded where they are compressed."""
+    try:
+        return reader(content)
+    except CodedError:
+        pass
+    return reader(_decoded(content))
+
+
+def unproved_program(content: bytes) -> norm.Program:
+    """The Program of an artifact's bytes, by the C++ reader: format, version and checksum are right.
+
+    Raises CodedError for a compressed one and ValueError for what is none. The rules of the norm are not proved.
+    """
+    description, tensors = read_artifact(content)
+    try:
+        return norm.Program.from_description(json.loads(description), tensors)
+    except ValueError as error:  # such as a logit_scale that is no number
+        raise norm.ProgramError(str(error)) from error
 
 
 def read(path: str | os.PathLike[str]) -> norm.Program:
@@ -200,27 +193,10 @@ def read(path: str | os.PathLike[str]) -> norm.Program:
 
     Raises FileNotFoundError, or ArtifactError naming the file and what is wrong with it.
     """
-    program = read_unproved(path)
-    with naming(path):
+
+    def proved(content: bytes) -> norm.Program:
+        program = unproved_program(content)
         norm.check(program)
-    return program
+        return program
 
-
-def read_unproved(path: str | os.PathLike[str]) -> norm.Program:
-    """`read` without the rules of the norm, for a caller who checks those (an engine does, and once is enough)."""
-    source = Path(path)
-    if not source.is_file():
-        raise FileNotFoundError(f"{source}: no such file; write one with swincompress_pl.accel.export(model, path)")
-    metadata, stored = _load(source)
-    content = _parse(source, metadata)
-    try:
-        description, tensors = _restored(content, stored)
-    except storage.StorageError as error:
-        raise ArtifactError(f"{source}: truncated or damaged ({error}); copy or export it again") from error
-    if not isinstance(description, dict) or content.get("sha256") != checksum(description, tensors):
-        raise ArtifactError(f"{source}: altered after it was written (its checksum differs); copy or export it again")
-    with naming(source):
-        try:
-            return norm.Program.from_description(description, tensors)
-        except ValueError as error:  # such as a logit_scale that is no number
-            raise norm.ProgramError(str(error)) from error
+    return through(path, proved)

@@ -10,7 +10,6 @@ import numpy as np
 import numpy.typing as npt
 
 from swincompress_pl import norm
-from swincompress_pl.norm.integer import UNSIGNED_BYTES
 from swincompress_pl.norm.kinds import check_operation
 from swincompress_pl.norm.reference import tensors_of
 
@@ -24,9 +23,7 @@ except ImportError as error:
     ) from error
 
 THREADS_MAX = 256
-_VALUE_TYPES = ("int8", "uint8", "int16", "int32")
-# Their results cannot leave the narrow unsigned type that they declare, so that a byte holds them without saturation.
-_PROVED_KINDS = ("add", "block_sum", "gather", "lif", "max_pool", "multiply")
+CodedError = _core.CodedError  # an entropy-coded artifact, which only Python decodes
 
 
 def implementations() -> tuple[str, ...]:
@@ -53,56 +50,48 @@ def resolve_threads(threads: int | None) -> int:
     return threads
 
 
-def _require_engine_types(op: norm.Operation, inputs: Sequence[norm.Value], output: norm.Value) -> None:
-    """Raises norm.ProgramError where `op` reads or writes a type that the C++ engine does not run.
-
-    Spikes and counts (uint1 to uint7) may be read by any operation, and written where that needs no saturation.
-    """
-    known = (*_VALUE_TYPES, *UNSIGNED_BYTES)
-    narrow = [value.dtype for value in inputs if value.dtype not in known]
-    narrow += [output.dtype] if output.dtype not in (known if op.kind in _PROVED_KINDS else _VALUE_TYPES) else []
-    if narrow:
-        raise norm.ProgramError(
-            f"{op.kind} {op.name!r}: type {narrow[0]}; the C++ engine runs 8-bit activations (int8, uint8) beside "
-            "int16, int32 and counts of spikes, with weights of any width: swincompress_pl.accel.reference(path) runs "
-            "this one"
-        )
-
-
 def _value(value: norm.Value) -> tuple[str, Sequence[int], int]:
-    return norm.STORAGE[value.dtype], value.shape, value.reach
+    return value.dtype, value.shape, value.reach
 
 
 def _described(
-    op: norm.Operation, inputs: Sequence[int], output: norm.Value, tensors: Mapping[str, npt.NDArray[Any]]
+    op: norm.Operation, inputs: Sequence[int], tensors: Mapping[str, npt.NDArray[Any]]
 ) -> _core.OperationDescription:
     return {
         "kind": op.kind,
         "name": op.name,
         "inputs": inputs,
-        "output": _value(output),
+        "dtype": op.dtype,
         "attributes": op.attributes,
         "tensors": {role: np.ascontiguousarray(tensor) for role, tensor in tensors.items()},
     }
 
 
-def program_engine(
-    program: norm.Program, values: Mapping[str, norm.Value], *, implementation: str | None, threads: int | None
+def _engine(
+    inputs: Sequence[norm.Value],
+    operations: Sequence[_core.OperationDescription],
+    implementation: str | None,
+    threads: int | None,
 ) -> _core.Engine:
-    """The C++ engine of a Program whose values `norm.check` gave.
+    """Raises ValueError for `implementation` and `threads`, norm.ProgramError for what the C++ engine refuses."""
+    name, count = _core.select(implementation or ""), resolve_threads(threads)
+    try:
+        return _core.Engine([_value(value) for value in inputs], operations, name, count)
+    except ValueError as error:
+        raise norm.ProgramError(str(error)) from error
+
+
+def program_engine(program: norm.Program, *, implementation: str | None, threads: int | None) -> _core.Engine:
+    """The C++ engine of a Program that `norm.check` accepts.
 
     Raises norm.ProgramError naming the first operation of a type that only the reference runs.
     """
-    for op in program.operations:
-        _require_engine_types(op, [values[name] for name in op.inputs], values[op.output])
     numbers = {norm.INPUT_VALUE: 0}
     operations = []
     for number, op in enumerate(program.operations, start=1):
-        inputs = [numbers[name] for name in op.inputs]
-        operations.append(_described(op, inputs, values[op.output], tensors_of(program, op)))
+        operations.append(_described(op, [numbers[name] for name in op.inputs], tensors_of(program, op)))
         numbers[op.output] = number
-    image = program.input.value
-    return _core.Engine([_value(image)], operations, implementation or "", resolve_threads(threads))
+    return _engine([program.input.value], operations, implementation, threads)
 
 
 def operation_engine(
@@ -118,11 +107,21 @@ def operation_engine(
     `.run(arrays)` takes one (N, *shape) array an input, C-contiguous, and returns the output (N, *shape); unlike a
     Program's it may have any type. Raises norm.ProgramError for an operation that breaks a rule of the norm.
     """
-    output = check_operation(op, inputs, tensors)
-    _require_engine_types(op, inputs, output)
-    return _core.Engine(
-        [_value(value) for value in inputs],
-        [_described(op, range(len(inputs)), output, tensors)],
-        implementation or "",
-        resolve_threads(threads),
-    )
+    check_operation(op, inputs, tensors)
+    return _engine(inputs, [_described(op, range(len(inputs)), tensors)], implementation, threads)
+
+
+def artifact_engine(content: bytes, implementation: str, threads: int) -> tuple[_core.Engine, _core.ModelFacts]:
+    """The C++ engine of an artifact's bytes, read and proved in C++; nothing of them is kept.
+
+    Raises CodedError for an entropy-coded artifact and ValueError for what is none or breaks a rule of the norm.
+    """
+    return _core.load(content, implementation, threads)
+
+
+def read_artifact(content: bytes) -> tuple[str, dict[str, npt.NDArray[Any]]]:
+    """(description as JSON, tensors by key) of an artifact's bytes, by the same reader, without the rules of the norm.
+
+    Raises CodedError and ValueError as `artifact_engine`.
+    """
+    return _core.read(content)

@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from swincompress_pl import norm
-from swincompress_pl.accel import artifact
-from swincompress_pl.accel.core import program_engine
+from swincompress_pl.accel import _core, artifact
+from swincompress_pl.accel.core import artifact_engine, program_engine, resolve_threads
 from swincompress_pl.accel.profile import Counts, Profile, profile_of, spike_counts
 from swincompress_pl.norm.reference import check_images
 
@@ -24,20 +24,24 @@ class _Runtime:
     implementation: str
     threads: int
 
-    def __init__(self, program: norm.Program) -> None:
-        self.program = program
-        self._values = norm.check(program)
-        self._class_count = self._values[program.operations[-1].output].channels
+    def __init__(
+        self, taken: norm.InputDescription, class_count: int, classes: tuple[str, ...] | None, logit_scale: float
+    ) -> None:
+        self._taken, self._class_count, self._classes, self._logit_scale = taken, class_count, classes, logit_scale
+
+    @property
+    def program(self) -> norm.Program:
+        raise NotImplementedError
 
     @property
     def input_shape(self) -> tuple[int, ...]:
         """(height, width, channels) of the images, or (time steps, height, width, channels) of events."""
-        return self.program.input.value.shape
+        return self._taken.value.shape
 
     @property
     def classes(self) -> tuple[str, ...] | None:
         """The class names in the order of the logits, where the artifact has them."""
-        return self.program.classes
+        return self._classes
 
     @property
     def class_count(self) -> int:
@@ -48,11 +52,11 @@ class _Runtime:
 
         Raises TypeError for another dtype and ValueError for another shape.
         """
-        return (self.run_integer(images) * self.program.logit_scale).astype(np.float32)
+        return (self.run_integer(images) * self._logit_scale).astype(np.float32)
 
     def run_integer(self, images: Images) -> npt.NDArray[np.int32]:
         """images as in a call -> (N, classes) int32 logits, the same bits from every implementation."""
-        check_images(self.program, images)
+        check_images(self._taken, images)
         if images.shape[0] == 0:
             return np.zeros((0, self._class_count), dtype=np.int32)
         return self._run(np.ascontiguousarray(images))
@@ -60,7 +64,7 @@ class _Runtime:
     def profile(self, images: Images, *, repeats: int = 10) -> Profile:
         """Times every step on `images` (N >= 1): the median of `repeats` runs after a warm-up; one more
         run counts spikes and synaptic operations."""
-        check_images(self.program, images)
+        check_images(self._taken, images)
         if images.shape[0] == 0:
             raise ValueError("profile needs at least one image, got an empty batch")
         if repeats < 1:
@@ -102,10 +106,36 @@ class Engine(_Runtime):
     """
 
     def __init__(self, program: norm.Program, *, threads: int | None = None, implementation: str | None = None) -> None:
-        super().__init__(program)
-        self._core = program_engine(program, self._values, implementation=implementation, threads=threads)
-        self.implementation = self._core.implementation
-        self.threads = self._core.threads
+        values = norm.check(program)
+        classes = values[program.operations[-1].output].channels
+        super().__init__(program.input, classes, program.classes, program.logit_scale)
+        self._program: norm.Program | bytes = program
+        self._hold(program_engine(program, implementation=implementation, threads=threads))
+
+    @classmethod
+    def _of_artifact(cls, content: bytes, implementation: str, threads: int) -> Engine:
+        """By the C++ reader alone; the Program is made when it is asked for."""
+        engine = cls.__new__(cls)
+        core, facts = artifact_engine(content, implementation, threads)
+        *time, height, width, channels = facts["input_shape"]
+        taken = norm.InputDescription(
+            height=height, width=width, channels=channels, time_steps=time[0] if time else None
+        )
+        _Runtime.__init__(engine, taken, facts["class_count"], facts["classes"], facts["logit_scale"])
+        engine._program = content
+        engine._hold(core)
+        return engine
+
+    def _hold(self, core: _core.Engine) -> None:
+        self._core = core
+        self.implementation = core.implementation
+        self.threads = core.threads
+
+    @property
+    def program(self) -> norm.Program:
+        if isinstance(self._program, bytes):
+            self._program = artifact.unproved_program(self._program)  # the engine has proved it
+        return self._program
 
     def _run(self, images: Images) -> npt.NDArray[np.int32]:
         logits: npt.NDArray[np.int32] = self._core.run([images]).reshape(images.shape[0], self._class_count)
@@ -124,6 +154,16 @@ class ReferenceEngine(_Runtime):
 
     implementation = "reference"
     threads = 1
+
+    def __init__(self, program: norm.Program) -> None:
+        self._program = program
+        self._values = norm.check(program)
+        classes = self._values[program.operations[-1].output].channels
+        super().__init__(program.input, classes, program.classes, program.logit_scale)
+
+    @property
+    def program(self) -> norm.Program:
+        return self._program
 
     def _run(self, images: Images) -> npt.NDArray[np.int32]:
         return norm.run(self.program, images)
@@ -154,9 +194,8 @@ def load(path: str | os.PathLike[str], threads: int | None = None, implementatio
     8 bits, which `reference` runs), or ValueError for `threads` outside [1, 256] and for an `implementation` that this
     CPU cannot run; the message lists those it can.
     """
-    program = artifact.read_unproved(path)
-    with artifact.naming(path):
-        return Engine(program, threads=threads, implementation=implementation)
+    count, name = resolve_threads(threads), _core.select(implementation or "")
+    return artifact.through(path, lambda content: Engine._of_artifact(content, name, count))
 
 
 def reference(path: str | os.PathLike[str]) -> ReferenceEngine:

@@ -4,7 +4,7 @@ columns that repeat; or all tensors in coded streams.
 All are lossless. Packing keeps the low bits of each value (two's complement), the first value in the highest bits,
 zeros after the last. A stream holds every tensor of one role, type and width, packed to 2, 4 or 8 bits so that the
 coder sees whole values, wider integers as byte planes, lowest first. What a file declares is checked before anything is
-allocated for it.
+allocated for it. Packed and folded tensors are read back in C++ (csrc/storage.cpp), streams here.
 """
 
 from __future__ import annotations
@@ -74,18 +74,6 @@ def pack_tensors(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict
     return {key: pack(t, widths[key]) if key in packed else t for key, t in tensors.items()}, packed
 
 
-def unpack_tensors(stored: Mapping[str, Tensor], packed: Any) -> dict[str, Tensor]:
-    """The inverse of `pack_tensors`; StorageError for what does not fit."""
-    if not isinstance(packed, dict):
-        raise StorageError("its list of packed tensors is no mapping")
-    tensors = dict(stored)
-    for key, entry in packed.items():
-        if key not in stored or not isinstance(entry, list) or len(entry) != 2 or entry[0] not in range(2, 8):
-            raise StorageError(f"entry of packed tensor {key!r} is wrong")
-        tensors[key] = unpack(stored[key], int(entry[0]), _shape(key, entry[1]))
-    return tensors
-
-
 def fold_maps(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(tensors to store, {key: [which row each is, which column each is]} of the int32 maps (H, W, C) among them).
 
@@ -112,26 +100,6 @@ def _distinct(slices: Tensor) -> tuple[list[int], list[int]]:
         first += [at] if number == len(first) else []
         which.append(number)
     return first, which
-
-
-def unfold_maps(stored: Mapping[str, Tensor], folded: Any) -> dict[str, Tensor]:
-    """The inverse of `fold_maps`; StorageError for what does not fit, before memory is taken for it."""
-    if not isinstance(folded, dict):
-        raise StorageError("its list of folded maps is no mapping")
-    tensors, unfolded_bytes = dict(stored), 0
-    for key, entry in folded.items():
-        tensor = stored.get(key)
-        if tensor is None or tensor.ndim != 3 or not isinstance(entry, list) or len(entry) != 2:
-            raise StorageError(f"entry of folded map {key!r} is wrong")
-        for indices, size in zip(entry, tensor.shape, strict=False):
-            whole = isinstance(indices, list) and indices and all(type(each) is int for each in indices)
-            if not whole or min(indices) < 0 or max(indices) >= size:
-                raise StorageError(f"folded map {key!r} of shape {tensor.shape} has rows or columns that it lacks")
-        unfolded_bytes += len(entry[0]) * len(entry[1]) * tensor.shape[2] * tensor.itemsize
-    require_bounded(unfolded_bytes, sum(tensor.nbytes for tensor in stored.values()))
-    for key, (rows, columns) in folded.items():
-        tensors[key] = np.ascontiguousarray(stored[key][rows][:, columns])
-    return tensors
 
 
 def _shape(key: str, sizes: Any) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from swincompress_pl.norm.integer import IntArray
 from swincompress_pl.norm.kinds import KINDS, check_operation
-from swincompress_pl.norm.program import INPUT_VALUE, Operation, Program, ProgramError, Value
+from swincompress_pl.norm.program import INPUT_VALUE, InputDescription, Operation, Program, ProgramError, Value
 
 
 def tensors_of(program: Program, op: Operation) -> dict[str, IntArray]:
@@ -78,12 +78,12 @@ def costs(program: Program) -> list[Cost]:
     return table
 
 
-def check_images(program: Program, images: npt.NDArray[np.uint8]) -> None:
-    """Raises TypeError or ValueError unless `images` is uint8 (N, height, width, channels) of the program's size, or
-    (N, time steps, height, width, channels) where it takes events."""
-    shape = program.input.value.shape
+def check_images(taken: InputDescription, images: npt.NDArray[np.uint8]) -> None:
+    """Raises TypeError or ValueError unless `images` is uint8 (N, height, width, channels) of the size that is taken,
+    or (N, time steps, height, width, channels) of events."""
+    shape = taken.value.shape
     expected = ", ".join(map(str, shape))
-    what = "raw uint8 pixels" if program.input.time_steps is None else "uint8 counts of events"
+    what = "raw uint8 pixels" if taken.time_steps is None else "uint8 counts of events"
     if not isinstance(images, np.ndarray) or images.dtype != np.uint8:
         kind = getattr(images, "dtype", type(images).__name__)
         raise TypeError(f"images are {kind}; pass {what} (N, {expected}), not normalized floats")
@@ -93,7 +93,7 @@ def check_images(program: Program, images: npt.NDArray[np.uint8]) -> None:
 
 def steps(program: Program, images: npt.NDArray[np.uint8]) -> Iterator[tuple[Operation, IntArray]]:
     """Runs the Program and yields every operation with its output; values are dropped after their last use."""
-    check_images(program, images)
+    check_images(program.input, images)
     last_use = {name: number for number, op in enumerate(program.operations) for name in op.inputs}
     values: dict[str, IntArray] = {INPUT_VALUE: images}
     for number, op in enumerate(program.operations):
@@ -107,7 +107,7 @@ def steps(program: Program, images: npt.NDArray[np.uint8]) -> Iterator[tuple[Ope
 
 def run(program: Program, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.int32]:
     """The int32 logits (N, classes) of uint8 images (N, H, W, C)."""
-    check_images(program, images)
+    check_images(program.input, images)
     if images.shape[0] == 0:
         classes = check(program)[program.operations[-1].output].channels
         return np.zeros((0, classes), dtype=np.int32)

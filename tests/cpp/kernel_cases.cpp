@@ -12,7 +12,7 @@
 #include <thread>
 
 #include "dispatch.h"
-#include "engine.h"
+#include "executor.h"
 
 namespace swincompress {
 namespace {
@@ -49,9 +49,7 @@ public:
         return found;
     }
     Value value() {
-        Value found{};
-        found.type = type_from_name(text());
-        found.shape = integers();
+        Value found{value_type_from_name(text()), integers(), 0};
         found.largest = integer();
         return found;
     }
@@ -83,16 +81,18 @@ Operation read_operation(Reader& reader, std::deque<Bytes>& memory) {
     operation.kind = reader.text();
     operation.name = reader.text();
     operation.inputs = reader.integers();
-    operation.output = reader.value();
+    operation.output = value_type_from_name(reader.text());
     for (Size left = reader.integer(); left > 0; --left) {
         const std::string key = reader.text();
-        operation.attributes[key] = reader.integers();
+        const bool is_list = reader.integer() != 0;
+        operation.attributes[key] = {reader.integers(), is_list};
     }
     for (Size left = reader.integer(); left > 0; --left) {
         const std::string role = reader.text();
-        const Value value = reader.value();
+        const Type type = type_from_name(reader.text());
+        const std::vector<Size> shape = reader.integers();
         memory.push_back(reader.bytes());
-        operation.tensors[role] = {value.type, value.shape, memory.back().data()};
+        operation.tensors[role] = {type, shape, memory.back().data()};
     }
     return operation;
 }
@@ -110,7 +110,7 @@ Case read_case(Reader& reader) {
 
 // Whether the case gives what is expected, also to two callers at once.
 bool agrees(const Case& given, const std::string& implementation, int threads) {
-    Engine engine(given.inputs, given.operations, select_kernels(implementation), threads);
+    Executor engine(given.inputs, given.operations, select_kernels(implementation), Resources{threads});
     std::vector<const std::byte*> arrays;
     for (const Bytes& array : given.arrays) arrays.push_back(array.data());
     Bytes first(given.expected.size()), second(given.expected.size());

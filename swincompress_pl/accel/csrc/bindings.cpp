@@ -5,14 +5,12 @@
 #include <pybind11/stl.h>
 
 #include "dispatch.h"
-#include "engine.h"
+#include "model.h"
 
 namespace py = pybind11;
 
 namespace swincompress {
 namespace {
-
-constexpr int kThreadsMax = 256;
 
 Type type_of(const py::array& array) {
     const py::dtype dtype = array.dtype();
@@ -42,21 +40,24 @@ void require_contiguous(const py::array& array, const std::string& what) {
 Value value_of(const py::handle& given) {
     const auto [type, shape, largest] = given.cast<std::tuple<std::string, std::vector<Size>, Size>>();
     if (shape.empty()) throw std::invalid_argument("a value needs at least one axis");
-    return {type_from_name(type), shape, largest};
+    const ValueType declared = value_type_from_name(type);
+    if (largest < 0 || largest > declared.limit)
+        throw std::invalid_argument("a value of " + type + " cannot reach " + std::to_string(largest));
+    return {declared, shape, largest};
 }
 
-std::vector<Size> attribute_of(const py::handle& value) {
-    if (py::isinstance<py::int_>(value)) return {value.cast<Size>()};
-    return value.cast<std::vector<Size>>();
+Attribute attribute_of(const py::handle& value) {
+    if (py::isinstance<py::int_>(value)) return {{value.cast<Size>()}, false};
+    return {value.cast<std::vector<Size>>(), true};
 }
 
-// {"kind", "name", "inputs": numbers, "output": (type, shape, largest), "attributes": {...}, "tensors": {role: array}}
+// {"kind", "name", "inputs": numbers, "dtype": of the output, "attributes": {...}, "tensors": {role: array}}
 Operation operation_of(const py::dict& given) {
     Operation operation{};
     operation.kind = given["kind"].cast<std::string>();
     operation.name = given["name"].cast<std::string>();
     operation.inputs = given["inputs"].cast<std::vector<Size>>();
-    operation.output = value_of(given["output"]);
+    operation.output = value_type_from_name(given["dtype"].cast<std::string>());
     for (const auto& [key, value] : given["attributes"].cast<py::dict>())
         operation.attributes[key.cast<std::string>()] = attribute_of(value);
     for (const auto& [key, value] : given["tensors"].cast<py::dict>()) {
@@ -68,16 +69,51 @@ Operation operation_of(const py::dict& given) {
     return operation;
 }
 
-std::unique_ptr<Engine> make_engine(const py::sequence& inputs, const py::sequence& operations,
-                                    const std::string& implementation, int threads) {
-    if (threads < 1 || threads > kThreadsMax)
-        throw std::invalid_argument("threads is " + std::to_string(threads) + "; it must lie in [1, " +
-                                    std::to_string(kThreadsMax) + "]");
+std::unique_ptr<Executor> make_engine(const py::sequence& inputs, const py::sequence& operations,
+                                      const std::string& implementation, int threads) {
+    require_threads(threads);
     std::vector<Value> values;
     for (const auto& input : inputs) values.push_back(value_of(input));
     std::vector<Operation> list;
     for (const auto& operation : operations) list.push_back(operation_of(operation.cast<py::dict>()));
-    return std::make_unique<Engine>(std::move(values), list, select_kernels(implementation), threads);
+    return std::make_unique<Executor>(std::move(values), list, select_kernels(implementation), Resources{threads});
+}
+
+std::pair<const std::byte*, std::size_t> bytes_of(const py::bytes& content) {
+    char* data = nullptr;
+    py::ssize_t size = 0;
+    if (PyBytes_AsStringAndSize(content.ptr(), &data, &size) != 0) throw py::error_already_set();
+    return {reinterpret_cast<const std::byte*>(data), static_cast<std::size_t>(size)};
+}
+
+// (engine, {"input_shape", "logit_scale", "class_count", "classes"})
+std::pair<std::unique_ptr<Executor>, py::dict> load(const py::bytes& content, const std::string& implementation,
+                                                    int threads) {
+    const auto [bytes, size] = bytes_of(content);
+    const Kernels& kernels = select_kernels(implementation);
+    Model model = [&, bytes = bytes, size = size] {
+        const py::gil_scoped_release release;
+        return load_model(bytes, size, kernels, Resources{threads});
+    }();
+    py::dict facts;
+    facts["input_shape"] = py::tuple(py::cast(model.input.shape));
+    facts["logit_scale"] = model.logit_scale;
+    facts["class_count"] = model.class_count();
+    facts["classes"] = model.classes ? py::object(py::tuple(py::cast(*model.classes))) : py::none();
+    return {std::move(model.executor), facts};
+}
+
+// (description as JSON, {key: array}): an artifact whose checksum is right; the rules of the norm are not proved.
+std::pair<std::string, py::dict> read_content(const py::bytes& content) {
+    const auto [bytes, size] = bytes_of(content);
+    const Artifact artifact = [&, bytes = bytes, size = size] {
+        const py::gil_scoped_release release;
+        return read_artifact(bytes, size);
+    }();
+    py::dict tensors;
+    for (const auto& [key, tensor] : artifact.tensors)
+        tensors[py::str(key)] = py::array(dtype_of(tensor.type), tensor.shape, tensor.data);
+    return {json_text(artifact.description), tensors};
 }
 
 struct Batch {
@@ -86,7 +122,7 @@ struct Batch {
 };
 
 // The arrays are (images, *shape of the value), C-contiguous.
-Batch batch_of(const Engine& engine, const std::vector<py::array>& arrays) {
+Batch batch_of(const Executor& engine, const std::vector<py::array>& arrays) {
     const Plan& plan = engine.plan();
     if (arrays.size() != plan.input_count())
         throw std::invalid_argument("takes " + std::to_string(plan.input_count()) + " arrays");
@@ -94,24 +130,24 @@ Batch batch_of(const Engine& engine, const std::vector<py::array>& arrays) {
     for (std::size_t i = 0; i < arrays.size(); ++i) {
         std::vector<Size> expected = plan.value(i).shape;
         expected.insert(expected.begin(), batch.images);
-        if (type_of(arrays[i]) != plan.value(i).type || shape_of(arrays[i]) != expected)
+        if (type_of(arrays[i]) != plan.value(i).type() || shape_of(arrays[i]) != expected)
             throw std::invalid_argument("array " + std::to_string(i) + " is " + type_name(type_of(arrays[i])) + " " +
                                         shape_text(shape_of(arrays[i])) + "; it must be " +
-                                        type_name(plan.value(i).type) + " " + shape_text(expected));
+                                        type_name(plan.value(i).type()) + " " + shape_text(expected));
         require_contiguous(arrays[i], "array " + std::to_string(i));
         batch.data.push_back(static_cast<const std::byte*>(arrays[i].data()));
     }
     return batch;
 }
 
-py::array result_array(const Engine& engine, Size images) {
+py::array result_array(const Executor& engine, Size images) {
     const Value& result = engine.plan().value(engine.plan().result());
     std::vector<Size> shape = result.shape;
     shape.insert(shape.begin(), images);
-    return py::array(dtype_of(result.type), shape);
+    return py::array(dtype_of(result.type()), shape);
 }
 
-py::array run(Engine& engine, const std::vector<py::array>& arrays) {
+py::array run(Executor& engine, const std::vector<py::array>& arrays) {
     const Batch batch = batch_of(engine, arrays);
     py::array output = result_array(engine, batch.images);
     auto* data = static_cast<std::byte*>(output.mutable_data());
@@ -120,7 +156,7 @@ py::array run(Engine& engine, const std::vector<py::array>& arrays) {
     return output;
 }
 
-py::array_t<Size> profile(Engine& engine, const std::vector<py::array>& arrays, int repeats) {
+py::array_t<Size> profile(Executor& engine, const std::vector<py::array>& arrays, int repeats) {
     if (repeats < 1) throw std::invalid_argument("repeats is " + std::to_string(repeats) + "; it must be at least 1");
     const Batch batch = batch_of(engine, arrays);
     py::array output = result_array(engine, batch.images);
@@ -138,7 +174,7 @@ py::array_t<Size> profile(Engine& engine, const std::vector<py::array>& arrays, 
 }
 
 // (steps, 3): spikes written, their places, synaptic operations
-py::array_t<Size> count_spikes(Engine& engine, const std::vector<py::array>& arrays) {
+py::array_t<Size> count_spikes(Executor& engine, const std::vector<py::array>& arrays) {
     const Batch batch = batch_of(engine, arrays);
     py::array output = result_array(engine, batch.images);
     auto* data = static_cast<std::byte*>(output.mutable_data());
@@ -156,7 +192,7 @@ py::array_t<Size> count_spikes(Engine& engine, const std::vector<py::array>& arr
     return counts;
 }
 
-std::vector<std::vector<std::size_t>> steps(const Engine& engine) {
+std::vector<std::vector<std::size_t>> steps(const Executor& engine) {
     std::vector<std::vector<std::size_t>> covered;
     for (const PlannedStep& step : engine.plan().steps()) covered.push_back(step.operations);
     return covered;
@@ -172,15 +208,18 @@ PYBIND11_MODULE(_core, module) {
     module.def(
         "select", [](const std::string& name) { return std::string(select_kernels(name).name); },
         py::arg("implementation") = "");
-    py::class_<Engine>(module, "Engine")
+    py::register_exception<CodedError>(module, "CodedError", PyExc_ValueError);
+    module.def("load", &load, py::arg("content"), py::arg("implementation"), py::arg("threads"));
+    module.def("read", &read_content, py::arg("content"));
+    py::class_<Executor>(module, "Engine")
         .def(py::init(&make_engine), py::arg("inputs"), py::arg("operations"), py::arg("implementation") = "",
              py::arg("threads") = 1)
         .def("run", &run, py::arg("arrays"))
         .def("profile", &profile, py::arg("arrays"), py::arg("repeats"))
         .def("count_spikes", &count_spikes, py::arg("arrays"))
-        .def_property_readonly("implementation", &Engine::implementation)
-        .def_property_readonly("threads", &Engine::threads)
+        .def_property_readonly("implementation", &Executor::implementation)
+        .def_property_readonly("threads", &Executor::threads)
         .def_property_readonly("steps", &steps)
-        .def_property_readonly("chunk", [](const Engine& engine) { return engine.plan().chunk(); })
-        .def_property_readonly("arena_bytes", [](const Engine& engine) { return engine.plan().arena_bytes(); });
+        .def_property_readonly("chunk", [](const Executor& engine) { return engine.plan().chunk(); })
+        .def_property_readonly("arena_bytes", [](const Executor& engine) { return engine.plan().arena_bytes(); });
 }

@@ -1,19 +1,29 @@
 #include "operation.h"
 
-#include <algorithm>
 #include <array>
 
 namespace swincompress {
 namespace {
 
-constexpr std::array<std::pair<Type, const char*>, 5> kTypes = {{
-    {Type::int8, "int8"},
-    {Type::uint8, "uint8"},
-    {Type::int16, "int16"},
-    {Type::int32, "int32"},
-    {Type::int64, "int64"},
+struct KnownType {
+    Type type;
+    const char* name;
+    Size limit;
+};
+
+constexpr std::array<KnownType, 5> kTypes = {{
+    {Type::int8, "int8", 127},
+    {Type::uint8, "uint8", 255},
+    {Type::int16, "int16", 32767},
+    {Type::int32, "int32", 2147483647},
+    {Type::int64, "int64", 9223372036854775807},
 }};
-constexpr Size kValueBytesMax = Size{1} << 40;
+
+const KnownType& known(Type type) {
+    for (const KnownType& each : kTypes)
+        if (each.type == type) return each;
+    throw std::logic_error("unknown type");
+}
 
 }  // namespace
 
@@ -28,86 +38,58 @@ Size type_bytes(Type type) {
     throw std::logic_error("unknown type");
 }
 
-const char* type_name(Type type) {
-    for (const auto& [known, name] : kTypes)
-        if (known == type) return name;
-    throw std::logic_error("unknown type");
-}
+const char* type_name(Type type) { return known(type).name; }
 
 Type type_from_name(const std::string& name) {
-    for (const auto& [type, known] : kTypes)
-        if (name == known) return type;
+    for (const KnownType& each : kTypes)
+        if (name == each.name) return each.type;
     throw std::invalid_argument("type '" + name + "'; types are int8, uint8, int16, int32 and int64");
+}
+
+ValueType value_type_from_name(const std::string& name) {
+    for (const KnownType& each : kTypes)
+        if (name == each.name && each.type != Type::int64) return {each.type, each.limit};
+    for (int bits = 1; bits < 8; ++bits) {
+        if (name == "uint" + std::to_string(bits)) return {Type::uint8, (Size{1} << bits) - 1};
+        if (bits > 1 && name == "int" + std::to_string(bits)) return {Type::int8, (Size{1} << (bits - 1)) - 1};
+    }
+    throw std::invalid_argument("value of type '" + name +
+                                "'; types are int2 to int8, uint1 to uint8, int16 and int32");
+}
+
+bool ValueType::narrow() const { return limit < known(type).limit; }
+
+std::string ValueType::name() const {
+    if (!narrow()) return known(type).name;
+    int bits = type == Type::uint8 ? 0 : 1;
+    for (Size rest = limit; rest > 0; rest /= 2) ++bits;
+    return (type == Type::uint8 ? "uint" : "int") + std::to_string(bits);
 }
 
 std::string shape_text(const std::vector<Size>& shape) {
     std::string text = "(";
-    for (const Size size : shape) text += std::to_string(size) + ",";
-    return text + ")";
+    for (const Size size : shape) text += (text.size() > 1 ? ", " : "") + std::to_string(size);
+    return text + (shape.size() == 1 ? ",)" : ")");
 }
 
 Size element_count(const std::vector<Size>& shape) {
     Size count = 1;
     for (const Size size : shape) {
-        if (size < 1 || size > kValueBytesMax / count)
+        if (size < 1 || size > kElementsMax / count)
             throw std::invalid_argument("shape " + shape_text(shape) + " is empty, negative or too large");
         count *= size;
     }
     return count;
 }
 
-Size Value::channels() const { return shape.at(shape.size() - 1); }
-
 Size Value::rows() const { return element_count({shape.begin(), shape.end() - 1}); }
 
-Size Value::bytes() const { return element_count(shape) * type_bytes(type); }
+Size Value::elements() const { return element_count(shape); }
 
-void OperationView::require(bool condition, const std::string& message) const {
-    if (!condition) throw OperationError(operation_, message);
-}
+Size Value::bytes() const { return elements() * type_bytes(type()); }
 
-void OperationView::require_arity(std::size_t count) const {
-    require(inputs_.size() == count,
-            "takes " + std::to_string(count) + " inputs, got " + std::to_string(inputs_.size()));
-}
+Size Tensor::elements() const { return element_count(shape); }
 
-void OperationView::require_input(std::size_t number, std::initializer_list<Type> types) const {
-    const Type given = input(number).type;
-    require(std::find(types.begin(), types.end(), given) != types.end(),
-            "input " + std::to_string(number) + " is " + type_name(given));
-}
-
-void OperationView::require_output(std::initializer_list<Type> types, const std::vector<Size>& shape) const {
-    require(std::find(types.begin(), types.end(), output().type) != types.end(),
-            std::string("output is ") + type_name(output().type));
-    require(output().shape == shape,
-            "output has shape " + shape_text(output().shape) + "; it must be " + shape_text(shape));
-}
-
-Size OperationView::attribute(const std::string& name, Size low, Size high) const {
-    const auto found = operation_.attributes.find(name);
-    require(found != operation_.attributes.end() && found->second.size() == 1, "attribute " + name + " is missing");
-    const Size value = found->second[0];
-    require(low <= value && value <= high, "attribute " + name + " is " + std::to_string(value) + "; it must lie in [" +
-                                               std::to_string(low) + ", " + std::to_string(high) + "]");
-    return value;
-}
-
-std::pair<Size, Size> OperationView::attribute_pair(const std::string& name, Size low, Size high) const {
-    const auto found = operation_.attributes.find(name);
-    require(found != operation_.attributes.end() && found->second.size() == 2, "attribute " + name + " is missing");
-    for (const Size value : found->second)
-        require(low <= value && value <= high, "attribute " + name + " is out of range");
-    return {found->second[0], found->second[1]};
-}
-
-const Tensor& OperationView::tensor(const std::string& role, Type type, const std::vector<Size>& shape) const {
-    const auto found = operation_.tensors.find(role);
-    require(found != operation_.tensors.end(), "tensor '" + role + "' is missing");
-    require(found->second.type == type && found->second.shape == shape,
-            "tensor '" + role + "' is " + type_name(found->second.type) + " " + shape_text(found->second.shape) +
-                "; it must be " + type_name(type) + " " + shape_text(shape));
-    return found->second;
-}
+Size Tensor::bytes() const { return elements() * type_bytes(type); }
 
 }  // namespace swincompress

@@ -1,5 +1,4 @@
-// A Program as the engine receives it: values and operations as plain data, from Python or, later, from a reader in
-// C++.
+// A Program as the engine receives it: values and operations as plain data, from the reader or from Python.
 #pragma once
 
 #include <map>
@@ -11,36 +10,58 @@
 
 namespace swincompress {
 
-// Type and shape of a value of one image: (rows..., channels). largest: what a uint8 value never exceeds, as the norm
-// has proved it for spikes and counts; were it wrong, answers would be, but no address.
-struct Value {
+// A type of the norm: what holds a value, and the largest magnitude that the type allows. uint2 is a byte of at most 3.
+struct ValueType {
     Type type;
-    std::vector<Size> shape;
-    Size largest = 255;
+    Size limit;
 
-    Size channels() const;
+    bool operator==(const ValueType& other) const { return type == other.type && limit == other.limit; }
+    bool operator!=(const ValueType& other) const { return !(*this == other); }
+    // Narrower than what holds it.
+    bool narrow() const;
+    std::string name() const;
+};
+
+// Type and shape of a value of one image: (rows..., channels). largest: the magnitude that no element exceeds, as
+// check_operation proves it; the type's limit where nothing less is known.
+struct Value {
+    ValueType declared;
+    std::vector<Size> shape;
+    Size largest;
+
+    Type type() const { return declared.type; }
+    Size channels() const { return shape.back(); }
     Size rows() const;
-    Size elements() const { return rows() * channels(); }
+    Size elements() const;
     Size bytes() const;
 };
 
-// Borrowed: the owner keeps `data` alive until the plan is made; steps copy what they keep.
+// Borrowed: the owner keeps `data`, aligned for its type, alive until the plan is made; steps copy what they keep.
 struct Tensor {
     Type type;
     std::vector<Size> shape;
     const void* data;
+
+    Size elements() const;
+    Size bytes() const;
+};
+
+// An integer, or a pair of them.
+struct Attribute {
+    std::vector<Size> values;
+    bool is_list;
 };
 
 struct Operation {
     std::string kind;
     std::string name;
     std::vector<Size> inputs;  // numbers of values: first the inputs of the program, then one an operation, in order
-    Value output;
-    std::map<std::string, std::vector<Size>> attributes;
+    ValueType output;
+    std::map<std::string, Attribute> attributes;
     std::map<std::string, Tensor> tensors;
 };
 
-// An operation contradicts itself; the message names it.
+// An operation contradicts itself or breaks a bound; the message names it.
 struct OperationError : std::invalid_argument {
     OperationError(const Operation& operation, const std::string& message)
         : std::invalid_argument(operation.kind + " '" + operation.name + "': " + message) {}
@@ -49,52 +70,46 @@ struct OperationError : std::invalid_argument {
 Size type_bytes(Type type);
 const char* type_name(Type type);
 Type type_from_name(const std::string& name);
+// Of every type of the norm, narrow ones included. Throws std::invalid_argument for another name.
+ValueType value_type_from_name(const std::string& name);
 std::string shape_text(const std::vector<Size>& shape);
 
-// Checked access to the parts of one operation.
+// What one value of one image may take; no product of sizes, limits and weights below passes 64 bits.
+constexpr Size kElementsMax = Size{1} << 32;
+// The number of elements; throws std::invalid_argument for a size below 1 and beyond kElementsMax elements.
+Size element_count(const std::vector<Size>& shape);
+
+// The parts of one operation that check_operation (rules.h) has accepted.
 class OperationView {
 public:
-    OperationView(const Operation& operation, std::vector<Value> inputs)
-        : operation_(operation), inputs_(std::move(inputs)) {}
+    OperationView(const Operation& operation, std::vector<Value> inputs, Value output)
+        : operation_(operation), inputs_(std::move(inputs)), output_(std::move(output)) {}
 
     const Operation& operation() const { return operation_; }
     const Value& input(std::size_t number) const { return inputs_.at(number); }
-    const Value& output() const { return operation_.output; }
+    const Value& output() const { return output_; }
 
-    void require(bool condition, const std::string& message) const;
-    void require_arity(std::size_t count) const;
-    void require_input(std::size_t number, std::initializer_list<Type> types) const;
-    void require_output(std::initializer_list<Type> types, const std::vector<Size>& shape) const;
-
-    Size attribute(const std::string& name, Size low, Size high) const;
+    Size attribute(const std::string& name) const { return operation_.attributes.at(name).values.at(0); }
+    Size attribute_or(const std::string& name, Size absent) const {
+        return operation_.attributes.count(name) != 0 ? attribute(name) : absent;
+    }
     // (vertical, horizontal)
-    std::pair<Size, Size> attribute_pair(const std::string& name, Size low, Size high) const;
+    std::pair<Size, Size> attribute_pair(const std::string& name) const {
+        const std::vector<Size>& values = operation_.attributes.at(name).values;
+        return {values.at(0), values.at(1)};
+    }
 
     bool has(const std::string& role) const { return operation_.tensors.count(role) != 0; }
-    const Tensor& tensor(const std::string& role, Type type, const std::vector<Size>& shape) const;
-    // The tensor's elements, checked to lie in [low, high].
+    const Tensor& tensor(const std::string& role) const { return operation_.tensors.at(role); }
     template <typename Element>
-    const Element* elements(const std::string& role, Type type, const std::vector<Size>& shape, std::int64_t low,
-                            std::int64_t high) const;
+    const Element* elements(const std::string& role) const {
+        return static_cast<const Element*>(tensor(role).data);
+    }
 
 private:
     const Operation& operation_;
     std::vector<Value> inputs_;
+    Value output_;
 };
-
-Size element_count(const std::vector<Size>& shape);
-
-template <typename Element>
-const Element* OperationView::elements(const std::string& role, Type type, const std::vector<Size>& shape,
-                                       std::int64_t low, std::int64_t high) const {
-    const auto* data = static_cast<const Element*>(tensor(role, type, shape).data);
-    const Size count = element_count(shape);
-    for (Size i = 0; i < count; ++i)
-        if (data[i] < low || data[i] > high)
-            throw OperationError(operation_, "tensor '" + role + "' holds " + std::to_string(data[i]) +
-                                                 "; it must lie in [" + std::to_string(low) + ", " +
-                                                 std::to_string(high) + "]");
-    return data;
-}
 
 }  // namespace swincompress

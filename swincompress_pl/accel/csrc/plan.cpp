@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "buffer.h"
+#include "rules.h"
 
 namespace swincompress {
 namespace {
@@ -11,7 +12,7 @@ namespace {
 constexpr Size kChunkBytes = Size{1} << 19;
 constexpr Size kChunkMax = 256;
 
-Value input_value(const Operation& operation, const std::vector<Value>& values, Size number) {
+const Value& input_value(const Operation& operation, const std::vector<Value>& values, Size number) {
     if (number < 0 || number >= static_cast<Size>(values.size()))
         throw OperationError(operation,
                              "reads value " + std::to_string(number) + ", which no earlier operation writes");
@@ -21,17 +22,40 @@ Value input_value(const Operation& operation, const std::vector<Value>& values, 
 OperationView view_of(const Operation& operation, const std::vector<Value>& values) {
     std::vector<Value> inputs;
     for (const Size number : operation.inputs) inputs.push_back(input_value(operation, values, number));
-    return {operation, std::move(inputs)};
+    Value output = check_operation(operation, inputs);
+    return {operation, std::move(inputs), std::move(output)};
+}
+
+Size tensor_bytes(const Operation& operation) {
+    Size bytes = 0;
+    for (const auto& [role, tensor] : operation.tensors) bytes += tensor.bytes();
+    return bytes;
+}
+
+// No less than what a step makes of its tensors: packed weights have their rows and columns rounded up, biases of
+// attention are spread to all pairs of tokens.
+Size prepared_bytes(const OperationView& view) {
+    Size bytes = 0;
+    if (view.has("weight")) {
+        const Size channels = view.attribute("channels");
+        bytes += 2 * aligned(channels) * aligned(view.tensor("weight").elements() / channels);
+    }
+    if (view.has("bias_index")) {
+        const Size length = view.input(0).rows() / view.attribute("windows");
+        bytes += view.attribute("heads") * length * aligned(length * 4);
+    }
+    return bytes;
 }
 
 }  // namespace
 
-Plan::Plan(std::vector<Value> inputs, const std::vector<Operation>& operations, const Kernels& kernels)
+Plan::Plan(std::vector<Value> inputs, const std::vector<Operation>& operations, const Kernels& kernels,
+           const Resources& resources)
     : values_(std::move(inputs)), input_count_(values_.size()) {
     if (input_count_ == 0 || operations.empty())
         throw std::invalid_argument("a program needs an input and an operation");
     for (const Value& value : values_) value.bytes();  // refuses impossible shapes
-    add_steps(operations, kernels);
+    add_steps(operations, kernels, resources);
 
     Size one_image = 0;
     lay_out(1, one_image);
@@ -40,23 +64,36 @@ Plan::Plan(std::vector<Value> inputs, const std::vector<Operation>& operations, 
     offsets_ = lay_out(chunk_, arena_bytes_);
     for (const PlannedStep& step : steps_)
         scratch_bytes_ = std::max(scratch_bytes_, aligned(step.step->scratch_bytes()));
+    const Size left = resources.memory_bytes_max - taken_bytes_;
+    if (arena_bytes_ > left || scratch_bytes_ > (left - arena_bytes_) / resources.threads)
+        throw std::invalid_argument("values between the operations take " + std::to_string(arena_bytes_) +
+                                    " bytes and every thread " + std::to_string(scratch_bytes_) + "; only " +
+                                    std::to_string(left) + " are left");
 }
 
-void Plan::add_steps(const std::vector<Operation>& operations, const Kernels& kernels) {
+void Plan::take(const Operation& operation, Size bytes, const Resources& resources) {
+    if (bytes > resources.memory_bytes_max - taken_bytes_)
+        throw OperationError(operation, "takes " + std::to_string(bytes) + " bytes; only " +
+                                            std::to_string(resources.memory_bytes_max - taken_bytes_) + " are left");
+    taken_bytes_ += bytes;
+}
+
+void Plan::add_steps(const std::vector<Operation>& operations, const Kernels& kernels, const Resources& resources) {
     std::vector<int> readers(input_count_ + operations.size(), 0);
     for (const Operation& operation : operations)
         for (const Size number : operation.inputs)
             if (number >= 0 && number < static_cast<Size>(readers.size())) ++readers[static_cast<std::size_t>(number)];
     for (std::size_t number = 0; number < operations.size(); ++number) {
+        take(operations[number], tensor_bytes(operations[number]), resources);
         const OperationView view = view_of(operations[number], values_);
-        view.output().bytes();
+        take(operations[number], prepared_bytes(view), resources);
         // made even where the previous step takes it in, so that a fused operation is refused for the same faults
         PlannedStep step{make_step(view, kernels), {number}, {}, values_.size(), {SpikeCounter(view)}};
         if (!fuse(view, number, readers)) {
             for (const Size input : operations[number].inputs) step.inputs.push_back(static_cast<std::size_t>(input));
             steps_.push_back(std::move(step));
         }
-        values_.push_back(operations[number].output);
+        values_.push_back(view.output());
     }
 }
 

@@ -13,10 +13,18 @@ struct PlannedStep {
     std::vector<SpikeCounter> counters;  // one an operation
 };
 
+// What an engine may take: threads, and memory beside its caller's arrays.
+struct Resources {
+    int threads = 1;
+    Size memory_bytes_max = Size{1} << 32;
+};
+
 class Plan {
 public:
-    // inputs: the values that a caller gives. The result is the output of the last operation.
-    Plan(std::vector<Value> inputs, const std::vector<Operation>& operations, const Kernels& kernels);
+    // inputs: the values that a caller gives. The result is the output of the last operation. Throws OperationError for
+    // an operation that breaks a rule of the norm, and for one that takes more memory than there may be.
+    Plan(std::vector<Value> inputs, const std::vector<Operation>& operations, const Kernels& kernels,
+         const Resources& resources);
 
     const std::vector<PlannedStep>& steps() const { return steps_; }
     const Value& value(std::size_t number) const { return values_[number]; }
@@ -30,9 +38,10 @@ public:
     Size offset(std::size_t value) const { return offsets_[value]; }
 
 private:
-    void add_steps(const std::vector<Operation>& operations, const Kernels& kernels);
+    void add_steps(const std::vector<Operation>& operations, const Kernels& kernels, const Resources& resources);
     bool fuse(const OperationView& view, std::size_t number, const std::vector<int>& readers);
     std::vector<Size> lay_out(Size images, Size& total) const;
+    void take(const Operation& operation, Size bytes, const Resources& resources);
 
     std::vector<Value> values_;
     std::size_t input_count_;
@@ -41,6 +50,7 @@ private:
     Size chunk_ = 1;
     Size arena_bytes_ = 0;
     Size scratch_bytes_ = 0;
+    Size taken_bytes_ = 0;  // by steps, at most
 };
 
 }  // namespace swincompress

@@ -26,10 +26,8 @@ SpikeCounter::SpikeCounter(const OperationView& view) {
     if (kind == "lif") places_ = view.output().elements();
     if (kind != "linear" && kind != "conv2d") return;
     const Value& x = view.input(0);
-    if (x.type != Type::uint8 || x.largest >= 255) return;  // pixels or other numbers
-    const bool grouped = view.operation().attributes.count("groups") != 0;
-    const Size groups = grouped ? view.attribute("groups", 1, 1 << 20) : 1;
-    fan_out_ = view.output().channels() / groups;
+    if (x.type() != Type::uint8 || x.largest >= 255) return;  // pixels or other numbers
+    fan_out_ = view.output().channels() / view.attribute_or("groups", 1);
     const WindowShape shape =
         kind == "linear" ? WindowShape{x.rows(), 1, x.rows(), 1, {1, 1}, {1, 1}, {0, 0}} : window_shape(view);
     window_ = window_call(view, shape, view.output().channels());

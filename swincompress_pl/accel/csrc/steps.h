@@ -38,7 +38,6 @@ public:
     virtual bool fuse(const OperationView& /*next*/) { return false; }
 };
 
-// Throws OperationError for sizes, types or tensors that contradict each other, and for an unknown kind.
 std::unique_ptr<Step> make_step(const OperationView& view, const Kernels& kernels);
 
 // One maker a kind; make_step looks them up by name.
@@ -59,8 +58,7 @@ std::unique_ptr<Step> make_multiply(const OperationView& view, const Kernels& ke
 std::unique_ptr<Step> make_spike_attention(const OperationView& view, const Kernels& kernels);
 std::unique_ptr<Step> make_requantize(const OperationView& view, const Kernels& kernels);
 
-// How a kernel slides over images (height, width, channels), or over those of every time step; throws where it does
-// not fit.
+// How a kernel slides over images (height, width, channels), or over those of every time step.
 struct WindowShape {
     Size in_height, in_width, height, width;
     std::pair<Size, Size> kernel, stride, padding;
@@ -70,7 +68,7 @@ WindowShape window_shape(const OperationView& view);
 std::unique_ptr<Step> make_grouped_conv2d(const OperationView& view, const LinearLayer& layer, const WindowShape& shape,
                                           Size groups, const Kernels& kernels);
 
-// The neurons of a "lif" operation, checked.
+// The neurons of a "lif" operation.
 class Neurons {
 public:
     explicit Neurons(const OperationView& view);
@@ -112,8 +110,5 @@ template <typename Element>
 std::vector<Element> copied(const Element* elements, Size count) {
     return {elements, elements + count};
 }
-
-constexpr Size kMultMax = (Size{1} << 22) - 1;
-constexpr Size kShiftMax = 52;
 
 }  // namespace swincompress

@@ -52,11 +52,9 @@ private:
 
 // The table spread to one bias for every pair of tokens, in rows that whole registers can read.
 std::vector<std::int32_t> spread_bias(const OperationView& view, const AttentionCall& shape) {
-    const Size biases = view.attribute("biases", 1, Size{1} << 24);
-    const auto* table =
-        static_cast<const std::int32_t*>(view.tensor("bias_table", Type::int32, {shape.heads, biases}).data);
-    const auto* index =
-        view.elements<std::int32_t>("bias_index", Type::int32, {shape.length, shape.length}, 0, biases - 1);
+    const Size biases = view.attribute("biases");
+    const auto* table = view.elements<std::int32_t>("bias_table");
+    const auto* index = view.elements<std::int32_t>("bias_index");
     std::vector<std::int32_t> bias(
         static_cast<std::size_t>(element_count({shape.heads, shape.length, shape.bias_stride})));
     std::int32_t* row = bias.data();
@@ -69,33 +67,21 @@ std::vector<std::int32_t> spread_bias(const OperationView& view, const Attention
 }  // namespace
 
 std::unique_ptr<Step> make_attention(const OperationView& view, const Kernels& kernels) {
-    view.require_arity(1);
-    view.require_input(0, {Type::int8});
-    const Value& x = view.input(0);
-    const Size windows = view.attribute("windows", 1, Size{1} << 20);
+    const Size windows = view.attribute("windows");
     AttentionCall shape{};
-    shape.heads = view.attribute("heads", 1, 1 << 12);
-    shape.qk_dim = view.attribute("qk_dim", 1, 1 << 12);
-    shape.v_dim = view.attribute("v_dim", 1, 1 << 12);
-    shape.length = x.rows() / windows;
+    shape.heads = view.attribute("heads");
+    shape.qk_dim = view.attribute("qk_dim");
+    shape.v_dim = view.attribute("v_dim");
+    shape.length = view.input(0).rows() / windows;
     shape.bias_stride = (shape.length + 15) / 16 * 16;
-    view.require(shape.length >= 1 && shape.length * windows == x.rows() && shape.length <= (1 << 16),
-                 "tokens do not split into windows of at most 65536");
-    view.require(x.channels() == shape.heads * (2 * shape.qk_dim + shape.v_dim), "channels do not split into heads");
-    view.require_output({Type::int8}, {x.rows(), shape.heads * shape.v_dim});
 
-    const std::vector<Size> per_head = {shape.heads};
     AttentionTables tables;
-    tables.exp_mult = copied(view.elements<std::int32_t>("exp_mult", Type::int32, per_head, 0, kMultMax), shape.heads);
-    tables.exp_shift =
-        copied(view.elements<std::uint8_t>("exp_shift", Type::uint8, per_head, 1, kShiftMax), shape.heads);
-    tables.out_mult = copied(view.elements<std::int32_t>("out_mult", Type::int32, per_head, 0, kMultMax), shape.heads);
-    tables.out_shift = copied(view.elements<std::uint8_t>("out_shift", Type::uint8, per_head, 1, 38), shape.heads);
+    tables.exp_mult = copied(view.elements<std::int32_t>("exp_mult"), shape.heads);
+    tables.exp_shift = copied(view.elements<std::uint8_t>("exp_shift"), shape.heads);
+    tables.out_mult = copied(view.elements<std::int32_t>("out_mult"), shape.heads);
+    tables.out_shift = copied(view.elements<std::uint8_t>("out_shift"), shape.heads);
     if (view.has("bias_table")) tables.bias = spread_bias(view, shape);
-    if (view.has("region")) {
-        const Tensor& region = view.tensor("region", Type::uint8, {windows, shape.length});
-        tables.region = copied(static_cast<const std::uint8_t*>(region.data), windows * shape.length);
-    }
+    if (view.has("region")) tables.region = copied(view.elements<std::uint8_t>("region"), windows * shape.length);
     return std::make_unique<AttentionStep>(shape, windows, std::move(tables), kernels);
 }
 

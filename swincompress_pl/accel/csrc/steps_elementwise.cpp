@@ -179,86 +179,55 @@ private:
 }  // namespace
 
 std::unique_ptr<Step> make_layer_norm(const OperationView& view, const Kernels& kernels) {
-    view.require_arity(1);
-    view.require_input(0, {Type::int8, Type::int16});
     const Value& x = view.input(0);
-    view.require_output({Type::int8, Type::int16}, x.shape);
     const Size channels = x.channels();
-    view.require(channels <= 4096, "more than 4096 channels");
     LayerNormCall call{};
-    call.input = x.type;
-    call.output = view.output().type;
+    call.input = x.type();
+    call.output = view.output().type();
     call.rows = x.rows();
     call.channels = channels;
-    call.epsilon = view.attribute("epsilon", 0, Size{1} << 58);
-    call.shift = static_cast<int>(view.attribute("shift", 1, kShiftMax));
-    const std::int64_t limit = std::int64_t{1} << 60;
-    const auto* gain = view.elements<std::int32_t>("gain", Type::int32, {channels}, -kMultMax, kMultMax);
-    const auto* offset = view.elements<std::int64_t>("offset", Type::int64, {channels}, -limit, limit);
-    return std::make_unique<LayerNormStep>(call, copied(gain, channels), copied(offset, channels), kernels);
+    call.epsilon = view.attribute("epsilon");
+    call.shift = static_cast<int>(view.attribute("shift"));
+    return std::make_unique<LayerNormStep>(call, copied(view.elements<std::int32_t>("gain"), channels),
+                                           copied(view.elements<std::int64_t>("offset"), channels), kernels);
 }
 
 std::unique_ptr<Step> make_table(const OperationView& view, const Kernels& kernels) {
-    view.require_arity(1);
-    view.require_input(0, {Type::int8});
-    view.require_output({Type::int8, Type::uint8, Type::int16}, view.input(0).shape);
-    const Tensor& values = view.tensor("values", view.output().type, {256});
+    const Tensor& values = view.tensor("values");
     return std::make_unique<TableStep>(values.data, type_bytes(values.type), view.input(0).elements(), kernels);
 }
 
 std::unique_ptr<Step> make_add(const OperationView& view, const Kernels& kernels) {
-    view.require_arity(2);
-    view.require_input(0, {Type::int8, Type::uint8, Type::int16, Type::int32});
     const Value &a = view.input(0), &b = view.input(1);
-    view.require(a.type == b.type && a.rows() % b.rows() == 0 && a.channels() == b.channels(), "inputs differ");
-    view.require_output({a.type}, a.shape);
-    return std::make_unique<AddStep>(a.type, a.elements(), b.elements(), kernels);
+    return std::make_unique<AddStep>(a.type(), a.elements(), b.elements(), kernels);
 }
 
 std::unique_ptr<Step> make_add_constant(const OperationView& view, const Kernels& kernels) {
-    view.require_arity(1);
-    view.require_input(0, {Type::int8, Type::int16});
     const Value& x = view.input(0);
-    view.require_output({x.type}, {x.rows(), x.channels()});
-    const Tensor& constant = view.tensor("constant", x.type, {x.rows(), x.channels()});
-    return std::make_unique<AddConstantStep>(x.type, constant.data, x.elements(), kernels);
+    return std::make_unique<AddConstantStep>(x.type(), view.tensor("constant").data, x.elements(), kernels);
 }
 
 std::unique_ptr<Step> make_prepend(const OperationView& view, const Kernels& /*kernels*/) {
-    view.require_arity(1);
-    view.require_input(0, {Type::int8, Type::int16});
-    const Value& x = view.input(0);
-    const Size count = view.attribute("rows", 1, 1 << 16);
-    view.require_output({x.type}, {count + x.rows(), x.channels()});
-    const Tensor& rows = view.tensor("rows", x.type, {count, x.channels()});
-    const Size size = type_bytes(x.type);
-    return std::make_unique<PrependStep>(rows.data, count * x.channels() * size, x.elements() * size);
+    const Tensor& rows = view.tensor("rows");
+    return std::make_unique<PrependStep>(rows.data, rows.bytes(), view.input(0).bytes());
 }
 
 std::unique_ptr<Step> make_gather(const OperationView& view, const Kernels& kernels) {
-    view.require_arity(1);
-    view.require_input(0, {Type::int8, Type::uint8, Type::int16});
     const Value& x = view.input(0);
-    const Size rows = view.attribute("rows", 1, 1 << 24), joined = view.attribute("joined", 1, 1 << 10);
-    view.require_output({x.type}, {rows, joined * x.channels()});
-    const auto* index = view.elements<std::int32_t>("index", Type::int32, {rows, joined}, -1, x.rows() - 1);
-    return std::make_unique<GatherStep>(copied(index, rows * joined), x.channels() * type_bytes(x.type), x.rows(),
-                                        kernels);
+    const Tensor& index = view.tensor("index");
+    return std::make_unique<GatherStep>(copied(view.elements<std::int32_t>("index"), index.elements()),
+                                        x.channels() * type_bytes(x.type()), x.rows(), kernels);
 }
 
 std::unique_ptr<Step> make_mean(const OperationView& view, const Kernels& kernels) {
-    view.require_arity(1);
-    view.require_input(0, {Type::int8, Type::uint8, Type::int16});
     const Value& x = view.input(0);
-    view.require_output({Type::int8, Type::uint8, Type::int16}, {x.channels()});
-    view.require(x.rows() < (Size{1} << 31) / 32767, "sums over too many tokens");
     MeanCall call{};
-    call.input = x.type;
-    call.output = view.output().type;
+    call.input = x.type();
+    call.output = view.output().type();
     call.tokens = x.rows();
     call.channels = x.channels();
-    call.mult = view.elements<std::int32_t>("mult", Type::int32, {x.channels()}, 0, kMultMax);
-    call.shift = view.elements<std::uint8_t>("shift", Type::uint8, {x.channels()}, 1, kShiftMax);
+    call.mult = view.elements<std::int32_t>("mult");
+    call.shift = view.elements<std::uint8_t>("shift");
     return std::make_unique<MeanStep>(call, kernels);
 }
 

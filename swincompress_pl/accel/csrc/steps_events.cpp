@@ -81,7 +81,7 @@ public:
             call_.lif = &neurons_->call();
             return true;
         }
-        adds_residual_ = next.operation().kind == "add" && next.output().type == output_ && output_ != Type::uint8;
+        adds_residual_ = next.operation().kind == "add" && next.output().type() == output_ && output_ != Type::uint8;
         return adds_residual_;
     }
 
@@ -178,7 +178,7 @@ void run_with_neurons(const RowStep& layer, const LifCall& lif, const Work& work
 }
 
 bool takes_events(const Value& x, const LinearLayer& layer, const Kernels& kernels) {
-    return x.type == Type::uint8 && x.largest <= kernels.event_largest && layer.depth <= kDepthMax;
+    return x.type() == Type::uint8 && x.largest <= kernels.event_largest && layer.depth <= kDepthMax;
 }
 
 std::unique_ptr<Step> make_events(const OperationView& view, const LinearLayer& layer, const WindowShape& shape,

@@ -38,19 +38,18 @@ private:
     Size scratch_bytes_;
 };
 
-LinearLayer read_layer(const OperationView& view, Size depth, const std::vector<Size>& weight_shape,
-                       const std::vector<Size>& bias_shape) {
+LinearLayer read_layer(const OperationView& view) {
     LinearLayer layer{};
-    layer.channels = weight_shape[0];
-    layer.depth = depth;
-    layer.bias_rows = element_count(bias_shape) / layer.channels;
-    layer.input = view.input(0).type;
-    layer.output = view.output().type;
+    layer.channels = view.attribute("channels");
+    layer.depth = view.tensor("weight").elements() / layer.channels;
+    layer.bias_rows = view.tensor("bias").elements() / layer.channels;
+    layer.input = view.input(0).type();
+    layer.output = view.output().type();
     layer.largest = view.input(0).largest;
-    layer.weight = view.elements<std::int8_t>("weight", Type::int8, weight_shape, -127, 127);
-    layer.bias = static_cast<const std::int32_t*>(view.tensor("bias", Type::int32, bias_shape).data);
-    layer.mult = view.elements<std::int32_t>("mult", Type::int32, {layer.channels}, 0, kMultMax);
-    layer.shift = view.elements<std::uint8_t>("shift", Type::uint8, {layer.channels}, 1, kShiftMax);
+    layer.weight = view.elements<std::int8_t>("weight");
+    layer.bias = view.elements<std::int32_t>("bias");
+    layer.mult = view.elements<std::int32_t>("mult");
+    layer.shift = view.elements<std::uint8_t>("shift");
     return layer;
 }
 
@@ -105,13 +104,11 @@ public:
         neurons_ = neurons_behind(next, output_);
         if (neurons_ != nullptr) return true;
         const bool takes_table = next.operation().kind == "table" && output_ == Type::int8;
-        if (takes_table && type_bytes(next.output().type) == 1) {
-            const auto* entries =
-                static_cast<const std::uint8_t*>(next.tensor("values", next.output().type, {256}).data);
-            table_ = copied(entries, 256);
+        if (takes_table && type_bytes(next.output().type()) == 1) {
+            table_ = copied(next.elements<std::uint8_t>("values"), 256);
             return true;
         }
-        adds_residual_ = next.operation().kind == "add" && next.output().type == output_ && output_ != Type::uint8;
+        adds_residual_ = next.operation().kind == "add" && next.output().type() == output_ && output_ != Type::uint8;
         return adds_residual_;
     }
 
@@ -219,14 +216,8 @@ bool multiplies_too(const Kernels& kernels) { return kernels.events_max_percent 
 }  // namespace
 
 std::unique_ptr<Step> make_linear(const OperationView& view, const Kernels& kernels) {
-    view.require_arity(1);
-    view.require_input(0, {Type::int8, Type::uint8});
     const Value& x = view.input(0);
-    const Size channels = view.attribute("channels", 1, Size{1} << 20);
-    std::vector<Size> shape = x.shape;
-    shape.back() = channels;
-    view.require_output({Type::int8, Type::uint8, Type::int16, Type::int32}, shape);
-    const LinearLayer layer = read_layer(view, x.channels(), {channels, x.channels()}, {channels});
+    const LinearLayer layer = read_layer(view);
     const bool events = takes_events(x, layer, kernels);
     std::unique_ptr<RowStep> dense;
     if (!events || multiplies_too(kernels)) dense = std::make_unique<LinearStep>(layer, x.rows(), kernels);
@@ -236,21 +227,10 @@ std::unique_ptr<Step> make_linear(const OperationView& view, const Kernels& kern
 }
 
 std::unique_ptr<Step> make_conv2d(const OperationView& view, const Kernels& kernels) {
-    view.require_arity(1);
-    view.require_input(0, {Type::int8, Type::uint8});
     const WindowShape shape = window_shape(view);
     const Value& x = view.input(0);
-    const Size channels = view.attribute("channels", 1, Size{1} << 20);
-    const Size groups = view.operation().attributes.count("groups") != 0 ? view.attribute("groups", 1, 1 << 20) : 1;
-    view.require(x.channels() % groups == 0 && channels % groups == 0, "channels do not split into groups");
-    std::vector<Size> out_shape(x.shape.begin(), x.shape.end() - 3);
-    out_shape.insert(out_shape.end(), {shape.height, shape.width, channels});
-    view.require_output({Type::int8, Type::uint8, Type::int16, Type::int32}, out_shape);
-    const bool has_map = view.has("bias") && view.operation().tensors.at("bias").shape.size() == 3;
-    const std::vector<Size> bias_shape =
-        has_map ? std::vector<Size>{shape.height, shape.width, channels} : std::vector<Size>{channels};
-    const std::vector<Size> weight_shape = {channels, shape.kernel.first, shape.kernel.second, x.channels() / groups};
-    const LinearLayer layer = read_layer(view, element_count(weight_shape) / channels, weight_shape, bias_shape);
+    const LinearLayer layer = read_layer(view);
+    const Size groups = view.attribute_or("groups", 1);
     if (groups > 1) return make_grouped_conv2d(view, layer, shape, groups, kernels);
     const bool events = takes_events(x, layer, kernels);
     const Size images = view.output().rows() / (shape.height * shape.width);

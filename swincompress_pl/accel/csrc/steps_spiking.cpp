@@ -7,8 +7,6 @@
 namespace swincompress {
 namespace {
 
-constexpr Size kCurrentMax = Size{1} << 27, kThresholdMax = Size{1} << 28;
-
 // This thread's share of the output rows of all images.
 template <typename Call>
 Call with_share(Call call, const Work& work, Size rows) {
@@ -191,12 +189,6 @@ private:
     const Kernels& kernels_;
 };
 
-std::vector<Size> pooled_shape(const Value& x, const WindowShape& window, Size channels) {
-    std::vector<Size> shape(x.shape.begin(), x.shape.end() - 3);
-    shape.insert(shape.end(), {window.height, window.width, channels});
-    return shape;
-}
-
 }  // namespace
 
 // Windows over the images of all time steps.
@@ -218,28 +210,19 @@ WindowCall window_call(const OperationView& view, const WindowShape& shape, Size
 }
 
 Neurons::Neurons(const OperationView& view) {
-    view.require_arity(1);
-    view.require_input(0, {Type::int32});
     const Value& x = view.input(0);
-    call_.steps = view.attribute("steps", 1, 1 << 16);
-    call_.repeated = view.attribute("repeated", 0, 1) != 0;
-    view.require(call_.repeated || x.rows() % call_.steps == 0, "rows do not split into time steps");
+    call_.steps = view.attribute("steps");
+    call_.repeated = view.attribute("repeated") != 0;
     call_.rows = call_.repeated ? x.rows() : x.rows() / call_.steps;
     call_.channels = x.channels();
-    call_.decay = static_cast<std::int32_t>(view.attribute("decay", 0, 1 << 16));
-    call_.input_decay = view.attribute("input_decay", 0, 1) != 0;
-    call_.soft_reset = view.attribute("soft_reset", 0, 1) != 0;
-    call_.fraction_bits = static_cast<int>(view.attribute("fraction_bits", 0, 15));
-    std::vector<Size> shape = x.shape;
-    if (call_.repeated) shape.insert(shape.begin(), call_.steps);
-    view.require_output({Type::uint8}, shape);
-    const auto read = [&](const char* role, Size low, Size high) {
-        return copied(view.elements<std::int32_t>(role, Type::int32, {call_.channels}, low, high), call_.channels);
-    };
-    const Size reset_max = call_.soft_reset ? 0 : kThresholdMax;
-    threshold_ = read("threshold", 1, kThresholdMax);
-    reset_ = read("reset", -reset_max, reset_max);
-    bias_ = read("bias", -kCurrentMax, kCurrentMax);
+    call_.decay = static_cast<std::int32_t>(view.attribute("decay"));
+    call_.input_decay = view.attribute("input_decay") != 0;
+    call_.soft_reset = view.attribute("soft_reset") != 0;
+    call_.fraction_bits = static_cast<int>(view.attribute("fraction_bits"));
+    const auto read = [&](const char* role) { return copied(view.elements<std::int32_t>(role), call_.channels); };
+    threshold_ = read("threshold");
+    reset_ = read("reset");
+    bias_ = read("bias");
     call_.threshold = threshold_.data();
     call_.reset = reset_.data();
     call_.bias = bias_.data();
@@ -250,14 +233,9 @@ std::unique_ptr<Step> make_lif(const OperationView& view, const Kernels& kernels
 }
 
 std::unique_ptr<Step> make_max_pool(const OperationView& view, const Kernels& kernels) {
-    view.require_arity(1);
-    view.require_input(0, {Type::int8, Type::uint8, Type::int16, Type::int32});
     const Value& x = view.input(0);
-    const WindowShape shape = window_shape(view);
-    view.require(shape.padding.first < shape.kernel.first && shape.padding.second < shape.kernel.second,
-                 "padding reaches the kernel");
-    view.require_output({x.type}, pooled_shape(x, shape, x.channels()));
-    return std::make_unique<MaxPoolStep>(window_call(view, shape, x.channels()), x.type, view.output().rows(), kernels);
+    const WindowCall call = window_call(view, window_shape(view), x.channels());
+    return std::make_unique<MaxPoolStep>(call, x.type(), view.output().rows(), kernels);
 }
 
 std::unique_ptr<Step> make_grouped_conv2d(const OperationView& view, const LinearLayer& layer, const WindowShape& shape,
@@ -276,35 +254,19 @@ std::unique_ptr<Step> make_grouped_conv2d(const OperationView& view, const Linea
 }
 
 std::unique_ptr<Step> make_block_sum(const OperationView& view, const Kernels& kernels) {
-    view.require_arity(1);
-    view.require_input(0, {Type::uint8, Type::int32});
     const Value& x = view.input(0);
-    const Size rows = view.attribute("rows", 1, 1 << 24), channels = view.attribute("channels", 1, 1 << 20);
-    view.require(x.rows() % rows == 0 && x.channels() % channels == 0, "input does not split into these blocks");
-    view.require(x.type == Type::uint8 || view.output().type == Type::int32, "sums int32 into bytes");
-    std::vector<Size> shape = {rows, channels};
-    if (rows == x.rows()) {
-        shape = x.shape;
-        shape.back() = channels;
-    }
-    view.require_output({Type::uint8, Type::int32}, shape);
+    const Size rows = view.attribute("rows");
     BlockSumCall call{};
-    call.input = x.type;
-    call.output = view.output().type;
+    call.input = x.type();
+    call.output = view.output().type();
     call.channels = x.channels();
     call.rows_joined = x.rows() / rows;
-    call.channels_joined = x.channels() / channels;
+    call.channels_joined = x.channels() / view.attribute("channels");
     return std::make_unique<BlockSumStep>(call, rows, kernels);
 }
 
 std::unique_ptr<Step> make_multiply(const OperationView& view, const Kernels& kernels) {
-    view.require_arity(2);
-    view.require_input(0, {Type::uint8});
-    view.require_input(1, {Type::uint8});
     const Value &a = view.input(0), &b = view.input(1);
-    view.require(a.rows() % b.rows() == 0 && a.channels() % b.channels() == 0,
-                 "the second's rows and channels must divide the first's");
-    view.require_output({Type::uint8}, a.shape);
     MultiplyCall call{};
     call.channels = a.channels();
     call.rows_joined = a.rows() / b.rows();
@@ -313,15 +275,8 @@ std::unique_ptr<Step> make_multiply(const OperationView& view, const Kernels& ke
 }
 
 std::unique_ptr<Step> make_spike_attention(const OperationView& view, const Kernels& kernels) {
-    view.require_arity(3);
-    for (std::size_t number = 0; number < 3; ++number) view.require_input(number, {Type::uint8});
-    const Value &q = view.input(0), &k = view.input(1), &v = view.input(2);
-    const Size windows = view.attribute("windows", 1, 1 << 20), heads = view.attribute("heads", 1, 1 << 12);
-    view.require(q.rows() == k.rows() && q.rows() == v.rows() && q.rows() % windows == 0,
-                 "tokens differ or do not split into windows");
-    view.require(q.channels() == k.channels() && q.channels() % heads == 0 && v.channels() % heads == 0,
-                 "channels differ or do not split into heads");
-    view.require_output({Type::int32}, v.shape);
+    const Value &q = view.input(0), &v = view.input(2);
+    const Size windows = view.attribute("windows"), heads = view.attribute("heads");
     SpikeAttentionCall call{};
     call.length = q.rows() / windows;
     call.qk_dim = q.channels() / heads;
@@ -332,17 +287,14 @@ std::unique_ptr<Step> make_spike_attention(const OperationView& view, const Kern
 }
 
 std::unique_ptr<Step> make_requantize(const OperationView& view, const Kernels& kernels) {
-    view.require_arity(1);
-    view.require_input(0, {Type::int16, Type::int32});
     const Value& x = view.input(0);
-    view.require_output({Type::int8, Type::uint8, Type::int16, Type::int32}, x.shape);
     RequantizeCall call{};
-    call.input = x.type;
-    call.output = view.output().type;
+    call.input = x.type();
+    call.output = view.output().type();
     call.rows = x.rows();
     call.channels = x.channels();
-    call.mult = view.elements<std::int32_t>("mult", Type::int32, {x.channels()}, 0, kMultMax);
-    call.shift = view.elements<std::uint8_t>("shift", Type::uint8, {x.channels()}, 1, kShiftMax);
+    call.mult = view.elements<std::int32_t>("mult");
+    call.shift = view.elements<std::uint8_t>("shift");
     return std::make_unique<RequantizeStep>(call, kernels);
 }
 

@@ -1,5 +1,9 @@
 #include "thread_pool.h"
 
+#include <stdexcept>
+#include <string>
+#include <system_error>
+
 #if defined(__x86_64__) || defined(__i386__)
 #include <immintrin.h>
 #endif
@@ -24,10 +28,18 @@ void relax(int spin) {
 
 ThreadPool::ThreadPool(int size) {
     workers_.reserve(static_cast<std::size_t>(size > 1 ? size - 1 : 0));
-    for (int part = 1; part < size; ++part) workers_.emplace_back([this, part] { work(part); });
+    try {
+        for (int part = 1; part < size; ++part) workers_.emplace_back([this, part] { work(part); });
+    } catch (const std::system_error& error) {
+        stop();
+        throw std::runtime_error("only " + std::to_string(this->size()) + " of " + std::to_string(size) +
+                                 " threads could be started (" + error.what() + "); give fewer threads");
+    }
 }
 
-ThreadPool::~ThreadPool() {
+ThreadPool::~ThreadPool() { stop(); }
+
+void ThreadPool::stop() {
     {
         const std::lock_guard<std::mutex> lock(mutex_);
         stop_ = true;

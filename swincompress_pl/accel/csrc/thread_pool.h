@@ -14,6 +14,7 @@ namespace swincompress {
 // spins for a short while before it sleeps. One caller at a time.
 class ThreadPool {
 public:
+    // Throws std::runtime_error where the system does not give so many threads.
     explicit ThreadPool(int size);
     ~ThreadPool();
     ThreadPool(const ThreadPool&) = delete;
@@ -25,6 +26,7 @@ public:
     void run(const std::function<void(int)>& job);
 
 private:
+    void stop();
     void work(int part);
     unsigned wait_for_job(unsigned seen);
 

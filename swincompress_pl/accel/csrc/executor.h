@@ -9,12 +9,14 @@
 
 namespace swincompress {
 
-class Engine {
+class Executor {
 public:
-    Engine(std::vector<Value> inputs, const std::vector<Operation>& operations, const Kernels& kernels, int threads);
-    ~Engine();
-    Engine(const Engine&) = delete;
-    Engine& operator=(const Engine&) = delete;
+    // Throws std::invalid_argument, naming the operation, for what no kernel may run.
+    Executor(std::vector<Value> inputs, const std::vector<Operation>& operations, const Kernels& kernels,
+             const Resources& resources);
+    ~Executor();
+    Executor(const Executor&) = delete;
+    Executor& operator=(const Executor&) = delete;
 
     const Plan& plan() const { return plan_; }
     const char* implementation() const { return kernels_.name; }

@@ -1,4 +1,4 @@
-#include "engine.h"
+#include "executor.h"
 
 #include <unistd.h>
 
@@ -24,18 +24,19 @@ struct Share {
 
 }  // namespace
 
-Engine::Engine(std::vector<Value> inputs, const std::vector<Operation>& operations, const Kernels& kernels, int threads)
+Executor::Executor(std::vector<Value> inputs, const std::vector<Operation>& operations, const Kernels& kernels,
+                   const Resources& resources)
     : kernels_(kernels),
-      plan_(std::move(inputs), operations, kernels),
-      threads_(threads),
+      plan_(std::move(inputs), operations, kernels, resources),
+      threads_(resources.threads),
       arena_(plan_.arena_bytes()),
-      scratch_(plan_.scratch_bytes() * threads) {}
+      scratch_(plan_.scratch_bytes() * threads_) {}
 
-Engine::~Engine() {
+Executor::~Executor() {
     if (pool_process_ != getpid()) pool_.release();  // a forked child has the object but not its threads
 }
 
-ThreadPool& Engine::pool() {
+ThreadPool& Executor::pool() {
     if (pool_process_ != getpid()) {
         pool_.release();
         pool_ = std::make_unique<ThreadPool>(threads_);
@@ -44,7 +45,7 @@ ThreadPool& Engine::pool() {
     return *pool_;
 }
 
-void Engine::run(const std::vector<const std::byte*>& inputs, std::byte* output, Size images, const Watch& watch) {
+void Executor::run(const std::vector<const std::byte*>& inputs, std::byte* output, Size images, const Watch& watch) {
     const std::lock_guard<std::mutex> lock(mutex_);
     const Size out_bytes = plan_.value(plan_.result()).bytes();
     for (Size first = 0; first < images; first += plan_.chunk()) {
@@ -54,8 +55,8 @@ void Engine::run(const std::vector<const std::byte*>& inputs, std::byte* output,
     }
 }
 
-void Engine::run_chunk(const std::vector<const std::byte*>& inputs, std::byte* output, Size images,
-                       const Watch& watch) {
+void Executor::run_chunk(const std::vector<const std::byte*>& inputs, std::byte* output, Size images,
+                         const Watch& watch) {
     using Clock = std::chrono::steady_clock;
     ThreadPool& pool = this->pool();
     const auto place = [&](std::size_t value) { return arena_.data() + plan_.offset(value); };

@@ -1,0 +1,108 @@
+// The public header over the engine's own parts.
+#include <algorithm>
+#include <fstream>
+#include <thread>
+
+#ifdef __linux__
+#include <sched.h>
+#endif
+
+#include "dispatch.h"
+#include "model.h"
+#include "swincompress/engine.h"
+
+namespace swincompress {
+namespace {
+
+int usable_cpus() {
+#ifdef __linux__
+    cpu_set_t set;
+    if (sched_getaffinity(0, sizeof(set), &set) == 0) return std::clamp(CPU_COUNT(&set), 1, kThreadsMax);
+#endif
+    return std::clamp(static_cast<int>(std::thread::hardware_concurrency()), 1, kThreadsMax);
+}
+
+std::vector<char> read_file(const std::string& path) {
+    std::ifstream file(path, std::ios::binary | std::ios::ate);
+    const std::streamoff size = file ? static_cast<std::streamoff>(file.tellg()) : -1;
+    // a folder opens and tells any size
+    if (size < 0 || size > (std::streamoff{1} << 40)) throw Error(path + ": no such file, or not readable");
+    std::vector<char> bytes(static_cast<std::size_t>(size));
+    file.seekg(0);
+    if (!file.read(bytes.data(), size)) throw Error(path + ": cannot be read to its end");
+    return bytes;
+}
+
+}  // namespace
+
+struct Engine::State {
+    Model model;
+    std::vector<std::string> classes;
+};
+
+Engine::Engine(std::unique_ptr<State> state) : state_(std::move(state)) {}
+Engine::Engine(Engine&&) noexcept = default;
+Engine& Engine::operator=(Engine&&) noexcept = default;
+Engine::~Engine() = default;
+
+Engine Engine::from_bytes(const void* bytes, std::size_t size, const Options& options) {
+    try {
+        const Resources resources{options.threads.value_or(usable_cpus()), options.memory_bytes_max};
+        Model model =
+            load_model(static_cast<const std::byte*>(bytes), size, select_kernels(options.implementation), resources);
+        auto classes = model.classes.value_or(std::vector<std::string>{});
+        return Engine(std::make_unique<State>(State{std::move(model), std::move(classes)}));
+    } catch (const std::invalid_argument& error) {
+        throw Error(error.what());
+    }
+}
+
+Engine Engine::load(const std::string& path, const Options& options) {
+    const std::vector<char> bytes = read_file(path);
+    try {
+        return from_bytes(bytes.data(), bytes.size(), options);
+    } catch (const Error& error) {
+        throw Error(path + ": " + error.what());
+    }
+}
+
+const std::vector<std::int64_t>& Engine::input_shape() const { return state_->model.input.shape; }
+
+std::size_t Engine::input_size() const { return static_cast<std::size_t>(state_->model.input.elements()); }
+
+std::size_t Engine::class_count() const { return static_cast<std::size_t>(state_->model.class_count()); }
+
+const std::vector<std::string>& Engine::classes() const { return state_->classes; }
+
+double Engine::logit_scale() const { return state_->model.logit_scale; }
+
+std::string Engine::implementation() const { return state_->model.executor->implementation(); }
+
+int Engine::threads() const { return state_->model.executor->threads(); }
+
+std::vector<float> Engine::run(const std::vector<std::uint8_t>& images) {
+    if (images.size() % input_size() != 0)
+        throw Error("images of " + std::to_string(images.size()) + " bytes; give whole images of " +
+                    shape_text(input_shape()) + ", " + std::to_string(input_size()) + " bytes each");
+    const std::size_t count = images.size() / input_size();
+    std::vector<float> logits(count * class_count());
+    run(images.data(), count, logits.data());
+    return logits;
+}
+
+void Engine::run(const std::uint8_t* images, std::size_t count, float* logits) {
+    std::vector<std::int32_t> integers(count * class_count());
+    run_integer(images, count, integers.data());
+    for (std::size_t i = 0; i < integers.size(); ++i) logits[i] = static_cast<float>(integers[i] * logit_scale());
+}
+
+void Engine::run_integer(const std::uint8_t* images, std::size_t count, std::int32_t* logits) {
+    try {
+        state_->model.executor->run({reinterpret_cast<const std::byte*>(images)}, reinterpret_cast<std::byte*>(logits),
+                                    static_cast<Size>(count));
+    } catch (const std::runtime_error& error) {  // threads that could not be started
+        throw Error(error.what());
+    }
+}
+
+}  // namespace swincompress

@@ -1,0 +1,27 @@
+// An artifact made ready to run: what both the public header and Python load.
+#pragma once
+
+#include "executor.h"
+#include "reader.h"
+
+namespace swincompress {
+
+constexpr int kThreadsMax = 256;
+
+struct Model {
+    std::unique_ptr<Executor> executor;
+    Value input;
+    double logit_scale;
+    std::optional<std::vector<std::string>> classes;
+
+    Size class_count() const { return executor->plan().value(executor->plan().result()).channels(); }
+};
+
+// Throws std::invalid_argument for a number of threads outside [1, kThreadsMax].
+void require_threads(int threads);
+
+// Throws ArtifactError or OperationError for bytes that are no artifact, or one that breaks a rule of the norm; borrows
+// nothing from them.
+Model load_model(const std::byte* bytes, std::size_t size, const Kernels& kernels, const Resources& resources);
+
+}  // namespace swincompress

@@ -1,0 +1,175 @@
+// From an artifact's description to operations.
+#include <cmath>
+
+#include "reader.h"
+
+namespace swincompress {
+namespace {
+
+constexpr Size kNormVersion = 1;
+
+ArtifactError incomplete(const std::string& what) {
+    return ArtifactError("program description is incomplete or ill-typed: " + what + "; export it again");
+}
+
+const Json& entry_of(const Json& object, const char* key, Json::Kind kind) {
+    const Json* found = object.find(key);
+    if (found == nullptr || !found->is(kind)) throw incomplete(std::string("entry '") + key + "'");
+    return *found;
+}
+
+Size size_of(const Json& object, const char* key) {
+    const auto size = entry_of(object, key, Json::Kind::number).integer();
+    if (!size || *size < 1) throw incomplete(std::string("entry '") + key + "' is no positive integer");
+    return *size;
+}
+
+Value parse_input(const Json& given) {
+    const Json &dtype = entry_of(given, "dtype", Json::Kind::text), &axes = entry_of(given, "axes", Json::Kind::text);
+    const bool events = axes.text == "NTHWC";
+    if (dtype.text != "uint8" || (axes.text != "NHWC" && !events))
+        throw ArtifactError("program input is " + dtype.text + " " + axes.text +
+                            "; only uint8 NHWC (images) and NTHWC (events) are known");
+    Value value{{Type::uint8, 255}, {}, 255};
+    if (events) value.shape.push_back(size_of(given, "time_steps"));
+    for (const char* key : {"height", "width", "channels"}) value.shape.push_back(size_of(given, key));
+    entry_of(given, "preprocessing", Json::Kind::object);
+    value.elements();
+    return value;
+}
+
+// A positive number as Python's float.hex writes it: 0x1.8p-10. No library function parses that in every locale.
+double parse_scale(const std::string& text) {
+    const auto refuse = [&] { return ArtifactError("logit_scale is '" + text + "'; it must be positive and finite"); };
+    std::size_t at = 2;
+    if (text.compare(0, 2, "0x") != 0) throw refuse();
+    std::uint64_t mantissa = 0;
+    int digits = 0, after_point = 0;
+    bool point = false;
+    for (; at < text.size() && text[at] != 'p'; ++at) {
+        const std::size_t digit = std::string("0123456789abcdef").find(text[at]);
+        if (text[at] == '.' && !point && digits > 0) {
+            point = true;
+        } else if (digit != std::string::npos && ++digits <= 14) {
+            mantissa = mantissa << 4 | digit;
+            after_point += point ? 1 : 0;
+        } else {
+            throw refuse();
+        }
+    }
+    const bool negative = at + 1 < text.size() && text[at + 1] == '-';
+    const bool sign = negative || (at + 1 < text.size() && text[at + 1] == '+');
+    int exponent = 0;
+    std::size_t first = at + (sign ? 2 : 1);
+    if (digits == 0 || first >= text.size() || text.size() - first > 4) throw refuse();
+    for (; first < text.size(); ++first) {
+        if (text[first] < '0' || text[first] > '9') throw refuse();
+        exponent = 10 * exponent + (text[first] - '0');
+    }
+    const double scale = std::ldexp(static_cast<double>(mantissa), (negative ? -exponent : exponent) - 4 * after_point);
+    if (!(std::isfinite(scale) && scale > 0)) throw refuse();
+    return scale;
+}
+
+// Numbers the values by name, and turns the operations, in order, into data over numbers.
+class OperationReader {
+public:
+    explicit OperationReader(const Artifact& artifact) : artifact_(artifact) { numbers_.emplace("images", 0); }
+
+    Operation read(const Json& entry) {
+        Operation operation{};
+        operation.kind = entry_of(entry, "kind", Json::Kind::text).text;
+        operation.name = entry_of(entry, "name", Json::Kind::text).text;
+        try {
+            operation.output = value_type_from_name(entry_of(entry, "dtype", Json::Kind::text).text);
+        } catch (const std::invalid_argument& error) {
+            throw OperationError(operation, error.what());
+        }
+        for (const Json& name : entry_of(entry, "inputs", Json::Kind::list).items)
+            operation.inputs.push_back(number_of(operation, name));
+        for (const JsonMember& member : entry_of(entry, "attributes", Json::Kind::object).members)
+            operation.attributes[member.key] = attribute_of(operation, member);
+        for (const JsonMember& member : entry_of(entry, "tensors", Json::Kind::object).members)
+            operation.tensors.emplace(member.key, tensor_of(operation, member));
+        const std::string& output = entry_of(entry, "output", Json::Kind::text).text;
+        if (!numbers_.emplace(output, static_cast<Size>(numbers_.size())).second)
+            throw OperationError(operation, "writes " + json_text(output) + " a second time");
+        return operation;
+    }
+
+private:
+    Size number_of(const Operation& operation, const Json& name) const {
+        const auto found = name.is(Json::Kind::text) ? numbers_.find(name.text) : numbers_.end();
+        if (found == numbers_.end())
+            throw OperationError(operation, "reads " + json_text(name) + ", which no earlier operation writes");
+        return found->second;
+    }
+
+    static Attribute attribute_of(const Operation& operation, const JsonMember& member) {
+        Attribute attribute{{}, member.value.is(Json::Kind::list)};
+        const auto add = [&](const Json& value) {
+            const auto integer = value.integer();
+            if (!integer)
+                throw OperationError(operation, "attribute " + member.key + " is " + json_text(value) +
+                                                    "; attributes are integers or lists of them");
+            attribute.values.push_back(*integer);
+        };
+        if (attribute.is_list)
+            for (const Json& item : member.value.items) add(item);
+        else
+            add(member.value);
+        return attribute;
+    }
+
+    const Tensor& tensor_of(const Operation& operation, const JsonMember& member) const {
+        const auto found =
+            member.value.is(Json::Kind::text) ? artifact_.tensors.find(member.value.text) : artifact_.tensors.end();
+        if (found == artifact_.tensors.end())
+            throw OperationError(operation, "tensor " + json_text(member.value) + " is not in the program");
+        return found->second;
+    }
+
+    const Artifact& artifact_;
+    std::map<std::string, Size> numbers_;
+};
+
+std::optional<std::vector<std::string>> parse_classes(const Json& description) {
+    const Json* given = description.find("classes");
+    if (given != nullptr && given->is(Json::Kind::null)) return std::nullopt;
+    std::vector<std::string> classes;
+    for (const Json& name : entry_of(description, "classes", Json::Kind::list).items) {
+        if (!name.is(Json::Kind::text)) throw incomplete("a class name is no text");
+        classes.push_back(name.text);
+    }
+    return classes;
+}
+
+}  // namespace
+
+Program read_program(const Artifact& artifact) {
+    const Json& description = artifact.description;
+    const Json* version = description.find("norm_version");
+    if (version == nullptr || version->integer() != kNormVersion)
+        throw ArtifactError("program of norm version " + (version == nullptr ? "none" : json_text(*version)) +
+                            "; this package runs version 1: export the model again");
+    Program program{};
+    try {
+        program.input = parse_input(entry_of(description, "input", Json::Kind::object));
+    } catch (const ArtifactError&) {
+        throw;
+    } catch (const std::invalid_argument& error) {
+        throw ArtifactError(std::string("program input: ") + error.what());
+    }
+    program.logit_scale = parse_scale(entry_of(description, "logit_scale", Json::Kind::text).text);
+    program.classes = parse_classes(description);
+    entry_of(description, "origin", Json::Kind::object);
+    const std::vector<Json>& operations = entry_of(description, "operations", Json::Kind::list).items;
+    if (operations.empty() || operations.size() > kOperationsMax)
+        throw ArtifactError("program of " + std::to_string(operations.size()) + " operations; it must have 1 to " +
+                            std::to_string(kOperationsMax));
+    OperationReader reader(artifact);
+    for (const Json& entry : operations) program.operations.push_back(reader.read(entry));
+    return program;
+}
+
+}  // namespace swincompress

@@ -1,0 +1,88 @@
+#include "reader.h"
+
+#include "sha256.h"
+#include "storage.h"
+
+namespace swincompress {
+namespace {
+
+constexpr const char* kFormat = "swincompress_pl.program";
+constexpr const char* kMetadataKey = "swincompress_pl";
+
+Json parse_metadata(const std::string& text) {
+    Json content;
+    try {
+        content = parse_json(text);
+    } catch (const JsonError& error) {
+        throw ArtifactError(std::string("its description is not JSON (") + error.what() + "); export it again");
+    }
+    const Json* format = content.find("format");
+    if (format == nullptr || !format->says(kFormat))
+        throw ArtifactError(std::string("its description is not a ") + kFormat + "; export it again");
+    return content;
+}
+
+// 1 or 2.
+Size parse_version(const Json& content) {
+    const Json* version = content.find("version");
+    const auto number = version == nullptr ? std::nullopt : version->integer();
+    if (number == 1 || number == 2) return *number;
+    throw ArtifactError("artifact version " + (version == nullptr ? "none" : json_text(*version)) +
+                        "; this package reads versions 1 and 2: export the model again with this package, or install "
+                        "the package that wrote it");
+}
+
+// A borrowed tensor may lie anywhere: int32 at an odd address is moved.
+void align(Artifact& artifact) {
+    for (auto& [key, tensor] : artifact.tensors) {
+        const auto address = reinterpret_cast<std::uintptr_t>(tensor.data);
+        if (address % static_cast<std::uintptr_t>(type_bytes(tensor.type)) == 0) continue;
+        const auto* from = static_cast<const std::byte*>(tensor.data);
+        Buffer& copy = artifact.owned.emplace_back(tensor.bytes());
+        std::copy(from, from + tensor.bytes(), copy.data());
+        tensor.data = copy.data();
+    }
+}
+
+void restore(Artifact& artifact, const Json& content) {
+    const Json* layout = content.find("storage");
+    if (layout == nullptr || layout->members.empty()) throw damaged("it does not say how its tensors are stored");
+    for (const JsonMember& member : layout->members)
+        if (member.key != "packed" && member.key != "folded")
+            throw damaged("it does not say how its tensors are stored");
+    if (const Json* packed = layout->find("packed")) unpack_tensors(artifact, *packed);
+    if (const Json* folded = layout->find("folded")) unfold_maps(artifact, *folded);
+}
+
+}  // namespace
+
+std::string artifact_checksum(const Json& description, const std::map<std::string, Tensor>& tensors) {
+    Sha256 digest;
+    digest.update(json_text(description));
+    for (const auto& [key, tensor] : tensors) {
+        std::string head = "[" + json_text(key) + ",\"" + type_name(tensor.type) + "\",[";
+        for (const Size size : tensor.shape) head += (head.back() == '[' ? "" : ",") + std::to_string(size);
+        digest.update(head + "]]");
+        digest.update(tensor.data, static_cast<std::size_t>(tensor.bytes()));
+    }
+    return digest.finish();
+}
+
+Artifact read_artifact(const std::byte* bytes, std::size_t size) {
+    Container container = read_safetensors(bytes, size, kMetadataKey);
+    Json content = parse_metadata(container.metadata);
+    const Size version = parse_version(content);
+    if (version == 2 && content.find("content") != nullptr)
+        throw CodedError("an entropy-coded artifact, which only Python decodes; export it without compression");
+    Artifact artifact{{}, std::move(container.tensors), {}};
+    align(artifact);
+    if (version == 2) restore(artifact, content);
+    const Json *description = content.find("description"), *sha256 = content.find("sha256");
+    const bool whole = description != nullptr && description->is(Json::Kind::object) && sha256 != nullptr;
+    if (!whole || !sha256->says(artifact_checksum(*description, artifact.tensors)))
+        throw ArtifactError("altered after it was written (its checksum differs); copy or export it again");
+    artifact.description = *description;
+    return artifact;
+}
+
+}  // namespace swincompress

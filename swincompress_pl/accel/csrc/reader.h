@@ -1,0 +1,46 @@
+// The one reader of artifacts: bytes to a description and tensors whose checksum is right, and those to a program.
+// Python and C++ both load through it. It takes memory in proportion to the file and trusts nothing in it.
+#pragma once
+
+#include <memory>
+#include <optional>
+
+#include "buffer.h"
+#include "json.h"
+#include "safetensors.h"
+
+namespace swincompress {
+
+// Bytes are an entropy-coded artifact, which only Python decodes.
+struct CodedError : ArtifactError {
+    using ArtifactError::ArtifactError;
+};
+
+// What an artifact says. Tensors are as in memory: unpacked, unfolded and aligned; some are borrowed from the bytes.
+struct Artifact {
+    Json description;
+    std::map<std::string, Tensor> tensors;
+    std::vector<Buffer> owned;
+};
+
+// Proves container, format, version, storage and checksum. Throws ArtifactError.
+Artifact read_artifact(const std::byte* bytes, std::size_t size);
+
+// SHA-256 over the description and every tensor's name, type, shape and bytes, in hexadecimal.
+std::string artifact_checksum(const Json& description, const std::map<std::string, Tensor>& tensors);
+
+// A network as data; tensors are borrowed from the artifact.
+struct Program {
+    Value input;  // of one image: (height, width, channels), or (time steps, height, width, channels)
+    std::vector<Operation> operations;
+    double logit_scale;
+    std::optional<std::vector<std::string>> classes;
+};
+
+constexpr std::size_t kOperationsMax = 10000;
+
+// Reads the description: every operation reads only what an earlier one writes. The rules of the norm are not checked
+// here. Throws ArtifactError, naming the operation where there is one.
+Program read_program(const Artifact& artifact);
+
+}  // namespace swincompress

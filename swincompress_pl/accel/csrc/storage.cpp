@@ -1,0 +1,128 @@
+#include "storage.h"
+
+#include <algorithm>
+#include <cstring>
+
+namespace swincompress {
+namespace {
+
+constexpr std::size_t kAxesMax = 8;
+// Maps may unfold to this much, and beyond it to so many times the artifact's own size.
+constexpr Size kUnfoldedBytesFree = Size{1} << 26, kUnfoldedRatioMax = 256;
+
+Tensor& tensor_of(Artifact& artifact, const std::string& key, const char* what) {
+    const auto found = artifact.tensors.find(key);
+    if (found == artifact.tensors.end())
+        throw damaged(std::string("entry of ") + what + " " + json_text(key) + " is wrong");
+    return found->second;
+}
+
+std::vector<Size> parse_shape(const std::string& key, const Json& sizes) {
+    std::vector<Size> shape;
+    const bool listed = sizes.is(Json::Kind::list) && !sizes.items.empty() && sizes.items.size() <= kAxesMax;
+    for (const Json& size : sizes.items) shape.push_back(listed ? size.integer().value_or(0) : 0);
+    try {
+        if (listed && element_count(shape) > 0) return shape;
+    } catch (const std::invalid_argument&) {
+    }
+    throw damaged("tensor " + json_text(key) + " has shape " + json_text(sizes));
+}
+
+// Two's complement of `bits`, the first value in the highest bits of a byte.
+void unpack(const std::uint8_t* from, int bits, Size count, std::int8_t* to) {
+    std::uint32_t window = 0;
+    int held = 0;
+    const std::uint32_t sign = 1u << (bits - 1), mask = 2 * sign - 1;
+    for (Size i = 0; i < count; ++i) {
+        if (held < bits) {
+            window = window << 8 | *from++;
+            held += 8;
+        }
+        held -= bits;
+        const std::uint32_t code = window >> held & mask;
+        to[i] = static_cast<std::int8_t>(static_cast<std::int32_t>(code ^ sign) - static_cast<std::int32_t>(sign));
+    }
+    if ((window & ((1u << held) - 1)) != 0) throw damaged("padding bits are set");
+}
+
+void unpack_one(Artifact& artifact, const std::string& key, const Json& entry) {
+    Tensor& tensor = tensor_of(artifact, key, "packed tensor");
+    const bool pair = entry.is(Json::Kind::list) && entry.items.size() == 2;
+    const Size bits = pair ? entry.items[0].integer().value_or(0) : 0;
+    if (bits < 2 || bits > 7) throw damaged("entry of packed tensor " + json_text(key) + " is wrong");
+    const std::vector<Size> shape = parse_shape(key, entry.items[1]);
+    const Size count = element_count(shape);
+    if (tensor.type != Type::uint8 || tensor.shape.size() != 1 || tensor.shape[0] != (count * bits + 7) / 8)
+        throw damaged("the bytes of " + json_text(key) + " do not hold " + std::to_string(count) + " values of " +
+                      std::to_string(bits) + " bits");
+    Buffer& values = artifact.owned.emplace_back(count);
+    unpack(static_cast<const std::uint8_t*>(tensor.data), static_cast<int>(bits), count,
+           reinterpret_cast<std::int8_t*>(values.data()));
+    tensor = {Type::int8, shape, values.data()};
+}
+
+// Numbers of slices, each below `size`.
+std::vector<Size> parse_slices(const std::string& key, const Json& given, Size size) {
+    std::vector<Size> slices;
+    for (const Json& item : given.items) slices.push_back(item.integer().value_or(-1));
+    const bool inside = std::all_of(slices.begin(), slices.end(), [&](Size at) { return at >= 0 && at < size; });
+    if (!given.is(Json::Kind::list) || slices.empty() || !inside)
+        throw damaged("folded map " + json_text(key) + " has rows or columns that it lacks");
+    return slices;
+}
+
+struct Unfolded {
+    Tensor& tensor;
+    std::vector<Size> rows, columns;
+
+    // (which, columns, channels) of the stored map
+    Size cell_bytes() const { return tensor.shape[2] * type_bytes(tensor.type); }
+    Size cells() const { return static_cast<Size>(rows.size()) * static_cast<Size>(columns.size()); }
+};
+
+Unfolded parse_unfolded(Artifact& artifact, const std::string& key, const Json& entry) {
+    Tensor& tensor = tensor_of(artifact, key, "folded map");
+    if (tensor.shape.size() != 3 || !entry.is(Json::Kind::list) || entry.items.size() != 2)
+        throw damaged("entry of folded map " + json_text(key) + " is wrong");
+    return {tensor, parse_slices(key, entry.items[0], tensor.shape[0]),
+            parse_slices(key, entry.items[1], tensor.shape[1])};
+}
+
+void unfold(Artifact& artifact, const Unfolded& map) {
+    const Size cell = map.cell_bytes();
+    const auto* from = static_cast<const std::byte*>(map.tensor.data);
+    Buffer& values = artifact.owned.emplace_back(map.cells() * cell);
+    std::byte* to = values.data();
+    for (const Size row : map.rows)
+        for (const Size column : map.columns) {
+            std::memcpy(to, from + (row * map.tensor.shape[1] + column) * cell, static_cast<std::size_t>(cell));
+            to += cell;
+        }
+    const Size height = static_cast<Size>(map.rows.size()), width = static_cast<Size>(map.columns.size());
+    map.tensor = {map.tensor.type, {height, width, map.tensor.shape[2]}, values.data()};
+}
+
+}  // namespace
+
+void unpack_tensors(Artifact& artifact, const Json& packed) {
+    if (!packed.is(Json::Kind::object)) throw damaged("its list of packed tensors is no mapping");
+    for (const JsonMember& member : packed.members) unpack_one(artifact, member.key, member.value);
+}
+
+void unfold_maps(Artifact& artifact, const Json& folded) {
+    if (!folded.is(Json::Kind::object)) throw damaged("its list of folded maps is no mapping");
+    Size stored_bytes = 0, unfolded_bytes = 0;
+    for (const auto& [key, tensor] : artifact.tensors) stored_bytes += tensor.bytes();
+    const Size limit = kUnfoldedBytesFree + kUnfoldedRatioMax * stored_bytes;
+    std::vector<Unfolded> maps;
+    for (const JsonMember& member : folded.members) {
+        maps.push_back(parse_unfolded(artifact, member.key, member.value));
+        const Size left = std::min(limit - unfolded_bytes, kElementsMax);
+        if (maps.back().cells() > left / maps.back().cell_bytes())
+            throw damaged("its folded maps unfold to more than " + std::to_string(limit) + " bytes");
+        unfolded_bytes += maps.back().cells() * maps.back().cell_bytes();
+    }
+    for (const Unfolded& map : maps) unfold(artifact, map);
+}
+
+}  // namespace swincompress
