@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..registry import UnsupportedNetworkError, adapter_for
@@ -69,7 +70,8 @@ class PrefixCache:
         if self.off is not None:
             return
         before: dict[int, int] = {}
-        with FlopCounterMode(display=False) as counter, ExitStack() as hooks:
+        # products of attention one by one: not every torch counts its fused kernel on a CPU
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, ExitStack() as hooks:
 
             def note(number: int) -> None:
                 before.setdefault(number, counter.get_total_flops())
