@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,30 @@ def test_calls_do_not_know_of_each_other(name: str) -> None:
         again = network(images)
     assert torch.equal(first, again)
     torch.testing.assert_close(other, first[:1], rtol=1e-9, atol=1e-9)
+
+
+def test_a_compiled_network_does_not_depend_on_other_networks() -> None:
+    """spikingjelly lists every network that it has reset; a trace that reads this list breaks when one of them dies."""
+    torch.compiler.reset()
+    small = {**SMALL, "T": 1, "depths": 1}
+    others = [create_model("spikformer", num_classes=5, **small) for _ in range(2)]
+    for number in range(2):
+        functional.reset_net(others[number])
+    network = create_model("spikformer", num_classes=5, **small).eval()
+    images = torch.rand(2, 3, SIZE_PX, SIZE_PX, generator=torch.Generator().manual_seed(0))
+    expected, graphs = network(images), []
+
+    def counted(graph: torch.fx.GraphModule, _: list[Tensor]) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(network, backend=counted, fullgraph=True)
+    assert torch.equal(compiled(images), expected)
+    traced = len(graphs)
+    others.clear()
+    gc.collect()
+    assert torch.equal(compiled(images), expected)
+    assert len(graphs) == traced > 0
 
 
 def test_events_have_time_behind_the_batch() -> None:

@@ -162,7 +162,9 @@ def _end(network: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
 def _reset(network: nn.Module) -> None:
     from spikingjelly.activation_based import functional
 
-    functional.reset_net(network)
+    # not reset_net: its list of all networks that it has seen would be part of what torch.compile guards, and changes
+    # between trace and guard where another network dies
+    functional.reset_collected_modules(functional.collect_reset_modules(network))
 
 
 for _type, _adapter in {
