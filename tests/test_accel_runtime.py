@@ -216,6 +216,31 @@ def test_profile_accounts_for_every_operation(make: type) -> None:
     assert "GMAC/s" in table
 
 
+@pytest.mark.parametrize("implementation", accel.implementations())
+def test_profile_tells_the_share_of_the_peak(implementation: str) -> None:
+    program = swin_program()
+    profile = accel.Engine(program, implementation=implementation, threads=2).profile(images_of(program, 2), repeats=1)
+    peak = profile.peak_gmacs_per_s
+    assert peak is not None
+    assert peak > 0
+    told = profile.to_dict()
+    assert told["peak_gmacs_per_s"] == peak
+    for row, as_dict in zip(profile, told["rows"], strict=True):
+        expected = row.gmacs_per_s / peak if row.macs else None
+        assert profile.peak_share(row) == as_dict["peak_share"] == expected
+    assert f"peak {peak:.0f} GMAC/s" in str(profile)
+    with pytest.raises(ValueError, match="threads is 0"):
+        accel.core._core.peak_gmacs(implementation, 0)
+
+
+def test_the_reference_has_no_peak() -> None:
+    program = swin_program()
+    profile = accel.ReferenceEngine(program).profile(images_of(program, 1), repeats=1)
+    assert profile.peak_gmacs_per_s is None
+    assert all(profile.peak_share(row) is None for row in profile)
+    assert " peak" not in str(profile).splitlines()[0]
+
+
 def test_profile_refuses_nothing_to_time(engine: accel.Engine, program: norm.Program) -> None:
     with pytest.raises(ValueError, match="at least one image"):
         engine.profile(np.zeros((0, 24, 24, 3), dtype=np.uint8))

@@ -61,9 +61,10 @@ def markdown(figures: dict[str, Any]) -> str:
     names = list(dict.fromkeys(row["implementation"] for row in rows))
     parts = [
         "# int8 linear layers of Swin-T, alone",
-        "GMAC/s of one layer with bias and requantization to int8, batch 1 at 224 pixels; medians, the fastest sample "
-        "in brackets. The engine's step as its profile times it; answers of every implementation are compared with the "
-        "norm in the same run.",
+        "GMAC/s of one layer with bias and requantization to int8, batch 1 at 224 pixels; medians, in brackets the "
+        "fastest sample and the median's share of the peak: what the same products reach on operands in registers, "
+        "measured between the samples. The engine's step as its profile times it; answers of every implementation are "
+        "compared with the norm in the same run.",
     ]
     for threads in dict.fromkeys(row["threads"] for row in rows):
         lines = []
@@ -72,6 +73,8 @@ def markdown(figures: dict[str, Any]) -> str:
                 row["implementation"]: row for row in rows if row["threads"] == threads and tuple(row["shape"]) == shape
             }
             lines.append(["x".join(map(str, shape)), *(_cell(found[name]) for name in names)])
+        peaks = [f"{max(_peaks(rows, threads, name)):.0f}" for name in names]
+        lines.append(["peak", *peaks])
         parts += [f"## {threads} thread(s)", table(["rows x outputs x inputs", *names], lines)]
     equal = all(row["equal_to_norm"] for row in rows)
     packages = ", ".join(f"{name} {version}" for name, version in environment["packages"].items())
@@ -84,9 +87,13 @@ def markdown(figures: dict[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def _peaks(rows: Sequence[dict[str, Any]], threads: int, name: str) -> list[float]:
+    return [row["peak_gmacs_per_second"] for row in rows if row["threads"] == threads and row["implementation"] == name]
+
+
 def _cell(row: dict[str, Any]) -> str:
     best = row["macs"] / min(row["latency"]["samples_ms"]) / 1e6
-    return f"{row['gmacs_per_second']:.0f} ({best:.0f})"
+    return f"{row['gmacs_per_second']:.0f} ({best:.0f}, {row['gmacs_per_second'] / row['peak_gmacs_per_second']:.0%})"
 
 
 if __name__ == "__main__":

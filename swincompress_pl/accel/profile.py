@@ -12,7 +12,7 @@ from swincompress_pl import norm
 from swincompress_pl.norm.kinds import KINDS
 
 Counts = tuple[int, int, int]  # spikes, the places of neurons, synaptic operations
-_COLUMNS = (9, 6, 9, 7, 9, 9, 6)  # widths of the table's
+_COLUMNS = (9, 6, 9, 7, 5, 9, 9, 6)  # widths of the table's
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,12 +44,18 @@ class ProfileRow:
 
 @dataclass(frozen=True, kw_only=True)
 class Profile:
-    """The rows in order of execution; `str(profile)` is a table."""
+    """The rows in order of execution; `str(profile)` is a table.
+
+    peak_gmacs_per_s: what the implementation's products reach with operands in registers on as many threads, measured
+    beside the rows; None for the reference. A layer over counts of spikes may pass it: small numbers are multiplied
+    four at a time where int8 goes two by two (avx2), or skipped where they are zero.
+    """
 
     rows: tuple[ProfileRow, ...]
     implementation: str
     threads: int
     images: int
+    peak_gmacs_per_s: float | None = None
 
     @property
     def time_ms(self) -> float:
@@ -64,6 +70,12 @@ class Profile:
         """None for a network without spikes."""
         found = [row.sops for row in self.rows if row.sops is not None]
         return sum(found) if found else None
+
+    def peak_share(self, row: ProfileRow) -> float | None:
+        """The part of the peak that a row reaches, 0 to about 1; None where it has no MACs or the peak is unknown."""
+        if not row.macs or self.peak_gmacs_per_s is None:
+            return None
+        return row.gmacs_per_s / self.peak_gmacs_per_s
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -82,7 +94,8 @@ class Profile:
             "time_ms": self.time_ms,
             "macs": self.macs,
             "sops": self.sops,
-            "rows": [row.to_dict() for row in self.rows],
+            "peak_gmacs_per_s": self.peak_gmacs_per_s,
+            "rows": [row.to_dict() | {"peak_share": self.peak_share(row)} for row in self.rows],
         }
 
     def __str__(self) -> str:
@@ -90,11 +103,12 @@ class Profile:
         width = max(width, len("operation"))
         kinds = max(max((len(row.kind) for row in self.rows), default=0), len("kind"))
         spiking = self.sops is not None
-        titles = ("ms", "share", "MMAC", "GMAC/s", "kB") + (("MSOP", "spikes") if spiking else ())
+        titles = ("ms", "share", "MMAC", "GMAC/s", "peak", "kB") + (("MSOP", "spikes") if spiking else ())
         head = f"{'operation':{width}}  {'kind':{kinds}}  " + "  ".join(
             f"{title:>{size}}" for title, size in zip(titles, _COLUMNS, strict=False)
         )
-        lines = [f"{self.images} images, {self.implementation}, {self.threads} threads", head, "-" * len(head)]
+        peak = "" if self.peak_gmacs_per_s is None else f", peak {self.peak_gmacs_per_s:.0f} GMAC/s"
+        lines = [f"{self.images} images, {self.implementation}, {self.threads} threads{peak}", head, "-" * len(head)]
         total = ProfileRow(
             operation="total",
             kind="",
@@ -106,7 +120,8 @@ class Profile:
         )
         for row in (*self.rows, total):
             cells = [f"{row.time_ms:9.4f}", f"{row.share:6.1%}", f"{row.macs / 1e6:9.3f}", f"{row.gmacs_per_s:7.1f}"]
-            cells += [f"{row.bytes / 1e3:9.1f}"]
+            reached = self.peak_share(row)
+            cells += ["" if reached is None else f"{reached:5.0%}", f"{row.bytes / 1e3:9.1f}"]
             if spiking:
                 cells += ["" if row.sops is None else f"{row.sops / 1e6:9.3f}"]
                 cells += ["" if row.spike_rate is None else f"{row.spike_rate:6.1%}"]
@@ -150,6 +165,7 @@ def profile_of(
     implementation: str,
     threads: int,
     images: int,
+    peak_gmacs_per_s: float | None = None,
 ) -> Profile:
     """Joins measured times and counts with the Program's costs. steps: the operations, by number, that every time and
     count covers."""
@@ -175,4 +191,10 @@ def profile_of(
                 sops=counted if _reads_spikes(program.operations[covered[0]], values) else None,
             )
         )
-    return Profile(rows=tuple(rows), implementation=implementation, threads=threads, images=images)
+    return Profile(
+        rows=tuple(rows),
+        implementation=implementation,
+        threads=threads,
+        images=images,
+        peak_gmacs_per_s=peak_gmacs_per_s,
+    )

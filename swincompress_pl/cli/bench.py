@@ -158,14 +158,14 @@ def _bench_kernel(given: Namespace) -> int:
         print_json([outcome.to_dict() for outcome in outcomes])
     else:
         table = Table(title=f"linear, M={rows} N={outputs} K={inputs}, {given.threads or 1} thread(s)")
-        for column in ("implementation", "median ms", "quartiles ms", "GMAC/s", "equals the norm"):
+        for column in ("implementation", "median ms", "quartiles ms", "GMAC/s", "of the peak", "equals the norm"):
             table.add_column(column, justify="left" if column == "implementation" else "right")
         for outcome in outcomes:
             low, high = outcome.latency.quartiles_ms
             equal = "yes" if outcome.answers_equal else "NO"
             table.add_row(
                 outcome.implementation, f"{outcome.latency.median_ms:.4f}", f"{low:.4f} .. {high:.4f}",
-                f"{outcome.gmacs_per_second:.1f}", equal,
+                f"{outcome.gmacs_per_second:.1f}", f"{outcome.peak_share:.0%}", equal,
             )  # fmt: skip
         console().print(table)
     return 0 if all(outcome.answers_equal for outcome in outcomes) else _MISMATCH

@@ -29,16 +29,23 @@ class KernelBench:
     macs: int
     latency: Latency
     answers_equal: bool
+    peak_gmacs_per_second: float  # of as many threads, with operands in registers; the best of the rounds'
 
     @property
     def gmacs_per_second(self) -> float:
         return self.macs / self.latency.median_ms / 1e6
+
+    @property
+    def peak_share(self) -> float:
+        """The part of the peak that the layer reaches, 0 to about 1."""
+        return self.gmacs_per_second / self.peak_gmacs_per_second
 
     def to_dict(self) -> dict[str, Any]:
         return {
             "implementation": self.implementation,
             "macs": self.macs,
             "gmacs_per_second": self.gmacs_per_second,
+            "peak_gmacs_per_second": self.peak_gmacs_per_second,
             "latency": self.latency.to_dict(),
             "equal_to_norm": self.answers_equal,
         }
@@ -70,15 +77,19 @@ def bench_linear(
         accel.export(program, file)
         engines = {name: accel.load(file, threads=threads, implementation=name) for name in names}
     samples: dict[str, list[float]] = {name: [] for name in names}
+    peaks = dict.fromkeys(names, 0.0)
     for _ in range(rounds):
         for name, engine in engines.items():
-            samples[name].append(_layer_ms(engine.profile(images)))
+            profile = engine.profile(images)
+            samples[name].append(_layer_ms(profile))
+            peaks[name] = max(peaks[name], profile.peak_gmacs_per_s or 0.0)
     return [
         KernelBench(
             implementation=name,
             macs=rows * outputs * inputs,
             latency=Latency(samples_ms=tuple(samples[name]), threads=threads),
             answers_equal=equal[name],
+            peak_gmacs_per_second=peaks[name],
         )
         for name in names
     ]

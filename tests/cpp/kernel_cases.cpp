@@ -137,6 +137,11 @@ int compare(const char* path, int threads, const std::vector<std::string>& names
             std::printf("%s differs: %s\n", name.c_str(), given.label.c_str());
         }
     }
+    for (const std::string& name : names)
+        if (select_kernels(name).peak_products(2) < 2 * select_kernels(name).peak_products(1)) {
+            ++wrong;
+            std::printf("%s: peak_products miscounts\n", name.c_str());
+        }
     std::printf("%lld cases, %lld differences:", static_cast<long long>(cases), static_cast<long long>(wrong));
     for (const std::string& name : names) std::printf(" %s", name.c_str());
     std::printf("\n");

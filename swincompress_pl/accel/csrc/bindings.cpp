@@ -6,6 +6,7 @@
 
 #include "dispatch.h"
 #include "model.h"
+#include "peak.h"
 
 namespace py = pybind11;
 
@@ -192,6 +193,13 @@ py::array_t<Size> count_spikes(Executor& engine, const std::vector<py::array>& a
     return counts;
 }
 
+double peak_gmacs(const std::string& implementation, int threads) {
+    require_threads(threads);
+    const Kernels& kernels = select_kernels(implementation);
+    const py::gil_scoped_release release;
+    return measure_peak_gmacs(kernels, threads);
+}
+
 std::vector<std::vector<std::size_t>> steps(const Executor& engine) {
     std::vector<std::vector<std::size_t>> covered;
     for (const PlannedStep& step : engine.plan().steps()) covered.push_back(step.operations);
@@ -208,6 +216,7 @@ PYBIND11_MODULE(_core, module) {
     module.def(
         "select", [](const std::string& name) { return std::string(select_kernels(name).name); },
         py::arg("implementation") = "");
+    module.def("peak_gmacs", &peak_gmacs, py::arg("implementation"), py::arg("threads"));
     py::register_exception<CodedError>(module, "CodedError", PyExc_ValueError);
     module.def("load", &load, py::arg("content"), py::arg("implementation"), py::arg("threads"));
     module.def("read", &read_content, py::arg("content"));

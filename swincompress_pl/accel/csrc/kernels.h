@@ -207,6 +207,10 @@ struct Kernels {
     void (*spike_attention)(const SpikeAttentionCall&);
     void (*requantize)(const RequantizeCall&);
 
+    // Runs `rounds` of the products that `linear` is made of on what lies in registers (for `scalar`, in the first
+    // cache), and returns the number of their multiply-accumulates: per time, what no layer can pass.
+    Size (*peak_products)(Size rounds);
+
     // `events` takes a layer's rows where at most so many of a hundred inputs are spikes (a count of two is two),
     // `linear` where more are.
     Size events_max_percent = kEventsOnly;

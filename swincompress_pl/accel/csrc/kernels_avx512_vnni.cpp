@@ -93,6 +93,7 @@ const Kernels avx512_vnni_kernels = {
     generic_multiply,
     generic_spike_attention,
     generic_requantize,
+    peak_products,
     kEventsMaxPercent,
 };
 

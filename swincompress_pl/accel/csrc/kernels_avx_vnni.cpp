@@ -72,6 +72,7 @@ const Kernels avx_vnni_kernels = {
     generic_multiply,
     generic_spike_attention,
     generic_requantize,
+    tiled_peak_products<ValueProduct, kFactors>,
 };
 
 }  // namespace swincompress

@@ -77,6 +77,7 @@ const Kernels neon_dotprod_kernels = {
     generic_multiply,
     generic_spike_attention,
     generic_requantize,
+    tiled_peak_products<ValueProduct, kFactors>,
 };
 
 }  // namespace swincompress

@@ -97,6 +97,20 @@ void linear(const LinearCall& call) {
     finish_rows(call, packed.output, packed.channels, 0, call.rows);
 }
 
+Size peak_products(Size rounds) {
+    constexpr Size kDepth = 1024, kRows = 8;
+    std::int8_t x[kDepth], weight[kRows * kDepth];
+    for (Size k = 0; k < kDepth; ++k) x[k] = static_cast<std::int8_t>(k % 100);
+    for (Size k = 0; k < kRows * kDepth; ++k) weight[k] = static_cast<std::int8_t>(k % 90);
+    for (Size round = 0; round < rounds; ++round) {
+        std::int32_t sum = 0;
+        for (Size row = 0; row < kRows; ++row) sum += dot(x, weight + row * kDepth, kDepth);
+        x[0] = static_cast<std::int8_t>(sum % 100);  // so that every round has to be run
+        __asm__ volatile("" : : "r"(x) : "memory");
+    }
+    return rounds * kRows * kDepth;
+}
+
 bool runnable() { return true; }
 
 }  // namespace
@@ -128,6 +142,7 @@ const Kernels scalar_kernels = {
     generic_multiply,
     generic_spike_attention,
     generic_requantize,
+    peak_products,
 };
 
 }  // namespace swincompress
