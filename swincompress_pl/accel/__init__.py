@@ -17,6 +17,7 @@ from swincompress_pl import norm
 from swincompress_pl.accel import artifact
 from swincompress_pl.accel.artifact import ArtifactError
 from swincompress_pl.accel.core import implementations
+from swincompress_pl.accel.functions import gelu, layernorm, linear, matmul, softmax
 from swincompress_pl.accel.layer import QuantizedLayer, export_layer
 from swincompress_pl.accel.profile import Profile, ProfileRow
 from swincompress_pl.accel.runtime import Engine, ReferenceEngine, load, reference
@@ -30,9 +31,14 @@ __all__ = [
     "ReferenceEngine",
     "export",
     "export_layer",
+    "gelu",
     "implementations",
+    "layernorm",
+    "linear",
     "load",
+    "matmul",
     "reference",
+    "softmax",
 ]
 
 
