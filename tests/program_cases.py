@@ -156,13 +156,8 @@ def simple_case(rng: np.random.Generator, corners: bool) -> Case:
     """One of the operations that only move, look up, add or normalise."""
     rows, channels = int(rng.choice(SIZES)), int(rng.choice(SIZES))
     kind = str(rng.choice(["table", "add", "add_constant", "prepend", "gather", "mean", "softmax"]))
-    dtype = (
-        signed(rng)
-        if kind == "table"
-        else either(rng, "int16")
-        if kind in ("gather", "mean", "softmax")
-        else signed(rng, "int16")
-    )
+    unsigned_too = kind in ("gather", "mean", "softmax")
+    dtype = signed(rng) if kind == "table" else either(rng, "int16") if unsigned_too else signed(rng, "int16")
     x = integers(rng, dtype, (2, rows, channels), corners=corners)
     attributes: dict[str, Any] = {}
     tensors: dict[str, Array] = {}
