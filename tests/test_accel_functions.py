@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,7 @@ from swincompress_pl import accel, norm
 from swincompress_pl.accel import core, functions
 from swincompress_pl.norm import operations
 from swincompress_pl.norm.integer import EXP_STEPS, exponential, fine_exponential
+from swincompress_pl.norm.kinds import check_operation
 from swincompress_pl.norm.lowering import TABLE_CODES, layer_norm_integers, table_values
 
 Array = npt.NDArray[Any]
@@ -347,6 +350,29 @@ def test_each_guard_names_what_is_wrong(call: Callable[[], Array], error: type[E
         call()
 
 
+@pytest.mark.parametrize(
+    ("shape", "dtype", "attributes", "message"),
+    [
+        ((3,), "uint8", {"mult": 2**22, "shift": 1}, "attribute mult is 4194304"),
+        ((3,), "uint8", {"mult": -1, "shift": 1}, "attribute mult is -1"),
+        ((3,), "uint8", {"mult": 1, "shift": 53}, "attribute shift is 53"),
+        ((3,), "uint8", {"mult": 1, "shift": 0}, "attribute shift is 0"),
+        ((3,), "uint8", {"mult": 1}, "attribute shift is missing"),
+        ((3,), "uint8", {"mult": 1, "shift": 1, "eps": 1}, "unknown attribute 'eps'"),
+        ((3,), "int8", {"mult": 1, "shift": 1}, "output is int8"),
+        ((2, 2**16 + 1), "uint8", {"mult": 1, "shift": 1}, "65537 channels"),
+    ],
+)
+def test_norm_and_engine_refuse_the_same_softmax(
+    shape: tuple[int, ...], dtype: str, attributes: dict[str, int], message: str
+) -> None:
+    op = norm.Operation(kind="softmax", name="s", inputs=("x",), output="y", dtype=dtype, attributes=attributes)
+    value = norm.Value(dtype="int8", shape=shape)
+    for prove in (check_operation, core.operation_engine):
+        with pytest.raises(norm.ProgramError, match=f"softmax 's': {message}"):
+            prove(op, [value], {})
+
+
 def test_sums_beyond_int32_are_refused_and_the_largest_are_right() -> None:
     widest = (2**31 - 1) // (255 * 127)
     x, weight = np.full((2, widest + 1), 255, np.uint8), np.full((3, widest + 1), 127, np.int8)
@@ -364,6 +390,13 @@ def test_scales_at_their_limits_do_not_overflow() -> None:
             accel.layernorm(X, eps=0.0, input_scale=scale, output_scale=1.0)
             accel.softmax(X, scale=min(scale, 45000.0))
     assert accel.gelu(X, input_scale=9e29, output_scale=1e-30).tolist() == [[127] * 4] * 2
+
+
+def test_the_example_of_the_docs_prints_what_they_say(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(__file__).parent.parent / "docs" / "functions.md").read_text()
+    (code,), (printed,) = (re.findall(rf"```{kind}\n(.*?)```", page, re.DOTALL) for kind in ("python", "text"))
+    exec(code, {})
+    assert capsys.readouterr().out == printed
 
 
 def test_they_need_no_torch() -> None:
