@@ -336,7 +336,11 @@ SCALES = {"input_scale": 0.1, "output_scale": 0.1}
             r"bias 1e\+09 is too large for its output scale",
         ),
         (lambda: accel.layernorm(X, **SCALES, dtype="uint8"), ValueError, "dtype is 'uint8'"),
-        (lambda: accel.layernorm(np.ones((1, 4097), np.int8), **SCALES), norm.ProgramError, "at most 4096"),
+        (
+            lambda: accel.layernorm(np.ones((1, 4097), np.int8), **SCALES),
+            norm.ProgramError,
+            "'layernorm': 4097 channels; at most 4096",
+        ),
         (lambda: accel.gelu(X.astype(np.int16), **SCALES), TypeError, "x is int16; it must be int8"),
         (lambda: accel.gelu(X_LOWEST, **SCALES), ValueError, "x holds -128"),
         (lambda: accel.gelu(X, input_scale=math.nan, output_scale=1), ValueError, "input_scale is nan"),
@@ -378,7 +382,7 @@ def test_sums_beyond_int32_are_refused_and_the_largest_are_right() -> None:
     x, weight = np.full((2, widest + 1), 255, np.uint8), np.full((3, widest + 1), 127, np.int8)
     exact = widest * 255 * 127
     assert_each_equals(np.full((2, 3), exact, np.int32), accel.matmul, x[:, 1:], weight[:, 1:].T)
-    with pytest.raises(norm.ProgramError, match=r"accumulator may reach .* beyond int32"):
+    with pytest.raises(norm.ProgramError, match=r"'matmul': accumulator may reach .* beyond int32"):
         accel.matmul(x, weight.T)
 
 

@@ -5,6 +5,8 @@ Example::
     accel.export(quantized_model, "model.safetensors")
     engine = accel.load("model.safetensors", threads=2)
     logits = engine(images)  # uint8 (N, H, W, 3) -> float32 (N, classes)
+
+For a kernel without a network: `export_layer`, `linear`, `matmul`, `softmax`, `layernorm`, `gelu` on integer arrays.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ def linear(
     if bias.shape != (outputs,):
         raise ValueError(f"bias has shape {bias.shape}; it must be ({outputs},) for a weight of shape {weight.shape}")
     tensors = {"weight": weight, "bias": bias, **_factors(scale, outputs)}
-    return _run("linear", x, dtype, implementation, threads, {"channels": outputs}, tensors)
+    return _run("linear", "linear", x, dtype, implementation, threads, {"channels": outputs}, tensors)
 
 
 def matmul(
@@ -91,7 +91,7 @@ def matmul(
 
     def product(part: IntArray, matrix: IntArray) -> IntArray:
         tensors = {"weight": np.ascontiguousarray(matrix.T), **requantization}
-        return _run("linear", part, dtype, implementation, threads, {"channels": outputs}, tensors)
+        return _run("matmul", "linear", part, dtype, implementation, threads, {"channels": outputs}, tensors)
 
     result = np.empty((*batch, rows, outputs), dtype)
     if result.size == 0:
@@ -116,7 +116,7 @@ def softmax(x: IntArray, *, scale: float, implementation: str | None = None, thr
     x = _rows(_integers(x, "x", "int8", "uint8", "int16", "int32"))
     steps = EXP_STEPS * math.log2(math.e)
     mult, shift = norm.multiplier(steps * _one_scale(scale, "scale", below=_FACTOR_MAX / steps))
-    return _run("softmax", x, "uint8", implementation, threads, {"mult": int(mult), "shift": int(shift)})
+    return _run("softmax", "softmax", x, "uint8", implementation, threads, {"mult": int(mult), "shift": int(shift)})
 
 
 def layernorm(
@@ -149,7 +149,7 @@ def layernorm(
         input_scale=_one_scale(input_scale, "input_scale"),
         output_scale=_scales(output_scale, "output_scale", channels),
     )
-    return _run("layer_norm", x, dtype, implementation, threads, attributes, tensors)
+    return _run("layernorm", "layer_norm", x, dtype, implementation, threads, attributes, tensors)
 
 
 def gelu(
@@ -170,10 +170,12 @@ def gelu(
     real = TABLE_CODES * _one_scale(input_scale, "input_scale")
     real = real * np.array([math.erfc(-value / math.sqrt(2)) / 2 for value in real])
     values = table_values(real, _one_scale(output_scale, "output_scale"), dtype)
-    return _run("table", x.reshape(-1, 1), dtype, implementation, threads, {}, {"values": values}).reshape(x.shape)
+    column = x.reshape(-1, 1)
+    return _run("gelu", "table", column, dtype, implementation, threads, {}, {"values": values}).reshape(x.shape)
 
 
 def _run(
+    name: str,
     kind: str,
     x: IntArray,
     dtype: str,
@@ -182,11 +184,11 @@ def _run(
     attributes: Mapping[str, int],
     tensors: Mapping[str, IntArray] | None = None,
 ) -> IntArray:
-    """One operation on the rows of x (..., C), as one image: so that threads share all of them."""
+    """One operation on the rows of x (..., C), as one image: so that threads share all of them. name: in errors."""
     tensors = tensors or {}
     op = norm.Operation(
         kind=kind,
-        name="function",
+        name=name,
         inputs=("x",),
         output="y",
         dtype=dtype,
