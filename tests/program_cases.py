@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from swincompress_pl.norm import STORAGE, InputDescription, Operation, Program, Value
+from swincompress_pl.norm import STORAGE, InputDescription, Operation, Program, Value, multiplier
 from swincompress_pl.norm.integer import LIMITS, SIGNED_BYTES, UNSIGNED_BYTES
 
 Array = npt.NDArray[Any]
@@ -153,12 +153,11 @@ def attention_case(rng: np.random.Generator, corners: bool) -> Case:
 
 
 def simple_case(rng: np.random.Generator, corners: bool) -> Case:
-    """One of the operations that only move, look up or add."""
+    """One of the operations that only move, look up, add or normalise."""
     rows, channels = int(rng.choice(SIZES)), int(rng.choice(SIZES))
-    kind = str(rng.choice(["table", "add", "add_constant", "prepend", "gather", "mean"]))
-    dtype = (
-        signed(rng) if kind == "table" else either(rng, "int16") if kind in ("gather", "mean") else signed(rng, "int16")
-    )
+    kind = str(rng.choice(["table", "add", "add_constant", "prepend", "gather", "mean", "softmax"]))
+    unsigned_too = kind in ("gather", "mean", "softmax")
+    dtype = signed(rng) if kind == "table" else either(rng, "int16") if unsigned_too else signed(rng, "int16")
     x = integers(rng, dtype, (2, rows, channels), corners=corners)
     attributes: dict[str, Any] = {}
     tensors: dict[str, Array] = {}
@@ -176,6 +175,9 @@ def simple_case(rng: np.random.Generator, corners: bool) -> Case:
     elif kind == "gather":
         attributes = {"rows": int(rng.choice(SIZES)), "joined": int(rng.integers(1, 5))}
         tensors["index"] = rng.integers(-1, rows, (attributes["rows"], attributes["joined"])).astype(np.int32)
+    elif kind == "softmax":
+        mult, shift = multiplier(2.0 ** rng.uniform(0, 10) / LIMITS[dtype][1])
+        attributes, out = {"mult": int(mult), "shift": int(shift)}, "uint8"
     else:
         tensors.update(requantization(rng, channels, LIMITS[dtype][1] * rows**0.5))
         out = either(rng, "int16")

@@ -178,6 +178,15 @@ def attention_case(rng: np.random.Generator) -> Case:
     return Case(kind="attention", dtype="int8", arrays=(x,), attributes=attributes, tensors=tensors)
 
 
+def softmax_case(rng: np.random.Generator) -> Case:
+    x = values(rng, pick(rng, ["int8", "uint8", "int16", "int32"]), (2, pick(rng, SMALL), pick(rng, DEEP)))
+    reach = 2 * norm.LIMITS[x.dtype.name][1]
+    mult, shift = norm.multiplier(10 ** rng.uniform(-1, 4) * 32 / reach)
+    if rng.integers(4) == 0:
+        mult, shift = (each[0] for each in requantization(rng, 1, reach))
+    return Case(kind="softmax", dtype="uint8", arrays=(x,), attributes={"mult": int(mult), "shift": int(shift)})
+
+
 def table_case(rng: np.random.Generator) -> Case:
     dtype = pick(rng, ["int8", "uint8", "int16"])
     x = values(rng, "int8", (int(rng.integers(1, 4)), pick(rng, SMALL), pick(rng, DEEP)))
@@ -240,6 +249,7 @@ MAKERS: dict[str, Callable[[np.random.Generator], Case]] = {
     "conv2d": conv2d_case,
     "layer_norm": layer_norm_case,
     "attention": attention_case,
+    "softmax": softmax_case,
     "table": table_case,
     "add": add_case,
     "add_constant": add_constant_case,

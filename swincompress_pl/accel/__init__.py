@@ -5,6 +5,8 @@ Example::
     accel.export(quantized_model, "model.safetensors")
     engine = accel.load("model.safetensors", threads=2)
     logits = engine(images)  # uint8 (N, H, W, 3) -> float32 (N, classes)
+
+For a kernel without a network: `export_layer`, `linear`, `matmul`, `softmax`, `layernorm`, `gelu` on integer arrays.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from swincompress_pl import norm
 from swincompress_pl.accel import artifact
 from swincompress_pl.accel.artifact import ArtifactError
 from swincompress_pl.accel.core import implementations
+from swincompress_pl.accel.functions import gelu, layernorm, linear, matmul, softmax
 from swincompress_pl.accel.layer import QuantizedLayer, export_layer
 from swincompress_pl.accel.profile import Profile, ProfileRow
 from swincompress_pl.accel.runtime import Engine, ReferenceEngine, load, reference
@@ -30,9 +33,14 @@ __all__ = [
     "ReferenceEngine",
     "export",
     "export_layer",
+    "gelu",
     "implementations",
+    "layernorm",
+    "linear",
     "load",
+    "matmul",
     "reference",
+    "softmax",
 ]
 
 

@@ -10,7 +10,6 @@ import numpy as np
 import numpy.typing as npt
 
 from swincompress_pl import norm
-from swincompress_pl.norm.kinds import check_operation
 from swincompress_pl.norm.reference import tensors_of
 
 try:
@@ -107,7 +106,6 @@ def operation_engine(
     `.run(arrays)` takes one (N, *shape) array an input, C-contiguous, and returns the output (N, *shape); unlike a
     Program's it may have any type. Raises norm.ProgramError for an operation that breaks a rule of the norm.
     """
-    check_operation(op, inputs, tensors)
     return _engine(inputs, [_described(op, range(len(inputs)), tensors)], implementation, threads)
 
 

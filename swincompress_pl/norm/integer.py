@@ -44,7 +44,9 @@ EXP_ZERO = 9 * EXP_STEPS
 EXP_TABLE: npt.NDArray[np.uint16] = np.array(
     [math.floor(65280 * 2 ** (-i / EXP_STEPS) + 0.5) for i in range(EXP_STEPS)], dtype=np.uint16
 )
+FINE_EXP_ZERO = 16 * EXP_STEPS  # where 16 bits have nothing left
 RECIPROCAL_BITS = 24
+SOFTMAX_BITS = 40
 
 # LayerNorm: fractional bits of the normalised value, and the widest row whose bounds hold (see `layer_norm`).
 NORMALIZED_FRACTION_BITS = 16
@@ -77,7 +79,7 @@ def saturate(values: IntArray, dtype: str) -> IntArray:
     return np.clip(values, low, high).astype(STORAGE[dtype])
 
 
-def shift_right_rounded(values: IntArray, shift: IntArray | int) -> Int64Array:
+def shift_right_rounded(values: IntArray, shift: IntArray | np.int64 | int) -> Int64Array:
     """floor(values / 2**shift + 1/2) for int64 values: one rounding, half up; shift >= 1."""
     wide_shift = np.asarray(shift, dtype=np.int64)
     rounded: Int64Array = (values.astype(np.int64) + (np.int64(1) << (wide_shift - 1))) >> wide_shift
@@ -110,11 +112,23 @@ def exponential(distance: IntArray, mult: IntArray, shift: IntArray) -> npt.NDAr
     distance: row maximum minus logit, >= 0, below 2**31, in accumulator units. (mult, shift) turn it into 32nds of an
     octave.
     """
-    octaves = np.minimum(shift_right_rounded(distance.astype(np.int64) * mult.astype(np.int64), shift), EXP_ZERO)
-    mantissa = EXP_TABLE[octaves % EXP_STEPS].astype(np.int64)
     # floor of a floor: the same as one rounding of mantissa / 2**(8 + octave), and everything fits 16 bits
-    rounded: npt.NDArray[np.uint8] = (((mantissa >> (octaves // EXP_STEPS)) + 128) >> 8).astype(np.uint8)
+    rounded: npt.NDArray[np.uint8] = ((_mantissa(distance, mult, shift, EXP_ZERO) + 128) >> 8).astype(np.uint8)
     return rounded
+
+
+def fine_exponential(distance: IntArray, mult: int, shift: int) -> npt.NDArray[np.uint16]:
+    """65280 * exp(-x) as `exponential`, floored to 16 bits: 0 from sixteen octaves on. distance: below 2**32."""
+    mantissa = _mantissa(distance, np.int64(mult), np.int64(shift), FINE_EXP_ZERO)
+    return mantissa.astype(np.uint16)
+
+
+def _mantissa(distance: IntArray, mult: IntArray | np.int64, shift: IntArray | np.int64, zero: int) -> Int64Array:
+    """floor(65280 * 2**-octaves), octaves in 32nds, none beyond `zero`."""
+    product = distance.astype(np.int64) * mult.astype(np.int64)
+    steps = np.minimum(shift_right_rounded(product, shift), zero)
+    mantissa: Int64Array = EXP_TABLE[steps % EXP_STEPS].astype(np.int64) >> (steps // EXP_STEPS)
+    return mantissa
 
 
 def isqrt(n: Int64Array) -> Int64Array:

@@ -75,6 +75,14 @@ def _check_layer_norm(call: Call) -> Value:
     return call.output(x.shape, *SIGNED_BYTES, "int16")
 
 
+def _check_softmax(call: Call) -> Value:
+    x = call.source(0, *BYTES, "int16", "int32")
+    call.require(x.channels <= 2**16, f"{x.channels} channels; at most {2**16} keep the bounds")
+    call.integer("mult", 0, 2**MULTIPLIER_BITS - 1)
+    call.integer("shift", 1, SHIFT_MAX)
+    return call.output(x.shape, "uint8")
+
+
 def _check_table(call: Call) -> Value:
     x = call.source(0, *SIGNED_BYTES)
     output = call.output(x.shape, *BYTES, "int16")
@@ -191,6 +199,7 @@ KINDS: dict[str, Kind] = {
         _check_layer_norm,
         lambda x, t, a, dtype: ops.layer_norm(x[0], **t, epsilon=a["epsilon"], shift=a["shift"], dtype=dtype),
     ),
+    "softmax": Kind(1, _check_softmax, lambda x, t, a, dtype: ops.softmax(x[0], mult=a["mult"], shift=a["shift"])),
     "table": Kind(1, _check_table, lambda x, t, a, dtype: ops.table(x[0], t["values"])),
     "add": Kind(2, _check_add, lambda x, t, a, dtype: ops.add_values(x[0], x[1], dtype=dtype)),
     "add_constant": Kind(

@@ -14,8 +14,10 @@ from swincompress_pl.norm.integer import (
     ACCUMULATOR_BOUND,
     NORMALIZED_FRACTION_BITS,
     RECIPROCAL_BITS,
+    SOFTMAX_BITS,
     IntArray,
     exponential,
+    fine_exponential,
     integer_matmul,
     reciprocal_sqrt,
     requantize,
@@ -88,6 +90,20 @@ def layer_norm(x: IntArray, gain: IntArray, offset: IntArray, *, epsilon: int, s
     r, t = reciprocal_sqrt(np.maximum(variance, 1))
     normalized = ((channels * wide - total) * r) >> (54 - NORMALIZED_FRACTION_BITS - t)
     return saturate(shift_right_rounded(normalized * gain.astype(np.int64) + offset, shift), dtype)
+
+
+def softmax(x: IntArray, *, mult: int, shift: int) -> IntArray:
+    """y_c = round(255 exp(x_c) / sum exp(x)) over the last axis, the exponentials in 16 bits.
+
+    x: (..., C) of at most 32 bits, C <= 2**16; (mult, shift) turn differences of x into 32nds of an octave -> (..., C)
+    uint8 probabilities in units of 1/255. e = fine_exponential(row maximum - x), 65280 at the maximum; y = e *
+    floor(255 * 2**40 / sum e), shifted and rounded once. Widths: a difference is below 2**32, times mult below 2**54;
+    65280 <= sum e < 2**32; e <= sum e, so e * reciprocal <= 255 * 2**40 and y <= 255 without saturation.
+    """
+    wide = x.astype(np.int64)
+    e = fine_exponential(wide.max(axis=-1, keepdims=True) - wide, mult, shift).astype(np.int64)
+    reciprocal = np.int64(255 << SOFTMAX_BITS) // e.sum(axis=-1, keepdims=True)
+    return shift_right_rounded(e * reciprocal, SOFTMAX_BITS).astype(np.uint8)
 
 
 def table(x: IntArray, values: IntArray) -> IntArray:

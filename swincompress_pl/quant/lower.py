@@ -27,18 +27,6 @@ def to_array(tensor: Tensor) -> FloatArray:
     return tensor.detach().to("cpu", torch.float64).numpy()
 
 
-def fixed_point(values: FloatArray, *, fraction_bits: int) -> tuple[npt.NDArray[np.int32], int]:
-    """Integers (below 2**22) and the common shift with integer * 2**(fraction_bits - shift) nearest to the values."""
-    largest = float(np.abs(values).max())
-    bits = 28 if largest == 0 else min(28, 22 - int(np.frexp(largest)[1]))
-    if round(largest * 2.0**bits) >= 2**22:
-        bits -= 1
-    shift = bits + fraction_bits
-    if shift < 1:
-        raise ValueError(f"gain {largest:.3g} is too large for its output scale; recalibrate it")
-    return np.rint(values * 2.0**bits).astype(np.int32), shift
-
-
 @dataclass(frozen=True, kw_only=True)
 class Current:
     """Accumulators that a neuron reads as they are: (C,) their unit; (C,) the real bias that is still to be added; the

@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swincompress_pl.norm import EXP_STEPS, multiplier
+from swincompress_pl.norm.lowering import TABLE_CODES, layer_norm_integers, table_values
 from swincompress_pl.quant.graph import Node, Run, WeightedNode, parameter
-from swincompress_pl.quant.lower import Lowering, fixed_point, to_array
+from swincompress_pl.quant.lower import Lowering, to_array
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,17 +167,15 @@ class LayerNormNode(Node):
         norm = self._norm(lowering.network)
         scales = lowering.scales(self.output)
         channels = len(scales)
-        gain = (np.ones(channels) if norm.weight is None else to_array(norm.weight)) / scales
-        offset = np.zeros(channels) if norm.bias is None else to_array(norm.bias)
-        offset = (offset + lowering.shift(self.output)) / scales
-        gain_q, shift = fixed_point(gain, fraction_bits=16)
-        unit = lowering.scalar_scale(self.inputs[0])
-        lowering.emit(
-            self,
-            "layer_norm",
-            attributes={"epsilon": round(norm.eps * (channels / unit) ** 2), "shift": shift},
-            tensors={"gain": gain_q, "offset": np.rint(offset * 2.0**shift).astype(np.int64)},
+        bias = np.zeros(channels) if norm.bias is None else to_array(norm.bias)
+        attributes, tensors = layer_norm_integers(
+            np.ones(channels) if norm.weight is None else to_array(norm.weight),
+            bias + lowering.shift(self.output),
+            eps=norm.eps,
+            input_scale=lowering.scalar_scale(self.inputs[0]),
+            output_scale=scales,
         )
+        lowering.emit(self, "layer_norm", attributes=attributes, tensors=tensors)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,14 +189,12 @@ class ActivationNode(Node):
         return result
 
     def lower(self, lowering: Lowering) -> None:
-        codes = torch.arange(256, dtype=torch.uint8).view(torch.int8).to(torch.float64)
+        codes = torch.from_numpy(TABLE_CODES)
         function = lowering.network.get_submodule(self.module)
         (shift_in,), (shift_out,) = lowering.shift(self.inputs[0]), lowering.shift(self.output)
         real = to_array(function(codes * lowering.scalar_scale(self.inputs[0]) - shift_in)) + shift_out
-        site = lowering.site(self.output)
-        low = -site.q_max if site.signed else 0
-        values = np.clip(np.floor(real / lowering.scalar_scale(self.output) + 0.5), low, site.q_max)
-        lowering.emit(self, "table", tensors={"values": values.astype(site.storage)})
+        values = table_values(real, lowering.scalar_scale(self.output), lowering.site(self.output).dtype)
+        lowering.emit(self, "table", tensors={"values": values})
 
 
 @dataclass(frozen=True, kw_only=True)

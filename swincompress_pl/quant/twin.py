@@ -23,8 +23,10 @@ from swincompress_pl.norm.integer import (
     EXP_STEPS,
     EXP_TABLE,
     EXP_ZERO,
+    FINE_EXP_ZERO,
     NORMALIZED_FRACTION_BITS,
     RECIPROCAL_BITS,
+    SOFTMAX_BITS,
 )
 from swincompress_pl.quant import twin_spiking as spiking
 
@@ -218,10 +220,26 @@ def _run_mean(x: list[Tensor], t: Mapping[str, Tensor], a: Mapping[str, Any], ty
     return _requantize(_tokens(x[0]).sum(1, dtype=torch.int64), t["mult"], t["shift"], types.output)
 
 
+def _mantissa(product: Tensor, shift: Tensor | int, zero: int) -> Tensor:
+    octaves = _shift_right_rounded(product, shift).clamp(max=zero).int()
+    mantissa = torch.from_numpy(EXP_TABLE.astype(np.int32)).to(product.device)[octaves % EXP_STEPS]
+    return mantissa >> (octaves // EXP_STEPS)
+
+
 def _exponential(distance: Tensor, mult: Tensor, shift: Tensor) -> Tensor:
-    octaves = _shift_right_rounded(distance.long() * mult.long(), shift.long()).clamp(max=EXP_ZERO).int()
-    mantissa = torch.from_numpy(EXP_TABLE.astype(np.int32)).to(distance.device)[octaves % EXP_STEPS]
-    return ((mantissa >> (octaves // EXP_STEPS)) + 128) >> 8
+    return (_mantissa(distance.long() * mult.long(), shift.long(), EXP_ZERO) + 128) >> 8
+
+
+def _run_softmax(x: list[Tensor], t: Mapping[str, Tensor], a: Mapping[str, Any], types: _Types) -> Tensor:
+    def probabilities(rows: Tensor) -> Tensor:
+        wide = rows.long()
+        distance = wide.amax(-1, keepdim=True) - wide
+        e = _mantissa(distance * a["mult"], a["shift"], FINE_EXP_ZERO).long()
+        total = e.sum(-1, keepdim=True)
+        reciprocal = torch.div(torch.full_like(total, 255 << SOFTMAX_BITS), total, rounding_mode="floor")
+        return _shift_right_rounded(e * reciprocal, SOFTMAX_BITS)
+
+    return _by_rows(probabilities, x[0], torch.uint8)
 
 
 def _run_attention(x: list[Tensor], t: Mapping[str, Tensor], a: Mapping[str, Any], types: _Types) -> Tensor:
@@ -261,6 +279,7 @@ _RUN: dict[str, Callable[[list[Tensor], Mapping[str, Tensor], Mapping[str, Any],
     "linear": _run_linear,
     "conv2d": _run_conv2d,
     "layer_norm": _run_layer_norm,
+    "softmax": _run_softmax,
     "table": _run_table,
     "add": _run_add,
     "add_constant": _run_add_constant,

@@ -97,7 +97,8 @@ def attention_program() -> norm.Program:
         "region": b.rng.integers(0, 2, (2, 4)).astype(np.uint8),
     }
     x = b.patches(2 * (2 * 3 + 2), "int8")
-    b.head(b.emit("attention", (x,), "int8", roles, windows=2, heads=2, qk_dim=3, v_dim=2, biases=7), 4)
+    x = b.emit("attention", (x,), "int8", roles, windows=2, heads=2, qk_dim=3, v_dim=2, biases=7)
+    b.head(b.emit("softmax", (x,), "uint8", {}, mult=2**21, shift=21), 4)
     return b.program()
 
 

@@ -78,7 +78,7 @@ const std::vector<const char*> kWords = {
     "spike_attention", "requantize", "int8",       "uint8",     "int16",    "int32",        "int64",
     "uint1",           "uint2",      "uint7",      "int4",      "images",   "NHWC",         "NTHWC",
     "0x1p+1",          "0x0p+0",     "inf",        "0x1p+2000", "weight",   "bias",         "",
-    "\x01 \xc3\xa9"};
+    "\x01 \xc3\xa9",   "softmax"};
 
 // Some text of the same document, so that references go astray, or a word of the format.
 std::string other_text(const std::vector<Json*>& document, Random& random) {

@@ -170,6 +170,17 @@ struct RequantizeCall {
     const std::uint8_t* shift;
 };
 
+// y = 255 * softmax(x) over the channels, whose differences mult / 2^shift turns into 32nds of an octave.
+struct SoftmaxCall {
+    const void* x;
+    std::uint8_t* y;
+    Type input;           // int8, uint8, int16 or int32
+    Size rows, channels;  // channels <= 2^16
+    std::int32_t mult;
+    int shift;
+    std::uint16_t* scratch;  // channels
+};
+
 struct Kernels {
     const char* name;
     bool (*runnable)();  // whether this CPU and operating system can run it
@@ -184,6 +195,7 @@ struct Kernels {
     void (*attention)(const AttentionCall&);
 
     void (*layer_norm)(const LayerNormCall&);
+    void (*softmax)(const SoftmaxCall&);
     void (*mean)(const MeanCall&);
     // y may be a or b. Types int8, uint8, int16 and int32.
     void (*add)(Type type, const void* a, const void* b, Size count, void* y);

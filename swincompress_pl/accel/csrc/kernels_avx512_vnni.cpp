@@ -77,6 +77,7 @@ const Kernels avx512_vnni_kernels = {
     attention_scratch_bytes,
     attention,
     layer_norm,
+    generic_softmax,
     generic_mean,
     generic_add,
     table,

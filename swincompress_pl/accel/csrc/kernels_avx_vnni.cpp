@@ -56,6 +56,7 @@ const Kernels avx_vnni_kernels = {
     attention_scratch_bytes,
     attention,
     layer_norm,
+    generic_softmax,
     generic_mean,
     generic_add,
     generic_table,

@@ -61,6 +61,7 @@ const Kernels neon_dotprod_kernels = {
     attention_scratch_bytes,
     attention,
     generic_layer_norm,
+    generic_softmax,
     generic_mean,
     generic_add,
     generic_table,

@@ -126,6 +126,7 @@ const Kernels scalar_kernels = {
     generic_attention_scratch_bytes,
     generic_attention,
     generic_layer_norm,
+    generic_softmax,
     generic_mean,
     generic_add,
     generic_table,

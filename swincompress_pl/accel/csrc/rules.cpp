@@ -5,7 +5,7 @@
 namespace swincompress {
 namespace {
 
-constexpr Size kLayerNormChannelsMax = 4096, kWindowLengthMax = Size{1} << 16;
+constexpr Size kLayerNormChannelsMax = 4096, kWindowLengthMax = Size{1} << 16, kSoftmaxChannelsMax = Size{1} << 16;
 
 // Elements within the range of the output's type, of the element type that holds it.
 void in_type(Call& call, const char* role, ValueType type, const std::vector<Size>& shape) {
@@ -55,6 +55,15 @@ Value check_layer_norm(Call& call) {
     call.elements<std::int32_t>("gain", {channels}, -gain_max, gain_max);
     call.elements<std::int64_t>("offset", {channels}, -offset_max, offset_max);
     return call.output(x.shape, {Type::int8, Type::int16});
+}
+
+Value check_softmax(Call& call) {
+    const Value& x = call.source(0, {Type::int8, Type::uint8, Type::int16, Type::int32});
+    call.require(x.channels() <= kSoftmaxChannelsMax, std::to_string(x.channels()) + " channels; at most " +
+                                                          std::to_string(kSoftmaxChannelsMax) + " keep the bounds");
+    call.integer("mult", 0, (Size{1} << 22) - 1);
+    call.integer("shift", 1, 52);
+    return call.output(x.shape, {Type::uint8});
 }
 
 Value check_table(Call& call) {
@@ -170,6 +179,7 @@ const std::map<std::string, Kind>& kinds() {
         {"linear", {1, check_linear}},
         {"conv2d", {1, check_conv2d}},
         {"layer_norm", {1, check_layer_norm}},
+        {"softmax", {1, check_softmax}},
         {"table", {1, check_table}},
         {"add", {2, check_add}},
         {"add_constant", {1, check_add_constant}},

@@ -19,7 +19,7 @@ std::unique_ptr<Step> make_step(const OperationView& view, const Kernels& kernel
         {"gather", make_gather},         {"prepend", make_prepend},   {"mean", make_mean},
         {"attention", make_attention},   {"lif", make_lif},           {"max_pool", make_max_pool},
         {"block_sum", make_block_sum},   {"multiply", make_multiply}, {"spike_attention", make_spike_attention},
-        {"requantize", make_requantize},
+        {"requantize", make_requantize}, {"softmax", make_softmax},
     };
     return makers.at(view.operation().kind)(view, kernels);
 }

@@ -45,6 +45,7 @@ std::unique_ptr<Step> make_linear(const OperationView& view, const Kernels& kern
 std::unique_ptr<Step> make_conv2d(const OperationView& view, const Kernels& kernels);
 std::unique_ptr<Step> make_attention(const OperationView& view, const Kernels& kernels);
 std::unique_ptr<Step> make_layer_norm(const OperationView& view, const Kernels& kernels);
+std::unique_ptr<Step> make_softmax(const OperationView& view, const Kernels& kernels);
 std::unique_ptr<Step> make_table(const OperationView& view, const Kernels& kernels);
 std::unique_ptr<Step> make_add(const OperationView& view, const Kernels& kernels);
 std::unique_ptr<Step> make_add_constant(const OperationView& view, const Kernels& kernels);

@@ -1,4 +1,4 @@
-// The steps around the matrix products: layer norm, tables, sums, means and moved rows.
+// The steps around the matrix products: layer norm, softmax, tables, sums, means and moved rows.
 #include <algorithm>
 #include <cstring>
 
@@ -32,6 +32,27 @@ private:
     LayerNormCall call_;
     std::vector<std::int32_t> gain_;
     std::vector<std::int64_t> offset_;
+    const Kernels& kernels_;
+};
+
+class SoftmaxStep : public Step {
+public:
+    SoftmaxStep(const SoftmaxCall& call, const Kernels& kernels) : call_(call), kernels_(kernels) {}
+
+    Size scratch_bytes() const override { return call_.channels * static_cast<Size>(sizeof(std::uint16_t)); }
+
+    void run(const Work& work) const override {
+        const Range range = share(work.images * call_.rows, 1, work.part, work.parts);
+        SoftmaxCall call = call_;
+        call.x = work.inputs[0] + range.first * call.channels * type_bytes(call.input);
+        call.y = reinterpret_cast<std::uint8_t*>(work.output) + range.first * call.channels;
+        call.rows = range.last - range.first;
+        call.scratch = reinterpret_cast<std::uint16_t*>(work.scratch);
+        kernels_.softmax(call);
+    }
+
+private:
+    SoftmaxCall call_;
     const Kernels& kernels_;
 };
 
@@ -190,6 +211,17 @@ std::unique_ptr<Step> make_layer_norm(const OperationView& view, const Kernels& 
     call.shift = static_cast<int>(view.attribute("shift"));
     return std::make_unique<LayerNormStep>(call, copied(view.elements<std::int32_t>("gain"), channels),
                                            copied(view.elements<std::int64_t>("offset"), channels), kernels);
+}
+
+std::unique_ptr<Step> make_softmax(const OperationView& view, const Kernels& kernels) {
+    const Value& x = view.input(0);
+    SoftmaxCall call{};
+    call.input = x.type();
+    call.rows = x.rows();
+    call.channels = x.channels();
+    call.mult = static_cast<std::int32_t>(view.attribute("mult"));
+    call.shift = static_cast<int>(view.attribute("shift"));
+    return std::make_unique<SoftmaxStep>(call, kernels);
 }
 
 std::unique_ptr<Step> make_table(const OperationView& view, const Kernels& kernels) {
