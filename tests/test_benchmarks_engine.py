@@ -43,40 +43,32 @@ def run(output: Path, *arguments: str) -> int:
 def test_all_models_and_batches_in_one_command(
     tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    real = main.race_all
+    prepare = measure.prepare
 
-    def with_one_that_fails(*args: Any, **kwargs: Any) -> Any:
-        prepare = measure.prepare
+    def with_one_that_fails(*args: Any, batch: int, **options: Any) -> Any:
+        broken = race.Contestant(name="broken", runtime="engine", threads=1, batch=batch, image_shape=(1,), file="gone")
+        found = prepare(*args, batch=batch, **options)
+        return {threads: [broken, *(peers if batch == 1 else [])] for threads, peers in found.items()}
 
-        def prepared(*rest: Any, **options: Any) -> Any:
-            found = prepare(*rest, **options)
-            broken = race.Contestant(
-                name="broken", runtime="onnxruntime", threads=1, batch=options["batch"], image_shape=(1,), file="gone"
-            )
-            return {threads: [*peers, broken] for threads, peers in found.items()}
-
-        with monkeypatch.context() as patch:
-            patch.setattr(measure, "prepare", prepared)
-            return real(*args, **kwargs)
-
-    monkeypatch.setattr(main, "race_all", with_one_that_fails)
-    assert run(tmp_path, "--model", "vit_tiny_patch16_224", "--batch", "1,2", "--against", "torch") == 0
-    for batch in (1, 2):
-        figures = json.loads((tmp_path / f"engine-vit_tiny_patch16_224-b{batch}.json").read_text())
-        engine, torch_fp32, broken = figures["races"][0]["results"]
+    monkeypatch.setattr(measure, "prepare", with_one_that_fails)
+    models_ = ("vit_tiny_patch16_224", "deit_tiny_patch16_224")
+    assert run(tmp_path, "--model", ",".join(models_), "--batch", "1,2", "--against", "torch") == 0
+    for model, batch in ((model, batch) for model in models_ for batch in (1, 2)):
+        figures = json.loads((tmp_path / f"engine-{model}-b{batch}.json").read_text())
+        engine, broken, *others = figures["races"][0]["results"]
         assert figures["batch"] == engine["latency"]["batch"] == batch
         assert engine["load_ms"] > 0
         assert engine["file_bytes"] == figures["file_bytes"]
-        expected = sum(value.nbytes for value in models.create_model("vit_tiny_patch16_224").state_dict().values())
-        assert torch_fp32["file_bytes"] == expected
-        agreement = torch_fp32["agreement"]
-        assert agreement["images"] == batch
-        assert agreement["correlation"] > 0.99, "the peer has the weights that were quantized, and the same images"
         assert (broken["latency"], broken["load_ms"], broken["agreement"]) == (None, None, None)
-        page = (tmp_path / f"engine-vit_tiny_patch16_224-b{batch}.md").read_text()
-        assert broken["unavailable"] in page
+        assert broken["unavailable"] in (tmp_path / f"engine-{model}-b{batch}.md").read_text()
+        for torch_fp32 in others:
+            state = models.create_model(model).state_dict()
+            assert torch_fp32["file_bytes"] == sum(value.nbytes for value in state.values())
+            assert torch_fp32["agreement"]["images"] == batch
+            assert torch_fp32["agreement"]["correlation"] > 0.99, "the same weights and images"
+        assert len(others) == (1 if batch == 1 else 0)
     overview = (tmp_path / "engine.md").read_text()
-    assert "batch 2, broken: " in overview
+    assert "- deit_tiny_patch16_224, batch 2, broken: " in overview
     assert "## Agreement" in overview
     assert "not measured" in (tmp_path / "engine.svg").read_text()
     assert "engine-vit_tiny_patch16_224-b2.md" in capsys.readouterr().out

@@ -20,8 +20,8 @@ Figures = Mapping[str, Any]
 _HEADER = ("runtime", "median ms", "quartiles ms", "GMAC/s", "times engine [quartiles]", "load ms", "file", "peak RSS")
 _AGREES = "agrees with engine"
 _NOTE = (
-    "Each runtime in its own process, in turns; medians and quartiles. Load is the import of the runtime, reading or "
-    "building the network and its first answer; of torch, file is the float32 state_dict."
+    "Each runtime in its own process, in turns; medians and quartiles. Load is reading or building the network, "
+    "compiling it and the first answer, without imports; of torch, file is the float32 state_dict."
 )
 _WEIGHTS = (
     "Peers run the float weights that were quantized, on the same images: agreement is the lowest correlation of an "

@@ -102,7 +102,11 @@ def _show(outcome: Any, file: Path) -> None:
     )
     rows = Table()
     for column in ("runtime", "median ms", "quartiles ms", "GMAC/s", "times engine", "load ms", "file", "peak RSS"):
-        rows.add_column(column, justify="left" if column == "runtime" else "right")
+        rows.add_column(
+            column,
+            justify="left" if column == "runtime" else "right",
+            min_width=len("onnxruntime") if column == "runtime" else None,
+        )
     for result in outcome.results:
         rows.add_row(*_cells(result, outcome))
     shown.print(rows)

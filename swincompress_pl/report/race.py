@@ -60,7 +60,7 @@ class Contestant:
 class Result:
     """How one contestant did; latency is None when it could not run, and `unavailable` says why.
 
-    load_ms: from before the runtime's import to its first answer. file_bytes: of what it read; of torch, its float32
+    load_ms: from its imported runtime to its first answer. file_bytes: of what it read; of torch, its float32
     state_dict. logits: its first answer, (batch, classes), on images that are the same for all of a race.
     """
 
