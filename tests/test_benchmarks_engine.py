@@ -43,15 +43,15 @@ def run(output: Path, *arguments: str) -> int:
 def test_all_models_and_batches_in_one_command(
     tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    prepare = measure.prepare
+    prepare, models_ = measure.prepare, ("vit_tiny_patch16_224", "deit_tiny_patch16_224")
 
     def with_one_that_fails(*args: Any, batch: int, **options: Any) -> Any:
         broken = race.Contestant(name="broken", runtime="engine", threads=1, batch=batch, image_shape=(1,), file="gone")
+        with_torch = batch == 2 and options["origin"]["network"]["name"] == models_[0]  # its process starts slowly
         found = prepare(*args, batch=batch, **options)
-        return {threads: [broken, *(peers if batch == 1 else [])] for threads, peers in found.items()}
+        return {threads: [broken, *(peers if with_torch else [])] for threads, peers in found.items()}
 
     monkeypatch.setattr(measure, "prepare", with_one_that_fails)
-    models_ = ("vit_tiny_patch16_224", "deit_tiny_patch16_224")
     assert run(tmp_path, "--model", ",".join(models_), "--batch", "1,2", "--against", "torch") == 0
     for model, batch in ((model, batch) for model in models_ for batch in (1, 2)):
         figures = json.loads((tmp_path / f"engine-{model}-b{batch}.json").read_text())
@@ -66,7 +66,7 @@ def test_all_models_and_batches_in_one_command(
             assert torch_fp32["file_bytes"] == sum(value.nbytes for value in state.values())
             assert torch_fp32["agreement"]["images"] == batch
             assert torch_fp32["agreement"]["correlation"] > 0.99, "the same weights and images"
-        assert len(others) == (1 if batch == 1 else 0)
+        assert len(others) == (1 if (model, batch) == (models_[0], 2) else 0)
     overview = (tmp_path / "engine.md").read_text()
     assert "- deit_tiny_patch16_224, batch 2, broken: " in overview
     assert "## Agreement" in overview
