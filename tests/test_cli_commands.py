@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -293,8 +294,11 @@ def test_bench_measures_an_artifact(artifact: Path, capsys: pytest.CaptureFixtur
     assert code == 0
     assert figures["answers"]["equal_to_reference"] is True
     assert figures["results"][0]["latency"]["batch"] == 2
+    assert figures["results"][0]["file_bytes"] == figures["file_bytes"] == artifact.stat().st_size
+    assert figures["results"][0]["load_ms"] > 0
     code, out, _ = run(["bench", str(artifact), "--threads", "1", "--rounds", "1", "--operations"], capsys)
     assert (code, "identical to the reference" in out, "patch_embed.proj" in out) == (0, True, True)
+    assert re.search(r"load\s+ms", out)
 
 
 def test_bench_races_torch_on_the_pruned_architecture(artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:

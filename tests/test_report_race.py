@@ -14,7 +14,7 @@ from swincompress_pl.report.bench import bench_artifact
 from swincompress_pl.report.kernels import bench_linear, linear_program
 from swincompress_pl.report.peers import PEERS, parse_peers, prepare
 from swincompress_pl.report.race import Contestant, run
-from swincompress_pl.report.worker import turn_ms
+from swincompress_pl.report.worker import SEED, turn_ms
 
 SHAPE = (4, 1, 8)
 
@@ -51,6 +51,14 @@ def test_a_race_reports_everyone(artifact: Path) -> None:
     assert engine.latency is not None
     assert (len(engine.latency.samples_ms), engine.latency.batch, engine.latency.threads) == (3, 2, 1)
     assert engine.peak_rss_bytes is None or engine.peak_rss_bytes > 2**20
+    assert engine.load_ms is not None
+    assert engine.load_ms > 0
+    assert engine.file_bytes == artifact.stat().st_size
+    assert engine.logits is not None
+    images = np.random.default_rng(SEED).integers(0, 256, (2, *SHAPE), dtype=np.uint8)
+    assert np.array_equal(engine.logits, accel.load(artifact)(images))
+    assert "logits" not in engine.to_dict()
+    assert (broken.load_ms, broken.file_bytes, broken.logits) == (None, None, None)
     assert broken.latency is None
     assert "FileNotFoundError" in (broken.unavailable or "")
     assert absent.unavailable == "not installed: thing"

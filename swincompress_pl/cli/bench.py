@@ -101,8 +101,12 @@ def _show(outcome: Any, file: Path) -> None:
         f"implementation {outcome.implementation}"
     )
     rows = Table()
-    for column in ("runtime", "median ms", "quartiles ms", "GMAC/s", "times engine", "peak RSS"):
-        rows.add_column(column, justify="left" if column == "runtime" else "right")
+    for column in ("runtime", "median ms", "quartiles ms", "GMAC/s", "times engine", "load ms", "file", "peak RSS"):
+        rows.add_column(
+            column,
+            justify="left" if column == "runtime" else "right",
+            min_width=len("onnxruntime") if column == "runtime" else None,
+        )
     for result in outcome.results:
         rows.add_row(*_cells(result, outcome))
     shown.print(rows)
@@ -121,7 +125,7 @@ def _cells(result: Any, outcome: Any) -> list[str]:
     from swincompress_pl.report.markdown import megabytes
 
     if result.latency is None:
-        return [result.name, "-", "", "", "", ""]
+        return [result.name, "-", *[""] * 6]
     low, high = result.latency.quartiles_ms
     times = outcome.ratios.get(result.name)
     return [
@@ -130,6 +134,8 @@ def _cells(result: Any, outcome: Any) -> list[str]:
         f"{low:.3f} .. {high:.3f}",
         f"{outcome.macs * outcome.batch / result.latency.median_ms / 1e6:.1f}",
         "" if times is None else f"{times.median:.2f}",
+        f"{result.load_ms:.0f}",
+        megabytes(result.file_bytes),
         megabytes(result.peak_rss_bytes),
     ]
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from swincompress_pl.report.environment import installed_version
 from swincompress_pl.report.race import Contestant
+from swincompress_pl.report.worker import SEED, normalized, random_images
 
 LATENCY_ONLY = "peers run the same architecture with random float weights: their latency counts, their answers do not"
 
@@ -166,7 +167,7 @@ class _Forms:
 
         height, width, channels = self.image_shape
         assert self.origin is not None
-        torch.manual_seed(0)
+        torch.manual_seed(SEED)
         network = models.rebuild(self.origin).eval()
         path = self.directory / "network.onnx"
         images = torch.zeros(self.batch, channels, height, width)
@@ -213,12 +214,9 @@ class _Forms:
         return model
 
     def _samples(self) -> list[Any]:
-        """Random images for a calibration: right for latency, which is all that is compared."""
-        import numpy as np
-
-        height, width, channels = self.image_shape
-        rng = np.random.default_rng(0)
-        return [rng.standard_normal((self.batch, channels, height, width), dtype=np.float32) for _ in range(2)]
+        """Random images for a calibration, other ones than those of the race but alike."""
+        shape = (self.batch, *self.image_shape)
+        return [normalized(random_images(shape, seed)) for seed in (SEED + 1, SEED + 2)]
 
     def _openvino_int8(self) -> Path:
         import nncf

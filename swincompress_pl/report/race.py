@@ -14,6 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
+import numpy.typing as npt
+
 from swincompress_pl.report.latency import Latency, turned
 
 Progress = Callable[[str, int, int], object]
@@ -55,18 +58,28 @@ class Contestant:
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """How one contestant did; latency is None when it could not run, and `unavailable` says why."""
+    """How one contestant did; latency is None when it could not run, and `unavailable` says why.
+
+    load_ms: from its imported runtime to its first answer. file_bytes: of what it read; of torch, its float32
+    state_dict. logits: its first answer, (batch, classes), on images that are the same for all of a race.
+    """
 
     name: str
     latency: Latency | None = None
     peak_rss_bytes: int | None = None
+    load_ms: float | None = None
+    file_bytes: int | None = None
+    logits: npt.NDArray[np.float32] | None = field(default=None, compare=False, repr=False)
     unavailable: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
+        """The figures in JSON types, without the logits."""
         return {
             "name": self.name,
             "latency": None if self.latency is None else self.latency.to_dict(),
             "peak_rss_bytes": self.peak_rss_bytes,
+            "load_ms": self.load_ms,
+            "file_bytes": self.file_bytes,
             "unavailable": self.unavailable,
         }
 
@@ -118,6 +131,7 @@ class _Worker:
         self.failure = contestant.unavailable
         self._samples: list[float] = []
         self._peak: int | None = None
+        self._ready: Mapping[str, Any] = {}
         self._process: subprocess.Popen[str] | None = None
         self._errors: IO[bytes] | None = None
         if self.failure is None:
@@ -154,7 +168,14 @@ class _Worker:
             return Result(name=name, unavailable=self.failure)
         threads, batch = self.contestant.threads, self.contestant.batch
         latency = Latency(samples_ms=tuple(self._samples), batch=batch, threads=threads)
-        return Result(name=name, latency=latency, peak_rss_bytes=self._peak)
+        return Result(
+            name=name,
+            latency=latency,
+            peak_rss_bytes=self._peak,
+            load_ms=self._ready["load_ms"],
+            file_bytes=self._ready["file_bytes"],
+            logits=np.asarray(self._ready["logits"], dtype=np.float32),
+        )
 
     def _start(self, task: Mapping[str, Any]) -> None:
         threads = str(self.contestant.threads)
@@ -170,7 +191,7 @@ class _Worker:
             env=environment,
             text=True,
         )
-        self._ask(json.dumps(task))
+        self._ready = self._ask(json.dumps(task)) or {}
 
     def _ask(self, line: str) -> dict[str, Any] | None:
         assert self._process is not None

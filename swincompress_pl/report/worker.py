@@ -1,25 +1,43 @@
 """One contestant of a race in a process of its own: `python -m swincompress_pl.report.worker`, driven by `race.run`.
 
-It reads one JSON line that says what to run, answers when it is warm, then answers every further line with the time of
-one turn. Its answers go to the original standard output; whatever libraries print goes to the standard error.
+It reads one JSON line that says what to run, answers when it is warm (with the time to its first answer, the size of
+what it read and its logits), then answers every further line with the time of one turn. Its answers go to the original
+standard output; whatever libraries print goes to the standard error.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import statistics
 import sys
+import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
+import numpy.typing as npt
 
-from swincompress_pl.report.latency import timed_ms
+from swincompress_pl.report.latency import NANOSECONDS_A_MS, timed_ms
 
 Call = Callable[[], object]
-_SEED = 0
+# A network built by `models.rebuild` right after torch.manual_seed(SEED) has the same weights here as in the parent.
+SEED = 0
+# How peers' images are normalized, in [0, 1] units.
+PIXEL_MEAN, PIXEL_STD = 0.5, 0.25
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """A runtime ready to run. call: one forward pass; logits: what it gave, as (N, classes) floats; file_bytes: of the
+    file that was read, of torch its float32 state_dict."""
+
+    call: Call
+    logits: Callable[[Any], npt.NDArray[Any]]
+    file_bytes: int
 
 
 def main() -> None:
@@ -27,15 +45,31 @@ def main() -> None:
     answers = _private_output()
     task = json.loads(sys.stdin.readline())
     try:
-        call = BUILDERS[task["runtime"]](task)
+        loaded, ready = load(task)
         for _ in range(task["warm_up"]):
-            call()
+            loaded.call()
     except Exception as error:  # every failure of a peer is the parent's to report, none may end the race
         _send(answers, {"error": f"{type(error).__name__}: {error}"})
         return
-    _send(answers, {"ready": True})
+    _send(answers, ready)
     for _ in sys.stdin:
-        _send(answers, {"sample_ms": turn_ms(call, task["turn_ms"]), "peak_rss_bytes": peak_rss_bytes()})
+        _send(answers, {"sample_ms": turn_ms(loaded.call, task["turn_ms"]), "peak_rss_bytes": peak_rss_bytes()})
+
+
+def load(task: Mapping[str, Any]) -> tuple[Loaded, dict[str, Any]]:
+    """The runtime of `task` and what there is to say of it. load_ms: reading or building the network, compiling it and
+    the first answer; imports are done before, since torch's worker needs more of them than a user of torch does."""
+    build = BUILDERS[task["runtime"]]
+    for module in _IMPORTS[task["runtime"]]:
+        importlib.import_module(module)
+    pixels = random_images((task["batch"], *task["image_shape"]), SEED)
+    images = pixels if build is _engine else normalized(pixels)
+    start = time.perf_counter_ns()
+    loaded = build(task, images)
+    answer = loaded.call()
+    load_ms = (time.perf_counter_ns() - start) / NANOSECONDS_A_MS
+    logits = np.asarray(loaded.logits(answer), dtype=np.float32)
+    return loaded, {"load_ms": load_ms, "file_bytes": loaded.file_bytes, "logits": logits.tolist()}
 
 
 def turn_ms(call: Call, budget_ms: float) -> float:
@@ -60,71 +94,93 @@ def peak_rss_bytes() -> int | None:
     return None
 
 
-def _engine(task: Mapping[str, Any]) -> Call:
+def _engine(task: Mapping[str, Any], images: npt.NDArray[Any]) -> Loaded:
     from swincompress_pl import accel
 
     engine = accel.load(task["file"], threads=task["threads"], implementation=task["implementation"])
-    images = _images(task)
-    return lambda: engine(images)
+    return Loaded(call=lambda: engine(images), logits=np.asarray, file_bytes=_file_bytes(task["file"]))
 
 
-def _torch(task: Mapping[str, Any]) -> Call:
+def _torch(task: Mapping[str, Any], images: npt.NDArray[Any]) -> Loaded:
     import torch
 
     from swincompress_pl import models
 
     torch.set_num_threads(task["threads"])
-    torch.manual_seed(_SEED)
+    torch.manual_seed(SEED)
     precision = {"fp32": torch.float32, "bf16": torch.bfloat16}[task["settings"].get("precision", "fp32")]
-    network = models.rebuild(task["origin"]).eval().to(precision)
+    network = models.rebuild(task["origin"]).eval()
+    file_bytes = sum(value.nbytes for value in network.state_dict().values())
+    network.to(precision)
     if task["settings"].get("compile"):
         network.compile()
-    images = torch.from_numpy(_normalized(task)).to(precision)
+    inputs = torch.from_numpy(images).to(precision)
 
     def call() -> object:
         with torch.inference_mode():
-            return network(images)
+            return network(inputs)
 
-    return call
+    return Loaded(call=call, logits=lambda answer: answer.float().numpy(), file_bytes=file_bytes)
 
 
-def _onnxruntime(task: Mapping[str, Any]) -> Call:
+def _onnxruntime(task: Mapping[str, Any], images: npt.NDArray[Any]) -> Loaded:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = task["threads"]
     options.inter_op_num_threads = 1
     session = onnxruntime.InferenceSession(task["file"], options, providers=["CPUExecutionProvider"])
-    inputs = {session.get_inputs()[0].name: _normalized(task)}
-    return lambda: session.run(None, inputs)
+    inputs = {session.get_inputs()[0].name: images}
+    return Loaded(
+        call=lambda: session.run(None, inputs),
+        logits=lambda answers: answers[0],
+        file_bytes=_file_bytes(task["file"]),
+    )
 
 
-def _openvino(task: Mapping[str, Any]) -> Call:
+def _openvino(task: Mapping[str, Any], images: npt.NDArray[Any]) -> Loaded:
     import openvino
 
     core = openvino.Core()
     settings = {"INFERENCE_NUM_THREADS": task["threads"], "PERFORMANCE_HINT": "LATENCY", **task["settings"]}
-    compiled = core.compile_model(task["file"], "CPU", settings)
-    request, images = compiled.create_infer_request(), _normalized(task)
-    return lambda: request.infer([images])
+    request = core.compile_model(task["file"], "CPU", settings).create_infer_request()
+    return Loaded(
+        call=lambda: request.infer([images]),
+        logits=lambda answers: answers[0],
+        file_bytes=_file_bytes(task["file"]),
+    )
 
 
-BUILDERS: dict[str, Callable[[Mapping[str, Any]], Call]] = {
+BUILDERS: dict[str, Callable[[Mapping[str, Any], npt.NDArray[Any]], Loaded]] = {
     "engine": _engine,
     "torch": _torch,
     "onnxruntime": _onnxruntime,
     "openvino": _openvino,
 }
 
+_IMPORTS = {
+    "engine": ("swincompress_pl.accel",),
+    "torch": ("torch", "swincompress_pl.models"),
+    "onnxruntime": ("onnxruntime",),
+    "openvino": ("openvino",),
+}
 
-def _images(task: Mapping[str, Any]) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    shape = (task["batch"], *task["image_shape"])
-    return np.random.default_rng(_SEED).integers(0, 256, shape, dtype=np.uint8)
+
+def _file_bytes(file: str) -> int:
+    """Of a file, and of the weights that OpenVINO keeps beside its XML."""
+    path = Path(file)
+    weights = path.with_suffix(".bin")
+    return path.stat().st_size + (weights.stat().st_size if path.suffix == ".xml" else 0)
 
 
-def _normalized(task: Mapping[str, Any]) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """The same images as (N, C, H, W) floats of about the size of normalized ones."""
-    real = (_images(task).astype(np.float32) / 255 - 0.5) / 0.25
+def random_images(shape: tuple[int, ...], seed: int) -> npt.NDArray[np.uint8]:
+    """(N, H, W, C) pixels of even noise."""
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def normalized(images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+    """(N, H, W, C) pixels as the (N, C, H, W) floats that peers take."""
+    real = (images.astype(np.float32) / 255 - PIXEL_MEAN) / PIXEL_STD
     return np.ascontiguousarray(real.transpose(0, 3, 1, 2))
 
 

@@ -1,0 +1,100 @@
+"""A network with random weights, its artifact, and races of the engine with its peers on both."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from swincompress_pl.norm import Program
+from swincompress_pl.report.bench import ENGINE, ratios_to
+from swincompress_pl.report.peers import prepare
+from swincompress_pl.report.race import Contestant, Progress, Result, run
+from swincompress_pl.report.worker import PIXEL_MEAN, PIXEL_STD, SEED
+
+_CALIBRATION_IMAGES = 4
+
+
+def export_random(model: str, file: Path) -> Program:
+    """An artifact of `model` with random weights, those that its peers draw too, calibrated on random images."""
+    import torch
+
+    from swincompress_pl import accel, models, quant
+
+    torch.manual_seed(SEED)
+    network = models.create_model(model).eval()
+    channels, height, width = network.pretrained_cfg["input_size"]  # type: ignore[index]
+    images = (torch.rand(_CALIBRATION_IMAGES, channels, height, width) - PIXEL_MEAN) / PIXEL_STD
+    preprocessing = {"mean": (PIXEL_MEAN,) * channels, "std": (PIXEL_STD,) * channels}
+    quantized = quant.quantize(network, [images], method="max", preprocessing=preprocessing)
+    accel.export(quantized, file)
+    return accel.reference(file).program
+
+
+def answers_equal(file: Path, program: Program, images: int) -> bool:
+    """Whether every implementation that this CPU has gives the reference's integers on random images."""
+    from swincompress_pl import accel
+
+    pixels = np.random.default_rng(0).integers(0, 256, (images, *program.input.value.shape), dtype=np.uint8)
+    expected = accel.reference(file).run_integer(pixels)
+    engines = (accel.load(file, implementation=name) for name in accel.implementations())
+    return all(bool(np.array_equal(engine.run_integer(pixels), expected)) for engine in engines)
+
+
+def race_all(
+    against: Sequence[str],
+    program: Program,
+    file: Path,
+    *,
+    batch: int,
+    threads: Sequence[int],
+    rounds: int,
+    turn_ms: float,
+    directory: Path,
+    tell: Progress,
+) -> list[dict[str, Any]]:
+    """One race for every number of threads, as JSON types; directory: for the files that peers read."""
+    shape = program.input.value.shape
+    peers = prepare(
+        against, origin=program.origin, image_shape=shape, threads=threads, batch=batch, directory=directory,
+        on_progress=lambda what: tell(what, 0, 1),
+    )  # fmt: skip
+    races = []
+    for number in threads:
+        ours = Contestant(name=ENGINE, runtime="engine", threads=number, batch=batch, image_shape=shape, file=str(file))
+        results = run([ours, *peers[number]], rounds=rounds, turn_ms=turn_ms, on_progress=tell)
+        ratios = ratios_to(results[0], results[1:])
+        races.append(
+            {
+                "threads": number,
+                "results": [result.to_dict() | {"agreement": _agreement(results[0], result)} for result in results],
+                "times_engine": {name: value.to_dict() for name, value in ratios.items()},
+            }
+        )
+    return races
+
+
+def _agreement(engine: Result, peer: Result) -> dict[str, Any] | None:
+    if engine.logits is None or peer.logits is None or peer.name == ENGINE:
+        return None
+    return agreement(engine.logits, peer.logits)
+
+
+def agreement(ours: npt.NDArray[np.float32], theirs: npt.NDArray[np.float32]) -> dict[str, Any] | None:
+    """How alike two runtimes' logits, (images, classes), are; None where they differ in shape or are not finite.
+
+    correlation: the lowest of all images of Pearson's between the logits over the classes: centred, since what all
+    classes have in common decides nothing; None where logits do not vary. same_top1: images with the same best class.
+    """
+    if ours.shape != theirs.shape or not (np.isfinite(ours).all() and np.isfinite(theirs).all()):
+        return None
+    a, b = (
+        logits.astype(np.float64) - logits.mean(axis=1, keepdims=True, dtype=np.float64) for logits in (ours, theirs)
+    )
+    norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    correlation = float(((a * b).sum(axis=1) / norms).min()) if norms.all() else None
+    same = int((ours.argmax(axis=1) == theirs.argmax(axis=1)).sum())
+    return {"correlation": correlation, "same_top1": same, "images": len(ours)}
