@@ -143,10 +143,10 @@ def fuzz(build: Path, count: int, artifacts: list[Path]) -> subprocess.Completed
 
 def test_mutants_are_refused_or_run(fuzzing: tuple[Path, Path, list[Path]]) -> None:
     _, build, artifacts = fuzzing
-    done = fuzz(build, 4000, artifacts)
+    done = fuzz(build, 8000, artifacts)
     assert done.returncode == 0, done.stderr[-3000:]
     words = done.stdout.split()
-    assert words[:2] == ["4000", "mutants:"]
+    assert words[:2] == ["8000", "mutants:"]
     assert int(words[2]) > 200, "few mutants live: the engine is hardly tried"
     for guard in ("which no earlier operation writes", "a second time", "accumulator may reach", "they must lie in",
                   "is not in the program", "unknown attribute", "it must be int# (#, #)", "beyond uint#", "altered",
