@@ -1,0 +1,96 @@
+"""`python -m benchmarks.engine.batches`: an image alone against an image of a batch, in turns in one process."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jsonargparse import ArgumentParser
+
+from swincompress_pl import accel
+from swincompress_pl.cli.common import integers
+from swincompress_pl.report import describe_environment
+from swincompress_pl.report.latency import Latency, timed_ms
+from swincompress_pl.report.markdown import table
+from swincompress_pl.report.record import write_text
+
+from .measure import export_random
+
+_RESULTS = Path(__file__).resolve().parent.parent / "results"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the benchmark and writes batches.json and batches.md; returns 1 when the two ways give other integers."""
+    command = ArgumentParser(prog="python -m benchmarks.engine.batches", description=main.__doc__)
+    command.add_argument("--model", type=str, default="swin_tiny_patch4_window7_224", help="names for create_model")
+    command.add_argument("--batch", type=int, default=8, help="images a call")
+    command.add_argument("--threads", type=str, default="1,2", help="numbers of threads")
+    command.add_argument("--rounds", type=int, default=25, help="samples of each way")
+    command.add_argument("--output", type=str, default=str(_RESULTS), help="directory of the results")
+    given = command.parse_args(arguments)
+    rows = []
+    for model in given.model.split(","):
+        with tempfile.TemporaryDirectory() as directory:
+            file = Path(directory) / "model.safetensors"
+            export_random(model, file)
+            for threads in integers(given.threads, "--threads"):
+                rows.append({"model": model} | compare(file, threads, given.batch, given.rounds))
+    figures = {"batch": given.batch, "rows": rows, "environment": describe_environment()}
+    write_text(Path(given.output) / "batches.json", json.dumps(figures, indent=1, allow_nan=False) + "\n")
+    text = markdown(figures)
+    print(text)
+    print(write_text(Path(given.output) / "batches.md", text))
+    return 0 if all(row["equal"] for row in rows) else 1
+
+
+def compare(file: Path, threads: int, batch: int, rounds: int) -> dict[str, Any]:
+    """Times an image by calls of one and by calls of `batch`, a sample of each in every round."""
+    engine = accel.load(file, threads=threads)
+    images = np.random.default_rng(0).integers(0, 256, (batch, *engine.input_shape), dtype=np.uint8)
+
+    def alone() -> list[Any]:
+        return [engine.run_integer(images[number : number + 1]) for number in range(batch)]
+
+    equal = bool(np.array_equal(np.concatenate(alone()), engine.run_integer(images)))
+    samples: dict[str, list[float]] = {"alone": [], "batch": []}
+    for _ in range(rounds):
+        samples["alone"].append(timed_ms(alone) / batch)
+        samples["batch"].append(timed_ms(lambda: engine.run_integer(images)) / batch)
+    ratios = np.divide(samples["batch"], samples["alone"])
+    return {
+        "threads": threads,
+        "equal": equal,
+        "ratio": float(np.median(ratios)),
+        "ratio_quartiles": [float(value) for value in np.percentile(ratios, [25, 75])],
+        **{way: Latency(samples_ms=tuple(values), threads=threads).to_dict() for way, values in samples.items()},
+    }
+
+
+def markdown(figures: dict[str, Any]) -> str:
+    """The results as a page."""
+    batch, environment = figures["batch"], figures["environment"]
+    header = ["model", "threads", "ms an image alone", f"ms an image of {batch}", "ratio [quartiles]", "answers equal"]
+    lines = [
+        [
+            row["model"],
+            str(row["threads"]),
+            *(f"{row[way]['median_ms']:.2f}" for way in ("alone", "batch")),
+            f"{row['ratio']:.3f} [{row['ratio_quartiles'][0]:.3f}, {row['ratio_quartiles'][1]:.3f}]",
+            "yes" if row["equal"] else "**NO**",
+        ]
+        for row in figures["rows"]
+    ]
+    return (
+        f"# Images alone and {batch} a call\n\nThe engine, both ways in turns in one process, random weights; medians, "
+        f"ratios round by round.\n\n{table(header, lines)}\n\n{environment['date']}, commit {environment['commit']}, "
+        f"{environment['cpu']} ({', '.join(environment['cpu_flags'])}), {environment['cores']} cores.\n"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
