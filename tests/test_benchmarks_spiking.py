@@ -124,7 +124,9 @@ def test_accuracy_before_and_after_fine_tuning(
     monkeypatch.setattr(accuracy, "SUBJECTS", subjects.SUBJECTS)
     monkeypatch.setattr(accuracy, "FINE_TUNING", subjects.Recipe(epochs=1, batch_size=4))
     out = tmp_path / "out"
-    given = SimpleNamespace(models="maxformer", data=tmp_path, cache=tmp_path, out=out, commit="abc", threads=1)
+    given = SimpleNamespace(
+        models="maxformer", data=tmp_path, cache=tmp_path, out=out, commit="abc", threads=1, device="cpu"
+    )
     for tuned, bits, rounding in (
         (False, "W8A8", "nearest"),
         (False, "W4A8", "second_order"),

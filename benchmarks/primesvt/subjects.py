@@ -1,4 +1,4 @@
-"""The networks that are pruned, one of each family, small enough to train on a CPU, and how they are trained."""
+"""The networks that are pruned, one of each family, small, and how they are trained."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ class Recipe:
     """Of a fit: AdamW with a warm-up and a cosine, on padded crops and mirrored images."""
 
     epochs: int
-    batch_size: int = 64
-    lr: float = 2e-3
+    batch_size: int = 256
+    lr: float = 3e-3
     weight_decay: float = 0.05
-    warmup_epochs: float = 0.5
+    warmup_epochs: float = 1.0
     label_smoothing: float = 0.1
 
 
@@ -94,37 +94,37 @@ SUBJECTS = {
             name="spikformer",
             model="Spikformer",
             arguments={
-                "T": 2, "img_size_h": 32, "img_size_w": 32, "patch_size": 4, "embed_dims": 64, "num_heads": 4,
+                "T": 2, "img_size_h": 32, "img_size_w": 32, "patch_size": 4, "embed_dims": 128, "num_heads": 4,
                 "depths": 2,
             },
-            baseline=Recipe(epochs=5),
+            baseline=Recipe(epochs=50),
         ),
         Subject(
             name="sdt",
             model="SpikeDrivenTransformer",
-            arguments={"T": 2, "embed_dims": 64, "num_heads": 4, "depths": 2, "pooling_stat": "0011"},
-            baseline=Recipe(epochs=6),
+            arguments={"T": 2, "embed_dims": 128, "num_heads": 4, "depths": 2, "pooling_stat": "0011"},
+            baseline=Recipe(epochs=50),
         ),
         Subject(
             name="qkformer",
             model="QKFormer",
-            arguments={"T": 2, "embed_dims": 96, "num_heads": [1, 2, 4], "depths": [1, 1, 2]},
-            baseline=Recipe(epochs=8),
+            arguments={"T": 2, "embed_dims": 160, "num_heads": [1, 2, 4], "depths": [1, 1, 2]},
+            baseline=Recipe(epochs=50),
         ),
         Subject(
             name="maxformer",
             model="MaxFormer",
-            arguments={"T": 2, "embed_dims": 64, "depths": [1, 1, 2]},
-            baseline=Recipe(epochs=12),
+            arguments={"T": 2, "embed_dims": 96, "depths": [1, 1, 2], "cifar": True},
+            baseline=Recipe(epochs=50),
         ),
         Subject(
             name="meta_spikeformer",
             model="MetaSpikeFormer",
             arguments={
                 "T": 2, "embed_dims": [16, 32, 64, 96], "depths": [1, 1, 1, 2, 1], "num_heads": 4,
-                "strides": [2, 2, 2, 1, 1], "attention_scale": 1.0,
+                "strides": [1, 2, 2, 1, 1], "attention_scale": 1.0,
             },
-            baseline=Recipe(epochs=7),
+            baseline=Recipe(epochs=50),
         ),
     )
 }  # fmt: skip

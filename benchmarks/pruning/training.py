@@ -5,7 +5,8 @@ from __future__ import annotations
 import base64
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -199,11 +200,10 @@ def network_figures(network: nn.Module, subject: Subject, data: MemoryData) -> d
 @torch.no_grad()
 def accuracy(network: nn.Module, data: MemoryData, split: str) -> dict[str, Any]:
     """Counts, and which images were right (`right_images` reads it), so that any two networks can be paired later."""
-    training, precision = network.training, torch.get_float32_matmul_precision()
+    training = network.training
     network.eval()
-    torch.set_float32_matmul_precision("highest")  # training may use less
-    right = torch.cat([network(images).argmax(1) == labels for images, labels in data.batches(split)]).cpu().numpy()
-    torch.set_float32_matmul_precision(precision)
+    with full_precision():
+        right = torch.cat([network(images).argmax(1) == labels for images, labels in data.batches(split)]).cpu().numpy()
     network.train(training)
     return {
         "images": len(right),
@@ -211,6 +211,18 @@ def accuracy(network: nn.Module, data: MemoryData, split: str) -> dict[str, Any]
         "percent": 100.0 * float(right.mean()),
         "right": base64.b64encode(np.packbits(right).tobytes()).decode(),
     }
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Products and convolutions of float32 as they are; training on a GPU may round their factors (TF32)."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
 
 
 def right_images(entry: dict[str, Any]) -> np.ndarray[Any, np.dtype[np.bool_]]:

@@ -45,6 +45,7 @@ def main() -> None:
     accuracy.add_argument("--rounding", default="nearest", choices=ROUNDINGS, help="of the weights, without --tuned")
     accuracy.add_argument("--data", type=Path, required=True, help="the folder with cifar10_jpeg.tar.xz")
     accuracy.add_argument("--cache", type=Path, required=True, help="of decoded images")
+    accuracy.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="of training; the engine has none")
     report = commands.add_parser("report", help="write benchmarks/results/spiking.md and .json")
     report.set_defaults(command=_report)
     report.add_argument("--controls", type=Path, default=None, help="results of benchmarks.primesvt, for its controls")
@@ -87,7 +88,7 @@ def _accuracy(given: argparse.Namespace) -> None:
 
     if given.tuned and given.rounding != "nearest":
         raise SystemExit(f"--rounding {given.rounding} goes with networks that are not trained; leave out --tuned")
-    place = Place(data=given.data, cache=given.cache, device="cpu", precision="32-true")
+    place = Place(data=given.data, cache=given.cache, device=given.device, precision="32-true")
     kind = "-tuned" if given.tuned else "" if given.rounding == "nearest" else f"-{given.rounding}"
     for name in given.models.split(","):
         for bits in given.bits.split(","):
@@ -113,6 +114,8 @@ def _keep(given: argparse.Namespace, key: str, make: Any) -> None:
         "commit": _commit(given),
         "where": f"{environment['cpu']} ({', '.join(environment['cpu_flags'])}), {given.threads} threads, {packages}",
     }
+    if found.get("fitted_on", "cpu") != "cpu":
+        found["where"] += f"; fine-tuned on {found['fitted_on']}"
     write_text(file, json.dumps(found))
     print(key, {k: v for k, v in found.items() if not isinstance(v, dict)}, flush=True)
 

@@ -19,6 +19,7 @@ from ..primesvt.subjects import SUBJECTS
 from ..primesvt.work import FINE_TUNING
 from ..pruning.subjects import Place, trainer
 from ..pruning.training import accuracy, fingerprint
+from ..pruning.work import device_name
 
 CALIBRATION_IMAGES = 128
 BITS = ("W8A8", "W4A8")
@@ -35,7 +36,7 @@ class _Engine(nn.Module):
         self.network = network
 
     def forward(self, images: Tensor) -> Tensor:
-        return torch.from_numpy(self.engine(self.network.pixels(images).numpy()))
+        return torch.from_numpy(self.engine(self.network.pixels(images.cpu()).numpy())).to(images.device)
 
 
 def measure(
@@ -51,7 +52,7 @@ def measure(
     """One row. bits None: the float control, which is only fine-tuned. rounding: of the weights, without training."""
     started, subject = time.perf_counter(), SUBJECTS[subject_name]
     data = subject.data(place, FINE_TUNING, seed)
-    module = subject.classifier(FINE_TUNING, seed, trained=True)
+    module = subject.classifier(FINE_TUNING, seed, trained=True).to(place.device)
     preprocessing = CIFAR10_PREPROCESSING.to_dict()
     result: dict[str, Any] = {
         "network": subject_name,
@@ -72,14 +73,14 @@ def measure(
             callbacks.append(qat)
         module.train()
         trainer(FINE_TUNING.epochs, callbacks, place).fit(module, datamodule=data)
-        network: Any = module.net.eval()
-        result["epochs"] = FINE_TUNING.epochs
+        network: Any = module.net.to(place.device).eval()
+        result |= {"epochs": FINE_TUNING.epochs, "fitted_on": device_name(place.device)}
     elif bits is not None:
         batches = [images for images, _ in data.calibration_dataloader(CALIBRATION_IMAGES)]
         search = {"rounding": rounding}
         network = quantize(module.net.eval(), batches, bits=bits, preprocessing=preprocessing, search=search).eval()
     if bits is not None:
-        engine = _Engine(network, torch.get_num_threads())
+        engine = _Engine(network.cpu(), torch.get_num_threads())
         result["file_bytes"] = engine.file_bytes
         result["integer"] = {"test": accuracy(engine, data, "test")}
     else:
