@@ -54,17 +54,14 @@ def _run(given: argparse.Namespace) -> int:
     precision = given.precision or ("bf16-mixed" if given.device == "cuda" else "32-true")
     settings = {
         "place": Place(data=given.data, cache=_cache(given), device=given.device, precision=precision),
-        "overrides": _overrides(given.set),
-        "threads": given.threads,
+        "overrides": overrides(given.set),
         "commit": given.commit,
     }
     outcome = runner.run(
-        wanted, given.out, settings, parallel=given.jobs, budget_s=given.budget_s, start_method=given.start
-    )
-    print(
-        f"{len(outcome.done)} done, {len(outcome.failed)} failed, {len(outcome.stopped)} stopped by the budget, "
-        f"{len(outcome.waiting)} not begun"
-    )
+        wanted, given.out, settings, parallel=given.jobs, budget_s=given.budget_s, threads=given.threads,
+        start_method=given.start,
+    )  # fmt: skip
+    print(outcome)
     if given.pack is not None:
         print(runner.pack(given.out, given.pack), "results in", given.pack)
     return 1 if outcome.failed else 0
@@ -133,7 +130,7 @@ def _cache(given: argparse.Namespace) -> Path:
     return Path(given.cache or given.out / "cache")
 
 
-def _overrides(entries: list[str]) -> dict[str, Any]:
+def overrides(entries: list[str]) -> dict[str, Any]:
     """["lr=0.001", "kinds=[\"mlp\"]"] -> fields of a recipe."""
     found = {}
     for entry in entries:

@@ -184,6 +184,13 @@ class Named(Protocol):
     def name(self) -> str: ...
 
 
+class Waiting(Named, Protocol):
+    """A job that may have to wait for the results of another."""
+
+    @property
+    def reference(self) -> str | None: ...
+
+
 AnyJob = TypeVar("AnyJob", bound=Named)
 
 

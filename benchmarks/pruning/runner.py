@@ -1,7 +1,8 @@
-"""Many jobs in parallel processes until they are done or the time is up."""
+"""Many jobs of a benchmark in parallel processes until they are done or the time is up."""
 
 from __future__ import annotations
 
+import importlib
 import json
 import multiprocessing
 import os
@@ -14,9 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .jobs import Job, read_results, result_file
+from .jobs import Waiting, result_file
 
-_PRELOAD = ["benchmarks.pruning.work"]
 _POLL_S = 0.2
 _GRACE_S = 3.0
 _LAST_LINES = 4
@@ -31,35 +31,44 @@ class Outcome:
     stopped: list[str] = field(default_factory=list)
     waiting: list[str] = field(default_factory=list)
 
+    def __str__(self) -> str:
+        return (
+            f"{len(self.done)} done, {len(self.failed)} failed, {len(self.stopped)} stopped by the budget, "
+            f"{len(self.waiting)} not begun"
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Running:
     """A job at work."""
 
-    job: Job
+    job: Waiting
     process: Any
     started: float
 
 
 def run(
-    jobs: Sequence[Job],
+    jobs: Sequence[Waiting],
     folder: Path,
     settings: dict[str, Any],
     *,
+    work: str = "benchmarks.pruning.work",
     parallel: int,
     budget_s: float,
+    threads: int = 1,
     start_method: str = "forkserver",
 ) -> Outcome:
     """Runs the jobs without a result, in order, `parallel` at a time; at the end of the budget the rest is stopped.
 
-    settings: what `_work` takes beside the job. A job whose reference is not finished waits for it. A job that was
-    stopped leaves nothing and begins anew in the next run. A job that failed leaves its log, logs/<name>.log.
+    work: the module whose `do(job, folder, **settings)` runs a job, in a process of its own with so many `threads`. A
+    job whose reference is not finished waits for it. A job that was stopped leaves nothing and begins anew in the next
+    run. A job that failed leaves its log, logs/<name>.log.
     start_method: of the processes; "spawn" is slower and shares nothing.
     """
     # A server with the imports done, from which each job's process is forked: seconds less a job. CUDA begins there.
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # else a look for a GPU there would spoil the forks
     context: Any = multiprocessing.get_context(start_method)
-    context.set_forkserver_preload(_PRELOAD)
+    context.set_forkserver_preload([work])
     (folder / "logs").mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + budget_s
     queue = [job for job in jobs if not result_file(folder, job.name).is_file()]
@@ -68,7 +77,7 @@ def run(
     try:
         while (queue or running) and time.monotonic() < deadline:
             running = _collect(running, folder, outcome)
-            queue = _start_some(context, queue, running, folder, settings, parallel)
+            queue = _start_some(context, queue, running, folder, (work, settings, threads), parallel)
             if queue and not running:
                 break  # all that is left waits for jobs that are not here
             time.sleep(_POLL_S)
@@ -86,14 +95,14 @@ def run(
 
 
 def _start_some(
-    context: Any, queue: list[Job], running: list[Running], folder: Path, settings: dict[str, Any], parallel: int
-) -> list[Job]:
+    context: Any, queue: list[Waiting], running: list[Running], folder: Path, how: tuple[Any, ...], parallel: int
+) -> list[Waiting]:
     """Starts what fits, adds it to `running`, and gives what is left."""
     left = []
     for job in queue:
         ready = job.reference is None or result_file(folder, job.reference).is_file()
         if ready and len(running) < parallel:
-            process = context.Process(target=_work, args=(job, folder, settings), name=job.name)
+            process = context.Process(target=_work, args=(job, folder, *how), name=job.name)
             process.start()
             running.append(Running(job=job, process=process, started=time.monotonic()))
         else:
@@ -118,7 +127,7 @@ def _collect(running: list[Running], folder: Path, outcome: Outcome) -> list[Run
     return still
 
 
-def _work(job: Job, folder: Path, settings: dict[str, Any]) -> None:
+def _work(job: Waiting, folder: Path, work: str, settings: dict[str, Any], threads: int) -> None:
     """The job's own process: all output into its log."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     log = os.open(folder / "logs" / f"{job.name}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
@@ -126,18 +135,16 @@ def _work(job: Job, folder: Path, settings: dict[str, Any]) -> None:
         os.dup2(log, descriptor)
     import torch
 
-    from . import work
-
-    torch.set_num_threads(settings["threads"])
+    torch.set_num_threads(threads)
     try:
-        work.do(job, folder, settings["place"], settings["overrides"], settings["commit"])
+        importlib.import_module(work).do(job, folder, **settings)
     except BaseException:
         traceback.print_exc()
         sys.stderr.flush()
         os._exit(1)
 
 
-def _last_lines(folder: Path, job: Job) -> str:
+def _last_lines(folder: Path, job: Waiting) -> str:
     log = folder / "logs" / f"{job.name}.log"
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() if log.is_file() else []
     return " | ".join(lines[-_LAST_LINES:])
@@ -145,9 +152,10 @@ def _last_lines(folder: Path, job: Job) -> str:
 
 def pack(folder: Path, file: Path) -> int:
     """All results of a folder into one file, a line each, for a machine that gives few files back; how many."""
-    results = read_results(folder)
+    results = {found.stem: json.loads(found.read_text(encoding="utf-8")) for found in sorted(folder.glob("*.json"))}
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("".join(json.dumps(entry) + "\n" for entry in results.values()), encoding="utf-8")
+    lines = [json.dumps({"name": name, "results": entry}) + "\n" for name, entry in results.items()]
+    file.write_text("".join(lines), encoding="utf-8")
     return len(results)
 
 
@@ -157,8 +165,8 @@ def unpack(file: Path, folder: Path) -> int:
     written = 0
     for line in file.read_text(encoding="utf-8").splitlines():
         entry = json.loads(line)
-        target = result_file(folder, Job(**entry["job"]).name)
+        target = result_file(folder, entry["name"])
         if not target.is_file():
-            target.write_text(json.dumps(entry) + "\n", encoding="utf-8")
+            target.write_text(json.dumps(entry["results"]) + "\n", encoding="utf-8")
             written += 1
     return written

@@ -109,6 +109,11 @@ class Place:
     precision: str = "32-true"
 
 
+def device_name(device: str) -> str:
+    """The GPU's name, or "cpu"."""
+    return torch.cuda.get_device_name() if device == "cuda" else "cpu"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Subject:
     """One network with its data, ready for a job; `seed` decides hold-out, order and augmentation."""

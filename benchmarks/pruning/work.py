@@ -15,7 +15,7 @@ from .jobs import Job, read_result, write_result
 from .overhead import overhead
 from .peers import peer
 from .scoring import scoring
-from .subjects import Place, Subject, subject
+from .subjects import Place, Subject, device_name, subject
 from .training import control, fingerprint, prune_alone, prune_with_recovery
 
 
@@ -36,11 +36,6 @@ def do(job: Job, folder: Path, place: Place, overrides: dict[str, Any], commit: 
         "total_seconds": time.perf_counter() - started,
     }
     return write_result(folder, job, figures)
-
-
-def device_name(device: str) -> str:
-    """The GPU's name, or "cpu"."""
-    return torch.cuda.get_device_name() if device == "cuda" else "cpu"
 
 
 def _figures(job: Job, what: Subject, folder: Path) -> dict[str, Any]:

@@ -2,10 +2,13 @@
 
     python -m benchmarks.quantization list --out runs/quantization
     python -m benchmarks.quantization run --out runs/quantization --data DATA [--filter 'swin_cifar10-whole-W8A8-*']
+        [--device cuda --jobs 12 --budget-s 500]
+    python -m benchmarks.quantization pack --out runs/quantization --file results.jsonl   (and unpack)
     python -m benchmarks.quantization cost --model swin_tiny_patch4_window7_224
     python -m benchmarks.quantization report --out runs/quantization
 
-DATA: as in benchmarks/pruning/images.py. A job is one file of results; `run` skips what is there.
+DATA: as in benchmarks/pruning/images.py. A job is one file of results; `run` skips what is there. Every job has a
+process and a log of its own: one that fails stops no other.
 """
 
 from __future__ import annotations
@@ -13,13 +16,16 @@ from __future__ import annotations
 import argparse
 import json
 import resource
+import sys
 import time
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.pruning.jobs import chosen
+from benchmarks.pruning import runner
+from benchmarks.pruning.__main__ import overrides
+from benchmarks.pruning.jobs import chosen, result_file
 from benchmarks.pruning.subjects import Place
 from swincompress_pl.models import create_model
 from swincompress_pl.quant import quantize
@@ -28,47 +34,90 @@ from swincompress_pl.report.record import write_text
 
 from .jobs import all_jobs
 from .report import write
-from .work import CALIBRATION_IMAGES, do
+from .work import CALIBRATION_IMAGES
 
 _VALIDATED_IMAGES = 32
 _VALIDATION_TURNS = 7
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 
 
-def main() -> None:
+def main() -> int:
+    """Runs one command; 1 where a job failed."""
+    given = _arguments()
+    return int(_COMMANDS[given.command](given) or 0)
+
+
+def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("list", "run", "report"):
+    for name in ("list", "run", "report", "pack", "unpack"):
         command = commands.add_parser(name)
         command.add_argument("--out", type=Path, required=True, help="folder of the results")
         if name == "run":
-            command.add_argument("--data", type=Path, required=True)
-            command.add_argument("--cache", type=Path, help="folder of decoded images; default: OUT/cache")
-            command.add_argument("--precision", default="32-true", help="of the Trainer where a job fine-tunes")
-        if name != "report":
+            _add_run_options(command)
+        if name in ("list", "run"):
             command.add_argument("--filter", nargs="*", default=[], help="patterns of names (fnmatch)")
+        if name in ("pack", "unpack"):
+            command.add_argument("--file", type=Path, required=True, help="the packed file")
     cost = commands.add_parser("cost", help="time and memory of quantizing with random weights and images")
     cost.add_argument("--model", required=True)
     cost.add_argument("--out", type=Path, help="folder of the results; default: it is printed only")
-    given = parser.parse_args()
-    if given.command == "cost":
-        found = json.dumps(_cost(given.model))
-        print(found)
-        if given.out is not None:
-            write_text(given.out / f"cost-{given.model}.json", found + "\n")
-        return
-    if given.command == "report":
-        print(*write(given.out, RESULTS))
-        return
+    return parser.parse_args()
+
+
+def _add_run_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--data", type=Path, required=True)
+    command.add_argument("--cache", type=Path, help="folder of decoded images; default: OUT/cache")
+    command.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="of all but the C++ engine")
+    command.add_argument("--precision", default="32-true", help="of the Trainer where a job fine-tunes")
+    command.add_argument("--jobs", type=int, default=1, help="processes at a time")
+    command.add_argument("--threads", type=int, default=1, help="CPU threads of a job")
+    command.add_argument("--budget-s", type=float, default=1e9, help="seconds after which what runs is stopped")
+    command.add_argument("--set", nargs="*", default=[], help="fields of the recipe of fine-tuning, e.g. epochs=1")
+    command.add_argument("--commit", help="recorded where the source tree cannot tell")
+    command.add_argument("--pack", type=Path, help="after the run, all results into this one file")
+
+
+def _list(given: argparse.Namespace) -> None:
     for job in chosen(all_jobs(), given.filter):
-        file = given.out / f"{job.name}.json"
-        if given.command == "list":
-            print(f"{'done' if file.is_file() else '    '}  {job.name}")
-        elif not file.is_file():
-            given.out.mkdir(parents=True, exist_ok=True)
-            print(job.name, flush=True)
-            cache = given.cache or given.out / "cache"
-            do(job, given.out, Place(data=given.data, cache=cache, precision=given.precision))
+        print(f"{'done' if result_file(given.out, job.name).is_file() else '    '}  {job.name}")
+
+
+def _run(given: argparse.Namespace) -> int:
+    settings = {
+        "place": Place(
+            data=given.data, cache=given.cache or given.out / "cache", device=given.device, precision=given.precision
+        ),
+        "overrides": overrides(given.set),
+        "commit": given.commit,
+    }
+    outcome = runner.run(
+        chosen(all_jobs(), given.filter), given.out, settings, work="benchmarks.quantization.work", parallel=given.jobs,
+        budget_s=given.budget_s, threads=given.threads,
+    )  # fmt: skip
+    print(outcome)
+    if given.pack is not None:
+        print(runner.pack(given.out, given.pack), "results in", given.pack)
+    return 1 if outcome.failed else 0
+
+
+def _report(given: argparse.Namespace) -> None:
+    print(*write(given.out, RESULTS))
+
+
+def _pack(given: argparse.Namespace) -> None:
+    print(runner.pack(given.out, given.file), "results in", given.file)
+
+
+def _unpack(given: argparse.Namespace) -> None:
+    print(runner.unpack(given.file, given.out), "results new in", given.out)
+
+
+def _print_cost(given: argparse.Namespace) -> None:
+    found = json.dumps(_cost(given.model))
+    print(found)
+    if given.out is not None:
+        write_text(given.out / f"cost-{given.model}.json", found + "\n")
 
 
 def _cost(model: str) -> dict[str, object]:
@@ -102,5 +151,10 @@ def _validation_seconds(network: nn.Module, quantized: nn.Module, images: Tensor
     return {name: seconds[1:] for name, seconds in turns.items()}
 
 
+_COMMANDS = {
+    "list": _list, "run": _run, "report": _report, "pack": _pack, "unpack": _unpack, "cost": _print_cost,
+}  # fmt: skip
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

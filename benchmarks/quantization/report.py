@@ -71,7 +71,8 @@ _INTRODUCTION = (
     "Top-1 on images that nothing was decided on. Every accuracy but that of `affine`, which is a simulation, is that "
     "of the integers: the C++ engine's where it runs the widths (8-bit activations), else the torch twin's, checked "
     "against the NumPy reference to the bit in the same run. Calibration: 128 training images without augmentation; "
-    "the images of `train` reported for DeiT are others. Paired against the float network of the same weights: right "
+    "the images of `train` reported for DeiT are others (learning at length, for the loss and together takes the 72 "
+    "that are left, too). Paired against the float network of the same weights: right "
     "-> wrong / wrong -> right, the points lost with their 95 % interval, and how many predictions are the same. The "
     "first layer and the classifier keep 8 bits, GELU's input too; residual 16 bits. File: the artifact with weights "
     "packed, and entropy-coded, as a part of the float32 file of the whole network. s: wall time of quantizing or of "
@@ -173,7 +174,8 @@ def _about(results: Results, network: str, pruned: bool) -> str:
 
 
 def _place(entry: Mapping[str, Any]) -> str:
-    found = entry["environment"]
+    found, device = entry["environment"], entry.get("place", {}).get("device")
     return (
-        f"{found['cpu']}, {found['threads']} threads, torch {found['packages']['torch']}, commit {found.get('commit')}"
+        f"{found['cpu']}, {found['threads']} threads{f', {device}' if device else ''}, torch "
+        f"{found['packages']['torch']}, commit {found.get('commit')}"
     )

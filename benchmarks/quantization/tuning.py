@@ -22,8 +22,8 @@ RECIPES: dict[str, dict[str, Any]] = {
 def tune(
     what: Subject, network: nn.Module, bits: str | None, preprocessing: dict[str, Any], options: dict[str, Any]
 ) -> tuple[nn.Module, float]:
-    """(network, seconds): `network` fine-tuned, with masks kept; quantized from the first epoch on where `bits` say to
-    what. options: of `quant.quantize`."""
+    """(network, seconds): `network` fine-tuned, on the device, with masks kept; quantized from the first epoch
+    on where `bits` say to what. options: of `quant.quantize`."""
     module = what.classifier()
     module.take_teacher()  # the whole network, also where a pruned one is tuned
     module.net = network.train()
@@ -34,4 +34,5 @@ def tune(
     trainer(what.recipe.epochs, callbacks, what.place, limit_train_batches=what.recipe.train_batches).fit(
         module, datamodule=what.data()
     )
-    return module.net.eval(), time.perf_counter() - started
+    # Lightning leaves it on the CPU.
+    return module.net.to(what.place.device).eval(), time.perf_counter() - started

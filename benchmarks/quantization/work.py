@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import copy
 import json
+import os
 import resource
 import tempfile
 import time
@@ -21,8 +22,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from benchmarks.pruning.images import Images, load_splits
-from benchmarks.pruning.subjects import Place, Subject, subject
+from benchmarks.pruning.images import Images, load_splits, locked
+from benchmarks.pruning.subjects import Place, Subject, device_name, subject
 from swincompress_pl import accel, norm
 from swincompress_pl.data.sampling import Purpose, derive_seed
 from swincompress_pl.models.manifest import restore_from_history
@@ -46,20 +47,27 @@ Pixels = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True, kw_only=True)
 class Material:
-    """A network with its images. calibration: as stored. sets: {name: images} that accuracy is reported on, at the
-    network's size."""
+    """A network on its device with its images. calibration: as stored; spare: likewise, neither calibrated on nor
+    reported. sets: {name: images} that accuracy is reported on, at the network's size."""
 
     subject: Subject
     network: nn.Module
     calibration: Images
+    spare: Images
     sets: dict[str, Images]
     preprocessing: dict[str, Any]
 
+    def batch(self, pixels: Tensor) -> Tensor:
+        """Pixels as the network takes them, on its device."""
+        return self.subject.preprocessing.normalize(pixels.to(self.subject.place.device))
 
-def material(name: str, pruned: bool, place: Place, *, tuned: bool = False) -> Material:
+
+def material(
+    name: str, pruned: bool, place: Place, *, tuned: bool = False, overrides: dict[str, Any] | None = None
+) -> Material:
     """Calibration is drawn from the training images; what is reported is disjoint from it, and for a network that is
-    to be fine-tuned from all training images."""
-    what = subject(name, _SEED, place, RECIPES[name] if tuned else None)
+    to be fine-tuned, by its recipe with `overrides`, from all training images."""
+    what = subject(name, _SEED, place, RECIPES[name] | (overrides or {}) if tuned else None)
     # Nothing is decided on a hold-out here, so none is left out of the training images.
     splits = load_splits(what.data_set, place.data, place.cache, holdout=what.recipe.holdout, seed=_SEED)
     train = Images(
@@ -69,6 +77,7 @@ def material(name: str, pruned: bool, place: Place, *, tuned: bool = False) -> M
     order = np.random.default_rng(derive_seed(_SEED, Purpose.CALIBRATION)).permutation(len(train.labels))
     size = what.preprocessing.height
     picked = order[:CALIBRATION_IMAGES]
+    spare = order[CALIBRATION_IMAGES + REPORTED_TRAIN_IMAGES :] if name == "deit_tiny" else order[:0]
     sets = {"test": Images(_centre(splits.test.pixels, size), splits.test.labels)}
     if name == "deit_tiny" and not tuned:
         unseen = np.sort(order[CALIBRATION_IMAGES : CALIBRATION_IMAGES + REPORTED_TRAIN_IMAGES])
@@ -78,8 +87,9 @@ def material(name: str, pruned: bool, place: Place, *, tuned: bool = False) -> M
         network = _pruned(what, network)
     return Material(
         subject=what,
-        network=network,
+        network=network.to(place.device),
         calibration=Images(train.pixels[picked], train.labels[picked]),
+        spare=Images(train.pixels[spare], train.labels[spare]),
         sets=sets,
         preprocessing=what.preprocessing.to_dict(),
     )
@@ -93,20 +103,9 @@ def _centre(pixels: Pixels, size: int) -> Pixels:
 def _pruned(what: Subject, network: nn.Module) -> nn.Module:
     """Single weights masked within two points of the hold-out, without training; kept beside the decoded images."""
     file = what.place.cache / f"{what.name}-weights-t{_TOLERANCE_POINTS:g}.safetensors"
-    if not file.is_file():
-        data = what.data()
-        config = RoundRobinConfig(
-            granularity="weight", tolerance=_TOLERANCE_POINTS, ranking="global", criterion="layer_fisher", step=0.1
-        )
-        prune(
-            network,
-            HoldOut.from_batches(data.holdout_dataloader()),
-            config,
-            gradients=lambda net: collect_gradients(net, data.calibration_dataloader(512)),
-        )
-        tensors = {key: value.contiguous() for key, value in network.state_dict().items()}
-        save_file(tensors, file, {"history": json.dumps(history_of(network))})
-        return network
+    with locked(file):
+        if not file.is_file():
+            _prune(what, copy.deepcopy(network).to(what.place.device), file)
     with safe_open(file, framework="pt") as opened:
         history = json.loads(opened.metadata()["history"])
     network = restore_from_history(network, history)
@@ -114,12 +113,36 @@ def _pruned(what: Subject, network: nn.Module) -> nn.Module:
     return network.eval()
 
 
-def do(job: Job, folder: Path, place: Place) -> Path:
-    """Runs `job` and writes its results into `folder`."""
-    given = material(job.network, job.pruned, place, tuned=job.tuned)
+def _prune(what: Subject, network: nn.Module, file: Path) -> None:
+    data = what.data()
+    config = RoundRobinConfig(
+        granularity="weight", tolerance=_TOLERANCE_POINTS, ranking="global", criterion="layer_fisher", step=0.1
+    )
+    prune(
+        network,
+        HoldOut.from_batches(data.holdout_dataloader()),
+        config,
+        gradients=lambda net: collect_gradients(net, data.calibration_dataloader(512)),
+    )
+    tensors = {key: value.cpu().contiguous() for key, value in network.state_dict().items()}
+    temporary = file.with_suffix(".tmp")
+    save_file(tensors, temporary, {"history": json.dumps(history_of(network))})
+    os.replace(temporary, file)
+
+
+def do(
+    job: Job, folder: Path, place: Place, overrides: dict[str, Any] | None = None, commit: str | None = None
+) -> Path:
+    """Runs `job` and writes its results into `folder`. overrides: of the recipe of fine-tuning; commit: where the
+    source tree cannot tell."""
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False  # convolutions have a switch of their own
+    given = material(job.network, job.pruned, place, tuned=job.tuned, overrides=overrides)
     do_it = _tuned if job.tuned else _plain if job.way is None else _quantized
     figures = do_it(given, job)
-    environment = describe_environment(threads=torch.get_num_threads())
+    environment = describe_environment(threads=torch.get_num_threads()) | ({"commit": commit} if commit else {})
+    if place.device != "cpu":
+        figures["place"] = {"device": device_name(place.device), "precision": place.precision}
     text = json.dumps({"job": job.to_dict(), **figures, "environment": environment}, allow_nan=False)
     return write_text(folder / f"{job.name}.json", text + "\n")
 
@@ -128,13 +151,13 @@ def _plain(given: Material, job: Job) -> dict[str, Any]:
     """The float network as it is."""
 
     def predict(pixels: Tensor) -> Tensor:
-        logits: Tensor = given.network(given.subject.preprocessing.normalize(pixels))
+        logits: Tensor = given.network(given.batch(pixels))
         return logits
 
     parameters = list(given.network.parameters())
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "float.safetensors"
-        save_file({key: value.contiguous() for key, value in given.network.state_dict().items()}, file)
+        save_file({key: value.cpu().contiguous() for key, value in given.network.state_dict().items()}, file)
         file_bytes = file.stat().st_size
     return {
         "sets": {name: _answers(images, predict) for name, images in given.sets.items()},
@@ -161,7 +184,7 @@ def _quantized(given: Material, job: Job) -> dict[str, Any]:
     assert job.way is not None
     assert job.bits is not None
     options = dict(WAYS[job.way])
-    batches = calibration_batches(given, crops=options.pop("crops", 0))
+    batches = calibration_batches(given, crops=options.pop("crops", 0), spare=options.pop("spare", False))
     started = time.perf_counter()
     quantized = quantize(
         copy.deepcopy(given.network), batches, bits=job.bits, preprocessing=given.preprocessing,
@@ -175,22 +198,24 @@ def _quantized(given: Material, job: Job) -> dict[str, Any]:
     if quantized.method == "affine":
 
         def simulate(pixels: Tensor) -> Tensor:
-            logits: Tensor = quantized(given.subject.preprocessing.normalize(pixels))
+            logits: Tensor = quantized(given.batch(pixels))
             return logits
 
         return figures | {"sets": {name: _answers(images, simulate) for name, images in given.sets.items()}}
     return figures | _integers(given, quantized)
 
 
-def calibration_batches(given: Material, *, crops: int) -> list[Tensor]:
-    """The calibration images as the network takes them, and so many random crops of each."""
+def calibration_batches(given: Material, *, crops: int, spare: bool = False) -> list[Tensor]:
+    """The calibration images as the network takes them, and so many random crops of each; with the spare ones."""
     stored, preprocessing = given.calibration.pixels, given.subject.preprocessing
+    if spare:
+        stored = np.concatenate([stored, given.spare.pixels])
     generator = torch.Generator().manual_seed(_SEED)
     views = [torch.from_numpy(_centre(stored, preprocessing.height))]
     for _ in range(crops):
         cropped = given.subject.augment(torch.from_numpy(stored).movedim(-1, 1).float() / 255, generator)
         views.append((cropped * 255).round().clamp(0, 255).to(torch.uint8).movedim(1, -1))
-    return [batch for view in views for batch in preprocessing.normalize(view).split(16)]
+    return [batch for view in views for batch in given.batch(view).split(16)]
 
 
 def _integers(given: Material, quantized: QuantizedNetwork) -> dict[str, Any]:
@@ -203,9 +228,12 @@ def _integers(given: Material, quantized: QuantizedNetwork) -> dict[str, Any]:
             figures["file_bytes" if compression is None else "compressed_file_bytes"] = file.stat().st_size
     some = given.sets["test"].pixels[:_CHECKED_IMAGES]
     expected = norm.run(program, some)
-    twin = quantized.integer_logits(torch.from_numpy(some)).numpy()
+
+    def run(pixels: Tensor) -> Tensor:
+        return quantized.integer_logits(pixels.to(given.subject.place.device))
+
+    twin = run(torch.from_numpy(some)).cpu().numpy()
     figures["equal"] = {"images": len(some), "twin == reference": bool(np.array_equal(twin, expected))}
-    run = quantized.integer_logits
     try:
         engine = accel.Engine(program, threads=torch.get_num_threads())
     except norm.ProgramError as error:
@@ -224,7 +252,7 @@ def _integers(given: Material, quantized: QuantizedNetwork) -> dict[str, Any]:
 def _answers(images: Images, predict: Any) -> dict[str, Any]:
     """The predicted classes, packed (`classes_of` reads them), and how many are right."""
     found = [
-        predict(batch).argmax(1).numpy()
+        predict(batch).argmax(1).cpu().numpy()
         for batch in track(torch.from_numpy(images.pixels).split(_BATCH), "images", transient=True)
     ]
     classes = np.concatenate(found).astype(np.int16)

@@ -17,9 +17,8 @@ from swincompress_pl.quant import QuantizedNetwork, quantize
 
 from ..primesvt.subjects import SUBJECTS
 from ..primesvt.work import FINE_TUNING
-from ..pruning.subjects import Place, trainer
+from ..pruning.subjects import Place, device_name, trainer
 from ..pruning.training import accuracy, fingerprint
-from ..pruning.work import device_name
 
 CALIBRATION_IMAGES = 128
 BITS = ("W8A8", "W4A8")

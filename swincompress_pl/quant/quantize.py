@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -118,7 +118,7 @@ def quantize(
         _secure_steps(quantized)
         if options is not None and options.rounding != "nearest":
             learned = options.rounding == "learned"
-            learning = options.learning if learned else replace(options.learning, iterations=0)
+            learning = options.learning if learned else Learning(iterations=0)
             round_blocks(quantized, batches, learning, progress=progress)
             _secure_steps(quantized)
     return quantized

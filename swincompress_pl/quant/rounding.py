@@ -5,7 +5,8 @@ quantized blocks before it give. First every layer in turn is rounded by second-
 2210.17323: the error of a column is spread over the columns that are not rounded yet), then the rounding of all weights
 of the block is learned together, towards what the float network gives there (as BRECQ, arXiv 2102.05426, does with
 AdaRound's choice between two neighbours; here a straight-through gradient moves the weights, which may go further).
-What comes out stands in the network's own weights, so that rounding to nearest finds it again.
+Last, where that is asked for, the weights of all blocks together, towards the float network's answers. What comes out
+stands in the network's own weights, so that rounding to nearest finds it again.
 """
 
 from __future__ import annotations
@@ -13,13 +14,15 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from rich.progress import Progress
 from torch import Tensor, nn
 
 from swincompress_pl.norm import INPUT_VALUE
-from swincompress_pl.quant.graph import Node, Passthrough, Quantizer, Run, Site, WeightedNode
+from swincompress_pl.quant.graph import Graph, Node, Passthrough, Quantizer, Run, Site, WeightedNode
 from swincompress_pl.quant.network import QuantizedNetwork
 from swincompress_pl.quant.scales import Scales
 
@@ -31,11 +34,17 @@ Values = Sequence[dict[str, Tensor]]
 @dataclass(frozen=True, kw_only=True)
 class Learning:
     """iterations: of Adam on each block, after its second-order rounding; 0 for that alone. batch_images: of one
-    iteration. lr: in steps of the weights' grid."""
+    iteration. lr: in steps of the weights' grid. sensitive: the errors of a block's outputs count by how much the
+    network's answers hang on them (their mean squared gradient, as BRECQ's, but averaged over the images).
+    joint_iterations, joint_lr: the same for all blocks together, after them, under the KL divergence to the float
+    network's answers; 0 for none."""
 
     iterations: int = 200
     batch_images: int = 16
     lr: float = 0.02
+    sensitive: bool = False
+    joint_iterations: int = 0
+    joint_lr: float = 0.002
     seed: int = 0
 
 
@@ -50,18 +59,33 @@ def round_blocks(
     """
     graph, network = quantized.graph, quantized.network
     integer = Run(graph, network, quantized.scales)
-    float_run = Run(graph, copy.deepcopy(network), Passthrough()) if learning.iterations else None
+    learns = learning.iterations or learning.joint_iterations
+    float_run = Run(graph, copy.deepcopy(network).requires_grad_(False), Passthrough()) if learns else None
+    weights = _sensitivities(float_run, batches, learning.seed) if float_run and learning.sensitive else {}
     wanted: Values = [{INPUT_VALUE: images} for images in batches]
     given: Values = [{INPUT_VALUE: images} for images in batches]
     with Progress(transient=True, disable=not progress) as bar:
         for numbers in bar.track(graph.blocks(), description="rounding"):
-            nodes = [node for node in graph.nodes[numbers.start : numbers.stop] if isinstance(node, WeightedNode)]
+            nodes = _weighted(graph, numbers)
             for node in nodes:
                 _compensate(node, numbers, integer, given)
             if float_run is not None:
                 wanted = [float_run.advance(values, numbers) for values in wanted]
-                _learn(nodes, numbers, integer, given, wanted, learning)
+            if learning.iterations:
+                objective = _SquaredError(numbers, given, wanted, weights)
+                _learn(nodes, integer, objective, learning, learning.iterations, learning.lr)
             given = [integer.advance(values, numbers) for values in given]
+        if learning.joint_iterations:
+            bar.add_task("rounding all blocks together", total=None)
+            (answers,) = tuple(wanted[0])
+            divergence = _Divergence(batches, [values[answers] for values in wanted])
+            everything = range(len(graph.nodes))
+            nodes = _weighted(graph, everything)
+            _learn(nodes, integer, divergence, learning, learning.joint_iterations, learning.joint_lr)
+
+
+def _weighted(graph: Graph, numbers: range) -> list[WeightedNode]:
+    return [node for node in graph.nodes[numbers.start : numbers.stop] if isinstance(node, WeightedNode)]
 
 
 class _Watch:
@@ -144,36 +168,115 @@ def second_order_rounding(weight: Tensor, step: Tensor, gram: Tensor, q_max: int
     return torch.empty_like(result).scatter_(-1, columns, result)
 
 
+def _sensitivities(run: Run, batches: Sequence[Tensor], seed: int) -> dict[str, Tensor]:
+    """{what a block gives: (1, rows, C) the mean square of the loss's gradient there over all images, 1 on average}.
+
+    The gradient is that of `calibration.sample_layers`, whose square has the diagonal of the Gauss-Newton matrix of the
+    KL divergence as its expectation.
+    """
+    signs = torch.Generator().manual_seed(seed)
+    total: dict[str, Tensor] = {}
+    for images in batches:
+        values: Mapping[str, Tensor] = {INPUT_VALUE: images.detach().clone().requires_grad_(True)}
+        ends: dict[str, Tensor] = {}
+        with torch.enable_grad():
+            for numbers in run.graph.blocks():
+                values = run.advance(values, numbers)
+                ends |= values
+            log_p = values[run.graph.nodes[-1].output].flatten(1).float().log_softmax(-1)
+            sign = torch.randint(0, 2, log_p.shape, generator=signs).to(log_p.device) * 2 - 1
+            answer = (log_p * (log_p.detach() / 2).exp() * sign).sum()
+        for name, gradient in zip(ends, torch.autograd.grad(answer, list(ends.values())), strict=True):
+            total[name] = total.get(name, 0.0) + gradient.square().sum(0, keepdim=True)
+    return {
+        name: squares / squares.mean().clamp(min=torch.finfo(squares.dtype).tiny) for name, squares in total.items()
+    }
+
+
+class _Objective(Protocol):
+    """What the weights are learned for: a loss of some of the images, and the sum over all of them."""
+
+    images: int
+
+    def loss(self, run: Run, picked: Tensor) -> Tensor: ...
+
+    def total(self, run: Run) -> float: ...
+
+
+class _SquaredError:
+    """Of what a block gives, against the float network's."""
+
+    def __init__(self, numbers: range, given: Values, wanted: Values, weights: Mapping[str, Tensor]) -> None:
+        (self.start,), (self.end,) = tuple(given[0]), tuple(wanted[0])
+        self.numbers, self.given, self.wanted = numbers, given, wanted
+        self.weight = weights.get(self.end)
+        self.starts, self.ends = torch.cat([v[self.start] for v in given]), torch.cat([v[self.end] for v in wanted])
+        self.images = len(self.starts)
+
+    def loss(self, run: Run, picked: Tensor) -> Tensor:
+        picked = picked.to(self.starts.device)
+        return self._squares(run.advance({self.start: self.starts[picked]}, self.numbers), self.ends[picked]).mean()
+
+    def total(self, run: Run) -> float:
+        pairs = zip(self.given, self.wanted, strict=True)
+        return float(sum(self._squares(run.advance(v, self.numbers), w[self.end]).sum() for v, w in pairs))
+
+    def _squares(self, found: Mapping[str, Tensor], wanted: Tensor) -> Tensor:
+        squares = (found[self.end] - wanted).square()
+        return squares if self.weight is None else squares * self.weight
+
+
+class _Divergence:
+    """KL divergence of the network's answers from the float network's."""
+
+    def __init__(self, batches: Sequence[Tensor], logits: Sequence[Tensor]) -> None:
+        self.batches = [torch.cat(list(batches)), torch.cat(list(logits)).flatten(1).float().log_softmax(-1)]
+        self.images, self.batch_images = len(self.batches[0]), len(batches[0])
+
+    def loss(self, run: Run, picked: Tensor) -> Tensor:
+        images, wanted = (part[picked.to(part.device)] for part in self.batches)
+        return self._of(run, images, wanted) / len(images)
+
+    def total(self, run: Run) -> float:
+        parts = zip(*(part.split(self.batch_images) for part in self.batches), strict=True)
+        return float(sum(self._of(run, images, wanted) for images, wanted in parts))
+
+    def _of(self, run: Run, images: Tensor, wanted: Tensor) -> Tensor:
+        return F.kl_div(run(images).float().log_softmax(-1), wanted, reduction="sum", log_target=True)
+
+
 def _learn(
-    nodes: Sequence[WeightedNode], numbers: range, integer: Run, given: Values, wanted: Values, learning: Learning
+    nodes: Sequence[WeightedNode],
+    integer: Run,
+    objective: _Objective,
+    learning: Learning,
+    iterations: int,
+    lr: float,
 ) -> None:
-    """Lets weights and biases of a block move, rounded with a straight-through gradient, towards the float output.
+    """Lets the weights and biases of `nodes` move, rounded with a straight-through gradient, towards the objective.
 
     A step of Adam moves a weight by about `lr` of its grid's step at most, so what comes out is another rounding and
-    not another network. Where the block's error over all images is no less afterwards, the weights stay as they were.
+    not another network. Where the objective over all images is no less afterwards, the weights stay as they were.
     """
     scales, network = integer.quantizer, integer.network
     assert isinstance(scales, Scales)
     rates: dict[nn.Parameter, float] = {}  # a layer may stand in several nodes, each with some of its rows
     for node in nodes:
-        rate = learning.lr * node.grid(network, scales.step(node), integer.balance(node))
+        rate = lr * node.grid(network, scales.step(node), integer.balance(node))
         rates |= dict.fromkeys(network.get_submodule(node.module).parameters(recurse=False), rate)
     parameters = list(rates)
     required = [p.requires_grad for p in parameters]
-    (start,), (end,) = tuple(given[0]), tuple(wanted[0])
-    starts, ends = torch.cat([v[start] for v in given]), torch.cat([v[end] for v in wanted])
     generator = torch.Generator().manual_seed(learning.seed)
-    before, error = [p.clone() for p in parameters], _block_error(integer, numbers, given, wanted)
+    before, error = [p.clone() for p in parameters], objective.total(integer)
     try:
         for parameter in parameters:
             parameter.requires_grad_(True)
         adam = torch.optim.Adam([{"params": [p], "lr": rate} for p, rate in rates.items()])
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam, learning.iterations)
-        for _ in range(learning.iterations):
-            picked = torch.randperm(len(starts), generator=generator)[: learning.batch_images].to(starts.device)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam, iterations)
+        for _ in range(iterations):
+            picked = torch.randperm(objective.images, generator=generator)[: learning.batch_images]
             with torch.enable_grad():
-                found = integer.advance({start: starts[picked]}, numbers)[end]
-                loss = (found - ends[picked]).square().mean()
+                loss = objective.loss(integer, picked)
             for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
                 parameter.grad = gradient
             adam.step()
@@ -182,13 +285,6 @@ def _learn(
         for parameter, was in zip(parameters, required, strict=True):
             parameter.requires_grad_(was)
             parameter.grad = None
-    if not _block_error(integer, numbers, given, wanted) < error:
+    if not objective.total(integer) < error:
         for parameter, old in zip(parameters, before, strict=True):
             parameter.copy_(old)
-
-
-def _block_error(integer: Run, numbers: range, given: Values, wanted: Values) -> float:
-    """The squared error of what the block gives, summed over all images."""
-    pairs = zip(given, wanted, strict=True)
-    (end,) = tuple(wanted[0])
-    return float(sum((integer.advance(v, numbers)[end] - w[end]).square().sum() for v, w in pairs))

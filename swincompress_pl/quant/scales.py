@@ -285,7 +285,7 @@ class Scales(nn.Module):
     def site_scale(self, site: Site) -> SiteScale:
         """The scale of a site, as calibrated where scales are learned; a fixed one is no part of the state."""
         if site.fixed_scale is not None:
-            return SiteScale(site, affine=False)
+            return SiteScale(site, affine=False).to(next(self.buffers()).device)
         module = self.sites[_key(site.name)]
         assert isinstance(module, SiteScale)
         return module

@@ -211,7 +211,7 @@ class ConvNormNode(WeightedNode):
         bias = to_array(self.folded_bias(network))
         if self.mean is None and self.border is None:
             return bias
-        inside = torch.tensor(self.mean).double() * 255 if self.mean else self._border(network).to("cpu", torch.float64)
+        inside = torch.tensor(self.mean).double() * 255 if self.mean else self._border(network).cpu().double()
         _, stride, padding, groups = self.geometry(network)
         image = inside[None, :, None, None].expand(1, -1, *self._in_size(lowering))
         seen = F.conv2d(image, weight, stride=stride, padding=padding, groups=groups)

@@ -318,6 +318,7 @@ class TorchTwin:
         self._types = {name: value.dtype for name, value in values.items()}
         # the Program's arrays may be read-only; torch wants its own copy
         moved = {key: torch.from_numpy(np.array(tensor)).to(device) for key, tensor in program.tensors.items()}
+        self.device = torch.empty(0, device=device).device  # with its number
         self._steps = [(op, {role: moved[key] for role, key in op.tensors.items()}) for op in program.operations]
         self._last_use = {name: number for number, op in enumerate(program.operations) for name in op.inputs}
 
@@ -325,6 +326,8 @@ class TorchTwin:
         if images.dtype != torch.uint8 or tuple(images.shape[1:]) != self.program.input.value.shape:
             expected = ", ".join(map(str, self.program.input.value.shape))
             raise ValueError(f"images are {images.dtype} {tuple(images.shape)}; expected uint8 (N, {expected})")
+        if images.device != self.device:
+            raise ValueError(f"images are on {images.device}, the network on {self.device}; move one to the other")
         values = {INPUT_VALUE: images}
         with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
             for number, (op, tensors) in enumerate(self._steps):
