@@ -43,7 +43,7 @@ WAYS: dict[str, dict[str, Any]] = {
             "learning": {
                 "iterations": 500,
                 "batch_images": 32,
-                "joint_iterations": 1000,
+                "joint_iterations": 600,
             },
         },
         "crops": 7,
