@@ -18,7 +18,7 @@ from swincompress_pl.models import create_model
 
 # The benchmarks are no part of the package, which is imported above so that this does not change where it comes from.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks.pruning import batches, images, subjects
+from benchmarks.pruning import batches, images, runner, subjects
 from benchmarks.pruning.jobs import chosen
 from benchmarks.quantization import __main__ as main
 from benchmarks.quantization import jobs, report, work
@@ -149,3 +149,40 @@ def test_names_are_unique_and_filters_are_checked() -> None:
 def test_a_report_of_nothing_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="has no results"):
         report.write(tmp_path, tmp_path / "other")
+
+
+STUB = """
+def do(job, folder, place):
+    print("at work in", place)
+    if job.pruned:
+        raise ValueError("it cannot be pruned")
+    (folder / f"{job.name}.json").write_text('{"figure": 1}')
+"""
+
+
+def test_a_job_that_fails_stops_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "stub_of_work.py").write_text(STUB)
+    monkeypatch.syspath_prepend(str(tmp_path))  # type: ignore[no-untyped-call]
+    some = [Job(network="swin_cifar10", pruned=pruned) for pruned in (True, False)]
+    out = tmp_path / "out"
+    outcome = runner.run(some, out, {"place": "Paris"}, work="stub_of_work", parallel=1, budget_s=60)
+    assert (outcome.failed, outcome.done) == ([some[0].name], [some[1].name])
+    assert "FAILED swin_cifar10-pruned-float" in (printed := capsys.readouterr().out)
+    assert "it cannot be pruned" in printed
+    assert (out / "logs" / f"{some[0].name}.log").read_text().startswith("at work in Paris")
+    assert runner.pack(out, tmp_path / "all.jsonl") == 1
+    assert runner.unpack(tmp_path / "all.jsonl", tmp_path / "other") == 1
+    assert json.loads((tmp_path / "other" / f"{some[1].name}.json").read_text()) == {"figure": 1}
+
+
+def test_the_report_names_the_gpu(place: subjects.Place, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    work.do(Job(network="swin_cifar10"), out, place, commit="abc")
+    file = out / "swin_cifar10-whole-float.json"
+    entry = json.loads(file.read_text())
+    assert entry["environment"]["commit"] == "abc"
+    assert ", GPU X, torch" not in report.write(out, tmp_path)[0].read_text()
+    file.write_text(json.dumps(entry | {"place": {"device": "GPU X", "precision": "32-true"}}))
+    assert "threads, GPU X, torch" in report.write(out, tmp_path)[0].read_text()

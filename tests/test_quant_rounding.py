@@ -13,7 +13,8 @@ from quant_cases import NETWORKS, PREPROCESSING, network_and_images
 from torch import Tensor, nn
 
 from swincompress_pl.quant import WeightedNode, quantize
-from swincompress_pl.quant.rounding import second_order_rounding
+from swincompress_pl.quant.graph import Passthrough, Run
+from swincompress_pl.quant.rounding import _sensitivities, second_order_rounding
 from swincompress_pl.quant.scales import quantize_weight
 from swincompress_pl.registry import adapter_for
 
@@ -138,3 +139,35 @@ def test_gradients_and_flags_are_as_before() -> None:
     quantize(network, [images], preprocessing=PREPROCESSING, search=options)
     assert all(p.grad is None for p in network.parameters())
     assert [name for name, p in network.named_parameters() if not p.requires_grad] == ["blocks.0.mlp.fc1.weight"]
+
+
+@pytest.mark.parametrize("name", ["vit", "swin padded"])
+def test_all_blocks_together_come_closer_to_the_float_answers(name: str) -> None:
+    network, _, images = network_and_images(name, count=16)
+
+    def divergence(learning: dict[str, Any]) -> float:
+        search = {"rows": 64, "rounding": "learned", "learning": {"batch_images": 8, **learning}}
+        quantized = quantize(
+            copy.deepcopy(network), images.split(8), preprocessing=PREPROCESSING, bits="W3A8", search=search
+        ).eval()
+        with torch.no_grad():
+            wanted, found = network(images).log_softmax(-1), quantized.fake_quantized(images).log_softmax(-1)
+        return float(nn.functional.kl_div(found, wanted, reduction="batchmean", log_target=True))
+
+    alone = divergence({"iterations": 10})
+    assert divergence({"iterations": 10, "joint_iterations": 40, "joint_lr": 0.05}) < 0.8 * alone
+
+
+def test_a_class_tokens_row_counts_most_in_the_last_block() -> None:
+    network, _, images = network_and_images("vit")
+    graph = adapter_for(network).graph(network, PREPROCESSING)
+    weights = _sensitivities(Run(graph, network.requires_grad_(False), Passthrough()), images.split(5), 0)
+    assert len(weights) == len(graph.blocks())
+    for squares in weights.values():
+        assert squares.shape[0] == 1
+        torch.testing.assert_close(squares.mean(), torch.tensor(1.0))
+    tokens = next(
+        w for w in reversed(weights.values()) if w.ndim == 3 and w.shape[1] > 1
+    )  # the stream behind the last block
+    assert not tokens[:, 1:].any()
+    assert tokens[:, 0].all()

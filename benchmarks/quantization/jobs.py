@@ -43,7 +43,7 @@ WAYS: dict[str, dict[str, Any]] = {
             "learning": {
                 "iterations": 500,
                 "batch_images": 32,
-                "joint_iterations": 1000,
+                "joint_iterations": 600,
             },
         },
         "crops": 7,
@@ -85,17 +85,25 @@ class Job:
 
 
 def all_jobs() -> list[Job]:
-    """Every job, the float networks first."""
-    jobs = [
-        Job(network=network, pruned=pruned, tuned=tuned)
-        for tuned in (False, True)
-        for network in NETWORKS
+    """Every job: the float networks, which all are paired with, and then what takes longest first."""
+    everywhere = [(network, pruned) for network in NETWORKS for pruned in (True, False)]
+    jobs = [Job(network=network, pruned=pruned) for network, pruned in everywhere]
+    jobs += [Job(network="deit_tiny", way=way, bits="W4A8") for way in _AT_LENGTH]
+    jobs += [Job(network=network, pruned=pruned, tuned=True) for network, pruned in everywhere]
+    jobs += [
+        Job(network=network, pruned=pruned, way="searched", bits=bits, tuned=True)
+        for bits in BITS
+        for network, pruned in everywhere
+    ]
+    # A few hundred images move few weights to another code: where steps are coarse, the start decides.
+    jobs += [
+        Job(network="deit_tiny", pruned=pruned, way="searched, second order", bits=bits, tuned=True)
+        for bits in ("W4A8", "W4A4")
         for pruned in (False, True)
     ]
     jobs += [
         Job(network=network, pruned=pruned, way=way, bits=bits)
-        for network in NETWORKS
-        for pruned in (False, True)
+        for network, pruned in everywhere
         for bits in BITS
         for way in _TABLE
     ]
@@ -104,12 +112,5 @@ def all_jobs() -> list[Job]:
         for network in NETWORKS
         for bits in ("W8A8", "W4A8", "W6A6")
         for way in _SWITCHES
-    ]
-    jobs += [Job(network="deit_tiny", way=way, bits=bits) for bits in ("W4A8", "W6A6") for way in _AT_LENGTH]
-    jobs += [
-        Job(network=network, pruned=pruned, way="searched", bits=bits, tuned=True)
-        for network in NETWORKS
-        for pruned in (False, True)
-        for bits in BITS
     ]
     return jobs
