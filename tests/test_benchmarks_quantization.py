@@ -128,28 +128,6 @@ def test_what_is_reported_was_not_calibrated_on(place: subjects.Place) -> None:
     assert not seen & {image.tobytes() for images in given.sets.values() for image in images.pixels}
 
 
-def test_ways_that_learn_with_spare_images_are_compared_on_them_first(
-    place: subjects.Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(jobs.WAYS, "searched, learned", {"method": "max", "crops": 1, "spare": True})
-    monkeypatch.setattr(work, "CALIBRATION_IMAGES", 10)
-    monkeypatch.setattr(work, "REPORTED_TRAIN_IMAGES", 10)
-    seen: list[int] = []
-    real = work.quantize
-
-    def watched(*given: Any, **options: Any) -> Any:
-        seen.append(options["images"])
-        return real(*given, **options)
-
-    monkeypatch.setattr(work, "quantize", watched)
-    out = tmp_path / "out"
-    for job in (Job(network="deit_tiny"), Job(network="deit_tiny", way="searched, learned", bits="W8A8")):
-        work.do(job, out, place)
-    assert seen == [20, 80]  # 10 images and a crop of each; with the 30 that are left of 50
-    assert json.loads((out / "deit_tiny-whole-W8A8-searched-learned.json").read_text())["spare_divergence"] > 0
-    assert "least first: searched, learned 0." in report.write(out, tmp_path)[0].read_text()
-
-
 def test_costs_are_written_and_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     tiny = create_model("VisionTransformer", img_size=224, patch_size=56, embed_dim=16, depth=1, num_heads=2)
     monkeypatch.setattr(main, "create_model", lambda _: tiny)

@@ -59,7 +59,6 @@ def page(results: Results) -> str:
             rows = [*_rows(results, network, pruned), *_rows(results, network, pruned, tuned=True)]
             if rows:
                 parts += [f"## {network}{', pruned' if pruned else ''}", _about(results, network, pruned), *rows]
-            parts += _choices(results, network, pruned)
     costs = [results[name] for name in sorted(results) if name.startswith("cost-")]
     if costs:
         parts += ["## What it costs", _cost_table(costs)]
@@ -73,8 +72,7 @@ _INTRODUCTION = (
     "of the integers: the C++ engine's where it runs the widths (8-bit activations), else the torch twin's, checked "
     "against the NumPy reference to the bit in the same run. Calibration: 128 training images without augmentation; "
     "the images of `train` reported for DeiT are others (learning at length, for the loss and together takes the 72 "
-    "that are left, too; which of them is best is decided on those 72, learned without them). Paired against the float "
-    "network of the same weights: right "
+    "that are left, too). Paired against the float network of the same weights: right "
     "-> wrong / wrong -> right, the points lost with their 95 % interval, and how many predictions are the same. The "
     "first layer and the classifier keep 8 bits, GELU's input too; residual 16 bits. File: the artifact with weights "
     "packed, and entropy-coded, as a part of the float32 file of the whole network. s: wall time of quantizing or of "
@@ -173,21 +171,6 @@ def _about(results: Results, network: str, pruned: bool) -> str:
         f"; {removed:.1%} of them zero: single weights, within 2 points of a hold-out, no training" if pruned else ""
     )
     return f"{entry['parameters']:,} parameters{zeros}; float file {entry['file_bytes'] / 1e6:.2f} MB."
-
-
-def _choices(results: Results, network: str, pruned: bool) -> list[str]:
-    """A line for each width at which several ways were compared on spare images."""
-    lines = []
-    for bits in BITS:
-        entries = {
-            way: results.get(Job(network=network, pruned=pruned, way=way, bits=bits).name, {}).get("spare_divergence")
-            for way in WAYS
-        }
-        found = sorted((value, way) for way, value in entries.items() if value is not None)
-        if found:
-            listed = "; ".join(f"{way} {value:.4f}" for value, way in found)
-            lines.append(f"{bits}, divergence from the float answers on the spare images, least first: {listed} nats.")
-    return lines
 
 
 def _place(entry: Mapping[str, Any]) -> str:

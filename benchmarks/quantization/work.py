@@ -21,7 +21,6 @@ from rich.progress import track
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.nn.functional import kl_div
 
 from benchmarks.pruning.images import Images, load_splits, locked
 from benchmarks.pruning.subjects import Place, Subject, device_name, subject
@@ -183,13 +182,15 @@ def _peak_rss_bytes() -> int:
 
 def _quantized(given: Material, job: Job) -> dict[str, Any]:
     assert job.way is not None
-    figures: dict[str, Any] = {}
-    with_spare = WAYS[job.way].get("spare", False)
-    if with_spare:  # which of these ways is the best is decided by images that it did not learn from, without labels
-        figures["spare_divergence"] = _spare_divergence(given, _quantize(given, job, spare=False))
+    assert job.bits is not None
+    options = dict(WAYS[job.way])
+    batches = calibration_batches(given, crops=options.pop("crops", 0), spare=options.pop("spare", False))
     started = time.perf_counter()
-    quantized = _quantize(given, job, spare=with_spare)
-    figures |= {
+    quantized = quantize(
+        copy.deepcopy(given.network), batches, bits=job.bits, preprocessing=given.preprocessing,
+        images=sum(len(batch) for batch in batches), **options,
+    ).eval()  # fmt: skip
+    figures: dict[str, Any] = {
         "quantize_seconds": time.perf_counter() - started,
         "peak_rss_bytes": _peak_rss_bytes(),
         "unsigned": list(quantized.unsigned),
@@ -202,26 +203,6 @@ def _quantized(given: Material, job: Job) -> dict[str, Any]:
 
         return figures | {"sets": {name: _answers(images, simulate) for name, images in given.sets.items()}}
     return figures | _integers(given, quantized)
-
-
-def _quantize(given: Material, job: Job, *, spare: bool) -> QuantizedNetwork:
-    assert job.way is not None
-    assert job.bits is not None
-    options = {key: value for key, value in WAYS[job.way].items() if key not in ("crops", "spare")}
-    batches = calibration_batches(given, crops=WAYS[job.way].get("crops", 0), spare=spare)
-    return quantize(
-        copy.deepcopy(given.network), batches, bits=job.bits, preprocessing=given.preprocessing,
-        images=sum(len(batch) for batch in batches), **options,
-    ).eval()  # fmt: skip
-
-
-@torch.no_grad()
-def _spare_divergence(given: Material, quantized: QuantizedNetwork) -> float:
-    """KL divergence of the integers from the float network's answers, in nats a spare image."""
-    batches = given.batch(torch.from_numpy(_centre(given.spare.pixels, given.subject.preprocessing.height))).split(16)
-    pairs = [(given.network(images).log_softmax(-1), quantized(images).log_softmax(-1)) for images in batches]
-    total = sum(float(kl_div(found, wanted, reduction="sum", log_target=True)) for wanted, found in pairs)
-    return total / len(given.spare.labels)
 
 
 def calibration_batches(given: Material, *, crops: int, spare: bool = False) -> list[Tensor]:
