@@ -19,7 +19,7 @@ from swincompress_pl.callbacks import QuantizationAwareTraining
 from swincompress_pl.models import CompressibleClassifier
 from swincompress_pl.quant import QuantizedNetwork, quantize
 
-LEARNED = {"rows": 64, "rounding": "learned", "learning": {"iterations": 2, "sensitive": True, "joint_iterations": 2}}
+LEARNED = {"rows": 64, "rounding": "learned", "learning": {"iterations": 2, "sensitive": True}}
 OPTIONS: dict[str, dict[str, Any]] = {
     "affine": {"method": "affine"},
     "percentile": {"method": "max", "percentile": 99.9, "bits": "W6A6"},

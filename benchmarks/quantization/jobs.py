@@ -36,25 +36,12 @@ WAYS: dict[str, dict[str, Any]] = {
         "crops": 7,
         "spare": True,
     },
-    "searched, learned together": {
-        "method": "searched",
-        "search": {
-            "rounding": "learned",
-            "learning": {
-                "iterations": 500,
-                "batch_images": 32,
-                "joint_iterations": 600,
-            },
-        },
-        "crops": 7,
-        "spare": True,
-    },
 }
 _TABLE = ("affine", "max", "searched", "searched, second order")
 _SWITCHES = (
     "percentile", "searched, no balance", "searched, no shift", "searched, bias corrected", "searched, learned",
 )  # fmt: skip
-_AT_LENGTH = ("searched, learned at length", "searched, learned for the loss", "searched, learned together")
+_AT_LENGTH = ("searched, learned at length", "searched, learned for the loss")
 
 
 @dataclass(frozen=True, kw_only=True)

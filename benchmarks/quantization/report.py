@@ -71,7 +71,7 @@ _INTRODUCTION = (
     "Top-1 on images that nothing was decided on. Every accuracy but that of `affine`, which is a simulation, is that "
     "of the integers: the C++ engine's where it runs the widths (8-bit activations), else the torch twin's, checked "
     "against the NumPy reference to the bit in the same run. Calibration: 128 training images without augmentation; "
-    "the images of `train` reported for DeiT are others (learning at length, for the loss and together takes the 72 "
+    "the images of `train` reported for DeiT are others (learning at length and for the loss takes the 72 "
     "that are left, too). Paired against the float network of the same weights: right "
     "-> wrong / wrong -> right, the points lost with their 95 % interval, and how many predictions are the same. The "
     "first layer and the classifier keep 8 bits, GELU's input too; residual 16 bits. File: the artifact with weights "

@@ -5,8 +5,8 @@ quantized blocks before it give. First every layer in turn is rounded by second-
 2210.17323: the error of a column is spread over the columns that are not rounded yet), then the rounding of all weights
 of the block is learned together, towards what the float network gives there (as BRECQ, arXiv 2102.05426, does with
 AdaRound's choice between two neighbours; here a straight-through gradient moves the weights, which may go further).
-Last, where that is asked for, the weights of all blocks together, towards the float network's answers. What comes out
-stands in the network's own weights, so that rounding to nearest finds it again.
+What comes out stands in the network's own weights, so that rounding to nearest finds it again. Weights that are exactly
+0, as pruned ones are, stay 0.
 """
 
 from __future__ import annotations
@@ -14,15 +14,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from rich.progress import Progress
 from torch import Tensor, nn
 
 from swincompress_pl.norm import INPUT_VALUE
-from swincompress_pl.quant.graph import Graph, Node, Passthrough, Quantizer, Run, Site, WeightedNode
+from swincompress_pl.quant.graph import Node, Passthrough, Quantizer, Run, Site, WeightedNode
 from swincompress_pl.quant.network import QuantizedNetwork
 from swincompress_pl.quant.scales import Scales
 
@@ -35,16 +33,12 @@ Values = Sequence[dict[str, Tensor]]
 class Learning:
     """iterations: of Adam on each block, after its second-order rounding; 0 for that alone. batch_images: of one
     iteration. lr: in steps of the weights' grid. sensitive: the errors of a block's outputs count by how much the
-    network's answers hang on them (their mean squared gradient, as BRECQ's, but averaged over the images).
-    joint_iterations, joint_lr: the same for all blocks together, after them, under the KL divergence to the float
-    network's answers; 0 for none."""
+    network's answers hang on them (their mean squared gradient, as BRECQ's, but averaged over the images)."""
 
     iterations: int = 200
     batch_images: int = 16
     lr: float = 0.02
     sensitive: bool = False
-    joint_iterations: int = 0
-    joint_lr: float = 0.002
     seed: int = 0
 
 
@@ -59,33 +53,21 @@ def round_blocks(
     """
     graph, network = quantized.graph, quantized.network
     integer = Run(graph, network, quantized.scales)
-    learns = learning.iterations or learning.joint_iterations
-    float_run = Run(graph, copy.deepcopy(network).requires_grad_(False), Passthrough()) if learns else None
-    weights = _sensitivities(float_run, batches, learning.seed) if float_run and learning.sensitive else {}
+    float_run = None
+    if learning.iterations:
+        float_run = Run(graph, copy.deepcopy(network).requires_grad_(False), Passthrough())
+    importance = _sensitivities(float_run, batches, learning.seed) if float_run and learning.sensitive else {}
     wanted: Values = [{INPUT_VALUE: images} for images in batches]
     given: Values = [{INPUT_VALUE: images} for images in batches]
     with Progress(transient=True, disable=not progress) as bar:
         for numbers in bar.track(graph.blocks(), description="rounding"):
-            nodes = _weighted(graph, numbers)
+            nodes = [node for node in graph.nodes[numbers.start : numbers.stop] if isinstance(node, WeightedNode)]
             for node in nodes:
                 _compensate(node, numbers, integer, given)
             if float_run is not None:
                 wanted = [float_run.advance(values, numbers) for values in wanted]
-            if learning.iterations:
-                objective = _SquaredError(numbers, given, wanted, weights)
-                _learn(nodes, integer, objective, learning, learning.iterations, learning.lr)
+                _learn(nodes, numbers, integer, given, wanted, importance, learning)
             given = [integer.advance(values, numbers) for values in given]
-        if learning.joint_iterations:
-            bar.add_task("rounding all blocks together", total=None)
-            (answers,) = tuple(wanted[0])
-            divergence = _Divergence(batches, [values[answers] for values in wanted])
-            everything = range(len(graph.nodes))
-            nodes = _weighted(graph, everything)
-            _learn(nodes, integer, divergence, learning, learning.joint_iterations, learning.joint_lr)
-
-
-def _weighted(graph: Graph, numbers: range) -> list[WeightedNode]:
-    return [node for node in graph.nodes[numbers.start : numbers.stop] if isinstance(node, WeightedNode)]
 
 
 class _Watch:
@@ -152,16 +134,18 @@ def second_order_rounding(weight: Tensor, step: Tensor, gram: Tensor, q_max: int
 
     gram: (..., K, K) positive definite: the sum of x x^T over the inputs. Columns go in order of their diagonal,
     largest first; what rounding one of them costs is spread over the others through the Cholesky factor of the inverse.
+    Weights that are exactly 0 stay 0 and pass on what was spread over them.
     """
     order = torch.argsort(gram.diagonal(dim1=-2, dim2=-1), dim=-1, descending=True)
     columns = order[..., None, :].expand_as(weight)
     left = weight.gather(-1, columns)
+    pruned = left == 0
     ordered = gram.take_along_dim(order[..., :, None], -2).take_along_dim(order[..., None, :], -1)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(ordered))
     factor = torch.linalg.cholesky(inverse, upper=True)
     result = torch.empty_like(left)
     for column in range(left.shape[-1]):
-        codes = torch.floor(left[..., column] / step + 0.5).clamp(-q_max, q_max)
+        codes = torch.floor(left[..., column] / step + 0.5).clamp(-q_max, q_max).masked_fill_(pruned[..., column], 0)
         result[..., column] = codes * step
         error = (left[..., column] - result[..., column]) / factor[..., column, column, None]
         left[..., column + 1 :] -= error[..., None] * factor[..., None, column, column + 1 :]
@@ -193,98 +177,58 @@ def _sensitivities(run: Run, batches: Sequence[Tensor], seed: int) -> dict[str, 
     }
 
 
-class _Objective(Protocol):
-    """What the weights are learned for: a loss of some of the images, and the sum over all of them."""
-
-    images: int
-
-    def loss(self, run: Run, picked: Tensor) -> Tensor: ...
-
-    def total(self, run: Run) -> float: ...
-
-
-class _SquaredError:
-    """Of what a block gives, against the float network's."""
-
-    def __init__(self, numbers: range, given: Values, wanted: Values, weights: Mapping[str, Tensor]) -> None:
-        (self.start,), (self.end,) = tuple(given[0]), tuple(wanted[0])
-        self.numbers, self.given, self.wanted = numbers, given, wanted
-        self.weight = weights.get(self.end)
-        self.starts, self.ends = torch.cat([v[self.start] for v in given]), torch.cat([v[self.end] for v in wanted])
-        self.images = len(self.starts)
-
-    def loss(self, run: Run, picked: Tensor) -> Tensor:
-        picked = picked.to(self.starts.device)
-        return self._squares(run.advance({self.start: self.starts[picked]}, self.numbers), self.ends[picked]).mean()
-
-    def total(self, run: Run) -> float:
-        pairs = zip(self.given, self.wanted, strict=True)
-        return float(sum(self._squares(run.advance(v, self.numbers), w[self.end]).sum() for v, w in pairs))
-
-    def _squares(self, found: Mapping[str, Tensor], wanted: Tensor) -> Tensor:
-        squares = (found[self.end] - wanted).square()
-        return squares if self.weight is None else squares * self.weight
-
-
-class _Divergence:
-    """KL divergence of the network's answers from the float network's."""
-
-    def __init__(self, batches: Sequence[Tensor], logits: Sequence[Tensor]) -> None:
-        self.batches = [torch.cat(list(batches)), torch.cat(list(logits)).flatten(1).float().log_softmax(-1)]
-        self.images, self.batch_images = len(self.batches[0]), len(batches[0])
-
-    def loss(self, run: Run, picked: Tensor) -> Tensor:
-        images, wanted = (part[picked.to(part.device)] for part in self.batches)
-        return self._of(run, images, wanted) / len(images)
-
-    def total(self, run: Run) -> float:
-        parts = zip(*(part.split(self.batch_images) for part in self.batches), strict=True)
-        return float(sum(self._of(run, images, wanted) for images, wanted in parts))
-
-    def _of(self, run: Run, images: Tensor, wanted: Tensor) -> Tensor:
-        return F.kl_div(run(images).float().log_softmax(-1), wanted, reduction="sum", log_target=True)
-
-
 def _learn(
     nodes: Sequence[WeightedNode],
+    numbers: range,
     integer: Run,
-    objective: _Objective,
+    given: Values,
+    wanted: Values,
+    importance: Mapping[str, Tensor],
     learning: Learning,
-    iterations: int,
-    lr: float,
 ) -> None:
-    """Lets the weights and biases of `nodes` move, rounded with a straight-through gradient, towards the objective.
+    """Lets the weights and biases of a block move, rounded with a straight-through gradient, towards what is wanted.
 
     A step of Adam moves a weight by about `lr` of its grid's step at most, so what comes out is another rounding and
-    not another network. Where the objective over all images is no less afterwards, the weights stay as they were.
+    not another network. Where the error over all images is no less afterwards, the weights stay as they were.
     """
     scales, network = integer.quantizer, integer.network
     assert isinstance(scales, Scales)
     rates: dict[nn.Parameter, float] = {}  # a layer may stand in several nodes, each with some of its rows
     for node in nodes:
-        rate = lr * node.grid(network, scales.step(node), integer.balance(node))
+        rate = learning.lr * node.grid(network, scales.step(node), integer.balance(node))
         rates |= dict.fromkeys(network.get_submodule(node.module).parameters(recurse=False), rate)
+    (start,), (end,) = tuple(given[0]), tuple(wanted[0])
+    starts, ends = torch.cat([v[start] for v in given]), torch.cat([v[end] for v in wanted])
+    weight = importance.get(end, ends.new_ones(()))
+
+    def total_error() -> float:
+        pairs = zip(given, wanted, strict=True)
+        return sum(float(((integer.advance(v, numbers)[end] - w[end]).square() * weight).sum()) for v, w in pairs)
+
     parameters = list(rates)
     required = [p.requires_grad for p in parameters]
     generator = torch.Generator().manual_seed(learning.seed)
-    before, error = [p.clone() for p in parameters], objective.total(integer)
+    before, error = [p.clone() for p in parameters], total_error()
+    pruned = [p == 0 if p.ndim > 1 else None for p in parameters]  # a bias of 0 is none that was pruned
     try:
         for parameter in parameters:
             parameter.requires_grad_(True)
         adam = torch.optim.Adam([{"params": [p], "lr": rate} for p, rate in rates.items()])
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam, iterations)
-        for _ in range(iterations):
-            picked = torch.randperm(objective.images, generator=generator)[: learning.batch_images]
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam, learning.iterations)
+        for _ in range(learning.iterations):
+            picked = torch.randperm(len(starts), generator=generator)[: learning.batch_images].to(starts.device)
             with torch.enable_grad():
-                loss = objective.loss(integer, picked)
-            for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
-                parameter.grad = gradient
+                found = integer.advance({start: starts[picked]}, numbers)[end]
+                loss = ((found - ends[picked]).square() * weight).mean()
+            gradients = torch.autograd.grad(loss, parameters)
+            for parameter, gradient, zeros in zip(parameters, gradients, pruned, strict=True):
+                parameter.grad = gradient if zeros is None else gradient.masked_fill(zeros, 0)
             adam.step()
             schedule.step()
     finally:
         for parameter, was in zip(parameters, required, strict=True):
             parameter.requires_grad_(was)
             parameter.grad = None
-    if not objective.total(integer) < error:
+    if not total_error() < error:
         for parameter, old in zip(parameters, before, strict=True):
             parameter.copy_(old)
