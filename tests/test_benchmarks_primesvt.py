@@ -38,13 +38,18 @@ def random_splits(*_: Any, holdout: int, seed: int, **__: Any) -> images.Splits:
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
     """Where a tiny network stands for maxformer, the only family, with few images and short fits."""
     recipe = subjects.Recipe(epochs=4, batch_size=4)
-    tiny = subjects.Subject(name="maxformer", model="MaxFormer", arguments=ARGUMENTS, baseline=recipe)
+    tiny = subjects.Subject(
+        name="maxformer",
+        model="MaxFormer",
+        arguments=ARGUMENTS,
+        baseline=recipe,
+        fine_tuning=replace(recipe, epochs=1),
+    )
     for module in (subjects, work, main, latency, report):
         monkeypatch.setattr(module, "SUBJECTS", {"maxformer": tiny})
     monkeypatch.setattr(subjects, "WEIGHTS", tmp_path)
     monkeypatch.setattr(subjects, "load_splits", random_splits)
     monkeypatch.setattr(baselines, "_WATCHED_IMAGES", 20)
-    monkeypatch.setattr(work, "FINE_TUNING", replace(recipe, epochs=1))
     monkeypatch.setattr(work, "_COMMON", {**QUICK, "round_to": 1})
     return Place(data=tmp_path, cache=tmp_path)
 

@@ -122,7 +122,6 @@ def test_accuracy_before_and_after_fine_tuning(
 ) -> None:
     baselines.train(subjects.SUBJECTS["maxformer"], place, tmp_path / "checkpoints", "abc")
     monkeypatch.setattr(accuracy, "SUBJECTS", subjects.SUBJECTS)
-    monkeypatch.setattr(accuracy, "FINE_TUNING", subjects.Recipe(epochs=1, batch_size=4))
     out = tmp_path / "out"
     given = SimpleNamespace(
         models="maxformer", data=tmp_path, cache=tmp_path, out=out, commit="abc", threads=1, device="cpu"

@@ -16,7 +16,6 @@ from swincompress_pl.registry import adapter_for
 from swincompress_pl.report import describe_environment
 
 from .subjects import INPUT_SHAPE, SUBJECTS, Subject
-from .work import FINE_TUNING
 
 _WARM_UP_TURNS = 5
 _BATCHES = (1, 64)
@@ -51,7 +50,7 @@ def measure(subject: str, out: Path, *, turns: int = 20) -> dict[str, Any]:
 
 
 def _pruned(subject: Subject, widths: dict[str, int]) -> nn.Module:
-    network = subject.classifier(FINE_TUNING, 0, trained=True).net.eval()
+    network = subject.classifier(subject.fine_tuning, 0, trained=True).net.eval()
     groups = adapter_for(network).groups(network)
     units = {group.name: group.units for group in groups}
     gone = {name: range(width, units[name]) for name, width in widths.items()}

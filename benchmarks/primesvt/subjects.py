@@ -29,21 +29,26 @@ class Recipe:
     """Of a fit: AdamW with a warm-up and a cosine, on padded crops and mirrored images."""
 
     epochs: int
-    batch_size: int = 256
-    lr: float = 3e-3
+    batch_size: int = 64
+    lr: float = 2e-3
     weight_decay: float = 0.05
-    warmup_epochs: float = 1.0
+    warmup_epochs: float = 0.5
     label_smoothing: float = 0.1
+
+
+_ON_A_CPU = Recipe(epochs=2, lr=5e-4, warmup_epochs=0.1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """A family's network. model, arguments: for `create_model`."""
+    """A family's network. model, arguments: for `create_model`. baseline, fine_tuning: how it was trained, and how it
+    and all that is made of it are trained on."""
 
     name: str
     model: str
     arguments: dict[str, Any]
     baseline: Recipe
+    fine_tuning: Recipe = _ON_A_CPU
 
     @property
     def weights(self) -> Path:
@@ -83,8 +88,8 @@ class Subject:
             return dict(json.loads(file.metadata()["record"]))
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields in JSON types."""
-        return asdict(self)
+        """The network and its training, in JSON types."""
+        return {key: value for key, value in asdict(self).items() if key != "fine_tuning"}
 
 
 SUBJECTS = {
@@ -94,37 +99,38 @@ SUBJECTS = {
             name="spikformer",
             model="Spikformer",
             arguments={
-                "T": 2, "img_size_h": 32, "img_size_w": 32, "patch_size": 4, "embed_dims": 128, "num_heads": 4,
+                "T": 2, "img_size_h": 32, "img_size_w": 32, "patch_size": 4, "embed_dims": 64, "num_heads": 4,
                 "depths": 2,
             },
-            baseline=Recipe(epochs=50),
+            baseline=Recipe(epochs=5),
         ),
         Subject(
             name="sdt",
             model="SpikeDrivenTransformer",
-            arguments={"T": 2, "embed_dims": 128, "num_heads": 4, "depths": 2, "pooling_stat": "0011"},
-            baseline=Recipe(epochs=50),
+            arguments={"T": 2, "embed_dims": 64, "num_heads": 4, "depths": 2, "pooling_stat": "0011"},
+            baseline=Recipe(epochs=6),
         ),
         Subject(
             name="qkformer",
             model="QKFormer",
-            arguments={"T": 2, "embed_dims": 160, "num_heads": [1, 2, 4], "depths": [1, 1, 2]},
-            baseline=Recipe(epochs=50),
+            arguments={"T": 2, "embed_dims": 96, "num_heads": [1, 2, 4], "depths": [1, 1, 2]},
+            baseline=Recipe(epochs=8),
         ),
         Subject(
             name="maxformer",
             model="MaxFormer",
-            arguments={"T": 2, "embed_dims": 96, "depths": [1, 1, 2], "cifar": True},
-            baseline=Recipe(epochs=50),
+            arguments={"T": 2, "embed_dims": 64, "depths": [1, 1, 2]},
+            baseline=Recipe(epochs=12),
         ),
-        Subject(
+        Subject(  # trained on a GPU
             name="meta_spikeformer",
             model="MetaSpikeFormer",
             arguments={
                 "T": 2, "embed_dims": [16, 32, 64, 96], "depths": [1, 1, 1, 2, 1], "num_heads": 4,
                 "strides": [1, 2, 2, 1, 1], "attention_scale": 1.0,
             },
-            baseline=Recipe(epochs=50),
+            baseline=Recipe(epochs=11, batch_size=256, lr=3e-3, warmup_epochs=1.0),
+            fine_tuning=Recipe(epochs=4, batch_size=256, lr=1e-3, warmup_epochs=0.2),
         ),
     )
 }  # fmt: skip

@@ -20,13 +20,13 @@ from swincompress_pl.report.spiking import spiking_cost
 from ..pruning.batches import MemoryData
 from ..pruning.subjects import Place, trainer
 from ..pruning.training import accuracy, full_precision
-from .subjects import INPUT_SHAPE, SUBJECTS, Recipe, Subject
+from .subjects import INPUT_SHAPE, SUBJECTS, Subject
 
 _COUNTED_IMAGES = 64  # for operations, spikes and energy
 _BATCHNORM_IMAGES = 512
-FINE_TUNING = Recipe(epochs=4, lr=1e-3, warmup_epochs=0.2)
-_SCORED_AT_ONCE = 250  # images of the hold-out; the default of 64 leaves a GPU idle
-# Widths in steps of four: the networks are narrow (16 to 160 channels), eight would be up to half of them.
+# Images of the hold-out in a batch, of a search on that device; fewer leave a GPU idle.
+_SCORED_AT_ONCE = {"cpu": 64, "cuda": 250}
+# Widths in steps of four: the networks are narrow (16 to 96 channels), eight would be up to half of them.
 _COMMON = {"round_to": 4}
 
 
@@ -100,8 +100,8 @@ def run(
     tune: fine-tune now, if the job says so.
     """
     started, subject = time.perf_counter(), SUBJECTS[job.subject]
-    data = subject.data(place, FINE_TUNING, seed)
-    module = subject.classifier(FINE_TUNING, seed, trained=True)
+    data = subject.data(place, subject.fine_tuning, seed)
+    module = subject.classifier(subject.fine_tuning, seed, trained=True)
     network = module.net.to(place.device).eval()
     images = next(iter(data.holdout_dataloader()))[0][:_COUNTED_IMAGES]
     result = known or {
@@ -114,7 +114,7 @@ def run(
         "given": _figures(network, data, images),
     }
     if job.options is not None:
-        found = _search(job, network, data, out)
+        found = _search(job, network, data, place, out)
         if known is None:
             result["search"] = found.to_dict()
             result["single_shot"] = _figures(network, data, images)
@@ -130,7 +130,7 @@ def run(
     return result
 
 
-def _search(job: Job, network: nn.Module, data: MemoryData, out: Path) -> PrimeSVTResult:
+def _search(job: Job, network: nn.Module, data: MemoryData, place: Place, out: Path) -> PrimeSVTResult:
     """Prunes the network."""
     options = _COMMON | (job.options or {})
     if options.get("mode") == "paper":
@@ -142,7 +142,7 @@ def _search(job: Job, network: nn.Module, data: MemoryData, out: Path) -> PrimeS
         warnings.filterwarnings("ignore", message="PrimeSVT: no candidate keeps both")
         return primesvt(
             network,
-            HoldOut.from_batches(data.holdout_dataloader(), batch_size=_SCORED_AT_ONCE, **plain),
+            HoldOut.from_batches(data.holdout_dataloader(), batch_size=_SCORED_AT_ONCE[place.device], **plain),
             PrimeSVTConfig(**options),
             input_shape=INPUT_SHAPE,
             calibration=_calibration(data),
@@ -183,10 +183,10 @@ def _with_batchnorm_anew(network: nn.Module, data: MemoryData) -> dict[str, Any]
 def _fine_tune(subject: Subject, module: Any, data: MemoryData, place: Place) -> dict[str, Any]:
     started = time.perf_counter()
     module.train()  # Lightning trains in the mode that it finds
-    fit = trainer(FINE_TUNING.epochs, [], place)
+    fit = trainer(subject.fine_tuning.epochs, [], place)
     fit.fit(module, datamodule=data)
     module.net.eval()
-    return {"seconds": round(time.perf_counter() - started), "epochs": FINE_TUNING.epochs}
+    return {"seconds": round(time.perf_counter() - started), "epochs": subject.fine_tuning.epochs}
 
 
 def result_file(out: Path, job: Job) -> Path:

@@ -16,7 +16,6 @@ from swincompress_pl.data.cifar import CIFAR10_PREPROCESSING
 from swincompress_pl.quant import QuantizedNetwork, quantize
 
 from ..primesvt.subjects import SUBJECTS
-from ..primesvt.work import FINE_TUNING
 from ..pruning.subjects import Place, device_name, trainer
 from ..pruning.training import accuracy, fingerprint
 
@@ -50,8 +49,8 @@ def measure(
 ) -> dict[str, Any]:
     """One row. bits None: the float control, which is only fine-tuned. rounding: of the weights, without training."""
     started, subject = time.perf_counter(), SUBJECTS[subject_name]
-    data = subject.data(place, FINE_TUNING, seed)
-    module = subject.classifier(FINE_TUNING, seed, trained=True).to(place.device)
+    data = subject.data(place, subject.fine_tuning, seed)
+    module = subject.classifier(subject.fine_tuning, seed, trained=True).to(place.device)
     preprocessing = CIFAR10_PREPROCESSING.to_dict()
     result: dict[str, Any] = {
         "network": subject_name,
@@ -71,9 +70,9 @@ def measure(
             )
             callbacks.append(qat)
         module.train()
-        trainer(FINE_TUNING.epochs, callbacks, place).fit(module, datamodule=data)
+        trainer(subject.fine_tuning.epochs, callbacks, place).fit(module, datamodule=data)
         network: Any = module.net.to(place.device).eval()
-        result |= {"epochs": FINE_TUNING.epochs, "fitted_on": device_name(place.device)}
+        result |= {"epochs": subject.fine_tuning.epochs, "fitted_on": device_name(place.device)}
     elif bits is not None:
         batches = [images for images, _ in data.calibration_dataloader(CALIBRATION_IMAGES)]
         search = {"rounding": rounding}
