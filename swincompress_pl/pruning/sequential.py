@@ -176,7 +176,8 @@ def deviations_for(confidence: float, number_of_looks: int) -> float:
     """Standard deviations that a decision at one look has to keep, for an error of 1 - `confidence` over all looks."""
     if confidence >= 1:
         return math.inf
-    return NormalDist().inv_cdf(1 - (1 - confidence) / max(1, number_of_looks))
+    # of the lower tail: 1 minus a probability below 1e-16 would be 1
+    return -NormalDist().inv_cdf((1 - confidence) / max(1, number_of_looks))
 
 
 @dataclass(frozen=True)
