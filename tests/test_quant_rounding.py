@@ -161,7 +161,7 @@ def test_pruned_weights_stay_zero(name: str, learning: dict[str, Any] | None) ->
         weight = network.get_parameter(each)
         assert not weight[~mask].any()
         assert not torch.equal(weight, before[each])
-    assert quantized.integer_logits(torch.zeros(1, *images.shape[2:], 3, dtype=torch.uint8)).isfinite().all()
+    assert quantized.integer_logits(torch.zeros(1, *images.shape[2:], 3, dtype=torch.uint8)).any()
 
 
 def test_a_class_tokens_row_counts_most_in_the_last_block() -> None:
