@@ -96,6 +96,7 @@ def test_controls_are_those_of_the_pruning_benchmark(tmp_path: Path) -> None:
 
     given, row, control = test_set([1, 0, 0, 0]), test_set([1, 0, 1, 0]), test_set([1, 1, 0, 1])
     entry = {"network": "sdt", "bits": "W8A8", "tuned": True, "weights": "a", "commit": "abc", "file_bytes": 1000}
+    entry["epochs"] = 2
     keep("out", "sdt-W8A8-tuned", entry | {"float": {"test": given}, "integer": {"test": row}})
     tuned = {"commit": "abc", "epochs": 2, "test": control}
     found = {"job": {"subject": "sdt"}, "seed": 0, "weights": "a", "given": {"test": given}, "tuned": tuned}

@@ -120,7 +120,7 @@ def _accuracy(results: Results) -> str:
             [
                 entry["network"],
                 entry["bits"] or "float, fine-tuned",
-                "yes" if entry["tuned"] else "no",
+                f"{entry['epochs']} epochs" if entry["tuned"] else "no",
                 "" if entry["tuned"] else entry.get("rounding", "nearest").replace("_", " "),
                 f"{entry['float']['test']['percent']:.2f}",
                 f"{reached:.2f}",
@@ -139,8 +139,8 @@ def _accuracy(results: Results) -> str:
         "kB",
     ]
     text = (
-        "## Accuracy\n\nScales searched on 128 images. Fine-tuned rows (quantization-aware, 2 epochs; "
-        "meta_spikeformer 4) are compared with a float control of as many epochs, the others with the float network."
+        "## Accuracy\n\nScales searched on 128 images. Fine-tuned rows (quantization-aware) are compared "
+        "with a float control of as many epochs, the others with the float network."
     )
     return f"{text}\n\n{table(header, rows)}" if rows else ""
 
