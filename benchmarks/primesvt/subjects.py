@@ -36,7 +36,8 @@ class Recipe:
     label_smoothing: float = 0.1
 
 
-_ON_A_CPU = Recipe(epochs=2, lr=5e-4, warmup_epochs=0.1)
+_BASELINE = Recipe(epochs=40, batch_size=256, lr=3e-3, warmup_epochs=1.0)
+_FINE_TUNING = Recipe(epochs=4, batch_size=256, lr=1e-3, warmup_epochs=0.2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,8 +48,8 @@ class Subject:
     name: str
     model: str
     arguments: dict[str, Any]
-    baseline: Recipe
-    fine_tuning: Recipe = _ON_A_CPU
+    baseline: Recipe = _BASELINE
+    fine_tuning: Recipe = _FINE_TUNING
 
     @property
     def weights(self) -> Path:
@@ -99,38 +100,32 @@ SUBJECTS = {
             name="spikformer",
             model="Spikformer",
             arguments={
-                "T": 2, "img_size_h": 32, "img_size_w": 32, "patch_size": 4, "embed_dims": 64, "num_heads": 4,
+                "T": 2, "img_size_h": 32, "img_size_w": 32, "patch_size": 4, "embed_dims": 128, "num_heads": 8,
                 "depths": 2,
             },
-            baseline=Recipe(epochs=5),
         ),
         Subject(
             name="sdt",
             model="SpikeDrivenTransformer",
-            arguments={"T": 2, "embed_dims": 64, "num_heads": 4, "depths": 2, "pooling_stat": "0011"},
-            baseline=Recipe(epochs=6),
+            arguments={"T": 2, "embed_dims": 128, "num_heads": 8, "depths": 2, "pooling_stat": "0011"},
         ),
         Subject(
             name="qkformer",
             model="QKFormer",
-            arguments={"T": 2, "embed_dims": 96, "num_heads": [1, 2, 4], "depths": [1, 1, 2]},
-            baseline=Recipe(epochs=8),
+            arguments={"T": 2, "embed_dims": 160, "num_heads": [1, 2, 4], "depths": [1, 1, 2]},
         ),
         Subject(
             name="maxformer",
             model="MaxFormer",
-            arguments={"T": 2, "embed_dims": 64, "depths": [1, 1, 2]},
-            baseline=Recipe(epochs=12),
+            arguments={"T": 2, "embed_dims": 96, "depths": [1, 1, 2], "cifar": True},
         ),
-        Subject(  # trained on a GPU
+        Subject(
             name="meta_spikeformer",
             model="MetaSpikeFormer",
             arguments={
                 "T": 2, "embed_dims": [16, 32, 64, 96], "depths": [1, 1, 1, 2, 1], "num_heads": 4,
                 "strides": [1, 2, 2, 1, 1], "attention_scale": 1.0,
             },
-            baseline=Recipe(epochs=11, batch_size=256, lr=3e-3, warmup_epochs=1.0),
-            fine_tuning=Recipe(epochs=4, batch_size=256, lr=1e-3, warmup_epochs=0.2),
         ),
     )
 }  # fmt: skip
