@@ -29,15 +29,14 @@ class Recipe:
     """Of a fit: AdamW with a warm-up and a cosine, on padded crops and mirrored images."""
 
     epochs: int
-    batch_size: int = 64
-    lr: float = 2e-3
+    batch_size: int = 256
+    lr: float = 3e-3
     weight_decay: float = 0.05
-    warmup_epochs: float = 0.5
+    warmup_epochs: float = 1.0
     label_smoothing: float = 0.1
 
 
-_BASELINE = Recipe(epochs=40, batch_size=256, lr=3e-3, warmup_epochs=1.0)
-_FINE_TUNING = Recipe(epochs=4, batch_size=256, lr=1e-3, warmup_epochs=0.2)
+_FINE_TUNING = Recipe(epochs=4, lr=1e-3, warmup_epochs=0.2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +47,7 @@ class Subject:
     name: str
     model: str
     arguments: dict[str, Any]
-    baseline: Recipe = _BASELINE
+    baseline: Recipe
     fine_tuning: Recipe = _FINE_TUNING
 
     @property
@@ -103,21 +102,25 @@ SUBJECTS = {
                 "T": 2, "img_size_h": 32, "img_size_w": 32, "patch_size": 4, "embed_dims": 128, "num_heads": 8,
                 "depths": 2,
             },
+            baseline=Recipe(epochs=24),
         ),
         Subject(
             name="sdt",
             model="SpikeDrivenTransformer",
             arguments={"T": 2, "embed_dims": 128, "num_heads": 8, "depths": 2, "pooling_stat": "0011"},
+            baseline=Recipe(epochs=21),
         ),
         Subject(
             name="qkformer",
             model="QKFormer",
             arguments={"T": 2, "embed_dims": 160, "num_heads": [1, 2, 4], "depths": [1, 1, 2]},
+            baseline=Recipe(epochs=19),
         ),
         Subject(
             name="maxformer",
             model="MaxFormer",
             arguments={"T": 2, "embed_dims": 96, "depths": [1, 1, 2], "cifar": True},
+            baseline=Recipe(epochs=17),
         ),
         Subject(
             name="meta_spikeformer",
@@ -126,6 +129,7 @@ SUBJECTS = {
                 "T": 2, "embed_dims": [16, 32, 64, 96], "depths": [1, 1, 1, 2, 1], "num_heads": 4,
                 "strides": [1, 2, 2, 1, 1], "attention_scale": 1.0,
             },
+            baseline=Recipe(epochs=11),
         ),
     )
 }  # fmt: skip
