@@ -37,6 +37,11 @@ _METHODS = {
     "group-batchnorm": "group, statistics anew in the search",
     "deep-6.0": "group, each layer alone, 6 points allowed",
     "deep-12.0": "group, each layer alone, 12 points allowed",
+    "paper-allocated": "paper, allocated",
+    "allocated-1.5": "group, allocated, 1.5 points allowed",
+    "allocated-3.0": "group, allocated",
+    "allocated-6.0": "group, allocated, 6 points allowed",
+    "allocated-12.0": "group, allocated, 12 points allowed",
 }
 
 

@@ -58,22 +58,28 @@ def all_jobs() -> list[Job]:
             for name, options in _SEARCHES.items()
         ]
     jobs += [Job(subject="maxformer", name=f"naive-{mode}", options={"mode": mode}, naive=True) for mode in _MODES]
-    never, none = {"frozen": "never"}, {"increments": (0.08, 0.04, 0.02, 0.01)}
-    for theta in _THETAS:
-        options = {"mode": "paper", "theta": theta}
-        jobs.append(Job(subject="maxformer", name=f"theta-{theta}", options=options))
-        jobs.append(Job(subject="maxformer", name=f"theta-{theta}-frozen", options=options | never))
-    jobs.append(Job(subject="maxformer", name="group-frozen", options=never))
-    jobs += [Job(subject="maxformer", name=f"{mode}-unfrozen", options={"mode": mode} | none) for mode in _MODES]
-    jobs.append(Job(subject="maxformer", name="memory-27", options={"mode": "paper", "min_memory_saving": 0.27}))
-    jobs += [
-        Job(subject="maxformer", name=f"set-{part:.0%}".rstrip("%"), options={"mode": "paper", "target_sets": [part]})
-        for part in PrimeSVTConfig().target_sets
-    ]
+    for subject in _ABLATED:
+        jobs += [Job(subject=subject, name=name, options=options) for name, options in _ablations().items()]
     return jobs
 
 
+def _ablations() -> dict[str, dict[str, Any]]:
+    """Those of the paper, and what its frozen blocks cost."""
+    never, none = {"frozen": "never"}, {"increments": (0.08, 0.04, 0.02, 0.01)}
+    found: dict[str, dict[str, Any]] = {}
+    for part in PrimeSVTConfig().target_sets:
+        found[f"set-{part:.0%}".rstrip("%")] = {"mode": "paper", "target_sets": [part]}
+    for theta in _THETAS:
+        found[f"theta-{theta}"] = {"mode": "paper", "theta": theta}
+    found["memory-27"] = {"mode": "paper", "min_memory_saving": 0.27}
+    for theta in _THETAS:
+        found[f"theta-{theta}-frozen"] = {"mode": "paper", "theta": theta} | never
+    found["group-frozen"] = never
+    return found | {f"{mode}-unfrozen": {"mode": mode} | none for mode in _MODES}
+
+
 _MODES = ("paper", "group")
+_ABLATED = ("maxformer", "qkformer")
 _SEARCHES: dict[str, dict[str, Any]] = {
     "paper": {"mode": "paper"},
     "paper-size": {"mode": "paper", "order": "size"},
@@ -86,8 +92,16 @@ _SEARCHES: dict[str, dict[str, Any]] = {
     "group-batchnorm": {"batchnorm": "reestimate"},
     "deep-6.0": {"blocks": "layer", "max_accuracy_drop": 6.0},
     "deep-12.0": {"blocks": "layer", "max_accuracy_drop": 12.0},
+    "paper-allocated": {"mode": "paper", "policy": "allocated", "blocks": "layer"},
+    **{
+        f"allocated-{drop}": {"policy": "allocated", "blocks": "layer", "max_accuracy_drop": drop}
+        for drop in (1.5, 3.0, 6.0, 12.0)
+    },
 }
-_TUNED = ("paper", "paper-strict", "paper-2.25", "group", "group-layers", "group-strict", "deep-6.0", "deep-12.0")
+_TUNED = (
+    "paper", "paper-strict", "paper-2.25", "group", "group-layers", "group-strict", "deep-6.0", "deep-12.0",
+    "allocated-3.0", "allocated-6.0", "allocated-12.0",
+)  # fmt: skip
 _THETAS = (0.5, 1.0, 1.5, 2.0)
 
 

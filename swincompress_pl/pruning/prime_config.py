@@ -24,6 +24,9 @@ class PrimeSVTConfig:
     min_memory_saving: part of all parameters that has to go, 0 to below 1.
     mode: "group" removes units of the network's groups physically; "paper" makes the weakest input channels of every
         filter zero, for each filter its own (Alg. 2), so shapes stay and the saving is a count of zeros.
+    policy: "prioritized" (the paper): a uniform rate, then raises from there by `order`; "allocated": each block's rate
+        from what it costs alone at each of `rates`, all layers being the target set. `target_sets`, `theta`,
+        `increments` and `frozen` are those of "prioritized".
     order: in which blocks are raised: "robustness" (Alg. 3), the most robust first and by more, or "size", the largest
         first and all by the largest increment.
     prefer: what is applied where no candidate meets both constraints: the largest saving within "accuracy", or the best
@@ -51,6 +54,7 @@ class PrimeSVTConfig:
     max_accuracy_drop: float = 3.0
     min_memory_saving: float = 0.25
     mode: Literal["group", "paper"] = "group"
+    policy: Literal["prioritized", "allocated"] = "prioritized"
     order: Literal["robustness", "size"] = "robustness"
     prefer: Literal["accuracy", "memory"] = "accuracy"
     target_sets: tuple[float, ...] = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
@@ -112,6 +116,8 @@ class PrimeSVTConfig:
                 f"min_memory_saving={self.min_memory_saving} contradicts max_rate={self.max_rate}: not even all layers "
                 "at that rate save as much; raise max_rate, or ask for less"
             )
+        if self.policy == "allocated" and self.order == "size":
+            raise ValueError("order='size' contradicts policy='allocated', whose order is what saves most a point lost")
         if self.mode == "paper" and self.kinds is not None:
             raise ValueError(f"kinds={self.kinds}: mode='paper' prunes filters, not groups; choose with layers=")
 
@@ -136,6 +142,7 @@ class PrimeSVTConfig:
 
 _CHOICES = {
     "mode": ("group", "paper"),
+    "policy": ("prioritized", "allocated"),
     "order": ("robustness", "size"),
     "prefer": ("accuracy", "memory"),
     "blocks": ("block", "layer"),

@@ -14,14 +14,13 @@ from torch import nn
 
 from ..registry import SpikingAdapter, adapter_for
 from .granularity import Change, Target, revert
+from .prime_allocation import LEAST_DROP, allocate
 from .prime_candidates import Candidate, Candidates, batchnorm_state, restore_batchnorm
 from .prime_config import PrimeSVTConfig
 from .prime_result import BlockState, TargetSet
 from .ranks import from_all_ranks
 from .scorer import ROUNDING_POINTS, Scorer
 from .scores import Gradients
-
-_LEAST_DROP = 0.001  # of the paper: robustness is saving / (drop + 0.001)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +90,10 @@ class Search:
 
     def run(self) -> None:
         """All phases; what they tried is in `found`."""
+        if self.config.policy == "allocated":
+            self.blocks = self._into_blocks(list(self.candidates.targets.values()))
+            allocate(self)
+            return
         layers = self._choose_target_set()
         if not layers:
             return
@@ -116,7 +119,7 @@ class Search:
                 label = f"{part:.0%} of the layers at {rate:.0%}"
                 widths = self.candidates.widths({layer.name: rate for layer in layers})
                 done += 1
-                candidate = self._judge(widths, {}, "target set", label, done, total)
+                candidate = self.judge(widths, {}, "target set", label, done, total)
                 if candidate.accepted:
                     accepted.append((rate, candidate))
             benefit = _mean([each.score + 100 * each.saving for _, each in accepted]) if accepted else None
@@ -157,15 +160,15 @@ class Search:
 
     def _measure_robustness(self) -> None:
         """Each block at twice the rate; sorts the blocks, the most robust first."""
-        base = self._widths_of(self.blocks)
+        base = self.widths_of(self.blocks)
         rate = min(2 * self.initial_rate, self.config.max_rate)
         measured = []
         for number, block in enumerate(self.blocks, start=1):
             changed = [replace(each, rate=rate) if each is block else each for each in self.blocks]
             label = f"{block.name} at {rate:.0%}, the others at {self.initial_rate:.0%}"
-            found = self._judge(self._widths_of(changed), base, "robustness", label, number, len(self.blocks))
+            found = self.judge(self.widths_of(changed), base, "robustness", label, number, len(self.blocks))
             drop = max(self.baseline - found.score, 0.0)
-            measured.append(replace(block, robustness=100 * found.saving / (drop + _LEAST_DROP)))
+            measured.append(replace(block, robustness=100 * found.saving / (drop + LEAST_DROP)))
         measured.sort(key=lambda block: -_robustness(block))
         self.blocks = measured
 
@@ -174,13 +177,17 @@ class Search:
     def _raise_rates(self) -> None:
         """Raise the blocks until none gains, by their bands; then those whose increment is 0, banded among themselves,
         unless `frozen` keeps them."""
-        least = self.config.min_block_share * _mean([block.parameters_part for block in self.blocks])
-        waiting = [block.name for block in self.blocks if block.parameters_part >= least]
+        waiting = [block.name for block in self.worthy_blocks()]
         while waiting:
             increments = self._band(waiting)
             self._raise_in_turn({name: steps for name, steps in increments.items() if steps})
             # the first of a banding has an increment above 0, so there are fewer each time
             waiting = [name for name, steps in increments.items() if not steps and self.config.frozen == "last"]
+
+    def worthy_blocks(self) -> list[BlockState]:
+        """Those that hold enough parameters to be raised (`min_block_share`)."""
+        least = self.config.min_block_share * _mean([block.parameters_part for block in self.blocks])
+        return [block for block in self.blocks if block.parameters_part >= least]
 
     def _band(self, names: Sequence[str]) -> dict[str, tuple[float, ...]]:
         """Put these blocks into bands below the most robust of them: {name: the increments above 0, falling}."""
@@ -224,19 +231,19 @@ class Search:
 
     def _raise(self, raises: Mapping[int, float], label: str, steps: Mapping[str, tuple[float, ...]]) -> bool:
         """Raise some blocks, {number: by how much}, if that is within the accuracy."""
-        before, widths_before, plans = self.blocks, self._widths_of(self.blocks), 0
+        before, widths_before, plans = self.blocks, self.widths_of(self.blocks), 0
         raised = list(before)
         for number, step in raises.items():
-            rate, plan = min(before[number].rate + step, self.config.max_rate), self._widths_of(raised)
+            rate, plan = min(before[number].rate + step, self.config.max_rate), self.widths_of(raised)
             raised[number] = replace(before[number], rate=rate)
-            plans += self._widths_of(raised) != plan
-        widths = self._widths_of(raised)
+            plans += self.widths_of(raised) != plan
+        widths = self.widths_of(raised)
         self._policy_tries += 1
         if widths != widths_before:
             total = self._policy_tries + self._steps_left(steps)
             tried = label.format(rate=rate)
             together = plans if len(raises) > 1 else None
-            found = self._judge(widths, widths_before, "policy", tried, self._policy_tries, total, together)
+            found = self.judge(widths, widths_before, "policy", tried, self._policy_tries, total, together)
             if not found.accepted:
                 return False
             self.candidates.accept(widths, widths_before)
@@ -251,10 +258,11 @@ class Search:
                 total += math.ceil((self.config.max_rate - block.rate) / steps[block.name][0])
         return total
 
-    def _widths_of(self, blocks: Sequence[BlockState]) -> dict[str, int]:
+    def widths_of(self, blocks: Sequence[BlockState]) -> dict[str, int]:
+        """The widths of their layers at the blocks' rates."""
         return self.candidates.widths({layer: block.rate for block in blocks for layer in block.layers})
 
-    def _judge(
+    def judge(
         self,
         widths: dict[str, int],
         base: dict[str, int],
@@ -264,6 +272,7 @@ class Search:
         total: int,
         together: int | None = None,
     ) -> Candidate:
+        """Try the network at these widths, against that at those of `base`; kept in `found`, and `progress` told."""
         started, resolution = time.monotonic(), self._resolution_points.get(phase)
         try:
             found = self.candidates.judge(widths, base, phase=phase, label=label, resolution_points=resolution)
