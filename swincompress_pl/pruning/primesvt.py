@@ -3,6 +3,7 @@
 First a set of layers and a rate that all of them stand (Alg. 1), then how robust each block is (Alg. 3), then each
 block's rate is raised as far as the accuracy constraint allows, the robust ones first and by more (Alg. 4). What saves
 most within the constraint is applied. No training: that comes after, e.g. by the callback of the same name.
+`policy="allocated"` finds the rates in another way (`prime_allocation.py`).
 
 Decided where the paper is silent (docs/primesvt.md): accuracies and savings are in points, robustness is that of the
 whole network with one block at twice the rate, a block's increment only ever falls, and one that was refused the

@@ -1,0 +1,158 @@
+"""PrimeSVT with policy="allocated": the order of the steps is that of a knapsack, and more allowed never saves less."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from prime_cases import QUICK, SHAPE, by_zeros, holdout_of, network_of, same_state, state_of
+from torch import nn
+
+from swincompress_pl.callbacks import PrimeSVT
+from swincompress_pl.pruning import PrimeProgress, PrimeSVTConfig, PrimeSVTResult, primesvt
+from swincompress_pl.pruning.prime_allocation import Point, steps_by_efficiency
+
+Curves = dict[str, list[Point]]
+
+
+@st.composite
+def _curves(draw: st.DrawFn) -> Curves:
+    found = {}
+    for block in ("a", "b", "c")[: draw(st.integers(1, 3))]:
+        savings = sorted(draw(st.sets(st.integers(1, 50), min_size=1, max_size=4)))
+        drops = [draw(st.integers(1, 20)) for _ in savings]
+        found[block] = [
+            Point(rate=number / 10, saving=saving, drop=drop)
+            for number, (saving, drop) in enumerate(zip(savings, drops, strict=True), start=1)
+        ]
+    return found
+
+
+@given(_curves())
+def test_no_other_choice_saves_more_for_what_any_number_of_steps_lose(curves: Curves) -> None:
+    steps = steps_by_efficiency(curves)
+    assert [step.efficiency for step in steps] == sorted((step.efficiency for step in steps), reverse=True)
+    nothing = Point(rate=0.0, saving=0.0, drop=0.0)
+    choices = [
+        (sum(point.drop for point in chosen), sum(point.saving for point in chosen))
+        for chosen in itertools.product(*([nothing, *curve] for curve in curves.values()))
+    ]
+    taken = dict.fromkeys(curves, nothing)
+    for step in steps:
+        point = next(point for point in curves[step.block] if point.rate == step.rate)
+        assert point.saving > taken[step.block].saving
+        taken[step.block] = point
+        lost, saved = (sum(getattr(each, what) for each in taken.values()) for what in ("drop", "saving"))
+        assert saved == max(saving for drop, saving in choices if drop <= lost)
+    assert all(taken[block].saving == curve[-1].saving for block, curve in curves.items())
+
+
+def _searched(drop: float, **options: Any) -> PrimeSVTResult:
+    network, images = network_of(), torch.randn(*SHAPE)
+    config = PrimeSVTConfig(
+        max_accuracy_drop=drop,
+        min_memory_saving=0,
+        min_block_share=0,
+        blocks="layer",
+        **{**QUICK, "policy": "allocated", **options},
+    )
+    return primesvt(network, by_zeros({"patch_embed": 40.0, "blocks.0": 25.0, "blocks.1": 2.0}, images), config)
+
+
+def test_more_allowed_never_saves_less_and_cheap_layers_go_first() -> None:
+    savings = []
+    for drop in (1.0, 3.0, 6.0, 12.0, 90.0):
+        result = _searched(drop, mode="paper")
+        assert result.baseline_score - result.score <= drop
+        rates = {block.name: block.rate for block in result.blocks}
+        dear = [rate for name, rate in rates.items() if name.startswith("patch_embed")]
+        cheap = [rate for name, rate in rates.items() if name.startswith("blocks.1")]
+        assert min(cheap) >= max(dear)
+        savings.append(result.saving)
+        assert result.saving >= _searched(drop, mode="paper", policy="prioritized").saving
+    assert savings == sorted(savings)
+    assert savings[-1] > 2 * savings[0] > 0
+    assert min(rates.values()) >= 0.3, "90 points buy all; a layer of a few units has no width below that"
+
+
+def test_a_curve_ends_where_the_block_alone_is_refused_and_what_is_left_of_a_step_is_tried() -> None:
+    result = _searched(3.0, mode="paper")
+    alone: dict[str, list[bool]] = {}
+    for candidate in result.candidates:
+        if candidate.phase == "robustness":
+            alone.setdefault(candidate.label.split(" at ")[0], []).append(candidate.accepted)
+    assert any(not verdicts[-1] for verdicts in alone.values())
+    assert all(all(verdicts[:-1]) for verdicts in alone.values())
+    measured = {round(rate, 3) for rate in (0.0, 0.1, 0.3, 0.9)}
+    assert any(round(block.rate, 3) not in measured for block in result.blocks), "half of a step, or a quarter"
+    for block in result.blocks:
+        assert (block.robustness is None) == (block.rate < 0.1)
+    assert (result.target_sets, result.initial_rate) == ([], 0.0)
+    assert PrimeSVTResult.from_dict(result.to_dict()).blocks == result.blocks
+
+
+@pytest.mark.parametrize("mode", ["group", "paper"])
+@pytest.mark.parametrize("blocks", ["layer", "block"])
+def test_what_is_applied_holds_on_the_hold_out(mode: str, blocks: str) -> None:
+    network, told = network_of(), list[PrimeProgress]()
+    holdout = holdout_of(network)
+    config = PrimeSVTConfig(
+        max_accuracy_drop=30, min_memory_saving=0.02, mode=mode, blocks=blocks, policy="allocated", **QUICK
+    )
+    result = primesvt(network, holdout, config, input_shape=SHAPE, progress=told.append)
+    assert result.met
+    assert holdout.full(network) == result.score >= result.baseline_score - 30
+    gone = 0 if mode == "paper" else round(result.parameters_before * result.saving)
+    assert result.parameters_after == result.parameters_before - gone
+    assert [each.candidate for each in told] == result.candidates
+    assert all(0 <= each.done <= each.total for each in told)
+
+
+class KilledError(Exception):
+    pass
+
+
+def test_a_killed_search_goes_on_from_its_memo(tmp_path: Path) -> None:
+    config = PrimeSVTConfig(max_accuracy_drop=30, min_memory_saving=0, policy="allocated", **QUICK)
+    whole = primesvt(network_of(), holdout_of(network_of()), config)
+    seen = 0
+
+    def kill(progress: PrimeProgress) -> None:
+        nonlocal seen
+        seen += 1
+        if seen == len(whole.candidates) * 2 // 3:
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        primesvt(network_of(), holdout_of(network_of()), config, memo=tmp_path / "memo", progress=kill)
+    result = primesvt(network_of(), holdout_of(network_of()), config, memo=tmp_path / "memo")
+    assert result.applied == whole.applied
+    assert result.scoring["evaluations"] == whole.scoring["evaluations"] - seen
+
+
+def test_nothing_is_applied_where_nothing_is_acceptable() -> None:
+    network, images = network_of(), torch.randn(*SHAPE)
+    before = state_of(network)
+
+    def brittle(tried: nn.Module) -> float:
+        tried(images)
+        return 90.0 if same_state(before, state_of(tried)) else 10.0
+
+    config = PrimeSVTConfig(min_memory_saving=0.1, policy="allocated", **QUICK)
+    with pytest.warns(UserWarning, match="within the accuracy: none; within the memory"):
+        result = primesvt(network, brittle, config)
+    assert (result.applied, result.met, {block.rate for block in result.blocks}) == (None, False, {0.0})
+    assert same_state(before, state_of(network))
+
+
+def test_contradictions_are_refused() -> None:
+    with pytest.raises(ValueError, match="order='size' contradicts policy='allocated'"):
+        PrimeSVTConfig(policy="allocated", order="size")
+    with pytest.raises(ValueError, match="policy='best': it has to be one of prioritized, allocated"):
+        PrimeSVTConfig(policy="best")  # type: ignore[arg-type]
+    assert PrimeSVT(policy="allocated").config.policy == "allocated"
