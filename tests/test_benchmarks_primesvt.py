@@ -62,7 +62,7 @@ def test_from_training_to_the_report(place: Place, tmp_path: Path, monkeypatch: 
     trained = baselines.train(subject, place, tmp_path / "checkpoints", "abc")
     assert [point["epoch"] for point in trained["curve"]] == [1, 2, 3, 4]
     assert subject.baseline_record() == trained
-    wanted = ("control", "paper", "group", "group-size", "group-layers", "group-batchnorm", "naive-group")
+    wanted = ("control", "paper", "group", "group-size", "group-layers", "allocated-batchnorm", "naive-group")
     jobs = [job for job in work.all_jobs() if job.name in wanted]
     read: dict[str, dict[str, Any]] = {}
     for job in jobs:

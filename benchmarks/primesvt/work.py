@@ -89,9 +89,9 @@ _SEARCHES: dict[str, dict[str, Any]] = {
     "group-size": {"order": "size"},
     "group-layers": {"blocks": "layer"},
     "group-strict": {"blocks": "layer", "max_accuracy_drop": 1.5},
-    "group-batchnorm": {"batchnorm": "reestimate"},
     "deep-6.0": {"blocks": "layer", "max_accuracy_drop": 6.0},
     "deep-12.0": {"blocks": "layer", "max_accuracy_drop": 12.0},
+    "allocated-batchnorm": {"policy": "allocated", "blocks": "layer", "batchnorm": "reestimate"},
     "paper-allocated": {"mode": "paper", "policy": "allocated", "blocks": "layer"},
     **{
         f"allocated-{drop}": {"policy": "allocated", "blocks": "layer", "max_accuracy_drop": drop}
@@ -100,7 +100,7 @@ _SEARCHES: dict[str, dict[str, Any]] = {
 }
 _TUNED = (
     "paper", "paper-strict", "paper-2.25", "group", "group-layers", "group-strict", "deep-6.0", "deep-12.0",
-    "allocated-3.0", "allocated-6.0", "allocated-12.0",
+    "allocated-batchnorm", "allocated-3.0", "allocated-6.0", "allocated-12.0",
 )  # fmt: skip
 _THETAS = (0.5, 1.0, 1.5, 2.0)
 

@@ -91,7 +91,7 @@ def _measure(search: Search) -> dict[str, list[Point]]:
                 continue
             last = widths
             found = search.judge(
-                widths, {}, "robustness", f"{block.name} at {rate:.0%}", number * len(rates) + count,
+                widths, {}, "robustness", f"{block.name} at {rate:.0%}", number * len(rates) + count + 1,
                 len(worthy) * len(rates),
             )  # fmt: skip
             if not found.accepted:
@@ -115,7 +115,7 @@ def _most_together(search: Search, steps: Sequence[Step]) -> int:
         widths = search.widths_of(_at(search.blocks, steps[:middle]))
         label = f"the {middle} best steps"
         done = tries - math.ceil(math.log2(refused - most))
-        if search.judge(widths, base, "policy", label, done, tries + len(steps) - most).accepted:
+        if search.judge(widths, base, "policy", label, done + 1, tries + len(steps) - most).accepted:
             search.candidates.accept(widths, base)
             most, base = middle, widths
         else:
@@ -145,7 +145,7 @@ def _raised(search: Search, step: Step, number: int, total: int) -> bool:
     widths = search.widths_of(raised)
     if widths == base:
         return False
-    found = search.judge(widths, base, "policy", f"{step.block} at {step.rate:.0%}", number, total)
+    found = search.judge(widths, base, "policy", f"{step.block} at {step.rate:.0%}", number + 1, total)
     if found.accepted:
         search.candidates.accept(widths, base)
         search.blocks = raised

@@ -29,6 +29,7 @@ Widths = Mapping[str, int]
 """{target: units that stay}; a target that is not named keeps all."""
 
 _MEMO_VERSION = 1
+_LEAST_VARIANCE = 1e-5  # BatchNorm's own epsilon: a channel that was silent does not make a ratio without bounds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +93,7 @@ class Candidates:
         self.reestimates = 0
         statistics = gradients(network) if gradients is not None and needs_gradients(config.criterion) else None
         self._scores = self._ranked(settings, statistics)
+        self._unpruned_statistics = self._estimated() if config.batchnorm == "reestimate" else {}
         self._parameters = count_parameters(network)
         self._memo = Memo()
         gather_results(lambda: self._open(memo) if rank() == 0 else None)  # should it fail, all ranks hear of it
@@ -120,6 +122,8 @@ class Candidates:
         for name, tensor in self.network.state_dict().items():
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().flatten().contiguous().view(torch.uint8).numpy().tobytes())
+        for statistics in self._unpruned_statistics.values():  # they stand for the calibration images
+            digest.update(statistics.cpu().numpy().tobytes())
         for scores in self._scores.values():  # they say which units go first, whatever the criterion is called
             digest.update(scores.cpu().numpy().tobytes())
         means = [self.config.mode, self.config.batchnorm, self.config.max_accuracy_drop]
@@ -213,19 +217,43 @@ class Candidates:
                 restore_batchnorm(self.network, before)
 
     def reestimate(self) -> None:
-        """BatchNorm's running statistics made anew on the calibration images, where the config asks for it."""
-        if self.config.batchnorm == "reestimate":
-            assert self._calibration is not None
-            device = next(self.network.parameters()).device
+        """Correct BatchNorm's running statistics by what pruning changes on the calibration images, where the config
+        asks for it.
+
+        The mean by the difference to the unpruned network's on the same images, the variance by the ratio: what
+        sets these few images apart from those of the training cancels, and the unpruned network stays as it is.
+        """
+        if self.config.batchnorm != "reestimate":
+            return
+        trained, pruned = batchnorm_state(self.network), self._estimated()
+        corrected = dict(trained)
+        for name, unpruned in self._unpruned_statistics.items():
+            if name.endswith("running_mean"):
+                corrected[name] = trained[name] + (pruned[name] - unpruned)
+            elif name.endswith("running_var"):
+                corrected[name] = trained[name] * (pruned[name] + _LEAST_VARIANCE) / (unpruned + _LEAST_VARIANCE)
+        restore_batchnorm(self.network, corrected)
+
+    def _estimated(self) -> dict[str, Tensor]:
+        """BatchNorm's statistics on the calibration images; the running ones are left as they are."""
+        assert self._calibration is not None
+        before, device = batchnorm_state(self.network), next(self.network.parameters()).device
+        try:
             update_bn(self._calibration, self.network, device=device)
-            self.reestimates += 1
             share_buffers(self.network)
+            self.reestimates += 1
+            return batchnorm_state(self.network)
+        finally:
+            restore_batchnorm(self.network, before)
 
     def commit(self, widths: Widths) -> Change:
         """Make it last: slice the network, or register masks."""
         self._standing = self._last = None
         self._baseline_is_latest = False
-        return self.granularity.commit(self.network, self._removal(widths))
+        removal = self._removal(widths)
+        with self.granularity.masked(self.network, removal):
+            self.reestimate()
+        return self.granularity.commit(self.network, removal)
 
     def _removal(self, widths: Widths) -> Removal:
         if isinstance(self.granularity, StructuredGranularity):

@@ -45,7 +45,8 @@ class PrimeSVTConfig:
     round_to: kept widths (not heads) are multiples of it. kinds: of groups, only in mode "group"; None for all that
         the network has but "heads" and "embed". layers: patterns (fnmatch) of the names to prune, None for all.
     criterion: a name in `pruning.CRITERIA` or a function; "magnitude" is the paper's L2 norm.
-    batchnorm: "keep" the running statistics, or "reestimate" them on calibration images for every candidate.
+    batchnorm: "keep" the running statistics, or "reestimate" them for every candidate: corrected by what pruning
+        changes of them on calibration images.
     benefit_resolution_points, robustness_resolution_points: standard errors to which accuracies are estimated that
         are averaged over the rates of a set (Alg. 1) and that tell the blocks apart (Alg. 3).
     Raises ValueError, naming the field, for anything else and for fields that contradict each other.

@@ -351,7 +351,6 @@ class Search:
     def _commit(self, candidate: Candidate) -> None:
         self._batchnorm = batchnorm_state(self.network)
         self.change = self.candidates.commit(candidate.widths)
-        self.candidates.reestimate()
 
     def undo(self) -> None:
         """Take back what was applied, if anything was."""
