@@ -92,7 +92,10 @@ _SEARCHES: dict[str, dict[str, Any]] = {
     "deep-6.0": {"blocks": "layer", "max_accuracy_drop": 6.0},
     "deep-12.0": {"blocks": "layer", "max_accuracy_drop": 12.0},
     "allocated-batchnorm": {"policy": "allocated", "blocks": "layer", "batchnorm": "reestimate"},
-    "paper-allocated": {"mode": "paper", "policy": "allocated", "blocks": "layer"},
+    **{
+        f"paper-allocated-{drop}": {"mode": "paper", "policy": "allocated", "max_accuracy_drop": drop}
+        for drop in (1.5, 3.0)
+    },
     **{
         f"allocated-{drop}": {"policy": "allocated", "blocks": "layer", "max_accuracy_drop": drop}
         for drop in (1.5, 3.0, 6.0, 12.0)
@@ -100,7 +103,7 @@ _SEARCHES: dict[str, dict[str, Any]] = {
 }
 _TUNED = (
     "paper", "paper-strict", "paper-2.25", "group", "group-layers", "group-strict", "deep-6.0", "deep-12.0",
-    "allocated-batchnorm", "allocated-3.0", "allocated-6.0", "allocated-12.0",
+    "paper-allocated-1.5", "allocated-batchnorm", "allocated-3.0", "allocated-6.0", "allocated-12.0",
 )  # fmt: skip
 _THETAS = (0.5, 1.0, 1.5, 2.0)
 

@@ -41,7 +41,7 @@ def main() -> None:
     accuracy.set_defaults(command=_accuracy)
     accuracy.add_argument("--models", default=",".join(SUBJECTS))
     accuracy.add_argument("--bits", default="W8A8,W4A8", help="widths; `float` is the control, with --tuned")
-    accuracy.add_argument("--tuned", action="store_true", help="after two epochs of fine-tuning")
+    accuracy.add_argument("--tuned", action="store_true", help="after fine-tuning, by the recipe of its subject")
     accuracy.add_argument("--rounding", default="nearest", choices=ROUNDINGS, help="of the weights, without --tuned")
     accuracy.add_argument("--data", type=Path, required=True, help="the folder with cifar10_jpeg.tar.xz")
     accuracy.add_argument("--cache", type=Path, required=True, help="of decoded images")
