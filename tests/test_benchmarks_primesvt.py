@@ -123,6 +123,22 @@ def test_the_jobs_have_names_of_their_own_and_weights_that_fit(capsys: pytest.Ca
             assert subject.baseline_record()["test"]["images"] == 10_000
 
 
+def test_a_search_that_went_on_from_a_memo_claims_no_cost() -> None:
+    scoring = {
+        "evaluations": 20,
+        "plans": 20,
+        "candidates": 22,
+        "image_forwards": 1e4,
+        "naive_image_forwards": 1e5,
+        "naive_image_forwards_distinct": 9e4,
+    }
+    whole = {"search": {"scoring": scoring, "elapsed_s": 5.0}}
+    resumed = {"search": {"scoring": scoring | {"evaluations": 19}, "elapsed_s": 5.0}}
+    shown = report._costs({"maxformer-whole": whole, "maxformer-resumed": resumed})
+    assert "| maxformer-whole | 22 | 20 | 10 k | 10.0x | 9.0x | 5 |" in " ".join(shown.split())
+    assert "resumed" not in shown
+
+
 def test_a_report_of_nothing_says_how_to_get_something(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"has no results; `python -m benchmarks\.primesvt run --out"):
         report.write(tmp_path, tmp_path)

@@ -225,7 +225,9 @@ def test_it_refuses_what_it_cannot_prune(tmp_path: Path) -> None:
         make_trainer(tmp_path, 1, shooter()).fit(Plain(), loader(), loader())
     with pytest.raises(ValueError, match="PrimeSVT has nothing to score on: give the datamodule a holdout_dataloader"):
         make_trainer(tmp_path, 1, shooter()).fit(spiking(), loader())
-    with pytest.raises(TypeError, match="PrimeSVT has no option tolerance; the search's are policy, order, prefer, target_set"):
+    with pytest.raises(
+        TypeError, match="PrimeSVT has no option tolerance; the search's are policy, order, prefer, target_set"
+    ):
         shooter(tolerance=1.0)
     with pytest.raises(ValueError, match="start_epoch=-1: it has to be 0 or more"):
         shooter(start_epoch=-1)

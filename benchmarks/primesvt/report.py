@@ -217,7 +217,7 @@ def _costs(results: Results) -> str:
     rows = []
     for key, entry in results.items():
         scoring = entry.get("search", {}).get("scoring")
-        if not scoring:
+        if not scoring or scoring["evaluations"] < scoring["plans"]:  # a memo of an earlier process knew some
             continue
         forwards = scoring["image_forwards"]
         naive, distinct = scoring["naive_image_forwards"], scoring["naive_image_forwards_distinct"]
@@ -235,7 +235,7 @@ def _costs(results: Results) -> str:
     text = (
         "## What the searches cost\n\nPasses an image, a pass from half-way counting half, against a whole pass over "
         "the hold-out for each candidate, and for each different plan. Rows `naive` score every candidate on all "
-        "images. Seconds with other work beside them."
+        "images. Seconds with other work beside them. Searches that went on from a memo are left out."
     )
     header = ["job", "candidates", "evaluations", "passes", "fewer than naive", "than distinct plans", "s"]
     return f"{text}\n\n{table(header, rows)}" if rows else ""
