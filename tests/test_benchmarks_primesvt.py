@@ -37,7 +37,7 @@ def random_splits(*_: Any, holdout: int, seed: int, **__: Any) -> images.Splits:
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
     """Where a tiny network stands for maxformer, the only family, with few images and short fits."""
-    recipe = subjects.Recipe(epochs=4, batch_size=4)
+    recipe = subjects.Recipe(epochs=4, batch_size=4, lr=2e-3, warmup_epochs=0.5)
     tiny = subjects.Subject(
         name="maxformer",
         model="MaxFormer",
