@@ -122,11 +122,12 @@ class Candidates:
         for name, tensor in self.network.state_dict().items():
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().flatten().contiguous().view(torch.uint8).numpy().tobytes())
-        for statistics in self._unpruned_statistics.values():  # they stand for the calibration images
-            digest.update(statistics.cpu().numpy().tobytes())
         for scores in self._scores.values():  # they say which units go first, whatever the criterion is called
             digest.update(scores.cpu().numpy().tobytes())
-        means = [self.config.mode, self.config.batchnorm, self.config.max_accuracy_drop]
+        statistics = {"keep": "keep", "reestimate": "corrected"}[
+            self.config.batchnorm
+        ]  # once they were made wholly anew
+        means = [self.config.mode, statistics, self.config.max_accuracy_drop]
         holdout = getattr(self.scorer, "fingerprint", None)
         units = {name: target.units for name, target in self.targets.items()}
         digest.update(json.dumps([means, units, holdout, self.scorer.images], sort_keys=True).encode())
