@@ -109,13 +109,12 @@ def _at(blocks: Sequence[BlockState], steps: Sequence[Step]) -> list[BlockState]
 def _most_together(search: Search, steps: Sequence[Step]) -> int:
     """How many of the first steps the constraint allows together, by bisection: fewer lose less."""
     most, refused, base = 0, len(steps) + 1, dict[str, int]()
-    tries = math.ceil(math.log2(len(steps) + 1)) if steps else 0
+    tries, number = math.ceil(math.log2(len(steps) + 1)), 0
     while refused - most > 1:
-        middle = (most + refused) // 2
+        middle, number = (most + refused) // 2, number + 1
         widths = search.widths_of(_at(search.blocks, steps[:middle]))
         label = f"the {middle} best steps"
-        done = tries - math.ceil(math.log2(refused - most))
-        if search.judge(widths, base, "policy", label, done + 1, tries + len(steps) - most).accepted:
+        if search.judge(widths, base, "policy", label, number, tries + len(steps) - most).accepted:
             search.candidates.accept(widths, base)
             most, base = middle, widths
         else:
