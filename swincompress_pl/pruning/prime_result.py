@@ -29,7 +29,8 @@ class BlockState:
     """One block: its layers, what they hold of all parameters, and how the policy treated it.
 
     robustness: saving / (accuracy drop + 0.001), both in points, of the network with this block at twice the initial
-    rate; None where it was not measured. band: 0 for the most robust. rate: where the policy left it.
+    rate; with policy="allocated" of the network with this block alone, at the highest rate measured up to `rate`; None
+    where it was not measured. band: 0 for the most robust. rate: where the policy left it.
     """
 
     name: str
