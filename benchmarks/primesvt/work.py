@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from torch import nn
 from swincompress_pl.pruning import HoldOut, PrimeSVTConfig, PrimeSVTResult, primesvt
 from swincompress_pl.pruning.prime_candidates import batchnorm_state, restore_batchnorm
 from swincompress_pl.report import describe_environment
+from swincompress_pl.report.record import write_text
 from swincompress_pl.report.spiking import spiking_cost
 
 from ..pruning.batches import MemoryData
@@ -119,16 +122,21 @@ def run(
     started, subject = time.perf_counter(), SUBJECTS[job.subject]
     data = subject.data(place, subject.fine_tuning, seed)
     module = subject.classifier(subject.fine_tuning, seed, trained=True)
-    network = module.net.to(place.device).eval()
+    network = _laid_out(module.net.to(place.device)).eval()
     images = next(iter(data.holdout_dataloader()))[0][:_COUNTED_IMAGES]
+    weights, where = hashlib.sha256(subject.weights.read_bytes()).hexdigest()[:16], _where(place)
     result = known or {
         "job": {"subject": job.subject, "name": job.name, "options": job.options, "naive": job.naive},
         "commit": commit,
         "seed": seed,
         "precision": place.precision,
-        "where": _where(place),
-        "weights": hashlib.sha256(subject.weights.read_bytes()).hexdigest()[:16],
-        "given": _figures(network, data, images),
+        "where": where,
+        "weights": weights,
+        "given": _once(
+            out / "memo" / f"{job.subject}-given.json",
+            {"weights": weights, "where": where},
+            lambda: _figures(network, data, images),
+        ),
     }
     if job.options is not None:
         found = _search(job, network, data, place, out)
@@ -167,6 +175,23 @@ def _search(job: Job, network: nn.Module, data: MemoryData, place: Place, out: P
         )
 
 
+def _once(file: Path, of: dict[str, str], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What `make` gives, kept in a file with what it is `of`: many jobs begin with one network."""
+    if file.is_file():
+        kept: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        if kept["of"] == of:
+            return dict(kept["found"])
+    found = make()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_text(file, json.dumps({"of": of, "found": found}))
+    return found
+
+
+def _laid_out(network: nn.Module) -> nn.Module:
+    """In the layout that its convolutions and poolings are fastest in on a CPU, by 1.05 to 1.3 times."""
+    return network.to(memory_format=torch.channels_last)
+
+
 def _calibration(data: MemoryData) -> list[torch.Tensor]:
     return [batch for batch, _ in data.calibration_dataloader(_BATCHNORM_IMAGES)]
 
@@ -199,6 +224,7 @@ def _with_batchnorm_anew(network: nn.Module, data: MemoryData) -> dict[str, Any]
 
 def _fine_tune(subject: Subject, module: Any, data: MemoryData, place: Place) -> dict[str, Any]:
     started = time.perf_counter()
+    _laid_out(module.net)  # slices are not
     module.train()  # Lightning trains in the mode that it finds
     fit = trainer(subject.fine_tuning.epochs, [], place)
     fit.fit(module, datamodule=data)
