@@ -150,6 +150,19 @@ def test_nothing_is_applied_where_nothing_is_acceptable() -> None:
     assert same_state(before, state_of(network))
 
 
+@pytest.mark.parametrize(
+    ("options", "points"),
+    [
+        ({"policy": "allocated", "max_accuracy_drop": 1.5}, 0.2),
+        ({"policy": "allocated", "max_accuracy_drop": 6.0}, 0.4),
+        ({"policy": "allocated", "max_accuracy_drop": 6.0, "robustness_resolution_points": 0.1}, 0.1),
+        ({"policy": "prioritized", "max_accuracy_drop": 6.0}, 0.2),
+    ],
+)
+def test_curves_are_measured_as_finely_as_the_constraint_wants(options: dict[str, Any], points: float) -> None:
+    assert PrimeSVTConfig(**options).robustness_resolution() == pytest.approx(points)
+
+
 def test_contradictions_are_refused() -> None:
     with pytest.raises(ValueError, match="order='size' contradicts policy='allocated'"):
         PrimeSVTConfig(policy="allocated", order="size")

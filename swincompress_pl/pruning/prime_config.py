@@ -48,7 +48,8 @@ class PrimeSVTConfig:
     batchnorm: "keep" the running statistics, or "reestimate" them for every candidate: corrected by what pruning
         changes of them on calibration images.
     benefit_resolution_points, robustness_resolution_points: standard errors to which accuracies are estimated that
-        are averaged over the rates of a set (Alg. 1) and that tell the blocks apart (Alg. 3).
+        are averaged over the rates of a set (Alg. 1) and that tell the blocks apart (Alg. 3); None for the latter is
+        0.2 points, for the curves of "allocated" a fifteenth of max_accuracy_drop where that is more.
     Raises ValueError, naming the field, for anything else and for fields that contradict each other.
     """
 
@@ -72,7 +73,7 @@ class PrimeSVTConfig:
     criterion: str | Criterion = "magnitude"
     batchnorm: Literal["keep", "reestimate"] = "keep"
     benefit_resolution_points: float = 1.0
-    robustness_resolution_points: float = 0.2
+    robustness_resolution_points: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("kinds", "layers"):
@@ -89,8 +90,10 @@ class PrimeSVTConfig:
         share = self.min_block_share
         _require("min_block_share", share, 0 <= share < 1, "a part of an average block, 0 to below 1, e.g. 0.2")
         _require("theta", self.theta, 0 < self.theta < math.inf, "above 0, e.g. 1.0")
-        for name in ("benefit_resolution_points", "robustness_resolution_points"):
-            _require(name, getattr(self, name), getattr(self, name) > 0, "above 0, e.g. 0.5")
+        benefit, robustness = self.benefit_resolution_points, self.robustness_resolution_points
+        _require("benefit_resolution_points", benefit, benefit > 0, "above 0, e.g. 1.0")
+        allowed = robustness is None or robustness > 0
+        _require("robustness_resolution_points", robustness, allowed, "above 0, e.g. 0.2, or None")
         rounded = isinstance(self.round_to, int) and not isinstance(self.round_to, bool) and self.round_to >= 1
         _require("round_to", self.round_to, rounded, "an integer of 1 or more")
         self._check_lists()
@@ -121,6 +124,13 @@ class PrimeSVTConfig:
             raise ValueError("order='size' contradicts policy='allocated', whose order is what saves most a point lost")
         if self.mode == "paper" and self.kinds is not None:
             raise ValueError(f"kinds={self.kinds}: mode='paper' prunes filters, not groups; choose with layers=")
+
+    def robustness_resolution(self) -> float:
+        """`robustness_resolution_points`, or its default. Of the curves only the order of the steps depends, so what does
+        not count against all that may be lost is not resolved."""
+        if self.robustness_resolution_points is not None:
+            return self.robustness_resolution_points
+        return max(0.2, self.max_accuracy_drop / 15) if self.policy == "allocated" else 0.2
 
     def granularity(self, network: nn.Module) -> RoundRobinConfig:
         """What a removal is, in the words of the other search: for `granularity_for`, `Ledger` and the like."""

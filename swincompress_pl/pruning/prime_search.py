@@ -74,7 +74,7 @@ class Search:
         # where scores are compared with others, and not only with the floor
         self._resolution_points = {
             "target set": config.benefit_resolution_points,
-            "robustness": config.robustness_resolution_points,
+            "robustness": config.robustness_resolution(),
         }
 
     def refuse_impossible(self) -> None:
