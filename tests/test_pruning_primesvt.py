@@ -544,7 +544,7 @@ def test_what_cannot_be_saved_is_refused_before_anything_is_tried() -> None:
         ({"batchnorm": "fold"}, "batchnorm='fold': it has to be one of keep, reestimate"),
         ({"mode": "paper", "kinds": ("mlp",)}, r"kinds=\('mlp',\): mode='paper' prunes filters"),
         ({"benefit_resolution_points": 0}, "benefit_resolution_points=0: it has to be above 0"),
-        ({"robustness_resolution_points": 0.0}, "robustness_resolution_points=0.0: it has to be above 0, e.g. 0.2, or N"),
+        ({"robustness_resolution_points": 0.0}, "robustness_resolution_points=0.0: it has to be above 0, e.g. 0.2"),
     ],
 )
 def test_settings_are_checked(options: dict[str, Any], message: str) -> None:

@@ -126,8 +126,8 @@ class PrimeSVTConfig:
             raise ValueError(f"kinds={self.kinds}: mode='paper' prunes filters, not groups; choose with layers=")
 
     def robustness_resolution(self) -> float:
-        """`robustness_resolution_points`, or its default. Of the curves only the order of the steps depends, so what does
-        not count against all that may be lost is not resolved."""
+        """`robustness_resolution_points`, or its default. Only the order of the steps depends on the curves, so what
+        does not count against all that may be lost is not resolved."""
         if self.robustness_resolution_points is not None:
             return self.robustness_resolution_points
         return max(0.2, self.max_accuracy_drop / 15) if self.policy == "allocated" else 0.2
