@@ -12,7 +12,8 @@ What comes out stands in the network's own weights, so that rounding to nearest 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -66,7 +67,8 @@ def round_blocks(
                 _compensate(node, numbers, integer, given)
             if float_run is not None:
                 wanted = [float_run.advance(values, numbers) for values in wanted]
-                _learn(nodes, numbers, integer, given, wanted, importance, learning)
+                block = _Block(integer, numbers, given, wanted, importance)
+                _learn(block, _rates(nodes, integer, learning.lr), learning)
             given = [integer.advance(values, numbers) for values in given]
 
 
@@ -177,58 +179,83 @@ def _sensitivities(run: Run, batches: Sequence[Tensor], seed: int) -> dict[str, 
     }
 
 
-def _learn(
-    nodes: Sequence[WeightedNode],
-    numbers: range,
-    integer: Run,
-    given: Values,
-    wanted: Values,
-    importance: Mapping[str, Tensor],
-    learning: Learning,
-) -> None:
+class _Block:
+    """A block of the integer network, beside what the float one gives for the same images.
+
+    given, wanted: the live values before the block and after it, one each; importance: of `_sensitivities`.
+    """
+
+    def __init__(
+        self, integer: Run, numbers: range, given: Values, wanted: Values, importance: Mapping[str, Tensor]
+    ) -> None:
+        (self._start,), (self._end,) = tuple(given[0]), tuple(wanted[0])
+        self._integer, self._numbers, self._given, self._wanted = integer, numbers, given, wanted
+        self._starts = torch.cat([values[self._start] for values in given])
+        self._ends = torch.cat([values[self._end] for values in wanted])
+        self._weight = importance.get(self._end, self._ends.new_ones(()))
+        self.images = len(self._starts)
+        self.device = self._starts.device
+
+    def total_error(self) -> float:
+        """Over all images."""
+        pairs = zip(self._given, self._wanted, strict=True)
+        return sum(float(self._errors(values, wanted[self._end]).sum()) for values, wanted in pairs)
+
+    def loss(self, picked: Tensor) -> Tensor:
+        """The mean error of these images."""
+        return self._errors({self._start: self._starts[picked]}, self._ends[picked]).mean()
+
+    def _errors(self, values: dict[str, Tensor], wanted: Tensor) -> Tensor:
+        return (self._integer.advance(values, self._numbers)[self._end] - wanted).square() * self._weight
+
+
+def _rates(nodes: Sequence[WeightedNode], integer: Run, lr: float) -> dict[nn.Parameter, float]:
+    """{weight or bias: `lr` steps of its layer's grid}; a layer may stand in several nodes, each with some of its rows,
+    so each parameter is named once."""
+    scales, network = integer.quantizer, integer.network
+    assert isinstance(scales, Scales)
+    rates: dict[nn.Parameter, float] = {}
+    for node in nodes:
+        rate = lr * node.grid(network, scales.step(node), integer.balance(node))
+        rates |= dict.fromkeys(network.get_submodule(node.module).parameters(recurse=False), rate)
+    return rates
+
+
+@contextmanager
+def _trainable(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """They take gradients; afterwards only those that did before, and none has one."""
+    required = [parameter.requires_grad for parameter in parameters]
+    try:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        yield
+    finally:
+        for parameter, was in zip(parameters, required, strict=True):
+            parameter.requires_grad_(was)
+            parameter.grad = None
+
+
+def _learn(block: _Block, rates: Mapping[nn.Parameter, float], learning: Learning) -> None:
     """Lets the weights and biases of a block move, rounded with a straight-through gradient, towards what is wanted.
 
     A step of Adam moves a weight by about `lr` of its grid's step at most, so what comes out is another rounding and
     not another network. Where the error over all images is no less afterwards, the weights stay as they were.
     """
-    scales, network = integer.quantizer, integer.network
-    assert isinstance(scales, Scales)
-    rates: dict[nn.Parameter, float] = {}  # a layer may stand in several nodes, each with some of its rows
-    for node in nodes:
-        rate = learning.lr * node.grid(network, scales.step(node), integer.balance(node))
-        rates |= dict.fromkeys(network.get_submodule(node.module).parameters(recurse=False), rate)
-    (start,), (end,) = tuple(given[0]), tuple(wanted[0])
-    starts, ends = torch.cat([v[start] for v in given]), torch.cat([v[end] for v in wanted])
-    weight = importance.get(end, ends.new_ones(()))
-
-    def total_error() -> float:
-        pairs = zip(given, wanted, strict=True)
-        return sum(float(((integer.advance(v, numbers)[end] - w[end]).square() * weight).sum()) for v, w in pairs)
-
     parameters = list(rates)
-    required = [p.requires_grad for p in parameters]
     generator = torch.Generator().manual_seed(learning.seed)
-    before, error = [p.clone() for p in parameters], total_error()
+    before, error = [p.clone() for p in parameters], block.total_error()
     pruned = [p == 0 if p.ndim > 1 else None for p in parameters]  # a bias of 0 is none that was pruned
-    try:
-        for parameter in parameters:
-            parameter.requires_grad_(True)
+    with _trainable(parameters):
         adam = torch.optim.Adam([{"params": [p], "lr": rate} for p, rate in rates.items()])
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam, learning.iterations)
         for _ in range(learning.iterations):
-            picked = torch.randperm(len(starts), generator=generator)[: learning.batch_images].to(starts.device)
+            picked = torch.randperm(block.images, generator=generator)[: learning.batch_images].to(block.device)
             with torch.enable_grad():
-                found = integer.advance({start: starts[picked]}, numbers)[end]
-                loss = ((found - ends[picked]).square() * weight).mean()
-            gradients = torch.autograd.grad(loss, parameters)
+                gradients = torch.autograd.grad(block.loss(picked), parameters)
             for parameter, gradient, zeros in zip(parameters, gradients, pruned, strict=True):
                 parameter.grad = gradient if zeros is None else gradient.masked_fill(zeros, 0)
             adam.step()
             schedule.step()
-    finally:
-        for parameter, was in zip(parameters, required, strict=True):
-            parameter.requires_grad_(was)
-            parameter.grad = None
-    if not total_error() < error:
+    if not block.total_error() < error:
         for parameter, old in zip(parameters, before, strict=True):
             parameter.copy_(old)
