@@ -13,7 +13,11 @@ from swincompress_pl.pruning import HoldOut
 from swincompress_pl.registry import adapter_for
 
 SHAPE = (1, 3, SIZE_PX, SIZE_PX)
-QUICK: dict[str, Any] = {"target_sets": (1.0, 0.5), "rates": (0.1, 0.3), "increments": (0.4, 0.2), "round_to": 1}
+PAPERS: dict[str, Any] = {"policy": "prioritized", "blocks": "block"}
+ALLOCATED: dict[str, Any] = {"policy": "allocated", "rates": (0.1, 0.3), "round_to": 1}
+QUICK: dict[str, Any] = {
+    **PAPERS, "target_sets": (1.0, 0.5), "rates": (0.1, 0.3), "increments": (0.4, 0.2), "round_to": 1,
+}  # fmt: skip
 
 
 def network_of(name: str = "spikformer", seed: int = 5) -> nn.Module:

@@ -22,7 +22,7 @@ from benchmarks.pruning import images
 from benchmarks.pruning.subjects import Place
 
 ARGUMENTS = {"T": 2, "embed_dims": 32, "depths": [1, 1, 1]}
-QUICK = {"target_sets": (1.0,), "rates": (0.1, 0.3), "increments": (0.3,), "min_memory_saving": 0.0}
+QUICK = {"rates": (0.1, 0.3), "min_memory_saving": 0.0, "round_to": 1}
 
 
 def random_splits(*_: Any, holdout: int, seed: int, **__: Any) -> images.Splits:
@@ -50,7 +50,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
     monkeypatch.setattr(subjects, "WEIGHTS", tmp_path)
     monkeypatch.setattr(subjects, "load_splits", random_splits)
     monkeypatch.setattr(baselines, "_WATCHED_IMAGES", 20)
-    monkeypatch.setattr(work, "_COMMON", {**QUICK, "round_to": 1})
+    monkeypatch.setattr(work, "_COMMON", {**work._COMMON, **QUICK})
     return Place(data=tmp_path, cache=tmp_path)
 
 
@@ -142,3 +142,39 @@ def test_a_search_that_went_on_from_a_memo_claims_no_cost() -> None:
 def test_a_report_of_nothing_says_how_to_get_something(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"has no results; `python -m benchmarks\.primesvt run --out"):
         report.write(tmp_path, tmp_path)
+
+
+def _searched(saving: float, **scoring: float) -> dict[str, Any]:
+    return {"search": {"applied": {"saving": saving}, "scoring": scoring}}
+
+
+def test_the_allocated_search_stands_beside_the_plain_algorithm_under_the_same_constraint() -> None:
+    plain = _searched(0.2, evaluations=5, plans=9, naive_image_forwards=5e5)
+    whole = _searched(0.3, evaluations=9, plans=9, image_forwards=5e4)
+    resumed = _searched(0.3, evaluations=1, plans=9, image_forwards=1e4)
+    shown = report._against_the_plain_algorithm(
+        {
+            "maxformer-paper-strict": plain,
+            "maxformer-paper-allocated-1.5": whole,
+            "maxformer-group-layers": plain,
+            "maxformer-allocated-3.0": resumed,
+        }
+    )
+    assert "| maxformer, paper, 1.5 points allowed | 20.00% | 500 k | 30.00% | 50 k | 10.0x |" in " ".join(
+        shown.split()
+    )
+    assert "each layer alone" not in shown, "what a memo knew was not counted"
+    assert report._against_the_plain_algorithm({"maxformer-group-layers": plain}) == ""
+
+
+def test_what_many_jobs_begin_with_is_made_once_a_network_and_machine(tmp_path: Path) -> None:
+    made = []
+
+    def make() -> dict[str, Any]:
+        made.append(1)
+        return {"accuracy": len(made)}
+
+    file = tmp_path / "memo" / "given.json"
+    of = [{"weights": "a", "where": "here"}, {"weights": "a", "where": "here"}, {"weights": "b", "where": "here"}]
+    assert [work._once(file, each, make)["accuracy"] for each in of] == [1, 1, 2]
+    assert [path.name for path in file.parent.iterdir()] == ["given.json"]

@@ -33,9 +33,7 @@ pytestmark = [
 OPTIONS: dict[str, Any] = {
     "max_accuracy_drop": 100.0,
     "min_memory_saving": 0.05,
-    "target_sets": (1.0, 0.5),
     "rates": (0.1, 0.25),
-    "increments": (0.3, 0.15),
     "max_rate": 0.6,
     "round_to": 1,
 }
@@ -206,18 +204,16 @@ def test_the_search_is_seen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert "s left in this phase" in shown.out + shown.err
 
 
-def test_its_figures_are_logged_and_written(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("policy", "first"), [("allocated", "curves"), ("prioritized", "robustness")])
+def test_its_figures_are_logged_and_written(tmp_path: Path, policy: str, first: str) -> None:
     experiment = Calls("add_figure")
     figures = PruningFigures(tmp_path / "page")
-    trainer = make_trainer(tmp_path, 2, shooter(), figures, logger=Recording(experiment))
+    trainer = make_trainer(tmp_path, 2, shooter(policy=policy), figures, logger=Recording(experiment))
     trainer.fit(spiking(), loader(), loader())
     tags = [arguments[0] for arguments, _ in experiment.calls]
-    assert tags == ["pruning/robustness", "pruning/accuracy_memory", "pruning/spike_rates"], "once"
-    assert sorted(file.name for file in (tmp_path / "page").iterdir()) == [
-        "primesvt-accuracy_memory.png",
-        "primesvt-robustness.png",
-        "primesvt-spike_rates.png",
-    ]
+    assert tags == [f"pruning/{first}", "pruning/accuracy_memory", "pruning/spike_rates"], "once"
+    names = {file.name for file in (tmp_path / "page").iterdir()}
+    assert names == {f"primesvt-{name}.png" for name in (first, "accuracy_memory", "spike_rates")}
 
 
 def test_it_refuses_what_it_cannot_prune(tmp_path: Path) -> None:

@@ -162,8 +162,8 @@ def test_prune_then_quantize_in_one_fit(tmp_path: Path, kind: str) -> None:
         )
     else:
         search = PrimeSVT(
-            max_accuracy_drop=100.0, min_memory_saving=0.05, target_sets=(1.0,), rates=(0.1, 0.25),
-            increments=(0.3,), max_rate=0.6, round_to=1, model_attribute="backbone",
+            max_accuracy_drop=100.0, min_memory_saving=0.05, rates=(0.1, 0.25), max_rate=0.6, round_to=1,
+            model_attribute="backbone",
         )  # fmt: skip
     fit(module, tmp_path, 3, search, spiking_qat(start_epoch=2))
     quantized: Any = module.backbone

@@ -10,14 +10,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from prime_cases import QUICK, SHAPE, by_zeros, holdout_of, network_of, same_state, state_of
+from prime_cases import ALLOCATED, QUICK, SHAPE, by_zeros, holdout_of, network_of, same_state, state_of
 from torch import nn
 
 from swincompress_pl.callbacks import PrimeSVT
 from swincompress_pl.pruning import PrimeProgress, PrimeSVTConfig, PrimeSVTResult, primesvt
-from swincompress_pl.pruning.prime_allocation import Point, steps_by_efficiency
+from swincompress_pl.pruning.prime_allocation import steps_by_efficiency
+from swincompress_pl.pruning.prime_result import CurvePoint
 
-Curves = dict[str, list[Point]]
+Curves = dict[str, list[CurvePoint]]
 
 
 @st.composite
@@ -27,7 +28,7 @@ def _curves(draw: st.DrawFn) -> Curves:
         savings = sorted(draw(st.sets(st.integers(1, 50), min_size=1, max_size=4)))
         drops = [draw(st.integers(1, 20)) for _ in savings]
         found[block] = [
-            Point(rate=number / 10, saving=saving, drop=drop)
+            CurvePoint(rate=number / 10, saving=saving, drop=drop)
             for number, (saving, drop) in enumerate(zip(savings, drops, strict=True), start=1)
         ]
     return found
@@ -37,7 +38,7 @@ def _curves(draw: st.DrawFn) -> Curves:
 def test_no_other_choice_saves_more_for_what_any_number_of_steps_lose(curves: Curves) -> None:
     steps = steps_by_efficiency(curves)
     assert [step.efficiency for step in steps] == sorted((step.efficiency for step in steps), reverse=True)
-    nothing = Point(rate=0.0, saving=0.0, drop=0.0)
+    nothing = CurvePoint(rate=0.0, saving=0.0, drop=0.0)
     choices = [
         (sum(point.drop for point in chosen), sum(point.saving for point in chosen))
         for chosen in itertools.product(*([nothing, *curve] for curve in curves.values()))
@@ -54,13 +55,7 @@ def test_no_other_choice_saves_more_for_what_any_number_of_steps_lose(curves: Cu
 
 def _searched(drop: float, **options: Any) -> PrimeSVTResult:
     network, images = network_of(), torch.randn(*SHAPE)
-    config = PrimeSVTConfig(
-        max_accuracy_drop=drop,
-        min_memory_saving=0,
-        min_block_share=0,
-        blocks="layer",
-        **{**QUICK, "policy": "allocated", **options},
-    )
+    config = PrimeSVTConfig(max_accuracy_drop=drop, min_memory_saving=0, min_block_share=0, **{**ALLOCATED, **options})
     return primesvt(network, by_zeros({"patch_embed": 40.0, "blocks.0": 25.0, "blocks.1": 2.0}, images), config)
 
 
@@ -74,7 +69,7 @@ def test_more_allowed_never_saves_less_and_cheap_layers_go_first() -> None:
         cheap = [rate for name, rate in rates.items() if name.startswith("blocks.1")]
         assert min(cheap) >= max(dear)
         savings.append(result.saving)
-        assert result.saving >= _searched(drop, mode="paper", policy="prioritized").saving
+        assert result.saving >= _searched(drop, mode="paper", **{**QUICK, "blocks": "layer"}).saving
     assert savings == sorted(savings)
     assert savings[-1] > 2 * savings[0] > 0
     assert min(rates.values()) >= 0.3, "90 points buy all; a layer of a few units has no width below that"
@@ -92,6 +87,9 @@ def test_a_curve_ends_where_the_block_alone_is_refused_and_what_is_left_of_a_ste
     assert any(round(block.rate, 3) not in measured for block in result.blocks), "half of a step, or a quarter"
     for block in result.blocks:
         assert (block.robustness is None) == (block.rate < 0.1)
+        rates = [point.rate for point in block.curve]
+        assert rates == sorted(set(rates) & {0.1, 0.3, 0.9})
+        assert all(point.drop <= 3.0 + 1e-9 for point in block.curve)
     assert (result.target_sets, result.initial_rate) == ([], 0.0)
     assert PrimeSVTResult.from_dict(result.to_dict()).blocks == result.blocks
 
@@ -101,9 +99,7 @@ def test_a_curve_ends_where_the_block_alone_is_refused_and_what_is_left_of_a_ste
 def test_what_is_applied_holds_on_the_hold_out(mode: str, blocks: str) -> None:
     network, told = network_of(), list[PrimeProgress]()
     holdout = holdout_of(network)
-    config = PrimeSVTConfig(
-        max_accuracy_drop=30, min_memory_saving=0.02, mode=mode, blocks=blocks, policy="allocated", **QUICK
-    )
+    config = PrimeSVTConfig(max_accuracy_drop=30, min_memory_saving=0.02, mode=mode, blocks=blocks, **ALLOCATED)
     result = primesvt(network, holdout, config, input_shape=SHAPE, progress=told.append)
     assert result.met
     assert holdout.full(network) == result.score >= result.baseline_score - 30
@@ -118,7 +114,7 @@ class KilledError(Exception):
 
 
 def test_a_killed_search_goes_on_from_its_memo(tmp_path: Path) -> None:
-    config = PrimeSVTConfig(max_accuracy_drop=30, min_memory_saving=0, policy="allocated", **QUICK)
+    config = PrimeSVTConfig(max_accuracy_drop=30, min_memory_saving=0, **ALLOCATED)
     whole = primesvt(network_of(), holdout_of(network_of()), config)
     seen = 0
 
@@ -143,7 +139,7 @@ def test_nothing_is_applied_where_nothing_is_acceptable() -> None:
         tried(images)
         return 90.0 if same_state(before, state_of(tried)) else 10.0
 
-    config = PrimeSVTConfig(min_memory_saving=0.1, policy="allocated", **QUICK)
+    config = PrimeSVTConfig(min_memory_saving=0.1, **ALLOCATED)
     with pytest.warns(UserWarning, match="within the accuracy: none; within the memory"):
         result = primesvt(network, brittle, config)
     assert (result.applied, result.met, {block.rate for block in result.blocks}) == (None, False, {0.0})
@@ -163,9 +159,26 @@ def test_curves_are_measured_as_finely_as_the_constraint_wants(options: dict[str
     assert PrimeSVTConfig(**options).robustness_resolution() == pytest.approx(points)
 
 
-def test_contradictions_are_refused() -> None:
-    with pytest.raises(ValueError, match="order='size' contradicts policy='allocated'"):
-        PrimeSVTConfig(policy="allocated", order="size")
-    with pytest.raises(ValueError, match="policy='best': it has to be one of prioritized, allocated"):
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"order": "size"},
+        {"target_sets": (1.0,)},
+        {"theta": 2.0},
+        {"increments": (0.08, 0.0)},
+        {"frozen": "never"},
+        {"benefit_resolution_points": 0.5},
+    ],
+)
+def test_what_only_the_papers_policy_reads_is_refused(options: dict[str, Any]) -> None:
+    (name,) = options
+    for make in (PrimeSVTConfig, PrimeSVT):
+        with pytest.raises(ValueError, match=f"{name}=.* is a setting of policy='prioritized'"):
+            make(**options)
+    assert PrimeSVTConfig(policy="prioritized", **options).to_dict()["policy"] == "prioritized"
+
+
+def test_policies_are_named() -> None:
+    with pytest.raises(ValueError, match="policy='best': it has to be one of allocated, prioritized"):
         PrimeSVTConfig(policy="best")  # type: ignore[arg-type]
-    assert PrimeSVT(policy="allocated").config.policy == "allocated"
+    assert (PrimeSVT().config.policy, PrimeSVT().config.blocks) == ("allocated", "layer")

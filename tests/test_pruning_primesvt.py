@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from prime_cases import QUICK, SHAPE, by_zeros, holdout_of, network_of, same_state, state_of
+from prime_cases import PAPERS, QUICK, SHAPE, by_zeros, holdout_of, network_of, same_state, state_of
 from rank_cases import on_ranks
 from spiking_cases import FAMILIES, SIZE_PX
 from torch import Tensor, nn
@@ -118,6 +118,7 @@ def replay() -> tuple[PrimeSVTConfig, PrimeSVTResult]:
         increments=(0.08, 0.04, 0.02, 0.01),
         theta=2,
         min_memory_saving=0.05,
+        **PAPERS,
     )
     costs = {"patch_embed": 30.0, "blocks.0": 15.0, "blocks.1": 3.0}
     return config, primesvt(network, by_zeros(costs, images), config)
@@ -182,7 +183,7 @@ def test_frozen_blocks_are_raised_when_no_other_gains_or_never(frozen: str) -> N
     network, images = network_of(), torch.randn(1, 3, SIZE_PX, SIZE_PX)
     config = PrimeSVTConfig(
         max_accuracy_drop=4.0, mode="paper", rates=(0.02, 0.08), theta=0.01, min_memory_saving=0.05, frozen=frozen,
-        max_rate=0.5,
+        max_rate=0.5, **PAPERS,
     )  # fmt: skip
     result = primesvt(network, by_zeros({"patch_embed": 20.0, "blocks.0": 15.0, "blocks.1": 0.01}, images), config)
     rates = {block.name: block.rate for block in result.blocks}
@@ -237,7 +238,7 @@ def test_small_blocks_stay_at_the_initial_rate() -> None:
 
 def test_a_block_can_be_a_single_layer() -> None:
     network, images = network_of(), torch.randn(1, 3, SIZE_PX, SIZE_PX)
-    config = PrimeSVTConfig(max_accuracy_drop=4.0, blocks="layer", min_memory_saving=0, **QUICK)
+    config = PrimeSVTConfig(max_accuracy_drop=4.0, min_memory_saving=0, **{**QUICK, "blocks": "layer"})
     result = primesvt(network, by_zeros({"blocks.0": 15.0}, images), config)
     assert all(block.layers == (block.name,) for block in result.blocks)
     assert len(result.blocks) == max(account.layers for account in result.target_sets)

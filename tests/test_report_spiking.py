@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from prime_cases import ALLOCATED, QUICK, SHAPE, holdout_of, network_of
 from spiking_cases import FAMILIES, SIZE_PX, lively, spikes_of
-from test_pruning_primesvt import QUICK, SHAPE, holdout_of, network_of
 
 from swincompress_pl.models import create_model
 from swincompress_pl.pruning import PrimeSVTConfig, PrimeSVTResult, count_macs, primesvt
@@ -70,6 +70,24 @@ def test_a_search_is_drawn(result: PrimeSVTResult, tmp_path: Path) -> None:
     assert shown == len(result.candidates) + 1 + 2 * 2 + 1  # the unpruned network, two constraints, what was applied
     neurons = [label.get_text() for label in figures["spike_rates"].axes[0].get_yticklabels()]
     assert neurons == list(result.spike_rates)
+
+
+def test_curves_are_drawn_where_rates_were_allocated() -> None:
+    network = network_of()
+    config = PrimeSVTConfig(max_accuracy_drop=30, min_memory_saving=0.02, **ALLOCATED)
+    found = primesvt(network, holdout_of(network), config)
+    figures = primesvt_figures(json.loads(json.dumps(found.to_dict())))
+    assert list(figures) == ["curves", "accuracy_memory", "spike_rates"]
+    ax = figures["curves"].axes[0]
+    assert [label.get_text() for label in ax.get_yticklabels()] == [block.name for block in found.blocks]
+    assert [bar.get_width() for bar in ax.patches] == [100 * block.rate for block in found.blocks]  # type: ignore[attr-defined]
+    (dots,) = ax.collections
+    assert dots.get_offsets().tolist() == [  # type: ignore[union-attr]
+        [100 * point.rate, row] for row, block in enumerate(found.blocks) for point in block.curve
+    ]
+    told = [text.get_text() for text in ax.texts]
+    total = sum(float(text.removesuffix(" %")) for text in told if text != "saves")
+    assert total == pytest.approx(100 * found.saving, abs=5)  # in proportion to rates, where widths are whole units
 
 
 def test_a_search_without_blocks_or_candidates_is_drawn_as_far_as_it_goes(result: PrimeSVTResult) -> None:

@@ -29,13 +29,14 @@ _COUNTED_IMAGES = 64  # for operations, spikes and energy
 _BATCHNORM_IMAGES = 512
 # Images of the hold-out in a batch, of a search on that device; fewer leave a GPU idle.
 _SCORED_AT_ONCE = {"cpu": 64, "cuda": 250}
-# Widths in steps of four: the networks are narrow (16 to 96 channels), eight would be up to half of them.
-_COMMON = {"round_to": 4}
+# Unless a job says otherwise: the paper's policy; widths in steps of four, as the networks are narrow (16 to 96
+# channels), eight would be up to half of them.
+_COMMON: dict[str, Any] = {"policy": "prioritized", "blocks": "block", "round_to": 4}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A search on a subject. options: of PrimeSVTConfig, None for the control, which is only fine-tuned.
+    """A search on a subject. options: of PrimeSVTConfig, over the common ones; None for the control, only fine-tuned.
 
     tuned: fine-tune what it leaves. naive: every candidate on every image, for the cost of the plain algorithm.
     """

@@ -13,22 +13,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from .prime_result import BlockState
+from .prime_result import BlockState, CurvePoint
 
 if TYPE_CHECKING:
     from .prime_search import Search
 
 _PARTS = (1.0, 0.5, 0.25, 0.125)  # of a step, tried in turn where it does not fit
 LEAST_DROP = 0.001  # of the paper: robustness is saving / (drop + 0.001)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Point:
-    """A block alone at `rate`: what it saves of all parameters, in points, and what it loses."""
-
-    rate: float
-    saving: float
-    drop: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,14 +31,14 @@ class Step:
     efficiency: float
 
 
-def steps_by_efficiency(curves: Mapping[str, Sequence[Point]]) -> list[Step]:
+def steps_by_efficiency(curves: Mapping[str, Sequence[CurvePoint]]) -> list[Step]:
     """The steps of all blocks, the most saved a point lost first; those of one block by rising rate.
 
     A block's steps are the concave hull of its curve, so what it could reach better in one longer step is one.
     """
     steps = []
     for block, curve in curves.items():
-        here, rest = Point(rate=0.0, saving=0.0, drop=0.0), list(curve)
+        here, rest = CurvePoint(rate=0.0, saving=0.0, drop=0.0), list(curve)
         while rest := [point for point in rest if point.saving > here.saving]:
             best = max(rest, key=lambda point: (_efficiency(here, point), point.saving))
             steps.append(Step(block=block, rate=best.rate, efficiency=_efficiency(here, best)))
@@ -55,7 +46,7 @@ def steps_by_efficiency(curves: Mapping[str, Sequence[Point]]) -> list[Step]:
     return sorted(steps, key=lambda step: -step.efficiency)
 
 
-def _efficiency(before: Point, after: Point) -> float:
+def _efficiency(before: CurvePoint, after: CurvePoint) -> float:
     return (after.saving - before.saving) / (max(after.drop - before.drop, 0.0) + LEAST_DROP)
 
 
@@ -67,20 +58,19 @@ def allocate(search: Search) -> None:
     taken = _most_together(search, steps)
     search.blocks = _at(search.blocks, steps[:taken])
     _add_what_fits(search, steps[taken:])
-    search.blocks = [
-        replace(block, robustness=_robustness_at(block.rate, curves.get(block.name))) for block in search.blocks
-    ]
+    search.blocks = [_measured(block, tuple(curves.get(block.name, ()))) for block in search.blocks]
 
 
-def _robustness_at(rate: float, curve: Sequence[Point] | None) -> float | None:
-    """Of the block alone, at the highest measured rate up to `rate`."""
-    found = [point for point in curve or () if point.rate <= rate]
-    return found[-1].saving / (found[-1].drop + LEAST_DROP) if found else None
+def _measured(block: BlockState, curve: tuple[CurvePoint, ...]) -> BlockState:
+    """With its curve, and the robustness of the block alone at the highest measured rate up to its own."""
+    found = [point for point in curve if point.rate <= block.rate]
+    robustness = found[-1].saving / (found[-1].drop + LEAST_DROP) if found else None
+    return replace(block, curve=curve, robustness=robustness)
 
 
-def _measure(search: Search) -> dict[str, list[Point]]:
+def _measure(search: Search) -> dict[str, list[CurvePoint]]:
     """{block: its points}, of blocks worth the trouble; a curve ends where the block alone costs too much."""
-    config, curves = search.config, dict[str, list[Point]]()
+    config, curves = search.config, dict[str, list[CurvePoint]]()
     worthy = search.worthy_blocks()
     rates = sorted({*config.rates, config.max_rate})
     for number, block in enumerate(worthy):
@@ -97,7 +87,7 @@ def _measure(search: Search) -> dict[str, list[Point]]:
             if not found.accepted:
                 break
             drop = max(search.baseline - found.score, 0.0)
-            curves[block.name].append(Point(rate=rate, saving=100 * found.saving, drop=drop))
+            curves[block.name].append(CurvePoint(rate=rate, saving=100 * found.saving, drop=drop))
     return curves
 
 

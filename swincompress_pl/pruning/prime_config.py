@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 from torch import nn
@@ -24,9 +24,10 @@ class PrimeSVTConfig:
     min_memory_saving: part of all parameters that has to go, 0 to below 1.
     mode: "group" removes units of the network's groups physically; "paper" makes the weakest input channels of every
         filter zero, for each filter its own (Alg. 2), so shapes stay and the saving is a count of zeros.
-    policy: "prioritized" (the paper): a uniform rate, then raises from there by `order`; "allocated": each block's rate
-        from what it costs alone at each of `rates`, all layers being the target set. `target_sets`, `theta`,
-        `increments` and `frozen` are those of "prioritized".
+    policy: "allocated": each block's rate from what it costs alone at each of `rates`, all layers being the target set;
+        "prioritized" (the paper): a uniform rate, then raises from there by `order`. order, target_sets, theta,
+        increments, frozen and benefit_resolution_points are settings of "prioritized" only.
+    blocks: "layer" has a rate for each layer, "block" (the paper) one for all layers of a block.
     order: in which blocks are raised: "robustness" (Alg. 3), the most robust first and by more, or "size", the largest
         first and all by the largest increment.
     prefer: what is applied where no candidate meets both constraints: the largest saving within "accuracy", or the best
@@ -38,7 +39,6 @@ class PrimeSVTConfig:
     frozen: what becomes of the blocks whose increment is 0.0: "last" raises them, banded among themselves, when no
         other gains; "never" leaves them at the initial rate (the paper), which ends the search early wherever one
         block costs nothing and so leaves all others in the last band.
-    blocks: "block" raises the rate of all layers of a block together (the paper), "layer" of each alone.
     min_block_share: a block with a smaller part of an average block's parameters stays at the initial rate: raising it
         costs accuracy and evaluations for next to nothing. 0 (the paper) raises all.
     max_rate: no layer goes beyond it, above 0 and below 1.
@@ -56,7 +56,7 @@ class PrimeSVTConfig:
     max_accuracy_drop: float = 3.0
     min_memory_saving: float = 0.25
     mode: Literal["group", "paper"] = "group"
-    policy: Literal["prioritized", "allocated"] = "prioritized"
+    policy: Literal["allocated", "prioritized"] = "allocated"
     order: Literal["robustness", "size"] = "robustness"
     prefer: Literal["accuracy", "memory"] = "accuracy"
     target_sets: tuple[float, ...] = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
@@ -64,7 +64,7 @@ class PrimeSVTConfig:
     theta: float = 1.0
     increments: tuple[float, ...] = (0.08, 0.04, 0.02, 0.01, 0.0)
     frozen: Literal["last", "never"] = "last"
-    blocks: Literal["block", "layer"] = "block"
+    blocks: Literal["layer", "block"] = "layer"
     min_block_share: float = 0.2
     max_rate: float = 0.9
     round_to: int = 8
@@ -120,10 +120,20 @@ class PrimeSVTConfig:
                 f"min_memory_saving={self.min_memory_saving} contradicts max_rate={self.max_rate}: not even all layers "
                 "at that rate save as much; raise max_rate, or ask for less"
             )
-        if self.policy == "allocated" and self.order == "size":
-            raise ValueError("order='size' contradicts policy='allocated', whose order is what saves most a point lost")
+        if self.policy == "allocated":
+            self._refuse_what_only_prioritized_reads()
         if self.mode == "paper" and self.kinds is not None:
             raise ValueError(f"kinds={self.kinds}: mode='paper' prunes filters, not groups; choose with layers=")
+
+    def _refuse_what_only_prioritized_reads(self) -> None:
+        defaults = {field.name: field.default for field in fields(self)}
+        for name in _OF_PRIORITIZED:
+            value = getattr(self, name)
+            if value != defaults[name]:
+                raise ValueError(
+                    f"{name}={value!r} is a setting of policy='prioritized' (Alg. 1, 3, 4 of the paper), and "
+                    "policy='allocated'; give policy='prioritized' too, or leave it out"
+                )
 
     def robustness_resolution(self) -> float:
         """`robustness_resolution_points`, or its default. Only the order of the steps depends on the curves, so what
@@ -151,12 +161,13 @@ class PrimeSVTConfig:
         return plain
 
 
+_OF_PRIORITIZED = ("order", "target_sets", "theta", "increments", "frozen", "benefit_resolution_points")
 _CHOICES = {
     "mode": ("group", "paper"),
-    "policy": ("prioritized", "allocated"),
+    "policy": ("allocated", "prioritized"),
     "order": ("robustness", "size"),
     "prefer": ("accuracy", "memory"),
-    "blocks": ("block", "layer"),
+    "blocks": ("layer", "block"),
     "frozen": ("last", "never"),
     "batchnorm": ("keep", "reestimate"),
 }

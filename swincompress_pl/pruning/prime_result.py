@@ -25,12 +25,22 @@ class TargetSet:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CurvePoint:
+    """A block alone at `rate`: what it saves of all parameters, and what it loses on the hold-out, both in points."""
+
+    rate: float
+    saving: float
+    drop: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class BlockState:
     """One block: its layers, what they hold of all parameters, and how the policy treated it.
 
     robustness: saving / (accuracy drop + 0.001), both in points, of the network with this block at twice the initial
     rate; with policy="allocated" of the network with this block alone, at the highest rate measured up to `rate`; None
     where it was not measured. band: 0 for the most robust. rate: where the policy left it.
+    curve: with policy="allocated" the block alone at rising rates, as far as the accuracy constraint allows.
     """
 
     name: str
@@ -39,6 +49,7 @@ class BlockState:
     robustness: float | None = None
     band: int = 0
     rate: float = 0.0
+    curve: tuple[CurvePoint, ...] = ()
 
 
 @dataclass(kw_only=True)
@@ -126,8 +137,13 @@ class PrimeSVTResult:
         fields["target_sets"] = [
             TargetSet(**{**entry, "accepted_rates": tuple(entry["accepted_rates"])}) for entry in fields["target_sets"]
         ]
-        fields["blocks"] = [BlockState(**{**entry, "layers": tuple(entry["layers"])}) for entry in fields["blocks"]]
+        fields["blocks"] = [_block(entry) for entry in fields["blocks"]]
         return cls(**fields)
+
+
+def _block(entry: Mapping[str, Any]) -> BlockState:
+    curve = tuple(CurvePoint(**point) for point in entry.get("curve", ()))
+    return BlockState(**{**entry, "layers": tuple(entry["layers"]), "curve": curve})
 
 
 def _told(candidate: Candidate | None, baseline: float) -> str:

@@ -50,8 +50,8 @@ class PruningFigures(Callback):
     """Logs the plots of a pruning search after each of its rounds, and writes them as a page when the fit ends.
 
     save_dir: where pruning.html goes (made if need be), of PrimeSVT primesvt-*.png, None for neither. tag: what the
-    figures' names begin with: <tag>/sparsity, <tag>/accuracy_size, <tag>/sensitivity, of PrimeSVT <tag>/robustness,
-    <tag>/accuracy_memory, <tag>/spike_rates.
+    figures' names begin with: <tag>/sparsity, <tag>/accuracy_size, <tag>/sensitivity, of PrimeSVT <tag>/curves or
+    <tag>/robustness (by its policy), <tag>/accuracy_memory, <tag>/spike_rates.
 
     It stands in a fit beside one callback that has a `search_state` with `to_dict()`, as `AdaptiveIterativePruning`
     has, or beside one `PrimeSVT`; at the start of a fit with none or several it raises ValueError, and

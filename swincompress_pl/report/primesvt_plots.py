@@ -1,4 +1,4 @@
-"""The plots of a PrimeSVT search: robustness a block, accuracy against memory, spike rates.
+"""The plots of a PrimeSVT search: robustness a block or its curve, accuracy against memory, spike rates.
 
 Each takes the plain data of `pruning.PrimeSVTResult.to_dict()` and returns a matplotlib Figure that belongs to the
 caller, or None where there is nothing to draw; none touches pyplot.
@@ -10,7 +10,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from swincompress_pl.report.drawing import ALERT, BASE, BETWEEN, LAST, finished, new_figure, save_png, style
+from swincompress_pl.report.drawing import (
+    ALERT,
+    BASE,
+    BETWEEN,
+    EDGE,
+    EMPTY,
+    LAST,
+    PAGE,
+    finished,
+    new_figure,
+    save_png,
+    style,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,14 +38,17 @@ _ROW_INCHES = 0.24
 
 
 def primesvt_figures(result: Result, *, rates_after: Mapping[str, float] | None = None) -> dict[str, Figure]:
-    """All plots for which the result has data: {"robustness", "accuracy_memory", "spike_rates"}, in this order.
+    """All plots for which the result has data: {"robustness", "accuracy_memory", "spike_rates"}, in this order; with
+    policy="allocated" "curves" in the place of "robustness".
 
     rates_after: {neuron: spike rate} of the pruned network, beside those of the unpruned one.
     Raises ValueError for data of another version.
     """
     known = _read(result)
+    allocated = any(block.curve for block in known.blocks)
     drawn = {
-        "robustness": robustness_by_block(known),
+        "curves": curves_by_block(known) if allocated else None,
+        "robustness": None if allocated else robustness_by_block(known),
         "accuracy_memory": accuracy_against_memory(known),
         "spike_rates": spike_rates(known.spike_rates, rates_after),
     }
@@ -76,6 +91,37 @@ def robustness_by_block(result: Result) -> Figure | None:
         ax.margins(x=0.3)
         ax.set_xlabel("robustness: percent of the parameters saved a point lost")
         ax.set_title("Robustness of the blocks, and their pruning rates")
+        return finished(figure)
+
+
+def curves_by_block(result: Result) -> Figure | None:
+    """A row for each block: the rates at which it was measured alone, coloured by what it lost, and a bar to where it
+    was left, with what that saves; None where no curve was measured."""
+    known = _read(result)
+    if not any(block.curve for block in known.blocks):
+        return None
+    drop = known.config["max_accuracy_drop"]
+    points = [(100 * p.rate, row, p.drop) for row, block in enumerate(known.blocks) for p in block.curve]
+    rates, rows, drops = zip(*points, strict=True)
+    with style():
+        figure = new_figure(7, 1.6 + _ROW_INCHES * len(known.blocks))
+        ax = figure.subplots()
+        ax.barh(range(len(known.blocks)), [100 * block.rate for block in known.blocks], color=EMPTY, edgecolor=EDGE)
+        dots = ax.scatter(
+            rates, rows, c=drops, cmap="viridis_r", vmin=0, vmax=drop, s=22, zorder=3, edgecolors=PAGE, linewidths=0.5
+        )
+        for row, block in enumerate(known.blocks):
+            if block.rate and block.curve:
+                last = block.curve[-1]
+                saved = f"{last.saving * block.rate / last.rate:.1f} %"  # in proportion to the rate
+                ax.annotate(saved, (101.5, row), va="center", fontsize=7.5, annotation_clip=False)
+        ax.annotate("saves", (101.5, -1), va="center", fontsize=7.5, annotation_clip=False)
+        ax.set_yticks(range(len(known.blocks)), [block.name for block in known.blocks], fontsize=8)
+        ax.set_ylim(len(known.blocks) - 0.4, -0.6)
+        ax.set_xlim(0, 100)
+        ax.set_xlabel("rate: percent of the units removed (bar: as the policy left it; dots: measured alone)")
+        ax.set_title("What each block costs alone, and its rate")
+        figure.colorbar(dots, ax=ax, label="points lost alone", pad=0.12, aspect=30)
         return finished(figure)
 
 
