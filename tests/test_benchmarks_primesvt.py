@@ -90,6 +90,7 @@ def test_from_training_to_the_report(place: Place, tmp_path: Path, monkeypatch: 
         json.dumps(latency.measure("maxformer", out, turns=2)), encoding="utf-8"
     )
     files = report.write(out, tmp_path / "report")
+    assert len(files) == len(set(files)), "one job is drawn, not another over it"
     assert {file.name for file in files} >= {"primesvt.md", "primesvt.json", "primesvt-robustness.png"}
     page = files[0].read_text(encoding="utf-8")
     saved = read["group"]["search"]["applied"]["saving"]

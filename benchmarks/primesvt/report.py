@@ -18,7 +18,7 @@ from .subjects import SUBJECTS
 Results = Mapping[str, dict[str, Any]]
 
 _STATES = ("given", "single_shot", "batchnorm_anew", "tuned")
-_PLOTTED = "-group"
+_PLOTTED = "group"
 _INTRODUCTION = (
     "Small networks of each family, trained and fine-tuned on 45,000 images of CIFAR-10 (JPEG copy), T = 2. The search "
     "decides on 5,000 held-out training images; accuracies here are top-1 on the 10,000 test images, which decide "
@@ -63,8 +63,8 @@ def write(folder: Path, to: Path) -> list[Path]:
         write_text(to / "primesvt.md", page(results)),
         write_text(kept, json.dumps(results, allow_nan=False, indent=1) + "\n"),
     ]
-    for key, entry in new.items():
-        if key.endswith(_PLOTTED):
+    for entry in new.values():
+        if entry.get("job", {}).get("name") == _PLOTTED:
             drawn = save_primesvt_figures(
                 PrimeSVTResult.from_dict(entry["search"]),
                 to / "primesvt" / entry["job"]["subject"],
