@@ -87,6 +87,7 @@ def test_a_curve_ends_where_the_block_alone_is_refused_and_what_is_left_of_a_ste
     assert any(round(block.rate, 3) not in measured for block in result.blocks), "half of a step, or a quarter"
     for block in result.blocks:
         assert (block.robustness is None) == (block.rate < 0.1)
+        assert (block.robustness is None) == all(point.rate > block.rate for point in block.curve)
         rates = [point.rate for point in block.curve]
         assert rates == sorted(set(rates) & {0.1, 0.3, 0.9})
         assert all(point.drop <= 3.0 + 1e-9 for point in block.curve)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -78,16 +79,24 @@ def test_curves_are_drawn_where_rates_were_allocated() -> None:
     found = primesvt(network, holdout_of(network), config)
     figures = primesvt_figures(json.loads(json.dumps(found.to_dict())))
     assert list(figures) == ["curves", "accuracy_memory", "spike_rates"]
-    ax = figures["curves"].axes[0]
+    ax: Any = figures["curves"].axes[0]
     assert [label.get_text() for label in ax.get_yticklabels()] == [block.name for block in found.blocks]
-    assert [bar.get_width() for bar in ax.patches] == [100 * block.rate for block in found.blocks]  # type: ignore[attr-defined]
+    assert [bar.get_width() for bar in ax.patches] == [100 * block.rate for block in found.blocks]
     (dots,) = ax.collections
-    assert dots.get_offsets().tolist() == [  # type: ignore[union-attr]
+    assert dots.get_offsets().tolist() == [
         [100 * point.rate, row] for row, block in enumerate(found.blocks) for point in block.curve
     ]
-    told = [text.get_text() for text in ax.texts]
-    total = sum(float(text.removesuffix(" %")) for text in told if text != "saves")
-    assert total == pytest.approx(100 * found.saving, abs=5)  # in proportion to rates, where widths are whole units
+    told = {round(text.xy[1]): text.get_text() for text in ax.texts}
+    assert told.pop(-1) == "saves"
+    assert set(told) == {row for row, block in enumerate(found.blocks) if block.rate}
+    measured = [
+        (told[row], point.saving)
+        for row, block in enumerate(found.blocks)
+        for point in block.curve
+        if point.rate == block.rate
+    ]
+    assert measured
+    assert all(text == f"{saving:.1f} %" for text, saving in measured)
 
 
 def test_a_search_without_blocks_or_candidates_is_drawn_as_far_as_it_goes(result: PrimeSVTResult) -> None:

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from swincompress_pl.report.drawing import (
     ALERT,
     BASE,
@@ -45,10 +47,10 @@ def primesvt_figures(result: Result, *, rates_after: Mapping[str, float] | None 
     Raises ValueError for data of another version.
     """
     known = _read(result)
-    allocated = any(block.curve for block in known.blocks)
+    curves = curves_by_block(known)
     drawn = {
-        "curves": curves_by_block(known) if allocated else None,
-        "robustness": None if allocated else robustness_by_block(known),
+        "curves": curves,
+        "robustness": None if curves else robustness_by_block(known),
         "accuracy_memory": accuracy_against_memory(known),
         "spike_rates": spike_rates(known.spike_rates, rates_after),
     }
@@ -112,9 +114,14 @@ def curves_by_block(result: Result) -> Figure | None:
         )
         for row, block in enumerate(known.blocks):
             if block.rate and block.curve:
-                last = block.curve[-1]
-                saved = f"{last.saving * block.rate / last.rate:.1f} %"  # in proportion to the rate
-                ax.annotate(saved, (101.5, row), va="center", fontsize=7.5, annotation_clip=False)
+                at, savings = zip((0.0, 0.0), *((p.rate, p.saving) for p in block.curve), strict=True)
+                ax.annotate(
+                    f"{np.interp(block.rate, at, savings):.1f} %",
+                    (101.5, row),
+                    va="center",
+                    fontsize=7.5,
+                    annotation_clip=False,
+                )
         ax.annotate("saves", (101.5, -1), va="center", fontsize=7.5, annotation_clip=False)
         ax.set_yticks(range(len(known.blocks)), [block.name for block in known.blocks], fontsize=8)
         ax.set_ylim(len(known.blocks) - 0.4, -0.6)
