@@ -35,7 +35,7 @@ class PrimeSVT(SearchCallback):
     start_epoch: 0 is for a network with trained weights. memo: a file that keeps every verdict, so that a search that
     was killed goes on where it was. on_progress: override it for a display of one's own.
     monitor, max_images, holdout_size_bytes, gradient_batches, model_attribute: as in `AdaptiveIterativePruning`;
-    gradient_batches are also those on which `batchnorm="reestimate"` makes statistics anew.
+    gradient_batches are also those on which `batchnorm="reestimate"` corrects the statistics.
     search: any other field of `swincompress_pl.pruning.PrimeSVTConfig`: order, theta, target_sets, batchnorm, ...
 
     The hold-out is the datamodule's `holdout_dataloader()`, or else the trainer's validation data. Logs pruning/score,

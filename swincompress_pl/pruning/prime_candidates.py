@@ -124,9 +124,8 @@ class Candidates:
             digest.update(tensor.detach().cpu().flatten().contiguous().view(torch.uint8).numpy().tobytes())
         for scores in self._scores.values():  # they say which units go first, whatever the criterion is called
             digest.update(scores.cpu().numpy().tobytes())
-        statistics = {"keep": "keep", "reestimate": "corrected"}[
-            self.config.batchnorm
-        ]  # once they were made wholly anew
+        # not "reestimate": verdicts of memos from when statistics were made wholly anew mean something else
+        statistics = "corrected" if self.config.batchnorm == "reestimate" else "keep"
         means = [self.config.mode, statistics, self.config.max_accuracy_drop]
         holdout = getattr(self.scorer, "fingerprint", None)
         units = {name: target.units for name, target in self.targets.items()}
