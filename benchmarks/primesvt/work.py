@@ -123,7 +123,7 @@ def run(
     started, subject = time.perf_counter(), SUBJECTS[job.subject]
     data = subject.data(place, subject.fine_tuning, seed)
     module = subject.classifier(subject.fine_tuning, seed, trained=True)
-    network = _laid_out(module.net.to(place.device)).eval()
+    network = _laid_out(module.net.to(place.device), place).eval()
     images = next(iter(data.holdout_dataloader()))[0][:_COUNTED_IMAGES]
     weights, where = hashlib.sha256(subject.weights.read_bytes()).hexdigest()[:16], _where(place)
     result = known or {
@@ -188,9 +188,9 @@ def _once(file: Path, of: dict[str, str], make: Callable[[], dict[str, Any]]) ->
     return found
 
 
-def _laid_out(network: nn.Module) -> nn.Module:
-    """In the layout that its convolutions and poolings are fastest in on a CPU, by 1.05 to 1.3 times."""
-    return network.to(memory_format=torch.channels_last)
+def _laid_out(network: nn.Module, place: Place) -> nn.Module:
+    """On a CPU in the layout that its convolutions and poolings are fastest in."""
+    return network.to(memory_format=torch.channels_last) if place.device == "cpu" else network
 
 
 def _calibration(data: MemoryData) -> list[torch.Tensor]:
@@ -225,7 +225,7 @@ def _with_batchnorm_anew(network: nn.Module, data: MemoryData) -> dict[str, Any]
 
 def _fine_tune(subject: Subject, module: Any, data: MemoryData, place: Place) -> dict[str, Any]:
     started = time.perf_counter()
-    _laid_out(module.net)  # slices are not
+    _laid_out(module.net, place)  # slices are not
     module.train()  # Lightning trains in the mode that it finds
     fit = trainer(subject.fine_tuning.epochs, [], place)
     fit.fit(module, datamodule=data)
