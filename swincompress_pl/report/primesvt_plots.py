@@ -115,13 +115,8 @@ def curves_by_block(result: Result) -> Figure | None:
         for row, block in enumerate(known.blocks):
             if block.rate and block.curve:
                 at, savings = zip((0.0, 0.0), *((p.rate, p.saving) for p in block.curve), strict=True)
-                ax.annotate(
-                    f"{np.interp(block.rate, at, savings):.1f} %",
-                    (101.5, row),
-                    va="center",
-                    fontsize=7.5,
-                    annotation_clip=False,
-                )
+                saved = f"{np.interp(block.rate, at, savings):.1f} %"
+                ax.annotate(saved, (101.5, row), va="center", fontsize=7.5, annotation_clip=False)
         ax.annotate("saves", (101.5, -1), va="center", fontsize=7.5, annotation_clip=False)
         ax.set_yticks(range(len(known.blocks)), [block.name for block in known.blocks], fontsize=8)
         ax.set_ylim(len(known.blocks) - 0.4, -0.6)
