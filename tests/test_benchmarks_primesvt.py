@@ -82,12 +82,19 @@ def test_from_training_to_the_report(place: Place, tmp_path: Path, monkeypatch: 
         work.run(paper, place, "later", out, known=other, tune=True)
     for job in jobs:
         work.result_file(out, job).write_text(json.dumps(read[job.name]), encoding="utf-8")
+        if job.name in ("control", "paper"):
+            again = work.repeat(job, place, "abc", out, known=read[job.name], seed=1)
+            assert again["seed"] == 1
+            assert again["tuned"]["test"]["images"] == 30
+            work.result_file(out, job, 1).write_text(json.dumps(again), encoding="utf-8")
+    with pytest.raises(ValueError, match="maxformer-paper was searched with other code or weights; remove"):
+        work.repeat(paper, place, "abc", out, known=other, seed=1)
     assert read["naive-group"]["search"]["scoring"]["images_scored"] >= 40 * len(
         read["naive-group"]["search"]["blocks"]
     )
     monkeypatch.setattr(latency, "_WARM_UP_TURNS", 0)
     (out / "maxformer_latency.json").write_text(
-        json.dumps(latency.measure("maxformer", out, turns=2)), encoding="utf-8"
+        json.dumps(latency.measure("maxformer", out, "abc", turns=2)), encoding="utf-8"
     )
     files = report.write(out, tmp_path / "report")
     assert len(files) == len(set(files)), "one job is drawn, not another over it"
@@ -95,6 +102,8 @@ def test_from_training_to_the_report(place: Place, tmp_path: Path, monkeypatch: 
     page = files[0].read_text(encoding="utf-8")
     saved = read["group"]["search"]["applied"]["saving"]
     assert f"| group | {saved:.2%} |" in " ".join(page.split())
+    assert "seeds 1 |" in page
+    assert "lost; mean of 2: " in page
     for heading in (
         "Baselines",
         "maxformer",
@@ -122,6 +131,49 @@ def test_the_jobs_have_names_of_their_own_and_weights_that_fit(capsys: pytest.Ca
             assert subject.weights.stat().st_size < 8e6
             create_model(subject.model, num_classes=10, checkpoint_path=subject.weights, **subject.arguments)
             assert subject.baseline_record()["test"]["images"] == 10_000
+
+
+def test_other_seeds_are_compared_with_their_own_controls() -> None:
+    def tuned(percent: float, seed: int, **more: Any) -> dict[str, Any]:
+        return {"seed": seed, "tuned": {"test": {"percent": percent}, "epochs": 4}} | more
+
+    results = {
+        "maxformer-control": tuned(77.0, 0),
+        "maxformer-control-seed1": tuned(76.0, 1),
+        "maxformer-paper": tuned(76.5, 0, search={"applied": {"saving": 0.3}}),
+        "maxformer-paper-seed1": tuned(76.1, 1),
+        "maxformer-paper-seed2": tuned(70.0, 2),
+        "maxformer-paper-strict": tuned(76.8, 0, search={"applied": {"saving": 0.2}}),
+    }
+    shown = " ".join(report._tuned(results, "maxformer").split())
+    assert "| control, unpruned | | 77.00 | 76.00 |" in shown
+    assert "| paper | 30.00% | 76.50, +0.50 lost | -0.10 lost; mean of 2: +0.20 |" in shown
+    assert "| paper, 1.5 points allowed | 20.00% | 76.80, +0.20 lost | |" in shown
+    alone = report._tuned({"maxformer-control": results["maxformer-control"]}, "maxformer")
+    assert "seeds" not in alone
+
+
+def test_contradictory_options_of_a_run_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders = [f"--{name}={tmp_path}" for name in ("data", "cache", "out")]
+    monkeypatch.setattr(sys, "argv", ["primesvt", "run", *folders, "--seed=1", "--single-shot"])
+    with pytest.raises(SystemExit, match="--seed 1 is of the fine-tuning, which --single-shot leaves out"):
+        main.main()
+
+
+def test_only_what_was_fine_tuned_is_repeated_with_another_seed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "maxformer-control.json").write_text(json.dumps({"tuned": {}}), encoding="utf-8")
+    (tmp_path / "maxformer-paper.json").write_text(json.dumps({"search": {}}), encoding="utf-8")
+    folders = [f"--{name}={tmp_path}" for name in ("data", "cache", "out")]
+    wanted = "--filter=maxformer-control,maxformer-paper,maxformer-group"
+    monkeypatch.setattr(sys, "argv", ["primesvt", "run", *folders, wanted, "--seed=1", "--list"])
+    main.main()
+    assert capsys.readouterr().out.splitlines() == [
+        "maxformer-control-seed1: to do",
+        "maxformer-paper-seed1: nothing to do here",
+        "maxformer-group-seed1: nothing to do here",
+    ]
 
 
 def test_a_search_that_went_on_from_a_memo_claims_no_cost() -> None:

@@ -7,6 +7,7 @@ import fnmatch
 import json
 import subprocess
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -14,6 +15,9 @@ from swincompress_pl.report.record import write_text
 
 from ..pruning.subjects import Place
 from .subjects import SUBJECTS
+
+if TYPE_CHECKING:
+    from .work import Job
 
 
 def main() -> None:
@@ -27,6 +31,7 @@ def main() -> None:
     run.set_defaults(command=_run)
     run.add_argument("--filter", default="*", help="of jobs, patterns with commas between them")
     run.add_argument("--single-shot", action="store_true", help="search now, fine-tune in a later run")
+    run.add_argument("--seed", type=int, default=0, help="of the fine-tuning: others than 0 repeat what 0 has tuned")
     run.add_argument("--list", action="store_true", help="only say which there are")
     for command in (train, run):
         command.add_argument("--data", type=Path, required=True, help="the folder with cifar10_jpeg.tar.xz")
@@ -59,25 +64,42 @@ def _train(given: argparse.Namespace) -> None:
 
 
 def _run(given: argparse.Namespace) -> None:
-    from .work import all_jobs, result_file, run
+    from .work import all_jobs, repeat, result_file, run
 
+    if given.seed and given.single_shot:
+        raise SystemExit(f"--seed {given.seed} is of the fine-tuning, which --single-shot leaves out; give one of them")
     patterns = given.filter.split(",")
     jobs = [job for job in all_jobs() if any(fnmatch.fnmatchcase(job.key, pattern) for pattern in patterns)]
     place = Place(data=given.data, cache=given.cache, device=given.device, precision=given.precision)
     for job in jobs:
-        file = result_file(given.out, job)
-        known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
-        done = known is not None and (given.single_shot or not job.tuned or "tuned" in known)
-        ready = SUBJECTS[job.subject].weights.is_file() and (job.options is not None or not given.single_shot)
-        state = "done" if done else "to do" if ready else "nothing to do here"
+        file = result_file(given.out, job, given.seed)
+        known = _read(result_file(given.out, job))
+        state = _state(job, known, _read(file), given)
         if given.list or state != "to do":
-            print(f"{job.key}: {state}", flush=True)
+            print(f"{file.stem}: {state}", flush=True)
             continue
         commit = given.commit or _commit()
-        result = run(job, place, commit, given.out, known=known, tune=not given.single_shot)
+        if given.seed and known is not None:
+            result = repeat(job, place, commit, given.out, known=known, seed=given.seed)
+        else:
+            result = run(job, place, commit, given.out, known=known, tune=not given.single_shot)
         write_text(file, json.dumps(result))
         shown = {key: result[key]["test"]["percent"] for key in ("given", "single_shot", "tuned") if key in result}
-        print(f"{job.key}: {shown}, {result['seconds']} s", flush=True)
+        print(f"{file.stem}: {shown}, {result['seconds']} s", flush=True)
+
+
+def _state(job: Job, first: dict[str, Any] | None, found: dict[str, Any] | None, given: argparse.Namespace) -> str:
+    """What to say of it. first: the result with seed 0; found: that with the seed asked for."""
+    if found is not None and (given.single_shot or not job.tuned or "tuned" in found):
+        return "done"
+    ready = SUBJECTS[job.subject].weights.is_file() and (job.options is not None or not given.single_shot)
+    if given.seed:
+        ready = job.tuned and first is not None and "tuned" in first
+    return "to do" if ready else "nothing to do here"
+
+
+def _read(file: Path) -> dict[str, Any] | None:
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
 
 def _latency(given: argparse.Namespace) -> None:
@@ -85,7 +107,9 @@ def _latency(given: argparse.Namespace) -> None:
 
     for name in given.models.split(","):
         if any(given.out.glob(f"{name}-*.json")):
-            (given.out / f"{name}_latency.json").write_text(json.dumps(measure(name, given.out)), encoding="utf-8")
+            (given.out / f"{name}_latency.json").write_text(
+                json.dumps(measure(name, given.out, _commit())), encoding="utf-8"
+            )
 
 
 def _report(given: argparse.Namespace) -> None:

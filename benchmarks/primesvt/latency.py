@@ -13,15 +13,15 @@ from torch import nn
 
 from swincompress_pl.pruning import PruningPlan, apply_plan, count_macs
 from swincompress_pl.registry import adapter_for
-from swincompress_pl.report import describe_environment
 
 from .subjects import INPUT_SHAPE, SUBJECTS, Subject
+from .work import where
 
 _WARM_UP_TURNS = 5
 _BATCHES = (1, 64)
 
 
-def measure(subject: str, out: Path, *, turns: int = 20) -> dict[str, Any]:
+def measure(subject: str, out: Path, commit: str, *, turns: int = 20) -> dict[str, Any]:
     """Every network of `subject` that a job in `out` sliced; widths decide the time, so which units went does not."""
     networks = {"unpruned": _pruned(SUBJECTS[subject], {})}
     for file in sorted(out.glob(f"{subject}-*.json")):
@@ -45,8 +45,7 @@ def measure(subject: str, out: Path, *, turns: int = 20) -> dict[str, Any]:
                     "ratio": f"{ratios[1]:.2f} [{ratios[0]:.2f}, {ratios[2]:.2f}]",
                 }
             )
-    where = describe_environment()
-    return {"latencies": rows, "where": f"latency: {json.dumps(where, sort_keys=True)}"}
+    return {"latencies": rows, "where": f"latency: commit {commit}, {where('cpu')}"}
 
 
 def _pruned(subject: Subject, widths: dict[str, int]) -> nn.Module:

@@ -98,7 +98,7 @@ _SEARCHES: dict[str, dict[str, Any]] = {
     "allocated-batchnorm": {"policy": "allocated", "blocks": "layer", "batchnorm": "reestimate"},
     **{
         f"paper-allocated-{drop}": {"mode": "paper", "policy": "allocated", "max_accuracy_drop": drop}
-        for drop in (1.5, 3.0)
+        for drop in (0.75, 1.5, 3.0)
     },
     **{
         f"allocated-{drop}": {"policy": "allocated", "blocks": "layer", "max_accuracy_drop": drop}
@@ -107,13 +107,14 @@ _SEARCHES: dict[str, dict[str, Any]] = {
 }
 _TUNED = (
     "paper", "paper-strict", "paper-2.25", "group", "group-layers", "group-strict", "deep-6.0", "deep-12.0",
-    "paper-allocated-1.5", "allocated-batchnorm", "allocated-3.0", "allocated-6.0", "allocated-12.0",
+    "paper-allocated-0.75", "paper-allocated-1.5", "allocated-batchnorm",
+    "allocated-3.0", "allocated-6.0", "allocated-12.0",
 )  # fmt: skip
 _THETAS = (0.5, 1.0, 1.5, 2.0)
 
 
 def run(
-    job: Job, place: Place, commit: str, out: Path, *, seed: int = 0, known: dict[str, Any] | None = None, tune: bool
+    job: Job, place: Place, commit: str, out: Path, *, known: dict[str, Any] | None = None, tune: bool
 ) -> dict[str, Any]:
     """The job's result, in JSON types.
 
@@ -121,23 +122,16 @@ def run(
     tune: fine-tune now, if the job says so.
     """
     started, subject = time.perf_counter(), SUBJECTS[job.subject]
-    data = subject.data(place, subject.fine_tuning, seed)
-    module = subject.classifier(subject.fine_tuning, seed, trained=True)
-    network = _laid_out(module.net.to(place.device), place).eval()
+    data = subject.data(place, subject.fine_tuning, 0)
+    module, network = _trained(subject, place, 0)
     images = next(iter(data.holdout_dataloader()))[0][:_COUNTED_IMAGES]
-    weights, where = hashlib.sha256(subject.weights.read_bytes()).hexdigest()[:16], _where(place)
-    result = known or {
-        "job": {"subject": job.subject, "name": job.name, "options": job.options, "naive": job.naive},
-        "commit": commit,
-        "seed": seed,
-        "precision": place.precision,
-        "where": where,
-        "weights": weights,
+    made = _made_with(job, place, commit, 0)
+    result = known or made | {
         "given": _once(
             out / "memo" / f"{job.subject}-given.json",
-            {"weights": weights, "where": where},
+            {key: made[key] for key in ("weights", "where")},
             lambda: _figures(network, data, images),
-        ),
+        )
     }
     if job.options is not None:
         found = _search(job, network, data, place, out)
@@ -146,14 +140,53 @@ def run(
             result["single_shot"] = _figures(network, data, images)
             if job.options.get("batchnorm", "keep") == "keep":
                 result["batchnorm_anew"] = _with_batchnorm_anew(network, data)
-        elif known["search"]["applied"] != found.to_dict()["applied"]:
-            raise ValueError(f"{job.key} was searched with other code or weights; remove {result_file(out, job)}")
+        else:
+            _refuse_another_network(found, known, result_file(out, job))
     if job.tuned and tune:
         result["tuned"] = (
             _fine_tune(subject, module, data, place) | {"commit": commit} | _figures(network, data, images)
         )
     result["seconds"] = round(time.perf_counter() - started) + result.get("seconds", 0)
     return result
+
+
+def repeat(job: Job, place: Place, commit: str, out: Path, *, known: dict[str, Any], seed: int) -> dict[str, Any]:
+    """The fine-tuning of what the job's search left, with another seed: of the order of the images, the crops, the
+    mirrored ones. known: the job's result, whose memo is in `out`.
+    """
+    started, subject = time.perf_counter(), SUBJECTS[job.subject]
+    module, network = _trained(subject, place, seed)
+    result = _made_with(job, place, commit, seed)
+    if job.options is not None:
+        found = _search(job, network, subject.data(place, subject.fine_tuning, 0), place, out)
+        _refuse_another_network(found, known, result_file(out, job))
+    data = subject.data(place, subject.fine_tuning, seed)
+    tuned = _fine_tune(subject, module, data, place)
+    network.to(place.device)  # a Trainer leaves it on the CPU
+    result["tuned"] = tuned | {"commit": commit, "test": accuracy(network, data, "test")}
+    return result | {"seconds": round(time.perf_counter() - started)}
+
+
+def _trained(subject: Subject, place: Place, seed: int) -> tuple[Any, nn.Module]:
+    """The baseline in its module, and the network alone."""
+    module = subject.classifier(subject.fine_tuning, seed, trained=True)
+    return module, _laid_out(module.net.to(place.device), place).eval()
+
+
+def _made_with(job: Job, place: Place, commit: str, seed: int) -> dict[str, Any]:
+    return {
+        "job": {"subject": job.subject, "name": job.name, "options": job.options, "naive": job.naive},
+        "commit": commit,
+        "seed": seed,
+        "precision": place.precision,
+        "where": where(place.device),
+        "weights": hashlib.sha256(SUBJECTS[job.subject].weights.read_bytes()).hexdigest()[:16],
+    }
+
+
+def _refuse_another_network(found: PrimeSVTResult, known: dict[str, Any], file: Path) -> None:
+    if known["search"]["applied"] != found.to_dict()["applied"]:
+        raise ValueError(f"{file.stem} was searched with other code or weights; remove {file}")
 
 
 def _search(job: Job, network: nn.Module, data: MemoryData, place: Place, out: Path) -> PrimeSVTResult:
@@ -197,13 +230,12 @@ def _calibration(data: MemoryData) -> list[torch.Tensor]:
     return [batch for batch, _ in data.calibration_dataloader(_BATCHNORM_IMAGES)]
 
 
-def _where(place: Place) -> str:
+def where(device: str) -> str:
+    """The machine and the packages, in a line. device: "cpu" or "cuda"."""
     found = describe_environment()
     packages = ", ".join(f"{name} {found['packages'][name]}" for name in ("torch", "lightning", "spikingjelly"))
-    device = (
-        torch.cuda.get_device_name() if place.device == "cuda" else f"{found['cpu']} ({', '.join(found['cpu_flags'])})"
-    )
-    return f"{device}, {torch.get_num_threads()} threads, {packages}"
+    name = torch.cuda.get_device_name() if device == "cuda" else f"{found['cpu']} ({', '.join(found['cpu_flags'])})"
+    return f"{name}, {torch.get_num_threads()} threads, {packages}"
 
 
 def _figures(network: nn.Module, data: MemoryData, images: torch.Tensor) -> dict[str, Any]:
@@ -233,6 +265,6 @@ def _fine_tune(subject: Subject, module: Any, data: MemoryData, place: Place) ->
     return {"seconds": round(time.perf_counter() - started), "epochs": subject.fine_tuning.epochs}
 
 
-def result_file(out: Path, job: Job) -> Path:
+def result_file(out: Path, job: Job, seed: int = 0) -> Path:
     """Where a job's result is kept."""
-    return out / f"{job.key}.json"
+    return out / f"{job.key}{f'-seed{seed}' if seed else ''}.json"
