@@ -153,6 +153,29 @@ def test_other_seeds_are_compared_with_their_own_controls() -> None:
     assert "seeds" not in alone
 
 
+def test_the_largest_saving_within_each_bar_is_found() -> None:
+    def searched(mode: str, saving: float, score: float, percent: float | None = None) -> dict[str, Any]:
+        applied = {"saving": saving, "score": score}
+        search = {"config": {"mode": mode}, "applied": applied, "baseline_score": 77.0}
+        tuned = {} if percent is None else {"tuned": {"test": {"percent": percent}}}
+        return {"seed": 0, "search": search} | tuned
+
+    results = {
+        "maxformer-control": {"seed": 0, "tuned": {"test": {"percent": 77.0}}},
+        "maxformer-paper": searched("paper", 0.4, 74.0, 76.5),  # exactly 3 points, and 0.5
+        "maxformer-paper-strict": searched("paper", 0.3, 75.5, 76.7),
+        "maxformer-deep-6.0": searched("group", 0.5, 71.0, 76.1),
+        "maxformer-group": {"search": {"applied": None}},
+    }
+    shown = " ".join(report._largest_savings(results).split())
+    paper = "40.0%, +3.00 lost: paper | 30.0%, +0.30 lost: paper-strict"
+    assert f"| maxformer | {paper} | | 50.0%, +0.90 lost: deep-6.0 |" in shown
+    results["maxformer-control-seed1"] = {"seed": 1, "tuned": {"test": {"percent": 77.0}}}
+    results["maxformer-deep-6.0-seed1"] = {"seed": 1, "tuned": {"test": {"percent": 75.7}}}
+    assert "deep-6.0" not in report._largest_savings(results), "1.1 points, mean of 0.9 and 1.3"
+    assert report._largest_savings({}) == ""
+
+
 def test_contradictory_options_of_a_run_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folders = [f"--{name}={tmp_path}" for name in ("data", "cache", "out")]
     monkeypatch.setattr(sys, "argv", ["primesvt", "run", *folders, "--seed=1", "--single-shot"])
