@@ -284,7 +284,8 @@ class Memo:
             return
         self._read(path, whole, header)
         if rest:
-            path.write_text("\n".join(whole) + "\n", encoding="utf-8")
+            with path.open("r+b") as file:  # cut in place: another kill here loses nothing
+                file.truncate(path.stat().st_size - len(rest.encode("utf-8")))
 
     def _read(self, path: Path, lines: list[str], header: dict[str, Any]) -> None:
         try:

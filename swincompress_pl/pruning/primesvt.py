@@ -1,9 +1,10 @@
 """PrimeSVT: memory-aware structured pruning of spiking vision transformers in a single shot (arXiv 2606.03428).
 
-First a set of layers and a rate that all of them stand (Alg. 1), then how robust each block is (Alg. 3), then each
-block's rate is raised as far as the accuracy constraint allows, the robust ones first and by more (Alg. 4). What saves
-most within the constraint is applied. No training: that comes after, e.g. by the callback of the same name.
-`policy="allocated"` finds the rates in another way (`prime_allocation.py`).
+What saves most within an accuracy constraint is applied. No training: that comes after, e.g. by the callback of the
+same name. The default, `policy="allocated"`, measures what each layer costs alone and allocates the rates from that
+(`prime_allocation.py`). The paper's policy, `"prioritized"`: first a set of layers and a rate that all of them stand
+(Alg. 1), then how robust each block is (Alg. 3), then each block's rate is raised as far as the constraint allows, the
+robust ones first and by more (Alg. 4).
 
 Decided where the paper is silent (docs/primesvt.md): accuracies and savings are in points, robustness is that of the
 whole network with one block at twice the rate, a block's increment only ever falls, and one that was refused the
