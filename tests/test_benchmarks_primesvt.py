@@ -102,7 +102,7 @@ def test_from_training_to_the_report(place: Place, tmp_path: Path, monkeypatch: 
     page = files[0].read_text(encoding="utf-8")
     saved = read["group"]["search"]["applied"]["saving"]
     assert f"| group | {saved:.2%} |" in " ".join(page.split())
-    assert "seeds 1 |" in page
+    assert "other seeds (1) |" in page
     assert "lost; mean of 2: " in page
     for heading in (
         "Baselines",
@@ -147,6 +147,7 @@ def test_other_seeds_are_compared_with_their_own_controls() -> None:
     }
     shown = " ".join(report._tuned(results, "maxformer").split())
     assert "| control, unpruned | | 77.00 | 76.00 |" in shown
+    assert "| other seeds (1) |" in shown
     assert "| paper | 30.00% | 76.50, +0.50 lost | -0.10 lost; mean of 2: +0.20 |" in shown
     assert "| paper, 1.5 points allowed | 20.00% | 76.80, +0.20 lost | |" in shown
     alone = report._tuned({"maxformer-control": results["maxformer-control"]}, "maxformer")

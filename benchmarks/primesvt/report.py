@@ -253,7 +253,9 @@ def _tuned(results: Results, subject: str) -> str:
         "test, % against the control",
     ]
     seeds = ", ".join(str(seed) for seed in controls if seed)
-    return table([*header, f"seeds {seeds}"] if seeds else header, rows if seeds else [row[:-1] for row in rows])
+    if not seeds:
+        return table(header, [row[:-1] for row in rows])
+    return table([*header, f"other seeds ({seeds})"], rows)
 
 
 def _by_seed(results: Results, key: str) -> dict[int, float]:
