@@ -107,9 +107,7 @@ def _latency(given: argparse.Namespace) -> None:
 
     for name in given.models.split(","):
         if any(given.out.glob(f"{name}-*.json")):
-            (given.out / f"{name}_latency.json").write_text(
-                json.dumps(measure(name, given.out, _commit())), encoding="utf-8"
-            )
+            write_text(given.out / f"{name}_latency.json", json.dumps(measure(name, given.out, _commit())))
 
 
 def _report(given: argparse.Namespace) -> None:
