@@ -36,7 +36,7 @@ class PrimeSVT(SearchCallback):
     was killed goes on where it was. on_progress: override it for a display of one's own.
     monitor, max_images, holdout_size_bytes, gradient_batches, model_attribute: as in `AdaptiveIterativePruning`;
     gradient_batches are also those on which `batchnorm="reestimate"` corrects the statistics.
-    search: any other field of `swincompress_pl.pruning.PrimeSVTConfig`: order, theta, target_sets, batchnorm, ...
+    search: any other field of `swincompress_pl.pruning.PrimeSVTConfig`: round_to, kinds, batchnorm, policy, ...
 
     The hold-out is the datamodule's `holdout_dataloader()`, or else the trainer's validation data. Logs pruning/score,
     pruning/baseline, pruning/saving, pruning/parameters, pruning/images_scored and pruning/macs to every logger.
