@@ -80,12 +80,17 @@ def test_from_training_to_the_report(place: Place, tmp_path: Path, monkeypatch: 
     other["search"]["applied"]["saving"] += 0.5
     with pytest.raises(ValueError, match="maxformer-paper was searched with other code or weights; remove"):
         work.run(paper, place, "later", out, known=other, tune=True)
+    seeds, data = list[int](), subjects.Subject.data
+    monkeypatch.setattr(subjects.Subject, "data", lambda *args: seeds.append(args[-1]) or data(*args))
     for job in jobs:
         work.result_file(out, job).write_text(json.dumps(read[job.name]), encoding="utf-8")
         if job.name in ("control", "paper"):
+            same = work.repeat(job, place, "abc", out, known=read[job.name], seed=0)
+            assert same["tuned"]["test"] == read[job.name]["tuned"]["test"]
+            seeds.clear()
             again = work.repeat(job, place, "abc", out, known=read[job.name], seed=1)
             assert again["seed"] == 1
-            assert again["tuned"]["test"]["images"] == 30
+            assert seeds == ([1] if job.options is None else [0, 1]), "it searches with 0, and trains with its own"
             work.result_file(out, job, 1).write_text(json.dumps(again), encoding="utf-8")
     with pytest.raises(ValueError, match="maxformer-paper was searched with other code or weights; remove"):
         work.repeat(paper, place, "abc", out, known=other, seed=1)
