@@ -217,9 +217,11 @@ def _run(run: Run, images: Tensor) -> Tensor:
 
 
 def _take_up_signs(quantized: QuantizedNetwork, _: Any) -> None:
-    """What was loaded may have other sites without a sign."""
-    if set(quantized.scales.unsigned) != set(quantized.unsigned):
-        quantized.unsigned = quantized.scales.unsigned
+    """What was loaded may have other sites without a sign, beside those that never had one."""
+    graph = adapter_for(quantized.network).graph(quantized.network, quantized.preprocessing)
+    loaded = [name for name in quantized.scales.unsigned if graph.sites[name].signed]
+    if set(loaded) != set(quantized.unsigned):
+        quantized.unsigned = tuple(loaded)
         quantized.graph = quantized._present_graph()
         quantized.scales.retarget(quantized.graph)
 
