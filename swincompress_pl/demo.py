@@ -51,9 +51,9 @@ from swincompress_pl.report import (
     write_report,
 )
 from swincompress_pl.report.bench import ENGINE, operation_times
-from swincompress_pl.report.peers import prepare
-from swincompress_pl.report.race import Contestant, Result
-from swincompress_pl.report.race import run as race
+from swincompress_pl.report.comparison import Contestant, Result
+from swincompress_pl.report.comparison import run as race
+from swincompress_pl.report.runtimes import prepare
 
 Predictions = npt.NDArray[np.int64]
 IMAGE = (1, 3, 32, 32)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from swincompress_pl import norm
+from swincompress_pl import spec
 from swincompress_pl.accel import artifact
 
 Array = npt.NDArray[Any]
@@ -47,6 +47,6 @@ def sealed(description: Any, tensors: Mapping[str, Array], stored: Any = None, l
     return container(*header_of(tensors if stored is None else stored, described(description, tensors, layout)))
 
 
-def parts(program: norm.Program) -> tuple[dict[str, Any], dict[str, Array]]:
+def parts(program: spec.Program) -> tuple[dict[str, Any], dict[str, Array]]:
     """(description, tensors), both free to be changed."""
     return json.loads(json.dumps(program.describe())), {key: np.array(t) for key, t in program.tensors.items()}

@@ -16,9 +16,9 @@ from spiking_programs import pictures, spiking_cases, spiking_program
 from test_accel_cases import random_cases
 from test_accel_programs import PROGRAMS, images_of
 
-from swincompress_pl import norm
+from swincompress_pl import spec
 from swincompress_pl.accel import core
-from swincompress_pl.norm.kinds import KINDS
+from swincompress_pl.spec.kinds import KINDS
 
 Array = npt.NDArray[Any]
 
@@ -35,24 +35,24 @@ class EngineCase:
 
 
 def _engine_arguments(make: Callable[[], object]) -> tuple[Any, Any]:
-    """What `make` hands to the extension's engine; raises norm.ProgramError where that refuses it."""
+    """What `make` hands to the extension's engine; raises spec.ProgramError where that refuses it."""
     with mock.patch.object(core._core, "Engine", wraps=core._core.Engine) as engine:
         make()
     return engine.call_args.args[:2]
 
 
 def operation_case(
-    op: norm.Operation, inputs: Sequence[norm.Value], tensors: dict[str, Array], arrays: Sequence[Array], label: str
+    op: spec.Operation, inputs: Sequence[spec.Value], tensors: dict[str, Array], arrays: Sequence[Array], label: str
 ) -> EngineCase:
     values, operations = _engine_arguments(lambda: core.operation_engine(op, inputs, tensors))
     expected = KINDS[op.kind].run(arrays, tensors, op.attributes, op.dtype)
     return EngineCase(label=label, values=values, operations=operations, arrays=arrays, expected=expected)
 
 
-def program_case(program: norm.Program, images: Array, label: str) -> EngineCase:
+def program_case(program: spec.Program, images: Array, label: str) -> EngineCase:
     values, operations = _engine_arguments(lambda: core.program_engine(program, implementation=None, threads=1))
     return EngineCase(
-        label=label, values=values, operations=operations, arrays=[images], expected=norm.run(program, images)
+        label=label, values=values, operations=operations, arrays=[images], expected=spec.run(program, images)
     )
 
 
@@ -66,7 +66,7 @@ def engine_cases(count: int, seed: int) -> Iterator[EngineCase]:
     for op, arrays, tensors, value in operation_cases(count, seed):
         try:
             yield operation_case(op, [value] * len(arrays), tensors, arrays, str(op))
-        except norm.ProgramError:  # a type that only the reference runs
+        except spec.ProgramError:  # a type that only the reference runs
             continue
     yield from program_cases(seed)
 

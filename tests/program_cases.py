@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from swincompress_pl.norm import STORAGE, InputDescription, Operation, Program, Value, multiplier
-from swincompress_pl.norm.integer import LIMITS, SIGNED_BYTES, UNSIGNED_BYTES
+from swincompress_pl.spec import STORAGE, InputDescription, Operation, Program, Value, multiplier
+from swincompress_pl.spec.integer import LIMITS, SIGNED_BYTES, UNSIGNED_BYTES
 
 Array = npt.NDArray[Any]
 Case = tuple[Operation, list[Array], dict[str, Array], Value]

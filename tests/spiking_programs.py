@@ -10,10 +10,10 @@ import numpy as np
 import numpy.typing as npt
 from program_cases import integers, requantization, weights
 
-from swincompress_pl.norm import InputDescription, Operation, Program, Value
-from swincompress_pl.norm.integer import LIMITS
-from swincompress_pl.norm.kinds import KINDS
-from swincompress_pl.norm.spiking import CURRENT_MAX, THRESHOLD_MAX
+from swincompress_pl.spec import InputDescription, Operation, Program, Value
+from swincompress_pl.spec.integer import LIMITS
+from swincompress_pl.spec.kinds import KINDS
+from swincompress_pl.spec.spiking import CURRENT_MAX, THRESHOLD_MAX
 
 Array = npt.NDArray[Any]
 

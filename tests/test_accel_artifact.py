@@ -14,17 +14,17 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from test_accel_programs import images_of, swin_program, vit_program
 
-from swincompress_pl import accel, norm
+from swincompress_pl import accel, spec
 from swincompress_pl.accel import ArtifactError, artifact
 
 
 @pytest.fixture(scope="module")
-def program() -> norm.Program:
+def program() -> spec.Program:
     return vit_program()
 
 
 @pytest.fixture
-def path(program: norm.Program, tmp_path: Path) -> Path:
+def path(program: spec.Program, tmp_path: Path) -> Path:
     return accel.export(program, tmp_path / "model.safetensors")
 
 
@@ -48,7 +48,7 @@ def test_export_read_export_is_byte_identical(make: Any, tmp_path: Path) -> None
     assert sorted(os.listdir(tmp_path)) == ["first.safetensors", "second.safetensors"]
 
 
-def test_read_gives_the_program_back(program: norm.Program, path: Path) -> None:
+def test_read_gives_the_program_back(program: spec.Program, path: Path) -> None:
     given = artifact.read(path)
     assert given.describe() == program.describe()
     assert given.classes == program.classes
@@ -58,10 +58,10 @@ def test_read_gives_the_program_back(program: norm.Program, path: Path) -> None:
         np.testing.assert_array_equal(given.tensors[key], tensor)
 
 
-def test_the_loaded_engine_equals_the_program(program: norm.Program, path: Path) -> None:
+def test_the_loaded_engine_equals_the_program(program: spec.Program, path: Path) -> None:
     images = images_of(program, 5)
-    np.testing.assert_array_equal(accel.load(path, threads=1).run_integer(images), norm.run(program, images))
-    np.testing.assert_array_equal(accel.reference(path).run_integer(images), norm.run(program, images))
+    np.testing.assert_array_equal(accel.load(path, threads=1).run_integer(images), spec.run(program, images))
+    np.testing.assert_array_equal(accel.reference(path).run_integer(images), spec.run(program, images))
 
 
 def test_missing_file_is_named(tmp_path: Path) -> None:
@@ -147,7 +147,7 @@ def test_a_right_checksum_over_a_wrong_program_is_refused(path: Path) -> None:
 
 @pytest.mark.parametrize("failing", ["fsync", "replace"])
 def test_an_interrupted_export_leaves_the_old_file(
-    program: norm.Program, path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
+    program: spec.Program, path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
 ) -> None:
     before = path.read_bytes()
 
@@ -163,7 +163,7 @@ def test_an_interrupted_export_leaves_the_old_file(
 
 
 def test_a_write_that_fails_midway_leaves_the_old_file(
-    program: norm.Program, path: Path, monkeypatch: pytest.MonkeyPatch
+    program: spec.Program, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = path.read_bytes()
 
@@ -188,12 +188,12 @@ def test_a_write_that_fails_midway_leaves_the_old_file(
     assert os.listdir(path.parent) == [path.name]
 
 
-def test_export_names_a_missing_folder(program: norm.Program, tmp_path: Path) -> None:
+def test_export_names_a_missing_folder(program: spec.Program, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"folder .* does not exist"):
         accel.export(program, tmp_path / "missing" / "model.safetensors")
 
 
-def test_export_takes_models_with_to_program(program: norm.Program, tmp_path: Path) -> None:
+def test_export_takes_models_with_to_program(program: spec.Program, tmp_path: Path) -> None:
     quantized = SimpleNamespace(to_program=lambda: program)
     for number, model in enumerate((program, quantized, SimpleNamespace(net=quantized))):
         path = accel.export(model, tmp_path / f"{number}.safetensors")
@@ -208,8 +208,8 @@ def test_export_refuses_what_is_not_quantized(tmp_path: Path) -> None:
         accel.export(SimpleNamespace(to_program=dict), tmp_path / "x.safetensors")
 
 
-def test_export_refuses_programs_that_break_the_norm(program: norm.Program, tmp_path: Path) -> None:
-    with pytest.raises(norm.ProgramError, match="logit_scale"):
+def test_export_refuses_programs_that_break_the_norm(program: spec.Program, tmp_path: Path) -> None:
+    with pytest.raises(spec.ProgramError, match="logit_scale"):
         accel.export(dataclasses.replace(program, logit_scale=float("nan")), tmp_path / "x.safetensors")
     extra = dataclasses.replace(program, tensors={**program.tensors, "stray": np.zeros(1, dtype=np.int8)})
     with pytest.raises(ArtifactError, match="'stray' is not used"):

@@ -10,9 +10,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from swincompress_pl import norm
-from swincompress_pl.norm.kinds import KINDS, check_operation
-from swincompress_pl.norm.spiking_kinds import SPIKING_KINDS
+from swincompress_pl import spec
+from swincompress_pl.spec.kinds import KINDS, check_operation
+from swincompress_pl.spec.spiking_kinds import SPIKING_KINDS
 
 Array = npt.NDArray[Any]
 SMALL = [1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17]
@@ -32,9 +32,9 @@ class Case:
     tensors: dict[str, Array] = field(default_factory=dict)
 
     @property
-    def operation(self) -> norm.Operation:
+    def operation(self) -> spec.Operation:
         names = tuple(f"x{i}" for i in range(len(self.arrays)))
-        return norm.Operation(
+        return spec.Operation(
             kind=self.kind,
             name="case",
             inputs=names,
@@ -45,8 +45,8 @@ class Case:
         )
 
     @property
-    def inputs(self) -> list[norm.Value]:
-        return [norm.Value(dtype=x.dtype.name, shape=x.shape[1:]) for x in self.arrays]
+    def inputs(self) -> list[spec.Value]:
+        return [spec.Value(dtype=x.dtype.name, shape=x.shape[1:]) for x in self.arrays]
 
     def expected(self) -> Array:
         return KINDS[self.kind].run(self.arrays, self.tensors, self.attributes, self.dtype)
@@ -62,7 +62,7 @@ def pick(rng: np.random.Generator, choices: list[Any]) -> Any:
 
 def values(rng: np.random.Generator, dtype: str, shape: tuple[int, ...]) -> Array:
     """Mostly uniform; also all at a limit, limits of either sign, almost all zero, and constant rows."""
-    low, high = norm.LIMITS[dtype]
+    low, high = spec.LIMITS[dtype]
     style = rng.integers(8)
     if style == 0:
         drawn = np.full(shape, pick(rng, [low, high, 0]))
@@ -74,7 +74,7 @@ def values(rng: np.random.Generator, dtype: str, shape: tuple[int, ...]) -> Arra
         drawn = np.broadcast_to(rng.integers(low, high + 1, (*shape[:-1], 1)), shape)
     else:
         drawn = rng.integers(low, high + 1, shape)
-    return np.ascontiguousarray(drawn).astype(norm.STORAGE[dtype])
+    return np.ascontiguousarray(drawn).astype(spec.STORAGE[dtype])
 
 
 def requantization(rng: np.random.Generator, channels: int, reach: int, shift_max: int = 52) -> tuple[Array, Array]:
@@ -87,7 +87,7 @@ def requantization(rng: np.random.Generator, channels: int, reach: int, shift_ma
         mult = rng.choice([0, 1, 2**21, MULT_MAX], channels)
         shift = rng.choice([1, 22, 23, 24, 25, 32, 33, 34, shift_max], channels)
     else:
-        mult, shift = norm.multiplier(rng.uniform(20, 20000) / max(reach, 1) * np.exp(rng.normal(size=channels)))
+        mult, shift = spec.multiplier(rng.uniform(20, 20000) / max(reach, 1) * np.exp(rng.normal(size=channels)))
     return mult.astype(np.int32), np.minimum(shift, shift_max).astype(np.uint8)
 
 
@@ -96,7 +96,7 @@ def weighted(
 ) -> dict[str, Array]:
     """Weights, a bias that may reach the bound of the accumulator, and factors."""
     weight = values(rng, pick(rng, ["int8", "int8", "int6", "int4", "int2"]), shape)
-    peak = norm.LIMITS[x_dtype][1] * np.abs(weight.astype(np.int64)).reshape(shape[0], -1).sum(axis=1)
+    peak = spec.LIMITS[x_dtype][1] * np.abs(weight.astype(np.int64)).reshape(shape[0], -1).sum(axis=1)
     room = 2**31 - 1 - peak
     limit = room if rng.integers(8) == 0 else np.minimum(room, peak + 10)
     bias = rng.integers(-limit, limit + 1, bias_shape)
@@ -161,7 +161,7 @@ def attention_case(rng: np.random.Generator) -> Case:
         windows, heads = 1, 1
     reach = 127 * 127 * qk_dim
     factor = 10 ** rng.uniform(-1, 2) * 32 / reach * np.exp(rng.normal(size=heads))
-    exp_mult, exp_shift = norm.multiplier(factor) if rng.integers(4) else requantization(rng, heads, reach)
+    exp_mult, exp_shift = spec.multiplier(factor) if rng.integers(4) else requantization(rng, heads, reach)
     out_mult, out_shift = requantization(rng, heads, 127, shift_max=38)
     tensors = {"exp_mult": exp_mult, "exp_shift": exp_shift, "out_mult": out_mult, "out_shift": out_shift}
     attributes = {"windows": windows, "heads": heads, "qk_dim": qk_dim, "v_dim": v_dim}
@@ -180,8 +180,8 @@ def attention_case(rng: np.random.Generator) -> Case:
 
 def softmax_case(rng: np.random.Generator) -> Case:
     x = values(rng, pick(rng, ["int8", "uint8", "int16", "int32"]), (2, pick(rng, SMALL), pick(rng, DEEP)))
-    reach = 2 * norm.LIMITS[x.dtype.name][1]
-    mult, shift = norm.multiplier(10 ** rng.uniform(-1, 4) * 32 / reach)
+    reach = 2 * spec.LIMITS[x.dtype.name][1]
+    mult, shift = spec.multiplier(10 ** rng.uniform(-1, 4) * 32 / reach)
     if rng.integers(4) == 0:
         mult, shift = (each[0] for each in requantization(rng, 1, reach))
     return Case(kind="softmax", dtype="uint8", arrays=(x,), attributes={"mult": int(mult), "shift": int(shift)})
@@ -239,7 +239,7 @@ def gather_case(rng: np.random.Generator) -> Case:
 
 def mean_case(rng: np.random.Generator) -> Case:
     x = _tokens(rng, "int8", "uint8", "int16")
-    mult, shift = requantization(rng, x.shape[-1], _rows(x) * norm.LIMITS[x.dtype.name][1])
+    mult, shift = requantization(rng, x.shape[-1], _rows(x) * spec.LIMITS[x.dtype.name][1])
     dtype = pick(rng, ["int8", "uint8", "int16"])
     return Case(kind="mean", dtype=dtype, arrays=(x,), tensors={"mult": mult, "shift": shift})
 

@@ -17,12 +17,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_accel_cases import values
 
-from swincompress_pl import accel, norm
+from swincompress_pl import accel, spec
 from swincompress_pl.accel import core, functions
-from swincompress_pl.norm import operations
-from swincompress_pl.norm.integer import EXP_STEPS, exponential, fine_exponential
-from swincompress_pl.norm.kinds import check_operation
-from swincompress_pl.norm.lowering import TABLE_CODES, layer_norm_integers, table_values
+from swincompress_pl.spec import operations
+from swincompress_pl.spec.integer import EXP_STEPS, exponential, fine_exponential
+from swincompress_pl.spec.kinds import check_operation
+from swincompress_pl.spec.lowering import TABLE_CODES, layer_norm_integers, table_values
 
 Array = npt.NDArray[Any]
 seeds = st.integers(0, 2**32 - 1)
@@ -72,7 +72,7 @@ def test_linear_equals_the_norm(
     x, weight = values(rng, x_dtype, (*shape, depth)), values(rng, "int8", (outputs, depth))
     bias = rng.integers(-(2**20), 2**20, outputs).astype(np.int32) if biased else np.zeros(outputs, np.int32)
     scale = np.exp(rng.uniform(-20, 2, outputs if per_channel else ()))
-    mult, shift = norm.multiplier(np.broadcast_to(scale, (outputs,)))
+    mult, shift = spec.multiplier(np.broadcast_to(scale, (outputs,)))
     expected = operations.linear(x, weight, bias, mult, shift, dtype=dtype)
     given_bias = bias if biased else None
     assert_each_equals(expected, accel.linear, x, weight, given_bias, scale=scale, dtype=dtype, threads=threads)
@@ -96,7 +96,7 @@ def test_matmul_equals_numpy_and_the_norm(seed: int, data: st.DataObject, x_dtyp
     assert_each_equals(sums.astype(np.int32), accel.matmul, a, b, threads=threads)
     np.testing.assert_array_equal(accel.matmul(strided(a), strided(b)), sums)
     scale = np.exp(rng.uniform(-15, 1, outputs))
-    mult, shift = norm.multiplier(scale)
+    mult, shift = spec.multiplier(scale)
     for dtype in ("int8", "uint8", "int16", "int32"):
         expected = operations.requantize(sums, mult, shift, dtype)
         assert_each_equals(expected, accel.matmul, a, b, scale=scale, dtype=dtype, threads=threads)
@@ -117,8 +117,8 @@ def test_softmax_equals_the_norm_and_keeps_its_bound(
 ) -> None:
     rng = np.random.default_rng(seed)
     x = values(rng, dtype, (*shape, channels))
-    scale = 2.0**octaves / norm.LIMITS[dtype][1]
-    mult, shift = norm.multiplier(scale * EXP_STEPS / math.log(2))
+    scale = 2.0**octaves / spec.LIMITS[dtype][1]
+    mult, shift = spec.multiplier(scale * EXP_STEPS / math.log(2))
     expected = operations.softmax(x, mult=int(mult), shift=int(shift)) if x.size else x.astype(np.uint8)
     assert_each_equals(expected, accel.softmax, x, scale=scale, threads=threads)
     np.testing.assert_array_equal(accel.softmax(strided(x), scale=scale), expected)
@@ -135,11 +135,11 @@ def test_softmax_of_the_widest_rows_and_of_the_farthest_values() -> None:
     far = np.array([[2**31 - 1, -(2**31) + 1, 0], [-(2**31) + 1] * 3], dtype=np.int32)
     for x in (wide, far):
         for scale in (1e-30, 1e-9, 1.0, 45000.0):
-            mult, shift = norm.multiplier(scale * EXP_STEPS / math.log(2))
+            mult, shift = spec.multiplier(scale * EXP_STEPS / math.log(2))
             expected = operations.softmax(x, mult=int(mult), shift=int(shift))
             assert_each_equals(expected, accel.softmax, x, scale=scale)
     assert accel.softmax(far, scale=1.0).tolist() == [[255, 0, 0], [85, 85, 85]]
-    with pytest.raises(norm.ProgramError, match="65537 channels; at most 65536"):
+    with pytest.raises(spec.ProgramError, match="65537 channels; at most 65536"):
         accel.softmax(np.zeros((1, 2**16 + 1), np.int8), scale=1.0)
 
 
@@ -198,7 +198,7 @@ def test_layernorm_equals_the_norm_and_stays_within_a_step(
     assert_each_equals(expected, accel.layernorm, x, weight, bias, **scales, dtype=dtype, threads=threads)
     np.testing.assert_array_equal(accel.layernorm(strided(x), weight, bias, **scales, dtype=dtype), expected)
     exact = float_layer_norm(x * input_scale, real_weight, real_bias, 1e-5) / output_scale
-    limit = norm.LIMITS[dtype][1]
+    limit = spec.LIMITS[dtype][1]
     assert (np.abs(expected - np.clip(exact, -limit, limit)) <= 1).all()
 
 
@@ -216,14 +216,14 @@ def test_gelu_equals_the_norm_and_rounds_the_exact_one(
     x = values(np.random.default_rng(seed), "int8", shape) if shape else np.array(seed % 255 - 127, np.int8)
     options = {"input_scale": scales[0], "output_scale": scales[1], "dtype": dtype, "threads": threads}
     codes = np.arange(-127, 128, dtype=np.int8)
-    entries = np.zeros(256, norm.STORAGE[dtype])
+    entries = np.zeros(256, spec.STORAGE[dtype])
     entries[codes.view(np.uint8)] = accel.gelu(codes, **options)
     expected = operations.table(x.reshape(-1), entries).reshape(x.shape)
     assert_each_equals(expected, accel.gelu, x, **options)
     np.testing.assert_array_equal(accel.gelu(x.T, **options), expected.T)
     real = codes * scales[0]
     exact = np.array([0.5 * v * (1 + math.erf(v / math.sqrt(2))) for v in real]) / scales[1]
-    off = np.abs(accel.gelu(codes, **options) - np.clip(exact, *norm.LIMITS[dtype]))
+    off = np.abs(accel.gelu(codes, **options) - np.clip(exact, *spec.LIMITS[dtype]))
     assert (off <= 0.5 + 1e-9).all()
 
 
@@ -302,7 +302,7 @@ SCALES = {"input_scale": 0.1, "output_scale": 0.1}
         (lambda: accel.linear(X, W, scale=1, implementation="nope"), ValueError, "implementation 'nope' is unknown"),
         (lambda: accel.linear(X, W, scale=1, threads=0), ValueError, "threads is 0"),
         (lambda: accel.linear(X, W, scale=1, threads=10_000), ValueError, "threads is 10000"),
-        (lambda: accel.linear(X, W, np.full(3, 2**31 - 1, np.int32), scale=1), norm.ProgramError, "accumulator may"),
+        (lambda: accel.linear(X, W, np.full(3, 2**31 - 1, np.int32), scale=1), spec.ProgramError, "accumulator may"),
         (lambda: accel.matmul(X, W), ValueError, r"a has shape \(2, 4\) and b \(3, 4\)"),
         (lambda: accel.matmul(X[0], W.T), ValueError, r"a has shape \(4,\)"),
         (lambda: accel.matmul(X[:, :0], W.T[:0]), ValueError, "K and N at least 1"),
@@ -338,7 +338,7 @@ SCALES = {"input_scale": 0.1, "output_scale": 0.1}
         (lambda: accel.layernorm(X, **SCALES, dtype="uint8"), ValueError, "dtype is 'uint8'"),
         (
             lambda: accel.layernorm(np.ones((1, 4097), np.int8), **SCALES),
-            norm.ProgramError,
+            spec.ProgramError,
             "'layernorm': 4097 channels; at most 4096",
         ),
         (lambda: accel.gelu(X.astype(np.int16), **SCALES), TypeError, "x is int16; it must be int8"),
@@ -370,10 +370,10 @@ def test_each_guard_names_what_is_wrong(call: Callable[[], Array], error: type[E
 def test_norm_and_engine_refuse_the_same_softmax(
     shape: tuple[int, ...], dtype: str, attributes: dict[str, int], message: str
 ) -> None:
-    op = norm.Operation(kind="softmax", name="s", inputs=("x",), output="y", dtype=dtype, attributes=attributes)
-    value = norm.Value(dtype="int8", shape=shape)
+    op = spec.Operation(kind="softmax", name="s", inputs=("x",), output="y", dtype=dtype, attributes=attributes)
+    value = spec.Value(dtype="int8", shape=shape)
     for prove in (check_operation, core.operation_engine):
-        with pytest.raises(norm.ProgramError, match=f"softmax 's': {message}"):
+        with pytest.raises(spec.ProgramError, match=f"softmax 's': {message}"):
             prove(op, [value], {})
 
 
@@ -382,7 +382,7 @@ def test_sums_beyond_int32_are_refused_and_the_largest_are_right() -> None:
     x, weight = np.full((2, widest + 1), 255, np.uint8), np.full((3, widest + 1), 127, np.int8)
     exact = widest * 255 * 127
     assert_each_equals(np.full((2, 3), exact, np.int32), accel.matmul, x[:, 1:], weight[:, 1:].T)
-    with pytest.raises(norm.ProgramError, match=r"'matmul': accumulator may reach .* beyond int32"):
+    with pytest.raises(spec.ProgramError, match=r"'matmul': accumulator may reach .* beyond int32"):
         accel.matmul(x, weight.T)
 
 

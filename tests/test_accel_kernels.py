@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from test_accel_cases import Case, random_cases
 
-from swincompress_pl import accel, norm
+from swincompress_pl import accel, spec
 from swincompress_pl.accel.core import operation_engine
 
 IMPLEMENTATIONS = accel.implementations()
@@ -156,9 +156,9 @@ def test_layer_norm_at_the_limits_of_gain_and_offset(shift: int) -> None:
 
 def test_extension_refuses_what_contradicts_itself() -> None:
     case = next(c for c in random_cases(0, 1) if c.kind == "linear")
-    with pytest.raises(norm.ProgramError, match="accumulator"):
+    with pytest.raises(spec.ProgramError, match="accumulator"):
         operation_engine(
             case.operation,
-            [norm.Value(dtype="uint8", shape=(70000,))],
+            [spec.Value(dtype="uint8", shape=(70000,))],
             {**case.tensors, "weight": np.full((case.attributes["channels"], 70000), 127, dtype=np.int8)},
         )

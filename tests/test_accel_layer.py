@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from swincompress_pl import accel, norm
-from swincompress_pl.norm import operations
+from swincompress_pl import accel, spec
+from swincompress_pl.spec import operations
 
 
 def linear_module(rng: np.random.Generator, channels: int, depth: int, bias: bool = True) -> Any:
@@ -34,7 +34,7 @@ def conv_module(rng: np.random.Generator, **changes: Any) -> Any:
 def test_linear_layers_equal_the_norm(seed: int, channels: int, depth: int, rows: list[int], dtype: str) -> None:
     rng = np.random.default_rng(seed)
     layer = accel.export_layer(linear_module(rng, channels, depth), 0.02, 0.05)
-    low, high = norm.LIMITS[dtype]
+    low, high = spec.LIMITS[dtype]
     x = rng.integers(low, high + 1, (*rows, depth)).astype(dtype)
     expected = operations.linear(x, layer.weight_q, layer.bias_q, layer.mult, layer.shift, dtype="int8")
     y = layer(x)
@@ -128,7 +128,7 @@ def test_other_modules_and_values_are_refused() -> None:
     with pytest.raises(ValueError, match="threads is 0"):
         accel.export_layer(module, threads=0)
     module.bias[:] = 1e12
-    with pytest.raises(norm.ProgramError, match="accumulator"):
+    with pytest.raises(spec.ProgramError, match="accumulator"):
         accel.export_layer(module, 1e-3)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from swincompress_pl import accel, norm
+from swincompress_pl import accel, spec
 from swincompress_pl.accel.core import program_engine
 
 Array = npt.NDArray[Any]
@@ -20,10 +20,10 @@ class ProgramBuilder:
 
     def __init__(self, seed: int, height: int, width: int, channels: int = 3) -> None:
         self.rng = np.random.default_rng(seed)
-        self.input = norm.InputDescription(
+        self.input = spec.InputDescription(
             height=height, width=width, channels=channels, preprocessing={"mean": [0.5] * channels}
         )
-        self.operations: list[norm.Operation] = []
+        self.operations: list[spec.Operation] = []
         self.tensors: dict[str, Array] = {}
 
     def add(self, kind: str, inputs: tuple[str, ...], dtype: str, tensors: dict[str, Array], **attributes: Any) -> str:
@@ -31,7 +31,7 @@ class ProgramBuilder:
         keys = {role: f"{name}.{role}" for role in tensors}
         self.tensors |= {keys[role]: tensor for role, tensor in tensors.items()}
         self.operations.append(
-            norm.Operation(
+            spec.Operation(
                 kind=kind, name=name, inputs=inputs, output=name, dtype=dtype, attributes=attributes, tensors=keys
             )
         )
@@ -42,7 +42,7 @@ class ProgramBuilder:
         depth = int(np.prod(shape[1:]))
         spread = {"int8": 50, "uint8": 50, "int16": 3000, "int32": 1e6}[dtype]
         factors = spread / (a_max * 0.5 * 73 * np.sqrt(depth)) * self.rng.uniform(0.7, 1.4, shape[0])
-        mult, shift = norm.multiplier(factors)
+        mult, shift = spec.multiplier(factors)
         bias = self.rng.integers(-5000, 5000, shape[0]).astype(np.int32)
         return {"weight": weight, "bias": bias, "mult": mult, "shift": shift}
 
@@ -65,8 +65,8 @@ class ProgramBuilder:
         return self.add("gather", (x,), dtype, {"index": index}, rows=index.shape[0], joined=index.shape[1])
 
     def attention(self, x: str, windows: int, length: int, heads: int, dim: int, *, biased: bool) -> str:
-        exp_mult, exp_shift = norm.multiplier(np.full(heads, 32 * 4 / (60 * 60 * np.sqrt(dim))))
-        out_mult, out_shift = norm.multiplier(np.full(heads, 1.7))
+        exp_mult, exp_shift = spec.multiplier(np.full(heads, 32 * 4 / (60 * 60 * np.sqrt(dim))))
+        out_mult, out_shift = spec.multiplier(np.full(heads, 1.7))
         tensors = {"exp_mult": exp_mult, "exp_shift": exp_shift, "out_mult": out_mult, "out_shift": out_shift}
         attributes = {"windows": windows, "heads": heads, "qk_dim": dim, "v_dim": dim}
         if biased:
@@ -85,10 +85,10 @@ class ProgramBuilder:
         hidden = self.gelu(self.linear(self.layer_norm(x, channels), channels, ratio * channels))
         return self.add("add", (x, self.linear(hidden, ratio * channels, channels, "int16")), "int16", {})
 
-    def classifier(self, x: str, channels: int, classes: int) -> norm.Program:
+    def classifier(self, x: str, channels: int, classes: int) -> spec.Program:
         logits = self.linear(x, channels, classes, "int32")
         assert logits == self.operations[-1].output
-        return norm.Program(
+        return spec.Program(
             input=self.input,
             operations=tuple(self.operations),
             tensors=self.tensors,
@@ -98,7 +98,7 @@ class ProgramBuilder:
         )
 
     def mean(self, x: str, tokens: int, channels: int) -> str:
-        mult, shift = norm.multiplier(np.full(channels, 1 / tokens))
+        mult, shift = spec.multiplier(np.full(channels, 1 / tokens))
         return self.add("mean", (x,), "int8", {"mult": mult, "shift": shift})
 
 
@@ -129,7 +129,7 @@ def swin_program(
     heads: tuple[int, ...] = (2, 4),
     depths: tuple[int, ...] = (2, 1),
     classes: int = 10,
-) -> norm.Program:
+) -> spec.Program:
     b = ProgramBuilder(seed, size, size)
     side = size // patch
     x = b.conv("images", 3, channels, patch)
@@ -145,7 +145,7 @@ def swin_program(
     return b.classifier(b.mean(b.layer_norm(x, channels), side * side, channels), channels, classes)
 
 
-def vit_program(seed: int = 0, *, size: int = 24, patch: int = 8, channels: int = 32, heads: int = 2) -> norm.Program:
+def vit_program(seed: int = 0, *, size: int = 24, patch: int = 8, channels: int = 32, heads: int = 2) -> spec.Program:
     b = ProgramBuilder(seed, size, size)
     tokens = (size // patch) ** 2
     x = b.conv("images", 3, channels, patch)
@@ -162,7 +162,7 @@ def vit_program(seed: int = 0, *, size: int = 24, patch: int = 8, channels: int 
 PROGRAMS = {"swin": swin_program, "vit": vit_program}
 
 
-def images_of(program: norm.Program, count: int, seed: int = 7) -> npt.NDArray[np.uint8]:
+def images_of(program: spec.Program, count: int, seed: int = 7) -> npt.NDArray[np.uint8]:
     return np.random.default_rng(seed).integers(0, 256, (count, *program.input.value.shape)).astype(np.uint8)
 
 
@@ -174,7 +174,7 @@ def test_programs_equal_reference(family: str, implementation: str, threads: int
         program = PROGRAMS[family](seed)
         engine = accel.Engine(program, threads=threads, implementation=implementation)
         assert (engine.implementation, engine.threads) == (implementation, threads)
-        expected = norm.run(program, images_of(program, 8))
+        expected = spec.run(program, images_of(program, 8))
         assert len(np.unique(expected)) > 30, "the program's values have died; the test would see nothing"
         for count in (1, 3, 8):
             given = engine.run_integer(images_of(program, 8)[:count])
@@ -209,14 +209,14 @@ def test_a_value_read_twice_is_not_fused_away() -> None:
     twice = b.add("add", (both, both), "int8", {})
     program = b.classifier(twice, 16, 5)
     np.testing.assert_array_equal(
-        accel.Engine(program, threads=1).run_integer(images_of(program, 4)), norm.run(program, images_of(program, 4))
+        accel.Engine(program, threads=1).run_integer(images_of(program, 4)), spec.run(program, images_of(program, 4))
     )
 
 
 def test_one_engine_from_several_threads_and_two_side_by_side() -> None:
     program = swin_program()
     images = images_of(program, 6)
-    expected = norm.run(program, images)
+    expected = spec.run(program, images)
     engines = [accel.Engine(program, threads=2), accel.Engine(program, threads=1)]
     wrong: list[int] = []
 

@@ -17,7 +17,7 @@ from program_cases import small_program
 from spiking_programs import spiking_program
 from test_accel_programs import images_of
 
-from swincompress_pl import accel, norm
+from swincompress_pl import accel, spec
 from swincompress_pl.accel import _core, artifact
 from swincompress_pl.accel.core import artifact_engine, read_artifact
 
@@ -25,12 +25,12 @@ Change = Callable[[dict[str, Any], dict[str, Array]], Any]
 
 
 @pytest.fixture(scope="module")
-def program() -> norm.Program:
+def program() -> spec.Program:
     return small_program(3)
 
 
 @pytest.fixture(scope="module")
-def spiking() -> norm.Program:
+def spiking() -> spec.Program:
     return spiking_program()
 
 
@@ -43,7 +43,7 @@ def operation(description: dict[str, Any], name: str) -> dict[str, Any]:
     return found
 
 
-def refused(program: norm.Program, change: Change, message: str) -> None:
+def refused(program: spec.Program, change: Change, message: str) -> None:
     """The artifact of a changed program, its checksum right, is refused with this message."""
     description, tensors = parts(program)
     change(description, tensors)
@@ -162,7 +162,7 @@ def test_tensors_at_odd_addresses_are_read() -> None:
         assert np.array_equal(read_artifact(content)[1]["b"], tensors["b"])
 
 
-def test_python_refuses_to_write_what_the_reader_would_not_take(program: norm.Program) -> None:
+def test_python_refuses_to_write_what_the_reader_would_not_take(program: spec.Program) -> None:
     deep: Any = []
     for _ in range(70):
         deep = [deep]
@@ -171,7 +171,7 @@ def test_python_refuses_to_write_what_the_reader_would_not_take(program: norm.Pr
             artifact.to_bytes(dataclasses.replace(program, origin=origin))
 
 
-def test_compressed_artifacts_are_left_to_python(program: norm.Program) -> None:
+def test_compressed_artifacts_are_left_to_python(program: spec.Program) -> None:
     with pytest.raises(_core.CodedError, match="which only Python decodes; export it without compression"):
         load(artifact.to_bytes(program, "lzma"))
 
@@ -220,7 +220,7 @@ def test_compressed_artifacts_are_left_to_python(program: norm.Program) -> None:
         (lambda d, _: operation(d, "embed")["attributes"].update(stride=[2]), "attribute stride must be two integers"),
     ],
 )  # fmt: skip
-def test_descriptions_that_lie_are_refused(program: norm.Program, change: Change, message: str) -> None:
+def test_descriptions_that_lie_are_refused(program: spec.Program, change: Change, message: str) -> None:
     refused(program, change, message)
 
 
@@ -228,7 +228,7 @@ def test_descriptions_that_lie_are_refused(program: norm.Program, change: Change
     "scale", ["0x0p+0", "-0x1p+0", "inf", "nan", "0x1p+1024", "0x1p-2000", "1.0", "0x", "0x1", "0x1p", "0x1px",
               "0x1.g8p+0", "0x1..8p+0", "0x.p+0", "0x123456789abcdef0p+0", "0x1p+99999", ""]
 )  # fmt: skip
-def test_scales_that_are_no_positive_number_are_refused(program: norm.Program, scale: str) -> None:
+def test_scales_that_are_no_positive_number_are_refused(program: spec.Program, scale: str) -> None:
     refused(program, lambda d, _: d.update(logit_scale=scale), "logit_scale is .*; it must be positive and finite")
 
 
@@ -306,11 +306,11 @@ def set_dtype(name: str, dtype: str) -> Change:
         (set_shape("pool.mult", 47), "mean 'pool': tensor 'mult' is int32"),
     ],
 )  # fmt: skip
-def test_operations_that_break_a_rule_are_refused(program: norm.Program, change: Change, message: str) -> None:
+def test_operations_that_break_a_rule_are_refused(program: spec.Program, change: Change, message: str) -> None:
     refused(program, change, message)
 
 
-def named(program: norm.Program, kind: str, number: int = 0) -> str:
+def named(program: spec.Program, kind: str, number: int = 0) -> str:
     return [op.name for op in program.operations if op.kind == kind][number]
 
 
@@ -326,7 +326,7 @@ def named(program: norm.Program, kind: str, number: int = 0) -> str:
     ],
 )
 def test_spiking_tensors_out_of_range_are_refused(
-    spiking: norm.Program, kind: str, role: str, value: int, message: str
+    spiking: spec.Program, kind: str, role: str, value: int, message: str
 ) -> None:
     name = named(spiking, kind)
     refused(spiking, set_tensor(f"{name}.{role}", value), f"{kind} '{name}': {message}")
@@ -346,18 +346,18 @@ def test_spiking_tensors_out_of_range_are_refused(
     ],
 )
 def test_spiking_attributes_that_lie_are_refused(
-    spiking: norm.Program, kind: str, attributes: dict[str, Any], message: str
+    spiking: spec.Program, kind: str, attributes: dict[str, Any], message: str
 ) -> None:
     name = named(spiking, kind)
     refused(spiking, set_attribute(name, **attributes), f"{kind} '{name}': .*{message}")
 
 
-def test_steps_that_do_not_divide_the_rows_are_refused(spiking: norm.Program) -> None:
+def test_steps_that_do_not_divide_the_rows_are_refused(spiking: spec.Program) -> None:
     name = named(spiking, "lif", 1)
     refused(spiking, set_attribute(name, steps=7), f"lif '{name}': 48 rows do not split into 7 time steps")
 
 
-def test_counts_beyond_their_type_are_refused(spiking: norm.Program) -> None:
+def test_counts_beyond_their_type_are_refused(spiking: spec.Program) -> None:
     counted = [op for op in spiking.operations if op.dtype.startswith("uint") and op.kind in ("add", "block_sum")]
     assert counted
     for op in counted:
@@ -368,16 +368,16 @@ def test_counts_beyond_their_type_are_refused(spiking: norm.Program) -> None:
     refused(spiking, set_dtype(name, "int8"), f"multiply '{name}': output is int8")
 
 
-def count_program(tokens: int, channels: int, kind: str) -> norm.Program:
+def count_program(tokens: int, channels: int, kind: str) -> spec.Program:
     """Whole operations of raw pixels: as many and as large counts as a type holds."""
     attributes, inputs, dtype = {
         "spike_attention": ({"windows": 1, "heads": 1}, ("images",) * 3, "int32"),
         "multiply": ({}, ("images",) * 2, "uint8"),
         "block_sum": ({"rows": 1, "channels": 1}, ("images",), "int32"),
     }[kind]
-    op = norm.Operation(kind=kind, name="big", inputs=inputs, output="y", dtype=dtype, attributes=attributes)
-    taken = norm.InputDescription(height=tokens, width=1, channels=channels)
-    return norm.Program(input=taken, operations=(op,), tensors={}, logit_scale=1.0)
+    op = spec.Operation(kind=kind, name="big", inputs=inputs, output="y", dtype=dtype, attributes=attributes)
+    taken = spec.InputDescription(height=tokens, width=1, channels=channels)
+    return spec.Program(input=taken, operations=(op,), tensors={}, logit_scale=1.0)
 
 
 @pytest.mark.parametrize(
@@ -395,7 +395,7 @@ def test_sums_that_pass_their_type_are_refused(kind: str, tokens: int, channels:
 def test_values_that_take_too_much_memory_are_refused() -> None:
     program = count_program(2**22, 256, "block_sum")
     factors = {"mult": np.full(256, 2**21, np.int32), "shift": np.full(256, 30, np.uint8)}
-    last = norm.Operation(
+    last = spec.Operation(
         kind="requantize", name="last", inputs=("y",), output="z", dtype="int32", tensors={k: k for k in factors}
     )
     operations = (dataclasses.replace(program.operations[0], attributes={"rows": 2**22, "channels": 256}), last)
@@ -409,7 +409,7 @@ def test_values_that_take_too_much_memory_are_refused() -> None:
 def test_biases_that_spread_beyond_the_memory_are_refused() -> None:
     """Every head has its own image of one index over all pairs of tokens."""
     length, heads = 2048, 300
-    taken = norm.InputDescription(height=length, width=1, channels=1)
+    taken = spec.InputDescription(height=length, width=1, channels=1)
     layer = {
         "weight": np.ones((3 * heads, 1, 1, 1), np.int8),
         "bias": np.zeros(3 * heads, np.int32),
@@ -423,16 +423,16 @@ def test_biases_that_spread_beyond_the_memory_are_refused() -> None:
         "bias_table": np.zeros((heads, 1), np.int32),
         "bias_index": np.zeros((length, length), np.int32),
     }
-    conv = norm.Operation(
+    conv = spec.Operation(
         kind="conv2d", name="stem", inputs=("images",), output="x", dtype="int8",
         attributes={"channels": 3 * heads, **window}, tensors={role: role for role in layer},
     )  # fmt: skip
-    attention = norm.Operation(
+    attention = spec.Operation(
         kind="attention", name="wide", inputs=("x",), output="y", dtype="int8",
         attributes={"windows": 1, "heads": heads, "qk_dim": 1, "v_dim": 1, "biases": 1},
         tensors={role: role for role in tables},
     )  # fmt: skip
-    program = norm.Program(input=taken, operations=(conv, attention), tensors=layer | tables, logit_scale=1.0)
+    program = spec.Program(input=taken, operations=(conv, attention), tensors=layer | tables, logit_scale=1.0)
     refused(program, lambda *_: None, "attention 'wide': takes 5033164800 bytes; only 42[0-9]* are left")
 
 
@@ -457,19 +457,19 @@ def test_bounds_are_those_of_the_norm(make: Any) -> None:
         if op.kind not in ("linear", "conv2d"):
             continue
         description, tensors = parts(program)
-        values = norm.check(program)
+        values = spec.check(program)
         key, weight = op.tensors["bias"], tensors[op.tensors["weight"]]
         reach = values[op.inputs[0]].reach * int(np.abs(weight[0].astype(np.int64)).sum())
         tensors[key][..., 0] = 2**31 - 1 - reach
         for beyond in (False, True):
             tensors[key][..., 0] += int(beyond)
-            changed = norm.Program.from_description(description, tensors)
+            changed = spec.Program.from_description(description, tensors)
             if not beyond:
-                norm.check(changed)
+                spec.check(changed)
                 load(sealed(description, tensors))
                 continue
-            with pytest.raises(norm.ProgramError, match=f"{op.name}.*accumulator may reach 2147483648"):
-                norm.check(changed)
+            with pytest.raises(spec.ProgramError, match=f"{op.name}.*accumulator may reach 2147483648"):
+                spec.check(changed)
             with pytest.raises(ValueError, match=f"{op.name}.*accumulator may reach 2147483648"):
                 load(sealed(description, tensors))
 
@@ -483,4 +483,4 @@ def test_the_engine_of_an_artifact_is_that_of_the_program(events: bool) -> None:
     assert facts["classes"] is None
     assert facts["logit_scale"] == program.logit_scale
     images = images_of(program, 3)
-    assert np.array_equal(engine.run([images]).reshape(3, -1), norm.run(program, images))
+    assert np.array_equal(engine.run([images]).reshape(3, -1), spec.run(program, images))

@@ -11,22 +11,22 @@ import pytest
 from program_cases import small_program
 from test_accel_programs import images_of, swin_program, vit_program
 
-from swincompress_pl import accel, norm
+from swincompress_pl import accel, spec
 from swincompress_pl.accel import core
 
 
 @pytest.fixture(scope="module")
-def program() -> norm.Program:
+def program() -> spec.Program:
     return vit_program()
 
 
 @pytest.fixture(scope="module")
-def engine(program: norm.Program) -> accel.Engine:
+def engine(program: spec.Program) -> accel.Engine:
     return accel.Engine(program, threads=1)
 
 
 @pytest.fixture(scope="module")
-def path(program: norm.Program, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def path(program: spec.Program, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return accel.export(program, tmp_path_factory.mktemp("artifact") / "vit.safetensors")
 
 
@@ -34,14 +34,14 @@ def run_python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=120)
 
 
-def test_call_scales_the_integer_logits(program: norm.Program, engine: accel.Engine) -> None:
+def test_call_scales_the_integer_logits(program: spec.Program, engine: accel.Engine) -> None:
     images = images_of(program, 3)
     logits = engine(images)
     assert logits.dtype == np.float32
-    np.testing.assert_array_equal(logits, (norm.run(program, images) * program.logit_scale).astype(np.float32))
+    np.testing.assert_array_equal(logits, (spec.run(program, images) * program.logit_scale).astype(np.float32))
 
 
-def test_both_engines_have_one_interface(program: norm.Program, engine: accel.Engine, path: Path) -> None:
+def test_both_engines_have_one_interface(program: spec.Program, engine: accel.Engine, path: Path) -> None:
     reference = accel.reference(path)
     images = images_of(program, 2)
     np.testing.assert_array_equal(engine(images), reference(images))
@@ -56,22 +56,22 @@ def test_both_engines_have_one_interface(program: norm.Program, engine: accel.En
 
 
 @pytest.mark.parametrize("make", [accel.Engine, accel.ReferenceEngine])
-def test_empty_batches_give_empty_logits(program: norm.Program, make: type) -> None:
+def test_empty_batches_give_empty_logits(program: spec.Program, make: type) -> None:
     runtime = make(program)
     empty = np.zeros((0, 24, 24, 3), dtype=np.uint8)
     assert runtime(empty).shape == (0, 7)
     assert runtime.run_integer(empty).dtype == np.int32
 
 
-def test_non_contiguous_images_are_copied(program: norm.Program, engine: accel.Engine) -> None:
+def test_non_contiguous_images_are_copied(program: spec.Program, engine: accel.Engine) -> None:
     channels_first = images_of(program, 4).transpose(0, 3, 1, 2).copy()
     images = channels_first.transpose(0, 2, 3, 1)[::-1]
     assert not images.flags.c_contiguous
-    np.testing.assert_array_equal(engine.run_integer(images), norm.run(program, np.ascontiguousarray(images)))
+    np.testing.assert_array_equal(engine.run_integer(images), spec.run(program, np.ascontiguousarray(images)))
 
 
 @pytest.mark.parametrize("make", [accel.Engine, accel.ReferenceEngine])
-def test_wrong_images_are_refused(program: norm.Program, make: type) -> None:
+def test_wrong_images_are_refused(program: spec.Program, make: type) -> None:
     runtime = make(program)
     with pytest.raises(TypeError, match=r"float32.*raw uint8 pixels"):
         runtime(np.zeros((1, 24, 24, 3), dtype=np.float32))
@@ -94,12 +94,12 @@ def test_thread_counts_are_integers(path: Path, threads: object) -> None:
         accel.load(path, threads=threads)  # type: ignore[arg-type]
 
 
-def test_more_threads_than_work_and_cpus(program: norm.Program) -> None:
+def test_more_threads_than_work_and_cpus(program: spec.Program) -> None:
     images = images_of(program, 1)
-    np.testing.assert_array_equal(accel.Engine(program, threads=19).run_integer(images), norm.run(program, images))
+    np.testing.assert_array_equal(accel.Engine(program, threads=19).run_integer(images), spec.run(program, images))
 
 
-def test_default_threads_are_the_usable_cpus(program: norm.Program, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_default_threads_are_the_usable_cpus(program: spec.Program, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(core.os, "sched_getaffinity", lambda _: {0, 3, 5}, raising=False)
     assert accel.Engine(program).threads == 3
 
@@ -165,22 +165,22 @@ def test_unknown_implementations_are_refused_with_the_choices(path: Path, monkey
 def test_narrow_activations_are_left_to_the_reference(byte: str, tmp_path: Path) -> None:
     program = small_program(1, byte=byte, weight="int4")
     message = rf"layer_norm 'norm1': type {byte}; the C\+\+ engine runs 8-bit activations .*accel\.reference\(path\)"
-    with pytest.raises(norm.ProgramError, match=message):
+    with pytest.raises(spec.ProgramError, match=message):
         accel.Engine(program)
     path = accel.export(program, tmp_path / "narrow.safetensors", "lzma")
     with pytest.raises(accel.ArtifactError, match=rf"narrow\.safetensors: {message}"):
         accel.load(path)
     images = images_of(program, 4)
-    np.testing.assert_array_equal(accel.reference(path).run_integer(images), norm.run(program, images))
-    assert accel.reference(path).profile(images, repeats=1).macs == 4 * sum(c.macs for c in norm.costs(program))
+    np.testing.assert_array_equal(accel.reference(path).run_integer(images), spec.run(program, images))
+    assert accel.reference(path).profile(images, repeats=1).macs == 4 * sum(c.macs for c in spec.costs(program))
 
 
 def test_single_operations_of_narrow_types_are_refused() -> None:
     for source, output in [("int5", "int5"), ("int8", "int5")]:
-        op = norm.Operation(kind="table", name="t", inputs=("a",), output="y", dtype=output, tensors={"values": "v"})
-        with pytest.raises(norm.ProgramError, match="table 't': type int5"):
+        op = spec.Operation(kind="table", name="t", inputs=("a",), output="y", dtype=output, tensors={"values": "v"})
+        with pytest.raises(spec.ProgramError, match="table 't': type int5"):
             core.operation_engine(
-                op, [norm.Value(dtype=source, shape=(1, 4))], {"values": np.zeros(256, np.int8)}, threads=1
+                op, [spec.Value(dtype=source, shape=(1, 4))], {"values": np.zeros(256, np.int8)}, threads=1
             )
 
 
@@ -193,7 +193,7 @@ def test_narrow_weights_run_in_the_engine(
     program = small_program(4, channels=20, weight=weight)
     path = accel.export(program, tmp_path / "w4.safetensors", compression)
     images = images_of(program, 9)
-    expected = norm.run(program, images)
+    expected = spec.run(program, images)
     assert len(np.unique(expected)) > 20, "the program's values have died; the test would see nothing"
     for threads in (1, 2):
         engine = accel.load(path, threads=threads, implementation=implementation)
@@ -206,7 +206,7 @@ def test_profile_accounts_for_every_operation(make: type) -> None:
     profile = make(program).profile(images_of(program, 2), repeats=3)
     names = [name for row in profile for name in row.operation.split("+")]
     assert names == [op.name for op in program.operations]
-    assert profile.macs == 2 * sum(cost.macs for cost in norm.costs(program))
+    assert profile.macs == 2 * sum(cost.macs for cost in spec.costs(program))
     assert sum(row.share for row in profile) == pytest.approx(1.0)
     assert all(row.time_ms >= 0 and row.bytes > 0 for row in profile)
     assert profile[0].kind == "conv2d"
@@ -241,14 +241,14 @@ def test_the_reference_has_no_peak() -> None:
     assert " peak" not in str(profile).splitlines()[0]
 
 
-def test_profile_refuses_nothing_to_time(engine: accel.Engine, program: norm.Program) -> None:
+def test_profile_refuses_nothing_to_time(engine: accel.Engine, program: spec.Program) -> None:
     with pytest.raises(ValueError, match="at least one image"):
         engine.profile(np.zeros((0, 24, 24, 3), dtype=np.uint8))
     with pytest.raises(ValueError, match="repeats is 0"):
         engine.profile(images_of(program, 1), repeats=0)
 
 
-def test_an_artifact_runs_without_torch(program: norm.Program, path: Path) -> None:
+def test_an_artifact_runs_without_torch(program: spec.Program, path: Path) -> None:
     code = """
 import sys
 import numpy as np
@@ -261,7 +261,7 @@ assert not loaded, loaded
 """
     done = run_python(code, str(path))
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == str(norm.run(program, images_of(program, 3)).tolist())
+    assert done.stdout.strip() == str(spec.run(program, images_of(program, 3)).tolist())
 
 
 def test_a_missing_extension_says_how_to_build_it() -> None:

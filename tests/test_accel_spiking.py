@@ -20,11 +20,11 @@ from spiking_programs import (
 
 from swincompress_pl import accel
 from swincompress_pl.accel.core import operation_engine
-from swincompress_pl.norm import Program, ProgramError, run
-from swincompress_pl.norm import steps as program_steps
-from swincompress_pl.norm.kinds import check_operation
-from swincompress_pl.norm.spiking_kinds import SPIKING_KINDS
 from swincompress_pl.quant.twin import TorchTwin, run_operation
+from swincompress_pl.spec import Program, ProgramError, run
+from swincompress_pl.spec import steps as program_steps
+from swincompress_pl.spec.kinds import check_operation
+from swincompress_pl.spec.spiking_kinds import SPIKING_KINDS
 
 
 def assert_engine_equals(case: SpikingCase, threads: int = 1) -> None:

@@ -23,7 +23,7 @@ from safetensors.numpy import load_file, save, save_file
 from spiking_programs import spiking_program
 from test_accel_programs import images_of
 
-from swincompress_pl import accel, norm
+from swincompress_pl import accel, spec
 from swincompress_pl.accel import ArtifactError, artifact, storage
 from swincompress_pl.accel.core import read_artifact
 from swincompress_pl.accel.storage import StorageError
@@ -182,12 +182,12 @@ def test_weights_come_near_their_order_0_entropy(bits: int, slack: float, sparse
 
 
 @pytest.fixture(params=["int4", "int7", "int2", "int8"])
-def program(request: pytest.FixtureRequest) -> norm.Program:
+def program(request: pytest.FixtureRequest) -> spec.Program:
     return small_program(5, weight=request.param)
 
 
 @pytest.fixture
-def narrow() -> norm.Program:
+def narrow() -> spec.Program:
     return small_program(6, channels=24, weight="int4")
 
 
@@ -197,7 +197,7 @@ def metadata_of(path: Path) -> dict[str, Any]:
     return json.loads(header["__metadata__"][artifact.METADATA_KEY])
 
 
-def assert_same(given_back: norm.Program, program: norm.Program) -> None:
+def assert_same(given_back: spec.Program, program: spec.Program) -> None:
     assert given_back.describe() == program.describe()
     assert set(given_back.tensors) == set(program.tensors)
     for key, tensor in program.tensors.items():
@@ -206,13 +206,13 @@ def assert_same(given_back: norm.Program, program: norm.Program) -> None:
 
 
 @pytest.mark.parametrize("compression", [None, "lzma"])
-def test_round_trip_and_the_same_bytes_again(program: norm.Program, compression: str | None, tmp_path: Path) -> None:
+def test_round_trip_and_the_same_bytes_again(program: spec.Program, compression: str | None, tmp_path: Path) -> None:
     first = accel.export(program, tmp_path / "first.safetensors", compression)
     assert_same(artifact.read(first), program)
     second = accel.export(artifact.read(first), tmp_path / "second.safetensors", compression=compression)
     assert first.read_bytes() == second.read_bytes()
     images = images_of(program, 3)
-    np.testing.assert_array_equal(accel.load(first, threads=1).run_integer(images), norm.run(program, images))
+    np.testing.assert_array_equal(accel.load(first, threads=1).run_integer(images), spec.run(program, images))
 
 
 def test_the_file_shrinks_by_packing_and_more_by_compression(tmp_path: Path) -> None:
@@ -243,7 +243,7 @@ def test_plain_programs_stay_version_1_and_old_files_load(tmp_path: Path) -> Non
         assert (new.read_bytes() == old) == (version == 1)
 
 
-def test_compressed_files_hold_only_streams(narrow: norm.Program, tmp_path: Path) -> None:
+def test_compressed_files_hold_only_streams(narrow: spec.Program, tmp_path: Path) -> None:
     path = accel.export(narrow, tmp_path / "model.safetensors", "lzma")
     metadata = metadata_of(path)
     assert set(metadata) == {"format", "version", "sha256", "content"}
@@ -253,7 +253,7 @@ def test_compressed_files_hold_only_streams(narrow: norm.Program, tmp_path: Path
 
 
 @pytest.mark.parametrize("compression", [None, "lzma"])
-def test_truncation_anywhere_is_refused(narrow: norm.Program, compression: str | None, tmp_path: Path) -> None:
+def test_truncation_anywhere_is_refused(narrow: spec.Program, compression: str | None, tmp_path: Path) -> None:
     path = accel.export(narrow, tmp_path / "model.safetensors", compression)
     content = path.read_bytes()
     header = 8 + int.from_bytes(content[:8], "little")
@@ -264,7 +264,7 @@ def test_truncation_anywhere_is_refused(narrow: norm.Program, compression: str |
 
 
 @pytest.mark.parametrize("compression", [None, "lzma"])
-def test_an_altered_payload_is_refused(narrow: norm.Program, compression: str | None, tmp_path: Path) -> None:
+def test_an_altered_payload_is_refused(narrow: spec.Program, compression: str | None, tmp_path: Path) -> None:
     path = accel.export(narrow, tmp_path / "model.safetensors", compression)
     content = path.read_bytes()
     header = 8 + int.from_bytes(content[:8], "little")
@@ -311,7 +311,7 @@ def rewrite(path: Path, change: Any) -> None:
         lambda s: {"streams": []},
     ],
 )
-def test_wrong_packing_is_refused(narrow: norm.Program, change: Any, tmp_path: Path) -> None:
+def test_wrong_packing_is_refused(narrow: spec.Program, change: Any, tmp_path: Path) -> None:
     path = accel.export(narrow, tmp_path / "model.safetensors")
     rewrite(path, change)
     with pytest.raises(ArtifactError, match=r"model\.safetensors: truncated or damaged"):
@@ -363,7 +363,7 @@ def entry(number: int, **values: Any) -> Any:
         lambda _, stored: stored.update(stream0=stored["stream0"][:-3]),
     ],
 )
-def test_wrong_streams_are_refused(narrow: norm.Program, change: Any, tmp_path: Path) -> None:
+def test_wrong_streams_are_refused(narrow: spec.Program, change: Any, tmp_path: Path) -> None:
     path = accel.export(narrow, tmp_path / "model.safetensors", "lzma")
     rewrite_content(path, change)
     with pytest.raises(ArtifactError, match=r"model\.safetensors: truncated or damaged"):
@@ -371,7 +371,7 @@ def test_wrong_streams_are_refused(narrow: norm.Program, change: Any, tmp_path: 
 
 
 @pytest.mark.parametrize("declared", [None, 5, {}, {"coder": "lzma"}, {"coder": "lzma", "size_bytes": -1}])
-def test_a_wrong_content_is_refused(narrow: norm.Program, declared: Any, tmp_path: Path) -> None:
+def test_a_wrong_content_is_refused(narrow: spec.Program, declared: Any, tmp_path: Path) -> None:
     path = accel.export(narrow, tmp_path / "model.safetensors", "lzma")
     metadata = {**metadata_of(path), "content": declared}
     save_file(load_file(path), path, {artifact.METADATA_KEY: json.dumps(metadata)})
@@ -379,7 +379,7 @@ def test_a_wrong_content_is_refused(narrow: norm.Program, declared: Any, tmp_pat
         accel.load(path)
 
 
-def test_altered_content_with_whole_streams_is_refused(narrow: norm.Program, tmp_path: Path) -> None:
+def test_altered_content_with_whole_streams_is_refused(narrow: spec.Program, tmp_path: Path) -> None:
     path = accel.export(narrow, tmp_path / "model.safetensors", "lzma")
     rewrite_content(path, lambda content, _: content["description"].update(logit_scale=(1.0).hex()))
     with pytest.raises(ArtifactError, match="altered"):
@@ -387,7 +387,7 @@ def test_altered_content_with_whole_streams_is_refused(narrow: norm.Program, tmp
 
 
 def test_what_could_not_be_read_back_is_not_written(
-    narrow: norm.Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    narrow: spec.Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(storage, "_DECODED_BYTES_FREE", 0)
     monkeypatch.setattr(storage, "_DECODED_RATIO_MAX", 1)
@@ -400,7 +400,7 @@ def test_unknown_compressions_are_refused_before_anything_else(tmp_path: Path) -
         accel.export(object(), tmp_path / "model.safetensors", compression="zip")
 
 
-def test_unused_history_compresses_too(narrow: norm.Program, tmp_path: Path) -> None:
+def test_unused_history_compresses_too(narrow: spec.Program, tmp_path: Path) -> None:
     history = [{"prune": {f"blocks.{i}": list(range(0, 1000, 2)) for i in range(12)}}]
     program = dataclasses.replace(narrow, origin={"history": history})
     plain = accel.export(program, tmp_path / "plain.safetensors").stat().st_size
@@ -444,7 +444,7 @@ def test_folded_maps_that_do_not_fit_are_refused(folded: Any, message: str) -> N
 def test_a_spiking_stem_takes_no_map_in_the_file(tmp_path: Path) -> None:
     program = spiking_program()
     (conv,) = [op for op in program.operations if op.kind == "conv2d" and "images" in op.inputs]
-    shape = norm.check(program)[conv.output].shape
+    shape = spec.check(program)[conv.output].shape
     border = np.broadcast_to(np.arange(shape[-1], dtype=np.int32), shape[-3:]).copy()
     border[0] += 7
     border[:, -1] -= 3

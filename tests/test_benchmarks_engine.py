@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from swincompress_pl import models
-from swincompress_pl.report import race, worker
+from swincompress_pl.report import comparison, worker
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.engine import __main__ as main
@@ -46,7 +46,9 @@ def test_all_models_and_batches_in_one_command(
     prepare, models_ = measure.prepare, ("vit_tiny_patch16_224", "deit_tiny_patch16_224")
 
     def with_one_that_fails(*args: Any, batch: int, **options: Any) -> Any:
-        broken = race.Contestant(name="broken", runtime="engine", threads=1, batch=batch, image_shape=(1,), file="gone")
+        broken = comparison.Contestant(
+            name="broken", runtime="engine", threads=1, batch=batch, image_shape=(1,), file="gone"
+        )
         with_torch = batch == 2 and options["origin"]["network"]["name"] == models_[0]  # its process starts slowly
         found = prepare(*args, batch=batch, **options)
         return {threads: [broken, *(peers if with_torch else [])] for threads, peers in found.items()}

@@ -103,7 +103,8 @@ def test_overhead_leaves_the_scorer_out(
     tmp_path: Path, tiny: subjects.Subject, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from benchmarks.pruning import overhead
-    from swincompress_pl.pruning import HoldOut, weight_masks
+    from swincompress_pl.pruning import HoldOut
+    from swincompress_pl.pruning.structure import weight_masks
 
     watched = (HoldOut.full, HoldOut.judge, weight_masks.enforce_masks)
     monkeypatch.setattr(overhead, "_BATCHES", 3)

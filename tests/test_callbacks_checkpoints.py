@@ -23,8 +23,8 @@ from lightning.pytorch.callbacks import (
 from torch import Tensor, nn
 
 from swincompress_pl.callbacks import AdaptiveIterativePruning
+from swincompress_pl.checkpoint.record import CompressionMixin
 from swincompress_pl.models import CompressibleClassifier
-from swincompress_pl.models.manifest import CompressionMixin
 from swincompress_pl.pruning import masked_parameters
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning")

@@ -27,8 +27,8 @@ from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, Mod
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from swincompress_pl.callbacks.compatibility import refuse_strategy
 from swincompress_pl.callbacks.pruning import AdaptiveIterativePruning
-from swincompress_pl.callbacks.surroundings import refuse_strategy
 from swincompress_pl.pruning import RoundRobinConfig, Step, history_of, masked_parameters
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning")

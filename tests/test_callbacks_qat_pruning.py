@@ -28,9 +28,9 @@ from test_callbacks_quantization import (
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler
 
-from swincompress_pl import accel, norm
+from swincompress_pl import accel, spec
 from swincompress_pl.callbacks import AdaptiveIterativePruning
-from swincompress_pl.callbacks.searched import ScalesFollower
+from swincompress_pl.callbacks.searched_network import ScalesFollower
 from swincompress_pl.pruning import (
     FunctionScorer,
     HoldOut,
@@ -81,7 +81,7 @@ def entries(module: Any) -> list[str]:
 def check_integers(module: Any, folder: Path) -> None:
     """The engine, the norm and the twin give the same."""
     network, (pixels, _) = quantized_of(module), pixels_and_labels()
-    expected = norm.run(network.to_program(), pixels.numpy())
+    expected = spec.run(network.to_program(), pixels.numpy())
     assert np.array_equal(network.integer_logits(pixels).numpy(), expected)
     file = accel.export(network, folder / "model.safetensors")
     assert np.array_equal(accel.load(file, threads=1).run_integer(pixels.numpy()), expected)

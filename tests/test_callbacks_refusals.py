@@ -27,7 +27,7 @@ from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParalle
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from swincompress_pl.callbacks.surroundings import refuse_optimizers, refuse_strategy
+from swincompress_pl.callbacks.compatibility import refuse_optimizers, refuse_strategy
 from swincompress_pl.pruning import history_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning")

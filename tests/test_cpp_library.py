@@ -15,7 +15,7 @@ from program_cases import small_program
 from spiking_programs import spiking_program
 from test_accel_programs import images_of, vit_program
 
-from swincompress_pl import accel, norm
+from swincompress_pl import accel, spec
 
 ROOT = Path(__file__).parent.parent
 pytestmark = [
@@ -67,7 +67,7 @@ def test_the_sources_can_be_a_subdirectory(tmp_path: Path) -> None:
     assert "_core" not in done.stdout
 
 
-def best_of(program: norm.Program, image: np.ndarray) -> str:
+def best_of(program: spec.Program, image: np.ndarray) -> str:
     """What the example prints, by the Python engine."""
     (logits,) = accel.Engine(program, threads=1)(image[None])
     order = np.argsort(-logits, kind="stable")[:5]
@@ -77,7 +77,7 @@ def best_of(program: norm.Program, image: np.ndarray) -> str:
 
 @pytest.mark.parametrize("make", [small_program, vit_program, spiking_program])
 def test_the_example_prints_what_python_answers(make: object, classify: Path, tmp_path: Path) -> None:
-    program: norm.Program = make()  # type: ignore[operator]
+    program: spec.Program = make()  # type: ignore[operator]
     path = accel.export(program, tmp_path / "model.safetensors")
     (image,) = images_of(program, 1)
     (tmp_path / "image.raw").write_bytes(image.tobytes())

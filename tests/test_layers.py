@@ -12,14 +12,15 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "swincompress_pl"
 ALLOWED: dict[str, set[str]] = {
     "registry": set(),
-    "norm": set(),
+    "spec": set(),
     "data": set(),
     "pruning": {"registry"},
-    "quant": {"registry", "norm"},
-    "models": {"registry", "pruning", "quant"},
-    "accel": {"norm"},
-    "callbacks": {"pruning", "quant", "models"},
-    "report": {"norm", "accel", "pruning", "models"},
+    "quant": {"registry", "spec"},
+    "checkpoint": {"pruning", "quant"},
+    "models": {"registry", "pruning", "quant", "checkpoint"},
+    "accel": {"spec"},
+    "callbacks": {"pruning", "quant", "models", "checkpoint"},
+    "report": {"spec", "accel", "pruning", "models"},
 }
 
 
@@ -59,7 +60,7 @@ def test_the_table_covers_every_room() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["swincompress_pl", "swincompress_pl.norm", "swincompress_pl.accel", "swincompress_pl.report.worker"]
+    "module", ["swincompress_pl", "swincompress_pl.spec", "swincompress_pl.accel", "swincompress_pl.report.worker"]
 )
 def test_importing_it_loads_no_torch(module: str) -> None:
     code = f"import sys, {module}; sys.exit('torch' in sys.modules or 'lightning' in sys.modules)"

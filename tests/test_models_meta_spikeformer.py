@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from spikingjelly.activation_based import functional, neuron
 from torch import Tensor, nn
 
-from swincompress_pl.models import factory, meta_spikeformer
+from swincompress_pl.models import factory
 from swincompress_pl.models.factory import create_model, recreate_model
-from swincompress_pl.models.meta_spikeformer import (
+from swincompress_pl.models.meta_spikeformer import network as meta_spikeformer
+from swincompress_pl.models.meta_spikeformer.network import (
     Attention,
     BatchNormPad,
     Block,

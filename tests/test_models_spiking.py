@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from swincompress_pl.callbacks import AdaptiveIterativePruning
 from swincompress_pl.models import CompressibleClassifier, create_model
-from swincompress_pl.models.spiking import without_memory
+from swincompress_pl.models.spiking.adapter import without_memory
 from swincompress_pl.pruning import HoldOut, RoundRobinConfig, history_of, prune
 from swincompress_pl.registry import adapter_for
 
@@ -174,7 +174,7 @@ def test_every_granularity_prunes_convolutions(options: dict[str, Any]) -> None:
 
 
 def test_a_network_with_nothing_to_prune_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("swincompress_pl.pruning.granularity.prunable_weights", lambda _: [])
+    monkeypatch.setattr("swincompress_pl.pruning.space.prunable_weights", lambda _: [])
     network, images = lively(FAMILIES["spikformer"], 5, trained_statistics=True)
     with pytest.raises(ValueError, match="granularity='weight': Spikformer has no linear layer or convolution"):
         prune(network, holdout_of(network, images, 0), RoundRobinConfig(granularity="weight"))

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 from swincompress_pl import accel
 from swincompress_pl.models import create_model
-from swincompress_pl.norm import run, steps
 from swincompress_pl.pruning import Group, PruningPlan, apply_plan
 from swincompress_pl.quant import Graph, float_logits, quantize
-from swincompress_pl.quant.graph import Node, Passthrough, Run
-from swincompress_pl.quant.spiking_nodes import NeuronNode
+from swincompress_pl.quant.graph.graph import Node, Passthrough, Run
+from swincompress_pl.quant.graph.spiking_nodes import NeuronNode
 from swincompress_pl.quant.twin import run_operation
 from swincompress_pl.registry import UnsupportedNetworkError, adapter_for
+from swincompress_pl.spec import run, steps
 
 PREPROCESSING: dict[str, Any] = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.25], "height": SIZE_PX, "width": SIZE_PX}
 
@@ -171,8 +171,8 @@ def test_rounded_weights_are_on_their_grids(name: str, rounding: str) -> None:
 def same_spikes(program: Any, pixels: Tensor) -> list[float]:
     """Runs every operation in reference, twin and engine on the same values; the rates of the spikes."""
     from swincompress_pl.accel.core import operation_engine
-    from swincompress_pl.norm import check
-    from swincompress_pl.norm.reference import tensors_of
+    from swincompress_pl.spec import check
+    from swincompress_pl.spec.reference import tensors_of
 
     values, known, rates = check(program), {"images": pixels.numpy()}, []
     for op, output in steps(program, pixels.numpy()):

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from program_cases import MAKERS, small_program
 
-from swincompress_pl.norm import LIMITS, STORAGE, Operation, Program, ProgramError, Value, check, run
-from swincompress_pl.norm.integer import ITEMSIZE, SIGNED_BYTES, UNSIGNED_BYTES, requantize, saturate
-from swincompress_pl.norm.kinds import KINDS, check_operation
+from swincompress_pl.spec import LIMITS, STORAGE, Operation, Program, ProgramError, Value, check, run
+from swincompress_pl.spec.integer import ITEMSIZE, SIGNED_BYTES, UNSIGNED_BYTES, requantize, saturate
+from swincompress_pl.spec.kinds import KINDS, check_operation
 
 
 def test_ranges_are_symmetric_or_start_at_zero() -> None:

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from swincompress_pl.norm import multiplier
-from swincompress_pl.norm import operations as ops
-from swincompress_pl.norm.integer import EXP_STEPS, EXP_TABLE, exponential, isqrt, reciprocal_sqrt, requantize
+from swincompress_pl.spec import multiplier
+from swincompress_pl.spec import operations as ops
+from swincompress_pl.spec.integer import EXP_STEPS, EXP_TABLE, exponential, isqrt, reciprocal_sqrt, requantize
 
 ACCUMULATORS = st.integers(-(2**31) + 1, 2**31 - 1)
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from program_cases import operation_cases, small_program
 
-from swincompress_pl.norm import LIMITS, STORAGE, Operation, Program, ProgramError, check, costs, run, steps
-from swincompress_pl.norm.kinds import check_operation
+from swincompress_pl.spec import LIMITS, STORAGE, Operation, Program, ProgramError, check, costs, run, steps
+from swincompress_pl.spec.kinds import check_operation
 
 
 def changed(program: Program, name: str, **changes: Any) -> Program:
@@ -29,7 +29,7 @@ def with_attribute(program: Program, name: str, **attributes: Any) -> Program:
 
 
 def test_random_operations_pass_the_check_and_keep_their_declared_type() -> None:
-    from swincompress_pl.norm.kinds import KINDS
+    from swincompress_pl.spec.kinds import KINDS
 
     for op, inputs, tensors, value in operation_cases(300, seed=1):
         declared = check_operation(op, [value] * len(inputs), tensors)

@@ -15,10 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from spiking_programs import SpikingCase, spiking_cases
 
-from swincompress_pl.norm import ProgramError
-from swincompress_pl.norm import spiking as ops
-from swincompress_pl.norm.kinds import KINDS, check_operation
-from swincompress_pl.norm.operations import conv2d
+from swincompress_pl.spec import ProgramError
+from swincompress_pl.spec import spiking as ops
+from swincompress_pl.spec.kinds import KINDS, check_operation
+from swincompress_pl.spec.operations import conv2d
 
 HALF = 2**15
 

@@ -21,12 +21,13 @@ from timm.models.vision_transformer import VisionTransformer as Vit
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from swincompress_pl import norm
-from swincompress_pl.models.groups import swin_groups, vit_groups
-from swincompress_pl.models.groups.window_attention import ResizableWindowAttention
+from swincompress_pl import spec
+from swincompress_pl.models.swin.groups import swin_groups
+from swincompress_pl.models.swin.window_attention import ResizableWindowAttention
+from swincompress_pl.models.vit.groups import vit_groups
 from swincompress_pl.pruning import Attribute, Group, PruningPlan, Slice, apply_plan, mask_plan, mask_units, revert_plan
-from swincompress_pl.pruning.groups import Exchange, NormSlice
-from swincompress_pl.pruning.masks import MaskedLayerNorm
+from swincompress_pl.pruning.structure.groups import Exchange, NormSlice
+from swincompress_pl.pruning.structure.unit_masks import MaskedLayerNorm
 from swincompress_pl.quant import float_logits, quantize
 from swincompress_pl.registry import UnsupportedNetworkError, adapter_for
 
@@ -426,7 +427,7 @@ def test_a_pruned_network_quantizes(name: str) -> None:
         expected = network(images)
         assert (quantized(images) - expected).abs().mean() < 0.1 * expected.std()
     assert torch.equal(
-        quantized.integer_logits(pixels), torch.from_numpy(norm.run(quantized.to_program(), pixels.numpy()))
+        quantized.integer_logits(pixels), torch.from_numpy(spec.run(quantized.to_program(), pixels.numpy()))
     )
 
 
@@ -571,6 +572,6 @@ def test_an_exchange_is_data() -> None:
     (exchange,) = group.exchanges
     assert exchange == Exchange(
         module="layers.0.blocks.0.attn",
-        type="swincompress_pl.models.groups.window_attention:ResizableWindowAttention",
+        type="swincompress_pl.models.swin.window_attention:ResizableWindowAttention",
     )
     assert "becomes a swincompress_pl" in str(group)

@@ -11,19 +11,24 @@ from lightning import LightningModule, Trainer
 from timm.models import VisionTransformer
 from torch import nn
 
-from swincompress_pl.models.classifier import CompressibleClassifier
-from swincompress_pl.models.manifest import (
+from swincompress_pl.checkpoint.record import (
     CHECKPOINT_KEY,
     history_in,
-    rebuild,
     restore_from_checkpoint,
     restore_from_history,
     restore_on_load,
     save_to_checkpoint,
 )
+from swincompress_pl.models import rebuild
+from swincompress_pl.models.classifier import CompressibleClassifier
 from swincompress_pl.pruning import PruningPlan, apply_plan, history_of
-from swincompress_pl.pruning.patterns import parse_granularity
-from swincompress_pl.pruning.weight_masks import masked_parameters, register_masks, remove_masks, set_mask
+from swincompress_pl.pruning.structure.patterns import parse_granularity
+from swincompress_pl.pruning.structure.weight_masks import (
+    masked_parameters,
+    register_masks,
+    remove_masks,
+    set_mask,
+)
 from swincompress_pl.quant import Bits, QuantizedNetwork
 from swincompress_pl.registry import adapter_for
 

@@ -10,7 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from swincompress_pl.pruning.patterns import Blocks, FilterChannels, NOfM, Pattern, SingleWeights, parse_granularity
+from swincompress_pl.pruning.structure.patterns import (
+    Blocks,
+    FilterChannels,
+    NOfM,
+    Pattern,
+    SingleWeights,
+    parse_granularity,
+)
 
 GRANULARITIES = ["weight", "1:2", "2:4", "3:8", "block", "filter"]
 

@@ -15,8 +15,8 @@ from torch import nn
 
 from swincompress_pl.callbacks import PrimeSVT
 from swincompress_pl.pruning import PrimeProgress, PrimeSVTConfig, PrimeSVTResult, primesvt
-from swincompress_pl.pruning.prime_allocation import steps_by_efficiency
-from swincompress_pl.pruning.prime_result import CurvePoint
+from swincompress_pl.pruning.prime.allocation import steps_by_efficiency
+from swincompress_pl.pruning.prime.result import CurvePoint
 
 Curves = dict[str, list[CurvePoint]]
 

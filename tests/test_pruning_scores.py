@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
-from swincompress_pl.pruning.groups import Group
-from swincompress_pl.pruning.scores import (
+from swincompress_pl.pruning.criteria import (
     CRITERIA,
     Gradients,
     collect_gradients,
@@ -27,6 +26,7 @@ from swincompress_pl.pruning.scores import (
     unit_scores,
     weight_scores,
 )
+from swincompress_pl.pruning.structure.groups import Group
 from swincompress_pl.quant import quantize
 from swincompress_pl.registry import adapter_for
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from swincompress_pl.pruning.sequential import (
+from swincompress_pl.pruning.evaluation.sequential_test import (
     Order,
     Predictions,
     Standing,

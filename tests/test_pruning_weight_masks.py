@@ -18,8 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, AdamW, Optimizer
 
 from swincompress_pl.pruning import history_of
-from swincompress_pl.pruning.patterns import parse_granularity
-from swincompress_pl.pruning.weight_masks import (
+from swincompress_pl.pruning.structure.patterns import parse_granularity
+from swincompress_pl.pruning.structure.weight_masks import (
     count_nonzero,
     enforce_masks,
     keep_masks,

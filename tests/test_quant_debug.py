@@ -22,7 +22,7 @@ from swincompress_pl.quant import (
     site_costs,
     site_errors,
 )
-from swincompress_pl.quant.inspection import decibels, standing_still
+from swincompress_pl.quant.diagnosis.inspection import decibels, standing_still
 
 LABELS = torch.arange(16) % 7
 

@@ -14,7 +14,7 @@ from elsewhere import ELSEWHERE, Away, elsewhere
 from quant_cases import PREPROCESSING, network_and_images
 from torch import Tensor, nn
 
-from swincompress_pl import norm
+from swincompress_pl import spec
 from swincompress_pl.callbacks import QuantizationAwareTraining
 from swincompress_pl.models import CompressibleClassifier
 from swincompress_pl.quant import QuantizedNetwork, quantize
@@ -99,7 +99,7 @@ def _quantize_train_and_compare(
 
 def _assert_equal_to_the_reference(quantized: QuantizedNetwork, pixels: Tensor, device: torch.device) -> None:
     found = quantized.integer_logits(pixels.to(device)).cpu().numpy()
-    assert np.array_equal(found, norm.run(quantized.to_program(), pixels.numpy()))
+    assert np.array_equal(found, spec.run(quantized.to_program(), pixels.numpy()))
 
 
 def test_the_twin_refuses_pixels_of_another_device() -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from quant_cases import NETWORKS, PREPROCESSING, VIT, network_and_images
 
-from swincompress_pl import norm
+from swincompress_pl import spec
 from swincompress_pl.models import create_model
 from swincompress_pl.quant import QuantizedNetwork, float_logits, quantize
 from swincompress_pl.registry import UnsupportedNetworkError, adapter_for
@@ -38,7 +38,7 @@ def test_eval_is_the_norm_and_close_to_float(name: str, method: str) -> None:
     with torch.no_grad():
         logits, expected = quantized(images), network(images)
     program = quantized.to_program()
-    reference = norm.run(program, pixels.numpy())
+    reference = spec.run(program, pixels.numpy())
     assert np.array_equal(quantized.integer_logits(pixels).numpy(), reference)
     assert torch.equal(logits, torch.from_numpy(reference).float() * program.logit_scale)
     assert (logits - expected).abs().mean() < 0.1 * expected.std()
@@ -143,7 +143,7 @@ def test_dead_layers_give_the_right_answer() -> None:
             expected = network(images)
             assert (quantized(images) - expected).abs().mean() < 0.1 * expected.std()
         assert np.array_equal(
-            norm.run(quantized.to_program(), pixels.numpy()), quantized.integer_logits(pixels).numpy()
+            spec.run(quantized.to_program(), pixels.numpy()), quantized.integer_logits(pixels).numpy()
         )
 
 

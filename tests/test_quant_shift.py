@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from quant_cases import PREPROCESSING, network_and_images
 from torch import Tensor, nn
 
-from swincompress_pl import accel, norm
+from swincompress_pl import accel, spec
 from swincompress_pl.quant import QuantizedNetwork, quantize
 from swincompress_pl.quant.lower import lower
 from swincompress_pl.quant.search import best_balance, best_shifted_scale, best_value_scale, fake_quantize
@@ -35,7 +35,7 @@ def test_shifted_codes_are_absorbed_exactly(name: str) -> None:
     assert quantized.unsigned
     assert all(name.endswith(".act") for name in quantized.unsigned)
     program = quantized.to_program()
-    expected = norm.run(program, pixels.numpy())
+    expected = spec.run(program, pixels.numpy())
     assert (quantized.integer_logits(pixels).numpy() == expected).all()
     assert (accel.Engine(program, threads=1).run_integer(pixels.numpy()) == expected).all()
     simulated = quantized.fake_quantized(images).detach()

@@ -10,8 +10,8 @@ import torch
 from quant_cases import PREPROCESSING, network_and_images
 from torch import Tensor
 
-from swincompress_pl import norm
-from swincompress_pl.models.manifest import restore_from_history
+from swincompress_pl import spec
+from swincompress_pl.checkpoint.record import restore_from_history
 from swincompress_pl.pruning import AppliedPlan, PruningPlan, apply_plan, mask_plan, revert_plan
 from swincompress_pl.quant import QuantizedNetwork, quantize
 from swincompress_pl.registry import adapter_for
@@ -68,7 +68,7 @@ def test_the_integers_of_a_cut_network_are_the_norms(name: str, learned: bool) -
     if learned:
         drift_by_hand(made)
     cut(made, plan_for(made.network, *KINDS))
-    expected = norm.run(made.to_program(), pixels.numpy())
+    expected = spec.run(made.to_program(), pixels.numpy())
     assert (made.integer_logits(pixels).numpy() == expected).all()
 
 

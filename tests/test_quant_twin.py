@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from program_cases import MAKERS, operation_cases, small_program
 
-from swincompress_pl.norm import LIMITS, STORAGE, Operation, run
-from swincompress_pl.norm.integer import SIGNED_BYTES, UNSIGNED_BYTES
-from swincompress_pl.norm.kinds import KINDS, check_operation
 from swincompress_pl.quant import twin
 from swincompress_pl.quant.twin import TorchTwin, run_operation
+from swincompress_pl.spec import LIMITS, STORAGE, Operation, run
+from swincompress_pl.spec.integer import SIGNED_BYTES, UNSIGNED_BYTES
+from swincompress_pl.spec.kinds import KINDS, check_operation
 
 
 @pytest.fixture(params=["_int_mm", "floats"])

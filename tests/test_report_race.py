@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from swincompress_pl import accel
-from swincompress_pl.report import peers
+from swincompress_pl.report import runtimes
 from swincompress_pl.report.bench import bench_artifact
+from swincompress_pl.report.comparison import Contestant, run
 from swincompress_pl.report.kernels import bench_linear, linear_program
-from swincompress_pl.report.peers import PEERS, parse_peers, prepare
-from swincompress_pl.report.race import Contestant, run
+from swincompress_pl.report.runtimes import PEERS, parse_peers, prepare
 from swincompress_pl.report.worker import SEED, turn_ms
 
 SHAPE = (4, 1, 8)
@@ -127,16 +127,16 @@ def prepared(origin: dict[str, object] | None, tmp_path: Path) -> list[Contestan
 
 
 def test_a_missing_peer_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peers, "installed_version", lambda package: None if package == "onnxruntime" else "1")
+    monkeypatch.setattr(runtimes, "installed_version", lambda package: None if package == "onnxruntime" else "1")
     assert {c.unavailable for c in prepared({"network": {"name": "x"}}, tmp_path)} == {"not installed: onnxruntime"}
 
 
 def test_an_artifact_without_origin_has_no_peers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peers, "installed_version", lambda package: "1")
+    monkeypatch.setattr(runtimes, "installed_version", lambda package: "1")
     assert all("which architecture" in (c.unavailable or "") for c in prepared(None, tmp_path))
 
 
 def test_a_failed_conversion_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peers, "installed_version", lambda package: "1")
+    monkeypatch.setattr(runtimes, "installed_version", lambda package: "1")
     origin: dict[str, object] = {"network": {"name": "no such network", "kwargs": {}}, "history": []}
     assert all("conversion failed: " in (c.unavailable or "") for c in prepared(origin, tmp_path))

@@ -12,7 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from swincompress_pl.norm import INPUT_VALUE, InputDescription, Operation, Program, multiplier
 from swincompress_pl.report import (
     Size,
     layer_sparsity,
@@ -22,6 +21,7 @@ from swincompress_pl.report import (
     program_parameters,
     program_size,
 )
+from swincompress_pl.spec import INPUT_VALUE, InputDescription, Operation, Program, multiplier
 
 SPARSE = st.tuples(st.integers(1, 40), st.integers(1, 300), st.floats(0, 1), st.integers(0, 2**16))
 

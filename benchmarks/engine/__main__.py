@@ -13,8 +13,8 @@ from jsonargparse import ArgumentParser, Namespace
 
 from swincompress_pl.cli.common import integers, progress
 from swincompress_pl.report import describe_environment, program_macs
-from swincompress_pl.report.peers import parse_peers
 from swincompress_pl.report.record import write_text
+from swincompress_pl.report.runtimes import parse_peers
 
 from . import report
 from .measure import answers_equal, export_random, race_all

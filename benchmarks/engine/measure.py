@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from swincompress_pl.norm import Program
 from swincompress_pl.report.bench import ENGINE, ratios_to
-from swincompress_pl.report.peers import prepare
-from swincompress_pl.report.race import Contestant, Progress, Result, run
+from swincompress_pl.report.comparison import Contestant, Progress, Result, run
+from swincompress_pl.report.runtimes import prepare
 from swincompress_pl.report.worker import PIXEL_MEAN, PIXEL_STD, SEED
+from swincompress_pl.spec import Program
 
 _CALIBRATION_IMAGES = 4
 

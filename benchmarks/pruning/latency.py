@@ -22,9 +22,9 @@ from swincompress_pl.data import Preprocessing
 from swincompress_pl.models.factory import preprocessing_for
 from swincompress_pl.pruning import count_macs
 from swincompress_pl.report import Ratio, describe_environment, program_macs, ratio
-from swincompress_pl.report.peers import prepare
-from swincompress_pl.report.race import Contestant, Progress, Result
-from swincompress_pl.report.race import run as race
+from swincompress_pl.report.comparison import Contestant, Progress, Result
+from swincompress_pl.report.comparison import run as race
+from swincompress_pl.report.runtimes import prepare
 
 from .peers import one_shot
 

@@ -13,7 +13,8 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 
 from swincompress_pl.callbacks import AdaptiveIterativePruning
-from swincompress_pl.pruning import HoldOut, weight_masks
+from swincompress_pl.pruning import HoldOut
+from swincompress_pl.pruning.structure import weight_masks
 
 from .jobs import Job
 from .subjects import Subject, trainer

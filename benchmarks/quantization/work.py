@@ -24,9 +24,9 @@ from torch import Tensor, nn
 
 from benchmarks.pruning.images import Images, load_splits, locked
 from benchmarks.pruning.subjects import Place, Subject, device_name, subject
-from swincompress_pl import accel, norm
+from swincompress_pl import accel, spec
+from swincompress_pl.checkpoint.record import restore_from_history
 from swincompress_pl.data.sampling import Purpose, derive_seed
-from swincompress_pl.models.manifest import restore_from_history
 from swincompress_pl.pruning import HoldOut, RoundRobinConfig, collect_gradients, history_of, prune
 from swincompress_pl.quant import QuantizedNetwork, quantize
 from swincompress_pl.report import describe_environment
@@ -227,7 +227,7 @@ def _integers(given: Material, quantized: QuantizedNetwork) -> dict[str, Any]:
             file = accel.export(quantized, Path(folder) / f"{compression}.safetensors", compression=compression)
             figures["file_bytes" if compression is None else "compressed_file_bytes"] = file.stat().st_size
     some = given.sets["test"].pixels[:_CHECKED_IMAGES]
-    expected = norm.run(program, some)
+    expected = spec.run(program, some)
 
     def run(pixels: Tensor) -> Tensor:
         return quantized.integer_logits(pixels.to(given.subject.place.device))
@@ -236,7 +236,7 @@ def _integers(given: Material, quantized: QuantizedNetwork) -> dict[str, Any]:
     figures["equal"] = {"images": len(some), "twin == reference": bool(np.array_equal(twin, expected))}
     try:
         engine = accel.Engine(program, threads=torch.get_num_threads())
-    except norm.ProgramError as error:
+    except spec.ProgramError as error:
         figures["engine"] = str(error)
     else:
         figures["engine"] = engine.implementation

@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from swincompress_pl import accel, norm
+from swincompress_pl import accel, spec
 from swincompress_pl.accel.core import operation_engine
 from swincompress_pl.models.factory import create_model
-from swincompress_pl.norm.reference import tensors_of
 from swincompress_pl.quant import QuantizedNetwork, quantize
 from swincompress_pl.quant.twin import run_operation
+from swincompress_pl.spec.reference import tensors_of
 
 BUILDERS = {
     "spikformer_cifar10": 32,
@@ -92,16 +92,16 @@ def compare(name: str, steps: int, batches: Iterable[int]) -> dict[str, Any]:
         "silent_neurons": sum(rate == 0 for rate in rates),
         "differ": differ,
         "parameter_bytes": program.parameter_bytes,
-        "macs": sum(cost.macs for cost in norm.costs(program)),
+        "macs": sum(cost.macs for cost in spec.costs(program)),
         "seconds": round(time.perf_counter() - started),
     }
 
 
-def _compare_steps(program: norm.Program, pixels: Any) -> tuple[Any, dict[str, Any]]:
+def _compare_steps(program: spec.Program, pixels: Any) -> tuple[Any, dict[str, Any]]:
     """Every operation of twin and engine on the reference's values; the logits, and what was seen."""
-    values, known, rates, differ = norm.check(program), {norm.INPUT_VALUE: pixels}, [], 0
+    values, known, rates, differ = spec.check(program), {spec.INPUT_VALUE: pixels}, [], 0
     last = {name: number for number, op in enumerate(program.operations) for name in op.inputs}
-    for number, (op, output) in enumerate(norm.steps(program, pixels)):
+    for number, (op, output) in enumerate(spec.steps(program, pixels)):
         tensors, types = tensors_of(program, op), [values[each] for each in op.inputs]
         shaped = [np.ascontiguousarray(known[n].reshape(len(pixels), *values[n].shape)) for n in op.inputs]
         engine = operation_engine(op, types, tensors).run(shaped)

@@ -20,8 +20,8 @@ from swincompress_pl.quant import QuantizedNetwork
 from swincompress_pl.registry import adapter_for
 from swincompress_pl.report import describe_environment, program_macs
 from swincompress_pl.report.bench import ENGINE, ratios_to
-from swincompress_pl.report.peers import prepare
-from swincompress_pl.report.race import Contestant, Progress, run
+from swincompress_pl.report.comparison import Contestant, Progress, run
+from swincompress_pl.report.runtimes import prepare
 
 from .exact import BUILDERS, quantized
 

@@ -15,7 +15,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from swincompress_pl import norm
+from swincompress_pl import spec
 from swincompress_pl.accel import artifact
 from swincompress_pl.accel.artifact import ArtifactError
 from swincompress_pl.accel.core import implementations
@@ -44,18 +44,18 @@ __all__ = [
 ]
 
 
-def _program_of(model: Any) -> norm.Program:
-    if isinstance(model, norm.Program):
+def _program_of(model: Any) -> spec.Program:
+    if isinstance(model, spec.Program):
         return model
     for holder in (model, getattr(model, "net", None)):
         if callable(getattr(holder, "to_program", None)):
             program = holder.to_program()  # type: ignore[union-attr]
-            if not isinstance(program, norm.Program):
+            if not isinstance(program, spec.Program):
                 returned = f"{type(holder).__name__}.to_program() returned {type(program).__name__}"
-                raise TypeError(f"{returned}, not a norm.Program")
+                raise TypeError(f"{returned}, not a spec.Program")
             return program
     raise TypeError(
-        f"{type(model).__name__} is not quantized: export takes a norm.Program or a model with to_program(); "
+        f"{type(model).__name__} is not quantized: export takes a spec.Program or a model with to_program(); "
         "quantize it first: accel.export(quant.quantize(model, calibration), path)"
     )
 
@@ -63,10 +63,10 @@ def _program_of(model: Any) -> norm.Program:
 def export(model: Any, path: str | os.PathLike[str], compression: str | None = None) -> Path:
     """Writes a quantized model as one safetensors artifact and returns its path.
 
-    model: a norm.Program, anything with `to_program()` (quant.quantize returns such), or a LightningModule whose `net`
+    model: a spec.Program, anything with `to_program()` (quant.quantize returns such), or a LightningModule whose `net`
     has it. compression: None packs weights below 8 bits and nothing else; "lzma" entropy-codes everything, losslessly,
     each kind of tensor by LZMA or by Huffman codes alone, whichever is smaller; `load` reads both. The file appears
-    complete or not at all. Raises TypeError for a model that is not quantized, norm.ProgramError for one that breaks a
+    complete or not at all. Raises TypeError for a model that is not quantized, spec.ProgramError for one that breaks a
     bound of the norm, ValueError for an unknown compression.
     """
     artifact.require_compression(compression)

@@ -23,7 +23,7 @@ import numpy.typing as npt
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from swincompress_pl import norm
+from swincompress_pl import spec
 from swincompress_pl.accel import storage
 from swincompress_pl.accel.core import CodedError, read_artifact
 
@@ -60,10 +60,10 @@ def require_compression(compression: str | None) -> None:
         raise ValueError(f"compression is {compression!r}; choose None or {known}")
 
 
-def to_bytes(program: norm.Program, compression: str | None = None) -> bytes:
+def to_bytes(program: spec.Program, compression: str | None = None) -> bytes:
     """The artifact's bytes: the same Program and compression always give the same bytes."""
     require_compression(compression)
-    norm.check(program)
+    spec.check(program)
     used = {key for op in program.operations for key in op.tensors.values()}
     unused = sorted(set(program.tensors) - used)
     if unused:
@@ -108,7 +108,7 @@ def _compressed(
     return stored, {"version": 2, _CONTENT: {"coder": coder, "size_bytes": len(text)}}
 
 
-def write(program: norm.Program, path: str | os.PathLike[str], compression: str | None = None) -> Path:
+def write(program: spec.Program, path: str | os.PathLike[str], compression: str | None = None) -> Path:
     """Writes the artifact and returns its path; a failure at any point leaves a previous file untouched."""
     destination = Path(path)
     content = to_bytes(program, compression)
@@ -176,27 +176,27 @@ def from_bytes(content: bytes, reader: Callable[[bytes], Result]) -> Result:
     return reader(_decoded(content))
 
 
-def unproved_program(content: bytes) -> norm.Program:
+def unproved_program(content: bytes) -> spec.Program:
     """The Program of an artifact's bytes, by the C++ reader: format, version and checksum are right.
 
     Raises CodedError for a compressed one and ValueError for what is none. The rules of the norm are not proved.
     """
     description, tensors = read_artifact(content)
     try:
-        return norm.Program.from_description(json.loads(description), tensors)
+        return spec.Program.from_description(json.loads(description), tensors)
     except ValueError as error:  # such as a logit_scale that is no number
-        raise norm.ProgramError(str(error)) from error
+        raise spec.ProgramError(str(error)) from error
 
 
-def read(path: str | os.PathLike[str]) -> norm.Program:
+def read(path: str | os.PathLike[str]) -> spec.Program:
     """The Program of an artifact, checked: format, version, checksum, then every rule of the norm.
 
     Raises FileNotFoundError, or ArtifactError naming the file and what is wrong with it.
     """
 
-    def proved(content: bytes) -> norm.Program:
+    def proved(content: bytes) -> spec.Program:
         program = unproved_program(content)
-        norm.check(program)
+        spec.check(program)
         return program
 
     return through(path, proved)

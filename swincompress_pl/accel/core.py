@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from swincompress_pl import norm
-from swincompress_pl.norm.reference import tensors_of
+from swincompress_pl import spec
+from swincompress_pl.spec.reference import tensors_of
 
 try:
     from swincompress_pl.accel import _core
@@ -49,12 +49,12 @@ def resolve_threads(threads: int | None) -> int:
     return threads
 
 
-def _value(value: norm.Value) -> tuple[str, Sequence[int], int]:
+def _value(value: spec.Value) -> tuple[str, Sequence[int], int]:
     return value.dtype, value.shape, value.reach
 
 
 def _described(
-    op: norm.Operation, inputs: Sequence[int], tensors: Mapping[str, npt.NDArray[Any]]
+    op: spec.Operation, inputs: Sequence[int], tensors: Mapping[str, npt.NDArray[Any]]
 ) -> _core.OperationDescription:
     return {
         "kind": op.kind,
@@ -67,25 +67,25 @@ def _described(
 
 
 def _engine(
-    inputs: Sequence[norm.Value],
+    inputs: Sequence[spec.Value],
     operations: Sequence[_core.OperationDescription],
     implementation: str | None,
     threads: int | None,
 ) -> _core.Engine:
-    """Raises ValueError for `implementation` and `threads`, norm.ProgramError for what the C++ engine refuses."""
+    """Raises ValueError for `implementation` and `threads`, spec.ProgramError for what the C++ engine refuses."""
     name, count = _core.select(implementation or ""), resolve_threads(threads)
     try:
         return _core.Engine([_value(value) for value in inputs], operations, name, count)
     except ValueError as error:
-        raise norm.ProgramError(str(error)) from error
+        raise spec.ProgramError(str(error)) from error
 
 
-def program_engine(program: norm.Program, *, implementation: str | None, threads: int | None) -> _core.Engine:
-    """The C++ engine of a Program that `norm.check` accepts.
+def program_engine(program: spec.Program, *, implementation: str | None, threads: int | None) -> _core.Engine:
+    """The C++ engine of a Program that `spec.check` accepts.
 
-    Raises norm.ProgramError naming the first operation of a type that only the reference runs.
+    Raises spec.ProgramError naming the first operation of a type that only the reference runs.
     """
-    numbers = {norm.INPUT_VALUE: 0}
+    numbers = {spec.INPUT_VALUE: 0}
     operations = []
     for number, op in enumerate(program.operations, start=1):
         operations.append(_described(op, [numbers[name] for name in op.inputs], tensors_of(program, op)))
@@ -94,8 +94,8 @@ def program_engine(program: norm.Program, *, implementation: str | None, threads
 
 
 def operation_engine(
-    op: norm.Operation,
-    inputs: Sequence[norm.Value],
+    op: spec.Operation,
+    inputs: Sequence[spec.Value],
     tensors: Mapping[str, npt.NDArray[Any]],
     *,
     implementation: str | None = None,
@@ -104,7 +104,7 @@ def operation_engine(
     """The C++ engine of a single operation, through the same code as whole Programs.
 
     `.run(arrays)` takes one (N, *shape) array an input, C-contiguous, and returns the output (N, *shape); unlike a
-    Program's it may have any type. Raises norm.ProgramError for an operation that breaks a rule of the norm.
+    Program's it may have any type. Raises spec.ProgramError for an operation that breaks a rule of the norm.
     """
     return _engine(inputs, [_described(op, range(len(inputs)), tensors)], implementation, threads)
 

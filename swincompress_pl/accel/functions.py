@@ -5,7 +5,7 @@ are read where they lie. An engine is made for every call, which proves the boun
 `export_layer` keeps a layer's. All take `implementation`, one of `implementations()` (None: the best, or what
 SWINCOMPRESS_IMPLEMENTATION says), and `threads` in [1, 256] (None: all CPUs). Signed values lie in [-127, 127],
 [-32767, 32767] and so on, without the lowest. Errors name the argument: TypeError for an array of another type,
-ValueError for all else, among it norm.ProgramError for a bound of the norm.
+ValueError for all else, among it spec.ProgramError for a bound of the norm.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from collections.abc import Mapping
 import numpy as np
 import numpy.typing as npt
 
-from swincompress_pl import norm
+from swincompress_pl import spec
 from swincompress_pl.accel.core import operation_engine
-from swincompress_pl.norm.integer import EXP_STEPS, LIMITS, IntArray
-from swincompress_pl.norm.lowering import TABLE_CODES, layer_norm_integers, table_values
+from swincompress_pl.spec.integer import EXP_STEPS, LIMITS, IntArray
+from swincompress_pl.spec.lowering import TABLE_CODES, layer_norm_integers, table_values
 
 FloatArray = npt.NDArray[np.floating]
 Scale = float | FloatArray
@@ -115,7 +115,7 @@ def softmax(x: IntArray, *, scale: float, implementation: str | None = None, thr
     """
     x = _rows(_integers(x, "x", "int8", "uint8", "int16", "int32"))
     steps = EXP_STEPS * math.log2(math.e)
-    mult, shift = norm.multiplier(steps * _one_scale(scale, "scale", below=_FACTOR_MAX / steps))
+    mult, shift = spec.multiplier(steps * _one_scale(scale, "scale", below=_FACTOR_MAX / steps))
     return _run("softmax", "softmax", x, "uint8", implementation, threads, {"mult": int(mult), "shift": int(shift)})
 
 
@@ -186,7 +186,7 @@ def _run(
 ) -> IntArray:
     """One operation on the rows of x (..., C), as one image: so that threads share all of them. name: in errors."""
     tensors = tensors or {}
-    op = norm.Operation(
+    op = spec.Operation(
         kind=kind,
         name=name,
         inputs=("x",),
@@ -196,7 +196,7 @@ def _run(
         tensors={role: role for role in tensors},
     )
     channels = x.shape[-1]
-    value = norm.Value(dtype=x.dtype.name, shape=(max(1, x.size // channels), channels))
+    value = spec.Value(dtype=x.dtype.name, shape=(max(1, x.size // channels), channels))
     engine = operation_engine(op, [value], tensors, implementation=implementation, threads=threads)
     shape = (*x.shape[:-1], attributes.get("channels", channels))
     return np.zeros(shape, dtype) if x.size == 0 else engine.run([x.reshape(1, *value.shape)]).reshape(shape)
@@ -243,7 +243,7 @@ def _scales(scale: Scale, name: str, channels: int, below: float = _REAL_MAX) ->
 
 
 def _factors(scale: Scale, channels: int) -> dict[str, IntArray]:
-    mult, shift = norm.multiplier(np.broadcast_to(_scales(scale, "scale", channels, _FACTOR_MAX), (channels,)))
+    mult, shift = spec.multiplier(np.broadcast_to(_scales(scale, "scale", channels, _FACTOR_MAX), (channels,)))
     return {"mult": mult, "shift": shift}
 
 

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from swincompress_pl import norm
+from swincompress_pl import spec
 from swincompress_pl.accel import _core
 from swincompress_pl.accel.core import operation_engine, resolve_threads
-from swincompress_pl.norm.integer import LIMITS, saturate
-from swincompress_pl.norm.kinds import check_operation
+from swincompress_pl.spec.integer import LIMITS, saturate
+from swincompress_pl.spec.kinds import check_operation
 
 IntArray = npt.NDArray[np.integer]
 FloatArray = npt.NDArray[np.floating]
@@ -62,14 +62,14 @@ class QuantizedLayer:
     int8; accumulators of uint8 arrays reach twice as far, which the first call with one checks.
     """
 
-    operation: norm.Operation
+    operation: spec.Operation
     tensors: dict[str, npt.NDArray[Any]]
     weight_scale: npt.NDArray[np.float64]
     input_scale: float
     output_scale: float
     implementation: str
     threads: int
-    _engines: dict[norm.Value, _core.Engine] = field(default_factory=dict, repr=False, compare=False)
+    _engines: dict[spec.Value, _core.Engine] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def weight_q(self) -> npt.NDArray[np.int8]:
@@ -114,10 +114,10 @@ class QuantizedLayer:
         batch = x.reshape(-1, x.shape[-1]) if is_linear else x
         if 0 in x.shape[:-1] and is_linear:
             return np.zeros((*x.shape[:-1], self.weight_q.shape[0]), dtype=np.int8)
-        y: npt.NDArray[np.int8] = self._engine(norm.Value(dtype=x.dtype.name, shape=batch.shape[1:])).run([batch])
+        y: npt.NDArray[np.int8] = self._engine(spec.Value(dtype=x.dtype.name, shape=batch.shape[1:])).run([batch])
         return y.reshape(*x.shape[:-1], -1) if is_linear else y
 
-    def _engine(self, value: norm.Value) -> _core.Engine:
+    def _engine(self, value: spec.Value) -> _core.Engine:
         """One engine an input shape, made on first use."""
         if value not in self._engines:
             self._engines[value] = operation_engine(
@@ -157,8 +157,8 @@ def export_layer(
     given = getattr(module, "bias", None)
     bias = np.zeros(weight.shape[0]) if given is None else _float_array(given, "bias")
     bias_q = np.clip(np.rint(bias / (scale_in * weight_scale)), *LIMITS["int32"]).astype(np.int32)
-    mult, shift = norm.multiplier(scale_in * weight_scale / scale_out)
-    operation = norm.Operation(
+    mult, shift = spec.multiplier(scale_in * weight_scale / scale_out)
+    operation = spec.Operation(
         kind="linear" if weight.ndim == 2 else "conv2d",
         name=type(module).__name__,
         inputs=("x",),
@@ -173,7 +173,7 @@ def export_layer(
         "shift": shift,
     }
     smallest_input = weight_q.shape[1:]  # proves the bounds, whatever size comes later
-    check_operation(operation, [norm.Value(dtype="int8", shape=smallest_input)], tensors)
+    check_operation(operation, [spec.Value(dtype="int8", shape=smallest_input)], tensors)
     return QuantizedLayer(
         operation=operation,
         tensors=tensors,

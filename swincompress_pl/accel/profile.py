@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from swincompress_pl import norm
-from swincompress_pl.norm.kinds import KINDS
+from swincompress_pl import spec
+from swincompress_pl.spec.kinds import KINDS
 
 Counts = tuple[int, int, int]  # spikes, the places of neurons, synaptic operations
 _COLUMNS = (9, 6, 9, 7, 5, 9, 9, 6)  # widths of the table's
@@ -132,14 +132,14 @@ class Profile:
         return "\n".join(lines)
 
 
-def _reads_spikes(op: norm.Operation, values: Mapping[str, norm.Value]) -> bool:
+def _reads_spikes(op: spec.Operation, values: Mapping[str, spec.Value]) -> bool:
     """Whether this is a layer over spikes or counts of them, not over pixels or other numbers."""
     x = values[op.inputs[0]]
     return op.kind in ("linear", "conv2d") and x.dtype.startswith("uint") and x.reach < 255
 
 
 def spike_counts(
-    program: norm.Program, values: Mapping[str, norm.Value], seen: Mapping[str, Any], number: int
+    program: spec.Program, values: Mapping[str, spec.Value], seen: Mapping[str, Any], number: int
 ) -> Counts:
     """(spikes, places, synaptic operations) of operation `number`, from its values in `seen`; the engine's counters
     give the same."""
@@ -157,7 +157,7 @@ def spike_counts(
 
 
 def profile_of(
-    program: norm.Program,
+    program: spec.Program,
     steps: Sequence[Sequence[int]],
     times_ms: Sequence[float],
     counts: Sequence[Counts],
@@ -169,8 +169,8 @@ def profile_of(
 ) -> Profile:
     """Joins measured times and counts with the Program's costs. steps: the operations, by number, that every time and
     count covers."""
-    costs = norm.costs(program)
-    values = norm.check(program)
+    costs = spec.costs(program)
+    values = spec.check(program)
     total_ms = sum(times_ms) or 1.0
     rows = []
     for covered, time_ms, (spikes, places, counted) in zip(steps, times_ms, counts, strict=True):

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from swincompress_pl import norm
+from swincompress_pl import spec
 from swincompress_pl.accel import _core, artifact
 from swincompress_pl.accel.core import artifact_engine, program_engine, resolve_threads
 from swincompress_pl.accel.profile import Counts, Profile, profile_of, spike_counts
-from swincompress_pl.norm.reference import check_images
+from swincompress_pl.spec.reference import check_images
 
 Images = npt.NDArray[np.uint8]
 
@@ -25,12 +25,12 @@ class _Runtime:
     threads: int
 
     def __init__(
-        self, taken: norm.InputDescription, class_count: int, classes: tuple[str, ...] | None, logit_scale: float
+        self, taken: spec.InputDescription, class_count: int, classes: tuple[str, ...] | None, logit_scale: float
     ) -> None:
         self._taken, self._class_count, self._classes, self._logit_scale = taken, class_count, classes, logit_scale
 
     @property
-    def program(self) -> norm.Program:
+    def program(self) -> spec.Program:
         raise NotImplementedError
 
     @property
@@ -106,14 +106,14 @@ class Engine(_Runtime):
 
     threads: 1 to 256, None for all CPUs that this process may use. implementation: a name of `implementations()`, None
     for the best. An engine may be used from several Python threads: calls take turns and release the GIL. Raises
-    norm.ProgramError for a Program with narrower activations, which only `ReferenceEngine` runs.
+    spec.ProgramError for a Program with narrower activations, which only `ReferenceEngine` runs.
     """
 
-    def __init__(self, program: norm.Program, *, threads: int | None = None, implementation: str | None = None) -> None:
-        values = norm.check(program)
+    def __init__(self, program: spec.Program, *, threads: int | None = None, implementation: str | None = None) -> None:
+        values = spec.check(program)
         classes = values[program.operations[-1].output].channels
         super().__init__(program.input, classes, program.classes, program.logit_scale)
-        self._program: norm.Program | bytes = program
+        self._program: spec.Program | bytes = program
         self._hold(program_engine(program, implementation=implementation, threads=threads))
 
     @classmethod
@@ -122,7 +122,7 @@ class Engine(_Runtime):
         engine = cls.__new__(cls)
         core, facts = artifact_engine(content, implementation, threads)
         *time, height, width, channels = facts["input_shape"]
-        taken = norm.InputDescription(
+        taken = spec.InputDescription(
             height=height, width=width, channels=channels, time_steps=time[0] if time else None
         )
         _Runtime.__init__(engine, taken, facts["class_count"], facts["classes"], facts["logit_scale"])
@@ -136,7 +136,7 @@ class Engine(_Runtime):
         self.threads = core.threads
 
     @property
-    def program(self) -> norm.Program:
+    def program(self) -> spec.Program:
         if isinstance(self._program, bytes):
             self._program = artifact.unproved_program(self._program)  # the engine has proved it
         return self._program
@@ -162,33 +162,33 @@ class ReferenceEngine(_Runtime):
     implementation = "reference"
     threads = 1
 
-    def __init__(self, program: norm.Program) -> None:
+    def __init__(self, program: spec.Program) -> None:
         self._program = program
-        self._values = norm.check(program)
+        self._values = spec.check(program)
         classes = self._values[program.operations[-1].output].channels
         super().__init__(program.input, classes, program.classes, program.logit_scale)
 
     @property
-    def program(self) -> norm.Program:
+    def program(self) -> spec.Program:
         return self._program
 
     def _run(self, images: Images) -> npt.NDArray[np.int32]:
-        return norm.run(self.program, images)
+        return spec.run(self.program, images)
 
     def _times_ns(self, images: Images, repeats: int) -> tuple[list[list[int]], npt.NDArray[np.int64]]:
         count = len(self.program.operations)
         times_ns = np.zeros((repeats, count), dtype=np.int64)
         for repeat in range(repeats):
             last = time.perf_counter_ns()
-            for number, _ in enumerate(norm.steps(self.program, images)):
+            for number, _ in enumerate(spec.steps(self.program, images)):
                 now = time.perf_counter_ns()
                 times_ns[repeat, number], last = now - last, now
         return [[number] for number in range(count)], times_ns
 
     def _spike_counts(self, images: Images) -> list[Counts]:
-        seen: dict[str, npt.NDArray[Any]] = {norm.INPUT_VALUE: images}
+        seen: dict[str, npt.NDArray[Any]] = {spec.INPUT_VALUE: images}
         counts = []
-        for number, (op, output) in enumerate(norm.steps(self.program, images)):
+        for number, (op, output) in enumerate(spec.steps(self.program, images)):
             seen[op.output] = output.reshape(len(images), *self._values[op.output].shape)
             counts.append(spike_counts(self.program, self._values, seen, number))
         return counts

@@ -7,8 +7,8 @@ from typing import Any
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from ..models.manifest import network_of
-from ..quant import QuantizedNetwork
+from swincompress_pl.checkpoint.record import network_of
+from swincompress_pl.quant import QuantizedNetwork
 
 
 class CompressedCheckpoint(ModelCheckpoint):

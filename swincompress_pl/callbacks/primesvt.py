@@ -9,19 +9,12 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
-from ..pruning import (
-    PrimeProgress,
-    PrimeSVTConfig,
-    PrimeSVTResult,
-    RoundRobinConfig,
-    Scorer,
-    primesvt,
-)
-from .progress import search_progress
-from .resume import seeded
-from .scoring import training_batches
-from .search import Outcome, SearchCallback, log_search, refuse_unknown
-from .searched import ScalesFollower
+from swincompress_pl.callbacks.progress import search_progress
+from swincompress_pl.callbacks.random_state import seeded
+from swincompress_pl.callbacks.scoring import training_batches
+from swincompress_pl.callbacks.search import Outcome, SearchCallback, log_search, refuse_unknown
+from swincompress_pl.callbacks.searched_network import ScalesFollower
+from swincompress_pl.pruning import PrimeProgress, PrimeSVTConfig, PrimeSVTResult, RoundRobinConfig, Scorer, primesvt
 
 
 class PrimeSVT(SearchCallback):

@@ -8,7 +8,10 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
-from ..pruning import (
+from swincompress_pl.callbacks.progress import search_progress
+from swincompress_pl.callbacks.search import Outcome, SearchCallback, log_search, refuse_unknown
+from swincompress_pl.callbacks.searched_network import ScalesFollower
+from swincompress_pl.pruning import (
     AppliedPlan,
     RoundOutcome,
     RoundRobinConfig,
@@ -19,9 +22,6 @@ from ..pruning import (
     finish_search,
     run_round,
 )
-from .progress import search_progress
-from .search import Outcome, SearchCallback, log_search, refuse_unknown
-from .searched import ScalesFollower
 
 
 class AdaptiveIterativePruning(SearchCallback):

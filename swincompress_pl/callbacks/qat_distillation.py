@@ -11,10 +11,10 @@ import torch
 from lightning import LightningModule
 from torch import Tensor, nn
 
-from ..models.classifier import distillation_loss
-from ..models.manifest import restore_from_history
-from ..pruning import history_of
-from ..quant import QuantizedNetwork
+from swincompress_pl.checkpoint.record import restore_from_history
+from swincompress_pl.models.classifier import distillation_loss
+from swincompress_pl.pruning import history_of
+from swincompress_pl.quant import QuantizedNetwork
 
 
 class Distillation:

@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import LBFGS, Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from ..quant import QuantizedNetwork
+from swincompress_pl.quant import QuantizedNetwork
 
 # By name: not every build of torch has the first ones.
 _UNFIT_OPTIMIZERS = ("ZeroRedundancyOptimizer", "PostLocalSGDOptimizer", "DistributedOptimizer", LBFGS.__name__)

@@ -9,15 +9,15 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
-from ..models.manifest import network_of, put_network, restore_on_load, save_to_checkpoint
-from ..pruning import keep_masks
-from ..quant import METHODS, Bits, QuantizedNetwork, SearchOptions, find_preprocessing, quantize
-from .qat_averaging import renew_averages
-from .qat_distillation import Distillation
-from .qat_scales import ScaleGroup
-from .qat_surroundings import WHO, refuse_surroundings
-from .resume import RandomNumbers, rng_states, seeded
-from .surroundings import refuse_synchronized_norms, wrap_anew
+from swincompress_pl.callbacks.compatibility import refuse_synchronized_norms, wrap_anew
+from swincompress_pl.callbacks.qat_averaging import renew_averages
+from swincompress_pl.callbacks.qat_compatibility import WHO, refuse_surroundings
+from swincompress_pl.callbacks.qat_distillation import Distillation
+from swincompress_pl.callbacks.qat_scales import ScaleGroup
+from swincompress_pl.callbacks.random_state import RandomNumbers, rng_states, seeded
+from swincompress_pl.checkpoint.record import network_of, put_network, restore_on_load, save_to_checkpoint
+from swincompress_pl.pruning import keep_masks
+from swincompress_pl.quant import METHODS, Bits, QuantizedNetwork, SearchOptions, find_preprocessing, quantize
 
 _STATE_VERSION = 1
 

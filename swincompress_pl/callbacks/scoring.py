@@ -17,7 +17,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler
 from torchmetrics import Metric
 
-from ..pruning import FunctionScorer, HoldOut, Scorer, evaluation_mode, sum_over_ranks, world_size
+from swincompress_pl.pruning import (
+    FunctionScorer,
+    HoldOut,
+    Scorer,
+    evaluation_mode,
+    sum_over_ranks,
+    world_size,
+)
 
 _CPU_BATCH, _GPU_BATCH = 64, 256  # a decision is taken after whole batches: not larger than the device needs
 

@@ -13,8 +13,32 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
-from ..models.manifest import restore_on_load, save_to_checkpoint
-from ..pruning import (
+from swincompress_pl.callbacks.compatibility import (
+    refuse_neighbours,
+    refuse_optimizers,
+    refuse_sharing,
+    refuse_strategy,
+    refuse_synchronized_norms,
+    wrap_anew,
+)
+from swincompress_pl.callbacks.random_state import RandomNumbers, rng_states, seeded
+from swincompress_pl.callbacks.scoring import (
+    holdout_loaders,
+    holdout_scorer,
+    input_shape,
+    metric_scorer,
+    training_batches,
+    validating,
+)
+from swincompress_pl.callbacks.searched_network import (
+    ScalesFollower,
+    pruned_tensors,
+    refuse_masked_integers,
+    scored_network,
+    searched_network,
+)
+from swincompress_pl.checkpoint.record import restore_on_load, save_to_checkpoint
+from swincompress_pl.pruning import (
     AppliedPlan,
     Change,
     Gradients,
@@ -25,17 +49,6 @@ from ..pruning import (
     revert,
     share_buffers,
     slice_optimizers,
-)
-from .resume import RandomNumbers, rng_states, seeded
-from .scoring import holdout_loaders, holdout_scorer, input_shape, metric_scorer, training_batches, validating
-from .searched import ScalesFollower, pruned_tensors, refuse_masked_integers, scored_network, searched_network
-from .surroundings import (
-    refuse_neighbours,
-    refuse_optimizers,
-    refuse_sharing,
-    refuse_strategy,
-    refuse_synchronized_norms,
-    wrap_anew,
 )
 
 _STATE_VERSION = 2

@@ -19,7 +19,7 @@ from swincompress_pl.cli.common import (
     print_json,
     progress,
 )
-from swincompress_pl.report.peers import PEERS
+from swincompress_pl.report.runtimes import PEERS
 
 KERNELS = ("linear",)
 _MISMATCH = 1
@@ -61,7 +61,7 @@ def _arguments(name: str, arguments: Sequence[str]) -> Namespace:
 def _bench_artifact(given: Namespace) -> int:
     from swincompress_pl.report.bench import bench_artifact
     from swincompress_pl.report.environment import available_cores
-    from swincompress_pl.report.peers import parse_peers
+    from swincompress_pl.report.runtimes import parse_peers
 
     file = existing_file(given.file)
     if is_checkpoint(file):
@@ -90,7 +90,7 @@ def _bench_artifact(given: Namespace) -> int:
 
 def _show(outcome: Any, file: Path) -> None:
     from swincompress_pl.report.markdown import count, megabytes
-    from swincompress_pl.report.peers import LATENCY_ONLY
+    from swincompress_pl.report.runtimes import LATENCY_ONLY
 
     shown = console()
     shown.print(

@@ -22,8 +22,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
+from swincompress_pl.checkpoint.record import CompressionMixin
 from swincompress_pl.models.factory import create_model
-from swincompress_pl.models.manifest import CompressionMixin
 
 Batch = tuple[Tensor, Tensor]  # (N, 3, H, W) float, (N,) int64
 Config = TypeVar("Config")

@@ -15,6 +15,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from swincompress_pl.checkpoint.record import restore_from_history
+
 # Lower-case name -> class of timm, for small inputs that no registered model has.
 _CLASSES: dict[str, type[nn.Module]] = {
     "swintransformer": timm.models.SwinTransformer,
@@ -34,10 +36,10 @@ _SPIKING = {
     "sdt_8_384": f"{_THEIRS}.spike_driven_transformer",
     "maxformer_10_384": f"{_THEIRS}.maxformer",
     "maxformer_cifar": f"{_THEIRS}.maxformer",
-    "meta_spikeformer_8_256": f"{_OURS}.meta_spikeformer",
-    "meta_spikeformer_8_384": f"{_OURS}.meta_spikeformer",
-    "meta_spikeformer_8_512": f"{_OURS}.meta_spikeformer",
-    "MetaSpikeFormer": f"{_OURS}.meta_spikeformer",
+    "meta_spikeformer_8_256": f"{_OURS}.meta_spikeformer.network",
+    "meta_spikeformer_8_384": f"{_OURS}.meta_spikeformer.network",
+    "meta_spikeformer_8_512": f"{_OURS}.meta_spikeformer.network",
+    "MetaSpikeFormer": f"{_OURS}.meta_spikeformer.network",
     "Spikformer": f"{_THEIRS}.spikformer",
     "QKFormer": f"{_THEIRS}.qkformer",
     "SpikeDrivenTransformer": f"{_THEIRS}.spike_driven_transformer",
@@ -79,6 +81,17 @@ def recreate_model(creation: Mapping[str, Any]) -> nn.Module:
     return create_model(creation["name"], **creation["kwargs"])
 
 
+def rebuild(origin: Mapping[str, Any]) -> nn.Module:
+    """The float network, pruned and with random weights, that a Program's `origin` describes.
+
+    origin: {"network": `creation` of the network, "history": entries}; entries of quantization are left out.
+    """
+    if not origin.get("network"):
+        raise ValueError("the origin does not say how its network was created; build networks with models.create_model")
+    history = [entry for entry in origin.get("history") or [] if "quantize" not in entry]
+    return restore_from_history(recreate_model(origin["network"]), history)
+
+
 def _builder(name: str, pretrained: bool) -> Callable[..., nn.Module]:
     if timm.is_model(name.split(".")[0]):
         return lambda **kwargs: timm.create_model(name, pretrained=pretrained, **kwargs)
@@ -100,7 +113,7 @@ def _spiking_builder(name: str) -> Callable[..., nn.Module]:
     # Imported on use: spikingjelly takes seconds to import and most networks do not spike.
     import importlib
 
-    from swincompress_pl.models.spiking import without_memory
+    from swincompress_pl.models.spiking.adapter import without_memory
 
     builder = getattr(importlib.import_module(_SPIKING[name]), name)
     return lambda **kwargs: without_memory(builder(**kwargs))

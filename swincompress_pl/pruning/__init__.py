@@ -8,33 +8,9 @@
 or Lightning.
 """
 
-from .apply import AppliedPlan, SlicedTensor, apply_plan, history_of, revert_plan
-from .config import RoundRobinConfig
-from .cost import count_macs, count_parameters, skeleton
-from .granularity import (
-    Change,
-    Granularity,
-    StructuredGranularity,
-    Target,
-    WeightGranularity,
-    granularity_for,
-    prunable_weights,
-    revert,
-)
-from .groups import Attribute, Exchange, Group, NormSlice, Slice
-from .holdout import HoldOut, Predict
-from .masks import MaskedLayerNorm, mask_plan, mask_units
-from .optimizers import slice_optimizer, slice_optimizers
-from .patterns import Pattern, parse_granularity
-from .plan import PruningPlan
-from .prime_candidates import Candidate
-from .prime_config import PrimeSVTConfig
-from .prime_result import BlockState, PrimeSVTResult, TargetSet
-from .prime_search import PrimeProgress
-from .primesvt import primesvt
-from .ranks import from_rank_zero, share_buffers, sum_over_ranks, world_size
-from .regrow import regrow_latest_plan
-from .round_robin import (
+from swincompress_pl.pruning.adaptive.config import RoundRobinConfig
+from swincompress_pl.pruning.adaptive.rounds import Follower
+from swincompress_pl.pruning.adaptive.search import (
     PruningResult,
     RoundOutcome,
     begin_search,
@@ -43,9 +19,8 @@ from .round_robin import (
     prune,
     run_round,
 )
-from .rounds import Follower
-from .scorer import FunctionScorer, Scorer, ScoringCost, Verdict, evaluation_mode
-from .scores import (
+from swincompress_pl.pruning.adaptive.state import SearchState, Step, TargetState
+from swincompress_pl.pruning.criteria import (
     CRITERIA,
     Criterion,
     Gradients,
@@ -56,8 +31,45 @@ from .scores import (
     unit_scores,
     weight_scores,
 )
-from .state import SearchState, Step, TargetState
-from .weight_masks import (
+from swincompress_pl.pruning.evaluation.holdout import HoldOut, Predict
+from swincompress_pl.pruning.evaluation.ranks import from_rank_zero, share_buffers, sum_over_ranks, world_size
+from swincompress_pl.pruning.evaluation.scorer import (
+    FunctionScorer,
+    Scorer,
+    ScoringCost,
+    Verdict,
+    evaluation_mode,
+)
+from swincompress_pl.pruning.prime.candidates import Candidate
+from swincompress_pl.pruning.prime.config import PrimeSVTConfig
+from swincompress_pl.pruning.prime.primesvt import primesvt
+from swincompress_pl.pruning.prime.result import BlockState, PrimeSVTResult, TargetSet
+from swincompress_pl.pruning.prime.search import PrimeProgress
+from swincompress_pl.pruning.space import (
+    Change,
+    Granularity,
+    StructuredGranularity,
+    Target,
+    WeightGranularity,
+    granularity_for,
+    prunable_weights,
+    revert,
+)
+from swincompress_pl.pruning.structure.apply import (
+    AppliedPlan,
+    SlicedTensor,
+    apply_plan,
+    history_of,
+    revert_plan,
+)
+from swincompress_pl.pruning.structure.cost import count_macs, count_parameters, skeleton
+from swincompress_pl.pruning.structure.groups import Attribute, Exchange, Group, NormSlice, Slice
+from swincompress_pl.pruning.structure.optimizer_state import slice_optimizer, slice_optimizers
+from swincompress_pl.pruning.structure.patterns import Pattern, parse_granularity
+from swincompress_pl.pruning.structure.plan import PruningPlan
+from swincompress_pl.pruning.structure.regrow import regrow_latest_plan
+from swincompress_pl.pruning.structure.unit_masks import MaskedLayerNorm, mask_plan, mask_units
+from swincompress_pl.pruning.structure.weight_masks import (
     count_nonzero,
     enforce_masks,
     keep_masks,

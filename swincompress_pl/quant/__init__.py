@@ -3,19 +3,20 @@
 `quantize` makes a `QuantizedNetwork`; adapters describe a family with `GraphBuilder` and the node types.
 """
 
-from swincompress_pl.quant.allocation import (
-    LayerSensitivity,
-    Sensitivity,
-    allocate,
-    measure_sensitivity,
-    mixed_precision,
-)
 from swincompress_pl.quant.bits import Bits
-from swincompress_pl.quant.build import GraphBuilder
-from swincompress_pl.quant.debug import Diagnosis, Effect, SiteCost, cost_table, diagnose, site_costs, site_errors
-from swincompress_pl.quant.graph import Graph, Node, Site, WeightedNode, float_logits
-from swincompress_pl.quant.network import METHODS, QuantizedNetwork, find_preprocessing
-from swincompress_pl.quant.nodes import (
+from swincompress_pl.quant.diagnosis.diagnosis import (
+    Diagnosis,
+    Effect,
+    SiteCost,
+    cost_table,
+    diagnose,
+    site_costs,
+    site_errors,
+)
+from swincompress_pl.quant.diagnosis.quantization_errors import Histogram, SiteError, error_table
+from swincompress_pl.quant.graph.builder import GraphBuilder
+from swincompress_pl.quant.graph.graph import Graph, Node, Site, WeightedNode, float_logits
+from swincompress_pl.quant.graph.nodes import (
     ActivationNode,
     AddConstantNode,
     AddNode,
@@ -27,8 +28,15 @@ from swincompress_pl.quant.nodes import (
     PixelConvNode,
     PrependNode,
 )
+from swincompress_pl.quant.mixed_precision import (
+    LayerSensitivity,
+    Sensitivity,
+    allocate,
+    measure_sensitivity,
+    mixed_precision,
+)
+from swincompress_pl.quant.network import METHODS, QuantizedNetwork, find_preprocessing
 from swincompress_pl.quant.quantize import SearchOptions, quantize
-from swincompress_pl.quant.site_errors import Histogram, SiteError, error_table
 
 __all__ = [
     "METHODS",

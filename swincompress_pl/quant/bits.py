@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from swincompress_pl.quant.graph import Graph, Site, WeightedNode
+from swincompress_pl.quant.graph.graph import Graph, Site, WeightedNode
 
 WIDTHS = range(2, 9)
 _SPELLING = re.compile(r"w(\d+)a(\d+)", re.IGNORECASE)

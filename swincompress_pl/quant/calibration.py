@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from swincompress_pl.quant.graph import Graph, Node, Passthrough, Run, Site, WeightedNode
+from swincompress_pl.quant.graph.graph import Graph, Node, Passthrough, Run, Site, WeightedNode
 
 
 def calibration_images(calibration: Iterable[Any], limit: int) -> list[Tensor]:

@@ -11,12 +11,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from swincompress_pl.norm import InputDescription, Operation, Program, check, multiplier
-from swincompress_pl.norm.spiking import CURRENT_MAX
 from swincompress_pl.quant.scales import quantize_weight
+from swincompress_pl.spec import InputDescription, Operation, Program, check, multiplier
+from swincompress_pl.spec.spiking import CURRENT_MAX
 
 if TYPE_CHECKING:
-    from swincompress_pl.quant.graph import Graph, Node, Site, WeightedNode
+    from swincompress_pl.quant.graph.graph import Graph, Node, Site, WeightedNode
     from swincompress_pl.quant.scales import Scales
 
 FloatArray = npt.NDArray[np.float64]

@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from swincompress_pl.norm import Program
 from swincompress_pl.quant.bits import Bits, with_bits
-from swincompress_pl.quant.cut import Kept, ScaleCut, check_fit, cut_scales, undo_cut
-from swincompress_pl.quant.graph import Graph, Run
+from swincompress_pl.quant.graph.graph import Graph, Run
 from swincompress_pl.quant.lower import lower
+from swincompress_pl.quant.scale_cut import Kept, ScaleCut, check_fit, cut_scales, undo_cut
 from swincompress_pl.quant.scales import Scales
 from swincompress_pl.quant.twin import TorchTwin
 from swincompress_pl.registry import adapter_for
+from swincompress_pl.spec import Program
 
 METHODS = ("searched", "max", "affine")
 # How far a normalized input may lie outside [0, 255] pixels before it is taken for a wrong normalization.

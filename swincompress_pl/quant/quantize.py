@@ -12,13 +12,13 @@ from torch import nn
 
 from swincompress_pl.quant.bits import Bits
 from swincompress_pl.quant.calibration import Ranges, calibration_images, observe, sample_layers
-from swincompress_pl.quant.graph import Graph
+from swincompress_pl.quant.graph.graph import Graph
+from swincompress_pl.quant.graph.spiking_nodes import NeuronNode
 from swincompress_pl.quant.layerwise import LayerwiseSearch
 from swincompress_pl.quant.network import QuantizedNetwork, find_preprocessing
 from swincompress_pl.quant.rounding import Learning, round_blocks
 from swincompress_pl.quant.scales import affine_range
 from swincompress_pl.quant.search import max_step
-from swincompress_pl.quant.spiking_nodes import NeuronNode
 
 # 16-bit sites and logits keep the true maximum and leave room above it: a bit there is free, clipping is not.
 HEADROOM = 2.0

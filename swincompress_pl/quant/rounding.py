@@ -20,10 +20,10 @@ import torch
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from swincompress_pl.norm import INPUT_VALUE
-from swincompress_pl.quant.graph import Node, Passthrough, Quantizer, Run, Site, WeightedNode
+from swincompress_pl.quant.graph.graph import Node, Passthrough, Quantizer, Run, Site, WeightedNode
 from swincompress_pl.quant.network import QuantizedNetwork
 from swincompress_pl.quant.scales import Scales
+from swincompress_pl.spec import INPUT_VALUE
 
 _DAMPING = 0.1  # of the mean diagonal: rows of a few images say little about most directions
 Values = Sequence[dict[str, Tensor]]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from swincompress_pl.quant.bits import Bits
-from swincompress_pl.quant.graph import Graph, Node, Quantizer, Site, WeightedNode
+from swincompress_pl.quant.graph.graph import Graph, Node, Quantizer, Site, WeightedNode
 
 # A bias of 2**30 accumulator steps is refused at export; learned steps stay twice as large as that asks for.
 _BIAS_STEPS = 2.0**29

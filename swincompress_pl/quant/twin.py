@@ -17,8 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from swincompress_pl.norm import INPUT_VALUE, LIMITS, STORAGE, Operation, Program, check
-from swincompress_pl.norm.integer import (
+from swincompress_pl.quant import twin_spiking as spiking
+from swincompress_pl.spec import INPUT_VALUE, LIMITS, STORAGE, Operation, Program, check
+from swincompress_pl.spec.integer import (
     ACCUMULATOR_BOUND,
     EXP_STEPS,
     EXP_TABLE,
@@ -28,7 +29,6 @@ from swincompress_pl.norm.integer import (
     RECIPROCAL_BITS,
     SOFTMAX_BITS,
 )
-from swincompress_pl.quant import twin_spiking as spiking
 
 _DTYPES: dict[str, torch.dtype] = {dtype: getattr(torch, storage) for dtype, storage in STORAGE.items()}
 _FLOAT32_EXACT = 2**24

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swincompress_pl.norm.integer import LIMITS
-from swincompress_pl.norm.spiking import CURRENT_MAX, DECAY_BITS, MEMBRANE_MAX
+from swincompress_pl.spec.integer import LIMITS
+from swincompress_pl.spec.spiking import CURRENT_MAX, DECAY_BITS, MEMBRANE_MAX
 
 _HALF = 2 ** (DECAY_BITS - 1)
 

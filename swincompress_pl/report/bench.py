@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from swincompress_pl import accel
+from swincompress_pl.report.comparison import Contestant, Progress, Result, run
 from swincompress_pl.report.environment import describe_environment
 from swincompress_pl.report.latency import Ratio, ratio
-from swincompress_pl.report.peers import prepare
-from swincompress_pl.report.race import Contestant, Progress, Result, run
 from swincompress_pl.report.record import OperationTime
+from swincompress_pl.report.runtimes import prepare
 from swincompress_pl.report.sizes import program_macs
 
 ENGINE = "engine"

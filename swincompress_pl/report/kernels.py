@@ -14,9 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from swincompress_pl import accel
-from swincompress_pl.norm import INPUT_VALUE, InputDescription, Operation, Program, multiplier
-from swincompress_pl.norm.operations import linear
 from swincompress_pl.report.latency import Latency
+from swincompress_pl.spec import INPUT_VALUE, InputDescription, Operation, Program, multiplier
+from swincompress_pl.spec.operations import linear
 
 _LAYER = "layer"
 

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from swincompress_pl.accel.storage import weight_bits
-from swincompress_pl.norm import Program, costs
+from swincompress_pl.spec import Program, costs
 
 if TYPE_CHECKING:
     from torch import nn

@@ -16,14 +16,14 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from program_cases import integers, small_program
 from spiking_programs import _Builder
 
-from swincompress_pl import accel, norm
+from swincompress_pl import accel, spec
 
 
-def folded_program() -> norm.Program:
+def folded_program() -> spec.Program:
     """With a map of biases that has few different rows and columns."""
     program = neuron_program((4, 5, 3), 1)
     (conv,) = [op for op in program.operations if op.kind == "conv2d" and "images" in op.inputs]
-    shape = norm.check(program)[conv.output].shape
+    shape = spec.check(program)[conv.output].shape
     border = np.broadcast_to(np.arange(shape[-1], dtype=np.int32), shape[-3:]).copy()
     border[0] += 7
     return dataclasses.replace(program, tensors={**program.tensors, conv.tensors["bias"]: border})
@@ -54,10 +54,10 @@ class TinyBuilder(_Builder):
         factors = {"mult": np.full(channels, 2**21, np.int32), "shift": np.full(channels, 22, np.uint8)}
         return self.product("linear", self.emit("mean", (x,), "int8", factors), (5, channels), "int32")
 
-    def program(self) -> norm.Program:
+    def program(self) -> spec.Program:
         *time, height, width, channels = self._shape
-        return norm.Program(
-            input=norm.InputDescription(
+        return spec.Program(
+            input=spec.InputDescription(
                 height=height, width=width, channels=channels, time_steps=time[0] if time else None
             ),
             operations=tuple(self.operations),
@@ -66,7 +66,7 @@ class TinyBuilder(_Builder):
         )
 
 
-def mlp_program(weight: str) -> norm.Program:
+def mlp_program(weight: str) -> spec.Program:
     b = TinyBuilder(1, 5, 6, 3, weight=weight)
     x = b.product("linear", b.patches(7, "int8"), (9, 7), "int8")
     x = b.emit("table", (x,), "int8", {"values": integers(b.rng, "int8", (256,))})
@@ -74,7 +74,7 @@ def mlp_program(weight: str) -> norm.Program:
     return b.program()
 
 
-def stream_program() -> norm.Program:
+def stream_program() -> spec.Program:
     b = TinyBuilder(2, 4, 4, 3)
     x = b.patches(6, "int16")
     x = b.emit("add_constant", (x,), "int16", {"constant": b.rng.integers(-999, 999, (4, 6)).astype(np.int16)})
@@ -87,7 +87,7 @@ def stream_program() -> norm.Program:
     return b.program()
 
 
-def attention_program() -> norm.Program:
+def attention_program() -> spec.Program:
     b = TinyBuilder(3, 4, 8, 3)
     roles = {
         **{name: np.full(2, 2**21, np.int32) for name in ("exp_mult", "out_mult")},
@@ -102,7 +102,7 @@ def attention_program() -> norm.Program:
     return b.program()
 
 
-def neuron_program(shape: tuple[int, ...], repeated: int) -> norm.Program:
+def neuron_program(shape: tuple[int, ...], repeated: int) -> spec.Program:
     b = TinyBuilder(4, *shape)
     window = {"kernel": [3, 3], "stride": [1, 1], "padding": [1, 1]}
     stem = b.layer((6, 3, 3, shape[-1]), 4000)
@@ -115,7 +115,7 @@ def neuron_program(shape: tuple[int, ...], repeated: int) -> norm.Program:
     return b.program()
 
 
-def counting_program() -> norm.Program:
+def counting_program() -> spec.Program:
     b = TinyBuilder(5, 2, 4, 3)
     current = b.linear("images", 3, 4)
     q, k = b.lif(current, 2, repeated=1), b.lif(current, 2, repeated=1, decay=21845, input_decay=0)
@@ -127,7 +127,7 @@ def counting_program() -> norm.Program:
     return b.program()
 
 
-def programs() -> dict[str, norm.Program]:
+def programs() -> dict[str, spec.Program]:
     return {
         "mlp": mlp_program("int8"),
         "packed": mlp_program("int4"),

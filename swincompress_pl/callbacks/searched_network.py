@@ -1,0 +1,105 @@
+"""The network that a pruning search sees in a module: the one it holds, or the float weights of a quantized one."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import replace
+
+from lightning import LightningModule, Trainer
+from torch import Tensor, nn
+
+from swincompress_pl.callbacks.quantization import QuantizationAwareTraining
+from swincompress_pl.checkpoint.record import network_of
+from swincompress_pl.pruning import (
+    AppliedPlan,
+    RoundRobinConfig,
+    SlicedTensor,
+    StructuredGranularity,
+    granularity_for,
+)
+from swincompress_pl.quant import QuantizedNetwork
+from swincompress_pl.quant.scale_cut import ScaleCut
+
+
+def searched_network(module: LightningModule, model_attribute: str) -> nn.Module:
+    """Where groups, weights and masks are: the network, or the `network` inside a `QuantizedNetwork`."""
+    network = network_of(module, model_attribute)
+    return network.network if isinstance(network, QuantizedNetwork) else network
+
+
+def scored_network(module: LightningModule, model_attribute: str, network: nn.Module) -> nn.Module:
+    """What gives the logits of the searched `network`: itself, or its rounded values where it is quantized."""
+    held = network_of(module, model_attribute)
+    return _Rounded(held) if isinstance(held, QuantizedNetwork) and held.network is network else network
+
+
+class _Rounded(nn.Module):
+    """A quantized network's fake quantization in either mode: integers would be made anew for every candidate."""
+
+    def __init__(self, quantized: QuantizedNetwork) -> None:
+        super().__init__()
+        self.quantized = quantized
+        self.training = quantized.training
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.quantized.fake_quantized(images)
+
+
+class ScalesFollower:
+    """Cuts the scales of a quantized network with its weights, and takes that back; for a float network nothing."""
+
+    def __init__(self, module: LightningModule, model_attribute: str) -> None:
+        network = network_of(module, model_attribute)
+        self._quantized = network if isinstance(network, QuantizedNetwork) else None
+        self._cuts: list[ScaleCut | None] = []
+
+    def cut(self, applied: AppliedPlan) -> None:
+        """See `pruning.Follower`."""
+        cut = None
+        if self._quantized is not None and applied.tensors:
+            cut = self._quantized.follow({sliced.name: dict(sliced.kept) for sliced in applied.tensors})
+        self._cuts.append(cut)
+
+    def uncut(self) -> None:
+        """See `pruning.Follower`; nothing where nothing was cut."""
+        latest = self._cuts.pop() if self._cuts else None
+        if latest is not None and self._quantized is not None:
+            self._quantized.unfollow(latest)
+
+    def with_scales(self, applied: AppliedPlan) -> AppliedPlan:
+        """The latest cut with that of the learned scales, for the optimizers."""
+        latest = self._cuts[-1] if self._cuts else None
+        if latest is None or latest.drift is None:
+            return applied
+        old, new, index = latest.drift
+        drift = SlicedTensor(name="scales.drift", old=old, new=new, kept=((0, index),))
+        return replace(applied, tensors=(*applied.tensors, drift))
+
+
+def pruned_tensors(network: nn.Module, config: RoundRobinConfig) -> set[str]:
+    """The names of the parameters that a search may cut or mask; ValueError where the config matches nothing."""
+    targets = granularity_for(config).targets(network)
+    names = {member.name for target in targets for member in (target.members or (target,))}
+    if config.granularity != "structured":
+        return names
+    own = dict(network.named_parameters(remove_duplicate=False))
+    groups = StructuredGranularity(config).groups(network)
+    return {part.tensor for group in groups for part in group.slices if part.tensor in own}
+
+
+def refuse_masked_integers(
+    trainer: Trainer, module: LightningModule, model_attribute: str, monitor: str | None, kinds: Collection[str]
+) -> None:
+    """ValueError for a search that would score integers while LayerNorms are masked on trial: they know no masks."""
+    quantizers = [
+        other
+        for other in trainer.callbacks  # type: ignore[attr-defined]  # set by the trainer
+        if isinstance(other, QuantizationAwareTraining) and other.model_attribute == model_attribute
+    ]
+    quantized = isinstance(network_of(module, model_attribute), QuantizedNetwork) or bool(quantizers)
+    if monitor is not None and "embed" in kinds and quantized:
+        raise ValueError(
+            f"monitor={monitor!r} with kinds={tuple(kinds)}: the validation of a quantized network runs in integers, "
+            "whose LayerNorms do not leave out the channels of the kind 'embed' that are tried. Leave monitor out (the "
+            "search scores top-1 itself), or 'embed', or prune in a fit before"
+        )

@@ -1,0 +1,1 @@
+"""Meta-SpikeFormer (Spike-driven Transformer v2): the network itself, adapter, pruning groups, graph."""

@@ -1,0 +1,114 @@
+"""What is coupled to the channels of a spiking network: convolutions with their BatchNorms, and who reads them."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from swincompress_pl.models.shared.parts import columns, length_of, rows
+from swincompress_pl.pruning.structure.groups import Attribute, Exchange, Group, Slice
+from swincompress_pl.registry import UnsupportedNetworkError
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
+
+
+class Coupling:
+    """Gathers the slices of one group of `units` channels (or heads, or dimensions of heads); `group()` is the result.
+
+    A neuron acts on every channel alone and has no width, so it needs no slice.
+    """
+
+    def __init__(self, network: nn.Module, name: str, kind: str, units: int) -> None:
+        self.network, self.name, self.kind, self.units = network, name, kind, units
+        self._slices: list[Slice] = []
+        self._attributes: list[Attribute] = []
+        self._exchanges: list[Exchange] = []
+
+    def group(self) -> Group:
+        """The group; at least one unit stays."""
+        return Group(
+            name=self.name,
+            kind=self.kind,
+            units=self.units,
+            slices=tuple(self._slices),
+            attributes=tuple(dict.fromkeys(self._attributes)),
+            exchanges=tuple(self._exchanges),
+        )
+
+    def writer(
+        self, conv: str, norm: str, width: int = 1, offsets: tuple[int, ...] = (0,), *, silent: bool = False
+    ) -> None:
+        """Rows of a convolution and the channels of the BatchNorm behind it. silent: a masked unit's BatchNorm gives 0,
+        so that the neuron behind it never fires; for units that meet in a product before anyone's columns read them."""
+        module = self._convolution(conv)
+        if module.groups != 1:
+            raise self._unknown(conv, "a convolution without groups")
+        self._slices += rows(conv, module, width, offsets)
+        self.norm(norm, width, offsets, silent=silent)
+        self._attributes += [length_of(conv, "out_channels")]
+
+    def reader(self, path: str, width: int = 1, offsets: tuple[int, ...] = (0,)) -> None:
+        """Columns of a convolution without groups, or of a linear layer."""
+        module = self.network.get_submodule(path)
+        if isinstance(module, nn.Linear):
+            self._attributes.append(length_of(path, "in_features", axis=1))
+        elif self._convolution(path).groups == 1:
+            self._attributes.append(length_of(path, "in_channels", axis=1))
+        else:
+            raise self._unknown(path, "a convolution without groups")
+        self._slices.append(columns(path, width, offsets))
+
+    def depthwise(self, conv: str, norm: str | None) -> None:
+        """A convolution of each channel alone, and the BatchNorm behind it, if there is one."""
+        module = self._convolution(conv)
+        if not module.groups == module.in_channels == module.out_channels:
+            raise self._unknown(conv, "a depthwise convolution")
+        self._slices += rows(conv, module)
+        self._attributes += [length_of(conv, name) for name in ("groups", "in_channels", "out_channels")]
+        if norm is not None:
+            self.norm(norm)
+
+    def attribute(self, module: str, name: str) -> None:
+        """An attribute that is the number of units."""
+        self._attributes.append(Attribute(module=module, name=name))
+
+    def exchange(self, module: str, new_type: type[nn.Module]) -> None:
+        """A module whose forward cannot take another width as it is."""
+        self._exchanges.append(Exchange(module=module, type=f"{new_type.__module__}:{new_type.__qualname__}"))
+
+    def norm(self, path: str, width: int = 1, offsets: tuple[int, ...] = (0,), *, silent: bool = False) -> None:
+        """A BatchNorm on the channels, with its statistics; silent: as in `writer`."""
+        norm = self.network.get_submodule(path)
+        if not isinstance(norm, _BATCH_NORMS):
+            raise self._unknown(path, "a BatchNorm")
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            if getattr(norm, name) is None:
+                raise self._unknown(path, "a BatchNorm with affine=True and running statistics")
+            consumer = silent and name in ("weight", "bias")
+            part = Slice(tensor=f"{path}.{name}", axis=0, width=width, offsets=offsets, consumer=consumer)
+            self._slices.append(part)
+        self._attributes.append(length_of(path, "num_features"))
+
+    def _convolution(self, path: str) -> nn.Conv1d | nn.Conv2d:
+        module = self.network.get_submodule(path)
+        if not isinstance(module, _CONVOLUTIONS):
+            raise self._unknown(path, "a convolution")
+        return module
+
+    def _unknown(self, path: str, wanted: str) -> UnsupportedNetworkError:
+        found = type(self.network.get_submodule(path)).__name__
+        return UnsupportedNetworkError(
+            f"{self.name}: {path} is a {found}; structured pruning of spiking networks knows {wanted} there"
+        )
+
+
+def width_of(network: nn.Module, path: str, axis: int = 0) -> int:
+    """The length of a layer's weight along an axis; UnsupportedNetworkError for a module without one."""
+    module = network.get_submodule(path)
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, nn.Parameter):
+        raise UnsupportedNetworkError(
+            f"{path} is a {type(module).__name__}; structured pruning of spiking networks knows a layer with a weight "
+            "there"
+        )
+    return weight.shape[axis]

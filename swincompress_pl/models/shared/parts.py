@@ -1,0 +1,164 @@
+"""What the families share: blocks by path, the groups of an attention and of an MLP, refusals."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from timm.layers.mlp import Mlp
+from torch import nn
+
+from swincompress_pl.pruning.structure.groups import Attribute, Exchange, Group, Slice
+from swincompress_pl.registry import UnsupportedNetworkError
+
+
+def length_of(path: str, name: str, *, axis: int = 0) -> Attribute:
+    """`path.name` is the length of `path.weight` along `axis`."""
+    return Attribute(module=path, name=name, size_of=f"{path}.weight", axis=axis)
+
+
+def rows(
+    path: str, linear: nn.Module, width: int = 1, offsets: tuple[int, ...] = (0,), *, consumer: bool = False
+) -> tuple[Slice, ...]:
+    """Rows of a layer's weight and, where it has one, of its bias."""
+    names = ["weight"] if linear.bias is None else ["weight", "bias"]
+    return tuple(
+        Slice(tensor=f"{path}.{name}", axis=0, width=width, offsets=offsets, consumer=consumer) for name in names
+    )
+
+
+def columns(path: str, width: int = 1, offsets: tuple[int, ...] = (0,)) -> Slice:
+    """Columns of a layer's weight: what reads the units."""
+    return Slice(tensor=f"{path}.weight", axis=1, width=width, offsets=offsets, consumer=True)
+
+
+class AttentionGroups:
+    """The groups of an attention with a fused `qkv` of rows (q | k | v), each (heads, head width), and a `proj`.
+
+    attributes, exchanges: those of either group beside the linear layers' own. gate: path of a linear layer of rows
+    (heads, head width) that weighs the attention's output.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        attn: nn.Module,
+        *,
+        gate: nn.Linear | None = None,
+        attributes: tuple[Attribute, ...] = (),
+        exchanges: tuple[Exchange, ...] = (),
+    ) -> None:
+        self.path, self.attn, self.exchanges = path, attn, exchanges
+        self.qkv, _ = linear_of(attn, path, "qkv"), linear_of(attn, path, "proj")
+        heads = attn.num_heads
+        assert isinstance(heads, int)
+        self.heads, self.width = heads, self.qkv.out_features // 3
+        self.head_dim = self.width // heads
+        self.gate = gate
+        self.attributes = (
+            *attributes,
+            length_of(f"{path}.qkv", "out_features"),
+            length_of(f"{path}.proj", "in_features", axis=1),
+        )
+        if gate is not None:
+            self.attributes += (length_of(f"{path}.gate", "out_features"),)
+
+    def head_group(
+        self, *, slices: Iterable[Slice] = (), attributes: Iterable[Attribute] = (), biases: Iterable[str] = ()
+    ) -> Group:
+        """Whole heads. slices, attributes: more of them; biases: names of q, k, v biases that stand alone."""
+        path, width = self.path, self.head_dim
+        gate = () if self.gate is None else rows(f"{path}.gate", self.gate, width)
+        return Group(
+            name=f"{path}.heads",
+            kind="heads",
+            units=self.heads,
+            slices=(
+                *rows(f"{path}.qkv", self.qkv, width, (0, self.width, 2 * self.width)),
+                *(Slice(tensor=f"{path}.{bias}", axis=0, width=width) for bias in biases),
+                *gate,
+                *slices,
+                columns(f"{path}.proj", width),
+            ),
+            attributes=(Attribute(module=path, name="num_heads"), *attributes, *self.attributes),
+            exchanges=self.exchanges,
+        )
+
+    def dimension_group(self, *, attributes: Iterable[Attribute] = (), biases: Iterable[str] = ()) -> Group:
+        """One dimension of all heads at once, as the reshape to heads wants it. Masked, q and k do not see it and the
+        projection does not read it. The fused attention, which takes the scale from the width, is switched off."""
+        path, starts = self.path, tuple(head * self.head_dim for head in range(self.heads))
+        q_and_k = (*starts, *(self.width + start for start in starts))
+        gate = () if self.gate is None else rows(f"{path}.gate", self.gate, 1, starts)
+        unfused = [Attribute(module=path, name="fused_attn", value=False)] if hasattr(self.attn, "fused_attn") else []
+        return Group(
+            name=f"{path}.head_dim",
+            kind="head_dim",
+            units=self.head_dim,
+            slices=(
+                *rows(f"{path}.qkv", self.qkv, 1, q_and_k, consumer=True),
+                *rows(f"{path}.qkv", self.qkv, 1, tuple(2 * self.width + start for start in starts)),
+                *(Slice(tensor=f"{path}.{b}", axis=0, offsets=starts, consumer=b != "v_bias") for b in biases),
+                *gate,
+                columns(f"{path}.proj", 1, starts),
+            ),
+            attributes=(*unfused, *attributes, *self.attributes),
+            exchanges=self.exchanges,
+        )
+
+
+def mlp_group(path: str, block: nn.Module) -> Group:
+    """The hidden channels of fc1 -> activation -> fc2."""
+    mlp = part_of(block, path.rpartition(".")[0], "mlp", Mlp)
+    refuse_norm(mlp, path, "scale_mlp_norm=False")
+    fc1, _ = linear_of(mlp, path, "fc1"), linear_of(mlp, path, "fc2")
+    return Group(
+        name=f"{path}.channels",
+        kind="mlp",
+        units=fc1.out_features,
+        slices=(*rows(f"{path}.fc1", fc1), columns(f"{path}.fc2")),
+        attributes=(length_of(f"{path}.fc1", "out_features"), length_of(f"{path}.fc2", "in_features", axis=1)),
+    )
+
+
+def blocks_of(network: nn.Module, *types: type[nn.Module]) -> list[tuple[str, nn.Module]]:
+    """The blocks by path; every member of the network's list of blocks has to be of a known type."""
+    found = []
+    for path, module in network.named_modules():
+        parent, _, index = path.rpartition(".")
+        if index.isdigit() and parent.rpartition(".")[2] == "blocks":
+            if type(module) not in types:
+                raise _unsupported(path, module, f"blocks of type {', '.join(t.__name__ for t in types)}")
+            found.append((path, module))
+    if not found:
+        raise UnsupportedNetworkError(f"{type(network).__name__}: no transformer block found to prune")
+    return found
+
+
+def part_of(block: nn.Module, path: str, name: str, wanted: type[nn.Module]) -> nn.Module:
+    """`block.name`, which has to be a `wanted`."""
+    part = getattr(block, name, None)
+    if not isinstance(part, wanted):
+        raise _unsupported(f"{path}.{name}", part, f"a timm {wanted.__name__}")
+    return part
+
+
+def linear_of(module: nn.Module, path: str, name: str) -> nn.Linear:
+    """`module.name`, which has to be an nn.Linear."""
+    linear = getattr(module, name, None)
+    if not isinstance(linear, nn.Linear):
+        raise _unsupported(f"{path}.{name}", linear, "an nn.Linear")
+    return linear
+
+
+def refuse_norm(module: nn.Module, path: str, remedy: str) -> None:
+    """UnsupportedNetworkError for a norm over the units."""
+    norm = getattr(module, "norm", None)
+    if norm is not None and not isinstance(norm, nn.Identity):
+        raise UnsupportedNetworkError(
+            f"{path}.norm is a {type(norm).__name__} whose statistics run over the units to be removed, so a masked "
+            f"unit and a sliced one differ; build the model with {remedy}"
+        )
+
+
+def _unsupported(path: str, found: object, wanted: str) -> UnsupportedNetworkError:
+    return UnsupportedNetworkError(f"{path} is a {type(found).__name__}; structured pruning knows {wanted} only")

@@ -1,0 +1,150 @@
+"""The width of a residual stream: everything that writes it, reads it or normalises it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from timm.layers.attention import Attention
+from timm.layers.layer_scale import LayerScale
+from timm.layers.mlp import Mlp
+from timm.layers.norm import LayerNorm
+from timm.layers.patch_embed import PatchEmbed
+from torch import Tensor, nn
+
+from swincompress_pl.models.shared.parts import columns, length_of, rows
+from swincompress_pl.pruning.structure.groups import Attribute, Exchange, Group, NormSlice, Slice
+from swincompress_pl.pruning.structure.unit_masks import MaskedLayerNorm
+
+_NORMS = (nn.LayerNorm, LayerNorm, MaskedLayerNorm)  # over the last axis, in the way of F.layer_norm
+
+
+class NotCoveredError(Exception):
+    """The stream meets something whose coupling is not written down; there is no group of it."""
+
+
+class Stream:
+    """Gathers what is coupled to a residual stream of `units` channels; `group()` is the result.
+
+    The columns that read the stream are its consumers. Behind a LayerNorm they would not have to be, for a masked norm
+    gives zeros, but what reads the stream directly (post-norm blocks) needs it.
+    """
+
+    def __init__(self, network: nn.Module, name: str, units: int) -> None:
+        self.network, self.name, self.units = network, name, units
+        self._slices: list[Slice] = []
+        self._norms: list[NormSlice] = []
+        self._attributes: list[Attribute] = []
+        self._exchanges: list[Exchange] = []
+
+    def group(self) -> Group:
+        """The group of kind "embed". At least two channels stay: a LayerNorm over one is constant."""
+        return Group(
+            name=self.name,
+            kind="embed",
+            units=self.units,
+            slices=tuple(self._slices),
+            attributes=tuple(self._attributes),
+            min_units=min(2, self.units),
+            norms=tuple(self._norms),
+            exchanges=tuple(self._exchanges),
+        )
+
+    def embedding(self, path: str = "patch_embed") -> None:
+        """timm's plain patch embedding."""
+        module = self.network.get_submodule(path)
+        self.require(type(module) is PatchEmbed, path)
+        self.writer(f"{path}.proj")
+        self.norm(f"{path}.norm")
+
+    def writer(self, path: str) -> None:
+        """A linear layer or convolution whose output goes to the stream."""
+        layer = self.network.get_submodule(path)
+        convolution = isinstance(layer, nn.Conv2d)
+        self.require(isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.groups == 1), path)
+        self._slices += rows(path, layer)
+        self._attributes.append(length_of(path, "out_channels" if convolution else "out_features"))
+
+    def reader(self, path: str, offsets: tuple[int, ...] = (0,)) -> None:
+        """A linear layer whose input comes from the stream."""
+        self.require(isinstance(self.network.get_submodule(path), nn.Linear), path)
+        self._slices.append(columns(path, 1, offsets))
+        self._attributes.append(length_of(path, "in_features", axis=1))
+
+    def norm(self, path: str, offsets: tuple[int, ...] = (0,), *, size_of: str | None = None, axis: int = 0) -> None:
+        """A LayerNorm on the stream, or none. size_of, axis: where its width stands if not in a weight of its own."""
+        norm = self.network.get_submodule(path)
+        if isinstance(norm, nn.Identity):
+            return
+        self.require(type(norm) in _NORMS, path)
+        assert isinstance(norm, nn.LayerNorm)
+        self._norms.append(NormSlice(module=path, offsets=offsets))
+        for name, tensor in (("weight", norm.weight), ("bias", norm.bias)):
+            if tensor is not None:
+                self._slices.append(Slice(tensor=f"{path}.{name}", axis=0, offsets=offsets))
+        if norm.weight is not None:
+            size_of, axis = f"{path}.weight", 0
+        self._attributes.append(Attribute(module=path, name="normalized_shape", size_of=size_of, axis=axis))
+
+    def tensors(self, *names: str) -> None:
+        """Parameters (1, tokens, channels) of the network itself that are added to the stream or put in front of it."""
+        for name in names:
+            tensor = getattr(self.network, name, None)
+            if isinstance(tensor, Tensor):
+                self.require(tensor.ndim == 3 and tensor.shape[-1] == self.units, name)
+                self._slices.append(Slice(tensor=name, axis=2))
+
+    def block(self, path: str) -> None:
+        """Attention and MLP, with the norms in front (reading) or behind (writing)."""
+        block = self.network.get_submodule(path)
+        self.only(path, {"norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2"})
+        self.require(isinstance(block.mlp, Mlp) and isinstance(block.attn, nn.Module), path)
+        for half in ("1", "2"):
+            self.norm(f"{path}.norm{half}")
+            self._layer_scale(f"{path}.ls{half}", getattr(block, f"ls{half}", None))
+        self.reader(f"{path}.attn.qkv")
+        if isinstance(block.attn, Attention) and block.attn.gate is not None:
+            self.reader(f"{path}.attn.gate")
+        self.writer(f"{path}.attn.proj")
+        self.reader(f"{path}.mlp.fc1")
+        self.writer(f"{path}.mlp.fc2")
+        self.attributes(path, "dim")
+        self.attributes(f"{path}.attn", "dim")
+
+    def _layer_scale(self, path: str, scale: nn.Module | None) -> None:
+        if scale is None or isinstance(scale, nn.Identity):
+            return
+        self.require(type(scale) is LayerScale, path)
+        self._slices.append(Slice(tensor=f"{path}.gamma", axis=0))
+
+    def attributes(self, module: str, *names: str) -> None:
+        """Those of the module's attributes that exist are the stream's width."""
+        present = vars(self.network.get_submodule(module))
+        self._attributes += [Attribute(module=module, name=name) for name in names if name in present]
+
+    def lengths(self, module: str, *names: str, size_of: str, axis: int) -> None:
+        """Those of the module's attributes that exist are the length of a tensor of the group."""
+        present = vars(self.network.get_submodule(module))
+        self._attributes += [
+            Attribute(module=module, name=name, size_of=size_of, axis=axis) for name in names if name in present
+        ]
+
+    def exchange(self, module: str, new_type: str) -> None:
+        """A module that cannot read a stream of another width as it is."""
+        self._exchanges.append(Exchange(module=module, type=new_type))
+
+    def feature_info(self, *indices: int) -> None:
+        """timm's list of what each stage gives."""
+        info = getattr(self.network, "feature_info", None)
+        for index in indices:
+            if isinstance(info, list) and index < len(info) and info[index].get("num_chs") == self.units:
+                self._attributes.append(Attribute(module="", name=f"feature_info.{index}.num_chs"))
+
+    def only(self, path: str, children: Collection[str]) -> None:
+        """A module has no other children than these: one that we do not know might be on the stream as well."""
+        for name, child in self.network.get_submodule(path).named_children():
+            self.require(name in children or not list(child.parameters()), f"{path}.{name}")
+
+    def require(self, condition: bool, path: str) -> None:
+        """NotCoveredError where `condition` does not hold."""
+        if not condition:
+            raise NotCoveredError(f"{self.name}: {path}")

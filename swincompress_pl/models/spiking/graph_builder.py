@@ -1,0 +1,308 @@
+"""The pieces that the graphs of spiking networks are built from. Importing this imports spikingjelly."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from spikingjelly.activation_based import layer
+from spikingjelly.activation_based.neuron import BaseNode
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from swincompress_pl.quant import AddNode, Graph, GraphBuilder, MeanNode, Node, Site
+from swincompress_pl.quant.graph.graph import LOGIT_BITS
+from swincompress_pl.quant.graph.neurons import Neuron
+from swincompress_pl.quant.graph.spiking_nodes import (
+    BlockSumNode,
+    ConvNormNode,
+    GateNode,
+    MaxPoolNode,
+    NeuronNode,
+    RequantizeNode,
+    SpikeAttentionNode,
+    WidenNode,
+)
+
+_IMAGES = "images"  # the value that every graph begins with
+# Steps of a stream of membrane potentials to the lowest threshold: a sum is rounded to 1 / 8192 of it.
+_STREAM_STEPS = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Value:
+    """What is known of a value: its places, whether it has time, and, of spikes and their sums, the largest."""
+
+    height: int
+    width: int
+    channels: int
+    timed: bool
+    largest: int | None = None
+
+    @property
+    def tokens(self) -> int:
+        return self.height * self.width
+
+
+class SpikingBuilder(GraphBuilder):
+    """Every method appends nodes and gives the name of the value they make.
+
+    preprocessing: mean and std as everywhere; height and width of the images, where the network does not say; and
+    time_steps for a network that reads that many frames of events (mean 0 and std 1 / 255: counts as they are).
+    """
+
+    def __init__(
+        self, network: nn.Module, preprocessing: Mapping[str, Any], size: tuple[int, int] | None = None
+    ) -> None:
+        super().__init__(network)
+        self.preprocessing = preprocessing
+        self._event_steps = preprocessing.get("time_steps")
+        if self._event_steps is not None and (type(self._event_steps) is not int or self._event_steps < 1):
+            raise ValueError(f"time_steps is {self._event_steps!r}; events have 1 time step or more")
+        self.steps = int(network.T if self._event_steps is None else self._event_steps)  # type: ignore[arg-type]
+        if size is None:
+            size = _size_of(preprocessing)
+        self.refuse(
+            size is None,
+            "nothing says how large its images are; give preprocessing 'height' and 'width', in pixels",
+        )
+        assert size is not None
+        self._values = {
+            _IMAGES: _Value(
+                height=size[0], width=size[1], channels=len(preprocessing["mean"]), timed=self._event_steps is not None
+            )
+        }
+        thresholds = [float(m.v_threshold) for m in network.modules() if isinstance(m, BaseNode)]
+        self._stream_scale = min(thresholds) / _STREAM_STEPS
+
+    def finished(self) -> Graph:
+        """The graph of all that was appended."""
+        image = self._values[_IMAGES]
+        return self.graph(height=image.height, width=image.width, channels=image.channels, time_steps=self._event_steps)
+
+    def of(self, value: str) -> _Value:
+        return self._values[value]
+
+    def _made(self, node: Node, value: _Value) -> str:
+        self._values[node.output] = value
+        return self.add(node)
+
+    def _whole(self, name: str, channels: int, largest: int) -> str:
+        """A site of spikes (largest 1) or of sums of spikes."""
+        self.refuse(largest > 255, f"{name} sums up to {largest} spikes; counts of at most 255 have an integer form")
+        return self.site(
+            Site(name=name, segments=(channels,), bits=largest.bit_length(), signed=False, fixed_scale=1.0)
+        )
+
+    def _wide(self, name: str, channels: int, scale: float = 1.0) -> str:
+        """A site of int32: currents, or a stream with its scale."""
+        return self.site(Site(name=name, segments=(channels,), bits=LOGIT_BITS, fixed_scale=scale))
+
+    # Layers
+
+    def conv(
+        self,
+        path: str,
+        norms: Sequence[str],
+        x: str,
+        *,
+        neuron: str | None = None,
+        site: Site | None = None,
+        rows: tuple[int, int] | None = None,
+        part: str = "",
+        border: str | None = None,
+    ) -> str:
+        """A convolution with its BatchNorms: the current of `neuron`, in `site`, or, with neither, on the stream."""
+        module: Any = self.network.get_submodule(path)
+        dilation = module.dilation if isinstance(module.dilation, tuple) else (module.dilation,)
+        plain = all(value == 1 for value in dilation) and module.padding_mode == "zeros"
+        plain = plain and (module.weight.ndim == 4 or tuple(module.kernel_size) == (1,))
+        self.refuse(not plain, f"{path} is {module}; convolutions without dilation, padded with zeros, are supported")
+        for norm in (*norms, *([] if border is None else [border])):
+            self._require_foldable(norm)
+        name, first, given = f"{path}{part}", x == _IMAGES, self.of(x)
+        channels = module.out_channels if rows is None else rows[1] - rows[0]
+        if site is not None:
+            placed = self.site(replace(site, name=name, segments=(channels,)))
+        else:
+            placed = self._wide(name, channels, 1.0 if neuron else self._stream_scale)
+        node = ConvNormNode(
+            name=name,
+            inputs=(x,),
+            output=name,
+            site=placed,
+            module=path,
+            norms=tuple(norms),
+            rows=rows,
+            neuron=neuron,
+            mean=tuple(self.preprocessing["mean"]) if first else None,
+            std=tuple(self.preprocessing["std"]) if first else None,
+            border=border,
+            size=None if first else (given.height, given.width),
+        )
+        kernel, stride, padding, _ = node.geometry(self.network)
+        height, width = (
+            (size + 2 * p - k) // s + 1
+            for size, p, k, s in zip((given.height, given.width), padding, kernel, stride, strict=True)
+        )
+        return self._made(node, _Value(height=height, width=width, channels=channels, timed=given.timed))
+
+    def _require_foldable(self, path: str) -> None:
+        norm: Any = self.network.get_submodule(path)
+        self.refuse(
+            isinstance(norm, nn.SyncBatchNorm),
+            f"{path} is SyncBatchNorm, whose sums over all processes quantization does not follow; leave the "
+            "BatchNorms as they were built",
+        )
+        passes = (nn.BatchNorm2d.forward, layer.BatchNorm1d.forward, layer.BatchNorm2d.forward)
+        known = isinstance(norm, _BatchNorm) and type(norm).forward in passes
+        self.refuse(
+            not known or norm.weight is None or norm.bias is None or norm.running_mean is None,
+            f"{path} is {norm}; BatchNorm1d and BatchNorm2d can be folded, with affine=True and running statistics",
+        )
+
+    def max_pool(self, path: str, x: str) -> str:
+        pool: Any = self.network.get_submodule(path)
+        sizes = (pool.kernel_size, pool.stride, pool.padding)
+        plain = all(isinstance(size, int) for size in sizes) and pool.dilation == 1 and not pool.ceil_mode
+        self.refuse(not plain, f"{path} is {pool}; square poolings without dilation or ceil_mode are supported")
+        given = self.of(x)
+        height, width = (
+            (size + 2 * pool.padding - pool.kernel_size) // pool.stride + 1 for size in (given.height, given.width)
+        )
+        node = MaxPoolNode(name=path, inputs=(x,), output=path, module=path)
+        return self._made(node, replace(given, height=height, width=width))
+
+    def neuron(self, path: str, x: str, *, gain: float = 1.0, part: str = "") -> str:
+        """Spikes; a value without time is seen at every step."""
+        Neuron.of(path, self.network.get_submodule(path))  # refuses now what has no integer form
+        name, given = f"{path}{part}", self.of(x)
+        node = NeuronNode(
+            name=name,
+            inputs=(x,),
+            output=name,
+            site=self._whole(name, given.channels, 1),
+            module=path,
+            steps=self.steps,
+            repeated=not given.timed,
+            gain=gain,
+        )
+        return self._made(node, replace(given, timed=True, largest=1))
+
+    def conv_neuron(self, conv: str, norm: str, neuron: str, x: str, *, pool: str | None = None) -> str:
+        """Convolution, BatchNorm, perhaps a pooling, neuron."""
+        y = self.conv(conv, [norm], x, neuron=neuron)
+        return self.neuron(neuron, y if pool is None else self.max_pool(pool, y))
+
+    # Sums
+
+    def count(self, name: str, a: str, b: str) -> str:
+        """The sum of two values of spikes or counts."""
+        left, right = self.of(a).largest, self.of(b).largest
+        assert left is not None
+        assert right is not None
+        site = self._whole(name, self.of(a).channels, left + right)
+        return self._made(
+            AddNode(name=name, inputs=(a, b), output=name, site=site), replace(self.of(a), largest=left + right)
+        )
+
+    def stream(self, name: str, x: str, branch: str) -> str:
+        """The sum of two streams; one of them may be without time."""
+        first, second = (x, branch) if self.of(x).timed else (branch, x)
+        value = self.of(first)
+        site = self._wide(name, value.channels, self._stream_scale)
+        return self._made(AddNode(name=name, inputs=(first, second), output=name, site=site), value)
+
+    def widened(self, x: str) -> str:
+        """Spikes as a stream."""
+        given, name = self.of(x), f"{x}.stream"
+        y = f"{x}.wide"
+        self.add(
+            WidenNode(name=y, inputs=(x,), output=y, site=self._wide(y, given.channels), rows=self.steps * given.tokens)
+        )
+        site = self._wide(name, given.channels, self._stream_scale)
+        return self._made(RequantizeNode(name=name, inputs=(y,), output=name, site=site), replace(given, largest=None))
+
+    def real(self, name: str, x: str) -> str:
+        """A stream in bytes, for a layer that reads real values."""
+        site = self.site(Site(name=name, segments=(self.of(x).channels,)))
+        return self._made(RequantizeNode(name=name, inputs=(x,), output=name, site=site), self.of(x))
+
+    def block_sum(self, name: str, x: str, *, heads: int | None = None) -> str:
+        """Over the tokens of a step, or over the channels of each head."""
+        given = self.of(x)
+        value = replace(given, height=1, width=1) if heads is None else replace(given, channels=heads)
+        node = BlockSumNode(
+            name=name,
+            inputs=(x,),
+            output=name,
+            site=self._wide(name, value.channels),
+            over="tokens" if heads is None else "channels",
+            rows=self.steps * value.tokens,
+            groups=value.channels,
+        )
+        return self._made(node, replace(value, largest=None))
+
+    # Attentions
+
+    def gate(self, name: str, x: str, gate: str) -> str:
+        site = self._whole(name, self.of(x).channels, 1)
+        return self._made(GateNode(name=name, inputs=(x, gate), output=name, site=site), self.of(x))
+
+    def parts(self, pair: str, neuron: str, x: str, widths: Sequence[int], letters: str) -> list[str]:
+        """The parts (q, k, v) of one layer, the convolution and BatchNorm in `pair`, each through its neurons."""
+        found, first = [], 0
+        for letter, width in zip(letters, widths, strict=True):
+            rows = (first, first + width)
+            y = self.conv(f"{pair}.0", [f"{pair}.1"], x, neuron=neuron, rows=rows, part=f".{letter}")
+            found.append(self.neuron(neuron, y, part=f".{letter}"))
+            first += width
+        return found
+
+    def spike_attention(self, path: str, q: str, k: str, v: str, *, scale: float) -> str:
+        """What the neurons of the attention at `path` give."""
+        name, given = f"{path}.attention", self.of(v)
+        node = SpikeAttentionNode(
+            name=name,
+            inputs=(q, k, v),
+            output=name,
+            site=self._wide(name, given.channels),
+            module=path,
+            steps=self.steps,
+            tokens=given.tokens,
+        )
+        y = self._made(node, replace(given, largest=None))
+        return self.neuron(f"{path}.attn_lif", y, gain=scale)
+
+    def self_attention(self, path: str, x: str, pair: str, projection: str) -> str:
+        """Spiking self-attention whose q, k and v are one layer; q and k of one width, v of the projection's."""
+        module: Any = self.network.get_submodule(path)
+        layer: Any = self.network.get_submodule(f"{pair}.0")
+        projected: Any = self.network.get_submodule(f"{projection}.0")
+        v_width = projected.in_channels
+        qk_width = (layer.out_channels - v_width) // 2
+        q, k, v = self.parts(pair, f"{path}.qkv_lif", x, (qk_width, qk_width, v_width), "qkv")
+        return self.spike_attention(path, q, k, v, scale=float(getattr(module, "scale", 0.125)))
+
+    # Heads
+
+    def head_on_counts(self, path: str, x: str) -> None:
+        """The mean over time and tokens, then the classifier."""
+        given = self.of(x)
+        site = self.site(Site(name="pool", segments=(given.channels,), signed=False))
+        node = MeanNode(name="pool", inputs=(x,), output="pool", site=site, rows=self.steps * given.tokens)
+        self.head(path, self._made(node, given))
+
+    def head_on_stream(self, path: str, neuron: str, x: str) -> None:
+        """The mean over tokens through neurons, the mean of their spikes over time, then the classifier."""
+        tokens = self.of(x).tokens
+        spikes = self.neuron(neuron, self.block_sum("pooled", x), gain=1 / tokens)
+        self.head_on_counts(path, spikes)
+
+
+def _size_of(preprocessing: Mapping[str, Any]) -> tuple[int, int] | None:
+    if "height" in preprocessing and "width" in preprocessing:
+        return int(preprocessing["height"]), int(preprocessing["width"])
+    size = preprocessing.get("input_size")  # timm's, (C, H, W)
+    return (int(size[1]), int(size[2])) if size else None

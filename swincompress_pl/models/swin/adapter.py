@@ -1,0 +1,46 @@
+"""What timm's Swin Transformers tell pruning and quantization about themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.swin_transformer_v2 import SwinTransformerV2
+from torch import nn
+
+from swincompress_pl.models.swin.graph import swin_graph
+from swincompress_pl.models.swin.groups import swin_groups
+from swincompress_pl.pruning import Group
+from swincompress_pl.quant import Graph
+from swincompress_pl.registry import UnsupportedNetworkError, register
+
+
+class SwinAdapter:
+    """Swin v1 for everything; v2 for pruning only (its cosine attention and res-post-norm have no integer form yet)."""
+
+    family = "timm Swin Transformer"
+
+    def groups(self, network: Any) -> list[Group]:
+        return swin_groups(network)
+
+    def segments(self, network: Any) -> list[str]:
+        """Patch embedding, then a stage's patch merging and its blocks."""
+        found = ["patch_embed"]
+        for number, stage in enumerate(network.layers.children()):
+            if not isinstance(stage.downsample, nn.Identity):
+                found.append(f"layers.{number}.downsample")
+            found += [f"layers.{number}.blocks.{index}" for index, _ in enumerate(stage.blocks.children())]
+        return found
+
+    def graph(self, network: Any, preprocessing: Mapping[str, Any]) -> Graph:
+        if type(network) is not SwinTransformer:
+            raise UnsupportedNetworkError(
+                f"{type(network).__name__}: no integer form; quantize and export a timm SwinTransformer (v1) or "
+                f"VisionTransformer. Swin v2 can be pruned, not quantized"
+            )
+        return swin_graph(network, preprocessing)
+
+
+register(SwinTransformer, SwinAdapter())
+register(SwinTransformerV2, SwinAdapter())

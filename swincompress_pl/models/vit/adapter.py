@@ -1,0 +1,38 @@
+"""What timm's Vision Transformers (ViT, DeiT) tell pruning and quantization about themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from timm.models.vision_transformer import VisionTransformer
+
+from swincompress_pl.models.vit.graph import vit_graph
+from swincompress_pl.models.vit.groups import vit_groups
+from swincompress_pl.pruning import Group
+from swincompress_pl.quant import Graph
+from swincompress_pl.registry import UnsupportedNetworkError, register
+
+
+class VisionTransformerAdapter:
+    """ViT with class token, register tokens, layer scale and token or average pooling."""
+
+    family = "timm Vision Transformer"
+
+    def groups(self, network: Any) -> list[Group]:
+        return vit_groups(network)
+
+    def segments(self, network: Any) -> list[str]:
+        """Patch embedding, then the blocks. Position embedding and tokens are added between the two."""
+        return ["patch_embed", *(f"blocks.{index}" for index, _ in enumerate(network.blocks.children()))]
+
+    def graph(self, network: Any, preprocessing: Mapping[str, Any]) -> Graph:
+        if type(network) is not VisionTransformer:
+            raise UnsupportedNetworkError(
+                f"{type(network).__name__}: no integer form; quantize and export a plain timm VisionTransformer "
+                f"(without a distillation head) or SwinTransformer"
+            )
+        return vit_graph(network, preprocessing)
+
+
+register(VisionTransformer, VisionTransformerAdapter())

@@ -1,0 +1,139 @@
+"""The quantizable graph of timm's Vision Transformer (ViT, DeiT)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from timm.layers.attention import Attention
+from timm.models.vision_transformer import Block
+from torch import nn
+
+from swincompress_pl.quant import AddConstantNode, Graph, GraphBuilder, MeanNode, PrependNode, Site
+
+
+def vit_graph(network: Any, preprocessing: Mapping[str, Any]) -> Graph:
+    """The graph of a VisionTransformer; UnsupportedNetworkError for a variant without an integer form."""
+    build = GraphBuilder(network)
+    _refuse_variants(build, network)
+    conv = network.patch_embed.proj
+    residual = build.residual("residual", network.embed_dim)
+    x = _embedding(build, network, preprocessing, residual)
+    for index, block in enumerate(network.blocks):
+        x = _block(build, f"blocks.{index}", block, x, residual)
+    x = _pool(build, network, x)
+    build.head("head", x)
+    height, width = network.patch_embed.img_size
+    return build.graph(height=height, width=width, channels=conv.in_channels)
+
+
+def _refuse_variants(build: GraphBuilder, network: Any) -> None:
+    build.refuse(network.dynamic_img_size, "dynamic_img_size=True; the engine needs one image size")
+    build.refuse(network.attn_pool is not None, f"global_pool={network.global_pool!r}; use 'token' or 'avg'")
+    build.refuse(
+        network.global_pool not in ("token", "avg"), f"global_pool={network.global_pool!r}; use 'token' or 'avg'"
+    )
+    build.refuse(not isinstance(network.patch_drop, nn.Identity), "patch_drop_rate > 0; set it to 0")
+    build.refuse(
+        not isinstance(network.patch_embed.norm, nn.Identity),
+        "a norm inside patch_embed; only plain patch embedding is supported",
+    )
+    for index, block in enumerate(network.blocks):
+        build.refuse(
+            type(block) is not Block, f"blocks.{index} is {type(block).__name__}; only timm's plain Block is supported"
+        )
+        attention = block.attn
+        plain = type(attention) is Attention and attention.gate is None
+        plain = plain and all(
+            isinstance(getattr(attention, name), nn.Identity) for name in ("q_norm", "k_norm", "norm")
+        )
+        build.refuse(
+            not plain, f"blocks.{index}.attn has q/k norms, a scale norm, a gate or another type; not supported"
+        )
+
+
+def _embedding(build: GraphBuilder, network: Any, preprocessing: Mapping[str, Any], residual: str) -> str:
+    """Patches, position embedding and prefix tokens; the prefix rows of the embedding are added to their tokens
+    here."""
+    covers_prefix = network.pos_embed is not None and not network.no_embed_class
+    x = build.pixel_conv("patch_embed.proj", site=residual, mean=preprocessing["mean"], std=preprocessing["std"])
+    dropout = build.active("pos_drop")
+    if network.pos_embed is not None:
+        first = network.num_prefix_tokens if covers_prefix else 0
+        x = build.add(
+            AddConstantNode(
+                name="pos_embed",
+                inputs=(x,),
+                output="pos_embed",
+                site=residual,
+                parameter="pos_embed",
+                first=first,
+                regularizers=dropout,
+            )
+        )
+    tokens = tuple(name for name in ("cls_token", "reg_token") if getattr(network, name) is not None)
+    if tokens:
+        x = build.add(
+            PrependNode(
+                name="prefix_tokens",
+                inputs=(x,),
+                output="prefix_tokens",
+                site=residual,
+                parameters=tokens,
+                position="pos_embed" if covers_prefix else None,
+            )
+        )
+    if not isinstance(network.norm_pre, nn.Identity):
+        x = build.layer_norm("norm_pre", x, site=residual)
+    return x
+
+
+def _block(build: GraphBuilder, path: str, block: Any, x: str, residual: str) -> str:
+    attention = block.attn
+    scales = [
+        f"{path}.{name}.gamma" if not isinstance(getattr(block, name), nn.Identity) else None for name in ("ls1", "ls2")
+    ]
+    y = build.layer_norm(f"{path}.norm1", x)
+    y = build.attention(f"{path}.attn", y, head_dim=attention.head_dim, heads=attention.num_heads)
+    y = build.linear(
+        f"{path}.attn.proj",
+        y,
+        site=residual,
+        layer_scale=scales[0],
+        regularizers=build.active(f"{path}.attn.proj_drop", f"{path}.drop_path1"),
+    )
+    x = build.residual_add(f"{path}.add1", x, y, residual)
+    return build.mlp(
+        path, x, norm=f"{path}.norm2", residual=residual, layer_scale=scales[1], drop_path=f"{path}.drop_path2"
+    )
+
+
+def _pool(build: GraphBuilder, network: Any, x: str) -> str:
+    """Class token: chosen before the norm, which acts on each token alone. Average: after the norm, before fc_norm."""
+    dropout = build.active("head_drop")
+    tokens = network.num_prefix_tokens + network.patch_embed.num_patches
+    norm_path = "norm" if not isinstance(network.norm, nn.Identity) else None
+    fc_norm_path = "fc_norm" if not isinstance(network.fc_norm, nn.Identity) else None
+    build.refuse(norm_path is None and fc_norm_path is None, "no final norm; final_norm=True is needed")
+    build.refuse(norm_path is not None and fc_norm_path is not None, "both norm and fc_norm; only one is supported")
+    if network.global_pool == "token":
+        x = build.gather("class_token", x, np.zeros((1, 1), dtype=np.int32))
+        return build.layer_norm(norm_path or "fc_norm", x, regularizers=dropout)
+    first = 0 if network.pool_include_prefix else network.num_prefix_tokens
+    if first:
+        x = build.gather("patch_tokens", x, np.arange(first, tokens, dtype=np.int32)[:, None])
+    if norm_path is not None:
+        x = build.layer_norm(norm_path, x, site=build.residual("norm", network.embed_dim))
+    site = Site(name="pool", segments=(network.embed_dim,), bits=16 if fc_norm_path else 8)
+    x = build.add(
+        MeanNode(
+            name="pool",
+            inputs=(x,),
+            output="pool",
+            site=build.site(site),
+            rows=tokens - first,
+            regularizers=() if fc_norm_path else dropout,
+        )
+    )
+    return build.layer_norm("fc_norm", x, regularizers=dropout) if fc_norm_path else x

@@ -1,0 +1,70 @@
+"""The structured pruning groups of timm's ViT and DeiT."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+
+from timm.layers.attention import Attention
+from timm.models.vision_transformer import Block, ResPostBlock
+from torch import nn
+
+from swincompress_pl.models.shared.parts import AttentionGroups, blocks_of, mlp_group, part_of, refuse_norm
+from swincompress_pl.models.shared.stream import NotCoveredError, Stream
+from swincompress_pl.pruning.structure.groups import Attribute, Group
+
+_TOKENS = ("cls_token", "reg_token", "dist_token", "pos_embed")
+
+
+def vit_groups(network: nn.Module) -> list[Group]:
+    """The groups of a timm `VisionTransformer` (ViT, DeiT, distilled, with register tokens).
+
+    In the order of the blocks, e.g. "blocks.0.attn.heads", "blocks.0.attn.head_dim" and "blocks.0.mlp.channels"; then
+    "embed". Normed q and k (qk_norm) run their statistics over the dimensions of a head, so there is no "head_dim"
+    then; "embed" is missing where the stream meets something that is not timm's own (RmsNorm, a hybrid patch embedding,
+    attention pooling, no classifier). Raises UnsupportedNetworkError for a variant that is not covered: parallel
+    blocks, differential attention, gated MLPs, a norm over the attention's output or the MLP's hidden channels.
+    """
+    groups: list[Group] = []
+    for path, block in blocks_of(network, Block, ResPostBlock):
+        groups += _attention(f"{path}.attn", block)
+        groups.append(mlp_group(f"{path}.mlp", block))
+    with suppress(NotCoveredError):
+        groups.append(_embed(network))
+    return groups
+
+
+def _attention(path: str, block: nn.Module) -> list[Group]:
+    attn = part_of(block, path.rpartition(".")[0], "attn", Attention)
+    refuse_norm(attn, path, "scale_attn_norm=False")
+    width = Attribute(module=path, name="attn_dim", size_of=f"{path}.proj.weight", axis=1)
+    gate = attn.gate if isinstance(attn.gate, nn.Linear) else None
+    parts = AttentionGroups(path, attn, gate=gate, attributes=(width,))
+    groups = [parts.head_group()]
+    if isinstance(attn.q_norm, nn.Identity) and isinstance(attn.k_norm, nn.Identity):
+        groups.append(parts.dimension_group(attributes=(Attribute(module=path, name="head_dim"),)))
+    return groups
+
+
+def _embed(network: nn.Module) -> Group:
+    """The residual stream, from patch embedding and tokens to the classifiers."""
+    classifier = getattr(network, "head", None)
+    if not isinstance(classifier, nn.Linear):
+        raise NotCoveredError("head")
+    stream = Stream(network, "embed", classifier.in_features)
+    stream.only("", {"patch_embed", "norm_pre", "blocks", "norm", "fc_norm", "head", "head_dist"})
+    for name, _ in network.named_parameters(recurse=False):
+        stream.require(name in _TOKENS, name)
+    stream.embedding()
+    stream.tensors(*_TOKENS)
+    stream.norm("norm_pre")
+    blocks = range(len(list(network.get_submodule("blocks").children())))
+    for index in blocks:
+        stream.block(f"blocks.{index}")
+    stream.norm("norm")
+    stream.norm("fc_norm")
+    stream.reader("head")
+    if hasattr(network, "head_dist"):
+        stream.reader("head_dist")
+    stream.attributes("", "embed_dim", "num_features", "head_hidden_size")
+    stream.feature_info(*blocks)
+    return stream.group()

@@ -1,0 +1,1 @@
+"""The adaptive iterative (round-robin) search."""

@@ -1,0 +1,366 @@
+"""How much a weight matters, and from that how much a unit does.
+
+A criterion gives the *saliency* of every weight of a parameter, 0 or more; what is not worth keeping is low. A unit's
+score is the sum over everything that it owns, so all granularities (units, single weights, n:m, blocks) share the
+criteria. Two of them look at the weights alone ("l1", "magnitude" = "l2"), two also at gradients of the loss
+(`collect_gradients`): "taylor" and "fisher".
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, distributed, nn
+from torch.nn import functional
+
+from swincompress_pl.pruning.evaluation.ranks import world_size
+from swincompress_pl.pruning.structure.groups import Group, Slice
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Gradients:
+    """Statistics of the loss's gradient g over some batches, for every parameter of a network.
+
+    absolute: {parameter name: mean of |g|}. squared: {parameter name: mean of g^2}. Both over the batches, float32, of
+    the parameter's shape and on its device. batches: how many, those of all ranks together.
+    """
+
+    absolute: Mapping[str, Tensor]
+    squared: Mapping[str, Tensor]
+    batches: int
+
+
+Criterion = Callable[[str, Tensor, Gradients | None], Tensor]
+"""(parameter name, weight, gradients of the network or None) -> saliency: the weight's shape, finite, 0 or more.
+
+A function that reads the gradients says so with an attribute: `mine.needs_gradients = True`.
+"""
+
+
+def l1(name: str, weight: Tensor, gradients: Gradients | None) -> Tensor:
+    """|w|."""
+    return weight.double().abs()
+
+
+def magnitude(name: str, weight: Tensor, gradients: Gradients | None) -> Tensor:
+    """w^2; scores are its root, so that a unit has the L2 norm of what it owns."""
+    return weight.double().square()
+
+
+def taylor(name: str, weight: Tensor, gradients: Gradients | None) -> Tensor:
+    """|w| * mean|g|: how far the loss moves, to first order, when w is set to 0 (Molchanov et al., CVPR 2019)."""
+    return weight.double().abs() * _statistics(gradients, "taylor").absolute[name]
+
+
+def fisher(name: str, weight: Tensor, gradients: Gradients | None) -> Tensor:
+    """w^2 * mean(g^2) / 2: the same to second order, the Hessian's diagonal taken for that of the empirical Fisher.
+
+    LeCun et al., Optimal Brain Damage, 1990; Theis et al., arXiv 1801.05787. g is a batch's mean gradient: compare only
+    scores from batches of one size.
+    """
+    return weight.double().square() * _statistics(gradients, "fisher").squared[name] / 2
+
+
+def layer_fisher(name: str, weight: Tensor, gradients: Gradients | None) -> Tensor:
+    """`fisher` with mean(g^2) averaged over the whole parameter: magnitudes, compared between layers by what the loss
+    feels of each. Steadier than `fisher` for single weights, whose own g^2 a few batches estimate badly."""
+    squared = _statistics(gradients, "layer_fisher").squared[name]
+    return weight.double().square() * squared.double().mean() / 2
+
+
+CRITERIA: dict[str, Criterion] = {
+    "magnitude": magnitude,
+    "l1": l1,
+    "l2": magnitude,
+    "taylor": taylor,
+    "fisher": fisher,
+    "layer_fisher": layer_fisher,
+}
+_WITH_GRADIENTS: tuple[Criterion, ...] = (taylor, fisher, layer_fisher)
+
+
+def needs_gradients(criterion: str | Criterion) -> bool:
+    """Whether `criterion` needs the statistics of `collect_gradients`."""
+    found = _find(criterion)
+    return found in _WITH_GRADIENTS or bool(getattr(found, "needs_gradients", False))
+
+
+def estimates_loss(criterion: str | Criterion) -> bool:
+    """Whether a unit's score is what the loss gains without it, so that it may be divided by what the unit costs.
+
+    Both Fisher criteria are; "taylor" adds up absolute values, which is none: large units look dear. A function of
+    one's own says so with `mine.estimates_loss = True`.
+    """
+    found = _find(criterion)
+    return found in (fisher, layer_fisher) or bool(getattr(found, "estimates_loss", False))
+
+
+def saliency(network: nn.Module, name: str, criterion: str | Criterion, gradients: Gradients | None = None) -> Tensor:
+    """The checked saliency of the parameter `name`: float64, its shape, on its device.
+
+    criterion: a name in `CRITERIA` or a function. gradients: needed by some criteria (`needs_gradients`).
+    Raises ValueError naming the parameter and the criterion: no such parameter or criterion, missing gradients or those
+    of another shape, a saliency of a wrong shape, below 0 or not finite.
+    """
+    parameter = dict(network.named_parameters(remove_duplicate=False)).get(name)
+    if parameter is None:
+        raise ValueError(f"{name}: {type(network).__name__} has no parameter of that name")
+    return _saliency(name, parameter, criterion, gradients)
+
+
+def unit_scores(
+    network: nn.Module,
+    group: Group,
+    criterion: str | Criterion = "magnitude",
+    gradients: Gradients | None = None,
+    *,
+    normalize: bool | None = None,
+) -> Tensor:
+    """The score of each unit of `group`: (units,) float32 on the CPU; the lowest are removed first.
+
+    It is the sum of the saliency over everything that the unit owns (buffers carry none), its root for "magnitude".
+    normalize: divide by the group's mean, so that groups can be compared. By default only for criteria without
+    gradients: those with them are in units of the loss and comparable as they are. Raises ValueError as `saliency`.
+    """
+    parameters = dict(network.named_parameters(remove_duplicate=False))
+    slices: dict[str, list[Slice]] = {}
+    for part in group.slices:
+        if part.tensor in parameters:
+            slices.setdefault(part.tensor, []).append(part)
+    total = torch.zeros(group.units, dtype=torch.float64)
+    for name, parts in slices.items():
+        elements = _saliency(name, parameters[name], criterion, gradients)
+        for part in parts:
+            along = elements.movedim(part.axis, 0).flatten(1).sum(1) if elements.ndim > 1 else elements
+            for offset in part.offsets:
+                owned = along[offset : offset + group.units * part.width]
+                total += owned.reshape(group.units, part.width).sum(1).cpu()
+    scores = total.sqrt() if _find(criterion) is magnitude else total
+    if _normalizes(criterion, normalize):
+        scores = _divided(scores, scores.mean())
+    return scores.float()
+
+
+def weight_scores(
+    network: nn.Module,
+    name: str,
+    criterion: str | Criterion = "magnitude",
+    gradients: Gradients | None = None,
+    *,
+    normalize: bool | None = None,
+) -> Tensor:
+    """The score of each weight of the parameter `name`: float32, its shape, on its device.
+
+    It is the saliency, divided (normalize, see `unit_scores`) by its mean over the layer, so that sums over blocks are
+    right for every criterion; by "magnitude" layers are compared by |w| over their root mean square. What is masked
+    (saliency 0) does not count in the mean, as removed units do not. Raises ValueError as `saliency`.
+    """
+    scores = saliency(network, name, criterion, gradients)
+    if _normalizes(criterion, normalize):
+        scores = _divided(scores, scores.sum() / (scores > 0).sum().clamp(min=1))
+    return scores.float()
+
+
+def lowest_units(scores: Tensor, count: int) -> tuple[int, ...]:
+    """The `count` units with the lowest score, sorted by index; of equal scores the lower index goes first."""
+    order = torch.argsort(scores, stable=True)
+    return tuple(sorted(order[:count].tolist()))
+
+
+def collect_gradients(
+    network: nn.Module,
+    batches: Iterable[Any],
+    *,
+    loss: Callable[[Any, Any], Tensor] = functional.cross_entropy,
+    max_batches: int = 8,
+    predict: Callable[[Any], Any] | None = None,
+) -> Gradients:
+    """The gradient statistics of all parameters, frozen ones too, over the first `max_batches` batches.
+
+    batches: pairs (inputs, targets), tensors are moved to the network's device; training data, not the hold-out that
+    decides. loss: (outputs, targets) -> scalar. predict: inputs -> outputs, instead of calling the network.
+    The network is in eval mode meanwhile; afterwards modes, `requires_grad`, `.grad` and the global random generators
+    are as they were. With several processes (torch.distributed) all call this, and all get the mean over all ranks.
+    Raises ValueError for no batches, batches that are no pairs, and a loss or gradient that is not finite or missing.
+    """
+    if max_batches < 1:
+        raise ValueError(f"max_batches={max_batches}: it has to be 1 or more")
+    parameters = {name: p for name, p in network.named_parameters() if p.is_floating_point()}
+    device = next(iter(parameters.values())).device
+    with ExitStack() as stack:
+        # Lightning validates in inference mode, where nothing can be differentiated.
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(_generators_kept(device))
+        stack.enter_context(_differentiable_evaluation(network))
+        sums = _Sums(parameters)
+        for batch in islice(batches, max_batches):
+            inputs, targets = _pair(batch, device)
+            if not sums.add(loss((predict or network)(inputs), targets)):
+                break
+        sums.reduce_over_ranks()
+    return sums.means(dict(network.named_parameters(remove_duplicate=False)))
+
+
+class _Sums:
+    """The sums of |g| and g^2 so far. What went wrong is kept until all ranks know: none must wait for another."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        self.parameters = parameters
+        self.absolute, self.squared = (
+            {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()} for _ in range(2)
+        )
+        self.batches, self.bad_losses = 0, 0
+
+    def add(self, loss: Tensor) -> bool:
+        """Adds the gradient of a batch's loss; False when the loss is not finite."""
+        if not loss.requires_grad:
+            raise ValueError(
+                "the loss carries no gradient; a quantized network in eval mode gives none (collect from its "
+                ".network), nor does a predict under no_grad"
+            )
+        if not bool(torch.isfinite(loss)):
+            self.bad_losses += 1
+            return False
+        found = torch.autograd.grad(loss, list(self.parameters.values()), allow_unused=True)
+        for name, gradient in zip(self.parameters, found, strict=True):
+            if gradient is not None:
+                wide = gradient.detach().float()
+                self.absolute[name] += wide.abs()
+                self.squared[name].addcmul_(wide, wide)
+        self.batches += 1
+        return True
+
+    def reduce_over_ranks(self) -> None:
+        if world_size() == 1:
+            return
+        device = next(iter(self.parameters.values())).device
+        counts = torch.tensor([self.batches, self.bad_losses], device=device)
+        for tensor in [counts, *self.absolute.values(), *self.squared.values()]:
+            distributed.all_reduce(tensor)
+        self.batches, self.bad_losses = counts.tolist()
+
+    def means(self, names: Mapping[str, nn.Parameter]) -> Gradients:
+        """The means under every name that a parameter has."""
+        if self.bad_losses:
+            raise ValueError("the loss is not finite; look for NaN weights or NaN images")
+        if not self.batches:
+            raise ValueError("there are no batches to collect gradients from; give at least one (inputs, targets)")
+        first = {id(parameter): name for name, parameter in self.parameters.items()}
+        for name, total in self.squared.items():
+            if not bool(torch.isfinite(total).all()):
+                raise ValueError(f"{name}: its gradient is not finite; look for NaN weights or a loss that overflows")
+            total /= self.batches
+            self.absolute[name] /= self.batches
+        owners = {name: first[id(p)] for name, p in names.items() if id(p) in first}
+        return Gradients(
+            absolute={name: self.absolute[owner] for name, owner in owners.items()},
+            squared={name: self.squared[owner] for name, owner in owners.items()},
+            batches=self.batches,
+        )
+
+
+@contextmanager
+def _differentiable_evaluation(network: nn.Module) -> Iterator[None]:
+    """Eval mode with every floating-point parameter differentiable; then all as it was."""
+    modes = [(module, module.training) for module in network.modules()]
+    frozen = [p for p in network.parameters() if p.is_floating_point() and not p.requires_grad]
+    network.eval()
+    try:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+
+
+@contextmanager
+def _generators_kept(device: torch.device) -> Iterator[None]:
+    """The global random generators are afterwards as before: iterating over a DataLoader draws from them."""
+    states = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+
+
+def _pair(batch: Any, device: torch.device) -> tuple[Any, Any]:
+    if not isinstance(batch, tuple | list) or len(batch) != 2:
+        length = f" of length {len(batch)}" if isinstance(batch, tuple | list) else ""
+        raise ValueError(f"a batch is a {type(batch).__name__}{length}; a pair (inputs, targets) is expected")
+    inputs, targets = (_usable(part.to(device)) if isinstance(part, Tensor) else part for part in batch)
+    return inputs, targets
+
+
+def _usable(tensor: Tensor) -> Tensor:
+    return tensor.clone() if tensor.is_inference() else tensor  # autograd cannot save inference tensors
+
+
+def _saliency(name: str, parameter: Tensor, criterion: str | Criterion, gradients: Gradients | None) -> Tensor:
+    found, title = _find(criterion), _title(criterion)
+    if needs_gradients(found):
+        statistic = None if gradients is None else gradients.squared.get(name)
+        if statistic is None:
+            raise ValueError(
+                f"{name}: criterion {title} needs gradients; pass those of collect_gradients(network, ...)"
+            )
+        if statistic.shape != parameter.shape:
+            raise ValueError(
+                f"{name}: the gradients for criterion {title} have shape {tuple(statistic.shape)}, the parameter "
+                f"{tuple(parameter.shape)}; collect them again after pruning"
+            )
+    with torch.no_grad():
+        values = torch.as_tensor(found(name, parameter.detach(), gradients)).detach()
+        if values.shape != parameter.shape:
+            raise ValueError(
+                f"{name}: criterion {title} gave shape {tuple(values.shape)}, {tuple(parameter.shape)} is expected"
+            )
+        values = values.to(parameter.device, torch.float64)
+        if not bool(torch.isfinite(values).all()):
+            raise ValueError(f"{name}: criterion {title} gave a saliency that is not finite; are there NaN weights?")
+        if bool((values < 0).any()):
+            raise ValueError(f"{name}: criterion {title} gave {values.min().item():.3g}; a saliency is 0 or more")
+    return values
+
+
+def _find(criterion: str | Criterion) -> Criterion:
+    if not isinstance(criterion, str):
+        return criterion
+    if criterion not in CRITERIA:
+        raise ValueError(
+            f"criterion {criterion!r} is unknown; there are {', '.join(CRITERIA)}, or pass a function "
+            "(parameter name, weight, gradients) -> saliency"
+        )
+    return CRITERIA[criterion]
+
+
+def _title(criterion: str | Criterion) -> str:
+    return repr(criterion if isinstance(criterion, str) else getattr(criterion, "__name__", type(criterion).__name__))
+
+
+def _statistics(gradients: Gradients | None, criterion: str) -> Gradients:
+    if gradients is None:
+        raise ValueError(f"criterion {criterion!r} needs gradients; pass those of collect_gradients(network, ...)")
+    return gradients
+
+
+def _normalizes(criterion: str | Criterion, normalize: bool | None) -> bool:
+    if normalize is not None:
+        return normalize
+    return not (needs_gradients(criterion) or estimates_loss(criterion))
+
+
+def _divided(scores: Tensor, mean: Tensor) -> Tensor:
+    return scores / mean if bool(mean > 0) else scores

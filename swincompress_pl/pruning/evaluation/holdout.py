@@ -1,0 +1,359 @@
+"""Images held out of the training set, and how networks do on them.
+
+    holdout = HoldOut(images, labels)                         # or HoldOut.from_batches(loader, max_images=10_000)
+    score = holdout.begin_round(network)                      # points, 0 to 100, on every image
+    with mask_units(network, group, units):
+        verdict = holdout.judge(network, score - 1.0, [s.tensor for s in group.slices])
+
+`judge` answers from as few images as the question needs (`sequential.py`) and begins each pass at the first segment
+that the candidate changes (`prefix_cache.py`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from swincompress_pl.pruning.evaluation.prefix_cache import PrefixCache
+from swincompress_pl.pruning.evaluation.ranks import (
+    from_rank_zero,
+    gather_results,
+    rank,
+    sum_over_ranks,
+    world_size,
+)
+from swincompress_pl.pruning.evaluation.scorer import (
+    ROUNDING_POINTS,
+    FunctionScorer,
+    Scorer,
+    ScoringCost,
+    Verdict,
+    evaluation_mode,
+)
+from swincompress_pl.pruning.evaluation.sequential_test import (
+    Predictions,
+    Standing,
+    Tally,
+    Trial,
+    add_tallies,
+    deviations_for,
+    look_parts,
+    make_order,
+)
+
+__all__ = ["FunctionScorer", "HoldOut", "Predict", "Scorer", "ScoringCost", "Verdict"]
+
+Predict = Callable[[nn.Module, Tensor], Tensor]
+"""(network, images) -> logits (N, classes): moves the images to the network's device and runs it in its precision."""
+
+_LARGEST_MARGIN = 1e4
+_GOLDEN = (math.sqrt(5) - 1) / 2
+
+
+class HoldOut:
+    """Images and labels in memory, and what is known of the networks scored on them: a `Scorer`.
+
+    images: (N, ...), as `predict` takes them; labels: (N,) integers. predict: (network, images) -> logits (N, classes);
+    without it the network is run on the images, moved to its device.
+    batch_size: images a pass. confidence: how sure a decision has to be that was not taken on all images, 0.5 to 1;
+    1.0 scores on until the answer is certain. seed: of the order of the images.
+    cache_size_bytes: of activations kept between candidates, 0 for none.
+    sharded: in a distributed run each rank brings images of its own; else all bring the same and each scores its share.
+
+    A decision is the one that all N images would give, except for at most about 1 - confidence of those where the
+    candidate lies close to the floor. That supposes that an answer changes the more seldom the larger its margin was: a
+    change that turns a few images upside down whatever their margin, and leaves the others alone, can escape.
+    Slicing ends a round: call `begin_round` after it. All ranks have to make the same calls.
+
+    Raises ValueError where there are no images, or images and labels do not fit; and while scoring, for NaN logits and
+    for labels that the logits do not have.
+    """
+
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        predict: Predict | None = None,
+        batch_size: int = 64,
+        confidence: float = 0.99,
+        seed: int = 0,
+        cache_size_bytes: int = 1 << 30,
+        sharded: bool = False,
+    ) -> None:
+        _check_options(batch_size, confidence, cache_size_bytes)
+        _check_images(images, labels)
+        if not sharded and world_size() > 1:
+            images, labels = images[rank() :: world_size()], labels[rank() :: world_size()]
+        self._images, self._labels = images, labels.cpu().long()
+        self._predict = predict or _run
+        self._batch_size, self._seed, self._cache_size_bytes = batch_size, seed, cache_size_bytes
+        self._parts = look_parts()
+        self._deviations = deviations_for(confidence, len(self._parts) - 1)  # the last look is exact
+        (total,) = sum_over_ranks([len(labels)])
+        self.images = int(total)
+        if not self.images:
+            raise ValueError("the hold-out is empty; give it images to score on")
+        self.cost = ScoringCost()
+        self._last_full: Predictions | None = None
+        self._last_score = 0.0
+        self._standing: Standing | None = None
+        self._cache: PrefixCache | None = None
+        self._trial: Trial | None = None
+
+    @classmethod
+    def from_batches(
+        cls,
+        batches: Iterable[Any],
+        *,
+        max_images: int | None = None,
+        max_size_bytes: int = 1 << 30,
+        sharded: bool = False,
+        seed: int = 0,
+        **options: Any,
+    ) -> HoldOut:
+        """From batches (images, labels, ...), e.g. a DataLoader, read once.
+
+        max_images: keep so many over all ranks, the classes in proportion, chosen by `seed` from all that come; None
+        for all. max_size_bytes: of the kept images, on one rank. More is a ValueError and not a slower way: a hold-out
+        that is read anew each time has no order to sample in; `FunctionScorer` is for those. options: of `HoldOut`.
+        """
+        if max_images is not None and max_images < 1:
+            raise ValueError(f"max_images={max_images}: it has to be None (all) or 1 or more")
+        most = max_images
+        if sharded and most is not None:
+            most = most // world_size() + (rank() < most % world_size())
+        images, labels = _collect(batches, most, max_size_bytes, seed)
+        return cls(images, labels, sharded=sharded, seed=seed, **options)
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells this rank's images and labels from others': of all labels and of the first and the last image."""
+        digest = hashlib.sha256(repr(tuple(self._images.shape)).encode())
+        digest.update(self._labels.numpy().tobytes())
+        for image in (self._images[:1], self._images[-1:]):
+            digest.update(image.detach().cpu().double().numpy().tobytes())
+        return digest.hexdigest()
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """The shape of one image, without a batch axis."""
+        return tuple(self._images.shape[1:])
+
+    def full(self, network: nn.Module) -> float:
+        """The accuracy in points, 0 to 100, on all images."""
+        score = self._score_all(network)
+        self.cost.naive_images += self.images
+        return score
+
+    def begin_round(self, network: nn.Module, *, unchanged: bool = False) -> float:
+        """Score all images and remember the answers; candidates are compared with them until the next round.
+
+        unchanged: `network` is the one that `full` scored last; its answers are used again.
+        """
+        if not unchanged or self._last_full is None:
+            self._score_all(network)
+        assert self._last_full is not None
+        order = make_order(self._last_full, self._labels.numpy(), batch_size=self._batch_size, seed=self._seed)
+        self._standing, self._trial = Standing(order, self._last_full), None
+        self._cache = PrefixCache(network, size_bytes=self._cache_size_bytes)
+        if len(self._labels):
+            with evaluation_mode(network), torch.no_grad():
+                self._cache.measure(partial(self._predict, network, self._images[:1]))
+        return self._last_score
+
+    def judge(
+        self, network: nn.Module, floor: float, tensors: Sequence[str], *, resolution_points: float | None = None
+    ) -> Verdict:
+        """Whether the accuracy on all images is at least `floor` points, from as few of them as that takes.
+
+        tensors: the parameters, by name, in which the network differs from the one accepted last in this round; none
+        named: it may differ anywhere. resolution_points: for scores that are compared with others; to an accepted
+        candidate images are added until the standard error of its score is no larger.
+        """
+        if self._standing is None or self._cache is None:
+            raise RuntimeError("judge: there is nothing to compare with; call begin_round(network) first")
+        needed = _needed(floor, self.images)
+        depth = self._cache.depth(tensors) if network is self._cache.network else 0
+        trial, forwards, accepted = Trial(self._standing), 0.0, None
+        with evaluation_mode(network), torch.no_grad():
+            for part in self._parts:
+                found = gather_results(partial(self._score_part, network, trial, part, depth))
+                tally = add_tallies([each for each, _ in found])
+                forwards += math.fsum(each for _, each in found)
+                if accepted is None:  # a decision stays, whatever more images say
+                    accepted = from_rank_zero(tally.decide(needed, self._deviations))
+                error_points = 100.0 * math.sqrt(tally.variance) / self.images
+                resolved = accepted is False or resolution_points is None or error_points <= resolution_points
+                if accepted is not None and resolved:
+                    break
+        assert accepted is not None  # with every image seen it is certain
+        self._trial = trial
+        self.cost += ScoringCost(
+            images_scored=tally.seen, image_forwards=forwards, naive_images=self.images, decisions=1
+        )
+        score = min(100.0, max(0.0, 100.0 * tally.estimate / self.images))
+        exact = tally.seen == self.images
+        if exact:
+            accepted = tally.correct >= needed
+        return Verdict(score=score, accepted=accepted, images=tally.seen, exact=exact, error_points=error_points)
+
+    def accept(self, tensors: Sequence[str]) -> None:
+        """The change judged last stays: later candidates of the round contain it."""
+        if self._trial is None or self._standing is None or self._cache is None:
+            raise RuntimeError("accept: no candidate was judged since the last one was accepted; call judge first")
+        self._cache.drop_behind(self._cache.depth(tensors))
+        self._standing.accept(self._trial)
+        self._trial = None
+
+    def _score_part(self, network: nn.Module, trial: Trial, part: float, depth: int) -> tuple[Tally, float]:
+        """Score batches until `part` of this rank's images are seen; with the passes an image that it took."""
+        assert self._cache is not None
+        assert self._standing is not None
+        forwards, wanted = 0.0, math.ceil(part * len(self._labels))
+        while trial.seen < wanted:
+            batch = trial.next_batch()
+            assert batch is not None  # all batches together are all images
+            images = torch.from_numpy(self._standing.order.batches[batch])
+            answer = partial(self._answer, network, images)
+            found, cost = self._cache.run(batch, depth, answer) if network is self._cache.network else (answer(), 1.0)
+            forwards += cost * len(images)
+            trial.add(batch, found)
+        return trial.tally(), forwards
+
+    def _score_all(self, network: nn.Module) -> float:
+        """Score this rank's images in the order in which they came, and remember the answers."""
+        found: list[Predictions] = []
+
+        def score() -> int:
+            for images in torch.arange(len(self._labels)).split(self._batch_size):
+                if len(images):
+                    found.append(self._answer(network, images))
+            return sum(int(each.correct.sum()) for each in found)
+
+        with evaluation_mode(network), torch.no_grad():
+            correct = sum(gather_results(score))
+        self._last_full = Predictions(
+            np.concatenate([np.zeros(0, np.bool_), *(each.correct for each in found)]),
+            np.concatenate([np.zeros(0), *(each.margin for each in found)]),
+        )
+        self._last_score = 100.0 * correct / self.images
+        self.cost += ScoringCost(images_scored=self.images, image_forwards=float(self.images))
+        return self._last_score
+
+    def _answer(self, network: nn.Module, images: Tensor) -> Predictions:
+        """What the network says about the images of these numbers."""
+        labels = self._labels[images]
+        logits = self._predict(network, self._images[images.to(self._images.device)])
+        _check_logits(logits, labels, network)
+        logits = logits.float().cpu()
+        broken = logits.isnan().any(dim=1)
+        if bool(broken.any()):
+            raise ValueError(
+                f"{type(network).__name__} gives NaN logits for image {int(images[broken][0])} of the hold-out; look "
+                "for NaN weights, or an overflow in half precision"
+            )
+        true = logits.gather(1, labels[:, None])[:, 0]
+        others = logits.scatter(1, labels[:, None], -math.inf).max(dim=1).values
+        margin = (true - others).nan_to_num(0.0).clamp(-_LARGEST_MARGIN, _LARGEST_MARGIN)
+        return Predictions((logits.argmax(dim=1) == labels).numpy(), margin.double().numpy())
+
+
+def _run(network: nn.Module, images: Tensor) -> Tensor:
+    device = next((parameter.device for parameter in network.parameters()), images.device)
+    logits: Tensor = network(images.to(device, non_blocking=True))
+    return logits
+
+
+def _needed(floor: float, images: int) -> int:
+    """The least number of right answers whose score is not below the floor; `images` + 1 when even all are too few."""
+    if math.isnan(floor):
+        raise ValueError("floor=nan: an accuracy in points is expected; was the baseline scored?")
+    needed = math.floor(min(max(floor, 0.0), 100.0) * images / 100)
+    needed = max(0, needed - 1)  # the quotient may have been rounded up
+    while needed <= images and 100.0 * needed / images < floor - ROUNDING_POINTS:
+        needed += 1
+    return needed
+
+
+def _check_options(batch_size: int, confidence: float, cache_size_bytes: int) -> None:
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}: it has to be 1 or more")
+    if not 0.5 <= confidence <= 1:
+        raise ValueError(f"confidence={confidence}: it has to be 0.5 to 1, e.g. 0.99; 1.0 decides by certainty only")
+    if cache_size_bytes < 0:
+        raise ValueError(f"cache_size_bytes={cache_size_bytes}: it has to be 0 (no cache) or more")
+
+
+def _check_images(images: Tensor, labels: Tensor) -> None:
+    if images.ndim < 1 or labels.ndim != 1 or len(images) != len(labels):
+        raise ValueError(
+            f"images of shape {tuple(images.shape)} and labels of shape {tuple(labels.shape)}: one label for each "
+            "image is expected"
+        )
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise ValueError(f"labels of type {labels.dtype}: integers are expected, the class of each image")
+    if len(labels) and int(labels.min()) < 0:
+        raise ValueError(f"label {int(labels.min())} of the hold-out is negative; classes count from 0")
+
+
+def _check_logits(logits: object, labels: Tensor, network: nn.Module) -> None:
+    name = type(network).__name__
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(labels) or logits.shape[1] < 2:
+        found = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(
+            f"{name} gave {found} for {len(labels)} images; logits of shape ({len(labels)}, classes), 2 classes or "
+            "more, are expected. Give HoldOut a predict(network, images) that makes them"
+        )
+    if int(labels.max()) >= logits.shape[1]:
+        raise ValueError(
+            f"label {int(labels.max())} of the hold-out is not among the {logits.shape[1]} classes of {name}, 0 to "
+            f"{logits.shape[1] - 1}; score it with the labels that it was trained with"
+        )
+
+
+def _collect(batches: Iterable[Any], most: int | None, max_size_bytes: int, seed: int) -> tuple[Tensor, Tensor]:
+    """The images and labels of `batches`, or `most` of them with the classes in proportion, in the order they came."""
+    kept: list[tuple[float, int, Tensor, int]] = []  # a heap of (-key, place, image, label): the largest key on top
+    keys: dict[int, float] = {}
+    size_bytes = 0
+    rng = np.random.default_rng(seed)
+    for place, (image, label) in enumerate(_rows(batches)):
+        # Steps of the golden ratio spread evenly: the smallest keys are the same part of each class.
+        keys[label] = (keys[label] + _GOLDEN) % 1.0 if label in keys else float(rng.random())
+        if most is None or len(kept) < most:
+            heapq.heappush(kept, (-keys[label], place, image.clone(), label))
+            size_bytes += image.nbytes
+        elif most and -kept[0][0] > keys[label]:
+            heapq.heapreplace(kept, (-keys[label], place, image.clone(), label))
+        if size_bytes > max_size_bytes:
+            raise ValueError(
+                f"the hold-out takes more than max_size_bytes={max_size_bytes}, {image.nbytes} an image; keep "
+                f"max_images={max_size_bytes // image.nbytes}, allow more bytes, or use FunctionScorer(evaluate) with "
+                "a function that reads the images anew each time"
+            )
+    if not kept:
+        return torch.zeros(0), torch.zeros(0, dtype=torch.long)
+    kept.sort(key=lambda entry: entry[1])
+    return torch.stack([image for _, _, image, _ in kept]), torch.tensor([label for *_, label in kept])
+
+
+def _rows(batches: Iterable[Any]) -> Iterator[tuple[Tensor, int]]:
+    for batch in batches:
+        if not (
+            isinstance(batch, list | tuple) and len(batch) >= 2 and all(isinstance(part, Tensor) for part in batch[:2])
+        ):
+            raise TypeError(
+                f"the hold-out gave a {type(batch).__name__}; batches (images, labels, ...) of tensors are expected"
+            )
+        images, labels = batch[0], batch[1]
+        _check_images(images, labels)
+        yield from zip(images, labels.tolist(), strict=True)

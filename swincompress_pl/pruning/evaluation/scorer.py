@@ -1,0 +1,149 @@
+"""What a search asks about its candidates, and the simplest one to answer: a function of the user's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from swincompress_pl.pruning.evaluation.ranks import from_rank_zero
+
+ROUNDING_POINTS = 1e-9  # a score is a quotient of counts: the floor itself is not below the floor
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The answer about one candidate.
+
+    score: its accuracy in points, an estimate unless `exact`. accepted: at least the floor. images: how many it was
+    scored on. exact: on all of them. error_points: the standard error of the score, 0 where it is exact.
+    """
+
+    score: float
+    accepted: bool
+    images: int
+    exact: bool
+    error_points: float = 0.0
+
+
+@dataclass
+class ScoringCost:
+    """What scoring has cost, over all ranks.
+
+    images_scored: images that a network was run on. image_forwards: whole forward passes an image that this took; a
+    pass that begins at a later segment counts as its part of the multiply-accumulates. naive_images: what scoring every
+    image at each decision and each full score would have taken. decisions: candidates judged.
+    """
+
+    images_scored: int = 0
+    image_forwards: float = 0.0
+    naive_images: int = 0
+    decisions: int = 0
+
+    def __add__(self, other: ScoringCost) -> ScoringCost:
+        return ScoringCost(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
+
+    def to_dict(self) -> dict[str, float]:
+        """Plain numbers."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> ScoringCost:
+        """What `to_dict` wrote."""
+        return cls(**data)
+
+
+class Scorer(Protocol):
+    """What a search asks about its candidates. Networks are left as they were; torch's random numbers are not used."""
+
+    cost: ScoringCost
+
+    @property
+    def images(self) -> int:
+        """The size of the hold-out, 0 where that is unknown."""
+        ...
+
+    def full(self, network: nn.Module) -> float:
+        """The accuracy in points, 0 to 100, on the whole hold-out."""
+        ...
+
+    def begin_round(self, network: nn.Module, *, unchanged: bool = False) -> float:
+        """`full`, remembered as what the round's candidates are compared with. unchanged: the network is the one that
+        was last scored in full; that score is used again."""
+        ...
+
+    def judge(
+        self, network: nn.Module, floor: float, tensors: Sequence[str], *, resolution_points: float | None = None
+    ) -> Verdict:
+        """Whether the accuracy on the whole hold-out is at least `floor` points.
+
+        tensors: the parameters, by name, in which the network differs from the one accepted last in this round.
+        resolution_points: for scores that are compared with others, the standard error of an accepted candidate's.
+        """
+        ...
+
+    def accept(self, tensors: Sequence[str]) -> None:
+        """The change judged last stays."""
+        ...
+
+
+class FunctionScorer:
+    """Scores with a function of the user's, network -> accuracy in points; always exact, the hold-out's size unknown.
+
+    The function has to leave the weights alone. In a distributed run each rank calls it, and rank 0's value counts.
+    """
+
+    images = 0
+
+    def __init__(self, evaluate: Callable[[nn.Module], float]) -> None:
+        self._evaluate = evaluate
+        self._score: float | None = None
+        self.cost = ScoringCost()
+
+    def full(self, network: nn.Module) -> float:
+        with evaluation_mode(network), torch.no_grad():
+            value = from_rank_zero(self._evaluate(network))
+        self._score = checked_score(value, f"this {type(network).__name__}")
+        return self._score
+
+    def begin_round(self, network: nn.Module, *, unchanged: bool = False) -> float:
+        return self._score if unchanged and self._score is not None else self.full(network)
+
+    def judge(
+        self, network: nn.Module, floor: float, tensors: Sequence[str], *, resolution_points: float | None = None
+    ) -> Verdict:
+        kept = self._score
+        score = self.full(network)
+        self._score = kept  # a candidate is not what the round goes on from
+        self.cost.decisions += 1
+        return Verdict(score=score, accepted=score >= floor - ROUNDING_POINTS, images=0, exact=True)
+
+    def accept(self, tensors: Sequence[str]) -> None:
+        """Nothing to remember."""
+
+
+@contextmanager
+def evaluation_mode(network: nn.Module) -> Iterator[None]:
+    """`network.eval()` for a while; after it every module is in the mode that it was in."""
+    modes = [(module, module.training) for module in network.modules()]
+    network.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def checked_score(value: object, what: str) -> float:
+    """`value` as a float; ValueError when it is no accuracy in points."""
+    score = float(value)  # type: ignore[arg-type]  # a zero-dimensional tensor is welcome
+    if not 0 <= score <= 100:
+        raise ValueError(
+            f"the score of {what} is {score}; an accuracy in points, 0 to 100, is expected "
+            "(NaN: look for NaN weights or an empty hold-out). The network was left as it was."
+        )
+    return score

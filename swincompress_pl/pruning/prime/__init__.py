@@ -1,0 +1,1 @@
+"""PrimeSVT: a single-shot search for spiking vision transformers."""

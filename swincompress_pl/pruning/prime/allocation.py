@@ -1,0 +1,141 @@
+"""Another policy than PrimeSVT's: rates from what each block costs alone, as a knapsack is filled (docs/primesvt.md).
+
+Alg. 1 gives all blocks one rate, the highest that they stand together, and Alg. 4 raises them from there, each as far
+as the constraint lets it: a block that hardly saves has spent its part of the accuracy before, and the first that is
+raised may spend all that is left. Here the accuracy that a block costs is measured alone, at several rates, and the
+steps of all blocks are taken in the order of what they save a point lost.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from swincompress_pl.pruning.prime.result import BlockState, CurvePoint
+
+if TYPE_CHECKING:
+    from swincompress_pl.pruning.prime.search import Search
+
+_PARTS = (1.0, 0.5, 0.25, 0.125)  # of a step, tried in turn where it does not fit
+LEAST_DROP = 0.001  # of the paper: robustness is saving / (drop + 0.001)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """Raise `block` to `rate`; efficiency: saved a point lost, both in points, from the block's step before."""
+
+    block: str
+    rate: float
+    efficiency: float
+
+
+def steps_by_efficiency(curves: Mapping[str, Sequence[CurvePoint]]) -> list[Step]:
+    """The steps of all blocks, the most saved a point lost first; those of one block by rising rate.
+
+    A block's steps are the concave hull of its curve, so what it could reach better in one longer step is one.
+    """
+    steps = []
+    for block, curve in curves.items():
+        here, rest = CurvePoint(rate=0.0, saving=0.0, drop=0.0), list(curve)
+        while rest := [point for point in rest if point.saving > here.saving]:
+            best = max(rest, key=lambda point: (_efficiency(here, point), point.saving))
+            steps.append(Step(block=block, rate=best.rate, efficiency=_efficiency(here, best)))
+            here = best
+    return sorted(steps, key=lambda step: -step.efficiency)
+
+
+def _efficiency(before: CurvePoint, after: CurvePoint) -> float:
+    return (after.saving - before.saving) / (max(after.drop - before.drop, 0.0) + LEAST_DROP)
+
+
+def allocate(search: Search) -> None:
+    """Set the rates of `search.blocks`: measure the curves, take as many steps as the constraint allows together, then
+    of the others what still fits, one by one."""
+    curves = _measure(search)
+    steps = steps_by_efficiency(curves)
+    taken = _most_together(search, steps)
+    search.blocks = _at(search.blocks, steps[:taken])
+    _add_what_fits(search, steps[taken:])
+    search.blocks = [_measured(block, tuple(curves.get(block.name, ()))) for block in search.blocks]
+
+
+def _measured(block: BlockState, curve: tuple[CurvePoint, ...]) -> BlockState:
+    """With its curve, and the robustness of the block alone at the highest measured rate up to its own."""
+    found = [point for point in curve if point.rate <= block.rate]
+    robustness = found[-1].saving / (found[-1].drop + LEAST_DROP) if found else None
+    return replace(block, curve=curve, robustness=robustness)
+
+
+def _measure(search: Search) -> dict[str, list[CurvePoint]]:
+    """{block: its points}, of blocks worth the trouble; a curve ends where the block alone costs too much."""
+    config, curves = search.config, dict[str, list[CurvePoint]]()
+    worthy = search.worthy_blocks()
+    rates = sorted({*config.rates, config.max_rate})
+    for number, block in enumerate(worthy):
+        curves[block.name], last = [], dict[str, int]()
+        for count, rate in enumerate(rates):
+            widths = search.widths_of([replace(block, rate=rate)])
+            if widths == last:  # rounding
+                continue
+            last = widths
+            found = search.judge(
+                widths, {}, "robustness", f"{block.name} at {rate:.0%}", number * len(rates) + count + 1,
+                len(worthy) * len(rates),
+            )  # fmt: skip
+            if not found.accepted:
+                break
+            drop = max(search.baseline - found.score, 0.0)
+            curves[block.name].append(CurvePoint(rate=rate, saving=100 * found.saving, drop=drop))
+    return curves
+
+
+def _at(blocks: Sequence[BlockState], steps: Sequence[Step]) -> list[BlockState]:
+    rates = {step.block: step.rate for step in steps}  # of a block, the last is the highest
+    return [replace(block, rate=rates.get(block.name, block.rate)) for block in blocks]
+
+
+def _most_together(search: Search, steps: Sequence[Step]) -> int:
+    """How many of the first steps the constraint allows together, by bisection: fewer lose less."""
+    most, refused, base = 0, len(steps) + 1, dict[str, int]()
+    tries, number = math.ceil(math.log2(len(steps) + 1)), 0
+    while refused - most > 1:
+        middle, number = (most + refused) // 2, number + 1
+        widths = search.widths_of(_at(search.blocks, steps[:middle]))
+        label = f"the {middle} best steps"
+        if search.judge(widths, base, "policy", label, number, tries + len(steps) - most).accepted:
+            search.candidates.accept(widths, base)
+            most, base = middle, widths
+        else:
+            refused = middle
+    return most
+
+
+def _add_what_fits(search: Search, steps: Sequence[Step]) -> None:
+    """Raise one block after another by its next step, in this order, or by half of it, a quarter, ...; one that was
+    refused has no further steps."""
+    done = set[str]()
+    for number, step in enumerate(steps):
+        if step.block in done:
+            continue
+        before = next(block.rate for block in search.blocks if block.name == step.block)
+        for part in _PARTS:
+            rate = before + part * (step.rate - before)
+            if _raised(search, replace(step, rate=rate), number, len(steps)):
+                break
+        if part < 1:
+            done.add(step.block)
+
+
+def _raised(search: Search, step: Step, number: int, total: int) -> bool:
+    """Whether the constraint allows it; if it does, it is done."""
+    base, raised = search.widths_of(search.blocks), _at(search.blocks, [step])
+    widths = search.widths_of(raised)
+    if widths == base:
+        return False
+    found = search.judge(widths, base, "policy", f"{step.block} at {step.rate:.0%}", number + 1, total)
+    if found.accepted:
+        search.candidates.accept(widths, base)
+        search.blocks = raised
+    return found.accepted

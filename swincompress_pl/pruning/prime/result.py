@@ -1,0 +1,152 @@
+"""What PrimeSVT found: plain data for reports, plots and checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from swincompress_pl.pruning.prime.candidates import Candidate
+from swincompress_pl.pruning.space import Change, nothing_applied
+from swincompress_pl.pruning.structure.plan import PruningPlan
+
+_STATE_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetSet:
+    """Alg. 1's account of one set: the `part` largest layers, the rates that met the constraint, and what they are
+    worth, the mean accuracy plus the mean saving, both in points; None where no rate did."""
+
+    part: float
+    layers: int
+    accepted_rates: tuple[float, ...]
+    benefit: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CurvePoint:
+    """A block alone at `rate`: what it saves of all parameters, and what it loses on the hold-out, both in points."""
+
+    rate: float
+    saving: float
+    drop: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockState:
+    """One block: its layers, what they hold of all parameters, and how the policy treated it.
+
+    robustness: saving / (accuracy drop + 0.001), both in points, of the network with this block at twice the initial
+    rate; with policy="allocated" of the network with this block alone, at the highest rate measured up to `rate`; None
+    where it was not measured. band: 0 for the most robust. rate: where the policy left it.
+    curve: with policy="allocated" the block alone at rising rates, as far as the accuracy constraint allows.
+    """
+
+    name: str
+    layers: tuple[str, ...]
+    parameters_part: float
+    robustness: float | None = None
+    band: int = 0
+    rate: float = 0.0
+    curve: tuple[CurvePoint, ...] = ()
+
+
+@dataclass(kw_only=True)
+class PrimeSVTResult:
+    """What a search found and applied.
+
+    met: the applied candidate keeps both constraints. applied: None where nothing was pruned. within_accuracy,
+    within_memory: the two alternatives, the largest saving within the accuracy constraint and the best accuracy within
+    that of memory; None where there is none, equal to `applied` or not. Their scores are of the whole hold-out.
+    baseline_score: in points. spike_rates: of the unpruned network, a neuron, on the hold-out.
+    parameters_*: the network's, with those that a mask makes zero. scoring: what it cost (`ScoringCost`), with
+    `candidates` (tried), `plans` (different ones), `evaluations` (that were run in this process), `remembered`
+    (verdicts that were known), `batchnorm_passes` over the calibration images, `holdout_images`, and
+    `naive_image_forwards` (what a whole pass over the hold-out for each candidate, or each plan `_distinct`, takes).
+    change: what was done to the network, for optimizers and `revert`; not part of the stored state.
+    """
+
+    config: dict[str, Any]
+    met: bool
+    applied: Candidate | None
+    within_accuracy: Candidate | None
+    within_memory: Candidate | None
+    baseline_score: float
+    initial_rate: float
+    target_sets: list[TargetSet]
+    blocks: list[BlockState]
+    candidates: list[Candidate]
+    spike_rates: dict[str, float]
+    parameters_before: int
+    parameters_after: int
+    macs_before: int | None
+    macs_after: int | None
+    scoring: dict[str, float] = field(default_factory=dict)
+    elapsed_s: float = 0.0
+    change: Change = field(default_factory=lambda: Change(applied=nothing_applied()))
+
+    @property
+    def plan(self) -> PruningPlan:
+        """What was sliced; empty in mode "paper", whose zeros are masks."""
+        return self.change.applied.plan
+
+    @property
+    def score(self) -> float:
+        """The accuracy of the network as it was left, in points on the hold-out."""
+        return self.baseline_score if self.applied is None else self.applied.score
+
+    @property
+    def saving(self) -> float:
+        """The part of all parameters that is gone, or zero."""
+        return 0.0 if self.applied is None else self.applied.saving
+
+    def summary(self) -> str:
+        """What was found, in a sentence or two."""
+        drop, least = self.config["max_accuracy_drop"], self.config["min_memory_saving"]
+        if self.met:
+            return f"{_told(self.applied, self.baseline_score)}; both constraints are met"
+        found = [
+            f"no candidate keeps both constraints, at most {drop:g} points lost and at least {least:.1%} saved",
+            f"within the accuracy: {_told(self.within_accuracy, self.baseline_score)}",
+            f"within the memory: {_told(self.within_memory, self.baseline_score)}",
+        ]
+        return "; ".join(found)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All but `change`, in JSON types."""
+        plain = {key: value for key, value in vars(self).items() if key != "change"}
+        for key in ("applied", "within_accuracy", "within_memory"):
+            plain[key] = None if plain[key] is None else plain[key].to_dict()
+        for key in ("target_sets", "blocks", "candidates"):
+            plain[key] = [asdict(entry) for entry in plain[key]]
+        return {"version": _STATE_VERSION, **plain}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> PrimeSVTResult:
+        """What `to_dict` wrote, without a `change`; ValueError for another version."""
+        if data.get("version") != _STATE_VERSION:
+            raise ValueError(
+                f"a PrimeSVT result of version {_STATE_VERSION} is expected, not {data.get('version')!r}; it was "
+                "written by another version of swincompress_pl: search anew"
+            )
+        fields = {key: value for key, value in data.items() if key != "version"}
+        for key in ("applied", "within_accuracy", "within_memory"):
+            fields[key] = None if fields[key] is None else Candidate(**fields[key])
+        fields["candidates"] = [Candidate(**entry) for entry in fields["candidates"]]
+        fields["target_sets"] = [
+            TargetSet(**{**entry, "accepted_rates": tuple(entry["accepted_rates"])}) for entry in fields["target_sets"]
+        ]
+        fields["blocks"] = [_block(entry) for entry in fields["blocks"]]
+        return cls(**fields)
+
+
+def _block(entry: Mapping[str, Any]) -> BlockState:
+    curve = tuple(CurvePoint(**point) for point in entry.get("curve", ()))
+    return BlockState(**{**entry, "layers": tuple(entry["layers"]), "curve": curve})
+
+
+def _told(candidate: Candidate | None, baseline: float) -> str:
+    if candidate is None:
+        return "none"
+    return f"{candidate.saving:.2%} of the parameters saved at {candidate.score:.2f} points, unpruned {baseline:.2f}"

@@ -1,0 +1,432 @@
+"""What a step of the search removes: whole units of a structured group, or single weights of a layer.
+
+A granularity tells the search its targets, chooses what goes, masks it for a trial and makes it last. Two there are:
+`StructuredGranularity` (units, sliced away) and `WeightGranularity` (weights, n:m, blocks: masks that stay zero).
+`GlobalGranularity` lays either over the whole network, so that one step takes the least of all layers together.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from swincompress_pl.pruning.adaptive.config import RoundRobinConfig
+from swincompress_pl.pruning.criteria import (
+    Gradients,
+    estimates_loss,
+    lowest_units,
+    unit_scores,
+    weight_scores,
+)
+from swincompress_pl.pruning.structure.apply import AppliedPlan, apply_plan, revert_plan
+from swincompress_pl.pruning.structure.cost import count_macs, skeleton
+from swincompress_pl.pruning.structure.groups import Group
+from swincompress_pl.pruning.structure.patterns import Pattern, parse_granularity
+from swincompress_pl.pruning.structure.plan import PruningPlan
+from swincompress_pl.pruning.structure.unit_masks import mask_units
+from swincompress_pl.pruning.structure.weight_masks import (
+    masked_parameters,
+    register_masks,
+    set_mask,
+    temporary_mask,
+    undo_latest_masks,
+)
+from swincompress_pl.registry import adapter_for
+
+Removal = Mapping[str, Any]
+"""What is gone, in total, of each group (unit indices) or of each parameter (a mask, True where a weight stays)."""
+
+WHOLE_NETWORK = "network"
+_PER_MILLE = 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """What one step narrows.
+
+    initial_units: how many it had before the search; units: how many it has now, `min_units` of which have to stay;
+    widths are multiples of `granule`. weights: how many weights its initial units owned together. tensors: the
+    parameters that masking it changes. members: the targets that a global target stands for.
+    """
+
+    name: str
+    kind: str
+    units: int
+    initial_units: int
+    min_units: int = 1
+    granule: int = 1
+    weights: int
+    tensors: tuple[str, ...]
+    members: tuple[Target, ...] = ()
+
+    def least_units(self, max_sparsity: float) -> int:
+        """How narrow it may become: a multiple of `granule`, at least `min_units`."""
+        allowed = math.ceil(self.initial_units * (1 - max_sparsity) / self.granule - 1e-9) * self.granule
+        return max(allowed, self.min_units, self.granule)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """What a round made of the network, with what is needed to take it back.
+
+    applied: the slices, empty where nothing was sliced; for the optimizers. before: {parameter: (weight, mask)} as they
+    were. registered: parameters that got their mask now.
+    """
+
+    applied: AppliedPlan
+    before: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    registered: tuple[str, ...] = ()
+
+
+class Granularity(Protocol):
+    """How a search sees a network."""
+
+    def targets(self, network: nn.Module) -> list[Target]:
+        """Everything that can be narrowed, in the order of the network."""
+        ...
+
+    def removal(self, network: nn.Module, target: Target, keep: int, gradients: Gradients | None) -> Removal:
+        """What is gone of a target's members when `keep` units stay: the lowest scores go first."""
+        ...
+
+    def masked(self, network: nn.Module, removal: Removal) -> AbstractContextManager[Any]:
+        """A context in which the network computes as if `removal` were gone."""
+        ...
+
+    def commit(self, network: nn.Module, removal: Removal) -> Change:
+        """Make `removal` last."""
+        ...
+
+
+def granularity_for(
+    config: RoundRobinConfig,
+    initial_units: Mapping[str, int] | None = None,
+    input_shape: Sequence[int] | None = None,
+) -> StructuredGranularity | WeightGranularity | GlobalGranularity:
+    """The granularity that `config` asks for; initial_units: the widths before the search, where it has begun.
+
+    input_shape: of one input with its batch axis; with it a global ranking knows what a unit costs in MACs.
+    """
+    local: StructuredGranularity | WeightGranularity
+    if config.granularity == "structured":
+        local = StructuredGranularity(config, initial_units)
+    else:
+        local = WeightGranularity(config, parse_granularity(config.granularity, block_shape=config.block_shape))
+    return GlobalGranularity(local, config, input_shape) if config.ranking == "global" else local
+
+
+class StructuredGranularity:
+    """Whole units of the network's groups, removed physically at once or, with `shrink="end"`, masked until the end."""
+
+    def __init__(self, config: RoundRobinConfig, initial_units: Mapping[str, int] | None = None) -> None:
+        self.config, self.initial_units = config, initial_units or {}
+
+    def groups(self, network: nn.Module) -> list[Group]:
+        """The groups of the kinds and names in the config; ValueError for a kind or a name that matches none."""
+        groups: list[Group] = adapter_for(network).groups(network)
+        kinds = sorted({g.kind for g in groups})
+        for kind in self.config.kinds:
+            if kind not in kinds:
+                raise ValueError(
+                    f"kinds={self.config.kinds}: {type(network).__name__} has no group of kind {kind!r}, only "
+                    f"{', '.join(kinds)}"
+                )
+        chosen = [g for g in groups if g.kind in self.config.kinds]
+        names = set(_matching([g.name for g in chosen], self.config.layers))
+        return [g for g in chosen if g.name in names]
+
+    def targets(self, network: nn.Module) -> list[Target]:
+        shapes = {name: p.shape for name, p in network.named_parameters()}
+        found = []
+        for g in self.groups(network):
+            before = self.initial_units.get(g.name, g.units)
+            found.append(
+                Target(
+                    name=g.name,
+                    kind=g.kind,
+                    units=g.units - len(gone_units(network, g)),
+                    initial_units=before,
+                    min_units=g.min_units,
+                    granule=1 if g.kind == "heads" else self.config.round_to,
+                    weights=_owned(shapes, g) // g.units * before,
+                    tensors=tuple(g.masked_parameters()),
+                )
+            )
+        return found
+
+    def _scores(self, network: nn.Module, target: Target, gradients: Gradients | None) -> Tensor:
+        """(units,) of the group; units that are masked already count as gone: below every other."""
+        group = self._group(network, target)
+        scores = unit_scores(network, group, self.config.criterion, gradients)
+        gone = list(gone_units(network, group))
+        scores[gone] = -1.0
+        return scores
+
+    def removal(self, network: nn.Module, target: Target, keep: int, gradients: Gradients | None) -> Removal:
+        scores = self._scores(network, target, gradients)
+        return {target.name: lowest_units(scores, len(scores) - keep)}
+
+    def scores_of_kept(self, network: nn.Module, target: Target, gradients: Gradients | None) -> Tensor:
+        """(target.units,) float64: the scores of the units that are still there."""
+        scores = self._scores(network, target, gradients).double()
+        return scores[scores >= 0]
+
+    def masked(self, network: nn.Module, removal: Removal) -> AbstractContextManager[Any]:
+        groups = {g.name: g for g in self.groups(network)}
+        with ExitStack() as stack:
+            for name, units in removal.items():
+                stack.enter_context(mask_units(network, groups[name], units))
+            return stack.pop_all()
+
+    def commit(self, network: nn.Module, removal: Removal) -> Change:
+        groups = self.groups(network)
+        if self.config.shrink == "end":
+            masks = _consumer_masks(network, {g.name: g for g in groups}, removal)
+            return _commit_masks(network, masks)
+        return Change(applied=apply_plan(network, PruningPlan.removing(groups, removal)))
+
+    def _group(self, network: nn.Module, target: Target) -> Group:
+        return next(g for g in self.groups(network) if g.name == target.name)
+
+
+class WeightGranularity:
+    """Single weights of the linear layers in the network's segments, by a pattern; their masks stay with the network.
+
+    The layer that reads the pixels (patch embedding) and the head are left alone, as in the paper.
+    """
+
+    def __init__(self, config: RoundRobinConfig, pattern: Pattern) -> None:
+        self.config, self.pattern = config, pattern
+
+    def targets(self, network: nn.Module) -> list[Target]:
+        parameters = dict(network.named_parameters(remove_duplicate=False))  # a shared one is refused by its own name
+        prunable = prunable_weights(network)
+        if not prunable:
+            raise ValueError(
+                f"granularity={self.config.granularity!r}: {type(network).__name__} has no linear layer or convolution "
+                "behind the one that reads the pixels; there is nothing to prune"
+            )
+        names = _matching(prunable, self.config.layers)
+        masks = masked_parameters(network)
+        found = []
+        for name in names:
+            shape = tuple(parameters[name].shape)
+            self.pattern.check(name, shape)
+            units = self.pattern.units(shape)
+            weights = parameters[name].numel()
+            kept = units
+            if name in masks:
+                kept = round(int(masks[name][1].sum()) * units / weights)
+            found.append(
+                Target(
+                    name=name,
+                    kind="weight",
+                    units=kept,
+                    initial_units=units,
+                    min_units=self.pattern.min_units,
+                    weights=weights,
+                    tensors=(name,),
+                )
+            )
+        return found
+
+    def _scores(self, network: nn.Module, target: Target, gradients: Gradients | None) -> Tensor:
+        """Of the parameter's shape; masked weights count as gone: below every other."""
+        scores = weight_scores(network, target.name, self.config.criterion, gradients)
+        masks = masked_parameters(network)
+        if target.name in masks:
+            scores = scores.masked_fill(~masks[target.name][1].to(scores.device), -1.0)
+        return scores
+
+    def removal(self, network: nn.Module, target: Target, keep: int, gradients: Gradients | None) -> Removal:
+        return {target.name: self.pattern.keep_mask(self._scores(network, target, gradients), keep)}
+
+    def scores_of_kept(self, network: nn.Module, target: Target, gradients: Gradients | None) -> Tensor:
+        """(target.units,) float64: the scores of the units that are still there."""
+        scores = self.pattern.unit_scores(self._scores(network, target, gradients)).double().cpu()
+        return scores[scores >= 0]
+
+    def masked(self, network: nn.Module, removal: Removal) -> AbstractContextManager[Any]:
+        with ExitStack() as stack:
+            for name, mask in removal.items():
+                stack.enter_context(temporary_mask(network, name, mask))
+            return stack.pop_all()
+
+    def commit(self, network: nn.Module, removal: Removal) -> Change:
+        return _commit_masks(network, removal)
+
+
+class GlobalGranularity:
+    """One target, the whole network in per mille of its prunable weights: a step takes the lowest scores anywhere.
+
+    Scores that estimate the loss (`estimates_loss`: the Fisher criteria) are divided by what the unit costs: in MACs
+    where they are the target's measure and `input_shape` is known, else in parameters. So a step takes what saves most
+    for the loss, the order in which a knapsack is filled. Other scores stay as they are. Every member keeps what
+    `max_sparsity`, `round_to` and its own limits ask for, so a step may remove less than its share.
+    """
+
+    def __init__(
+        self,
+        local: StructuredGranularity | WeightGranularity,
+        config: RoundRobinConfig,
+        input_shape: Sequence[int] | None = None,
+    ) -> None:
+        self.local, self.config, self.input_shape = local, config, input_shape
+        self._known_prices: list[float] = []
+
+    def targets(self, network: nn.Module) -> list[Target]:
+        members = tuple(self.local.targets(network))
+        return [
+            Target(
+                name=WHOLE_NETWORK,
+                kind="global",
+                units=_PER_MILLE,
+                initial_units=_PER_MILLE,
+                weights=sum(m.weights for m in members),
+                tensors=tuple(dict.fromkeys(name for m in members for name in m.tensors)),
+                members=members,
+            )
+        ]
+
+    def removal(self, network: nn.Module, target: Target, keep: int, gradients: Gradients | None) -> Removal:
+        removal: dict[str, Any] = {}
+        for member, width in zip(target.members, self._widths(network, target, keep, gradients), strict=True):
+            if width < member.units:
+                removal.update(self.local.removal(network, member, width, gradients))
+        return removal
+
+    def _widths(self, network: nn.Module, target: Target, keep: int, gradients: Gradients | None) -> list[int]:
+        """The members' widths when the lowest (target.units - keep) per mille of all original weights go, together."""
+        scores = [self.local.scores_of_kept(network, m, gradients) for m in target.members]
+        if estimates_loss(self.config.criterion):
+            # A granularity lives as long as a round, in which nothing is sliced.
+            self._known_prices = prices = self._known_prices or self._prices(network, target.members)
+            scores = [each / price for each, price in zip(scores, prices, strict=True)]
+        owners = torch.cat([torch.full((len(s),), i) for i, s in enumerate(scores)])
+        costs = torch.tensor([m.weights / m.initial_units for m in target.members], dtype=torch.float64)
+        order = torch.argsort(torch.cat(scores), stable=True)
+        budget = target.weights * (target.units - keep) / _PER_MILLE
+        count = int((costs[owners[order]].cumsum(0) <= budget * (1 + 1e-9)).sum())
+        gone = torch.bincount(owners[order[:count]], minlength=len(target.members)).tolist()
+        widths = []
+        for member, removed in zip(target.members, gone, strict=True):
+            width = -(-(member.units - removed) // member.granule) * member.granule
+            widths.append(min(max(width, member.least_units(self.config.max_sparsity)), member.units))
+        return widths
+
+    def _prices(self, network: nn.Module, members: Sequence[Target]) -> list[float]:
+        """What a unit of each member costs: MACs or parameters, of the network as it stands."""
+        structured = isinstance(self.local, StructuredGranularity)
+        if not structured or self.config.target_of != "macs" or self.input_shape is None:
+            return [m.weights / m.initial_units for m in members]
+        assert isinstance(self.local, StructuredGranularity)
+        groups = {g.name: g for g in self.local.groups(network)}
+        whole, prices = count_macs(network, self.input_shape), []
+        for member in members:
+            group, bare = groups[member.name], skeleton(network)
+            cut = min(member.granule, group.units - 1)
+            if cut:
+                apply_plan(bare, PruningPlan.removing([group], {group.name: range(cut)}))
+            prices.append((whole - count_macs(bare, self.input_shape)) / cut if cut else float(whole))
+        return prices
+
+    def masked(self, network: nn.Module, removal: Removal) -> AbstractContextManager[Any]:
+        return self.local.masked(network, removal)
+
+    def commit(self, network: nn.Module, removal: Removal) -> Change:
+        return self.local.commit(network, removal)
+
+
+def prunable_weights(network: nn.Module) -> list[str]:
+    """The weights of the linear layers, in spiking networks of the convolutions, inside the network's segments, the
+    layer that reads the pixels apart."""
+    segments = adapter_for(network).segments(network)
+    return [
+        f"{name}.weight"
+        for name, module in network.named_modules()
+        if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d))
+        and any(name.startswith(f"{segment}.") for segment in segments)
+    ][1:]
+
+
+def gone_units(network: nn.Module, group: Group) -> tuple[int, ...]:
+    """The units of `group` that masks have taken already (`shrink="end"`)."""
+    masks = masked_parameters(network)
+    gone: set[int] | None = None
+    for part in group.consumers():
+        if part.tensor not in masks:
+            return ()
+        empty = ~masks[part.tensor][1].movedim(part.axis, 0).flatten(1).any(1)
+        here = {u for u in range(group.units) if bool(empty[part.indices([u])].all())}
+        gone = here if gone is None else gone & here
+    return tuple(sorted(gone or ()))
+
+
+def plan_of_masks(network: nn.Module, groups: Sequence[Group]) -> PruningPlan:
+    """The plan that slices away every unit that masks have taken."""
+    removed = {g.name: gone_units(network, g) for g in groups}
+    return PruningPlan.removing(groups, {name: units for name, units in removed.items() if units})
+
+
+def revert(network: nn.Module, change: Change) -> None:
+    """Take back the latest `commit`."""
+    revert_plan(network, change.applied)
+    with torch.no_grad():
+        for name, (weight, mask) in change.before.items():
+            parameter, now = masked_parameters(network)[name]
+            parameter.copy_(weight)
+            now.copy_(mask)
+    if change.registered:
+        undo_latest_masks(network)
+
+
+def _commit_masks(network: nn.Module, masks: Mapping[str, Tensor]) -> Change:
+    known = masked_parameters(network)
+    new = tuple(name for name in masks if name not in known)
+    if new:
+        register_masks(network, new)
+    known = masked_parameters(network)
+    before = {name: (known[name][0].detach().clone(), known[name][1].clone()) for name in masks}
+    for name, mask in masks.items():
+        set_mask(network, name, mask.to(known[name][1].device) & known[name][1])
+    return Change(applied=nothing_applied(), before=before, registered=new)
+
+
+def nothing_applied() -> AppliedPlan:
+    """What `apply_plan` gives for a plan that removes nothing."""
+    return AppliedPlan(plan=PruningPlan.identity(), tensors=(), attributes=())
+
+
+def _consumer_masks(network: nn.Module, groups: Mapping[str, Group], removal: Removal) -> dict[str, Tensor]:
+    """Masks that take the units of `removal` out of what reads them."""
+    masks: dict[str, Tensor] = {}
+    for name, units in removal.items():
+        for part in groups[name].consumers():
+            parameter = network.get_parameter(part.tensor)
+            mask = masks.setdefault(part.tensor, torch.ones_like(parameter, dtype=torch.bool))
+            mask.index_fill_(part.axis, torch.tensor(part.indices(units), device=mask.device), False)
+    return masks
+
+
+def _owned(shapes: Mapping[str, torch.Size], group: Group) -> int:
+    """How many parameter elements the units of `group` own."""
+    parts = [(shapes[s.tensor], s) for s in group.slices if s.tensor in shapes]
+    return sum(math.prod(shape) // shape[s.axis] * s.width * len(s.offsets) * group.units for shape, s in parts)
+
+
+def _matching(names: Sequence[str], patterns: Sequence[str] | None) -> list[str]:
+    """The names that any pattern matches (all without patterns); ValueError for a pattern that matches none."""
+    if patterns is None:
+        return list(names)
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            shown = ", ".join(list(names)[:4]) + (f", ... ({len(names)} in all)" if len(names) > 4 else "")
+            raise ValueError(f"layers: {pattern!r} matches nothing that can be pruned; there is {shown}")
+    return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]

@@ -1,0 +1,126 @@
+"""Which units stay: names and integers, replayable on a fresh network of the same architecture."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from swincompress_pl.pruning.structure.groups import Group, validate_units
+
+PLAN_VERSION = 1
+
+
+@dataclass(frozen=True)
+class PruningPlan:
+    """The unit indices that stay in each group; a group that is not named keeps all of its units.
+
+    kept: {group name: kept unit indices}, each sorted, without repeats and not empty.
+    units: {group name: units before pruning}, optional; where given, `apply_plan` refuses a network of another width.
+    Raises ValueError for anything else. `PruningPlan.identity()` is the plan that removes nothing.
+    """
+
+    kept: Mapping[str, tuple[int, ...]]
+    units: Mapping[str, int] | None = None
+
+    def __post_init__(self) -> None:
+        kept = {name: _checked(name, indices) for name, indices in self.kept.items()}
+        units = {} if self.units is None else dict(self.units)
+        for name, count in units.items():
+            if not _is_int(count) or (name in kept and kept[name][-1] >= count):
+                raise ValueError(f"{name}: {count!r} units, but the plan keeps unit {kept.get(name, (0,))[-1]}")
+        if not units.keys() <= kept.keys():
+            raise ValueError(
+                f"units are given for groups that the plan does not name: {sorted(units.keys() - kept.keys())}"
+            )
+        object.__setattr__(self, "kept", kept)
+        object.__setattr__(self, "units", units)
+
+    def __hash__(self) -> int:
+        return hash(tuple(sorted(self.kept.items())))
+
+    def __bool__(self) -> bool:
+        """Whether any group is named."""
+        return bool(self.kept)
+
+    @classmethod
+    def identity(cls) -> PruningPlan:
+        """The plan that removes nothing."""
+        return cls({})
+
+    @classmethod
+    def removing(cls, groups: Iterable[Group], removed: Mapping[str, Iterable[int]]) -> PruningPlan:
+        """The plan that removes the units in `removed`, {group name: unit indices}, from `groups`."""
+        by_name = {group.name: group for group in groups}
+        kept, units = {}, {}
+        for name, indices in removed.items():
+            group = find_group(by_name, name)
+            gone = set(validate_units(group, indices, "the removed units"))
+            if gone:
+                kept[name] = tuple(u for u in range(group.units) if u not in gone)
+                units[name] = group.units
+        return cls(kept, units)
+
+    def then(self, later: PruningPlan) -> PruningPlan:
+        """One plan that does what this plan and, on the network it leaves, `later` do."""
+        kept, units = dict(self.kept), dict(self.units or {})
+        for name, indices in later.kept.items():
+            if name not in kept:
+                kept[name] = indices
+                if later.units and name in later.units:
+                    units[name] = later.units[name]
+                continue
+            if indices[-1] >= len(kept[name]):
+                raise ValueError(
+                    f"{name}: the later plan keeps unit {indices[-1]}, the earlier one left {len(kept[name])}"
+                )
+            kept[name] = tuple(kept[name][u] for u in indices)
+        return PruningPlan(kept, units)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan in JSON types: {"version": 1, "groups": {name: {"kept": [...], "units": n or None}}}."""
+        units = self.units or {}
+        groups = {name: {"kept": list(kept), "units": units.get(name)} for name, kept in self.kept.items()}
+        return {"version": PLAN_VERSION, "groups": groups}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> PruningPlan:
+        """The plan that `to_dict` wrote; ValueError for another version or a malformed one."""
+        if not isinstance(data, Mapping) or data.get("version") != PLAN_VERSION:
+            found = data.get("version") if isinstance(data, Mapping) else type(data).__name__
+            raise ValueError(
+                f"a pruning plan of version {PLAN_VERSION} is expected, not {found!r}; update swincompress_pl"
+            )
+        groups = data.get("groups")
+        if not isinstance(groups, Mapping) or not all(isinstance(g, Mapping) and "kept" in g for g in groups.values()):
+            raise ValueError(
+                "a pruning plan needs 'groups': {name: {'kept': [...], 'units': n}}; the stored one is damaged"
+            )
+        kept = {name: tuple(g["kept"]) for name, g in groups.items()}
+        return cls(kept, {name: g["units"] for name, g in groups.items() if g.get("units") is not None})
+
+
+def find_group(groups: Mapping[str, Group], name: str) -> Group:
+    """`groups[name]`, or a ValueError that names the group and lists those there are."""
+    if name not in groups:
+        known = ", ".join(list(groups)[:6]) + (", ..." if len(groups) > 6 else "")
+        raise ValueError(f"{name!r} is no pruning group of this network; its {len(groups)} groups are {known}")
+    return groups[name]
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _checked(name: str, indices: Sequence[int]) -> tuple[int, ...]:
+    kept = tuple(indices)
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"a plan's groups are named by strings, not {name!r}")
+    if not all(_is_int(u) for u in kept):
+        raise ValueError(f"{name}: kept units are integers, not {kept[:8]!r}")
+    if not kept:
+        raise ValueError(f"{name}: the plan keeps no unit; at least one has to stay")
+    if kept[0] < 0 or any(a >= b for a, b in pairwise(kept)):
+        raise ValueError(f"{name}: kept units are sorted, without repeats and at least 0, not {kept[:8]!r}")
+    return kept

@@ -1,0 +1,255 @@
+"""Masks of weights: which entries of a parameter are pruned, kept where checkpoints and every trainer feature see them.
+
+The parameter `<module>.weight` has a persistent bool buffer `<module>.weight_mask` of the same shape beside it, True
+where kept. The weight stays a plain parameter that is exactly 0 where the mask is False, and is set to 0 again after
+each optimizer step (`keep_masks`). So state dicts, torch.compile, mixed precision, DDP, averaging of weights and
+quantization see an ordinary network.
+
+    register_masks(network, ["blocks.0.mlp.fc1.weight"])
+    set_mask(network, "blocks.0.mlp.fc1.weight", parse_granularity("2:4").keep_mask(saliency, keep=2))
+    handle = keep_masks(optimizer, network)
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from swincompress_pl.pruning.structure.apply import history_of
+
+MASK_SUFFIX = "_mask"
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def register_masks(network: nn.Module, names: Iterable[str]) -> tuple[str, ...]:
+    """Give the parameters `names` masks that keep everything; gives the names of those that had none before.
+
+    They are appended to `network.compression_history` as {"mask": [...]}. Parameters with a mask keep it as it is.
+    Raises ValueError before anything is touched, naming the parameter: unknown, shared by two places, with a buffer of
+    the mask's name that is no mask; or a network that wraps another and keeps no history of its own.
+    """
+    _check_has_history(network)
+    wanted = tuple(dict.fromkeys(names))
+    _check_maskable(network, wanted)
+    masked = masked_parameters(network)
+    new = tuple(name for name in wanted if name not in masked)
+    _add_masks(network, new)
+    if new:
+        _append(network, {"mask": list(new)})
+    return new
+
+
+def remove_masks(network: nn.Module, names: Iterable[str]) -> None:
+    """Take the masks of the parameters `names` away; the weights stay as they are and may be trained again.
+
+    They are appended to `network.compression_history` as {"unmask": [...]}. Raises ValueError before anything is
+    touched for a parameter without a mask.
+    """
+    _check_has_history(network)
+    gone = tuple(dict.fromkeys(names))
+    _drop_masks(network, gone)
+    if gone:
+        _append(network, {"unmask": list(gone)})
+
+
+def undo_latest_masks(network: nn.Module) -> None:
+    """Undo, in the names of the state dict, the latest entry of the network's history, {"mask"} or {"unmask"}.
+
+    The weights stay; masks that come back keep everything until a checkpoint fills them.
+    """
+    history = history_of(network)
+    if not history or not history[-1].keys() & {"mask", "unmask"}:
+        raise ValueError(f"{type(network).__name__}: the latest entry of its history is none of masks")
+    _check_has_history(network)
+    (kind, names), *_ = history[-1].items()
+    if kind == "mask":
+        _drop_masks(network, names)
+    else:
+        _check_maskable(network, names)
+        _add_masks(network, names)
+    network.compression_history = history[:-1]  # type: ignore[assignment]  # a plain list
+
+
+def masked_parameters(network: nn.Module) -> dict[str, tuple[nn.Parameter, Tensor]]:
+    """{name: (parameter, its mask)} of all masked parameters, in the network's order; found anew at each call."""
+    found = {}
+    for path, module in network.named_modules():
+        for leaf, parameter in module._parameters.items():
+            mask = module._buffers.get(leaf + MASK_SUFFIX)
+            if parameter is not None and mask is not None and _is_mask(module, leaf, parameter, mask):
+                found[f"{path}.{leaf}".lstrip(".")] = (parameter, mask)
+    return found
+
+
+@torch.no_grad()
+def set_mask(network: nn.Module, name: str, mask: Tensor) -> None:
+    """Make `mask` (bool, the parameter's shape, True = kept) that of the parameter `name`, and set the rest to 0.
+
+    The buffer and the weight are written in place. What was 0 stays 0 where the mask is wider than the one before.
+    Raises ValueError naming the parameter: no mask registered, another shape or dtype.
+    """
+    masked = masked_parameters(network)
+    if name not in masked:
+        raise ValueError(f"{name}: it has no mask; register_masks(network, [{name!r}]) comes first")
+    parameter, buffer = masked[name]
+    buffer.copy_(_checked_mask(name, parameter, mask))
+    _zero(parameter, buffer)
+
+
+@torch.no_grad()
+def enforce_masks(network: nn.Module) -> None:
+    """Set every masked weight to exactly 0.0, whatever it became (NaN too), in place."""
+    for parameter, mask in masked_parameters(network).values():
+        _zero(parameter, mask)
+
+
+class MaskKeeper:
+    """What `keep_masks` returned: `remove()` ends it."""
+
+    def __init__(self, handles: Iterable[RemovableHandle]) -> None:
+        self._handles = tuple(handles)
+
+    def remove(self) -> None:
+        """From now on optimizer steps no longer set masked weights to 0."""
+        for handle in self._handles:
+            handle.remove()
+
+
+def keep_masks(optimizers: Optimizer | Iterable[Optimizer], network: nn.Module) -> MaskKeeper:
+    """From now on, and now, `enforce_masks(network)` after each step of `optimizers`.
+
+    Masks and parameters are looked up at each step, so they may change or be sliced meanwhile. The optimizer's own
+    state is left alone. A copied or unpickled optimizer has no hooks: call this for it again.
+    """
+    enforce_masks(network)
+
+    def enforce(*_: Any) -> None:
+        enforce_masks(network)
+
+    listed = [optimizers] if isinstance(optimizers, Optimizer) else optimizers
+    return MaskKeeper([optimizer.register_step_post_hook(enforce) for optimizer in listed])
+
+
+@contextmanager
+def temporary_mask(network: nn.Module, name: str, mask: Tensor) -> Iterator[None]:
+    """Within the context the parameter `name` is 0 where `mask` is False; after it, it is as it was, to the bit.
+
+    It needs no registered mask and changes none. Contexts nest: leave them in the reverse order. Weights must not be
+    trained inside, or the change is lost. Raises ValueError as `set_mask`, or for an unknown parameter.
+    """
+    _check_known(network, name)
+    parameter = network.get_parameter(name)
+    gone = ~_checked_mask(name, parameter, mask).to(parameter.device)
+    with torch.no_grad():
+        values = parameter[gone]
+        _zero(parameter, ~gone)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            parameter.masked_scatter_(gone, values)
+
+
+def count_nonzero(network: nn.Module) -> int:
+    """How many elements of all parameters are not 0; shared parameters count once."""
+    return sum(int(parameter.detach().count_nonzero()) for parameter in network.parameters())
+
+
+def masked_shares(network: nn.Module) -> dict[str, float]:
+    """{name of a masked parameter: the part of its weights that is masked away, 0 to 1}."""
+    return {name: 1 - int(mask.sum()) / mask.numel() for name, (_, mask) in masked_parameters(network).items()}
+
+
+def masked_share(network: nn.Module) -> float:
+    """The part of the weights of all masked parameters together that is masked away, 0 to 1; 0 without masks."""
+    masks = [mask for _, mask in masked_parameters(network).values()]
+    kept, total = sum(int(mask.sum()) for mask in masks), sum(mask.numel() for mask in masks)
+    return 1 - kept / total if total else 0.0
+
+
+def _zero(parameter: Tensor, mask: Tensor) -> None:
+    # The bits, read as integers, times 0 or 1: +0 also for NaN and negative weights, 25 times as fast as masked_fill_.
+    parameter.view(_INTEGERS[parameter.element_size()]).mul_(mask)
+
+
+def _is_mask(module: nn.Module, leaf: str, parameter: Tensor, buffer: Tensor) -> bool:
+    persistent = leaf + MASK_SUFFIX not in module._non_persistent_buffers_set
+    return persistent and buffer.dtype == torch.bool and buffer.shape == parameter.shape
+
+
+def _checked_mask(name: str, parameter: Tensor, mask: Tensor) -> Tensor:
+    if mask.dtype != torch.bool or mask.shape != parameter.shape:
+        raise ValueError(
+            f"{name}: a bool mask of shape {tuple(parameter.shape)} is expected (True = kept), not {mask.dtype} of "
+            f"shape {tuple(mask.shape)}"
+        )
+    return mask
+
+
+def _check_has_history(network: nn.Module) -> None:
+    if isinstance(getattr(type(network), "compression_history", None), property):
+        raise ValueError(
+            f"{type(network).__name__} wraps a network and keeps no history of its own; change the masks of its "
+            ".network"
+        )
+
+
+def _check_known(network: nn.Module, name: str) -> None:
+    names = [known for known, _ in network.named_parameters(remove_duplicate=False)]
+    if name not in names:
+        near = difflib.get_close_matches(name, names, 2)
+        raise ValueError(
+            f"{name}: {type(network).__name__} has no parameter of that name"
+            + (f"; did you mean {' or '.join(near)}?" if near else "")
+            + " A parametrization or torch.nn.utils.prune that computes it has to be removed first."
+        )
+
+
+def _check_maskable(network: nn.Module, names: Iterable[str]) -> None:
+    owners: dict[int, list[str]] = {}
+    for name, parameter in network.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name)
+    for name in names:
+        _check_known(network, name)
+        parameter = network.get_parameter(name)
+        if len(places := owners[id(parameter)]) > 1:
+            raise ValueError(
+                f"{name}: the parameter is shared ({', '.join(places)}), so a mask here would prune the other place "
+                "too. Untie it first: give each place its own nn.Parameter"
+            )
+        path, _, leaf = name.rpartition(".")
+        module = network.get_submodule(path)
+        there = getattr(module, leaf + MASK_SUFFIX, None)
+        is_mask = isinstance(there, Tensor) and _is_mask(module, leaf, parameter, there)
+        if hasattr(module, leaf + MASK_SUFFIX) and not is_mask:
+            raise ValueError(
+                f"{name}: {name}{MASK_SUFFIX} is taken by something that is no bool mask of its shape; rename it"
+            )
+
+
+def _add_masks(network: nn.Module, names: Iterable[str]) -> None:
+    for name in names:
+        path, _, leaf = name.rpartition(".")
+        mask = torch.ones_like(network.get_parameter(name), dtype=torch.bool, requires_grad=False)
+        network.get_submodule(path).register_buffer(leaf + MASK_SUFFIX, mask)
+
+
+def _drop_masks(network: nn.Module, names: Iterable[str]) -> None:
+    masked = masked_parameters(network)
+    for name in names:
+        if name not in masked:
+            raise ValueError(f"{name}: it has no mask to remove; masked are {', '.join(masked) or 'no parameters'}")
+    for name in names:
+        path, _, leaf = name.rpartition(".")
+        delattr(network.get_submodule(path), leaf + MASK_SUFFIX)
+
+
+def _append(network: nn.Module, entry: dict[str, Any]) -> None:
+    network.compression_history = [*history_of(network), entry]  # type: ignore[assignment]  # a plain list

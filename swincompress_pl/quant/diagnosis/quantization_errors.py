@@ -1,0 +1,221 @@
+"""How far the values of every site and weight lie from the float network's, and how well each scale fits them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from swincompress_pl.quant.diagnosis.inspection import decibels, show, text_table
+from swincompress_pl.quant.graph.graph import Passthrough, Run, Site, WeightedNode
+from swincompress_pl.quant.network import QuantizedNetwork
+from swincompress_pl.quant.scales import Scales, affine_range
+
+# Sites of more bits than this have no scale that anything could gain from.
+_WIDEST = 16
+_PERCENTILE = 99.99
+_SAMPLED_VALUES = 1 << 17
+_HISTOGRAM_BINS = 80
+Key = tuple[str, str]  # ("activation", name of a site) or ("weight", name of a layer)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteError:
+    """How far quantized values lie from the float ones, and how the scale fits; None: nothing to compare, or exact.
+
+    snr_db: against the float network at the same place, all errors before it included. own_snr_db: rounding and
+    clipping here alone. clipped_percent: of the values. used_codes: of `codes` that there are. clip_to_max,
+    clip_to_p9999: the largest value that the scale can express, over the largest and over the 99.99 percentile of the
+    magnitudes (of a sample): below 1 it clips them. Of several scales (q, k and v, the rows of a weight) the most
+    clipped one counts.
+    """
+
+    name: str
+    kind: str
+    bits: int
+    signed: bool
+    snr_db: float | None
+    own_snr_db: float | None
+    clipped_percent: float
+    used_codes: int
+    codes: int
+    clip_to_max: float | None
+    clip_to_p9999: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields in JSON types."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Histogram:
+    """Float values in units of the step, in equal bins from `low` to `high`; codes reach from clip_low to clip_high."""
+
+    name: str
+    kind: str
+    low: float
+    high: float
+    counts: tuple[int, ...]
+    clip_low: int
+    clip_high: int
+
+
+def error_table(errors: Sequence[SiteError]) -> str:
+    """`site_errors` for a terminal; "" for none."""
+    header = ["site", "kind", "bits", "SNR, dB", "own SNR, dB", "clipped", "codes used", "clip / max", "clip / p99.99"]
+    rows = [
+        [
+            e.name,
+            e.kind,
+            f"{'' if e.signed else 'u'}{e.bits}",
+            show(e.snr_db, ".1f"),
+            show(e.own_snr_db, ".1f"),
+            f"{e.clipped_percent:.3f} %",
+            f"{e.used_codes} / {e.codes}",
+            show(e.clip_to_max, ".3f"),
+            show(e.clip_to_p9999, ".3f"),
+        ]
+        for e in errors
+    ]
+    return text_table(header, rows) if rows else ""
+
+
+def first_nodes(quantized: QuantizedNetwork) -> dict[Key, int]:
+    """{site or weight: number of the first node that it acts on}, in the network's order."""
+    first: dict[Key, int] = {}
+    for number, node in enumerate(quantized.graph.nodes):
+        if isinstance(node, WeightedNode):
+            first["weight", node.name] = number
+        if node.site is not None and quantized.graph.sites[node.site].bits <= _WIDEST:
+            first.setdefault(("activation", node.site), number)
+    return first
+
+
+class Tally:
+    """Sums over the values of one site or weight: errors, clipping, codes, and a sample in units of the step."""
+
+    def __init__(self, low: int, high: int, *, samples: int) -> None:
+        self.low, self.high, self.samples = low, high, samples
+        self.sums = dict.fromkeys(("signal", "noise", "own_signal", "own_noise"), 0.0)
+        self.clipped = self.values = 0
+        self.largest = 0.0
+        self.used = torch.zeros(high - low + 1, dtype=torch.bool)
+        self.sample: list[Tensor] = []
+
+    def add(self, expected: Tensor, before: Tensor, after: Tensor, expected_steps: Tensor, steps: Tensor) -> None:
+        """expected: float network; before, after: quantized network around the rounding here; *_steps: in steps."""
+        pairs = {"signal": expected, "noise": after - expected, "own_signal": before, "own_noise": after - before}
+        for name, value in pairs.items():
+            self.sums[name] += float(value.double().square().sum())
+        codes = steps.round()
+        self.clipped += int(((codes < self.low) | (codes > self.high)).sum())
+        self.values += codes.numel()
+        self.used[(codes.clamp(self.low, self.high) - self.low).long().flatten().unique().cpu()] = True
+        self.largest = max(self.largest, float(expected_steps.abs().max()))
+        stride = -(-expected_steps.numel() // self.samples)
+        self.sample.append(expected_steps.flatten()[::stride].float().cpu())
+
+    def histogram(self, key: Key) -> Histogram:
+        values = torch.cat(self.sample)
+        low, high = float(values.min()), float(values.max())
+        high = high if high > low else low + 1.0
+        counts = torch.histc(values, _HISTOGRAM_BINS, low, high).long().tolist()
+        return Histogram(
+            name=key[1], kind=key[0], low=low, high=high, counts=tuple(counts), clip_low=self.low, clip_high=self.high
+        )
+
+    def error(self, key: Key, *, bits: int, symmetric: bool) -> SiteError:
+        magnitudes = torch.cat(self.sample).abs().sort().values
+        percentile = float(magnitudes[min(len(magnitudes) - 1, int(len(magnitudes) * _PERCENTILE / 100))])
+        return SiteError(
+            name=key[1],
+            kind=key[0],
+            bits=bits,
+            signed=self.low < 0,
+            snr_db=decibels(self.sums["signal"], self.sums["noise"]),
+            own_snr_db=decibels(self.sums["own_signal"], self.sums["own_noise"]),
+            clipped_percent=100 * self.clipped / self.values,
+            used_codes=int(self.used.sum()),
+            codes=len(self.used),
+            clip_to_max=self.high / self.largest if symmetric and self.largest else None,
+            clip_to_p9999=self.high / percentile if symmetric and percentile else None,
+        )
+
+
+class _Kept(Passthrough):
+    """The float network; keeps the values of all sites, in order."""
+
+    def __init__(self) -> None:
+        self.values: list[Tensor] = []
+
+    def activation(self, site: Site, x: Tensor) -> Tensor:
+        self.values.append(x)
+        return x
+
+
+class _Compared(Passthrough):
+    """The quantized network; tallies every site against the float values, in the same order."""
+
+    def __init__(self, scales: Scales, expected: Iterable[Tensor], tallies: dict[Key, Tally], samples: int) -> None:
+        self.scales, self.expected, self.tallies, self.samples = scales, iter(expected), tallies, samples
+        self._balances = scales.balances
+
+    @property
+    def balances(self) -> Mapping[str, Tensor]:
+        return self._balances
+
+    def weight(self, node: WeightedNode, weight: Tensor) -> Tensor:
+        return self.scales.weight(node, weight)
+
+    def activation(self, site: Site, x: Tensor) -> Tensor:
+        expected, after = next(self.expected), self.scales.activation(site, x)
+        if site.bits <= _WIDEST:
+            scale, offset = self.scales.site(site), torch.zeros((), device=x.device)
+            low, high = (-site.q_max if site.signed else 0), site.q_max
+            if scale.affine and site.searched:
+                sizes = torch.tensor(site.segments, device=x.device)
+                (low, high), offset = affine_range(site.bits), scale.zero_point.repeat_interleave(sizes)
+            step = scale.channel_scales()
+            if site.shiftable:
+                offset = offset + scale.shift / step
+            tally = self.tallies.setdefault(("activation", site.name), Tally(low, high, samples=self.samples))
+            tally.add(expected, x, after, expected / step + offset, x / step + offset)
+        return after
+
+
+def measure_errors(quantized: QuantizedNetwork, parts: Sequence[Tensor]) -> tuple[list[SiteError], dict[Key, Tally]]:
+    """The errors in the network's order, a weight before the site that it writes to; and what they come from."""
+    tallies: dict[Key, Tally] = {}
+    scales = quantized.scales.fixed(quantized.graph, quantized.network)
+    samples = max(1, _SAMPLED_VALUES // len(parts))
+    for part in parts:
+        kept = _Kept()
+        Run(quantized.graph, quantized.network, kept)(part)
+        compared = _Compared(scales, kept.values, tallies, samples)
+        Run(quantized.graph, quantized.network, compared)(part)
+    symmetric = quantized.method != "affine"
+    errors = []
+    for key in first_nodes(quantized):
+        if key[0] == "weight":
+            errors.append(_weight_error(quantized, scales, key, tallies))
+        else:
+            site = quantized.graph.sites[key[1]]
+            errors.append(tallies[key].error(key, bits=site.bits, symmetric=symmetric or not site.searched))
+    return errors, tallies
+
+
+def _weight_error(quantized: QuantizedNetwork, scales: Scales, key: Key, tallies: dict[Key, Tally]) -> SiteError:
+    graph = quantized.graph
+    node = next(node for node in graph.weighted_nodes if node.name == key[1])
+    site = graph.site_of(node.inputs[0])
+    balance = None if site is None else scales.balances.get(site.name)
+    weight = node.folded_weight(quantized.network, balance)
+    scale = scales.weight_scale(node)
+    low, high = affine_range(scale.bits) if scale.affine else (-scale.q_max, scale.q_max)
+    steps = weight.flatten(1) / scale.step[:, None] + (scale.zero_point[:, None] if scale.affine else 0)
+    tally = tallies[key] = Tally(low, high, samples=_SAMPLED_VALUES)
+    tally.add(weight, weight, scale(weight), steps, steps)
+    return tally.error(key, bits=scale.bits, symmetric=not scale.affine)

@@ -1,0 +1,214 @@
+"""Small pieces that the adapters build their graphs from: the transformer block halves that Swin and ViT share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import numpy.typing as npt
+from torch import nn
+
+from swincompress_pl.quant.graph.graph import LOGIT_BITS, Graph, Node, Site, collect_sites, residual_site
+from swincompress_pl.quant.graph.nodes import (
+    ActivationNode,
+    AddNode,
+    AttentionNode,
+    GatherNode,
+    LayerNormNode,
+    LinearNode,
+    PixelConvNode,
+)
+from swincompress_pl.registry import UnsupportedNetworkError
+
+_ADDING = (LayerNormNode, LinearNode, ActivationNode)
+_SUBTRACTING = (LinearNode, ActivationNode)
+IndexArray = npt.NDArray[np.int32]
+
+
+class GraphBuilder:
+    """Gathers nodes and sites; every method appends nodes and returns the name of the value they make."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network = network
+        self.nodes: list[Node] = []
+        self._sites: list[Site] = []
+
+    def graph(self, *, height: int, width: int, channels: int, time_steps: int | None = None) -> Graph:
+        return _with_shifts(
+            Graph(
+                sites=collect_sites(self._sites),
+                nodes=tuple(self.nodes),
+                height=height,
+                width=width,
+                channels=channels,
+                time_steps=time_steps,
+            )
+        )
+
+    def site(self, site: Site) -> str:
+        self._sites.append(site)
+        return site.name
+
+    def residual(self, name: str, channels: int) -> str:
+        return self.site(residual_site(name, channels))
+
+    def add(self, node: Node) -> str:
+        self.nodes.append(node)
+        return node.output
+
+    def active(self, *paths: str) -> tuple[str, ...]:
+        """Those of the given dropout-like modules that do something in training."""
+        return tuple(path for path in paths if not isinstance(self.network.get_submodule(path), nn.Identity))
+
+    def pixel_conv(
+        self, path: str, *, site: str, mean: Sequence[float], std: Sequence[float], regularizers: tuple[str, ...] = ()
+    ) -> str:
+        conv = self.network.get_submodule(path)
+        plain = isinstance(conv, nn.Conv2d) and (conv.groups, *conv.dilation, *_pair(conv.padding)) == (1, 1, 1, 0, 0)
+        self.refuse(
+            not plain, f"{path} is {conv}; the first layer must be an nn.Conv2d without padding, groups or dilation"
+        )
+        assert isinstance(conv, nn.Conv2d)
+        if len(mean) != conv.in_channels or len(std) != conv.in_channels:
+            raise ValueError(f"preprocessing has {len(mean)} means for the {conv.in_channels} input channels of {path}")
+        return self.add(
+            PixelConvNode(
+                name=path,
+                inputs=("images",),
+                output=path,
+                site=site,
+                module=path,
+                mean=tuple(mean),
+                std=tuple(std),
+                regularizers=regularizers,
+            )
+        )
+
+    def layer_norm(self, path: str, x: str, *, site: str | None = None, regularizers: tuple[str, ...] = ()) -> str:
+        """LayerNorm; by default into a balanced int8 site of its own, for the linear layer that follows."""
+        norm = self.network.get_submodule(path)
+        self.refuse(not isinstance(norm, nn.LayerNorm), f"{path} is {type(norm).__name__}; only LayerNorm is supported")
+        assert isinstance(norm, nn.LayerNorm)
+        if site is None:
+            site = self.site(Site(name=path, segments=(norm.normalized_shape[0],), balanced=True))
+        return self.add(
+            LayerNormNode(name=path, inputs=(x,), output=path, site=site, module=path, regularizers=regularizers)
+        )
+
+    def linear(
+        self, path: str, x: str, *, site: str, layer_scale: str | None = None, regularizers: tuple[str, ...] = ()
+    ) -> str:
+        layer = self.network.get_submodule(path)
+        self.refuse(not isinstance(layer, nn.Linear), f"{path} is {type(layer).__name__}; only nn.Linear is supported")
+        return self.add(
+            LinearNode(
+                name=path,
+                inputs=(x,),
+                output=path,
+                site=site,
+                module=path,
+                layer_scale=layer_scale,
+                regularizers=regularizers,
+            )
+        )
+
+    def gather(self, name: str, x: str, index: IndexArray) -> str:
+        return self.add(
+            GatherNode(name=name, inputs=(x,), output=name, index=np.ascontiguousarray(index, dtype=np.int32))
+        )
+
+    def attention(
+        self,
+        path: str,
+        x: str,
+        *,
+        head_dim: int,
+        heads: int,
+        windows: int = 1,
+        bias_index: IndexArray | None = None,
+        region: npt.NDArray[np.uint8] | None = None,
+    ) -> str:
+        """qkv, attention inside windows; x and the result in window order."""
+        width = heads * head_dim
+        qkv_site = self.site(Site(name=f"{path}.qkv", segments=(width, width, width)))
+        qkv = self.linear(f"{path}.qkv", x, site=qkv_site)
+        dropout = self.active(f"{path}.attn_drop")
+        return self.add(
+            AttentionNode(
+                name=f"{path}.attention",
+                inputs=(qkv,),
+                output=f"{path}.attention",
+                site=self.site(Site(name=f"{path}.attention", segments=(width,))),
+                module=path,
+                windows=windows,
+                qk_dim=head_dim,
+                v_dim=head_dim,
+                bias_index=bias_index,
+                region=region,
+                dropout=dropout[0] if dropout else None,
+            )
+        )
+
+    def mlp(self, block: str, x: str, *, norm: str, residual: str, layer_scale: str | None, drop_path: str) -> str:
+        """x + fc2(act(fc1(norm(x))))."""
+        path = f"{block}.mlp"
+        mlp = self.network.get_submodule(path)
+        plain = all(isinstance(getattr(mlp, name, None), nn.Linear) for name in ("fc1", "fc2"))
+        plain = plain and not hasattr(mlp, "gate_norm") and isinstance(getattr(mlp, "norm", nn.Identity()), nn.Identity)
+        self.refuse(not plain, f"{path} is {type(mlp).__name__}; only fc1 - activation - fc2 without norm is supported")
+        hidden = int(mlp.fc1.out_features)  # type: ignore[union-attr,arg-type]
+        y = self.layer_norm(norm, x)
+        inner = Site(name=f"{path}.fc1", segments=(hidden,), operand=False)
+        y = self.linear(f"{path}.fc1", y, site=self.site(inner))
+        y = self.add(
+            ActivationNode(
+                name=f"{path}.act",
+                inputs=(y,),
+                output=f"{path}.act",
+                module=f"{path}.act",
+                site=self.site(Site(name=f"{path}.act", segments=(hidden,))),
+                regularizers=self.active(f"{path}.drop1"),
+            )
+        )
+        y = self.linear(
+            f"{path}.fc2",
+            y,
+            site=residual,
+            layer_scale=layer_scale,
+            regularizers=self.active(f"{path}.drop2", drop_path),
+        )
+        return self.residual_add(f"{block}.add2", x, y, residual)
+
+    def residual_add(self, name: str, x: str, branch: str, residual: str) -> str:
+        return self.add(AddNode(name=name, inputs=(x, branch), output=name, site=residual))
+
+    def head(self, path: str, x: str) -> str:
+        layer = self.network.get_submodule(path)
+        self.refuse(
+            not isinstance(layer, nn.Linear), f"{path} is {type(layer).__name__}; a classifier needs num_classes > 0"
+        )
+        assert isinstance(layer, nn.Linear)
+        site = self.site(Site(name="logits", segments=(layer.out_features,), bits=LOGIT_BITS))
+        return self.linear(path, x, site=site)
+
+    def refuse(self, condition: bool, message: str) -> None:
+        if condition:
+            raise UnsupportedNetworkError(f"{type(self.network).__name__}: {message}")
+
+
+def _with_shifts(graph: Graph) -> Graph:
+    """`graph` with those sites shiftable whose makers and readers all absorb a constant."""
+    fixed = {site.name for site in graph.sites.values() if not site.searched}
+    for node in graph.nodes:
+        # A padded gather brings rows of code 0, which have to mean 0; one that joins rows makes other channels.
+        moves = isinstance(node, GatherNode) and node.index.shape[1] == 1 and not node.pads
+        for kinds, values in ((_ADDING, (node.output,)), (_SUBTRACTING, node.inputs)):
+            found = [site for value in values if (site := graph.site_of(value)) is not None]
+            fixed |= {site.name for site in found if not (moves or isinstance(node, kinds))}
+    sites = {name: replace(site, shiftable=name not in fixed) for name, site in graph.sites.items()}
+    return replace(graph, sites=sites)
+
+
+def _pair(padding: object) -> tuple[object, ...]:
+    return tuple(padding) if isinstance(padding, tuple | list) else (padding,)

@@ -1,0 +1,359 @@
+"""The kinds of graph node: for each, its float computation and its integer form.
+
+`forward` is what calibration and training see; `lower` writes the operation of the norm (`swincompress_pl.spec`) with
+the same meaning. They stand side by side so that a change of one meets the other.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from swincompress_pl.quant.graph.graph import Node, Run, WeightedNode, parameter
+from swincompress_pl.quant.lower import Lowering, to_array
+from swincompress_pl.spec import EXP_STEPS, multiplier
+from swincompress_pl.spec.lowering import TABLE_CODES, layer_norm_integers, table_values
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearNode(WeightedNode):
+    """nn.Linear at `module`; `layer_scale`, a per-channel factor on its output, is folded into weight and bias."""
+
+    layer_scale: str | None = None
+
+    def _gamma(self, network: nn.Module) -> Tensor | None:
+        return None if self.layer_scale is None else parameter(network, self.layer_scale)
+
+    def folded_weight(self, network: nn.Module, balance: Tensor | None) -> Tensor:
+        weight = parameter(network, f"{self.module}.weight")
+        gamma = self._gamma(network)
+        if gamma is not None:
+            weight = weight * gamma[:, None]
+        return weight if balance is None else weight * balance
+
+    def folded_bias(self, network: nn.Module) -> Tensor | None:
+        bias: Tensor | None = getattr(network.get_submodule(self.module), "bias", None)
+        gamma = self._gamma(network)
+        return bias if bias is None or gamma is None else bias * gamma
+
+    def set_folded_weight(self, network: nn.Module, folded: Tensor, balance: Tensor | None) -> None:
+        weight, gamma = parameter(network, f"{self.module}.weight"), self._gamma(network)
+        unfolded = folded if balance is None else folded / balance
+        weight.copy_(unfolded if gamma is None else torch.where(gamma == 0, weight.T, unfolded.T / gamma).T)
+
+    def add_to_bias(self, network: nn.Module, change: Tensor) -> None:
+        bias, gamma = getattr(network.get_submodule(self.module), "bias", None), self._gamma(network)
+        if bias is not None:
+            bias += change if gamma is None else torch.where(gamma == 0, 0.0, change / gamma)
+
+    def input_rows(self, network: nn.Module, x: Tensor) -> Tensor:
+        return x.reshape(x.shape[0], -1, x.shape[-1])
+
+    def forward(self, run: Run, *inputs: Tensor) -> Tensor:
+        return F.linear(inputs[0], run.weight(self), self.folded_bias(run.network))
+
+    def lower(self, lowering: Lowering) -> None:
+        weight_q, step = lowering.weight(self)
+        unit = step * lowering.scalar_scale(self.inputs[0])
+        bias = self.folded_bias(lowering.network)
+        real_bias = np.zeros(len(step)) if bias is None else to_array(bias)
+        # The input's codes stand for more than its values: what that adds, with the weights as rounded, is taken off.
+        added = lowering.shift(self.inputs[0]) / lowering.ratios(self.inputs[0])
+        real_bias = real_bias - (weight_q * added).sum(1) * step + lowering.shift(self.output)
+        lowering.emit(
+            self,
+            "linear",
+            attributes={"channels": len(step)},
+            tensors={
+                "weight": weight_q,
+                "bias": lowering.bias(self, real_bias, unit),
+                **lowering.requantization(unit / lowering.scales(self.output)),
+            },
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PixelConvNode(WeightedNode):
+    """nn.Conv2d over the image. Integers see raw pixels: mean and deviation are folded into weights and bias.
+
+    The mean is folded with the *quantized* weights, so that their rounding errors act on centred pixels only.
+    mean, std: per input channel, in [0, 1] units. The convolution has no padding (a padded border would see another
+    mean).
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def _conv(self, network: nn.Module) -> nn.Conv2d:
+        conv = network.get_submodule(self.module)
+        assert isinstance(conv, nn.Conv2d)
+        return conv
+
+    def _deviation(self, network: nn.Module) -> Tensor:
+        """(C, 1, 1) standard deviation in pixel steps."""
+        weight = self._conv(network).weight
+        return torch.tensor(self.std, dtype=weight.dtype, device=weight.device)[:, None, None] * 255
+
+    def folded_weight(self, network: nn.Module, balance: Tensor | None) -> Tensor:
+        return self._conv(network).weight / self._deviation(network)
+
+    def folded_bias(self, network: nn.Module) -> Tensor | None:
+        return self._conv(network).bias
+
+    def set_folded_weight(self, network: nn.Module, folded: Tensor, balance: Tensor | None) -> None:
+        self._conv(network).weight.copy_(folded * self._deviation(network))
+
+    def add_to_bias(self, network: nn.Module, change: Tensor) -> None:
+        bias = self._conv(network).bias
+        if bias is not None:
+            bias += change
+
+    def input_rows(self, network: nn.Module, x: Tensor) -> Tensor:
+        conv = self._conv(network)
+        pixels = x * self._deviation(network)  # centred, in pixel steps
+        return F.unfold(pixels, conv.kernel_size, stride=conv.stride).transpose(1, 2)
+
+    def forward(self, run: Run, *inputs: Tensor) -> Tensor:
+        conv = self._conv(run.network)
+        weight = run.weight(self) * self._deviation(run.network)
+        return F.conv2d(inputs[0], weight, conv.bias, conv.stride).flatten(2).transpose(1, 2)
+
+    def lower(self, lowering: Lowering) -> None:
+        conv = self._conv(lowering.network)
+        weight_q, unit = lowering.weight(self)
+        mean = np.asarray(self.mean, dtype=np.float64) * 255
+        real_bias = np.zeros(len(unit)) if conv.bias is None else to_array(conv.bias)
+        real_bias = real_bias - (weight_q.astype(np.float64).sum(axis=(2, 3)) @ mean) * unit
+        lowering.emit(
+            self,
+            "conv2d",
+            attributes={
+                "channels": len(unit),
+                "kernel": list(conv.kernel_size),
+                "stride": list(conv.stride),
+                "padding": [0, 0],
+            },
+            tensors={
+                "weight": np.ascontiguousarray(weight_q.transpose(0, 2, 3, 1)),
+                "bias": lowering.bias(self, real_bias, unit),
+                **lowering.requantization(unit / lowering.scales(self.output)),
+            },
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerNormNode(Node):
+    """nn.LayerNorm at `module`; the output's per-channel ratios are folded into gain and offset."""
+
+    module: str
+
+    def _norm(self, network: nn.Module) -> nn.LayerNorm:
+        norm = network.get_submodule(self.module)
+        assert isinstance(norm, nn.LayerNorm)
+        return norm
+
+    def forward(self, run: Run, *inputs: Tensor) -> Tensor:
+        result: Tensor = self._norm(run.network)(inputs[0])  # the module, which pruning may have masked on trial
+        return result
+
+    def lower(self, lowering: Lowering) -> None:
+        norm = self._norm(lowering.network)
+        scales = lowering.scales(self.output)
+        channels = len(scales)
+        bias = np.zeros(channels) if norm.bias is None else to_array(norm.bias)
+        attributes, tensors = layer_norm_integers(
+            np.ones(channels) if norm.weight is None else to_array(norm.weight),
+            bias + lowering.shift(self.output),
+            eps=norm.eps,
+            input_scale=lowering.scalar_scale(self.inputs[0]),
+            output_scale=scales,
+        )
+        lowering.emit(self, "layer_norm", attributes=attributes, tensors=tensors)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActivationNode(Node):
+    """An elementwise function, the module at `module`, as a table over the 255 codes of its input."""
+
+    module: str
+
+    def forward(self, run: Run, *inputs: Tensor) -> Tensor:
+        result: Tensor = run.network.get_submodule(self.module)(inputs[0])
+        return result
+
+    def lower(self, lowering: Lowering) -> None:
+        codes = torch.from_numpy(TABLE_CODES)
+        function = lowering.network.get_submodule(self.module)
+        (shift_in,), (shift_out,) = lowering.shift(self.inputs[0]), lowering.shift(self.output)
+        real = to_array(function(codes * lowering.scalar_scale(self.inputs[0]) - shift_in)) + shift_out
+        values = table_values(real, lowering.scalar_scale(self.output), lowering.site(self.output).dtype)
+        lowering.emit(self, "table", tensors={"values": values})
+
+
+@dataclass(frozen=True, kw_only=True)
+class AddNode(Node):
+    """The residual sum; both sides are already in the stream's unit. The second may lack the axis of time."""
+
+    def forward(self, run: Run, *inputs: Tensor) -> Tensor:
+        stream, branch = inputs
+        return stream + (branch if branch.ndim == stream.ndim else branch.unsqueeze(1))
+
+    def lower(self, lowering: Lowering) -> None:
+        lowering.emit(self, "add")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AddConstantNode(Node):
+    """Adds the rows `first:` of the parameter (1, R, C) at `parameter`: the position embedding of the patches."""
+
+    parameter: str
+    first: int = 0
+
+    def _rows(self, network: nn.Module) -> Tensor:
+        return parameter(network, self.parameter)[0, self.first :]
+
+    def forward(self, run: Run, *inputs: Tensor) -> Tensor:
+        return inputs[0] + self._rows(run.network)
+
+    def lower(self, lowering: Lowering) -> None:
+        lowering.emit(
+            self, "add_constant", tensors={"constant": lowering.constant(self, to_array(self._rows(lowering.network)))}
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrependNode(Node):
+    """Constant tokens in front: parameters (1, R, C), plus the first rows of `position` where it covers them."""
+
+    parameters: tuple[str, ...]
+    position: str | None = None
+
+    def _rows(self, network: nn.Module) -> Tensor:
+        rows = torch.cat([parameter(network, path)[0] for path in self.parameters])
+        return rows if self.position is None else rows + parameter(network, self.position)[0, : len(rows)]
+
+    def forward(self, run: Run, *inputs: Tensor) -> Tensor:
+        rows = self._rows(run.network)
+        return torch.cat([rows.expand(inputs[0].shape[0], -1, -1), inputs[0]], dim=1)
+
+    def lower(self, lowering: Lowering) -> None:
+        rows = lowering.constant(self, to_array(self._rows(lowering.network)))
+        lowering.emit(self, "prepend", attributes={"rows": len(rows)}, tensors={"rows": rows})
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class GatherNode(Node):
+    """Tokens moved by index (rows, joined): window partition and its reverse, patch merging, choice of a token."""
+
+    index: npt.NDArray[np.int32]
+
+    def __post_init__(self) -> None:
+        # Code that torch.compile traces cannot look into arrays.
+        object.__setattr__(self, "_pads", bool((self.index < 0).any()))
+
+    @property
+    def pads(self) -> bool:
+        """Whether rows of zeros (index -1) are among what it gives."""
+        pads: bool = self._pads  # type: ignore[attr-defined]
+        return pads
+
+    def forward(self, run: Run, *inputs: Tensor) -> Tensor:
+        x = inputs[0]
+        index = torch.from_numpy(self.index).to(x.device)
+        if self.pads:
+            x = F.pad(x, (0, 0, 0, 1))  # row -1 is the zero row
+            index = index % x.shape[1]
+        return x[:, index.flatten()].reshape(x.shape[0], index.shape[0], -1)
+
+    def lower(self, lowering: Lowering) -> None:
+        index = self.index
+        lowering.emit(
+            self, "gather", attributes={"rows": index.shape[0], "joined": index.shape[1]}, tensors={"index": index}
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeanNode(Node):
+    """The mean over tokens, and time steps where there are any: one sum and one requantization."""
+
+    rows: int
+
+    def forward(self, run: Run, *inputs: Tensor) -> Tensor:
+        return inputs[0].flatten(1, -2).mean(dim=1)
+
+    def lower(self, lowering: Lowering) -> None:
+        factor = lowering.scales(self.inputs[0]) / (self.rows * lowering.scales(self.output))
+        lowering.emit(self, "mean", tensors=lowering.requantization(factor))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class AttentionNode(Node):
+    """Multi-head attention inside windows, from q | k | v in one matrix.
+
+    The module at `module` gives num_heads, scale and, with `bias_index`, relative_position_bias_table (T, heads).
+    region: (windows, length) labels; tokens see only their own region. `dropout`: path of the attention dropout.
+    """
+
+    module: str
+    windows: int
+    qk_dim: int
+    v_dim: int
+    bias_index: npt.NDArray[np.int32] | None = None
+    region: npt.NDArray[np.uint8] | None = None
+    dropout: str | None = None
+
+    def _heads_and_scale(self, network: nn.Module) -> tuple[int, float]:
+        module: Any = network.get_submodule(self.module)
+        return int(module.num_heads), float(module.scale)
+
+    def forward(self, run: Run, *inputs: Tensor) -> Tensor:
+        heads, scale = self._heads_and_scale(run.network)
+        x = inputs[0]
+        batch, rows, _ = x.shape
+        split = (heads * self.qk_dim, heads * self.qk_dim, heads * self.v_dim)
+        q, k, v = (
+            part.reshape(batch, self.windows, rows // self.windows, heads, -1).transpose(2, 3)
+            for part in x.split(split, dim=-1)
+        )
+        logits = (q * scale) @ k.transpose(-2, -1)
+        if self.bias_index is not None:
+            table = parameter(run.network, f"{self.module}.relative_position_bias_table")
+            logits = logits + table[torch.from_numpy(self.bias_index).to(x.device)].permute(2, 0, 1)
+        if self.region is not None:
+            region = torch.from_numpy(self.region).to(x.device)
+            other = region[:, None, :, None] != region[:, None, None, :]
+            logits = logits.masked_fill(other, -math.inf)
+        probabilities = logits.softmax(dim=-1)
+        if self.dropout is not None:
+            probabilities = run.network.get_submodule(self.dropout)(probabilities)
+        attended: Tensor = (probabilities @ v).transpose(2, 3).reshape(batch, rows, -1)
+        return attended
+
+    def lower(self, lowering: Lowering) -> None:
+        heads, scale = self._heads_and_scale(lowering.network)
+        q_scale, k_scale, v_scale = lowering.segment_scales(self.inputs[0])
+        logit_unit = q_scale * k_scale * scale
+        exp_mult, exp_shift = multiplier(np.full(heads, logit_unit * math.log2(math.e) * EXP_STEPS))
+        out_mult, out_shift = multiplier(np.full(heads, v_scale / lowering.scalar_scale(self.output)))
+        tensors: dict[str, npt.NDArray[Any]] = {
+            "exp_mult": exp_mult,
+            "exp_shift": exp_shift,
+            "out_mult": out_mult,
+            "out_shift": out_shift,
+        }
+        attributes = {"windows": self.windows, "heads": heads, "qk_dim": self.qk_dim, "v_dim": self.v_dim}
+        if self.bias_index is not None:
+            table = to_array(parameter(lowering.network, f"{self.module}.relative_position_bias_table")).T
+            tensors["bias_table"] = lowering.bias(self, np.ascontiguousarray(table), np.full(table.shape, logit_unit))
+            tensors["bias_index"] = self.bias_index
+            attributes["biases"] = table.shape[1]
+        if self.region is not None:
+            tensors["region"] = self.region
+        lowering.emit(self, "attention", attributes=attributes, tensors=tensors)

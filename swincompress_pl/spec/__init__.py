@@ -1,0 +1,33 @@
+"""The integer norm: what every number of a compressed network is, in NumPy and without torch.
+
+`Program` is the network as data, `check` proves it, `run` defines its result. `docs/norm.md` derives the rules.
+"""
+
+from swincompress_pl.spec.integer import EXP_STEPS, LIMITS, STORAGE, multiplier
+from swincompress_pl.spec.program import (
+    INPUT_VALUE,
+    InputDescription,
+    Operation,
+    Program,
+    ProgramError,
+    Value,
+)
+from swincompress_pl.spec.reference import Cost, check, costs, run, steps
+
+__all__ = [
+    "EXP_STEPS",
+    "INPUT_VALUE",
+    "LIMITS",
+    "STORAGE",
+    "Cost",
+    "InputDescription",
+    "Operation",
+    "Program",
+    "ProgramError",
+    "Value",
+    "check",
+    "costs",
+    "multiplier",
+    "run",
+    "steps",
+]

@@ -1,0 +1,155 @@
+"""What a kind of operation is, and how a call of it is examined."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from swincompress_pl.spec.integer import (
+    ACCUMULATOR_BOUND,
+    LIMITS,
+    MULTIPLIER_BITS,
+    SHIFT_MAX,
+    SIGNED_BYTES,
+    UNSIGNED_BYTES,
+    IntArray,
+)
+from swincompress_pl.spec.program import Operation, ProgramError, Value
+
+Tensors = Mapping[str, IntArray]
+_MISSING = object()
+BYTES = (*SIGNED_BYTES, *UNSIGNED_BYTES)
+
+
+def _listed(dtypes: Sequence[str]) -> str:
+    """`int2 to int8 or int16`: the types in words, runs of byte types by their ends."""
+    text = " or ".join(dtypes)
+    for run in (SIGNED_BYTES, UNSIGNED_BYTES):
+        text = text.replace(" or ".join(run), f"{run[0]} to {run[-1]}")
+    return text
+
+
+class Call:
+    """One operation under examination: its attributes, tensors and input values, each checked when asked for."""
+
+    def __init__(self, op: Operation, inputs: Sequence[Value], tensors: Tensors) -> None:
+        self.op, self.inputs, self._tensors = op, inputs, tensors
+        self._asked: set[str] = set()
+        self._asked_attributes: set[str] = set()
+
+    def fail(self, message: str) -> ProgramError:
+        return ProgramError(f"{self.op.kind} {self.op.name!r}: {message}")
+
+    def require(self, condition: bool, message: str) -> None:
+        if not condition:
+            raise self.fail(message)
+
+    def source(self, number: int, *dtypes: str) -> Value:
+        value = self.inputs[number]
+        self.require(value.dtype in dtypes, f"input {number} is {value.dtype}; it must be {_listed(dtypes)}")
+        return value
+
+    def output(self, shape: tuple[int, ...], *dtypes: str) -> Value:
+        self.require(self.op.dtype in dtypes, f"output is {self.op.dtype}; it must be {_listed(dtypes)}")
+        return Value(dtype=self.op.dtype, shape=shape)
+
+    def counts(self, shape: tuple[int, ...], what: str, reach: int, *dtypes: str) -> Value:
+        """An output of sums of spikes that may reach `reach` and no more; `what` names one of them in the error."""
+        value = self.output(shape, *dtypes)
+        self.require(reach <= LIMITS[value.dtype][1], f"{what} may reach {reach}, beyond {value.dtype}")
+        return Value(dtype=value.dtype, shape=shape, largest=reach)
+
+    def integer(self, key: str, low: int, high: int, default: int | None = None) -> int:
+        """The attribute; `default` where it is absent, which is an error without one."""
+        self._asked_attributes.add(key)
+        value = self.op.attributes.get(key, _MISSING if default is None else default)
+        if type(value) is not int or not low <= value <= high:
+            shown = "missing" if value is _MISSING else repr(value)
+            raise self.fail(f"attribute {key} is {shown}; it must be an integer in [{low}, {high}]")
+        return value
+
+    def pair(self, key: str, low: int, high: int) -> tuple[int, int]:
+        self._asked_attributes.add(key)
+        value = self.op.attributes.get(key)
+        if (
+            not isinstance(value, list | tuple)
+            or len(value) != 2
+            or not all(type(v) is int and low <= v <= high for v in value)
+        ):
+            raise self.fail(f"attribute {key} is {value!r}; it must be two integers in [{low}, {high}]")
+        return (value[0], value[1])
+
+    def positions(self, x: Value, kernel: tuple[int, int]) -> tuple[int, int]:
+        """(height, width) of where a window fits into images (H, W, C) or (T, H, W, C), from attributes stride and
+        padding."""
+        self.require(
+            len(x.shape) in (3, 4), f"input has shape {x.shape}; a window slides over (height, width, channels)"
+        )
+        stride, padding = self.pair("stride", 1, 1024), self.pair("padding", 0, 1024)
+        self.require(
+            all(p < k for p, k in zip(padding, kernel, strict=True)), f"padding {padding} reaches kernel {kernel}"
+        )
+        height, width = (
+            (size + 2 * p - k) // s + 1 for size, p, k, s in zip(x.shape[-3:-1], padding, kernel, stride, strict=True)
+        )
+        self.require(height > 0 and width > 0, f"kernel {kernel} is larger than the padded input {x.shape[-3:-1]}")
+        return height, width
+
+    def tensor(self, role: str, dtype: str, *shapes: tuple[int, ...]) -> IntArray:
+        self._asked.add(role)
+        if role not in self._tensors:
+            raise self.fail(f"tensor {role!r} is missing")
+        tensor = self._tensors[role]
+        self.require(tensor.dtype == np.dtype(dtype), f"tensor {role!r} is {tensor.dtype}; it must be {dtype}")
+        self.require(
+            tensor.shape in shapes,
+            f"tensor {role!r} has shape {tensor.shape}; it must be {' or '.join(map(str, shapes))}",
+        )
+        return tensor
+
+    def has(self, role: str) -> bool:
+        return role in self._tensors
+
+    def in_range(self, role: str, tensor: IntArray, low: int, high: int) -> None:
+        smallest, largest = int(tensor.min()), int(tensor.max())
+        self.require(
+            low <= smallest and largest <= high,
+            f"tensor {role!r} holds values in [{smallest}, {largest}]; they must lie in [{low}, {high}]",
+        )
+
+    def requantization(
+        self, channels: int, mult: str = "mult", shift: str = "shift", shift_max: int = SHIFT_MAX
+    ) -> None:
+        self.in_range(mult, self.tensor(mult, "int32", (channels,)), 0, 2**MULTIPLIER_BITS - 1)
+        self.in_range(shift, self.tensor(shift, "uint8", (channels,)), 1, shift_max)
+
+    def accumulator(self, value: Value, weight: IntArray, bias: IntArray) -> None:
+        """Proves |bias| + a_max * sum |w| < 2**31 for every output channel. weight: (M, K)."""
+        reach = value.reach * np.abs(weight.astype(np.int64)).sum(axis=1)
+        peak = np.abs(bias.astype(np.int64)).reshape(-1, weight.shape[0]).max(axis=0)
+        worst = int((reach + peak).max())
+        self.require(
+            worst < ACCUMULATOR_BOUND,
+            f"accumulator may reach {worst}, beyond int32; the layer is too wide or its bias too large for its scale",
+        )
+
+    def nothing_else(self) -> None:
+        for what, extra in (
+            ("tensor", set(self._tensors) - self._asked),
+            ("attribute", set(self.op.attributes) - self._asked_attributes),
+        ):
+            self.require(not extra, f"unknown {what} {', '.join(map(repr, sorted(extra)))}")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """check: proves a call and gives its output value; run: arrays in, array out; macs: multiply-accumulates an
+    image."""
+
+    arity: int
+    check: Callable[[Call], Value]
+    run: Callable[[Sequence[IntArray], Tensors, Mapping[str, Any], str], IntArray]
+    macs: Callable[[Sequence[Value], Value, Mapping[str, Any], Tensors], int] = lambda *_: 0

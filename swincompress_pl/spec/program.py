@@ -1,0 +1,217 @@
+"""A network as the norm sees it: a list of operations over named integer values, with their integer tensors.
+
+A Program is plain data. Adapters build it, `accel` writes and runs it, `reference.run` defines what it means. Values
+are in single-assignment form: every operation reads earlier values and writes one new one; the input is the value
+`images`, the result the output of the last operation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from swincompress_pl.spec.integer import ITEMSIZE, LIMITS
+
+NORM_VERSION = 1
+INPUT_VALUE = "images"
+
+
+class ProgramError(ValueError):
+    """A Program contradicts itself or breaks a bound of the norm; the message names the operation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Value:
+    """Type and per-image shape of a value: (rows..., channels); the batch axis is left out.
+
+    largest: what no value is beyond, as `check` has proved it for spikes and their sums; None: the type's own limit.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    largest: int | None = None
+
+    @property
+    def reach(self) -> int:
+        """The largest magnitude that is possible."""
+        return LIMITS[self.dtype][1] if self.largest is None else self.largest
+
+    def __post_init__(self) -> None:
+        if self.dtype not in LIMITS:
+            raise ProgramError(f"value of type {self.dtype!r}; types are {', '.join(LIMITS)}")
+        if not self.shape or any(not isinstance(size, int) or size < 1 for size in self.shape):
+            raise ProgramError(f"value of shape {self.shape}; every size must be a positive integer")
+
+    @property
+    def rows(self) -> int:
+        """Number of tokens: the product of all axes but the last."""
+        return int(np.prod(self.shape[:-1], dtype=np.int64))
+
+    @property
+    def channels(self) -> int:
+        return self.shape[-1]
+
+    @property
+    def size_bytes(self) -> int:
+        return self.rows * self.channels * ITEMSIZE[self.dtype]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Operation:
+    """One step. `tensors` maps a role ("weight", "bias", ...) to a key of `Program.tensors`; several may share a
+    key."""
+
+    kind: str
+    name: str
+    inputs: tuple[str, ...]
+    output: str
+    dtype: str
+    attributes: Mapping[str, Any] = field(default_factory=dict)
+    tensors: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputDescription:
+    """What the engine takes: uint8 pixels (N, height, width, channels), and how they were made from an image; or, with
+    `time_steps`, uint8 counts of events (N, time_steps, height, width, channels).
+
+    `preprocessing` is information for the user (resize, crop, interpolation, mean, std); mean and std are already
+    folded into the first layer.
+    """
+
+    height: int
+    width: int
+    channels: int = 3
+    time_steps: int | None = None
+    preprocessing: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def value(self) -> Value:
+        time = () if self.time_steps is None else (self.time_steps,)
+        return Value(dtype="uint8", shape=(*time, self.height, self.width, self.channels))
+
+    def describe(self) -> dict[str, Any]:
+        """As JSON-able data; `from_description` is the inverse."""
+        events = {} if self.time_steps is None else {"time_steps": self.time_steps}
+        return {
+            "dtype": "uint8",
+            "axes": "NTHWC" if events else "NHWC",
+            **events,
+            "height": self.height,
+            "width": self.width,
+            "channels": self.channels,
+            "preprocessing": dict(self.preprocessing),
+        }
+
+    @classmethod
+    def from_description(cls, given: Mapping[str, Any]) -> InputDescription:
+        """Raises ProgramError for a type or an order of axes that is not known, KeyError for a missing entry."""
+        if given["dtype"] != "uint8" or given["axes"] not in ("NHWC", "NTHWC"):
+            raise ProgramError(
+                f"program input is {given['dtype']} {given['axes']}; only uint8 NHWC (images) and NTHWC (events) are "
+                "known"
+            )
+        return cls(
+            height=given["height"],
+            width=given["width"],
+            channels=given["channels"],
+            time_steps=given["time_steps"] if given["axes"] == "NTHWC" else None,
+            preprocessing=given["preprocessing"],
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Program:
+    """operations in order; tensors by key; logit_scale turns the int32 result into float logits."""
+
+    input: InputDescription
+    operations: tuple[Operation, ...]
+    tensors: Mapping[str, npt.NDArray[Any]]
+    logit_scale: float
+    classes: tuple[str, ...] | None = None
+    origin: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tensors", MappingProxyType(dict(self.tensors)))
+
+    def describe(self) -> dict[str, Any]:
+        """Everything but the tensors as JSON-able data; `Program.from_description` is the inverse."""
+        return {
+            "norm_version": NORM_VERSION,
+            "input": self.input.describe(),
+            "logit_scale": float(self.logit_scale).hex(),
+            "classes": list(self.classes) if self.classes is not None else None,
+            "origin": dict(self.origin),
+            "operations": [
+                {
+                    "kind": op.kind,
+                    "name": op.name,
+                    "inputs": list(op.inputs),
+                    "output": op.output,
+                    "dtype": op.dtype,
+                    "attributes": dict(op.attributes),
+                    "tensors": dict(op.tensors),
+                }
+                for op in self.operations
+            ],
+        }
+
+    @classmethod
+    def from_description(cls, description: Mapping[str, Any], tensors: Mapping[str, npt.NDArray[Any]]) -> Program:
+        """Rebuilds a Program; raises ProgramError naming the missing or ill-typed entry."""
+        try:
+            version = description["norm_version"]
+            if version != NORM_VERSION:
+                raise ProgramError(
+                    f"program of norm version {version!r}; this package runs version {NORM_VERSION}: "
+                    "export the model again"
+                )
+            classes = description["classes"]
+            return cls(
+                input=InputDescription.from_description(description["input"]),
+                operations=tuple(_operation(entry) for entry in description["operations"]),
+                tensors=tensors,
+                logit_scale=float.fromhex(description["logit_scale"]),
+                classes=None if classes is None else tuple(classes),
+                origin=description["origin"],
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ProgramError(f"program description is incomplete or ill-typed: {error!r}") from error
+
+    @property
+    def time_steps(self) -> int | None:
+        """Of a spiking network; None for any other."""
+        found = (op.attributes.get("steps") for op in self.operations if op.kind == "lif")
+        return next(found, self.input.time_steps)
+
+    @property
+    def parameter_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+
+def _operation(entry: Mapping[str, Any]) -> Operation:
+    def texts(items: Sequence[Any]) -> tuple[str, ...]:
+        if isinstance(items, str) or not all(isinstance(item, str) for item in items):
+            raise ProgramError(f"operation {entry.get('name')!r}: inputs must be names, not {items!r}")
+        return tuple(items)
+
+    def text(key: str) -> str:
+        if not isinstance(entry[key], str):
+            raise ProgramError(f"operation {entry.get('name')!r}: {key} must be text, not {entry[key]!r}")
+        return str(entry[key])
+
+    return Operation(
+        kind=text("kind"),
+        name=text("name"),
+        inputs=texts(entry["inputs"]),
+        output=text("output"),
+        dtype=text("dtype"),
+        attributes=dict(entry["attributes"]),
+        tensors=dict(zip(entry["tensors"], texts(list(entry["tensors"].values())), strict=True)),
+    )

@@ -1,0 +1,123 @@
+"""Checks a Program and runs it in NumPy: the definition that every other interpreter is compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from swincompress_pl.spec.integer import IntArray
+from swincompress_pl.spec.kinds import KINDS, check_operation
+from swincompress_pl.spec.program import (
+    INPUT_VALUE,
+    InputDescription,
+    Operation,
+    Program,
+    ProgramError,
+    Value,
+)
+
+
+def tensors_of(program: Program, op: Operation) -> dict[str, IntArray]:
+    """The tensors of one operation by role; ProgramError names a key that the Program lacks."""
+    missing = [key for key in op.tensors.values() if key not in program.tensors]
+    if missing:
+        raise ProgramError(f"{op.kind} {op.name!r}: tensor {missing[0]!r} is not in the program")
+    return {role: program.tensors[key] for role, key in op.tensors.items()}
+
+
+def check(program: Program) -> dict[str, Value]:
+    """Type and shape of every value, by name; proves all bounds. Raises ProgramError naming the first wrong
+    operation."""
+    values = {INPUT_VALUE: program.input.value}
+    if not program.operations:
+        raise ProgramError("program without operations")
+    for op in program.operations:
+        unknown = [name for name in op.inputs if name not in values]
+        if unknown:
+            raise ProgramError(f"{op.kind} {op.name!r}: reads {unknown[0]!r}, which no earlier operation writes")
+        if op.output in values:
+            raise ProgramError(f"{op.kind} {op.name!r}: writes {op.output!r} a second time")
+        values[op.output] = check_operation(op, [values[name] for name in op.inputs], tensors_of(program, op))
+    result = values[program.operations[-1].output]
+    if result.dtype != "int32" or result.rows != 1:
+        raise ProgramError(
+            f"program ends in {result.dtype} of shape {result.shape}; it must end in int32 logits (classes,)"
+        )
+    if program.classes is not None and len(program.classes) != result.channels:
+        raise ProgramError(f"program has {result.channels} logits but names {len(program.classes)} classes")
+    if not (np.isfinite(program.logit_scale) and program.logit_scale > 0):
+        raise ProgramError(f"logit_scale is {program.logit_scale}; it must be positive and finite")
+    return values
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What one operation costs for one image."""
+
+    operation: Operation
+    macs: int
+    output: Value
+    parameter_bytes: int
+
+
+def costs(program: Program) -> list[Cost]:
+    """MACs, output and parameter bytes of every operation, in order. A shared tensor is counted where it is first
+    used."""
+    values = check(program)
+    seen: set[str] = set()
+    table = []
+    for op in program.operations:
+        tensors = tensors_of(program, op)
+        inputs = [values[name] for name in op.inputs]
+        fresh = {key for key in op.tensors.values() if key not in seen}
+        seen |= fresh
+        table.append(
+            Cost(
+                operation=op,
+                macs=KINDS[op.kind].macs(inputs, values[op.output], op.attributes, tensors),
+                output=values[op.output],
+                parameter_bytes=sum(program.tensors[key].nbytes for key in fresh),
+            )
+        )
+    return table
+
+
+def check_images(taken: InputDescription, images: npt.NDArray[np.uint8]) -> None:
+    """Raises TypeError or ValueError unless `images` is uint8 (N, height, width, channels) of the size that is taken,
+    or (N, time steps, height, width, channels) of events."""
+    shape = taken.value.shape
+    expected = ", ".join(map(str, shape))
+    what = "raw uint8 pixels" if taken.time_steps is None else "uint8 counts of events"
+    if not isinstance(images, np.ndarray) or images.dtype != np.uint8:
+        kind = getattr(images, "dtype", type(images).__name__)
+        raise TypeError(f"images are {kind}; pass {what} (N, {expected}), not normalized floats")
+    if images.ndim != len(shape) + 1 or images.shape[1:] != shape:
+        raise ValueError(f"images have shape {images.shape}; expected (N, {expected}), channels last")
+
+
+def steps(program: Program, images: npt.NDArray[np.uint8]) -> Iterator[tuple[Operation, IntArray]]:
+    """Runs the Program and yields every operation with its output; values are dropped after their last use."""
+    check_images(program.input, images)
+    last_use = {name: number for number, op in enumerate(program.operations) for name in op.inputs}
+    values: dict[str, IntArray] = {INPUT_VALUE: images}
+    for number, op in enumerate(program.operations):
+        inputs = [values[name] for name in op.inputs]
+        output = KINDS[op.kind].run(inputs, tensors_of(program, op), op.attributes, op.dtype)
+        values = {name: value for name, value in values.items() if last_use.get(name, -1) > number}
+        if op.output in last_use:
+            values[op.output] = output
+        yield op, output
+
+
+def run(program: Program, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.int32]:
+    """The int32 logits (N, classes) of uint8 images (N, H, W, C)."""
+    check_images(program.input, images)
+    if images.shape[0] == 0:
+        classes = check(program)[program.operations[-1].output].channels
+        return np.zeros((0, classes), dtype=np.int32)
+    for _, output in steps(program, images):
+        logits = output
+    return np.ascontiguousarray(logits.reshape(images.shape[0], -1), dtype=np.int32)

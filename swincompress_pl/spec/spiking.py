@@ -1,0 +1,112 @@
+"""The operations of spiking networks, in plain NumPy; like those in `operations.py` in every other respect.
+
+Time is the first axis of a value that has it: (T, rows..., channels) an image, (N, T, rows..., channels) a batch.
+Spikes are uint1, sums of spikes ("counts") wider unsigned bytes that they cannot leave. `docs/norm.md` derives why no
+rounding is needed between a convolution and the spikes it causes.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from swincompress_pl.spec.integer import IntArray, integer_matmul, requantize, saturate
+from swincompress_pl.spec.operations import sliding
+
+DECAY_BITS = 16
+# Largest magnitudes, so that no sum in a neuron leaves int32: of a bias and of a current before it; of a threshold and
+# of the value after a spike; of a membrane.
+CURRENT_MAX = 2**27
+THRESHOLD_MAX = 2**28
+MEMBRANE_MAX = 2**29
+
+
+def lif(
+    x: IntArray,
+    threshold: IntArray,
+    reset: IntArray,
+    bias: IntArray,
+    *,
+    steps: int,
+    repeated: int,
+    decay: int,
+    input_decay: int,
+    soft_reset: int,
+    fraction_bits: int,
+) -> IntArray:
+    """The spikes of leaky integrate-and-fire neurons (and, with decay 0, of integrate-and-fire ones).
+
+    x: (N, T, rows..., C) int32, or without T where `repeated`: the same current at every one of `steps` steps.
+    threshold, reset, bias: (C,) int32, in units of 2**-fraction_bits of x's. A step, every value an integer:
+
+        i = (clamp(x) << fraction_bits) + bias           |x << fraction_bits| clamped to 2**27
+        v = v + ((reset - v + i) * decay >> 16)          input_decay: tau = 2 is decay 2**15 and exact
+        v = v + ((reset - v) * decay >> 16) + i          else
+        spike = v >= threshold;  v = v - threshold (soft_reset) or reset, where it spikes
+
+    The shift is a floor; v begins at `reset` and is clamped to 2**29. -> (N, T, rows..., C) uint1.
+    """
+    currents = x.astype(np.int64)
+    limit = CURRENT_MAX >> fraction_bits
+    currents = (np.clip(currents, -limit, limit) << fraction_bits) + bias
+    if repeated:
+        currents = np.repeat(currents[:, None], steps, axis=1)
+    shape = currents.shape
+    currents = currents.reshape(shape[0], steps, -1, shape[-1])
+    membrane = np.broadcast_to(reset.astype(np.int64), currents[:, 0].shape)
+    spikes = np.empty(currents.shape, dtype=np.uint8)
+    for step in range(steps):
+        current = currents[:, step]
+        pulled = reset - membrane + current * input_decay
+        charged = membrane + ((pulled * decay) >> DECAY_BITS) + current * (1 - input_decay)
+        charged = np.clip(charged, -MEMBRANE_MAX, MEMBRANE_MAX)
+        fired = charged >= threshold
+        membrane = np.where(fired, charged - threshold if soft_reset else reset, charged)
+        spikes[:, step] = fired
+    return spikes.reshape(shape)
+
+
+def max_pool(x: IntArray, *, kernel: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int]) -> IntArray:
+    """The largest value under each window: (N, H, W, C) or (N, T, H, W, C); what is outside the image counts as less
+    than any value."""
+    images = x.reshape(-1, *x.shape[-3:])
+    pads = ((0, 0), (padding[0], padding[0]), (padding[1], padding[1]), (0, 0))
+    windows = sliding(np.pad(images, pads, constant_values=np.iinfo(x.dtype).min), kernel, stride)
+    pooled: IntArray = windows.max(axis=(3, 4))
+    return pooled.reshape(*x.shape[:-3], *pooled.shape[1:])
+
+
+def block_sum(x: IntArray, *, rows: int, channels: int, dtype: str) -> IntArray:
+    """Sums over equal runs of rows and of channels: (N, R, C) -> (N, rows, channels), int32 saturated.
+
+    All tokens of a time step, the channels of a head, or all of it.
+    """
+    batch = x.shape[0]
+    blocks = x.reshape(batch, rows, -1, channels, x.shape[-1] // channels)
+    return saturate(blocks.sum(axis=(2, 4), dtype=np.int64), dtype)
+
+
+def multiply(a: IntArray, b: IntArray, *, dtype: str) -> IntArray:
+    """Products of counts; each value of b (N, R / r, C / c) meets a run of r rows and c channels of a (N, R, C)."""
+    batch, rows, channels = b.shape
+    blocks = a.reshape(batch, rows, -1, channels, a.shape[-1] // channels).astype(np.int64)
+    return saturate(blocks * b[:, :, None, :, None], dtype).reshape(a.shape)
+
+
+def spike_attention(q: IntArray, k: IntArray, v: IntArray, *, windows: int, heads: int) -> IntArray:
+    """q (k^T v) for each head of each window (a time step), in counts: no softmax, no scale.
+
+    q, k: (N, windows * L, heads * d); v: (N, windows * L, heads * e), all unsigned bytes -> like v, int32. The order of
+    the products changes nothing.
+    """
+    batch, rows, _ = q.shape
+
+    def split(x: IntArray) -> IntArray:
+        return x.reshape(batch, windows, rows // windows, heads, -1).transpose(0, 1, 3, 2, 4)
+
+    product = integer_matmul(split(q), integer_matmul(split(k).swapaxes(-1, -2), split(v)))
+    return product.transpose(0, 1, 3, 2, 4).reshape(v.shape).astype(np.int32)
+
+
+def requantize_channels(x: IntArray, mult: IntArray, shift: IntArray, *, dtype: str) -> IntArray:
+    """Each channel of a stream in another unit; x: (..., C) int16 or int32; mult, shift: (C,)."""
+    return requantize(x, mult, shift, dtype)
