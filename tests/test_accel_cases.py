@@ -275,7 +275,9 @@ def random_cases(seed: int, count: int) -> Iterator[Case]:
 
 
 def test_generator_covers_every_kind_of_the_norm() -> None:
-    assert set(MAKERS) == set(KINDS) - set(SPIKING_KINDS), "those of spiking networks: tests/spiking_programs.py"
+    assert set(MAKERS) == set(KINDS) - set(SPIKING_KINDS), (
+        "of spiking networks: spiking_programs.py"
+    )
 
 
 @pytest.mark.parametrize("kind", sorted(MAKERS))

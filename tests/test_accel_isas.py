@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY
-from kernel_case_files import engine_cases, write_cases
+from support.kernel_case_files import engine_cases, write_cases
 
 from swincompress_pl import accel
 

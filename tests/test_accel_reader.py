@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from artifact_bytes import Array, container, described, header_of, parts, sealed
 from hypothesis import given
 from hypothesis import strategies as st
-from program_cases import small_program
-from spiking_programs import spiking_program
+from support.artifact_bytes import Array, container, described, header_of, parts, sealed
+from support.program_cases import small_program
+from support.spiking_programs import spiking_program
 from test_accel_programs import images_of
 
 from swincompress_pl import accel, spec

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from program_cases import small_program
+from support.program_cases import small_program
 from test_accel_programs import images_of, swin_program, vit_program
 
 from swincompress_pl import accel, spec

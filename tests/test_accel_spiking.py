@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from spiking_programs import (
+from support.spiking_programs import (
     SPIKING_MAKERS,
     SpikingCase,
     layers_of_spikes,

@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from artifact_bytes import sealed
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from program_cases import small_program
 from safetensors import safe_open
 from safetensors.numpy import load_file, save, save_file
-from spiking_programs import spiking_program
+from support.artifact_bytes import sealed
+from support.program_cases import small_program
+from support.spiking_programs import spiking_program
 from test_accel_programs import images_of
 
 from swincompress_pl import accel, spec

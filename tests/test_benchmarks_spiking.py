@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from spiking_cases import FAMILIES
+from support.spiking_cases import FAMILIES
 from test_benchmarks_primesvt import place  # noqa: F401  # a fixture
 
 from swincompress_pl.models import create_model

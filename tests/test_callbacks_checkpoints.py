@@ -7,7 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from callback_cases import (
+from lightning import LightningModule
+from lightning.pytorch.callbacks import (
+    ModelCheckpoint,
+)
+from support.callback_cases import (
     Plain,
     Restorable,
     assert_same_state,
@@ -15,10 +19,6 @@ from callback_cases import (
     loader,
     make_trainer,
     vit,
-)
-from lightning import LightningModule
-from lightning.pytorch.callbacks import (
-    ModelCheckpoint,
 )
 from torch import Tensor, nn
 

@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 import torch
-from callback_cases import Plain, data, greedy, loader, make_trainer, search_of, swin, vit
 from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
-from rank_cases import digest, on_ranks
+from support.callback_cases import Plain, data, greedy, loader, make_trainer, search_of, swin, vit
+from support.rank_cases import digest, on_ranks
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from callback_cases import assert_same_state, greedy, largest_first, make_trainer, noise, search_of, trained
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from rank_cases import call_for_kill, killed
+from support.callback_cases import assert_same_state, greedy, largest_first, make_trainer, noise, search_of, trained
+from support.rank_cases import call_for_kill, killed
 from torch.utils.data import DataLoader
 
 from swincompress_pl.callbacks.pruning import AdaptiveIterativePruning

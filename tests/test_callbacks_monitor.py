@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from callback_cases import (
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import CSVLogger
+from support.callback_cases import (
     Plain,
     Unmoved,
     assert_same_state,
@@ -16,8 +18,6 @@ from callback_cases import (
     loader,
     make_trainer,
 )
-from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MetricCollection

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from callback_cases import Plain, Unmoved, loader, make_trainer, shapes
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger
-from rank_cases import digest, on_ranks
+from support.callback_cases import Plain, Unmoved, loader, make_trainer, shapes
+from support.rank_cases import digest, on_ranks
 from test_callbacks_distributed import HoldOutData, ddp
 from test_models_spiking import no_membranes, small_spikformer
 from test_report_callback import Calls, Recording

@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from callback_cases import (
+from lightning import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, ModelPruning, StochasticWeightAveraging
+from support.callback_cases import (
     Plain,
     Restorable,
     assert_same_state,
@@ -22,8 +24,6 @@ from callback_cases import (
     swin,
     vit,
 )
-from lightning import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, ModelPruning, StochasticWeightAveraging
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 

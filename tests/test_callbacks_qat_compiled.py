@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from callback_cases import assert_same_state
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
-from quant_cases import PREPROCESSING as OF_CASES
-from quant_cases import network_and_images
+from support.callback_cases import assert_same_state
+from support.quant_cases import PREPROCESSING as OF_CASES
+from support.quant_cases import network_and_images
 from test_callbacks_quantization import PREPROCESSING, Restorable, fit, loader, pixels_and_labels, qat, trainer
 from torch import nn
 

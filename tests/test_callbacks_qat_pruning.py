@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from callback_cases import assert_same_state, search_of
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
-from rank_cases import digest, on_ranks
+from support.callback_cases import assert_same_state, search_of
+from support.rank_cases import digest, on_ranks
 from test_callbacks_quantization import (
     PREPROCESSING,
     Plain,

@@ -11,7 +11,7 @@ import pytest
 import torch
 from lightning import Callback, LightningDataModule
 from lightning.pytorch.strategies import DDPStrategy
-from rank_cases import digest, on_ranks
+from support.rank_cases import digest, on_ranks
 from test_callbacks_qat_spiking import Spiking, norms_of, spiking_qat, statistics
 from test_callbacks_quantization import Plain, loader, pixels_and_labels, trainer
 from torch import nn

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from callback_cases import assert_same_state
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from support.callback_cases import assert_same_state
 from test_callbacks_quantization import (
     PREPROCESSING,
     VIT,

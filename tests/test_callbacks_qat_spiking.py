@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from callback_cases import assert_same_state
 from lightning import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
+from support.callback_cases import assert_same_state
 from test_callbacks_qat_compiled import Counting
 from test_callbacks_quantization import PREPROCESSING, Plain, fit, loader, pixels_and_labels, qat, trainer
 from test_models_spiking import small_spikformer

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from callback_cases import assert_same_state
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import (
     EMAWeightAveraging,
@@ -20,7 +19,8 @@ from lightning.pytorch.callbacks import (
     WeightAveraging,
 )
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
-from rank_cases import call_for_kill, digest, killed, on_ranks
+from support.callback_cases import assert_same_state
+from support.rank_cases import call_for_kill, digest, killed, on_ranks
 from test_callbacks_quantization import (
     PREPROCESSING,
     VIT,

@@ -8,14 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from callback_cases import (
-    Plain,
-    Unmoved,
-    greedy,
-    loader,
-    make_trainer,
-    shapes,
-)
 from lightning import LightningDataModule
 from lightning.pytorch.callbacks import (
     EMAWeightAveraging,
@@ -24,6 +16,14 @@ from lightning.pytorch.callbacks import (
     WeightAveraging,
 )
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
+from support.callback_cases import (
+    Plain,
+    Unmoved,
+    greedy,
+    loader,
+    make_trainer,
+    shapes,
+)
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 

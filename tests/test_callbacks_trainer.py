@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 import torch
-from callback_cases import Plain, data, greedy, loader, make_trainer, swin, vit
 from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.plugins import MixedPrecision
+from support.callback_cases import Plain, data, greedy, loader, make_trainer, swin, vit
 from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer

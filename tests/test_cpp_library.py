@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from program_cases import small_program
-from spiking_programs import spiking_program
+from support.program_cases import small_program
+from support.spiking_programs import spiking_program
 from test_accel_programs import images_of, vit_program
 
 from swincompress_pl import accel, spec

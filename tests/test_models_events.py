@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from callback_cases import make_trainer
+from support.callback_cases import make_trainer
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from swincompress_pl.callbacks import PrimeSVT

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from callback_cases import Plain, greedy, loader, make_trainer, search_of, shapes
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from rank_cases import on_ranks
-from spiking_cases import FAMILIES, SIZE_PX, lively
 from spikingjelly.activation_based import functional
 from spikingjelly.activation_based.base import MemoryModule
+from support.callback_cases import Plain, greedy, loader, make_trainer, search_of, shapes
+from support.rank_cases import on_ranks
+from support.spiking_cases import FAMILIES, SIZE_PX, lively
 from test_callbacks_distributed import fit
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from spiking_cases import FAMILIES, SIZE_PX, lively, spikes_of
 from spikingjelly.activation_based import layer, surrogate
 from spikingjelly.activation_based import neuron as neurons
+from support.spiking_cases import FAMILIES, SIZE_PX, lively, spikes_of
 from torch import Tensor, nn
 
 from swincompress_pl import accel

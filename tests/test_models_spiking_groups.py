@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from spiking_cases import FAMILIES, lively, spikes_of
+from support.spiking_cases import FAMILIES, lively, spikes_of
 from torch import nn
 
 from swincompress_pl.pruning import Group, PruningPlan, apply_plan, mask_plan, revert_plan

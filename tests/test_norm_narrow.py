@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from program_cases import MAKERS, small_program
+from support.program_cases import MAKERS, small_program
 
 from swincompress_pl.spec import LIMITS, STORAGE, Operation, Program, ProgramError, Value, check, run
 from swincompress_pl.spec.integer import ITEMSIZE, SIGNED_BYTES, UNSIGNED_BYTES, requantize, saturate

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from program_cases import operation_cases, small_program
+from support.program_cases import operation_cases, small_program
 
 from swincompress_pl.spec import LIMITS, STORAGE, Operation, Program, ProgramError, check, costs, run, steps
 from swincompress_pl.spec.kinds import check_operation

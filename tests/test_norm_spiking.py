@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from spiking_programs import SpikingCase, spiking_cases
+from support.spiking_programs import SpikingCase, spiking_cases
 
 from swincompress_pl.spec import ProgramError
 from swincompress_pl.spec import spiking as ops

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from prime_cases import ALLOCATED, QUICK, SHAPE, by_zeros, holdout_of, network_of, same_state, state_of
+from support.prime_cases import ALLOCATED, QUICK, SHAPE, by_zeros, holdout_of, network_of, same_state, state_of
 from torch import nn
 
 from swincompress_pl.callbacks import PrimeSVT

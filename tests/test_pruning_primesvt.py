@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from prime_cases import PAPERS, QUICK, SHAPE, by_zeros, holdout_of, network_of, same_state, state_of
-from rank_cases import on_ranks
-from spiking_cases import FAMILIES, SIZE_PX
+from support.prime_cases import PAPERS, QUICK, SHAPE, by_zeros, holdout_of, network_of, same_state, state_of
+from support.rank_cases import on_ranks
+from support.spiking_cases import FAMILIES, SIZE_PX
 from torch import Tensor, nn
 
 from swincompress_pl.models import create_model

@@ -10,8 +10,8 @@ import lightning
 import numpy as np
 import pytest
 import torch
-from elsewhere import ELSEWHERE, Away, elsewhere
-from quant_cases import PREPROCESSING, network_and_images
+from support.elsewhere import ELSEWHERE, Away, elsewhere
+from support.quant_cases import PREPROCESSING, network_and_images
 from torch import Tensor, nn
 
 from swincompress_pl import spec
@@ -63,7 +63,11 @@ def test_quantization_stays_on_the_networks_device(name: str, options: dict[str,
 
 @pytest.mark.parametrize("family", ["qkformer", "meta-spikeformer"])
 def test_a_spiking_network_is_quantized_on_its_device(family: str) -> None:
-    from spiking_cases import FAMILIES, SIZE_PX, lively  # not where spikingjelly is missing, as on some GPU machines
+    from support.spiking_cases import (  # not where spikingjelly is missing, as on some GPU machines
+        FAMILIES,
+        SIZE_PX,
+        lively,
+    )
 
     network, images = lively(FAMILIES[family], 0, trained_statistics=True)
     preprocessing = {"mean": [0.5] * 3, "std": [0.25] * 3, "height": SIZE_PX, "width": SIZE_PX}

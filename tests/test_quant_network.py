@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from quant_cases import NETWORKS, PREPROCESSING, VIT, network_and_images
+from support.quant_cases import NETWORKS, PREPROCESSING, VIT, network_and_images
 
 from swincompress_pl import spec
 from swincompress_pl.models import create_model

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from quant_cases import NETWORKS, PREPROCESSING, network_and_images
+from support.quant_cases import NETWORKS, PREPROCESSING, network_and_images
 from torch import Tensor, nn
 
 from swincompress_pl.pruning import prunable_weights, register_masks, set_mask

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from quant_cases import PREPROCESSING, network_and_images
+from support.quant_cases import PREPROCESSING, network_and_images
 from torch import Tensor, nn
 
 from swincompress_pl import accel, spec

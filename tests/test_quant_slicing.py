@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from quant_cases import PREPROCESSING, network_and_images
+from support.quant_cases import PREPROCESSING, network_and_images
 from torch import Tensor
 
 from swincompress_pl import spec

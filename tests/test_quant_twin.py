@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from program_cases import MAKERS, operation_cases, small_program
+from support.program_cases import MAKERS, operation_cases, small_program
 
 from swincompress_pl.quant import twin
 from swincompress_pl.quant.twin import TorchTwin, run_operation

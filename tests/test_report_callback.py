@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.loggers.logger import DummyLogger
 from matplotlib.figure import Figure
-from report_cases import search_data
+from support.report_cases import search_data
 from torch import nn
 
 from swincompress_pl.report import callback as module

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from report_cases import full_record, large_search_data, search_data
+from support.report_cases import full_record, large_search_data, search_data
 
 from swincompress_pl.report import Accuracy, RunRecord, render_report, write_report
 from swincompress_pl.report import record as record_module

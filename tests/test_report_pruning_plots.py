@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from matplotlib.text import Text
-from report_cases import large_search_data, search_data
+from support.report_cases import large_search_data, search_data
 
 from swincompress_pl.report.drawing import inline_svg, to_rgb
 from swincompress_pl.report.pruning_plots import (

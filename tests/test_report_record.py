@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from report_cases import full_record, search_data
+from support.report_cases import full_record, search_data
 
 from swincompress_pl.report import (
     Accuracy,

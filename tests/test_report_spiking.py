@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from prime_cases import ALLOCATED, QUICK, SHAPE, holdout_of, network_of
-from spiking_cases import FAMILIES, SIZE_PX, lively, spikes_of
+from support.prime_cases import ALLOCATED, QUICK, SHAPE, holdout_of, network_of
+from support.spiking_cases import FAMILIES, SIZE_PX, lively, spikes_of
 
 from swincompress_pl.models import create_model
 from swincompress_pl.pruning import PrimeSVTConfig, PrimeSVTResult, count_macs, primesvt

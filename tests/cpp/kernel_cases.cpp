@@ -1,4 +1,4 @@
-// kernel_cases FILE THREADS [IMPLEMENTATION...]: runs the cases of a file, that tests/kernel_case_files.py wrote, in
+// kernel_cases FILE THREADS [IMPLEMENTATION...]: runs the cases of a file, that tests/support/kernel_case_files.py wrote, in
 // the implementations named (without names in all that this CPU can run) and compares every byte with the norm's. For
 // machines without Python: emulators, sanitizers, valgrind. Returns 0 where all agree.
 //

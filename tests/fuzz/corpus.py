@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from program_cases import integers, small_program
-from spiking_programs import _Builder
+from support.program_cases import integers, small_program
+from support.spiking_programs import _Builder
 
 from swincompress_pl import accel, spec
 

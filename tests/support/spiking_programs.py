@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from program_cases import integers, requantization, weights
 
+from support.program_cases import integers, requantization, weights
 from swincompress_pl.spec import InputDescription, Operation, Program, Value
 from swincompress_pl.spec.integer import LIMITS
 from swincompress_pl.spec.kinds import KINDS

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from spiking_cases import FAMILIES, SIZE_PX, lively
 from torch import Tensor, nn
 
+from support.spiking_cases import FAMILIES, SIZE_PX, lively
 from swincompress_pl.pruning import HoldOut
 from swincompress_pl.registry import adapter_for
 
