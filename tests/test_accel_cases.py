@@ -275,9 +275,7 @@ def random_cases(seed: int, count: int) -> Iterator[Case]:
 
 
 def test_generator_covers_every_kind_of_the_norm() -> None:
-    assert set(MAKERS) == set(KINDS) - set(SPIKING_KINDS), (
-        "of spiking networks: spiking_programs.py"
-    )
+    assert set(MAKERS) == set(KINDS) - set(SPIKING_KINDS), "of spiking networks: spiking_programs.py"
 
 
 @pytest.mark.parametrize("kind", sorted(MAKERS))

@@ -1,1 +1,10 @@
 """A network as a graph of quantizable nodes, from which training, calibration and the integer Program are derived."""
+
+from swincompress_pl._deprecated import find_old_name
+from swincompress_pl.quant.graph.graph import Graph, Node, Quantizer, Site, WeightedNode, float_logits
+
+__all__ = ["Graph", "Node", "Quantizer", "Site", "WeightedNode", "float_logits"]
+
+
+def __getattr__(name: str) -> object:
+    return find_old_name("quant.graph", name)

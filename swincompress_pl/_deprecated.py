@@ -1,0 +1,242 @@
+"""Names of version 0.1 that work for one more version: the table, and what makes old spellings find new things.
+
+    MODULES     old module -> new module                       import swincompress_pl.norm
+    NAMES       old module -> {old name -> "new module:name"}    from swincompress_pl.pruning import set_mask
+    renamed     old arguments of a function or class           PrimeSVT(max_accuracy_drop=3)
+
+Each use warns with a DeprecationWarning that names the new spelling. `tests/test_deprecated.py` walks the tables.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any, TypeVar
+
+PACKAGE = "swincompress_pl"
+
+# Without the package's name in front.
+MODULES: dict[str, str] = {
+    "norm": "spec",
+    "norm.integer": "spec.integer",
+    "norm.kind": "spec.kind",
+    "norm.kinds": "spec.kinds",
+    "norm.lowering": "spec.lowering",
+    "norm.operations": "spec.operations",
+    "norm.program": "spec.program",
+    "norm.reference": "spec.reference",
+    "norm.spiking": "spec.spiking",
+    "norm.spiking_kinds": "spec.spiking_kinds",
+    "pruning.apply": "pruning.structure.apply",
+    "pruning.config": "pruning.adaptive.config",
+    "pruning.cost": "pruning.structure.cost",
+    "pruning.granularity": "pruning.space",
+    "pruning.groups": "pruning.structure.groups",
+    "pruning.holdout": "pruning.evaluation.holdout",
+    "pruning.ledger": "pruning.cost_tracker",
+    "pruning.masks": "pruning.structure.unit_masks",
+    "pruning.optimizers": "pruning.structure.optimizer_state",
+    "pruning.patterns": "pruning.structure.patterns",
+    "pruning.plan": "pruning.structure.plan",
+    "pruning.prefix_cache": "pruning.evaluation.prefix_cache",
+    "pruning.prime_allocation": "pruning.prime.allocation",
+    "pruning.prime_candidates": "pruning.prime.candidates",
+    "pruning.prime_config": "pruning.prime.config",
+    "pruning.prime_result": "pruning.prime.result",
+    "pruning.prime_search": "pruning.prime.search",
+    "pruning.primesvt": "pruning.prime.primesvt",
+    "pruning.ranks": "pruning.evaluation.ranks",
+    "pruning.regrow": "pruning.structure.regrow",
+    "pruning.round_robin": "pruning.adaptive.search",
+    "pruning.rounds": "pruning.adaptive.rounds",
+    "pruning.scorer": "pruning.evaluation.scorer",
+    "pruning.scores": "pruning.criteria",
+    "pruning.sequential": "pruning.evaluation.sequential_test",
+    "pruning.state": "pruning.adaptive.state",
+    "pruning.weight_masks": "pruning.structure.weight_masks",
+    "quant.allocation": "quant.mixed_precision",
+    "quant.build": "quant.graph.builder",
+    "quant.cut": "quant.scale_cut",
+    "quant.debug": "quant.diagnosis.diagnosis",
+    "quant.inspection": "quant.diagnosis.inspection",
+    "quant.neurons": "quant.graph.neurons",
+    "quant.nodes": "quant.graph.nodes",
+    "quant.site_errors": "quant.diagnosis.quantization_errors",
+    "quant.spiking_nodes": "quant.graph.spiking_nodes",
+    "models.groups": "models",
+    "models.groups.coupling": "models.shared.coupling",
+    "models.groups.meta_spikeformer": "models.meta_spikeformer.groups",
+    "models.groups.parts": "models.shared.parts",
+    "models.groups.spiking": "models.spiking.groups",
+    "models.groups.spiking_attention": "models.spiking.attention",
+    "models.groups.spiking_parts": "models.spiking.parts",
+    "models.groups.stream": "models.shared.stream",
+    "models.groups.swin": "models.swin.groups",
+    "models.groups.vit": "models.vit.groups",
+    "models.groups.window_attention": "models.swin.window_attention",
+    "models.manifest": "checkpoint.record",
+    "models.spiking_builder": "models.spiking.graph_builder",
+    "models.spiking_graphs": "models.spiking.graph",
+    "callbacks.qat_surroundings": "callbacks.qat_compatibility",
+    "callbacks.resume": "callbacks.random_state",
+    "callbacks.searched": "callbacks.searched_network",
+    "callbacks.surroundings": "callbacks.compatibility",
+    "report.peers": "report.runtimes",
+    "report.race": "report.comparison",
+}
+
+# Where a name is no longer found by its old module (itself, or the one that MODULES gives for it).
+NAMES: dict[str, dict[str, str]] = {
+    "models.groups": {
+        "swin_groups": "models.swin.groups:swin_groups",
+        "vit_groups": "models.vit.groups:vit_groups",
+    },
+    "models.manifest": {"rebuild": "models.factory:rebuild"},
+    "models.meta_spikeformer": {
+        name: f"models.meta_spikeformer.network:{name}"
+        for name in (
+            "MetaSpikeFormer",
+            "meta_spikeformer_8_256",
+            "meta_spikeformer_8_384",
+            "meta_spikeformer_8_512",
+        )
+    },
+    "models.swin": {
+        "merging_index": "models.swin.graph:merging_index",
+        "window_indices": "models.swin.graph:window_indices",
+    },
+    "quant.graph": {
+        "Passthrough": "quant.graph.graph:Passthrough",
+        "Run": "quant.graph.graph:Run",
+        "parameter": "quant.graph.graph:parameter",
+        "residual_site": "quant.graph.graph:residual_site",
+        "collect_sites": "quant.graph.graph:collect_sites",
+    },
+}
+
+T = TypeVar("T")
+
+
+def find_old_name(module: str, name: str) -> Any:
+    """What `name` of `module` (without the package's name) is called now, with a warning; AttributeError if nothing.
+
+    For the `__getattr__` of a package that some names have left: a caller two frames up is the one that is warned.
+    """
+    new = NAMES.get(module, {}).get(name)
+    if new is None:
+        raise AttributeError(f"module {PACKAGE}.{module} has no attribute {name!r}")
+    place, _, current = new.partition(":")
+    _warn(f"{PACKAGE}.{module}.{name}", f"{PACKAGE}.{place}.{current}", stacklevel=4)
+    return getattr(importlib.import_module(f"{PACKAGE}.{place}"), current)
+
+
+def renamed(
+    *, values: Mapping[str, Mapping[Any, Any]] | None = None, **arguments: str
+) -> Callable[[Callable[..., T]], Callable[..., T]]:
+    """A decorator: keyword arguments of the old names are passed on by the new ones, with a warning.
+
+    arguments: old name = "new name". values: {new name: {old value: new value}}. TypeError where both names are given.
+    For a class it wraps `__init__`, and the class stays the class that it is.
+    """
+
+    def decorate(function: Callable[..., T]) -> Callable[..., T]:
+        if isinstance(function, type):
+            function.__init__ = decorate(function.__init__)  # type: ignore[misc]  # that is the purpose
+            return function
+
+        @functools.wraps(function)
+        def wrapper(*args: Any, **given: Any) -> T:
+            what = function.__qualname__.removesuffix(".__init__")
+            for old, new in arguments.items():
+                if old in given:
+                    if new in given:
+                        raise TypeError(f"{what} got {new} and {old}, its former name; give {new} alone")
+                    _warn(f"{what}({old}=...)", f"{new}=", stacklevel=3)
+                    given[new] = given.pop(old)
+            for name, translated in (values or {}).items():
+                value = given.get(name)
+                if isinstance(value, str | bool) and value in translated:
+                    _warn(f"{what}({name}={value!r})", f"{name}={translated[value]!r}", stacklevel=3)
+                    given[name] = translated[value]
+            return function(*args, **given)
+
+        wrapper.old_arguments = dict(arguments)  # type: ignore[attr-defined]  # for the tests
+        return wrapper
+
+    return decorate
+
+
+def _warn(old: str, new: str, *, stacklevel: int) -> None:
+    warnings.warn(
+        f"{old} is the name of version 0.1 and goes with version 0.3; use {new}",
+        DeprecationWarning,
+        stacklevel=stacklevel,
+    )
+
+
+class _OldModule(ModuleType):
+    """Stands under an old name for the module that has the names now; a write goes there as well."""
+
+    def __getattr__(self, name: str) -> Any:
+        old = self.__name__.removeprefix(f"{PACKAGE}.")
+        if name in NAMES.get(old, {}):
+            place, _, current = NAMES[old][name].partition(":")
+            return getattr(importlib.import_module(f"{PACKAGE}.{place}"), current)
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(_new_module(old), name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name.startswith("__") or isinstance(value, _OldModule):
+            super().__setattr__(name, value)
+        else:
+            setattr(_new_module(self.__name__.removeprefix(f"{PACKAGE}.")), name, value)
+
+    def __dir__(self) -> Sequence[str]:
+        old = self.__name__.removeprefix(f"{PACKAGE}.")
+        return sorted({*dir(_new_module(old)), *NAMES.get(old, {})})
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """A function that had the name of its module (`pruning.primesvt`) can be called when that was imported."""
+        return getattr(self, self.__name__.rpartition(".")[2])(*args, **kwargs)
+
+
+def _new_module(old: str) -> ModuleType:
+    return importlib.import_module(f"{PACKAGE}.{MODULES[old]}")
+
+
+class _OldModules(MetaPathFinder, Loader):
+    """Finds the modules of MODULES by their old names."""
+
+    def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> Any:
+        old = fullname.removeprefix(f"{PACKAGE}.")
+        if old == fullname or old not in MODULES:
+            return None
+        return ModuleSpec(fullname, self, is_package=any(other.startswith(f"{old}.") for other in MODULES))
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        return _OldModule(spec.name)
+
+    def exec_module(self, module: ModuleType) -> None:
+        old = module.__name__.removeprefix(f"{PACKAGE}.")
+        _warn(module.__name__, f"{PACKAGE}.{MODULES[old]}", stacklevel=3)
+        _new_module(old)
+
+
+def install() -> None:
+    """Have the old modules found; doing it twice changes nothing."""
+    if not any(isinstance(finder, _OldModules) for finder in sys.meta_path):
+        sys.meta_path.append(_OldModules())
+
+
+def old_names() -> Iterator[tuple[str, str, str]]:
+    """(old module, old name, "new module:name") of all moved names."""
+    for module, names in NAMES.items():
+        for name, new in names.items():
+            yield module, name, new

@@ -1,0 +1,98 @@
+"""The spellings of version 0.1 work, and say the new ones."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from swincompress_pl._deprecated import MODULES, PACKAGE, old_names, renamed
+
+
+@pytest.mark.parametrize("old", MODULES)
+def test_an_old_module_is_the_new_one(old: str) -> None:
+    new = importlib.import_module(f"{PACKAGE}.{MODULES[old]}")
+    parent, _, child = f"{PACKAGE}.{old}".rpartition(".")
+    sys.modules.pop(f"{PACKAGE}.{old}", None)
+    before = vars(sys.modules.get(parent, sys)).get(child)
+    with pytest.warns(DeprecationWarning, match=rf"{PACKAGE}\.{old} is the name .*; use {PACKAGE}\.{MODULES[old]}$"):
+        module = importlib.import_module(f"{PACKAGE}.{old}")
+    public = [name for name in vars(new) if not name.startswith("_")]
+    assert all(getattr(module, name) is getattr(new, name) for name in public)
+    assert set(public) <= set(dir(module))
+    if before is not None:  # such as the function that has the name of an old module
+        setattr(sys.modules[parent], child, before)
+
+
+@pytest.mark.filterwarnings("ignore:.*is the name of version 0.1:DeprecationWarning")
+@pytest.mark.parametrize(("module", "name", "new"), list(old_names()))
+def test_an_old_name_is_the_new_thing(module: str, name: str, new: str) -> None:
+    place, _, current = new.partition(":")
+    expected = getattr(importlib.import_module(f"{PACKAGE}.{place}"), current)
+    assert getattr(importlib.import_module(f"{PACKAGE}.{module}"), name) is expected
+
+
+def test_the_caller_is_warned() -> None:
+    code = "from swincompress_pl.norm.integer import requantize\nimport swincompress_pl.quant.graph as g\ng.Run"
+    ran = subprocess.run(
+        [sys.executable, "-W", "default::DeprecationWarning", "-c", code], capture_output=True, text=True, check=True
+    )
+    ours = [line for line in ran.stderr.splitlines() if "version 0.1" in line]
+    assert [line.partition(":")[0] for line in ours] == ["<string>"] * 3, ran.stderr
+    assert [line.partition(":")[2].partition(":")[0] for line in ours] == ["1", "1", "3"]
+
+
+@pytest.mark.filterwarnings("ignore:.*is the name of version 0.1:DeprecationWarning")
+def test_a_write_to_an_old_module_reaches_the_new_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    from swincompress_pl.spec import integer
+
+    monkeypatch.setattr(integer, "requantize", integer.requantize)  # so that it is set back
+    importlib.import_module(f"{PACKAGE}.norm.integer").requantize = "patched"  # type: ignore[attr-defined]
+    assert integer.requantize == "patched"  # type: ignore[comparison-overlap]
+
+
+@pytest.mark.filterwarnings("ignore:.*is the name of version 0.1:DeprecationWarning")
+def test_a_function_with_the_name_of_an_old_module_goes_on_being_callable() -> None:
+    code = (
+        "import swincompress_pl.pruning.primesvt, swincompress_pl.pruning as p\n"
+        "from swincompress_pl.pruning.primesvt import primesvt\n"
+        "try: p.primesvt()\nexcept TypeError as error: assert 'network' in str(error)\nelse: assert False"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_what_there_never_was_is_not_found() -> None:
+    for module in (f"{PACKAGE}.quant.graph", f"{PACKAGE}.models.swin"):
+        with pytest.raises(AttributeError, match=r"swincompress_pl\.\w+\.\w+ has no attribute 'nothing'"):
+            _ = importlib.import_module(module).nothing
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module(f"{PACKAGE}.norm.nothing")
+
+
+def test_old_arguments_and_values_are_passed_on() -> None:
+    @renamed(old="new", values={"new": {"few": "some"}})
+    def function(*, new: str = "all", other: int = 0) -> tuple[Any, ...]:
+        return new, other
+
+    assert function(new="some", other=1) == ("some", 1)
+    with pytest.warns(DeprecationWarning, match=r"function\(old=...\) .*; use new="):
+        assert function(old="all", other=2) == ("all", 2)
+    with pytest.warns(DeprecationWarning, match=r"function\(new='few'\) .*; use new='some'"):
+        assert function(new="few") == ("some", 0)
+    with pytest.raises(TypeError, match="got new and old, its former name; give new alone"):
+        function(old="all", new="all")
+
+
+def test_a_class_stays_a_class() -> None:
+    @renamed(old="new")
+    class Thing:
+        def __init__(self, new: int) -> None:
+            self.new = new
+
+    assert isinstance(Thing, type)
+    assert Thing(new=1).new == 1
+    with pytest.warns(DeprecationWarning, match=r"Thing\(old=...\)"):
+        assert Thing(old=2).new == 2  # type: ignore[call-arg]
