@@ -39,7 +39,7 @@ MODULES: dict[str, str] = {
     "pruning.granularity": "pruning.space",
     "pruning.groups": "pruning.structure.groups",
     "pruning.holdout": "pruning.evaluation.holdout",
-    "pruning.ledger": "pruning.cost_tracker",
+    "pruning.ledger": "pruning.structure.cost",
     "pruning.masks": "pruning.structure.unit_masks",
     "pruning.optimizers": "pruning.structure.optimizer_state",
     "pruning.patterns": "pruning.structure.patterns",
@@ -93,6 +93,7 @@ MODULES: dict[str, str] = {
 
 # Where a name is no longer found by its old module (itself, or the one that MODULES gives for it).
 NAMES: dict[str, dict[str, str]] = {
+    "callbacks.searched": {"ScalesFollower": "callbacks.searched_network:CoupledScales"},
     "models.groups": {
         "swin_groups": "models.swin.groups:swin_groups",
         "vit_groups": "models.vit.groups:vit_groups",
@@ -111,6 +112,96 @@ NAMES: dict[str, dict[str, str]] = {
         "merging_index": "models.swin.graph:merging_index",
         "window_indices": "models.swin.graph:window_indices",
     },
+    "pruning": {
+        "AppliedPlan": "pruning.structure.apply:AppliedPlan",
+        "Attribute": "pruning.structure.groups:Attribute",
+        "BlockState": "pruning.prime.result:BlockState",
+        "Candidate": "pruning.prime.result:Candidate",
+        "Change": "pruning.structure.change:Change",
+        "Exchange": "pruning.structure.groups:Exchange",
+        "Follower": "pruning.adaptive.rounds:CoupledState",
+        "FunctionScorer": "pruning.evaluation.scorer:FunctionScorer",
+        "Granularity": "pruning.space:SearchSpace",
+        "MaskedLayerNorm": "pruning.structure.unit_masks:MaskedLayerNorm",
+        "NormSlice": "pruning.structure.groups:NormSlice",
+        "Pattern": "pruning.structure.patterns:Pattern",
+        "Predict": "pruning.evaluation.holdout:Predict",
+        "RoundOutcome": "pruning.adaptive.search:RoundOutcome",
+        "RoundRobinConfig": "pruning.adaptive.config:AdaptivePruningConfig",
+        "Scorer": "pruning.evaluation.scorer:Scorer",
+        "ScoringCost": "pruning.evaluation.scorer:ScoringCost",
+        "Slice": "pruning.structure.groups:Slice",
+        "SlicedTensor": "pruning.structure.apply:SlicedTensor",
+        "StructuredGranularity": "pruning.space:StructuredSpace",
+        "Target": "pruning.space:Target",
+        "TargetSet": "pruning.prime.result:TargetSet",
+        "TargetState": "pruning.adaptive.state:TargetState",
+        "Verdict": "pruning.evaluation.scorer:Verdict",
+        "WeightGranularity": "pruning.space:WeightSpace",
+        "begin_search": "pruning.adaptive.old_functions:begin_search",
+        "count_nonzero": "pruning.structure.weight_masks:count_nonzero",
+        "enforce_masks": "pruning.structure.weight_masks:enforce_masks",
+        "estimates_loss": "pruning.criteria:estimates_loss",
+        "evaluation_mode": "pruning.evaluation.scorer:evaluation_mode",
+        "finish_search": "pruning.adaptive.search:finish_search",
+        "from_rank_zero": "pruning.evaluation.ranks:from_rank_zero",
+        "granularity_for": "pruning.space:search_space",
+        "history_of": "pruning.structure.apply:history_of",
+        "mask_plan": "pruning.structure.unit_masks:mask_plan",
+        "mask_units": "pruning.structure.unit_masks:mask_units",
+        "masked_parameters": "pruning.structure.weight_masks:masked_parameters",
+        "masked_share": "pruning.structure.weight_masks:masked_share",
+        "masked_shares": "pruning.structure.weight_masks:masked_shares",
+        "measure_sensitivity": "pruning.adaptive.search:measure_sensitivity",
+        "needs_gradients": "pruning.criteria:needs_gradients",
+        "parse_granularity": "pruning.structure.patterns:parse_granularity",
+        "prunable_weights": "pruning.space:prunable_weights",
+        "register_masks": "pruning.structure.weight_masks:register_masks",
+        "regrow_latest_plan": "pruning.structure.regrow:regrow_latest_plan",
+        "remove_masks": "pruning.structure.weight_masks:remove_masks",
+        "revert": "pruning.structure.change:revert",
+        "revert_plan": "pruning.structure.apply:revert_plan",
+        "run_round": "pruning.adaptive.old_functions:run_round",
+        "saliency": "pruning.criteria:saliency",
+        "set_mask": "pruning.structure.weight_masks:set_mask",
+        "share_buffers": "pruning.evaluation.ranks:share_buffers",
+        "skeleton": "pruning.structure.cost:skeleton",
+        "slice_optimizers": "pruning.structure.optimizer_state:slice_optimizers",
+        "sum_over_ranks": "pruning.evaluation.ranks:sum_over_ranks",
+        "temporary_mask": "pruning.structure.weight_masks:temporary_mask",
+        "undo_latest_masks": "pruning.structure.weight_masks:undo_latest_masks",
+        "unit_scores": "pruning.criteria:unit_scores",
+        "weight_scores": "pruning.criteria:weight_scores",
+        "world_size": "pruning.evaluation.ranks:world_size",
+    },
+    "pruning.config": {"RoundRobinConfig": "pruning.adaptive.config:AdaptivePruningConfig"},
+    "pruning.granularity": {
+        "Change": "pruning.structure.change:Change",
+        "GlobalGranularity": "pruning.space:GlobalSpace",
+        "Granularity": "pruning.space:SearchSpace",
+        "StructuredGranularity": "pruning.space:StructuredSpace",
+        "WeightGranularity": "pruning.space:WeightSpace",
+        "gone_units": "pruning.structure.change:gone_units",
+        "granularity_for": "pruning.space:search_space",
+        "nothing_applied": "pruning.structure.change:nothing_applied",
+        "plan_of_masks": "pruning.structure.change:plan_of_masks",
+        "revert": "pruning.structure.change:revert",
+    },
+    "pruning.ledger": {"Ledger": "pruning.structure.cost:CostTracker"},
+    "pruning.prime_candidates": {
+        "Candidate": "pruning.prime.result:Candidate",
+        "Memo": "pruning.prime.evaluation_cache:EvaluationCache",
+        "batchnorm_state": "pruning.prime.batchnorm:batchnorm_state",
+        "restore_batchnorm": "pruning.prime.batchnorm:restore_batchnorm",
+    },
+    "pruning.prime_search": {"PrimeProgress": "pruning.prime.trials:PrimeProgress"},
+    "pruning.round_robin": {
+        "Evaluate": "pruning.evaluation.scorer:Evaluate",
+        "as_scorer": "pruning.evaluation.scorer:as_scorer",
+        "begin_search": "pruning.adaptive.old_functions:begin_search",
+        "run_round": "pruning.adaptive.old_functions:run_round",
+    },
+    "pruning.rounds": {"Follower": "pruning.adaptive.rounds:CoupledState"},
     "quant.graph": {
         "Passthrough": "quant.graph.graph:Passthrough",
         "Run": "quant.graph.graph:Run",
@@ -167,6 +258,33 @@ def renamed(
             return function(*args, **given)
 
         wrapper.old_arguments = dict(arguments)  # type: ignore[attr-defined]  # for the tests
+        return wrapper
+
+    return decorate
+
+
+def gathered(
+    argument: str, gather: Callable[[Any, Mapping[str, Any]], Any], names: Sequence[str]
+) -> Callable[[Callable[..., T]], Callable[..., T]]:
+    """A decorator: old keyword arguments `names`, which now stand together in the value of `argument`, are put there.
+
+    gather: (the value of `argument` or None, {old name: value}) -> the new value. For classes as `renamed`.
+    """
+
+    def decorate(function: Callable[..., T]) -> Callable[..., T]:
+        if isinstance(function, type):
+            function.__init__ = decorate(function.__init__)  # type: ignore[misc]  # that is the purpose
+            return function
+
+        @functools.wraps(function)
+        def wrapper(*args: Any, **given: Any) -> T:
+            old = {name: given.pop(name) for name in names if name in given}
+            if old:
+                what = function.__qualname__.removesuffix(".__init__")
+                given[argument] = gather(given.get(argument), old)
+                _warn(f"{what}({', '.join(f'{name}=...' for name in old)})", f"{argument}=", stacklevel=3)
+            return function(*args, **given)
+
         return wrapper
 
     return decorate

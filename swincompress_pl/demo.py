@@ -88,7 +88,7 @@ def _round_robin(plan: Schedule) -> Callback:
 
 def _single_shot(plan: Schedule) -> Callback:
     """PrimeSVT before the first epoch; the network is narrow, so widths in steps of four."""
-    return PrimeSVT(max_accuracy_drop=3.0, min_memory_saving=0.25, round_to=4)
+    return PrimeSVT(tolerance=3.0, min_memory_saving=0.25, round_to=4)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -162,7 +162,11 @@ def test_other_seeds_are_compared_with_their_own_controls() -> None:
 def test_the_largest_saving_within_each_bar_is_found() -> None:
     def searched(mode: str, saving: float, score: float, percent: float | None = None) -> dict[str, Any]:
         applied = {"saving": saving, "score": score}
-        search = {"config": {"mode": mode}, "applied": applied, "baseline_score": 77.0}
+        search = {
+            "config": {"granularity": {"paper": "filter", "group": "structured"}[mode]},
+            "applied": applied,
+            "baseline_score": 77.0,
+        }
         tuned = {} if percent is None else {"tuned": {"test": {"percent": percent}}}
         return {"seed": 0, "search": search} | tuned
 

@@ -8,24 +8,14 @@ from typing import Any
 import pytest
 import torch
 from lightning import LightningModule
-from lightning.pytorch.callbacks import (
-    ModelCheckpoint,
-)
-from support.callback_cases import (
-    Plain,
-    Restorable,
-    assert_same_state,
-    greedy,
-    loader,
-    make_trainer,
-    vit,
-)
+from lightning.pytorch.callbacks import ModelCheckpoint
+from support.callback_cases import Plain, Restorable, assert_same_state, greedy, loader, make_trainer, vit
 from torch import Tensor, nn
 
 from swincompress_pl.callbacks import AdaptiveIterativePruning
 from swincompress_pl.checkpoint.record import CompressionMixin
 from swincompress_pl.models import CompressibleClassifier
-from swincompress_pl.pruning import masked_parameters
+from swincompress_pl.pruning.structure.weight_masks import masked_parameters
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning")
 

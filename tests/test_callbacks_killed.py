@@ -14,7 +14,8 @@ from support.rank_cases import call_for_kill, killed
 from torch.utils.data import DataLoader
 
 from swincompress_pl.callbacks.pruning import AdaptiveIterativePruning
-from swincompress_pl.pruning import Step, history_of
+from swincompress_pl.pruning import Step
+from swincompress_pl.pruning.structure.apply import history_of
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning"),

@@ -9,21 +9,13 @@ import pytest
 import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
-from support.callback_cases import (
-    Plain,
-    Unmoved,
-    assert_same_state,
-    data,
-    greedy,
-    loader,
-    make_trainer,
-)
+from support.callback_cases import Plain, Unmoved, assert_same_state, data, greedy, loader, make_trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
-from swincompress_pl.pruning import masked_parameters
+from swincompress_pl.pruning.structure.weight_masks import masked_parameters
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning")
 

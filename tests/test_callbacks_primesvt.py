@@ -20,7 +20,9 @@ from torch import nn
 
 from swincompress_pl.callbacks import PrimeSVT
 from swincompress_pl.checkpoint.record import CompressionMixin
-from swincompress_pl.pruning import PrimeProgress, history_of, masked_parameters, prune
+from swincompress_pl.pruning import PrimeProgress, prune
+from swincompress_pl.pruning.structure.apply import history_of
+from swincompress_pl.pruning.structure.weight_masks import masked_parameters
 from swincompress_pl.report.callback import PruningFigures
 
 pytestmark = [
@@ -31,10 +33,10 @@ pytestmark = [
 ]
 # A toy of 24 images: what is cut does not hang on its accuracy.
 OPTIONS: dict[str, Any] = {
-    "max_accuracy_drop": 100.0,
+    "tolerance": 100.0,
     "min_memory_saving": 0.05,
     "rates": (0.1, 0.25),
-    "max_rate": 0.6,
+    "max_sparsity": 0.6,
     "round_to": 1,
 }
 
@@ -71,9 +73,9 @@ def found_by(callback: PrimeSVT) -> dict[str, Any]:
     return {**callback.result.to_dict(), "elapsed_s": 0.0, "scoring": {}}
 
 
-@pytest.mark.parametrize("mode", ["group", "paper"])
-def test_a_fit_prunes_once_and_trains_what_is_left(tmp_path: Path, mode: str) -> None:
-    callback, module, logger = shooter(mode=mode, start_epoch=1), spiking(), CSVLogger(tmp_path)
+@pytest.mark.parametrize("granularity", ["structured", "filter"])
+def test_a_fit_prunes_once_and_trains_what_is_left(tmp_path: Path, granularity: str) -> None:
+    callback, module, logger = shooter(granularity=granularity, start_epoch=1), spiking(), CSVLogger(tmp_path)
     before = sum(p.numel() for p in module.parameters())
     trainer = make_trainer(tmp_path, 3, callback, logger=logger)
     trainer.fit(module, loader(), loader())
@@ -83,7 +85,7 @@ def test_a_fit_prunes_once_and_trains_what_is_left(tmp_path: Path, mode: str) ->
     assert no_membranes(module.net)
     parameters = {p for group in trainer.optimizers[0].param_groups for p in group["params"]}
     assert parameters == set(module.net.parameters())
-    if mode == "group":
+    if granularity == "structured":
         assert sum(p.numel() for p in module.parameters()) == result.parameters_after < before
         assert len(history_of(module.net)) == 1
         assert all(
@@ -123,13 +125,15 @@ def test_a_compiled_network_is_pruned_and_trained_as_a_plain_one(tmp_path: Path,
     assert all(torch.equal(value, plain.net.state_dict()[key]) for key, value in network.state_dict().items())
 
 
-@pytest.mark.parametrize("mode", ["group", "paper"])
-def test_a_resumed_fit_ends_where_an_uninterrupted_one_does(tmp_path: Path, mode: str) -> None:
-    callback, resumed = shooter(mode=mode), shooter(mode=mode)
+@pytest.mark.parametrize("granularity", ["structured", "filter"])
+def test_a_resumed_fit_ends_where_an_uninterrupted_one_does(tmp_path: Path, granularity: str) -> None:
+    callback, resumed = shooter(granularity=granularity), shooter(granularity=granularity)
     whole = spiking()
     make_trainer(tmp_path, 3, callback).fit(whole, loader(shuffle=True), loader())
     save = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
-    make_trainer(tmp_path, 3, shooter(mode=mode), save, Stop(1)).fit(spiking(), loader(shuffle=True), loader())
+    make_trainer(tmp_path, 3, shooter(granularity=granularity), save, Stop(1)).fit(
+        spiking(), loader(shuffle=True), loader()
+    )
     second = spiking()
     torch.manual_seed(99)  # another process begins with other numbers
     make_trainer(tmp_path, 3, resumed).fit(second, loader(shuffle=True), loader(), ckpt_path=tmp_path / "epoch=1.ckpt")
@@ -140,11 +144,11 @@ def test_a_resumed_fit_ends_where_an_uninterrupted_one_does(tmp_path: Path, mode
     assert history_of(second.net) == history_of(whole.net)
 
 
-@pytest.mark.parametrize("mode", ["group", "paper"])
-def test_a_checkpoint_rebuilds_the_network(tmp_path: Path, mode: str) -> None:
+@pytest.mark.parametrize("granularity", ["structured", "filter"])
+def test_a_checkpoint_rebuilds_the_network(tmp_path: Path, granularity: str) -> None:
     module = Restorable()
     module.load_state_dict(spiking().state_dict())
-    trainer = make_trainer(tmp_path, 1, shooter(mode=mode))
+    trainer = make_trainer(tmp_path, 1, shooter(granularity=granularity))
     trainer.fit(module, loader(), loader())
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     loaded = Restorable.load_from_checkpoint(tmp_path / "last.ckpt").eval()
@@ -156,7 +160,7 @@ def test_a_checkpoint_rebuilds_the_network(tmp_path: Path, mode: str) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"monitor": "val/top1"}, {"criterion": "taylor"}, {"batchnorm": "reestimate", "gradient_batches": 2}],
+    [{"monitor": "val/top1"}, {"criterion": "taylor"}, {"batchnorm": "correct", "gradient_batches": 2}],
     ids=str,
 )
 def test_other_ways_to_score(tmp_path: Path, options: dict[str, Any]) -> None:
@@ -184,12 +188,12 @@ class Killed(PrimeSVT):
 
 def test_a_search_that_dies_leaves_no_trace_and_goes_on_from_its_memo(tmp_path: Path) -> None:
     memo, unmoved, module = tmp_path / "memo.jsonl", Unmoved(), spiking()
-    killed = Killed(**OPTIONS, memo=memo)
+    killed = Killed(**OPTIONS, evaluation_cache=memo)
     with pytest.raises(KilledError):
         make_trainer(tmp_path, 1, killed, unmoved).fit(module, loader(), loader())
     unmoved.check(module)
     assert (killed.result, killed._scorer) == (None, None)
-    callback = shooter(memo=memo)
+    callback = shooter(evaluation_cache=memo)
     make_trainer(tmp_path, 1, callback).fit(spiking(), loader(), loader())
     assert callback.result is not None
     assert callback.result.scoring["remembered"] >= 6
@@ -221,14 +225,12 @@ def test_it_refuses_what_it_cannot_prune(tmp_path: Path) -> None:
         make_trainer(tmp_path, 1, shooter()).fit(Plain(), loader(), loader())
     with pytest.raises(ValueError, match="PrimeSVT has nothing to score on: give the datamodule a holdout_dataloader"):
         make_trainer(tmp_path, 1, shooter()).fit(spiking(), loader())
-    with pytest.raises(
-        TypeError, match="PrimeSVT has no option tolerance; the search's are policy, order, prefer, target_set"
-    ):
-        shooter(tolerance=1.0)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'drop'"):
+        shooter(drop=1.0)
     with pytest.raises(ValueError, match="start_epoch=-1: it has to be 0 or more"):
         shooter(start_epoch=-1)
-    with pytest.raises(ValueError, match="mode='both': it has to be one of group, paper"):
-        shooter(mode="both")
+    with pytest.raises(ValueError, match="granularity='both': it has to be one of structured, filter"):
+        shooter(granularity="both")
     with pytest.raises(ValueError, match="max_images=8: a monitor"):
         shooter(max_images=8, monitor="val/top1")
     with pytest.raises(ValueError, match="the pruning callback's state has version 1, 2 is expected"):
@@ -247,7 +249,7 @@ def test_one_search_may_follow_the_other(tmp_path: Path) -> None:
 
 def _fit_on(folder: Path, rank: int) -> dict[str, Any]:
     torch.manual_seed(rank)
-    module, callback = spiking(), shooter(max_accuracy_drop=60.0, min_memory_saving=0.0)
+    module, callback = spiking(), shooter(tolerance=60.0, min_memory_saving=0.0)
     torch.manual_seed(rank)
     trainer = make_trainer(folder, 2, callback, devices=2, strategy=ddp())
     trainer.fit(module, datamodule=HoldOutData(rank, 2))

@@ -15,32 +15,17 @@ from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
 from support.callback_cases import assert_same_state, search_of
 from support.rank_cases import digest, on_ranks
-from test_callbacks_quantization import (
-    PREPROCESSING,
-    Plain,
-    Restorable,
-    fit,
-    loader,
-    pixels_and_labels,
-    qat,
-    trainer,
-)
+from test_callbacks_quantization import PREPROCESSING, Plain, Restorable, fit, loader, pixels_and_labels, qat, trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler
 
 from swincompress_pl import accel, spec
 from swincompress_pl.callbacks import AdaptiveIterativePruning
-from swincompress_pl.callbacks.searched_network import ScalesFollower
-from swincompress_pl.pruning import (
-    FunctionScorer,
-    HoldOut,
-    RoundRobinConfig,
-    Step,
-    begin_search,
-    history_of,
-    masked_parameters,
-    run_round,
-)
+from swincompress_pl.callbacks.searched_network import CoupledScales
+from swincompress_pl.pruning import AdaptivePruningConfig, HoldOut, Step
+from swincompress_pl.pruning.adaptive.search import SearchSession
+from swincompress_pl.pruning.structure.apply import history_of
+from swincompress_pl.pruning.structure.weight_masks import masked_parameters
 from swincompress_pl.quant import QuantizedNetwork, quantize
 
 pytestmark = [
@@ -218,15 +203,14 @@ def test_what_a_round_takes_back_comes_back_with_its_scales() -> None:
         widths.append(len(network.scales.drift))  # type: ignore[arg-type]
         return 100.0 if widths[-1] == widths[0] else 0.0
 
-    config = RoundRobinConfig(tolerance=1.0, step=0.25)
-    scorer, follower = FunctionScorer(evaluate), ScalesFollower(module, "backbone")
-    state = begin_search(network.network, scorer, config)
-    outcome = run_round(network.network, scorer, config, state, follower=follower)
+    config = AdaptivePruningConfig(tolerance=1.0, step=0.25)
+    coupled = CoupledScales(module, "backbone")
+    outcome = SearchSession(network.network, evaluate, config).round(coupled=coupled)
     assert outcome.change.applied.plan.kept == {}
     assert len(set(widths)) > 2
     assert network.scales.drift is drift
     assert_same_state(dict(network.state_dict()), before)
-    assert follower.with_scales(outcome.applied) is outcome.applied
+    assert coupled.with_scales(outcome.applied) is outcome.applied
 
 
 def test_an_exception_in_a_round_leaves_network_and_scales_alone(tmp_path: Path) -> None:

@@ -162,7 +162,7 @@ def test_prune_then_quantize_in_one_fit(tmp_path: Path, kind: str) -> None:
         )
     else:
         search = PrimeSVT(
-            max_accuracy_drop=100.0, min_memory_saving=0.05, rates=(0.1, 0.25), max_rate=0.6, round_to=1,
+            tolerance=100.0, min_memory_saving=0.05, rates=(0.1, 0.25), max_sparsity=0.6, round_to=1,
             model_attribute="backbone",
         )  # fmt: skip
     fit(module, tmp_path, 3, search, spiking_qat(start_epoch=2))

@@ -40,7 +40,7 @@ from swincompress_pl.callbacks import AdaptiveIterativePruning, QuantizationAwar
 from swincompress_pl.callbacks.qat_distillation import Distillation
 from swincompress_pl.models import CompressibleClassifier, create_model
 from swincompress_pl.models.classifier import DistillationConfig, OptimizationConfig, distillation_loss
-from swincompress_pl.pruning import masked_parameters
+from swincompress_pl.pruning.structure.weight_masks import masked_parameters
 from swincompress_pl.quant import QuantizedNetwork, quantize
 
 pytestmark = [

@@ -9,26 +9,14 @@ from typing import Any
 import pytest
 import torch
 from lightning import LightningDataModule
-from lightning.pytorch.callbacks import (
-    EMAWeightAveraging,
-    ModelPruning,
-    StochasticWeightAveraging,
-    WeightAveraging,
-)
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelPruning, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
-from support.callback_cases import (
-    Plain,
-    Unmoved,
-    greedy,
-    loader,
-    make_trainer,
-    shapes,
-)
+from support.callback_cases import Plain, Unmoved, greedy, loader, make_trainer, shapes
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from swincompress_pl.callbacks.compatibility import refuse_optimizers, refuse_strategy
-from swincompress_pl.pruning import history_of
+from swincompress_pl.pruning.structure.apply import history_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning")
 

@@ -24,15 +24,10 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, OneCycleLR, ReduceLROnPlateau
 from torch.utils.data import DataLoader
 
-from swincompress_pl.pruning import (
-    AppliedPlan,
-    PruningPlan,
-    Step,
-    apply_plan,
-    history_of,
-    mask_plan,
-    masked_parameters,
-)
+from swincompress_pl.pruning import PruningPlan, Step, apply_plan
+from swincompress_pl.pruning.structure.apply import AppliedPlan, history_of
+from swincompress_pl.pruning.structure.unit_masks import mask_plan
+from swincompress_pl.pruning.structure.weight_masks import masked_parameters
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning")
 

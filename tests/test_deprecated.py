@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import subprocess
 import sys
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
 from swincompress_pl._deprecated import MODULES, PACKAGE, old_names, renamed
+from swincompress_pl.models import create_model
+from swincompress_pl.pruning import AdaptivePruningConfig, SearchSession
 
 
 @pytest.mark.parametrize("old", MODULES)
@@ -96,3 +101,21 @@ def test_a_class_stays_a_class() -> None:
     assert Thing(new=1).new == 1
     with pytest.warns(DeprecationWarning, match=r"Thing\(old=...\)"):
         assert Thing(old=2).new == 2  # type: ignore[call-arg]
+
+
+@pytest.mark.filterwarnings("ignore:.*is the name of version 0.1:DeprecationWarning")
+def test_rounds_by_the_functions_of_the_first_version_are_those_of_a_session() -> None:
+    from swincompress_pl.pruning import begin_search, run_round
+
+    def network() -> nn.Module:
+        torch.manual_seed(0)
+        return create_model("VisionTransformer", img_size=16, patch_size=8, embed_dim=16, depth=1, num_heads=2)
+
+    old, new = network(), network()
+    config = AdaptivePruningConfig(tolerance=50.0, step=0.5, max_sparsity=0.5, round_to=1)
+    state = begin_search(old, lambda _: 90.0, config)
+    outcome = run_round(old, lambda _: 90.0, config, state, unchanged=True)
+    expected = SearchSession(new, lambda _: 90.0, config).round()
+    assert outcome.applied.plan == expected.applied.plan
+    assert outcome.applied.plan
+    assert [dataclasses.asdict(step) for step in outcome.steps] == [dataclasses.asdict(s) for s in expected.steps]

@@ -117,6 +117,6 @@ def test_a_memo_is_taken_up(folder: Path, tmp_path: Path) -> None:
     network = lively(create_model(model, num_classes=4, **kwargs))
     images, labels = (torch.cat(parts) for parts in zip(*loader(32), strict=True))
     assert isinstance(shot.config, PrimeSVTConfig)
-    result = primesvt(network, HoldOut(images, labels), shot.config, memo=memo)
+    result = primesvt(network, HoldOut(images, labels), shot.config, evaluation_cache=memo)
     assert result.scoring["evaluations"] == 0
     assert result.scoring["remembered"] == len(result.candidates) > 0

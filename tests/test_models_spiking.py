@@ -23,7 +23,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from swincompress_pl.callbacks import AdaptiveIterativePruning
 from swincompress_pl.models import CompressibleClassifier, create_model
 from swincompress_pl.models.spiking.adapter import without_memory
-from swincompress_pl.pruning import HoldOut, RoundRobinConfig, history_of, prune
+from swincompress_pl.pruning import AdaptivePruningConfig, HoldOut, prune
+from swincompress_pl.pruning.structure.apply import history_of
 from swincompress_pl.registry import adapter_for
 
 KINDS = ("mlp", "conv", "heads", "qk", "v", "embed")
@@ -141,7 +142,7 @@ def test_the_round_robin_search_prunes_them_and_begins_in_the_middle(name: str) 
     for cache_size_bytes in (0, 1 << 28):
         holdout = holdout_of(network, images, cache_size_bytes)
         other = copy.deepcopy(network)
-        config = RoundRobinConfig(tolerance=20.0, kinds=KINDS, step=0.25, min_step=0.25, round_to=1, max_rounds=2)
+        config = AdaptivePruningConfig(tolerance=20.0, kinds=KINDS, step=0.25, min_step=0.25, round_to=1, max_rounds=2)
         result = prune(other, holdout, config, input_shape=(1, 3, SIZE_PX, SIZE_PX))
         results.append((result, other))
     (plain, _), (cached, pruned) = results
@@ -168,7 +169,7 @@ def test_every_granularity_prunes_convolutions(options: dict[str, Any]) -> None:
     network.float()
     images = torch.randn(60, 3, SIZE_PX, SIZE_PX)
     before = sum(int(p.count_nonzero()) for p in network.parameters())
-    config = RoundRobinConfig(tolerance=20.0, step=0.25, min_step=0.25, max_rounds=1, **options)
+    config = AdaptivePruningConfig(tolerance=20.0, step=0.25, min_step=0.25, max_rounds=1, **options)
     prune(network, holdout_of(network, images, 1 << 28), config, input_shape=(1, 3, SIZE_PX, SIZE_PX))
     assert sum(int(p.count_nonzero()) for p in network.parameters()) < 0.95 * before
 
@@ -177,7 +178,7 @@ def test_a_network_with_nothing_to_prune_is_refused(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("swincompress_pl.pruning.space.prunable_weights", lambda _: [])
     network, images = lively(FAMILIES["spikformer"], 5, trained_statistics=True)
     with pytest.raises(ValueError, match="granularity='weight': Spikformer has no linear layer or convolution"):
-        prune(network, holdout_of(network, images, 0), RoundRobinConfig(granularity="weight"))
+        prune(network, holdout_of(network, images, 0), AdaptivePruningConfig(granularity="weight"))
 
 
 class Stop(Callback):

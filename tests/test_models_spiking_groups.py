@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from support.spiking_cases import FAMILIES, lively, spikes_of
 from torch import nn
 
-from swincompress_pl.pruning import Group, PruningPlan, apply_plan, mask_plan, revert_plan
+from swincompress_pl.pruning import Group, PruningPlan, apply_plan
+from swincompress_pl.pruning.structure.apply import revert_plan
+from swincompress_pl.pruning.structure.unit_masks import mask_plan
 from swincompress_pl.registry import UnsupportedNetworkError, adapter_for
 
 

@@ -13,15 +13,10 @@ from timm.models.deit import VisionTransformerDistilled
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from swincompress_pl.pruning import (
-    PruningPlan,
-    apply_plan,
-    count_macs,
-    history_of,
-    regrow_latest_plan,
-    revert_plan,
-    skeleton,
-)
+from swincompress_pl.pruning import PruningPlan, apply_plan, count_macs
+from swincompress_pl.pruning.structure.apply import history_of, revert_plan
+from swincompress_pl.pruning.structure.cost import skeleton
+from swincompress_pl.pruning.structure.regrow import regrow_latest_plan
 from swincompress_pl.registry import adapter_for
 
 HEADS, CHANNELS = "layers.0.blocks.1.attn.heads", "layers.1.blocks.0.mlp.channels"

@@ -7,7 +7,9 @@ import timm
 import torch
 from timm.models import SwinTransformer, VisionTransformer
 
-from swincompress_pl.pruning import PruningPlan, apply_plan, count_macs, count_parameters, skeleton, unit_scores
+from swincompress_pl.pruning import PruningPlan, apply_plan, count_macs, count_parameters
+from swincompress_pl.pruning.criteria import unit_scores
+from swincompress_pl.pruning.structure.cost import skeleton
 from swincompress_pl.registry import adapter_for
 
 

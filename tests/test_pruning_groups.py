@@ -25,9 +25,10 @@ from swincompress_pl import spec
 from swincompress_pl.models.swin.groups import swin_groups
 from swincompress_pl.models.swin.window_attention import ResizableWindowAttention
 from swincompress_pl.models.vit.groups import vit_groups
-from swincompress_pl.pruning import Attribute, Group, PruningPlan, Slice, apply_plan, mask_plan, mask_units, revert_plan
-from swincompress_pl.pruning.structure.groups import Exchange, NormSlice
-from swincompress_pl.pruning.structure.unit_masks import MaskedLayerNorm
+from swincompress_pl.pruning import Group, PruningPlan, apply_plan
+from swincompress_pl.pruning.structure.apply import revert_plan
+from swincompress_pl.pruning.structure.groups import Attribute, Exchange, NormSlice, Slice
+from swincompress_pl.pruning.structure.unit_masks import MaskedLayerNorm, mask_plan, mask_units
 from swincompress_pl.quant import float_logits, quantize
 from swincompress_pl.registry import UnsupportedNetworkError, adapter_for
 

@@ -19,15 +19,9 @@ from hypothesis import strategies as st
 from timm.models import SwinTransformer, VisionTransformer
 from torch import Tensor, nn
 
-from swincompress_pl.pruning import mask_units
 from swincompress_pl.pruning.evaluation.holdout import FunctionScorer, HoldOut, ScoringCost, _needed
-from swincompress_pl.pruning.evaluation.ranks import (
-    from_rank_zero,
-    gather_results,
-    rank,
-    sum_over_ranks,
-    world_size,
-)
+from swincompress_pl.pruning.evaluation.ranks import from_rank_zero, gather_results, rank, sum_over_ranks, world_size
+from swincompress_pl.pruning.structure.unit_masks import mask_units
 from swincompress_pl.registry import adapter_for
 
 CLASSES = 4

@@ -21,14 +21,10 @@ from swincompress_pl.checkpoint.record import (
 )
 from swincompress_pl.models import rebuild
 from swincompress_pl.models.classifier import CompressibleClassifier
-from swincompress_pl.pruning import PruningPlan, apply_plan, history_of
+from swincompress_pl.pruning import PruningPlan, apply_plan
+from swincompress_pl.pruning.structure.apply import history_of
 from swincompress_pl.pruning.structure.patterns import parse_granularity
-from swincompress_pl.pruning.structure.weight_masks import (
-    masked_parameters,
-    register_masks,
-    remove_masks,
-    set_mask,
-)
+from swincompress_pl.pruning.structure.weight_masks import masked_parameters, register_masks, remove_masks, set_mask
 from swincompress_pl.quant import Bits, QuantizedNetwork
 from swincompress_pl.registry import adapter_for
 

@@ -11,7 +11,8 @@ from timm.models import VisionTransformer
 from torch import nn
 from torch.optim import LBFGS, SGD, Adafactor, AdamW, Optimizer
 
-from swincompress_pl.pruning import AppliedPlan, PruningPlan, apply_plan, slice_optimizer
+from swincompress_pl.pruning import PruningPlan, apply_plan, slice_optimizer
+from swincompress_pl.pruning.structure.apply import AppliedPlan
 from swincompress_pl.registry import adapter_for
 
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from swincompress_pl.pruning import Group, PruningPlan, Slice
+from swincompress_pl.pruning import Group, PruningPlan
+from swincompress_pl.pruning.structure.groups import Slice
 
 _names = st.text(min_size=1, max_size=8)
 _kept = st.lists(st.integers(0, 60), min_size=1, unique=True).map(sorted).map(tuple)

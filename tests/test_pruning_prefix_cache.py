@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from timm.models import SwinTransformer, SwinTransformerV2, VisionTransformer
 from torch import Tensor, nn
 
-from swincompress_pl.pruning import count_macs, mask_units
+from swincompress_pl.pruning import count_macs
 from swincompress_pl.pruning.evaluation.prefix_cache import PrefixCache
+from swincompress_pl.pruning.structure.unit_masks import mask_units
 from swincompress_pl.registry import adapter_for
 
 PLENTY = 1 << 28

@@ -10,11 +10,28 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.prime_cases import ALLOCATED, QUICK, SHAPE, by_zeros, holdout_of, network_of, same_state, state_of
+from support.prime_cases import (
+    ALLOCATED,
+    QUICK,
+    SHAPE,
+    by_zeros,
+    holdout_of,
+    network_of,
+    prime_config,
+    same_state,
+    state_of,
+)
 from torch import nn
 
 from swincompress_pl.callbacks import PrimeSVT
-from swincompress_pl.pruning import PrimeProgress, PrimeSVTConfig, PrimeSVTResult, primesvt
+from swincompress_pl.pruning import (
+    AllocatedPolicy,
+    PrimeProgress,
+    PrimeSVTConfig,
+    PrimeSVTResult,
+    PrioritizedPolicy,
+    primesvt,
+)
 from swincompress_pl.pruning.prime.allocation import steps_by_efficiency
 from swincompress_pl.pruning.prime.result import CurvePoint
 
@@ -55,28 +72,28 @@ def test_no_other_choice_saves_more_for_what_any_number_of_steps_lose(curves: Cu
 
 def _searched(drop: float, **options: Any) -> PrimeSVTResult:
     network, images = network_of(), torch.randn(*SHAPE)
-    config = PrimeSVTConfig(max_accuracy_drop=drop, min_memory_saving=0, min_block_share=0, **{**ALLOCATED, **options})
+    config = prime_config(tolerance=drop, min_memory_saving=0, min_block_share=0, **{**ALLOCATED, **options})
     return primesvt(network, by_zeros({"patch_embed": 40.0, "blocks.0": 25.0, "blocks.1": 2.0}, images), config)
 
 
 def test_more_allowed_never_saves_less_and_cheap_layers_go_first() -> None:
     savings = []
     for drop in (1.0, 3.0, 6.0, 12.0, 90.0):
-        result = _searched(drop, mode="paper")
+        result = _searched(drop, granularity="filter")
         assert result.baseline_score - result.score <= drop
         rates = {block.name: block.rate for block in result.blocks}
         dear = [rate for name, rate in rates.items() if name.startswith("patch_embed")]
         cheap = [rate for name, rate in rates.items() if name.startswith("blocks.1")]
         assert min(cheap) >= max(dear)
         savings.append(result.saving)
-        assert result.saving >= _searched(drop, mode="paper", **{**QUICK, "blocks": "layer"}).saving
+        assert result.saving >= _searched(drop, granularity="filter", **{**QUICK, "blocks": "layer"}).saving
     assert savings == sorted(savings)
     assert savings[-1] > 2 * savings[0] > 0
     assert min(rates.values()) >= 0.3, "90 points buy all; a layer of a few units has no width below that"
 
 
 def test_a_curve_ends_where_the_block_alone_is_refused_and_what_is_left_of_a_step_is_tried() -> None:
-    result = _searched(3.0, mode="paper")
+    result = _searched(3.0, granularity="filter")
     alone: dict[str, list[bool]] = {}
     for candidate in result.candidates:
         if candidate.phase == "robustness":
@@ -95,16 +112,16 @@ def test_a_curve_ends_where_the_block_alone_is_refused_and_what_is_left_of_a_ste
     assert PrimeSVTResult.from_dict(result.to_dict()).blocks == result.blocks
 
 
-@pytest.mark.parametrize("mode", ["group", "paper"])
+@pytest.mark.parametrize("granularity", ["structured", "filter"])
 @pytest.mark.parametrize("blocks", ["layer", "block"])
-def test_what_is_applied_holds_on_the_hold_out(mode: str, blocks: str) -> None:
+def test_what_is_applied_holds_on_the_hold_out(granularity: str, blocks: str) -> None:
     network, told = network_of(), list[PrimeProgress]()
     holdout = holdout_of(network)
-    config = PrimeSVTConfig(max_accuracy_drop=30, min_memory_saving=0.02, mode=mode, blocks=blocks, **ALLOCATED)
+    config = prime_config(tolerance=30, min_memory_saving=0.02, granularity=granularity, blocks=blocks, **ALLOCATED)
     result = primesvt(network, holdout, config, input_shape=SHAPE, progress=told.append)
     assert result.met
     assert holdout.full(network) == result.score >= result.baseline_score - 30
-    gone = 0 if mode == "paper" else round(result.parameters_before * result.saving)
+    gone = 0 if granularity == "filter" else round(result.parameters_before * result.saving)
     assert result.parameters_after == result.parameters_before - gone
     assert [each.candidate for each in told] == result.candidates
     assert all(1 <= each.done <= each.total for each in told)
@@ -115,7 +132,7 @@ class KilledError(Exception):
 
 
 def test_a_killed_search_goes_on_from_its_memo(tmp_path: Path) -> None:
-    config = PrimeSVTConfig(max_accuracy_drop=30, min_memory_saving=0, **ALLOCATED)
+    config = prime_config(tolerance=30, min_memory_saving=0, **ALLOCATED)
     whole = primesvt(network_of(), holdout_of(network_of()), config)
     seen = 0
 
@@ -126,8 +143,8 @@ def test_a_killed_search_goes_on_from_its_memo(tmp_path: Path) -> None:
             raise KilledError
 
     with pytest.raises(KilledError):
-        primesvt(network_of(), holdout_of(network_of()), config, memo=tmp_path / "memo", progress=kill)
-    result = primesvt(network_of(), holdout_of(network_of()), config, memo=tmp_path / "memo")
+        primesvt(network_of(), holdout_of(network_of()), config, evaluation_cache=tmp_path / "memo", progress=kill)
+    result = primesvt(network_of(), holdout_of(network_of()), config, evaluation_cache=tmp_path / "memo")
     assert result.applied == whole.applied
     assert result.scoring["evaluations"] == whole.scoring["evaluations"] - seen
 
@@ -140,7 +157,7 @@ def test_nothing_is_applied_where_nothing_is_acceptable() -> None:
         tried(images)
         return 90.0 if same_state(before, state_of(tried)) else 10.0
 
-    config = PrimeSVTConfig(min_memory_saving=0.1, **ALLOCATED)
+    config = prime_config(min_memory_saving=0.1, **ALLOCATED)
     with pytest.warns(UserWarning, match="within the accuracy: none; within the memory"):
         result = primesvt(network, brittle, config)
     assert (result.applied, result.met, {block.rate for block in result.blocks}) == (None, False, {0.0})
@@ -150,14 +167,14 @@ def test_nothing_is_applied_where_nothing_is_acceptable() -> None:
 @pytest.mark.parametrize(
     ("options", "points"),
     [
-        ({"policy": "allocated", "max_accuracy_drop": 1.5}, 0.2),
-        ({"policy": "allocated", "max_accuracy_drop": 6.0}, 0.4),
-        ({"policy": "allocated", "max_accuracy_drop": 6.0, "robustness_resolution_points": 0.1}, 0.1),
-        ({"policy": "prioritized", "max_accuracy_drop": 6.0}, 0.2),
+        ({"policy": "allocated", "tolerance": 1.5}, 0.2),
+        ({"policy": "allocated", "tolerance": 6.0}, 0.4),
+        ({"policy": AllocatedPolicy(resolution_points=0.1), "tolerance": 6.0}, 0.1),
+        ({"policy": "prioritized", "tolerance": 6.0}, 0.2),
     ],
 )
 def test_curves_are_measured_as_finely_as_the_constraint_wants(options: dict[str, Any], points: float) -> None:
-    assert PrimeSVTConfig(**options).robustness_resolution() == pytest.approx(points)
+    assert prime_config(**options).resolution_points()["robustness"] == pytest.approx(points)
 
 
 @pytest.mark.parametrize(
@@ -171,15 +188,44 @@ def test_curves_are_measured_as_finely_as_the_constraint_wants(options: dict[str
         {"benefit_resolution_points": 0.5},
     ],
 )
-def test_what_only_the_papers_policy_reads_is_refused(options: dict[str, Any]) -> None:
-    (name,) = options
-    for make in (PrimeSVTConfig, PrimeSVT):
-        with pytest.raises(ValueError, match=f"{name}=.* is a setting of policy='prioritized'"):
+def test_what_only_the_papers_policy_reads_is_a_setting_of_that_policy(options: dict[str, Any]) -> None:
+    ((name, value),) = options.items()
+    with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'"):
+        AllocatedPolicy(**options)
+    stored = PrimeSVTConfig(policy=PrioritizedPolicy(**options)).to_dict()["policy"]
+    assert (stored["name"], stored[name]) == ("prioritized", list(value) if isinstance(value, tuple) else value)
+    for make in (PrimeSVTConfig, PrimeSVT):  # version 0.1 had them beside the policy's name
+        with pytest.raises(ValueError, match=f"{name}: a setting of policy='prioritized'"):
             make(**options)
-    assert PrimeSVTConfig(policy="prioritized", **options).to_dict()["policy"] == "prioritized"
+        with pytest.warns(DeprecationWarning, match=rf"\({name}=...\) is the name of version 0.1 .*; use policy="):
+            made = make(policy="prioritized", **options)
+        config = made.config if isinstance(made, PrimeSVT) else made
+        assert config.policy == PrioritizedPolicy(**options)
+
+
+def test_the_papers_search_is_one_call() -> None:
+    paper = PrimeSVTConfig.paper(tolerance=2.0)
+    assert isinstance(paper.policy, PrioritizedPolicy)
+    found = (paper.granularity, paper.policy.frozen, paper.policy.order, paper.blocks, paper.min_block_share)
+    assert found == ("filter", "never", "robustness", "block", 0.0)
+    assert paper.tolerance == 2.0
+    assert PrimeSVT(config=paper).config is paper
+
+
+@pytest.mark.filterwarnings("ignore:.*of version 0.1 and goes:DeprecationWarning")
+def test_the_spelling_of_the_first_version_gives_the_same_config() -> None:
+    old: dict[str, Any] = {
+        "max_accuracy_drop": 2.0, "mode": "paper", "max_rate": 0.7, "batchnorm": "reestimate", "theta": 2.0,
+        "policy": "prioritized", "robustness_resolution_points": None,
+    }  # fmt: skip
+    policy = PrioritizedPolicy(theta=2.0)
+    new = PrimeSVTConfig(tolerance=2.0, granularity="filter", max_sparsity=0.7, batchnorm="correct", policy=policy)
+    assert PrimeSVTConfig(**old) == new == PrimeSVT(**old, memo="file").config
+    with pytest.raises(TypeError, match="got tolerance and max_accuracy_drop, its former name; give tolerance alone"):
+        PrimeSVTConfig(tolerance=1.0, max_accuracy_drop=1.0)  # type: ignore[call-arg]
 
 
 def test_policies_are_named() -> None:
     with pytest.raises(ValueError, match="policy='best': it has to be one of allocated, prioritized"):
-        PrimeSVTConfig(policy="best")  # type: ignore[arg-type]
-    assert (PrimeSVT().config.policy, PrimeSVT().config.blocks) == ("allocated", "layer")
+        prime_config(policy="best")  # type: ignore[arg-type]
+    assert (PrimeSVT().config.policy, PrimeSVT().config.blocks) == (AllocatedPolicy(), "layer")

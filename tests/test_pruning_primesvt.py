@@ -10,7 +10,17 @@ from typing import Any
 
 import pytest
 import torch
-from support.prime_cases import PAPERS, QUICK, SHAPE, by_zeros, holdout_of, network_of, same_state, state_of
+from support.prime_cases import (
+    PAPERS,
+    QUICK,
+    SHAPE,
+    by_zeros,
+    holdout_of,
+    network_of,
+    prime_config,
+    same_state,
+    state_of,
+)
 from support.rank_cases import on_ranks
 from support.spiking_cases import FAMILIES, SIZE_PX
 from torch import Tensor, nn
@@ -18,23 +28,21 @@ from torch import Tensor, nn
 from swincompress_pl.models import create_model
 from swincompress_pl.models.spiking.adapter import without_memory
 from swincompress_pl.pruning import (
-    BlockState,
-    Candidate,
     HoldOut,
     PrimeProgress,
     PrimeSVTConfig,
     PrimeSVTResult,
     apply_plan,
     count_macs,
-    masked_parameters,
     primesvt,
-    register_masks,
-    revert,
 )
+from swincompress_pl.pruning.prime.result import BlockState, Candidate
+from swincompress_pl.pruning.structure.change import revert
+from swincompress_pl.pruning.structure.weight_masks import masked_parameters, register_masks
 from swincompress_pl.registry import adapter_for
 
 
-@pytest.mark.parametrize("mode", ["group", "paper"])
+@pytest.mark.parametrize("granularity", ["structured", "filter"])
 @pytest.mark.parametrize(
     "name",
     [
@@ -43,10 +51,10 @@ from swincompress_pl.registry import adapter_for
         *(pytest.param(n, marks=pytest.mark.slow) for n in ("sdt", "maxformer", "meta-spikeformer")),
     ],
 )
-def test_what_is_applied_holds_on_every_family(name: str, mode: str) -> None:
+def test_what_is_applied_holds_on_every_family(name: str, granularity: str) -> None:
     network = network_of(name)
     holdout, before = holdout_of(network), sum(p.numel() for p in network.parameters())
-    config = PrimeSVTConfig(max_accuracy_drop=30, min_memory_saving=0.02, mode=mode, **QUICK)
+    config = prime_config(tolerance=30, min_memory_saving=0.02, granularity=granularity, **QUICK)
     result = primesvt(network, holdout, config, input_shape=SHAPE)
     assert result.baseline_score == 100
     assert result.applied is not None
@@ -57,7 +65,7 @@ def test_what_is_applied_holds_on_every_family(name: str, mode: str) -> None:
     parameters = sum(p.numel() for p in network.parameters())
     assert (result.parameters_before, result.parameters_after) == (before, parameters)
     assert result.macs_after == count_macs(network, SHAPE)
-    if mode == "group":
+    if granularity == "structured":
         assert parameters == pytest.approx(before * (1 - result.saving))
         assert not masked_parameters(network)
         assert result.macs_before is not None
@@ -77,15 +85,15 @@ def test_what_is_applied_holds_on_every_family(name: str, mode: str) -> None:
     assert holdout.full(network) == 100
 
 
-@pytest.mark.parametrize("mode", ["group", pytest.param("paper", marks=pytest.mark.slow)])
-def test_few_images_and_cached_activations_decide_as_all_images_do(mode: str) -> None:
+@pytest.mark.parametrize("granularity", ["structured", pytest.param("filter", marks=pytest.mark.slow)])
+def test_few_images_and_cached_activations_decide_as_all_images_do(granularity: str) -> None:
     results = []
     for options in ({"confidence": 1.0, "cache_size_bytes": 0}, {"confidence": 0.99}):
         network = network_of("qkformer")
-        config = PrimeSVTConfig(
-            max_accuracy_drop=30,
+        config = prime_config(
+            tolerance=30,
             min_memory_saving=0.0,
-            mode=mode,
+            granularity=granularity,
             benefit_resolution_points=1e-6,
             robustness_resolution_points=1e-6,
             **QUICK,
@@ -111,9 +119,9 @@ def _policy(result: PrimeSVTResult) -> list[Candidate]:
 def replay() -> tuple[PrimeSVTConfig, PrimeSVTResult]:
     """A search under a known law: the second block is nearly free, the first is dear, the stem dearer."""
     network, images = network_of(), torch.randn(1, 3, SIZE_PX, SIZE_PX)
-    config = PrimeSVTConfig(
-        max_accuracy_drop=4.0,
-        mode="paper",
+    config = prime_config(
+        tolerance=4.0,
+        granularity="filter",
         rates=(0.02, 0.08, 0.16, 0.5),
         increments=(0.08, 0.04, 0.02, 0.01),
         theta=2,
@@ -127,7 +135,7 @@ def replay() -> tuple[PrimeSVTConfig, PrimeSVTResult]:
 def test_the_target_set_is_that_of_the_highest_benefit(replay: tuple[PrimeSVTConfig, PrimeSVTResult]) -> None:
     config, result = replay
     tried = [c for c in result.candidates if c.phase == "target set"]
-    assert len(tried) == len(config.target_sets) * len(config.rates)
+    assert len(tried) == len(config.policy.target_sets) * len(config.rates)
     groups = [tried[start : start + 4] for start in range(0, len(tried), 4)]
     for account, group in zip(result.target_sets, groups, strict=True):
         accepted = [c for c in group if c.accepted]
@@ -151,7 +159,7 @@ def test_blocks_are_raised_by_their_robustness(replay: tuple[PrimeSVTConfig, Pri
     for block in result.blocks:
         found = measured[block.name]
         assert block.robustness == pytest.approx(100 * found.saving / (90 - found.score + 0.001))
-        assert block.band == min(int((etas[0] - block.robustness) / config.theta), 3)  # type: ignore[operator]
+        assert block.band == min(int((etas[0] - block.robustness) / config.policy.theta), 3)  # type: ignore[operator]
     policy = _policy(result)
     together = [c for c in policy if " blocks raised, the last at " in c.label]
     assert policy[: len(together)] == together, "all at once until that is refused, then one after the other"
@@ -173,7 +181,7 @@ def test_no_block_can_be_raised_further(replay: tuple[PrimeSVTConfig, PrimeSVTRe
         if not c.accepted and " raised" not in block:
             refused.setdefault(block, []).append(float(rate.rstrip("%")) / 100)
     for block in result.blocks:
-        at_the_end = block.rate >= config.max_rate - 1e-9
+        at_the_end = block.rate >= config.max_sparsity - 1e-9
         assert at_the_end or min(refused[block.name]) <= block.rate + 0.01 + 0.005, block
 
 
@@ -181,13 +189,13 @@ def test_no_block_can_be_raised_further(replay: tuple[PrimeSVTConfig, PrimeSVTRe
 def test_frozen_blocks_are_raised_when_no_other_gains_or_never(frozen: str) -> None:
     """The first is nearly free, and so by far the most robust: the paper freezes all others."""
     network, images = network_of(), torch.randn(1, 3, SIZE_PX, SIZE_PX)
-    config = PrimeSVTConfig(
-        max_accuracy_drop=4.0, mode="paper", rates=(0.02, 0.08), theta=0.01, min_memory_saving=0.05, frozen=frozen,
-        max_rate=0.5, **PAPERS,
+    config = prime_config(
+        tolerance=4.0, granularity="filter", rates=(0.02, 0.08), theta=0.01, min_memory_saving=0.05, frozen=frozen,
+        max_sparsity=0.5, **PAPERS,
     )  # fmt: skip
     result = primesvt(network, by_zeros({"patch_embed": 20.0, "blocks.0": 15.0, "blocks.1": 0.01}, images), config)
     rates = {block.name: block.rate for block in result.blocks}
-    assert rates["blocks.1"] == config.max_rate
+    assert rates["blocks.1"] == config.max_sparsity
     raised = [c.label.split(" at ")[0] for c in _policy(result)]
     alone = [name for name in raised if " raised, " not in name]
     if frozen == "never":
@@ -198,7 +206,7 @@ def test_frozen_blocks_are_raised_when_no_other_gains_or_never(frozen: str) -> N
     assert all(rate > result.initial_rate for rate in rates.values())
     second = result.blocks[1]
     assert second.band == 0, "banded among themselves: the best of the rest has the largest increment"
-    smallest = min(step for step in config.increments if step)
+    smallest = min(step for step in config.policy.increments if step)
     refused = {c.label for c in _policy(result) if not c.accepted}
     for block in result.blocks[1:]:
         assert f"{block.name} at {block.rate + smallest:.0%}" in refused
@@ -206,7 +214,7 @@ def test_frozen_blocks_are_raised_when_no_other_gains_or_never(frozen: str) -> N
 
 def test_by_size_the_largest_block_comes_first_and_robustness_is_not_measured() -> None:
     network, images = network_of(), torch.randn(1, 3, SIZE_PX, SIZE_PX)
-    config = PrimeSVTConfig(max_accuracy_drop=4.0, mode="paper", order="size", **{**QUICK, "rates": (0.1,)})
+    config = prime_config(tolerance=4.0, granularity="filter", order="size", **{**QUICK, "rates": (0.1,)})
     result = primesvt(network, by_zeros({"blocks.0": 15.0}, images), config)
     sizes = [block.parameters_part for block in result.blocks]
     assert sizes == sorted(sizes, reverse=True)
@@ -221,10 +229,10 @@ def test_small_blocks_stay_at_the_initial_rate() -> None:
     raised = {}
     for share in (0.0, 0.99):
         network = network_of()
-        config = PrimeSVTConfig(
-            max_accuracy_drop=4.0,
+        config = prime_config(
+            tolerance=4.0,
             min_memory_saving=0,
-            mode="paper",
+            granularity="filter",
             min_block_share=share,
             **{**QUICK, "rates": (0.1,)},
         )
@@ -238,7 +246,7 @@ def test_small_blocks_stay_at_the_initial_rate() -> None:
 
 def test_a_block_can_be_a_single_layer() -> None:
     network, images = network_of(), torch.randn(1, 3, SIZE_PX, SIZE_PX)
-    config = PrimeSVTConfig(max_accuracy_drop=4.0, min_memory_saving=0, **{**QUICK, "blocks": "layer"})
+    config = prime_config(tolerance=4.0, min_memory_saving=0, **{**QUICK, "blocks": "layer"})
     result = primesvt(network, by_zeros({"blocks.0": 15.0}, images), config)
     assert all(block.layers == (block.name,) for block in result.blocks)
     assert len(result.blocks) == max(account.layers for account in result.target_sets)
@@ -250,7 +258,7 @@ def test_a_block_can_be_a_single_layer() -> None:
 def test_both_alternatives_are_reported_where_both_constraints_cannot_be_met(prefer: str) -> None:
     network, images = network_of(), torch.randn(1, 3, SIZE_PX, SIZE_PX)
     evaluate = by_zeros({"patch_embed": 15.0, "blocks.0": 15.0, "blocks.1": 15.0}, images)
-    config = PrimeSVTConfig(max_accuracy_drop=5.0, min_memory_saving=0.2, mode="paper", prefer=prefer, **QUICK)
+    config = prime_config(tolerance=5.0, min_memory_saving=0.2, granularity="filter", prefer=prefer, **QUICK)
     with pytest.warns(UserWarning, match="PrimeSVT: no candidate keeps both constraints, at most 5 points lost and at"):
         result = primesvt(network, evaluate, config)
     accuracy, memory = result.within_accuracy, result.within_memory
@@ -273,7 +281,7 @@ def test_nothing_is_applied_where_nothing_is_acceptable() -> None:
         return 90.0 if same_state(before, state_of(tried)) else 10.0
 
     with pytest.warns(UserWarning, match="within the accuracy: none; within the memory: .* at 10.00 points"):
-        result = primesvt(network, brittle, PrimeSVTConfig(min_memory_saving=0.1, **QUICK))
+        result = primesvt(network, brittle, prime_config(min_memory_saving=0.1, **QUICK))
     assert (result.applied, result.within_accuracy, result.initial_rate, result.blocks) == (None, None, 0.0, [])
     assert (result.score, result.saving, result.met) == (90.0, 0.0, False)
     assert same_state(before, state_of(network))
@@ -288,7 +296,7 @@ def _kill(progress: PrimeProgress) -> None:
 
 
 def test_a_killed_search_goes_on_from_its_memo(tmp_path: Path) -> None:
-    config = PrimeSVTConfig(max_accuracy_drop=30, min_memory_saving=0.0, **QUICK)
+    config = prime_config(tolerance=30, min_memory_saving=0.0, **QUICK)
     network = network_of()
     whole = primesvt(network, holdout_of(network_of()), config)
     killed_after = len(whole.candidates) * 2 // 3
@@ -302,46 +310,46 @@ def test_a_killed_search_goes_on_from_its_memo(tmp_path: Path) -> None:
     memo, network = tmp_path / "new" / "memo.jsonl", network_of()
     before = state_of(network)
     with pytest.raises(KilledError):
-        primesvt(network, holdout_of(network), config, memo=memo, progress=kill)
+        primesvt(network, holdout_of(network), config, evaluation_cache=memo, progress=kill)
     assert same_state(before, state_of(network))
     with memo.open("a", encoding="utf-8") as file:
         file.write('{"widths": {"half a li')  # as a kill in the middle of a write leaves it
     kept = len(memo.read_text(encoding="utf-8").splitlines()) - 2
-    again = primesvt(network, holdout_of(network), config, memo=memo)
+    again = primesvt(network, holdout_of(network), config, evaluation_cache=memo)
     assert [(c.label, c.accepted) for c in again.candidates] == [(c.label, c.accepted) for c in whole.candidates]
     assert again.applied is not None
     assert whole.applied is not None
     assert (again.applied.widths, again.score) == (whole.applied.widths, whole.score)
     assert again.scoring["evaluations"] == whole.scoring["evaluations"] - kept > 0
     third = network_of()
-    assert primesvt(third, holdout_of(third), config, memo=memo).scoring["evaluations"] == 0
+    assert primesvt(third, holdout_of(third), config, evaluation_cache=memo).scoring["evaluations"] == 0
 
 
 def test_a_memo_about_something_else_or_damaged_is_refused(tmp_path: Path) -> None:
     memo, network = tmp_path / "memo.jsonl", network_of()
-    config = PrimeSVTConfig(max_accuracy_drop=30, min_memory_saving=0.0, **{**QUICK, "rates": (0.1,)})
-    primesvt(network, holdout_of(network_of()), config, memo=memo)
+    config = prime_config(tolerance=30, min_memory_saving=0.0, **{**QUICK, "rates": (0.1,)})
+    primesvt(network, holdout_of(network_of()), config, evaluation_cache=memo)
     text = memo.read_text(encoding="utf-8")
     other = network_of(seed=6)
     with pytest.raises(ValueError, match=r"memo\.jsonl' is about another network, hold-out or constraint"):
-        primesvt(other, holdout_of(other), config, memo=memo)
-    stricter = PrimeSVTConfig(max_accuracy_drop=5, min_memory_saving=0.0, **QUICK)
+        primesvt(other, holdout_of(other), config, evaluation_cache=memo)
+    stricter = prime_config(tolerance=5, min_memory_saving=0.0, **QUICK)
     network = network_of()
     with pytest.raises(ValueError, match="about another network, hold-out or constraint"):
-        primesvt(network, holdout_of(network), stricter, memo=memo)
+        primesvt(network, holdout_of(network), stricter, evaluation_cache=memo)
     images = torch.zeros(60, 3, SIZE_PX, SIZE_PX)
     with pytest.raises(ValueError, match="about another network, hold-out or constraint"):
-        primesvt(network, HoldOut(torch.randn_like(images), torch.arange(60) % 5), config, memo=memo)
+        primesvt(network, HoldOut(torch.randn_like(images), torch.arange(60) % 5), config, evaluation_cache=memo)
     lines = text.splitlines(keepends=True)
     for damaged in ("nonsense\n", lines[0] + "{}\n", lines[0] + "[1]\n", "\n" + text):
         memo.write_text(damaged, encoding="utf-8")
         with pytest.raises(ValueError, match=r"memo\.jsonl' is damaged"):
-            primesvt(network, holdout_of(network), config, memo=memo)
+            primesvt(network, holdout_of(network), config, evaluation_cache=memo)
         assert memo.read_text(encoding="utf-8") == damaged
 
 
-@pytest.mark.parametrize("mode", ["group", "paper"])
-def test_whatever_fails_leaves_the_network_as_it_was(mode: str) -> None:
+@pytest.mark.parametrize("granularity", ["structured", "filter"])
+def test_whatever_fails_leaves_the_network_as_it_was(granularity: str) -> None:
     network, images = network_of(), torch.randn(1, 3, SIZE_PX, SIZE_PX)
     law = by_zeros({"blocks.0": 15.0}, images)
     calls: list[float] = []
@@ -350,7 +358,7 @@ def test_whatever_fails_leaves_the_network_as_it_was(mode: str) -> None:
         calls.append(law(tried))
         return calls[-1]
 
-    config = PrimeSVTConfig(max_accuracy_drop=4.0, min_memory_saving=0, mode=mode, **QUICK)
+    config = prime_config(tolerance=4.0, min_memory_saving=0, granularity=granularity, **QUICK)
     primesvt(copy.deepcopy(network), counted, config)
     before, modes = state_of(network), [module.training for module in network.modules()]
     for last in (1, 2, len(calls) // 2, len(calls)):
@@ -373,7 +381,7 @@ def test_whatever_fails_leaves_the_network_as_it_was(mode: str) -> None:
 def test_statistics_are_corrected_by_what_pruning_changes() -> None:
     network, unpruned = network_of(), network_of()
     calibration = [torch.randn(8, 3, SIZE_PX, SIZE_PX) for _ in range(2)]
-    config = PrimeSVTConfig(max_accuracy_drop=90, min_memory_saving=0, batchnorm="reestimate", mode="paper", **QUICK)
+    config = prime_config(tolerance=90, min_memory_saving=0, batchnorm="correct", granularity="filter", **QUICK)
     trained = state_of(network)
     assert primesvt(network, holdout_of(network), config, calibration=calibration).saving > 0
     found, pruned = state_of(network), copy.deepcopy(network)
@@ -398,7 +406,7 @@ def test_corrected_statistics_belong_to_the_candidate() -> None:
     network = network_of()
     holdout, calibration = holdout_of(network), [torch.randn(8, 3, SIZE_PX, SIZE_PX) for _ in range(2)]
     before = state_of(network)
-    config = PrimeSVTConfig(max_accuracy_drop=90, min_memory_saving=0, batchnorm="reestimate", **QUICK)
+    config = prime_config(tolerance=90, min_memory_saving=0, batchnorm="correct", **QUICK)
     result = primesvt(network, holdout, config, calibration=calibration)
     assert result.scoring["batchnorm_passes"] > result.scoring["evaluations"]
     assert result.applied is not None
@@ -411,7 +419,7 @@ def test_corrected_statistics_belong_to_the_candidate() -> None:
     with pytest.raises(KilledError):
         primesvt(network, holdout, config, calibration=calibration, progress=_kill)
     assert same_state(before, state_of(network))
-    with pytest.raises(ValueError, match="batchnorm='reestimate' needs calibration=: batches of training images"):
+    with pytest.raises(ValueError, match="batchnorm='correct' needs calibration=: batches of training images"):
         primesvt(network, holdout, config)
     with pytest.raises(ValueError, match="calibration is an iterator, which ends after the first candidate"):
         primesvt(network, holdout, config, calibration=iter(calibration))
@@ -422,17 +430,19 @@ def test_a_memo_knows_a_criterion_by_what_it_gives(tmp_path: Path) -> None:
         return 1 / (1e-3 + weight.double().abs())
 
     reversed_criterion.__qualname__ = own_criterion.__qualname__
-    options: dict[str, Any] = {"max_accuracy_drop": 30, "min_memory_saving": 0.0, **QUICK, "rates": (0.1,)}
+    options: dict[str, Any] = {"tolerance": 30, "min_memory_saving": 0.0, **QUICK, "rates": (0.1,)}
     network, memo = network_of(), tmp_path / "memo.jsonl"
-    primesvt(network, holdout_of(network_of()), PrimeSVTConfig(criterion=own_criterion, **options), memo=memo)
+    primesvt(network, holdout_of(network_of()), prime_config(criterion=own_criterion, **options), evaluation_cache=memo)
     network = network_of()
     with pytest.raises(ValueError, match="about another network, hold-out or constraint"):
-        primesvt(network, holdout_of(network), PrimeSVTConfig(criterion=reversed_criterion, **options), memo=memo)
+        primesvt(
+            network, holdout_of(network), prime_config(criterion=reversed_criterion, **options), evaluation_cache=memo
+        )
 
 
 def test_the_result_is_plain_data() -> None:
     network = network_of()
-    config = PrimeSVTConfig(max_accuracy_drop=30, min_memory_saving=0.0, criterion=own_criterion, **QUICK)
+    config = prime_config(tolerance=30, min_memory_saving=0.0, criterion=own_criterion, **QUICK)
     result = primesvt(network, holdout_of(network), config)
     stored = json.loads(json.dumps(result.to_dict()))
     assert stored["config"]["criterion"] == "own_criterion"
@@ -441,7 +451,7 @@ def test_the_result_is_plain_data() -> None:
     assert isinstance(again.blocks[0], BlockState)
     assert again.summary() == result.summary()
     assert 0 < min(result.spike_rates.values()) <= max(result.spike_rates.values()) <= 1
-    with pytest.raises(ValueError, match="a PrimeSVT result of version 1 is expected, not 7"):
+    with pytest.raises(ValueError, match="a PrimeSVT result of version 2 is expected, not 7"):
         PrimeSVTResult.from_dict({**stored, "version": 7})
 
 
@@ -451,7 +461,7 @@ def own_criterion(name: str, weight: Tensor, gradients: object) -> Tensor:
 
 def test_progress_tells_how_long_it_may_take() -> None:
     network, told = network_of(), list[PrimeProgress]()
-    config = PrimeSVTConfig(max_accuracy_drop=30, min_memory_saving=0.0, **QUICK)
+    config = prime_config(tolerance=30, min_memory_saving=0.0, **QUICK)
     result = primesvt(network, holdout_of(network), config, progress=told.append)
     assert [p.candidate for p in told] == result.candidates
     assert [p.phase for p in told] == sorted((p.phase for p in told), key=["target set", "robustness", "policy"].index)
@@ -499,7 +509,7 @@ def test_silent_neurons_are_named() -> None:
     network = network_of()
     nn.init.zeros_(network.get_submodule("blocks.1.mlp.fc2.1").weight)  # type: ignore[arg-type]
     nn.init.constant_(network.get_submodule("blocks.1.mlp.fc2.1").bias, -1.0)  # type: ignore[arg-type]
-    config = PrimeSVTConfig(max_accuracy_drop=30, min_memory_saving=0, **{**QUICK, "rates": (0.1,)})
+    config = prime_config(tolerance=30, min_memory_saving=0, **{**QUICK, "rates": (0.1,)})
     with pytest.warns(UserWarning, match=r"1 of \d+ neurons never spike on the hold-out \(blocks.1.mlp.neuron2\)"):
         result = primesvt(network, holdout_of(network), config)
     assert result.spike_rates["blocks.1.mlp.neuron2"] == 0
@@ -507,19 +517,19 @@ def test_silent_neurons_are_named() -> None:
 
 def test_what_cannot_be_saved_is_refused_before_anything_is_tried() -> None:
     network = network_of()
-    config = PrimeSVTConfig(min_memory_saving=0.6, layers=("blocks.0.*",), round_to=1)
-    with pytest.raises(ValueError, match=r"min_memory_saving=0.6 cannot be met: all 3 layers at max_rate=0.9 save"):
+    config = prime_config(min_memory_saving=0.6, layers=("blocks.0.*",), round_to=1)
+    with pytest.raises(ValueError, match=r"min_memory_saving=0.6 cannot be met: all 3 layers at max_sparsity=0.9 save"):
         primesvt(network, holdout_of(network), config)
     with pytest.raises(ValueError, match=r"layers: 'stage9\.\*' matches nothing that can be pruned"):
-        primesvt(network, holdout_of(network), PrimeSVTConfig(layers="stage9.*"))
+        primesvt(network, holdout_of(network), prime_config(layers="stage9.*"))
     with pytest.raises(ValueError, match="Spikformer has no group of kind 'head_dim'"):
-        primesvt(network, holdout_of(network), PrimeSVTConfig(kinds=("head_dim",)))
+        primesvt(network, holdout_of(network), prime_config(kinds=("head_dim",)))
     with pytest.raises(ValueError, match="criterion='taylor' needs gradients"):
-        primesvt(network, holdout_of(network), PrimeSVTConfig(criterion="taylor"))
+        primesvt(network, holdout_of(network), prime_config(criterion="taylor"))
     masked = network_of()
     register_masks(masked, ["blocks.0.mlp.fc1.0.weight"])
-    with pytest.raises(ValueError, match="mode='paper': Spikformer has masked weights already"):
-        primesvt(masked, holdout_of(masked), PrimeSVTConfig(mode="paper"))
+    with pytest.raises(ValueError, match="granularity='filter': Spikformer has masked weights already"):
+        primesvt(masked, holdout_of(masked), prime_config(granularity="filter"))
     with pytest.raises(ValueError, match="the hold-out is empty"):
         primesvt(network, HoldOut(torch.zeros(0, 3, 32, 32), torch.zeros(0, dtype=torch.long)))
 
@@ -527,37 +537,37 @@ def test_what_cannot_be_saved_is_refused_before_anything_is_tried() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_accuracy_drop": 0}, "max_accuracy_drop=0: it has to be in points, above 0"),
+        ({"tolerance": 0}, "tolerance=0: it has to be in points, above 0"),
         ({"min_memory_saving": 25}, "min_memory_saving=25: it has to be a part, 0 to below 1"),
-        ({"min_memory_saving": 0.95}, "min_memory_saving=0.95 contradicts max_rate=0.9"),
-        ({"mode": "filter"}, "mode='filter': it has to be one of group, paper"),
+        ({"min_memory_saving": 0.95}, "min_memory_saving=0.95 contradicts max_sparsity=0.9"),
+        ({"granularity": "weight"}, "granularity='weight': it has to be one of structured, filter"),
         ({"order": "random"}, "order='random': it has to be one of robustness, size"),
-        ({"rates": ()}, r"rates=\(\): it has to be above 0 and at most max_rate=0.9"),
-        ({"rates": (0.5, 0.95)}, "rates=.*at most max_rate=0.9"),
+        ({"rates": ()}, r"rates=\(\): it has to be above 0 and at most max_sparsity=0.9"),
+        ({"rates": (0.5, 0.95)}, "rates=.*at most max_sparsity=0.9"),
         ({"target_sets": (1.5,)}, r"target_sets=\(1.5,\): it has to be parts"),
         ({"increments": (0.1, 0.2)}, "increments=.*it has to be falling"),
         ({"frozen": "always"}, "frozen='always': it has to be one of last, never"),
         ({"min_block_share": 1}, "min_block_share=1: it has to be a part of an average block"),
         ({"theta": 0}, "theta=0: it has to be above 0"),
-        ({"max_rate": 1.0}, "max_rate=1.0: it has to be above 0 and below 1"),
+        ({"max_sparsity": 1.0}, "max_sparsity=1.0: it has to be above 0 and below 1"),
         ({"round_to": 0}, "round_to=0: it has to be an integer of 1 or more"),
         ({"criterion": "largest"}, "criterion='largest': it has to be one of magnitude"),
-        ({"batchnorm": "fold"}, "batchnorm='fold': it has to be one of keep, reestimate"),
-        ({"mode": "paper", "kinds": ("mlp",)}, r"kinds=\('mlp',\): mode='paper' prunes filters"),
+        ({"batchnorm": "fold"}, "batchnorm='fold': it has to be one of keep, correct"),
+        ({"granularity": "filter", "kinds": ("mlp",)}, r"kinds=\('mlp',\): granularity='filter' prunes filters"),
         ({"benefit_resolution_points": 0}, "benefit_resolution_points=0: it has to be above 0"),
         ({"robustness_resolution_points": 0.0}, "robustness_resolution_points=0.0: it has to be above 0, e.g. 0.2"),
     ],
 )
 def test_settings_are_checked(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        PrimeSVTConfig(**options)
+        prime_config(**options)
 
 
 def _search_on_ranks(store: Path | None, rank: int) -> list[tuple[str, bool, float]]:
     if store is not None:
         torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     network = network_of()
-    config = PrimeSVTConfig(max_accuracy_drop=30, min_memory_saving=0.0, **{**QUICK, "rates": (0.1,)})
+    config = prime_config(tolerance=30, min_memory_saving=0.0, **{**QUICK, "rates": (0.1,)})
     result = primesvt(network, holdout_of(network), config)
     weights = sum(float(p.detach().double().abs().sum()) for p in network.parameters())
     return [*((c.label, c.accepted, c.saving) for c in result.candidates), ("weights", result.met, weights)]

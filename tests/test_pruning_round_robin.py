@@ -15,25 +15,21 @@ from torch import Tensor, nn
 
 from swincompress_pl.checkpoint.record import restore_from_history
 from swincompress_pl.pruning import (
-    AppliedPlan,
+    AdaptivePruningConfig,
     PruningPlan,
-    RoundRobinConfig,
     SearchState,
     Step,
     apply_plan,
-    begin_search,
     collect_gradients,
     count_macs,
     count_parameters,
-    granularity_for,
-    history_of,
-    masked_parameters,
-    masked_share,
-    prunable_weights,
     prune,
-    run_round,
     slice_optimizer,
 )
+from swincompress_pl.pruning.adaptive.search import SearchSession
+from swincompress_pl.pruning.space import prunable_weights, search_space
+from swincompress_pl.pruning.structure.apply import AppliedPlan, history_of
+from swincompress_pl.pruning.structure.weight_masks import masked_parameters, masked_share
 from swincompress_pl.registry import adapter_for
 
 SHAPE = (1, 3, 16, 16)
@@ -94,7 +90,7 @@ def test_rollback_never_exceeds_the_tolerance(
     price: dict[str, float], tolerance: float, step: float, round_to: int, order: str
 ) -> None:
     network, fresh = _network(), _network()
-    config = RoundRobinConfig(tolerance=tolerance, step=step, round_to=round_to, order=order, max_sparsity=0.8)  # type: ignore[arg-type]
+    config = AdaptivePruningConfig(tolerance=tolerance, step=step, round_to=round_to, order=order, max_sparsity=0.8)  # type: ignore[arg-type]
     result = prune(network, lambda n: _score(n, price), config)
     assert result.score == _score(network, price) >= 90.0 - tolerance - 1e-6
     assert result.stopped == "every target is locked"
@@ -113,7 +109,9 @@ def test_rollback_never_exceeds_the_tolerance(
 def test_free_groups_go_to_the_limit_and_dear_ones_stay() -> None:
     price = {name: 100.0 if "blocks.0" in name else 0.0 for name in WIDTHS}
     network = _network()
-    result = prune(network, lambda n: _score(n, price), RoundRobinConfig(tolerance=1.0, step=0.25, max_sparsity=0.75))
+    result = prune(
+        network, lambda n: _score(n, price), AdaptivePruningConfig(tolerance=1.0, step=0.25, max_sparsity=0.75)
+    )
     assert _alive(network) == {
         "blocks.0.attn.heads": 4,
         "blocks.0.mlp.channels": 128,
@@ -128,7 +126,9 @@ def test_free_groups_go_to_the_limit_and_dear_ones_stay() -> None:
 def test_steps_halve_until_they_fit() -> None:
     """12.5 % of the channels is the tolerance: 50 % and 25 % fail, 12.5 % fits, more does not."""
     price = {name: 8.0 if name == "blocks.0.mlp.channels" else 80.0 for name in WIDTHS}
-    result = prune(_network(), lambda n: _score(n, price), RoundRobinConfig(tolerance=1.0, step=0.5, min_step=0.05))
+    result = prune(
+        _network(), lambda n: _score(n, price), AdaptivePruningConfig(tolerance=1.0, step=0.5, min_step=0.05)
+    )
     tried = [(r.units_before, r.units_after, r.accepted) for r in result.steps if r.target == "blocks.0.mlp.channels"]
     assert tried == [(128, 64, False), (128, 96, False), (128, 112, True), (112, 96, False), (112, 104, False)]
 
@@ -136,7 +136,9 @@ def test_steps_halve_until_they_fit() -> None:
 def test_keep_overshoots_once_and_locks() -> None:
     price = dict.fromkeys(WIDTHS, 20.0)
     network = _network()
-    result = prune(network, lambda n: _score(n, price), RoundRobinConfig(tolerance=1.0, step=0.25, overshoot="keep"))
+    result = prune(
+        network, lambda n: _score(n, price), AdaptivePruningConfig(tolerance=1.0, step=0.25, overshoot="keep")
+    )
     assert result.score < 89.0
     assert all(row.accepted for row in result.steps)
     assert [row.units_after for row in result.steps] == [3, 96, 3, 96]
@@ -148,13 +150,13 @@ def test_the_lowest_units_go_first() -> None:
     with torch.no_grad():
         network.blocks[0].mlp.fc1.weight[marked] *= 1e-3
         network.blocks[0].mlp.fc2.weight[:, marked] *= 1e-3
-    config = RoundRobinConfig(kinds=("mlp",), step=3 / 128, min_step=0.01, round_to=1, max_rounds=1)
+    config = AdaptivePruningConfig(kinds=("mlp",), step=3 / 128, min_step=0.01, round_to=1, max_rounds=1)
     result = prune(network, lambda _n: 90.0, config)
     assert set(range(128)) - set(result.plan.kept["blocks.0.mlp.channels"]) == set(marked)
 
 
 def test_order_by_size() -> None:
-    config = RoundRobinConfig(order="size", max_rounds=1)
+    config = AdaptivePruningConfig(order="size", max_rounds=1)
     result = prune(_network(), lambda _n: 90.0, config)
     assert [row.kind for row in result.steps] == ["mlp", "mlp", "heads", "heads"]
 
@@ -163,7 +165,7 @@ def test_order_by_size() -> None:
 def test_target_stops_the_search(measure: str) -> None:
     network = _network()
     before = {"macs": count_macs(network, SHAPE), "parameters": count_parameters(network)}
-    config = RoundRobinConfig(target=0.2, target_of=measure)  # type: ignore[arg-type]
+    config = AdaptivePruningConfig(target=0.2, target_of=measure)  # type: ignore[arg-type]
     result = prune(network, lambda _n: 90.0, config, input_shape=SHAPE)
     after = {"macs": count_macs(network, SHAPE), "parameters": count_parameters(network)}
     assert 0.2 <= 1 - after[measure] / before[measure] < 0.3
@@ -172,7 +174,7 @@ def test_target_stops_the_search(measure: str) -> None:
 
 
 def test_a_target_that_cannot_be_met_is_reported() -> None:
-    config = RoundRobinConfig(target=0.9, max_sparsity=0.5)
+    config = AdaptivePruningConfig(target=0.9, max_sparsity=0.5)
     result = prune(_network(), lambda _n: 90.0, config, input_shape=SHAPE)
     assert "every target is locked" in result.stopped
     assert "the target of 90.0% is not met" in result.stopped
@@ -185,7 +187,7 @@ def test_slicing_that_tips_an_image_gives_up_the_latest_steps() -> None:
     def evaluate(candidate: nn.Module) -> float:
         return 80.0 if candidate.blocks[1].mlp.fc1.out_features < 128 else 90.0
 
-    result = prune(network, evaluate, RoundRobinConfig(tolerance=1.0, max_rounds=1), input_shape=SHAPE)
+    result = prune(network, evaluate, AdaptivePruningConfig(tolerance=1.0, max_rounds=1), input_shape=SHAPE)
     assert network.blocks[1].mlp.fc1.out_features == 128
     assert network.blocks[0].mlp.fc1.out_features == 120
     assert result.score == 90.0
@@ -261,7 +263,7 @@ def test_recovery_runs_between_rounds_and_steps_are_tried_again() -> None:
     result = prune(
         network,
         lambda n: 90.0 if len(rounds) >= 2 or _alive(n) == WIDTHS else 10.0,
-        RoundRobinConfig(tolerance=1.0, step=0.25, max_rounds=4),
+        AdaptivePruningConfig(tolerance=1.0, step=0.25, max_rounds=4),
         recover=recover,
     )
     assert [r.accepted for r in result.steps] == [False] * 8 + [True] * 8
@@ -271,14 +273,15 @@ def test_recovery_runs_between_rounds_and_steps_are_tried_again() -> None:
 
 def test_rounds_one_by_one_equal_the_whole_and_the_state_is_data() -> None:
     price = dict.fromkeys(WIDTHS, 6.0)
-    config = RoundRobinConfig(tolerance=2.0, step=0.2)
+    config = AdaptivePruningConfig(tolerance=2.0, step=0.2)
     whole, single = _network(), _network()
     result = prune(whole, lambda n: _score(n, price), config, input_shape=SHAPE)
-    state = begin_search(single, lambda n: _score(n, price), config, input_shape=SHAPE)
+    state = SearchSession(single, lambda n: _score(n, price), config, input_shape=SHAPE).state
     plan = PruningPlan.identity()
     while state.stopped is None:
         state = SearchState.from_dict(json.loads(json.dumps(state.to_dict())))
-        outcome = run_round(single, lambda n: _score(n, price), config, state, input_shape=SHAPE, retrains=False)
+        session = SearchSession(single, lambda n: _score(n, price), config, input_shape=SHAPE, state=state)
+        outcome = session.round(retrains=False)
         assert state.rounds == outcome.state.rounds - 1  # the given state is not changed
         state, plan = outcome.state, plan.then(outcome.applied.plan)
     state.elapsed_s, state.scoring = result.state.elapsed_s, result.state.scoring
@@ -288,21 +291,21 @@ def test_rounds_one_by_one_equal_the_whole_and_the_state_is_data() -> None:
 
 
 def test_a_state_of_another_network_is_refused() -> None:
-    state = begin_search(_network(), lambda _n: 90.0, RoundRobinConfig(kinds=("mlp",)))
+    state = SearchSession(_network(), lambda _n: 90.0, AdaptivePruningConfig(kinds=("mlp",))).state
     with pytest.raises(ValueError, match=r"begun on another network or with other settings.*blocks\.0\.attn\.heads"):
-        run_round(_network(), lambda _n: 90.0, RoundRobinConfig(), state)
+        SearchSession(_network(), lambda _n: 90.0, AdaptivePruningConfig(), state=state).round()
 
 
 def test_a_fraction_for_a_score_is_warned_of() -> None:
     with pytest.warns(UserWarning, match="does evaluate return a fraction"):
-        begin_search(_network(), lambda _n: 0.97, RoundRobinConfig())
+        SearchSession(_network(), lambda _n: 0.97, AdaptivePruningConfig())
 
 
 def test_kinds_that_match_nothing_are_refused() -> None:
     with pytest.raises(
         ValueError, match="VisionTransformer has no group of kind 'filters', only embed, head_dim, heads, mlp"
     ):
-        prune(_network(), lambda _n: 90.0, RoundRobinConfig(kinds=("filters",)))
+        prune(_network(), lambda _n: 90.0, AdaptivePruningConfig(kinds=("filters",)))
 
 
 @pytest.mark.parametrize("granularity", ["structured", "weight"])
@@ -310,12 +313,16 @@ def test_layers_that_match_nothing_are_refused(granularity: str) -> None:
     with pytest.raises(
         ValueError, match=r"layers: 'stages\.\*' matches nothing that can be pruned; there is blocks\.0"
     ):
-        prune(_network(), lambda _n: 90.0, RoundRobinConfig(granularity=granularity, layers=("blocks.0.*", "stages.*")))
+        prune(
+            _network(),
+            lambda _n: 90.0,
+            AdaptivePruningConfig(granularity=granularity, layers=("blocks.0.*", "stages.*")),
+        )
 
 
 def test_a_target_in_macs_needs_the_input_shape() -> None:
     with pytest.raises(ValueError, match="needs input_shape"):
-        prune(_network(), lambda _n: 90.0, RoundRobinConfig(target=0.5))
+        prune(_network(), lambda _n: 90.0, AdaptivePruningConfig(target=0.5))
 
 
 _BAD: list[tuple[str, object]] = [
@@ -349,7 +356,7 @@ _BAD: list[tuple[str, object]] = [
 @pytest.mark.parametrize(("name", "value"), _BAD)
 def test_a_bad_setting_is_named(name: str, value: object) -> None:
     with pytest.raises(ValueError, match=rf"^{name}=.*it has to be"):
-        RoundRobinConfig(**{name: value})  # type: ignore[arg-type]
+        AdaptivePruningConfig(**{name: value})  # type: ignore[arg-type]
 
 
 def test_a_users_criterion() -> None:
@@ -357,7 +364,7 @@ def test_a_users_criterion() -> None:
         rows = torch.arange(len(weight), 0, -1.0)
         return rows.view(-1, *[1] * (weight.ndim - 1)).expand_as(weight)
 
-    config = RoundRobinConfig(criterion=last_first, step=0.25, max_rounds=1)  # type: ignore[arg-type]
+    config = AdaptivePruningConfig(criterion=last_first, step=0.25, max_rounds=1)  # type: ignore[arg-type]
     result = prune(_network(), lambda _n: 90.0, config)
     assert result.plan.kept["blocks.0.attn.heads"] == (0, 1, 2)
 
@@ -373,7 +380,7 @@ def _zeros(network: nn.Module) -> dict[str, float]:
 def test_weights_are_masked_and_stay(granularity: str, sparsity: float) -> None:
     network = _network()
     names = prunable_weights(network)
-    config = RoundRobinConfig(granularity=granularity, step=0.25, max_rounds=1)
+    config = AdaptivePruningConfig(granularity=granularity, step=0.25, max_rounds=1)
     result = prune(network, lambda _n: 90.0, config, input_shape=SHAPE)
     assert _zeros(network) == dict.fromkeys(names, sparsity)
     assert history_of(network) == [{"mask": names}]
@@ -387,7 +394,7 @@ def test_weights_are_masked_and_stay(granularity: str, sparsity: float) -> None:
 
 def test_n_of_m_ends_at_its_pattern() -> None:
     network = _network()
-    result = prune(network, lambda _n: 90.0, RoundRobinConfig(granularity="2:4", step=0.25))
+    result = prune(network, lambda _n: 90.0, AdaptivePruningConfig(granularity="2:4", step=0.25))
     assert set(_zeros(network).values()) == {0.5}
     assert {entry.units for entry in result.state.targets.values()} == {2}
     groups = network.blocks[0].mlp.fc1.weight.detach().reshape(-1, 4)
@@ -416,7 +423,7 @@ def test_every_way_of_pruning_holds_the_tolerance(
     def evaluate(candidate: nn.Module) -> float:
         return 90.0 - price * (1 - sum(float(p.abs().sum()) for p in candidate.parameters()) / whole)
 
-    config = RoundRobinConfig(
+    config = AdaptivePruningConfig(
         tolerance=tolerance,
         granularity=granularity,
         shrink=shrink,
@@ -450,7 +457,7 @@ def test_an_exception_among_masks_leaves_the_network_as_it_was(granularity: str,
         return 90.0
 
     with pytest.raises(KeyboardInterrupt):
-        prune(network, evaluate, RoundRobinConfig(granularity=granularity, step=0.25))
+        prune(network, evaluate, AdaptivePruningConfig(granularity=granularity, step=0.25))
     _assert_same(network, snapshot)
 
 
@@ -458,7 +465,7 @@ def test_global_ranking_takes_the_lowest_of_all_layers() -> None:
     network = _network()
     with torch.no_grad():
         network.blocks[0].mlp.fc1.weight[:, :4] *= 1e-4
-    config = RoundRobinConfig(granularity="weight", ranking="global", step=0.01, min_step=0.01, max_rounds=1)
+    config = AdaptivePruningConfig(granularity="weight", ranking="global", step=0.01, min_step=0.01, max_rounds=1)
     result = prune(network, lambda _n: 90.0, config)
     zeros = _zeros(network)
     assert zeros["blocks.0.mlp.fc1.weight"] > 3 * max(v for name, v in zeros.items() if "0.mlp.fc1" not in name)
@@ -471,10 +478,10 @@ def test_global_ranking_takes_the_lowest_of_all_layers() -> None:
 def _unit_prices(network: nn.Module) -> dict[str, int]:
     """MACs of one unit of each target, counted by removing eight channels or one head."""
     prices = {}
-    for target in granularity_for(RoundRobinConfig()).targets(network):
+    for target in search_space(AdaptivePruningConfig()).targets(network):
         narrower = copy.deepcopy(network)
-        removal = granularity_for(RoundRobinConfig()).removal(narrower, target, target.units - target.granule, None)
-        granularity_for(RoundRobinConfig()).commit(narrower, removal)
+        removal = search_space(AdaptivePruningConfig()).removal(narrower, target, target.units - target.granule, None)
+        search_space(AdaptivePruningConfig()).commit(narrower, removal)
         prices[target.name] = (count_macs(network, SHAPE) - count_macs(narrower, SHAPE)) // target.granule
     return prices
 
@@ -486,7 +493,7 @@ def test_a_ranking_by_loss_pays_for_what_it_saves(dear: str) -> None:
     network = _network()
     prices = _unit_prices(network)
     wanted = {name: price * (3.0 if name.endswith(dear) else 1.0) for name, price in prices.items()}
-    groups = {g.name: g for g in granularity_for(RoundRobinConfig()).groups(network)}  # type: ignore[attr-defined]
+    groups = {g.name: g for g in search_space(AdaptivePruningConfig()).groups(network)}  # type: ignore[attr-defined]
     owner = {s.tensor: name for name, g in groups.items() for s in g.consumers()}
 
     def criterion(name: str, weight: Tensor, gradients: object) -> Tensor:
@@ -496,7 +503,7 @@ def test_a_ranking_by_loss_pays_for_what_it_saves(dear: str) -> None:
         return values
 
     criterion.estimates_loss = True  # type: ignore[attr-defined]
-    config = RoundRobinConfig(ranking="global", criterion=criterion, step=0.2, max_rounds=1, max_sparsity=0.5)
+    config = AdaptivePruningConfig(ranking="global", criterion=criterion, step=0.2, max_rounds=1, max_sparsity=0.5)
     result = prune(network, lambda _n: 90.0, config, input_shape=SHAPE)
     assert result.plan.kept
     assert not [name for name in result.plan.kept if name.endswith(dear)]
@@ -508,7 +515,7 @@ def test_the_last_step_does_not_go_beyond_the_target(ranking: str, target: float
     network = _network()
     whole = count_macs(network, SHAPE)
     finest = max(price * (1 if name.endswith("heads") else 8) for name, price in _unit_prices(network).items())
-    config = RoundRobinConfig(ranking=ranking, step=0.5, target=target)  # type: ignore[arg-type]
+    config = AdaptivePruningConfig(ranking=ranking, step=0.5, target=target)  # type: ignore[arg-type]
     result = prune(network, lambda _n: 90.0, config, input_shape=SHAPE)
     removed = whole - count_macs(network, SHAPE)
     assert result.stopped.startswith("target reached")
@@ -522,12 +529,12 @@ def test_the_end_of_the_search_slices_what_was_masked() -> None:
     def recover(candidate: nn.Module, applied: AppliedPlan) -> None:
         seen.append((applied.tensors, len(masked_parameters(candidate)), candidate.blocks[0].attn.num_heads))
 
-    config = RoundRobinConfig(step=0.25, max_rounds=2, shrink="end")
+    config = AdaptivePruningConfig(step=0.25, max_rounds=2, shrink="end")
     result = prune(network, lambda _n: 90.0, config, recover=recover, input_shape=SHAPE)
     assert seen == [((), 4, 4)]
     assert network.blocks[0].attn.num_heads == 2
     assert result.steps[-1].macs == count_macs(network, SHAPE)
-    prune(at_once, lambda _n: 90.0, RoundRobinConfig(step=0.25, max_rounds=2))
+    prune(at_once, lambda _n: 90.0, AdaptivePruningConfig(step=0.25, max_rounds=2))
     images = torch.ones(SHAPE)
     torch.testing.assert_close(network.eval()(images), at_once.eval()(images))
     restored = restore_from_history(_network(), history_of(network))
@@ -537,7 +544,7 @@ def test_the_end_of_the_search_slices_what_was_masked() -> None:
 def test_the_least_sensitive_goes_first() -> None:
     price = {name: 10.0 * index for index, name in enumerate(reversed(WIDTHS))}
     result = prune(
-        _network(), lambda n: _score(n, price), RoundRobinConfig(tolerance=50.0, order="sensitivity", max_rounds=1)
+        _network(), lambda n: _score(n, price), AdaptivePruningConfig(tolerance=50.0, order="sensitivity", max_rounds=1)
     )
     assert [row.target for row in result.steps] == list(reversed(WIDTHS))
     curve = result.state.sensitivity["blocks.0.mlp.channels"]
@@ -546,7 +553,7 @@ def test_the_least_sensitive_goes_first() -> None:
 
 def test_a_time_budget_ends_the_search() -> None:
     network = _network()
-    result = prune(network, lambda _n: 90.0, RoundRobinConfig(time_budget_s=1e-9))
+    result = prune(network, lambda _n: 90.0, AdaptivePruningConfig(time_budget_s=1e-9))
     assert result.steps == ()
     assert result.stopped == "time_budget_s=1e-09 is used up"
     assert history_of(network) == []
@@ -554,9 +561,9 @@ def test_a_time_budget_ends_the_search() -> None:
 
 def test_a_network_that_training_left_below_the_tolerance_is_not_tried() -> None:
     network = _network()
-    config = RoundRobinConfig(tolerance=1.0, step=0.25)
-    state = begin_search(network, lambda _n: 90.0, config)
-    outcome = run_round(network, lambda _n: 80.0, config, state)
+    config = AdaptivePruningConfig(tolerance=1.0, step=0.25)
+    state = SearchSession(network, lambda _n: 90.0, config).state
+    outcome = SearchSession(network, lambda _n: 80.0, config, state=state).round()
     assert (outcome.steps, outcome.state.rounds, outcome.state.stopped) == ((), 1, None)
     assert all(entry.step == 0.25 for entry in outcome.state.targets.values())  # nothing was held against a target
 
@@ -568,7 +575,7 @@ def test_gradient_criteria_find_what_does_nothing(criterion: str) -> None:
         network.blocks[0].mlp.fc2.weight[:, :8] = 0  # no gradient reaches the first eight channels, however large
         network.blocks[0].mlp.fc1.weight[:8] = 5
     batches = [(torch.randn(8, 3, 16, 16), torch.randint(0, 3, (8,))) for _ in range(2)]
-    config = RoundRobinConfig(kinds=("mlp",), criterion=criterion, layers=("blocks.0.*",), max_rounds=1)
+    config = AdaptivePruningConfig(kinds=("mlp",), criterion=criterion, layers=("blocks.0.*",), max_rounds=1)
     with pytest.raises(ValueError, match="needs gradients"):
         prune(network, lambda _n: 90.0, config)
     result = prune(network, lambda _n: 90.0, config, gradients=lambda n: collect_gradients(n, batches))
@@ -588,13 +595,13 @@ def test_gradient_criteria_find_what_does_nothing(criterion: str) -> None:
 )
 def test_contradictions_are_refused(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        RoundRobinConfig(**options)  # type: ignore[arg-type]
+        AdaptivePruningConfig(**options)  # type: ignore[arg-type]
 
 
 def test_a_narrow_beginning_takes_what_is_cheap_first() -> None:
     """The first group is dear and is met first; a wide tolerance spends all on it."""
     price = dict(zip(WIDTHS, (0.0, 30.0, 0.0, 2.0), strict=True))
-    wide = RoundRobinConfig(tolerance=4.0, step=0.125, min_step=0.0625, kinds=("mlp",), max_sparsity=0.75)
+    wide = AdaptivePruningConfig(tolerance=4.0, step=0.125, min_step=0.0625, kinds=("mlp",), max_sparsity=0.75)
     narrow = replace(wide, first_tolerance=0.5)
     results = [prune(_network(), lambda n: _score(n, price), config) for config in (wide, narrow)]
     assert [r.stopped for r in results] == ["every target is locked"] * 2

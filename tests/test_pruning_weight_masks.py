@@ -17,7 +17,7 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, AdamW, Optimizer
 
-from swincompress_pl.pruning import history_of
+from swincompress_pl.pruning.structure.apply import history_of
 from swincompress_pl.pruning.structure.patterns import parse_granularity
 from swincompress_pl.pruning.structure.weight_masks import (
     count_nonzero,

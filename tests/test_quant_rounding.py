@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from support.quant_cases import NETWORKS, PREPROCESSING, network_and_images
 from torch import Tensor, nn
 
-from swincompress_pl.pruning import prunable_weights, register_masks, set_mask
+from swincompress_pl.pruning.space import prunable_weights
+from swincompress_pl.pruning.structure.weight_masks import register_masks, set_mask
 from swincompress_pl.quant import WeightedNode, quantize
 from swincompress_pl.quant.graph.graph import Passthrough, Run
 from swincompress_pl.quant.rounding import _sensitivities, second_order_rounding

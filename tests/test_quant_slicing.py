@@ -12,7 +12,9 @@ from torch import Tensor
 
 from swincompress_pl import spec
 from swincompress_pl.checkpoint.record import restore_from_history
-from swincompress_pl.pruning import AppliedPlan, PruningPlan, apply_plan, mask_plan, revert_plan
+from swincompress_pl.pruning import PruningPlan, apply_plan
+from swincompress_pl.pruning.structure.apply import AppliedPlan, revert_plan
+from swincompress_pl.pruning.structure.unit_masks import mask_plan
 from swincompress_pl.quant import QuantizedNetwork, quantize
 from swincompress_pl.registry import adapter_for
 

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from support.prime_cases import ALLOCATED, QUICK, SHAPE, holdout_of, network_of
+from support.prime_cases import ALLOCATED, QUICK, SHAPE, holdout_of, network_of, prime_config
 from support.spiking_cases import FAMILIES, SIZE_PX, lively, spikes_of
 
 from swincompress_pl.models import create_model
-from swincompress_pl.pruning import PrimeSVTConfig, PrimeSVTResult, count_macs, primesvt
+from swincompress_pl.pruning import PrimeSVTResult, count_macs, primesvt
 from swincompress_pl.report import SpikingCost, primesvt_figures, save_primesvt_figures, spiking_cost
 
 
@@ -51,7 +51,7 @@ def test_costs_of_what_cannot_be_counted_are_refused() -> None:
 @pytest.fixture(scope="module")
 def result() -> PrimeSVTResult:
     network = network_of()
-    return primesvt(network, holdout_of(network), PrimeSVTConfig(max_accuracy_drop=30, min_memory_saving=0.02, **QUICK))
+    return primesvt(network, holdout_of(network), prime_config(tolerance=30, min_memory_saving=0.02, **QUICK))
 
 
 def test_a_search_is_drawn(result: PrimeSVTResult, tmp_path: Path) -> None:
@@ -75,7 +75,7 @@ def test_a_search_is_drawn(result: PrimeSVTResult, tmp_path: Path) -> None:
 
 def test_curves_are_drawn_where_rates_were_allocated() -> None:
     network = network_of()
-    config = PrimeSVTConfig(max_accuracy_drop=30, min_memory_saving=0.02, **ALLOCATED)
+    config = prime_config(tolerance=30, min_memory_saving=0.02, **ALLOCATED)
     found = primesvt(network, holdout_of(network), config)
     figures = primesvt_figures(json.loads(json.dumps(found.to_dict())))
     assert list(figures) == ["curves", "accuracy_memory", "spike_rates"]

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from swincompress_pl.pruning import PruningPlan, apply_plan, count_macs
+from swincompress_pl.pruning.prime.config import current_settings
 from swincompress_pl.registry import adapter_for
 
 from .subjects import INPUT_SHAPE, SUBJECTS, Subject
@@ -27,7 +28,8 @@ def measure(subject: str, out: Path, commit: str, *, turns: int = 20) -> dict[st
     for file in sorted(out.glob(f"{subject}-*.json")):
         entry = json.loads(file.read_text(encoding="utf-8"))
         search = entry.get("search")
-        if search and search["config"]["mode"] == "group" and search["applied"] and not entry["job"]["naive"]:
+        sliced = search and current_settings(search["config"])["granularity"] == "structured" and search["applied"]
+        if sliced and not entry["job"]["naive"]:
             networks[entry["job"]["name"]] = _pruned(SUBJECTS[subject], search["applied"]["widths"])
     macs = {name: count_macs(network, INPUT_SHAPE) for name, network in networks.items()}
     rows = []

@@ -9,6 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from swincompress_pl.pruning import PrimeSVTResult
+from swincompress_pl.pruning.prime.config import current_settings
 from swincompress_pl.report.markdown import count, table
 from swincompress_pl.report.primesvt_plots import save_primesvt_figures
 from swincompress_pl.report.record import write_text
@@ -49,6 +50,7 @@ _METHODS = {
 }
 _SINGLE_SHOT_BAR = 3.0  # points lost on the hold-out
 _BARS = {"paper": 0.4, "group": 1.0}  # points lost against the control after fine-tuning
+_GRANULARITIES = {"paper": "filter", "group": "structured"}
 _SAME_CONSTRAINT = {
     "group-layers": "allocated-3.0",
     "paper": "paper-allocated-3.0",
@@ -150,7 +152,11 @@ def _largest_savings(results: Results) -> str:
         searches = {name: search for name, search in named.items() if search and search["applied"]}
         row = [subject]
         for mode, bar in _BARS.items():
-            of_mode = {name: search for name, search in searches.items() if search["config"]["mode"] == mode}
+            of_mode = {
+                name: search
+                for name, search in searches.items()
+                if current_settings(search["config"])["granularity"] == _GRANULARITIES[mode]
+            }
             single = {name: search["baseline_score"] - search["applied"]["score"] for name, search in of_mode.items()}
             tuned = {name: fmean(lost.values()) for name in of_mode if (lost := _lost_by_seed(results, subject, name))}
             row += [_largest(of_mode, single, _SINGLE_SHOT_BAR), _largest(of_mode, tuned, bar)]

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from swincompress_pl.pruning import HoldOut, PrimeSVTConfig, PrimeSVTResult, primesvt
-from swincompress_pl.pruning.prime.candidates import batchnorm_state, restore_batchnorm
+from swincompress_pl.pruning import HoldOut, PrimeSVTConfig, PrimeSVTResult, PrioritizedPolicy, primesvt
+from swincompress_pl.pruning.prime.batchnorm import batchnorm_state, restore_batchnorm
 from swincompress_pl.report import describe_environment
 from swincompress_pl.report.record import write_text
 from swincompress_pl.report.spiking import spiking_cost
@@ -61,7 +61,10 @@ def all_jobs() -> list[Job]:
             Job(subject=subject, name=name, options=options, tuned=name in _TUNED)
             for name, options in _SEARCHES.items()
         ]
-    jobs += [Job(subject="maxformer", name=f"naive-{mode}", options={"mode": mode}, naive=True) for mode in _MODES]
+    jobs += [
+        Job(subject="maxformer", name=f"naive-{mode}", options={"granularity": granularity}, naive=True)
+        for mode, granularity in _MODES.items()
+    ]
     for subject in _ABLATED:
         jobs += [Job(subject=subject, name=name, options=options) for name, options in _ablations().items()]
     return jobs
@@ -71,37 +74,37 @@ def _ablations() -> dict[str, dict[str, Any]]:
     """Those of the paper, and what its frozen blocks cost."""
     never, none = {"frozen": "never"}, {"increments": (0.08, 0.04, 0.02, 0.01)}
     found: dict[str, dict[str, Any]] = {}
-    for part in PrimeSVTConfig().target_sets:
-        found[f"set-{part:.0%}".rstrip("%")] = {"mode": "paper", "target_sets": [part]}
+    for part in PrioritizedPolicy().target_sets:
+        found[f"set-{part:.0%}".rstrip("%")] = {"granularity": "filter", "target_sets": [part]}
     for theta in _THETAS:
-        found[f"theta-{theta}"] = {"mode": "paper", "theta": theta}
-    found["memory-27"] = {"mode": "paper", "min_memory_saving": 0.27}
+        found[f"theta-{theta}"] = {"granularity": "filter", "theta": theta}
+    found["memory-27"] = {"granularity": "filter", "min_memory_saving": 0.27}
     for theta in _THETAS:
-        found[f"theta-{theta}-frozen"] = {"mode": "paper", "theta": theta} | never
+        found[f"theta-{theta}-frozen"] = {"granularity": "filter", "theta": theta} | never
     found["group-frozen"] = never
-    return found | {f"{mode}-unfrozen": {"mode": mode} | none for mode in _MODES}
+    return found | {f"{mode}-unfrozen": {"granularity": granularity} | none for mode, granularity in _MODES.items()}
 
 
-_MODES = ("paper", "group")
+_MODES = {"paper": "filter", "group": "structured"}  # in the names of jobs
 _ABLATED = ("maxformer", "qkformer")
 _SEARCHES: dict[str, dict[str, Any]] = {
-    "paper": {"mode": "paper"},
-    "paper-size": {"mode": "paper", "order": "size"},
-    "paper-strict": {"mode": "paper", "max_accuracy_drop": 1.5},
-    "paper-2.25": {"mode": "paper", "max_accuracy_drop": 2.25},
+    "paper": {"granularity": "filter"},
+    "paper-size": {"granularity": "filter", "order": "size"},
+    "paper-strict": {"granularity": "filter", "tolerance": 1.5},
+    "paper-2.25": {"granularity": "filter", "tolerance": 2.25},
     "group": {},
     "group-size": {"order": "size"},
     "group-layers": {"blocks": "layer"},
-    "group-strict": {"blocks": "layer", "max_accuracy_drop": 1.5},
-    "deep-6.0": {"blocks": "layer", "max_accuracy_drop": 6.0},
-    "deep-12.0": {"blocks": "layer", "max_accuracy_drop": 12.0},
-    "allocated-batchnorm": {"policy": "allocated", "blocks": "layer", "batchnorm": "reestimate"},
+    "group-strict": {"blocks": "layer", "tolerance": 1.5},
+    "deep-6.0": {"blocks": "layer", "tolerance": 6.0},
+    "deep-12.0": {"blocks": "layer", "tolerance": 12.0},
+    "allocated-batchnorm": {"policy": "allocated", "blocks": "layer", "batchnorm": "correct"},
     **{
-        f"paper-allocated-{drop}": {"mode": "paper", "policy": "allocated", "max_accuracy_drop": drop}
+        f"paper-allocated-{drop}": {"granularity": "filter", "policy": "allocated", "tolerance": drop}
         for drop in (0.75, 1.5, 3.0)
     },
     **{
-        f"allocated-{drop}": {"policy": "allocated", "blocks": "layer", "max_accuracy_drop": drop}
+        f"allocated-{drop}": {"policy": "allocated", "blocks": "layer", "tolerance": drop}
         for drop in (1.5, 3.0, 6.0, 12.0)
     },
 }
@@ -192,7 +195,7 @@ def _refuse_another_network(found: PrimeSVTResult, known: dict[str, Any], file: 
 def _search(job: Job, network: nn.Module, data: MemoryData, place: Place, out: Path) -> PrimeSVTResult:
     """Prunes the network."""
     options = _COMMON | (job.options or {})
-    if options.get("mode") == "paper":
+    if options.get("granularity") == "filter":
         options.pop("round_to")
     if job.naive:
         options |= {"benefit_resolution_points": 1e-9, "robustness_resolution_points": 1e-9}
@@ -202,11 +205,19 @@ def _search(job: Job, network: nn.Module, data: MemoryData, place: Place, out: P
         return primesvt(
             network,
             HoldOut.from_batches(data.holdout_dataloader(), batch_size=_SCORED_AT_ONCE[place.device], **plain),
-            PrimeSVTConfig(**options),
+            _config(options),
             input_shape=INPUT_SHAPE,
             calibration=_calibration(data),
-            memo=out / "memo" / f"{job.key}.jsonl",
+            evaluation_cache=out / "memo" / f"{job.key}.jsonl",
         )
+
+
+def _config(options: dict[str, Any]) -> PrimeSVTConfig:
+    """The config of a job's options, in which settings of the policy stand beside the others."""
+    of_policy = {name: options.pop(name) for name in PrioritizedPolicy.__dataclass_fields__ if name in options}
+    if of_policy:
+        options["policy"] = PrioritizedPolicy(**of_policy)
+    return PrimeSVTConfig(**options)
 
 
 def _once(file: Path, of: dict[str, str], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:

@@ -19,7 +19,9 @@ from lightning.pytorch.callbacks import ModelPruning
 from torch import nn
 from torch.nn.utils import prune as torch_prune
 
-from swincompress_pl.pruning import RoundRobinConfig, count_macs, granularity_for, prunable_weights, skeleton
+from swincompress_pl.pruning import AdaptivePruningConfig, count_macs
+from swincompress_pl.pruning.space import prunable_weights, search_space
+from swincompress_pl.pruning.structure.cost import skeleton
 
 from .jobs import Job
 from .subjects import Recipe, Subject
@@ -134,10 +136,10 @@ def one_shot(
     round_to: int,
 ) -> nn.Module:
     """Slices by magnitude, the same part of every group or the least of all groups together, to at most `macs`."""
-    config = RoundRobinConfig(
+    config = AdaptivePruningConfig(
         kinds=tuple(kinds), round_to=round_to, ranking="global" if ranked_together else "local", max_sparsity=0.99
     )
-    granularity = granularity_for(config)
+    granularity = search_space(config.space())
 
     def removal(part: float) -> dict[str, Any]:
         chosen: dict[str, Any] = {}

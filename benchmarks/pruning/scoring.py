@@ -10,16 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from swincompress_pl.pruning import (
-    FunctionScorer,
-    HoldOut,
-    RoundRobinConfig,
-    Scorer,
-    SearchState,
-    begin_search,
-    prune,
-    run_round,
-)
+from swincompress_pl.pruning import AdaptivePruningConfig, HoldOut, SearchState, prune
+from swincompress_pl.pruning.adaptive.search import SearchSession
+from swincompress_pl.pruning.evaluation.scorer import FunctionScorer, Scorer
 
 from .batches import MemoryData
 from .jobs import Job
@@ -79,13 +72,11 @@ def scoring(subject: Subject, job: Job) -> dict[str, Any]:
 def _search(
     network: nn.Module, scorer: Scorer, subject: Subject, job: Job, data: MemoryData
 ) -> tuple[SearchState, float]:
-    config = RoundRobinConfig(**search_options(subject, job, network))
+    config = AdaptivePruningConfig(**search_options(subject, job, network))
     gradients, started = gradients_from(data), time.perf_counter()
     if job.recovery:
-        state = begin_search(network, scorer, config, input_shape=subject.input_shape, gradients=gradients)
-        state = run_round(
-            network, scorer, config, state, input_shape=subject.input_shape, gradients=gradients, unchanged=True
-        ).state
+        session = SearchSession(network, scorer, config, input_shape=subject.input_shape, gradients=gradients)
+        state = session.round().state
     else:
         state = prune(network, scorer, config, input_shape=subject.input_shape, gradients=gradients).state
     return state, time.perf_counter() - started

@@ -17,15 +17,15 @@ from torch import nn
 
 from swincompress_pl.callbacks import AdaptiveIterativePruning
 from swincompress_pl.pruning import (
+    AdaptivePruningConfig,
     Gradients,
     HoldOut,
-    RoundRobinConfig,
     SearchState,
     collect_gradients,
     count_macs,
-    prunable_weights,
     prune,
 )
+from swincompress_pl.pruning.space import prunable_weights
 
 from .batches import MemoryData
 from .jobs import Job
@@ -104,7 +104,11 @@ def prune_alone(subject: Subject, job: Job) -> dict[str, Any]:
     started = time.perf_counter()
     holdout = HoldOut.from_batches(data.holdout_dataloader())
     result = prune(
-        network, holdout, RoundRobinConfig(**options), input_shape=subject.input_shape, gradients=gradients_from(data)
+        network,
+        holdout,
+        AdaptivePruningConfig(**options),
+        input_shape=subject.input_shape,
+        gradients=gradients_from(data),
     )
     seconds = time.perf_counter() - started
     search = search_figures(result.state, job, [latest_round(result.state)], seconds)
@@ -117,7 +121,7 @@ def gradients_from(data: MemoryData) -> Callable[[nn.Module], Gradients]:
 
 
 def search_options(subject: Subject, job: Job, network: nn.Module) -> dict[str, Any]:
-    """Tolerance, granularity, steps and target of a job, for RoundRobinConfig or the callback."""
+    """Tolerance, granularity, steps and target of a job, for AdaptivePruningConfig or the callback."""
     recipe = subject.recipe
     assert job.granularity is not None
     options: dict[str, Any] = {

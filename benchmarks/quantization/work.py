@@ -27,7 +27,8 @@ from benchmarks.pruning.subjects import Place, Subject, device_name, subject
 from swincompress_pl import accel, spec
 from swincompress_pl.checkpoint.record import restore_from_history
 from swincompress_pl.data.sampling import Purpose, derive_seed
-from swincompress_pl.pruning import HoldOut, RoundRobinConfig, collect_gradients, history_of, prune
+from swincompress_pl.pruning import AdaptivePruningConfig, HoldOut, collect_gradients, prune
+from swincompress_pl.pruning.structure.apply import history_of
 from swincompress_pl.quant import QuantizedNetwork, quantize
 from swincompress_pl.report import describe_environment
 from swincompress_pl.report.record import write_text
@@ -115,7 +116,7 @@ def _pruned(what: Subject, network: nn.Module) -> nn.Module:
 
 def _prune(what: Subject, network: nn.Module, file: Path) -> None:
     data = what.data()
-    config = RoundRobinConfig(
+    config = AdaptivePruningConfig(
         granularity="weight", tolerance=_TOLERANCE_POINTS, ranking="global", criterion="layer_fisher", step=0.1
     )
     prune(

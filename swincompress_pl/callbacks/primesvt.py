@@ -2,34 +2,49 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
+from swincompress_pl._deprecated import renamed
 from swincompress_pl.callbacks.progress import search_progress
 from swincompress_pl.callbacks.random_state import seeded
 from swincompress_pl.callbacks.scoring import training_batches
-from swincompress_pl.callbacks.search import Outcome, SearchCallback, log_search, refuse_unknown
-from swincompress_pl.callbacks.searched_network import ScalesFollower
-from swincompress_pl.pruning import PrimeProgress, PrimeSVTConfig, PrimeSVTResult, RoundRobinConfig, Scorer, primesvt
+from swincompress_pl.callbacks.search import Outcome, SearchCallback, config_of, log_search
+from swincompress_pl.callbacks.searched_network import CoupledScales
+from swincompress_pl.pruning import (
+    AllocatedPolicy,
+    Criterion,
+    PrimeProgress,
+    PrimeSVTConfig,
+    PrimeSVTResult,
+    PrioritizedPolicy,
+    primesvt,
+)
+from swincompress_pl.pruning.evaluation.scorer import Scorer
+from swincompress_pl.pruning.prime.config import with_old_policy_settings
+from swincompress_pl.pruning.space import SpaceConfig
 
 
 class PrimeSVT(SearchCallback):
     """Prunes the spiking `module.<model_attribute>` once, in a single shot, before epoch `start_epoch`.
 
     PrimeSVT (arXiv 2606.03428): see `pruning.primesvt`. The epochs that follow fine-tune what is left, with the
-    optimizer's state cut along; in mode "paper" zeros stay zeros.
+    optimizer's state cut along; with granularity "filter" zeros stay zeros.
 
-    max_accuracy_drop: in points on the hold-out, above 0 and at most 100. min_memory_saving: part of all parameters,
-    0 to below 1. mode: "group" (units go physically) or "paper" (zeros in every filter).
-    start_epoch: 0 is for a network with trained weights. memo: a file that keeps every verdict, so that a search that
-    was killed goes on where it was. on_progress: override it for a display of one's own.
+    tolerance: accuracy that may be lost in points on the hold-out, above 0 and at most 100. min_memory_saving: part of
+    all parameters, 0 to below 1. granularity: "structured" (units go physically) or "filter" (zeros in every filter).
+    policy, blocks, prefer, rates, min_block_share, max_sparsity, round_to, kinds, layers, criterion, batchnorm: see
+    `pruning.PrimeSVTConfig`.
+    config: all settings of the search at once, in the place of those above, e.g. `PrimeSVTConfig.paper()`.
+    start_epoch: 0 is for a network with trained weights. evaluation_cache: a file that keeps every verdict, so that a
+    search that was killed goes on where it was. on_progress: override it for a display of one's own.
     monitor, max_images, holdout_size_bytes, gradient_batches, model_attribute: as in `AdaptiveIterativePruning`;
-    gradient_batches are also those on which `batchnorm="reestimate"` corrects the statistics.
-    search: any other field of `swincompress_pl.pruning.PrimeSVTConfig`: round_to, kinds, batchnorm, policy, ...
+    gradient_batches are also those on which `batchnorm="correct"` corrects the statistics.
 
     The hold-out is the datamodule's `holdout_dataloader()`, or else the trainer's validation data. Logs pruning/score,
     pruning/baseline, pruning/saving, pruning/parameters, pruning/images_scored and pruning/macs to every logger.
@@ -37,26 +52,46 @@ class PrimeSVT(SearchCallback):
     warning says so and `prefer` decides what is applied.
     One device or DDP; FSDP and DeepSpeed, EMA and SWA are refused by name.
 
-    Example: `Trainer(callbacks=[PrimeSVT(max_accuracy_drop=3.0, min_memory_saving=0.25)])`
+    Example: `Trainer(callbacks=[PrimeSVT(tolerance=3.0, min_memory_saving=0.25)])`
     """
 
     who = "PrimeSVT"
 
+    @renamed(
+        max_accuracy_drop="tolerance",
+        mode="granularity",
+        max_rate="max_sparsity",
+        memo="evaluation_cache",
+        values={"granularity": {"group": "structured", "paper": "filter"}, "batchnorm": {"reestimate": "correct"}},
+    )
+    @with_old_policy_settings
     def __init__(
         self,
         *,
-        max_accuracy_drop: float = 3.0,
+        tolerance: float = 3.0,
         min_memory_saving: float = 0.25,
-        mode: str = "group",
+        granularity: Literal["structured", "filter"] = "structured",
+        policy: AllocatedPolicy | PrioritizedPolicy | Literal["allocated", "prioritized"] = "allocated",
+        blocks: Literal["layer", "block"] = "layer",
+        prefer: Literal["accuracy", "memory"] = "accuracy",
+        rates: Sequence[float] = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64),
+        min_block_share: float = 0.2,
+        max_sparsity: float = 0.9,
+        round_to: int = 8,
+        kinds: Sequence[str] | None = None,
+        layers: Sequence[str] | None = None,
+        criterion: str | Criterion = "magnitude",
+        batchnorm: Literal["keep", "correct"] = "keep",
+        config: PrimeSVTConfig | None = None,
         start_epoch: int = 0,
-        memo: str | Path | None = None,
+        evaluation_cache: str | Path | None = None,
         monitor: str | None = None,
         max_images: int | None = None,
         holdout_size_bytes: int = 4 << 30,
         gradient_batches: int = 8,
         model_attribute: str = "net",
-        **search: Any,
     ) -> None:
+        given = {**locals(), "policy": AllocatedPolicy() if policy == "allocated" else policy}
         super().__init__(
             start_epoch=start_epoch,
             monitor=monitor,
@@ -65,14 +100,8 @@ class PrimeSVT(SearchCallback):
             gradient_batches=gradient_batches,
             model_attribute=model_attribute,
         )
-        refuse_unknown(self.who, search, PrimeSVTConfig, own=("max_accuracy_drop", "min_memory_saving", "mode"))
-        self.config = PrimeSVTConfig(
-            max_accuracy_drop=max_accuracy_drop,
-            min_memory_saving=min_memory_saving,
-            mode=mode,  # type: ignore[arg-type]  # checked there
-            **search,
-        )
-        self.memo = memo
+        self.config = config_of(PrimeSVTConfig, config, given)
+        self.evaluation_cache = evaluation_cache
         self.result: PrimeSVTResult | None = None
 
     def should_prune(self, epoch: int) -> bool:
@@ -82,8 +111,8 @@ class PrimeSVT(SearchCallback):
     def on_progress(self, trainer: Trainer, progress: PrimeProgress) -> None:
         """Called after each candidate, for a display of one's own; does nothing."""
 
-    def _granularity(self, network: nn.Module) -> RoundRobinConfig:
-        return self.config.granularity(network)
+    def _space(self, network: nn.Module) -> SpaceConfig:
+        return self.config.space(network)
 
     def _is_over(self) -> bool:
         return self.result is not None
@@ -104,20 +133,19 @@ class PrimeSVT(SearchCallback):
         module: LightningModule,
         scorer: Scorer,
         shape: tuple[int, ...] | None,
-        follower: ScalesFollower,
+        coupled: CoupledScales,
     ) -> PrimeSVTResult:
         done = 0
         calibration = None
-        if self.config.batchnorm == "reestimate":
+        if self.config.batchnorm == "correct":
             with seeded(trainer.current_epoch):
                 calibration = [images for images, _ in training_batches(trainer, self.gradient_batches)]
-        first = len(self.config.target_sets) * len(self.config.rates)
-        with search_progress(trainer, f"PrimeSVT before epoch {trainer.current_epoch}", first) as tell:
+        with search_progress(trainer, f"PrimeSVT before epoch {trainer.current_epoch}", len(self.config.rates)) as tell:
 
             def progress(now: PrimeProgress) -> None:
                 nonlocal done
                 done += 1
-                tell(_text(now), done + now.total - now.done)
+                tell(str(now), done + now.total - now.done)
                 self.on_progress(trainer, now)
 
             return primesvt(
@@ -127,7 +155,7 @@ class PrimeSVT(SearchCallback):
                 input_shape=shape,
                 calibration=calibration,
                 gradients=lambda network: self._gradients(trainer, module, network),
-                memo=self.memo,
+                evaluation_cache=self.evaluation_cache,
                 progress=progress,
             )
 
@@ -145,10 +173,3 @@ class PrimeSVT(SearchCallback):
             values["macs"] = float(outcome.macs_after)
         log_search(module, values)
         rank_zero_info(f"PrimeSVT: {outcome.summary()}")
-
-
-def _text(progress: PrimeProgress) -> str:
-    found = progress.candidate
-    verdict = "within" if found.accepted else "beyond"
-    left = "" if progress.left_s is None else f", at most {progress.left_s:.0f} s left in this phase"
-    return f"{found.label}: {found.saving:.1%} saved at {found.score:.2f} points, {verdict} the constraint{left}"

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
 from swincompress_pl.callbacks.progress import search_progress
-from swincompress_pl.callbacks.search import Outcome, SearchCallback, log_search, refuse_unknown
-from swincompress_pl.callbacks.searched_network import ScalesFollower
-from swincompress_pl.pruning import (
-    AppliedPlan,
-    RoundOutcome,
-    RoundRobinConfig,
-    Scorer,
-    SearchState,
-    Step,
-    begin_search,
-    finish_search,
-    run_round,
-)
+from swincompress_pl.callbacks.search import Outcome, SearchCallback, config_of, log_search
+from swincompress_pl.callbacks.searched_network import CoupledScales
+from swincompress_pl.pruning import AdaptivePruningConfig, Criterion, SearchSession, SearchState, Step
+from swincompress_pl.pruning.adaptive.search import RoundOutcome, finish_search
+from swincompress_pl.pruning.evaluation.scorer import Scorer
+from swincompress_pl.pruning.space import SpaceConfig
+from swincompress_pl.pruning.structure.apply import AppliedPlan
 
 
 class AdaptiveIterativePruning(SearchCallback):
@@ -35,6 +30,9 @@ class AdaptiveIterativePruning(SearchCallback):
     tolerance: accuracy that may be lost in points, above 0 and at most 100, against the network before the first round.
     granularity: "structured" (whole heads, channels, ...; removed physically), "weight", n of m like "2:4", or "block"
         (masks: buffers `weight_mask` beside weights that stay zero).
+    first_tolerance, block_shape, step, min_step, max_sparsity, round_to, order, ranking, overshoot, shrink, kinds,
+        layers, criterion, target, target_of, max_rounds, time_budget_s: how the search goes, see
+        `pruning.AdaptivePruningConfig`.
     start_epoch, every_n_epochs: rounds run before epochs start_epoch, start_epoch + every_n_epochs, ...; 0 is for a
         network with trained weights. Override `should_prune` for another policy.
     monitor: score by a metric that the module's validation_step logs, a fraction between 0 and 1, over the whole
@@ -44,7 +42,7 @@ class AdaptiveIterativePruning(SearchCallback):
     gradient_batches: for criteria that need gradients, taken from the datamodule's `calibration_dataloader` or the
         training data.
     model_attribute: the attribute of the LightningModule that holds the network.
-    search: any other field of `swincompress_pl.pruning.RoundRobinConfig`: step, round_to, target, max_rounds, ...
+    config: all settings of the search at once, in the place of the arguments from `tolerance` to `time_budget_s`.
 
     The hold-out is the datamodule's `holdout_dataloader()`, or else the trainer's validation data; its batches are
     (images, labels, ...). Logs pruning/score, pruning/baseline, pruning/parameters, pruning/sparsity (of the prunable
@@ -66,8 +64,26 @@ class AdaptiveIterativePruning(SearchCallback):
     def __init__(
         self,
         *,
-        tolerance: float,
+        tolerance: float = 1.0,
+        first_tolerance: float | None = None,
         granularity: str = "structured",
+        block_shape: tuple[int, int] = (8, 8),
+        step: float = 0.05,
+        min_step: float = 0.0125,
+        max_sparsity: float = 0.9,
+        round_to: int = 8,
+        order: Literal["fixed", "size", "sensitivity"] = "fixed",
+        ranking: Literal["local", "global"] = "local",
+        overshoot: Literal["rollback", "keep"] = "rollback",
+        shrink: Literal["round", "end"] = "round",
+        kinds: Sequence[str] = ("heads", "mlp"),
+        layers: Sequence[str] | None = None,
+        criterion: str | Criterion = "magnitude",
+        target: float | None = None,
+        target_of: Literal["macs", "parameters", "bytes"] = "macs",
+        max_rounds: int | None = None,
+        time_budget_s: float | None = None,
+        config: AdaptivePruningConfig | None = None,
         start_epoch: int = 0,
         every_n_epochs: int = 1,
         monitor: str | None = None,
@@ -75,8 +91,8 @@ class AdaptiveIterativePruning(SearchCallback):
         holdout_size_bytes: int = 4 << 30,
         gradient_batches: int = 8,
         model_attribute: str = "net",
-        **search: Any,
     ) -> None:
+        given = dict(locals())
         super().__init__(
             start_epoch=start_epoch,
             monitor=monitor,
@@ -87,8 +103,7 @@ class AdaptiveIterativePruning(SearchCallback):
         )
         if every_n_epochs < 1:
             raise ValueError(f"every_n_epochs={every_n_epochs}: it has to be 1 or more")
-        refuse_unknown(self.who, search, RoundRobinConfig, own=("tolerance", "granularity"))
-        self.config = RoundRobinConfig(tolerance=tolerance, granularity=granularity, **search)
+        self.config = config_of(AdaptivePruningConfig, config, given)
         self.every_n_epochs = every_n_epochs
         self.search_state: SearchState | None = None
 
@@ -114,8 +129,8 @@ class AdaptiveIterativePruning(SearchCallback):
                 "max_rounds or a target that is reached, or slice a float network with pruning.finish_search"
             )
 
-    def _granularity(self, network: nn.Module) -> RoundRobinConfig:
-        return self.config
+    def _space(self, network: nn.Module) -> SpaceConfig:
+        return self.config.space()
 
     def _is_over(self) -> bool:
         return self.search_state is not None and self.search_state.stopped is not None
@@ -136,30 +151,24 @@ class AdaptiveIterativePruning(SearchCallback):
         module: LightningModule,
         scorer: Scorer,
         shape: tuple[int, ...] | None,
-        follower: ScalesFollower,
+        coupled: CoupledScales,
     ) -> RoundOutcome:
-        network, fresh = self._network(module), self.search_state is None
-        state = self.search_state or begin_search(
-            network, scorer, self.config, input_shape=shape, gradients=lambda n: self._gradients(trainer, module, n)
+        session = SearchSession(
+            self._network(module),
+            scorer,
+            self.config,
+            input_shape=shape,
+            gradients=lambda network: self._gradients(trainer, module, network),
+            state=self.search_state,
         )
-        active = sum(entry.locked is None for entry in state.targets.values())
+        active = sum(entry.locked is None for entry in session.state.targets.values())
         with search_progress(trainer, f"pruning before epoch {trainer.current_epoch}", active) as tell:
 
-            def progress(step: Step) -> None:
-                tell(_text(step), active)
+            def on_step(step: Step) -> None:
+                tell(str(step), active)
                 self.on_step(trainer, step)
 
-            return run_round(
-                network,
-                scorer,
-                self.config,
-                state,
-                input_shape=shape,
-                gradients=lambda n: self._gradients(trainer, module, n),
-                unchanged=fresh,
-                progress=progress,
-                follower=follower,
-            )
+            return session.round(on_step=on_step, coupled=coupled)
 
     def _finish(self, network: nn.Module, outcome: Outcome) -> AppliedPlan | None:
         assert isinstance(outcome, RoundOutcome)
@@ -193,8 +202,3 @@ class AdaptiveIterativePruning(SearchCallback):
             f"{values['sparsity']:.1%} of the prunable weights removed; {accepted}"
             + (f"; the search ends: {state.stopped}" if state.stopped else "")
         )
-
-
-def _text(step: Step) -> str:
-    verdict = "kept" if step.accepted else "undone"
-    return f"{step.target} {step.units_before} -> {step.units_after}: {step.score:.2f} points, {verdict}"

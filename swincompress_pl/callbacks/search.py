@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
-from typing import Any, ClassVar, Protocol
+from collections.abc import Mapping
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from lightning import Callback, LightningModule, Trainer
@@ -31,27 +31,23 @@ from swincompress_pl.callbacks.scoring import (
     validating,
 )
 from swincompress_pl.callbacks.searched_network import (
-    ScalesFollower,
+    CoupledScales,
     pruned_tensors,
     refuse_masked_integers,
     scored_network,
     searched_network,
 )
 from swincompress_pl.checkpoint.record import restore_on_load, save_to_checkpoint
-from swincompress_pl.pruning import (
-    AppliedPlan,
-    Change,
-    Gradients,
-    RoundRobinConfig,
-    Scorer,
-    collect_gradients,
-    keep_masks,
-    revert,
-    share_buffers,
-    slice_optimizers,
-)
+from swincompress_pl.pruning import Gradients, collect_gradients, keep_masks
+from swincompress_pl.pruning.evaluation.ranks import share_buffers
+from swincompress_pl.pruning.evaluation.scorer import Scorer
+from swincompress_pl.pruning.space import SpaceConfig
+from swincompress_pl.pruning.structure.apply import AppliedPlan
+from swincompress_pl.pruning.structure.change import Change, revert
+from swincompress_pl.pruning.structure.optimizer_state import slice_optimizers
 
 _STATE_VERSION = 2
+Config = TypeVar("Config")
 
 
 class Outcome(Protocol):
@@ -112,8 +108,8 @@ class SearchCallback(Callback, ABC):
     # The search: those that derive from this class give these.
 
     @abstractmethod
-    def _granularity(self, network: nn.Module) -> RoundRobinConfig:
-        """What a removal is."""
+    def _space(self, network: nn.Module) -> SpaceConfig:
+        """What may be removed."""
 
     @abstractmethod
     def _is_over(self) -> bool:
@@ -130,7 +126,7 @@ class SearchCallback(Callback, ABC):
         module: LightningModule,
         scorer: Scorer,
         shape: tuple[int, ...] | None,
-        follower: ScalesFollower,
+        coupled: CoupledScales,
     ) -> Outcome:
         """Search, and change the network."""
 
@@ -160,9 +156,9 @@ class SearchCallback(Callback, ABC):
             refuse_neighbours(trainer, self.who)
             network = self._network(pl_module)
             refuse_synchronized_norms(trainer, network, self.who)
-            settings = self._granularity(network)
-            refuse_masked_integers(trainer, pl_module, self.model_attribute, self.monitor, settings.kinds)
-            refuse_sharing(pl_module, network, pruned_tensors(network, settings), self.model_attribute)
+            space = self._space(network)
+            refuse_masked_integers(trainer, pl_module, self.model_attribute, self.monitor, space.kinds)
+            refuse_sharing(pl_module, network, pruned_tensors(network, space), self.model_attribute)
             if trainer.current_epoch == 0:  # a fresh fit; a resumed one loads its state after this hook
                 self._last_epoch = -1
                 self._forget()
@@ -233,9 +229,9 @@ class SearchCallback(Callback, ABC):
 
     def _refuse_optimizers(self, trainer: Trainer, module: LightningModule) -> None:
         network = self._network(module)
-        settings = self._granularity(network)
-        if settings.granularity == "structured":
-            refuse_optimizers(trainer.optimizers, network, pruned_tensors(network, settings))
+        space = self._space(network)
+        if space.granularity == "structured":
+            refuse_optimizers(trainer.optimizers, network, pruned_tensors(network, space))
 
     def _keep_masks(self, trainer: Trainer, module: LightningModule) -> None:
         if self._masks is not None:
@@ -246,30 +242,30 @@ class SearchCallback(Callback, ABC):
         return searched_network(module, self.model_attribute)
 
     def _search(self, trainer: Trainer, module: LightningModule) -> Outcome:
-        follower = ScalesFollower(module, self.model_attribute)
+        coupled = CoupledScales(module, self.model_attribute)
         self._refuse_optimizers(trainer, module)  # they have no state before the first step
         share_buffers(self._network(module))
         with validating(trainer, module), torch.no_grad():
             assert self._scorer is not None  # made when training started
             shape = input_shape(trainer, self._scorer, self.who)
-            outcome = self._find(trainer, module, self._scorer, shape, follower)
-        self._follow(trainer, module, outcome, follower)
+            outcome = self._find(trainer, module, self._scorer, shape, coupled)
+        self._follow(trainer, module, outcome, coupled)
         return outcome
 
-    def _follow(self, trainer: Trainer, module: LightningModule, outcome: Outcome, follower: ScalesFollower) -> None:
+    def _follow(self, trainer: Trainer, module: LightningModule, outcome: Outcome, coupled: CoupledScales) -> None:
         """Optimizers, masks, compiled code and DDP go on with what the search made of the network."""
         network, change = self._network(module), outcome.change
         try:
-            slice_optimizers(trainer.optimizers, follower.with_scales(change.applied))
+            slice_optimizers(trainer.optimizers, coupled.with_scales(change.applied))
         except BaseException:
             revert(network, change)
-            follower.uncut()
+            coupled.uncut()
             raise
         sliced = bool(change.applied.tensors)
         finished = self._finish(network, outcome)
         if finished is not None:
-            follower.cut(finished)
-            slice_optimizers(trainer.optimizers, follower.with_scales(finished))
+            coupled.cut(finished)
+            slice_optimizers(trainer.optimizers, coupled.with_scales(finished))
             sliced = sliced or bool(finished.tensors)
         self._keep_masks(trainer, module)
         if sliced:
@@ -309,13 +305,26 @@ def log_search(module: LightningModule, values: Mapping[str, float]) -> None:
     module.log_dict({f"pruning/{name}": value for name, value in values.items()}, sync_dist=True, reduce_fx="max")
 
 
-def refuse_unknown(who: str, search: Mapping[str, Any], config: type[Any], own: Collection[str]) -> None:
-    """TypeError, listing the options, for one in `search` that is no field of `config`, or one of `own`: those are
-    arguments of the callback itself."""
-    options = [field.name for field in dataclasses.fields(config) if field.name not in own]
-    unknown = sorted(set(search) - set(options))
-    if unknown:
-        raise TypeError(f"{who} has no option {', '.join(unknown)}; the search's are {', '.join(options)}")
+def config_of(kind: type[Config], config: Config | None, arguments: Mapping[str, Any]) -> Config:
+    """`config`, or one of a callback's `arguments`, by the names of its fields; TypeError where both say something.
+
+    The arguments' defaults are those of the fields (a test holds that).
+    """
+    settings = {field.name: arguments[field.name] for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    if config is None:
+        return kind(**settings)
+    defaults = kind()
+    given = [name for name, value in settings.items() if not _same(value, getattr(defaults, name))]
+    if given:
+        raise TypeError(
+            f"config= is given, and {', '.join(given)} beside it; change the config instead: "
+            f"dataclasses.replace(config, {given[0]}={settings[given[0]]!r})"
+        )
+    return config
+
+
+def _same(value: object, default: object) -> bool:
+    return (tuple(value) if isinstance(value, list) else value) == default
 
 
 def _check_arguments(

@@ -10,13 +10,8 @@ from torch import Tensor, nn
 
 from swincompress_pl.callbacks.quantization import QuantizationAwareTraining
 from swincompress_pl.checkpoint.record import network_of
-from swincompress_pl.pruning import (
-    AppliedPlan,
-    RoundRobinConfig,
-    SlicedTensor,
-    StructuredGranularity,
-    granularity_for,
-)
+from swincompress_pl.pruning.space import SpaceConfig, StructuredSpace, local_space
+from swincompress_pl.pruning.structure.apply import AppliedPlan, SlicedTensor
 from swincompress_pl.quant import QuantizedNetwork
 from swincompress_pl.quant.scale_cut import ScaleCut
 
@@ -45,7 +40,7 @@ class _Rounded(nn.Module):
         return self.quantized.fake_quantized(images)
 
 
-class ScalesFollower:
+class CoupledScales:
     """Cuts the scales of a quantized network with its weights, and takes that back; for a float network nothing."""
 
     def __init__(self, module: LightningModule, model_attribute: str) -> None:
@@ -54,14 +49,14 @@ class ScalesFollower:
         self._cuts: list[ScaleCut | None] = []
 
     def cut(self, applied: AppliedPlan) -> None:
-        """See `pruning.Follower`."""
+        """See `pruning.adaptive.rounds.CoupledState`."""
         cut = None
         if self._quantized is not None and applied.tensors:
             cut = self._quantized.follow({sliced.name: dict(sliced.kept) for sliced in applied.tensors})
         self._cuts.append(cut)
 
     def uncut(self) -> None:
-        """See `pruning.Follower`; nothing where nothing was cut."""
+        """See `pruning.adaptive.rounds.CoupledState`; nothing where nothing was cut."""
         latest = self._cuts.pop() if self._cuts else None
         if latest is not None and self._quantized is not None:
             self._quantized.unfollow(latest)
@@ -76,15 +71,14 @@ class ScalesFollower:
         return replace(applied, tensors=(*applied.tensors, drift))
 
 
-def pruned_tensors(network: nn.Module, config: RoundRobinConfig) -> set[str]:
-    """The names of the parameters that a search may cut or mask; ValueError where the config matches nothing."""
-    targets = granularity_for(config).targets(network)
-    names = {member.name for target in targets for member in (target.members or (target,))}
-    if config.granularity != "structured":
+def pruned_tensors(network: nn.Module, space: SpaceConfig) -> set[str]:
+    """The names of the parameters that a search may cut or mask; ValueError where the space is empty."""
+    found = local_space(space)
+    names = {target.name for target in found.targets(network)}
+    if not isinstance(found, StructuredSpace):
         return names
     own = dict(network.named_parameters(remove_duplicate=False))
-    groups = StructuredGranularity(config).groups(network)
-    return {part.tensor for group in groups for part in group.slices if part.tensor in own}
+    return {part.tensor for group in found.groups(network) for part in group.slices if part.tensor in own}
 
 
 def refuse_masked_integers(

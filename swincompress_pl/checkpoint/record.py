@@ -20,7 +20,9 @@ from lightning import LightningModule
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
-from swincompress_pl.pruning import PruningPlan, apply_plan, history_of, regrow_latest_plan
+from swincompress_pl.pruning import PruningPlan, apply_plan
+from swincompress_pl.pruning.structure.apply import history_of
+from swincompress_pl.pruning.structure.regrow import regrow_latest_plan
 from swincompress_pl.pruning.structure.weight_masks import (
     keep_masks,
     masked_parameters,

@@ -10,15 +10,7 @@ from typing import Any
 from jsonargparse import Namespace
 from rich.table import Table
 
-from swincompress_pl.cli.common import (
-    console,
-    existing_file,
-    integers,
-    is_checkpoint,
-    parser,
-    print_json,
-    progress,
-)
+from swincompress_pl.cli.common import console, existing_file, integers, is_checkpoint, parser, print_json, progress
 from swincompress_pl.report.runtimes import PEERS
 
 KERNELS = ("linear",)

@@ -1,8 +1,8 @@
-"""What a step of the search removes: whole units of a structured group, or single weights of a layer.
+"""What a search may remove, for both searches: units of structured groups, or single weights; and what is left then.
 
-A granularity tells the search its targets, chooses what goes, masks it for a trial and makes it last. Two there are:
-`StructuredGranularity` (units, sliced away) and `WeightGranularity` (weights, n:m, blocks: masks that stay zero).
-`GlobalGranularity` lays either over the whole network, so that one step takes the least of all layers together.
+A search space tells its targets, chooses what goes (the lowest scores), masks it for a trial and makes it last. Two
+there are: `StructuredSpace` (units, sliced away) and `WeightSpace` (weights, n:m, blocks, filters: masks that stay
+zero). `GlobalSpace` lays either over the whole network, so that one step takes the least of all layers together.
 """
 
 from __future__ import annotations
@@ -10,34 +10,31 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from swincompress_pl.pruning.adaptive.config import RoundRobinConfig
 from swincompress_pl.pruning.criteria import (
+    CRITERIA,
+    Criterion,
     Gradients,
     estimates_loss,
     lowest_units,
     unit_scores,
     weight_scores,
 )
-from swincompress_pl.pruning.structure.apply import AppliedPlan, apply_plan, revert_plan
-from swincompress_pl.pruning.structure.cost import count_macs, skeleton
+from swincompress_pl.pruning.evaluation.ranks import from_rank_zero
+from swincompress_pl.pruning.structure.apply import apply_plan
+from swincompress_pl.pruning.structure.change import Change, commit_masks, consumer_masks, gone_units
+from swincompress_pl.pruning.structure.cost import CostTracker, count_macs, skeleton
 from swincompress_pl.pruning.structure.groups import Group
 from swincompress_pl.pruning.structure.patterns import Pattern, parse_granularity
 from swincompress_pl.pruning.structure.plan import PruningPlan
 from swincompress_pl.pruning.structure.unit_masks import mask_units
-from swincompress_pl.pruning.structure.weight_masks import (
-    masked_parameters,
-    register_masks,
-    set_mask,
-    temporary_mask,
-    undo_latest_masks,
-)
+from swincompress_pl.pruning.structure.weight_masks import masked_parameters, temporary_mask
 from swincompress_pl.registry import adapter_for
 
 Removal = Mapping[str, Any]
@@ -45,6 +42,56 @@ Removal = Mapping[str, Any]
 
 WHOLE_NETWORK = "network"
 _PER_MILLE = 1000
+
+
+def require(name: str, value: object, holds: bool, wanted: str) -> None:
+    """Raise ValueError, naming a setting, its value and what it has to be, unless `holds`."""
+    if not holds:
+        raise ValueError(f"{name}={value!r}: it has to be {wanted}")
+
+
+def is_count(value: object) -> bool:
+    """Whether it is an integer of 1 or more."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def as_names(value: str | Sequence[str]) -> tuple[str, ...]:
+    """One name or several as a tuple."""
+    return (value,) if isinstance(value, str) else tuple(value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpaceConfig:
+    """What may be removed, and how much of it: the settings that both searches have in common.
+
+    granularity: "structured" (units of the network's groups), "weight" (single weights), n of m like "2:4", "block"
+        (blocks of block_shape = rows, columns), or "filter" (input channels, for each filter its own).
+    kinds: the kinds of groups: "heads", "mlp", "head_dim", "embed", of spiking networks also "conv", "qk", "v".
+    layers: patterns (fnmatch) of the names to prune, None for all. criterion: a name in `pruning.CRITERIA` or a
+        function (see `pruning.Criterion`).
+    max_sparsity: part of a target's original units that may go, above 0 and below 1.
+    round_to: kept widths (not heads) are multiples of it, so that kernels stay fast. Structured only.
+    shrink: "round" slices what is made to last, "end" masks it. Structured only.
+    ranking: "local" has every group or layer for a target, "global" the whole network for one.
+    price_of: what a unit is divided by in a global ranking of scores that estimate the loss.
+    """
+
+    granularity: str = "structured"
+    block_shape: tuple[int, int] = (8, 8)
+    kinds: tuple[str, ...] = ("heads", "mlp")
+    layers: tuple[str, ...] | None = None
+    criterion: str | Criterion = "magnitude"
+    max_sparsity: float = 0.9
+    round_to: int = 8
+    shrink: Literal["round", "end"] = "round"
+    ranking: Literal["local", "global"] = "local"
+    price_of: Literal["macs", "parameters", "bytes"] = "macs"
+
+
+def check_criterion(criterion: str | Criterion) -> None:
+    """Raise ValueError for a criterion that there is not."""
+    known = callable(criterion) or criterion in CRITERIA
+    require("criterion", criterion, known, f"one of {', '.join(CRITERIA)}, or a function")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,28 +119,17 @@ class Target:
         return max(allowed, self.min_units, self.granule)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Change:
-    """What a round made of the network, with what is needed to take it back.
-
-    applied: the slices, empty where nothing was sliced; for the optimizers. before: {parameter: (weight, mask)} as they
-    were. registered: parameters that got their mask now.
-    """
-
-    applied: AppliedPlan
-    before: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    registered: tuple[str, ...] = ()
-
-
-class Granularity(Protocol):
+class SearchSpace(Protocol):
     """How a search sees a network."""
+
+    config: SpaceConfig
 
     def targets(self, network: nn.Module) -> list[Target]:
         """Everything that can be narrowed, in the order of the network."""
         ...
 
     def removal(self, network: nn.Module, target: Target, keep: int, gradients: Gradients | None) -> Removal:
-        """What is gone of a target's members when `keep` units stay: the lowest scores go first."""
+        """What is gone of a target's members when `keep` units stay: the lowest scores go first, as rank 0 sees it."""
         ...
 
     def masked(self, network: nn.Module, removal: Removal) -> AbstractContextManager[Any]:
@@ -104,28 +140,36 @@ class Granularity(Protocol):
         """Make `removal` last."""
         ...
 
+    def costs(self, network: nn.Module, input_shape: Sequence[int] | None) -> CostTracker:
+        """What the network costs without what a removal takes."""
+        ...
 
-def granularity_for(
-    config: RoundRobinConfig,
+
+def local_space(config: SpaceConfig, initial_units: Mapping[str, int] | None = None) -> StructuredSpace | WeightSpace:
+    """The space of `config` with a target for every group or layer; initial_units: the widths before the search, where
+    it has begun."""
+    if config.granularity == "structured":
+        return StructuredSpace(config, initial_units)
+    return WeightSpace(config, parse_granularity(config.granularity, block_shape=config.block_shape))
+
+
+def search_space(
+    config: SpaceConfig,
     initial_units: Mapping[str, int] | None = None,
     input_shape: Sequence[int] | None = None,
-) -> StructuredGranularity | WeightGranularity | GlobalGranularity:
-    """The granularity that `config` asks for; initial_units: the widths before the search, where it has begun.
+) -> StructuredSpace | WeightSpace | GlobalSpace:
+    """The space that `config` asks for, see `local_space`.
 
     input_shape: of one input with its batch axis; with it a global ranking knows what a unit costs in MACs.
     """
-    local: StructuredGranularity | WeightGranularity
-    if config.granularity == "structured":
-        local = StructuredGranularity(config, initial_units)
-    else:
-        local = WeightGranularity(config, parse_granularity(config.granularity, block_shape=config.block_shape))
-    return GlobalGranularity(local, config, input_shape) if config.ranking == "global" else local
+    local = local_space(config, initial_units)
+    return GlobalSpace(local, input_shape) if config.ranking == "global" else local
 
 
-class StructuredGranularity:
+class StructuredSpace:
     """Whole units of the network's groups, removed physically at once or, with `shrink="end"`, masked until the end."""
 
-    def __init__(self, config: RoundRobinConfig, initial_units: Mapping[str, int] | None = None) -> None:
+    def __init__(self, config: SpaceConfig, initial_units: Mapping[str, int] | None = None) -> None:
         self.config, self.initial_units = config, initial_units or {}
 
     def groups(self, network: nn.Module) -> list[Group]:
@@ -161,7 +205,7 @@ class StructuredGranularity:
             )
         return found
 
-    def _scores(self, network: nn.Module, target: Target, gradients: Gradients | None) -> Tensor:
+    def scores(self, network: nn.Module, target: Target, gradients: Gradients | None) -> Tensor:
         """(units,) of the group; units that are masked already count as gone: below every other."""
         group = self._group(network, target)
         scores = unit_scores(network, group, self.config.criterion, gradients)
@@ -170,12 +214,19 @@ class StructuredGranularity:
         return scores
 
     def removal(self, network: nn.Module, target: Target, keep: int, gradients: Gradients | None) -> Removal:
-        scores = self._scores(network, target, gradients)
+        return from_rank_zero(self.lowest(self.scores(network, target, gradients), target, keep))
+
+    def lowest(self, scores: Tensor, target: Target, keep: int) -> Removal:
+        """What is gone when the `keep` units of `target` with the highest `scores` stay."""
         return {target.name: lowest_units(scores, len(scores) - keep)}
+
+    def kept(self, target: Target, units: int) -> int:
+        """How much stays where `units` do, as `CostTracker` counts it."""
+        return units
 
     def scores_of_kept(self, network: nn.Module, target: Target, gradients: Gradients | None) -> Tensor:
         """(target.units,) float64: the scores of the units that are still there."""
-        scores = self._scores(network, target, gradients).double()
+        scores = self.scores(network, target, gradients).double()
         return scores[scores >= 0]
 
     def masked(self, network: nn.Module, removal: Removal) -> AbstractContextManager[Any]:
@@ -188,21 +239,24 @@ class StructuredGranularity:
     def commit(self, network: nn.Module, removal: Removal) -> Change:
         groups = self.groups(network)
         if self.config.shrink == "end":
-            masks = _consumer_masks(network, {g.name: g for g in groups}, removal)
-            return _commit_masks(network, masks)
+            masks = consumer_masks(network, {g.name: g for g in groups}, removal)
+            return commit_masks(network, masks)
         return Change(applied=apply_plan(network, PruningPlan.removing(groups, removal)))
+
+    def costs(self, network: nn.Module, input_shape: Sequence[int] | None) -> CostTracker:
+        return CostTracker(network, self.groups(network), input_shape)
 
     def _group(self, network: nn.Module, target: Target) -> Group:
         return next(g for g in self.groups(network) if g.name == target.name)
 
 
-class WeightGranularity:
+class WeightSpace:
     """Single weights of the linear layers in the network's segments, by a pattern; their masks stay with the network.
 
     The layer that reads the pixels (patch embedding) and the head are left alone, as in the paper.
     """
 
-    def __init__(self, config: RoundRobinConfig, pattern: Pattern) -> None:
+    def __init__(self, config: SpaceConfig, pattern: Pattern) -> None:
         self.config, self.pattern = config, pattern
 
     def targets(self, network: nn.Module) -> list[Target]:
@@ -237,7 +291,7 @@ class WeightGranularity:
             )
         return found
 
-    def _scores(self, network: nn.Module, target: Target, gradients: Gradients | None) -> Tensor:
+    def scores(self, network: nn.Module, target: Target, gradients: Gradients | None) -> Tensor:
         """Of the parameter's shape; masked weights count as gone: below every other."""
         scores = weight_scores(network, target.name, self.config.criterion, gradients)
         masks = masked_parameters(network)
@@ -246,11 +300,19 @@ class WeightGranularity:
         return scores
 
     def removal(self, network: nn.Module, target: Target, keep: int, gradients: Gradients | None) -> Removal:
-        return {target.name: self.pattern.keep_mask(self._scores(network, target, gradients), keep)}
+        return from_rank_zero(self.lowest(self.scores(network, target, gradients), target, keep))
+
+    def lowest(self, scores: Tensor, target: Target, keep: int) -> Removal:
+        """What is gone when the `keep` units of `target` with the highest `scores` stay."""
+        return {target.name: self.pattern.keep_mask(scores, keep)}
+
+    def kept(self, target: Target, units: int) -> int:
+        """How much stays where `units` do, as `CostTracker` counts it: weights."""
+        return target.weights // target.initial_units * units
 
     def scores_of_kept(self, network: nn.Module, target: Target, gradients: Gradients | None) -> Tensor:
         """(target.units,) float64: the scores of the units that are still there."""
-        scores = self.pattern.unit_scores(self._scores(network, target, gradients)).double().cpu()
+        scores = self.pattern.unit_scores(self.scores(network, target, gradients)).double().cpu()
         return scores[scores >= 0]
 
     def masked(self, network: nn.Module, removal: Removal) -> AbstractContextManager[Any]:
@@ -260,10 +322,13 @@ class WeightGranularity:
             return stack.pop_all()
 
     def commit(self, network: nn.Module, removal: Removal) -> Change:
-        return _commit_masks(network, removal)
+        return commit_masks(network, removal)
+
+    def costs(self, network: nn.Module, input_shape: Sequence[int] | None) -> CostTracker:
+        return CostTracker(network, None, input_shape)
 
 
-class GlobalGranularity:
+class GlobalSpace:
     """One target, the whole network in per mille of its prunable weights: a step takes the lowest scores anywhere.
 
     Scores that estimate the loss (`estimates_loss`: the Fisher criteria) are divided by what the unit costs: in MACs
@@ -272,13 +337,8 @@ class GlobalGranularity:
     `max_sparsity`, `round_to` and its own limits ask for, so a step may remove less than its share.
     """
 
-    def __init__(
-        self,
-        local: StructuredGranularity | WeightGranularity,
-        config: RoundRobinConfig,
-        input_shape: Sequence[int] | None = None,
-    ) -> None:
-        self.local, self.config, self.input_shape = local, config, input_shape
+    def __init__(self, local: StructuredSpace | WeightSpace, input_shape: Sequence[int] | None = None) -> None:
+        self.local, self.config, self.input_shape = local, local.config, input_shape
         self._known_prices: list[float] = []
 
     def targets(self, network: nn.Module) -> list[Target]:
@@ -299,14 +359,15 @@ class GlobalGranularity:
         removal: dict[str, Any] = {}
         for member, width in zip(target.members, self._widths(network, target, keep, gradients), strict=True):
             if width < member.units:
-                removal.update(self.local.removal(network, member, width, gradients))
-        return removal
+                scores = self.local.scores(network, member, gradients)
+                removal.update(self.local.lowest(scores, member, width))
+        return from_rank_zero(removal)
 
     def _widths(self, network: nn.Module, target: Target, keep: int, gradients: Gradients | None) -> list[int]:
         """The members' widths when the lowest (target.units - keep) per mille of all original weights go, together."""
         scores = [self.local.scores_of_kept(network, m, gradients) for m in target.members]
         if estimates_loss(self.config.criterion):
-            # A granularity lives as long as a round, in which nothing is sliced.
+            # A space lives as long as a round, in which nothing is sliced.
             self._known_prices = prices = self._known_prices or self._prices(network, target.members)
             scores = [each / price for each, price in zip(scores, prices, strict=True)]
         owners = torch.cat([torch.full((len(s),), i) for i, s in enumerate(scores)])
@@ -323,10 +384,10 @@ class GlobalGranularity:
 
     def _prices(self, network: nn.Module, members: Sequence[Target]) -> list[float]:
         """What a unit of each member costs: MACs or parameters, of the network as it stands."""
-        structured = isinstance(self.local, StructuredGranularity)
-        if not structured or self.config.target_of != "macs" or self.input_shape is None:
+        structured = isinstance(self.local, StructuredSpace)
+        if not structured or self.config.price_of != "macs" or self.input_shape is None:
             return [m.weights / m.initial_units for m in members]
-        assert isinstance(self.local, StructuredGranularity)
+        assert isinstance(self.local, StructuredSpace)
         groups = {g.name: g for g in self.local.groups(network)}
         whole, prices = count_macs(network, self.input_shape), []
         for member in members:
@@ -343,6 +404,9 @@ class GlobalGranularity:
     def commit(self, network: nn.Module, removal: Removal) -> Change:
         return self.local.commit(network, removal)
 
+    def costs(self, network: nn.Module, input_shape: Sequence[int] | None) -> CostTracker:
+        return self.local.costs(network, input_shape)
+
 
 def prunable_weights(network: nn.Module) -> list[str]:
     """The weights of the linear layers, in spiking networks of the convolutions, inside the network's segments, the
@@ -354,65 +418,6 @@ def prunable_weights(network: nn.Module) -> list[str]:
         if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d))
         and any(name.startswith(f"{segment}.") for segment in segments)
     ][1:]
-
-
-def gone_units(network: nn.Module, group: Group) -> tuple[int, ...]:
-    """The units of `group` that masks have taken already (`shrink="end"`)."""
-    masks = masked_parameters(network)
-    gone: set[int] | None = None
-    for part in group.consumers():
-        if part.tensor not in masks:
-            return ()
-        empty = ~masks[part.tensor][1].movedim(part.axis, 0).flatten(1).any(1)
-        here = {u for u in range(group.units) if bool(empty[part.indices([u])].all())}
-        gone = here if gone is None else gone & here
-    return tuple(sorted(gone or ()))
-
-
-def plan_of_masks(network: nn.Module, groups: Sequence[Group]) -> PruningPlan:
-    """The plan that slices away every unit that masks have taken."""
-    removed = {g.name: gone_units(network, g) for g in groups}
-    return PruningPlan.removing(groups, {name: units for name, units in removed.items() if units})
-
-
-def revert(network: nn.Module, change: Change) -> None:
-    """Take back the latest `commit`."""
-    revert_plan(network, change.applied)
-    with torch.no_grad():
-        for name, (weight, mask) in change.before.items():
-            parameter, now = masked_parameters(network)[name]
-            parameter.copy_(weight)
-            now.copy_(mask)
-    if change.registered:
-        undo_latest_masks(network)
-
-
-def _commit_masks(network: nn.Module, masks: Mapping[str, Tensor]) -> Change:
-    known = masked_parameters(network)
-    new = tuple(name for name in masks if name not in known)
-    if new:
-        register_masks(network, new)
-    known = masked_parameters(network)
-    before = {name: (known[name][0].detach().clone(), known[name][1].clone()) for name in masks}
-    for name, mask in masks.items():
-        set_mask(network, name, mask.to(known[name][1].device) & known[name][1])
-    return Change(applied=nothing_applied(), before=before, registered=new)
-
-
-def nothing_applied() -> AppliedPlan:
-    """What `apply_plan` gives for a plan that removes nothing."""
-    return AppliedPlan(plan=PruningPlan.identity(), tensors=(), attributes=())
-
-
-def _consumer_masks(network: nn.Module, groups: Mapping[str, Group], removal: Removal) -> dict[str, Tensor]:
-    """Masks that take the units of `removal` out of what reads them."""
-    masks: dict[str, Tensor] = {}
-    for name, units in removal.items():
-        for part in groups[name].consumers():
-            parameter = network.get_parameter(part.tensor)
-            mask = masks.setdefault(part.tensor, torch.ones_like(parameter, dtype=torch.bool))
-            mask.index_fill_(part.axis, torch.tensor(part.indices(units), device=mask.device), False)
-    return masks
 
 
 def _owned(shapes: Mapping[str, torch.Size], group: Group) -> int:

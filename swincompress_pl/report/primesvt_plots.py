@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from swincompress_pl.pruning import Candidate, PrimeSVTResult
+    from swincompress_pl.pruning import PrimeSVTResult
+    from swincompress_pl.pruning.prime.result import Candidate
 
     Result = Mapping[str, Any] | PrimeSVTResult
 
@@ -102,7 +103,7 @@ def curves_by_block(result: Result) -> Figure | None:
     known = _read(result)
     if not any(block.curve for block in known.blocks):
         return None
-    drop = known.config["max_accuracy_drop"]
+    drop = known.config["tolerance"]
     points = [(100 * p.rate, row, p.drop) for row, block in enumerate(known.blocks) for p in block.curve]
     rates, rows, drops = zip(*points, strict=True)
     with style():
@@ -133,7 +134,7 @@ def accuracy_against_memory(result: Result) -> Figure | None:
     known = _read(result)
     if not known.candidates:
         return None
-    drop, least = known.config["max_accuracy_drop"], known.config["min_memory_saving"]
+    drop, least = known.config["tolerance"], known.config["min_memory_saving"]
     with style():
         figure = new_figure(7, 4.6)
         ax = figure.subplots()

@@ -59,7 +59,8 @@ def spiking_cost(network: nn.Module, images: Tensor) -> SpikingCost:
     from spikingjelly.activation_based.op_counter import estimate_simple_energy
 
     from swincompress_pl.models.spiking.adapter import check_spiking, watching_spikes
-    from swincompress_pl.pruning import count_macs, evaluation_mode
+    from swincompress_pl.pruning import count_macs
+    from swincompress_pl.pruning.evaluation.scorer import evaluation_mode
 
     check_spiking(network)
     if images.ndim not in (4, 5) or not len(images):

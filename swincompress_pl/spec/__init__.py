@@ -4,14 +4,7 @@
 """
 
 from swincompress_pl.spec.integer import EXP_STEPS, LIMITS, STORAGE, multiplier
-from swincompress_pl.spec.program import (
-    INPUT_VALUE,
-    InputDescription,
-    Operation,
-    Program,
-    ProgramError,
-    Value,
-)
+from swincompress_pl.spec.program import INPUT_VALUE, InputDescription, Operation, Program, ProgramError, Value
 from swincompress_pl.spec.reference import Cost, check, costs, run, steps
 
 __all__ = [

@@ -10,14 +10,7 @@ import numpy.typing as npt
 
 from swincompress_pl.spec.integer import IntArray
 from swincompress_pl.spec.kinds import KINDS, check_operation
-from swincompress_pl.spec.program import (
-    INPUT_VALUE,
-    InputDescription,
-    Operation,
-    Program,
-    ProgramError,
-    Value,
-)
+from swincompress_pl.spec.program import INPUT_VALUE, InputDescription, Operation, Program, ProgramError, Value
 
 
 def tensors_of(program: Program, op: Operation) -> dict[str, IntArray]:

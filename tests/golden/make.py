@@ -132,8 +132,8 @@ def logits_of(path: Path) -> np.ndarray[Any, Any]:
 def fits(memo: Path | None) -> dict[str, tuple[tuple[str, dict[str, Any]], list[Callback]]]:
     """{name: network, callbacks}: searches that are not over after two epochs, each quantized in the same fit."""
     greedy: dict[str, Any] = {"tolerance": 100.0, "step": 0.25, "max_sparsity": 0.75, "round_to": 1, "max_rounds": 3}
-    shot: dict[str, Any] = {"rates": (0.25, 0.5), "max_rate": 0.6, "round_to": 1, "min_memory_saving": 0.05}
-    paper: dict[str, Any] = {"mode": "paper", "policy": "prioritized", "blocks": "block"}
+    shot: dict[str, Any] = {"rates": (0.25, 0.5), "max_sparsity": 0.6, "round_to": 1, "min_memory_saving": 0.05}
+    paper: dict[str, Any] = {"granularity": "filter", "policy": "prioritized", "blocks": "block"}
 
     def quantizer(**options: Any) -> QuantizationAwareTraining:
         return QuantizationAwareTraining(
@@ -144,8 +144,8 @@ def fits(memo: Path | None) -> dict[str, tuple[tuple[str, dict[str, Any]], list[
         "pruned": (SWIN, [AdaptiveIterativePruning(**greedy), quantizer()]),
         "masked": (VIT, [AdaptiveIterativePruning(granularity="weight", **greedy), quantizer(bits="W4A8")]),
         "quantized": (VIT, [quantizer(distillation=0.5)]),
-        "primesvt": (SPIKFORMER, [PrimeSVT(max_accuracy_drop=100.0, memo=memo, **shot), quantizer()]),
-        "primesvt_paper": (SPIKFORMER, [PrimeSVT(max_accuracy_drop=100.0, **paper, **shot), quantizer()]),
+        "primesvt": (SPIKFORMER, [PrimeSVT(tolerance=100.0, evaluation_cache=memo, **shot), quantizer()]),
+        "primesvt_paper": (SPIKFORMER, [PrimeSVT(tolerance=100.0, **paper, **shot), quantizer()]),
     }
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from support.spiking_cases import FAMILIES, SIZE_PX, lively
-from swincompress_pl.pruning import HoldOut
+from swincompress_pl.pruning import HoldOut, PrimeSVTConfig, PrioritizedPolicy
 from swincompress_pl.registry import adapter_for
 
 SHAPE = (1, 3, SIZE_PX, SIZE_PX)
@@ -18,6 +18,18 @@ ALLOCATED: dict[str, Any] = {"policy": "allocated", "rates": (0.1, 0.3), "round_
 QUICK: dict[str, Any] = {
     **PAPERS, "target_sets": (1.0, 0.5), "rates": (0.1, 0.3), "increments": (0.4, 0.2), "round_to": 1,
 }  # fmt: skip
+
+
+def with_policy(settings: dict[str, Any]) -> dict[str, Any]:
+    """`settings` of the config with those of the paper's policy, which may stand among them, in their place."""
+    of_policy = {name: settings[name] for name in PrioritizedPolicy.__dataclass_fields__ if name in settings}
+    rest = {name: value for name, value in settings.items() if name not in of_policy}
+    return {**rest, "policy": PrioritizedPolicy(**of_policy)} if of_policy else rest
+
+
+def prime_config(**settings: Any) -> PrimeSVTConfig:
+    """A config of `with_policy`."""
+    return PrimeSVTConfig(**with_policy(settings))
 
 
 def network_of(name: str = "spikformer", seed: int = 5) -> nn.Module:

@@ -7,11 +7,7 @@ exchanges the class of the modules that it cuts for one of these.
 
 from __future__ import annotations
 
-from spikingjelly.activation_based.layer.attention import (
-    QKAttention,
-    SpikeDrivenSelfAttention,
-    SpikingSelfAttention,
-)
+from spikingjelly.activation_based.layer.attention import QKAttention, SpikeDrivenSelfAttention, SpikingSelfAttention
 from spikingjelly.activation_based.model.maxformer import _MaxCifarSSA
 from torch import Tensor, nn
 

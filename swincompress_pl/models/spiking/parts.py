@@ -4,11 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from spikingjelly.activation_based.layer.attention import (
-    QKAttention,
-    SpikeDrivenSelfAttention,
-    SpikingSelfAttention,
-)
+from spikingjelly.activation_based.layer.attention import QKAttention, SpikeDrivenSelfAttention, SpikingSelfAttention
 from torch import nn
 
 from swincompress_pl.models.shared.coupling import Coupling, width_of

@@ -1,17 +1,20 @@
-"""The settings of the round-robin search, checked once."""
+"""The settings of the adaptive iterative (round-robin) search, checked once."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
 from dataclasses import dataclass
 from typing import Literal
 
-from swincompress_pl.pruning.criteria import CRITERIA, Criterion
+from swincompress_pl.pruning.criteria import Criterion
+from swincompress_pl.pruning.space import SpaceConfig, as_names, check_criterion, is_count, require
 from swincompress_pl.pruning.structure.patterns import parse_granularity
+
+_SMALL_TOLERANCE_POINTS = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
-class RoundRobinConfig:
+class AdaptivePruningConfig:
     """What the search prunes, how far and in which steps.
 
     tolerance: accuracy that may be lost against the baseline, in points, above 0 and at most 100.
@@ -59,37 +62,51 @@ class RoundRobinConfig:
     time_budget_s: float | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "kinds", _names(self.kinds))
-        object.__setattr__(self, "layers", None if self.layers is None else _names(self.layers))
+        object.__setattr__(self, "kinds", as_names(self.kinds))
+        object.__setattr__(self, "layers", None if self.layers is None else as_names(self.layers))
         object.__setattr__(self, "block_shape", tuple(self.block_shape))
-        _require("tolerance", self.tolerance, 0 < self.tolerance <= 100, "in points, above 0 and at most 100, e.g. 1.0")
+        check_tolerance(self.tolerance)
         first = self.first_tolerance
-        _require(
+        require(
             "first_tolerance",
             first,
             first is None or 0 < first <= self.tolerance,
             f"None, or above 0 and at most tolerance={self.tolerance}",
         )
-        _require("step", self.step, 0 < self.step <= 1, "a part of the units, above 0 and at most 1, e.g. 0.05")
-        _require("min_step", self.min_step, 0 < self.min_step <= self.step, f"above 0 and at most step={self.step}")
-        _require("max_sparsity", self.max_sparsity, 0 < self.max_sparsity < 1, "above 0 and below 1, e.g. 0.9")
-        _require("round_to", self.round_to, _is_count(self.round_to), "an integer of 1 or more")
+        require("step", self.step, 0 < self.step <= 1, "a part of the units, above 0 and at most 1, e.g. 0.05")
+        require("min_step", self.min_step, 0 < self.min_step <= self.step, f"above 0 and at most step={self.step}")
+        require("max_sparsity", self.max_sparsity, 0 < self.max_sparsity < 1, "above 0 and below 1, e.g. 0.9")
+        require("round_to", self.round_to, is_count(self.round_to), "an integer of 1 or more")
         for name, choices in _CHOICES.items():
-            _require(name, getattr(self, name), getattr(self, name) in choices, f"one of {', '.join(choices)}")
-        _require("kinds", self.kinds, bool(self.kinds), "one or more kinds, e.g. ('heads', 'mlp')")
-        _require("layers", self.layers, self.layers is None or bool(self.layers), "None, or one or more patterns")
-        known = callable(self.criterion) or self.criterion in CRITERIA
-        _require("criterion", self.criterion, known, f"one of {', '.join(CRITERIA)}, or a function")
+            require(name, getattr(self, name), getattr(self, name) in choices, f"one of {', '.join(choices)}")
+        require("kinds", self.kinds, bool(self.kinds), "one or more kinds, e.g. ('heads', 'mlp')")
+        require("layers", self.layers, self.layers is None or bool(self.layers), "None, or one or more patterns")
+        check_criterion(self.criterion)
         target, rounds, budget = self.target, self.max_rounds, self.time_budget_s
-        _require("target", target, target is None or 0 < target < 1, "None, or above 0 and below 1, e.g. 0.3")
-        _require("max_rounds", rounds, rounds is None or _is_count(rounds), "None, or 1 or more")
-        _require("time_budget_s", budget, budget is None or budget > 0, "None, or seconds above 0")
+        require("target", target, target is None or 0 < target < 1, "None, or above 0 and below 1, e.g. 0.3")
+        require("max_rounds", rounds, rounds is None or is_count(rounds), "None, or 1 or more")
+        require("time_budget_s", budget, budget is None or budget > 0, "None, or seconds above 0")
         self._check_together()
+
+    def space(self) -> SpaceConfig:
+        """What may be removed."""
+        return SpaceConfig(
+            granularity=self.granularity,
+            block_shape=self.block_shape,
+            kinds=self.kinds,
+            layers=self.layers,
+            criterion=self.criterion,
+            max_sparsity=self.max_sparsity,
+            round_to=self.round_to,
+            shrink=self.shrink,
+            ranking=self.ranking,
+            price_of=self.target_of,
+        )
 
     def _check_together(self) -> None:
         if self.granularity == "structured":
             inside = sorted({"embed", "head_dim", "qk"} & set(self.kinds))
-            _require(
+            require(
                 "shrink",
                 self.shrink,
                 self.shrink == "round" or not inside,
@@ -97,16 +114,16 @@ class RoundRobinConfig:
             )
             return
         pattern = parse_granularity(self.granularity, block_shape=self.block_shape)  # refuses an unknown one
-        _require("shrink", self.shrink, self.shrink == "round", "'round': masks of weights are never sliced")
+        require("shrink", self.shrink, self.shrink == "round", "'round': masks of weights are never sliced")
         of_macs = self.target is not None and self.target_of == "macs"
-        _require(
+        require(
             "target_of",
             self.target_of,
             not of_macs,
             f"'parameters' or 'bytes': granularity={self.granularity!r} leaves the MACs of a dense kernel",
         )
         by_slot = self.ranking == "global" and (":" in self.granularity or self.granularity == "filter")
-        _require("ranking", self.ranking, not by_slot, f"'local': {pattern} is a rule for each layer")
+        require("ranking", self.ranking, not by_slot, f"'local': {pattern} is a rule for each layer")
 
 
 _CHOICES = {
@@ -118,14 +135,12 @@ _CHOICES = {
 }
 
 
-def _names(value: str | Sequence[str]) -> tuple[str, ...]:
-    return (value,) if isinstance(value, str) else tuple(value)
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def _require(name: str, value: object, holds: bool, wanted: str) -> None:
-    if not holds:
-        raise ValueError(f"{name}={value!r}: it has to be {wanted}")
+def check_tolerance(tolerance: float, *, example: float = 1.0, stacklevel: int = 4) -> None:
+    """Raise ValueError for a tolerance that is none in points, and warn of one that looks like a fraction."""
+    require("tolerance", tolerance, 0 < tolerance <= 100, f"in points, above 0 and at most 100, e.g. {example}")
+    if tolerance < _SMALL_TOLERANCE_POINTS:
+        warnings.warn(
+            f"tolerance={tolerance:g} means {tolerance:g} points, {tolerance / 100:.2g} as a fraction; for "
+            f"{100 * tolerance:g} points give tolerance={100 * tolerance:g}",
+            stacklevel=stacklevel,
+        )

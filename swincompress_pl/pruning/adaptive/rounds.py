@@ -5,25 +5,23 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from torch import nn
 
-from swincompress_pl.pruning.adaptive.config import RoundRobinConfig
+from swincompress_pl.pruning.adaptive.config import AdaptivePruningConfig
 from swincompress_pl.pruning.adaptive.state import SearchState, Step, TargetState
-from swincompress_pl.pruning.cost_tracker import Ledger
 from swincompress_pl.pruning.criteria import Gradients
 from swincompress_pl.pruning.evaluation.ranks import from_rank_zero
-from swincompress_pl.pruning.evaluation.scorer import ROUNDING_POINTS, Scorer
-from swincompress_pl.pruning.space import Change, Granularity, Removal, Target, nothing_applied, revert
+from swincompress_pl.pruning.evaluation.scorer import ROUNDING_POINTS, Evaluator
+from swincompress_pl.pruning.space import Removal, SearchSpace, Target
 from swincompress_pl.pruning.structure.apply import AppliedPlan
+from swincompress_pl.pruning.structure.change import Change, nothing_applied, revert
+from swincompress_pl.pruning.structure.cost import Cost
 
-Progress = Callable[[Step], None]
-"""Told of each tried step, accepted or not."""
 
-
-class Follower(Protocol):
+class CoupledState(Protocol):
     """What belongs to a network and has to be cut with it, such as the scales of its quantization."""
 
     def cut(self, applied: AppliedPlan) -> None:
@@ -35,140 +33,162 @@ class Follower(Protocol):
         ...
 
 
-class Round:
-    """One round at work: what was accepted and the steps so far."""
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What a round works with, and does not change, but for the network.
 
-    def __init__(
-        self,
-        network: nn.Module,
-        scorer: Scorer,
-        config: RoundRobinConfig,
-        state: SearchState,
-        granularity: Granularity,
-        gradients: Gradients | None,
-        input_shape: Sequence[int] | None,
-        retrains: bool,
-        progress: Progress | None,
-        follower: Follower | None = None,
-    ) -> None:
-        self.network, self.scorer, self.config, self.state = network, scorer, config, state
-        self.granularity, self.gradients, self.retrains, self.progress = granularity, gradients, retrains, progress
-        self.follower = follower
+    gradients: of the network as it stands, for the criteria that need them. retrains: the weights are trained between
+    rounds, so a step that failed may be tried again. on_step: told of each tried step. coupled: cut with the network.
+    """
+
+    network: nn.Module
+    evaluator: Evaluator
+    config: AdaptivePruningConfig
+    space: SearchSpace
+    input_shape: Sequence[int] | None
+    gradients: Gradients | None
+    retrains: bool
+    on_step: Callable[[Step], None] | None
+    coupled: CoupledState | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Accepted:
+    """An accepted step: its target as it was, what is gone of it, and what the network cost before."""
+
+    target: Target
+    removal: Removal
+    cost_before: Cost
+
+
+class Round:
+    """One round at work: what was accepted and the steps so far. `state` is changed as it goes."""
+
+    def __init__(self, setup: Setup, state: SearchState) -> None:
+        self.setup, self.state = setup, state
+        self.network, self.config, self.space = setup.network, setup.config, setup.space
+        self.evaluator = setup.evaluator
         self.steps: list[Step] = []
-        self.accepted: dict[str, tuple[Target, int, Removal]] = {}  # target -> itself, width before, what is gone
-        self.ledger = Ledger(network, config, input_shape)
+        self.accepted: dict[str, Accepted] = {}
+        self.costs = setup.space.costs(setup.network, setup.input_shape)
+        self.cost = self.costs.after({})  # of the network with what was accepted
         self.floor = state.baseline_score - state.tolerance - ROUNDING_POINTS
-        self.scored = self.below_floor = False
+        self.below_floor = False
         self._started = time.monotonic()
+
+    def run(self, targets: Sequence[Target]) -> Change:
+        """Try one step on every active one of `targets` in turn, then make what was accepted last."""
+        if self._begin():
+            with ExitStack() as masks:
+                for target in in_order(targets, self.state, self.config):
+                    if self._target_met() or self._out_of_time():
+                        break
+                    if self.state.targets[target.name].locked is None:
+                        self._try_step(target, masks)
+        return self._commit_accepted()
 
     def seconds(self) -> float:
         return time.monotonic() - self._started
 
-    def out_of_time(self) -> bool:
+    def _out_of_time(self) -> bool:
         budget = self.config.time_budget_s
         return budget is not None and bool(from_rank_zero(self.state.elapsed_s + self.seconds() >= budget))
 
-    def begin(self, unchanged: bool) -> bool:
+    def _begin(self) -> bool:
         """Score the network as it stands; False when training left it below the tolerance."""
-        self.state.score = self.scorer.begin_round(self.network, unchanged=unchanged)
-        self.scored = True
+        self.state.score = self.evaluator.compare_with(self.network)
         self.below_floor = self.state.score < self.floor and self.config.overshoot != "keep"
         return not self.below_floor
 
-    def removed_part(self) -> float:
-        """The part of the baseline's cost, in the target's measure, that is gone."""
+    def _removed_part(self, cost: Cost) -> float:
+        """The part of the baseline's cost, in the target's measure, that is gone at `cost`."""
+        state = self.state
         if self.config.target_of == "parameters":
-            return 1 - self.ledger.parameters / self.state.baseline_parameters
+            return 1 - cost.parameters / state.baseline_parameters
         if self.config.target_of == "bytes":
-            return 1 - self.ledger.size_bytes / self.state.baseline_bytes
-        return (
-            0.0 if self.ledger.macs is None else 1 - self.ledger.macs / (self.state.baseline_macs or self.ledger.macs)
-        )
+            return 1 - cost.size_bytes / state.baseline_bytes
+        return 0.0 if cost.macs is None else 1 - cost.macs / (state.baseline_macs or cost.macs)
 
-    def target_met(self) -> bool:
-        return self.config.target is not None and self.removed_part() >= self.config.target
+    def _target_met(self) -> bool:
+        return self.config.target is not None and self._removed_part(self.cost) >= self.config.target
 
-    def try_step(self, target: Target, masks: ExitStack) -> None:
+    def _try_step(self, target: Target, masks: ExitStack) -> None:
         """Mask a step of `target` and score it; keep the mask on `masks` if the step is accepted."""
         entry = self.state.targets[target.name]
         before, after = entry.units, units_after_step(target, entry, self.config)
         assert after is not None  # such targets were locked before the round
         target = replace(target, units=before)
-        after, removal = self._removal(target, after)
+        after, removal, cost = self._removal(target, after)
         with ExitStack() as trial:
-            trial.enter_context(self.granularity.masked(self.network, removal))
+            trial.enter_context(self.space.masked(self.network, removal))
             try:
-                verdict = self.scorer.judge(self.network, self.floor, target.tensors)
+                verdict = self.evaluator.is_at_least(self.floor, self.network, target.tensors)
             except ValueError as error:
                 error.add_note(f"while {target.name} was tried with {after} of {before} {target.kind}")
                 raise
             accepted = verdict.accepted or self.config.overshoot == "keep"
             if accepted:
-                self.scorer.accept(target.tensors)
+                self.evaluator.keep(target.tensors)
                 masks.enter_context(trial.pop_all())
         if accepted:
-            self.accepted[target.name] = (target, before, removal)
-            entry.units = after
-            self.ledger.cut(removal)
+            self.accepted[target.name] = Accepted(target=target, removal=removal, cost_before=self.cost)
+            entry.units, self.cost = after, cost or self._cost_with(removal)
         if not verdict.accepted:
             self._reject(target, entry, after)
-        self._report(target, before, after, verdict.score, accepted, verdict.images, verdict.exact)
+        self._record(target, after, verdict.score, accepted, verdict.images, verdict.exact)
 
-    def _removal(self, target: Target, after: int) -> tuple[int, Removal]:
-        """What a step to `after` units removes, or a smaller one where that is beyond the search's target already."""
+    def _removal(self, target: Target, after: int) -> tuple[int, Removal, Cost | None]:
+        """What a step to `after` units removes, or a smaller one where that is beyond the search's target already; with
+        what the network then costs, where that had to be known."""
+        setup = self.setup
 
         def at(keep: int) -> Removal:
-            return from_rank_zero(self.granularity.removal(self.network, target, keep, self.gradients))
+            return self.space.removal(self.network, target, keep, setup.gradients)
 
         removal = at(after)
-        if self.config.target is None or self._removed_part_with(removal) <= self.config.target:
-            return after, removal
+        if self.config.target is None:
+            return after, removal, None
+        cost = self._cost_with(removal)
+        if self._removed_part(cost) <= self.config.target:
+            return after, removal, cost
         widths = range(target.units // target.granule * target.granule, after - 1, -target.granule)
         low, high = 0, len(widths) - 1  # the target is met at the last of them
         while low < high:
             middle = (low + high) // 2
-            met = self._removed_part_with(at(widths[middle])) >= self.config.target
+            met = self._removed_part(self._cost_with(at(widths[middle]))) >= self.config.target
             low, high = (low, middle) if met else (middle + 1, high)
-        after = widths[low]
-        return after, at(after)
+        return widths[low], at(widths[low]), None
 
-    def _removed_part_with(self, removal: Removal) -> float:
-        """`removed_part` if `removal` were accepted."""
-        self.ledger.cut(removal)
-        part = self.removed_part()
-        self._recount()
-        return part
+    def _removal_accepted(self) -> dict[str, object]:
+        return {name: gone for each in self.accepted.values() for name, gone in each.removal.items()}
 
-    def _recount(self) -> None:
-        self.ledger.reset()
-        for _, _, removal in self.accepted.values():
-            self.ledger.cut(removal)
+    def _cost_with(self, removal: Removal) -> Cost:
+        """What the network costs without `removal` and what was accepted before."""
+        return self.costs.after({**self._removal_accepted(), **removal})
 
-    def commit_accepted(self) -> Change:
+    def _commit_accepted(self) -> Change:
         """Make the accepted steps last and score the whole hold-out: sampling, or sums in another order, may have
         erred. Should that be beyond the tolerance, the latest steps are given up until it is within."""
-        while True:
-            if not self.accepted:
-                return Change(applied=nothing_applied())
-            removal = {name: gone for _, _, part in self.accepted.values() for name, gone in part.items()}
-            change = self._commit(removal)
+        while self.accepted:
+            change = self._commit()
             try:
-                score = self.scorer.full(self.network)
+                score = self.evaluator.score(self.network)
             except BaseException:
                 self._revert(change)
                 raise
             if score >= self.floor or self.config.overshoot == "keep":
-                self.state.score, self.scored = score, True
+                self.state.score = score
                 return change
             self._revert(change)
-            self.scored = False
+            self.evaluator.network_changed()
             self._give_up_latest(score)
+        return Change(applied=nothing_applied())
 
-    def _commit(self, removal: Removal) -> Change:
-        change = self.granularity.commit(self.network, removal)
-        if self.follower is not None:
+    def _commit(self) -> Change:
+        change = self.space.commit(self.network, self._removal_accepted())
+        if self.setup.coupled is not None:
             try:
-                self.follower.cut(change.applied)
+                self.setup.coupled.cut(change.applied)
             except BaseException:
                 revert(self.network, change)
                 raise
@@ -176,16 +196,16 @@ class Round:
 
     def _revert(self, change: Change) -> None:
         revert(self.network, change)
-        if self.follower is not None:
-            self.follower.uncut()
+        if self.setup.coupled is not None:
+            self.setup.coupled.uncut()
 
     def _give_up_latest(self, score: float) -> None:
-        _, (target, before, _) = self.accepted.popitem()
-        entry = self.state.targets[target.name]
-        tried, entry.units = entry.units, before
-        self._recount()
-        self._reject(target, entry, tried)
-        self._report(target, before, tried, score, False, self.scorer.images, True)
+        _, latest = self.accepted.popitem()
+        entry = self.state.targets[latest.target.name]
+        tried, entry.units = entry.units, latest.target.units
+        self.cost = latest.cost_before
+        self._reject(latest.target, entry, tried)
+        self._record(latest.target, tried, score, False, self.evaluator.images, True)
 
     def _reject(self, target: Target, entry: TargetState, tried: int) -> None:
         if self.config.overshoot == "keep":
@@ -193,48 +213,47 @@ class Round:
             return
         entry.step /= 2
         # Without training in between the same units would fail again: halve until the step differs.
-        while not self.retrains and entry.step >= self.config.min_step:
+        while not self.setup.retrains and entry.step >= self.config.min_step:
             if units_after_step(target, entry, self.config) != tried:
                 break
             entry.step /= 2
         if entry.step < self.config.min_step:
             entry.locked = "no smaller step is within the tolerance"
 
-    def _report(
-        self, target: Target, before: int, after: int, score: float, accepted: bool, images: int, exact: bool
-    ) -> None:
+    def _record(self, target: Target, after: int, score: float, accepted: bool, images: int, exact: bool) -> None:
         step = Step(
             round=self.state.rounds,
             target=target.name,
             kind=target.kind,
-            units_before=before,
+            units_before=target.units,
             units_after=after,
             score=score,
             accepted=accepted,
-            parameters=self.ledger.parameters,
-            size_bytes=self.ledger.size_bytes,
-            macs=self.ledger.macs,
+            parameters=self.cost.parameters,
+            size_bytes=self.cost.size_bytes,
+            macs=self.cost.macs,
             images=images,
             exact=exact,
         )
         self.steps.append(step)
-        if self.progress is not None:
-            self.progress(step)
+        if self.setup.on_step is not None:
+            self.setup.on_step(step)
 
     def why_stopped(self) -> str | None:
+        """Why the search is over after this round, None while it is not."""
         config, missed = self.config, ""
-        if self.below_floor and not self.retrains:
+        if self.below_floor and not self.setup.retrains:
             return f"{self.state.score:.2f} points are below the tolerance before anything is tried"
         if config.target is not None:
-            removed = f"{self.removed_part():.1%} of the {config.target_of} removed"
-            if self.target_met():
+            removed = f"{self._removed_part(self.cost):.1%} of the {config.target_of} removed"
+            if self._target_met():
                 return f"target reached: {removed}"
             missed = f"; {removed}, the target of {config.target:.1%} is not met"
         if all(entry.locked is not None for entry in self.state.targets.values()):
             return "every target is locked" + missed
         if config.max_rounds is not None and self.state.rounds >= config.max_rounds:
             return f"max_rounds={config.max_rounds} is reached" + missed
-        if self.out_of_time():
+        if self._out_of_time():
             return f"time_budget_s={config.time_budget_s} is used up" + missed
         return None
 
@@ -255,7 +274,7 @@ def check_same_targets(state: SearchState, targets: Sequence[Target]) -> None:
             )
 
 
-def in_order(targets: Sequence[Target], state: SearchState, config: RoundRobinConfig) -> list[Target]:
+def in_order(targets: Sequence[Target], state: SearchState, config: AdaptivePruningConfig) -> list[Target]:
     if config.order == "fixed":
         return list(targets)
     if config.order == "size":
@@ -269,7 +288,7 @@ def _loss_a_part(curve: Sequence[tuple[float, float]]) -> float:
     return sum(losses) / len(losses) if losses else 0.0
 
 
-def units_after_step(target: Target, entry: TargetState, config: RoundRobinConfig) -> int | None:
+def units_after_step(target: Target, entry: TargetState, config: AdaptivePruningConfig) -> int | None:
     """The width after the next step, None when the target is as narrow as it may be."""
     least = target.least_units(config.max_sparsity)
     if entry.units <= least:
@@ -278,14 +297,14 @@ def units_after_step(target: Target, entry: TargetState, config: RoundRobinConfi
     return max((entry.units - removed) // target.granule * target.granule, least)
 
 
-def lock_finished(state: SearchState, targets: Sequence[Target], config: RoundRobinConfig) -> None:
+def lock_finished(state: SearchState, targets: Sequence[Target], config: AdaptivePruningConfig) -> None:
     for target in targets:
         entry = state.targets[target.name]
         if entry.locked is None and units_after_step(target, entry, config) is None:
             entry.locked = "as narrow as max_sparsity, round_to and its own limits allow"
 
 
-def widen_tolerance(state: SearchState, targets: Sequence[Target], config: RoundRobinConfig) -> None:
+def widen_tolerance(state: SearchState, targets: Sequence[Target], config: AdaptivePruningConfig) -> None:
     """When nothing more is to be had within a tolerance that is not yet the last, double it and begin again."""
     if state.tolerance >= config.tolerance or any(entry.locked is None for entry in state.targets.values()):
         return

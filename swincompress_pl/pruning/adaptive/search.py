@@ -5,7 +5,8 @@ has the lowest scores is masked and the network is scored; within the tolerance 
 otherwise it comes back and the target's step is halved. At the end of a round everything accepted is made to last and
 the whole hold-out is scored; should that be beyond the tolerance, the latest steps are given up until it is within.
 
-Nothing here knows Lightning: `prune` is the whole loop, `run_round` one round of it for those who train in between.
+Nothing here knows Lightning: `prune` is the whole loop, a `SearchSession` one round after another for those who train
+in between.
 """
 
 from __future__ import annotations
@@ -14,57 +15,39 @@ import copy
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import cast
 
 from torch import nn
 
-from swincompress_pl.pruning.adaptive.config import RoundRobinConfig
+from swincompress_pl.pruning.adaptive.config import AdaptivePruningConfig
 from swincompress_pl.pruning.adaptive.rounds import (
-    Follower,
-    Progress,
+    CoupledState,
     Round,
+    Setup,
     check_same_targets,
-    in_order,
     lock_finished,
     widen_tolerance,
 )
 from swincompress_pl.pruning.adaptive.state import SearchState, Step, TargetState
-from swincompress_pl.pruning.cost_tracker import Ledger
 from swincompress_pl.pruning.criteria import Gradients, needs_gradients
-from swincompress_pl.pruning.evaluation.ranks import from_rank_zero
-from swincompress_pl.pruning.evaluation.scorer import FunctionScorer, Scorer, evaluation_mode
-from swincompress_pl.pruning.space import (
-    Change,
-    Granularity,
-    StructuredGranularity,
-    granularity_for,
-    nothing_applied,
-    plan_of_masks,
-    revert,
-)
+from swincompress_pl.pruning.evaluation.scorer import Evaluate, Evaluator, Scorer, as_evaluator, evaluation_mode
+from swincompress_pl.pruning.space import SearchSpace, StructuredSpace, search_space
 from swincompress_pl.pruning.structure.apply import AppliedPlan, apply_plan
+from swincompress_pl.pruning.structure.change import Change, nothing_applied, plan_of_masks, revert
 from swincompress_pl.pruning.structure.plan import PruningPlan
 from swincompress_pl.pruning.structure.weight_masks import masked_parameters, remove_masks
 
-Evaluate = Callable[[nn.Module], float]
-"""The accuracy of a network on a hold-out in points, 0 to 100; it must leave the weights alone."""
-
 SENSITIVITY_LEVELS = (0.125, 0.25, 0.5)
+CollectGradients = Callable[[nn.Module], Gradients]
 
 
 @dataclass(frozen=True, kw_only=True)
 class RoundOutcome:
-    """One finished round: what was changed, the steps tried, and the state for the next round.
-
-    scored: the network as the round left it is the one that the scorer last scored in full.
-    """
+    """One finished round: what was changed, the steps tried, and the state for the next round."""
 
     change: Change
     steps: tuple[Step, ...]
     state: SearchState
-    scored: bool
 
     @property
     def applied(self) -> AppliedPlan:
@@ -93,15 +76,148 @@ class PruningResult:
         return self.state.baseline_score
 
 
+class SearchSession:
+    """A search on `network`, round by round.
+
+        session = SearchSession(network, holdout, config, input_shape=(1, 3, 224, 224))
+        while session.state.stopped is None:
+            outcome = session.round()
+            ...  # train; slice_optimizer(optimizer, outcome.applied) comes first
+        session.finish()
+
+    evaluate, input_shape, gradients: as for `prune`. state: that of a search to go on with; without one a new search
+    begins: the baseline is scored, and each target's sensitivity if the order asks for it. Raises ValueError where
+    what the config asks for is not given, or the state is of another network or other settings.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        evaluate: Evaluate | Scorer | Evaluator,
+        config: AdaptivePruningConfig,
+        *,
+        input_shape: Sequence[int] | None = None,
+        gradients: CollectGradients | None = None,
+        state: SearchState | None = None,
+    ) -> None:
+        if config.target is not None and config.target_of == "macs" and input_shape is None:
+            raise ValueError(f"target={config.target} of the MACs needs input_shape, e.g. input_shape=(1, 3, 224, 224)")
+        if needs_gradients(config.criterion) and gradients is None:
+            raise ValueError(
+                f"criterion={config.criterion!r} needs gradients: give gradients=lambda network: "
+                "collect_gradients(network, batches)"
+            )
+        self.network, self.config = network, config
+        self.evaluator = as_evaluator(evaluate)
+        self._input_shape, self._collect = input_shape, gradients
+        self._gradients: Gradients | None = None  # of the network as it stands, where they were needed
+        self.state = self._begun() if state is None else state
+
+    def round(
+        self,
+        *,
+        retrains: bool = True,
+        on_step: Callable[[Step], None] | None = None,
+        coupled: CoupledState | None = None,
+    ) -> RoundOutcome:
+        """Try one step on every active target in turn, then make what was accepted last.
+
+        retrains: the weights are trained between rounds, so a step that failed may be tried again in the next one.
+        on_step: told of each tried step. coupled: told when what was accepted is cut, before it is scored, and when
+        that is taken back. A network that training left below the tolerance is not tried at all: it trains on. On any
+        exception the network and the state are as they were.
+        """
+        state = copy.deepcopy(self.state)
+        space = search_space(self.config.space(), state.initial_units, self._input_shape)
+        targets = space.targets(self.network)
+        check_same_targets(state, targets)
+        setup = Setup(
+            network=self.network,
+            evaluator=self.evaluator,
+            config=self.config,
+            space=space,
+            input_shape=self._input_shape,
+            gradients=self._statistics(),
+            retrains=retrains,
+            on_step=on_step,
+            coupled=coupled,
+        )
+        state.rounds += 1
+        spent_before = self.evaluator.spent()
+        work = Round(setup, state)
+        with evaluation_mode(self.network):
+            change = work.run(targets)
+        self._gradients = None if work.accepted or retrains else self._gradients
+        state.steps.extend(work.steps)
+        left = space.targets(self.network)
+        lock_finished(state, left, self.config)
+        widen_tolerance(state, left, self.config)
+        state.scoring = _sum(state.scoring, self.evaluator.spent_since(spent_before))
+        state.elapsed_s += work.seconds()
+        state.stopped = work.why_stopped()
+        self.state = state
+        return RoundOutcome(change=change, steps=tuple(work.steps), state=state)
+
+    def network_changed(self) -> None:
+        """The network was trained: what is known of it is forgotten."""
+        self._gradients = None
+        self.evaluator.network_changed()
+
+    def finish(self) -> AppliedPlan:
+        """With `shrink="end"`: slice away what the masks have taken, and the masks of those weights with it."""
+        return finish_search(self.network, self.config)
+
+    def _begun(self) -> SearchState:
+        started, config = time.monotonic(), self.config
+        spent_before = self.evaluator.spent()
+        space = search_space(config.space(), input_shape=self._input_shape)
+        targets = space.targets(self.network)
+        cost = space.costs(self.network, self._input_shape).after({})
+        with evaluation_mode(self.network):
+            baseline = self.evaluator.score(self.network)
+            if 0 < baseline <= 1:
+                warnings.warn(
+                    f"the baseline is {baseline:g} points of 100; does evaluate return a fraction?", stacklevel=4
+                )
+            curves = {}
+            if config.order == "sensitivity" and config.ranking == "local":
+                floor = baseline - config.tolerance
+                curves = measure_sensitivity(self.network, self.evaluator, space, floor, self._statistics())
+        state = SearchState(
+            granularity=config.granularity,
+            baseline_score=baseline,
+            baseline_parameters=cost.parameters,
+            baseline_prunable=sum(t.weights for t in targets),
+            baseline_bytes=cost.size_bytes,
+            baseline_macs=cost.macs,
+            tolerance=config.first_tolerance or config.tolerance,
+            targets={
+                t.name: TargetState(kind=t.kind, initial_units=t.units, units=t.units, step=config.step)
+                for t in targets
+            },
+            initial_units={m.name: m.units for t in targets for m in (t.members or (t,))},
+            sensitivity=curves,
+            scoring=self.evaluator.spent_since(spent_before),
+        )
+        lock_finished(state, targets, config)
+        state.elapsed_s = time.monotonic() - started
+        return state
+
+    def _statistics(self) -> Gradients | None:
+        if self._gradients is None and self._collect is not None and needs_gradients(self.config.criterion):
+            self._gradients = self._collect(self.network)
+        return self._gradients
+
+
 def prune(
     network: nn.Module,
     evaluate: Evaluate | Scorer,
-    config: RoundRobinConfig | None = None,
+    config: AdaptivePruningConfig | None = None,
     *,
     input_shape: Sequence[int] | None = None,
     recover: Callable[[nn.Module, AppliedPlan], None] | None = None,
-    gradients: Callable[[nn.Module], Gradients] | None = None,
-    progress: Progress | None = None,
+    gradients: CollectGradients | None = None,
+    progress: bool | Callable[[Step], None] = False,
 ) -> PruningResult:
     """Prune `network` in place, round by round, until all is locked, a target is met, or rounds or time are used up.
 
@@ -111,92 +227,39 @@ def prune(
     recover: (network, what was just cut) -> None, fine-tuning between rounds; use `slice_optimizer` on its optimizer,
         and `keep_masks` for granularities other than "structured".
     gradients: (network) -> Gradients, e.g. with `collect_gradients`; for the criteria that need them.
-    progress: told of each tried step.
+    progress: True prints a line for each tried step; a function is called with it.
     Whatever is raised (by evaluate, by progress, an interrupt), the network is left as it was before; with `recover`,
     which trains, as it was before the round that failed.
     """
-    config = config or RoundRobinConfig()
-    scorer = as_scorer(evaluate)
-    state = begin_search(network, scorer, config, input_shape=input_shape, gradients=gradients)
+    config = config or AdaptivePruningConfig()
+    on_step = print if progress is True else progress or None
+    session = SearchSession(network, evaluate, config, input_shape=input_shape, gradients=gradients)
     changes: list[Change] = []
     plan = PruningPlan.identity()
-    unchanged = True
     try:
-        while state.stopped is None:
-            outcome = run_round(
-                network,
-                scorer,
-                config,
-                state,
-                input_shape=input_shape,
-                gradients=gradients,
-                retrains=recover is not None,
-                unchanged=unchanged,
-                progress=progress,
-            )
-            state, plan = outcome.state, plan.then(outcome.applied.plan)
-            unchanged = outcome.scored and recover is None
+        while session.state.stopped is None:
+            outcome = session.round(retrains=recover is not None, on_step=on_step)
+            plan = plan.then(outcome.applied.plan)
             if recover is None:
                 changes.append(outcome.change)
-            elif state.stopped is None:
+            elif session.state.stopped is None:
                 recover(network, outcome.applied)
-        plan = plan.then(finish_search(network, config).plan)
+                session.network_changed()
+        plan = plan.then(session.finish().plan)
     except BaseException:
         for earlier in reversed(changes):
             revert(network, earlier)
         raise
+    state = session.state
+    assert state.stopped is not None
     score = state.baseline_score if state.score is None else state.score
     return PruningResult(plan=plan, score=score, steps=tuple(state.steps), stopped=state.stopped, state=state)
 
 
-def begin_search(
-    network: nn.Module,
-    evaluate: Evaluate | Scorer,
-    config: RoundRobinConfig,
-    *,
-    input_shape: Sequence[int] | None = None,
-    gradients: Callable[[nn.Module], Gradients] | None = None,
-) -> SearchState:
-    """Score the baseline, and each target's sensitivity if the order asks for it: the state before the first round."""
-    started, scorer = time.monotonic(), as_scorer(evaluate)
-    if config.target is not None and config.target_of == "macs" and input_shape is None:
-        raise ValueError(f"target={config.target} of the MACs needs input_shape, e.g. input_shape=(1, 3, 224, 224)")
-    spent_before = scorer.cost.to_dict()
-    granularity = granularity_for(config, input_shape=input_shape)
-    targets = granularity.targets(network)
-    statistics = _statistics(network, config, gradients)
-    ledger = Ledger(network, config, input_shape)
-    with evaluation_mode(network):
-        baseline = scorer.full(network)
-        if 0 < baseline <= 1:
-            warnings.warn(f"the baseline is {baseline:g} points of 100; does evaluate return a fraction?", stacklevel=2)
-        curves = {}
-        if config.order == "sensitivity" and config.ranking == "local":
-            curves = measure_sensitivity(network, scorer, granularity, baseline - config.tolerance, statistics)
-    state = SearchState(
-        granularity=config.granularity,
-        baseline_score=baseline,
-        baseline_parameters=ledger.parameters,
-        baseline_prunable=sum(t.weights for t in targets),
-        baseline_bytes=ledger.size_bytes,
-        baseline_macs=ledger.macs,
-        tolerance=config.first_tolerance or config.tolerance,
-        targets={
-            t.name: TargetState(kind=t.kind, initial_units=t.units, units=t.units, step=config.step) for t in targets
-        },
-        initial_units={m.name: m.units for t in targets for m in (t.members or (t,))},
-        sensitivity=curves,
-        scoring=_spent({}, scorer.cost.to_dict(), spent_before),
-    )
-    lock_finished(state, targets, config)
-    state.elapsed_s = time.monotonic() - started
-    return state
-
-
 def measure_sensitivity(
     network: nn.Module,
-    scorer: Scorer,
-    granularity: Granularity,
+    evaluate: Evaluate | Scorer | Evaluator,
+    space: SearchSpace,
     floor: float,
     gradients: Gradients | None = None,
     levels: Sequence[float] = SENSITIVITY_LEVELS,
@@ -205,74 +268,28 @@ def measure_sensitivity(
 
     The scores are as exact as it takes to tell whether they are above `floor`. The network is left as it was.
     """
+    evaluator = as_evaluator(evaluate)
     curves: dict[str, list[tuple[float, float]]] = {}
     with evaluation_mode(network):
-        reference = scorer.begin_round(network, unchanged=True)
-        for target in granularity.targets(network):
+        reference = evaluator.compare_with(network)
+        for target in space.targets(network):
             points = curves.setdefault(target.name, [(0.0, reference)])
             for level in levels:
                 keep = max(round(target.units * (1 - level) / target.granule) * target.granule, target.min_units)
                 if keep >= target.units or points[-1][0] >= 1 - keep / target.units:
                     continue
-                removal = from_rank_zero(granularity.removal(network, target, keep, gradients))
-                with granularity.masked(network, removal):
-                    verdict = scorer.judge(network, floor, target.tensors)
+                removal = space.removal(network, target, keep, gradients)
+                with space.masked(network, removal):
+                    verdict = evaluator.is_at_least(floor, network, target.tensors)
                 points.append((1 - keep / target.units, verdict.score))
     return curves
 
 
-def run_round(
-    network: nn.Module,
-    evaluate: Evaluate | Scorer,
-    config: RoundRobinConfig,
-    state: SearchState,
-    *,
-    input_shape: Sequence[int] | None = None,
-    gradients: Callable[[nn.Module], Gradients] | None = None,
-    retrains: bool = True,
-    unchanged: bool = False,
-    progress: Progress | None = None,
-    follower: Follower | None = None,
-) -> RoundOutcome:
-    """Try one step on every active target in turn, then make what was accepted last; `state` itself is not changed.
-
-    retrains: the weights are trained between rounds, so a step that failed may be tried again in the next one.
-    unchanged: the network is the one that `scorer` last scored in full, so it need not do so again.
-    follower: told when what was accepted is cut, before it is scored, and when that is taken back.
-    A network that training left below the tolerance is not tried at all: it trains on. On any exception the network is
-    as it was.
-    """
-    state, scorer = copy.deepcopy(state), as_scorer(evaluate)
-    granularity = granularity_for(config, state.initial_units, input_shape)
-    targets = granularity.targets(network)
-    check_same_targets(state, targets)
-    statistics = _statistics(network, config, gradients)
-    state.rounds += 1
-    spent_before = scorer.cost.to_dict()
-    trial = Round(network, scorer, config, state, granularity, statistics, input_shape, retrains, progress, follower)
-    with evaluation_mode(network):
-        if trial.begin(unchanged):
-            with ExitStack() as masks:
-                for target in in_order(targets, state, config):
-                    if trial.target_met() or trial.out_of_time():
-                        break
-                    if state.targets[target.name].locked is None:
-                        trial.try_step(target, masks)
-        change = trial.commit_accepted()
-    state.steps.extend(trial.steps)
-    lock_finished(state, granularity.targets(network), config)
-    widen_tolerance(state, granularity.targets(network), config)
-    state.scoring = _spent(state.scoring, scorer.cost.to_dict(), spent_before)
-    state.elapsed_s += trial.seconds()
-    state.stopped = trial.why_stopped()
-    return RoundOutcome(change=change, steps=tuple(trial.steps), state=state, scored=trial.scored)
-
-
-def finish_search(network: nn.Module, config: RoundRobinConfig) -> AppliedPlan:
+def finish_search(network: nn.Module, config: AdaptivePruningConfig) -> AppliedPlan:
     """With `shrink="end"`: slice away what the masks have taken, and the masks of those weights with it."""
     if config.shrink != "end":
         return nothing_applied()
-    groups = StructuredGranularity(config).groups(network)
+    groups = StructuredSpace(config.space()).groups(network)
     plan = plan_of_masks(network, groups)
     if not plan:
         return nothing_applied()
@@ -281,23 +298,5 @@ def finish_search(network: nn.Module, config: RoundRobinConfig) -> AppliedPlan:
     return apply_plan(network, plan)
 
 
-def _spent(so_far: Mapping[str, float], now: Mapping[str, float], before: Mapping[str, float]) -> dict[str, float]:
-    return {key: so_far.get(key, 0) + value - before[key] for key, value in now.items()}
-
-
-def as_scorer(evaluate: Evaluate | Scorer) -> Scorer:
-    """A scorer as it is, a function as one that scores everything each time."""
-    return cast(Scorer, evaluate) if hasattr(evaluate, "judge") else FunctionScorer(evaluate)
-
-
-def _statistics(
-    network: nn.Module, config: RoundRobinConfig, gradients: Callable[[nn.Module], Gradients] | None
-) -> Gradients | None:
-    if not needs_gradients(config.criterion):
-        return None
-    if gradients is None:
-        raise ValueError(
-            f"criterion={config.criterion!r} needs gradients: give gradients=lambda network: "
-            "collect_gradients(network, batches)"
-        )
-    return gradients(network)
+def _sum(so_far: Mapping[str, float], more: Mapping[str, float]) -> dict[str, float]:
+    return {key: so_far.get(key, 0) + value for key, value in more.items()}

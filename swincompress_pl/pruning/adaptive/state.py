@@ -31,6 +31,10 @@ class Step:
     images: int = 0
     exact: bool = True
 
+    def __str__(self) -> str:
+        verdict = "kept" if self.accepted else "undone"
+        return f"{self.target} {self.units_before} -> {self.units_after}: {self.score:.2f} points, {verdict}"
+
 
 @dataclass(kw_only=True)
 class TargetState:

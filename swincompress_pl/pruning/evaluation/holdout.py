@@ -23,13 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from swincompress_pl.pruning.evaluation.prefix_cache import PrefixCache
-from swincompress_pl.pruning.evaluation.ranks import (
-    from_rank_zero,
-    gather_results,
-    rank,
-    sum_over_ranks,
-    world_size,
-)
+from swincompress_pl.pruning.evaluation.ranks import from_rank_zero, gather_results, rank, sum_over_ranks, world_size
 from swincompress_pl.pruning.evaluation.scorer import (
     ROUNDING_POINTS,
     FunctionScorer,

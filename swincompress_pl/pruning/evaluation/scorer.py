@@ -1,11 +1,15 @@
-"""What a search asks about its candidates, and the simplest one to answer: a function of the user's."""
+"""The two questions of a search: what a network scores, and whether a candidate scores at least so much.
+
+A `Scorer` answers them: a `HoldOut`, or a function of the user's. `Evaluator` is what a search talks to: it knows as
+well which network was scored last, so that none is scored twice.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import nn
@@ -124,6 +128,80 @@ class FunctionScorer:
 
     def accept(self, tensors: Sequence[str]) -> None:
         """Nothing to remember."""
+
+
+Evaluate = Callable[[nn.Module], float]
+"""The accuracy of a network on a hold-out in points, 0 to 100; it must leave the weights alone."""
+
+
+def as_scorer(evaluate: Evaluate | Scorer) -> Scorer:
+    """A scorer as it is, a function as one that scores everything each time."""
+    return cast(Scorer, evaluate) if hasattr(evaluate, "judge") else FunctionScorer(evaluate)
+
+
+class Evaluator:
+    """Asks a scorer for one search, and remembers what is known already.
+
+    The search says when the network has changed since it was last scored (`network_changed`): by training, or by a cut
+    that was taken back.
+    """
+
+    def __init__(self, evaluate: Evaluate | Scorer) -> None:
+        self._scorer = as_scorer(evaluate)
+        self._is_latest = False  # the scorer's last full score is of the network as it stands
+
+    @property
+    def images(self) -> int:
+        """The size of the hold-out, 0 where that is unknown."""
+        return self._scorer.images
+
+    @property
+    def fingerprint(self) -> object:
+        """Tells the hold-out from others, None where that is unknown."""
+        return getattr(self._scorer, "fingerprint", None)
+
+    def score(self, network: nn.Module) -> float:
+        """The accuracy in points on the whole hold-out."""
+        score = self._scorer.full(network)
+        self._is_latest = True
+        return score
+
+    def is_at_least(
+        self, floor: float, network: nn.Module, tensors: Sequence[str], *, resolution_points: float | None = None
+    ) -> Verdict:
+        """Whether the candidate `network` has at least `floor` points; see `Scorer.judge`."""
+        return self._scorer.judge(network, floor, tensors, resolution_points=resolution_points)
+
+    def compare_with(self, network: nn.Module) -> float:
+        """From now on candidates are compared with `network`; its score."""
+        score = self._scorer.begin_round(network, unchanged=self._is_latest)
+        self._is_latest = True
+        return score
+
+    def keep(self, tensors: Sequence[str]) -> None:
+        """The candidate asked about last is part of what is compared with."""
+        self._scorer.accept(tensors)
+
+    def network_changed(self) -> None:
+        """The network is another one than that which was last scored in full."""
+        self._is_latest = False
+
+    def network_unchanged(self) -> None:
+        """The network is the one that the scorer last scored in full, for another search."""
+        self._is_latest = True
+
+    def spent(self) -> dict[str, float]:
+        """What scoring has cost (`ScoringCost`), the scorer's earlier searches included."""
+        return self._scorer.cost.to_dict()
+
+    def spent_since(self, before: Mapping[str, float]) -> dict[str, float]:
+        """What scoring has cost since `spent` gave `before`."""
+        return {key: value - before[key] for key, value in self.spent().items()}
+
+
+def as_evaluator(evaluate: Evaluate | Scorer | Evaluator) -> Evaluator:
+    """An evaluator as it is, one of anything else that scores."""
+    return evaluate if isinstance(evaluate, Evaluator) else Evaluator(evaluate)
 
 
 @contextmanager

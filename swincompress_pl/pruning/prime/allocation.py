@@ -11,15 +11,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 from swincompress_pl.pruning.prime.result import BlockState, CurvePoint
-
-if TYPE_CHECKING:
-    from swincompress_pl.pruning.prime.search import Search
+from swincompress_pl.pruning.prime.trials import LEAST_DROP, Trials
 
 _PARTS = (1.0, 0.5, 0.25, 0.125)  # of a step, tried in turn where it does not fit
-LEAST_DROP = 0.001  # of the paper: robustness is saving / (drop + 0.001)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,15 +46,15 @@ def _efficiency(before: CurvePoint, after: CurvePoint) -> float:
     return (after.saving - before.saving) / (max(after.drop - before.drop, 0.0) + LEAST_DROP)
 
 
-def allocate(search: Search) -> None:
-    """Set the rates of `search.blocks`: measure the curves, take as many steps as the constraint allows together, then
-    of the others what still fits, one by one."""
-    curves = _measure(search)
+def allocate(trials: Trials) -> list[BlockState]:
+    """The blocks with their rates: measure the curves, take as many steps as the constraint allows together, then of
+    the others what still fits, one by one."""
+    blocks = trials.into_blocks(list(trials.candidates.targets.values()), rate=0.0)
+    curves = _measure(trials, blocks)
     steps = steps_by_efficiency(curves)
-    taken = _most_together(search, steps)
-    search.blocks = _at(search.blocks, steps[:taken])
-    _add_what_fits(search, steps[taken:])
-    search.blocks = [_measured(block, tuple(curves.get(block.name, ()))) for block in search.blocks]
+    taken = _most_together(trials, blocks, steps)
+    blocks = _add_what_fits(trials, _at(blocks, steps[:taken]), steps[taken:])
+    return [_measured(block, tuple(curves.get(block.name, ()))) for block in blocks]
 
 
 def _measured(block: BlockState, curve: tuple[CurvePoint, ...]) -> BlockState:
@@ -68,25 +64,25 @@ def _measured(block: BlockState, curve: tuple[CurvePoint, ...]) -> BlockState:
     return replace(block, curve=curve, robustness=robustness)
 
 
-def _measure(search: Search) -> dict[str, list[CurvePoint]]:
+def _measure(trials: Trials, blocks: Sequence[BlockState]) -> dict[str, list[CurvePoint]]:
     """{block: its points}, of blocks worth the trouble; a curve ends where the block alone costs too much."""
-    config, curves = search.config, dict[str, list[CurvePoint]]()
-    worthy = search.worthy_blocks()
-    rates = sorted({*config.rates, config.max_rate})
+    config, curves = trials.config, dict[str, list[CurvePoint]]()
+    worthy = trials.worthy(blocks)
+    rates = sorted({*config.rates, config.max_sparsity})
     for number, block in enumerate(worthy):
         curves[block.name], last = [], dict[str, int]()
         for count, rate in enumerate(rates):
-            widths = search.widths_of([replace(block, rate=rate)])
+            widths = trials.widths_of([replace(block, rate=rate)])
             if widths == last:  # rounding
                 continue
             last = widths
-            found = search.judge(
-                widths, {}, "robustness", f"{block.name} at {rate:.0%}", number * len(rates) + count + 1,
-                len(worthy) * len(rates),
+            found = trials.judge(
+                widths, {}, phase="robustness", label=f"{block.name} at {rate:.0%}",
+                done=number * len(rates) + count + 1, total=len(worthy) * len(rates),
             )  # fmt: skip
             if not found.accepted:
                 break
-            drop = max(search.baseline - found.score, 0.0)
+            drop = max(trials.baseline - found.score, 0.0)
             curves[block.name].append(CurvePoint(rate=rate, saving=100 * found.saving, drop=drop))
     return curves
 
@@ -96,46 +92,49 @@ def _at(blocks: Sequence[BlockState], steps: Sequence[Step]) -> list[BlockState]
     return [replace(block, rate=rates.get(block.name, block.rate)) for block in blocks]
 
 
-def _most_together(search: Search, steps: Sequence[Step]) -> int:
+def _most_together(trials: Trials, blocks: Sequence[BlockState], steps: Sequence[Step]) -> int:
     """How many of the first steps the constraint allows together, by bisection: fewer lose less."""
     most, refused, base = 0, len(steps) + 1, dict[str, int]()
     tries, number = math.ceil(math.log2(len(steps) + 1)), 0
     while refused - most > 1:
         middle, number = (most + refused) // 2, number + 1
-        widths = search.widths_of(_at(search.blocks, steps[:middle]))
-        label = f"the {middle} best steps"
-        if search.judge(widths, base, "policy", label, number, tries + len(steps) - most).accepted:
-            search.candidates.accept(widths, base)
+        widths = trials.widths_of(_at(blocks, steps[:middle]))
+        label, total = f"the {middle} best steps", tries + len(steps) - most
+        if trials.judge(widths, base, phase="policy", label=label, done=number, total=total).accepted:
+            trials.accept(widths, base)
             most, base = middle, widths
         else:
             refused = middle
     return most
 
 
-def _add_what_fits(search: Search, steps: Sequence[Step]) -> None:
+def _add_what_fits(trials: Trials, blocks: list[BlockState], steps: Sequence[Step]) -> list[BlockState]:
     """Raise one block after another by its next step, in this order, or by half of it, a quarter, ...; one that was
     refused has no further steps."""
     done = set[str]()
-    for number, step in enumerate(steps):
+    for number, step in enumerate(steps, start=1):
         if step.block in done:
             continue
-        before = next(block.rate for block in search.blocks if block.name == step.block)
+        before = next(block.rate for block in blocks if block.name == step.block)
         for part in _PARTS:
             rate = before + part * (step.rate - before)
-            if _raised(search, replace(step, rate=rate), number, len(steps)):
+            raised = _raised(trials, blocks, replace(step, rate=rate), number, len(steps))
+            if raised is not None:
+                blocks = raised
                 break
         if part < 1:
             done.add(step.block)
+    return blocks
 
 
-def _raised(search: Search, step: Step, number: int, total: int) -> bool:
-    """Whether the constraint allows it; if it does, it is done."""
-    base, raised = search.widths_of(search.blocks), _at(search.blocks, [step])
-    widths = search.widths_of(raised)
+def _raised(trials: Trials, blocks: list[BlockState], step: Step, done: int, total: int) -> list[BlockState] | None:
+    """The blocks with the step done, None where it changes nothing or the constraint does not allow it."""
+    raised = _at(blocks, [step])
+    base, widths = trials.widths_of(blocks), trials.widths_of(raised)
     if widths == base:
-        return False
-    found = search.judge(widths, base, "policy", f"{step.block} at {step.rate:.0%}", number + 1, total)
-    if found.accepted:
-        search.candidates.accept(widths, base)
-        search.blocks = raised
-    return found.accepted
+        return None
+    label = f"{step.block} at {step.rate:.0%}"
+    if not trials.judge(widths, base, phase="policy", label=label, done=done, total=total).accepted:
+        return None
+    trials.accept(widths, base)
+    return raised

@@ -1,10 +1,8 @@
 """PrimeSVT: memory-aware structured pruning of spiking vision transformers in a single shot (arXiv 2606.03428).
 
 What saves most within an accuracy constraint is applied. No training: that comes after, e.g. by the callback of the
-same name. The default, `policy="allocated"`, measures what each layer costs alone and allocates the rates from that
-(`prime_allocation.py`). The paper's policy, `"prioritized"`: first a set of layers and a rate that all of them stand
-(Alg. 1), then how robust each block is (Alg. 3), then each block's rate is raised as far as the constraint allows, the
-robust ones first and by more (Alg. 4).
+same name. The default policy, "allocated", measures what each layer costs alone and allocates the rates from that
+(`allocation.py`); the paper's, "prioritized", stands in `prioritized.py`.
 
 Decided where the paper is silent (docs/primesvt.md): accuracies and savings are in points, robustness is that of the
 whole network with one block at twice the rate, a block's increment only ever falls, and one that was refused the
@@ -21,16 +19,18 @@ from typing import Any
 
 from torch import nn
 
-from swincompress_pl.pruning.adaptive.search import Evaluate, as_scorer
+from swincompress_pl._deprecated import renamed
 from swincompress_pl.pruning.criteria import Gradients
-from swincompress_pl.pruning.evaluation.scorer import Scorer, evaluation_mode
+from swincompress_pl.pruning.evaluation.scorer import Evaluate, Scorer, as_evaluator, evaluation_mode
 from swincompress_pl.pruning.prime.config import PrimeSVTConfig
 from swincompress_pl.pruning.prime.result import PrimeSVTResult
-from swincompress_pl.pruning.prime.search import PrimeProgress, Search
-from swincompress_pl.pruning.space import Change, nothing_applied
+from swincompress_pl.pruning.prime.search import Search
+from swincompress_pl.pruning.prime.trials import PrimeProgress
+from swincompress_pl.pruning.structure.change import Change, nothing_applied
 from swincompress_pl.pruning.structure.cost import count_macs, count_parameters
 
 
+@renamed(memo="evaluation_cache")
 def primesvt(
     network: nn.Module,
     evaluate: Evaluate | Scorer,
@@ -39,27 +39,34 @@ def primesvt(
     input_shape: Sequence[int] | None = None,
     calibration: Iterable[Any] | None = None,
     gradients: Callable[[nn.Module], Gradients] | None = None,
-    memo: str | Path | None = None,
-    progress: Callable[[PrimeProgress], None] | None = None,
+    evaluation_cache: str | Path | None = None,
+    progress: bool | Callable[[PrimeProgress], None] = False,
 ) -> PrimeSVTResult:
     """Prune the spiking `network` in place, in a single shot, as far as the constraints allow.
 
     evaluate: a `HoldOut` of training images (few images a decision), or a function (network) -> accuracy in points.
     input_shape: of one input with its batch axis; with it MACs are counted. calibration: batches (images, ...) for
-    `batchnorm="reestimate"`. gradients: as for `prune`, for the criteria that need them.
-    memo: a file in which every verdict is kept, so that a killed search goes on where it was; for the same network,
-    hold-out, calibration images and accuracy constraint only. progress: told of each candidate.
+    `batchnorm="correct"`. gradients: as for `prune`, for the criteria that need them.
+    evaluation_cache: a file in which every verdict is kept, so that a killed search goes on where it was; for the same
+    network, hold-out, calibration images and accuracy constraint only.
+    progress: True prints a line for each candidate; a function is called with a `PrimeProgress`.
 
     Where both constraints cannot be met, `result.met` is False and `config.prefer` says which alternative is applied;
     nothing is where that one does not exist. Raises ValueError for a network that does not spike, not in multi-step
     mode, with membranes that are kept between calls, or without a single spike on the hold-out; and where not even
-    `max_rate` on every layer saves what is asked for. Whatever is raised, the network is left as it was.
+    `max_sparsity` on every layer saves what is asked for. Whatever is raised, the network is left as it was.
     """
-    started, config, scorer = time.monotonic(), config or PrimeSVTConfig(), as_scorer(evaluate)
+    started, config, evaluator = time.monotonic(), config or PrimeSVTConfig(), as_evaluator(evaluate)
     with evaluation_mode(network):
-        search = Search(network, scorer, config, calibration, gradients, None if memo is None else Path(memo))
-        search.progress = progress
-        search.refuse_impossible()
+        search = Search(
+            network,
+            evaluator,
+            config,
+            calibration=calibration,
+            gradients=gradients,
+            cache_path=None if evaluation_cache is None else Path(evaluation_cache),
+            on_progress=print if progress is True else progress or None,
+        )
         search.run()
         macs = None if input_shape is None else count_macs(network, input_shape)
         parameters = count_parameters(network)
@@ -79,7 +86,7 @@ def primesvt(
         initial_rate=search.initial_rate,
         target_sets=search.target_sets,
         blocks=search.blocks,
-        candidates=search.found,
+        candidates=search.trials.found,
         spike_rates=search.spike_rates,
         parameters_before=parameters,
         parameters_after=count_parameters(network),
@@ -90,5 +97,5 @@ def primesvt(
         change=search.change or Change(applied=nothing_applied()),
     )
     if not result.met:
-        warnings.warn(f"PrimeSVT: {result.summary()}", stacklevel=2)
+        warnings.warn(f"PrimeSVT: {result.summary()}", stacklevel=3)
     return result

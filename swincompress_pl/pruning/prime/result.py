@@ -6,11 +6,44 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from swincompress_pl.pruning.prime.candidates import Candidate
-from swincompress_pl.pruning.space import Change, nothing_applied
+from swincompress_pl.pruning.prime.config import current_settings
+from swincompress_pl.pruning.structure.change import Change, nothing_applied
 from swincompress_pl.pruning.structure.plan import PruningPlan
 
-_STATE_VERSION = 1
+_STATE_VERSION = 2
+_READABLE = (1, 2)  # version 1 had other names in `config`
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """One way to prune, and how it does.
+
+    phase: "target set", "robustness" or "policy"; label: what was tried, for people. widths: {target: units that stay},
+    the narrowed ones. saving: part of all parameters that it removes. score: accuracy in points on the hold-out, an
+    estimate with a standard error of `error_points` unless `exact`; images: how many it took. accepted: within the
+    accuracy constraint. remembered: the verdict was known already, nothing was run. stands_for: how many candidates of
+    the plain algorithm it replaces.
+    """
+
+    phase: str
+    label: str
+    widths: dict[str, int]
+    saving: float
+    score: float
+    accepted: bool
+    images: int
+    exact: bool
+    error_points: float = 0.0
+    remembered: bool = False
+    stands_for: int = 1
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields in JSON types."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        verdict = "within" if self.accepted else "beyond"
+        return f"{self.label}: {self.saving:.1%} saved at {self.score:.2f} points, {verdict} the constraint"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,9 +71,9 @@ class BlockState:
     """One block: its layers, what they hold of all parameters, and how the policy treated it.
 
     robustness: saving / (accuracy drop + 0.001), both in points, of the network with this block at twice the initial
-    rate; with policy="allocated" of the network with this block alone, at the highest rate measured up to `rate`; None
-    where it was not measured. band: 0 for the most robust. rate: where the policy left it.
-    curve: with policy="allocated" the block alone at rising rates, as far as the accuracy constraint allows.
+    rate; with the policy "allocated" of the network with this block alone, at the highest rate measured up to `rate`;
+    None where it was not measured. band: 0 for the most robust. rate: where the policy left it.
+    curve: with the policy "allocated" the block alone at rising rates, as far as the accuracy constraint allows.
     """
 
     name: str
@@ -88,7 +121,7 @@ class PrimeSVTResult:
 
     @property
     def plan(self) -> PruningPlan:
-        """What was sliced; empty in mode "paper", whose zeros are masks."""
+        """What was sliced; empty with granularity "filter", whose zeros are masks."""
         return self.change.applied.plan
 
     @property
@@ -103,7 +136,7 @@ class PrimeSVTResult:
 
     def summary(self) -> str:
         """What was found, in a sentence or two."""
-        drop, least = self.config["max_accuracy_drop"], self.config["min_memory_saving"]
+        drop, least = self.config["tolerance"], self.config["min_memory_saving"]
         if self.met:
             return f"{_told(self.applied, self.baseline_score)}; both constraints are met"
         found = [
@@ -125,7 +158,7 @@ class PrimeSVTResult:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> PrimeSVTResult:
         """What `to_dict` wrote, without a `change`; ValueError for another version."""
-        if data.get("version") != _STATE_VERSION:
+        if data.get("version") not in _READABLE:
             raise ValueError(
                 f"a PrimeSVT result of version {_STATE_VERSION} is expected, not {data.get('version')!r}; it was "
                 "written by another version of swincompress_pl: search anew"
@@ -133,6 +166,7 @@ class PrimeSVTResult:
         fields = {key: value for key, value in data.items() if key != "version"}
         for key in ("applied", "within_accuracy", "within_memory"):
             fields[key] = None if fields[key] is None else Candidate(**fields[key])
+        fields["config"] = current_settings(fields["config"])
         fields["candidates"] = [Candidate(**entry) for entry in fields["candidates"]]
         fields["target_sets"] = [
             TargetSet(**{**entry, "accepted_rates": tuple(entry["accepted_rates"])}) for entry in fields["target_sets"]

@@ -5,12 +5,20 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from swincompress_pl.pruning.structure.apply import apply_plan
+from swincompress_pl.pruning.structure.change import gone_units
 from swincompress_pl.pruning.structure.groups import Group
+from swincompress_pl.pruning.structure.plan import PruningPlan
+from swincompress_pl.pruning.structure.weight_masks import masked_parameters
+
+_WEIGHT_BYTES = 4  # float32: a comparison inside one search; files are measured by `report`
 
 
 def count_parameters(network: nn.Module) -> int:
@@ -37,7 +45,11 @@ def count_macs(network: nn.Module, input_shape: Sequence[int]) -> int:
     Linear layers, convolutions and both products of attention, fused or not; no element-wise work. Counted on a copy
     without weights, so it is quick and leaves the network alone: Swin-T 4.49 G, DeiT-Tiny 1.25 G at 224 pixels.
     """
-    bare = skeleton(network).eval()
+    return _macs_of(skeleton(network), input_shape)
+
+
+def _macs_of(bare: nn.Module, input_shape: Sequence[int]) -> int:
+    bare.eval()
     dtype = next((p.dtype for p in bare.parameters() if p.is_floating_point()), torch.float32)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         bare(torch.zeros(tuple(input_shape), device="meta", dtype=dtype))
@@ -57,3 +69,69 @@ def skeleton(network: nn.Module) -> nn.Module:
 def _without_memory(tensor: Tensor) -> Tensor:
     bare = torch.empty_like(tensor, device="meta", requires_grad=False)
     return nn.Parameter(bare, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else bare
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What a network costs. parameters: those that no mask makes zero. macs: of a dense kernel, None without an input
+    shape. size_bytes: four bytes per parameter, and a bit for every element of a masked weight."""
+
+    parameters: int
+    size_bytes: int
+    macs: int | None
+
+
+class CostTracker:
+    """What `network`, as it is now, costs when some of it goes: a function of how much stays. Nothing is touched.
+
+    groups: those whose units may go; None where masks take single weights. input_shape: of one input with its batch
+    axis, for the MACs. What masks have taken already is gone in any case.
+    """
+
+    def __init__(
+        self, network: nn.Module, groups: Sequence[Group] | None, input_shape: Sequence[int] | None = None
+    ) -> None:
+        self._network, self._groups, self._input_shape = network, groups, input_shape
+        masked = masked_parameters(network)
+        if groups is None:
+            self._now = {name: int(mask.sum()) for name, (_, mask) in masked.items()}
+            self._dense_macs = None if input_shape is None else count_macs(network, input_shape)
+        else:
+            self._now = {group.name: group.units - len(gone_units(network, group)) for group in groups}
+            self._bare = None if input_shape is None else skeleton(network)
+
+    def after(self, removal: Mapping[str, Any]) -> Cost:
+        """Without `removal`: {group: units that are gone}, or {parameter: a mask, True where a weight stays}."""
+        kept = {}
+        for group in self._groups or ():
+            if group.name in removal:
+                kept[group.name] = group.units - len(removal[group.name])
+        if self._groups is None:
+            kept = {name: int(mask.sum()) for name, mask in removal.items()}
+        parameters = self.parameters(kept)
+        if self._groups is not None:
+            return Cost(parameters=parameters, size_bytes=parameters * _WEIGHT_BYTES, macs=self._macs(kept))
+        elements = dict(self._network.named_parameters())
+        mask_bits = sum(elements[name].numel() for name in {**self._now, **kept})
+        size_bytes = parameters * _WEIGHT_BYTES + -(-mask_bits // 8)
+        return Cost(parameters=parameters, size_bytes=size_bytes, macs=self._dense_macs)
+
+    def parameters(self, kept: Mapping[str, int]) -> int:
+        """The parameters when only `kept` of each stay: {group: units}, or {parameter: weights}."""
+        if self._groups is not None:
+            return count_parameters_without(self._network, {g: range(n) for g, n in self._gone(kept).items()})
+        kept = {**self._now, **kept}
+        return sum(kept.get(name, parameter.numel()) for name, parameter in self._network.named_parameters())
+
+    def _gone(self, kept: Mapping[str, int]) -> dict[Group, int]:
+        """Only widths matter here, so it may be the first units that go."""
+        kept = {**self._now, **kept}
+        return {group: group.units - kept[group.name] for group in self._groups or ()}
+
+    def _macs(self, kept: Mapping[str, int]) -> int | None:
+        if self._bare is None or self._input_shape is None:
+            return None
+        bare, gone = skeleton(self._bare), self._gone(kept)
+        plan = PruningPlan.removing(gone, {group.name: range(count) for group, count in gone.items() if count})
+        apply_plan(bare, plan, groups=gone)
+        return _macs_of(bare, self._input_shape)

@@ -1,0 +1,51 @@
+"""`begin_search` and `run_round` of version 0.1, on the session that has taken their place; gone in version 0.3."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+
+from torch import nn
+
+from swincompress_pl.pruning.adaptive.config import AdaptivePruningConfig
+from swincompress_pl.pruning.adaptive.rounds import CoupledState
+from swincompress_pl.pruning.adaptive.search import CollectGradients, RoundOutcome, SearchSession
+from swincompress_pl.pruning.adaptive.state import SearchState, Step
+from swincompress_pl.pruning.evaluation.scorer import Evaluate, Scorer
+
+
+def begin_search(
+    network: nn.Module,
+    evaluate: Evaluate | Scorer,
+    config: AdaptivePruningConfig,
+    *,
+    input_shape: Sequence[int] | None = None,
+    gradients: CollectGradients | None = None,
+) -> SearchState:
+    """The state of a `SearchSession` before its first round."""
+    return SearchSession(network, evaluate, config, input_shape=input_shape, gradients=gradients).state
+
+
+def run_round(
+    network: nn.Module,
+    evaluate: Evaluate | Scorer,
+    config: AdaptivePruningConfig,
+    state: SearchState,
+    *,
+    input_shape: Sequence[int] | None = None,
+    gradients: CollectGradients | None = None,
+    retrains: bool = True,
+    unchanged: bool = False,
+    progress: Callable[[Step], None] | None = None,
+    follower: CoupledState | None = None,
+) -> RoundOutcome:
+    """A round of a `SearchSession` that goes on from `state`, which itself is not changed.
+
+    unchanged: the network is the one that the scorer last scored in full, so it need not do so again.
+    """
+    session = SearchSession(
+        network, evaluate, config, input_shape=input_shape, gradients=gradients, state=copy.deepcopy(state)
+    )
+    if unchanged:
+        session.evaluator.network_unchanged()
+    return session.round(retrains=retrains, on_step=progress, coupled=follower)

@@ -1,0 +1,94 @@
+"""What a search made of a network: slices or masks made to last, and the way back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from swincompress_pl.pruning.structure.apply import AppliedPlan, revert_plan
+from swincompress_pl.pruning.structure.groups import Group
+from swincompress_pl.pruning.structure.plan import PruningPlan
+from swincompress_pl.pruning.structure.weight_masks import (
+    masked_parameters,
+    register_masks,
+    set_mask,
+    undo_latest_masks,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """What a round made of the network, with what is needed to take it back.
+
+    applied: the slices, empty where nothing was sliced; for the optimizers. before: {parameter: (weight, mask)} as they
+    were. registered: parameters that got their mask now.
+    """
+
+    applied: AppliedPlan
+    before: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    registered: tuple[str, ...] = ()
+
+
+def nothing_applied() -> AppliedPlan:
+    """What `apply_plan` gives for a plan that removes nothing."""
+    return AppliedPlan(plan=PruningPlan.identity(), tensors=(), attributes=())
+
+
+def commit_masks(network: nn.Module, masks: Mapping[str, Tensor]) -> Change:
+    """Make `masks`, {parameter: True where a weight stays}, last; what was masked before stays so."""
+    known = masked_parameters(network)
+    new = tuple(name for name in masks if name not in known)
+    if new:
+        register_masks(network, new)
+    known = masked_parameters(network)
+    before = {name: (known[name][0].detach().clone(), known[name][1].clone()) for name in masks}
+    for name, mask in masks.items():
+        set_mask(network, name, mask.to(known[name][1].device) & known[name][1])
+    return Change(applied=nothing_applied(), before=before, registered=new)
+
+
+def revert(network: nn.Module, change: Change) -> None:
+    """Take back the latest `commit`."""
+    revert_plan(network, change.applied)
+    with torch.no_grad():
+        for name, (weight, mask) in change.before.items():
+            parameter, now = masked_parameters(network)[name]
+            parameter.copy_(weight)
+            now.copy_(mask)
+    if change.registered:
+        undo_latest_masks(network)
+
+
+def gone_units(network: nn.Module, group: Group) -> tuple[int, ...]:
+    """The units of `group` that masks have taken already (`shrink="end"`)."""
+    masks = masked_parameters(network)
+    gone: set[int] | None = None
+    for part in group.consumers():
+        if part.tensor not in masks:
+            return ()
+        empty = ~masks[part.tensor][1].movedim(part.axis, 0).flatten(1).any(1)
+        here = {u for u in range(group.units) if bool(empty[part.indices([u])].all())}
+        gone = here if gone is None else gone & here
+    return tuple(sorted(gone or ()))
+
+
+def plan_of_masks(network: nn.Module, groups: Sequence[Group]) -> PruningPlan:
+    """The plan that slices away every unit that masks have taken."""
+    removed = {g.name: gone_units(network, g) for g in groups}
+    return PruningPlan.removing(groups, {name: units for name, units in removed.items() if units})
+
+
+def consumer_masks(
+    network: nn.Module, groups: Mapping[str, Group], removal: Mapping[str, Iterable[int]]
+) -> dict[str, Tensor]:
+    """Masks that take the units of `removal` out of what reads them."""
+    masks: dict[str, Tensor] = {}
+    for name, units in removal.items():
+        for part in groups[name].consumers():
+            parameter = network.get_parameter(part.tensor)
+            mask = masks.setdefault(part.tensor, torch.ones_like(parameter, dtype=torch.bool))
+            mask.index_fill_(part.axis, torch.tensor(part.indices(units), device=mask.device), False)
+    return masks
