@@ -1,11 +1,41 @@
-"""Compression of vision transformers, standard and spiking, that ends in an integer engine.
+"""Compress vision transformers, standard and spiking, and run them in integers.
 
-The rooms are imported by name (`swincompress_pl.callbacks`, `.models`, `.quant`, `.accel`, ...); this module imports
-none of them, so that `import swincompress_pl.accel` needs neither torch nor lightning.
+    swincompress_pl.prune(network, holdout, input_shape=(1, 3, 224, 224))
+    swincompress_pl.export(swincompress_pl.quantize(network, dataloader), "model.safetensors")
+    logits = swincompress_pl.load("model.safetensors")(images)
+
+`callbacks`, `models` and `data` are for Lightning, `pruning`, `quant` and `accel` have the rest. Names are imported on
+first use: importing this module takes neither torch nor lightning, and `load` needs neither.
 """
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from swincompress_pl._deprecated import install as _find_old_modules
 
+if TYPE_CHECKING:
+    from swincompress_pl.accel import export, load
+    from swincompress_pl.pruning import primesvt, prune
+    from swincompress_pl.quant import quantize
+
 __version__ = "0.1.0"
+__all__ = ["export", "load", "primesvt", "prune", "quantize"]
+
+_ROOM_OF = {"export": "accel", "load": "accel", "primesvt": "pruning", "prune": "pruning", "quantize": "quant"}
+_ROOMS = ("accel", "callbacks", "checkpoint", "data", "models", "pruning", "quant", "report", "spec")
 
 _find_old_modules()
+
+
+def __getattr__(name: str) -> Any:
+    if name in _ROOM_OF:
+        return getattr(importlib.import_module(f"{__name__}.{_ROOM_OF[name]}"), name)
+    if name in _ROOMS:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, *_ROOMS, "__version__"]

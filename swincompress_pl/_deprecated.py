@@ -177,7 +177,6 @@ NAMES: dict[str, dict[str, str]] = {
     "pruning.config": {"RoundRobinConfig": "pruning.adaptive.config:AdaptivePruningConfig"},
     "pruning.granularity": {
         "Change": "pruning.structure.change:Change",
-        "GlobalGranularity": "pruning.space:GlobalSpace",
         "Granularity": "pruning.space:SearchSpace",
         "StructuredGranularity": "pruning.space:StructuredSpace",
         "WeightGranularity": "pruning.space:WeightSpace",
@@ -187,7 +186,6 @@ NAMES: dict[str, dict[str, str]] = {
         "plan_of_masks": "pruning.structure.change:plan_of_masks",
         "revert": "pruning.structure.change:revert",
     },
-    "pruning.ledger": {"Ledger": "pruning.structure.cost:CostTracker"},
     "pruning.prime_candidates": {
         "Candidate": "pruning.prime.result:Candidate",
         "Memo": "pruning.prime.evaluation_cache:EvaluationCache",

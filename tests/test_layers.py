@@ -69,3 +69,38 @@ def test_the_table_covers_every_room() -> None:
 def test_importing_it_loads_no_torch(module: str) -> None:
     code = f"import sys, {module}; sys.exit('torch' in sys.modules or 'lightning' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_package_offers_its_five_functions_without_torch() -> None:
+    """`load` runs where torch cannot be imported; the others bring it."""
+    code = """
+import sys
+sys.modules["torch"] = sys.modules["lightning"] = None  # importing them fails
+import swincompress_pl
+assert callable(swincompress_pl.load) and callable(swincompress_pl.export)
+assert set(swincompress_pl.__all__) <= set(dir(swincompress_pl))
+engine = swincompress_pl.load(sys.argv[1], threads=1)
+import numpy
+print(engine(numpy.zeros((1, *engine.input_shape), numpy.uint8)).shape)
+"""
+    artifact = Path(__file__).parent / "golden" / "0.1" / "vit.safetensors"
+    ran = subprocess.run([sys.executable, "-c", code, str(artifact)], capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stdout.strip()) == (0, "(1, 4)"), ran.stderr
+
+
+def test_the_five_functions_are_those_of_their_rooms() -> None:
+    import swincompress_pl
+    from swincompress_pl import accel, pruning, quant
+
+    found = (swincompress_pl.prune, swincompress_pl.primesvt, swincompress_pl.quantize)
+    assert found == (pruning.prune, pruning.primesvt, quant.quantize)
+    assert (swincompress_pl.export, swincompress_pl.load) == (accel.export, accel.load)
+    with pytest.raises(AttributeError, match="has no attribute 'shrink'"):
+        _ = swincompress_pl.shrink
+
+
+def test_pruning_shows_what_users_call() -> None:
+    from swincompress_pl import pruning
+
+    assert dir(pruning) == sorted(pruning.__all__)
+    assert len(pruning.__all__) < 30

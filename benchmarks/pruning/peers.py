@@ -139,7 +139,7 @@ def one_shot(
     config = AdaptivePruningConfig(
         kinds=tuple(kinds), round_to=round_to, ranking="global" if ranked_together else "local", max_sparsity=0.99
     )
-    granularity = search_space(config.space())
+    granularity = search_space(config)
 
     def removal(part: float) -> dict[str, Any]:
         chosen: dict[str, Any] = {}

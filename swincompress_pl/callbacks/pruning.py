@@ -130,7 +130,7 @@ class AdaptiveIterativePruning(SearchCallback):
             )
 
     def _space(self, network: nn.Module) -> SpaceConfig:
-        return self.config.space()
+        return self.config
 
     def _is_over(self) -> bool:
         return self.search_state is not None and self.search_state.stopped is not None

@@ -8,6 +8,7 @@ zero). `GlobalSpace` lays either over the whole network, so that one step takes 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
@@ -42,6 +43,7 @@ Removal = Mapping[str, Any]
 
 WHOLE_NETWORK = "network"
 _PER_MILLE = 1000
+_SMALL_TOLERANCE_POINTS = 0.1
 
 
 def require(name: str, value: object, holds: bool, wanted: str) -> None:
@@ -73,7 +75,8 @@ class SpaceConfig:
     round_to: kept widths (not heads) are multiples of it, so that kernels stay fast. Structured only.
     shrink: "round" slices what is made to last, "end" masks it. Structured only.
     ranking: "local" has every group or layer for a target, "global" the whole network for one.
-    price_of: what a unit is divided by in a global ranking of scores that estimate the loss.
+    target_of: the measure of what a search is to save; in a global ranking scores that estimate the loss are divided
+        by what the unit costs in it.
     """
 
     granularity: str = "structured"
@@ -85,7 +88,18 @@ class SpaceConfig:
     round_to: int = 8
     shrink: Literal["round", "end"] = "round"
     ranking: Literal["local", "global"] = "local"
-    price_of: Literal["macs", "parameters", "bytes"] = "macs"
+    target_of: Literal["macs", "parameters", "bytes"] = "macs"
+
+
+def check_tolerance(tolerance: float, *, example: float = 1.0, stacklevel: int = 4) -> None:
+    """Raise ValueError for a tolerance that is none in points, and warn of one that looks like a fraction."""
+    require("tolerance", tolerance, 0 < tolerance <= 100, f"in points, above 0 and at most 100, e.g. {example}")
+    if tolerance < _SMALL_TOLERANCE_POINTS:
+        warnings.warn(
+            f"tolerance={tolerance:g} means {tolerance:g} points, {tolerance / 100:.2g} as a fraction; for "
+            f"{100 * tolerance:g} points give tolerance={100 * tolerance:g}",
+            stacklevel=stacklevel,
+        )
 
 
 def check_criterion(criterion: str | Criterion) -> None:
@@ -385,7 +399,7 @@ class GlobalSpace:
     def _prices(self, network: nn.Module, members: Sequence[Target]) -> list[float]:
         """What a unit of each member costs: MACs or parameters, of the network as it stands."""
         structured = isinstance(self.local, StructuredSpace)
-        if not structured or self.config.price_of != "macs" or self.input_shape is None:
+        if not structured or self.config.target_of != "macs" or self.input_shape is None:
             return [m.weights / m.initial_units for m in members]
         assert isinstance(self.local, StructuredSpace)
         groups = {g.name: g for g in self.local.groups(network)}

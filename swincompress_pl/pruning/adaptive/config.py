@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from typing import Literal
 
-from swincompress_pl.pruning.criteria import Criterion
-from swincompress_pl.pruning.space import SpaceConfig, as_names, check_criterion, is_count, require
+from swincompress_pl.pruning.space import SpaceConfig, as_names, check_criterion, check_tolerance, is_count, require
 from swincompress_pl.pruning.structure.patterns import parse_granularity
-
-_SMALL_TOLERANCE_POINTS = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdaptivePruningConfig:
+class AdaptivePruningConfig(SpaceConfig):
     """What the search prunes, how far and in which steps.
 
     tolerance: accuracy that may be lost against the baseline, in points, above 0 and at most 100.
@@ -43,21 +39,11 @@ class AdaptivePruningConfig:
 
     tolerance: float = 1.0
     first_tolerance: float | None = None
-    granularity: str = "structured"
-    block_shape: tuple[int, int] = (8, 8)
     step: float = 0.05
     min_step: float = 0.0125
-    max_sparsity: float = 0.9
-    round_to: int = 8
     order: Literal["fixed", "size", "sensitivity"] = "fixed"
-    ranking: Literal["local", "global"] = "local"
     overshoot: Literal["rollback", "keep"] = "rollback"
-    shrink: Literal["round", "end"] = "round"
-    kinds: tuple[str, ...] = ("heads", "mlp")
-    layers: tuple[str, ...] | None = None
-    criterion: str | Criterion = "magnitude"
     target: float | None = None
-    target_of: Literal["macs", "parameters", "bytes"] = "macs"
     max_rounds: int | None = None
     time_budget_s: float | None = None
 
@@ -87,21 +73,6 @@ class AdaptivePruningConfig:
         require("max_rounds", rounds, rounds is None or is_count(rounds), "None, or 1 or more")
         require("time_budget_s", budget, budget is None or budget > 0, "None, or seconds above 0")
         self._check_together()
-
-    def space(self) -> SpaceConfig:
-        """What may be removed."""
-        return SpaceConfig(
-            granularity=self.granularity,
-            block_shape=self.block_shape,
-            kinds=self.kinds,
-            layers=self.layers,
-            criterion=self.criterion,
-            max_sparsity=self.max_sparsity,
-            round_to=self.round_to,
-            shrink=self.shrink,
-            ranking=self.ranking,
-            price_of=self.target_of,
-        )
 
     def _check_together(self) -> None:
         if self.granularity == "structured":
@@ -133,14 +104,3 @@ _CHOICES = {
     "shrink": ("round", "end"),
     "target_of": ("macs", "parameters", "bytes"),
 }
-
-
-def check_tolerance(tolerance: float, *, example: float = 1.0, stacklevel: int = 4) -> None:
-    """Raise ValueError for a tolerance that is none in points, and warn of one that looks like a fraction."""
-    require("tolerance", tolerance, 0 < tolerance <= 100, f"in points, above 0 and at most 100, e.g. {example}")
-    if tolerance < _SMALL_TOLERANCE_POINTS:
-        warnings.warn(
-            f"tolerance={tolerance:g} means {tolerance:g} points, {tolerance / 100:.2g} as a fraction; for "
-            f"{100 * tolerance:g} points give tolerance={100 * tolerance:g}",
-            stacklevel=stacklevel,
-        )

@@ -128,7 +128,7 @@ class SearchSession:
         exception the network and the state are as they were.
         """
         state = copy.deepcopy(self.state)
-        space = search_space(self.config.space(), state.initial_units, self._input_shape)
+        space = search_space(self.config, state.initial_units, self._input_shape)
         targets = space.targets(self.network)
         check_same_targets(state, targets)
         setup = Setup(
@@ -170,7 +170,7 @@ class SearchSession:
     def _begun(self) -> SearchState:
         started, config = time.monotonic(), self.config
         spent_before = self.evaluator.spent()
-        space = search_space(config.space(), input_shape=self._input_shape)
+        space = search_space(config, input_shape=self._input_shape)
         targets = space.targets(self.network)
         cost = space.costs(self.network, self._input_shape).after({})
         with evaluation_mode(self.network):
@@ -289,7 +289,7 @@ def finish_search(network: nn.Module, config: AdaptivePruningConfig) -> AppliedP
     """With `shrink="end"`: slice away what the masks have taken, and the masks of those weights with it."""
     if config.shrink != "end":
         return nothing_applied()
-    groups = StructuredSpace(config.space()).groups(network)
+    groups = StructuredSpace(config).groups(network)
     plan = plan_of_masks(network, groups)
     if not plan:
         return nothing_applied()

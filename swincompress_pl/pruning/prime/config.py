@@ -10,9 +10,8 @@ from typing import Any, Literal
 from torch import nn
 
 from swincompress_pl._deprecated import gathered, renamed
-from swincompress_pl.pruning.adaptive.config import check_tolerance
 from swincompress_pl.pruning.criteria import Criterion
-from swincompress_pl.pruning.space import SpaceConfig, as_names, check_criterion, is_count, require
+from swincompress_pl.pruning.space import SpaceConfig, as_names, check_criterion, check_tolerance, is_count, require
 from swincompress_pl.registry import adapter_for
 
 WHOLE_UNITS = ("heads", "embed")  # kinds that a default leaves alone: they overlap the others, or reach everywhere
