@@ -24,25 +24,105 @@ ALLOWED: dict[str, set[str]] = {
 }
 
 
-def rooms_imported_by(file: Path) -> set[str]:
-    """The rooms of this package that a module imports, anywhere in it, absolutely or relatively."""
-    found = set()
+# Rooms inside a room: each may import those in its set, and nothing else of the room.
+INSIDE: dict[str, dict[str, set[str]]] = {
+    "pruning": {
+        "structure": set(),
+        "evaluation": set(),
+        "criteria": {"structure", "evaluation"},
+        "space": {"structure", "evaluation", "criteria"},
+        "adaptive": {"structure", "evaluation", "criteria", "space"},
+        "prime": {"structure", "evaluation", "criteria", "space"},
+    },
+}
+
+
+def _module_of(file: Path) -> str:
     parts = file.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+FILES = {_module_of(file): file for file in sorted([*PACKAGE.rglob("*.py"), *PACKAGE.rglob("*.pyi")])}
+
+
+def modules_imported_by(module: str) -> set[str]:
+    """The modules of this package that a module imports, anywhere in it, type-only and relative imports included."""
+    found = set()
+    file = FILES[module]
+    package = module if file.name == "__init__.py" else module.rpartition(".")[0]
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         names: list[str] = []
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            base = ".".join(parts[: len(parts) - node.level]) if node.level else ""
-            module = ".".join(part for part in (base, node.module) if part)
-            names = [module, *(f"{module}.{alias.name}" for alias in node.names)]
+            parents = package.split(".")
+            base = ".".join(parents[: len(parents) - node.level + 1]) if node.level else ""
+            origin = ".".join(part for part in (base, node.module) if part)
+            names = [f"{origin}.{alias.name}" for alias in node.names]
         for name in names:
-            head, _, rest = name.partition(".")
-            if (head == "swincompress_pl" and rest and (PACKAGE / rest.split(".")[0]).exists()) or (
-                head == "swincompress_pl" and (PACKAGE / f"{rest.split('.')[0]}.py").exists() and rest
-            ):
-                found.add(rest.split(".")[0])
+            while name and name not in FILES:
+                name = name.rpartition(".")[0]
+            found.add(name)
+    return found - {"", module}
+
+
+IMPORTS = {module: modules_imported_by(module) for module in FILES}
+
+
+def rooms_imported_by(file: Path) -> set[str]:
+    """The rooms of this package that a module imports."""
+    return {name.split(".")[1] for name in IMPORTS[_module_of(file)] if "." in name}
+
+
+def circles(arrows: dict[str, set[str]]) -> list[set[str]]:
+    """The largest sets of nodes that all lead to one another."""
+    reached: dict[str, set[str]] = {}
+    for start in arrows:
+        seen, waiting = set[str](), [start]
+        while waiting:
+            for other in arrows.get(waiting.pop(), set()) - seen:
+                seen.add(other)
+                waiting.append(other)
+        reached[start] = seen
+    found: list[set[str]] = []
+    for node, others in reached.items():
+        circle = {other for other in others if node in reached.get(other, set())}
+        if circle and circle not in found:
+            found.append(circle)
     return found
+
+
+def _inside(room: str) -> dict[str, set[str]]:
+    """{file or folder of the room: those that it imports}."""
+    units: dict[str, set[str]] = {}
+    for module, imported in IMPORTS.items():
+        parts = module.split(".")
+        if parts[1:2] == [room] and len(parts) > 2:
+            others = {name.split(".")[2] for name in imported if name.startswith(f"{PACKAGE.name}.{room}.")}
+            units.setdefault(parts[2], set()).update(others - {parts[2]})
+    return units
+
+
+def test_no_circle_of_imports() -> None:
+    assert circles(IMPORTS) == []
+
+
+def test_a_circle_is_found() -> None:
+    arrows = {"a": {"b"}, "b": {"c"}, "c": {"b", "d"}, "d": set(), "e": {"a"}}
+    assert circles(arrows) == [{"b", "c"}]
+
+
+@pytest.mark.parametrize("room", sorted({*ALLOWED, "cli"} - {"registry"}))
+def test_no_circle_between_the_folders_of_a_room(room: str) -> None:
+    assert circles(_inside(room)) == []
+
+
+@pytest.mark.parametrize("room", INSIDE)
+def test_rooms_inside_a_room_stand_in_a_line(room: str) -> None:
+    found = _inside(room)
+    assert found.keys() == INSIDE[room].keys()
+    for part, imported in found.items():
+        assert imported <= INSIDE[room][part], part
 
 
 @pytest.mark.parametrize("room", ALLOWED)
