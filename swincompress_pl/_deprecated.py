@@ -97,7 +97,17 @@ NAMES: dict[str, dict[str, str]] = {
         "swin_groups": "models.swin.groups:swin_groups",
         "vit_groups": "models.vit.groups:vit_groups",
     },
-    "models.manifest": {"rebuild": "models.factory:rebuild"},
+    "models.manifest": {
+        "CompressionMixin": "checkpoint.hooks:CompressionMixin",
+        "MANIFEST_VERSION": "checkpoint.record:RECORD_VERSION",
+        "network_of": "checkpoint.holder:network_of",
+        "put_network": "checkpoint.holder:put_network",
+        "rebuild": "models.factory:rebuild",
+        "restore_from_checkpoint": "checkpoint.hooks:restore_from_checkpoint",
+        "restore_from_history": "checkpoint.restore:restore_from_history",
+        "restore_on_load": "checkpoint.hooks:keep_record",
+        "save_to_checkpoint": "checkpoint.hooks:save_to_checkpoint",
+    },
     "models.meta_spikeformer": {
         name: f"models.meta_spikeformer.network:{name}"
         for name in (

@@ -23,7 +23,7 @@ from support.callback_cases import (
 from torch import Tensor, nn
 
 from swincompress_pl.callbacks import AdaptiveIterativePruning
-from swincompress_pl.checkpoint.record import CompressionMixin
+from swincompress_pl.checkpoint.hooks import CompressionMixin
 from swincompress_pl.models import CompressibleClassifier
 from swincompress_pl.pruning import masked_parameters
 

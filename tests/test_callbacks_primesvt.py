@@ -19,7 +19,7 @@ from test_report_callback import Calls, Recording
 from torch import nn
 
 from swincompress_pl.callbacks import PrimeSVT
-from swincompress_pl.checkpoint.record import CompressionMixin
+from swincompress_pl.checkpoint.hooks import CompressionMixin
 from swincompress_pl.pruning import PrimeProgress, history_of, masked_parameters, prune
 from swincompress_pl.report.callback import PruningFigures
 

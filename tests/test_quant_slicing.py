@@ -11,7 +11,7 @@ from support.quant_cases import PREPROCESSING, network_and_images
 from torch import Tensor
 
 from swincompress_pl import spec
-from swincompress_pl.checkpoint.record import restore_from_history
+from swincompress_pl.checkpoint.restore import restore_from_history
 from swincompress_pl.pruning import AppliedPlan, PruningPlan, apply_plan, mask_plan, revert_plan
 from swincompress_pl.quant import QuantizedNetwork, quantize
 from swincompress_pl.registry import adapter_for

@@ -11,9 +11,9 @@ import torch
 from lightning import LightningModule
 from torch import Tensor, nn
 
-from swincompress_pl.checkpoint.record import restore_from_history
+from swincompress_pl.checkpoint.restore import restore_from_history
+from swincompress_pl.history import history_of
 from swincompress_pl.models.classifier import distillation_loss
-from swincompress_pl.pruning import history_of
 from swincompress_pl.quant import QuantizedNetwork
 
 

@@ -15,7 +15,9 @@ from swincompress_pl.callbacks.qat_compatibility import WHO, refuse_surroundings
 from swincompress_pl.callbacks.qat_distillation import Distillation
 from swincompress_pl.callbacks.qat_scales import ScaleGroup
 from swincompress_pl.callbacks.random_state import RandomNumbers, rng_states, seeded
-from swincompress_pl.checkpoint.record import network_of, put_network, restore_on_load, save_to_checkpoint
+from swincompress_pl.checkpoint.holder import network_of, put_network
+from swincompress_pl.checkpoint.hooks import keep_record
+from swincompress_pl.history import history_of
 from swincompress_pl.pruning import keep_masks
 from swincompress_pl.quant import METHODS, Bits, QuantizedNetwork, SearchOptions, find_preprocessing, quantize
 
@@ -112,8 +114,8 @@ class QuantizationAwareTraining(Callback):
     # Hooks.
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Have a checkpoint's architecture rebuilt before its weights load, and refuse what cannot work."""
-        restore_on_load(pl_module, self.model_attribute)
+        """Have checkpoints say how the network is compressed, and refuse what cannot work."""
+        keep_record(pl_module, self.model_attribute)
         network = network_of(pl_module, self.model_attribute)
         if stage != "fit":
             return
@@ -179,10 +181,6 @@ class QuantizationAwareTraining(Callback):
         """The same: Lightning tears nothing down after an exception."""
         self._let_go()
 
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Add the manifest with which the architecture is rebuilt."""
-        save_to_checkpoint(pl_module, checkpoint, self.model_attribute)
-
     def state_dict(self) -> dict[str, Any]:
         """The random numbers' states, and the teacher's weights where there is one."""
         teacher = {"teacher": None} if self._distillation is None else self._distillation.to_dict()
@@ -234,7 +232,7 @@ class QuantizationAwareTraining(Callback):
             try:
                 result = self._calibrated(trainer, module, network)
                 scales = {key: value.cpu() for key, value in result.scales.state_dict().items()}
-                outcome = (result.compression_history[-1]["quantize"], scales)
+                outcome = (history_of(result)[-1]["quantize"], scales)
             except Exception as error:  # told to the others, which would wait for ever
                 failure, outcome = error, f"{type(error).__name__}: {error}"
         outcome = trainer.strategy.broadcast(outcome, src=0)

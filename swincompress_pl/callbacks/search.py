@@ -37,7 +37,7 @@ from swincompress_pl.callbacks.searched_network import (
     scored_network,
     searched_network,
 )
-from swincompress_pl.checkpoint.record import restore_on_load, save_to_checkpoint
+from swincompress_pl.checkpoint.hooks import keep_record
 from swincompress_pl.pruning import (
     AppliedPlan,
     Change,
@@ -153,8 +153,8 @@ class SearchCallback(Callback, ABC):
     # Hooks.
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Have a checkpoint's architecture rebuilt before its weights load, and refuse what cannot work."""
-        restore_on_load(pl_module, self.model_attribute)
+        """Have checkpoints say how the network is compressed, and refuse what cannot work."""
+        keep_record(pl_module, self.model_attribute)
         if stage == "fit":
             refuse_strategy(trainer, self.who)
             refuse_neighbours(trainer, self.who)
@@ -199,10 +199,6 @@ class SearchCallback(Callback, ABC):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """The same: Lightning tears nothing down after an exception."""
         self._let_go()
-
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Add the manifest with which the architecture is rebuilt."""
-        save_to_checkpoint(pl_module, checkpoint, self.model_attribute)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Take up the random numbers where the checkpoint left them."""

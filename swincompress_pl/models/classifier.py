@@ -22,7 +22,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
-from swincompress_pl.checkpoint.record import CompressionMixin
+from swincompress_pl.checkpoint.hooks import CompressionMixin
+from swincompress_pl.checkpoint.record import CompressionRecord
+from swincompress_pl.history import creation_of
 from swincompress_pl.models.factory import create_model
 
 Batch = tuple[Tensor, Tensor]  # (N, 3, H, W) float, (N,) int64
@@ -160,13 +162,15 @@ class CompressibleClassifier(CompressionMixin, LightningModule):
         self._random_start = checkpoint_path is None and not (model_kwargs or {}).get("pretrained", False)
         self._create_teacher()
         self._create_metrics()
+        creation = creation_of(self.net)
+        assert creation is not None  # create_model notes it
         # Plain data, so that a checkpoint loads with weights_only, and without what only gave the initial weights:
         # loading a checkpoint must neither download nor look for a file that is gone.
         self.save_hyperparameters(
             {
                 "model": model,
                 "num_classes": num_classes,
-                "model_kwargs": {k: v for k, v in self.net.creation["kwargs"].items() if k != "num_classes"},  # type: ignore[index,union-attr]
+                "model_kwargs": {k: v for k, v in creation["kwargs"].items() if k != "num_classes"},
                 "checkpoint_path": None,
                 "optimization": dataclasses.asdict(self.optimization),
                 "label_smoothing": label_smoothing,
@@ -325,17 +329,20 @@ class CompressibleClassifier(CompressionMixin, LightningModule):
     def _steps_per_epoch(self) -> float:
         return float(self.trainer.num_training_batches) / self.trainer.accumulate_grad_batches
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the manifest of the compression and the description of the input."""
-        super().on_save_checkpoint(checkpoint)
-        checkpoint["swincompress_pl_input"] = copy.deepcopy(self.input_description)
-        checkpoint["swincompress_pl_teacher_taken"] = self.teacher_taken
+    def compression_record(self) -> CompressionRecord:
+        """The history of the network, the description of the input, and whether there is a teacher yet."""
+        return dataclasses.replace(
+            super().compression_record(),
+            input_description=self.input_description,
+            teacher_taken=self.teacher_taken,
+        )
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Rebuild the compressed network; take over the input's description, and the teacher where there is one."""
         super().on_load_checkpoint(checkpoint)
+        record = CompressionRecord.read(checkpoint)
         if not self.input_description:  # a datamodule at hand says more than what was attached long ago
-            self.input_description = copy.deepcopy(checkpoint.get("swincompress_pl_input", {}))
+            self.input_description = dict(record.input_description or {})
         state = checkpoint["state_dict"]
         saved = [key for key in state if key.startswith("teacher.")]
         self._teacher_untrained = False
@@ -343,7 +350,7 @@ class CompressibleClassifier(CompressionMixin, LightningModule):
             for key in saved:  # loaded with distillation=None
                 del state[key]
         elif saved:
-            self.teacher_taken = bool(checkpoint["swincompress_pl_teacher_taken"])
+            self.teacher_taken = bool(record.teacher_taken)
         else:  # distillation is new: the teacher is taken at its epoch, from what is loaded now
             self.teacher_taken = False
             state.update({f"teacher.{key}": tensor for key, tensor in self.teacher.state_dict().items()})

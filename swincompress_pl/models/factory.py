@@ -15,7 +15,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from swincompress_pl.checkpoint.record import restore_from_history
+from swincompress_pl.checkpoint.restore import restore_from_history
+from swincompress_pl.history import set_creation
 
 # Lower-case name -> class of timm, for small inputs that no registered model has.
 _CLASSES: dict[str, type[nn.Module]] = {
@@ -72,7 +73,7 @@ def create_model(
     network = _builder(name, pretrained)(**kwargs)
     if checkpoint_path is not None:
         load_weights(network, Path(checkpoint_path))
-    network.creation = {"name": name, "kwargs": recorded}  # type: ignore[assignment]  # not a module, just data
+    set_creation(network, name, recorded)
     return network
 
 

@@ -8,6 +8,7 @@
 or Lightning.
 """
 
+from swincompress_pl.history import history_of
 from swincompress_pl.pruning.adaptive.config import RoundRobinConfig
 from swincompress_pl.pruning.adaptive.rounds import Follower
 from swincompress_pl.pruning.adaptive.search import (
@@ -59,7 +60,6 @@ from swincompress_pl.pruning.structure.apply import (
     AppliedPlan,
     SlicedTensor,
     apply_plan,
-    history_of,
     revert_plan,
 )
 from swincompress_pl.pruning.structure.cost import count_macs, count_parameters, skeleton
