@@ -117,6 +117,8 @@ NAMES: dict[str, dict[str, str]] = {
             "meta_spikeformer_8_512",
         )
     },
+    "models.spiking": {"MetaSpikeFormerAdapter": "models.meta_spikeformer.adapter:MetaSpikeFormerAdapter"},
+    "models.spiking_graphs": {"meta_spikeformer_graph": "models.meta_spikeformer.graph:meta_spikeformer_graph"},
     "models.swin": {
         "merging_index": "models.swin.graph:merging_index",
         "window_indices": "models.swin.graph:window_indices",
@@ -210,7 +212,7 @@ class _OldModule(ModuleType):
 
     def __dir__(self) -> Sequence[str]:
         old = self.__name__.removeprefix(f"{PACKAGE}.")
-        return sorted({*dir(_new_module(old)), *NAMES.get(old, {})})
+        return sorted({*vars(_new_module(old)), *NAMES.get(old, {})})
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """A function that had the name of its module (`pruning.primesvt`) can be called when that was imported."""

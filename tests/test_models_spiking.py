@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from swincompress_pl.callbacks import AdaptiveIterativePruning
 from swincompress_pl.models import CompressibleClassifier, create_model
-from swincompress_pl.models.spiking.adapter import without_memory
+from swincompress_pl.models.spiking.memory import without_memory
 from swincompress_pl.pruning import HoldOut, RoundRobinConfig, history_of, prune
 from swincompress_pl.registry import adapter_for
 

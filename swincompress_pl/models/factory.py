@@ -114,7 +114,7 @@ def _spiking_builder(name: str) -> Callable[..., nn.Module]:
     # Imported on use: spikingjelly takes seconds to import and most networks do not spike.
     import importlib
 
-    from swincompress_pl.models.spiking.adapter import without_memory
+    from swincompress_pl.models.spiking.memory import without_memory
 
     builder = getattr(importlib.import_module(_SPIKING[name]), name)
     return lambda **kwargs: without_memory(builder(**kwargs))
