@@ -83,7 +83,7 @@ MODULES: dict[str, str] = {
     "models.manifest": "checkpoint.record",
     "models.spiking_builder": "models.spiking.graph_builder",
     "models.spiking_graphs": "models.spiking.graph",
-    "callbacks.qat_surroundings": "callbacks.qat_compatibility",
+    "callbacks.qat_surroundings": "callbacks.compatibility",
     "callbacks.resume": "callbacks.random_state",
     "callbacks.searched": "callbacks.searched_network",
     "callbacks.surroundings": "callbacks.compatibility",

@@ -40,7 +40,7 @@ class PrimeSVT(SearchCallback):
     Example: `Trainer(callbacks=[PrimeSVT(max_accuracy_drop=3.0, min_memory_saving=0.25)])`
     """
 
-    who = "PrimeSVT"
+    callback_name = "PrimeSVT"
 
     def __init__(
         self,
@@ -65,7 +65,9 @@ class PrimeSVT(SearchCallback):
             gradient_batches=gradient_batches,
             model_attribute=model_attribute,
         )
-        refuse_unknown(self.who, search, PrimeSVTConfig, own=("max_accuracy_drop", "min_memory_saving", "mode"))
+        refuse_unknown(
+            self.callback_name, search, PrimeSVTConfig, own=("max_accuracy_drop", "min_memory_saving", "mode")
+        )
         self.config = PrimeSVTConfig(
             max_accuracy_drop=max_accuracy_drop,
             min_memory_saving=min_memory_saving,
@@ -112,12 +114,12 @@ class PrimeSVT(SearchCallback):
             with seeded(trainer.current_epoch):
                 calibration = [images for images, _ in training_batches(trainer, self.gradient_batches)]
         first = len(self.config.target_sets) * len(self.config.rates)
-        with search_progress(trainer, f"PrimeSVT before epoch {trainer.current_epoch}", first) as tell:
+        with search_progress(trainer, f"PrimeSVT before epoch {trainer.current_epoch}", first) as report_progress:
 
             def progress(now: PrimeProgress) -> None:
                 nonlocal done
                 done += 1
-                tell(_text(now), done + now.total - now.done)
+                report_progress(_text(now), done + now.total - now.done)
                 self.on_progress(trainer, now)
 
             return primesvt(

@@ -87,12 +87,12 @@ class AdaptiveIterativePruning(SearchCallback):
         )
         if every_n_epochs < 1:
             raise ValueError(f"every_n_epochs={every_n_epochs}: it has to be 1 or more")
-        refuse_unknown(self.who, search, RoundRobinConfig, own=("tolerance", "granularity"))
+        refuse_unknown(self.callback_name, search, RoundRobinConfig, own=("tolerance", "granularity"))
         self.config = RoundRobinConfig(tolerance=tolerance, granularity=granularity, **search)
         self.every_n_epochs = every_n_epochs
         self.search_state: SearchState | None = None
 
-    who = "AdaptiveIterativePruning"
+    callback_name = "AdaptiveIterativePruning"
 
     # Policy: override these.
 
@@ -143,10 +143,10 @@ class AdaptiveIterativePruning(SearchCallback):
             network, scorer, self.config, input_shape=shape, gradients=lambda n: self._gradients(trainer, module, n)
         )
         active = sum(entry.locked is None for entry in state.targets.values())
-        with search_progress(trainer, f"pruning before epoch {trainer.current_epoch}", active) as tell:
+        with search_progress(trainer, f"pruning before epoch {trainer.current_epoch}", active) as report_progress:
 
             def progress(step: Step) -> None:
-                tell(_text(step), active)
+                report_progress(_text(step), active)
                 self.on_step(trainer, step)
 
             return run_round(

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 from swincompress_pl.callbacks.compatibility import (
+    PRUNING,
     refuse_neighbours,
     refuse_optimizers,
     refuse_sharing,
@@ -70,7 +71,7 @@ class SearchCallback(Callback, ABC):
     """
 
     keeps_masks = True  # so CompressionMixin need not
-    who: ClassVar[str]  # the key of the state, one for subclasses too: a checkpoint of one goes on with the other
+    callback_name: ClassVar[str]  # also the key of the state, one for subclasses too
 
     def __init__(
         self,
@@ -96,7 +97,7 @@ class SearchCallback(Callback, ABC):
 
     @property
     def state_key(self) -> str:
-        return self.who
+        return self.callback_name
 
     # Policy: override these.
 
@@ -156,10 +157,10 @@ class SearchCallback(Callback, ABC):
         """Have checkpoints say how the network is compressed, and refuse what cannot work."""
         keep_record(pl_module, self.model_attribute)
         if stage == "fit":
-            refuse_strategy(trainer, self.who)
-            refuse_neighbours(trainer, self.who)
+            refuse_strategy(trainer, self.callback_name, PRUNING)
+            refuse_neighbours(trainer, self.callback_name, PRUNING)
             network = self._network(pl_module)
-            refuse_synchronized_norms(trainer, network, self.who)
+            refuse_synchronized_norms(trainer, network, self.callback_name)
             settings = self._granularity(network)
             refuse_masked_integers(trainer, pl_module, self.model_attribute, self.monitor, settings.kinds)
             refuse_sharing(pl_module, network, pruned_tensors(network, settings), self.model_attribute)
@@ -247,7 +248,7 @@ class SearchCallback(Callback, ABC):
         share_buffers(self._network(module))
         with validating(trainer, module), torch.no_grad():
             assert self._scorer is not None  # made when training started
-            shape = input_shape(trainer, self._scorer, self.who)
+            shape = input_shape(trainer, self._scorer, self.callback_name)
             outcome = self._find(trainer, module, self._scorer, shape, follower)
         self._follow(trainer, module, outcome, follower)
         return outcome
@@ -275,7 +276,7 @@ class SearchCallback(Callback, ABC):
             wrap_anew(trainer)
 
     def _make_scorer(self, trainer: Trainer, module: LightningModule) -> Scorer:
-        loaders = holdout_loaders(trainer, self.who)
+        loaders = holdout_loaders(trainer, self.callback_name)
         if self.monitor is not None:
             return metric_scorer(trainer, module, self.monitor, loaders)
         return holdout_scorer(
@@ -305,13 +306,13 @@ def log_search(module: LightningModule, values: Mapping[str, float]) -> None:
     module.log_dict({f"pruning/{name}": value for name, value in values.items()}, sync_dist=True, reduce_fx="max")
 
 
-def refuse_unknown(who: str, search: Mapping[str, Any], config: type[Any], own: Collection[str]) -> None:
+def refuse_unknown(callback_name: str, search: Mapping[str, Any], config: type[Any], own: Collection[str]) -> None:
     """TypeError, listing the options, for one in `search` that is no field of `config`, or one of `own`: those are
     arguments of the callback itself."""
     options = [field.name for field in dataclasses.fields(config) if field.name not in own]
     unknown = sorted(set(search) - set(options))
     if unknown:
-        raise TypeError(f"{who} has no option {', '.join(unknown)}; the search's are {', '.join(options)}")
+        raise TypeError(f"{callback_name} has no option {', '.join(unknown)}; the search's are {', '.join(options)}")
 
 
 def _check_arguments(
