@@ -8,7 +8,6 @@ from pkgutil import resolve_name
 
 import pytest
 
-import swincompress_pl.models
 from swincompress_pl import registry
 from swincompress_pl.models.spiking.adapter import SpikingAdapter
 
@@ -38,7 +37,3 @@ def test_a_family_that_is_announced_by_name_is_there(name: str, adapter: Spiking
     assert f"{network_type.__module__}:{network_type.__qualname__}" == name
     assert callable(resolve_name(adapter._groups))
     assert callable(resolve_name(adapter._graph))
-
-
-def test_the_room_shows_what_users_call() -> None:
-    assert dir(swincompress_pl.models) == sorted(swincompress_pl.models.__all__)
