@@ -7,7 +7,7 @@ as its `origin`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 Entry = dict[str, Any]
@@ -50,7 +50,7 @@ def origin_of(network: Any, history: list[Entry]) -> dict[str, Any]:
     return {"network": creation_of(network), "history": history}
 
 
-def summary(entry: Mapping[str, Any]) -> str:
+def summarize(entry: Mapping[str, Any]) -> str:
     """An entry in a line, for people."""
     if "prune" in entry:
         groups = entry["prune"].get("groups", {})
@@ -58,11 +58,15 @@ def summary(entry: Mapping[str, Any]) -> str:
             f"{name} {'' if group.get('units') is None else group['units']} -> {len(group['kept'])}"
             for name, group in groups.items()
         ]
-        return f"prune {len(changed)} groups: " + ", ".join(changed[:4]) + (", ..." if len(changed) > 4 else "")
+        return f"prune {_listed(changed, 'groups')}"
     if "quantize" in entry:
         return f"quantize, method {entry['quantize'].get('method')}"
     for kind in ("mask", "unmask"):
         if kind in entry:
-            names = list(entry[kind])
-            return f"{kind} {len(names)} weights: " + ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+            return f"{kind} {_listed(entry[kind], 'weights')}"
     return f"{', '.join(entry)} (unknown to this version)"
+
+
+def _listed(names: Sequence[str], what: str) -> str:
+    """How many there are, and the first of them."""
+    return f"{len(names)} {what}: " + ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")

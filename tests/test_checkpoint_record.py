@@ -17,7 +17,7 @@ import swincompress_pl
 from swincompress_pl.checkpoint.hooks import keep_record, restore_from_checkpoint, save_to_checkpoint
 from swincompress_pl.checkpoint.record import CHECKPOINT_KEY, INPUT_KEY, TEACHER_TAKEN_KEY, history_in, read_checkpoint
 from swincompress_pl.checkpoint.restore import restore_from_history
-from swincompress_pl.history import history_of, summary
+from swincompress_pl.history import history_of, summarize
 from swincompress_pl.models import rebuild
 from swincompress_pl.models.classifier import CompressibleClassifier
 from swincompress_pl.pruning import PruningPlan, apply_plan
@@ -160,7 +160,7 @@ def test_a_missing_attribute_lists_those_there_are() -> None:
     ],
 )
 def test_an_entry_in_a_line(entry: dict[str, Any], text: str) -> None:
-    assert summary(entry) == text
+    assert summarize(entry) == text
 
 
 def test_one_place_knows_the_keys_and_one_the_history() -> None:

@@ -10,7 +10,7 @@ import numpy as np
 from rich.table import Table
 
 from swincompress_pl.cli.common import console, existing_file, is_checkpoint, parser, print_json
-from swincompress_pl.history import summary
+from swincompress_pl.history import summarize
 from swincompress_pl.report.markdown import count, megabytes
 from swincompress_pl.spec import LIMITS, Operation, Program, check, costs
 
@@ -165,7 +165,7 @@ def _show_history(shown: Any, origin: Mapping[str, Any]) -> None:
     history = origin.get("history") or []
     shown.print("compression:" + ("" if history else " none"))
     for number, entry in enumerate(history, 1):
-        shown.print(f"  {number}. {summary(entry)}")
+        shown.print(f"  {number}. {summarize(entry)}")
 
 
 def _pairs(values: Mapping[str, Any]) -> str:
