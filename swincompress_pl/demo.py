@@ -34,8 +34,7 @@ from swincompress_pl.callbacks import (
 )
 from swincompress_pl.data import Digits, ShiftRotate
 from swincompress_pl.history import origin_of
-from swincompress_pl.models import CompressibleClassifier
-from swincompress_pl.models.classifier import DistillationConfig, OptimizationConfig
+from swincompress_pl.models import CompressibleClassifier, DistillationConfig, OptimizationConfig
 from swincompress_pl.pruning import count_macs
 from swincompress_pl.quant import QuantizedNetwork
 from swincompress_pl.report import (

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from swincompress_pl.checkpoint.restore import restore_from_history
 from swincompress_pl.history import history_of
-from swincompress_pl.models.classifier import distillation_loss
+from swincompress_pl.models.training import distillation_loss
 from swincompress_pl.quant import QuantizedNetwork
 
 

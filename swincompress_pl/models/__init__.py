@@ -2,14 +2,10 @@
 
 from swincompress_pl.checkpoint.hooks import CompressionMixin
 from swincompress_pl.models import meta_spikeformer, spiking, swin, vit  # noqa: F401  # they register their adapters
-from swincompress_pl.models.classifier import (
-    CompressibleClassifier,
-    DistillationConfig,
-    MixingConfig,
-    OptimizationConfig,
-)
+from swincompress_pl.models.classifier import CompressibleClassifier
 from swincompress_pl.models.factory import create_model, preprocessing_for, rebuild
 from swincompress_pl.models.spiking.memory import without_memory
+from swincompress_pl.models.training import DistillationConfig, MixingConfig, OptimizationConfig
 
 __all__ = [
     "CompressibleClassifier",
