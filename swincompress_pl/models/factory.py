@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from swincompress_pl.checkpoint.restore import restore_from_history
 from swincompress_pl.history import set_creation
+from swincompress_pl.models.spiking.memory import without_memory
 
 # Lower-case name -> class of timm, for small inputs that no registered model has.
 _CLASSES: dict[str, type[nn.Module]] = {
@@ -112,11 +114,7 @@ def _builder(name: str, pretrained: bool) -> Callable[..., nn.Module]:
 
 def _spiking_builder(name: str) -> Callable[..., nn.Module]:
     # Imported on use: spikingjelly takes seconds to import and most networks do not spike.
-    import importlib
-
-    from swincompress_pl.models.spiking.memory import without_memory
-
-    builder = getattr(importlib.import_module(_SPIKING[name]), name)
+    builder: Callable[..., nn.Module] = getattr(importlib.import_module(_SPIKING[name]), name)
     return lambda **kwargs: without_memory(builder(**kwargs))
 
 
