@@ -62,7 +62,7 @@ def create_model(
     "VisionTransformer" (any case, or "swin", "vit") with the arguments of timm's class, a builder of spikingjelly
     ("spikformer_ti", ...), one of `meta_spikeformer` ("meta_spikeformer_8_256", ...), or a spiking class, "Spikformer",
     "QKFormer", "SpikeDrivenTransformer", "MaxFormer" or "MetaSpikeFormer" (any case) with its own arguments; spiking
-    networks forget between calls and answer once (`models.spiking.without_memory`).
+    networks forget between calls and answer once (`models.without_memory`).
     pretrained: timm's published weights (a download). checkpoint_path: weights in a safetensors or torch file instead.
     `network.creation` is {"name": str, "kwargs": JSON data}: with it and a state dict the network can be built again.
 
