@@ -83,7 +83,7 @@ MODULES: dict[str, str] = {
     "models.manifest": "checkpoint.record",
     "models.spiking_builder": "models.spiking.graph_builder",
     "models.spiking_graphs": "models.spiking.graph",
-    "callbacks.qat_surroundings": "callbacks.qat_compatibility",
+    "callbacks.qat_surroundings": "callbacks.compatibility",
     "callbacks.resume": "callbacks.random_state",
     "callbacks.searched": "callbacks.searched_network",
     "callbacks.surroundings": "callbacks.compatibility",
@@ -98,7 +98,17 @@ NAMES: dict[str, dict[str, str]] = {
         "swin_groups": "models.swin.groups:swin_groups",
         "vit_groups": "models.vit.groups:vit_groups",
     },
-    "models.manifest": {"rebuild": "models.factory:rebuild"},
+    "models.manifest": {
+        "CompressionMixin": "checkpoint.hooks:CompressionMixin",
+        "MANIFEST_VERSION": "checkpoint.record:RECORD_VERSION",
+        "network_of": "checkpoint.holder:network_of",
+        "put_network": "checkpoint.holder:put_network",
+        "rebuild": "models.factory:rebuild",
+        "restore_from_checkpoint": "checkpoint.hooks:restore_from_checkpoint",
+        "restore_from_history": "checkpoint.restore:restore_from_history",
+        "restore_on_load": "checkpoint.hooks:keep_record",
+        "save_to_checkpoint": "checkpoint.hooks:save_to_checkpoint",
+    },
     "models.meta_spikeformer": {
         name: f"models.meta_spikeformer.network:{name}"
         for name in (
@@ -108,6 +118,8 @@ NAMES: dict[str, dict[str, str]] = {
             "meta_spikeformer_8_512",
         )
     },
+    "models.spiking": {"MetaSpikeFormerAdapter": "models.meta_spikeformer.adapter:MetaSpikeFormerAdapter"},
+    "models.spiking_graphs": {"meta_spikeformer_graph": "models.meta_spikeformer.graph:meta_spikeformer_graph"},
     "models.swin": {
         "merging_index": "models.swin.graph:merging_index",
         "window_indices": "models.swin.graph:window_indices",
@@ -146,7 +158,7 @@ NAMES: dict[str, dict[str, str]] = {
         "finish_search": "pruning.adaptive.search:finish_search",
         "from_rank_zero": "pruning.evaluation.ranks:from_rank_zero",
         "granularity_for": "pruning.space:search_space",
-        "history_of": "pruning.structure.apply:history_of",
+        "history_of": "history:history_of",
         "mask_plan": "pruning.structure.unit_masks:mask_plan",
         "mask_units": "pruning.structure.unit_masks:mask_units",
         "masked_parameters": "pruning.structure.weight_masks:masked_parameters",
@@ -174,6 +186,7 @@ NAMES: dict[str, dict[str, str]] = {
         "weight_scores": "pruning.criteria:weight_scores",
         "world_size": "pruning.evaluation.ranks:world_size",
     },
+    "pruning.apply": {"history_of": "history:history_of"},
     "pruning.config": {"RoundRobinConfig": "pruning.adaptive.config:AdaptivePruningConfig"},
     "pruning.granularity": {
         "Change": "pruning.structure.change:Change",
@@ -316,7 +329,7 @@ class _OldModule(ModuleType):
 
     def __dir__(self) -> Sequence[str]:
         old = self.__name__.removeprefix(f"{PACKAGE}.")
-        return sorted({*dir(_new_module(old)), *NAMES.get(old, {})})
+        return sorted({*vars(_new_module(old)), *NAMES.get(old, {})})
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """A function that had the name of its module (`pruning.primesvt`) can be called when that was imported."""

@@ -33,8 +33,8 @@ from swincompress_pl.callbacks import (
     QuantizationAwareTraining,
 )
 from swincompress_pl.data import Digits, ShiftRotate
-from swincompress_pl.models import CompressibleClassifier
-from swincompress_pl.models.classifier import DistillationConfig, OptimizationConfig
+from swincompress_pl.history import origin_of
+from swincompress_pl.models import CompressibleClassifier, DistillationConfig, OptimizationConfig
 from swincompress_pl.pruning import count_macs
 from swincompress_pl.quant import QuantizedNetwork
 from swincompress_pl.report import (
@@ -336,7 +336,7 @@ def _measure(
 def _latency(record: RunRecord, network: nn.Module, artifact: Path, threads: int) -> None:
     """A race of the engine with the uncompressed network (random weights: its time does not depend on them)."""
     engine = accel.load(artifact, threads=threads)
-    origin: dict[str, Any] = {"network": network.creation, "history": []}
+    origin = origin_of(network, [])
     with tempfile.TemporaryDirectory() as scratch:
         peers = prepare(
             ("torch", "onnxruntime"), origin=origin, image_shape=engine.input_shape, threads=(threads,), batch=1,

@@ -15,7 +15,7 @@ from support.spiking_cases import FAMILIES
 from test_benchmarks_primesvt import place  # noqa: F401  # a fixture
 
 from swincompress_pl.models import create_model
-from swincompress_pl.models.spiking.adapter import without_memory
+from swincompress_pl.models.spiking.memory import without_memory
 from swincompress_pl.report.environment import installed_version
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))

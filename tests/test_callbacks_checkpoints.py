@@ -13,7 +13,7 @@ from support.callback_cases import Plain, Restorable, assert_same_state, greedy,
 from torch import Tensor, nn
 
 from swincompress_pl.callbacks import AdaptiveIterativePruning
-from swincompress_pl.checkpoint.record import CompressionMixin
+from swincompress_pl.checkpoint.hooks import CompressionMixin
 from swincompress_pl.models import CompressibleClassifier
 from swincompress_pl.pruning.structure.weight_masks import masked_parameters
 

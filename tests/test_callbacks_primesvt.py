@@ -19,9 +19,8 @@ from test_report_callback import Calls, Recording
 from torch import nn
 
 from swincompress_pl.callbacks import PrimeSVT
-from swincompress_pl.checkpoint.record import CompressionMixin
-from swincompress_pl.pruning import PrimeProgress, prune
-from swincompress_pl.pruning.structure.apply import history_of
+from swincompress_pl.checkpoint.hooks import CompressionMixin
+from swincompress_pl.pruning import PrimeProgress, history_of, prune
 from swincompress_pl.pruning.structure.weight_masks import masked_parameters
 from swincompress_pl.report.callback import PruningFigures
 

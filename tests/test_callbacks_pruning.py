@@ -27,7 +27,7 @@ from support.callback_cases import (
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from swincompress_pl.callbacks.compatibility import refuse_strategy
+from swincompress_pl.callbacks.compatibility import PRUNING, refuse_strategy
 from swincompress_pl.callbacks.pruning import AdaptiveIterativePruning
 from swincompress_pl.pruning import AdaptivePruningConfig, Step
 from swincompress_pl.pruning.structure.apply import history_of
@@ -383,7 +383,7 @@ def test_a_strategy_with_shards_is_refused(strategy: str) -> None:
 
     Fake.strategy = type(strategy, (), {})()
     with pytest.raises(ValueError, match=rf"under {strategy}.*Prune first"):
-        refuse_strategy(Fake(), "AdaptiveIterativePruning")  # type: ignore[arg-type]
+        refuse_strategy(Fake(), "AdaptiveIterativePruning", PRUNING)  # type: ignore[arg-type]
 
 
 def test_a_missing_attribute_is_named(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from test_callbacks_quantization import PREPROCESSING, Restorable, fit, loader, 
 from torch import nn
 
 from swincompress_pl.callbacks import AdaptiveIterativePruning
-from swincompress_pl.checkpoint.record import put_network
+from swincompress_pl.checkpoint.holder import put_network
 from swincompress_pl.quant import QuantizedNetwork, quantize
 
 pytestmark = [

@@ -20,7 +20,7 @@ from torch import nn
 
 from swincompress_pl import accel
 from swincompress_pl.callbacks import AdaptiveIterativePruning, PrimeSVT
-from swincompress_pl.checkpoint.record import CompressionMixin
+from swincompress_pl.checkpoint.hooks import CompressionMixin
 from swincompress_pl.quant import QuantizedNetwork, quantize
 
 pytestmark = [

@@ -39,7 +39,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from swincompress_pl.callbacks import AdaptiveIterativePruning, QuantizationAwareTraining
 from swincompress_pl.callbacks.qat_distillation import Distillation
 from swincompress_pl.models import CompressibleClassifier, create_model
-from swincompress_pl.models.classifier import DistillationConfig, OptimizationConfig, distillation_loss
+from swincompress_pl.models.training import DistillationConfig, OptimizationConfig, distillation_loss
 from swincompress_pl.pruning.structure.weight_masks import masked_parameters
 from swincompress_pl.quant import QuantizedNetwork, quantize
 

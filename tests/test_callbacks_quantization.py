@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from swincompress_pl import accel
 from swincompress_pl.callbacks import AdaptiveIterativePruning, CompressedCheckpoint, QuantizationAwareTraining
 from swincompress_pl.models import CompressibleClassifier, CompressionMixin, create_model
-from swincompress_pl.models.classifier import DistillationConfig, OptimizationConfig
+from swincompress_pl.models.training import DistillationConfig, OptimizationConfig
 from swincompress_pl.quant import QuantizedNetwork
 from swincompress_pl.registry import UnsupportedNetworkError
 

@@ -15,8 +15,8 @@ from support.callback_cases import Plain, Unmoved, greedy, loader, make_trainer,
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from swincompress_pl.callbacks.compatibility import refuse_optimizers, refuse_strategy
-from swincompress_pl.pruning.structure.apply import history_of
+from swincompress_pl.callbacks.compatibility import PRUNING, refuse_optimizers, refuse_strategy
+from swincompress_pl.pruning import history_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning")
 
@@ -118,20 +118,20 @@ def test_copies_of_the_weights_are_refused_by_name(tmp_path: Path, make: Any, gr
 def test_strategies_with_shards_are_refused(strategy: Any) -> None:
     made = strategy()
     with pytest.raises(ValueError, match=rf"under {type(made).__name__}, which holds shards.*Prune first"):
-        refuse_strategy(SimpleNamespace(strategy=made), "AdaptiveIterativePruning")  # type: ignore[arg-type]
+        refuse_strategy(SimpleNamespace(strategy=made), "AdaptiveIterativePruning", PRUNING)  # type: ignore[arg-type]
 
 
 def test_a_distributed_state_with_old_shapes_is_refused() -> None:
     made = DDPStrategy(ddp_comm_state={})
     with pytest.raises(ValueError, match=r"DDPStrategy has a ddp_comm_state \(dict\)"):
-        refuse_strategy(SimpleNamespace(strategy=made), "AdaptiveIterativePruning")  # type: ignore[arg-type]
+        refuse_strategy(SimpleNamespace(strategy=made), "AdaptiveIterativePruning", PRUNING)  # type: ignore[arg-type]
 
 
 def test_weights_that_come_back_from_other_processes_are_refused(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, 1, strategy="ddp_fork", devices=2)
     trainer.strategy._configure_launcher()
     with pytest.raises(ValueError, match="DDPStrategy's spawned or forked processes"):
-        refuse_strategy(trainer, "AdaptiveIterativePruning")
+        refuse_strategy(trainer, "AdaptiveIterativePruning", PRUNING)
 
 
 def test_optimizers_with_a_joint_state_are_refused_before_training(tmp_path: Path) -> None:

@@ -18,8 +18,9 @@ from lightning.pytorch.cli import LightningCLI
 from torch import nn
 
 from swincompress_pl.data import Digits, Preprocessing
-from swincompress_pl.models.classifier import (
-    CompressibleClassifier,
+from swincompress_pl.models.classifier import CompressibleClassifier
+from swincompress_pl.models.factory import create_model
+from swincompress_pl.models.training import (
     DistillationConfig,
     MixingConfig,
     OptimizationConfig,
@@ -27,7 +28,6 @@ from swincompress_pl.models.classifier import (
     distillation_loss,
     warmup_cosine,
 )
-from swincompress_pl.models.factory import create_model
 
 SWIN = {
     "img_size": 32,

@@ -22,9 +22,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from swincompress_pl.callbacks import AdaptiveIterativePruning
 from swincompress_pl.models import CompressibleClassifier, create_model
-from swincompress_pl.models.spiking.adapter import without_memory
-from swincompress_pl.pruning import AdaptivePruningConfig, HoldOut, prune
-from swincompress_pl.pruning.structure.apply import history_of
+from swincompress_pl.models.spiking.memory import without_memory
+from swincompress_pl.pruning import AdaptivePruningConfig, HoldOut, history_of, prune
 from swincompress_pl.registry import adapter_for
 
 KINDS = ("mlp", "conv", "heads", "qk", "v", "embed")

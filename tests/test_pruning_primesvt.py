@@ -26,7 +26,7 @@ from support.spiking_cases import FAMILIES, SIZE_PX
 from torch import Tensor, nn
 
 from swincompress_pl.models import create_model
-from swincompress_pl.models.spiking.adapter import without_memory
+from swincompress_pl.models.spiking.memory import without_memory
 from swincompress_pl.pruning import (
     HoldOut,
     PrimeProgress,

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 
-from swincompress_pl.checkpoint.record import restore_from_history
+from swincompress_pl.checkpoint.restore import restore_from_history
 from swincompress_pl.pruning import (
     AdaptivePruningConfig,
     PruningPlan,

@@ -11,7 +11,7 @@ from support.quant_cases import PREPROCESSING, network_and_images
 from torch import Tensor
 
 from swincompress_pl import spec
-from swincompress_pl.checkpoint.record import restore_from_history
+from swincompress_pl.checkpoint.restore import restore_from_history
 from swincompress_pl.pruning import PruningPlan, apply_plan
 from swincompress_pl.pruning.structure.apply import AppliedPlan, revert_plan
 from swincompress_pl.pruning.structure.unit_masks import mask_plan

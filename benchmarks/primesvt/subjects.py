@@ -12,7 +12,7 @@ from safetensors import safe_open
 
 from swincompress_pl.data.cifar import CIFAR10_PREPROCESSING
 from swincompress_pl.models import CompressibleClassifier
-from swincompress_pl.models.classifier import OptimizationConfig
+from swincompress_pl.models.training import OptimizationConfig
 
 from ..pruning.batches import MemoryData, pad_crop_flip
 from ..pruning.images import load_splits

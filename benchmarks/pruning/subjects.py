@@ -19,7 +19,7 @@ from swincompress_pl.data import Preprocessing
 from swincompress_pl.data.cifar import CIFAR10_PREPROCESSING
 from swincompress_pl.data.digits import DIGITS_PREPROCESSING
 from swincompress_pl.models import CompressibleClassifier
-from swincompress_pl.models.classifier import DistillationConfig, OptimizationConfig
+from swincompress_pl.models.training import DistillationConfig, OptimizationConfig
 
 from .batches import Augment, MemoryData, pad_crop_flip, random_resized_crop, shift_rotate
 from .images import load_splits, locked

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from benchmarks.pruning.images import Images, load_splits, locked
 from benchmarks.pruning.subjects import Place, Subject, device_name, subject
 from swincompress_pl import accel, spec
-from swincompress_pl.checkpoint.record import restore_from_history
+from swincompress_pl.checkpoint.restore import restore_from_history
 from swincompress_pl.data.sampling import Purpose, derive_seed
 from swincompress_pl.pruning import AdaptivePruningConfig, HoldOut, collect_gradients, prune
 from swincompress_pl.pruning.structure.apply import history_of

@@ -6,3 +6,7 @@ from swincompress_pl.callbacks.pruning import AdaptiveIterativePruning
 from swincompress_pl.callbacks.quantization import QuantizationAwareTraining
 
 __all__ = ["AdaptiveIterativePruning", "CompressedCheckpoint", "PrimeSVT", "QuantizationAwareTraining"]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

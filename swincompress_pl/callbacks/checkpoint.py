@@ -7,7 +7,7 @@ from typing import Any
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from swincompress_pl.checkpoint.record import network_of
+from swincompress_pl.checkpoint.holder import network_of
 from swincompress_pl.quant import QuantizedNetwork
 
 

@@ -1,10 +1,14 @@
-"""What may stand beside a callback that changes the network in the middle of a fit, and what may not."""
+"""What may stand beside a callback that changes the network in the middle of a fit, and what may not.
+
+Each kind of change says in its `Limits` what it cannot have and why; the functions refuse it, with the remedy.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
 
-from lightning import LightningModule, Trainer
+from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
@@ -12,35 +16,96 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import LBFGS, Optimizer
 
-# They keep lists of parameters, or state under one parameter for all, that do not follow a cut (by name: not every
-# build of torch has them).
-_UNFIT_OPTIMIZERS = ("ZeroRedundancyOptimizer", "PostLocalSGDOptimizer", "DistributedOptimizer", LBFGS.__name__)
+# They keep lists of parameters, or state under one parameter for all, that follow neither a cut nor a new group (by
+# name: not every build of torch has them).
+UNFIT_OPTIMIZERS = ("ZeroRedundancyOptimizer", "PostLocalSGDOptimizer", "DistributedOptimizer", LBFGS.__name__)
 
 
-def refuse_strategy(trainer: Trainer, who: str) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What a change of the network cannot have beside it: the ends of the errors' sentences.
+
+    {callback}, {strategy} and {state} stand for the names of the callback, the strategy and the state's type.
+    shards: under a strategy that holds shards of the parameters. processes: of weights that come back from spawned
+    processes. comm_state: of DDP's ddp_comm_state. neighbours: of Lightning callbacks, after their name.
+    """
+
+    shards: str
+    processes: str
+    comm_state: str
+    neighbours: Mapping[type[Callback], str] = field(default_factory=dict)
+
+
+_COPY = (
+    "keeps a copy of the model whose sizes and masks do not follow {callback}; take it out of this fit and average in "
+    "a later one, after pruning"
+)
+PRUNING = Limits(
+    shards="cannot shrink a model in the middle of a fit under {strategy}, which holds shards of its parameters. Prune "
+    "first (Trainer(devices=1) or strategy='ddp'), then fit the pruned checkpoint with your strategy and without this "
+    "callback",
+    processes="have other shapes than the module here",
+    comm_state="cannot shrink a model whose {strategy} has a ddp_comm_state ({state}): it keeps what has the old "
+    "shapes. Leave it out of this fit",
+    neighbours={
+        WeightAveraging: _COPY,
+        StochasticWeightAveraging: _COPY,
+        ModelPruning: "replaces weights by masked ones, which cannot be pruned again; use it or {callback}, not both",
+    },
+)
+QUANTIZATION = Limits(
+    shards="cannot exchange the network in the middle of a fit under {strategy}, which holds shards of its parameters. "
+    "Train with strategy='ddp' or on one device (Trainer(devices=1)), or quantize after the fit with quant.quantize",
+    processes="belong to another network than the module here",
+    comm_state="adds parameters to a model whose {strategy} has a ddp_comm_state ({state}), which keeps what belongs "
+    "to the old ones. Leave it out",
+    neighbours={
+        StochasticWeightAveraging: "keeps a copy of the model that knows no scales, and its own learning rates; "
+        "average with lightning's WeightAveraging (the same average) or EMAWeightAveraging instead",
+        ModelPruning: "replaces weights by masked ones, which no quantizer of ours sees; prune with "
+        "AdaptiveIterativePruning(granularity='weight')",
+    },
+)
+_PRECISIONS = ("32-true", "64-true", "16-mixed", "bf16-mixed")
+
+
+def refuse_strategy(trainer: Trainer, callback_name: str, limits: Limits) -> None:
     """ValueError for strategies that hold shards of the parameters or cannot hand them back; one device and DDP are
     fine."""
     strategy = trainer.strategy
     name = type(strategy).__name__
     if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
-        raise ValueError(
-            f"{who} cannot shrink a model in the middle of a fit under {name}, which holds shards of its parameters. "
-            "Prune first (Trainer(devices=1) or strategy='ddp'), then fit the pruned checkpoint with your strategy and "
-            "without this callback"
-        )
+        raise ValueError(f"{callback_name} {limits.shards.format(strategy=name)}")
     if isinstance(strategy.launcher, _MultiProcessingLauncher):
         raise ValueError(
-            f"{who} cannot run under {name}'s spawned or forked processes: the weights that come back when they end "
-            "have other shapes than the module here. Use strategy='ddp' in a script, or one device"
+            f"{callback_name} cannot run under {name}'s spawned or forked processes: the weights that come back when "
+            f"they end {limits.processes}. Use strategy='ddp' in a script, or one device"
         )
     if isinstance(strategy, DDPStrategy) and strategy._ddp_comm_state is not None:
+        state = type(strategy._ddp_comm_state).__name__
+        raise ValueError(f"{callback_name} {limits.comm_state.format(strategy=name, state=state)}")
+
+
+def refuse_precision(trainer: Trainer, callback_name: str) -> None:
+    """ValueError for a precision in which a quantized network cannot be trained."""
+    if trainer.precision not in _PRECISIONS:
         raise ValueError(
-            f"{who} cannot shrink a model whose {name} has a ddp_comm_state "
-            f"({type(strategy._ddp_comm_state).__name__}): it keeps what has the old shapes. Leave it out of this fit"
+            f"{callback_name} cannot train with precision={trainer.precision!r}, which would round the scales and the "
+            "float weights themselves; use 'bf16-mixed', '16-mixed' or '32-true'"
         )
 
 
-def refuse_synchronized_norms(trainer: Trainer, network: nn.Module, who: str) -> None:
+def refuse_compiled_module(module: LightningModule) -> None:
+    """ValueError for a LightningModule that is compiled as a whole, beside a network that will be quantized."""
+    if getattr(module, "_compiler_ctx", None) is not None:
+        raise ValueError(
+            f"{type(module).__name__} is compiled as a whole, but evaluation after quantization is integer arithmetic "
+            "that torch.compile does not see through. Compile the network alone (module.net = "
+            "torch.compile(module.net)): its training goes on compiled"
+        )
+
+
+def refuse_synchronized_norms(trainer: Trainer, network: nn.Module, callback_name: str) -> None:
     """ValueError where Lightning would put SyncBatchNorm in the place of the network's BatchNorms: a quantized network
     would go on normalizing by each process's batch, and spikingjelly's, over (T, N, C, H, W), would lose their step
     mode for good and take the images for channels."""
@@ -48,25 +113,30 @@ def refuse_synchronized_norms(trainer: Trainer, network: nn.Module, who: str) ->
     norms = [name for name, module in network.named_modules() if isinstance(module, _BatchNorm)]
     if sync is not None and norms:
         raise ValueError(
-            f"{who} beside Trainer(sync_batchnorm=True): {type(sync).__name__} would replace the {len(norms)} "
-            f"BatchNorms of {type(network).__name__} ({norms[0]}, ...) by others, which know no time steps and which "
-            "no integers follow. Leave it out: every process normalizes by its own images at all time steps, rank 0's "
-            "statistics are kept; give the processes larger batches where theirs are too small"
+            f"{callback_name} beside Trainer(sync_batchnorm=True): {type(sync).__name__} would replace the "
+            f"{len(norms)} BatchNorms of {type(network).__name__} ({norms[0]}, ...) by others, which know no time "
+            "steps and which no integers follow. Leave it out: every process normalizes by its own images at all time "
+            "steps, rank 0's statistics are kept; give the processes larger batches where theirs are too small"
         )
 
 
-def refuse_neighbours(trainer: Trainer, who: str) -> None:
+def refuse_neighbours(trainer: Trainer, callback_name: str, limits: Limits) -> None:
     """ValueError for callbacks that keep a copy of the weights or replace them."""
     for other in trainer.callbacks:  # type: ignore[attr-defined]  # set by the trainer
-        if isinstance(other, WeightAveraging | StochasticWeightAveraging):
+        for kind, reason in limits.neighbours.items():
+            if isinstance(other, kind):
+                raise ValueError(f"{type(other).__name__} {reason.format(callback=callback_name)}")
+
+
+def refuse_averaging_before(trainer: Trainer, callback: Callback, callback_name: str) -> None:
+    """ValueError for a WeightAveraging that stands before `callback`, which quantizes."""
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]  # set by the trainer
+    for place, other in enumerate(callbacks):
+        if isinstance(other, WeightAveraging) and callback in callbacks[place:]:
             raise ValueError(
-                f"{type(other).__name__} keeps a copy of the model whose sizes and masks do not follow {who}; take it "
-                "out of this fit and average in a later one, after pruning"
-            )
-        if isinstance(other, ModelPruning):
-            raise ValueError(
-                f"{type(other).__name__} replaces weights by masked ones, which cannot be pruned again; use it or "
-                f"{who}, not both"
+                f"{type(other).__name__} stands before {callback_name}, so that on a resume it would take up its "
+                f"average before there is a quantized network; put {callback_name} before it in "
+                "Trainer(callbacks=[...])"
             )
 
 
@@ -97,7 +167,7 @@ def refuse_optimizers(optimizers: Iterable[Optimizer], network: nn.Module, tenso
     watched = {id(p): (name, p) for name, p in network.named_parameters() if name in tensors}
     for optimizer in optimizers:
         name = type(optimizer).__name__
-        if name in _UNFIT_OPTIMIZERS:
+        if name in UNFIT_OPTIMIZERS:
             raise ValueError(
                 f"{name} keeps its own lists of parameters or a joint state, which cannot be cut with the network; use "
                 "an element-wise optimizer (AdamW, SGD), or prune before fit"

@@ -55,7 +55,7 @@ class PrimeSVT(SearchCallback):
     Example: `Trainer(callbacks=[PrimeSVT(tolerance=3.0, min_memory_saving=0.25)])`
     """
 
-    who = "PrimeSVT"
+    callback_name = "PrimeSVT"
 
     @renamed(
         max_accuracy_drop="tolerance",
@@ -140,12 +140,13 @@ class PrimeSVT(SearchCallback):
         if self.config.batchnorm == "correct":
             with seeded(trainer.current_epoch):
                 calibration = [images for images, _ in training_batches(trainer, self.gradient_batches)]
-        with search_progress(trainer, f"PrimeSVT before epoch {trainer.current_epoch}", len(self.config.rates)) as tell:
+        title, first = f"PrimeSVT before epoch {trainer.current_epoch}", len(self.config.rates)
+        with search_progress(trainer, title, first) as report_progress:
 
             def progress(now: PrimeProgress) -> None:
                 nonlocal done
                 done += 1
-                tell(str(now), done + now.total - now.done)
+                report_progress(str(now), done + now.total - now.done)
                 self.on_progress(trainer, now)
 
             return primesvt(

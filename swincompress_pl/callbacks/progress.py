@@ -12,13 +12,13 @@ from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from lightning.pytorch.utilities import rank_zero_info
 
-Tell = Callable[[str, int], None]
+ReportProgress = Callable[[str, int], None]
 """(what was just tried, how many tries there are at most)"""
 _EVERY_S = 10.0
 
 
 @contextmanager
-def search_progress(trainer: Trainer, description: str, total: int) -> Iterator[Tell]:
+def search_progress(trainer: Trainer, description: str, total: int) -> Iterator[ReportProgress]:
     """Shows the tries of a search: a bar in the trainer's progress bar (rich or tqdm), else a line now and then.
 
     total: how many tries there are, as far as that is known at first. The bar goes when the context ends, also by an
@@ -26,27 +26,27 @@ def search_progress(trainer: Trainer, description: str, total: int) -> Iterator[
     """
     bar = trainer.progress_bar_callback
     if isinstance(bar, RichProgressBar) and bar.is_enabled and trainer.is_global_zero and bar.progress is not None:
-        with _rich_bar(bar, description, total) as tell:
-            yield tell
+        with _rich_bar(bar, description, total) as report_progress:
+            yield report_progress
     elif isinstance(bar, TQDMProgressBar) and bar.is_enabled and trainer.is_global_zero:
-        with _tqdm_bar(bar, description, total) as tell:
-            yield tell
+        with _tqdm_bar(bar, description, total) as report_progress:
+            yield report_progress
     else:
         yield _Lines(description)
 
 
 @contextmanager
-def _rich_bar(bar: RichProgressBar, description: str, total: int) -> Iterator[Tell]:
+def _rich_bar(bar: RichProgressBar, description: str, total: int) -> Iterator[ReportProgress]:
     progress = bar.progress
     assert progress is not None
     task = progress.add_task(description, total=total)
 
-    def tell(text: str, total: int) -> None:
+    def report_progress(text: str, total: int) -> None:
         progress.update(task, advance=1, total=total, description=f"{description}: {text}")
         progress.refresh()
 
     try:
-        yield tell
+        yield report_progress
     finally:
         # Hidden and not removed: Lightning's metrics column keeps the numbers of the tasks it has drawn.
         progress.update(task, visible=False)
@@ -54,7 +54,7 @@ def _rich_bar(bar: RichProgressBar, description: str, total: int) -> Iterator[Te
 
 
 @contextmanager
-def _tqdm_bar(bar: TQDMProgressBar, description: str, total: int) -> Iterator[Tell]:
+def _tqdm_bar(bar: TQDMProgressBar, description: str, total: int) -> Iterator[ReportProgress]:
     line = Tqdm(
         desc=description,
         total=total,
@@ -65,14 +65,14 @@ def _tqdm_bar(bar: TQDMProgressBar, description: str, total: int) -> Iterator[Te
         smoothing=0,
     )
 
-    def tell(text: str, total: int) -> None:
+    def report_progress(text: str, total: int) -> None:
         line.total = total
         line.set_postfix_str(text, refresh=False)
         line.update(1)
         line.refresh()  # tqdm leaves out what follows within 0.1 s; a step is worth being seen
 
     try:
-        yield tell
+        yield report_progress
     finally:
         line.close()
 

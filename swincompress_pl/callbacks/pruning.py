@@ -107,7 +107,7 @@ class AdaptiveIterativePruning(SearchCallback):
         self.every_n_epochs = every_n_epochs
         self.search_state: SearchState | None = None
 
-    who = "AdaptiveIterativePruning"
+    callback_name = "AdaptiveIterativePruning"
 
     # Policy: override these.
 
@@ -162,10 +162,10 @@ class AdaptiveIterativePruning(SearchCallback):
             state=self.search_state,
         )
         active = sum(entry.locked is None for entry in session.state.targets.values())
-        with search_progress(trainer, f"pruning before epoch {trainer.current_epoch}", active) as tell:
+        with search_progress(trainer, f"pruning before epoch {trainer.current_epoch}", active) as report_progress:
 
             def on_step(step: Step) -> None:
-                tell(str(step), active)
+                report_progress(str(step), active)
                 self.on_step(trainer, step)
 
             return session.round(on_step=on_step, coupled=coupled)

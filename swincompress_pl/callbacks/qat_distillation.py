@@ -11,9 +11,9 @@ import torch
 from lightning import LightningModule
 from torch import Tensor, nn
 
-from swincompress_pl.checkpoint.record import restore_from_history
-from swincompress_pl.models.classifier import distillation_loss
-from swincompress_pl.pruning.structure.apply import history_of
+from swincompress_pl.checkpoint.restore import restore_from_history
+from swincompress_pl.history import history_of
+from swincompress_pl.models.training import distillation_loss
 from swincompress_pl.quant import QuantizedNetwork
 
 
@@ -92,3 +92,17 @@ class Distillation:
         with torch.no_grad():
             taught = self.teacher(images)
         return distillation_loss(logits.float(), taught.float(), self.temperature)
+
+
+def refuse_teaching(module: LightningModule) -> None:
+    """ValueError for a module whose loss takes no distillation, or has one already."""
+    if not module.automatic_optimization:
+        raise ValueError(
+            f"distillation: {type(module).__name__} optimizes by hand, so nothing can be added to its loss; add the "
+            "distillation there and pass distillation=0"
+        )
+    if getattr(module, "distillation", None) is not None and getattr(module, "teacher", None) is not None:
+        raise ValueError(
+            f"{type(module).__name__} has a DistillationConfig and distils already, also into the quantized network; "
+            "leave the callback's distillation at 0"
+        )

@@ -7,13 +7,12 @@ from typing import Any
 
 from lightning import Trainer
 from torch import nn
-from torch.optim import LBFGS, Optimizer
+from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from swincompress_pl.callbacks.compatibility import UNFIT_OPTIMIZERS
 from swincompress_pl.quant import QuantizedNetwork
 
-# By name: not every build of torch has the first ones.
-_UNFIT_OPTIMIZERS = ("ZeroRedundancyOptimizer", "PostLocalSGDOptimizer", "DistributedOptimizer", LBFGS.__name__)
 # What schedulers (torch's, timm's) keep for every parameter group, in their order.
 _PER_GROUP = (
     "base_lrs",
@@ -93,7 +92,7 @@ def _host(optimizers: Iterable[Optimizer], network: nn.Module) -> tuple[Optimize
             "of the network's parameters from configure_optimizers, or pass learn_scales=False"
         )
     optimizer, number = found[0]
-    if type(optimizer).__name__ in _UNFIT_OPTIMIZERS:
+    if type(optimizer).__name__ in UNFIT_OPTIMIZERS:
         raise ValueError(
             f"{type(optimizer).__name__} takes no group of parameters in the middle of a fit; use AdamW or SGD, or "
             "pass learn_scales=False"

@@ -9,15 +9,26 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
-from swincompress_pl.callbacks.compatibility import refuse_synchronized_norms, wrap_anew
+from swincompress_pl.callbacks.compatibility import (
+    QUANTIZATION,
+    refuse_averaging_before,
+    refuse_compiled_module,
+    refuse_neighbours,
+    refuse_precision,
+    refuse_strategy,
+    refuse_synchronized_norms,
+    wrap_anew,
+)
 from swincompress_pl.callbacks.qat_averaging import renew_averages
-from swincompress_pl.callbacks.qat_compatibility import WHO, refuse_surroundings
-from swincompress_pl.callbacks.qat_distillation import Distillation
+from swincompress_pl.callbacks.qat_distillation import Distillation, refuse_teaching
+from swincompress_pl.callbacks.qat_options import check_epochs, check_quantization, check_training
 from swincompress_pl.callbacks.qat_scales import ScaleGroup
 from swincompress_pl.callbacks.random_state import RandomNumbers, rng_states, seeded
-from swincompress_pl.checkpoint.record import network_of, put_network, restore_on_load, save_to_checkpoint
+from swincompress_pl.checkpoint.holder import network_of, put_network
+from swincompress_pl.checkpoint.hooks import keep_record
+from swincompress_pl.history import history_of
 from swincompress_pl.pruning import keep_masks
-from swincompress_pl.quant import METHODS, Bits, QuantizedNetwork, SearchOptions, find_preprocessing, quantize
+from swincompress_pl.quant import Bits, QuantizedNetwork, SearchOptions, find_preprocessing, quantize
 
 _STATE_VERSION = 1
 
@@ -59,6 +70,7 @@ class QuantizationAwareTraining(Callback):
     """
 
     keeps_masks = True  # so CompressionMixin need not
+    callback_name = "QuantizationAwareTraining"  # also the key of the state, one for subclasses too
 
     def __init__(
         self,
@@ -77,9 +89,9 @@ class QuantizationAwareTraining(Callback):
         preprocessing: Mapping[str, Any] | None = None,
         model_attribute: str = "net",
     ) -> None:
-        _check_epochs(start_epoch, freeze_epoch, learn_scales)
-        _check_quantization(calibration_images, method, search, percentile, learn_scales)
-        _check_training(scale_lr_factor, distillation, temperature)
+        check_epochs(start_epoch, freeze_epoch, learn_scales)
+        check_quantization(calibration_images, method, search, percentile, learn_scales)
+        check_training(scale_lr_factor, distillation, temperature)
         self.start_epoch, self.freeze_epoch = start_epoch, freeze_epoch
         self.calibration_images, self.method, self.percentile = calibration_images, method, percentile
         self.bits = Bits.of(bits)
@@ -97,7 +109,7 @@ class QuantizationAwareTraining(Callback):
     @property
     def state_key(self) -> str:
         """One key for subclasses and options: a checkpoint of one goes on with the other."""
-        return WHO
+        return self.callback_name
 
     # Policy: override these.
 
@@ -112,16 +124,15 @@ class QuantizationAwareTraining(Callback):
     # Hooks.
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Have a checkpoint's architecture rebuilt before its weights load, and refuse what cannot work."""
-        restore_on_load(pl_module, self.model_attribute)
+        """Have checkpoints say how the network is compressed, and refuse what cannot work."""
+        keep_record(pl_module, self.model_attribute)
         network = network_of(pl_module, self.model_attribute)
         if stage != "fit":
             return
         self._resumed, self._teacher_state = False, None
-        refuse_surroundings(trainer, pl_module, self)
-        refuse_synchronized_norms(trainer, network, WHO)
+        self._refuse_surroundings(trainer, pl_module, network)
         if self._distillation is not None:
-            _refuse_teaching(pl_module)
+            refuse_teaching(pl_module)
         if not isinstance(network, QuantizedNetwork):
             # Builds the graph once, so that a network without an integer form is refused now and not at start_epoch.
             QuantizedNetwork(
@@ -179,10 +190,6 @@ class QuantizationAwareTraining(Callback):
         """The same: Lightning tears nothing down after an exception."""
         self._let_go()
 
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Add the manifest with which the architecture is rebuilt."""
-        save_to_checkpoint(pl_module, checkpoint, self.model_attribute)
-
     def state_dict(self) -> dict[str, Any]:
         """The random numbers' states, and the teacher's weights where there is one."""
         teacher = {"teacher": None} if self._distillation is None else self._distillation.to_dict()
@@ -198,6 +205,14 @@ class QuantizationAwareTraining(Callback):
         self._resumed, self._teacher_state = True, state_dict if state_dict["teacher"] is not None else None
 
     # Mechanism.
+
+    def _refuse_surroundings(self, trainer: Trainer, module: LightningModule, network: nn.Module) -> None:
+        refuse_strategy(trainer, self.callback_name, QUANTIZATION)
+        refuse_precision(trainer, self.callback_name)
+        refuse_compiled_module(module)
+        refuse_averaging_before(trainer, self, self.callback_name)
+        refuse_neighbours(trainer, self.callback_name, QUANTIZATION)
+        refuse_synchronized_norms(trainer, network, self.callback_name)
 
     def _exchange(self, trainer: Trainer, module: LightningModule, network: nn.Module) -> QuantizedNetwork:
         """The quantized network takes the place of the float one; optimizer, averages and DDP follow."""
@@ -234,7 +249,7 @@ class QuantizationAwareTraining(Callback):
             try:
                 result = self._calibrated(trainer, module, network)
                 scales = {key: value.cpu() for key, value in result.scales.state_dict().items()}
-                outcome = (result.compression_history[-1]["quantize"], scales)
+                outcome = (history_of(result)[-1]["quantize"], scales)
             except Exception as error:  # told to the others, which would wait for ever
                 failure, outcome = error, f"{type(error).__name__}: {error}"
         outcome = trainer.strategy.broadcast(outcome, src=0)
@@ -327,67 +342,3 @@ def _freeze(trainer: Trainer, network: QuantizedNetwork) -> None:
 def _class_names(trainer: Trainer) -> list[str] | None:
     names = getattr(getattr(trainer, "datamodule", None), "class_names", None)
     return None if names is None else [str(name) for name in names]
-
-
-def _refuse_teaching(module: LightningModule) -> None:
-    if not module.automatic_optimization:
-        raise ValueError(
-            f"distillation: {type(module).__name__} optimizes by hand, so nothing can be added to its loss; add the "
-            "distillation there and pass distillation=0"
-        )
-    if getattr(module, "distillation", None) is not None and getattr(module, "teacher", None) is not None:
-        raise ValueError(
-            f"{type(module).__name__} has a DistillationConfig and distils already, also into the quantized network; "
-            "leave the callback's distillation at 0"
-        )
-
-
-def _check_epochs(start_epoch: int, freeze_epoch: int | None, learn_scales: bool | None) -> None:
-    if start_epoch < 0:
-        raise ValueError(f"start_epoch={start_epoch}: it has to be 0 or more")
-    if freeze_epoch is None:
-        return
-    if learn_scales is False:
-        raise ValueError(f"freeze_epoch={freeze_epoch} goes with learned scales; leave it out or learn_scales=True")
-    if freeze_epoch <= start_epoch:
-        raise ValueError(
-            f"freeze_epoch={freeze_epoch} is not after start_epoch={start_epoch}: no scale would be learned; choose a "
-            "later one, or learn_scales=False"
-        )
-
-
-def _check_quantization(
-    calibration_images: int,
-    method: str,
-    search: SearchOptions | Mapping[str, Any] | None,
-    percentile: float | None,
-    learn_scales: bool | None,
-) -> None:
-    if calibration_images < 1:
-        raise ValueError(f"calibration_images={calibration_images}: it has to be 1 or more")
-    if method not in METHODS:
-        raise ValueError(f"method={method!r} is not available; there is {', '.join(map(repr, METHODS))}")
-    if method == "affine" and learn_scales:
-        raise ValueError("learn_scales=True: method 'affine' has zero-points, which are not learned; use 'searched'")
-    if search is not None and method != "searched":
-        raise ValueError(f"search options go with method 'searched', not {method!r}")
-    unknown = sorted(set(search) - set(SearchOptions.__dataclass_fields__)) if isinstance(search, Mapping) else []
-    if unknown:
-        raise ValueError(
-            f"search has no option {', '.join(unknown)}; there are {', '.join(SearchOptions.__dataclass_fields__)}"
-        )
-    if percentile is not None and (method == "affine" or not 50 < percentile <= 100):
-        raise ValueError(
-            f"percentile={percentile}: it has to be above 50 and at most 100, with method 'searched' or 'max'"
-        )
-
-
-def _check_training(scale_lr_factor: float, distillation: float, temperature: float) -> None:
-    if not 0 < scale_lr_factor < float("inf"):
-        raise ValueError(
-            f"scale_lr_factor={scale_lr_factor}: it has to be above 0; learn_scales=False keeps the scales"
-        )
-    if not 0 <= distillation <= 1:
-        raise ValueError(f"distillation={distillation}: it has to be 0 (none) to 1")
-    if not 0 < temperature < float("inf"):
-        raise ValueError(f"temperature={temperature}: it has to be a number above 0")

@@ -26,7 +26,7 @@ _CPU_BATCH, _GPU_BATCH = 64, 256  # a decision is taken after whole batches: not
 Predict = Callable[[nn.Module, Tensor], Tensor]
 
 
-def holdout_loaders(trainer: Trainer, who: str) -> list[Iterable[Any]]:
+def holdout_loaders(trainer: Trainer, callback_name: str) -> list[Iterable[Any]]:
     """The datamodule's `holdout_dataloader()`, or else the trainer's validation data up to its `limit_val_batches`.
 
     Raises ValueError where there is neither.
@@ -39,8 +39,8 @@ def holdout_loaders(trainer: Trainer, who: str) -> list[Iterable[Any]]:
         trainer.fit_loop.epoch_loop.val_loop.setup_data()
     if trainer.val_dataloaders is None:
         raise ValueError(
-            f"{who} has nothing to score on: give the datamodule a holdout_dataloader(), or the fit validation data "
-            "(val_dataloader, and limit_val_batches above 0)"
+            f"{callback_name} has nothing to score on: give the datamodule a holdout_dataloader(), or the fit "
+            "validation data (val_dataloader, and limit_val_batches above 0)"
         )
     loaders = _as_list(trainer.val_dataloaders)
     limits = trainer.num_val_batches if isinstance(trainer.num_val_batches, list) else [math.inf] * len(loaders)
@@ -283,12 +283,12 @@ def validating(trainer: Trainer, module: LightningModule) -> Iterator[None]:
         trainer.state.stage = stage
 
 
-def input_shape(trainer: Trainer, scorer: Scorer, who: str) -> tuple[int, ...] | None:
+def input_shape(trainer: Trainer, scorer: Scorer, callback_name: str) -> tuple[int, ...] | None:
     """Of one image with its batch axis; with a monitor, of the first image of the hold-out."""
     if isinstance(scorer, HoldOut):
         return (1, *scorer.image_shape)
     try:
-        images, _ = next(batches_on_device(trainer, holdout_loaders(trainer, who)))
+        images, _ = next(batches_on_device(trainer, holdout_loaders(trainer, callback_name)))
     except (TypeError, StopIteration):
         return None  # batches of another form: MACs are not counted
     return (1, *images.shape[1:])

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 from swincompress_pl.callbacks.compatibility import (
+    PRUNING,
     refuse_neighbours,
     refuse_optimizers,
     refuse_sharing,
@@ -37,7 +38,7 @@ from swincompress_pl.callbacks.searched_network import (
     scored_network,
     searched_network,
 )
-from swincompress_pl.checkpoint.record import restore_on_load, save_to_checkpoint
+from swincompress_pl.checkpoint.hooks import keep_record
 from swincompress_pl.pruning import Gradients, collect_gradients, keep_masks
 from swincompress_pl.pruning.evaluation.ranks import share_buffers
 from swincompress_pl.pruning.evaluation.scorer import Scorer
@@ -66,7 +67,7 @@ class SearchCallback(Callback, ABC):
     """
 
     keeps_masks = True  # so CompressionMixin need not
-    who: ClassVar[str]  # the key of the state, one for subclasses too: a checkpoint of one goes on with the other
+    callback_name: ClassVar[str]  # also the key of the state, one for subclasses too
 
     def __init__(
         self,
@@ -92,7 +93,7 @@ class SearchCallback(Callback, ABC):
 
     @property
     def state_key(self) -> str:
-        return self.who
+        return self.callback_name
 
     # Policy: override these.
 
@@ -149,13 +150,13 @@ class SearchCallback(Callback, ABC):
     # Hooks.
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Have a checkpoint's architecture rebuilt before its weights load, and refuse what cannot work."""
-        restore_on_load(pl_module, self.model_attribute)
+        """Have checkpoints say how the network is compressed, and refuse what cannot work."""
+        keep_record(pl_module, self.model_attribute)
         if stage == "fit":
-            refuse_strategy(trainer, self.who)
-            refuse_neighbours(trainer, self.who)
+            refuse_strategy(trainer, self.callback_name, PRUNING)
+            refuse_neighbours(trainer, self.callback_name, PRUNING)
             network = self._network(pl_module)
-            refuse_synchronized_norms(trainer, network, self.who)
+            refuse_synchronized_norms(trainer, network, self.callback_name)
             space = self._space(network)
             refuse_masked_integers(trainer, pl_module, self.model_attribute, self.monitor, space.kinds)
             refuse_sharing(pl_module, network, pruned_tensors(network, space), self.model_attribute)
@@ -195,10 +196,6 @@ class SearchCallback(Callback, ABC):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """The same: Lightning tears nothing down after an exception."""
         self._let_go()
-
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Add the manifest with which the architecture is rebuilt."""
-        save_to_checkpoint(pl_module, checkpoint, self.model_attribute)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Take up the random numbers where the checkpoint left them."""
@@ -247,7 +244,7 @@ class SearchCallback(Callback, ABC):
         share_buffers(self._network(module))
         with validating(trainer, module), torch.no_grad():
             assert self._scorer is not None  # made when training started
-            shape = input_shape(trainer, self._scorer, self.who)
+            shape = input_shape(trainer, self._scorer, self.callback_name)
             outcome = self._find(trainer, module, self._scorer, shape, coupled)
         self._follow(trainer, module, outcome, coupled)
         return outcome
@@ -275,7 +272,7 @@ class SearchCallback(Callback, ABC):
             wrap_anew(trainer)
 
     def _make_scorer(self, trainer: Trainer, module: LightningModule) -> Scorer:
-        loaders = holdout_loaders(trainer, self.who)
+        loaders = holdout_loaders(trainer, self.callback_name)
         if self.monitor is not None:
             return metric_scorer(trainer, module, self.monitor, loaders)
         return holdout_scorer(

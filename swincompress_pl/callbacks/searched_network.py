@@ -9,7 +9,7 @@ from lightning import LightningModule, Trainer
 from torch import Tensor, nn
 
 from swincompress_pl.callbacks.quantization import QuantizationAwareTraining
-from swincompress_pl.checkpoint.record import network_of
+from swincompress_pl.checkpoint.holder import float_network, network_of
 from swincompress_pl.pruning.space import SpaceConfig, StructuredSpace, local_space
 from swincompress_pl.pruning.structure.apply import AppliedPlan, SlicedTensor
 from swincompress_pl.quant import QuantizedNetwork
@@ -18,8 +18,7 @@ from swincompress_pl.quant.scale_cut import ScaleCut
 
 def searched_network(module: LightningModule, model_attribute: str) -> nn.Module:
     """Where groups, weights and masks are: the network, or the `network` inside a `QuantizedNetwork`."""
-    network = network_of(module, model_attribute)
-    return network.network if isinstance(network, QuantizedNetwork) else network
+    return float_network(network_of(module, model_attribute))
 
 
 def scored_network(module: LightningModule, model_attribute: str, network: nn.Module) -> nn.Module:

@@ -10,10 +10,9 @@ import numpy as np
 from rich.table import Table
 
 from swincompress_pl.cli.common import console, existing_file, is_checkpoint, parser, print_json
+from swincompress_pl.history import summarize
 from swincompress_pl.report.markdown import count, megabytes
 from swincompress_pl.spec import LIMITS, Operation, Program, check, costs
-
-CHECKPOINT_KEY = "swincompress_pl"
 
 
 def main(name: str, arguments: Sequence[str]) -> int:
@@ -124,9 +123,12 @@ def show_artifact(described: Mapping[str, Any]) -> None:
 def describe_checkpoint(file: Path) -> dict[str, Any]:
     """What a Lightning checkpoint holds, in JSON types. Raises ValueError when it holds more than plain data and
     tensors."""
+    from swincompress_pl.checkpoint.record import history_in, read_checkpoint
+
     checkpoint = read_checkpoint(file)
-    manifest = checkpoint.get(CHECKPOINT_KEY) or {}
-    state = checkpoint.get("state_dict", {})
+    if not isinstance(checkpoint, Mapping) or "state_dict" not in checkpoint:
+        raise ValueError(f"{file} is no Lightning checkpoint: it has no state_dict; pass what the trainer saved")
+    state = checkpoint["state_dict"]
     return {
         "kind": "checkpoint",
         "file_bytes": file.stat().st_size,
@@ -134,27 +136,11 @@ def describe_checkpoint(file: Path) -> dict[str, Any]:
         "epoch": checkpoint.get("epoch"),
         "global_step": checkpoint.get("global_step"),
         "hyperparameters": _plain(checkpoint.get("hyper_parameters", {})),
-        "history": _plain(manifest.get("history", [])),
+        "history": _plain(history_in(checkpoint)),
         "tensors": len(state),
         "values": sum(tensor.numel() for tensor in state.values() if hasattr(tensor, "numel")),
         "callbacks": sorted(checkpoint.get("callbacks", {})),
     }
-
-
-def read_checkpoint(file: Path) -> Mapping[str, Any]:
-    """A Lightning checkpoint, without running any code that it may hold."""
-    import pickle
-
-    import torch
-
-    try:
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{file} is no checkpoint of plain data and tensors, or it is damaged: {reason}") from error
-    if not isinstance(checkpoint, Mapping) or "state_dict" not in checkpoint:
-        raise ValueError(f"{file} is no Lightning checkpoint: it has no state_dict; pass what the trainer saved")
-    return checkpoint
 
 
 def show_checkpoint(described: Mapping[str, Any]) -> None:
@@ -180,20 +166,6 @@ def _show_history(shown: Any, origin: Mapping[str, Any]) -> None:
     shown.print("compression:" + ("" if history else " none"))
     for number, entry in enumerate(history, 1):
         shown.print(f"  {number}. {summarize(entry)}")
-
-
-def summarize(entry: Mapping[str, Any]) -> str:
-    """One entry of a compression history in a line."""
-    if "prune" in entry:
-        groups = entry["prune"].get("groups", {})
-        changed = [
-            f"{name} {'' if group.get('units') is None else group['units']} -> {len(group['kept'])}"
-            for name, group in groups.items()
-        ]
-        return f"prune {len(changed)} groups: " + ", ".join(changed[:4]) + (", ..." if len(changed) > 4 else "")
-    if "quantize" in entry:
-        return f"quantize, method {entry['quantize'].get('method')}"
-    return f"{', '.join(entry)} (unknown to this version)"
 
 
 def _pairs(values: Mapping[str, Any]) -> str:

@@ -1,8 +1,24 @@
 """The networks: factories, the LightningModule, and what each family tells pruning and quantization about itself."""
 
-from swincompress_pl.checkpoint.record import CompressionMixin
-from swincompress_pl.models import spiking, swin, vit  # importing them registers their adapters
+from swincompress_pl.checkpoint.hooks import CompressionMixin
+from swincompress_pl.models import meta_spikeformer, spiking, swin, vit  # noqa: F401  # they register their adapters
 from swincompress_pl.models.classifier import CompressibleClassifier
-from swincompress_pl.models.factory import create_model, rebuild
+from swincompress_pl.models.factory import create_model, preprocessing_for, rebuild
+from swincompress_pl.models.spiking.memory import without_memory
+from swincompress_pl.models.training import DistillationConfig, MixingConfig, OptimizationConfig
 
-__all__ = ["CompressibleClassifier", "CompressionMixin", "create_model", "rebuild", "spiking", "swin", "vit"]
+__all__ = [
+    "CompressibleClassifier",
+    "CompressionMixin",
+    "DistillationConfig",
+    "MixingConfig",
+    "OptimizationConfig",
+    "create_model",
+    "preprocessing_for",
+    "rebuild",
+    "without_memory",
+]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,100 +21,22 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
-from swincompress_pl.checkpoint.record import CompressionMixin
+from swincompress_pl.checkpoint.hooks import CompressionMixin
+from swincompress_pl.checkpoint.record import CompressionRecord
+from swincompress_pl.history import creation_of
 from swincompress_pl.models.factory import create_model
+from swincompress_pl.models.training import (
+    DistillationConfig,
+    MixingConfig,
+    OptimizationConfig,
+    as_config,
+    decay_groups,
+    distillation_loss,
+    require,
+    warmup_cosine,
+)
 
 Batch = tuple[Tensor, Tensor]  # (N, 3, H, W) float, (N,) int64
-Config = TypeVar("Config")
-
-# A parameter whose name holds one of these is not decayed, nor is any with fewer than two dimensions (norms, biases).
-# "scale" covers the learned scales of quantization, which may have two dimensions.
-_NO_DECAY = ("pos_embed", "cls_token", "dist_token", "reg_token", "relative_position", "scale")
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptimizationConfig:
-    """AdamW, with a linear warm-up and a cosine to `min_lr` over the steps of the fit.
-
-    lr: the peak, > 0. weight_decay: >= 0, for matrices only (`decay_groups`). warmup_epochs: >= 0, fractions allowed.
-    min_lr: 0 to lr, reached at the last step. betas: AdamW's.
-    """
-
-    lr: float = 1e-3
-    weight_decay: float = 0.05
-    warmup_epochs: float = 1.0
-    min_lr: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.999)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "betas", tuple(self.betas))
-        _require(self.lr > 0 and math.isfinite(self.lr), "OptimizationConfig.lr", self.lr, "a finite number above 0")
-        _require(self.weight_decay >= 0, "OptimizationConfig.weight_decay", self.weight_decay, "0 or more")
-        _require(self.warmup_epochs >= 0, "OptimizationConfig.warmup_epochs", self.warmup_epochs, "0 or more")
-        _require(0 <= self.min_lr <= self.lr, "OptimizationConfig.min_lr", self.min_lr, f"0 to lr ({self.lr})")
-        good = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
-        _require(good, "OptimizationConfig.betas", self.betas, "two numbers in [0, 1)")
-
-
-@dataclass(frozen=True, kw_only=True)
-class MixingConfig:
-    """Mixup and cutmix by timm, per batch; which images are mixed is a function of (seed, epoch, batch).
-
-    mixup_alpha, cutmix_alpha: the Beta distributions' parameter, 0 switches one off (both 0: no mixing). probability:
-    of mixing a batch at all. switch_probability: of cutmix, where both are on.
-    """
-
-    mixup_alpha: float = 0.0
-    cutmix_alpha: float = 0.0
-    probability: float = 1.0
-    switch_probability: float = 0.5
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("mixup_alpha", "cutmix_alpha", "seed"):
-            _require(getattr(self, name) >= 0, f"MixingConfig.{name}", getattr(self, name), "0 or more")
-        for name in ("probability", "switch_probability"):
-            _require(0 <= getattr(self, name) <= 1, f"MixingConfig.{name}", getattr(self, name), "0 to 1")
-
-    @property
-    def enabled(self) -> bool:
-        """Whether any batch is mixed."""
-        return self.mixup_alpha > 0 or self.cutmix_alpha > 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class DistillationConfig:
-    """Learn from the uncompressed network: loss = (1 - weight) * labels + weight * T^2 * KL(teacher || student).
-
-    weight: above 0, at most 1. temperature T: above 0. start_epoch: the teacher is the network as it stands when this
-    epoch starts, so it must come before the first compression; before it, only the labels teach. 0 asks for loaded
-    weights.
-    """
-
-    weight: float = 0.5
-    temperature: float = 1.0
-    start_epoch: int = 0
-
-    def __post_init__(self) -> None:
-        _require(0 < self.weight <= 1, "DistillationConfig.weight", self.weight, "above 0 and at most 1")
-        _require(self.temperature > 0, "DistillationConfig.temperature", self.temperature, "a number above 0")
-        _require(self.start_epoch >= 0, "DistillationConfig.start_epoch", self.start_epoch, "0 or more")
-
-
-def _require(good: bool, option: str, value: object, expected: str) -> None:
-    if not good:
-        raise ValueError(f"{option} is {value!r}; give {expected}.")
-
-
-def _as_config(kind: type[Config], value: Config | Mapping[str, Any]) -> Config:
-    """A config that came as plain data (a checkpoint's hyperparameters) as the dataclass; unknown options raise."""
-    if not isinstance(value, Mapping):
-        return value
-    known = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]  # all three are dataclasses
-    unknown = sorted(value.keys() - set(known))
-    if unknown:
-        raise ValueError(f"{kind.__name__}: unknown option {', '.join(unknown)}; it has {', '.join(known)}.")
-    return kind(**value)
 
 
 class CompressibleClassifier(CompressionMixin, LightningModule):
@@ -145,13 +66,13 @@ class CompressibleClassifier(CompressionMixin, LightningModule):
         distillation: DistillationConfig | None = None,
     ) -> None:
         super().__init__()
-        _require(num_classes >= 2, "num_classes", num_classes, "2 or more")
-        _require(0 <= label_smoothing < 1, "label_smoothing", label_smoothing, "0 or more and below 1")
+        require(num_classes >= 2, "num_classes", num_classes, "2 or more")
+        require(0 <= label_smoothing < 1, "label_smoothing", label_smoothing, "0 or more and below 1")
         if "num_classes" in (model_kwargs or {}):
             raise ValueError("model_kwargs holds num_classes; give it as the argument num_classes only.")
-        self.optimization = _as_config(OptimizationConfig, optimization)
-        self.mixing = _as_config(MixingConfig, mixing)
-        self.distillation = None if distillation is None else _as_config(DistillationConfig, distillation)
+        self.optimization = as_config(OptimizationConfig, optimization)
+        self.mixing = as_config(MixingConfig, mixing)
+        self.distillation = None if distillation is None else as_config(DistillationConfig, distillation)
         self.label_smoothing = label_smoothing
         self.num_classes = num_classes
         self.input_description: dict[str, Any] = {}
@@ -160,13 +81,15 @@ class CompressibleClassifier(CompressionMixin, LightningModule):
         self._random_start = checkpoint_path is None and not (model_kwargs or {}).get("pretrained", False)
         self._create_teacher()
         self._create_metrics()
+        creation = creation_of(self.net)
+        assert creation is not None  # create_model notes it
         # Plain data, so that a checkpoint loads with weights_only, and without what only gave the initial weights:
         # loading a checkpoint must neither download nor look for a file that is gone.
         self.save_hyperparameters(
             {
                 "model": model,
                 "num_classes": num_classes,
-                "model_kwargs": {k: v for k, v in self.net.creation["kwargs"].items() if k != "num_classes"},  # type: ignore[index,union-attr]
+                "model_kwargs": {k: v for k, v in creation["kwargs"].items() if k != "num_classes"},
                 "checkpoint_path": None,
                 "optimization": dataclasses.asdict(self.optimization),
                 "label_smoothing": label_smoothing,
@@ -325,17 +248,20 @@ class CompressibleClassifier(CompressionMixin, LightningModule):
     def _steps_per_epoch(self) -> float:
         return float(self.trainer.num_training_batches) / self.trainer.accumulate_grad_batches
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the manifest of the compression and the description of the input."""
-        super().on_save_checkpoint(checkpoint)
-        checkpoint["swincompress_pl_input"] = copy.deepcopy(self.input_description)
-        checkpoint["swincompress_pl_teacher_taken"] = self.teacher_taken
+    def compression_record(self) -> CompressionRecord:
+        """The history of the network, the description of the input, and whether there is a teacher yet."""
+        return dataclasses.replace(
+            super().compression_record(),
+            input_description=self.input_description,
+            teacher_taken=self.teacher_taken,
+        )
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Rebuild the compressed network; take over the input's description, and the teacher where there is one."""
         super().on_load_checkpoint(checkpoint)
+        record = CompressionRecord.read(checkpoint)
         if not self.input_description:  # a datamodule at hand says more than what was attached long ago
-            self.input_description = copy.deepcopy(checkpoint.get("swincompress_pl_input", {}))
+            self.input_description = dict(record.input_description or {})
         state = checkpoint["state_dict"]
         saved = [key for key in state if key.startswith("teacher.")]
         self._teacher_untrained = False
@@ -343,40 +269,10 @@ class CompressibleClassifier(CompressionMixin, LightningModule):
             for key in saved:  # loaded with distillation=None
                 del state[key]
         elif saved:
-            self.teacher_taken = bool(checkpoint["swincompress_pl_teacher_taken"])
+            self.teacher_taken = bool(record.teacher_taken)
         else:  # distillation is new: the teacher is taken at its epoch, from what is loaded now
             self.teacher_taken = False
             state.update({f"teacher.{key}": tensor for key, tensor in self.teacher.state_dict().items()})
-
-
-def decay_groups(network: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """The trainable parameters of `network` in two groups for an optimizer: with `weight_decay` and with none.
-
-    Not decayed: anything with fewer than two dimensions (norms, biases), position embeddings, tokens,
-    relative-position tables, and the scales of quantization.
-    """
-    decayed: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
-    for name, parameter in network.named_parameters():
-        if parameter.requires_grad:
-            spared = parameter.ndim < 2 or any(part in name for part in _NO_DECAY)
-            (plain if spared else decayed).append(parameter)
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
-
-
-def warmup_cosine(step: int, steps: int, warmup_steps: int, *, floor: float) -> float:
-    """The learning rate at `step` in 0 .. steps - 1 as a part of its peak: linear to 1, then a cosine to `floor`."""
-    if step < warmup_steps:
-        return (step + 1) / (warmup_steps + 1)
-    progress = min((step - warmup_steps) / max(steps - 1 - warmup_steps, 1), 1.0)
-    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def distillation_loss(logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
-    """T^2 * KL(teacher || student) at temperature T, the batch's mean; (N, C) logits each (Hinton et al., 2015)."""
-    student = functional.log_softmax(logits / temperature, dim=-1)
-    teacher = functional.log_softmax(teacher_logits / temperature, dim=-1)
-    return functional.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature**2
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -15,7 +16,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from swincompress_pl.checkpoint.record import restore_from_history
+from swincompress_pl.checkpoint.restore import restore_from_history
+from swincompress_pl.history import set_creation
+from swincompress_pl.models.spiking.memory import without_memory
 
 # Lower-case name -> class of timm, for small inputs that no registered model has.
 _CLASSES: dict[str, type[nn.Module]] = {
@@ -59,7 +62,7 @@ def create_model(
     "VisionTransformer" (any case, or "swin", "vit") with the arguments of timm's class, a builder of spikingjelly
     ("spikformer_ti", ...), one of `meta_spikeformer` ("meta_spikeformer_8_256", ...), or a spiking class, "Spikformer",
     "QKFormer", "SpikeDrivenTransformer", "MaxFormer" or "MetaSpikeFormer" (any case) with its own arguments; spiking
-    networks forget between calls and answer once (`models.spiking.without_memory`).
+    networks forget between calls and answer once (`models.without_memory`).
     pretrained: timm's published weights (a download). checkpoint_path: weights in a safetensors or torch file instead.
     `network.creation` is {"name": str, "kwargs": JSON data}: with it and a state dict the network can be built again.
 
@@ -72,7 +75,7 @@ def create_model(
     network = _builder(name, pretrained)(**kwargs)
     if checkpoint_path is not None:
         load_weights(network, Path(checkpoint_path))
-    network.creation = {"name": name, "kwargs": recorded}  # type: ignore[assignment]  # not a module, just data
+    set_creation(network, name, recorded)
     return network
 
 
@@ -111,11 +114,7 @@ def _builder(name: str, pretrained: bool) -> Callable[..., nn.Module]:
 
 def _spiking_builder(name: str) -> Callable[..., nn.Module]:
     # Imported on use: spikingjelly takes seconds to import and most networks do not spike.
-    import importlib
-
-    from swincompress_pl.models.spiking.adapter import without_memory
-
-    builder = getattr(importlib.import_module(_SPIKING[name]), name)
+    builder: Callable[..., nn.Module] = getattr(importlib.import_module(_SPIKING[name]), name)
     return lambda **kwargs: without_memory(builder(**kwargs))
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from swincompress_pl.history import history_of, origin_of
 from swincompress_pl.quant.bits import Bits, with_bits
 from swincompress_pl.quant.graph.graph import Graph, Run
 from swincompress_pl.quant.lower import lower
@@ -62,7 +63,7 @@ class QuantizedNetwork(nn.Module):
         self._twin: tuple[tuple[Any, ...], TorchTwin] | None = None
         self.compiler: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None
         self._compiled: Callable[[Run, Tensor], Tensor] | None = None
-        self._entries_before = len(getattr(network, "compression_history", []))
+        self._entries_before = len(history_of(network))
         device = next(network.parameters()).device
         self.scales.to(device)
         if learned_scales:
@@ -70,8 +71,8 @@ class QuantizedNetwork(nn.Module):
 
     @property
     def compression_history(self) -> list[dict[str, Any]]:
-        """What was done to the network, in order, as data that `models.manifest` replays; what came after the entry of
-        quantization was done to `network`, with the scales following."""
+        """What was done to the network, in order, as data that `checkpoint.restore` replays; what came after the entry
+        of quantization was done to `network`, with the scales following."""
         classes = None if self.classes is None else list(self.classes)
         quantized: dict[str, Any] = {
             "method": self.method,
@@ -82,7 +83,7 @@ class QuantizedNetwork(nn.Module):
         }
         if self.scales.drift is not None:
             quantized["learned_scales"] = True
-        history: list[dict[str, Any]] = getattr(self.network, "compression_history", [])
+        history = history_of(self.network)
         return [*history[: self._entries_before], {"quantize": quantized}, *history[self._entries_before :]]
 
     def _present_graph(self) -> Graph:
@@ -178,15 +179,13 @@ class QuantizedNetwork(nn.Module):
             raise ValueError(
                 "method 'affine' is a simulation with zero-points; quantize with 'searched' or 'max' to export"
             )
-        history = self.compression_history
-        origin = {"network": getattr(self.network, "creation", None), "history": history}
         return lower(
             self.graph,
             self.network,
             self.fixed_scales(),
             preprocessing=self.preprocessing,
             classes=self.classes,
-            origin=origin,
+            origin=origin_of(self.network, self.compression_history),
         )
 
     def train(self, mode: bool = True) -> QuantizedNetwork:

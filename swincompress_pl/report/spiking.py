@@ -58,7 +58,7 @@ def spiking_cost(network: nn.Module, images: Tensor) -> SpikingCost:
     import torch
     from spikingjelly.activation_based.op_counter import estimate_simple_energy
 
-    from swincompress_pl.models.spiking.adapter import check_spiking, watching_spikes
+    from swincompress_pl.models.spiking.memory import check_spiking, watching_spikes
     from swincompress_pl.pruning import count_macs
     from swincompress_pl.pruning.evaluation.scorer import evaluation_mode
 

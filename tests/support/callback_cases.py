@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from swincompress_pl.callbacks.pruning import AdaptiveIterativePruning
-from swincompress_pl.checkpoint.record import CompressionMixin
-from swincompress_pl.pruning.structure.apply import history_of
+from swincompress_pl.checkpoint.hooks import CompressionMixin
+from swincompress_pl.pruning import history_of
 
 
 def vit() -> nn.Module:

@@ -15,7 +15,7 @@ from spikingjelly.activation_based.neuron import BaseNode
 from torch import Tensor, nn
 
 from swincompress_pl.models.meta_spikeformer.network import MetaSpikeFormer
-from swincompress_pl.models.spiking.adapter import without_memory
+from swincompress_pl.models.spiking.memory import without_memory
 
 SIZE_PX = 32
 _spikformer = partial(Spikformer, T=2, img_size_h=SIZE_PX, img_size_w=SIZE_PX, num_classes=5, depths=2)

@@ -1,4 +1,4 @@
-"""The structured pruning groups of Meta-SpikeFormer, kinds as in `spiking.py`."""
+"""The structured pruning groups of Meta-SpikeFormer, kinds as in `models.spiking.groups`."""
 
 from __future__ import annotations
 

@@ -1,39 +1,36 @@
-"""spikingjelly's spiking transformers: their adapter, and their handling of time as an ordinary classifier's.
-
-A spiking network keeps membranes from one call to the next and answers once a time step. `without_memory` makes every
-call a fresh start with one answer, so that what evaluates, copies, trains or prunes a network need not know of time.
-"""
+"""What spikingjelly's spiking transformers tell pruning and quantization about themselves."""
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from pkgutil import resolve_name
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
+from swincompress_pl.models.spiking.memory import check_spiking, watching_spikes
 from swincompress_pl.pruning import Group
-from swincompress_pl.registry import UnsupportedNetworkError, register
+from swincompress_pl.quant import Graph
+from swincompress_pl.registry import register
 
-_MODELS = "spikingjelly.activation_based.model"
-_BLOCKS = ("stage1", "stage2", "stage3")
+_THEIRS = "spikingjelly.activation_based.model"
+_GROUPS, _GRAPH = "swincompress_pl.models.spiking.groups", "swincompress_pl.models.spiking.graph"
 
 
 class SpikingAdapter:
-    """One family; groups_of: "module:function" in `models`, imported on use, as it imports spikingjelly.
-    stem: modules before the blocks; blocks: the lists of blocks, each behind its stem where there are as many."""
+    """One family of spiking networks.
 
-    def __init__(self, family: str, groups_of: str, *, stem: tuple[str, ...], blocks: tuple[str, ...]) -> None:
-        self.family, self._groups_of, self._stem, self._blocks = family, groups_of, stem, blocks
+    groups, graph: "module:function", imported on use, as they import spikingjelly, which takes seconds. stem: modules
+    before the blocks; blocks: the lists of blocks, each behind its stem where there are as many.
+    """
+
+    def __init__(
+        self, family: str, *, groups: str, graph: str, stem: tuple[str, ...] = (), blocks: tuple[str, ...] = ()
+    ) -> None:
+        self.family, self._groups, self._graph, self._stem, self._blocks = family, groups, graph, stem, blocks
 
     def groups(self, network: Any) -> list[Group]:
         """The structured pruning groups (see `models.shared`)."""
-        module, _, function = self._groups_of.partition(":")
-        groups: Callable[[Any], list[Group]] = getattr(
-            importlib.import_module(f"swincompress_pl.models.{module}"), function
-        )
+        groups: Callable[[Any], list[Group]] = resolve_name(self._groups)
         return groups(network)
 
     def segments(self, network: Any) -> list[str]:
@@ -43,6 +40,12 @@ class SpikingAdapter:
             names += [stem, *(f"{blocks}.{name}" for name, _ in network.get_submodule(blocks).named_children())]
         return names
 
+    def graph(self, network: Any, preprocessing: Mapping[str, Any]) -> Graph:
+        """The quantizable graph; ValueError as `check_spiking`."""
+        check_spiking(network)
+        graph: Callable[[Any, Mapping[str, Any]], Graph] = resolve_name(self._graph)
+        return graph(network, preprocessing)
+
     def check_spiking(self, network: Any) -> None:
         """See `check_spiking`."""
         check_spiking(network)
@@ -51,141 +54,44 @@ class SpikingAdapter:
         """See `watching_spikes`."""
         return watching_spikes(network)
 
-    def graph(self, network: Any, preprocessing: Mapping[str, Any]) -> Any:
-        """The quantizable graph (see `models.spiking.graph`).
 
-        UnsupportedNetworkError where there is none yet; ValueError as `check_spiking`.
-        """
-        check_spiking(network)
-        graphs = importlib.import_module("swincompress_pl.models.spiking.graph").GRAPHS
-        for kind in type(network).__mro__:
-            if kind.__name__ in graphs:
-                return graphs[kind.__name__](network, preprocessing)
-        raise UnsupportedNetworkError(f"{type(network).__name__}: no integer form yet; {', '.join(graphs)} have one")
-
-
-class MetaSpikeFormerAdapter(SpikingAdapter):
-    """Five stages, each a down-sampling and its blocks."""
-
-    def __init__(self) -> None:
-        super().__init__("Meta-SpikeFormer", "meta_spikeformer.groups:meta_spikeformer_groups", stem=(), blocks=())
-
-    def segments(self, network: Any) -> list[str]:
-        """Down-sampling and blocks of each stage."""
-        names = []
-        for stage, module in network.get_submodule("stages").named_children():
-            names.append(f"stages.{stage}.downsample")
-            names += [f"stages.{stage}.blocks.{name}" for name, _ in module.blocks.named_children()]
-        return names
-
-
-def without_memory(network: nn.Module) -> nn.Module:
-    """Makes `network` forget between calls, in place, and gives it back; twice is once.
-
-    From then on a call takes images (N, C, H, W), each shown at every time step, or events (N, T, C, H, W), and gives
-    the mean over time, (N, classes). Before and after it the neurons are reset, in training as in evaluation, so that
-    a copy, a checkpoint or another batch never sees membranes. Raises ValueError for a network without neurons and for
-    one in single-step mode.
-    """
-    _check_neurons(network)
-    if _begin not in network._forward_pre_hooks.values():
-        network.register_forward_pre_hook(_begin)
-        network.register_forward_hook(_end)
-    return network
-
-
-def _check_neurons(network: nn.Module) -> None:
-    from spikingjelly.activation_based.base import MemoryModule
-
-    neurons = {name: module for name, module in network.named_modules() if isinstance(module, MemoryModule)}
-    if not neurons:
-        raise ValueError(f"{type(network).__name__}: no neuron of spikingjelly in it, so it is not a spiking network")
-    steps = getattr(network, "T", 1)
-    if not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"{type(network).__name__}: T is {steps!r}; a network needs 1 time step or more")
-    single = [name for name, module in neurons.items() if module.step_mode != "m"]
-    if single:
-        raise ValueError(
-            f"{type(network).__name__}: {single[0]} is in single-step mode; use functional.set_step_mode(network, 'm')"
-        )
-
-
-def check_spiking(network: nn.Module) -> None:
-    """Raises ValueError, naming the remedy, unless `network` spikes, in multi-step mode, and forgets between calls."""
-    _check_neurons(network)
-    if _begin not in network._forward_pre_hooks.values():
-        raise ValueError(
-            f"{type(network).__name__}: it keeps its membranes from one call to the next; make it by create_model, or "
-            "use models.spiking.without_memory(network)"
-        )
-
-
-@contextmanager
-def watching_spikes(network: nn.Module) -> Iterator[dict[str, float]]:
-    """{neuron: spikes a time step and a place, 0 to 1}, in the order of a pass, complete when the context ends.
-
-    Over all calls within it; what a neuron gives is taken for its spikes.
-    """
-    from spikingjelly.activation_based.neuron import BaseNode
-
-    counts: dict[str, tuple[Tensor, int]] = {}
-    rates: dict[str, float] = {}
-
-    def count(name: str, output: Tensor) -> None:
-        spikes, places = counts.get(name, (output.new_zeros((), dtype=torch.float64), 0))
-        counts[name] = spikes + output.detach().double().sum(), places + output.numel()
-
-    with ExitStack() as hooks:
-        for name, module in network.named_modules():
-            if isinstance(module, BaseNode):
-                handle = module.register_forward_hook(lambda _module, _inputs, output, name=name: count(name, output))
-                hooks.callback(handle.remove)
-        yield rates
-    rates.update({name: float(spikes) / places for name, (spikes, places) in counts.items()})
-
-
-def _begin(network: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Fresh membranes; events (N, T, ...) with time in front, as spikingjelly wants it."""
-    _reset(network)
-    images, *rest = inputs
-    if not isinstance(images, Tensor) or images.ndim not in (4, 5):
-        found = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
-        raise ValueError(f"{type(network).__name__}: takes images (N, C, H, W) or events (N, T, C, H, W), not {found}")
-    return (images.transpose(0, 1) if images.ndim == 5 else images, *rest)
-
-
-def _end(network: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-    _reset(network)
-    return output.mean(0) if output.ndim == 3 else output
-
-
-def _reset(network: nn.Module) -> None:
-    from spikingjelly.activation_based import functional
-
-    # not reset_net: its list of all networks that it has seen would be part of what torch.compile guards, and changes
-    # between trace and guard where another network dies
-    functional.reset_collected_modules(functional.collect_reset_modules(network))
-
-
-for _type, _adapter in {
-    "spikformer:Spikformer": SpikingAdapter(
-        "spikingjelly Spikformer", "spiking.groups:spikformer_groups", stem=("patch_embed",), blocks=("blocks",)
+register(
+    f"{_THEIRS}.spikformer:Spikformer",
+    SpikingAdapter(
+        "spikingjelly Spikformer",
+        groups=f"{_GROUPS}:spikformer_groups",
+        graph=f"{_GRAPH}:spikformer_graph",
+        stem=("patch_embed",),
+        blocks=("blocks",),
     ),
-    "spike_driven_transformer:SpikeDrivenTransformer": SpikingAdapter(
-        "spikingjelly Spike-driven Transformer", "spiking.groups:sdt_groups", stem=("patch_embed",), blocks=("blocks",)
+)
+register(
+    f"{_THEIRS}.spike_driven_transformer:SpikeDrivenTransformer",
+    SpikingAdapter(
+        "spikingjelly Spike-driven Transformer",
+        groups=f"{_GROUPS}:sdt_groups",
+        graph=f"{_GRAPH}:sdt_graph",
+        stem=("patch_embed",),
+        blocks=("blocks",),
     ),
-    "qkformer:QKFormer": SpikingAdapter(
+)
+register(
+    f"{_THEIRS}.qkformer:QKFormer",
+    SpikingAdapter(
         "spikingjelly QKFormer",
-        "spiking.groups:staged_groups",
+        groups=f"{_GROUPS}:staged_groups",
+        graph=f"{_GRAPH}:qkformer_graph",
         stem=("patch_embed1", "patch_embed2", "patch_embed3"),
-        blocks=_BLOCKS,
+        blocks=("stage1", "stage2", "stage3"),
     ),
-    "maxformer:MaxFormer": SpikingAdapter(
+)
+register(
+    f"{_THEIRS}.maxformer:MaxFormer",
+    SpikingAdapter(
         "spikingjelly MaxFormer",
-        "spiking.groups:staged_groups",
+        groups=f"{_GROUPS}:staged_groups",
+        graph=f"{_GRAPH}:maxformer_graph",
         stem=("patch_embed1", "patch_embed2", "patch_embed3"),
-        blocks=_BLOCKS,
+        blocks=("stage1", "stage2", "stage3"),
     ),
-}.items():
-    register(f"{_MODELS}.{_type}", _adapter)
-register("swincompress_pl.models.meta_spikeformer.network:MetaSpikeFormer", MetaSpikeFormerAdapter())
+)

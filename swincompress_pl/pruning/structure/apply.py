@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from swincompress_pl.history import append_entry, drop_latest_entry, history_of
 from swincompress_pl.pruning.structure.groups import Attribute, Exchange, Group, validate_units
 from swincompress_pl.pruning.structure.plan import PruningPlan, find_group
 from swincompress_pl.registry import adapter_for
@@ -74,7 +75,7 @@ def apply_plan(network: nn.Module, plan: PruningPlan, *, groups: Iterable[Group]
     for module, _, new_class in exchanged:
         network.get_submodule(module).__class__ = new_class
     if plan:
-        _set_history(network, [*history_of(network), {"prune": plan.to_dict()}])
+        append_entry(network, "prune", plan.to_dict())
     return AppliedPlan(plan=plan, tensors=tensors, attributes=attributes, exchanged=exchanged)
 
 
@@ -94,16 +95,7 @@ def revert_plan(network: nn.Module, applied: AppliedPlan) -> None:
     for module, old_class, _ in reversed(applied.exchanged):
         network.get_submodule(module).__class__ = old_class
     if applied.plan:
-        _set_history(network, history[:-1])
-
-
-def history_of(network: nn.Module) -> list[dict[str, Any]]:
-    """What was done to `network` so far, oldest first: the entries of `network.compression_history`."""
-    return list(getattr(network, "compression_history", []))
-
-
-def _set_history(network: nn.Module, history: list[dict[str, Any]]) -> None:
-    network.compression_history = history  # type: ignore[assignment]  # a plain list; nn.Module types every attribute as a tensor
+        drop_latest_entry(network)
 
 
 def _removed_units(group: Group, plan: PruningPlan) -> tuple[int, ...]:

@@ -7,9 +7,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from swincompress_pl.history import drop_latest_entry, history_of
 from swincompress_pl.pruning.structure.apply import (
     attribute_value,
-    history_of,
     mask_name,
     put_tensor,
     stored_tensor,
@@ -44,7 +44,7 @@ def regrow_latest_plan(network: nn.Module) -> None:
         # Asked for anew each time: an earlier group may have moved the offsets.
         group = find_group({g.name: g for g in adapter_for(network).groups(network)}, name)
         _regrow(network, group, kept, (plan.units or {})[name])
-    network.compression_history = history[:-1]  # type: ignore[assignment]  # a plain list
+    drop_latest_entry(network)
 
 
 def _regrow(network: nn.Module, group: Group, kept: tuple[int, ...], units: int) -> None:

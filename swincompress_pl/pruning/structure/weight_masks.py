@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from swincompress_pl.pruning.structure.apply import history_of
+from swincompress_pl.history import append_entry, derives_its_history, drop_latest_entry, history_of
 
 MASK_SUFFIX = "_mask"
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -42,7 +42,7 @@ def register_masks(network: nn.Module, names: Iterable[str]) -> tuple[str, ...]:
     new = tuple(name for name in wanted if name not in masked)
     _add_masks(network, new)
     if new:
-        _append(network, {"mask": list(new)})
+        append_entry(network, "mask", list(new))
     return new
 
 
@@ -56,7 +56,7 @@ def remove_masks(network: nn.Module, names: Iterable[str]) -> None:
     gone = tuple(dict.fromkeys(names))
     _drop_masks(network, gone)
     if gone:
-        _append(network, {"unmask": list(gone)})
+        append_entry(network, "unmask", list(gone))
 
 
 def undo_latest_masks(network: nn.Module) -> None:
@@ -74,7 +74,7 @@ def undo_latest_masks(network: nn.Module) -> None:
     else:
         _check_maskable(network, names)
         _add_masks(network, names)
-    network.compression_history = history[:-1]  # type: ignore[assignment]  # a plain list
+    drop_latest_entry(network)
 
 
 def masked_parameters(network: nn.Module) -> dict[str, tuple[nn.Parameter, Tensor]]:
@@ -194,7 +194,7 @@ def _checked_mask(name: str, parameter: Tensor, mask: Tensor) -> Tensor:
 
 
 def _check_has_history(network: nn.Module) -> None:
-    if isinstance(getattr(type(network), "compression_history", None), property):
+    if derives_its_history(network):
         raise ValueError(
             f"{type(network).__name__} wraps a network and keeps no history of its own; change the masks of its "
             ".network"
@@ -249,7 +249,3 @@ def _drop_masks(network: nn.Module, names: Iterable[str]) -> None:
     for name in names:
         path, _, leaf = name.rpartition(".")
         delattr(network.get_submodule(path), leaf + MASK_SUFFIX)
-
-
-def _append(network: nn.Module, entry: dict[str, Any]) -> None:
-    network.compression_history = [*history_of(network), entry]  # type: ignore[assignment]  # a plain list

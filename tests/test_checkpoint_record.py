@@ -1,8 +1,10 @@
-"""The manifest: what was done to a network is replayed, once, and never guessed."""
+"""The compression record: what was done to a network is replayed, once, and never guessed."""
 
 from __future__ import annotations
 
+import ast
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,18 +13,14 @@ from lightning import LightningModule, Trainer
 from timm.models import VisionTransformer
 from torch import nn
 
-from swincompress_pl.checkpoint.record import (
-    CHECKPOINT_KEY,
-    history_in,
-    restore_from_checkpoint,
-    restore_from_history,
-    restore_on_load,
-    save_to_checkpoint,
-)
+import swincompress_pl
+from swincompress_pl.checkpoint.hooks import keep_record, restore_from_checkpoint, save_to_checkpoint
+from swincompress_pl.checkpoint.record import CHECKPOINT_KEY, INPUT_KEY, TEACHER_TAKEN_KEY, history_in, read_checkpoint
+from swincompress_pl.checkpoint.restore import restore_from_history
+from swincompress_pl.history import history_of, summarize
 from swincompress_pl.models import rebuild
 from swincompress_pl.models.classifier import CompressibleClassifier
 from swincompress_pl.pruning import PruningPlan, apply_plan
-from swincompress_pl.pruning.structure.apply import history_of
 from swincompress_pl.pruning.structure.patterns import parse_granularity
 from swincompress_pl.pruning.structure.weight_masks import masked_parameters, register_masks, remove_masks, set_mask
 from swincompress_pl.quant import Bits, QuantizedNetwork
@@ -86,18 +84,27 @@ class OwnHook(Module):
         self.heads_seen.append(self.backbone.blocks[0].attn.num_heads)
 
 
-def test_restore_on_load_runs_once_before_the_modules_own_hook() -> None:
+def test_restoring_runs_once_before_the_modules_own_hook() -> None:
     checkpoint: dict[str, Any] = {}
     save_to_checkpoint(_pruned(), checkpoint, "backbone")
     module = OwnHook()
     for _ in range(2):
-        restore_on_load(module, "backbone")
+        keep_record(module, "backbone")
     twin = copy.deepcopy(module)
     module.on_load_checkpoint(checkpoint)
     assert module.heads_seen == [2]
     assert (twin.backbone.blocks[0].attn.num_heads, twin.heads_seen) == (4, [])
     twin.on_load_checkpoint(checkpoint)
     assert twin.heads_seen == [2]
+
+
+def test_a_module_without_the_mixin_writes_the_record_with_its_weights(tmp_path: Any) -> None:
+    module = _pruned()
+    keep_record(module, "backbone")
+    trainer = Trainer(logger=False, enable_checkpointing=False, accelerator="cpu", default_root_dir=tmp_path)
+    trainer.strategy.connect(module)
+    trainer.save_checkpoint(tmp_path / "a.ckpt", weights_only=True)
+    assert history_in(read_checkpoint(tmp_path / "a.ckpt")) == history_of(module.backbone)
 
 
 def test_rebuild_from_an_origin() -> None:
@@ -112,12 +119,12 @@ def test_rebuild_from_an_origin() -> None:
         rebuild({"history": history})
 
 
-def test_a_checkpoint_without_a_manifest_is_uncompressed() -> None:
+def test_a_checkpoint_without_a_record_is_uncompressed() -> None:
     assert history_in({"state_dict": {}}) == []
 
 
 def test_another_version_and_unknown_entries_are_refused() -> None:
-    with pytest.raises(ValueError, match="manifest has version 2, this package reads 1"):
+    with pytest.raises(ValueError, match="compression record has version 2, this package reads 1"):
         history_in({CHECKPOINT_KEY: {"version": 2, "history": []}})
     module = Module()
     with pytest.raises(ValueError, match=r"an entry \['melt'\], this package knows"):
@@ -135,6 +142,33 @@ def test_a_missing_attribute_lists_those_there_are() -> None:
         AttributeError, match="model_attribute='net': Module has no module of that name; it holds backbone"
     ):
         save_to_checkpoint(Module(), {}, "net")
+
+
+@pytest.mark.parametrize(
+    ("entry", "text"),
+    [
+        ({"mask": ["a", "b"]}, "mask 2 weights: a, b"),
+        ({"unmask": list("abcde")}, "unmask 5 weights: a, b, c, d, ..."),
+        ({"prune": {"groups": {"mlp": {"kept": [0, 2], "units": 3}}}}, "prune 1 groups: mlp 3 -> 2"),
+        ({"quantize": {"method": "max"}}, "quantize, method max"),
+        ({"melt": {}}, "melt (unknown to this version)"),
+    ],
+)
+def test_an_entry_in_a_line(entry: dict[str, Any], text: str) -> None:
+    assert summarize(entry) == text
+
+
+def test_one_place_knows_the_keys_and_one_the_history() -> None:
+    package = Path(swincompress_pl.__file__).parent
+    keys, writers = set(), set()
+    for file in package.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            name = str(file.relative_to(package))
+            if isinstance(node, ast.Constant) and node.value in (INPUT_KEY, TEACHER_TAKEN_KEY):
+                keys.add(name)
+            elif isinstance(node, ast.Attribute) and ast.unparse(node) == "network.compression_history":
+                writers.add(name)
+    assert (keys, writers) == ({"checkpoint/record.py"}, {"history.py"})
 
 
 # ---------------------------------------------------------------- masks of weights

@@ -1,0 +1,82 @@
+"""The entries of a history, done again to a network or undone on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from swincompress_pl.checkpoint.holder import float_network
+from swincompress_pl.history import history_of
+from swincompress_pl.pruning.structure.apply import apply_plan
+from swincompress_pl.pruning.structure.plan import PruningPlan
+from swincompress_pl.pruning.structure.regrow import regrow_latest_plan
+from swincompress_pl.pruning.structure.weight_masks import register_masks, remove_masks, undo_latest_masks
+from swincompress_pl.quant import QuantizedNetwork
+
+
+def _replay_prune(network: nn.Module, data: Mapping[str, Any]) -> nn.Module:
+    applied = apply_plan(float_network(network), PruningPlan.from_dict(data))
+    if isinstance(network, QuantizedNetwork):
+        network.follow({sliced.name: dict(sliced.kept) for sliced in applied.tensors})
+    return network
+
+
+def _replay_quantize(network: nn.Module, data: Mapping[str, Any]) -> nn.Module:
+    quantized = QuantizedNetwork(network, **data)
+    return quantized.train(network.training)
+
+
+def _replay_mask(network: nn.Module, names: Sequence[str]) -> nn.Module:
+    register_masks(float_network(network), names)
+    return network
+
+
+def _replay_unmask(network: nn.Module, names: Sequence[str]) -> nn.Module:
+    remove_masks(float_network(network), names)
+    return network
+
+
+# Kind of a history's entry -> how it is done again to a network; gives the network that takes its place.
+_REPLAY: dict[str, Callable[[nn.Module, Any], nn.Module]] = {
+    "prune": _replay_prune,
+    "mask": _replay_mask,
+    "unmask": _replay_unmask,
+    "quantize": _replay_quantize,
+}
+# The same kinds -> how the latest entry is undone, in shapes and names of the state dict; quantization is unwrapped.
+_UNDO: dict[str, Callable[[nn.Module], None]] = {
+    "prune": regrow_latest_plan,
+    "mask": undo_latest_masks,
+    "unmask": undo_latest_masks,
+}
+
+
+def restore_from_history(network: nn.Module, history: Sequence[Mapping[str, Any]]) -> nn.Module:
+    """The network with the history `history`: what `network` has beyond that is undone in shape, what is missing is
+    replayed.
+
+    Pruning and masks change `network` itself; quantization wraps it, so the result may be another object. Weights and
+    masks are not right until those of the checkpoint are loaded.
+    """
+    for entry in history:
+        if len(entry) != 1 or next(iter(entry)) not in _REPLAY:
+            raise ValueError(
+                f"the history holds an entry {list(entry)}, this package knows {list(_REPLAY)}; update swincompress_pl"
+            )
+    done = history_of(network)
+    common = 0
+    while common < min(len(done), len(history)) and done[common] == history[common]:
+        common += 1
+    if common < len(done):  # scales do not grow again: what was quantized before that is quantized anew
+        common = min([common, *(number for number, entry in enumerate(done) if "quantize" in entry)])
+    for entry in reversed(done[common:]):
+        if "quantize" in entry:
+            network = float_network(network)
+        else:
+            _UNDO[next(iter(entry))](float_network(network))
+    for entry in history[common:]:
+        (kind, data), *_ = entry.items()
+        network = _REPLAY[kind](network, data)
+    return network

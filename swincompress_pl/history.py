@@ -1,0 +1,72 @@
+"""What was done to a network, as plain data on the network itself: `compression_history`, and how it was created.
+
+The only place that reads and writes the two attributes. An entry of the history is {kind: data}, oldest first; pruning
+and quantization append, `checkpoint` puts the entries into a checkpoint and does them again, and a Program carries them
+as its `origin`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Entry = dict[str, Any]
+"""{"prune": plan}, {"mask": names}, {"unmask": names} or {"quantize": arguments of QuantizedNetwork}."""
+
+
+def history_of(network: Any) -> list[Entry]:
+    """What was done to `network` so far, oldest first: the entries of `network.compression_history`."""
+    return list(getattr(network, "compression_history", []))
+
+
+def append_entry(network: Any, kind: str, data: Any) -> None:
+    """Add {kind: data}, plain data, to the network's history."""
+    network.compression_history = [*history_of(network), {kind: data}]
+
+
+def drop_latest_entry(network: Any) -> None:
+    """Take the latest entry away: what it says was undone."""
+    network.compression_history = history_of(network)[:-1]
+
+
+def derives_its_history(network: Any) -> bool:
+    """Whether `network` wraps another and gives that one's history with its own entry: then nothing can be added."""
+    return isinstance(getattr(type(network), "compression_history", None), property)
+
+
+def set_creation(network: Any, name: str, kwargs: Mapping[str, Any]) -> None:
+    """Note how `network` was created: `models.create_model(name, **kwargs)` makes another one, not yet compressed."""
+    network.creation = {"name": name, "kwargs": dict(kwargs)}
+
+
+def creation_of(network: Any) -> dict[str, Any] | None:
+    """{"name", "kwargs"} of a network that `models.create_model` made, None of another."""
+    creation: dict[str, Any] | None = getattr(network, "creation", None)
+    return creation
+
+
+def origin_of(network: Any, history: list[Entry]) -> dict[str, Any]:
+    """Where a Program comes from: what `models.rebuild` needs to build its float network again."""
+    return {"network": creation_of(network), "history": history}
+
+
+def summarize(entry: Mapping[str, Any]) -> str:
+    """An entry in a line, for people."""
+    if "prune" in entry:
+        groups = entry["prune"].get("groups", {})
+        changed = [
+            f"{name} {'' if group.get('units') is None else group['units']} -> {len(group['kept'])}"
+            for name, group in groups.items()
+        ]
+        return f"prune {_listed(changed, 'groups')}"
+    if "quantize" in entry:
+        return f"quantize, method {entry['quantize'].get('method')}"
+    for kind in ("mask", "unmask"):
+        if kind in entry:
+            return f"{kind} {_listed(entry[kind], 'weights')}"
+    return f"{', '.join(entry)} (unknown to this version)"
+
+
+def _listed(names: Sequence[str], what: str) -> str:
+    """How many there are, and the first of them."""
+    return f"{len(names)} {what}: " + ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")

@@ -1,0 +1,102 @@
+"""A spiking network as an ordinary classifier: one call, one answer, nothing kept.
+
+A spiking network keeps membranes from one call to the next and answers once a time step. `without_memory` makes every
+call a fresh start with one answer, so that what evaluates, copies, trains or prunes a network need not know of time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def without_memory(network: nn.Module) -> nn.Module:
+    """Makes `network` forget between calls, in place, and gives it back; twice is once.
+
+    From then on a call takes images (N, C, H, W), each shown at every time step, or events (N, T, C, H, W), and gives
+    the mean over time, (N, classes). Before and after it the neurons are reset, in training as in evaluation, so that
+    a copy, a checkpoint or another batch never sees membranes. Raises ValueError for a network without neurons and for
+    one in single-step mode.
+    """
+    _check_neurons(network)
+    if _begin not in network._forward_pre_hooks.values():
+        network.register_forward_pre_hook(_begin)
+        network.register_forward_hook(_end)
+    return network
+
+
+def _check_neurons(network: nn.Module) -> None:
+    from spikingjelly.activation_based.base import MemoryModule
+
+    neurons = {name: module for name, module in network.named_modules() if isinstance(module, MemoryModule)}
+    if not neurons:
+        raise ValueError(f"{type(network).__name__}: no neuron of spikingjelly in it, so it is not a spiking network")
+    steps = getattr(network, "T", 1)
+    if not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"{type(network).__name__}: T is {steps!r}; a network needs 1 time step or more")
+    single = [name for name, module in neurons.items() if module.step_mode != "m"]
+    if single:
+        raise ValueError(
+            f"{type(network).__name__}: {single[0]} is in single-step mode; use functional.set_step_mode(network, 'm')"
+        )
+
+
+def check_spiking(network: nn.Module) -> None:
+    """Raises ValueError, naming the remedy, unless `network` spikes, in multi-step mode, and forgets between calls."""
+    _check_neurons(network)
+    if _begin not in network._forward_pre_hooks.values():
+        raise ValueError(
+            f"{type(network).__name__}: it keeps its membranes from one call to the next; make it by create_model, or "
+            "use models.spiking.without_memory(network)"
+        )
+
+
+@contextmanager
+def watching_spikes(network: nn.Module) -> Iterator[dict[str, float]]:
+    """{neuron: spikes a time step and a place, 0 to 1}, in the order of a pass, complete when the context ends.
+
+    Over all calls within it; what a neuron gives is taken for its spikes.
+    """
+    from spikingjelly.activation_based.neuron import BaseNode
+
+    counts: dict[str, tuple[Tensor, int]] = {}
+    rates: dict[str, float] = {}
+
+    def count(name: str, output: Tensor) -> None:
+        spikes, places = counts.get(name, (output.new_zeros((), dtype=torch.float64), 0))
+        counts[name] = spikes + output.detach().double().sum(), places + output.numel()
+
+    with ExitStack() as hooks:
+        for name, module in network.named_modules():
+            if isinstance(module, BaseNode):
+                handle = module.register_forward_hook(lambda _module, _inputs, output, name=name: count(name, output))
+                hooks.callback(handle.remove)
+        yield rates
+    rates.update({name: float(spikes) / places for name, (spikes, places) in counts.items()})
+
+
+def _begin(network: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Fresh membranes; events (N, T, ...) with time in front, as spikingjelly wants it."""
+    _reset(network)
+    images, *rest = inputs
+    if not isinstance(images, Tensor) or images.ndim not in (4, 5):
+        found = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
+        raise ValueError(f"{type(network).__name__}: takes images (N, C, H, W) or events (N, T, C, H, W), not {found}")
+    return (images.transpose(0, 1) if images.ndim == 5 else images, *rest)
+
+
+def _end(network: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+    _reset(network)
+    return output.mean(0) if output.ndim == 3 else output
+
+
+def _reset(network: nn.Module) -> None:
+    from spikingjelly.activation_based import functional
+
+    # not reset_net: its list of all networks that it has seen would be part of what torch.compile guards, and changes
+    # between trace and guard where another network dies
+    functional.reset_collected_modules(functional.collect_reset_modules(network))
