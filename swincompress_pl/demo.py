@@ -50,10 +50,9 @@ from swincompress_pl.report import (
     program_size,
     write_report,
 )
-from swincompress_pl.report.bench import ENGINE, operation_times
-from swincompress_pl.report.comparison import Contestant, Result
-from swincompress_pl.report.comparison import run as race
-from swincompress_pl.report.runtimes import prepare
+from swincompress_pl.report.comparison.bench import ENGINE, operation_times
+from swincompress_pl.report.comparison.compare import Result, Runner, compare
+from swincompress_pl.report.comparison.runtimes import prepare
 
 Predictions = npt.NDArray[np.int64]
 IMAGE = (1, 3, 32, 32)
@@ -92,20 +91,20 @@ def _single_shot(plan: Schedule) -> Callback:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Subject:
-    """A network of the demo: for `create_model`, how it is trained, and what prunes it."""
+class DemoModel:
+    """A network of the demo: name and arguments for `create_model`, how it is trained, and what prunes it."""
 
     title: str
-    model: str
+    name: str
     arguments: Mapping[str, Any]
     schedule: Schedule
     pruning: Callable[[Schedule], Callback]
 
 
-SUBJECTS = {
-    "swin": Subject(
+MODELS = {
+    "swin": DemoModel(
         title="small Swin",
-        model="SwinTransformer",
+        name="SwinTransformer",
         arguments={
             "img_size": IMAGE[2],
             "patch_size": 8,  # 2 x 2 pixels of the original 8 x 8 image
@@ -118,9 +117,9 @@ SUBJECTS = {
         schedule=Schedule(),
         pruning=_round_robin,
     ),
-    "spikformer": Subject(
+    "spikformer": DemoModel(
         title="small Spikformer",
-        model="Spikformer",
+        name="Spikformer",
         arguments={
             "T": 2,
             "img_size_h": IMAGE[2],
@@ -163,36 +162,36 @@ def run(
     "spikformer", a spiking one, pruned by PrimeSVT. threads: of training and measurement, default all. Raises
     ValueError for another model.
     """
-    if model not in SUBJECTS:
-        raise ValueError(f"model is {model!r}; choose one of {', '.join(SUBJECTS)}")
-    console, subject = Console(), SUBJECTS[model]
+    if model not in MODELS:
+        raise ValueError(f"model is {model!r}; choose one of {', '.join(MODELS)}")
+    console, chosen = Console(), MODELS[model]
     directory = Path(output)
     directory.mkdir(parents=True, exist_ok=True)
-    plan = schedule or subject.schedule
+    plan = schedule or chosen.schedule
     threads = threads or torch.get_num_threads()
     torch.set_num_threads(threads)
 
     data = Digits(seed=seed, augmentation=ShiftRotate(shift_px=4, rotation_deg=10.0))
     lightning.seed_everything(seed, verbose=False)
     console.print(
-        f"[bold]1. Train[/] a {subject.title} on {data.num_classes} digits, {plan.float_epochs} epochs in float"
+        f"[bold]1. Train[/] a {chosen.title} on {data.num_classes} digits, {plan.float_epochs} epochs in float"
     )
-    weights = _train(subject, data, plan, directory)
+    weights = _train(chosen, data, plan, directory)
     console.print(f"[bold]2. Compress[/]: prune and quantize in one fit of {plan.epochs} epochs")
-    compressed = _compress(subject, data, plan, directory, weights)
+    compressed = _compress(chosen, data, plan, directory, weights)
 
     # Nothing but the file: the checkpoint says how its network was pruned and quantized.
     module = CompressibleClassifier.load_from_checkpoint(compressed.checkpoint, distillation=None).eval()
     artifact = accel.export(module, directory / "model.safetensors")
     record = RunRecord(
-        name=f"swincompress demo: a {subject.title} on handwritten digits",
+        name=f"swincompress demo: a {chosen.title} on handwritten digits",
         environment=describe_environment(threads=threads),
         data="scikit-learn's digits, 32 x 32 pixels: the 360 images of the test split",
     )
     if compressed.search is not None:
         record.add_pruning(compressed.search, tolerance=compressed.tolerance)
     record.notes.extend(compressed.notes)
-    before = _network(subject, data, weights).net.eval()
+    before = _network(chosen, data, weights).net.eval()
     _measure(record, data, {"float": before, "pruned": compressed.pruned}, module, artifact, threads)
     console.print("[bold]3. Latency[/] beside the uncompressed network in torch and onnxruntime (where installed)")
     _latency(record, before, artifact, threads)
@@ -210,11 +209,11 @@ class _Compressed:
     notes: list[str]
 
 
-def _network(subject: Subject, data: Digits, weights: Path | None = None, **options: Any) -> CompressibleClassifier:
+def _network(model: DemoModel, data: Digits, weights: Path | None = None, **options: Any) -> CompressibleClassifier:
     return CompressibleClassifier(
-        model=subject.model,
+        model=model.name,
         num_classes=data.num_classes,
-        model_kwargs=dict(subject.arguments),
+        model_kwargs=dict(model.arguments),
         checkpoint_path=weights,
         **options,
     )
@@ -233,10 +232,10 @@ def _trainer(directory: Path, epochs: int, callbacks: list[Callback], **options:
     )
 
 
-def _train(subject: Subject, data: Digits, plan: Schedule, directory: Path) -> Path:
+def _train(model: DemoModel, data: Digits, plan: Schedule, directory: Path) -> Path:
     """The float network, trained to the end of its schedule; the path of its weights."""
     optimization = OptimizationConfig(lr=2e-3, weight_decay=0.05, warmup_epochs=3)
-    module = _network(subject, data, optimization=optimization, label_smoothing=0.1)
+    module = _network(model, data, optimization=optimization, label_smoothing=0.1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer = _trainer(directory, plan.float_epochs, [], enable_checkpointing=False, check_val_every_n_epoch=5)
@@ -246,10 +245,10 @@ def _train(subject: Subject, data: Digits, plan: Schedule, directory: Path) -> P
     return weights
 
 
-def _compress(subject: Subject, data: Digits, plan: Schedule, directory: Path, weights: Path) -> _Compressed:
+def _compress(model: DemoModel, data: Digits, plan: Schedule, directory: Path, weights: Path) -> _Compressed:
     """Rounds of pruning, fine-tuning and quantization-aware training in one fit, taught by the float network."""
     module = _network(
-        subject,
+        model,
         data,
         weights,
         optimization=OptimizationConfig(lr=1e-3, weight_decay=0.05, warmup_epochs=1),
@@ -257,7 +256,7 @@ def _compress(subject: Subject, data: Digits, plan: Schedule, directory: Path, w
         distillation=DistillationConfig(weight=0.5, temperature=2.0),
     )
     snapshot = PrunedSnapshot(plan.quantize_epoch)
-    pruning = subject.pruning(plan)
+    pruning = model.pruning(plan)
     best = CompressedCheckpoint(
         dirpath=directory, filename="best", monitor="val/top1", mode="max", enable_version_counter=False
     )
@@ -334,19 +333,19 @@ def _measure(
 
 
 def _latency(record: RunRecord, network: nn.Module, artifact: Path, threads: int) -> None:
-    """A race of the engine with the uncompressed network (random weights: its time does not depend on them)."""
+    """The engine compared with the uncompressed network (random weights: its time does not depend on them)."""
     engine = accel.load(artifact, threads=threads)
     origin: dict[str, Any] = {"network": network.creation, "history": []}
     with tempfile.TemporaryDirectory() as scratch:
-        peers = prepare(
+        others = prepare(
             ("torch", "onnxruntime"), origin=origin, image_shape=engine.input_shape, threads=(threads,), batch=1,
             directory=Path(scratch),
         )[threads]  # fmt: skip
-        ours = Contestant(
+        ours = Runner(
             name=ENGINE, runtime="engine", threads=threads, batch=1, image_shape=engine.input_shape, file=str(artifact),
             implementation=engine.implementation,
         )  # fmt: skip
-        results = {result.name: result for result in race([ours, *peers])}
+        results = {result.name: result for result in compare([ours, *others])}
     _add_latencies(record, results)
 
 

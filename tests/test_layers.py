@@ -64,7 +64,8 @@ def test_the_table_covers_every_room() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["swincompress_pl", "swincompress_pl.spec", "swincompress_pl.accel", "swincompress_pl.report.worker"]
+    "module",
+    ["swincompress_pl", "swincompress_pl.spec", "swincompress_pl.accel", "swincompress_pl.report.comparison.worker"],
 )
 def test_importing_it_loads_no_torch(module: str) -> None:
     code = f"import sys, {module}; sys.exit('torch' in sys.modules or 'lightning' in sys.modules)"

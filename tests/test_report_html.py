@@ -13,7 +13,7 @@ from support.report_cases import full_record, large_search_data, search_data
 
 from swincompress_pl.report import Accuracy, RunRecord, render_report, write_report
 from swincompress_pl.report import record as record_module
-from swincompress_pl.report.run import write_html
+from swincompress_pl.report.write import write_html
 
 
 class Page(HTMLParser):

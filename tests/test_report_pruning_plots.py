@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from support.report_cases import large_search_data, search_data
 
-from swincompress_pl.report.drawing import inline_svg, to_rgb
-from swincompress_pl.report.pruning_plots import (
+from swincompress_pl.report.plots.drawing import inline_svg, to_rgb
+from swincompress_pl.report.plots.pruning import (
     _short_names,
     accuracy_against_size,
     pruning_figures,

@@ -16,9 +16,9 @@ from test_report_html import Page
 
 from swincompress_pl.quant import diagnose
 from swincompress_pl.report import RecordError, RunRecord, quantization_record, render_report, write_quantization_report
-from swincompress_pl.report.plots import PLOTS
+from swincompress_pl.report.plots.draw import PLOTS
+from swincompress_pl.report.plots.quantization import quantization_figures
 from swincompress_pl.report.quantization import PLOT_TITLES, Quantization, quantization_sections
-from swincompress_pl.report.quantization_plots import quantization_figures
 
 
 @pytest.fixture(scope="module")

@@ -15,11 +15,11 @@ from swincompress_pl.report import (
     RecordError,
     RunRecord,
     describe_environment,
-    plots,
     render_report,
     write_report,
 )
 from swincompress_pl.report import record as record_module
+from swincompress_pl.report.plots import draw
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -248,4 +248,4 @@ def test_notes_are_shown_without_stages(tmp_path: Path) -> None:
     ],
 )
 def test_joined_operations_have_short_labels(name: str, short: str) -> None:
-    assert plots._short(name) == short
+    assert draw._short(name) == short

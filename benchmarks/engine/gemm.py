@@ -12,7 +12,7 @@ from jsonargparse import ArgumentParser
 
 from swincompress_pl.cli.common import integers, progress
 from swincompress_pl.report import describe_environment
-from swincompress_pl.report.kernels import bench_linear
+from swincompress_pl.report.comparison.kernels import bench_linear
 from swincompress_pl.report.markdown import table
 from swincompress_pl.report.record import write_text
 

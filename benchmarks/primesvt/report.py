@@ -10,7 +10,7 @@ from typing import Any
 
 from swincompress_pl.pruning import PrimeSVTResult
 from swincompress_pl.report.markdown import count, table
-from swincompress_pl.report.primesvt_plots import save_primesvt_figures
+from swincompress_pl.report.plots.primesvt import save_primesvt_figures
 from swincompress_pl.report.record import write_text
 
 from ..pruning.training import right_images

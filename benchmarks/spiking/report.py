@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from swincompress_pl.report.bench import ENGINE
+from swincompress_pl.report.comparison.bench import ENGINE
 from swincompress_pl.report.markdown import count, megabytes, table
 from swincompress_pl.report.record import write_text
 

@@ -19,7 +19,7 @@ from swincompress_pl.cli.common import (
     print_json,
     progress,
 )
-from swincompress_pl.report.runtimes import PEERS
+from swincompress_pl.report.comparison.runtimes import RUNTIMES
 
 KERNELS = ("linear",)
 _MISMATCH = 1
@@ -48,7 +48,7 @@ def _arguments(name: str, arguments: Sequence[str]) -> Namespace:
     command.add_argument("file", nargs="?", type=str, default=None, help="artifact that `swincompress export` wrote")
     command.add_argument("--threads", type=int, default=None, help="threads of every runtime; all cores if left out")
     command.add_argument("--batch", type=int, default=1, help="images a call")
-    command.add_argument("--against", type=str, default="", help=f"of {', '.join(PEERS)}, separated by commas")
+    command.add_argument("--against", type=str, default="", help=f"of {', '.join(RUNTIMES)}, separated by commas")
     command.add_argument("--implementation", type=str, default=None, help="force one of the engine's implementations")
     command.add_argument("--rounds", type=int, default=10, help="samples of each runtime")
     command.add_argument("--operations", action="store_true", help="also the time of every operation")
@@ -59,22 +59,22 @@ def _arguments(name: str, arguments: Sequence[str]) -> Namespace:
 
 
 def _bench_artifact(given: Namespace) -> int:
-    from swincompress_pl.report.bench import bench_artifact
+    from swincompress_pl.report.comparison.bench import bench_artifact
+    from swincompress_pl.report.comparison.runtimes import parse_runtimes
     from swincompress_pl.report.environment import available_cores
-    from swincompress_pl.report.runtimes import parse_peers
 
     file = existing_file(given.file)
     if is_checkpoint(file):
         raise ValueError(
             f"{file} is a checkpoint; write it as an artifact first: `swincompress export {file} -o model.safetensors`"
         )
-    peers = parse_peers(given.against)
+    others = parse_runtimes(given.against)
     with tempfile.TemporaryDirectory() as directory, progress() as tell:
         outcome = bench_artifact(
             file,
             threads=given.threads or available_cores(),
             batch=given.batch,
-            against=peers,
+            against=others,
             implementation=given.implementation,
             rounds=given.rounds,
             operations=given.operations,
@@ -89,8 +89,8 @@ def _bench_artifact(given: Namespace) -> int:
 
 
 def _show(outcome: Any, file: Path) -> None:
+    from swincompress_pl.report.comparison.runtimes import LATENCY_ONLY
     from swincompress_pl.report.markdown import count, megabytes
-    from swincompress_pl.report.runtimes import LATENCY_ONLY
 
     shown = console()
     shown.print(
@@ -151,7 +151,7 @@ def _show_operations(operations: Sequence[Any]) -> None:
 
 
 def _bench_kernel(given: Namespace) -> int:
-    from swincompress_pl.report.kernels import bench_linear
+    from swincompress_pl.report.comparison.kernels import bench_linear
 
     if given.kernel not in KERNELS:
         raise ValueError(f"unknown kernel {given.kernel!r}; kernels are {', '.join(KERNELS)}")

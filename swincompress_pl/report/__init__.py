@@ -5,7 +5,7 @@ from swincompress_pl.report.accuracy import Accuracy, PairedComparison, wilson_i
 from swincompress_pl.report.environment import describe_environment
 from swincompress_pl.report.latency import Latency, Ratio, measure, ratio
 from swincompress_pl.report.layers import layer_sparsity
-from swincompress_pl.report.primesvt_plots import primesvt_figures, save_primesvt_figures
+from swincompress_pl.report.plots.primesvt import primesvt_figures, save_primesvt_figures
 from swincompress_pl.report.quantization import quantization_record, write_quantization_report
 from swincompress_pl.report.record import (
     Check,
@@ -17,9 +17,9 @@ from swincompress_pl.report.record import (
     RunRecord,
     Stage,
 )
-from swincompress_pl.report.run import render_report, write_report
 from swincompress_pl.report.sizes import Size, matrix_size, network_size, program_macs, program_parameters, program_size
 from swincompress_pl.report.spiking import SpikingCost, spiking_cost
+from swincompress_pl.report.write import render_report, write_report
 
 __all__ = [
     "Accuracy",

@@ -7,9 +7,9 @@ from html import escape
 from importlib.resources import files
 
 from swincompress_pl import __version__
-from swincompress_pl.report.content import Item, Section, Table, count, megabytes, sections
-from swincompress_pl.report.drawing import inline_svg
-from swincompress_pl.report.plots import Plot
+from swincompress_pl.report.content.sections import Item, Section, Table, count, megabytes, sections
+from swincompress_pl.report.plots.draw import Plot
+from swincompress_pl.report.plots.drawing import inline_svg
 from swincompress_pl.report.quantization import Quantization, label
 from swincompress_pl.report.record import RunRecord, Stage
 from swincompress_pl.report.search import PruningSearch

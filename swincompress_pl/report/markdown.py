@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from swincompress_pl.report.content import Section, count, megabytes, sections
+from swincompress_pl.report.content.sections import Section, count, megabytes, sections
 from swincompress_pl.report.record import RunRecord
 
 __all__ = ["count", "megabytes", "render_markdown", "table"]

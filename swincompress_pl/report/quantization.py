@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:
-    from swincompress_pl.report.content import Section
+    from swincompress_pl.report.content.sections import Section
     from swincompress_pl.report.record import RunRecord
 
 DIAGNOSIS_VERSION = 1
@@ -190,7 +190,7 @@ def write_quantization_report(
     diagnosis: `quant.diagnose(quantized, images, labels)`, or its plain data. data: what the images are. Raises
     ValueError for a diagnosis of another version and NotADirectoryError where `directory` is a file.
     """
-    from swincompress_pl.report.run import write_report
+    from swincompress_pl.report.write import write_report
 
     return write_report(quantization_record(diagnosis, name=name, data=data), directory)
 
@@ -202,7 +202,7 @@ def quantization_sections(data: Mapping[str, Any] | Quantization) -> list[Sectio
 
 
 def _summary(known: Quantization) -> Section:
-    from swincompress_pl.report.content import Item, Section, megabytes
+    from swincompress_pl.report.content.sections import Item, Section, megabytes
 
     float_bytes = 4 * sum(layer.weights for layer in known.layers)
     size = f"{megabytes(known.weights_bytes)} packed, {100 * known.weights_bytes / float_bytes:.1f} % of float32"
@@ -222,7 +222,7 @@ def _summary(known: Quantization) -> Section:
 
 
 def _costs(known: Quantization) -> list[Section]:
-    from swincompress_pl.report.content import Section, Table
+    from swincompress_pl.report.content.sections import Section, Table
 
     if not known.costs:
         return []
@@ -239,7 +239,7 @@ def _costs(known: Quantization) -> list[Section]:
 
 
 def _scales(known: Quantization) -> Section:
-    from swincompress_pl.report.content import Section, Table
+    from swincompress_pl.report.content.sections import Section, Table
 
     header = ["site or weight", "bits", "SNR, dB", "own SNR, dB", "clipped", "codes used"]
     header += ["clip / maximum", "clip / 99.99 percentile"]
@@ -265,7 +265,7 @@ def _scales(known: Quantization) -> Section:
 
 
 def _bits(known: Quantization) -> Section:
-    from swincompress_pl.report.content import Section, Table, megabytes
+    from swincompress_pl.report.content.sections import Section, Table, megabytes
 
     rows = [(layer.name, str(layer.bits), f"{layer.weights:,}", megabytes(layer.size_bytes)) for layer in known.layers]
     table = Table(header=("layer", "weight bits", "weights", "packed"), rows=tuple(rows), long=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from swincompress_pl.report.html import render_html
 from swincompress_pl.report.markdown import render_markdown
-from swincompress_pl.report.plots import Plot, draw_plots, save_plots
+from swincompress_pl.report.plots.draw import Plot, draw_plots, save_plots
 from swincompress_pl.report.record import RECORD_FILE, RunRecord, write_text
 
 MARKDOWN_FILE = "report.md"

@@ -1,4 +1,4 @@
-"""Measuring an artifact: the engine in a race with its peers, its answers checked in the same run."""
+"""Measuring an artifact: the engine in a comparison with other runtimes, its answers checked in the same run."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from swincompress_pl import accel
-from swincompress_pl.report.comparison import Contestant, Progress, Result, run
+from swincompress_pl.report.comparison.compare import Progress, Result, Runner, compare
+from swincompress_pl.report.comparison.runtimes import prepare
 from swincompress_pl.report.environment import describe_environment
 from swincompress_pl.report.latency import Ratio, ratio
 from swincompress_pl.report.record import OperationTime
-from swincompress_pl.report.runtimes import prepare
 from swincompress_pl.report.sizes import program_macs
 
 ENGINE = "engine"
@@ -23,7 +23,7 @@ _IMAGES_CHECKED = 2
 
 @dataclass(frozen=True, kw_only=True)
 class Bench:
-    """What a race gave; the engine is the first of `results`. ratios: {peer: its time / the engine's}.
+    """What a comparison gave; the engine is the first of `results`. ratios: {runtime: its time / the engine's}.
 
     answers_equal: integer logits of the engine equal the reference's on `images_checked` random images, in this very
     run.
@@ -67,10 +67,10 @@ def bench_artifact(
     directory: Path,
     on_progress: Progress,
 ) -> Bench:
-    """Races the artifact `file` against the peers named in `against` (`peers.PEERS`).
+    """Compares the artifact `file` with the runtimes named in `against` (`runtimes.RUNTIMES`).
 
-    directory: for the files that peers read. Raises ArtifactError or ProgramError for a bad file, ValueError for an
-    unknown implementation or peer; a peer that is missing or fails stands in the results with the reason.
+    directory: for the files that runtimes read. Raises ArtifactError or ProgramError for a bad file, ValueError for an
+    unknown implementation or runtime; a runtime that is missing or fails stands in the results with the reason.
     """
     on_progress("checking the engine against the reference", 0, 1)
     engine = accel.load(file, threads=threads, implementation=implementation)
@@ -78,15 +78,15 @@ def bench_artifact(
     images = np.random.default_rng(1).integers(0, 256, (_IMAGES_CHECKED, *shape), dtype=np.uint8)
     equal = bool(np.array_equal(engine.run_integer(images), accel.reference(file).run_integer(images)))
     times = operation_times(engine.profile(images[:1])) if operations else []
-    peers = prepare(
+    others = prepare(
         against, origin=engine.program.origin, image_shape=shape, threads=(threads,), batch=batch, directory=directory,
         on_progress=lambda what: on_progress(what, 0, 1),
     )[threads]  # fmt: skip
-    ours = Contestant(
+    ours = Runner(
         name=ENGINE, runtime="engine", threads=threads, batch=batch, image_shape=shape, file=str(file),
         implementation=engine.implementation,
     )  # fmt: skip
-    results = run([ours, *peers], rounds=rounds, on_progress=on_progress)
+    results = compare([ours, *others], rounds=rounds, on_progress=on_progress)
     if results[0].latency is None:
         raise ValueError(f"{file}: the engine could not be measured: {results[0].unavailable}")
     return Bench(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from swincompress_pl.report.drawing import (
+from swincompress_pl.report.plots.drawing import (
     ALERT,
     BASE,
     BETWEEN,

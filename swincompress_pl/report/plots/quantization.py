@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from swincompress_pl.report.content import megabytes
-from swincompress_pl.report.drawing import EDGE, LAST, TEXT, finished, new_figure, style
+from swincompress_pl.report.content.sections import megabytes
+from swincompress_pl.report.plots.drawing import EDGE, LAST, TEXT, finished, new_figure, style
 from swincompress_pl.report.quantization import Histogram, Quantization, SiteCost, SiteError, label
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from swincompress_pl.report.content import count, megabytes, runtimes
-from swincompress_pl.report.drawing import (
+from swincompress_pl.report.content.sections import count, megabytes, runtimes
+from swincompress_pl.report.plots.drawing import (
     ALERT,
     BASE,
     BETWEEN,
@@ -21,9 +21,9 @@ from swincompress_pl.report.drawing import (
     save_png,
     style,
 )
-from swincompress_pl.report.pruning_plots import pruning_figures, scale
+from swincompress_pl.report.plots.pruning import pruning_figures, scale
+from swincompress_pl.report.plots.quantization import quantization_figures
 from swincompress_pl.report.quantization import PLOT_TITLES
-from swincompress_pl.report.quantization_plots import quantization_figures
 from swincompress_pl.report.record import LayerSparsity, OperationTime, PruningStep, RunRecord, Stage
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from swincompress_pl.report.drawing import ALERT, EDGE, EMPTY, LAST, PAGE, finished, new_figure, style
+from swincompress_pl.report.plots.drawing import ALERT, EDGE, EMPTY, LAST, PAGE, finished, new_figure, style
 from swincompress_pl.report.search import PruningSearch, Target
 
 if TYPE_CHECKING:

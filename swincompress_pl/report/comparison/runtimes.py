@@ -10,16 +10,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from swincompress_pl.report.comparison import Contestant
+from swincompress_pl.report.comparison.compare import Runner
+from swincompress_pl.report.comparison.worker import SEED, normalized, random_images
 from swincompress_pl.report.environment import installed_version
-from swincompress_pl.report.worker import SEED, normalized, random_images
 
-LATENCY_ONLY = "peers run the same architecture with random float weights: their latency counts, their answers do not"
+LATENCY_ONLY = (
+    "other runtimes run the same architecture with random float weights: their latency counts, their answers do not"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """One way to run a peer. form: what it reads, a key of `_FORMS`, or None when it rebuilds the network itself."""
+    """One way to run a runtime. form: what it reads, a key of `_FORMS`, or None when it rebuilds the network itself."""
 
     name: str
     runtime: str
@@ -29,7 +31,7 @@ class Variant:
 
 
 _ONNX = ("onnx", "onnxscript")
-PEERS: dict[str, tuple[Variant, ...]] = {
+RUNTIMES: dict[str, tuple[Variant, ...]] = {
     "torch": (Variant(name="torch fp32", runtime="torch", packages=("torch",)),),
     "torch-bf16": (Variant(name="torch bf16", runtime="torch", packages=("torch",), settings={"precision": "bf16"}),),
     "torch-compile": (
@@ -73,12 +75,12 @@ PEERS: dict[str, tuple[Variant, ...]] = {
 }
 
 
-def parse_peers(text: str) -> tuple[str, ...]:
-    """The peers named in "torch,onnxruntime"; ValueError names an unknown one and lists the choices."""
+def parse_runtimes(text: str) -> tuple[str, ...]:
+    """The runtimes named in "torch,onnxruntime"; ValueError names an unknown one and lists the choices."""
     names = tuple(name.strip() for name in text.split(",") if name.strip())
-    unknown = [name for name in names if name not in PEERS]
+    unknown = [name for name in names if name not in RUNTIMES]
     if unknown:
-        raise ValueError(f"unknown peer {unknown[0]!r}; choose from {', '.join(PEERS)}, separated by commas")
+        raise ValueError(f"unknown runtime {unknown[0]!r}; choose from {', '.join(RUNTIMES)}, separated by commas")
     return tuple(dict.fromkeys(names))
 
 
@@ -91,21 +93,21 @@ def prepare(
     batch: int,
     directory: Path,
     on_progress: Callable[[str], object] | None = None,
-) -> dict[int, list[Contestant]]:
-    """{number of threads: a contestant for every variant of every named peer}; files are written into `directory` once.
+) -> dict[int, list[Runner]]:
+    """{number of threads: a runner for every variant of every named runtime}; files are written into `directory` once.
 
     origin: `Program.origin`, from which the float architecture is rebuilt with random weights. Without it, or where a
-    package is missing or a conversion fails, the contestant is unavailable and says why.
+    package is missing or a conversion fails, the runner is unavailable and says why.
     """
     forms = _Forms(origin=origin, image_shape=image_shape, batch=batch, directory=directory)
-    contestants: dict[int, list[Contestant]] = {count: [] for count in threads}
-    for variant in (variant for name in names for variant in PEERS[name]):
+    runners: dict[int, list[Runner]] = {count: [] for count in threads}
+    for variant in (variant for name in names for variant in RUNTIMES[name]):
         if on_progress is not None:
             on_progress(f"preparing {variant.name}")
         file, unavailable = _made(variant, forms)
         for count in threads:
-            contestants[count].append(
-                Contestant(
+            runners[count].append(
+                Runner(
                     name=variant.name,
                     runtime=variant.runtime,
                     threads=count,
@@ -117,7 +119,7 @@ def prepare(
                     unavailable=unavailable,
                 )
             )
-    return contestants
+    return runners
 
 
 def _made(variant: Variant, forms: _Forms) -> tuple[str | None, str | None]:
@@ -140,7 +142,7 @@ def _made(variant: Variant, forms: _Forms) -> tuple[str | None, str | None]:
 
 @dataclass(kw_only=True)
 class _Forms:
-    """The files that peers read, each made when it is first asked for."""
+    """The files that runtimes read, each made when it is first asked for."""
 
     origin: Mapping[str, Any] | None
     image_shape: tuple[int, ...]
@@ -214,7 +216,7 @@ class _Forms:
         return model
 
     def _samples(self) -> list[Any]:
-        """Random images for a calibration, other ones than those of the race but alike."""
+        """Random images for a calibration, other ones than those of the comparison but alike."""
         shape = (self.batch, *self.image_shape)
         return [normalized(random_images(shape, seed)) for seed in (SEED + 1, SEED + 2)]
 
