@@ -126,9 +126,27 @@ NAMES: dict[str, dict[str, str]] = {
         "residual_site": "quant.graph.graph:residual_site",
         "collect_sites": "quant.graph.graph:collect_sites",
     },
+    "report.content": {
+        "Item": "report.content.parts:Item",
+        "Section": "report.content.parts:Section",
+        "Table": "report.content.parts:Table",
+        "count": "report.content.numbers:count",
+        "duration": "report.content.numbers:duration",
+        "megabytes": "report.content.numbers:megabytes",
+    },
+    "report.markdown": {
+        "count": "report.content.numbers:count",
+        "megabytes": "report.content.numbers:megabytes",
+    },
     "report.peers": {
         "PEERS": "report.comparison.runtimes:RUNTIMES",
         "parse_peers": "report.comparison.runtimes:parse_runtimes",
+    },
+    "report.plots": {
+        "PLOTS": "report.plots.draw:PLOTS",
+        "Plot": "report.plots.draw:Plot",
+        "draw_plots": "report.plots.draw:draw_plots",
+        "save_plots": "report.plots.draw:save_plots",
     },
     "report.race": {
         "Contestant": "report.comparison.compare:Runner",

@@ -50,9 +50,10 @@ from swincompress_pl.report import (
     program_size,
     write_report,
 )
-from swincompress_pl.report.comparison.bench import ENGINE, operation_times
+from swincompress_pl.report.comparison.bench import ENGINE
 from swincompress_pl.report.comparison.compare import Result, Runner, compare
 from swincompress_pl.report.comparison.runtimes import prepare
+from swincompress_pl.report.operations import operation_times
 
 Predictions = npt.NDArray[np.int64]
 IMAGE = (1, 3, 32, 32)

@@ -16,9 +16,10 @@ from test_report_html import Page
 
 from swincompress_pl.quant import diagnose
 from swincompress_pl.report import RecordError, RunRecord, quantization_record, render_report, write_quantization_report
+from swincompress_pl.report.content.quantization import quantization_sections
+from swincompress_pl.report.diagnosis import read_diagnosis
 from swincompress_pl.report.plots.draw import PLOTS
-from swincompress_pl.report.plots.quantization import quantization_figures
-from swincompress_pl.report.quantization import PLOT_TITLES, Quantization, quantization_sections
+from swincompress_pl.report.plots.quantization import QUANTIZATION_TITLES, quantization_figures
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +50,7 @@ def test_the_report_shows_the_tables(data: dict[str, Any], folder: Path) -> None
     assert "Accuracy is measured on 16 random images." in markdown
     rows = [line for line in markdown.splitlines() if line.startswith("| blocks.1.mlp.fc1 ")]
     assert len(rows) == 5  # the site and the weight in costs and scales, the layer in bits
-    for name, title in PLOT_TITLES.items():
+    for name, title in QUANTIZATION_TITLES.items():
         assert f"![{title}]({name}.png)" in markdown
         assert (folder / f"{name}.png").stat().st_size > 0
 
@@ -58,7 +59,7 @@ def test_the_page_is_whole(data: dict[str, Any], folder: Path) -> None:
     text = (folder / "report.html").read_text(encoding="utf-8")
     page = Page(text)
     assert page.open == []
-    assert page.tags.count("svg") == len(PLOT_TITLES) + 1  # and the accuracies
+    assert page.tags.count("svg") == len(QUANTIZATION_TITLES) + 1  # and the accuracies
     assert page.tags.count("details") == 2  # costs and scales; the few layers stand open
     assert "http" not in text
     assert len(page.ids) == len(set(page.ids))
@@ -85,8 +86,8 @@ def test_a_run_may_have_a_quantized_network_among_others(data: dict[str, Any]) -
 
 def test_the_plots_hold_the_figures(data: dict[str, Any]) -> None:
     figures = quantization_figures(data)
-    assert list(figures) == list(PLOT_TITLES)
-    assert set(PLOT_TITLES.items()) <= set(PLOTS.items())
+    assert list(figures) == list(QUANTIZATION_TITLES)
+    assert set(QUANTIZATION_TITLES.items()) <= set(PLOTS.items())
     bars = [patch.get_width() for patch in figures["quantization_bits"].axes[0].patches]
     assert bars == [layer["bits"] for layer in data["layers"]]
     bars = [patch.get_width() for patch in figures["quantization_costs"].axes[0].patches]
@@ -162,10 +163,10 @@ def test_bad_data_is_refused(data: dict[str, Any], change: dict[str, Any], messa
 
 def test_bad_histograms_and_costs_are_refused(data: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"histogram of .* is empty"):
-        Quantization.of(data | {"histograms": [data["histograms"][0] | {"counts": [0, 0]}]})
+        read_diagnosis(data | {"histograms": [data["histograms"][0] | {"counts": [0, 0]}]})
     cost = copy.deepcopy(data["costs"][0])
     cost["alone"]["kl"] = float("nan")
     with pytest.raises(ValueError, match=r"cost of .* is no number"):
-        Quantization.of(data | {"costs": [cost]})
+        read_diagnosis(data | {"costs": [cost]})
     with pytest.raises(ValueError, match="not 'list'"):
-        Quantization.of([])  # type: ignore[arg-type]
+        read_diagnosis([])  # type: ignore[arg-type]

@@ -14,7 +14,7 @@ from jsonargparse import ArgumentParser, Namespace
 from swincompress_pl.cli.common import integers, progress
 from swincompress_pl.report import describe_environment, program_macs
 from swincompress_pl.report.comparison.runtimes import parse_runtimes
-from swincompress_pl.report.record import write_text
+from swincompress_pl.report.plain import write_text
 
 from . import report
 from .measure import answers_equal, export_random, race_all

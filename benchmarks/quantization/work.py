@@ -30,7 +30,7 @@ from swincompress_pl.data.sampling import Purpose, derive_seed
 from swincompress_pl.pruning import HoldOut, RoundRobinConfig, collect_gradients, history_of, prune
 from swincompress_pl.quant import QuantizedNetwork, quantize
 from swincompress_pl.report import describe_environment
-from swincompress_pl.report.record import write_text
+from swincompress_pl.report.plain import write_text
 
 from .jobs import WAYS, Job
 from .tuning import RECIPES, tune

@@ -90,7 +90,7 @@ def _bench_artifact(given: Namespace) -> int:
 
 def _show(outcome: Any, file: Path) -> None:
     from swincompress_pl.report.comparison.runtimes import LATENCY_ONLY
-    from swincompress_pl.report.markdown import count, megabytes
+    from swincompress_pl.report.content.numbers import count, megabytes
 
     shown = console()
     shown.print(
@@ -122,7 +122,7 @@ def _show(outcome: Any, file: Path) -> None:
 
 
 def _cells(result: Any, outcome: Any) -> list[str]:
-    from swincompress_pl.report.markdown import megabytes
+    from swincompress_pl.report.content.numbers import megabytes
 
     if result.latency is None:
         return [result.name, "-", *[""] * 6]

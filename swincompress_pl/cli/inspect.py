@@ -10,7 +10,7 @@ import numpy as np
 from rich.table import Table
 
 from swincompress_pl.cli.common import console, existing_file, is_checkpoint, parser, print_json
-from swincompress_pl.report.markdown import count, megabytes
+from swincompress_pl.report.content.numbers import count, megabytes
 from swincompress_pl.spec import LIMITS, Operation, Program, check, costs
 
 CHECKPOINT_KEY = "swincompress_pl"

@@ -14,7 +14,7 @@ from swincompress_pl.report.comparison.compare import Progress, Result, Runner, 
 from swincompress_pl.report.comparison.runtimes import prepare
 from swincompress_pl.report.environment import describe_environment
 from swincompress_pl.report.latency import Ratio, ratio
-from swincompress_pl.report.record import OperationTime
+from swincompress_pl.report.operations import OperationTime, operation_times
 from swincompress_pl.report.sizes import program_macs
 
 ENGINE = "engine"
@@ -108,11 +108,3 @@ def ratios_to(first: Result, others: Sequence[Result]) -> dict[str, Ratio]:
     if first.latency is None:
         return {}
     return {other.name: ratio(other.latency, first.latency) for other in others if other.latency is not None}
-
-
-def operation_times(profile: accel.Profile) -> list[OperationTime]:
-    """An engine's profile as values of a record."""
-    return [
-        OperationTime(name=row.operation, kind=row.kind, time_ms=row.time_ms, macs=row.macs, size_bytes=row.bytes)
-        for row in profile
-    ]

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
+from swincompress_pl.pruning import Candidate, PrimeSVTResult
 from swincompress_pl.report.plots.drawing import (
     ALERT,
     BASE,
@@ -26,13 +29,7 @@ from swincompress_pl.report.plots.drawing import (
     style,
 )
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-    from swincompress_pl.pruning import Candidate, PrimeSVTResult
-
-    Result = Mapping[str, Any] | PrimeSVTResult
+Result = Mapping[str, Any] | PrimeSVTResult
 
 _BAND_COLOURS = (LAST, BETWEEN, BASE)
 _PHASES = {"target set": ("s", BASE), "robustness": ("^", BETWEEN), "policy": ("o", LAST)}
@@ -189,6 +186,4 @@ def _points(ax: Axes, candidates: list[Candidate]) -> None:
 
 
 def _read(result: Result) -> PrimeSVTResult:
-    from swincompress_pl.pruning import PrimeSVTResult
-
     return result if isinstance(result, PrimeSVTResult) else PrimeSVTResult.from_dict(result)
