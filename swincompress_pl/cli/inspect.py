@@ -6,14 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.table import Table
 
 from swincompress_pl.cli.common import console, existing_file, is_checkpoint, parser, print_json
 from swincompress_pl.report.content.numbers import count, megabytes
-from swincompress_pl.spec import LIMITS, Operation, Program, check, costs
-
-CHECKPOINT_KEY = "swincompress_pl"
+from swincompress_pl.spec import costs
 
 
 def main(name: str, arguments: Sequence[str]) -> int:
@@ -47,7 +44,7 @@ def describe_artifact(file: Path) -> dict[str, Any]:
     from swincompress_pl.report.sizes import program_parameters, program_size
 
     program = artifact.read(file)
-    table, values = costs(program), check(program)
+    table = costs(program)
     description = program.describe()
     return {
         "kind": "artifact",
@@ -69,30 +66,21 @@ def describe_artifact(file: Path) -> dict[str, Any]:
                 "output_dtype": cost.output.dtype,
                 "macs": cost.macs,
                 "parameter_bytes": cost.parameter_bytes,
-                "accumulator_bound": _accumulator_bound(
-                    program, cost.operation, values[cost.operation.inputs[0]].dtype
-                ),
+                "accumulator_bound": cost.accumulator_reach,
             }
             for cost in table
         ],
     }
 
 
-def _accumulator_bound(program: Program, operation: Operation, dtype: str) -> int | None:
-    """The largest magnitude that an accumulator of this layer can reach over inputs of `dtype`."""
-    if not {"weight", "bias"} <= operation.tensors.keys():
-        return None
-    weight = program.tensors[operation.tensors["weight"]].astype(np.int64)
-    bias = program.tensors[operation.tensors["bias"]].astype(np.int64)
-    reach = LIMITS[dtype][1] * np.abs(weight).reshape(weight.shape[0], -1).sum(axis=1)
-    return int((reach + np.abs(bias).reshape(-1, weight.shape[0]).max(axis=0)).max())
-
-
 def show_artifact(described: Mapping[str, Any]) -> None:
     """The description of an artifact for people."""
     shown, given = console(), described["input"]
-    shown.print(f"artifact of norm version {described['norm_version']}, {megabytes(described['file_bytes'])} on disk")
-    shape = f"(N, {given['height']}, {given['width']}, {given['channels']})"
+    shown.print(
+        f"artifact of specification version {described['norm_version']}, {megabytes(described['file_bytes'])} on disk"
+    )
+    axes = [given[axis] for axis in ("time_steps", "height", "width", "channels") if axis in given]
+    shape = f"(N, {', '.join(map(str, axes))})"
     shown.print(f"input: {given['dtype']} {shape}; preprocessing: {_pairs(given['preprocessing'])}")
     classes = described["classes"]
     more = "; ..." if classes and len(classes) > 5 else ""
@@ -124,8 +112,9 @@ def show_artifact(described: Mapping[str, Any]) -> None:
 def describe_checkpoint(file: Path) -> dict[str, Any]:
     """What a Lightning checkpoint holds, in JSON types. Raises ValueError when it holds more than plain data and
     tensors."""
+    from swincompress_pl.checkpoint.record import history_in
+
     checkpoint = read_checkpoint(file)
-    manifest = checkpoint.get(CHECKPOINT_KEY) or {}
     state = checkpoint.get("state_dict", {})
     return {
         "kind": "checkpoint",
@@ -134,7 +123,7 @@ def describe_checkpoint(file: Path) -> dict[str, Any]:
         "epoch": checkpoint.get("epoch"),
         "global_step": checkpoint.get("global_step"),
         "hyperparameters": _plain(checkpoint.get("hyper_parameters", {})),
-        "history": _plain(manifest.get("history", [])),
+        "history": _plain(history_in(checkpoint)),
         "tensors": len(state),
         "values": sum(tensor.numel() for tensor in state.values() if hasattr(tensor, "numel")),
         "callbacks": sorted(checkpoint.get("callbacks", {})),
@@ -190,10 +179,18 @@ def summarize(entry: Mapping[str, Any]) -> str:
             f"{name} {'' if group.get('units') is None else group['units']} -> {len(group['kept'])}"
             for name, group in groups.items()
         ]
-        return f"prune {len(changed)} groups: " + ", ".join(changed[:4]) + (", ..." if len(changed) > 4 else "")
+        return f"prune {_listed(changed, 'groups')}"
     if "quantize" in entry:
         return f"quantize, method {entry['quantize'].get('method')}"
+    for kind in ("mask", "unmask"):
+        if kind in entry:
+            return f"{kind} {_listed(entry[kind], 'weights')}"
     return f"{', '.join(entry)} (unknown to this version)"
+
+
+def _listed(names: Sequence[str], what: str) -> str:
+    """How many there are, and the first of them."""
+    return f"{len(names)} {what}: " + ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
 
 
 def _pairs(values: Mapping[str, Any]) -> str:
