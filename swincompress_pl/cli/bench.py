@@ -5,7 +5,6 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from jsonargparse import Namespace
 from rich.table import Table
@@ -19,7 +18,13 @@ from swincompress_pl.cli.common import (
     print_json,
     progress,
 )
-from swincompress_pl.report.comparison.runtimes import RUNTIMES
+from swincompress_pl.report.comparison.bench import Bench, bench_artifact
+from swincompress_pl.report.comparison.compare import Result
+from swincompress_pl.report.comparison.kernels import bench_linear
+from swincompress_pl.report.comparison.runtimes import LATENCY_ONLY, RUNTIMES, parse_runtimes
+from swincompress_pl.report.content.numbers import count, megabytes
+from swincompress_pl.report.environment import available_cores
+from swincompress_pl.report.operations import OperationTime
 
 KERNELS = ("linear",)
 _MISMATCH = 1
@@ -59,17 +64,13 @@ def _arguments(name: str, arguments: Sequence[str]) -> Namespace:
 
 
 def _bench_artifact(given: Namespace) -> int:
-    from swincompress_pl.report.comparison.bench import bench_artifact
-    from swincompress_pl.report.comparison.runtimes import parse_runtimes
-    from swincompress_pl.report.environment import available_cores
-
     file = existing_file(given.file)
     if is_checkpoint(file):
         raise ValueError(
             f"{file} is a checkpoint; write it as an artifact first: `swincompress export {file} -o model.safetensors`"
         )
     others = parse_runtimes(given.against)
-    with tempfile.TemporaryDirectory() as directory, progress() as tell:
+    with tempfile.TemporaryDirectory() as directory, progress() as on_progress:
         outcome = bench_artifact(
             file,
             threads=given.threads or available_cores(),
@@ -79,7 +80,7 @@ def _bench_artifact(given: Namespace) -> int:
             rounds=given.rounds,
             operations=given.operations,
             directory=Path(directory),
-            on_progress=tell,
+            on_progress=on_progress,
         )
     if given.json:
         print_json(outcome.to_dict())
@@ -88,10 +89,7 @@ def _bench_artifact(given: Namespace) -> int:
     return 0 if outcome.answers_equal else _MISMATCH
 
 
-def _show(outcome: Any, file: Path) -> None:
-    from swincompress_pl.report.comparison.runtimes import LATENCY_ONLY
-    from swincompress_pl.report.content.numbers import count, megabytes
-
+def _show(outcome: Bench, file: Path) -> None:
     shown = console()
     shown.print(
         f"{file.name}: {count(outcome.macs)} MACs an image, {megabytes(outcome.file_bytes)}, batch {outcome.batch}"
@@ -121,9 +119,7 @@ def _show(outcome: Any, file: Path) -> None:
         _show_operations(outcome.operations)
 
 
-def _cells(result: Any, outcome: Any) -> list[str]:
-    from swincompress_pl.report.content.numbers import megabytes
-
+def _cells(result: Result, outcome: Bench) -> list[str]:
     if result.latency is None:
         return [result.name, "-", *[""] * 6]
     low, high = result.latency.quartiles_ms
@@ -140,7 +136,7 @@ def _cells(result: Any, outcome: Any) -> list[str]:
     ]
 
 
-def _show_operations(operations: Sequence[Any]) -> None:
+def _show_operations(operations: Sequence[OperationTime]) -> None:
     rows = Table(title="operations")
     for column in ("operation", "kind", "ms", "MACs", "GMAC/s"):
         rows.add_column(column, justify="left" if column in ("operation", "kind") else "right")
@@ -151,8 +147,6 @@ def _show_operations(operations: Sequence[Any]) -> None:
 
 
 def _bench_kernel(given: Namespace) -> int:
-    from swincompress_pl.report.comparison.kernels import bench_linear
-
     if given.kernel not in KERNELS:
         raise ValueError(f"unknown kernel {given.kernel!r}; kernels are {', '.join(KERNELS)}")
     rows, outputs, inputs = integers(given.shape, "--shape", count=3)
@@ -164,7 +158,7 @@ def _bench_kernel(given: Namespace) -> int:
         print_json([outcome.to_dict() for outcome in outcomes])
     else:
         table = Table(title=f"linear, M={rows} N={outputs} K={inputs}, {given.threads or 1} thread(s)")
-        for column in ("implementation", "median ms", "quartiles ms", "GMAC/s", "of the peak", "equals the norm"):
+        for column in ("implementation", "median ms", "quartiles ms", "GMAC/s", "of the peak", "equals the reference"):
             table.add_column(column, justify="left" if column == "implementation" else "right")
         for outcome in outcomes:
             low, high = outcome.latency.quartiles_ms

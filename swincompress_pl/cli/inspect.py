@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
+from swincompress_pl.accel import artifact
 from swincompress_pl.cli.common import console, existing_file, is_checkpoint, parser, print_json
 from swincompress_pl.report.content.numbers import count, megabytes
+from swincompress_pl.report.sizes import program_parameters, program_size
 from swincompress_pl.spec import costs
 
 
@@ -40,9 +43,6 @@ def main(name: str, arguments: Sequence[str]) -> int:
 def describe_artifact(file: Path) -> dict[str, Any]:
     """What an artifact holds, in JSON types. Raises ArtifactError or ProgramError for a bad one: reading it proves
     it."""
-    from swincompress_pl.accel import artifact
-    from swincompress_pl.report.sizes import program_parameters, program_size
-
     program = artifact.read(file)
     table = costs(program)
     description = program.describe()
@@ -132,8 +132,6 @@ def describe_checkpoint(file: Path) -> dict[str, Any]:
 
 def read_checkpoint(file: Path) -> Mapping[str, Any]:
     """A Lightning checkpoint, without running any code that it may hold."""
-    import pickle
-
     import torch
 
     try:

@@ -101,21 +101,21 @@ def compare(
     names = [runner.name for runner in runners]
     if len(set(names)) != len(names) or rounds < 1 or warm_up < 0:
         raise ValueError(f"runners {names}, rounds={rounds}, warm_up={warm_up}: names must differ, rounds be 1 or more")
-    tell = on_progress or (lambda *_: None)
+    report = on_progress or (lambda *_: None)
     total = len(runners) + rounds
     with ExitStack() as stack:
         workers: dict[str, _Worker] = {}
         failed: dict[str, str] = {}
         for number, runner in enumerate(runners):
-            tell(f"starting {runner.name}", number, total)
+            report(f"starting {runner.name}", number, total)
             worker = stack.enter_context(_Worker(runner, warm_up, turn_ms))
             (failed if worker.failure else workers)[runner.name] = worker.failure or worker  # type: ignore[assignment]
         for number in range(rounds):
-            tell(f"round {number + 1} of {rounds}", len(runners) + number, total)
+            report(f"round {number + 1} of {rounds}", len(runners) + number, total)
             for name in turned(list(workers), number) if workers else []:
                 if not workers[name].failure:
                     workers[name].turn()
-        tell("done", total, total)
+        report("done", total, total)
         return [
             workers[name].result() if name in workers else Result(name=name, unavailable=failed[name]) for name in names
         ]

@@ -99,7 +99,7 @@ def curves_by_block(result: Result) -> Figure | None:
     known = _read(result)
     if not any(block.curve for block in known.blocks):
         return None
-    drop = known.config["max_accuracy_drop"]
+    drop = _tolerance(known)
     points = [(100 * p.rate, row, p.drop) for row, block in enumerate(known.blocks) for p in block.curve]
     rates, rows, drops = zip(*points, strict=True)
     with style():
@@ -130,7 +130,7 @@ def accuracy_against_memory(result: Result) -> Figure | None:
     known = _read(result)
     if not known.candidates:
         return None
-    drop, least = known.config["max_accuracy_drop"], known.config["min_memory_saving"]
+    drop, least = _tolerance(known), known.config["min_memory_saving"]
     with style():
         figure = new_figure(7, 4.6)
         ax = figure.subplots()
@@ -183,6 +183,12 @@ def _points(ax: Axes, candidates: list[Candidate]) -> None:
                     [100 * c.saving for c in found], [c.score for c in found], mark, color=colour, markerfacecolor=face,
                     markersize=4.5, label=f"{phase}, {'within' if accepted else 'beyond'} ({len(found)})",
                 )  # fmt: skip
+
+
+def _tolerance(result: PrimeSVTResult) -> float:
+    """In points; results of version 0.1 spell it max_accuracy_drop."""
+    config = result.config
+    return float(config["tolerance"] if "tolerance" in config else config["max_accuracy_drop"])
 
 
 def _read(result: Result) -> PrimeSVTResult:
