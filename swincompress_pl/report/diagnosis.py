@@ -8,20 +8,12 @@ from typing import Any
 
 from swincompress_pl.quant.diagnosis.diagnosis import Diagnosis, Effect, SiteCost
 from swincompress_pl.quant.diagnosis.quantization_errors import Histogram, SiteError
+from swincompress_pl.report.plain import read_plain
 
 
 def read_diagnosis(data: Mapping[str, Any] | Diagnosis) -> Diagnosis:
     """Reads `Diagnosis.to_dict()`. Raises ValueError for another version and for missing or ill-typed entries."""
-    if isinstance(data, Diagnosis):
-        return data
-    if not isinstance(data, Mapping):
-        raise ValueError(f"a diagnosis is the plain data of Diagnosis.to_dict(), not {type(data).__name__!r}")
-    try:
-        found = Diagnosis.from_dict(data)
-        _check(found)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"the diagnosis is incomplete or ill-typed: {error!r}") from error
-    return found
+    return read_plain(Diagnosis, data, "the diagnosis", _check)
 
 
 def _check(diagnosis: Diagnosis) -> None:

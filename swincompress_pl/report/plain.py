@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +24,23 @@ class Plain:
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
         """The inverse of `to_dict`; an unknown or missing field raises TypeError or KeyError."""
         return cls(**data)
+
+
+def read_plain(kind: type[T], data: Mapping[str, Any] | T, what: str, check: Callable[[T], None]) -> T:
+    """A value of another room from the plain data of its `to_dict`, checked; one that is read already as it is.
+
+    Raises ValueError for another version and for missing, ill-typed or contradictory entries. what: it in words.
+    """
+    if isinstance(data, kind):
+        return data
+    if not isinstance(data, Mapping):
+        raise ValueError(f"{what} is the plain data of {kind.__name__}.to_dict(), not {type(data).__name__!r}")
+    try:
+        found: T = kind.from_dict(data)  # type: ignore[attr-defined]  # such as SearchState
+        check(found)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{what} is incomplete or ill-typed: {error!r}") from error
+    return found
 
 
 def write_text(path: str | Path, text: str) -> Path:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from swincompress_pl.pruning import Step
+from swincompress_pl.pruning.adaptive.state import Step
 from swincompress_pl.report.accuracy import Accuracy, PairedComparison
 from swincompress_pl.report.diagnosis import read_diagnosis
 from swincompress_pl.report.latency import Latency

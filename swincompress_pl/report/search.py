@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from swincompress_pl.pruning import SearchState
-from swincompress_pl.pruning.adaptive.state import TargetState
+from swincompress_pl.pruning.adaptive.state import SearchState, TargetState
+from swincompress_pl.report.plain import read_plain
 
 
 def read_search(data: Mapping[str, Any] | SearchState) -> SearchState:
@@ -18,16 +18,7 @@ def read_search(data: Mapping[str, Any] | SearchState) -> SearchState:
 
     Raises ValueError for another version and for missing, ill-typed or contradictory entries, naming them.
     """
-    if isinstance(data, SearchState):
-        return data
-    if not isinstance(data, Mapping):
-        raise ValueError(f"a pruning search is the plain data of SearchState.to_dict(), not {type(data).__name__!r}")
-    try:
-        state = SearchState.from_dict(data)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"the pruning search is incomplete or ill-typed: {error!r}") from error
-    _check(state)
-    return state
+    return read_plain(SearchState, data, "the pruning search", _check)
 
 
 def _check(state: SearchState) -> None:

@@ -1,4 +1,4 @@
-"""One kernel alone: a layer in every implementation, timed inside an engine, its answers compared with the reference."""
+"""One kernel alone: a layer in every implementation, timed inside an engine and compared with the reference."""
 
 from __future__ import annotations
 

@@ -19,58 +19,43 @@ LATENCY_ONLY = (
 )
 
 
+_ONNX = ("onnx", "onnxscript")
+# runtime -> packages without which none of its variants runs
+_PACKAGES = {"torch": ("torch",), "onnxruntime": ("onnxruntime", *_ONNX), "openvino": ("openvino", *_ONNX)}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """One way to run a runtime. form: what it reads, a key of `_FORMS`, or None when it rebuilds the network itself."""
+    """One way to run a runtime. form: what it reads, a kind of file that `_Forms` makes, or None when it rebuilds the
+    network itself. converter: a package that makes the form, beside those of the runtime."""
 
     name: str
     runtime: str
-    packages: tuple[str, ...]
     form: str | None = None
+    converter: str | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def packages(self) -> tuple[str, ...]:
+        """Those that have to be installed."""
+        return _PACKAGES[self.runtime] + (() if self.converter is None else (self.converter,))
 
-_ONNX = ("onnx", "onnxscript")
+
 RUNTIMES: dict[str, tuple[Variant, ...]] = {
-    "torch": (Variant(name="torch fp32", runtime="torch", packages=("torch",)),),
-    "torch-bf16": (Variant(name="torch bf16", runtime="torch", packages=("torch",), settings={"precision": "bf16"}),),
+    "torch": (Variant(name="torch fp32", runtime="torch"),),
+    "torch-bf16": (Variant(name="torch bf16", runtime="torch", settings={"precision": "bf16"}),),
     "torch-compile": (
-        Variant(name="torch.compile fp32", runtime="torch", packages=("torch",), settings={"compile": True}),
-        Variant(
-            name="torch.compile bf16",
-            runtime="torch",
-            packages=("torch",),
-            settings={"compile": True, "precision": "bf16"},
-        ),
+        Variant(name="torch.compile fp32", runtime="torch", settings={"compile": True}),
+        Variant(name="torch.compile bf16", runtime="torch", settings={"compile": True, "precision": "bf16"}),
     ),
     "onnxruntime": (
-        Variant(name="onnxruntime fp32", runtime="onnxruntime", packages=("onnxruntime", *_ONNX), form="onnx"),
-        Variant(
-            name="onnxruntime dynamic int8",
-            runtime="onnxruntime",
-            packages=("onnxruntime", *_ONNX),
-            form="onnx dynamic int8",
-        ),
+        Variant(name="onnxruntime fp32", runtime="onnxruntime", form="onnx"),
+        Variant(name="onnxruntime dynamic int8", runtime="onnxruntime", form="onnx dynamic int8"),
     ),
-    "onnxruntime-qdq": (
-        Variant(
-            name="onnxruntime static int8 (QDQ)",
-            runtime="onnxruntime",
-            packages=("onnxruntime", *_ONNX),
-            form="onnx static int8",
-        ),
-    ),
+    "onnxruntime-qdq": (Variant(name="onnxruntime static int8 (QDQ)", runtime="onnxruntime", form="onnx static int8"),),
     "openvino": (
-        Variant(
-            name="openvino fp32",
-            runtime="openvino",
-            packages=("openvino", *_ONNX),
-            form="onnx",
-            settings={"INFERENCE_PRECISION_HINT": "f32"},
-        ),
-        Variant(
-            name="openvino int8 (nncf)", runtime="openvino", packages=("openvino", "nncf", *_ONNX), form="openvino int8"
-        ),
+        Variant(name="openvino fp32", runtime="openvino", form="onnx", settings={"INFERENCE_PRECISION_HINT": "f32"}),
+        Variant(name="openvino int8 (nncf)", runtime="openvino", form="openvino int8", converter="nncf"),
     ),
 }
 

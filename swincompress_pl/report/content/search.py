@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from swincompress_pl.pruning import SearchState
+from swincompress_pl.pruning.adaptive.state import SearchState
 from swincompress_pl.report.content.numbers import change, count, duration, many
 from swincompress_pl.report.content.parts import Item, Section, Table
 from swincompress_pl.report.record import PruningStep, RunRecord

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from swincompress_pl.pruning import SearchState
+from swincompress_pl.pruning.adaptive.state import SearchState
 from swincompress_pl.quant.diagnosis.diagnosis import Diagnosis
 from swincompress_pl.report.content.numbers import count, megabytes
 from swincompress_pl.report.content.parts import Tile

@@ -14,7 +14,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from swincompress_pl.pruning import Candidate, PrimeSVTResult
+from swincompress_pl.pruning import PrimeSVTResult
+from swincompress_pl.pruning.prime.candidates import Candidate
 from swincompress_pl.report.plots.drawing import (
     ALERT,
     BASE,

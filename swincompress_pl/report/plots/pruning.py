@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
-from swincompress_pl.pruning import SearchState
+from swincompress_pl.pruning.adaptive.state import SearchState
 from swincompress_pl.report.content.numbers import unit_of
 from swincompress_pl.report.plots.drawing import ALERT, EDGE, EMPTY, LAST, PAGE, finished, new_figure, style
 from swincompress_pl.report.search import kinds_of, last_round, read_search, sensitivity_curve, sparsities_by_round
