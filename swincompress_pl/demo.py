@@ -23,7 +23,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from rich.console import Console
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from swincompress_pl import accel
 from swincompress_pl.callbacks import (
@@ -50,9 +50,8 @@ from swincompress_pl.report import (
     program_size,
     write_report,
 )
-from swincompress_pl.report.comparison.bench import ENGINE
-from swincompress_pl.report.comparison.compare import Result, Runner, compare
-from swincompress_pl.report.comparison.runtimes import prepare
+from swincompress_pl.report.comparison.bench import ENGINE, compare_engine
+from swincompress_pl.report.comparison.compare import Result
 from swincompress_pl.report.operations import operation_times
 
 Predictions = npt.NDArray[np.int64]
@@ -184,16 +183,11 @@ def run(
     # Nothing but the file: the checkpoint says how its network was pruned and quantized.
     module = CompressibleClassifier.load_from_checkpoint(compressed.checkpoint, distillation=None).eval()
     artifact = accel.export(module, directory / "model.safetensors")
-    record = RunRecord(
-        name=f"swincompress demo: a {chosen.title} on handwritten digits",
-        environment=describe_environment(threads=threads),
-        data="scikit-learn's digits, 32 x 32 pixels: the 360 images of the test split",
-    )
-    if compressed.search is not None:
-        record.add_pruning(compressed.search, tolerance=compressed.tolerance)
-    record.notes.extend(compressed.notes)
+    assert isinstance(module.net, QuantizedNetwork)
+    record = _new_record(chosen, compressed, threads)
     before = _network(chosen, data, weights).net.eval()
-    _measure(record, data, {"float": before, "pruned": compressed.pruned}, module, artifact, threads)
+    networks = {"float": before, "pruned": compressed.pruned}
+    _measure(record, _TestImages.of(data), networks, module.net, artifact, threads)
     console.print("[bold]3. Latency[/] beside the uncompressed network in torch and onnxruntime (where installed)")
     _latency(record, before, artifact, threads)
     report = write_report(record, directory)
@@ -208,6 +202,18 @@ class _Compressed:
     search: dict[str, Any] | None
     tolerance: float | None
     notes: list[str]
+
+
+def _new_record(model: DemoModel, compressed: _Compressed, threads: int) -> RunRecord:
+    record = RunRecord(
+        name=f"swincompress demo: a {model.title} on handwritten digits",
+        environment=describe_environment(threads=threads),
+        data="scikit-learn's digits, 32 x 32 pixels: the 360 images of the test split",
+        notes=list(compressed.notes),
+    )
+    if compressed.search is not None:
+        record.add_pruning(compressed.search, tolerance=compressed.tolerance)
+    return record
 
 
 def _network(model: DemoModel, data: Digits, weights: Path | None = None, **options: Any) -> CompressibleClassifier:
@@ -276,61 +282,68 @@ def _compress(model: DemoModel, data: Digits, plan: Schedule, directory: Path, w
     return found
 
 
+@dataclass(frozen=True, kw_only=True)
+class _TestImages:
+    """pixels: uint8 (N, H, W, C); inputs: the same as networks take them; labels: (N,)."""
+
+    pixels: npt.NDArray[np.uint8]
+    inputs: Tensor
+    labels: Predictions
+
+    @classmethod
+    def of(cls, data: Digits) -> _TestImages:
+        pixels, labels = (np.concatenate(parts) for parts in zip(*data.uint8_batches("test"), strict=True))
+        return cls(pixels=pixels, inputs=data.preprocessing.normalize(torch.from_numpy(pixels)), labels=labels)
+
+
 def _measure(
     record: RunRecord,
-    data: Digits,
-    networks: dict[str, nn.Module],
-    module: CompressibleClassifier,
+    test: _TestImages,
+    networks: Mapping[str, nn.Module],
+    quantized: QuantizedNetwork,
     artifact: Path,
     threads: int,
 ) -> None:
     """The stages, each on the test images; the engine's integers against the reference's."""
-    labels = np.concatenate([batch for _, batch in data.uint8_batches("test")])
-    images = np.concatenate([batch for batch, _ in data.uint8_batches("test")])
-    inputs = data.preprocessing.normalize(torch.from_numpy(images))
-    quantized = module.net
-    assert isinstance(quantized, QuantizedNetwork)
-
-    def torch_stage(name: str, network: nn.Module, size: Size) -> Predictions:
-        with torch.inference_mode():
-            predictions: Predictions = network(inputs).argmax(1).numpy()
-        floats = network.network if isinstance(network, QuantizedNetwork) else network
-        parameters = sum(parameter.numel() for parameter in floats.parameters())
-        record.add_stage(
-            name,
-            parameters=parameters,
-            macs=count_macs(floats, IMAGE),
-            size=size,
-            accuracy=Accuracy.of(predictions, labels),
-        )
-        return predictions
-
-    predictions = {name: torch_stage(name, network, network_size(network)) for name, network in networks.items()}
-    engine, reference = accel.load(artifact, threads=threads), accel.reference(artifact)
+    engine = accel.load(artifact, threads=threads)
     size = program_size(engine.program, file=artifact)
-    torch_stage("quantized", quantized, size)
-
-    logits = engine.run_integer(images)
-    predictions["engine"] = logits.argmax(1)
+    predictions = {
+        name: _torch_stage(record, test, name, network, network_size(network)) for name, network in networks.items()
+    }
+    _torch_stage(record, test, "quantized", quantized, size)
+    logits = engine.run_integer(test.pixels)
+    after = logits.argmax(1)
     record.add_stage(
         "engine",
         parameters=program_parameters(engine.program),
         macs=program_macs(engine.program),
         size=size,
-        accuracy=Accuracy.of(predictions["engine"], labels),
+        accuracy=Accuracy.of(after, test.labels),
     )
     with torch.inference_mode():
-        twin = quantized.integer_logits(torch.from_numpy(images)).numpy()
-    count = f"{len(images)} test images"
-    record.add_check(
-        "engine == NumPy reference, integer logits", np.array_equal(logits, reference.run_integer(images)), count
-    )
+        twin = quantized.integer_logits(torch.from_numpy(test.pixels)).numpy()
+    expected = accel.reference(artifact).run_integer(test.pixels)
+    count = f"{len(logits)} test images"
+    record.add_check("engine == NumPy reference, integer logits", np.array_equal(logits, expected), count)
     record.add_check("torch twin == engine, integer logits", np.array_equal(twin, logits), count)
-    record.add_comparison(
-        "engine against float", PairedComparison.of(predictions["float"], predictions["engine"], labels)
-    )
+    record.add_comparison("engine against float", PairedComparison.of(predictions["float"], after, test.labels))
     record.layers.extend(layer_sparsity(networks["float"], quantized.network))
-    record.operations.extend(operation_times(engine.profile(images[:1])))
+    record.operations.extend(operation_times(engine.profile(test.pixels[:1])))
+
+
+def _torch_stage(record: RunRecord, test: _TestImages, name: str, network: nn.Module, size: Size) -> Predictions:
+    """Adds the stage and returns its predictions."""
+    with torch.inference_mode():
+        predictions: Predictions = network(test.inputs).argmax(1).numpy()
+    floats = network.network if isinstance(network, QuantizedNetwork) else network
+    record.add_stage(
+        name,
+        parameters=sum(parameter.numel() for parameter in floats.parameters()),
+        macs=count_macs(floats, IMAGE),
+        size=size,
+        accuracy=Accuracy.of(predictions, test.labels),
+    )
+    return predictions
 
 
 def _latency(record: RunRecord, network: nn.Module, artifact: Path, threads: int) -> None:
@@ -338,16 +351,10 @@ def _latency(record: RunRecord, network: nn.Module, artifact: Path, threads: int
     engine = accel.load(artifact, threads=threads)
     origin: dict[str, Any] = {"network": network.creation, "history": []}
     with tempfile.TemporaryDirectory() as scratch:
-        others = prepare(
-            ("torch", "onnxruntime"), origin=origin, image_shape=engine.input_shape, threads=(threads,), batch=1,
-            directory=Path(scratch),
-        )[threads]  # fmt: skip
-        ours = Runner(
-            name=ENGINE, runtime="engine", threads=threads, batch=1, image_shape=engine.input_shape, file=str(artifact),
-            implementation=engine.implementation,
-        )  # fmt: skip
-        results = {result.name: result for result in compare([ours, *others])}
-    _add_latencies(record, results)
+        results = compare_engine(
+            engine, artifact, against=("torch", "onnxruntime"), origin=origin, threads=threads, directory=Path(scratch)
+        )
+    _add_latencies(record, {result.name: result for result in results})
 
 
 def _add_latencies(record: RunRecord, results: dict[str, Result]) -> None:

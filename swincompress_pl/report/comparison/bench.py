@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,19 +74,13 @@ def bench_artifact(
     """
     on_progress("checking the engine against the reference", 0, 1)
     engine = accel.load(file, threads=threads, implementation=implementation)
-    shape = engine.input_shape
-    images = np.random.default_rng(1).integers(0, 256, (_IMAGES_CHECKED, *shape), dtype=np.uint8)
+    images = np.random.default_rng(1).integers(0, 256, (_IMAGES_CHECKED, *engine.input_shape), dtype=np.uint8)
     equal = bool(np.array_equal(engine.run_integer(images), accel.reference(file).run_integer(images)))
     times = operation_times(engine.profile(images[:1])) if operations else []
-    others = prepare(
-        against, origin=engine.program.origin, image_shape=shape, threads=(threads,), batch=batch, directory=directory,
-        on_progress=lambda what: on_progress(what, 0, 1),
-    )[threads]  # fmt: skip
-    ours = Runner(
-        name=ENGINE, runtime="engine", threads=threads, batch=batch, image_shape=shape, file=str(file),
-        implementation=engine.implementation,
+    results = compare_engine(
+        engine, file, against=against, origin=engine.program.origin, threads=threads, batch=batch, rounds=rounds,
+        directory=directory, on_progress=on_progress,
     )  # fmt: skip
-    results = compare([ours, *others], rounds=rounds, on_progress=on_progress)
     if results[0].latency is None:
         raise ValueError(f"{file}: the engine could not be measured: {results[0].unavailable}")
     return Bench(
@@ -101,6 +95,35 @@ def bench_artifact(
         operations=tuple(times),
         environment=describe_environment(threads=threads),
     )
+
+
+def compare_engine(
+    engine: accel.Engine,
+    file: Path,
+    *,
+    against: Sequence[str],
+    origin: Mapping[str, Any] | None,
+    threads: int,
+    batch: int = 1,
+    rounds: int = 10,
+    directory: Path,
+    on_progress: Progress | None = None,
+) -> list[Result]:
+    """The results of the artifact `file` in the engine's implementation, then of the runtimes named in `against`.
+
+    origin: what those rebuild the network from (`runtimes.prepare`). directory: for the files that they read.
+    """
+    report = on_progress or (lambda *_: None)
+    shape = engine.input_shape
+    others = prepare(
+        against, origin=origin, image_shape=shape, threads=(threads,), batch=batch, directory=directory,
+        on_progress=lambda what: report(what, 0, 1),
+    )[threads]  # fmt: skip
+    ours = Runner(
+        name=ENGINE, runtime="engine", threads=threads, batch=batch, image_shape=shape, file=str(file),
+        implementation=engine.implementation,
+    )  # fmt: skip
+    return compare([ours, *others], rounds=rounds, on_progress=on_progress)
 
 
 def ratios_to(first: Result, others: Sequence[Result]) -> dict[str, Ratio]:
