@@ -40,7 +40,7 @@ def texts(figure: Figure) -> list[str]:
 def test_the_report_shows_the_tables(data: dict[str, Any], folder: Path) -> None:
     markdown = (folder / "report.md").read_text(encoding="utf-8")
     worst, error = data["costs"][0], data["errors"][0]
-    for section in ("Quantization", "What each site costs", "Scales", "Bits a layer", "Paired predictions"):
+    for section in ("Quantization", "What each quantizer costs", "Scales", "Bits a layer", "Paired predictions"):
         assert f"## {section}" in markdown
     assert f"**costliest alone**: {worst['name']}" in markdown
     assert f" {worst['alone']['kl']:.3g} |" in markdown
@@ -48,8 +48,10 @@ def test_the_report_shows_the_tables(data: dict[str, Any], folder: Path) -> None
     assert "10 layers: 8 at 4 bits, 2 at 8 bits." in markdown
     assert f"{data['integer']['agreement_percent']:.2f} % same predictions of 16" in markdown
     assert "Accuracy is measured on 16 random images." in markdown
-    rows = [line for line in markdown.splitlines() if line.startswith("| blocks.1.mlp.fc1 ")]
-    assert len(rows) == 5  # the site and the weight in costs and scales, the layer in bits
+    tables = [section.table for section in quantization_sections(data) if section.table is not None]
+    rows = [row[0] for table in tables for row in table.rows if row[0].startswith("blocks.1.mlp.fc1")]
+    assert len(rows) == 5  # output and weight in costs and scales, the layer in bits
+    assert all(f"| {name} " in markdown for name in rows)
     for name, title in QUANTIZATION_TITLES.items():
         assert f"![{title}]({name}.png)" in markdown
         assert (folder / f"{name}.png").stat().st_size > 0
@@ -111,9 +113,9 @@ def test_large_networks_show_their_worst(data: dict[str, Any]) -> None:
     many["costs"] = [data["costs"][0] | {"name": f"b{n}"} for n in range(90)]
     figures = quantization_figures(many)
     labels = [label.get_text() for label in figures["quantization_error"].axes[0].get_yticklabels()]
-    assert len(labels) == 60
-    assert "b0 (weight)" not in labels
-    assert labels == sorted(labels, key=lambda label: int(label[1:].split()[0]))  # in the network's order
+    noisiest = sorted(many["errors"], key=lambda error: error["snr_db"])[:60]
+    assert "b0" not in [error["name"] for error in noisiest]
+    assert labels == [f"{error['name']} (weight)" for error in many["errors"] if error in noisiest]  # in its order
     assert "Signal to noise, input to logits (the 60 of most noise of 90)" in texts(figures["quantization_error"])
     assert "b89 (weight)" not in texts(figures["quantization_ranges"])  # the least clipped
     assert len(figures["quantization_costs"].axes[0].texts) == 30
@@ -124,7 +126,7 @@ def test_a_diagnosis_without_costs_labels_and_integers(tmp_path: Path) -> None:
     quantized, images = quantized_and_images(method="affine")
     path = write_quantization_report(diagnose(quantized, images, costs=False, histograms=0), tmp_path / "run")
     markdown = path.read_text(encoding="utf-8")
-    assert "What each site costs" not in markdown
+    assert "What each quantizer costs" not in markdown
     assert "integers against float" not in markdown
     assert "the float simulation of them" in markdown
     names = {file.stem for file in path.parent.glob("*.png")}

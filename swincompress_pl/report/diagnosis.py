@@ -48,5 +48,5 @@ def result_of(diagnosis: Diagnosis) -> Effect:
 
 
 def label(row: SiteCost | SiteError | Histogram) -> str:
-    """A name that tells a layer's weight from the site that it writes to."""
+    """A name that tells the quantizer of a layer's weight from that of its output."""
     return f"{row.name} (weight)" if row.kind == "weight" else row.name

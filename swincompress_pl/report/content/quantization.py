@@ -29,8 +29,8 @@ def _summary(known: Diagnosis) -> Section:
         worst = known.costs[0]
         lines.append(("costliest alone", f"{label(worst)}, KL {worst.alone.kl:.3g}"))
     text = (
-        "The signal-to-noise ratio of a site compares its values with the float network's at the same place; its own "
-        "one counts what is rounded and clipped there alone."
+        "The signal-to-noise ratio of a quantizer compares its values with the float network's at the same place; its "
+        "own one counts what is rounded and clipped there alone."
     )
     items = tuple(Item(lead=lead, text=line) for lead, line in lines)
     return Section(title="Quantization", text=text, items=items, plots=("quantization_error",))
@@ -41,18 +41,18 @@ def _costs(known: Diagnosis) -> list[Section]:
         return []
     labelled = known.costs[0].alone.top1_percent is not None
     effect = ["KL", "agreement", *(["top-1"] if labelled else [])]
-    header = ["site or weight", "bits", *(f"alone: {e}" for e in effect), *(f"all others: {e}" for e in effect)]
+    header = ["quantizer", "bits", *(f"alone: {e}" for e in effect), *(f"all others: {e}" for e in effect)]
     rows = [[label(c), str(c.bits), *_cells(c.alone, labelled), *_cells(c.others, labelled)] for c in known.costs]
     text = (
-        "Each site and weight quantized alone in the float network, and all others without it: what it costs, and what "
+        "Each quantizer alone in the float network, and all others without it: what it costs, and what "
         "leaving it in float would give back."
     )
     table = Table.of(header, rows, long=True)
-    return [Section(title="What each site costs", text=text, table=table, plots=("quantization_costs",))]
+    return [Section(title="What each quantizer costs", text=text, table=table, plots=("quantization_costs",))]
 
 
 def _scales(known: Diagnosis) -> Section:
-    header = ["site or weight", "bits", "SNR, dB", "own SNR, dB", "clipped", "codes used"]
+    header = ["quantizer", "bits", "SNR, dB", "own SNR, dB", "clipped", "codes used"]
     header += ["clip / maximum", "clip / 99.99 percentile"]
     rows = [
         (

@@ -22,9 +22,9 @@ from swincompress_pl.report.plots.drawing import EDGE, LAST, TEXT, finished, new
 
 QUANTIZATION_TITLES = {
     "quantization_error": "Signal to noise",
-    "quantization_costs": "What each site costs",
+    "quantization_costs": "What each quantizer costs",
     "quantization_ranges": "Ranges and clips",
-    "quantization_histograms": "Values of the worst sites",
+    "quantization_histograms": "Values of the worst quantizers",
     "quantization_bits": "Bits a layer",
 }
 _ROWS_SHOWN, _COSTS_SHOWN = 60, 30
@@ -69,7 +69,7 @@ def _errors(known: Diagnosis) -> Figure | None:
 
 
 def _costs(known: Diagnosis) -> Figure | None:
-    """The KL divergence with one site alone quantized, the dearest first."""
+    """The KL divergence with one quantizer alone, the dearest first."""
     shown = known.costs[:_COSTS_SHOWN]
     if not shown:
         return None
@@ -85,12 +85,12 @@ def _costs(known: Diagnosis) -> Figure | None:
             ax.barh([0], [0], color=_KINDS[kind][0], label=kind)
         ax.set_xlabel("KL to the float output, 1/1000 nats, this one alone quantized")
         ax.legend(loc="lower right", fontsize=9)
-        ax.set_title(_of("What each site costs", "dearest", shown, known.costs))
+        ax.set_title(_of("What each quantizer costs", "dearest", shown, known.costs))
         return finished(figure)
 
 
 def _ranges(known: Diagnosis) -> Figure | None:
-    """From the 99.99 percentile to the maximum of every site's magnitudes, in clips."""
+    """From the 99.99 percentile to the maximum of every quantizer's magnitudes, in clips."""
     found = [error for error in known.errors if error.clip_to_max and error.clip_to_p9999]
     shown = _worst(found, lambda error: error.clip_to_max or 0.0)
     if not shown:
