@@ -87,8 +87,16 @@ MODULES: dict[str, str] = {
     "callbacks.resume": "callbacks.random_state",
     "callbacks.searched": "callbacks.searched_network",
     "callbacks.surroundings": "callbacks.compatibility",
-    "report.peers": "report.runtimes",
-    "report.race": "report.comparison",
+    "report.bench": "report.comparison.bench",
+    "report.drawing": "report.plots.drawing",
+    "report.kernels": "report.comparison.kernels",
+    "report.peers": "report.comparison.runtimes",
+    "report.primesvt_plots": "report.plots.primesvt",
+    "report.pruning_plots": "report.plots.pruning",
+    "report.quantization_plots": "report.plots.quantization",
+    "report.race": "report.comparison.compare",
+    "report.run": "report.write",
+    "report.worker": "report.comparison.worker",
 }
 
 # Where a name is no longer found by its old module (itself, or the one that MODULES gives for it).
@@ -219,6 +227,32 @@ NAMES: dict[str, dict[str, str]] = {
         "parameter": "quant.graph.graph:parameter",
         "residual_site": "quant.graph.graph:residual_site",
         "collect_sites": "quant.graph.graph:collect_sites",
+    },
+    "report.content": {
+        "Item": "report.content.parts:Item",
+        "Section": "report.content.parts:Section",
+        "Table": "report.content.parts:Table",
+        "count": "report.content.numbers:count",
+        "duration": "report.content.numbers:duration",
+        "megabytes": "report.content.numbers:megabytes",
+    },
+    "report.markdown": {
+        "count": "report.content.numbers:count",
+        "megabytes": "report.content.numbers:megabytes",
+    },
+    "report.peers": {
+        "PEERS": "report.comparison.runtimes:RUNTIMES",
+        "parse_peers": "report.comparison.runtimes:parse_runtimes",
+    },
+    "report.plots": {
+        "PLOTS": "report.plots.draw:PLOTS",
+        "Plot": "report.plots.draw:Plot",
+        "draw_plots": "report.plots.draw:draw_plots",
+        "save_plots": "report.plots.draw:save_plots",
+    },
+    "report.race": {
+        "Contestant": "report.comparison.compare:Runner",
+        "run": "report.comparison.compare:compare",
     },
 }
 

@@ -23,7 +23,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from rich.console import Console
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from swincompress_pl import accel
 from swincompress_pl.callbacks import (
@@ -50,10 +50,9 @@ from swincompress_pl.report import (
     program_size,
     write_report,
 )
-from swincompress_pl.report.bench import ENGINE, operation_times
-from swincompress_pl.report.comparison import Contestant, Result
-from swincompress_pl.report.comparison import run as race
-from swincompress_pl.report.runtimes import prepare
+from swincompress_pl.report.comparison.bench import ENGINE, compare_engine
+from swincompress_pl.report.comparison.compare import Result
+from swincompress_pl.report.operations import operation_times
 
 Predictions = npt.NDArray[np.int64]
 IMAGE = (1, 3, 32, 32)
@@ -92,20 +91,20 @@ def _single_shot(plan: Schedule) -> Callback:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Subject:
-    """A network of the demo: for `create_model`, how it is trained, and what prunes it."""
+class DemoModel:
+    """A network of the demo: name and arguments for `create_model`, how it is trained, and what prunes it."""
 
     title: str
-    model: str
+    name: str
     arguments: Mapping[str, Any]
     schedule: Schedule
     pruning: Callable[[Schedule], Callback]
 
 
-SUBJECTS = {
-    "swin": Subject(
+MODELS = {
+    "swin": DemoModel(
         title="small Swin",
-        model="SwinTransformer",
+        name="SwinTransformer",
         arguments={
             "img_size": IMAGE[2],
             "patch_size": 8,  # 2 x 2 pixels of the original 8 x 8 image
@@ -118,9 +117,9 @@ SUBJECTS = {
         schedule=Schedule(),
         pruning=_round_robin,
     ),
-    "spikformer": Subject(
+    "spikformer": DemoModel(
         title="small Spikformer",
-        model="Spikformer",
+        name="Spikformer",
         arguments={
             "T": 2,
             "img_size_h": IMAGE[2],
@@ -163,37 +162,32 @@ def run(
     "spikformer", a spiking one, pruned by PrimeSVT. threads: of training and measurement, default all. Raises
     ValueError for another model.
     """
-    if model not in SUBJECTS:
-        raise ValueError(f"model is {model!r}; choose one of {', '.join(SUBJECTS)}")
-    console, subject = Console(), SUBJECTS[model]
+    if model not in MODELS:
+        raise ValueError(f"model is {model!r}; choose one of {', '.join(MODELS)}")
+    console, chosen = Console(), MODELS[model]
     directory = Path(output)
     directory.mkdir(parents=True, exist_ok=True)
-    plan = schedule or subject.schedule
+    plan = schedule or chosen.schedule
     threads = threads or torch.get_num_threads()
     torch.set_num_threads(threads)
 
     data = Digits(seed=seed, augmentation=ShiftRotate(shift_px=4, rotation_deg=10.0))
     lightning.seed_everything(seed, verbose=False)
     console.print(
-        f"[bold]1. Train[/] a {subject.title} on {data.num_classes} digits, {plan.float_epochs} epochs in float"
+        f"[bold]1. Train[/] a {chosen.title} on {data.num_classes} digits, {plan.float_epochs} epochs in float"
     )
-    weights = _train(subject, data, plan, directory)
+    weights = _train(chosen, data, plan, directory)
     console.print(f"[bold]2. Compress[/]: prune and quantize in one fit of {plan.epochs} epochs")
-    compressed = _compress(subject, data, plan, directory, weights)
+    compressed = _compress(chosen, data, plan, directory, weights)
 
     # Nothing but the file: the checkpoint says how its network was pruned and quantized.
     module = CompressibleClassifier.load_from_checkpoint(compressed.checkpoint, distillation=None).eval()
     artifact = accel.export(module, directory / "model.safetensors")
-    record = RunRecord(
-        name=f"swincompress demo: a {subject.title} on handwritten digits",
-        environment=describe_environment(threads=threads),
-        data="scikit-learn's digits, 32 x 32 pixels: the 360 images of the test split",
-    )
-    if compressed.search is not None:
-        record.add_pruning(compressed.search, tolerance=compressed.tolerance)
-    record.notes.extend(compressed.notes)
-    before = _network(subject, data, weights).net.eval()
-    _measure(record, data, {"float": before, "pruned": compressed.pruned}, module, artifact, threads)
+    assert isinstance(module.net, QuantizedNetwork)
+    record = _new_record(chosen, compressed, threads)
+    before = _network(chosen, data, weights).net.eval()
+    networks = {"float": before, "pruned": compressed.pruned}
+    _measure(record, _TestImages.of(data), networks, module.net, artifact, threads)
     console.print("[bold]3. Latency[/] beside the uncompressed network in torch and onnxruntime (where installed)")
     _latency(record, before, artifact, threads)
     report = write_report(record, directory)
@@ -210,11 +204,23 @@ class _Compressed:
     notes: list[str]
 
 
-def _network(subject: Subject, data: Digits, weights: Path | None = None, **options: Any) -> CompressibleClassifier:
+def _new_record(model: DemoModel, compressed: _Compressed, threads: int) -> RunRecord:
+    record = RunRecord(
+        name=f"swincompress demo: a {model.title} on handwritten digits",
+        environment=describe_environment(threads=threads),
+        data="scikit-learn's digits, 32 x 32 pixels: the 360 images of the test split",
+        notes=list(compressed.notes),
+    )
+    if compressed.search is not None:
+        record.add_pruning(compressed.search, tolerance=compressed.tolerance)
+    return record
+
+
+def _network(model: DemoModel, data: Digits, weights: Path | None = None, **options: Any) -> CompressibleClassifier:
     return CompressibleClassifier(
-        model=subject.model,
+        model=model.name,
         num_classes=data.num_classes,
-        model_kwargs=dict(subject.arguments),
+        model_kwargs=dict(model.arguments),
         checkpoint_path=weights,
         **options,
     )
@@ -233,10 +239,10 @@ def _trainer(directory: Path, epochs: int, callbacks: list[Callback], **options:
     )
 
 
-def _train(subject: Subject, data: Digits, plan: Schedule, directory: Path) -> Path:
+def _train(model: DemoModel, data: Digits, plan: Schedule, directory: Path) -> Path:
     """The float network, trained to the end of its schedule; the path of its weights."""
     optimization = OptimizationConfig(lr=2e-3, weight_decay=0.05, warmup_epochs=3)
-    module = _network(subject, data, optimization=optimization, label_smoothing=0.1)
+    module = _network(model, data, optimization=optimization, label_smoothing=0.1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer = _trainer(directory, plan.float_epochs, [], enable_checkpointing=False, check_val_every_n_epoch=5)
@@ -246,10 +252,10 @@ def _train(subject: Subject, data: Digits, plan: Schedule, directory: Path) -> P
     return weights
 
 
-def _compress(subject: Subject, data: Digits, plan: Schedule, directory: Path, weights: Path) -> _Compressed:
+def _compress(model: DemoModel, data: Digits, plan: Schedule, directory: Path, weights: Path) -> _Compressed:
     """Rounds of pruning, fine-tuning and quantization-aware training in one fit, taught by the float network."""
     module = _network(
-        subject,
+        model,
         data,
         weights,
         optimization=OptimizationConfig(lr=1e-3, weight_decay=0.05, warmup_epochs=1),
@@ -257,7 +263,7 @@ def _compress(subject: Subject, data: Digits, plan: Schedule, directory: Path, w
         distillation=DistillationConfig(weight=0.5, temperature=2.0),
     )
     snapshot = PrunedSnapshot(plan.quantize_epoch)
-    pruning = subject.pruning(plan)
+    pruning = model.pruning(plan)
     best = CompressedCheckpoint(
         dirpath=directory, filename="best", monitor="val/top1", mode="max", enable_version_counter=False
     )
@@ -276,78 +282,79 @@ def _compress(subject: Subject, data: Digits, plan: Schedule, directory: Path, w
     return found
 
 
+@dataclass(frozen=True, kw_only=True)
+class _TestImages:
+    """pixels: uint8 (N, H, W, C); inputs: the same as networks take them; labels: (N,)."""
+
+    pixels: npt.NDArray[np.uint8]
+    inputs: Tensor
+    labels: Predictions
+
+    @classmethod
+    def of(cls, data: Digits) -> _TestImages:
+        pixels, labels = (np.concatenate(parts) for parts in zip(*data.uint8_batches("test"), strict=True))
+        return cls(pixels=pixels, inputs=data.preprocessing.normalize(torch.from_numpy(pixels)), labels=labels)
+
+
 def _measure(
     record: RunRecord,
-    data: Digits,
-    networks: dict[str, nn.Module],
-    module: CompressibleClassifier,
+    test: _TestImages,
+    networks: Mapping[str, nn.Module],
+    quantized: QuantizedNetwork,
     artifact: Path,
     threads: int,
 ) -> None:
     """The stages, each on the test images; the engine's integers against the reference's."""
-    labels = np.concatenate([batch for _, batch in data.uint8_batches("test")])
-    images = np.concatenate([batch for batch, _ in data.uint8_batches("test")])
-    inputs = data.preprocessing.normalize(torch.from_numpy(images))
-    quantized = module.net
-    assert isinstance(quantized, QuantizedNetwork)
-
-    def torch_stage(name: str, network: nn.Module, size: Size) -> Predictions:
-        with torch.inference_mode():
-            predictions: Predictions = network(inputs).argmax(1).numpy()
-        floats = network.network if isinstance(network, QuantizedNetwork) else network
-        parameters = sum(parameter.numel() for parameter in floats.parameters())
-        record.add_stage(
-            name,
-            parameters=parameters,
-            macs=count_macs(floats, IMAGE),
-            size=size,
-            accuracy=Accuracy.of(predictions, labels),
-        )
-        return predictions
-
-    predictions = {name: torch_stage(name, network, network_size(network)) for name, network in networks.items()}
-    engine, reference = accel.load(artifact, threads=threads), accel.reference(artifact)
+    engine = accel.load(artifact, threads=threads)
     size = program_size(engine.program, file=artifact)
-    torch_stage("quantized", quantized, size)
-
-    logits = engine.run_integer(images)
-    predictions["engine"] = logits.argmax(1)
+    predictions = {
+        name: _torch_stage(record, test, name, network, network_size(network)) for name, network in networks.items()
+    }
+    _torch_stage(record, test, "quantized", quantized, size)
+    logits = engine.run_integer(test.pixels)
+    after = logits.argmax(1)
     record.add_stage(
         "engine",
         parameters=program_parameters(engine.program),
         macs=program_macs(engine.program),
         size=size,
-        accuracy=Accuracy.of(predictions["engine"], labels),
+        accuracy=Accuracy.of(after, test.labels),
     )
     with torch.inference_mode():
-        twin = quantized.integer_logits(torch.from_numpy(images)).numpy()
-    count = f"{len(images)} test images"
-    record.add_check(
-        "engine == NumPy reference, integer logits", np.array_equal(logits, reference.run_integer(images)), count
-    )
+        twin = quantized.integer_logits(torch.from_numpy(test.pixels)).numpy()
+    expected = accel.reference(artifact).run_integer(test.pixels)
+    count = f"{len(logits)} test images"
+    record.add_check("engine == NumPy reference, integer logits", np.array_equal(logits, expected), count)
     record.add_check("torch twin == engine, integer logits", np.array_equal(twin, logits), count)
-    record.add_comparison(
-        "engine against float", PairedComparison.of(predictions["float"], predictions["engine"], labels)
-    )
+    record.add_comparison("engine against float", PairedComparison.of(predictions["float"], after, test.labels))
     record.layers.extend(layer_sparsity(networks["float"], quantized.network))
-    record.operations.extend(operation_times(engine.profile(images[:1])))
+    record.operations.extend(operation_times(engine.profile(test.pixels[:1])))
+
+
+def _torch_stage(record: RunRecord, test: _TestImages, name: str, network: nn.Module, size: Size) -> Predictions:
+    """Adds the stage and returns its predictions."""
+    with torch.inference_mode():
+        predictions: Predictions = network(test.inputs).argmax(1).numpy()
+    floats = network.network if isinstance(network, QuantizedNetwork) else network
+    record.add_stage(
+        name,
+        parameters=sum(parameter.numel() for parameter in floats.parameters()),
+        macs=count_macs(floats, IMAGE),
+        size=size,
+        accuracy=Accuracy.of(predictions, test.labels),
+    )
+    return predictions
 
 
 def _latency(record: RunRecord, network: nn.Module, artifact: Path, threads: int) -> None:
-    """A race of the engine with the uncompressed network (random weights: its time does not depend on them)."""
+    """The engine compared with the uncompressed network (random weights: its time does not depend on them)."""
     engine = accel.load(artifact, threads=threads)
     origin = origin_of(network, [])
     with tempfile.TemporaryDirectory() as scratch:
-        peers = prepare(
-            ("torch", "onnxruntime"), origin=origin, image_shape=engine.input_shape, threads=(threads,), batch=1,
-            directory=Path(scratch),
-        )[threads]  # fmt: skip
-        ours = Contestant(
-            name=ENGINE, runtime="engine", threads=threads, batch=1, image_shape=engine.input_shape, file=str(artifact),
-            implementation=engine.implementation,
-        )  # fmt: skip
-        results = {result.name: result for result in race([ours, *peers])}
-    _add_latencies(record, results)
+        results = compare_engine(
+            engine, artifact, against=("torch", "onnxruntime"), origin=origin, threads=threads, directory=Path(scratch)
+        )
+    _add_latencies(record, {result.name: result for result in results})
 
 
 def _add_latencies(record: RunRecord, results: dict[str, Result]) -> None:

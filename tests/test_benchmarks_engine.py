@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from swincompress_pl import models
-from swincompress_pl.report import comparison, worker
+from swincompress_pl.report.comparison import compare, worker
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.engine import __main__ as main
@@ -46,9 +46,7 @@ def test_all_models_and_batches_in_one_command(
     prepare, models_ = measure.prepare, ("vit_tiny_patch16_224", "deit_tiny_patch16_224")
 
     def with_one_that_fails(*args: Any, batch: int, **options: Any) -> Any:
-        broken = comparison.Contestant(
-            name="broken", runtime="engine", threads=1, batch=batch, image_shape=(1,), file="gone"
-        )
+        broken = compare.Runner(name="broken", runtime="engine", threads=1, batch=batch, image_shape=(1,), file="gone")
         with_torch = batch == 2 and options["origin"]["network"]["name"] == models_[0]  # its process starts slowly
         found = prepare(*args, batch=batch, **options)
         return {threads: [broken, *(peers if with_torch else [])] for threads, peers in found.items()}
@@ -82,7 +80,7 @@ def test_all_models_and_batches_in_one_command(
         (["--model", " ,"], "--model is ' ,'"),
         (["--batch", "0"], "--batch is '0'"),
         (["--threads", "x"], "--threads is 'x'"),
-        (["--against", "tensorrt"], "unknown peer 'tensorrt'"),
+        (["--against", "tensorrt"], "unknown runtime 'tensorrt'"),
     ],
 )
 def test_bad_arguments_come_before_any_work(

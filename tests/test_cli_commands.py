@@ -12,12 +12,16 @@ from typing import Any
 import pytest
 import torch
 import yaml  # type: ignore[import-untyped]
+from support.spiking_programs import spiking_program
 
-from swincompress_pl import __version__, cli
+from swincompress_pl import __version__, accel, cli
 from swincompress_pl.cli import COMMANDS, main
 from swincompress_pl.cli.common import integers
+from swincompress_pl.cli.inspect import describe_artifact, summarize
+from swincompress_pl.spec.kind import Call
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+GOLDEN = REPOSITORY / "tests" / "golden" / "0.1"
 CONFIGS = sorted((REPOSITORY / "configs").glob("*.yaml"))
 
 TINY: dict[str, Any] = {
@@ -205,6 +209,54 @@ def test_inspect_tells_a_checkpoints_history(run_directory: Path, capsys: pytest
     assert "2. quantize, method max" in out
 
 
+@pytest.mark.parametrize("name", ["masked", "primesvt_paper", "pruned", "quantized"])
+def test_inspect_knows_every_entry_of_its_own_version(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(["inspect", str(GOLDEN / f"{name}.ckpt")], capsys)
+    assert code == 0
+    assert "unknown" not in out
+    if name == "masked":
+        assert "1. mask 8 weights: blocks.0.attn.qkv.weight, " in out
+
+
+def test_inspect_tells_what_was_unmasked_and_what_it_does_not_know() -> None:
+    assert summarize({"unmask": ["a.weight"]}) == "unmask 1 weights: a.weight"
+    assert summarize({"fold": {}}) == "fold (unknown to this version)"
+
+
+def test_inspect_of_a_newer_checkpoint_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint = torch.load(GOLDEN / "pruned.ckpt", weights_only=True)
+    checkpoint["swincompress_pl"]["version"] = 99
+    torch.save(checkpoint, tmp_path / "newer.ckpt")
+    code, _, err = run(["inspect", str(tmp_path / "newer.ckpt")], capsys)
+    assert (code, "version 99" in err, "update swincompress_pl" in err) == (2, True, True)
+
+
+@pytest.mark.parametrize(("events", "shape"), [(True, "(N, 3, 8, 8, 2)"), (False, "(N, 8, 8, 3)")])
+def test_inspect_tells_the_shape_of_images_and_of_events(
+    events: bool, shape: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = accel.export(spiking_program(events=events, steps=3), tmp_path / "model.safetensors")
+    code, out, _ = run(["inspect", str(file)], capsys)
+    assert code == 0
+    assert f"input: uint8 {shape};" in out
+
+
+def test_inspect_tells_the_bounds_that_the_check_proves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    proved: list[int | None] = []
+    prove = Call.accumulator
+
+    def counted(call: Call, *arguments: Any) -> None:
+        prove(call, *arguments)
+        proved.append(call.accumulator_reach)
+
+    file = accel.export(spiking_program(), tmp_path / "model.safetensors")
+    monkeypatch.setattr(Call, "accumulator", counted)
+    told = [operation["accumulator_bound"] for operation in describe_artifact(file)["operations"]]
+    bounds = [bound for bound in told if bound is not None]
+    assert bounds == proved[-len(bounds) :]
+    assert len(proved) == 2 * len(bounds) > 8, "once when it is read, once for its costs"
+
+
 def test_inspect_tells_an_artifacts_operations(artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(["inspect", str(artifact), "--json"], capsys)
     described = json.loads(out)
@@ -301,7 +353,7 @@ def test_bench_measures_an_artifact(artifact: Path, capsys: pytest.CaptureFixtur
     assert re.search(r"load\s+ms", out)
 
 
-def test_bench_races_torch_on_the_pruned_architecture(artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bench_compares_torch_on_the_pruned_architecture(artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["bench", str(artifact), "--threads", "1", "--rounds", "1", "--against", "torch", "--json"]
     code, out, _ = run(arguments, capsys)
     figures = json.loads(out)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from lightning import Callback, LightningModule, Trainer
 from swincompress_pl import accel
 from swincompress_pl.models import create_model
 from swincompress_pl.pruning import HoldOut, PrimeSVTConfig, primesvt
+from swincompress_pl.report import RunRecord, render_report
 
 FOLDERS = sorted(path.parent for path in (Path(__file__).parent / "golden").glob("*/expected.json"))
 EXPECTED: dict[Path, Any] = {folder: json.loads((folder / "expected.json").read_text()) for folder in FOLDERS}
@@ -120,3 +122,23 @@ def test_a_memo_is_taken_up(folder: Path, tmp_path: Path) -> None:
     result = primesvt(network, HoldOut(images, labels), shot.config, evaluation_cache=memo)
     assert result.scoring["evaluations"] == 0
     assert result.scoring["remembered"] == len(result.candidates) > 0
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+@pytest.mark.parametrize("name", ["report.json", "report_steps.json"])
+def test_a_record_is_read_and_written_again_as_it_was(folder: Path, name: str, tmp_path: Path) -> None:
+    record = RunRecord.load(folder / name)
+    assert record.save(tmp_path / name).read_bytes() == (folder / name).read_bytes()
+    assert len(record.all_steps()) > 0
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_a_record_is_rendered(folder: Path, tmp_path: Path) -> None:
+    shutil.copy(folder / "report.json", tmp_path)
+    text = render_report(tmp_path).read_text(encoding="utf-8")
+    record = RunRecord.load(tmp_path)
+    assert record.pruning is not None
+    assert record.quantization is not None
+    names = [*record.pruning["targets"], *(layer["name"] for layer in record.quantization["layers"])]
+    assert [name for name in names if f"| {name} " not in text] == []
+    assert {path.stem for path in tmp_path.glob("*.png")} >= {"pruning_sparsity", "quantization_bits", "before_after"}

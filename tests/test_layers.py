@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from swincompress_pl import report
 
 PACKAGE = Path(__file__).resolve().parent.parent / "swincompress_pl"
 ALLOWED: dict[str, set[str]] = {
@@ -21,7 +24,7 @@ ALLOWED: dict[str, set[str]] = {
     "models": {"registry", "history", "pruning", "quant", "checkpoint"},
     "accel": {"spec"},
     "callbacks": {"history", "pruning", "quant", "models", "checkpoint"},
-    "report": {"spec", "accel", "pruning", "models"},
+    "report": {"spec", "accel", "pruning", "quant", "models"},
 }
 
 
@@ -145,7 +148,15 @@ def test_the_table_covers_every_room() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["swincompress_pl", "swincompress_pl.spec", "swincompress_pl.accel", "swincompress_pl.report.worker"]
+    "module",
+    [
+        "swincompress_pl",
+        "swincompress_pl.spec",
+        "swincompress_pl.accel",
+        "swincompress_pl.report.comparison.bench",
+        "swincompress_pl.report.comparison.worker",
+        "swincompress_pl.report.content.numbers",
+    ],
 )
 def test_importing_it_loads_no_torch(module: str) -> None:
     code = f"import sys, {module}; sys.exit('torch' in sys.modules or 'lightning' in sys.modules)"
@@ -185,3 +196,12 @@ def test_pruning_shows_what_users_call() -> None:
 
     assert dir(pruning) == sorted(pruning.__all__)
     assert len(pruning.__all__) < 30
+
+
+def test_what_the_report_offers_is_what_type_checkers_see() -> None:
+    tree = ast.parse((PACKAGE / "report" / "__init__.py").read_text(encoding="utf-8"))
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module != "typing"]
+    seen = {alias.name: f"{node.module}" for node in imports for alias in node.names if alias.name != "annotations"}
+    found = {name: getattr(report, name) for name in report.__all__}
+    assert seen.keys() == found.keys() == set(dir(report))
+    assert all(getattr(importlib.import_module(seen[name]), name) is thing for name, thing in found.items())

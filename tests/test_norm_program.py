@@ -74,6 +74,16 @@ def test_costs_count_macs_and_bytes() -> None:
     assert sum(cost.parameter_bytes for cost in table.values()) == small_program().parameter_bytes
 
 
+def test_costs_tell_how_far_an_accumulator_may_reach() -> None:
+    program = small_program()
+    weight = np.zeros((20, 12), np.int8)
+    weight[3, :2] = (5, -6)
+    program = with_tensor(with_tensor(program, "fc1.weight", weight), "fc1.bias", np.arange(20, dtype=np.int32))
+    reaches = {cost.operation.name: cost.accumulator_reach for cost in costs(program)}
+    assert reaches["fc1"] == 3 + 127 * 11
+    assert reaches["norm1"] is None
+
+
 OP = {"kind": "table", "name": "t", "inputs": ("images",), "output": "t", "dtype": "int8"}
 
 

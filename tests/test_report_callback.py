@@ -18,7 +18,7 @@ from torch import nn
 
 from swincompress_pl.report import callback as module
 from swincompress_pl.report.callback import PruningFigures, log_figures
-from swincompress_pl.report.pruning_plots import pruning_figures
+from swincompress_pl.report.plots.pruning import pruning_figures
 
 
 class Recording(Logger):

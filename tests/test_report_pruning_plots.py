@@ -11,15 +11,15 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from support.report_cases import large_search_data, search_data
 
-from swincompress_pl.report.drawing import inline_svg, to_rgb
-from swincompress_pl.report.pruning_plots import (
+from swincompress_pl.report.plots.drawing import inline_svg, to_rgb
+from swincompress_pl.report.plots.pruning import (
     _short_names,
     accuracy_against_size,
     pruning_figures,
     sensitivity_curves,
     sparsity_by_round,
 )
-from swincompress_pl.report.search import PruningSearch
+from swincompress_pl.report.search import read_search, sparsities_by_round, times_fewer_forwards, times_fewer_images
 
 
 def texts(figure: Figure | None) -> list[str]:
@@ -32,18 +32,18 @@ def lines(ax: Any, mark: str) -> list[Any]:
 
 
 def test_sparsity_follows_the_kept_steps() -> None:
-    gone = PruningSearch.of(search_data()).sparsity_by_round()
+    gone = sparsities_by_round(read_search(search_data()))
     np.testing.assert_array_equal(gone, [[0.25, 0.25], [0.25, 0.5]])
 
 
 def test_the_last_round_is_what_the_targets_say() -> None:
     data = search_data()
     data["targets"]["blocks.0.heads"]["units"] = 4  # rolled back when the round was over
-    np.testing.assert_array_equal(PruningSearch.of(data).sparsity_by_round()[0], [0.25, 0.0])
+    np.testing.assert_array_equal(sparsities_by_round(read_search(data))[0], [0.25, 0.0])
 
 
 def test_a_round_that_is_not_over_is_shown() -> None:
-    assert PruningSearch.of(search_data() | {"rounds": 1}).sparsity_by_round().shape == (2, 2)
+    assert sparsities_by_round(read_search(search_data() | {"rounds": 1})).shape == (2, 2)
 
 
 def test_the_heat_map_has_a_row_a_target_and_a_column_a_round() -> None:
@@ -179,24 +179,24 @@ def test_a_figure_becomes_pixels_and_an_element_without_links() -> None:
         ({"steps": [{"round": 1}]}, "incomplete or ill-typed"),
         ({"targets": {}}, "step 1 is of 'blocks.0.heads', which is no target"),
         ({"sensitivity": {"other": [[0.0, 1.0]]}}, "sensitivity of 'other'"),
-        ({"targets": {"a": {"kind": "mlp", "initial_units": 0, "units": 0}}}, "target a: 0 of 0 units"),
+        ({"targets": {"a": {"kind": "mlp", "initial_units": 0, "units": 0, "step": 0.1}}}, "target a: 0 of 0 units"),
     ],
 )
 def test_bad_data_is_named(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        PruningSearch.of(search_data() | change)
+        read_search(search_data() | change)
 
 
 def test_a_score_that_is_no_number_is_named() -> None:
     data = search_data()
     data["steps"][2]["score"] = float("nan")
     with pytest.raises(ValueError, match=r"step 3 \(blocks.0.heads\): the score nan"):
-        PruningSearch.of(data)
+        read_search(data)
 
 
 def test_what_is_no_data_is_named() -> None:
     with pytest.raises(ValueError, match="not 'list'"):
-        PruningSearch.of([])  # type: ignore[arg-type]
+        read_search([])  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -214,8 +214,7 @@ def test_names_lose_what_they_share(names: list[str], short: list[str]) -> None:
 
 
 def test_costs_against_the_naive_loop() -> None:
-    scoring = PruningSearch.of(search_data()).scoring
-    assert scoring is not None
-    assert scoring.times_fewer_images == 5.0
-    assert scoring.times_fewer_forwards == 20.0
-    assert PruningSearch.of(search_data() | {"scoring": {}}).scoring is None
+    scoring = read_search(search_data()).scoring
+    assert times_fewer_images(scoring) == 5.0
+    assert times_fewer_forwards(scoring) == 20.0
+    assert times_fewer_images({}) is times_fewer_forwards({}) is None

@@ -16,9 +16,10 @@ from test_report_html import Page
 
 from swincompress_pl.quant import diagnose
 from swincompress_pl.report import RecordError, RunRecord, quantization_record, render_report, write_quantization_report
-from swincompress_pl.report.plots import PLOTS
-from swincompress_pl.report.quantization import PLOT_TITLES, Quantization, quantization_sections
-from swincompress_pl.report.quantization_plots import quantization_figures
+from swincompress_pl.report.content.quantization import quantization_sections
+from swincompress_pl.report.diagnosis import read_diagnosis
+from swincompress_pl.report.plots.draw import PLOTS
+from swincompress_pl.report.plots.quantization import QUANTIZATION_TITLES, quantization_figures
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +40,7 @@ def texts(figure: Figure) -> list[str]:
 def test_the_report_shows_the_tables(data: dict[str, Any], folder: Path) -> None:
     markdown = (folder / "report.md").read_text(encoding="utf-8")
     worst, error = data["costs"][0], data["errors"][0]
-    for section in ("Quantization", "What each site costs", "Scales", "Bits a layer", "Paired predictions"):
+    for section in ("Quantization", "What each quantizer costs", "Scales", "Bits a layer", "Paired predictions"):
         assert f"## {section}" in markdown
     assert f"**costliest alone**: {worst['name']}" in markdown
     assert f" {worst['alone']['kl']:.3g} |" in markdown
@@ -47,9 +48,11 @@ def test_the_report_shows_the_tables(data: dict[str, Any], folder: Path) -> None
     assert "10 layers: 8 at 4 bits, 2 at 8 bits." in markdown
     assert f"{data['integer']['agreement_percent']:.2f} % same predictions of 16" in markdown
     assert "Accuracy is measured on 16 random images." in markdown
-    rows = [line for line in markdown.splitlines() if line.startswith("| blocks.1.mlp.fc1 ")]
-    assert len(rows) == 5  # the site and the weight in costs and scales, the layer in bits
-    for name, title in PLOT_TITLES.items():
+    tables = [section.table for section in quantization_sections(data) if section.table is not None]
+    rows = [row[0] for table in tables for row in table.rows if row[0].startswith("blocks.1.mlp.fc1")]
+    assert len(rows) == 5  # output and weight in costs and scales, the layer in bits
+    assert all(f"| {name} " in markdown for name in rows)
+    for name, title in QUANTIZATION_TITLES.items():
         assert f"![{title}]({name}.png)" in markdown
         assert (folder / f"{name}.png").stat().st_size > 0
 
@@ -58,7 +61,7 @@ def test_the_page_is_whole(data: dict[str, Any], folder: Path) -> None:
     text = (folder / "report.html").read_text(encoding="utf-8")
     page = Page(text)
     assert page.open == []
-    assert page.tags.count("svg") == len(PLOT_TITLES) + 1  # and the accuracies
+    assert page.tags.count("svg") == len(QUANTIZATION_TITLES) + 1  # and the accuracies
     assert page.tags.count("details") == 2  # costs and scales; the few layers stand open
     assert "http" not in text
     assert len(page.ids) == len(set(page.ids))
@@ -85,8 +88,8 @@ def test_a_run_may_have_a_quantized_network_among_others(data: dict[str, Any]) -
 
 def test_the_plots_hold_the_figures(data: dict[str, Any]) -> None:
     figures = quantization_figures(data)
-    assert list(figures) == list(PLOT_TITLES)
-    assert set(PLOT_TITLES.items()) <= set(PLOTS.items())
+    assert list(figures) == list(QUANTIZATION_TITLES)
+    assert set(QUANTIZATION_TITLES.items()) <= set(PLOTS.items())
     bars = [patch.get_width() for patch in figures["quantization_bits"].axes[0].patches]
     assert bars == [layer["bits"] for layer in data["layers"]]
     bars = [patch.get_width() for patch in figures["quantization_costs"].axes[0].patches]
@@ -110,9 +113,9 @@ def test_large_networks_show_their_worst(data: dict[str, Any]) -> None:
     many["costs"] = [data["costs"][0] | {"name": f"b{n}"} for n in range(90)]
     figures = quantization_figures(many)
     labels = [label.get_text() for label in figures["quantization_error"].axes[0].get_yticklabels()]
-    assert len(labels) == 60
-    assert "b0 (weight)" not in labels
-    assert labels == sorted(labels, key=lambda label: int(label[1:].split()[0]))  # in the network's order
+    noisiest = sorted(many["errors"], key=lambda error: error["snr_db"])[:60]
+    assert "b0" not in [error["name"] for error in noisiest]
+    assert labels == [f"{error['name']} (weight)" for error in many["errors"] if error in noisiest]  # in its order
     assert "Signal to noise, input to logits (the 60 of most noise of 90)" in texts(figures["quantization_error"])
     assert "b89 (weight)" not in texts(figures["quantization_ranges"])  # the least clipped
     assert len(figures["quantization_costs"].axes[0].texts) == 30
@@ -123,7 +126,7 @@ def test_a_diagnosis_without_costs_labels_and_integers(tmp_path: Path) -> None:
     quantized, images = quantized_and_images(method="affine")
     path = write_quantization_report(diagnose(quantized, images, costs=False, histograms=0), tmp_path / "run")
     markdown = path.read_text(encoding="utf-8")
-    assert "What each site costs" not in markdown
+    assert "What each quantizer costs" not in markdown
     assert "integers against float" not in markdown
     assert "the float simulation of them" in markdown
     names = {file.stem for file in path.parent.glob("*.png")}
@@ -162,10 +165,10 @@ def test_bad_data_is_refused(data: dict[str, Any], change: dict[str, Any], messa
 
 def test_bad_histograms_and_costs_are_refused(data: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"histogram of .* is empty"):
-        Quantization.of(data | {"histograms": [data["histograms"][0] | {"counts": [0, 0]}]})
+        read_diagnosis(data | {"histograms": [data["histograms"][0] | {"counts": [0, 0]}]})
     cost = copy.deepcopy(data["costs"][0])
     cost["alone"]["kl"] = float("nan")
     with pytest.raises(ValueError, match=r"cost of .* is no number"):
-        Quantization.of(data | {"costs": [cost]})
+        read_diagnosis(data | {"costs": [cost]})
     with pytest.raises(ValueError, match="not 'list'"):
-        Quantization.of([])  # type: ignore[arg-type]
+        read_diagnosis([])  # type: ignore[arg-type]

@@ -15,11 +15,11 @@ from swincompress_pl.report import (
     RecordError,
     RunRecord,
     describe_environment,
-    plots,
     render_report,
     write_report,
 )
-from swincompress_pl.report import record as record_module
+from swincompress_pl.report import plain as plain_module
+from swincompress_pl.report.plots import layers
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -146,7 +146,7 @@ def test_an_interrupted_save_leaves_the_old_record(tmp_path: Path, monkeypatch: 
     def killed(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(record_module.os, "replace", killed)
+    monkeypatch.setattr(plain_module.os, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
         RunRecord(name="new").save(file)
     assert file.read_text() == before
@@ -248,4 +248,4 @@ def test_notes_are_shown_without_stages(tmp_path: Path) -> None:
     ],
 )
 def test_joined_operations_have_short_labels(name: str, short: str) -> None:
-    assert plots._short(name) == short
+    assert layers.short(name) == short

@@ -104,5 +104,5 @@ def test_a_search_without_blocks_or_candidates_is_drawn_as_far_as_it_goes(result
         {**result.to_dict(), "blocks": [], "candidates": [], "applied": None, "spike_rates": {}}
     )
     assert primesvt_figures(empty) == {}
-    with pytest.raises(ValueError, match="a PrimeSVT result of version 1 is expected, not None"):
+    with pytest.raises(ValueError, match="a PrimeSVT result of version 2 is expected, not None"):
         primesvt_figures({})

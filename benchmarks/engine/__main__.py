@@ -13,8 +13,8 @@ from jsonargparse import ArgumentParser, Namespace
 
 from swincompress_pl.cli.common import integers, progress
 from swincompress_pl.report import describe_environment, program_macs
-from swincompress_pl.report.record import write_text
-from swincompress_pl.report.runtimes import parse_peers
+from swincompress_pl.report.comparison.runtimes import parse_runtimes
+from swincompress_pl.report.plain import write_text
 
 from . import report
 from .measure import answers_equal, export_random, race_all
@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     models = list(dict.fromkeys(name.strip() for name in given.model.split(",") if name.strip()))
     if not models:
         raise ValueError(f"--model is {given.model!r}; name models separated by commas")
-    parse_peers(given.against)  # errors of the arguments before any work
+    parse_runtimes(given.against)  # errors of the arguments before any work
     integers(given.threads, "--threads"), integers(given.batch, "--batch")
     output, equal = Path(given.output), True
     for figures in (each for model in models for each in _measure(given, model)):
@@ -69,7 +69,7 @@ def _measure(given: Namespace, model: str) -> Iterator[dict[str, Any]]:
         for batch in integers(given.batch, "--batch"):
             with progress() as tell, tempfile.TemporaryDirectory(dir=directory) as files:
                 races = race_all(
-                    parse_peers(given.against), program, file, batch=batch,
+                    parse_runtimes(given.against), program, file, batch=batch,
                     threads=integers(given.threads, "--threads"), rounds=given.rounds, turn_ms=given.turn_ms,
                     directory=Path(files), tell=tell,
                 )  # fmt: skip

@@ -17,7 +17,7 @@ from swincompress_pl.cli.common import integers
 from swincompress_pl.report import describe_environment
 from swincompress_pl.report.latency import Latency, timed_ms
 from swincompress_pl.report.markdown import table
-from swincompress_pl.report.record import write_text
+from swincompress_pl.report.plain import write_text
 
 from .measure import export_random
 

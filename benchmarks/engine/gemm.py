@@ -12,9 +12,9 @@ from jsonargparse import ArgumentParser
 
 from swincompress_pl.cli.common import integers, progress
 from swincompress_pl.report import describe_environment
-from swincompress_pl.report.kernels import bench_linear
+from swincompress_pl.report.comparison.kernels import bench_linear
 from swincompress_pl.report.markdown import table
-from swincompress_pl.report.record import write_text
+from swincompress_pl.report.plain import write_text
 
 _RESULTS = Path(__file__).resolve().parent.parent / "results"
 # (rows, outputs, inputs) of the four stages at 224 pixels: qkv, projection, fc1, fc2, and the merging before a stage.

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from swincompress_pl.report.bench import ENGINE, ratios_to
-from swincompress_pl.report.comparison import Contestant, Progress, Result, run
-from swincompress_pl.report.runtimes import prepare
-from swincompress_pl.report.worker import PIXEL_MEAN, PIXEL_STD, SEED
+from swincompress_pl.report.comparison.bench import ENGINE, ratios_to
+from swincompress_pl.report.comparison.compare import Progress, Result, Runner, compare
+from swincompress_pl.report.comparison.runtimes import prepare
+from swincompress_pl.report.comparison.worker import PIXEL_MEAN, PIXEL_STD, SEED
 from swincompress_pl.spec import Program
 
 _CALIBRATION_IMAGES = 4
@@ -64,8 +64,8 @@ def race_all(
     )  # fmt: skip
     races = []
     for number in threads:
-        ours = Contestant(name=ENGINE, runtime="engine", threads=number, batch=batch, image_shape=shape, file=str(file))
-        results = run([ours, *peers[number]], rounds=rounds, turn_ms=turn_ms, on_progress=tell)
+        ours = Runner(name=ENGINE, runtime="engine", threads=number, batch=batch, image_shape=shape, file=str(file))
+        results = compare([ours, *peers[number]], rounds=rounds, turn_ms=turn_ms, on_progress=tell)
         ratios = ratios_to(results[0], results[1:])
         races.append(
             {

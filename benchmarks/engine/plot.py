@@ -7,8 +7,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from swincompress_pl.report.bench import ENGINE
-from swincompress_pl.report.drawing import BASE, BETWEEN, EDGE, LAST, finished, new_figure, style
+from swincompress_pl.report.comparison.bench import ENGINE
+from swincompress_pl.report.plots.drawing import BASE, BETWEEN, EDGE, LAST, finished, new_figure, style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -10,9 +10,10 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from swincompress_pl.report.bench import ENGINE
-from swincompress_pl.report.markdown import count, megabytes, table
-from swincompress_pl.report.record import write_text
+from swincompress_pl.report.comparison.bench import ENGINE
+from swincompress_pl.report.content.numbers import count, megabytes
+from swincompress_pl.report.markdown import table
+from swincompress_pl.report.plain import write_text
 
 from .plot import draw
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from swincompress_pl.report.record import write_text
+from swincompress_pl.report.plain import write_text
 
 from ..pruning.subjects import Place
 from .subjects import SUBJECTS

@@ -10,9 +10,10 @@ from typing import Any
 
 from swincompress_pl.pruning import PrimeSVTResult
 from swincompress_pl.pruning.prime.config import current_settings
-from swincompress_pl.report.markdown import count, table
-from swincompress_pl.report.primesvt_plots import save_primesvt_figures
-from swincompress_pl.report.record import write_text
+from swincompress_pl.report.content.numbers import count
+from swincompress_pl.report.markdown import table
+from swincompress_pl.report.plain import write_text
+from swincompress_pl.report.plots.primesvt import save_primesvt_figures
 
 from ..pruning.training import right_images
 from .subjects import SUBJECTS

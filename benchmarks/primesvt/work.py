@@ -17,7 +17,7 @@ from torch import nn
 from swincompress_pl.pruning import HoldOut, PrimeSVTConfig, PrimeSVTResult, PrioritizedPolicy, primesvt
 from swincompress_pl.pruning.prime.batchnorm import batchnorm_state, restore_batchnorm
 from swincompress_pl.report import describe_environment
-from swincompress_pl.report.record import write_text
+from swincompress_pl.report.plain import write_text
 from swincompress_pl.report.spiking import spiking_cost
 
 from ..pruning.batches import MemoryData

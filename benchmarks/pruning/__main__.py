@@ -143,7 +143,7 @@ def overrides(entries: list[str]) -> dict[str, Any]:
 
 
 def _write(file: Path, figures: dict[str, Any]) -> None:
-    from swincompress_pl.report.record import write_text
+    from swincompress_pl.report.plain import write_text
 
     print(write_text(file, json.dumps(figures, indent=1, allow_nan=False) + "\n"))
 

@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from swincompress_pl.report.record import write_text
+from swincompress_pl.report.plain import write_text
 
 SEEDS = (0, 1, 2)
 TOLERANCES = (5.0, 2.0, 1.0)

@@ -22,9 +22,8 @@ from swincompress_pl.data import Preprocessing
 from swincompress_pl.models.factory import preprocessing_for
 from swincompress_pl.pruning import count_macs
 from swincompress_pl.report import Ratio, describe_environment, program_macs, ratio
-from swincompress_pl.report.comparison import Contestant, Progress, Result
-from swincompress_pl.report.comparison import run as race
-from swincompress_pl.report.runtimes import prepare
+from swincompress_pl.report.comparison.compare import Progress, Result, Runner, compare
+from swincompress_pl.report.comparison.runtimes import prepare
 
 from .peers import one_shot
 
@@ -115,10 +114,10 @@ def _export(network: nn.Module, size: int, file: Path) -> None:
 
 
 def _race(variants: Sequence[Variant], threads: int, rounds: int, turn_ms: float, tell: Progress) -> dict[str, Any]:
-    contestants: dict[str, list[Contestant]] = {"torch": [], "engine": []}
+    contestants: dict[str, list[Runner]] = {"torch": [], "engine": []}
     for variant in variants:
         program = accel.load(variant.file).program
-        ours = Contestant(
+        ours = Runner(
             name=f"engine, {variant.name}", runtime="engine", threads=threads, batch=1,
             image_shape=program.input.value.shape, file=str(variant.file),
         )  # fmt: skip
@@ -128,7 +127,7 @@ def _race(variants: Sequence[Variant], threads: int, rounds: int, turn_ms: float
         )[threads][0]  # fmt: skip
         contestants["engine"].append(ours)
         contestants["torch"].append(replace(peer, name=f"torch fp32, {variant.name}"))
-    found = race([*contestants["torch"], *contestants["engine"]], rounds=rounds, turn_ms=turn_ms, on_progress=tell)
+    found = compare([*contestants["torch"], *contestants["engine"]], rounds=rounds, turn_ms=turn_ms, on_progress=tell)
     results = {result.name: result for result in found}
     rows = []
     for runtime, entered in contestants.items():

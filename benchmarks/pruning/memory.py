@@ -15,7 +15,7 @@ from swincompress_pl.callbacks import AdaptiveIterativePruning
 from swincompress_pl.models import CompressibleClassifier
 from swincompress_pl.pruning import HoldOut
 from swincompress_pl.report import describe_environment
-from swincompress_pl.report.worker import peak_rss_bytes
+from swincompress_pl.report.comparison.worker import peak_rss_bytes
 
 from .batches import MemoryData
 from .images import Images, Splits

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from swincompress_pl.report.markdown import count, megabytes, table
-from swincompress_pl.report.record import write_text
+from swincompress_pl.report.content.numbers import count, megabytes
+from swincompress_pl.report.markdown import table
+from swincompress_pl.report.plain import write_text
 
 from . import tables
 from .jobs import read_results

@@ -30,7 +30,7 @@ from benchmarks.pruning.subjects import Place
 from swincompress_pl.models import create_model
 from swincompress_pl.quant import quantize
 from swincompress_pl.report import describe_environment
-from swincompress_pl.report.record import write_text
+from swincompress_pl.report.plain import write_text
 
 from .jobs import all_jobs
 from .report import write

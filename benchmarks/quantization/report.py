@@ -11,7 +11,7 @@ from typing import Any
 
 from swincompress_pl.report import PairedComparison
 from swincompress_pl.report.markdown import table
-from swincompress_pl.report.record import write_text
+from swincompress_pl.report.plain import write_text
 
 from .jobs import BITS, NETWORKS, WAYS, Job
 from .work import classes_of

@@ -31,7 +31,7 @@ from swincompress_pl.pruning import AdaptivePruningConfig, HoldOut, collect_grad
 from swincompress_pl.pruning.structure.apply import history_of
 from swincompress_pl.quant import QuantizedNetwork, quantize
 from swincompress_pl.report import describe_environment
-from swincompress_pl.report.record import write_text
+from swincompress_pl.report.plain import write_text
 
 from .jobs import WAYS, Job
 from .tuning import RECIPES, tune

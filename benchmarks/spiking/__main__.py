@@ -13,7 +13,7 @@ import torch
 from swincompress_pl.cli.common import progress
 from swincompress_pl.quant.quantize import ROUNDINGS
 from swincompress_pl.report import describe_environment
-from swincompress_pl.report.record import write_text
+from swincompress_pl.report.plain import write_text
 
 from ..primesvt.subjects import SUBJECTS
 from ..pruning.subjects import Place

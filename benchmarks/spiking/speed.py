@@ -19,9 +19,9 @@ from swincompress_pl.pruning import PruningPlan, apply_plan
 from swincompress_pl.quant import QuantizedNetwork
 from swincompress_pl.registry import adapter_for
 from swincompress_pl.report import describe_environment, program_macs
-from swincompress_pl.report.bench import ENGINE, ratios_to
-from swincompress_pl.report.comparison import Contestant, Progress, run
-from swincompress_pl.report.runtimes import prepare
+from swincompress_pl.report.comparison.bench import ENGINE, ratios_to
+from swincompress_pl.report.comparison.compare import Progress, Runner, compare
+from swincompress_pl.report.comparison.runtimes import prepare
 
 from .exact import BUILDERS, quantized
 
@@ -58,14 +58,14 @@ def measure(
         races = []
         for count in threads:
             ours = [
-                Contestant(
+                Runner(
                     name=title, runtime="engine", threads=count, batch=1, image_shape=images.shape[1:],
                     file=str(entry["file"]),
                 )
                 for title, entry in ((ENGINE, dense), (PRUNED, pruned))
             ]  # fmt: skip
             others = [peer for peer in peers[count] if peer.name in _PEERS]
-            results = run([*ours, *others], rounds=rounds, turn_ms=turn_ms, on_progress=tell)
+            results = compare([*ours, *others], rounds=rounds, turn_ms=turn_ms, on_progress=tell)
             races.append(
                 {
                     "threads": count,

@@ -5,13 +5,18 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from jsonargparse import Namespace
 from rich.table import Table
 
 from swincompress_pl.cli.common import console, existing_file, integers, is_checkpoint, parser, print_json, progress
-from swincompress_pl.report.runtimes import PEERS
+from swincompress_pl.report.comparison.bench import Bench, bench_artifact
+from swincompress_pl.report.comparison.compare import Result
+from swincompress_pl.report.comparison.kernels import bench_linear
+from swincompress_pl.report.comparison.runtimes import LATENCY_ONLY, RUNTIMES, parse_runtimes
+from swincompress_pl.report.content.numbers import count, megabytes
+from swincompress_pl.report.environment import available_cores
+from swincompress_pl.report.operations import OperationTime
 
 KERNELS = ("linear",)
 _MISMATCH = 1
@@ -40,7 +45,7 @@ def _arguments(name: str, arguments: Sequence[str]) -> Namespace:
     command.add_argument("file", nargs="?", type=str, default=None, help="artifact that `swincompress export` wrote")
     command.add_argument("--threads", type=int, default=None, help="threads of every runtime; all cores if left out")
     command.add_argument("--batch", type=int, default=1, help="images a call")
-    command.add_argument("--against", type=str, default="", help=f"of {', '.join(PEERS)}, separated by commas")
+    command.add_argument("--against", type=str, default="", help=f"of {', '.join(RUNTIMES)}, separated by commas")
     command.add_argument("--implementation", type=str, default=None, help="force one of the engine's implementations")
     command.add_argument("--rounds", type=int, default=10, help="samples of each runtime")
     command.add_argument("--operations", action="store_true", help="also the time of every operation")
@@ -51,27 +56,23 @@ def _arguments(name: str, arguments: Sequence[str]) -> Namespace:
 
 
 def _bench_artifact(given: Namespace) -> int:
-    from swincompress_pl.report.bench import bench_artifact
-    from swincompress_pl.report.environment import available_cores
-    from swincompress_pl.report.runtimes import parse_peers
-
     file = existing_file(given.file)
     if is_checkpoint(file):
         raise ValueError(
             f"{file} is a checkpoint; write it as an artifact first: `swincompress export {file} -o model.safetensors`"
         )
-    peers = parse_peers(given.against)
-    with tempfile.TemporaryDirectory() as directory, progress() as tell:
+    others = parse_runtimes(given.against)
+    with tempfile.TemporaryDirectory() as directory, progress() as on_progress:
         outcome = bench_artifact(
             file,
             threads=given.threads or available_cores(),
             batch=given.batch,
-            against=peers,
+            against=others,
             implementation=given.implementation,
             rounds=given.rounds,
             operations=given.operations,
             directory=Path(directory),
-            on_progress=tell,
+            on_progress=on_progress,
         )
     if given.json:
         print_json(outcome.to_dict())
@@ -80,10 +81,7 @@ def _bench_artifact(given: Namespace) -> int:
     return 0 if outcome.answers_equal else _MISMATCH
 
 
-def _show(outcome: Any, file: Path) -> None:
-    from swincompress_pl.report.markdown import count, megabytes
-    from swincompress_pl.report.runtimes import LATENCY_ONLY
-
+def _show(outcome: Bench, file: Path) -> None:
     shown = console()
     shown.print(
         f"{file.name}: {count(outcome.macs)} MACs an image, {megabytes(outcome.file_bytes)}, batch {outcome.batch}"
@@ -113,9 +111,7 @@ def _show(outcome: Any, file: Path) -> None:
         _show_operations(outcome.operations)
 
 
-def _cells(result: Any, outcome: Any) -> list[str]:
-    from swincompress_pl.report.markdown import megabytes
-
+def _cells(result: Result, outcome: Bench) -> list[str]:
     if result.latency is None:
         return [result.name, "-", *[""] * 6]
     low, high = result.latency.quartiles_ms
@@ -132,7 +128,7 @@ def _cells(result: Any, outcome: Any) -> list[str]:
     ]
 
 
-def _show_operations(operations: Sequence[Any]) -> None:
+def _show_operations(operations: Sequence[OperationTime]) -> None:
     rows = Table(title="operations")
     for column in ("operation", "kind", "ms", "MACs", "GMAC/s"):
         rows.add_column(column, justify="left" if column in ("operation", "kind") else "right")
@@ -143,8 +139,6 @@ def _show_operations(operations: Sequence[Any]) -> None:
 
 
 def _bench_kernel(given: Namespace) -> int:
-    from swincompress_pl.report.kernels import bench_linear
-
     if given.kernel not in KERNELS:
         raise ValueError(f"unknown kernel {given.kernel!r}; kernels are {', '.join(KERNELS)}")
     rows, outputs, inputs = integers(given.shape, "--shape", count=3)
@@ -156,7 +150,7 @@ def _bench_kernel(given: Namespace) -> int:
         print_json([outcome.to_dict() for outcome in outcomes])
     else:
         table = Table(title=f"linear, M={rows} N={outputs} K={inputs}, {given.threads or 1} thread(s)")
-        for column in ("implementation", "median ms", "quartiles ms", "GMAC/s", "of the peak", "equals the norm"):
+        for column in ("implementation", "median ms", "quartiles ms", "GMAC/s", "of the peak", "equals the reference"):
             table.add_column(column, justify="left" if column == "implementation" else "right")
         for outcome in outcomes:
             low, high = outcome.latency.quartiles_ms

@@ -79,14 +79,14 @@ def console() -> Console:
     return shown
 
 
-class Tell(Protocol):
+class ReportProgress(Protocol):
     """Reports progress: what is being done, and of how many steps how many are done."""
 
     def __call__(self, what: str, done: int, total: int) -> None: ...
 
 
 @contextmanager
-def progress() -> Iterator[Tell]:
+def progress() -> Iterator[ReportProgress]:
     """A progress bar on the standard error that vanishes at the end; plain lines where that is no terminal."""
     errors = Console(stderr=True)
     if not errors.is_terminal:
@@ -101,10 +101,10 @@ def progress() -> Iterator[Tell]:
     with Progress(*columns, console=errors, transient=True) as bar:
         task = bar.add_task("")
 
-        def tell(what: str, done: int, total: int) -> None:
+        def report(what: str, done: int, total: int) -> None:
             bar.update(task, description=what, completed=done, total=total)
 
-        yield tell
+        yield report
 
 
 class _Lines:

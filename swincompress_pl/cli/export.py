@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import yaml  # type: ignore[import-untyped]
+from jsonargparse import ArgumentParser
+
+from swincompress_pl import accel
 from swincompress_pl.cli.common import existing_file, is_checkpoint, parser, progress
 
 if TYPE_CHECKING:
@@ -15,6 +21,7 @@ if TYPE_CHECKING:
 
     from swincompress_pl.quant import QuantizedNetwork
 
+# torch and lightning are imported where they are needed: --help and errors of the arguments need not wait for them.
 _METHODS = ("searched", "max")
 _MISMATCH = 1
 
@@ -73,8 +80,6 @@ def _export(given: Any) -> int:
     network = quantized_network(module, file, is_to_be_quantized=given.quantize is not None)
     if given.quantize is not None:
         network = _quantize(network, given)
-    from swincompress_pl import accel
-
     _say(f"writing {output}")
     accel.export(network, output, compression=given.compression)
     print(f"{output}: {output.stat().st_size:,} bytes")
@@ -83,8 +88,6 @@ def _export(given: Any) -> int:
 
 def load_module(file: Path, class_path: str) -> LightningModule:
     """The LightningModule of a checkpoint. Raises ValueError when the class or the checkpoint does not fit."""
-    import importlib
-
     from lightning.pytorch import LightningModule
 
     try:
@@ -136,8 +139,6 @@ def _quantize(network: nn.Module, given: Any) -> QuantizedNetwork:
 
 def load_data(config: Path, root: str | None) -> Any:
     """The datamodule that the `data` block of a YAML config describes; `root` replaces its root."""
-    import yaml  # type: ignore[import-untyped]
-    from jsonargparse import ArgumentParser
     from lightning.pytorch import LightningDataModule
 
     try:
@@ -159,10 +160,7 @@ def load_data(config: Path, root: str | None) -> Any:
 
 def _check(network: QuantizedNetwork, file: Path, images: int) -> int:
     """Compares twin, reference and engine on random pixels; prints the verdict."""
-    import numpy as np
     import torch
-
-    from swincompress_pl import accel
 
     reference = accel.reference(file)
     runs: dict[str, Callable[[Any], Any]] = {"torch": lambda x: network.integer_logits(torch.from_numpy(x)).numpy()}
@@ -172,9 +170,9 @@ def _check(network: QuantizedNetwork, file: Path, images: int) -> int:
         runs[f"engine ({engine.implementation})"] = engine.run_integer
     rng = np.random.default_rng(0)
     wrong = dict.fromkeys(runs, 0)
-    with progress() as tell, torch.no_grad():
+    with progress() as report, torch.no_grad():
         for number in range(images):
-            tell("comparing integers", number, images)
+            report("comparing integers", number, images)
             pixels = rng.integers(0, 256, (1, *reference.program.input.value.shape), dtype=np.uint8)
             expected = reference.run_integer(pixels)
             for run_name, run in runs.items():

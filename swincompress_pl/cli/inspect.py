@@ -6,13 +6,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.table import Table
 
+from swincompress_pl.accel import artifact
 from swincompress_pl.cli.common import console, existing_file, is_checkpoint, parser, print_json
 from swincompress_pl.history import summarize
-from swincompress_pl.report.markdown import count, megabytes
-from swincompress_pl.spec import LIMITS, Operation, Program, check, costs
+from swincompress_pl.report.content.numbers import count, megabytes
+from swincompress_pl.report.sizes import program_parameters, program_size
+from swincompress_pl.spec import costs
 
 
 def main(name: str, arguments: Sequence[str]) -> int:
@@ -42,11 +43,8 @@ def main(name: str, arguments: Sequence[str]) -> int:
 def describe_artifact(file: Path) -> dict[str, Any]:
     """What an artifact holds, in JSON types. Raises ArtifactError or ProgramError for a bad one: reading it proves
     it."""
-    from swincompress_pl.accel import artifact
-    from swincompress_pl.report.sizes import program_parameters, program_size
-
     program = artifact.read(file)
-    table, values = costs(program), check(program)
+    table = costs(program)
     description = program.describe()
     return {
         "kind": "artifact",
@@ -68,30 +66,21 @@ def describe_artifact(file: Path) -> dict[str, Any]:
                 "output_dtype": cost.output.dtype,
                 "macs": cost.macs,
                 "parameter_bytes": cost.parameter_bytes,
-                "accumulator_bound": _accumulator_bound(
-                    program, cost.operation, values[cost.operation.inputs[0]].dtype
-                ),
+                "accumulator_bound": cost.accumulator_reach,
             }
             for cost in table
         ],
     }
 
 
-def _accumulator_bound(program: Program, operation: Operation, dtype: str) -> int | None:
-    """The largest magnitude that an accumulator of this layer can reach over inputs of `dtype`."""
-    if not {"weight", "bias"} <= operation.tensors.keys():
-        return None
-    weight = program.tensors[operation.tensors["weight"]].astype(np.int64)
-    bias = program.tensors[operation.tensors["bias"]].astype(np.int64)
-    reach = LIMITS[dtype][1] * np.abs(weight).reshape(weight.shape[0], -1).sum(axis=1)
-    return int((reach + np.abs(bias).reshape(-1, weight.shape[0]).max(axis=0)).max())
-
-
 def show_artifact(described: Mapping[str, Any]) -> None:
     """The description of an artifact for people."""
     shown, given = console(), described["input"]
-    shown.print(f"artifact of norm version {described['norm_version']}, {megabytes(described['file_bytes'])} on disk")
-    shape = f"(N, {given['height']}, {given['width']}, {given['channels']})"
+    shown.print(
+        f"artifact of specification version {described['norm_version']}, {megabytes(described['file_bytes'])} on disk"
+    )
+    axes = [given[axis] for axis in ("time_steps", "height", "width", "channels") if axis in given]
+    shape = f"(N, {', '.join(map(str, axes))})"
     shown.print(f"input: {given['dtype']} {shape}; preprocessing: {_pairs(given['preprocessing'])}")
     classes = described["classes"]
     more = "; ..." if classes and len(classes) > 5 else ""

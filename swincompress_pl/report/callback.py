@@ -12,11 +12,11 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from swincompress_pl.pruning import PrimeSVTConfig
-from swincompress_pl.report.drawing import to_rgb
-from swincompress_pl.report.primesvt_plots import primesvt_figures, save_primesvt_figures
-from swincompress_pl.report.pruning_plots import pruning_figures
+from swincompress_pl.report.plots.drawing import to_rgb
+from swincompress_pl.report.plots.primesvt import primesvt_figures, save_primesvt_figures
+from swincompress_pl.report.plots.pruning import pruning_figures
 from swincompress_pl.report.record import RunRecord
-from swincompress_pl.report.run import write_html
+from swincompress_pl.report.write import write_html
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -95,7 +95,7 @@ def measure(
 
     batch, threads: what the callables do, noted in the result. on_round: called with (rounds done, rounds) after each
     one. The order turns by one each round, so that no callable always follows the same neighbour. Libraries with
-    thread pools of their own still disturb each other inside one process: `race.run` gives each a process.
+    thread pools of their own still disturb each other inside one process: `comparison.compare` gives each a process.
     """
     if not callables or rounds < 1 or warm_up < 0:
         raise ValueError(

@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from swincompress_pl.report.record import LayerSparsity
+from swincompress_pl.report.plain import Plain
 
 if TYPE_CHECKING:
     from torch import nn
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerSparsity(Plain):
+    """One weight before and after: its values before, and its non-zeros after (removed ones do not count)."""
+
+    name: str
+    weights_before: int
+    nonzeros_after: int
+
+    @property
+    def sparsity(self) -> float:
+        """The part that is gone, 0 to 1."""
+        return 1.0 - self.nonzeros_after / self.weights_before if self.weights_before else 0.0
 
 
 def layer_sparsity(before: nn.Module, after: nn.Module) -> list[LayerSparsity]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
-from swincompress_pl.report.content import Section, count, megabytes, sections
+from swincompress_pl._deprecated import find_old_name
+from swincompress_pl.report.content.parts import Section
+from swincompress_pl.report.content.sections import sections
 from swincompress_pl.report.record import RunRecord
 
-__all__ = ["count", "megabytes", "render_markdown", "table"]
 _STEPS_SHOWN = 30
 
 
@@ -45,3 +47,7 @@ def _section(section: Section, images: Mapping[str, tuple[str, str]]) -> list[st
         "\n".join(lines),
         *(f"![{title}]({file})" for title, file in shown),
     ]
+
+
+def __getattr__(name: str) -> Any:
+    return find_old_name("report.markdown", name)

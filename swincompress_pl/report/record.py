@@ -4,17 +4,19 @@ checks."""
 from __future__ import annotations
 
 import json
-import os
-import tempfile
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
+from swincompress_pl.pruning.adaptive.state import Step
 from swincompress_pl.report.accuracy import Accuracy, PairedComparison
+from swincompress_pl.report.diagnosis import read_diagnosis
 from swincompress_pl.report.latency import Latency
-from swincompress_pl.report.quantization import Quantization
-from swincompress_pl.report.search import PruningSearch
+from swincompress_pl.report.layers import LayerSparsity
+from swincompress_pl.report.operations import OperationTime
+from swincompress_pl.report.plain import Plain, write_text
+from swincompress_pl.report.search import read_search
 from swincompress_pl.report.sizes import Size
 
 RECORD_VERSION = 1
@@ -24,20 +26,6 @@ Latencies = Mapping[str, Latency]
 
 class RecordError(ValueError):
     """A run's record cannot be read; the message names the file, what is wrong and the remedy."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Plain:
-    """A value of JSON types only."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields in JSON types."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """The inverse of `to_dict`; an unknown or missing field raises TypeError or KeyError."""
-        return cls(**data)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,8 +65,13 @@ class Stage:
         )
 
 
+def runtimes(stages: Iterable[Stage]) -> list[str]:
+    """The runtimes that any stage was timed on, in order of appearance."""
+    return list(dict.fromkeys(runtime for stage in stages for runtime in stage.latency_ms))
+
+
 @dataclass(frozen=True, kw_only=True)
-class PruningStep(_Plain):
+class PruningStep(Plain):
     """One step that a pruning search tried on one group, and whether it stayed.
 
     units_after: what was tried, also where it was undone. accuracy_percent: the score on the hold-out that decided, an
@@ -98,8 +91,8 @@ class PruningStep(_Plain):
     exact: bool | None = None
 
     @classmethod
-    def of(cls, step: Any) -> PruningStep:
-        """From a row of a search's history (`pruning.Step`, or a `SearchStep` of its plain data)."""
+    def of(cls, step: Step) -> PruningStep:
+        """From a row of a search's history."""
         return cls(
             group=step.target,
             units_before=step.units_before,
@@ -116,32 +109,7 @@ class PruningStep(_Plain):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LayerSparsity(_Plain):
-    """One weight before and after: its values before, and its non-zeros after (removed ones do not count)."""
-
-    name: str
-    weights_before: int
-    nonzeros_after: int
-
-    @property
-    def sparsity(self) -> float:
-        """The part that is gone, 0 to 1."""
-        return 1.0 - self.nonzeros_after / self.weights_before if self.weights_before else 0.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class OperationTime(_Plain):
-    """One operation of the engine: its time for one call, and its MACs and bytes moved (weights, inputs and output)."""
-
-    name: str
-    kind: str
-    time_ms: float
-    macs: int = 0
-    size_bytes: int = 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Check(_Plain):
+class Check(Plain):
     """Something that was verified in this run, e.g. that engine and reference gave the same integers."""
 
     name: str
@@ -194,7 +162,7 @@ class RunRecord:
         if self.steps or self.pruning is not None:
             raise ValueError(f"the record of {self.name!r} already has pruning steps; one search goes into a record")
         data = dict(search) | ({} if tolerance is None else {"tolerance": float(tolerance)})
-        PruningSearch.of(data)
+        read_search(data)
         self.pruning = data
 
     def add_quantization(self, diagnosis: Mapping[str, Any]) -> None:
@@ -204,14 +172,14 @@ class RunRecord:
         """
         if self.quantization is not None:
             raise ValueError(f"the record of {self.name!r} already has a quantized network; one goes into a record")
-        Quantization.of(diagnosis)
+        read_diagnosis(diagnosis)
         self.quantization = dict(diagnosis)
 
     def all_steps(self) -> list[PruningStep]:
         """The pruning steps: those of the search where there is one, or else `steps`."""
         if self.pruning is None:
             return list(self.steps)
-        return [PruningStep.of(step) for step in PruningSearch.of(self.pruning).steps]
+        return [PruningStep.of(step) for step in read_search(self.pruning).steps]
 
     def add_stage(
         self,
@@ -279,8 +247,8 @@ class RunRecord:
                 environment=data["environment"],
                 data=data["data"],
                 notes=list(data["notes"]),
-                pruning=_checked(PruningSearch, data.get("pruning")),
-                quantization=_checked(Quantization, data.get("quantization")),
+                pruning=_checked(read_search, data.get("pruning")),
+                quantization=_checked(read_diagnosis, data.get("quantization")),
                 **lists,
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -316,27 +284,11 @@ _LISTS: dict[str, Any] = {
 }
 
 
-def _checked(reader: Any, data: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+def _checked(read: Callable[[Mapping[str, Any]], object], data: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
     if data is not None:
-        reader.of(data)
+        read(data)
     return data
 
 
 def _read_all(kind: Any, entries: Iterable[Mapping[str, Any]]) -> list[Any]:
     return [kind.from_dict(entry) for entry in entries]
-
-
-def write_text(path: str | Path, text: str) -> Path:
-    """Writes UTF-8 text via a temporary file beside `path` and a rename; makes the directory."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, target)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    return target

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
 
-if TYPE_CHECKING:
-    from torch import Tensor, nn
+import torch
+from torch import Tensor, nn
+
+from swincompress_pl.models.spiking.memory import check_spiking, watching_spikes
+from swincompress_pl.pruning import count_macs
+from swincompress_pl.pruning.evaluation.scorer import evaluation_mode
+from swincompress_pl.report.plain import Plain
 
 _FLOAT_BYTES = 4
 
 
 @dataclass(frozen=True, kw_only=True)
-class SpikingCost:
+class SpikingCost(Plain):
     """Of one image with all its time steps, the mean over those that were counted.
 
     parameters, nonzero: of the network, and without zeros. size_bytes: parameters in float32.
@@ -40,27 +43,13 @@ class SpikingCost:
         """The mean over the neurons."""
         return sum(self.spike_rates.values()) / len(self.spike_rates)
 
-    def to_dict(self) -> dict[str, Any]:
-        """The fields in JSON types."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> SpikingCost:
-        """What `to_dict` wrote."""
-        return cls(**data)
-
 
 def spiking_cost(network: nn.Module, images: Tensor) -> SpikingCost:
     """Counts what `network` does with `images`, (N, C, H, W) or events (N, T, C, H, W), in evaluation.
 
     Raises ValueError for a network that does not spike (`models.spiking.check_spiking`) and for no images.
     """
-    import torch
     from spikingjelly.activation_based.op_counter import estimate_simple_energy
-
-    from swincompress_pl.models.spiking.memory import check_spiking, watching_spikes
-    from swincompress_pl.pruning import count_macs
-    from swincompress_pl.pruning.evaluation.scorer import evaluation_mode
 
     check_spiking(network)
     if images.ndim not in (4, 5) or not len(images):

@@ -39,6 +39,7 @@ class Call:
         self.op, self.inputs, self._tensors = op, inputs, tensors
         self._asked: set[str] = set()
         self._asked_attributes: set[str] = set()
+        self.accumulator_reach: int | None = None  # of the call's accumulators in magnitude, where they were proved
 
     def fail(self, message: str) -> ProgramError:
         return ProgramError(f"{self.op.kind} {self.op.name!r}: {message}")
@@ -130,10 +131,11 @@ class Call:
         """Proves |bias| + a_max * sum |w| < 2**31 for every output channel. weight: (M, K)."""
         reach = value.reach * np.abs(weight.astype(np.int64)).sum(axis=1)
         peak = np.abs(bias.astype(np.int64)).reshape(-1, weight.shape[0]).max(axis=0)
-        worst = int((reach + peak).max())
+        self.accumulator_reach = int((reach + peak).max())
         self.require(
-            worst < ACCUMULATOR_BOUND,
-            f"accumulator may reach {worst}, beyond int32; the layer is too wide or its bias too large for its scale",
+            self.accumulator_reach < ACCUMULATOR_BOUND,
+            f"accumulator may reach {self.accumulator_reach}, beyond int32; the layer is too wide or its bias too "
+            "large for its scale",
         )
 
     def nothing_else(self) -> None:

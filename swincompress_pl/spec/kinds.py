@@ -215,6 +215,12 @@ KINDS: dict[str, Kind] = {
 
 def check_operation(op: Operation, inputs: Sequence[Value], tensors: Tensors) -> Value:
     """The output value of `op`, or ProgramError naming the operation, the entry and the bound it breaks."""
+    return prove_operation(op, inputs, tensors)[0]
+
+
+def prove_operation(op: Operation, inputs: Sequence[Value], tensors: Tensors) -> tuple[Value, int | None]:
+    """What `check_operation` gives, and how far the operation's accumulators may reach in magnitude; None where it
+    proves none."""
     if op.kind not in KINDS:
         raise ProgramError(f"operation {op.name!r}: unknown kind {op.kind!r}; kinds are {', '.join(KINDS)}")
     kind = KINDS[op.kind]
@@ -222,4 +228,4 @@ def check_operation(op: Operation, inputs: Sequence[Value], tensors: Tensors) ->
     call.require(len(inputs) == kind.arity, f"takes {kind.arity} inputs, got {len(inputs)}")
     output = kind.check(call)
     call.nothing_else()
-    return output
+    return output, call.accumulator_reach

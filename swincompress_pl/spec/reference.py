@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from swincompress_pl.spec.integer import IntArray
-from swincompress_pl.spec.kinds import KINDS, check_operation
+from swincompress_pl.spec.kinds import KINDS, prove_operation
 from swincompress_pl.spec.program import INPUT_VALUE, InputDescription, Operation, Program, ProgramError, Value
 
 
@@ -24,6 +24,12 @@ def tensors_of(program: Program, op: Operation) -> dict[str, IntArray]:
 def check(program: Program) -> dict[str, Value]:
     """Type and shape of every value, by name; proves all bounds. Raises ProgramError naming the first wrong
     operation."""
+    return _proved(program)[0]
+
+
+def _proved(program: Program) -> tuple[dict[str, Value], list[int | None]]:
+    """What `check` gives, and how far the accumulators of each operation may reach."""
+    reaches = []
     values = {INPUT_VALUE: program.input.value}
     if not program.operations:
         raise ProgramError("program without operations")
@@ -33,7 +39,9 @@ def check(program: Program) -> dict[str, Value]:
             raise ProgramError(f"{op.kind} {op.name!r}: reads {unknown[0]!r}, which no earlier operation writes")
         if op.output in values:
             raise ProgramError(f"{op.kind} {op.name!r}: writes {op.output!r} a second time")
-        values[op.output] = check_operation(op, [values[name] for name in op.inputs], tensors_of(program, op))
+        inputs = [values[name] for name in op.inputs]
+        values[op.output], reach = prove_operation(op, inputs, tensors_of(program, op))
+        reaches.append(reach)
     result = values[program.operations[-1].output]
     if result.dtype != "int32" or result.rows != 1:
         raise ProgramError(
@@ -43,26 +51,28 @@ def check(program: Program) -> dict[str, Value]:
         raise ProgramError(f"program has {result.channels} logits but names {len(program.classes)} classes")
     if not (np.isfinite(program.logit_scale) and program.logit_scale > 0):
         raise ProgramError(f"logit_scale is {program.logit_scale}; it must be positive and finite")
-    return values
+    return values, reaches
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """What one operation costs for one image."""
+    """What one operation costs for one image. accumulator_reach: the largest magnitude that an accumulator of it can
+    reach, as `check` proves it; None where there is nothing to prove."""
 
     operation: Operation
     macs: int
     output: Value
     parameter_bytes: int
+    accumulator_reach: int | None
 
 
 def costs(program: Program) -> list[Cost]:
     """MACs, output and parameter bytes of every operation, in order. A shared tensor is counted where it is first
     used."""
-    values = check(program)
+    values, reaches = _proved(program)
     seen: set[str] = set()
     table = []
-    for op in program.operations:
+    for op, reach in zip(program.operations, reaches, strict=True):
         tensors = tensors_of(program, op)
         inputs = [values[name] for name in op.inputs]
         fresh = {key for key in op.tensors.values() if key not in seen}
@@ -73,6 +83,7 @@ def costs(program: Program) -> list[Cost]:
                 macs=KINDS[op.kind].macs(inputs, values[op.output], op.attributes, tensors),
                 output=values[op.output],
                 parameter_bytes=sum(program.tensors[key].nbytes for key in fresh),
+                accumulator_reach=reach,
             )
         )
     return table

@@ -10,6 +10,7 @@ import hashlib
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import swincompress_pl
-from swincompress_pl import accel
+from swincompress_pl import accel, report
 from swincompress_pl.callbacks import AdaptiveIterativePruning, PrimeSVT, QuantizationAwareTraining
 from swincompress_pl.models import CompressibleClassifier, create_model
-from swincompress_pl.quant import QuantizedNetwork, quantize
+from swincompress_pl.quant import QuantizedNetwork, diagnose, quantize
 
 CLASSES = 4
 PREPROCESSING = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.25, 0.3]}
@@ -159,10 +160,40 @@ def write_checkpoints(folder: Path) -> dict[str, np.ndarray[Any, Any]]:
     return logits
 
 
+def write_records(folder: Path) -> None:
+    """report.json, with a search and a diagnosis of the other golden files, and report_steps.json, with steps of a
+    search that is not known."""
+    network = lively(create_model(SWIN[0], num_classes=CLASSES, **SWIN[1])).eval()
+    quantized = quantize(network, [normalized(pixels(16))], preprocessing=PREPROCESSING, bits="W4A8").eval()
+    engine = accel.load(folder / "swin.safetensors", threads=1)
+    size = report.program_size(engine.program, file=folder / "swin.safetensors")
+    record = report.RunRecord(name="golden", environment={"cpu": "none", "packages": {"torch": "2"}}, data="noise")
+    record.add_stage("float", parameters=1000, macs=2000, size=report.network_size(network))
+    record.add_stage(
+        "engine", parameters=report.program_parameters(engine.program), macs=report.program_macs(engine.program),
+        size=size, accuracy=report.Accuracy(correct=5, images=8),
+        latency_ms={"engine": report.Latency(samples_ms=(1.5, 1.25), threads=1)},
+    )  # fmt: skip
+    counts = {"both_right": 4, "right_to_wrong": 1, "wrong_to_right": 1, "both_wrong": 2, "same_predictions": 5}
+    record.add_comparison("engine against float", report.PairedComparison(**counts))
+    record.add_check("engine == reference", True, "8 images")
+    record.layers.extend(report.layer_sparsity(network, quantized.network))
+    record.operations.append(report.OperationTime(name="head", kind="linear", time_ms=0.5, macs=32, size_bytes=64))
+    record.notes.append("a note")
+    search = torch.load(folder / "pruned.ckpt", weights_only=True)["callbacks"]["AdaptiveIterativePruning"]["search"]
+    labels = torch.arange(8) % CLASSES
+    record.add_quantization(diagnose(quantized, normalized(pixels(16)), labels, histograms=2).to_dict())
+    step = report.PruningStep(group="layers.0.mlp", units_before=8, units_after=4, accepted=False)
+    replace(record, quantization=None, stages=[], layers=[], steps=[step]).save(folder / "report_steps.json")
+    record.add_pruning(search, tolerance=2)
+    record.save(folder / "report.json")
+
+
 def main(folder: Path) -> None:
     folder.mkdir(parents=True)
     torch.set_num_threads(1)
     logits = {**write_artifacts(folder), **write_checkpoints(folder)}
+    write_records(folder)
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=Path(swincompress_pl.__file__).parent, check=True,
         capture_output=True, text=True,

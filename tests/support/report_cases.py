@@ -50,7 +50,7 @@ def full_record() -> RunRecord:
 
 
 def search_data() -> dict[str, Any]:
-    """Two rounds on two targets of different kinds; five steps, three of them kept."""
+    """Two rounds on two targets of different kinds; five steps, three of them kept. The tolerance is not known."""
 
     def step(
         number: int, target: str, units: tuple[int, int], score: float, accepted: bool, **left: Any
@@ -67,10 +67,13 @@ def search_data() -> dict[str, Any]:
     return {
         "version": 2,
         "granularity": "structured",
+        "tolerance": None,
         "baseline_score": 75.0,
         "baseline_parameters": 1000,
         "baseline_macs": 8000,
         "baseline_prunable": 800,
+        "baseline_bytes": 4000,
+        "initial_units": {"blocks.0.heads": 4, "blocks.1.mlp": 96},
         "score": 73.5,
         "rounds": 2,
         "stopped": "every target is locked",
@@ -101,7 +104,8 @@ def large_search_data(targets: int, rounds: int) -> dict[str, Any]:
         {
             "round": number, "target": name, "kind": "weight", "units_before": 110 - 10 * number,
             "units_after": 100 - 10 * number, "score": 75.0 - number, "accepted": True,
-            "parameters": 10**6 - 1000 * (number * targets + place), "macs": None, "images": 10, "exact": True,
+            "parameters": 10**6 - 1000 * (number * targets + place), "macs": None, "size_bytes": 0,
+            "images": 10, "exact": True,
         }
         for number in range(1, rounds + 1)
         for place, name in enumerate(names)
@@ -112,6 +116,7 @@ def large_search_data(targets: int, rounds: int) -> dict[str, Any]:
         "baseline_parameters": 10**6,
         "baseline_macs": None,
         "rounds": rounds,
+        "initial_units": dict.fromkeys(names, 100),
         "targets": {name: dict(target) for name in names},
         "steps": steps,
         "sensitivity": {name: [[0.0, 75.0], [0.5, 75.0 - 0.1 * place]] for place, name in enumerate(names)},

@@ -1,10 +1,10 @@
-"""One kernel alone: a layer in every implementation, timed inside an engine, its answers compared with the norm."""
+"""One kernel alone: a layer in every implementation, timed inside an engine and compared with the reference."""
 
 from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -71,11 +71,7 @@ def bench_linear(
     tensors = layers[names[0]].tensors
     expected = linear(images[0, :, 0], **tensors, dtype="int8")
     equal = {name: bool(np.array_equal(layer(images[0, :, 0]), expected)) for name, layer in layers.items()}
-    program = linear_program(tensors, rows=rows)
-    with tempfile.TemporaryDirectory() as directory:
-        file = Path(directory) / "layer.safetensors"
-        accel.export(program, file)
-        engines = {name: accel.load(file, threads=threads, implementation=name) for name in names}
+    engines = _engines(linear_program(tensors, rows=rows), names, threads)
     samples: dict[str, list[float]] = {name: [] for name in names}
     peaks = dict.fromkeys(names, 0.0)
     for _ in range(rounds):
@@ -93,6 +89,12 @@ def bench_linear(
         )
         for name in names
     ]
+
+
+def _engines(program: Program, implementations: Sequence[str], threads: int) -> dict[str, accel.Engine]:
+    with tempfile.TemporaryDirectory() as directory:
+        file = accel.export(program, Path(directory) / "layer.safetensors")
+        return {name: accel.load(file, threads=threads, implementation=name) for name in implementations}
 
 
 def _layer_ms(profile: accel.Profile) -> float:

@@ -5,17 +5,18 @@ from __future__ import annotations
 import io
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from xml.etree import ElementTree
 
+import matplotlib
 import numpy as np
 import numpy.typing as npt
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 DPI = 130
 PAGE_WIDTH = 1250  # pixels: a wider drawing would be illegible when it is made to fit, so it scrolls
@@ -53,8 +54,6 @@ _SVG, _XLINK = "{http://www.w3.org/2000/svg}", "{http://www.w3.org/1999/xlink}"
 @contextmanager
 def style() -> Iterator[None]:
     """The style of all plots, for as long as it lasts; a user's own settings come back afterwards."""
-    import matplotlib
-
     with matplotlib.rc_context(_STYLE):  # type: ignore[arg-type]  # its keys are a Literal type
         yield
 
@@ -62,10 +61,7 @@ def style() -> Iterator[None]:
 def new_figure(width: float, height: float) -> Figure:
     """An empty figure of width x height inches that belongs to nobody but the caller."""
     # No pyplot: it would keep global state and choose a backend of its own in a user's session.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure as NewFigure
-
-    figure = NewFigure(figsize=(width, height), dpi=DPI, layout="constrained")
+    figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
@@ -90,8 +86,6 @@ def save_png(figure: Figure, path: Path) -> None:
 
 def to_rgb(figure: Figure) -> npt.NDArray[np.uint8]:
     """The figure's pixels, (height, width, 3)."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
     canvas: Any = FigureCanvasAgg(figure)  # its methods have no types
     with style():
         canvas.draw()
@@ -143,3 +137,20 @@ def _in_page_colours(css: str) -> str:
 def _page_colour(found: Any) -> str:
     colour: str = found.group(0)
     return f"var({CSS_COLOURS[colour]})" if colour in CSS_COLOURS else colour
+
+
+def bars(
+    ax: Axes, names: Sequence[str], values: Sequence[float], show: Callable[[float], str], colours: Sequence[str]
+) -> None:
+    """Horizontal bars from zero, first on top, each with its value."""
+    places = list(range(len(names)))
+    ax.barh(places, list(values), color=list(colours), height=0.68)
+    ax.set_yticks(places, list(names))
+    ax.invert_yaxis()
+    largest = max(values) or 1.0
+    for place, value in zip(places, values, strict=True):
+        ax.text(value + 0.02 * largest, place, show(value), va="center", fontsize=9)
+    ax.set_xlim(0, 1.28 * largest)
+    ax.set_xticks([])
+    ax.spines["bottom"].set_visible(False)
+    ax.tick_params(axis="y", length=0)

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from swincompress_pl.report.html import render_html
 from swincompress_pl.report.markdown import render_markdown
-from swincompress_pl.report.plots import Plot, draw_plots, save_plots
-from swincompress_pl.report.record import RECORD_FILE, RunRecord, write_text
+from swincompress_pl.report.plain import write_text
+from swincompress_pl.report.plots.draw import Plot, draw_plots, save_plots
+from swincompress_pl.report.record import RECORD_FILE, RunRecord
 
 MARKDOWN_FILE = "report.md"
 HTML_FILE = "report.html"

@@ -1,32 +1,40 @@
 """The plots of a quantized network: errors, costs, ranges with their clips, values of the worst sites, bits a layer.
 
-Each takes a `Quantization` and returns a matplotlib Figure that belongs to the caller, or None where there is nothing
+Each takes a `Diagnosis` and returns a matplotlib Figure that belongs to the caller, or None where there is nothing
 to draw.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullLocator
 
-from swincompress_pl.report.content import megabytes
-from swincompress_pl.report.drawing import EDGE, LAST, TEXT, finished, new_figure, style
-from swincompress_pl.report.quantization import Histogram, Quantization, SiteCost, SiteError, label
+from swincompress_pl.quant.diagnosis.diagnosis import Diagnosis, SiteCost
+from swincompress_pl.quant.diagnosis.quantization_errors import Histogram, SiteError
+from swincompress_pl.report.content.numbers import megabytes
+from swincompress_pl.report.diagnosis import all_packed_bytes, label, packed_bytes, read_diagnosis
+from swincompress_pl.report.plots.drawing import EDGE, LAST, TEXT, finished, new_figure, style
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
+QUANTIZATION_TITLES = {
+    "quantization_error": "Signal to noise",
+    "quantization_costs": "What each quantizer costs",
+    "quantization_ranges": "Ranges and clips",
+    "quantization_histograms": "Values of the worst quantizers",
+    "quantization_bits": "Bits a layer",
+}
 _ROWS_SHOWN, _COSTS_SHOWN = 60, 30
 _KINDS = {"activation": (LAST, "o"), "weight": ("#e08a3c", "s")}
 _BIT_COLOURS = {8: "#1f6fb2", 7: "#4b8ec6", 6: "#2a8c6e", 5: "#7a9e3a", 4: "#e08a3c", 3: "#c8553d", 2: "#8a2f3d"}
 
 
-def quantization_figures(data: Mapping[str, Any] | Quantization) -> dict[str, Figure]:
-    """All plots for which the diagnosis has data, by the names of `quantization.PLOT_TITLES`."""
-    known = Quantization.of(data)
+def quantization_figures(data: Mapping[str, Any] | Diagnosis) -> dict[str, Figure]:
+    """All plots for which the diagnosis has data, by the names of `QUANTIZATION_TITLES`."""
+    known = read_diagnosis(data)
     drawn = {
         "quantization_error": _errors(known),
         "quantization_costs": _costs(known),
@@ -37,7 +45,7 @@ def quantization_figures(data: Mapping[str, Any] | Quantization) -> dict[str, Fi
     return {name: figure for name, figure in drawn.items() if figure is not None}
 
 
-def _errors(known: Quantization) -> Figure | None:
+def _errors(known: Diagnosis) -> Figure | None:
     """Signal to noise: of the values (filled) and of the rounding here alone (hollow), the network's order down."""
     found = [error for error in known.errors if error.snr_db is not None and error.own_snr_db is not None]
     shown = _worst(found, lambda error: error.snr_db or 0.0)
@@ -60,8 +68,8 @@ def _errors(known: Quantization) -> Figure | None:
         return finished(figure)
 
 
-def _costs(known: Quantization) -> Figure | None:
-    """The KL divergence with one site alone quantized, the dearest first."""
+def _costs(known: Diagnosis) -> Figure | None:
+    """The KL divergence with one quantizer alone, the dearest first."""
     shown = known.costs[:_COSTS_SHOWN]
     if not shown:
         return None
@@ -77,14 +85,12 @@ def _costs(known: Quantization) -> Figure | None:
             ax.barh([0], [0], color=_KINDS[kind][0], label=kind)
         ax.set_xlabel("KL to the float output, 1/1000 nats, this one alone quantized")
         ax.legend(loc="lower right", fontsize=9)
-        ax.set_title(_of("What each site costs", "dearest", shown, known.costs))
+        ax.set_title(_of("What each quantizer costs", "dearest", shown, known.costs))
         return finished(figure)
 
 
-def _ranges(known: Quantization) -> Figure | None:
-    """From the 99.99 percentile to the maximum of every site's magnitudes, in clips."""
-    from matplotlib.ticker import FuncFormatter, NullLocator
-
+def _ranges(known: Diagnosis) -> Figure | None:
+    """From the 99.99 percentile to the maximum of every quantizer's magnitudes, in clips."""
     found = [error for error in known.errors if error.clip_to_max and error.clip_to_p9999]
     shown = _worst(found, lambda error: error.clip_to_max or 0.0)
     if not shown:
@@ -112,7 +118,7 @@ def _ranges(known: Quantization) -> Figure | None:
         return finished(figure)
 
 
-def _histograms(known: Quantization) -> Figure | None:
+def _histograms(known: Diagnosis) -> Figure | None:
     """Float values in steps, with the ends of the codes."""
     if not known.histograms:
         return None
@@ -145,24 +151,25 @@ def _histogram(ax: Axes, histogram: Histogram) -> None:
     ax.set_title(label(histogram), fontsize=9.5)
 
 
-def _bits(known: Quantization) -> Figure | None:
+def _bits(known: Diagnosis) -> Figure | None:
     """Bars of the weight bits, first layer on top, with the bytes they take."""
     if not known.layers:
         return None
     with style():
         figure = new_figure(7.4, 1.0 + 0.19 * len(known.layers))
         ax = figure.add_subplot()
-        places = range(len(known.layers))
-        ax.barh(places, [x.bits for x in known.layers], color=[_BIT_COLOURS[x.bits] for x in known.layers], height=0.72)
-        for place, layer in enumerate(known.layers):
-            ax.text(layer.bits + 0.1, place, f"{layer.bits}, {megabytes(layer.size_bytes)}", va="center", fontsize=7)
-        ax.set_yticks(places, [layer.name for layer in known.layers], fontsize=7.5)
+        places, widths = range(len(known.layers)), [bits for bits, _ in known.layers.values()]
+        ax.barh(places, widths, color=[_BIT_COLOURS[bits] for bits in widths], height=0.72)
+        for place, (bits, weights) in enumerate(known.layers.values()):
+            text = f"{bits}, {megabytes(packed_bytes(bits, weights))}"
+            ax.text(bits + 0.1, place, text, va="center", fontsize=7)
+        ax.set_yticks(places, list(known.layers), fontsize=7.5)
         ax.set_ylim(len(known.layers) - 0.4, -0.6)
         ax.set_xlim(0, 9.6)
         ax.set_xticks(range(0, 9, 2))
         ax.tick_params(axis="y", length=0)
         ax.set_xlabel("weight bits, and their size packed")
-        ax.set_title(f"Bits a layer ({megabytes(known.weights_bytes)} together)")
+        ax.set_title(f"Bits a layer ({megabytes(all_packed_bytes(known))} together)")
         return finished(figure)
 
 

@@ -10,75 +10,62 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from swincompress_pl.report.comparison import Contestant
+from swincompress_pl.report.comparison.compare import Runner
+from swincompress_pl.report.comparison.worker import SEED, normalized, random_images
 from swincompress_pl.report.environment import installed_version
-from swincompress_pl.report.worker import SEED, normalized, random_images
 
-LATENCY_ONLY = "peers run the same architecture with random float weights: their latency counts, their answers do not"
+LATENCY_ONLY = (
+    "other runtimes run the same architecture with random float weights: their latency counts, their answers do not"
+)
+
+
+_ONNX = ("onnx", "onnxscript")
+# runtime -> packages without which none of its variants runs
+_PACKAGES = {"torch": ("torch",), "onnxruntime": ("onnxruntime", *_ONNX), "openvino": ("openvino", *_ONNX)}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """One way to run a peer. form: what it reads, a key of `_FORMS`, or None when it rebuilds the network itself."""
+    """One way to run a runtime. form: what it reads, a kind of file that `_Forms` makes, or None when it rebuilds the
+    network itself. converter: a package that makes the form, beside those of the runtime."""
 
     name: str
     runtime: str
-    packages: tuple[str, ...]
     form: str | None = None
+    converter: str | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def packages(self) -> tuple[str, ...]:
+        """Those that have to be installed."""
+        return _PACKAGES[self.runtime] + (() if self.converter is None else (self.converter,))
 
-_ONNX = ("onnx", "onnxscript")
-PEERS: dict[str, tuple[Variant, ...]] = {
-    "torch": (Variant(name="torch fp32", runtime="torch", packages=("torch",)),),
-    "torch-bf16": (Variant(name="torch bf16", runtime="torch", packages=("torch",), settings={"precision": "bf16"}),),
+
+RUNTIMES: dict[str, tuple[Variant, ...]] = {
+    "torch": (Variant(name="torch fp32", runtime="torch"),),
+    "torch-bf16": (Variant(name="torch bf16", runtime="torch", settings={"precision": "bf16"}),),
     "torch-compile": (
-        Variant(name="torch.compile fp32", runtime="torch", packages=("torch",), settings={"compile": True}),
-        Variant(
-            name="torch.compile bf16",
-            runtime="torch",
-            packages=("torch",),
-            settings={"compile": True, "precision": "bf16"},
-        ),
+        Variant(name="torch.compile fp32", runtime="torch", settings={"compile": True}),
+        Variant(name="torch.compile bf16", runtime="torch", settings={"compile": True, "precision": "bf16"}),
     ),
     "onnxruntime": (
-        Variant(name="onnxruntime fp32", runtime="onnxruntime", packages=("onnxruntime", *_ONNX), form="onnx"),
-        Variant(
-            name="onnxruntime dynamic int8",
-            runtime="onnxruntime",
-            packages=("onnxruntime", *_ONNX),
-            form="onnx dynamic int8",
-        ),
+        Variant(name="onnxruntime fp32", runtime="onnxruntime", form="onnx"),
+        Variant(name="onnxruntime dynamic int8", runtime="onnxruntime", form="onnx dynamic int8"),
     ),
-    "onnxruntime-qdq": (
-        Variant(
-            name="onnxruntime static int8 (QDQ)",
-            runtime="onnxruntime",
-            packages=("onnxruntime", *_ONNX),
-            form="onnx static int8",
-        ),
-    ),
+    "onnxruntime-qdq": (Variant(name="onnxruntime static int8 (QDQ)", runtime="onnxruntime", form="onnx static int8"),),
     "openvino": (
-        Variant(
-            name="openvino fp32",
-            runtime="openvino",
-            packages=("openvino", *_ONNX),
-            form="onnx",
-            settings={"INFERENCE_PRECISION_HINT": "f32"},
-        ),
-        Variant(
-            name="openvino int8 (nncf)", runtime="openvino", packages=("openvino", "nncf", *_ONNX), form="openvino int8"
-        ),
+        Variant(name="openvino fp32", runtime="openvino", form="onnx", settings={"INFERENCE_PRECISION_HINT": "f32"}),
+        Variant(name="openvino int8 (nncf)", runtime="openvino", form="openvino int8", converter="nncf"),
     ),
 }
 
 
-def parse_peers(text: str) -> tuple[str, ...]:
-    """The peers named in "torch,onnxruntime"; ValueError names an unknown one and lists the choices."""
+def parse_runtimes(text: str) -> tuple[str, ...]:
+    """The runtimes named in "torch,onnxruntime"; ValueError names an unknown one and lists the choices."""
     names = tuple(name.strip() for name in text.split(",") if name.strip())
-    unknown = [name for name in names if name not in PEERS]
+    unknown = [name for name in names if name not in RUNTIMES]
     if unknown:
-        raise ValueError(f"unknown peer {unknown[0]!r}; choose from {', '.join(PEERS)}, separated by commas")
+        raise ValueError(f"unknown runtime {unknown[0]!r}; choose from {', '.join(RUNTIMES)}, separated by commas")
     return tuple(dict.fromkeys(names))
 
 
@@ -91,21 +78,21 @@ def prepare(
     batch: int,
     directory: Path,
     on_progress: Callable[[str], object] | None = None,
-) -> dict[int, list[Contestant]]:
-    """{number of threads: a contestant for every variant of every named peer}; files are written into `directory` once.
+) -> dict[int, list[Runner]]:
+    """{number of threads: a runner for every variant of every named runtime}; files are written into `directory` once.
 
     origin: `Program.origin`, from which the float architecture is rebuilt with random weights. Without it, or where a
-    package is missing or a conversion fails, the contestant is unavailable and says why.
+    package is missing or a conversion fails, the runner is unavailable and says why.
     """
     forms = _Forms(origin=origin, image_shape=image_shape, batch=batch, directory=directory)
-    contestants: dict[int, list[Contestant]] = {count: [] for count in threads}
-    for variant in (variant for name in names for variant in PEERS[name]):
+    runners: dict[int, list[Runner]] = {count: [] for count in threads}
+    for variant in (variant for name in names for variant in RUNTIMES[name]):
         if on_progress is not None:
             on_progress(f"preparing {variant.name}")
         file, unavailable = _made(variant, forms)
         for count in threads:
-            contestants[count].append(
-                Contestant(
+            runners[count].append(
+                Runner(
                     name=variant.name,
                     runtime=variant.runtime,
                     threads=count,
@@ -117,7 +104,7 @@ def prepare(
                     unavailable=unavailable,
                 )
             )
-    return contestants
+    return runners
 
 
 def _made(variant: Variant, forms: _Forms) -> tuple[str | None, str | None]:
@@ -140,7 +127,7 @@ def _made(variant: Variant, forms: _Forms) -> tuple[str | None, str | None]:
 
 @dataclass(kw_only=True)
 class _Forms:
-    """The files that peers read, each made when it is first asked for."""
+    """The files that runtimes read, each made when it is first asked for."""
 
     origin: Mapping[str, Any] | None
     image_shape: tuple[int, ...]
@@ -214,7 +201,7 @@ class _Forms:
         return model
 
     def _samples(self) -> list[Any]:
-        """Random images for a calibration, other ones than those of the race but alike."""
+        """Random images for a calibration, other ones than those of the comparison but alike."""
         shape = (self.batch, *self.image_shape)
         return [normalized(random_images(shape, seed)) for seed in (SEED + 1, SEED + 2)]
 

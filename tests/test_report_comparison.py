@@ -1,4 +1,4 @@
-"""Races between processes: what runs, what is missing and what fails all stand in the result."""
+"""Comparisons between processes: what runs, what is missing and what fails all stand in the result."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from swincompress_pl import accel
-from swincompress_pl.report import runtimes
-from swincompress_pl.report.bench import bench_artifact
-from swincompress_pl.report.comparison import Contestant, run
-from swincompress_pl.report.kernels import bench_linear, linear_program
-from swincompress_pl.report.runtimes import PEERS, parse_peers, prepare
-from swincompress_pl.report.worker import SEED, turn_ms
+from swincompress_pl.report.comparison import runtimes
+from swincompress_pl.report.comparison.bench import bench_artifact
+from swincompress_pl.report.comparison.compare import Runner, compare
+from swincompress_pl.report.comparison.kernels import bench_linear, linear_program
+from swincompress_pl.report.comparison.runtimes import RUNTIMES, parse_runtimes, prepare
+from swincompress_pl.report.comparison.worker import SEED, turn_ms
 
 SHAPE = (4, 1, 8)
 
@@ -27,19 +27,19 @@ def artifact(tmp_path: Path) -> Path:
     return accel.export(program, tmp_path / "model.safetensors")
 
 
-def contestant(name: str, file: str | None, unavailable: str | None = None) -> Contestant:
-    return Contestant(
+def runner(name: str, file: str | None, unavailable: str | None = None) -> Runner:
+    return Runner(
         name=name, runtime="engine", threads=1, batch=2, image_shape=SHAPE, file=file, unavailable=unavailable
     )
 
 
-def test_a_race_reports_everyone(artifact: Path) -> None:
+def test_a_comparison_reports_everyone(artifact: Path) -> None:
     told: list[tuple[str, int, int]] = []
-    results = run(
+    results = compare(
         [
-            contestant("engine", str(artifact)),
-            contestant("broken", str(artifact.with_name("gone"))),
-            contestant("absent", None, unavailable="not installed: thing"),
+            runner("engine", str(artifact)),
+            runner("broken", str(artifact.with_name("gone"))),
+            runner("absent", None, unavailable="not installed: thing"),
         ],
         rounds=3,
         warm_up=1,
@@ -65,17 +65,17 @@ def test_a_race_reports_everyone(artifact: Path) -> None:
     assert told[-1] == ("done", 6, 6)
 
 
-def test_a_worker_that_dies_does_not_end_the_race(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_that_dies_does_not_end_the_comparison(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENBLAS_NUM_THREADS", "1")
-    dying = Contestant(name="dying", runtime="no such runtime", threads=1, batch=1, image_shape=SHAPE)
-    results = run([dying, contestant("engine", str(artifact))], rounds=1, warm_up=0, turn_ms=0.1)
+    dying = Runner(name="dying", runtime="no such runtime", threads=1, batch=1, image_shape=SHAPE)
+    results = compare([dying, runner("engine", str(artifact))], rounds=1, warm_up=0, turn_ms=0.1)
     assert "KeyError" in (results[0].unavailable or "")
     assert results[1].latency is not None
 
 
 def test_names_must_differ(artifact: Path) -> None:
     with pytest.raises(ValueError, match="names must differ"):
-        run([contestant("a", None, "x"), contestant("a", None, "x")])
+        compare([runner("a", None, "x"), runner("a", None, "x")])
 
 
 def test_a_turn_wakes_then_measures() -> None:
@@ -110,28 +110,30 @@ def test_every_implementation_of_a_kernel_is_compared() -> None:
     assert {outcome.macs for outcome in outcomes} == {5 * 7 * 9}
 
 
-def test_peers_are_named() -> None:
-    assert parse_peers("torch, onnxruntime,torch") == ("torch", "onnxruntime")
-    assert parse_peers("") == ()
-    with pytest.raises(ValueError, match="unknown peer 'tensorrt'; choose from torch, torch-bf16, torch-compile, onnx"):
-        parse_peers("torch,tensorrt")
+def test_runtimes_are_named() -> None:
+    assert parse_runtimes("torch, onnxruntime,torch") == ("torch", "onnxruntime")
+    assert parse_runtimes("") == ()
+    with pytest.raises(
+        ValueError, match="unknown runtime 'tensorrt'; choose from torch, torch-bf16, torch-compile, onnx"
+    ):
+        parse_runtimes("torch,tensorrt")
 
 
-def prepared(origin: dict[str, object] | None, tmp_path: Path) -> list[Contestant]:
+def prepared(origin: dict[str, object] | None, tmp_path: Path) -> list[Runner]:
     by_threads = prepare(
         ["onnxruntime"], origin=origin, image_shape=(32, 32, 3), threads=(1, 2), batch=1, directory=tmp_path
     )
     assert list(by_threads) == [1, 2]
-    assert [c.name for c in by_threads[1]] == [variant.name for variant in PEERS["onnxruntime"]]
+    assert [c.name for c in by_threads[1]] == [variant.name for variant in RUNTIMES["onnxruntime"]]
     return by_threads[2]
 
 
-def test_a_missing_peer_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_runtime_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtimes, "installed_version", lambda package: None if package == "onnxruntime" else "1")
     assert {c.unavailable for c in prepared({"network": {"name": "x"}}, tmp_path)} == {"not installed: onnxruntime"}
 
 
-def test_an_artifact_without_origin_has_no_peers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_artifact_without_origin_has_no_other_runtimes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtimes, "installed_version", lambda package: "1")
     assert all("which architecture" in (c.unavailable or "") for c in prepared(None, tmp_path))
 

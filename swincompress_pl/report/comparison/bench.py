@@ -1,8 +1,8 @@
-"""Measuring an artifact: the engine in a race with its peers, its answers checked in the same run."""
+"""Measuring an artifact: the engine in a comparison with other runtimes, its answers checked in the same run."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from swincompress_pl import accel
-from swincompress_pl.report.comparison import Contestant, Progress, Result, run
+from swincompress_pl.report.comparison.compare import Progress, Result, Runner, compare
+from swincompress_pl.report.comparison.runtimes import prepare
 from swincompress_pl.report.environment import describe_environment
 from swincompress_pl.report.latency import Ratio, ratio
-from swincompress_pl.report.record import OperationTime
-from swincompress_pl.report.runtimes import prepare
+from swincompress_pl.report.operations import OperationTime, operation_times
 from swincompress_pl.report.sizes import program_macs
 
 ENGINE = "engine"
@@ -23,7 +23,7 @@ _IMAGES_CHECKED = 2
 
 @dataclass(frozen=True, kw_only=True)
 class Bench:
-    """What a race gave; the engine is the first of `results`. ratios: {peer: its time / the engine's}.
+    """What a comparison gave; the engine is the first of `results`. ratios: {runtime: its time / the engine's}.
 
     answers_equal: integer logits of the engine equal the reference's on `images_checked` random images, in this very
     run.
@@ -67,26 +67,20 @@ def bench_artifact(
     directory: Path,
     on_progress: Progress,
 ) -> Bench:
-    """Races the artifact `file` against the peers named in `against` (`peers.PEERS`).
+    """Compares the artifact `file` with the runtimes named in `against` (`runtimes.RUNTIMES`).
 
-    directory: for the files that peers read. Raises ArtifactError or ProgramError for a bad file, ValueError for an
-    unknown implementation or peer; a peer that is missing or fails stands in the results with the reason.
+    directory: for the files that runtimes read. Raises ArtifactError or ProgramError for a bad file, ValueError for an
+    unknown implementation or runtime; a runtime that is missing or fails stands in the results with the reason.
     """
     on_progress("checking the engine against the reference", 0, 1)
     engine = accel.load(file, threads=threads, implementation=implementation)
-    shape = engine.input_shape
-    images = np.random.default_rng(1).integers(0, 256, (_IMAGES_CHECKED, *shape), dtype=np.uint8)
+    images = np.random.default_rng(1).integers(0, 256, (_IMAGES_CHECKED, *engine.input_shape), dtype=np.uint8)
     equal = bool(np.array_equal(engine.run_integer(images), accel.reference(file).run_integer(images)))
     times = operation_times(engine.profile(images[:1])) if operations else []
-    peers = prepare(
-        against, origin=engine.program.origin, image_shape=shape, threads=(threads,), batch=batch, directory=directory,
-        on_progress=lambda what: on_progress(what, 0, 1),
-    )[threads]  # fmt: skip
-    ours = Contestant(
-        name=ENGINE, runtime="engine", threads=threads, batch=batch, image_shape=shape, file=str(file),
-        implementation=engine.implementation,
+    results = compare_engine(
+        engine, file, against=against, origin=engine.program.origin, threads=threads, batch=batch, rounds=rounds,
+        directory=directory, on_progress=on_progress,
     )  # fmt: skip
-    results = run([ours, *peers], rounds=rounds, on_progress=on_progress)
     if results[0].latency is None:
         raise ValueError(f"{file}: the engine could not be measured: {results[0].unavailable}")
     return Bench(
@@ -103,16 +97,37 @@ def bench_artifact(
     )
 
 
+def compare_engine(
+    engine: accel.Engine,
+    file: Path,
+    *,
+    against: Sequence[str],
+    origin: Mapping[str, Any] | None,
+    threads: int,
+    batch: int = 1,
+    rounds: int = 10,
+    directory: Path,
+    on_progress: Progress | None = None,
+) -> list[Result]:
+    """The results of the artifact `file` in the engine's implementation, then of the runtimes named in `against`.
+
+    origin: what those rebuild the network from (`runtimes.prepare`). directory: for the files that they read.
+    """
+    report = on_progress or (lambda *_: None)
+    shape = engine.input_shape
+    others = prepare(
+        against, origin=origin, image_shape=shape, threads=(threads,), batch=batch, directory=directory,
+        on_progress=lambda what: report(what, 0, 1),
+    )[threads]  # fmt: skip
+    ours = Runner(
+        name=ENGINE, runtime="engine", threads=threads, batch=batch, image_shape=shape, file=str(file),
+        implementation=engine.implementation,
+    )  # fmt: skip
+    return compare([ours, *others], rounds=rounds, on_progress=on_progress)
+
+
 def ratios_to(first: Result, others: Sequence[Result]) -> dict[str, Ratio]:
     """{name: its time / the time of `first`} for those that were measured."""
     if first.latency is None:
         return {}
     return {other.name: ratio(other.latency, first.latency) for other in others if other.latency is not None}
-
-
-def operation_times(profile: accel.Profile) -> list[OperationTime]:
-    """An engine's profile as values of a record."""
-    return [
-        OperationTime(name=row.operation, kind=row.kind, time_ms=row.time_ms, macs=row.macs, size_bytes=row.bytes)
-        for row in profile
-    ]

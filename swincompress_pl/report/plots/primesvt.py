@@ -8,11 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-from swincompress_pl.report.drawing import (
+from swincompress_pl.pruning import PrimeSVTResult
+from swincompress_pl.pruning.prime.result import Candidate
+from swincompress_pl.report.plots.drawing import (
     ALERT,
     BASE,
     BETWEEN,
@@ -26,14 +30,7 @@ from swincompress_pl.report.drawing import (
     style,
 )
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-    from swincompress_pl.pruning import PrimeSVTResult
-    from swincompress_pl.pruning.prime.result import Candidate
-
-    Result = Mapping[str, Any] | PrimeSVTResult
+Result = Mapping[str, Any] | PrimeSVTResult
 
 _BAND_COLOURS = (LAST, BETWEEN, BASE)
 _PHASES = {"target set": ("s", BASE), "robustness": ("^", BETWEEN), "policy": ("o", LAST)}
@@ -190,6 +187,4 @@ def _points(ax: Axes, candidates: list[Candidate]) -> None:
 
 
 def _read(result: Result) -> PrimeSVTResult:
-    from swincompress_pl.pruning import PrimeSVTResult
-
     return result if isinstance(result, PrimeSVTResult) else PrimeSVTResult.from_dict(result)

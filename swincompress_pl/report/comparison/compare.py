@@ -20,12 +20,12 @@ import numpy.typing as npt
 from swincompress_pl.report.latency import Latency, turned
 
 Progress = Callable[[str, int, int], object]
-_PACKAGE_ROOT = Path(__file__).resolve().parents[2]
+_PACKAGE_ROOT = Path(__file__).resolve().parents[3]
 _LAST_WORDS = 300
 
 
 @dataclass(frozen=True, kw_only=True)
-class Contestant:
+class Runner:
     """What a worker process runs: `runtime` is one of `worker.BUILDERS`.
 
     image_shape: (height, width, channels). file: artifact or ONNX file. origin: how torch rebuilds the architecture.
@@ -58,10 +58,10 @@ class Contestant:
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """How one contestant did; latency is None when it could not run, and `unavailable` says why.
+    """How one runner did; latency is None when it could not run, and `unavailable` says why.
 
     load_ms: from its imported runtime to its first answer. file_bytes: of what it read; of torch, its float32
-    state_dict. logits: its first answer, (batch, classes), on images that are the same for all of a race.
+    state_dict. logits: its first answer, (batch, classes), on images that are the same for all of a comparison.
     """
 
     name: str
@@ -84,40 +84,38 @@ class Result:
         }
 
 
-def run(
-    contestants: Sequence[Contestant],
+def compare(
+    runners: Sequence[Runner],
     *,
     rounds: int = 10,
     warm_up: int = 3,
     turn_ms: float = 100.0,
     on_progress: Progress | None = None,
 ) -> list[Result]:
-    """Starts every contestant, then gives each one turn a round; a sample is the median of a turn of about `turn_ms`.
+    """Starts every runner, then gives each one turn a round; a sample is the median of a turn of about `turn_ms`.
 
-    A contestant that fails does not end the race: its result says why. on_progress: called with (what, done, total).
+    A runner that fails does not end the comparison: its result says why. on_progress: called with (what, done, total).
     The k-th samples of all are from the same round, so `latency.ratio` may pair them. Raises ValueError for a repeated
     name.
     """
-    names = [contestant.name for contestant in contestants]
+    names = [runner.name for runner in runners]
     if len(set(names)) != len(names) or rounds < 1 or warm_up < 0:
-        raise ValueError(
-            f"contestants {names}, rounds={rounds}, warm_up={warm_up}: names must differ, rounds be 1 or more"
-        )
-    tell = on_progress or (lambda *_: None)
-    total = len(contestants) + rounds
+        raise ValueError(f"runners {names}, rounds={rounds}, warm_up={warm_up}: names must differ, rounds be 1 or more")
+    report = on_progress or (lambda *_: None)
+    total = len(runners) + rounds
     with ExitStack() as stack:
         workers: dict[str, _Worker] = {}
         failed: dict[str, str] = {}
-        for number, contestant in enumerate(contestants):
-            tell(f"starting {contestant.name}", number, total)
-            worker = stack.enter_context(_Worker(contestant, warm_up, turn_ms))
-            (failed if worker.failure else workers)[contestant.name] = worker.failure or worker  # type: ignore[assignment]
+        for number, runner in enumerate(runners):
+            report(f"starting {runner.name}", number, total)
+            worker = stack.enter_context(_Worker(runner, warm_up, turn_ms))
+            (failed if worker.failure else workers)[runner.name] = worker.failure or worker  # type: ignore[assignment]
         for number in range(rounds):
-            tell(f"round {number + 1} of {rounds}", len(contestants) + number, total)
+            report(f"round {number + 1} of {rounds}", len(runners) + number, total)
             for name in turned(list(workers), number) if workers else []:
                 if not workers[name].failure:
                     workers[name].turn()
-        tell("done", total, total)
+        report("done", total, total)
         return [
             workers[name].result() if name in workers else Result(name=name, unavailable=failed[name]) for name in names
         ]
@@ -126,16 +124,16 @@ def run(
 class _Worker:
     """The parent's side of one worker process."""
 
-    def __init__(self, contestant: Contestant, warm_up: int, turn_ms: float) -> None:
-        self.contestant = contestant
-        self.failure = contestant.unavailable
+    def __init__(self, runner: Runner, warm_up: int, turn_ms: float) -> None:
+        self.runner = runner
+        self.failure = runner.unavailable
         self._samples: list[float] = []
         self._peak: int | None = None
         self._ready: Mapping[str, Any] = {}
         self._process: subprocess.Popen[str] | None = None
         self._errors: IO[bytes] | None = None
         if self.failure is None:
-            self._start(contestant.task(warm_up, turn_ms))
+            self._start(runner.task(warm_up, turn_ms))
 
     def __enter__(self) -> _Worker:
         return self
@@ -163,10 +161,10 @@ class _Worker:
 
     def result(self) -> Result:
         """What the turns gave."""
-        name = self.contestant.name
+        name = self.runner.name
         if self.failure:
             return Result(name=name, unavailable=self.failure)
-        threads, batch = self.contestant.threads, self.contestant.batch
+        threads, batch = self.runner.threads, self.runner.batch
         latency = Latency(samples_ms=tuple(self._samples), batch=batch, threads=threads)
         return Result(
             name=name,
@@ -178,13 +176,13 @@ class _Worker:
         )
 
     def _start(self, task: Mapping[str, Any]) -> None:
-        threads = str(self.contestant.threads)
+        threads = str(self.runner.threads)
         path = os.pathsep.join(filter(None, [str(_PACKAGE_ROOT), os.environ.get("PYTHONPATH")]))
         environment = os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "PYTHONPATH": path}
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115  (closed in __exit__)
         self._process = subprocess.Popen(
             # -P: a source tree in the working directory must not stand in for the installed package
-            [sys.executable, "-P", "-m", "swincompress_pl.report.worker"],
+            [sys.executable, "-P", "-m", "swincompress_pl.report.comparison.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,

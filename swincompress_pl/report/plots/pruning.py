@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
 
-from swincompress_pl.report.drawing import ALERT, EDGE, EMPTY, LAST, PAGE, finished, new_figure, style
-from swincompress_pl.report.search import PruningSearch, Target
+from swincompress_pl.pruning.adaptive.state import SearchState
+from swincompress_pl.report.content.numbers import unit_of
+from swincompress_pl.report.plots.drawing import ALERT, EDGE, EMPTY, LAST, PAGE, finished, new_figure, style
+from swincompress_pl.report.search import kinds_of, last_round, read_search, sensitivity_curve, sparsities_by_round
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-Search = Mapping[str, Any] | PruningSearch
+Search = Mapping[str, Any] | SearchState
 
 KIND_TITLES = {
     "heads": "Attention heads",
@@ -41,7 +43,7 @@ def pruning_figures(search: Search, *, tolerance: float | None = None) -> dict[s
 
     tolerance: points, drawn as a line; default what the search's data says. Raises ValueError for bad data.
     """
-    known = PruningSearch.of(search)
+    known = read_search(search)
     drawn = {
         "sparsity": sparsity_by_round(known),
         "accuracy_size": accuracy_against_size(known, tolerance=tolerance),
@@ -52,16 +54,16 @@ def pruning_figures(search: Search, *, tolerance: float | None = None) -> dict[s
 
 def sparsity_by_round(search: Search) -> Figure | None:
     """A heat map: a row for each target, grouped by kind, a column for each round. None before the first round."""
-    known = PruningSearch.of(search)
-    if not known.last_round or not known.targets:
+    known = read_search(search)
+    if not last_round(known) or not known.targets:
         return None
-    gone = known.sparsity_by_round()
+    gone = sparsities_by_round(known)
     rows = _heat_map_rows(known)
     columns = 1 if len(rows) <= _ROWS_ALONE else max(2, -(-len(rows) // _ROWS_A_COLUMN))
     height = -(-len(rows) // columns)
     panel = (
         0.075 * max(len(name) for name, _ in rows)
-        + min(4.2 if columns == 1 else 2.9, max(2.0, 0.4 * known.last_round))
+        + min(4.2 if columns == 1 else 2.9, max(2.0, 0.4 * last_round(known)))
         + 0.5
     )
     with style():
@@ -85,7 +87,7 @@ def accuracy_against_size(search: Search, *, tolerance: float | None = None) -> 
     One panel for the parameters and, where they are known and change, one for the MACs. tolerance: points below the
     baseline at which a line is drawn; default what the search's data says. None before the first step.
     """
-    known = PruningSearch.of(search)
+    known = read_search(search)
     if not known.steps:
         return None
     tolerance = known.tolerance if tolerance is None else tolerance
@@ -111,12 +113,13 @@ def sensitivity_curves(search: Search) -> Figure | None:
     Up to six targets of a kind are told apart by colour, mark and name; of more, the three most sensitive ones are
     named and the others are coloured by their depth in the network. None where nothing was measured.
     """
-    known = PruningSearch.of(search)
+    known = read_search(search)
+    curves = {name: curve for name in known.targets if (curve := sensitivity_curve(known, name))}
     panels = [
-        (kind, [target for target in known.targets if target.kind == kind and known.sensitivity.get(target.name)])
-        for kind in known.kinds
+        (kind, {name: curve for name, curve in curves.items() if known.targets[name].kind == kind})
+        for kind in kinds_of(known)
     ]
-    panels = [(kind, targets) for kind, targets in panels if targets]
+    panels = [(kind, of_kind) for kind, of_kind in panels if of_kind]
     if not panels:
         return None
     columns = min(2, len(panels))
@@ -124,9 +127,9 @@ def sensitivity_curves(search: Search) -> Figure | None:
     with style():
         figure = new_figure(0.6 + 5.4 * columns, 0.8 + 3.9 * lines)
         axes = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True).ravel()
-        for ax, (kind, targets) in zip(axes, panels, strict=False):
-            _curves(ax, known, targets)
-            ax.set_title(f"{KIND_TITLES.get(kind, kind)} ({len(targets)})")
+        for ax, (kind, of_kind) in zip(axes, panels, strict=False):
+            _curves(ax, of_kind, known.baseline_score)
+            ax.set_title(f"{KIND_TITLES.get(kind, kind)} ({len(of_kind)})")
             ax.set_xlabel("removed of this target alone, %")
             ax.xaxis.set_tick_params(labelbottom=True)
         for ax in axes[len(panels) :]:
@@ -137,16 +140,17 @@ def sensitivity_curves(search: Search) -> Figure | None:
         return finished(figure)
 
 
-def _heat_map_rows(search: PruningSearch) -> list[tuple[str, int | None]]:
+def _heat_map_rows(search: SearchState) -> list[tuple[str, int | None]]:
     """(label, number of the target); a kind's title has no number, and none precedes the rows of an only kind."""
-    names = _short_names([target.name for target in search.targets])
+    names = _short_names(list(search.targets))
+    kinds = kinds_of(search)
     rows: list[tuple[str, int | None]] = []
-    for kind in search.kinds:
-        if len(search.kinds) > 1:
+    for kind in kinds:
+        if len(kinds) > 1:
             rows.append((KIND_TITLES.get(kind, kind), None))
         rows += [
             (name, number)
-            for number, (name, target) in enumerate(zip(names, search.targets, strict=True))
+            for number, (name, target) in enumerate(zip(names, search.targets.values(), strict=True))
             if target.kind == kind
         ]
     return rows
@@ -154,8 +158,6 @@ def _heat_map_rows(search: PruningSearch) -> list[tuple[str, int | None]]:
 
 def _heat_map(ax: Axes, rows: Sequence[tuple[str, int | None]], gone: Any, height: int) -> Any:
     """The rows from the top of a panel that has room for `height`, with the last round's figure at their right."""
-    from matplotlib.colors import LinearSegmentedColormap
-
     rounds = gone.shape[1]
     cells = np.full((len(rows), rounds), np.nan)
     for place, (_, number) in enumerate(rows):
@@ -192,9 +194,9 @@ def _heat_map(ax: Axes, rows: Sequence[tuple[str, int | None]], gone: Any, heigh
 
 
 def _trade_off(
-    ax: Axes, search: PruningSearch, what: str, baseline: int, sizes: Sequence[float], tolerance: float | None
+    ax: Axes, search: SearchState, what: str, baseline: int, sizes: Sequence[float], tolerance: float | None
 ) -> None:
-    unit, name = scale(baseline)
+    unit, name = unit_of(baseline)
     size = 4.5 if len(search.steps) <= 150 else 2.8
     floor, ceiling = _score_range(search, tolerance)
     points = list(zip(sizes, search.steps, strict=True))
@@ -232,7 +234,7 @@ def _size_axis(ax: Axes, what: str, unit: str, baseline: float, smallest: float)
     above.spines["top"].set_color(EDGE)
 
 
-def _score_range(search: PruningSearch, tolerance: float | None) -> tuple[float, float]:
+def _score_range(search: SearchState, tolerance: float | None) -> tuple[float, float]:
     """Scores to show: all kept ones and the tolerance with room around; far below are only steps that were undone."""
     kept = [search.baseline_score, *(step.score for step in search.steps if step.accepted)]
     low, high = min(kept), max(kept)
@@ -244,12 +246,9 @@ def _score_range(search: PruningSearch, tolerance: float | None) -> tuple[float,
     return floor - 0.08 * (high - floor + 0.5), high + 0.08 * (high - floor + 0.5)
 
 
-def _curves(ax: Axes, search: PruningSearch, targets: Sequence[Target]) -> None:
-    from matplotlib import colormaps
-
-    ax.axhline(search.baseline_score, color=EDGE, linewidth=1.2, linestyle=":", label="before pruning")
-    few = len(targets) <= _CURVES_NAMED
-    curves = {target.name: search.sensitivity[target.name] for target in targets}
+def _curves(ax: Axes, curves: Mapping[str, Sequence[tuple[float, float]]], baseline: float) -> None:
+    ax.axhline(baseline, color=EDGE, linewidth=1.2, linestyle=":", label="before pruning")
+    few = len(curves) <= _CURVES_NAMED
     by_loss = sorted(curves, key=lambda name: _mean_score(curves[name]))
     named = list(curves) if few else by_loss[:_MOST_SENSITIVE]
     shown = dict(zip(curves, _short_names(list(curves)), strict=True))
@@ -295,14 +294,6 @@ def _short_names(names: Sequence[str]) -> list[str]:
 def _shared(parts: Sequence[Sequence[str]]) -> int:
     """How many of their first parts are the same in all."""
     return sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, zip(*parts, strict=False)))
-
-
-def scale(largest: float) -> tuple[float, str]:
-    """The unit that keeps a count short: (1e6, "M")."""
-    for size, name in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if largest >= size:
-            return size, name
-    return 1.0, ""
 
 
 def _title(figure: Figure, title: str) -> None:

@@ -1,8 +1,8 @@
-"""One contestant of a race in a process of its own: `python -m swincompress_pl.report.worker`, driven by `race.run`.
+"""One runner of a comparison in a process of its own: `python -m swincompress_pl.report.comparison.worker`.
 
-It reads one JSON line that says what to run, answers when it is warm (with the time to its first answer, the size of
-what it read and its logits), then answers every further line with the time of one turn. Its answers go to the original
-standard output; whatever libraries print goes to the standard error.
+Driven by `compare.compare`, it reads one JSON line that says what to run, answers when it is warm (with the time to its
+first answer, the size of what it read and its logits), then answers every further line with the time of one turn. Its
+answers go to the original standard output; whatever libraries print goes to the standard error.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from swincompress_pl.report.latency import NANOSECONDS_A_MS, timed_ms
 Call = Callable[[], object]
 # A network built by `models.rebuild` right after torch.manual_seed(SEED) has the same weights here as in the parent.
 SEED = 0
-# How peers' images are normalized, in [0, 1] units.
+# How other runtimes' images are normalized, in [0, 1] units.
 PIXEL_MEAN, PIXEL_STD = 0.5, 0.25
 
 
@@ -48,7 +48,7 @@ def main() -> None:
         loaded, ready = load(task)
         for _ in range(task["warm_up"]):
             loaded.call()
-    except Exception as error:  # every failure of a peer is the parent's to report, none may end the race
+    except Exception as error:  # every failure of a runtime is the parent's to report, none may end the comparison
         _send(answers, {"error": f"{type(error).__name__}: {error}"})
         return
     _send(answers, ready)
@@ -179,7 +179,7 @@ def random_images(shape: tuple[int, ...], seed: int) -> npt.NDArray[np.uint8]:
 
 
 def normalized(images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-    """(N, H, W, C) pixels as the (N, C, H, W) floats that peers take."""
+    """(N, H, W, C) pixels as the (N, C, H, W) floats that other runtimes take."""
     real = (images.astype(np.float32) / 255 - PIXEL_MEAN) / PIXEL_STD
     return np.ascontiguousarray(real.transpose(0, 3, 1, 2))
 

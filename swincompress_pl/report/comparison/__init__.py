@@ -1,0 +1,1 @@
+"""The engine beside other runtimes: each one in a process of its own, in turns."""

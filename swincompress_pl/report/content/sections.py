@@ -1,0 +1,28 @@
+"""The sections of a report, in reading order."""
+
+from __future__ import annotations
+
+from swincompress_pl.report.content import run, search
+from swincompress_pl.report.content.parts import Section
+from swincompress_pl.report.content.quantization import quantization_sections
+from swincompress_pl.report.record import RunRecord
+
+
+def sections(record: RunRecord, *, steps_shown: int | None = None) -> list[Section]:
+    """The report's sections in reading order, only those for which the record has something.
+
+    steps_shown: at most so many of the last pruning steps, None for all.
+    """
+    found = [
+        run.stages(record),
+        run.comparisons(record),
+        run.checks(record),
+        search.search(record),
+        search.targets(record),
+        search.steps(record, steps_shown),
+        run.layers(record),
+        *([] if record.quantization is None else quantization_sections(record.quantization)),
+        run.operations(record),
+        run.environment(record),
+    ]
+    return [section for section in found if section is not None]

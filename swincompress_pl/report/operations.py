@@ -1,0 +1,27 @@
+"""What each operation of the engine takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from swincompress_pl import accel
+from swincompress_pl.report.plain import Plain
+
+
+@dataclass(frozen=True, kw_only=True)
+class OperationTime(Plain):
+    """One operation of the engine: its time for one call, and its MACs and bytes moved (weights, inputs and output)."""
+
+    name: str
+    kind: str
+    time_ms: float
+    macs: int = 0
+    size_bytes: int = 0
+
+
+def operation_times(profile: accel.Profile) -> list[OperationTime]:
+    """An engine's profile as values of a record."""
+    return [
+        OperationTime(name=row.operation, kind=row.kind, time_ms=row.time_ms, macs=row.macs, size_bytes=row.bytes)
+        for row in profile
+    ]

@@ -1,0 +1,9 @@
+"""What a report draws: of a run, of the searches, of a quantized network."""
+
+from typing import Any
+
+from swincompress_pl._deprecated import find_old_name
+
+
+def __getattr__(name: str) -> Any:
+    return find_old_name("report.plots", name)
