@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import tarfile
 from pathlib import Path
 
@@ -15,6 +16,9 @@ settings.register_profile("swincompress", deadline=None)
 settings.load_profile("swincompress")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+
+# For benchmarks/, which no package holds; last, so that it does not change where an installed package comes from.
+sys.path.append(str(REPOSITORY))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -12,11 +12,10 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from spikingjelly.activation_based import functional
-from spikingjelly.activation_based.base import MemoryModule
 from support.callback_cases import Plain, greedy, loader, make_trainer, search_of, shapes
+from support.ddp_cases import fit
 from support.rank_cases import on_ranks
-from support.spiking_cases import FAMILIES, SIZE_PX, lively
-from test_callbacks_distributed import fit
+from support.spiking_cases import FAMILIES, SIZE_PX, SMALL, lively, no_membranes, small_spikformer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -27,13 +26,6 @@ from swincompress_pl.pruning import HoldOut, RoundRobinConfig, history_of, prune
 from swincompress_pl.registry import adapter_for
 
 KINDS = ("mlp", "conv", "heads", "qk", "v", "embed")
-SMALL = {"T": 2, "img_size_h": 32, "img_size_w": 32, "patch_size": 4, "embed_dims": 16, "num_heads": 2, "depths": 2}
-
-
-def no_membranes(network: nn.Module) -> bool:
-    modules = [module for module in network.modules() if isinstance(module, MemoryModule)]
-    assert modules
-    return all(value == module._memories_rv[name] for module in modules for name, value in module._memories.items())
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -215,10 +207,6 @@ def test_a_fit_prunes_and_its_checkpoint_rebuilds_the_network(tmp_path: Path) ->
     with torch.no_grad():
         assert torch.equal(loaded(images), module.eval()(images))
     assert no_membranes(loaded.net)
-
-
-def small_spikformer() -> nn.Module:
-    return create_model("Spikformer", num_classes=3, **{**SMALL, "img_size_h": 16, "img_size_w": 16})
 
 
 def seeded() -> Plain:
