@@ -20,6 +20,7 @@ from support.callback_cases import (
     loader,
     make_trainer,
     search_of,
+    shallow_vit,
     shapes,
     swin,
     vit,
@@ -300,12 +301,12 @@ def test_gradient_accumulation_and_bf16(tmp_path: Path) -> None:
 
 
 def test_a_compiled_network_is_recompiled(tmp_path: Path) -> None:
-    module = Plain()
+    module = Plain(shallow_vit)
     module.net = torch.compile(module.net, backend="eager")
     save = ModelCheckpoint(tmp_path, "last")
     make_trainer(tmp_path, 2, greedy(), save).fit(module, loader(), loader())
     assert module.net._orig_mod.blocks[0].attn.num_heads == 2
-    again = Plain()
+    again = Plain(shallow_vit)
     again.net = torch.compile(again.net, backend="eager")
     make_trainer(tmp_path, 3, greedy()).fit(again, loader(), loader(), ckpt_path=tmp_path / "last.ckpt")
     assert again.net._orig_mod.blocks[0].attn.num_heads == 1

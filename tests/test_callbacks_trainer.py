@@ -17,7 +17,7 @@ from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.plugins import MixedPrecision
-from support.callback_cases import Plain, data, greedy, loader, make_trainer, swin, vit
+from support.callback_cases import Plain, data, greedy, loader, make_trainer, shallow_vit, swin, vit
 from support.compiling import Counting
 from timm.layers import DropPath
 from torch import Tensor, nn
@@ -333,7 +333,7 @@ def test_compiled_once_a_shrink(tmp_path: Path, granularity: str, in_place: bool
             graphs.append(backend.graphs)
 
     torch.compiler.reset()
-    module = Plain()
+    module = Plain(shallow_vit)
     if in_place:
         module.net.compile(backend=backend)
     else:

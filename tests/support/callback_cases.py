@@ -23,6 +23,11 @@ def vit() -> nn.Module:
     return VisionTransformer(img_size=16, patch_size=8, embed_dim=32, depth=2, num_heads=4, num_classes=3)
 
 
+def shallow_vit() -> nn.Module:
+    """One block, which is compiled in half the time."""
+    return VisionTransformer(img_size=16, patch_size=8, embed_dim=32, depth=1, num_heads=4, num_classes=3)
+
+
 def swin() -> nn.Module:
     return SwinTransformer(
         img_size=16, patch_size=2, embed_dim=16, depths=(1, 1), num_heads=(2, 4), window_size=4, num_classes=3
