@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import os
+import sys
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
+from support.counted_once import once_per_structure
+
+from swincompress_pl.pruning.structure import cost
 
 # A busy machine must not fail a test: no deadline for an example.
 settings.register_profile("swincompress", deadline=None)
 settings.load_profile("swincompress")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+
+# For benchmarks/, which no package holds; last, so that it does not change where an installed package comes from.
+sys.path.append(str(REPOSITORY))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -27,6 +35,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _one_thread() -> None:
     """The tests' tensors are small: more threads only cost time."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _macs_counted_once() -> Iterator[None]:
+    """Searches count after each step, which took most of their time on tiny networks."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cost, "_macs_of_pass", once_per_structure(cost._macs_of_pass))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from test_accel_programs import images_of, swin_program, vit_program
+from support.whole_programs import images_of, swin_program, vit_program
 
 from swincompress_pl import accel, spec
 from swincompress_pl.accel import ArtifactError, artifact

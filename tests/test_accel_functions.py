@@ -15,7 +15,7 @@ import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_accel_cases import values
+from support.random_operations import values
 
 from swincompress_pl import accel, spec
 from swincompress_pl.accel import core, functions

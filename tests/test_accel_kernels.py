@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from test_accel_cases import Case, random_cases
+from support.random_operations import Case, random_cases
 
 from swincompress_pl import accel, spec
 from swincompress_pl.accel.core import operation_engine

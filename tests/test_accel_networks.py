@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
-from test_quant_network import NETWORKS, PREPROCESSING, network_and_images
+from support.quant_cases import NETWORKS, PREPROCESSING, network_and_images
 from torch import nn
 
 from swincompress_pl import accel

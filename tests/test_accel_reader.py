@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from support.artifact_bytes import Array, container, described, header_of, parts, sealed
 from support.program_cases import small_program
 from support.spiking_programs import spiking_program
-from test_accel_programs import images_of
+from support.whole_programs import images_of
 
 from swincompress_pl import accel, spec
 from swincompress_pl.accel import _core, artifact

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support.program_cases import small_program
-from test_accel_programs import images_of, swin_program, vit_program
+from support.whole_programs import images_of, swin_program, vit_program
 
 from swincompress_pl import accel, spec
 from swincompress_pl.accel import core

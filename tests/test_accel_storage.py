@@ -21,7 +21,7 @@ from safetensors.numpy import load_file, save, save_file
 from support.artifact_bytes import sealed
 from support.program_cases import small_program
 from support.spiking_programs import spiking_program
-from test_accel_programs import images_of
+from support.whole_programs import images_of
 
 from swincompress_pl import accel, spec
 from swincompress_pl.accel import ArtifactError, artifact, storage

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -12,12 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from swincompress_pl import models
-from swincompress_pl.report.comparison import compare, worker
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.engine import __main__ as main
 from benchmarks.engine import batches, measure, report
+from swincompress_pl import models
+from swincompress_pl.report.comparison import compare, worker
 
 COMMITTED = Path(__file__).resolve().parent.parent / "benchmarks" / "results" / "sapphire_rapids"
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 2, "num_classes": 7}

@@ -5,58 +5,21 @@ from __future__ import annotations
 import copy
 import json
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
+from support.benchmark_cases import tiny_place
 
-from swincompress_pl.models import create_model
-
-# The benchmarks are no part of the package, which is imported above so that this does not change where it comes from.
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.primesvt import __main__ as main
 from benchmarks.primesvt import baselines, latency, report, subjects, work
-from benchmarks.pruning import images
-from benchmarks.pruning.subjects import Place
-
-ARGUMENTS = {"T": 2, "embed_dims": 32, "depths": [1, 1, 1]}
-QUICK = {"rates": (0.1, 0.3), "min_memory_saving": 0.0, "round_to": 1}
-
-
-def random_splits(*_: Any, holdout: int, seed: int, **__: Any) -> images.Splits:
-    rng = np.random.default_rng(seed)
-
-    def some(count: int) -> images.Images:
-        return images.Images(rng.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8), rng.integers(0, 10, count))
-
-    return images.Splits(some(32), some(40), some(30))
-
-
-@pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
-    """Where a tiny network stands for maxformer, the only family, with few images and short fits."""
-    recipe = subjects.Recipe(epochs=4, batch_size=4, lr=2e-3, warmup_epochs=0.5)
-    tiny = subjects.Subject(
-        name="maxformer",
-        model="MaxFormer",
-        arguments=ARGUMENTS,
-        baseline=recipe,
-        fine_tuning=replace(recipe, epochs=1),
-    )
-    for module in (subjects, work, main, latency, report):
-        monkeypatch.setattr(module, "SUBJECTS", {"maxformer": tiny})
-    monkeypatch.setattr(subjects, "WEIGHTS", tmp_path)
-    monkeypatch.setattr(subjects, "load_splits", random_splits)
-    monkeypatch.setattr(baselines, "_WATCHED_IMAGES", 20)
-    monkeypatch.setattr(work, "_COMMON", {**work._COMMON, **QUICK})
-    return Place(data=tmp_path, cache=tmp_path)
+from swincompress_pl.models import create_model
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.* neurons never spike on the hold-out")
-def test_from_training_to_the_report(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_from_training_to_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = tiny_place(tmp_path, monkeypatch)
     out, subject = tmp_path / "out", subjects.SUBJECTS["maxformer"]
     out.mkdir()
     trained = baselines.train(subject, place, tmp_path / "checkpoints", "abc")

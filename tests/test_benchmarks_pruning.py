@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import sys
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -16,14 +15,11 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from benchmarks.pruning import batches, images, jobs, peers, report, runner, subjects, tables, training, work
+from benchmarks.pruning.jobs import Job
 from swincompress_pl.data import Preprocessing
 from swincompress_pl.models import create_model
 from swincompress_pl.pruning import count_macs
-
-# The benchmarks are no part of the package, which is imported above so that this does not change where it comes from.
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks.pruning import batches, images, jobs, peers, report, runner, subjects, tables, training, work
-from benchmarks.pruning.jobs import Job
 
 ARGUMENTS = {"img_size": 16, "patch_size": 2, "window_size": 4, "embed_dim": 16, "depths": [1, 1], "num_heads": [2, 4]}
 RECIPE = subjects.Recipe(epochs=2, batch_size=8, lr=1e-3, weight_decay=0.0, holdout=20, max_rounds=1, step=0.25)

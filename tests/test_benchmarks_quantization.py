@@ -13,16 +13,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from swincompress_pl.data import Preprocessing
-from swincompress_pl.models import create_model
-
-# The benchmarks are no part of the package, which is imported above so that this does not change where it comes from.
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.pruning import batches, images, runner, subjects
 from benchmarks.pruning.jobs import chosen
 from benchmarks.quantization import __main__ as main
 from benchmarks.quantization import jobs, report, work
 from benchmarks.quantization.jobs import Job
+from swincompress_pl.data import Preprocessing
+from swincompress_pl.models import create_model
 
 ARGUMENTS = {"img_size": 16, "patch_size": 2, "window_size": 4, "embed_dim": 16, "depths": [1, 1], "num_heads": [2, 4]}
 

@@ -4,25 +4,21 @@ from __future__ import annotations
 
 import base64
 import json
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from support.benchmark_cases import tiny_place
 from support.spiking_cases import FAMILIES
-from test_benchmarks_primesvt import place  # noqa: F401  # a fixture
 
+from benchmarks.primesvt import baselines, subjects
+from benchmarks.spiking import __main__ as main
+from benchmarks.spiking import accuracy, exact, report, speed
 from swincompress_pl.models import create_model
 from swincompress_pl.models.spiking.memory import without_memory
 from swincompress_pl.report.environment import installed_version
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks.primesvt import baselines, subjects
-from benchmarks.pruning.subjects import Place
-from benchmarks.spiking import __main__ as main
-from benchmarks.spiking import accuracy, exact, report, speed
 
 
 def test_every_builder_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,12 +112,8 @@ def test_controls_are_those_of_the_pruning_benchmark(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.* neurons never spike")
-def test_accuracy_before_and_after_fine_tuning(
-    place: Place,  # noqa: F811  # the fixture
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    baselines.train(subjects.SUBJECTS["maxformer"], place, tmp_path / "checkpoints", "abc")
+def test_accuracy_before_and_after_fine_tuning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    baselines.train(subjects.SUBJECTS["maxformer"], tiny_place(tmp_path, monkeypatch), tmp_path / "checkpoints", "abc")
     monkeypatch.setattr(accuracy, "SUBJECTS", subjects.SUBJECTS)
     out = tmp_path / "out"
     given = SimpleNamespace(

@@ -12,15 +12,16 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger
 from support.callback_cases import Plain, Unmoved, loader, make_trainer, shapes
+from support.ddp_cases import HoldOutData, ddp
+from support.loggers import Calls, Recording
 from support.rank_cases import digest, on_ranks
-from test_callbacks_distributed import HoldOutData, ddp
-from test_models_spiking import no_membranes, small_spikformer
-from test_report_callback import Calls, Recording
+from support.spiking_cases import no_membranes, small_spikformer
 from torch import nn
 
 from swincompress_pl.callbacks import PrimeSVT
 from swincompress_pl.checkpoint.hooks import CompressionMixin
-from swincompress_pl.pruning import PrimeProgress, history_of, prune
+from swincompress_pl.history import history_of
+from swincompress_pl.pruning import PrimeProgress, prune
 from swincompress_pl.pruning.structure.weight_masks import masked_parameters
 from swincompress_pl.report.callback import PruningFigures
 

@@ -20,6 +20,7 @@ from support.callback_cases import (
     loader,
     make_trainer,
     search_of,
+    shallow_vit,
     shapes,
     swin,
     vit,
@@ -91,36 +92,45 @@ class Stop(Callback):
             trainer.should_stop = True
 
 
-@pytest.mark.parametrize(
-    "granularity",
-    [
+def to_be_resumed() -> Plain:
+    module = Plain()
+    module.net.blocks[0].mlp.drop1.p = 0.3
+    torch.manual_seed(7)
+    return module
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
         {},
         {"granularity": "weight"},
         {"shrink": "end", "max_rounds": 2},
         {"criterion": "fisher", "ranking": "global", "gradient_batches": 2},
     ],
+    ids=str,
 )
+def uninterrupted(request: Any, tmp_path_factory: Any) -> tuple[dict[str, Any], Plain, AdaptiveIterativePruning]:
+    """The options of a search, and a fit with it that nothing interrupts."""
+    options = {"tolerance": 30.0, "start_epoch": 1, "max_images": 20, **request.param}
+    callback, module = greedy(**options), to_be_resumed()
+    make_trainer(tmp_path_factory.mktemp("whole"), 4, callback).fit(module, loader(shuffle=True), loader())
+    return options, module, callback
+
+
 @pytest.mark.parametrize("at_train_end", [True, False])
 @pytest.mark.parametrize("stop", [0, 1, 2])
 def test_resume_ends_where_an_uninterrupted_fit_ends(
-    tmp_path: Path, at_train_end: bool, stop: int, granularity: dict[str, Any]
+    tmp_path: Path,
+    at_train_end: bool,
+    stop: int,
+    uninterrupted: tuple[dict[str, Any], Plain, AdaptiveIterativePruning],
 ) -> None:
     """To the bit, with dropout and shuffling; also from a checkpoint that was written after validation."""
-    options = {"tolerance": 30.0, "start_epoch": 1, "max_images": 20, **granularity}
-
-    def build() -> Plain:
-        module = Plain()
-        module.net.blocks[0].mlp.drop1.p = 0.3
-        torch.manual_seed(7)
-        return module
-
-    callback, resumed = greedy(**options), greedy(**options)
-    whole = build()
-    make_trainer(tmp_path, 4, callback).fit(whole, loader(shuffle=True), loader())
-    first = build()
+    options, whole, callback = uninterrupted
+    resumed, first = greedy(**options), to_be_resumed()
     save = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1, save_on_train_epoch_end=at_train_end)
     make_trainer(tmp_path, 4, greedy(**options), save, Stop(stop)).fit(first, loader(shuffle=True), loader())
-    second = build()
+    second = to_be_resumed()
     torch.manual_seed(99)  # another process begins with other numbers
     trainer = make_trainer(tmp_path, 4, resumed)
     trainer.fit(second, loader(shuffle=True), loader(), ckpt_path=tmp_path / f"epoch={stop}.ckpt")
@@ -293,12 +303,12 @@ def test_gradient_accumulation_and_bf16(tmp_path: Path) -> None:
 
 
 def test_a_compiled_network_is_recompiled(tmp_path: Path) -> None:
-    module = Plain()
+    module = Plain(shallow_vit)
     module.net = torch.compile(module.net, backend="eager")
     save = ModelCheckpoint(tmp_path, "last")
     make_trainer(tmp_path, 2, greedy(), save).fit(module, loader(), loader())
     assert module.net._orig_mod.blocks[0].attn.num_heads == 2
-    again = Plain()
+    again = Plain(shallow_vit)
     again.net = torch.compile(again.net, backend="eager")
     make_trainer(tmp_path, 3, greedy()).fit(again, loader(), loader(), ckpt_path=tmp_path / "last.ckpt")
     assert again.net._orig_mod.blocks[0].attn.num_heads == 1

@@ -12,9 +12,10 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from support.callback_cases import assert_same_state
+from support.compiling import Counting
+from support.qat_cases import PREPROCESSING, Restorable, fit, loader, pixels_and_labels, qat, trainer
 from support.quant_cases import PREPROCESSING as OF_CASES
 from support.quant_cases import network_and_images
-from test_callbacks_quantization import PREPROCESSING, Restorable, fit, loader, pixels_and_labels, qat, trainer
 from torch import nn
 
 from swincompress_pl.callbacks import AdaptiveIterativePruning
@@ -32,22 +33,6 @@ def _nothing_compiled() -> Iterator[None]:
     torch.compiler.reset()
     yield
     torch.compiler.reset()
-
-
-class Counting:
-    """A backend of `torch.compile` that runs graphs as they are and counts how often."""
-
-    def __init__(self) -> None:
-        self.graphs = self.runs = 0
-
-    def __call__(self, graph: Any, example_inputs: Any) -> Any:
-        self.graphs += 1
-
-        def run(*inputs: Any) -> Any:
-            self.runs += 1
-            return graph.forward(*inputs)
-
-        return run
 
 
 class Small(Restorable):

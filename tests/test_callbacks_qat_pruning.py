@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,10 @@ import pytest
 import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
-from lightning.pytorch.strategies import DDPStrategy
 from support.callback_cases import assert_same_state, search_of
-from support.rank_cases import digest, on_ranks
-from test_callbacks_quantization import PREPROCESSING, Plain, Restorable, fit, loader, pixels_and_labels, qat, trainer
+from support.ddp_cases import StepDigests, ddp
+from support.qat_cases import PREPROCESSING, Plain, Restorable, fit, loader, pixels_and_labels, qat, trainer
+from support.rank_cases import on_ranks
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler
 
@@ -288,23 +287,14 @@ def test_resume_gives_the_same(tmp_path: Path, kind: type[Plain], stop: int, opt
 # DDP
 
 
-class Digests(Callback):
-    def __init__(self) -> None:
-        self.found: list[str] = []
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        self.found.append(digest([dict(pl_module.state_dict()), trainer.optimizers[0].state_dict()]))
-
-
 @pytest.mark.parametrize("options", [{}, {"granularity": "weight"}], ids=["structured", "weight"])
 def test_ranks_are_equal_to_the_bit(tmp_path: Path, options: dict[str, Any]) -> None:
     def work(rank: int) -> Any:
         torch.manual_seed(rank)  # what a rank draws by itself must not matter
-        module, digests = Plain(), Digests()
-        strategy = DDPStrategy(process_group_backend="gloo", timeout=timedelta(seconds=60))
+        module, digests = Plain(), StepDigests()
         sampler: Any = DistributedSampler(loader().dataset, 2, rank, shuffle=False)
         data = DataLoader(loader().dataset, 4, sampler=sampler)
-        run = trainer(tmp_path, 4, qat(start_epoch=2), pruning(**options), digests, strategy=strategy, devices=2)
+        run = trainer(tmp_path, 4, qat(start_epoch=2), pruning(**options), digests, strategy=ddp(), devices=2)
         run.fit(module, data, loader())
         return [digests.found, dict(module.state_dict()), history_of(module.backbone)]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 from lightning import Callback, LightningDataModule
-from lightning.pytorch.strategies import DDPStrategy
+from support.ddp_cases import ddp
+from support.qat_cases import Plain, loader, pixels_and_labels, trainer
 from support.rank_cases import digest, on_ranks
-from test_callbacks_qat_spiking import Spiking, norms_of, spiking_qat, statistics
-from test_callbacks_quantization import Plain, loader, pixels_and_labels, trainer
+from support.spiking_qat_cases import Spiking, norms_of, spiking_qat, statistics
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler
 
@@ -63,7 +62,7 @@ class Watch(Callback):
 
 def fit(folder: Path, module: Plain, rank: int, world_size: int, epochs: int, *callbacks: Any, **options: Any) -> Any:
     if world_size > 1:
-        options["strategy"] = DDPStrategy(process_group_backend="gloo", timeout=timedelta(seconds=60))
+        options["strategy"] = ddp()
     run = trainer(folder, epochs, *callbacks, devices=world_size, use_distributed_sampler=False, **options)
     run.fit(module, datamodule=Data(rank, world_size))
     return run

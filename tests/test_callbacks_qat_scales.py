@@ -14,17 +14,7 @@ from hypothesis import strategies as st
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from support.callback_cases import assert_same_state
-from test_callbacks_quantization import (
-    PREPROCESSING,
-    VIT,
-    Plain,
-    Restorable,
-    fit,
-    loader,
-    pixels_and_labels,
-    qat,
-    trainer,
-)
+from support.qat_cases import PREPROCESSING, VIT, Plain, Restorable, fit, loader, pixels_and_labels, qat, trainer
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
 

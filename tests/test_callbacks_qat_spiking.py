@@ -13,9 +13,9 @@ import torch
 from lightning import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from support.callback_cases import assert_same_state
-from test_callbacks_qat_compiled import Counting
-from test_callbacks_quantization import PREPROCESSING, Plain, fit, loader, pixels_and_labels, qat, trainer
-from test_models_spiking import small_spikformer
+from support.compiling import Counting
+from support.qat_cases import PREPROCESSING, fit, loader, pixels_and_labels, trainer
+from support.spiking_qat_cases import Spiking, norms_of, spiking_qat, statistics
 from torch import nn
 
 from swincompress_pl import accel
@@ -30,32 +30,8 @@ pytestmark = [
 ]
 
 
-class Spiking(Plain):
-    """Fires from the start: BatchNorm's shift lifts the membranes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.backbone = small_spikformer()
-        for norm in norms_of(self.backbone):
-            nn.init.constant_(norm.bias, 1.5)
-        torch.manual_seed(7)
-
-
 class Restorable(CompressionMixin, Spiking):
     model_attribute = "backbone"
-
-
-def norms_of(network: nn.Module) -> list[Any]:
-    return [module for module in network.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-
-
-def spiking_qat(**options: Any) -> Any:
-    return qat(**{"preprocessing": {**PREPROCESSING, "height": 16, "width": 16}} | options)
-
-
-def statistics(network: nn.Module) -> dict[str, Any]:
-    return {key: value.clone() for key, value in network.state_dict().items() if "running_" in key}
 
 
 class Before(Callback):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,8 +19,8 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
 from support.callback_cases import assert_same_state
-from support.rank_cases import call_for_kill, digest, killed, on_ranks
-from test_callbacks_quantization import (
+from support.ddp_cases import StepDigests, ddp
+from support.qat_cases import (
     PREPROCESSING,
     VIT,
     Plain,
@@ -33,6 +32,7 @@ from test_callbacks_quantization import (
     qat,
     trainer,
 )
+from support.rank_cases import call_for_kill, killed, on_ranks
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
@@ -283,24 +283,14 @@ def test_masked_and_quantized_in_one_fit(tmp_path: Path) -> None:
 # DDP
 
 
-class Digests(Callback):
-    def __init__(self) -> None:
-        self.found: list[str] = []
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        optimizer = trainer.optimizers[0].state_dict()
-        self.found.append(digest([dict(pl_module.state_dict()), optimizer]))
-
-
 def ddp_fit(
     folder: Path, rank: int, *callbacks: Callback, epochs: int = 3, ckpt: Path | None = None, **options: Any
 ) -> Any:
     torch.manual_seed(rank)  # what a rank draws by itself must not matter
-    module, digests = Plain(), Digests()
-    strategy = DDPStrategy(process_group_backend="gloo", timeout=timedelta(seconds=60))
+    module, digests = Plain(), StepDigests()
     sampler = DistributedSampler(loader().dataset, 2, rank, shuffle=False)
     data = DataLoader(loader().dataset, 4, sampler=sampler)
-    run = trainer(folder, epochs, qat(**options), *callbacks, digests, strategy=strategy, devices=2)
+    run = trainer(folder, epochs, qat(**options), *callbacks, digests, strategy=ddp(), devices=2)
     run.fit(module, data, loader(), ckpt_path=ckpt)
     return {
         "digests": digests.found,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from swincompress_pl.callbacks.compatibility import PRUNING, refuse_optimizers, refuse_strategy
-from swincompress_pl.pruning import history_of
+from swincompress_pl.history import history_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning")
 

@@ -17,7 +17,8 @@ from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.plugins import MixedPrecision
-from support.callback_cases import Plain, data, greedy, loader, make_trainer, swin, vit
+from support.callback_cases import Plain, data, greedy, loader, make_trainer, shallow_vit, swin, vit
+from support.compiling import Counting
 from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
@@ -316,29 +317,18 @@ def test_a_criterion_with_gradients_leaves_the_training_batches_alone(tmp_path: 
 # ------------------------------------------------------------------------------------------------------------- compile
 
 
-class CountingBackend:
-    """A backend of `torch.compile` that runs graphs as they are and counts them."""
-
-    def __init__(self) -> None:
-        self.graphs = 0
-
-    def __call__(self, graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
-        self.graphs += 1
-        return graph.forward
-
-
 @pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize("granularity", ["structured", "weight"])
 def test_compiled_once_a_shrink(tmp_path: Path, granularity: str, in_place: bool) -> None:
     """A round compiles the training graph again if it cut something, and no more; weight masks change no graph."""
-    backend, graphs = CountingBackend(), []
+    backend, graphs = Counting(), []
 
     class Count(Callback):
         def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
             graphs.append(backend.graphs)
 
     torch.compiler.reset()
-    module = Plain()
+    module = Plain(shallow_vit)
     if in_place:
         module.net.compile(backend=backend)
     else:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from support.program_cases import small_program
 from support.spiking_programs import spiking_program
-from test_accel_programs import images_of, vit_program
+from support.whole_programs import images_of, vit_program
 
 from swincompress_pl import accel, spec
 

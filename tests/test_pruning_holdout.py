@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import socket
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.rank_cases import on_ranks
 from timm.models import SwinTransformer, VisionTransformer
 from torch import Tensor, nn
 
@@ -361,21 +360,14 @@ def test_alone_the_ranks_are_nobody() -> None:
         gather_results(lambda: {}["missing"])
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def _fail_on_the_last() -> int:
     if rank() == world_size() - 1:
         raise ZeroDivisionError("on purpose")
     return 1
 
 
-def _process(number: int, world: int, port: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=number, world_size=world)
+def _process(number: int, world: int) -> dict[str, Any]:
+    dist.init_process_group("gloo", rank=number, world_size=world)
     try:
         network = _vit()
         labels = _sharpened(network, IMAGES)
@@ -398,15 +390,14 @@ def _process(number: int, world: int, port: int, folder: Path) -> None:
         found["few"] = (few.images, _round(network, few, 50.0))
         part = HoldOut.from_batches([(IMAGES[mine], labels[mine])], max_images=100, sharded=True)
         found["part"] = part.images
-        torch.save(found, folder / f"{number}.pt")
+        return found
     finally:
         dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_ranks_agree_on_every_verdict(world: int, tmp_path: Path) -> None:
-    mp.spawn(_process, args=(world, _free_port(), tmp_path), nprocs=world)
-    found = [torch.load(tmp_path / f"{number}.pt") for number in range(world)]
+    found = on_ranks(tmp_path, world, lambda number: _process(number, world))
     assert all(each["sums"] == [sum(range(world)), 0.5 * world] for each in found)
     assert all(each["zero"] == "rank 0" for each in found)
     assert all("on purpose" in each["failure"] for each in found)

@@ -9,9 +9,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.diagnosis_cases import NETWORKS, PREPROCESSING, network_and_images
 from torch import Tensor, nn
 
-from swincompress_pl.models import create_model
 from swincompress_pl.quant import (
     Bits,
     LayerSensitivity,
@@ -25,27 +25,6 @@ from swincompress_pl.quant import (
 from swincompress_pl.quant.diagnosis.inspection import divergence
 from swincompress_pl.quant.graph.graph import Passthrough, Run, WeightedNode
 from swincompress_pl.registry import adapter_for
-
-PREPROCESSING = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.25, 0.3]}
-NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
-    "swin": (
-        "SwinTransformer",
-        {"img_size": 16, "patch_size": 2, "window_size": 4, "embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2]},
-    ),
-    "vit": ("VisionTransformer", {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}),
-}
-
-
-def network_and_images(name: str = "vit", count: int = 32) -> tuple[nn.Module, Tensor]:
-    torch.manual_seed(0)
-    model, kwargs = NETWORKS[name]
-    network = create_model(model, num_classes=7, **kwargs).eval()
-    with torch.no_grad():
-        for parameter in network.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(std=parameter.shape[-1] ** -0.5)
-    mean, std = (torch.tensor(PREPROCESSING[key])[:, None, None] for key in ("mean", "std"))
-    return network, (torch.randint(0, 256, (count, 3, 16, 16)) / 255 - mean) / std
 
 
 def measured(network: nn.Module, images: Tensor, **kwargs: Any) -> Sensitivity:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_quant_allocation import PREPROCESSING, network_and_images
+from support.diagnosis_cases import LABELS, PREPROCESSING, network_and_images, quantized_and_images
 from torch import Tensor, nn
 
 from swincompress_pl.quant import (
@@ -23,13 +23,6 @@ from swincompress_pl.quant import (
     site_errors,
 )
 from swincompress_pl.quant.diagnosis.inspection import decibels, standing_still
-
-LABELS = torch.arange(16) % 7
-
-
-def quantized_and_images(name: str = "vit", *, bits: str = "W8A8", method: str = "max") -> tuple[Any, Tensor]:
-    network, images = network_and_images(name, count=16)
-    return quantize(network, [images], bits=bits, method=method, preprocessing=PREPROCESSING), images
 
 
 def by_key(rows: Any) -> dict[tuple[str, str], Any]:

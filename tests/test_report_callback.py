@@ -10,48 +10,16 @@ import lightning
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loggers.logger import DummyLogger
 from matplotlib.figure import Figure
+from support.loggers import Calls, Recording
 from support.report_cases import search_data
 from torch import nn
 
 from swincompress_pl.report import callback as module
 from swincompress_pl.report.callback import PruningFigures, log_figures
 from swincompress_pl.report.plots.pruning import pruning_figures
-
-
-class Recording(Logger):
-    """A logger of any kind: `experiment` and whatever else the case needs."""
-
-    def __init__(self, experiment: Any = None, **attributes: Any) -> None:
-        super().__init__()
-        self._experiment = experiment
-        vars(self).update(attributes)
-
-    @property
-    def experiment(self) -> Any:
-        return self._experiment
-
-    @property
-    def name(self) -> str:
-        return "recording"
-
-    @property
-    def version(self) -> int:
-        return 0
-
-    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None: ...
-
-    def log_metrics(self, *args: Any, **kwargs: Any) -> None: ...
-
-
-class Calls:
-    """Remembers how the one method of that name was called."""
-
-    def __init__(self, method: str) -> None:
-        self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-        setattr(self, method, lambda *args, **kwargs: self.calls.append((args, kwargs)))
 
 
 class Search(lightning.Callback):

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from matplotlib.text import Text
-from test_quant_debug import LABELS, quantized_and_images
-from test_report_html import Page
+from support.diagnosis_cases import LABELS, quantized_and_images
+from support.html_page import Page
 
 from swincompress_pl.quant import diagnose
 from swincompress_pl.report import RecordError, RunRecord, quantization_record, render_report, write_quantization_report

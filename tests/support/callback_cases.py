@@ -16,11 +16,16 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from swincompress_pl.callbacks.pruning import AdaptiveIterativePruning
 from swincompress_pl.checkpoint.hooks import CompressionMixin
-from swincompress_pl.pruning import history_of
+from swincompress_pl.history import history_of
 
 
 def vit() -> nn.Module:
     return VisionTransformer(img_size=16, patch_size=8, embed_dim=32, depth=2, num_heads=4, num_classes=3)
+
+
+def shallow_vit() -> nn.Module:
+    """One block, which is compiled in half the time."""
+    return VisionTransformer(img_size=16, patch_size=8, embed_dim=32, depth=1, num_heads=4, num_classes=3)
 
 
 def swin() -> nn.Module:

@@ -7,6 +7,7 @@ does `.numpy()`. The device is "lazy", for which autograd needs no hardware; the
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,7 +15,6 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 ELSEWHERE = torch.device("lazy", 0)
 _MOVES = ("aten._to_copy", "aten.copy_")
@@ -73,15 +73,14 @@ def _is_elsewhere(device: Any) -> bool:
 
 
 def _dispatch(func: Any, args: Any, kwargs: Any) -> Any:
-    tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-    name, device = str(func), kwargs.get("device")
+    tensors = list(_tensors_of((args, tuple(kwargs.values()))))
+    name, device = _name_of(func), kwargs.get("device")
     away = any(isinstance(x, Away) for x in tensors)
     moves = name.startswith(_MOVES)
     if away and not moves:
         _refuse_two_devices(name, args, tensors)
-    plain = {k: v for k, v in kwargs.items() if not (k == "device" and (moves or _is_elsewhere(v)))}
-    inner_args, inner_kwargs = tree_map_only(Away, lambda x: x.inner, (args, plain))
-    output = func(*inner_args, **inner_kwargs)
+    plain = {k: _brought(v) for k, v in kwargs.items() if not (k == "device" and (moves or _is_elsewhere(v)))}
+    output = func(*_brought(args), **plain)
     if name.startswith("aten.copy_"):
         return args[0]
     stays = away if device is None else _is_elsewhere(device)
@@ -90,7 +89,34 @@ def _dispatch(func: Any, args: Any, kwargs: Any) -> Any:
     written = func._schema.is_mutable and isinstance(output, Tensor)
     if written:  # in place, or into `out`: that very tensor
         return next(x for x in (kwargs.get("out"), args[0]) if isinstance(x, Away))
-    return tree_map_only(Tensor, Away, output)
+    return _sent(output)
+
+
+_name_of = functools.cache(str)
+
+
+# An operator's arguments and results nest tuples and lists and nothing else; torch's own walks over trees, which know
+# more, took most of the time here.
+
+
+def _tensors_of(nested: Any) -> Iterator[Tensor]:
+    for x in nested:
+        if isinstance(x, Tensor):
+            yield x
+        elif type(x) in (tuple, list):
+            yield from _tensors_of(x)
+
+
+def _brought(x: Any) -> Any:
+    if isinstance(x, Away):
+        return x.inner
+    return type(x)(map(_brought, x)) if type(x) in (tuple, list) else x
+
+
+def _sent(x: Any) -> Any:
+    if isinstance(x, Tensor):
+        return Away(x)
+    return type(x)(map(_sent, x)) if type(x) in (tuple, list) else x
 
 
 def _refuse_two_devices(name: str, args: Any, tensors: list[Tensor]) -> None:

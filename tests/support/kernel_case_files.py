@@ -11,11 +11,11 @@ from unittest import mock
 
 import numpy as np
 import numpy.typing as npt
-from test_accel_cases import random_cases
-from test_accel_programs import PROGRAMS, images_of
 
 from support.program_cases import operation_cases, small_program
+from support.random_operations import random_cases
 from support.spiking_programs import pictures, spiking_cases, spiking_program
+from support.whole_programs import PROGRAMS, images_of
 from swincompress_pl import spec
 from swincompress_pl.accel import core
 from swincompress_pl.spec.kinds import KINDS

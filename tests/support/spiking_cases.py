@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from functools import partial
 
 import torch
+from spikingjelly.activation_based.base import MemoryModule
 from spikingjelly.activation_based.model.maxformer import MaxFormer
 from spikingjelly.activation_based.model.qkformer import QKFormer
 from spikingjelly.activation_based.model.spike_driven_transformer import SpikeDrivenTransformer
@@ -14,6 +15,7 @@ from spikingjelly.activation_based.model.spikformer import Spikformer
 from spikingjelly.activation_based.neuron import BaseNode
 from torch import Tensor, nn
 
+from swincompress_pl.models import create_model
 from swincompress_pl.models.meta_spikeformer.network import MetaSpikeFormer
 from swincompress_pl.models.spiking.memory import without_memory
 
@@ -36,6 +38,7 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
         MetaSpikeFormer, T=2, num_classes=5, embed_dims=(8, 8, 16, 16), depths=(1, 1, 1, 1, 1), num_heads=2
     ),
 }
+SMALL = {"T": 2, "img_size_h": 32, "img_size_w": 32, "patch_size": 4, "embed_dims": 16, "num_heads": 2, "depths": 2}
 
 
 def lively(build: Callable[[], nn.Module], seed: int, *, trained_statistics: bool) -> tuple[nn.Module, Tensor]:
@@ -81,3 +84,13 @@ def spikes_of(network: nn.Module) -> Iterator[dict[str, Tensor]]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def no_membranes(network: nn.Module) -> bool:
+    modules = [module for module in network.modules() if isinstance(module, MemoryModule)]
+    assert modules
+    return all(value == module._memories_rv[name] for module in modules for name, value in module._memories.items())
+
+
+def small_spikformer() -> nn.Module:
+    return create_model("Spikformer", num_classes=3, **{**SMALL, "img_size_h": 16, "img_size_w": 16})
