@@ -112,11 +112,13 @@ NAMES: dict[str, dict[str, str]] = {
         "window_indices": "models.swin.graph:window_indices",
     },
     "quant.graph": {
+        "LOGIT_BITS": "quant.graph.quantizer_spec:LOGIT_BITS",
+        "RESIDUAL_BITS": "quant.graph.quantizer_spec:RESIDUAL_BITS",
         "Passthrough": "quant.graph.graph:Passthrough",
         "Run": "quant.graph.graph:Run",
         "parameter": "quant.graph.graph:parameter",
-        "residual_site": "quant.graph.graph:residual_site",
-        "collect_sites": "quant.graph.graph:collect_sites",
+        "residual_site": "quant.graph.quantizer_spec:residual_site",
+        "collect_sites": "quant.graph.quantizer_spec:collect_sites",
     },
 }
 

@@ -31,7 +31,7 @@ from torch.optim import lr_scheduler
 from swincompress_pl.callbacks.qat_scales import ScaleGroup
 from swincompress_pl.models import create_model
 from swincompress_pl.quant import QuantizedNetwork, quantize
-from swincompress_pl.quant.graph.graph import Site
+from swincompress_pl.quant.graph.quantizer_spec import Site
 from swincompress_pl.quant.scales import LearnedStep, SiteScale, _Drifted
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning")

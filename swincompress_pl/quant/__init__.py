@@ -15,7 +15,7 @@ from swincompress_pl.quant.diagnosis.diagnosis import (
 )
 from swincompress_pl.quant.diagnosis.quantization_errors import Histogram, SiteError, error_table
 from swincompress_pl.quant.graph.builder import GraphBuilder
-from swincompress_pl.quant.graph.graph import Graph, Node, Site, WeightedNode, float_logits
+from swincompress_pl.quant.graph.graph import Graph, Node, WeightedNode, float_logits
 from swincompress_pl.quant.graph.nodes import (
     ActivationNode,
     AddConstantNode,
@@ -28,6 +28,7 @@ from swincompress_pl.quant.graph.nodes import (
     PixelConvNode,
     PrependNode,
 )
+from swincompress_pl.quant.graph.quantizer_spec import Site
 from swincompress_pl.quant.mixed_precision import (
     LayerSensitivity,
     Sensitivity,

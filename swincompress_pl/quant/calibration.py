@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from swincompress_pl.quant.graph.graph import Graph, Node, Passthrough, Run, Site, WeightedNode
+from swincompress_pl.quant.graph.graph import Graph, Node, Passthrough, Run, WeightedNode
+from swincompress_pl.quant.graph.quantizer_spec import Site
 
 
 def calibration_images(calibration: Iterable[Any], limit: int) -> list[Tensor]:

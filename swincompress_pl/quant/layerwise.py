@@ -10,8 +10,9 @@ from rich.progress import Progress
 from torch import Tensor
 
 from swincompress_pl.quant.calibration import LayerSample
-from swincompress_pl.quant.graph.graph import Graph, Node, Site, WeightedNode
+from swincompress_pl.quant.graph.graph import Graph, Node, WeightedNode
 from swincompress_pl.quant.graph.nodes import ActivationNode, GatherNode
+from swincompress_pl.quant.graph.quantizer_spec import Site
 from swincompress_pl.quant.network import QuantizedNetwork
 from swincompress_pl.quant.search import LayerProblem, best_balance, best_shifted_scale, best_value_scale
 

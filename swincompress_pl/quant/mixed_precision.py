@@ -92,10 +92,7 @@ class Sensitivity:
 
     def _chosen(self, bits: Bits) -> list[tuple[LayerSensitivity, int]]:
         ends = (self.layers[0].name, self.layers[-1].name)
-        return [
-            (layer, bits.layers.get(layer.name, bits.first_and_last if layer.name in ends else bits.weights))
-            for layer in self.layers
-        ]
+        return [(layer, bits.of_layer(layer.name, outer=layer.name in ends)) for layer in self.layers]
 
     def to_dict(self) -> dict[str, Any]:
         """The table in JSON types."""

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from swincompress_pl.quant.bits import Bits, with_bits
+from swincompress_pl.quant.bits import Bits
 from swincompress_pl.quant.graph.graph import Graph, Run
+from swincompress_pl.quant.graph.widths import weight_bits, with_bits
 from swincompress_pl.quant.lower import lower
 from swincompress_pl.quant.scale_cut import Kept, ScaleCut, check_fit, cut_scales, undo_cut
 from swincompress_pl.quant.scales import Scales
@@ -57,7 +58,7 @@ class QuantizedNetwork(nn.Module):
         self.classes = None if classes is None else tuple(classes)
         self.bits, self.unsigned = Bits.of(bits), tuple(unsigned)
         self.graph = self._present_graph()
-        self.scales = Scales(self.graph, network, self.bits, affine=method == "affine")
+        self.scales = Scales(self.graph, network, weight_bits(self.graph, self.bits), affine=method == "affine")
         self.register_load_state_dict_post_hook(_take_up_signs)  # type: ignore[no-untyped-call]
         self._twin: tuple[tuple[Any, ...], TorchTwin] | None = None
         self.compiler: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None

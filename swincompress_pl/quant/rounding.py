@@ -20,7 +20,8 @@ import torch
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from swincompress_pl.quant.graph.graph import Node, Passthrough, Quantizer, Run, Site, WeightedNode
+from swincompress_pl.quant.graph.graph import Node, Passthrough, Quantizer, Run, WeightedNode
+from swincompress_pl.quant.graph.quantizer_spec import Site
 from swincompress_pl.quant.network import QuantizedNetwork
 from swincompress_pl.quant.scales import Scales
 from swincompress_pl.spec import INPUT_VALUE

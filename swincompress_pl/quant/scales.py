@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from swincompress_pl.quant.bits import Bits
-from swincompress_pl.quant.graph.graph import Graph, Node, Quantizer, Site, WeightedNode
+from swincompress_pl.quant.graph.graph import Graph, Node, Quantizer, WeightedNode
+from swincompress_pl.quant.graph.quantizer_spec import Site
 
 # A bias of 2**30 accumulator steps is refused at export; learned steps stay twice as large as that asks for.
 _BIAS_STEPS = 2.0**29
@@ -237,13 +237,15 @@ class WeightScale(nn.Module):
 class Scales(nn.Module):
     """All scales of a graph; `quantizer()` fake-quantizes activations and weights with them.
 
-    drift: the one parameter of learned scales, (scales,), after `learn`: how far each of the searched sites' scales and
-    of the weights' steps has moved from the calibrated one.
+    weight_bits: {layer: width of its weights}. drift: the one parameter of learned scales, (scales,), after `learn`:
+    how far each of the searched sites' scales and of the weights' steps has moved from the calibrated one.
     """
 
     drift: nn.Parameter | None
 
-    def __init__(self, graph: Graph, network: nn.Module, bits: Bits, *, affine: bool = False) -> None:
+    def __init__(
+        self, graph: Graph, network: nn.Module, weight_bits: Mapping[str, int], *, affine: bool = False
+    ) -> None:
         super().__init__()
         self.affine = affine
         self.sites = nn.ModuleDict(
@@ -256,7 +258,7 @@ class Scales(nn.Module):
         self.weights = nn.ModuleDict(
             {
                 _key(node.name): WeightScale(
-                    node.folded_weight(network, None).shape[0], bits=bits.of_weight(node, graph), affine=affine
+                    node.folded_weight(network, None).shape[0], bits=weight_bits[node.name], affine=affine
                 )
                 for node in graph.weighted_nodes
             }

@@ -12,8 +12,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from swincompress_pl.quant import AddNode, Graph, GraphBuilder, MeanNode, Node, Site
-from swincompress_pl.quant.graph.graph import LOGIT_BITS
 from swincompress_pl.quant.graph.neurons import Neuron
+from swincompress_pl.quant.graph.quantizer_spec import LOGIT_BITS
 from swincompress_pl.quant.graph.spiking_nodes import (
     BlockSumNode,
     ConvNormNode,

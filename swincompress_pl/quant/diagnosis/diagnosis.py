@@ -24,7 +24,8 @@ from swincompress_pl.quant.diagnosis.quantization_errors import (
     first_nodes,
     measure_errors,
 )
-from swincompress_pl.quant.graph.graph import Passthrough, Run, Site, WeightedNode, float_logits
+from swincompress_pl.quant.graph.graph import Passthrough, Run, WeightedNode, float_logits
+from swincompress_pl.quant.graph.quantizer_spec import Site
 from swincompress_pl.quant.network import QuantizedNetwork
 from swincompress_pl.quant.scales import Scales
 from swincompress_pl.spec import INPUT_VALUE

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from swincompress_pl.quant.diagnosis.inspection import decibels, show, text_table
-from swincompress_pl.quant.graph.graph import Passthrough, Run, Site, WeightedNode
+from swincompress_pl.quant.graph.graph import Passthrough, Run, WeightedNode
+from swincompress_pl.quant.graph.quantizer_spec import Site
 from swincompress_pl.quant.network import QuantizedNetwork
 from swincompress_pl.quant.scales import Scales, affine_range
 

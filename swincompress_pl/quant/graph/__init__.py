@@ -1,7 +1,8 @@
 """A network as a graph of quantizable nodes, from which training, calibration and the integer Program are derived."""
 
 from swincompress_pl._deprecated import find_old_name
-from swincompress_pl.quant.graph.graph import Graph, Node, Quantizer, Site, WeightedNode, float_logits
+from swincompress_pl.quant.graph.graph import Graph, Node, Quantizer, WeightedNode, float_logits
+from swincompress_pl.quant.graph.quantizer_spec import Site
 
 __all__ = ["Graph", "Node", "Quantizer", "Site", "WeightedNode", "float_logits"]
 

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import nn
 
-from swincompress_pl.quant.graph.graph import LOGIT_BITS, Graph, Node, Site, collect_sites, residual_site
+from swincompress_pl.quant.graph.graph import Graph, Node
 from swincompress_pl.quant.graph.nodes import (
     ActivationNode,
     AddNode,
@@ -19,6 +19,7 @@ from swincompress_pl.quant.graph.nodes import (
     LinearNode,
     PixelConvNode,
 )
+from swincompress_pl.quant.graph.quantizer_spec import LOGIT_BITS, Site, collect_sites, residual_site
 from swincompress_pl.registry import UnsupportedNetworkError
 
 _ADDING = (LayerNormNode, LinearNode, ActivationNode)

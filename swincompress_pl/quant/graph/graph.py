@@ -7,70 +7,21 @@ matrices `(N, rows, channels)`; the input is the normalized image `(N, C, H, W)`
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from swincompress_pl.spec import INPUT_VALUE
+from swincompress_pl.quant.graph.quantizer_spec import Site
+from swincompress_pl.spec import INPUT_VALUE, Operation, multiplier
+from swincompress_pl.spec.spiking import CURRENT_MAX
 
-if TYPE_CHECKING:
-    from swincompress_pl.quant.lower import Lowering
-
-RESIDUAL_BITS = 16
-LOGIT_BITS = 32
-
-
-@dataclass(frozen=True, kw_only=True)
-class Site:
-    """A place where values are quantized; several values may share one (the residual stream of a stage).
-
-    segments: sizes of the channel runs that share one scale, in order: `(C,)` a tensor, three entries for q | k | v.
-    balanced: each channel also has a fixed ratio to the scale, which the next linear layer absorbs in its weights
-    (LayerNorm outputs). shiftable: its codes may stand for the value plus a constant, which its neighbours absorb in
-    their biases and tables (`GraphBuilder` finds out which). bits: 2 to 8, 16 (residual stream) or 32 (logits);
-    unsigned sites use the whole range.
-    operand: its values go into a product; one that only goes into a table (GELU's input) is no operand.
-    fixed_scale: a scale that quantization has no say in: 1 for spikes and their sums, which are whole numbers, and for
-    currents, whose unit is that of the weights; the unit of a stream of membrane potentials. Such values are not
-    rounded in training.
-    """
-
-    name: str
-    segments: tuple[int, ...]
-    bits: int = 8
-    signed: bool = True
-    balanced: bool = False
-    shiftable: bool = False
-    operand: bool = True
-    fixed_scale: float | None = None
-
-    @property
-    def channels(self) -> int:
-        return sum(self.segments)
-
-    @property
-    def dtype(self) -> str:
-        return f"{'' if self.signed else 'u'}int{self.bits}"
-
-    @property
-    def storage(self) -> str:
-        """The type of array that holds its codes: narrow ones take a byte."""
-        return ("int8" if self.signed else "uint8") if self.bits <= 8 else self.dtype
-
-    @property
-    def q_max(self) -> int:
-        """Largest code; logits keep 2**20 steps, well inside int32."""
-        if self.bits == LOGIT_BITS:
-            return 2**20
-        return int(2 ** (self.bits - self.signed) - 1)
-
-    @property
-    def searched(self) -> bool:
-        """Sites of up to eight bits have their scale searched; wider ones keep the true maximum with headroom."""
-        return self.bits <= 8 and self.fixed_scale is None
+FloatArray = npt.NDArray[np.float64]
+_PASSING = ("linear", "layer_norm", "table", "gather")
 
 
 class Quantizer(Protocol):
@@ -272,6 +223,135 @@ class Run:
         return None if site is None else self.quantizer.balances.get(site.name)
 
 
+def to_array(tensor: Tensor) -> FloatArray:
+    return tensor.detach().to("cpu", torch.float64).numpy()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Current:
+    """Accumulators that a neuron reads as they are: (C,) their unit; (C,) the real bias that is still to be added; the
+    largest magnitude that they can reach."""
+
+    unit: FloatArray
+    bias: FloatArray
+    reach: float
+
+
+class Lowering:
+    """Gathers the operations and tensors of a Program while the graph's nodes write themselves into it.
+
+    How a value or a weight is scaled is for the subclass to say (`quant.lower`).
+    """
+
+    def __init__(self, graph: Graph, network: nn.Module) -> None:
+        self.graph, self.network = graph, network
+        self.operations: list[Operation] = []
+        self.tensors: dict[str, npt.NDArray[Any]] = {}
+        self._shared: dict[tuple[str, tuple[int, ...], bytes], str] = {}
+        self.currents: dict[str, Current] = {}
+
+    def segment_scales(self, value: str) -> FloatArray:
+        """(segments,) scales of a value."""
+        raise NotImplementedError
+
+    def ratios(self, value: str) -> FloatArray:
+        """(C,) or (1,): ratios of the channels to the value's scale."""
+        raise NotImplementedError
+
+    def shift(self, value: str) -> FloatArray:
+        """(C,) or (1,): what the codes of a value stand for beyond it; 0 for pixels and where nothing is shifted."""
+        raise NotImplementedError
+
+    def scales(self, value: str) -> FloatArray:
+        """(C,) scale of every channel, ratios included."""
+        raise NotImplementedError
+
+    def weight(self, node: WeightedNode) -> tuple[npt.NDArray[np.int8], FloatArray]:
+        """(weight_q, step): integer weight and its step per output channel."""
+        raise NotImplementedError
+
+    def site(self, value: str) -> Site:
+        site = self.graph.site_of(value)
+        if site is None:
+            raise ValueError(f"value {value!r} has no scale")
+        return site
+
+    def scalar_scale(self, value: str) -> float:
+        """The one scale of a value; per-channel ratios, where it has them, are in the next layer's weights."""
+        scales = self.segment_scales(value)
+        if len(scales) != 1:
+            raise ValueError(f"value {value!r} has {len(scales)} scales where one is needed")
+        return float(scales[0])
+
+    def current(self, value: str) -> Current:
+        """What a neuron reads; a stream's may be anything, since its unit leaves no fraction to gain."""
+        if value in self.currents:
+            return self.currents[value]
+        scales = self.scales(value)
+        return Current(unit=scales, bias=np.zeros(len(scales)), reach=float(CURRENT_MAX))
+
+    def pass_current(self, value: str, output: str) -> None:
+        """`output` holds a choice of the same accumulators."""
+        if value in self.currents:
+            self.currents[output] = self.currents[value]
+
+    def counted(self, output: str, channels: int, reach: float) -> None:
+        """`output` holds sums of spikes."""
+        self.currents[output] = Current(unit=np.ones(channels), bias=np.zeros(channels), reach=reach)
+
+    def bias(self, node: Node, real: FloatArray, unit: FloatArray) -> npt.NDArray[np.int32]:
+        """Bias in accumulator units; ValueError where it leaves no room in int32."""
+        bias = np.rint(real / unit)
+        if not (np.abs(bias) < 2**30).all():
+            worst = int(np.argmax(np.abs(bias)))
+            raise ValueError(
+                f"bias {real.flat[worst]:.3g} is {abs(bias.flat[worst]):.3g} accumulator steps, beyond 2**30; "
+                f"its weights are too small for it: recalibrate, or prune the channel"
+            )
+        return bias.astype(np.int32)
+
+    def constant(self, node: Node, real: FloatArray) -> npt.NDArray[Any]:
+        """Constant tokens in the unit of the node's output."""
+        site = self.site(node.output)
+        codes = np.rint(real / self.scales(node.output))
+        return np.ascontiguousarray(np.clip(codes, -site.q_max, site.q_max).astype(site.storage))
+
+    def requantization(self, factor: FloatArray) -> dict[str, npt.NDArray[Any]]:
+        mult, shift = multiplier(factor)
+        return {"mult": mult, "shift": shift}
+
+    def emit(
+        self,
+        node: Node,
+        kind: str,
+        *,
+        attributes: Mapping[str, Any] | None = None,
+        tensors: Mapping[str, npt.NDArray[Any]] | None = None,
+    ) -> None:
+        if kind not in _PASSING and any(self.shift(value).any() for value in (*node.inputs, node.output)):
+            raise ValueError(f"operation {kind!r} cannot absorb the shift of its site; only {', '.join(_PASSING)} can")
+        keys = {role: self._store(node.name, role, tensor) for role, tensor in (tensors or {}).items()}
+        self.operations.append(
+            Operation(
+                kind=kind,
+                name=node.name,
+                inputs=node.inputs,
+                output=node.output,
+                dtype=self.site(node.output).dtype,
+                attributes=dict(attributes or {}),
+                tensors=keys,
+            )
+        )
+
+    def _store(self, name: str, role: str, tensor: npt.NDArray[Any]) -> str:
+        """Equal tensors are stored once: the window indices of a stage serve all its blocks."""
+        tensor = np.ascontiguousarray(tensor)
+        identity = (str(tensor.dtype), tensor.shape, tensor.tobytes())
+        key = self._shared.setdefault(identity, f"{name}.{role}")
+        self.tensors[key] = tensor
+        return key
+
+
 def parameter(network: nn.Module, path: str) -> Tensor:
     """The parameter or buffer at a dotted path."""
     owner, _, name = path.rpartition(".")
@@ -285,16 +365,3 @@ def float_logits(graph: Graph, network: nn.Module, images: Tensor) -> Tensor:
     """The float network through its graph; equal to `network(images)` up to float rounding."""
     with torch.no_grad():
         return Run(graph, network, Passthrough())(images)
-
-
-def residual_site(name: str, channels: int) -> Site:
-    return Site(name=name, segments=(channels,), bits=RESIDUAL_BITS)
-
-
-def collect_sites(sites: Sequence[Site]) -> dict[str, Site]:
-    """Sites by name; a name given twice must mean the same site."""
-    table: dict[str, Site] = {}
-    for site in sites:
-        if table.setdefault(site.name, site) != site:
-            raise ValueError(f"site {site.name!r} is declared twice, differently")
-    return table

@@ -16,8 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from swincompress_pl.quant.graph.graph import Node, Run, WeightedNode, parameter
-from swincompress_pl.quant.lower import Lowering, to_array
+from swincompress_pl.quant.graph.graph import Lowering, Node, Run, WeightedNode, parameter, to_array
 from swincompress_pl.spec import EXP_STEPS, multiplier
 from swincompress_pl.spec.lowering import TABLE_CODES, layer_norm_integers, table_values
 

@@ -17,9 +17,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from swincompress_pl.quant.graph.graph import Node, Run, WeightedNode, parameter
+from swincompress_pl.quant.graph.graph import (
+    Current,
+    FloatArray,
+    Lowering,
+    Node,
+    Run,
+    WeightedNode,
+    parameter,
+    to_array,
+)
 from swincompress_pl.quant.graph.neurons import Neuron, spikes
-from swincompress_pl.quant.lower import Current, FloatArray, Lowering, to_array
 from swincompress_pl.spec.spiking import CURRENT_MAX, DECAY_BITS, THRESHOLD_MAX
 
 FRACTION_BITS_MAX = 8
