@@ -3,6 +3,7 @@
     MODULES     old module -> new module                       import swincompress_pl.norm
     NAMES       old module -> {old name -> "new module:name"}    from swincompress_pl.pruning import set_mask
     renamed     old arguments of a function or class           PrimeSVT(max_accuracy_drop=3)
+    renamed_attributes  old attributes of a class              network.scales.sites
 
 Each use warns with a DeprecationWarning that names the new spelling. `tests/test_deprecated.py` walks the tables.
 """
@@ -138,22 +139,20 @@ def find_old_name(module: str, name: str) -> Any:
     return getattr(importlib.import_module(f"{PACKAGE}.{place}"), current)
 
 
-def renamed(
-    *, values: Mapping[str, Mapping[Any, Any]] | None = None, **arguments: str
-) -> Callable[[Callable[..., T]], Callable[..., T]]:
+def renamed(*, values: Mapping[str, Mapping[Any, Any]] | None = None, **arguments: str) -> Callable[[T], T]:
     """A decorator: keyword arguments of the old names are passed on by the new ones, with a warning.
 
     arguments: old name = "new name". values: {new name: {old value: new value}}. TypeError where both names are given.
     For a class it wraps `__init__`, and the class stays the class that it is.
     """
 
-    def decorate(function: Callable[..., T]) -> Callable[..., T]:
+    def decorate(function: Any) -> Any:
         if isinstance(function, type):
             function.__init__ = decorate(function.__init__)  # type: ignore[misc]  # that is the purpose
             return function
 
         @functools.wraps(function)
-        def wrapper(*args: Any, **given: Any) -> T:
+        def wrapper(*args: Any, **given: Any) -> Any:
             what = function.__qualname__.removesuffix(".__init__")
             for old, new in arguments.items():
                 if old in given:
@@ -170,6 +169,28 @@ def renamed(
 
         wrapper.old_arguments = dict(arguments)  # type: ignore[attr-defined]  # for the tests
         return wrapper
+
+    return decorate
+
+
+def renamed_attributes(**attributes: str) -> Callable[[T], T]:
+    """A class decorator: what had the old names can be read, set and called by them, with a warning."""
+
+    def old_attribute(old: str, new: str) -> property:
+        def get(self: Any) -> Any:
+            _warn(f"{type(self).__name__}.{old}", f".{new}", stacklevel=3)
+            return getattr(self, new)
+
+        def put(self: Any, value: Any) -> None:
+            _warn(f"{type(self).__name__}.{old}", f".{new}", stacklevel=3)
+            setattr(self, new, value)
+
+        return property(get, put)
+
+    def decorate(decorated: T) -> T:
+        for old, new in attributes.items():
+            setattr(decorated, old, old_attribute(old, new))
+        return decorated
 
     return decorate
 

@@ -155,7 +155,7 @@ def test_rounded_weights_are_on_their_grids(name: str, rounding: str) -> None:
     made = quantize(network, [normalized(pixels)], bits="W4A8", preprocessing=PREPROCESSING, search=search).eval()
     changed, on_grid = 0, []
     for node in made.graph.weighted_nodes:
-        scale = made.scales.weight_scale(node)
+        scale = made.scales.weight_quantizer(node)
         codes = node.folded_weight(network, None).detach().flatten(1) / scale.step[:, None]
         changed += not torch.equal(network.get_submodule(node.module).weight, before[f"{node.module}.weight"])
         if rounding == "second_order":

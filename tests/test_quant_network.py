@@ -176,8 +176,8 @@ def test_bad_calibration_is_refused(calibration: Any, error: type[Exception], me
     ("options", "message"),
     [
         ({"method": "magic"}, "method is 'magic'; choose one of searched, max, affine"),
-        ({"method": "max", "search": {"balance": True}}, "search options go with method 'searched', not 'max'"),
-        ({"search": {"balanced": True}}, "balanced.*the options are balance"),
+        ({"method": "max", "search": {"equalize": True}}, "search options go with method 'searched', not 'max'"),
+        ({"search": {"balanced": True}}, "balanced.*the options are equalize"),
         ({"search": {"rounding": "up"}}, "rounding is 'up'; choose one of nearest, second_order, learned"),
         ({"search": {"rows": 0}}, "rows is 0"),
         ({"percentile": 40.0}, "percentile is 40.0"),

@@ -123,10 +123,10 @@ def test_what_was_rounded_is_found_again_by_nearest() -> None:
     options = {"rows": 128, "rounding": "second_order"}
     quantized = quantize(network, [images], bits="W4A8", preprocessing=PREPROCESSING, search=options).eval()
     for node in quantized.graph.weighted_nodes:
-        scale = quantized.scales.weight_scale(node)
-        site = quantized.graph.site_of(node.inputs[0])
-        balance = None if site is None else quantized.scales.balances.get(site.name)
-        codes = node.folded_weight(network, balance).flatten(1) / scale.step[:, None]
+        scale = quantized.scales.weight_quantizer(node)
+        spec = quantized.graph.spec_of(node.inputs[0])
+        equalization = None if spec is None else quantized.scales.equalizations.get(spec.name)
+        codes = node.folded_weight(network, equalization).flatten(1) / scale.step[:, None]
         live = scale.step > 0
         torch.testing.assert_close(codes[live], codes[live].round(), atol=1e-3, rtol=0)
     assert quantized.integer_logits(pixels).shape == (len(pixels), 7)

@@ -14,6 +14,7 @@ from swincompress_pl.quant import QuantizedNetwork
 
 # By name: not every build of torch has the first ones.
 _UNFIT_OPTIMIZERS = ("ZeroRedundancyOptimizer", "PostLocalSGDOptimizer", "DistributedOptimizer", LBFGS.__name__)
+_NAME, _OLD_NAME = "scales.adjustment", "scales.drift"
 # What schedulers (torch's, timm's) keep for every parameter group, in their order.
 _PER_GROUP = (
     "base_lrs",
@@ -36,7 +37,7 @@ class ScaleGroup:
 
     def __init__(self, lr_factor: float) -> None:
         self.lr_factor = lr_factor
-        self._handle: RemovableHandle | None = None
+        self._handles: list[RemovableHandle] = []
 
     def join(self, trainer: Trainer, network: QuantizedNetwork) -> None:
         """Do it; what `configure_optimizers` may have done with the scales is undone first.
@@ -44,11 +45,11 @@ class ScaleGroup:
         Before optimizer states are restored: a checkpoint's optimizer has the group. Raises ValueError where no
         optimizer trains the network, or one that takes no second group.
         """
-        drift = network.scales.drift
-        assert drift is not None
+        adjustment = network.scales.adjustment
+        assert adjustment is not None
         for optimizer in trainer.optimizers:
             for group in optimizer.param_groups:
-                group["params"] = [parameter for parameter in group["params"] if parameter is not drift]
+                group["params"] = [parameter for parameter in group["params"] if parameter is not adjustment]
         optimizer, host = _host(trainer.optimizers, network.network)
         groups = len(optimizer.param_groups)
         model = optimizer.param_groups[host]
@@ -56,8 +57,8 @@ class ScaleGroup:
         own |= {key: own[key] * self.lr_factor for key in ("lr", "initial_lr", "max_lr", "min_lr") if key in own}
         if "weight_decay" in own:
             own["weight_decay"] = 0.0
-        names = {"param_names": ["scales.drift"]} if "param_names" in model else {}
-        optimizer.add_param_group({"params": [drift if not names else ("scales.drift", drift)], **own})
+        named = "param_names" in model
+        optimizer.add_param_group({"params": [(_NAME, adjustment) if named else adjustment], **own})
         for config in trainer.lr_scheduler_configs:
             _extend(config.scheduler, optimizer, groups, host, self.lr_factor)
         self._follow(optimizer, host, groups)
@@ -69,13 +70,25 @@ class ScaleGroup:
             # By number: restoring an optimizer's state replaces its groups.
             stepped.param_groups[own]["lr"] = stepped.param_groups[host]["lr"] * self.lr_factor
 
-        self._handle = optimizer.register_step_pre_hook(follow)
+        self._handles = [
+            optimizer.register_step_pre_hook(follow),
+            optimizer.register_load_state_dict_pre_hook(_with_present_name),
+        ]
 
     def leave(self) -> None:
         """Let go of the optimizer, which keeps the group."""
-        if self._handle is not None:
-            self._handle.remove()
-            self._handle = None
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+
+def _with_present_name(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    """A state that version 0.1 wrote for named parameters, with the learned scales' name of now."""
+    groups = []
+    for group in state["param_groups"]:
+        names = {"param_names": [_NAME if name == _OLD_NAME else name for name in group.get("param_names", ())]}
+        groups.append({**group, **names} if "param_names" in group else group)
+    return {**state, "param_groups": groups}
 
 
 def _host(optimizers: Iterable[Optimizer], network: nn.Module) -> tuple[Optimizer, int]:

@@ -263,17 +263,17 @@ class QuantizationAwareTraining(Callback):
     def _learn(self, trainer: Trainer, module: LightningModule, network: QuantizedNetwork) -> None:
         """Learned scales of a network that was quantized before this fit, or before it was resumed."""
         if not self.learn_scales:
-            if network.scales.drift is not None:
+            if network.scales.adjustment is not None:
                 _freeze(trainer, network)
             return
         if network.method == "affine":
             raise ValueError(
                 "the network is quantized with method 'affine', whose scales cannot be learned; pass learn_scales=False"
             )
-        fresh = network.scales.drift is None
+        fresh = network.scales.adjustment is None
         network.learn_scales()
-        assert network.scales.drift is not None
-        network.scales.drift.requires_grad_(True)
+        assert network.scales.adjustment is not None
+        network.scales.adjustment.requires_grad_(True)
         self._scale_group.join(trainer, network)
         if fresh:
             renew_averages(trainer, module)
@@ -317,10 +317,10 @@ class QuantizationAwareTraining(Callback):
 
 def _freeze(trainer: Trainer, network: QuantizedNetwork) -> None:
     """The learned scales are not trained from now on; DDP must not wait for their gradients."""
-    drift = network.scales.drift
-    if drift is not None and drift.requires_grad:
-        drift.requires_grad_(False)
-        drift.grad = None
+    adjustment = network.scales.adjustment
+    if adjustment is not None and adjustment.requires_grad:
+        adjustment.requires_grad_(False)
+        adjustment.grad = None
         wrap_anew(trainer)
 
 
@@ -371,7 +371,8 @@ def _check_quantization(
         raise ValueError("learn_scales=True: method 'affine' has zero-points, which are not learned; use 'searched'")
     if search is not None and method != "searched":
         raise ValueError(f"search options go with method 'searched', not {method!r}")
-    unknown = sorted(set(search) - set(SearchOptions.__dataclass_fields__)) if isinstance(search, Mapping) else []
+    known = {*SearchOptions.__dataclass_fields__, *getattr(SearchOptions.__init__, "old_arguments", {})}
+    unknown = sorted(set(search) - known) if isinstance(search, Mapping) else []
     if unknown:
         raise ValueError(
             f"search has no option {', '.join(unknown)}; there are {', '.join(SearchOptions.__dataclass_fields__)}"

@@ -7,13 +7,13 @@ from swincompress_pl.quant.bits import Bits
 from swincompress_pl.quant.diagnosis.diagnosis import (
     Diagnosis,
     Effect,
-    SiteCost,
+    QuantizerCost,
     cost_table,
     diagnose,
-    site_costs,
-    site_errors,
+    quantization_errors,
+    quantizer_costs,
 )
-from swincompress_pl.quant.diagnosis.quantization_errors import Histogram, SiteError, error_table
+from swincompress_pl.quant.diagnosis.quantization_errors import Histogram, QuantizationError, error_table
 from swincompress_pl.quant.graph.builder import GraphBuilder
 from swincompress_pl.quant.graph.graph import Graph, Node, WeightedNode, float_logits
 from swincompress_pl.quant.graph.nodes import (
@@ -28,7 +28,7 @@ from swincompress_pl.quant.graph.nodes import (
     PixelConvNode,
     PrependNode,
 )
-from swincompress_pl.quant.graph.quantizer_spec import Site
+from swincompress_pl.quant.graph.quantizer_spec import QuantizerSpec
 from swincompress_pl.quant.mixed_precision import (
     LayerSensitivity,
     Sensitivity,
@@ -59,12 +59,12 @@ __all__ = [
     "Node",
     "PixelConvNode",
     "PrependNode",
+    "QuantizationError",
     "QuantizedNetwork",
+    "QuantizerCost",
+    "QuantizerSpec",
     "SearchOptions",
     "Sensitivity",
-    "Site",
-    "SiteCost",
-    "SiteError",
     "WeightedNode",
     "allocate",
     "cost_table",
@@ -74,7 +74,7 @@ __all__ = [
     "float_logits",
     "measure_sensitivity",
     "mixed_precision",
+    "quantization_errors",
     "quantize",
-    "site_costs",
-    "site_errors",
+    "quantizer_costs",
 ]

@@ -1,4 +1,4 @@
-"""What calibration sees of a float network: ranges of every site, and samples of layers with their sensitivities."""
+"""What calibration sees of a float network: ranges of quantized values, and samples of layers with sensitivities."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from swincompress_pl.quant.graph.graph import Graph, Node, Passthrough, Run, WeightedNode
-from swincompress_pl.quant.graph.quantizer_spec import Site
+from swincompress_pl.quant.graph.quantizer_spec import QuantizerSpec
 
 
 def calibration_images(calibration: Iterable[Any], limit: int) -> list[Tensor]:
@@ -39,7 +39,7 @@ def calibration_images(calibration: Iterable[Any], limit: int) -> list[Tensor]:
 
 @dataclass
 class Ranges:
-    """Extremes of one site over all calibration images, per channel (C,), and some of its rows (R, C)."""
+    """Extremes of one quantizer's values over all calibration images, per channel (C,), and some of its rows (R, C)."""
 
     low: Tensor
     high: Tensor
@@ -65,28 +65,28 @@ class Ranges:
 
 
 class RangeObserver(Passthrough):
-    """Keeps the true extremes of every site, where an outlier of one pixel counts, and a sample of its rows."""
+    """Keeps the true extremes of quantized values, where an outlier of one pixel counts, and a sample of rows."""
 
     def __init__(self, *, values_per_batch: int = 1 << 14, seed: int = 0) -> None:
         self.ranges: dict[str, Ranges] = {}
         self._values_per_batch = values_per_batch
         self._generator = torch.Generator().manual_seed(seed)
 
-    def activation(self, site: Site, x: Tensor) -> Tensor:
+    def activation(self, spec: QuantizerSpec, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         low, high = rows.amin(0), rows.amax(0)
         if not (torch.isfinite(low).all() and torch.isfinite(high).all()):
             raise ValueError(
-                f"site {site.name!r} sees NaN or infinite values in calibration; check the images and the weights "
-                "before it"
+                f"activation quantizer {spec.name!r} sees NaN or infinite values in calibration; check the images "
+                "and the weights before it"
             )
         count = max(1, self._values_per_batch // rows.shape[1])
         some = rows[torch.randint(len(rows), (count,), generator=self._generator).to(rows.device)]
-        known = self.ranges.get(site.name)
+        known = self.ranges.get(spec.name)
         if known is not None:
             low, high = torch.minimum(low, known.low), torch.maximum(high, known.high)
             some = torch.cat([known.rows, some])
-        self.ranges[site.name] = Ranges(low, high, some)
+        self.ranges[spec.name] = Ranges(low, high, some)
         return x
 
 
@@ -122,7 +122,7 @@ class LayerSampler(Passthrough):
 
 
 def observe(graph: Graph, network: nn.Module, batches: Sequence[Tensor]) -> dict[str, Ranges]:
-    """Extremes of every site over the batches."""
+    """Extremes of every quantizer's values over the batches."""
     observer = RangeObserver()
     with torch.no_grad():
         for images in batches:

@@ -23,27 +23,35 @@ class ScaledLowering(Lowering):
         self._scales = scales
 
     def segment_scales(self, value: str) -> FloatArray:
-        return to_array(self._scales.site(self.site(value)).checked_scale())
+        return to_array(self._scales.activation_quantizer(self.spec(value)).checked_scale())
 
     def ratios(self, value: str) -> FloatArray:
-        site = self.graph.site_of(value)
-        return np.ones(1) if site is None or not site.balanced else to_array(self._scales.site(site).balance)
+        spec = self.graph.spec_of(value)
+        return (
+            np.ones(1)
+            if spec is None or not spec.equalized
+            else to_array(self._scales.activation_quantizer(spec).equalization)
+        )
 
-    def shift(self, value: str) -> FloatArray:
-        site = self.graph.site_of(value)
-        if site is None or not site.shiftable:
+    def centering(self, value: str) -> FloatArray:
+        spec = self.graph.spec_of(value)
+        if spec is None or not spec.can_center:
             return np.zeros(1)
-        return to_array(self._scales.site(site).shift)
+        return to_array(self._scales.activation_quantizer(spec).centering)
 
     def scales(self, value: str) -> FloatArray:
-        return to_array(self._scales.site(self.site(value)).channel_scales())
+        return to_array(self._scales.activation_quantizer(self.spec(value)).channel_scales())
 
     def weight(self, node: WeightedNode) -> tuple[npt.NDArray[np.int8], FloatArray]:
-        site = self.graph.site_of(node.inputs[0])
-        balance = None if site is None or not site.balanced else self._scales.site(site).balance
-        folded = node.folded_weight(self.network, balance)
+        spec = self.graph.spec_of(node.inputs[0])
+        equalization = (
+            None if spec is None or not spec.equalized else self._scales.activation_quantizer(spec).equalization
+        )
+        folded = node.folded_weight(self.network, equalization)
         step = self._scales.step(node)
-        weight_q = quantize_weight(folded, step, self._scales.weight_scale(node).q_max).to("cpu", torch.int8).numpy()
+        weight_q = (
+            quantize_weight(folded, step, self._scales.weight_quantizer(node).q_max).to("cpu", torch.int8).numpy()
+        )
         return weight_q, to_array(step)
 
 

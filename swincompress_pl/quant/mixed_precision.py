@@ -23,7 +23,7 @@ from swincompress_pl.quant.calibration import LayerSample, calibration_images, o
 from swincompress_pl.quant.diagnosis.inspection import standing_still, text_table
 from swincompress_pl.quant.graph.graph import Graph, Node, Passthrough, Run, WeightedNode
 from swincompress_pl.quant.network import QuantizedNetwork, find_preprocessing
-from swincompress_pl.quant.search import LayerProblem, best_balance
+from swincompress_pl.quant.search import LayerProblem, best_equalization
 
 # Independent draws of the Fisher matrix; the error of an estimate from n of them is sqrt(2 / n) of it.
 _PROBES = 64
@@ -282,12 +282,12 @@ def _changes(
     samples = sample_layers(graph, network, batches, rows=rows, seed=seed)
     changes = {}
     for node in track(graph.weighted_nodes, "searching steps", transient=True, disable=not progress):
-        sample, site = samples.pop(node.name), graph.site_of(node.inputs[0])
-        bounds = ranges[site.name].bounds(None) if site is not None and site.balanced else None
+        sample, spec = samples.pop(node.name), graph.spec_of(node.inputs[0])
+        bounds = ranges[spec.name].bounds(None) if spec is not None and spec.equalized else None
         for width in widths[node.name]:
             q_max = 2 ** (width - 1) - 1
             changes[node.name, width] = _change(
-                network, node, sample, bounds, q_max, 127 if site is None else site.q_max
+                network, node, sample, bounds, q_max, 127 if spec is None else spec.q_max
             )
     return changes
 
@@ -305,7 +305,9 @@ def _change(
     float_weight = node.folded_weight(network, None)
     weight, ratios = float_weight.flatten(1), torch.ones(())
     if bounds is not None:
-        ratios, _ = best_balance(x, weight, sensitivity, bounds, shift=False, q_max=input_q_max, weight_q_max=q_max)
+        ratios, _ = best_equalization(
+            x, weight, sensitivity, bounds, center=False, q_max=input_q_max, weight_q_max=q_max
+        )
         x, weight = x / ratios, weight * ratios
     problem = LayerProblem(x=x, weight=weight, sensitivity=sensitivity, magnitude=None, weight_q_max=q_max)
     rounded = problem.quantized_weight(problem.best_step(x)) / ratios.to(weight)

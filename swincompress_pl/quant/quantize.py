@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from swincompress_pl._deprecated import renamed, renamed_attributes
 from swincompress_pl.quant.bits import Bits
 from swincompress_pl.quant.calibration import Ranges, calibration_images, observe, sample_layers
 from swincompress_pl.quant.graph.graph import Graph
@@ -20,7 +21,7 @@ from swincompress_pl.quant.rounding import Learning, round_blocks
 from swincompress_pl.quant.scales import affine_range
 from swincompress_pl.quant.search import max_step
 
-# 16-bit sites and logits keep the true maximum and leave room above it: a bit there is free, clipping is not.
+# 16-bit values and logits keep the true maximum and leave room above it: a bit there is free, clipping is not.
 HEADROOM = 2.0
 # Bias must stay below 2**30 accumulator steps at export; keep two bits of distance.
 _BIAS_STEPS = 2.0**28
@@ -28,12 +29,14 @@ _DEAD_ROW_STEPS = 256.0
 ROUNDINGS = ("nearest", "second_order", "learned")
 
 
+@renamed(balance="equalize", shift="center")
+@renamed_attributes(balance="equalize", shift="center")
 @dataclass(frozen=True, kw_only=True)
 class SearchOptions:
     """What "searched" does beyond a clip for every scale; each can be switched off or on alone.
 
-    balance: per-channel ranges of LayerNorm outputs, folded away (in the manner of RepQ-ViT, arXiv 2212.08254).
-    shift: codes of LayerNorm's outputs and of GELU's input and output that stand for the value plus a constant, where
+    equalize: per-channel ranges of LayerNorm outputs, folded away (in the manner of RepQ-ViT, arXiv 2212.08254).
+    center: codes of LayerNorm's outputs and of GELU's input and output that stand for the value plus a constant, where
     the error is smaller so; biases and GELU's table absorb it, and GELU's output needs no sign.
     bias_correction: each layer's bias takes up the mean error of its output. rounding: "nearest", "second_order" or
     "learned", both block by block with biases corrected (`rounding.py`); learning: the details of the last. These write
@@ -41,8 +44,8 @@ class SearchOptions:
     rows: sampled rows a layer. seed: of the sampling.
     """
 
-    balance: bool = True
-    shift: bool = True
+    equalize: bool = True
+    center: bool = True
     bias_correction: bool = False
     rounding: str = "nearest"
     learning: Learning = field(default_factory=Learning)
@@ -86,10 +89,10 @@ def quantize(
     preprocessing: mapping with "mean" and "std" of the images; default: the network's own (`network.preprocessing`, or
     timm's `pretrained_cfg`). classes: names for the artifact.
 
-    Raises ValueError for empty calibration, NaN or infinite values (naming the site), an unknown method, widths or
-    options that contradict each other, an already quantized network, or a spiking one most of whose neurons are silent
-    (naming the first) or that keeps its membranes between calls; UnsupportedNetworkError for a network without
-    an integer form.
+    Raises ValueError for empty calibration, NaN or infinite values (naming the activation quantizer), an unknown
+    method, widths or options that contradict each other, an already quantized network, or a spiking one most of whose
+    neurons are silent (naming the first) or that keeps its membranes between calls; UnsupportedNetworkError for a
+    network without an integer form.
     """
     options = _options(method, percentile, search)
     found = find_preprocessing(
@@ -111,8 +114,8 @@ def quantize(
                 quantized,
                 {name: entry.bounds(percentile) for name, entry in ranges.items()},
                 samples,
-                balance=options.balance,
-                shift=options.shift,
+                equalize=options.equalize,
+                center=options.center,
                 bias_correction=options.bias_correction,
             ).run(progress=progress)
         _secure_steps(quantized)
@@ -168,23 +171,23 @@ def _evaluating(quantized: QuantizedNetwork) -> Iterator[None]:
 
 def _set_ranges(quantized: QuantizedNetwork, ranges: Mapping[str, Ranges], clips: Mapping[str, torch.Tensor]) -> None:
     """The starting point, and the end of the methods without search: everything at its clip."""
-    for site in quantized.graph.sites.values():
-        if site.fixed_scale is not None:
+    for spec in quantized.graph.quantizers.values():
+        if spec.fixed_scale is not None:
             continue
-        scale = quantized.scales.site(site)
-        segments = list(site.segments)
-        if scale.affine and site.searched:
-            low = torch.stack([part.min() for part in ranges[site.name].low.split(segments)]).clamp(max=0)
-            high = torch.stack([part.max() for part in ranges[site.name].high.split(segments)]).clamp(min=0)
-            _set_affine(scale.scale, scale.zero_point, low, high, site.bits)
+        scale = quantized.scales.activation_quantizer(spec)
+        segments = list(spec.segments)
+        if scale.affine and spec.searched:
+            low = torch.stack([part.min() for part in ranges[spec.name].low.split(segments)]).clamp(max=0)
+            high = torch.stack([part.max() for part in ranges[spec.name].high.split(segments)]).clamp(min=0)
+            _set_affine(scale.scale, scale.zero_point, low, high, spec.bits)
             continue
-        if site.searched:
-            magnitude = torch.stack([part.max() for part in clips[site.name].split(segments)])
+        if spec.searched:
+            magnitude = torch.stack([part.max() for part in clips[spec.name].split(segments)])
         else:
-            magnitude = torch.stack([part.max() for part in ranges[site.name].magnitude.split(segments)]) * HEADROOM
-        scale.scale.copy_(torch.where(magnitude > 0, magnitude, 1.0) / site.q_max)
+            magnitude = torch.stack([part.max() for part in ranges[spec.name].magnitude.split(segments)]) * HEADROOM
+        scale.scale.copy_(torch.where(magnitude > 0, magnitude, 1.0) / spec.q_max)
     for node in quantized.graph.weighted_nodes:
-        weight = quantized.scales.weight_scale(node)
+        weight = quantized.scales.weight_quantizer(node)
         folded = node.folded_weight(quantized.network, None).flatten(1)
         if weight.affine:
             low, high = folded.amin(1).clamp(max=0), folded.amax(1).clamp(min=0)
@@ -204,13 +207,13 @@ def _set_affine(
 def _secure_steps(quantized: QuantizedNetwork) -> None:
     """Steps that int32 accumulators can carry: room for the bias, and a unit for rows without weights."""
     for node in quantized.graph.weighted_nodes:
-        scale = quantized.scales.weight_scale(node)
+        scale = quantized.scales.weight_quantizer(node)
         if scale.affine:
             continue
-        in_site, out_site = quantized.graph.site_of(node.inputs[0]), quantized.graph.site_of(node.output)
-        in_scale = 1.0 if in_site is None else float(quantized.scales.site(in_site).scale[0])
-        assert out_site is not None
-        out_scale = quantized.scales.site(out_site).channel_scales()
+        in_spec, out_spec = quantized.graph.spec_of(node.inputs[0]), quantized.graph.spec_of(node.output)
+        in_scale = 1.0 if in_spec is None else float(quantized.scales.activation_quantizer(in_spec).scale[0])
+        assert out_spec is not None
+        out_scale = quantized.scales.activation_quantizer(out_spec).channel_scales()
         step = torch.where(scale.step > 0, scale.step, out_scale / (in_scale * _DEAD_ROW_STEPS))
         bias = node.folded_bias(quantized.network)
         if bias is not None:

@@ -21,7 +21,7 @@ from rich.progress import Progress
 from torch import Tensor, nn
 
 from swincompress_pl.quant.graph.graph import Node, Passthrough, Quantizer, Run, WeightedNode
-from swincompress_pl.quant.graph.quantizer_spec import Site
+from swincompress_pl.quant.graph.quantizer_spec import QuantizerSpec
 from swincompress_pl.quant.network import QuantizedNetwork
 from swincompress_pl.quant.scales import Scales
 from swincompress_pl.spec import INPUT_VALUE
@@ -81,11 +81,11 @@ class _Watch:
         self.rows = torch.empty(0)
 
     @property
-    def balances(self) -> Mapping[str, Tensor]:
-        return self.inner.balances
+    def equalizations(self) -> Mapping[str, Tensor]:
+        return self.inner.equalizations
 
-    def activation(self, site: Site, x: Tensor) -> Tensor:
-        return self.inner.activation(site, x)
+    def activation(self, spec: QuantizerSpec, x: Tensor) -> Tensor:
+        return self.inner.activation(spec, x)
 
     def weight(self, node: WeightedNode, weight: Tensor) -> Tensor:
         return self.inner.weight(node, weight)
@@ -111,23 +111,23 @@ def _compensate(node: WeightedNode, numbers: range, integer: Run, given: Values)
     """
     scales = integer.quantizer
     assert isinstance(scales, Scales)
-    balance = integer.balance(node)
-    weight = node.folded_weight(integer.network, balance)
+    equalization = integer.equalization(node)
+    weight = node.folded_weight(integer.network, equalization)
     groups = node.groups(integer.network)
     flat = weight.flatten(1).double().unflatten(0, (groups, -1))
     inputs = flat.shape[2]
     gram, total, count = flat.new_zeros(groups, inputs, inputs), flat.new_zeros(groups, inputs), 0
     for values in given:
         rows = _rows(node, integer, values, numbers)
-        x = (rows if balance is None else rows / balance).unflatten(1, (groups, inputs)).transpose(0, 1)
+        x = (rows if equalization is None else rows / equalization).unflatten(1, (groups, inputs)).transpose(0, 1)
         gram += (x.transpose(1, 2) @ x).double()
         total += x.double().sum(1)
         count += x.shape[1]
     diagonal = gram.diagonal(dim1=1, dim2=2)
     diagonal.add_((_DAMPING * diagonal.mean(1, keepdim=True)).clamp(min=1e-12))
-    step, q_max = scales.step(node).double(), scales.weight_scale(node).q_max
+    step, q_max = scales.step(node).double(), scales.weight_quantizer(node).q_max
     rounded = second_order_rounding(flat, step.unflatten(0, (groups, -1)), gram, q_max)
-    node.set_folded_weight(integer.network, rounded.to(weight).reshape(weight.shape), balance)
+    node.set_folded_weight(integer.network, rounded.to(weight).reshape(weight.shape), equalization)
     error = ((flat - rounded) @ (total / count)[:, :, None]).flatten()
     node.add_to_bias(integer.network, error.to(weight))
 
@@ -217,7 +217,7 @@ def _rates(nodes: Sequence[WeightedNode], integer: Run, lr: float) -> dict[nn.Pa
     assert isinstance(scales, Scales)
     rates: dict[nn.Parameter, float] = {}
     for node in nodes:
-        rate = lr * node.grid(network, scales.step(node), integer.balance(node))
+        rate = lr * node.grid(network, scales.step(node), integer.equalization(node))
         rates |= dict.fromkeys(network.get_submodule(node.module).parameters(recurse=False), rate)
     return rates
 

@@ -1,8 +1,8 @@
-"""Which site costs the most accuracy: each one quantized alone, all but each one, and how well its scale fits.
+"""Which quantizer costs the most accuracy: each one quantized alone, all but each one, and how well its scale fits.
 
-All of it looks at the float simulation (`fake_quantized`), where single sites can be switched; only the predictions of
-the whole network in a `Diagnosis` are the integer norm's. The float network is the one inside the quantized network,
-with what bias correction, learned rounding or training wrote into its parameters.
+All of it looks at the float simulation (`fake_quantized`), where single quantizers can be switched; only the
+predictions of the whole network in a `Diagnosis` are the integer norm's. The float network is the one inside the
+quantized network, with what bias correction, learned rounding or training wrote into its parameters.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from swincompress_pl.quant.diagnosis.inspection import divergence, show, standin
 from swincompress_pl.quant.diagnosis.quantization_errors import (
     Histogram,
     Key,
-    SiteError,
+    QuantizationError,
     error_table,
     first_nodes,
     measure_errors,
 )
 from swincompress_pl.quant.graph.graph import Passthrough, Run, WeightedNode, float_logits
-from swincompress_pl.quant.graph.quantizer_spec import Site
+from swincompress_pl.quant.graph.quantizer_spec import QuantizerSpec
 from swincompress_pl.quant.network import QuantizedNetwork
 from swincompress_pl.quant.scales import Scales
 from swincompress_pl.spec import INPUT_VALUE
@@ -44,8 +44,8 @@ class Effect:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SiteCost:
-    """What one site (kind "activation") or one layer's weights ("weight") cost.
+class QuantizerCost:
+    """What one activation quantizer (kind "activation") or one layer's weights ("weight") cost.
 
     alone: only this one quantized. others: everything but this one quantized.
     """
@@ -77,8 +77,8 @@ class Diagnosis:
     integer: Effect | None
     paired: Mapping[str, int] | None
     layers: Mapping[str, tuple[int, int]]
-    errors: tuple[SiteError, ...]
-    costs: tuple[SiteCost, ...]
+    errors: tuple[QuantizationError, ...]
+    costs: tuple[QuantizerCost, ...]
     histograms: tuple[Histogram, ...]
 
     def to_dict(self) -> dict[str, Any]:
@@ -102,10 +102,9 @@ def diagnose(
 ) -> Diagnosis:
     """Everything known about a quantized network on some images.
 
-    images: normalized float (N, C, H, W). labels: (N,) classes. costs: also `site_costs`, which takes about as many
-    passes over the images as there are sites and layers. histograms: of so many sites and weights, the costliest ones
-    (with costs) or those of most error. batch: images at a time. Raises ValueError for images or labels that do not
-    fit.
+    images: normalized float (N, C, H, W). labels: (N,) classes. costs: also `quantizer_costs`, which takes about as
+    many passes over the images as there are quantizers. histograms: of so many quantizers, the costliest ones (with
+    costs) or those of most error. batch: images at a time. Raises ValueError for images or labels that do not fit.
     """
     labels = _checked(quantized, images, labels)
     with standing_still(quantized), torch.no_grad():
@@ -126,7 +125,7 @@ def diagnose(
         integer=None if integer is None else _effect(expected, integer, labels),
         paired=None if labels is None else _paired(expected, simulated if integer is None else integer, labels),
         layers={
-            name: (quantized.scales.weight_scale(node).bits, node.folded_weight(quantized.network, None).numel())
+            name: (quantized.scales.weight_quantizer(node).bits, node.folded_weight(quantized.network, None).numel())
             for name, node in nodes.items()
         },
         errors=tuple(found),
@@ -135,27 +134,27 @@ def diagnose(
     )
 
 
-def site_costs(
+def quantizer_costs(
     quantized: QuantizedNetwork,
     images: Tensor,
     labels: Tensor | None = None,
     *,
     batch: int = 32,
     progress: bool = False,
-) -> list[SiteCost]:
-    """What every site of up to 16 bits and every weight costs, the largest KL divergence alone first.
+) -> list[QuantizerCost]:
+    """What every activation quantizer of up to 16 bits and every weight costs, the largest KL divergence alone first.
 
     images: normalized float (N, C, H, W). labels: (N,) classes, for top-1. batch: images at a time. It takes about as
-    many passes over the images as there are sites and layers. Raises ValueError for images or labels that do not fit.
+    many passes over the images as there are quantizers. Raises ValueError for images or labels that do not fit.
     """
     labels = _checked(quantized, images, labels)
     with standing_still(quantized), torch.no_grad():
         return _costs(quantized, images, labels, batch=batch, progress=progress)
 
 
-def site_errors(quantized: QuantizedNetwork, images: Tensor, *, batch: int = 32) -> list[SiteError]:
-    """The error and the fit of every site of up to 16 bits, in the network's order, and of every weight after its
-    input.
+def quantization_errors(quantized: QuantizedNetwork, images: Tensor, *, batch: int = 32) -> list[QuantizationError]:
+    """The error and the fit of every activation quantizer of up to 16 bits, in the network's order, and of every weight
+    after its input.
 
     images: normalized float (N, C, H, W). Raises ValueError for images that do not fit.
     """
@@ -164,10 +163,10 @@ def site_errors(quantized: QuantizedNetwork, images: Tensor, *, batch: int = 32)
         return measure_errors(quantized, images.split(batch))[0]
 
 
-def cost_table(costs: Sequence[SiteCost]) -> str:
-    """`site_costs` for a terminal; "" for none."""
+def cost_table(costs: Sequence[QuantizerCost]) -> str:
+    """`quantizer_costs` for a terminal; "" for none."""
     labelled = any(cost.alone.top1_percent is not None for cost in costs)
-    header = ["site", "kind", "bits", "alone: KL", "agreement"] + ["top-1"] * labelled
+    header = ["quantizer", "kind", "bits", "alone: KL", "agreement"] + ["top-1"] * labelled
     header += ["all others: KL", "agreement"] + ["top-1"] * labelled
     rows = [[c.name, c.kind, str(c.bits), *_cells(c.alone, labelled), *_cells(c.others, labelled)] for c in costs]
     return text_table(header, rows) if rows else ""
@@ -215,19 +214,19 @@ def _paired(before: Tensor, after: Tensor, labels: Tensor) -> dict[str, int]:
 
 
 class _Only(Passthrough):
-    """Quantizes one site or weight, or everything but that one; None: nothing, or everything."""
+    """Quantizes one value or weight, or everything but that one; None: nothing, or everything."""
 
     def __init__(self, scales: Scales, key: Key | None, *, others: bool = False) -> None:
         self.scales, self.key, self.others = scales, key, others
-        self._balances = scales.balances
+        self._equalizations = scales.equalizations
 
     @property
-    def balances(self) -> Mapping[str, Tensor]:
-        return self._balances
+    def equalizations(self) -> Mapping[str, Tensor]:
+        return self._equalizations
 
-    def activation(self, site: Site, x: Tensor) -> Tensor:
-        taken = (("activation", site.name) == self.key) != self.others
-        return self.scales.activation(site, x) if taken else x
+    def activation(self, spec: QuantizerSpec, x: Tensor) -> Tensor:
+        taken = (("activation", spec.name) == self.key) != self.others
+        return self.scales.activation(spec, x) if taken else x
 
     def weight(self, node: WeightedNode, weight: Tensor) -> Tensor:
         taken = (("weight", node.name) == self.key) != self.others
@@ -236,15 +235,15 @@ class _Only(Passthrough):
 
 def _costs(
     quantized: QuantizedNetwork, images: Tensor, labels: Tensor | None, *, batch: int, progress: bool
-) -> list[SiteCost]:
-    """A run with one site apart shares everything before that site with the float or the whole quantized run."""
+) -> list[QuantizerCost]:
+    """A run with one quantizer apart shares everything before that one with the float or the whole quantized run."""
     graph, network = quantized.graph, quantized.network
     scales = quantized.scales.fixed(graph, network)
     end = len(graph.nodes)
     first = first_nodes(quantized)
     logits: dict[tuple[Key, bool], list[Tensor]] = {(key, others): [] for key in first for others in (False, True)}
     expected = []
-    for part in track(list(images.split(batch)), "measuring sites", transient=True, disable=not progress):
+    for part in track(list(images.split(batch)), "measuring quantizers", transient=True, disable=not progress):
         expected.append(float_logits(graph, network, part))
         for others in (False, True):
             values: Mapping[str, Tensor] = {INPUT_VALUE: part}
@@ -257,7 +256,7 @@ def _costs(
     effects = {name: _effect(whole, torch.cat(parts), labels) for name, parts in logits.items()}
     bits = {key: _bits(quantized, key) for key in first}
     costs = [
-        SiteCost(name=key[1], kind=key[0], bits=bits[key], alone=effects[key, False], others=effects[key, True])
+        QuantizerCost(name=key[1], kind=key[0], bits=bits[key], alone=effects[key, False], others=effects[key, True])
         for key in first
     ]
     return sorted(costs, key=lambda cost: -cost.alone.kl)
@@ -265,7 +264,7 @@ def _costs(
 
 def _bits(quantized: QuantizedNetwork, key: Key) -> int:
     if key[0] == "activation":
-        return quantized.graph.sites[key[1]].bits
+        return quantized.graph.quantizers[key[1]].bits
     return next(
-        quantized.scales.weight_scale(node).bits for node in quantized.graph.weighted_nodes if node.name == key[1]
+        quantized.scales.weight_quantizer(node).bits for node in quantized.graph.weighted_nodes if node.name == key[1]
     )

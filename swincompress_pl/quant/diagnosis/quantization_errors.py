@@ -1,4 +1,4 @@
-"""How far the values of every site and weight lie from the float network's, and how well each scale fits them."""
+"""How far the values of every quantizer and weight lie from the float network's, and how well each scale fits them."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from torch import Tensor
 
 from swincompress_pl.quant.diagnosis.inspection import decibels, show, text_table
 from swincompress_pl.quant.graph.graph import Passthrough, Run, WeightedNode
-from swincompress_pl.quant.graph.quantizer_spec import Site
+from swincompress_pl.quant.graph.quantizer_spec import QuantizerSpec
 from swincompress_pl.quant.network import QuantizedNetwork
 from swincompress_pl.quant.scales import Scales, affine_range
 
-# Sites of more bits than this have no scale that anything could gain from.
+# Quantizers of more bits than this have no scale that anything could gain from.
 _WIDEST = 16
 _PERCENTILE = 99.99
 _SAMPLED_VALUES = 1 << 17
 _HISTOGRAM_BINS = 80
-Key = tuple[str, str]  # ("activation", name of a site) or ("weight", name of a layer)
+Key = tuple[str, str]  # ("activation", name of a quantizer) or ("weight", name of a layer)
 
 
 @dataclass(frozen=True, kw_only=True)
-class SiteError:
+class QuantizationError:
     """How far quantized values lie from the float ones, and how the scale fits; None: nothing to compare, or exact.
 
     snr_db: against the float network at the same place, all errors before it included. own_snr_db: rounding and
@@ -64,9 +64,10 @@ class Histogram:
     clip_high: int
 
 
-def error_table(errors: Sequence[SiteError]) -> str:
-    """`site_errors` for a terminal; "" for none."""
-    header = ["site", "kind", "bits", "SNR, dB", "own SNR, dB", "clipped", "codes used", "clip / max", "clip / p99.99"]
+def error_table(errors: Sequence[QuantizationError]) -> str:
+    """`quantization_errors` for a terminal; "" for none."""
+    header = ["quantizer", "kind", "bits", "SNR, dB", "own SNR, dB", "clipped", "codes used"]
+    header += ["clip / max", "clip / p99.99"]
     rows = [
         [
             e.name,
@@ -85,18 +86,18 @@ def error_table(errors: Sequence[SiteError]) -> str:
 
 
 def first_nodes(quantized: QuantizedNetwork) -> dict[Key, int]:
-    """{site or weight: number of the first node that it acts on}, in the network's order."""
+    """{quantizer or weight: number of the first node that it acts on}, in the network's order."""
     first: dict[Key, int] = {}
     for number, node in enumerate(quantized.graph.nodes):
         if isinstance(node, WeightedNode):
             first["weight", node.name] = number
-        if node.site is not None and quantized.graph.sites[node.site].bits <= _WIDEST:
-            first.setdefault(("activation", node.site), number)
+        if node.quantizer is not None and quantized.graph.quantizers[node.quantizer].bits <= _WIDEST:
+            first.setdefault(("activation", node.quantizer), number)
     return first
 
 
 class Tally:
-    """Sums over the values of one site or weight: errors, clipping, codes, and a sample in units of the step."""
+    """Sums over the values of one quantizer or weight: errors, clipping, codes, and a sample in units of the step."""
 
     def __init__(self, low: int, high: int, *, samples: int) -> None:
         self.low, self.high, self.samples = low, high, samples
@@ -128,10 +129,10 @@ class Tally:
             name=key[1], kind=key[0], low=low, high=high, counts=tuple(counts), clip_low=self.low, clip_high=self.high
         )
 
-    def error(self, key: Key, *, bits: int, symmetric: bool) -> SiteError:
+    def error(self, key: Key, *, bits: int, symmetric: bool) -> QuantizationError:
         magnitudes = torch.cat(self.sample).abs().sort().values
         percentile = float(magnitudes[min(len(magnitudes) - 1, int(len(magnitudes) * _PERCENTILE / 100))])
-        return SiteError(
+        return QuantizationError(
             name=key[1],
             kind=key[0],
             bits=bits,
@@ -147,48 +148,50 @@ class Tally:
 
 
 class _Kept(Passthrough):
-    """The float network; keeps the values of all sites, in order."""
+    """The float network; keeps the quantized values, in order."""
 
     def __init__(self) -> None:
         self.values: list[Tensor] = []
 
-    def activation(self, site: Site, x: Tensor) -> Tensor:
+    def activation(self, spec: QuantizerSpec, x: Tensor) -> Tensor:
         self.values.append(x)
         return x
 
 
 class _Compared(Passthrough):
-    """The quantized network; tallies every site against the float values, in the same order."""
+    """The quantized network; tallies every value against the float values, in the same order."""
 
     def __init__(self, scales: Scales, expected: Iterable[Tensor], tallies: dict[Key, Tally], samples: int) -> None:
         self.scales, self.expected, self.tallies, self.samples = scales, iter(expected), tallies, samples
-        self._balances = scales.balances
+        self._equalizations = scales.equalizations
 
     @property
-    def balances(self) -> Mapping[str, Tensor]:
-        return self._balances
+    def equalizations(self) -> Mapping[str, Tensor]:
+        return self._equalizations
 
     def weight(self, node: WeightedNode, weight: Tensor) -> Tensor:
         return self.scales.weight(node, weight)
 
-    def activation(self, site: Site, x: Tensor) -> Tensor:
-        expected, after = next(self.expected), self.scales.activation(site, x)
-        if site.bits <= _WIDEST:
-            scale, offset = self.scales.site(site), torch.zeros((), device=x.device)
-            low, high = (-site.q_max if site.signed else 0), site.q_max
-            if scale.affine and site.searched:
-                sizes = torch.tensor(site.segments, device=x.device)
-                (low, high), offset = affine_range(site.bits), scale.zero_point.repeat_interleave(sizes)
+    def activation(self, spec: QuantizerSpec, x: Tensor) -> Tensor:
+        expected, after = next(self.expected), self.scales.activation(spec, x)
+        if spec.bits <= _WIDEST:
+            scale, offset = self.scales.activation_quantizer(spec), torch.zeros((), device=x.device)
+            low, high = (-spec.q_max if spec.signed else 0), spec.q_max
+            if scale.affine and spec.searched:
+                sizes = torch.tensor(spec.segments, device=x.device)
+                (low, high), offset = affine_range(spec.bits), scale.zero_point.repeat_interleave(sizes)
             step = scale.channel_scales()
-            if site.shiftable:
-                offset = offset + scale.shift / step
-            tally = self.tallies.setdefault(("activation", site.name), Tally(low, high, samples=self.samples))
+            if spec.can_center:
+                offset = offset + scale.centering / step
+            tally = self.tallies.setdefault(("activation", spec.name), Tally(low, high, samples=self.samples))
             tally.add(expected, x, after, expected / step + offset, x / step + offset)
         return after
 
 
-def measure_errors(quantized: QuantizedNetwork, parts: Sequence[Tensor]) -> tuple[list[SiteError], dict[Key, Tally]]:
-    """The errors in the network's order, a weight before the site that it writes to; and what they come from."""
+def measure_errors(
+    quantized: QuantizedNetwork, parts: Sequence[Tensor]
+) -> tuple[list[QuantizationError], dict[Key, Tally]]:
+    """The errors in the network's order, a weight before the quantizer that it writes to; and what they come from."""
     tallies: dict[Key, Tally] = {}
     scales = quantized.scales.fixed(quantized.graph, quantized.network)
     samples = max(1, _SAMPLED_VALUES // len(parts))
@@ -203,18 +206,20 @@ def measure_errors(quantized: QuantizedNetwork, parts: Sequence[Tensor]) -> tupl
         if key[0] == "weight":
             errors.append(_weight_error(quantized, scales, key, tallies))
         else:
-            site = quantized.graph.sites[key[1]]
-            errors.append(tallies[key].error(key, bits=site.bits, symmetric=symmetric or not site.searched))
+            spec = quantized.graph.quantizers[key[1]]
+            errors.append(tallies[key].error(key, bits=spec.bits, symmetric=symmetric or not spec.searched))
     return errors, tallies
 
 
-def _weight_error(quantized: QuantizedNetwork, scales: Scales, key: Key, tallies: dict[Key, Tally]) -> SiteError:
+def _weight_error(
+    quantized: QuantizedNetwork, scales: Scales, key: Key, tallies: dict[Key, Tally]
+) -> QuantizationError:
     graph = quantized.graph
     node = next(node for node in graph.weighted_nodes if node.name == key[1])
-    site = graph.site_of(node.inputs[0])
-    balance = None if site is None else scales.balances.get(site.name)
-    weight = node.folded_weight(quantized.network, balance)
-    scale = scales.weight_scale(node)
+    spec = graph.spec_of(node.inputs[0])
+    equalization = None if spec is None else scales.equalizations.get(spec.name)
+    weight = node.folded_weight(quantized.network, equalization)
+    scale = scales.weight_quantizer(node)
     low, high = affine_range(scale.bits) if scale.affine else (-scale.q_max, scale.q_max)
     steps = weight.flatten(1) / scale.step[:, None] + (scale.zero_point[:, None] if scale.affine else 0)
     tally = tallies[key] = Tally(low, high, samples=_SAMPLED_VALUES)

@@ -2,9 +2,9 @@
 
 from swincompress_pl._deprecated import find_old_name
 from swincompress_pl.quant.graph.graph import Graph, Node, Quantizer, WeightedNode, float_logits
-from swincompress_pl.quant.graph.quantizer_spec import Site
+from swincompress_pl.quant.graph.quantizer_spec import QuantizerSpec
 
-__all__ = ["Graph", "Node", "Quantizer", "Site", "WeightedNode", "float_logits"]
+__all__ = ["Graph", "Node", "Quantizer", "QuantizerSpec", "WeightedNode", "float_logits"]
 
 
 def __getattr__(name: str) -> object:

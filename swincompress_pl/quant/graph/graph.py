@@ -16,7 +16,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from swincompress_pl.quant.graph.quantizer_spec import Site
+from swincompress_pl._deprecated import renamed, renamed_attributes
+from swincompress_pl.quant.graph.quantizer_spec import QuantizerSpec
 from swincompress_pl.spec import INPUT_VALUE, Operation, multiplier
 from swincompress_pl.spec.spiking import CURRENT_MAX
 
@@ -27,13 +28,13 @@ _PASSING = ("linear", "layer_norm", "table", "gather")
 class Quantizer(Protocol):
     """What happens to values and weights on the way through the graph: nothing, observation, or fake quantization.
 
-    balances: ratios (C,) of the channels to the scale, for the balanced sites, by name.
+    equalizations: ratios (C,) of the channels to the scale, for the equalized quantizers, by name.
     """
 
     @property
-    def balances(self) -> Mapping[str, Tensor]: ...
+    def equalizations(self) -> Mapping[str, Tensor]: ...
 
-    def activation(self, site: Site, x: Tensor) -> Tensor: ...
+    def activation(self, spec: QuantizerSpec, x: Tensor) -> Tensor: ...
 
     def weight(self, node: WeightedNode, weight: Tensor) -> Tensor: ...
 
@@ -44,10 +45,10 @@ class Passthrough:
     """The float network."""
 
     @property
-    def balances(self) -> Mapping[str, Tensor]:
+    def equalizations(self) -> Mapping[str, Tensor]:
         return {}
 
-    def activation(self, site: Site, x: Tensor) -> Tensor:
+    def activation(self, spec: QuantizerSpec, x: Tensor) -> Tensor:
         return x
 
     def weight(self, node: WeightedNode, weight: Tensor) -> Tensor:
@@ -57,10 +58,11 @@ class Passthrough:
         return None
 
 
+@renamed_attributes(site="quantizer")
 @dataclass(frozen=True, kw_only=True)
 class Node:
-    """One step of the graph. `site` is where its output is quantized; None: the output is in the unit of its first
-    input.
+    """One step of the graph. `quantizer` names the activation quantizer of its output; None: the output is in the unit
+    of its first input.
 
     `regularizers` are paths of dropout and stochastic-depth modules that act on the output in training.
     """
@@ -68,7 +70,7 @@ class Node:
     name: str
     inputs: tuple[str, ...]
     output: str
-    site: str | None = None
+    quantizer: str | None = None
     regularizers: tuple[str, ...] = ()
 
     def forward(self, run: Run, *inputs: Tensor) -> Tensor:
@@ -84,7 +86,7 @@ class WeightedNode(Node):
 
     module: str
 
-    def folded_weight(self, network: nn.Module, balance: Tensor | None) -> Tensor:
+    def folded_weight(self, network: nn.Module, equalization: Tensor | None) -> Tensor:
         """(M, K...) the weight as it is quantized: with input ratios and layer scale folded in."""
         raise NotImplementedError
 
@@ -92,7 +94,7 @@ class WeightedNode(Node):
         """(M,) the real bias, or None."""
         raise NotImplementedError
 
-    def set_folded_weight(self, network: nn.Module, folded: Tensor, balance: Tensor | None) -> None:
+    def set_folded_weight(self, network: nn.Module, folded: Tensor, equalization: Tensor | None) -> None:
         """Make `folded_weight` give (M, K...) `folded`, in the network itself."""
         raise NotImplementedError
 
@@ -116,20 +118,22 @@ class WeightedNode(Node):
         """Into how many equal parts outputs and inputs split, that have nothing to do with each other."""
         return 1
 
-    def grid(self, network: nn.Module, step: Tensor, balance: Tensor | None) -> float:
+    def grid(self, network: nn.Module, step: Tensor, equalization: Tensor | None) -> float:
         """The step (M,) of the folded weight in the network's own weight, for a typical channel."""
-        return float(step.median()) / (1.0 if balance is None else float(balance.median()))
+        return float(step.median()) / (1.0 if equalization is None else float(equalization.median()))
 
     def settled_step(self, network: nn.Module, step: Tensor, in_scale: float) -> Tensor:
         """(M,) the steps nearest to these that what reads the layer can take."""
         return step
 
 
+@renamed(sites="quantizers")
+@renamed_attributes(site_of="spec_of", sites="quantizers")
 @dataclass(frozen=True, kw_only=True)
 class Graph:
     """Sites by name and nodes in order; the last node writes the logits. time_steps: of events; None for images."""
 
-    sites: dict[str, Site]
+    quantizers: dict[str, QuantizerSpec]
     nodes: tuple[Node, ...]
     height: int
     width: int
@@ -142,10 +146,10 @@ class Graph:
             missing = [name for name in node.inputs if name not in owner]
             if missing or node.output in owner:
                 raise ValueError(f"graph node {node.name!r}: reads unknown {missing} or rewrites {node.output!r}")
-            if node.site is not None and node.site not in self.sites:
-                raise ValueError(f"graph node {node.name!r}: unknown site {node.site!r}")
-            owner[node.output] = node.site if node.site is not None else owner[node.inputs[0]]
-        object.__setattr__(self, "_site_of", owner)
+            if node.quantizer is not None and node.quantizer not in self.quantizers:
+                raise ValueError(f"graph node {node.name!r}: unknown quantizer {node.quantizer!r}")
+            owner[node.output] = node.quantizer if node.quantizer is not None else owner[node.inputs[0]]
+        object.__setattr__(self, "_spec_of", owner)
         last = {name: number for number, node in enumerate(self.nodes) for name in node.inputs}
         object.__setattr__(self, "_last_use", last)
 
@@ -166,10 +170,10 @@ class Graph:
                 start = number + 1
         return [*blocks, range(start, len(self.nodes))]
 
-    def site_of(self, value: str) -> Site | None:
-        """The site in whose unit `value` is; None for the pixels."""
-        name = self._site_of[value]  # type: ignore[attr-defined]
-        return None if name is None else self.sites[name]
+    def spec_of(self, value: str) -> QuantizerSpec | None:
+        """The quantizer in whose unit `value` is; None for the pixels."""
+        name = self._spec_of[value]  # type: ignore[attr-defined]
+        return None if name is None else self.quantizers[name]
 
     @property
     def weighted_nodes(self) -> tuple[WeightedNode, ...]:
@@ -201,8 +205,8 @@ class Run:
             inputs = tuple(known[name] for name in node.inputs)
             output = node.forward(self, *inputs)
             self.quantizer.output(node, inputs, output)
-            if node.site is not None:
-                output = self.quantizer.activation(self.graph.sites[node.site], output)
+            if node.quantizer is not None:
+                output = self.quantizer.activation(self.graph.quantizers[node.quantizer], output)
             for path in node.regularizers:
                 output = self.network.get_submodule(path)(output)
             known[node.output] = output
@@ -213,14 +217,14 @@ class Run:
 
     def weight(self, node: WeightedNode) -> Tensor:
         """The weight of `node` as this pass uses it, input ratios divided out again."""
-        balance = self.balance(node)
-        folded = self.quantizer.weight(node, node.folded_weight(self.network, balance))
-        return folded if balance is None else folded / balance
+        equalization = self.equalization(node)
+        folded = self.quantizer.weight(node, node.folded_weight(self.network, equalization))
+        return folded if equalization is None else folded / equalization
 
-    def balance(self, node: WeightedNode) -> Tensor | None:
+    def equalization(self, node: WeightedNode) -> Tensor | None:
         """(K,) ratios of the input's channels to its scale, or None."""
-        site = self.graph.site_of(node.inputs[0])
-        return None if site is None else self.quantizer.balances.get(site.name)
+        spec = self.graph.spec_of(node.inputs[0])
+        return None if spec is None else self.quantizer.equalizations.get(spec.name)
 
 
 def to_array(tensor: Tensor) -> FloatArray:
@@ -258,8 +262,8 @@ class Lowering:
         """(C,) or (1,): ratios of the channels to the value's scale."""
         raise NotImplementedError
 
-    def shift(self, value: str) -> FloatArray:
-        """(C,) or (1,): what the codes of a value stand for beyond it; 0 for pixels and where nothing is shifted."""
+    def centering(self, value: str) -> FloatArray:
+        """(C,) or (1,): what the codes of a value stand for beyond it; 0 for pixels and where nothing is centered."""
         raise NotImplementedError
 
     def scales(self, value: str) -> FloatArray:
@@ -270,11 +274,11 @@ class Lowering:
         """(weight_q, step): integer weight and its step per output channel."""
         raise NotImplementedError
 
-    def site(self, value: str) -> Site:
-        site = self.graph.site_of(value)
-        if site is None:
+    def spec(self, value: str) -> QuantizerSpec:
+        spec = self.graph.spec_of(value)
+        if spec is None:
             raise ValueError(f"value {value!r} has no scale")
-        return site
+        return spec
 
     def scalar_scale(self, value: str) -> float:
         """The one scale of a value; per-channel ratios, where it has them, are in the next layer's weights."""
@@ -312,9 +316,9 @@ class Lowering:
 
     def constant(self, node: Node, real: FloatArray) -> npt.NDArray[Any]:
         """Constant tokens in the unit of the node's output."""
-        site = self.site(node.output)
+        spec = self.spec(node.output)
         codes = np.rint(real / self.scales(node.output))
-        return np.ascontiguousarray(np.clip(codes, -site.q_max, site.q_max).astype(site.storage))
+        return np.ascontiguousarray(np.clip(codes, -spec.q_max, spec.q_max).astype(spec.storage))
 
     def requantization(self, factor: FloatArray) -> dict[str, npt.NDArray[Any]]:
         mult, shift = multiplier(factor)
@@ -328,8 +332,10 @@ class Lowering:
         attributes: Mapping[str, Any] | None = None,
         tensors: Mapping[str, npt.NDArray[Any]] | None = None,
     ) -> None:
-        if kind not in _PASSING and any(self.shift(value).any() for value in (*node.inputs, node.output)):
-            raise ValueError(f"operation {kind!r} cannot absorb the shift of its site; only {', '.join(_PASSING)} can")
+        if kind not in _PASSING and any(self.centering(value).any() for value in (*node.inputs, node.output)):
+            raise ValueError(
+                f"operation {kind!r} cannot absorb the centering of its values; only {', '.join(_PASSING)} can"
+            )
         keys = {role: self._store(node.name, role, tensor) for role, tensor in (tensors or {}).items()}
         self.operations.append(
             Operation(
@@ -337,7 +343,7 @@ class Lowering:
                 name=node.name,
                 inputs=node.inputs,
                 output=node.output,
-                dtype=self.site(node.output).dtype,
+                dtype=self.spec(node.output).dtype,
                 attributes=dict(attributes or {}),
                 tensors=keys,
             )

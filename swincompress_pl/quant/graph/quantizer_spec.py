@@ -5,19 +5,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from swincompress_pl._deprecated import renamed, renamed_attributes
+
 RESIDUAL_BITS = 16
 LOGIT_BITS = 32
 
 
+@renamed(balanced="equalized", shiftable="can_center")
+@renamed_attributes(balanced="equalized", shiftable="can_center")
 @dataclass(frozen=True, kw_only=True)
-class Site:
-    """A place where values are quantized; several values may share one (the residual stream of a stage).
+class QuantizerSpec:
+    """An activation quantizer as the graph declares it; several values may share one (the residual stream of a stage).
 
     segments: sizes of the channel runs that share one scale, in order: `(C,)` a tensor, three entries for q | k | v.
-    balanced: each channel also has a fixed ratio to the scale, which the next linear layer absorbs in its weights
-    (LayerNorm outputs). shiftable: its codes may stand for the value plus a constant, which its neighbours absorb in
+    equalized: each channel also has a fixed ratio to the scale, which the next linear layer absorbs in its weights
+    (LayerNorm outputs). can_center: its codes may stand for the value plus a constant, which its neighbours absorb in
     their biases and tables (`GraphBuilder` finds out which). bits: 2 to 8, 16 (residual stream) or 32 (logits);
-    unsigned sites use the whole range.
+    unsigned codes use the whole range.
     operand: its values go into a product; one that only goes into a table (GELU's input) is no operand.
     fixed_scale: a scale that quantization has no say in: 1 for spikes and their sums, which are whole numbers, and for
     currents, whose unit is that of the weights; the unit of a stream of membrane potentials. Such values are not
@@ -28,8 +32,8 @@ class Site:
     segments: tuple[int, ...]
     bits: int = 8
     signed: bool = True
-    balanced: bool = False
-    shiftable: bool = False
+    equalized: bool = False
+    can_center: bool = False
     operand: bool = True
     fixed_scale: float | None = None
 
@@ -59,14 +63,14 @@ class Site:
         return self.bits <= 8 and self.fixed_scale is None
 
 
-def residual_site(name: str, channels: int) -> Site:
-    return Site(name=name, segments=(channels,), bits=RESIDUAL_BITS)
+def residual_spec(name: str, channels: int) -> QuantizerSpec:
+    return QuantizerSpec(name=name, segments=(channels,), bits=RESIDUAL_BITS)
 
 
-def collect_sites(sites: Sequence[Site]) -> dict[str, Site]:
-    """Sites by name; a name given twice must mean the same site."""
-    table: dict[str, Site] = {}
-    for site in sites:
-        if table.setdefault(site.name, site) != site:
-            raise ValueError(f"site {site.name!r} is declared twice, differently")
+def collect_specs(specs: Sequence[QuantizerSpec]) -> dict[str, QuantizerSpec]:
+    """Specs by name; a name given twice must mean the same spec."""
+    table: dict[str, QuantizerSpec] = {}
+    for spec in specs:
+        if table.setdefault(spec.name, spec) != spec:
+            raise ValueError(f"activation quantizer {spec.name!r} is declared twice, differently")
     return table

@@ -44,7 +44,8 @@ class ConvNormNode(WeightedNode):
     """A convolution (nn.Conv1d with kernel 1, nn.Conv2d) at `module` and the BatchNorms behind it, as one layer.
 
     rows: the output channels first to last of a layer whose parts go different ways (q | k | v). neuron: the module of
-    the neurons that read its output as a current, in the unit that its weights have; None: it is in that of its site.
+    the neurons that read its output as a current, in the unit that its weights have; None: it is in that of
+    its own quantizer.
     mean, std: of the images, for the layer that reads them. border: a BatchNorm before a layer without padding; it is
     padded by one with what that makes of a zero. size: (H, W) of what the layer reads; None: of the images.
     """
@@ -86,7 +87,7 @@ class ConvNormNode(WeightedNode):
             return torch.ones((), dtype=weight.dtype, device=weight.device)
         return torch.tensor(self.std, dtype=weight.dtype, device=weight.device)[:, None, None] * 255
 
-    def folded_weight(self, network: nn.Module, balance: Tensor | None) -> Tensor:
+    def folded_weight(self, network: nn.Module, equalization: Tensor | None) -> Tensor:
         weight = self._conv(network).weight
         square = weight[..., None] if weight.ndim == 3 else weight
         factor, _ = self._factor_and_offset(network)
@@ -97,7 +98,7 @@ class ConvNormNode(WeightedNode):
         bias = self._conv(network).bias
         return self._rows(offset if bias is None else bias * factor + offset)
 
-    def set_folded_weight(self, network: nn.Module, folded: Tensor, balance: Tensor | None) -> None:
+    def set_folded_weight(self, network: nn.Module, folded: Tensor, equalization: Tensor | None) -> None:
         factor = self._rows(self._factor_and_offset(network)[0])[:, None, None, None]
         weight = self._rows(self._conv(network).weight)
         real = folded * self._deviation(weight)
@@ -171,7 +172,7 @@ class ConvNormNode(WeightedNode):
     def groups(self, network: nn.Module) -> int:
         return int(self._conv(network).groups)
 
-    def grid(self, network: nn.Module, step: Tensor, balance: Tensor | None) -> float:
+    def grid(self, network: nn.Module, step: Tensor, equalization: Tensor | None) -> float:
         factor = self._rows(self._factor_and_offset(network)[0]).abs()
         return float((step * self._deviation(step).mean() / torch.where(factor == 0, 1, factor)).median())
 
@@ -235,7 +236,7 @@ class ConvNormNode(WeightedNode):
         weight_q, step = lowering.weight(self)
         network = lowering.network
         kernel, stride, padding, groups = self.geometry(network)
-        source = lowering.graph.site_of(self.inputs[0])
+        source = lowering.graph.spec_of(self.inputs[0])
         unit = step if source is None else step * lowering.scalar_scale(self.inputs[0])
         bias, later = self._bias_map(lowering, weight_q, step), np.zeros(len(unit))
         if self.neuron is not None and bias.ndim == 1:  # the neuron adds it, in finer units
@@ -371,7 +372,7 @@ class SpikeAttentionNode(Node):
 
     def lower(self, lowering: Lowering) -> None:
         heads: Any = lowering.network.get_submodule(self.module).num_heads
-        q, v = lowering.site(self.inputs[0]), lowering.site(self.inputs[2])
+        q, v = lowering.spec(self.inputs[0]), lowering.spec(self.inputs[2])
         lowering.counted(self.output, v.channels, reach=self.tokens * q.channels / heads)
         lowering.emit(self, "spike_attention", attributes={"windows": self.steps, "heads": int(heads)})
 
@@ -395,9 +396,9 @@ class BlockSumNode(Node):
         return by_head
 
     def lower(self, lowering: Lowering) -> None:
-        site = lowering.site(self.inputs[0])
+        spec = lowering.spec(self.inputs[0])
         unit = lowering.scales(self.inputs[0])[: self.groups]
-        reach = float(CURRENT_MAX) if site.bits > 8 else 2.0**16  # of counts; fraction bits are all that hangs on it
+        reach = float(CURRENT_MAX) if spec.bits > 8 else 2.0**16  # of counts; fraction bits are all that hangs on it
         lowering.currents[self.output] = Current(unit=unit, bias=np.zeros(len(unit)), reach=reach)
         lowering.emit(self, "block_sum", attributes={"rows": self.rows, "channels": self.groups})
 
@@ -418,7 +419,7 @@ class GateNode(Node):
 
 @dataclass(frozen=True, kw_only=True)
 class RequantizeNode(Node):
-    """A stream in the unit of another site."""
+    """A stream in the unit of another quantizer."""
 
     def forward(self, run: Run, *inputs: Tensor) -> Tensor:
         return inputs[0]
@@ -438,5 +439,5 @@ class WidenNode(Node):
         return inputs[0]
 
     def lower(self, lowering: Lowering) -> None:
-        channels = lowering.site(self.inputs[0]).channels
+        channels = lowering.spec(self.inputs[0]).channels
         lowering.emit(self, "block_sum", attributes={"rows": self.rows, "channels": channels})
