@@ -57,7 +57,9 @@ def test_the_loss_is_joined_with_the_teachers() -> None:
     """On the images that the network was given, at the temperature, with the gradient of the student alone."""
     module, images = Plain(), next(iter(loader()))[0]
     teacher = copy.deepcopy(module.backbone).eval()
-    module.backbone = quantize(module.backbone, [images], method="max", preprocessing=PREPROCESSING, images=8).train()
+    module.backbone = quantize(
+        module.backbone, [images], method="max", preprocessing=PREPROCESSING, calibration_images=8
+    ).train()
     logged: dict[str, Any] = {}
     module.log = lambda name, value, **_: logged.update({name: value})  # type: ignore[method-assign,assignment]
     batch = next(iter(loader()))

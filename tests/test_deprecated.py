@@ -25,6 +25,8 @@ def test_an_old_module_is_the_new_one(old: str) -> None:
     assert set(public) <= set(dir(module))
     if before is not None:  # such as the function that has the name of an old module
         setattr(sys.modules[parent], child, before)
+    else:  # such as quant.site_errors, where an old name is found only while nothing else has it
+        vars(sys.modules[parent]).pop(child, None)
 
 
 @pytest.mark.filterwarnings("ignore:.*is the name of version 0.1:DeprecationWarning")

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from swincompress_pl.models import create_model
 from swincompress_pl.quant import (
     Bits,
-    LayerSensitivity,
     Sensitivity,
     allocate,
     float_logits,
@@ -22,8 +21,9 @@ from swincompress_pl.quant import (
     mixed_precision,
     quantize,
 )
-from swincompress_pl.quant.diagnosis.inspection import divergence
+from swincompress_pl.quant.diagnosis.costs import divergence
 from swincompress_pl.quant.graph.graph import Passthrough, Run, WeightedNode
+from swincompress_pl.quant.mixed_precision import LayerSensitivity
 from swincompress_pl.registry import adapter_for
 
 PREPROCESSING = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.25, 0.3]}

@@ -12,6 +12,7 @@ import torch
 from test_quant_allocation import PREPROCESSING, network_and_images
 from torch import Tensor, nn
 
+from swincompress_pl.evaluation_mode import standing_still
 from swincompress_pl.quant import (
     Diagnosis,
     QuantizedNetwork,
@@ -22,7 +23,7 @@ from swincompress_pl.quant import (
     quantize,
     quantizer_costs,
 )
-from swincompress_pl.quant.diagnosis.inspection import decibels, standing_still
+from swincompress_pl.quant.diagnosis.errors import decibels
 
 LABELS = torch.arange(16) % 7
 
@@ -39,12 +40,12 @@ def by_key(rows: Any) -> dict[tuple[str, str], Any]:
 @pytest.fixture(scope="module")
 def whole() -> tuple[QuantizedNetwork, Tensor, Diagnosis]:
     quantized, images = quantized_and_images(bits="W4A6")
-    return quantized, images, diagnose(quantized, images, LABELS, batch=6)
+    return quantized, images, diagnose(quantized, images, LABELS, batch_size=6)
 
 
 def test_one_weight_alone_is_the_network_with_that_weight_rounded() -> None:
     quantized, images = quantized_and_images(bits="W3A8")
-    row = by_key(quantizer_costs(quantized, images, LABELS, batch=5))["weight", "blocks.1.mlp.fc2"]
+    row = by_key(quantizer_costs(quantized, images, LABELS, batch_size=5))["weight", "blocks.1.mlp.fc2"]
     (node,) = [node for node in quantized.graph.weighted_nodes if node.name == row.name]
     with torch.no_grad():
         expected = quantized.network(images).double().log_softmax(1)

@@ -17,7 +17,8 @@ from swincompress_pl.callbacks.qat_scales import ScaleGroup
 from swincompress_pl.callbacks.random_state import RandomNumbers, rng_states, seeded
 from swincompress_pl.checkpoint.record import network_of, put_network, restore_on_load, save_to_checkpoint
 from swincompress_pl.pruning import keep_masks
-from swincompress_pl.quant import METHODS, Bits, QuantizedNetwork, SearchOptions, find_preprocessing, quantize
+from swincompress_pl.quant import Bits, QuantizedNetwork, SearchOptions, quantize
+from swincompress_pl.quant.network import METHODS, find_preprocessing
 
 _STATE_VERSION = 1
 
@@ -256,7 +257,7 @@ class QuantizationAwareTraining(Callback):
             search=self.search,
             percentile=self.percentile,
             preprocessing=self._preprocessing(trainer, module),
-            images=self.calibration_images,
+            calibration_images=self.calibration_images,
             classes=_class_names(trainer),
         )
 

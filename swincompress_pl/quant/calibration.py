@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from swincompress_pl.evaluation_mode import gradients
 from swincompress_pl.quant.graph.graph import Graph, Node, Passthrough, Run, WeightedNode
 from swincompress_pl.quant.graph.quantizer_spec import QuantizerSpec
 
 
-def calibration_images(calibration: Iterable[Any], limit: int) -> list[Tensor]:
+def first_images(calibration: Iterable[Any], limit: int) -> list[Tensor]:
     """The first `limit` images of an iterable of batches (images, or a sequence or mapping that starts with them).
 
     Raises TypeError for batches of another form and ValueError for none at all, naming what was found.
@@ -142,17 +143,11 @@ def sample_layers(
     """
     sampler = LayerSampler(network, rows_per_batch=max(1, rows // len(batches)), seed=seed)
     signs = torch.Generator().manual_seed(seed + 1)
-    frozen = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    for parameter in frozen:
-        parameter.requires_grad_(False)
-    try:
+    with gradients(network.parameters(), wanted=False):
         for images in batches:
             with torch.enable_grad():
                 logits = Run(graph, network, sampler)(images.detach().clone().requires_grad_(True))
                 log_p = logits.float().log_softmax(-1)
                 sign = torch.randint(0, 2, log_p.shape, generator=signs).to(log_p.device) * 2 - 1
                 (log_p * (log_p.detach() / 2).exp() * sign).sum().backward()
-    finally:
-        for parameter in frozen:
-            parameter.requires_grad_(True)
     return sampler.samples

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
-from rich.progress import Progress
 from torch import Tensor
 
 from swincompress_pl.quant.calibration import LayerSample
@@ -14,6 +13,7 @@ from swincompress_pl.quant.graph.graph import Graph, Node, WeightedNode
 from swincompress_pl.quant.graph.nodes import ActivationNode, GatherNode
 from swincompress_pl.quant.graph.quantizer_spec import QuantizerSpec
 from swincompress_pl.quant.network import QuantizedNetwork
+from swincompress_pl.quant.progress import Progress, track
 from swincompress_pl.quant.search import LayerProblem, best_centered_scale, best_equalization, best_value_scale
 
 
@@ -41,15 +41,11 @@ class LayerwiseSearch:
             source(graph, node.inputs[0]).output for node in graph.weighted_nodes if graph.spec_of(node.inputs[0])
         }
 
-    def run(self, *, progress: bool) -> None:
-        nodes = self.quantized.graph.weighted_nodes
-        with Progress(transient=True, disable=not progress) as bar:
-            task = bar.add_task("searching scales", total=len(nodes))
-            for node in nodes:
-                self._layer(node)
-                self._output(node)
-                del self.samples[node.name]
-                bar.advance(task)
+    def run(self, *, progress: Progress) -> None:
+        for node in track(self.quantized.graph.weighted_nodes, "searching scales", progress):
+            self._layer(node)
+            self._output(node)
+            del self.samples[node.name]
 
     def _layer(self, node: WeightedNode) -> None:
         """Input scale (with its ratios and sign) and weight steps of one layer; then its bias."""

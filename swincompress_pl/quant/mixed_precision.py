@@ -15,15 +15,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.progress import track
 from torch import Tensor, nn
 
+from swincompress_pl._deprecated import renamed
+from swincompress_pl.evaluation_mode import standing_still
 from swincompress_pl.quant.bits import WIDTHS, Bits
-from swincompress_pl.quant.calibration import LayerSample, calibration_images, observe, sample_layers
-from swincompress_pl.quant.diagnosis.inspection import standing_still, text_table
+from swincompress_pl.quant.calibration import LayerSample, first_images, observe, sample_layers
 from swincompress_pl.quant.graph.graph import Graph, Node, Passthrough, Run, WeightedNode
 from swincompress_pl.quant.network import QuantizedNetwork, find_preprocessing
+from swincompress_pl.quant.progress import Progress, track
 from swincompress_pl.quant.search import LayerProblem, best_equalization
+from swincompress_pl.quant.text_table import text_table
 
 # Independent draws of the Fisher matrix; the error of an estimate from n of them is sqrt(2 / n) of it.
 _PROBES = 64
@@ -122,6 +124,7 @@ class Sensitivity:
         return text_table(["layer", "weights", "MACs", *(f"KL at W{width}" for width in widths)], rows)
 
 
+@renamed(images="calibration_images")
 def measure_sensitivity(
     model: nn.Module,
     calibration: Iterable[Any],
@@ -130,17 +133,18 @@ def measure_sensitivity(
     activations: int = 8,
     first_and_last: int | None = 8,
     preprocessing: Mapping[str, Any] | None = None,
-    images: int = 128,
+    calibration_images: int = 128,
     rows: int = 256,
     seed: int = 0,
-    progress: bool = False,
+    progress: Progress = False,
 ) -> Sensitivity:
     """What rounding the weights of one layer alone to each of `widths` bits costs, in nats of KL to the float output.
 
     model: a float network with an adapter, or a QuantizedNetwork, whose float weights are measured then. The weights
-    take the steps that `quantize` would search. calibration, preprocessing, images: as in `quantize`. first_and_last:
-    the first layer and the classifier are measured at this width alone, which fixes them there; None: at `widths`.
-    rows: sampled rows a layer, for the search of the steps (fewer than in `quantize`: the losses need no fine steps).
+    take the steps that `quantize` would search. calibration, preprocessing, calibration_images, progress: as in
+    `quantize`. first_and_last: the first layer and the classifier are measured at this width alone, which fixes them
+    there; None: at `widths`. rows: sampled rows a layer, for the search of the steps (fewer than in `quantize`: the
+    losses need no fine steps).
 
     A wider layer is never worse than a narrower one: it could use that one's step. Raises ValueError for widths outside
     2 to 8 and for calibration without images.
@@ -152,7 +156,7 @@ def measure_sensitivity(
     found = find_preprocessing(found, getattr(network, "preprocessing", None), getattr(network, "pretrained_cfg", None))
     shell = QuantizedNetwork(network, preprocessing=found, bits=bits)
     device = next(network.parameters()).device
-    batches = [batch.to(device) for batch in calibration_images(calibration, images)]
+    batches = [batch.to(device) for batch in first_images(calibration, calibration_images)]
     for batch in batches:
         shell.pixels(batch)  # refuses images of another normalization
     nodes = shell.graph.weighted_nodes
@@ -204,6 +208,7 @@ def allocate(table: Sensitivity, sizes: Mapping[str, Mapping[int, int]], budget:
     )
 
 
+@renamed(images="calibration_images")
 def mixed_precision(
     model: nn.Module,
     calibration: Iterable[Any],
@@ -215,9 +220,9 @@ def mixed_precision(
     activations: int = 8,
     first_and_last: int | None = 8,
     preprocessing: Mapping[str, Any] | None = None,
-    images: int = 128,
+    calibration_images: int = 128,
     seed: int = 0,
-    progress: bool = False,
+    progress: Progress = False,
 ) -> Bits:
     """The bits of every layer for `quantize(model, calibration, bits=...)`: least predicted loss within one budget.
 
@@ -240,7 +245,7 @@ def mixed_precision(
         activations=activations,
         first_and_last=first_and_last,
         preprocessing=preprocessing,
-        images=images,
+        calibration_images=calibration_images,
         seed=seed,
         progress=progress,
     )
@@ -275,13 +280,13 @@ def _changes(
     *,
     rows: int,
     seed: int,
-    progress: bool,
+    progress: Progress,
 ) -> dict[tuple[str, int], Tensor]:
     """{(layer, width): (M, K...) what rounding at the searched steps changes in its weight}."""
     ranges = observe(graph, network, batches)
     samples = sample_layers(graph, network, batches, rows=rows, seed=seed)
     changes = {}
-    for node in track(graph.weighted_nodes, "searching steps", transient=True, disable=not progress):
+    for node in track(graph.weighted_nodes, "searching steps", progress):
         sample, spec = samples.pop(node.name), graph.spec_of(node.inputs[0])
         bounds = ranges[spec.name].bounds(None) if spec is not None and spec.equalized else None
         for width in widths[node.name]:
@@ -341,7 +346,7 @@ def _fisher_losses(
     changes: Mapping[tuple[str, int], Tensor],
     *,
     seed: int,
-    progress: bool,
+    progress: Progress,
 ) -> dict[tuple[str, int], float]:
     """1/2 dW' F dW a layer and width, nats an image.
 
@@ -353,7 +358,7 @@ def _fisher_losses(
     parts = images.split(max(1, len(images) // _PROBES))
     signs = torch.Generator().manual_seed(seed + 2)
     total = dict.fromkeys(changes, 0.0)
-    for part in track(parts, "measuring layers", transient=True, disable=not progress):
+    for part in track(parts, "measuring layers", progress):
         leaves = _Leaves()
         with torch.enable_grad():
             log_p = Run(graph, network, leaves)(part).float().log_softmax(-1)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,12 +10,14 @@ import torch
 from torch import nn
 
 from swincompress_pl._deprecated import renamed, renamed_attributes
+from swincompress_pl.evaluation_mode import evaluation_mode
 from swincompress_pl.quant.bits import Bits
-from swincompress_pl.quant.calibration import Ranges, calibration_images, observe, sample_layers
+from swincompress_pl.quant.calibration import Ranges, first_images, observe, sample_layers
 from swincompress_pl.quant.graph.graph import Graph
 from swincompress_pl.quant.graph.spiking_nodes import NeuronNode
 from swincompress_pl.quant.layerwise import LayerwiseSearch
 from swincompress_pl.quant.network import QuantizedNetwork, find_preprocessing
+from swincompress_pl.quant.progress import Progress
 from swincompress_pl.quant.rounding import Learning, round_blocks
 from swincompress_pl.quant.scales import affine_range
 from swincompress_pl.quant.search import max_step
@@ -61,6 +62,7 @@ class SearchOptions:
             raise ValueError(f"rows is {self.rows!r}; it must be an integer of 1 or more")
 
 
+@renamed(images="calibration_images")
 @torch.no_grad()
 def quantize(
     model: nn.Module,
@@ -69,18 +71,18 @@ def quantize(
     method: str = "searched",
     bits: Bits | str | Mapping[str, Any] = "W8A8",
     preprocessing: Mapping[str, Any] | None = None,
-    images: int = 128,
+    calibration_images: int = 128,
     percentile: float | None = None,
     search: SearchOptions | Mapping[str, Any] | None = None,
     classes: Sequence[str] | None = None,
-    progress: bool = False,
+    progress: Progress = False,
 ) -> QuantizedNetwork:
     """Quantizes a supported network to integers without training.
 
     model: a network with an adapter (timm Swin or ViT), in any mode; it is wrapped, not copied. Its weights stay, but
     for the search options that say otherwise.
     calibration: batches as the network takes them, normalized float (N, C, H, W), alone or first in a tuple; the first
-    `images` images are used.
+    `calibration_images` images are used.
     method: "searched" (scales searched under the Gauss-Newton error), "max" (symmetric, clipped at the maximum),
     "affine" (min-max with offset; a simulation for comparison that cannot be exported).
     bits: "W8A8", "W4A8", ..., or `Bits`. percentile: where the clip of an activation begins ("searched") or stays
@@ -88,6 +90,7 @@ def quantize(
     "searched" only.
     preprocessing: mapping with "mean" and "std" of the images; default: the network's own (`network.preprocessing`, or
     timm's `pretrained_cfg`). classes: names for the artifact.
+    progress: True shows bars in the terminal; a function is called with (what is done, steps done, steps in all).
 
     Raises ValueError for empty calibration, NaN or infinite values (naming the activation quantizer), an unknown
     method, widths or options that contradict each other, an already quantized network, or a spiking one most of whose
@@ -100,31 +103,46 @@ def quantize(
     )
     quantized = QuantizedNetwork(model, preprocessing=found, method=method, classes=classes, bits=bits)
     device = next(model.parameters()).device
-    batches = [batch.to(device) for batch in calibration_images(calibration, images)]
+    batches = [batch.to(device) for batch in first_images(calibration, calibration_images)]
     for batch in batches:
         quantized.pixels(batch)  # refuses images of another normalization
-    with _evaluating(quantized):
-        ranges = observe(quantized.graph, model, batches)
-        _require_spikes(quantized.graph, ranges)
-        clips = {name: entry.clip(percentile) for name, entry in ranges.items()}
-        _set_ranges(quantized, ranges, clips)
-        if options is not None:
-            samples = sample_layers(quantized.graph, model, batches, rows=options.rows, seed=options.seed)
-            LayerwiseSearch(
-                quantized,
-                {name: entry.bounds(percentile) for name, entry in ranges.items()},
-                samples,
-                equalize=options.equalize,
-                center=options.center,
-                bias_correction=options.bias_correction,
-            ).run(progress=progress)
-        _secure_steps(quantized)
-        if options is not None and options.rounding != "nearest":
-            learned = options.rounding == "learned"
-            learning = options.learning if learned else Learning(iterations=0)
-            round_blocks(quantized, batches, learning, progress=progress)
-            _secure_steps(quantized)
+    with evaluation_mode(model):
+        try:
+            _find_scales(quantized.eval(), batches, options, percentile, progress)
+        finally:
+            quantized.train()  # as it was made; `model` gets its own modes back after it
     return quantized
+
+
+def _find_scales(
+    quantized: QuantizedNetwork,
+    batches: Sequence[torch.Tensor],
+    options: SearchOptions | None,
+    percentile: float | None,
+    progress: Progress,
+) -> None:
+    """Calibrates; with options, searches and rounds as they say."""
+    ranges = observe(quantized.graph, quantized.network, batches)
+    _require_spikes(quantized.graph, ranges)
+    clips = {name: entry.clip(percentile) for name, entry in ranges.items()}
+    _set_ranges(quantized, ranges, clips)
+    if options is None:
+        _secure_steps(quantized)
+        return
+    samples = sample_layers(quantized.graph, quantized.network, batches, rows=options.rows, seed=options.seed)
+    LayerwiseSearch(
+        quantized,
+        {name: entry.bounds(percentile) for name, entry in ranges.items()},
+        samples,
+        equalize=options.equalize,
+        center=options.center,
+        bias_correction=options.bias_correction,
+    ).run(progress=progress)
+    _secure_steps(quantized)
+    if options.rounding != "nearest":
+        learning = options.learning if options.rounding == "learned" else Learning(iterations=0)
+        round_blocks(quantized, batches, learning, progress=progress)
+        _secure_steps(quantized)
 
 
 def _require_spikes(graph: Graph, ranges: Mapping[str, Ranges]) -> None:
@@ -155,18 +173,6 @@ def _options(
         return SearchOptions(**search)
     except TypeError as error:
         raise ValueError(f"search: {error}; the options are {', '.join(SearchOptions.__dataclass_fields__)}") from error
-
-
-@contextmanager
-def _evaluating(quantized: QuantizedNetwork) -> Iterator[None]:
-    """Eval mode for a while; after it every module is in the mode that it was in."""
-    modes = {module: module.training for module in quantized.modules()}
-    quantized.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.train(training) if module is quantized else setattr(module, "training", training)
 
 
 def _set_ranges(quantized: QuantizedNetwork, ranges: Mapping[str, Ranges], clips: Mapping[str, torch.Tensor]) -> None:

@@ -17,12 +17,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from rich.progress import Progress
 from torch import Tensor, nn
 
 from swincompress_pl.quant.graph.graph import Node, Passthrough, Quantizer, Run, WeightedNode
 from swincompress_pl.quant.graph.quantizer_spec import QuantizerSpec
 from swincompress_pl.quant.network import QuantizedNetwork
+from swincompress_pl.quant.progress import Progress, track
 from swincompress_pl.quant.scales import Scales
 from swincompress_pl.spec import INPUT_VALUE
 
@@ -46,7 +46,7 @@ class Learning:
 
 @torch.no_grad()
 def round_blocks(
-    quantized: QuantizedNetwork, batches: Sequence[Tensor], learning: Learning, *, progress: bool = False
+    quantized: QuantizedNetwork, batches: Sequence[Tensor], learning: Learning, *, progress: Progress = False
 ) -> None:
     """Rounds all weights of a calibrated network in eval mode; biases take up the mean error that is left.
 
@@ -61,16 +61,15 @@ def round_blocks(
     importance = _sensitivities(float_run, batches, learning.seed) if float_run and learning.sensitive else {}
     wanted: Values = [{INPUT_VALUE: images} for images in batches]
     given: Values = [{INPUT_VALUE: images} for images in batches]
-    with Progress(transient=True, disable=not progress) as bar:
-        for numbers in bar.track(graph.blocks(), description="rounding"):
-            nodes = [node for node in graph.nodes[numbers.start : numbers.stop] if isinstance(node, WeightedNode)]
-            for node in nodes:
-                _compensate(node, numbers, integer, given)
-            if float_run is not None:
-                wanted = [float_run.advance(values, numbers) for values in wanted]
-                block = _Block(integer, numbers, given, wanted, importance)
-                _learn(block, _rates(nodes, integer, learning.lr), learning)
-            given = [integer.advance(values, numbers) for values in given]
+    for numbers in track(graph.blocks(), "rounding", progress):
+        nodes = [node for node in graph.nodes[numbers.start : numbers.stop] if isinstance(node, WeightedNode)]
+        for node in nodes:
+            _compensate(node, numbers, integer, given)
+        if float_run is not None:
+            wanted = [float_run.advance(values, numbers) for values in wanted]
+            block = _Block(integer, numbers, given, wanted, importance)
+            _learn(block, _rates(nodes, integer, learning.lr), learning)
+        given = [integer.advance(values, numbers) for values in given]
 
 
 class _Watch:

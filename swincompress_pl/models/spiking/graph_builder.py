@@ -11,8 +11,9 @@ from spikingjelly.activation_based.neuron import BaseNode
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from swincompress_pl.quant import AddNode, Graph, GraphBuilder, MeanNode, Node, QuantizerSpec
+from swincompress_pl.quant import Graph, GraphBuilder, Node, QuantizerSpec
 from swincompress_pl.quant.graph.neurons import Neuron
+from swincompress_pl.quant.graph.nodes import AddNode, MeanNode
 from swincompress_pl.quant.graph.quantizer_spec import LOGIT_BITS
 from swincompress_pl.quant.graph.spiking_nodes import (
     BlockSumNode,

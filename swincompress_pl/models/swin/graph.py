@@ -13,7 +13,8 @@ import numpy as np
 import numpy.typing as npt
 from torch import nn
 
-from swincompress_pl.quant import Graph, GraphBuilder, MeanNode, QuantizerSpec
+from swincompress_pl.quant import Graph, GraphBuilder, QuantizerSpec
+from swincompress_pl.quant.graph.nodes import MeanNode
 
 IndexArray = npt.NDArray[np.int32]
 Size = tuple[int, int]

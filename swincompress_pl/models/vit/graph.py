@@ -10,7 +10,8 @@ from timm.layers.attention import Attention
 from timm.models.vision_transformer import Block
 from torch import nn
 
-from swincompress_pl.quant import AddConstantNode, Graph, GraphBuilder, MeanNode, PrependNode, QuantizerSpec
+from swincompress_pl.quant import Graph, GraphBuilder, QuantizerSpec
+from swincompress_pl.quant.graph.nodes import AddConstantNode, MeanNode, PrependNode
 
 
 def vit_graph(network: Any, preprocessing: Mapping[str, Any]) -> Graph:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
+from swincompress_pl.evaluation_mode import evaluation_mode as evaluation_mode
 from swincompress_pl.pruning.evaluation.ranks import from_rank_zero
 
 ROUNDING_POINTS = 1e-9  # a score is a quotient of counts: the floor itself is not below the floor
@@ -124,18 +124,6 @@ class FunctionScorer:
 
     def accept(self, tensors: Sequence[str]) -> None:
         """Nothing to remember."""
-
-
-@contextmanager
-def evaluation_mode(network: nn.Module) -> Iterator[None]:
-    """`network.eval()` for a while; after it every module is in the mode that it was in."""
-    modes = [(module, module.training) for module in network.modules()]
-    network.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def checked_score(value: object, what: str) -> float:

@@ -9,11 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swincompress_pl.quant.diagnosis.inspection import decibels, show, text_table
+from swincompress_pl._deprecated import renamed
+from swincompress_pl.evaluation_mode import standing_still
 from swincompress_pl.quant.graph.graph import Passthrough, Run, WeightedNode
 from swincompress_pl.quant.graph.quantizer_spec import QuantizerSpec
 from swincompress_pl.quant.network import QuantizedNetwork
+from swincompress_pl.quant.progress import Progress, track
 from swincompress_pl.quant.scales import Scales, affine_range
+from swincompress_pl.quant.text_table import show, text_table
 
 # Quantizers of more bits than this have no scale that anything could gain from.
 _WIDEST = 16
@@ -64,6 +67,21 @@ class Histogram:
     clip_high: int
 
 
+@renamed(batch="batch_size")
+def quantization_errors(
+    quantized: QuantizedNetwork, images: Tensor, *, batch_size: int = 32, progress: Progress = False
+) -> list[QuantizationError]:
+    """The error and the fit of every activation quantizer of up to 16 bits, in the network's order, and of every weight
+    after its input.
+
+    images: normalized float (N, C, H, W). batch_size: images at a time. progress: as in `quantize`. Raises ValueError
+    for images that do not fit.
+    """
+    checked_labels(quantized, images, None)
+    with standing_still(quantized), torch.no_grad():
+        return measure_errors(quantized, images.split(batch_size), progress)[0]
+
+
 def error_table(errors: Sequence[QuantizationError]) -> str:
     """`quantization_errors` for a terminal; "" for none."""
     header = ["quantizer", "kind", "bits", "SNR, dB", "own SNR, dB", "clipped", "codes used"]
@@ -85,6 +103,21 @@ def error_table(errors: Sequence[QuantizationError]) -> str:
     return text_table(header, rows) if rows else ""
 
 
+def checked_labels(quantized: QuantizedNetwork, images: Tensor, labels: Tensor | None) -> Tensor | None:
+    """The labels where the images are; TypeError or ValueError for what does not fit."""
+    if not isinstance(quantized, QuantizedNetwork):
+        raise TypeError(f"{type(quantized).__name__} is not quantized; pass what quant.quantize gives")
+    if not isinstance(images, Tensor) or images.ndim != 4 or not images.is_floating_point() or not len(images):
+        shape = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
+        raise ValueError(f"images is {shape}; give at least one normalized float image (N, C, H, W)")
+    quantized.pixels(images)  # refuses images of another normalization
+    if labels is None:
+        return None
+    if tuple(labels.shape) != (len(images),) or labels.is_floating_point():
+        raise ValueError(f"labels is {labels.dtype} {tuple(labels.shape)}; give one class number for each image")
+    return labels.to(images.device)
+
+
 def first_nodes(quantized: QuantizedNetwork) -> dict[Key, int]:
     """{quantizer or weight: number of the first node that it acts on}, in the network's order."""
     first: dict[Key, int] = {}
@@ -94,6 +127,11 @@ def first_nodes(quantized: QuantizedNetwork) -> dict[Key, int]:
         if node.quantizer is not None and quantized.graph.quantizers[node.quantizer].bits <= _WIDEST:
             first.setdefault(("activation", node.quantizer), number)
     return first
+
+
+def decibels(signal: float, noise: float) -> float | None:
+    """10 log10 of signal to noise power; None where there is no noise, or no signal."""
+    return 10 * float(torch.tensor(signal / noise, dtype=torch.float64).log10()) if signal > 0 and noise > 0 else None
 
 
 class Tally:
@@ -189,13 +227,13 @@ class _Compared(Passthrough):
 
 
 def measure_errors(
-    quantized: QuantizedNetwork, parts: Sequence[Tensor]
+    quantized: QuantizedNetwork, parts: Sequence[Tensor], progress: Progress = False
 ) -> tuple[list[QuantizationError], dict[Key, Tally]]:
     """The errors in the network's order, a weight before the quantizer that it writes to; and what they come from."""
     tallies: dict[Key, Tally] = {}
     scales = quantized.scales.fixed(quantized.graph, quantized.network)
     samples = max(1, _SAMPLED_VALUES // len(parts))
-    for part in parts:
+    for part in track(parts, "measuring errors", progress):
         kept = _Kept()
         Run(quantized.graph, quantized.network, kept)(part)
         compared = _Compared(scales, kept.values, tallies, samples)
