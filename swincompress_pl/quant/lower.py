@@ -12,7 +12,7 @@ from torch import nn
 
 from swincompress_pl.quant.graph.graph import FloatArray, Graph, Lowering, WeightedNode, to_array
 from swincompress_pl.quant.scales import Scales, quantize_weight
-from swincompress_pl.spec import InputDescription, Program, check
+from swincompress_pl.spec import InputDescription, Program
 
 
 class ScaledLowering(Lowering):
@@ -65,7 +65,7 @@ def lower(
     classes: tuple[str, ...] | None = None,
     origin: Mapping[str, Any] | None = None,
 ) -> Program:
-    """The integer Program of a network; checked, so all bounds of the norm hold on any input.
+    """The integer Program of a network; what runs or writes it (twin, engine, artifact) proves its bounds first.
 
     Raises ValueError naming the node for scales that are missing, not finite or contradictory, and for NaN weights.
     """
@@ -75,7 +75,7 @@ def lower(
             node.lower(lowering)
         except ValueError as error:
             raise ValueError(f"{node.name}: {error}") from error
-    program = Program(
+    return Program(
         input=InputDescription(
             height=graph.height,
             width=graph.width,
@@ -89,5 +89,3 @@ def lower(
         classes=classes,
         origin=dict(origin or {}),
     )
-    check(program)
-    return program
