@@ -122,7 +122,7 @@ NAMES: dict[str, dict[str, str]] = {
         "GatherNode": "quant.graph.nodes:GatherNode",
         "Histogram": "quant.diagnosis:Histogram",
         "LayerNormNode": "quant.graph.nodes:LayerNormNode",
-        "LayerSensitivity": "quant.mixed_precision:LayerSensitivity",
+        "LayerSensitivity": "quant.sensitivity:LayerSensitivity",
         "LinearNode": "quant.graph.nodes:LinearNode",
         "MeanNode": "quant.graph.nodes:MeanNode",
         "PixelConvNode": "quant.graph.nodes:PixelConvNode",
@@ -141,9 +141,7 @@ NAMES: dict[str, dict[str, str]] = {
     },
     "quant.graph": {
         "LOGIT_BITS": "quant.graph.quantizer_spec:LOGIT_BITS",
-        "Passthrough": "quant.graph.graph:Passthrough",
         "RESIDUAL_BITS": "quant.graph.quantizer_spec:RESIDUAL_BITS",
-        "Run": "quant.graph.graph:Run",
         "Site": "quant.graph:QuantizerSpec",
         "collect_sites": "quant.graph.quantizer_spec:collect_specs",
         "parameter": "quant.graph.graph:parameter",
@@ -154,10 +152,18 @@ NAMES: dict[str, dict[str, str]] = {
         "divergence": "quant.diagnosis.costs:divergence",
         "standing_still": "evaluation_mode:standing_still",
     },
+    "quant.scales": {
+        "LearnedStep": "quant.quantizers:LearnedStep",
+        "SiteScale": "quant.quantizers:ActivationQuantizer",
+        "WeightScale": "quant.quantizers:WeightQuantizer",
+        "affine_range": "quant.quantizers:affine_range",
+        "quantize_weight": "quant.quantizers:quantize_weight",
+    },
     "quant.site_errors": {
         "SiteError": "quant.diagnosis:QuantizationError",
         "site_errors": "quant.diagnosis:quantization_errors",
     },
+    "quant.spiking_nodes": {"ConvNormNode": "quant.graph.conv_norm:ConvNormNode"},
 }
 
 T = TypeVar("T")

@@ -31,8 +31,9 @@ from torch.optim import lr_scheduler
 from swincompress_pl.callbacks.qat_scales import ScaleGroup
 from swincompress_pl.models import create_model
 from swincompress_pl.quant import QuantizedNetwork, quantize
-from swincompress_pl.quant.graph.quantizer_spec import QuantizerSpec
-from swincompress_pl.quant.scales import ActivationQuantizer, LearnedStep, _Adjusted
+from swincompress_pl.quant.graph import QuantizerSpec
+from swincompress_pl.quant.quantizers import ActivationQuantizer, LearnedStep
+from swincompress_pl.quant.scales import _Adjusted
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning")
 
@@ -49,7 +50,9 @@ def quantized_vit(**options: Any) -> QuantizedNetwork:
     torch.manual_seed(0)
     images = next(iter(loader()))[0]
     network = create_model("VisionTransformer", **VIT)
-    return quantize(network, [images], **{"method": "max", "preprocessing": PREPROCESSING, "images": 8, **options})
+    return quantize(
+        network, [images], **{"method": "max", "preprocessing": PREPROCESSING, "calibration_images": 8, **options}
+    )
 
 
 @settings(max_examples=40)

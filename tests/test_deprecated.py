@@ -38,7 +38,7 @@ def test_an_old_name_is_the_new_thing(module: str, name: str, new: str) -> None:
 
 
 def test_the_caller_is_warned() -> None:
-    code = "from swincompress_pl.norm.integer import requantize\nimport swincompress_pl.quant.graph as g\ng.Run"
+    code = "from swincompress_pl.norm.integer import requantize\nimport swincompress_pl.quant.graph as g\ng.parameter"
     ran = subprocess.run(
         [sys.executable, "-W", "default::DeprecationWarning", "-c", code], capture_output=True, text=True, check=True
     )

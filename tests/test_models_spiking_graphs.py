@@ -19,7 +19,7 @@ from swincompress_pl import accel
 from swincompress_pl.models import create_model
 from swincompress_pl.pruning import Group, PruningPlan, apply_plan
 from swincompress_pl.quant import Graph, float_logits, quantize
-from swincompress_pl.quant.graph.graph import Node, Passthrough, Run
+from swincompress_pl.quant.graph import Node, Passthrough, Run
 from swincompress_pl.quant.graph.spiking_nodes import NeuronNode
 from swincompress_pl.quant.twin import run_operation
 from swincompress_pl.registry import UnsupportedNetworkError, adapter_for

@@ -22,8 +22,8 @@ from swincompress_pl.quant import (
     quantize,
 )
 from swincompress_pl.quant.diagnosis.costs import divergence
-from swincompress_pl.quant.graph.graph import Passthrough, Run, WeightedNode
-from swincompress_pl.quant.mixed_precision import LayerSensitivity
+from swincompress_pl.quant.graph import Passthrough, Run, WeightedNode
+from swincompress_pl.quant.sensitivity import LayerSensitivity
 from swincompress_pl.registry import adapter_for
 
 PREPROCESSING = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.25, 0.3]}

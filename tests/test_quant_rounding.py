@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from swincompress_pl.pruning import prunable_weights, register_masks, set_mask
 from swincompress_pl.quant import WeightedNode, quantize
-from swincompress_pl.quant.graph.graph import Passthrough, Run
+from swincompress_pl.quant.graph import Passthrough, Run
+from swincompress_pl.quant.quantizers import quantize_weight
 from swincompress_pl.quant.rounding import _sensitivities, second_order_rounding
-from swincompress_pl.quant.scales import quantize_weight
 from swincompress_pl.registry import adapter_for
 
 

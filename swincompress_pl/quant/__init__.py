@@ -16,10 +16,11 @@ from swincompress_pl.quant.diagnosis import (
 )
 from swincompress_pl.quant.graph import Graph, Node, QuantizerSpec, WeightedNode, float_logits
 from swincompress_pl.quant.graph.builder import GraphBuilder
-from swincompress_pl.quant.mixed_precision import Sensitivity, allocate, measure_sensitivity, mixed_precision
+from swincompress_pl.quant.mixed_precision import allocate, mixed_precision
 from swincompress_pl.quant.network import QuantizedNetwork
 from swincompress_pl.quant.quantize import SearchOptions, quantize
 from swincompress_pl.quant.rounding import Learning
+from swincompress_pl.quant.sensitivity import Sensitivity, measure_sensitivity
 
 __all__ = [
     "Bits",

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from swincompress_pl.evaluation_mode import gradients
-from swincompress_pl.quant.graph.graph import Graph, Node, Passthrough, Run, WeightedNode
-from swincompress_pl.quant.graph.quantizer_spec import QuantizerSpec
+from swincompress_pl.quant.graph import Graph, Node, Passthrough, QuantizerSpec, Run, WeightedNode
 
 
 def first_images(calibration: Iterable[Any], limit: int) -> list[Tensor]:

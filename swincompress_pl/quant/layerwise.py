@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from swincompress_pl.quant.calibration import LayerSample
-from swincompress_pl.quant.graph.graph import Graph, Node, WeightedNode
+from swincompress_pl.quant.graph import Graph, Node, QuantizerSpec, WeightedNode
 from swincompress_pl.quant.graph.nodes import ActivationNode, GatherNode
-from swincompress_pl.quant.graph.quantizer_spec import QuantizerSpec
 from swincompress_pl.quant.network import QuantizedNetwork
 from swincompress_pl.quant.progress import Progress, track
 from swincompress_pl.quant.search import LayerProblem, best_centered_scale, best_equalization, best_value_scale

@@ -10,8 +10,10 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from swincompress_pl.quant.graph.graph import FloatArray, Graph, Lowering, WeightedNode, to_array
-from swincompress_pl.quant.scales import Scales, quantize_weight
+from swincompress_pl.quant.graph import Graph, Lowering, WeightedNode
+from swincompress_pl.quant.graph.graph import FloatArray, to_array
+from swincompress_pl.quant.quantizers import quantize_weight
+from swincompress_pl.quant.scales import Scales
 from swincompress_pl.spec import InputDescription, Program
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from swincompress_pl.quant.bits import Bits
-from swincompress_pl.quant.graph.graph import Graph, Run
+from swincompress_pl.quant.graph import Graph, Run
 from swincompress_pl.quant.graph.widths import weight_bits, with_bits
 from swincompress_pl.quant.lower import lower
 from swincompress_pl.quant.scale_cut import Kept, ScaleCut, check_fit, cut_scales, undo_cut

@@ -13,13 +13,13 @@ from swincompress_pl._deprecated import renamed, renamed_attributes
 from swincompress_pl.evaluation_mode import evaluation_mode
 from swincompress_pl.quant.bits import Bits
 from swincompress_pl.quant.calibration import Ranges, first_images, observe, sample_layers
-from swincompress_pl.quant.graph.graph import Graph
+from swincompress_pl.quant.graph import Graph
 from swincompress_pl.quant.graph.spiking_nodes import NeuronNode
 from swincompress_pl.quant.layerwise import LayerwiseSearch
 from swincompress_pl.quant.network import QuantizedNetwork, find_preprocessing
 from swincompress_pl.quant.progress import Progress
+from swincompress_pl.quant.quantizers import affine_range
 from swincompress_pl.quant.rounding import Learning, round_blocks
-from swincompress_pl.quant.scales import affine_range
 from swincompress_pl.quant.search import max_step
 
 # 16-bit values and logits keep the true maximum and leave room above it: a bit there is free, clipping is not.

@@ -19,8 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from swincompress_pl.quant.graph.graph import Node, Passthrough, Quantizer, Run, WeightedNode
-from swincompress_pl.quant.graph.quantizer_spec import QuantizerSpec
+from swincompress_pl.quant.graph import Node, Passthrough, Quantizer, QuantizerSpec, Run, WeightedNode
 from swincompress_pl.quant.network import QuantizedNetwork
 from swincompress_pl.quant.progress import Progress, track
 from swincompress_pl.quant.scales import Scales

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from swincompress_pl._deprecated import renamed_attributes
-from swincompress_pl.quant.graph.graph import Graph
+from swincompress_pl.quant.graph import Graph
 from swincompress_pl.quant.scales import Scales, weight_key
 
 Kept = Mapping[str, Mapping[int, Tensor]]

@@ -12,12 +12,12 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from swincompress_pl.quant import Graph, GraphBuilder, Node, QuantizerSpec
+from swincompress_pl.quant.graph.conv_norm import ConvNormNode
 from swincompress_pl.quant.graph.neurons import Neuron
 from swincompress_pl.quant.graph.nodes import AddNode, MeanNode
 from swincompress_pl.quant.graph.quantizer_spec import LOGIT_BITS
 from swincompress_pl.quant.graph.spiking_nodes import (
     BlockSumNode,
-    ConvNormNode,
     GateNode,
     MaxPoolNode,
     NeuronNode,

@@ -12,8 +12,7 @@ from torch import Tensor
 from swincompress_pl._deprecated import renamed
 from swincompress_pl.evaluation_mode import standing_still
 from swincompress_pl.quant.diagnosis.errors import Key, checked_labels, first_nodes
-from swincompress_pl.quant.graph.graph import Passthrough, Run, WeightedNode, float_logits
-from swincompress_pl.quant.graph.quantizer_spec import QuantizerSpec
+from swincompress_pl.quant.graph import Passthrough, QuantizerSpec, Run, WeightedNode, float_logits
 from swincompress_pl.quant.network import QuantizedNetwork
 from swincompress_pl.quant.progress import Progress, track
 from swincompress_pl.quant.scales import Scales

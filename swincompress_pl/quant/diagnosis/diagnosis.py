@@ -24,7 +24,7 @@ from swincompress_pl.quant.diagnosis.errors import (
     error_table,
     measure_errors,
 )
-from swincompress_pl.quant.graph.graph import float_logits
+from swincompress_pl.quant.graph import float_logits
 from swincompress_pl.quant.network import QuantizedNetwork
 from swincompress_pl.quant.progress import Progress
 

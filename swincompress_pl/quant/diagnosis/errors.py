@@ -11,11 +11,11 @@ from torch import Tensor
 
 from swincompress_pl._deprecated import renamed
 from swincompress_pl.evaluation_mode import standing_still
-from swincompress_pl.quant.graph.graph import Passthrough, Run, WeightedNode
-from swincompress_pl.quant.graph.quantizer_spec import QuantizerSpec
+from swincompress_pl.quant.graph import Passthrough, QuantizerSpec, Run, WeightedNode
 from swincompress_pl.quant.network import QuantizedNetwork
 from swincompress_pl.quant.progress import Progress, track
-from swincompress_pl.quant.scales import Scales, affine_range
+from swincompress_pl.quant.quantizers import affine_range
+from swincompress_pl.quant.scales import Scales
 from swincompress_pl.quant.text_table import show, text_table
 
 # Quantizers of more bits than this have no scale that anything could gain from.
