@@ -37,7 +37,7 @@ class ScaleGroup:
 
     def __init__(self, lr_factor: float) -> None:
         self.lr_factor = lr_factor
-        self._handles: list[RemovableHandle] = []
+        self._handle: RemovableHandle | None = None
 
     def join(self, trainer: Trainer, network: QuantizedNetwork) -> None:
         """Do it; what `configure_optimizers` may have done with the scales is undone first.
@@ -70,25 +70,21 @@ class ScaleGroup:
             # By number: restoring an optimizer's state replaces its groups.
             stepped.param_groups[own]["lr"] = stepped.param_groups[host]["lr"] * self.lr_factor
 
-        self._handles = [
-            optimizer.register_step_pre_hook(follow),
-            optimizer.register_load_state_dict_pre_hook(_with_present_name),
-        ]
+        self._handle = optimizer.register_step_pre_hook(follow)
 
     def leave(self) -> None:
         """Let go of the optimizer, which keeps the group."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
 
 
-def _with_present_name(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-    """A state that version 0.1 wrote for named parameters, with the learned scales' name of now."""
-    groups = []
-    for group in state["param_groups"]:
-        names = {"param_names": [_NAME if name == _OLD_NAME else name for name in group.get("param_names", ())]}
-        groups.append({**group, **names} if "param_names" in group else group)
-    return {**state, "param_groups": groups}
+def read_old_names(optimizer_states: Iterable[dict[str, Any]]) -> None:
+    """Give the learned scales the name of now, where version 0.1 named them in the states of optimizers."""
+    for state in optimizer_states:
+        for group in state["param_groups"]:
+            if "param_names" in group:
+                group["param_names"] = [_NAME if name == _OLD_NAME else name for name in group["param_names"]]
 
 
 def _host(optimizers: Iterable[Optimizer], network: nn.Module) -> tuple[Optimizer, int]:

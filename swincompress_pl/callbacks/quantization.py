@@ -13,7 +13,7 @@ from swincompress_pl.callbacks.compatibility import refuse_synchronized_norms, w
 from swincompress_pl.callbacks.qat_averaging import renew_averages
 from swincompress_pl.callbacks.qat_compatibility import WHO, refuse_surroundings
 from swincompress_pl.callbacks.qat_distillation import Distillation
-from swincompress_pl.callbacks.qat_scales import ScaleGroup
+from swincompress_pl.callbacks.qat_scales import ScaleGroup, read_old_names
 from swincompress_pl.callbacks.random_state import RandomNumbers, rng_states, seeded
 from swincompress_pl.checkpoint.record import network_of, put_network, restore_on_load, save_to_checkpoint
 from swincompress_pl.pruning import keep_masks
@@ -133,6 +133,7 @@ class QuantizationAwareTraining(Callback):
         """Take up the random numbers; averages get the form of the network that the checkpoint brought."""
         if isinstance(network_of(pl_module, self.model_attribute), QuantizedNetwork):
             renew_averages(trainer, pl_module)
+        read_old_names(checkpoint.get("optimizer_states", ()))
         mine = checkpoint["callbacks"].get(self.state_key)
         if mine is not None and mine.get("version") == _STATE_VERSION:
             self._rng.resume(trainer, mine["rng"])
