@@ -82,7 +82,7 @@ class ScaleGroup:
 def read_old_names(optimizer_states: Iterable[dict[str, Any]]) -> None:
     """Give the learned scales the name of now, where version 0.1 named them in the states of optimizers."""
     for state in optimizer_states:
-        for group in state["param_groups"]:
+        for group in state.get("param_groups", ()):
             if "param_names" in group:
                 group["param_names"] = [_NAME if name == _OLD_NAME else name for name in group["param_names"]]
 

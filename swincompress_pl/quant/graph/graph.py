@@ -180,6 +180,7 @@ class Graph:
         return tuple(node for node in self.nodes if isinstance(node, WeightedNode))
 
 
+@renamed_attributes(balance="equalization")
 class Run:
     """One pass of the graph over a network with a quantizer."""
 
@@ -241,6 +242,7 @@ class Current:
     reach: float
 
 
+@renamed_attributes(shift="centering", site="spec")
 class Lowering:
     """Gathers the operations and tensors of a Program while the graph's nodes write themselves into it.
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,6 +18,7 @@ from torch import Tensor
 from swincompress_pl.quant.graph.conv_norm import FRACTION_BITS_MAX
 from swincompress_pl.quant.graph.graph import (
     Current,
+    FloatArray,
     Lowering,
     Node,
     Run,
@@ -47,6 +49,23 @@ class NeuronNode(Node):
         if bits < 0:
             raise ValueError(f"currents may reach {current.reach:.3g}, beyond {CURRENT_MAX}; the layer is too wide")
         unit = current.unit * self.gain / 2**bits
+        tensors = self._in_units(neuron, current, unit)
+        lowering.emit(
+            self,
+            "lif",
+            attributes={
+                "steps": self.steps,
+                "repeated": int(self.repeated),
+                "decay": self._decay(neuron),
+                "input_decay": int(neuron.input_decay),
+                "soft_reset": int(neuron.soft_reset),
+                "fraction_bits": bits,
+            },
+            tensors=tensors,
+        )
+
+    def _in_units(self, neuron: Neuron, current: Current, unit: FloatArray) -> dict[str, npt.NDArray[np.int32]]:
+        """(C,) threshold, reset and bias in whole units of each channel; ValueError where they leave their ranges."""
         threshold = np.rint(neuron.threshold / unit)
         if not ((threshold >= 1) & (threshold <= THRESHOLD_MAX)).all():
             worst = int(np.argmax(np.abs(np.log(unit))))
@@ -61,10 +80,6 @@ class NeuronNode(Node):
                 f"v_reset={neuron.reset:g} is beyond 2**28 units of {unit[worst]:.3g} (channel {worst}); bring it "
                 f"nearer to the threshold of {neuron.threshold:g}"
             )
-        rate = float(torch.as_tensor(neuron.decay).detach())
-        if not 0 <= rate <= 1:
-            raise ValueError(f"1 / tau is {rate}; it has to be in [0, 1], the learned w of the neuron a number")
-        decay = round(rate * 2**DECAY_BITS)
         bias = np.rint(current.bias * self.gain / unit)
         if (np.abs(bias) > CURRENT_MAX).any():
             worst = int(np.abs(bias).argmax())
@@ -72,23 +87,16 @@ class NeuronNode(Node):
                 f"channel {worst} has a bias of {current.bias[worst] * self.gain:.3g}, beyond {CURRENT_MAX} units of "
                 f"{unit[worst]:.3g}; recalibrate"
             )
-        lowering.emit(
-            self,
-            "lif",
-            attributes={
-                "steps": self.steps,
-                "repeated": int(self.repeated),
-                "decay": decay,
-                "input_decay": int(neuron.input_decay),
-                "soft_reset": int(neuron.soft_reset),
-                "fraction_bits": bits,
-            },
-            tensors={
-                "threshold": threshold.astype(np.int32),
-                "reset": reset.astype(np.int32),
-                "bias": bias.astype(np.int32),
-            },
-        )
+        whole = {"threshold": threshold, "reset": reset, "bias": bias}
+        return {role: values.astype(np.int32) for role, values in whole.items()}
+
+    def _decay(self, neuron: Neuron) -> int:
+        """1 / tau in fixed point; ValueError outside 0 to 1."""
+        rate = float(torch.as_tensor(neuron.decay).detach())
+        if not 0 <= rate <= 1:
+            raise ValueError(f"1 / tau is {rate}; it has to be in [0, 1], the learned w of the neuron a number")
+        decay: int = round(rate * 2**DECAY_BITS)
+        return decay
 
 
 @dataclass(frozen=True, kw_only=True)
