@@ -130,15 +130,24 @@ def observe(graph: Graph, network: nn.Module, batches: Sequence[Tensor]) -> dict
     return observer.ranges
 
 
+def probe(logits: Tensor, signs: torch.Generator) -> Tensor:
+    """sum_k r_k sqrt(p_k) log p_k over all images, with random signs r.
+
+    The square of its gradient has the diagonal of the Gauss-Newton matrix of the KL divergence to the float output as
+    its expectation (the gradient of that divergence itself is zero at the float network).
+    """
+    log_p = logits.float().log_softmax(-1)
+    sign = torch.randint(0, 2, log_p.shape, generator=signs).to(log_p.device) * 2 - 1
+    return (log_p * (log_p.detach() / 2).exp() * sign).sum()
+
+
 def sample_layers(
     graph: Graph, network: nn.Module, batches: Sequence[Tensor], *, rows: int, seed: int = 0
 ) -> dict[str, LayerSample]:
     """Inputs and output sensitivities of every weighted layer, about `rows` rows each.
 
-    The sensitivity is the gradient of sum_k r_k sqrt(p_k) log p_k with random signs r: its square has the diagonal of
-    the Gauss-Newton matrix of the KL divergence to the float output as its expectation (the gradient of that
-    divergence itself is zero at the float network). Source: the objective of PTQ4ViT (arXiv 2111.12293) with a
-    Hutchinson estimate.
+    The sensitivity is the gradient of a `probe`. Source: the objective of PTQ4ViT (arXiv 2111.12293) with a Hutchinson
+    estimate.
     """
     sampler = LayerSampler(network, rows_per_batch=max(1, rows // len(batches)), seed=seed)
     signs = torch.Generator().manual_seed(seed + 1)
@@ -146,7 +155,5 @@ def sample_layers(
         for images in batches:
             with torch.enable_grad():
                 logits = Run(graph, network, sampler)(images.detach().clone().requires_grad_(True))
-                log_p = logits.float().log_softmax(-1)
-                sign = torch.randint(0, 2, log_p.shape, generator=signs).to(log_p.device) * 2 - 1
-                (log_p * (log_p.detach() / 2).exp() * sign).sum().backward()
+                probe(logits, signs).backward()
     return sampler.samples

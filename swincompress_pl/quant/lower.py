@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from swincompress_pl.quant.graph import Graph, Lowering, WeightedNode
 from swincompress_pl.quant.graph.graph import FloatArray, to_array
@@ -28,12 +28,12 @@ class ScaledLowering(Lowering):
         return to_array(self._scales.activation_quantizer(self.spec(value)).checked_scale())
 
     def ratios(self, value: str) -> FloatArray:
+        ratios = self._equalization(value)
+        return np.ones(1) if ratios is None else to_array(ratios)
+
+    def _equalization(self, value: str) -> Tensor | None:
         spec = self.graph.spec_of(value)
-        return (
-            np.ones(1)
-            if spec is None or not spec.equalized
-            else to_array(self._scales.activation_quantizer(spec).equalization)
-        )
+        return self._scales.activation_quantizer(spec).equalization if spec is not None and spec.equalized else None
 
     def centering(self, value: str) -> FloatArray:
         spec = self.graph.spec_of(value)
@@ -45,15 +45,9 @@ class ScaledLowering(Lowering):
         return to_array(self._scales.activation_quantizer(self.spec(value)).channel_scales())
 
     def weight(self, node: WeightedNode) -> tuple[npt.NDArray[np.int8], FloatArray]:
-        spec = self.graph.spec_of(node.inputs[0])
-        equalization = (
-            None if spec is None or not spec.equalized else self._scales.activation_quantizer(spec).equalization
-        )
-        folded = node.folded_weight(self.network, equalization)
-        step = self._scales.step(node)
-        weight_q = (
-            quantize_weight(folded, step, self._scales.weight_quantizer(node).q_max).to("cpu", torch.int8).numpy()
-        )
+        folded = node.folded_weight(self.network, self._equalization(node.inputs[0]))
+        step, q_max = self._scales.step(node), self._scales.weight_quantizer(node).q_max
+        weight_q = quantize_weight(folded, step, q_max).to("cpu", torch.int8).numpy()
         return weight_q, to_array(step)
 
 

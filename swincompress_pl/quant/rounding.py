@@ -19,7 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from swincompress_pl.quant.graph import Node, Passthrough, Quantizer, QuantizerSpec, Run, WeightedNode
+from swincompress_pl.quant.calibration import probe
+from swincompress_pl.quant.graph import Delegating, Node, Passthrough, Quantizer, Run, WeightedNode
 from swincompress_pl.quant.network import QuantizedNetwork
 from swincompress_pl.quant.progress import Progress, track
 from swincompress_pl.quant.scales import Scales
@@ -71,22 +72,13 @@ def round_blocks(
         given = [integer.advance(values, numbers) for values in given]
 
 
-class _Watch:
+class _Watch(Delegating):
     """A quantizer that keeps the rows which go into one layer."""
 
     def __init__(self, inner: Quantizer, node: WeightedNode, network: nn.Module) -> None:
-        self.inner, self.node, self.network = inner, node, network
+        super().__init__(inner)
+        self.node, self.network = node, network
         self.rows = torch.empty(0)
-
-    @property
-    def equalizations(self) -> Mapping[str, Tensor]:
-        return self.inner.equalizations
-
-    def activation(self, spec: QuantizerSpec, x: Tensor) -> Tensor:
-        return self.inner.activation(spec, x)
-
-    def weight(self, node: WeightedNode, weight: Tensor) -> Tensor:
-        return self.inner.weight(node, weight)
 
     def output(self, node: Node, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         if node is self.node:
@@ -156,8 +148,7 @@ def second_order_rounding(weight: Tensor, step: Tensor, gram: Tensor, q_max: int
 def _sensitivities(run: Run, batches: Sequence[Tensor], seed: int) -> dict[str, Tensor]:
     """{what a block gives: (1, rows, C) the mean square of the loss's gradient there over all images, 1 on average}.
 
-    The gradient is that of `calibration.sample_layers`, whose square has the diagonal of the Gauss-Newton matrix of the
-    KL divergence as its expectation.
+    The gradient is that of a `probe`.
     """
     signs = torch.Generator().manual_seed(seed)
     total: dict[str, Tensor] = {}
@@ -168,9 +159,7 @@ def _sensitivities(run: Run, batches: Sequence[Tensor], seed: int) -> dict[str, 
             for numbers in run.graph.blocks():
                 values = run.advance(values, numbers)
                 ends |= values
-            log_p = values[run.graph.nodes[-1].output].flatten(1).float().log_softmax(-1)
-            sign = torch.randint(0, 2, log_p.shape, generator=signs).to(log_p.device) * 2 - 1
-            answer = (log_p * (log_p.detach() / 2).exp() * sign).sum()
+            answer = probe(values[run.graph.nodes[-1].output].flatten(1), signs)
         for name, gradient in zip(ends, torch.autograd.grad(answer, list(ends.values())), strict=True):
             total[name] = total.get(name, 0.0) + gradient.square().sum(0, keepdim=True)
     return {

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from swincompress_pl._deprecated import find_old_name, renamed_attributes
-from swincompress_pl.quant.graph import Graph, Node, Quantizer, QuantizerSpec, WeightedNode
+from swincompress_pl.quant.graph import Graph, Passthrough, Quantizer, QuantizerSpec, WeightedNode
 from swincompress_pl.quant.quantizers import ActivationQuantizer, WeightQuantizer
 
 # A bias of 2**30 accumulator steps is refused at export; learned steps stay twice as large as that asks for.
@@ -70,7 +70,7 @@ class _Adjusted(torch.autograd.Function):
     sites="activations",
     weight_scale="weight_quantizer",
 )
-class Scales(nn.Module):
+class Scales(Passthrough, nn.Module):
     """All scales of a graph; `quantizer()` fake-quantizes activations and weights with them.
 
     weight_bits: {layer: width of its weights}. adjustment: the one parameter of learned scales, (scales,), after
@@ -240,11 +240,8 @@ class Scales(nn.Module):
         result: Tensor = self.weight_quantizer(node)(weight)
         return result
 
-    def output(self, node: Node, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        return None
 
-
-class _LearnedScales:
+class _LearnedScales(Passthrough):
     """A Quantizer for one pass, with the present values of the learned scales."""
 
     def __init__(self, scales: Scales, present: Mapping[str, Tensor]) -> None:
@@ -263,9 +260,6 @@ class _LearnedScales:
 
     def weight(self, node: WeightedNode, weight: Tensor) -> Tensor:
         return self._scales.weight_quantizer(node).learned(weight, self._present[weight_key(node)])
-
-    def output(self, node: Node, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        return None
 
 
 def __getattr__(name: str) -> object:

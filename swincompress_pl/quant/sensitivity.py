@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from swincompress_pl._deprecated import renamed
 from swincompress_pl.evaluation_mode import standing_still
 from swincompress_pl.quant.bits import WIDTHS, Bits
-from swincompress_pl.quant.calibration import LayerSample, first_images, observe, sample_layers
+from swincompress_pl.quant.calibration import LayerSample, first_images, observe, probe, sample_layers
 from swincompress_pl.quant.graph import Graph, Node, Passthrough, Run, WeightedNode
 from swincompress_pl.quant.network import QuantizedNetwork, find_preprocessing
 from swincompress_pl.quant.progress import Progress, track
@@ -267,9 +267,7 @@ def _fisher_losses(
     for part in track(parts, "measuring layers", progress):
         leaves = _Leaves()
         with torch.enable_grad():
-            log_p = Run(graph, network, leaves)(part).float().log_softmax(-1)
-            sign = (torch.randint(0, 2, log_p.shape, generator=signs) * 2 - 1).to(log_p.device)
-            (log_p * (log_p.detach() / 2).exp() * sign).sum().backward()
+            probe(Run(graph, network, leaves)(part), signs).backward()
         for (name, width), change in changes.items():
             gradient = leaves.weights[name].grad
             if gradient is not None:

@@ -131,7 +131,6 @@ class SpikingBuilder(GraphBuilder):
         node = ConvNormNode(
             name=name,
             inputs=(x,),
-            output=name,
             quantizer=placed,
             module=path,
             norms=tuple(norms),
@@ -172,7 +171,7 @@ class SpikingBuilder(GraphBuilder):
         height, width = (
             (size + 2 * pool.padding - pool.kernel_size) // pool.stride + 1 for size in (given.height, given.width)
         )
-        node = MaxPoolNode(name=path, inputs=(x,), output=path, module=path)
+        node = MaxPoolNode(name=path, inputs=(x,), module=path)
         return self._made(node, replace(given, height=height, width=width))
 
     def neuron(self, path: str, x: str, *, gain: float = 1.0, part: str = "") -> str:
@@ -182,7 +181,6 @@ class SpikingBuilder(GraphBuilder):
         node = NeuronNode(
             name=name,
             inputs=(x,),
-            output=name,
             quantizer=self._whole(name, given.channels, 1),
             module=path,
             steps=self.steps,
@@ -205,7 +203,7 @@ class SpikingBuilder(GraphBuilder):
         assert right is not None
         quantizer = self._whole(name, self.of(a).channels, left + right)
         return self._made(
-            AddNode(name=name, inputs=(a, b), output=name, quantizer=quantizer),
+            AddNode(name=name, inputs=(a, b), quantizer=quantizer),
             replace(self.of(a), largest=left + right),
         )
 
@@ -214,26 +212,22 @@ class SpikingBuilder(GraphBuilder):
         first, second = (x, branch) if self.of(x).timed else (branch, x)
         value = self.of(first)
         quantizer = self._wide(name, value.channels, self._stream_scale)
-        return self._made(AddNode(name=name, inputs=(first, second), output=name, quantizer=quantizer), value)
+        return self._made(AddNode(name=name, inputs=(first, second), quantizer=quantizer), value)
 
     def widened(self, x: str) -> str:
         """Spikes as a stream."""
         given, name = self.of(x), f"{x}.stream"
         y = f"{x}.wide"
         self.add(
-            WidenNode(
-                name=y, inputs=(x,), output=y, quantizer=self._wide(y, given.channels), rows=self.steps * given.tokens
-            )
+            WidenNode(name=y, inputs=(x,), quantizer=self._wide(y, given.channels), rows=self.steps * given.tokens)
         )
         quantizer = self._wide(name, given.channels, self._stream_scale)
-        return self._made(
-            RequantizeNode(name=name, inputs=(y,), output=name, quantizer=quantizer), replace(given, largest=None)
-        )
+        return self._made(RequantizeNode(name=name, inputs=(y,), quantizer=quantizer), replace(given, largest=None))
 
     def real(self, name: str, x: str) -> str:
         """A stream in bytes, for a layer that reads real values."""
         quantizer = self.quantizer(QuantizerSpec(name=name, segments=(self.of(x).channels,)))
-        return self._made(RequantizeNode(name=name, inputs=(x,), output=name, quantizer=quantizer), self.of(x))
+        return self._made(RequantizeNode(name=name, inputs=(x,), quantizer=quantizer), self.of(x))
 
     def block_sum(self, name: str, x: str, *, heads: int | None = None) -> str:
         """Over the tokens of a step, or over the channels of each head."""
@@ -242,7 +236,6 @@ class SpikingBuilder(GraphBuilder):
         node = BlockSumNode(
             name=name,
             inputs=(x,),
-            output=name,
             quantizer=self._wide(name, value.channels),
             over="tokens" if heads is None else "channels",
             rows=self.steps * value.tokens,
@@ -254,7 +247,7 @@ class SpikingBuilder(GraphBuilder):
 
     def gate(self, name: str, x: str, gate: str) -> str:
         quantizer = self._whole(name, self.of(x).channels, 1)
-        return self._made(GateNode(name=name, inputs=(x, gate), output=name, quantizer=quantizer), self.of(x))
+        return self._made(GateNode(name=name, inputs=(x, gate), quantizer=quantizer), self.of(x))
 
     def parts(self, pair: str, neuron: str, x: str, widths: Sequence[int], letters: str) -> list[str]:
         """The parts (q, k, v) of one layer, the convolution and BatchNorm in `pair`, each through its neurons."""
@@ -272,7 +265,6 @@ class SpikingBuilder(GraphBuilder):
         node = SpikeAttentionNode(
             name=name,
             inputs=(q, k, v),
-            output=name,
             quantizer=self._wide(name, given.channels),
             module=path,
             steps=self.steps,
@@ -297,7 +289,7 @@ class SpikingBuilder(GraphBuilder):
         """The mean over time and tokens, then the classifier."""
         given = self.of(x)
         quantizer = self.quantizer(QuantizerSpec(name="pool", segments=(given.channels,), signed=False))
-        node = MeanNode(name="pool", inputs=(x,), output="pool", quantizer=quantizer, rows=self.steps * given.tokens)
+        node = MeanNode(name="pool", inputs=(x,), quantizer=quantizer, rows=self.steps * given.tokens)
         self.head(path, self._made(node, given))
 
     def head_on_stream(self, path: str, neuron: str, x: str) -> None:

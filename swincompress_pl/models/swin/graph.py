@@ -57,7 +57,6 @@ def swin_graph(network: Any, preprocessing: Mapping[str, Any]) -> Graph:
         MeanNode(
             name="head.global_pool",
             inputs=(x,),
-            output="head.global_pool",
             quantizer=pooled,
             rows=size[0] * size[1],
             regularizers=build.active("head.drop"),

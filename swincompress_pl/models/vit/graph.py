@@ -66,7 +66,6 @@ def _embedding(build: GraphBuilder, network: Any, preprocessing: Mapping[str, An
             AddConstantNode(
                 name="pos_embed",
                 inputs=(x,),
-                output="pos_embed",
                 quantizer=residual,
                 parameter="pos_embed",
                 first=first,
@@ -79,7 +78,6 @@ def _embedding(build: GraphBuilder, network: Any, preprocessing: Mapping[str, An
             PrependNode(
                 name="prefix_tokens",
                 inputs=(x,),
-                output="prefix_tokens",
                 quantizer=residual,
                 parameters=tokens,
                 position="pos_embed" if covers_prefix else None,
@@ -131,7 +129,6 @@ def _pool(build: GraphBuilder, network: Any, x: str) -> str:
         MeanNode(
             name="pool",
             inputs=(x,),
-            output="pool",
             quantizer=build.quantizer(spec),
             rows=tokens - first,
             regularizers=() if fc_norm_path else dropout,

@@ -12,7 +12,7 @@ from torch import Tensor
 from swincompress_pl._deprecated import renamed
 from swincompress_pl.evaluation_mode import standing_still
 from swincompress_pl.quant.diagnosis.errors import Key, checked_labels, first_nodes
-from swincompress_pl.quant.graph import Passthrough, QuantizerSpec, Run, WeightedNode, float_logits
+from swincompress_pl.quant.graph import Delegating, QuantizerSpec, Run, WeightedNode, float_logits
 from swincompress_pl.quant.network import QuantizedNetwork
 from swincompress_pl.quant.progress import Progress, track
 from swincompress_pl.quant.scales import Scales
@@ -97,24 +97,21 @@ def effect(expected: Tensor, logits: Tensor, labels: Tensor | None) -> Effect:
     )
 
 
-class _Only(Passthrough):
+class _Only(Delegating):
     """Quantizes one value or weight, or everything but that one; None: nothing, or everything."""
 
     def __init__(self, scales: Scales, key: Key | None, *, others: bool = False) -> None:
-        self.scales, self.key, self.others = scales, key, others
-        self._equalizations = scales.equalizations
-
-    @property
-    def equalizations(self) -> Mapping[str, Tensor]:
-        return self._equalizations
+        super().__init__(scales)
+        self.key, self.others = key, others
 
     def activation(self, spec: QuantizerSpec, x: Tensor) -> Tensor:
-        taken = (("activation", spec.name) == self.key) != self.others
-        return self.scales.activation(spec, x) if taken else x
+        return self.inner.activation(spec, x) if self._taken("activation", spec.name) else x
 
     def weight(self, node: WeightedNode, weight: Tensor) -> Tensor:
-        taken = (("weight", node.name) == self.key) != self.others
-        return self.scales.weight(node, weight) if taken else weight
+        return self.inner.weight(node, weight) if self._taken("weight", node.name) else weight
+
+    def _taken(self, *key: str) -> bool:
+        return (key == self.key) != self.others
 
 
 def measure_costs(

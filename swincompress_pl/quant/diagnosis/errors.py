@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from swincompress_pl._deprecated import renamed
 from swincompress_pl.evaluation_mode import standing_still
-from swincompress_pl.quant.graph import Passthrough, QuantizerSpec, Run, WeightedNode
+from swincompress_pl.quant.graph import Delegating, Passthrough, QuantizerSpec, Run, WeightedNode
 from swincompress_pl.quant.network import QuantizedNetwork
 from swincompress_pl.quant.progress import Progress, track
 from swincompress_pl.quant.quantizers import affine_range
@@ -196,19 +196,12 @@ class _Kept(Passthrough):
         return x
 
 
-class _Compared(Passthrough):
+class _Compared(Delegating):
     """The quantized network; tallies every value against the float values, in the same order."""
 
     def __init__(self, scales: Scales, expected: Iterable[Tensor], tallies: dict[Key, Tally], samples: int) -> None:
+        super().__init__(scales)
         self.scales, self.expected, self.tallies, self.samples = scales, iter(expected), tallies, samples
-        self._equalizations = scales.equalizations
-
-    @property
-    def equalizations(self) -> Mapping[str, Tensor]:
-        return self._equalizations
-
-    def weight(self, node: WeightedNode, weight: Tensor) -> Tensor:
-        return self.scales.weight(node, weight)
 
     def activation(self, spec: QuantizerSpec, x: Tensor) -> Tensor:
         expected, after = next(self.expected), self.scales.activation(spec, x)

@@ -2,6 +2,7 @@
 
 from swincompress_pl._deprecated import find_old_name
 from swincompress_pl.quant.graph.graph import (
+    Delegating,
     Graph,
     Lowering,
     Node,
@@ -14,6 +15,7 @@ from swincompress_pl.quant.graph.graph import (
 from swincompress_pl.quant.graph.quantizer_spec import QuantizerSpec
 
 __all__ = [
+    "Delegating",
     "Graph",
     "Lowering",
     "Node",

@@ -86,7 +86,6 @@ class GraphBuilder:
             PixelConvNode(
                 name=path,
                 inputs=("images",),
-                output=path,
                 quantizer=quantizer,
                 module=path,
                 mean=tuple(mean),
@@ -104,9 +103,7 @@ class GraphBuilder:
         if quantizer is None:
             quantizer = self.quantizer(QuantizerSpec(name=path, segments=(norm.normalized_shape[0],), equalized=True))
         return self.add(
-            LayerNormNode(
-                name=path, inputs=(x,), output=path, quantizer=quantizer, module=path, regularizers=regularizers
-            )
+            LayerNormNode(name=path, inputs=(x,), quantizer=quantizer, module=path, regularizers=regularizers)
         )
 
     @renamed(site="quantizer")
@@ -119,7 +116,6 @@ class GraphBuilder:
             LinearNode(
                 name=path,
                 inputs=(x,),
-                output=path,
                 quantizer=quantizer,
                 module=path,
                 layer_scale=layer_scale,
@@ -128,9 +124,7 @@ class GraphBuilder:
         )
 
     def gather(self, name: str, x: str, index: IndexArray) -> str:
-        return self.add(
-            GatherNode(name=name, inputs=(x,), output=name, index=np.ascontiguousarray(index, dtype=np.int32))
-        )
+        return self.add(GatherNode(name=name, inputs=(x,), index=np.ascontiguousarray(index, dtype=np.int32)))
 
     def attention(
         self,
@@ -152,7 +146,6 @@ class GraphBuilder:
             AttentionNode(
                 name=f"{path}.attention",
                 inputs=(qkv,),
-                output=f"{path}.attention",
                 quantizer=self.quantizer(QuantizerSpec(name=f"{path}.attention", segments=(width,))),
                 module=path,
                 windows=windows,
@@ -179,7 +172,6 @@ class GraphBuilder:
             ActivationNode(
                 name=f"{path}.act",
                 inputs=(y,),
-                output=f"{path}.act",
                 module=f"{path}.act",
                 quantizer=self.quantizer(QuantizerSpec(name=f"{path}.act", segments=(hidden,))),
                 regularizers=self.active(f"{path}.drop1"),
@@ -195,7 +187,7 @@ class GraphBuilder:
         return self.residual_add(f"{block}.add2", x, y, residual)
 
     def residual_add(self, name: str, x: str, branch: str, residual: str) -> str:
-        return self.add(AddNode(name=name, inputs=(x, branch), output=name, quantizer=residual))
+        return self.add(AddNode(name=name, inputs=(x, branch), quantizer=residual))
 
     def head(self, path: str, x: str) -> str:
         layer = self.network.get_submodule(path)

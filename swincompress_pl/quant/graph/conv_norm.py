@@ -16,15 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from swincompress_pl.quant.graph.graph import (
-    Current,
-    FloatArray,
-    Lowering,
-    Run,
-    WeightedNode,
-    parameter,
-    to_array,
-)
+from swincompress_pl.quant.graph.graph import Current, FloatArray, Lowering, Run, WeightedNode, parameter, to_array
 from swincompress_pl.quant.graph.neurons import Neuron
 from swincompress_pl.spec.spiking import CURRENT_MAX
 

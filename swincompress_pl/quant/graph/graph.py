@@ -58,20 +58,43 @@ class Passthrough:
         return None
 
 
+class Delegating:
+    """A quantizer that leaves everything to another one, `inner`; subclasses do something beside it, or instead."""
+
+    def __init__(self, inner: Quantizer) -> None:
+        self.inner = inner
+
+    @property
+    def equalizations(self) -> Mapping[str, Tensor]:
+        return self.inner.equalizations
+
+    def activation(self, spec: QuantizerSpec, x: Tensor) -> Tensor:
+        return self.inner.activation(spec, x)
+
+    def weight(self, node: WeightedNode, weight: Tensor) -> Tensor:
+        return self.inner.weight(node, weight)
+
+    def output(self, node: Node, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        self.inner.output(node, inputs, output)
+
+
 @renamed_attributes(site="quantizer")
 @dataclass(frozen=True, kw_only=True)
 class Node:
-    """One step of the graph. `quantizer` names the activation quantizer of its output; None: the output is in the unit
-    of its first input.
+    """One step of the graph. `output` is the name of the value that it makes, by default its own. `quantizer` names the
+    activation quantizer of that; None: it is in the unit of the first input.
 
     `regularizers` are paths of dropout and stochastic-depth modules that act on the output in training.
     """
 
     name: str
     inputs: tuple[str, ...]
-    output: str
+    output: str = ""
     quantizer: str | None = None
     regularizers: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "output", self.output or self.name)
 
     def forward(self, run: Run, *inputs: Tensor) -> Tensor:
         raise NotImplementedError

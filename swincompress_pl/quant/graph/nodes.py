@@ -263,6 +263,7 @@ class GatherNode(Node):
     index: npt.NDArray[np.int32]
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         # Code that torch.compile traces cannot look into arrays.
         object.__setattr__(self, "_pads", bool((self.index < 0).any()))
 

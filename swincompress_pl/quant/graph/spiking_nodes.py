@@ -16,13 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from swincompress_pl.quant.graph.conv_norm import FRACTION_BITS_MAX
-from swincompress_pl.quant.graph.graph import (
-    Current,
-    FloatArray,
-    Lowering,
-    Node,
-    Run,
-)
+from swincompress_pl.quant.graph.graph import Current, FloatArray, Lowering, Node, Run
 from swincompress_pl.quant.graph.neurons import Neuron, spikes
 from swincompress_pl.spec.spiking import CURRENT_MAX, DECAY_BITS, THRESHOLD_MAX
 
