@@ -221,3 +221,11 @@ def test_what_does_not_fit_is_refused() -> None:
 def test_decibels() -> None:
     assert decibels(100.0, 1.0) == pytest.approx(20)
     assert decibels(1.0, 0.0) is decibels(0.0, 1.0) is None
+
+
+def test_a_diagnosis_is_read_again() -> None:
+    quantized, images = quantized_and_images()
+    found = diagnose(quantized, images[:2])
+    assert Diagnosis.from_dict(json.loads(json.dumps(found.to_dict()))) == found
+    with pytest.raises(ValueError, match=r"version 1 is expected, not 0; pass what quant\.diagnose"):
+        Diagnosis.from_dict({**found.to_dict(), "version": 0})

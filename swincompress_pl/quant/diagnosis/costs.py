@@ -47,6 +47,11 @@ class QuantizerCost:
         """The fields in JSON types."""
         return asdict(self)
 
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> QuantizerCost:
+        """What `to_dict` wrote."""
+        return cls(**{**data, "alone": Effect(**data["alone"]), "others": Effect(**data["others"])})
+
 
 @renamed(batch="batch_size")
 def quantizer_costs(

@@ -56,6 +56,25 @@ class Diagnosis:
         layers = [{"name": name, "bits": bits, "weights": count} for name, (bits, count) in self.layers.items()]
         return {"version": DIAGNOSIS_VERSION, **asdict(self), "layers": layers}
 
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Diagnosis:
+        """The diagnosis that `to_dict` wrote; ValueError for another version."""
+        if data.get("version") != DIAGNOSIS_VERSION:
+            raise ValueError(
+                f"a diagnosis of version {DIAGNOSIS_VERSION} is expected, not {data.get('version')!r}; pass what "
+                "quant.diagnose of this version of swincompress_pl gives"
+            )
+        plain = {key: value for key, value in data.items() if key != "version"}
+        read = {
+            "simulated": Effect(**data["simulated"]),
+            "integer": None if data["integer"] is None else Effect(**data["integer"]),
+            "layers": {layer["name"]: (layer["bits"], layer["weights"]) for layer in data["layers"]},
+            "errors": tuple(QuantizationError(**error) for error in data["errors"]),
+            "costs": tuple(QuantizerCost.from_dict(cost) for cost in data["costs"]),
+            "histograms": tuple(Histogram(**{**each, "counts": tuple(each["counts"])}) for each in data["histograms"]),
+        }
+        return cls(**plain | read)
+
     def __str__(self) -> str:
         return "\n\n".join(part for part in (cost_table(self.costs), error_table(self.errors)) if part)
 
