@@ -3,6 +3,7 @@
     MODULES     old module -> new module                       import swincompress_pl.norm
     NAMES       old module -> {old name -> "new module:name"}    from swincompress_pl.pruning import set_mask
     renamed     old arguments of a function or class           PrimeSVT(max_accuracy_drop=3)
+    renamed_attributes  old attributes of a class              network.scales.sites
 
 Each use warns with a DeprecationWarning that names the new spelling. `tests/test_deprecated.py` walks the tables.
 """
@@ -63,11 +64,11 @@ MODULES: dict[str, str] = {
     "quant.allocation": "quant.mixed_precision",
     "quant.build": "quant.graph.builder",
     "quant.cut": "quant.scale_cut",
-    "quant.debug": "quant.diagnosis.diagnosis",
-    "quant.inspection": "quant.diagnosis.inspection",
+    "quant.debug": "quant.diagnosis",
+    "quant.inspection": "quant.text_table",
     "quant.neurons": "quant.graph.neurons",
     "quant.nodes": "quant.graph.nodes",
-    "quant.site_errors": "quant.diagnosis.quantization_errors",
+    "quant.site_errors": "quant.diagnosis.errors",
     "quant.spiking_nodes": "quant.graph.spiking_nodes",
     "models.groups": "models",
     "models.groups.coupling": "models.shared.coupling",
@@ -162,7 +163,7 @@ NAMES: dict[str, dict[str, str]] = {
         "count_nonzero": "pruning.structure.weight_masks:count_nonzero",
         "enforce_masks": "pruning.structure.weight_masks:enforce_masks",
         "estimates_loss": "pruning.criteria:estimates_loss",
-        "evaluation_mode": "pruning.evaluation.scorer:evaluation_mode",
+        "evaluation_mode": "evaluation_mode:evaluation_mode",
         "finish_search": "pruning.adaptive.search:finish_search",
         "from_rank_zero": "pruning.evaluation.ranks:from_rank_zero",
         "granularity_for": "pruning.space:search_space",
@@ -221,13 +222,58 @@ NAMES: dict[str, dict[str, str]] = {
         "run_round": "pruning.adaptive.old_functions:run_round",
     },
     "pruning.rounds": {"Follower": "pruning.adaptive.rounds:CoupledState"},
-    "quant.graph": {
-        "Passthrough": "quant.graph.graph:Passthrough",
-        "Run": "quant.graph.graph:Run",
-        "parameter": "quant.graph.graph:parameter",
-        "residual_site": "quant.graph.graph:residual_site",
-        "collect_sites": "quant.graph.graph:collect_sites",
+    "quant": {
+        "METHODS": "quant.network:METHODS",
+        "ActivationNode": "quant.graph.nodes:ActivationNode",
+        "AddConstantNode": "quant.graph.nodes:AddConstantNode",
+        "AddNode": "quant.graph.nodes:AddNode",
+        "AttentionNode": "quant.graph.nodes:AttentionNode",
+        "Effect": "quant.diagnosis:Effect",
+        "GatherNode": "quant.graph.nodes:GatherNode",
+        "Histogram": "quant.diagnosis:Histogram",
+        "LayerNormNode": "quant.graph.nodes:LayerNormNode",
+        "LayerSensitivity": "quant.sensitivity:LayerSensitivity",
+        "LinearNode": "quant.graph.nodes:LinearNode",
+        "MeanNode": "quant.graph.nodes:MeanNode",
+        "PixelConvNode": "quant.graph.nodes:PixelConvNode",
+        "PrependNode": "quant.graph.nodes:PrependNode",
+        "Site": "quant.graph:QuantizerSpec",
+        "SiteCost": "quant.diagnosis:QuantizerCost",
+        "SiteError": "quant.diagnosis:QuantizationError",
+        "find_preprocessing": "quant.network:find_preprocessing",
+        "site_costs": "quant.diagnosis:quantizer_costs",
+        "site_errors": "quant.diagnosis:quantization_errors",
     },
+    "quant.debug": {
+        "SiteCost": "quant.diagnosis:QuantizerCost",
+        "site_costs": "quant.diagnosis:quantizer_costs",
+        "site_errors": "quant.diagnosis:quantization_errors",
+    },
+    "quant.graph": {
+        "LOGIT_BITS": "quant.graph.quantizer_spec:LOGIT_BITS",
+        "RESIDUAL_BITS": "quant.graph.quantizer_spec:RESIDUAL_BITS",
+        "Site": "quant.graph:QuantizerSpec",
+        "collect_sites": "quant.graph.quantizer_spec:collect_specs",
+        "parameter": "quant.graph.graph:parameter",
+        "residual_site": "quant.graph.quantizer_spec:residual_spec",
+    },
+    "quant.inspection": {
+        "decibels": "quant.diagnosis.errors:decibels",
+        "divergence": "quant.diagnosis.costs:divergence",
+        "standing_still": "evaluation_mode:standing_still",
+    },
+    "quant.scales": {
+        "LearnedStep": "quant.quantizers:LearnedStep",
+        "SiteScale": "quant.quantizers:ActivationQuantizer",
+        "WeightScale": "quant.quantizers:WeightQuantizer",
+        "affine_range": "quant.quantizers:affine_range",
+        "quantize_weight": "quant.quantizers:quantize_weight",
+    },
+    "quant.site_errors": {
+        "SiteError": "quant.diagnosis:QuantizationError",
+        "site_errors": "quant.diagnosis:quantization_errors",
+    },
+    "quant.spiking_nodes": {"ConvNormNode": "quant.graph.conv_norm:ConvNormNode"},
     "report.content": {
         "Item": "report.content.parts:Item",
         "Section": "report.content.parts:Section",
@@ -272,22 +318,20 @@ def find_old_name(module: str, name: str) -> Any:
     return getattr(importlib.import_module(f"{PACKAGE}.{place}"), current)
 
 
-def renamed(
-    *, values: Mapping[str, Mapping[Any, Any]] | None = None, **arguments: str
-) -> Callable[[Callable[..., T]], Callable[..., T]]:
+def renamed(*, values: Mapping[str, Mapping[Any, Any]] | None = None, **arguments: str) -> Callable[[T], T]:
     """A decorator: keyword arguments of the old names are passed on by the new ones, with a warning.
 
     arguments: old name = "new name". values: {new name: {old value: new value}}. TypeError where both names are given.
     For a class it wraps `__init__`, and the class stays the class that it is.
     """
 
-    def decorate(function: Callable[..., T]) -> Callable[..., T]:
+    def decorate(function: Any) -> Any:
         if isinstance(function, type):
             function.__init__ = decorate(function.__init__)  # type: ignore[misc]  # that is the purpose
             return function
 
         @functools.wraps(function)
-        def wrapper(*args: Any, **given: Any) -> T:
+        def wrapper(*args: Any, **given: Any) -> Any:
             what = function.__qualname__.removesuffix(".__init__")
             for old, new in arguments.items():
                 if old in given:
@@ -331,6 +375,28 @@ def gathered(
             return function(*args, **given)
 
         return wrapper
+
+    return decorate
+
+
+def renamed_attributes(**attributes: str) -> Callable[[T], T]:
+    """A class decorator: what had the old names can be read, set and called by them, with a warning."""
+
+    def old_attribute(old: str, new: str) -> property:
+        def get(self: Any) -> Any:
+            _warn(f"{type(self).__name__}.{old}", f".{new}", stacklevel=3)
+            return getattr(self, new)
+
+        def put(self: Any, value: Any) -> None:
+            _warn(f"{type(self).__name__}.{old}", f".{new}", stacklevel=3)
+            setattr(self, new, value)
+
+        return property(get, put)
+
+    def decorate(decorated: T) -> T:
+        for old, new in attributes.items():
+            setattr(decorated, old, old_attribute(old, new))
+        return decorated
 
     return decorate
 

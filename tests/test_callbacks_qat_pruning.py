@@ -78,7 +78,7 @@ class Widths(Callback):
         self.found: list[int] = []
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.found.append(sum(int(p.count_nonzero()) for n, p in pl_module.named_parameters() if "drift" not in n))
+        self.found.append(sum(int(p.count_nonzero()) for n, p in pl_module.named_parameters() if "adjustment" not in n))
 
 
 @pytest.mark.parametrize(
@@ -194,12 +194,12 @@ def test_what_a_round_takes_back_comes_back_with_its_scales() -> None:
     module = prequantized()
     network = quantized_of(module)
     network.learn_scales()
-    before, drift = copy.deepcopy(dict(network.state_dict())), network.scales.drift
+    before, adjustment = copy.deepcopy(dict(network.state_dict())), network.scales.adjustment
     widths: list[int] = []
 
     def evaluate(inner: nn.Module) -> float:
         network.eval().fake_quantized(images_and_labels()[0])  # fits at any width
-        widths.append(len(network.scales.drift))  # type: ignore[arg-type]
+        widths.append(len(network.scales.adjustment))  # type: ignore[arg-type]
         return 100.0 if widths[-1] == widths[0] else 0.0
 
     config = AdaptivePruningConfig(tolerance=1.0, step=0.25)
@@ -207,7 +207,7 @@ def test_what_a_round_takes_back_comes_back_with_its_scales() -> None:
     outcome = SearchSession(network.network, evaluate, config).round(coupled=coupled)
     assert outcome.change.applied.plan.kept == {}
     assert len(set(widths)) > 2
-    assert network.scales.drift is drift
+    assert network.scales.adjustment is adjustment
     assert_same_state(dict(network.state_dict()), before)
     assert coupled.with_scales(outcome.applied) is outcome.applied
 
@@ -233,18 +233,18 @@ def test_an_exception_in_a_round_leaves_network_and_scales_alone(tmp_path: Path)
 def test_the_scales_momentum_is_cut_with_them(tmp_path: Path) -> None:
     module, found = Plain(), {}
 
-    def drift_and_momentum(run: Trainer) -> tuple[Any, Tensor]:
-        drift = quantized_of(module).scales.drift
-        assert drift is not None
-        return drift, run.optimizers[0].state[drift]["exp_avg"].clone()
+    def adjustment_and_momentum(run: Trainer) -> tuple[Any, Tensor]:
+        adjustment = quantized_of(module).scales.adjustment
+        assert adjustment is not None
+        return adjustment, run.optimizers[0].state[adjustment]["exp_avg"].clone()
 
     class Watched(AdaptiveIterativePruning):
         def on_step(self, trainer: Trainer, step: Step) -> None:
-            found["before"] = drift_and_momentum(trainer)
+            found["before"] = adjustment_and_momentum(trainer)
 
         def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
             if "before" in found:
-                found.setdefault("after", drift_and_momentum(trainer))
+                found.setdefault("after", adjustment_and_momentum(trainer))
 
     search = Watched(tolerance=100.0, step=0.25, start_epoch=2, max_rounds=1, model_attribute="backbone")
     run = fit(module, tmp_path, 3, qat(start_epoch=1), search)
@@ -254,8 +254,8 @@ def test_the_scales_momentum_is_cut_with_them(tmp_path: Path) -> None:
     own = [group for group in run.optimizers[0].param_groups if any(p is new for p in group["params"])]
     assert len(own) == 1
     assert own[0]["weight_decay"] == 0
-    assert quantized_of(module).scales.drift is new
-    assert not torch.equal(drift_and_momentum(run)[1], after)  # it trains on
+    assert quantized_of(module).scales.adjustment is new
+    assert not torch.equal(adjustment_and_momentum(run)[1], after)  # it trains on
 
 
 # Resume

@@ -21,8 +21,9 @@ from torch.optim import lr_scheduler
 from swincompress_pl.callbacks.qat_scales import ScaleGroup
 from swincompress_pl.models import create_model
 from swincompress_pl.quant import QuantizedNetwork, quantize
-from swincompress_pl.quant.graph.graph import Site
-from swincompress_pl.quant.scales import LearnedStep, SiteScale, _Drifted
+from swincompress_pl.quant.graph import QuantizerSpec
+from swincompress_pl.quant.quantizers import ActivationQuantizer, LearnedStep
+from swincompress_pl.quant.scales import _Adjusted
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning")
 
@@ -39,7 +40,9 @@ def quantized_vit(**options: Any) -> QuantizedNetwork:
     torch.manual_seed(0)
     images = next(iter(loader()))[0]
     network = create_model("VisionTransformer", **VIT)
-    return quantize(network, [images], **{"method": "max", "preprocessing": PREPROCESSING, "images": 8, **options})
+    return quantize(
+        network, [images], **{"method": "max", "preprocessing": PREPROCESSING, "calibration_images": 8, **options}
+    )
 
 
 @settings(max_examples=40)
@@ -79,36 +82,39 @@ def test_gradient_agrees_with_torchs_own_kernel() -> None:
     torch.testing.assert_close(found[1], expected[1], rtol=1e-3, atol=1e-2)
 
 
-@given(drift=st.floats(-1e3, 1e3, width=32), base=st.floats(2.0**-20, 1.0, width=32))
-def test_a_scale_is_positive_wherever_it_drifts(drift: float, base: float) -> None:
-    value = _Drifted.apply(torch.tensor([drift]), torch.tensor([base]))
+@given(adjustment=st.floats(-1e3, 1e3, width=32), base=st.floats(2.0**-20, 1.0, width=32))
+def test_a_scale_is_positive_wherever_it_drifts(adjustment: float, base: float) -> None:
+    value = _Adjusted.apply(torch.tensor([adjustment]), torch.tensor([base]))
     assert float(value) > 0
-    assert (float(value) > base) == (drift > 0) or abs(drift) < 1e-6
-    still: Tensor = _Drifted.apply(torch.zeros(1), torch.tensor([base]))
+    assert (float(value) > base) == (adjustment > 0) or abs(adjustment) < 1e-6
+    still: Tensor = _Adjusted.apply(torch.zeros(1), torch.tensor([base]))
     assert torch.equal(still, torch.tensor([base]))
 
 
 def test_a_plain_step_on_the_drift_is_one_on_the_scale() -> None:
     base = torch.tensor([0.02, 0.5])
-    drift, gradient = torch.zeros(2, requires_grad=True), torch.tensor([0.3, -2.0])
-    _Drifted.apply(drift, base).backward(gradient)
-    assert drift.grad is not None
-    moved: Tensor = _Drifted.apply(-1e-5 * drift.grad, base)
+    adjustment, gradient = torch.zeros(2, requires_grad=True), torch.tensor([0.3, -2.0])
+    _Adjusted.apply(adjustment, base).backward(gradient)
+    assert adjustment.grad is not None
+    moved: Tensor = _Adjusted.apply(-1e-5 * adjustment.grad, base)
     torch.testing.assert_close(moved - base, -1e-5 * gradient, rtol=1e-2, atol=1e-9)
 
 
 def test_segments_and_ratios_pass_their_gradients_on() -> None:
     torch.manual_seed(0)
     x, upstream = torch.randn(3, 7, 6), torch.randn(3, 7, 6)
-    for site in (Site(name="qkv", segments=(2, 2, 2)), Site(name="norm", segments=(6,), balanced=True)):
-        module = SiteScale(site, affine=False)
-        if site.balanced:
-            module.balance.copy_(torch.rand(6) + 0.5)
-        scale = torch.full((len(site.segments),), 0.01, requires_grad=True)
-        channels = scale.repeat_interleave(torch.tensor(site.segments)) * getattr(module, "balance", 1.0)
+    for spec in (
+        QuantizerSpec(name="qkv", segments=(2, 2, 2)),
+        QuantizerSpec(name="norm", segments=(6,), equalized=True),
+    ):
+        module = ActivationQuantizer(spec, affine=False)
+        if spec.equalized:
+            module.equalization.copy_(torch.rand(6) + 0.5)
+        scale = torch.full((len(spec.segments),), 0.01, requires_grad=True)
+        channels = scale.repeat_interleave(torch.tensor(spec.segments)) * getattr(module, "equalization", 1.0)
         (expected,) = torch.autograd.grad(plain_lsq(x, channels, -127, 127), scale, upstream)
         (found,) = torch.autograd.grad(module.learned(x, scale), scale, upstream)
-        count = 7 * 6 / len(site.segments)
+        count = 7 * 6 / len(spec.segments)
         torch.testing.assert_close(found, expected / math.sqrt(count * 127), rtol=1e-3, atol=1e-4)
 
 
@@ -119,7 +125,7 @@ def test_learning_changes_no_integer_before_the_first_step() -> None:
     network.learn_scales()
     network.learn_scales()
     assert torch.equal(network.integer_logits(pixels), before)
-    assert set(network.state_dict()) - names == {"scales.drift"}
+    assert set(network.state_dict()) - names == {"scales.adjustment"}
     assert network.compression_history[-1]["quantize"]["learned_scales"] is True
 
 
@@ -130,19 +136,19 @@ def test_what_is_learned_is_what_is_exported() -> None:
     images = next(iter(loader()))[0]
     still = network.fake_quantized(images)
     with torch.no_grad():
-        network.scales.drift.uniform_(-0.2, 0.2)  # type: ignore[union-attr]
+        network.scales.adjustment.uniform_(-0.2, 0.2)  # type: ignore[union-attr]
     moved, integers = network.fake_quantized(images), network(images)
     assert not torch.allclose(still, moved, atol=1e-3)
     torch.testing.assert_close(integers, moved, rtol=0.2, atol=0.1)
     fixed = network.fixed_scales()
     present = network.scales.present()
-    assert fixed.drift is None
+    assert fixed.adjustment is None
     node = network.graph.weighted_nodes[1]
     assert torch.equal(fixed.step(node), present[f"weights.{node.name.replace('.', '/')}"])
     assert not torch.equal(fixed.step(node), network.scales.weights[node.name.replace(".", "/")].step)  # type: ignore[arg-type]
     for read in (
         lambda: network.scales.step(node),
-        lambda: network.scales.site(next(iter(network.graph.sites.values()))),
+        lambda: network.scales.activation_quantizer(next(iter(network.graph.quantizers.values()))),
     ):
         with pytest.raises(RuntimeError, match=r"as calibrated; read QuantizedNetwork\.fixed_scales"):
             read()
@@ -153,7 +159,7 @@ def test_learned_steps_leave_room_for_the_bias() -> None:
     network = quantized_vit().eval()
     network.learn_scales()
     with torch.no_grad():
-        network.scales.drift.fill_(-40.0)  # type: ignore[union-attr]
+        network.scales.adjustment.fill_(-40.0)  # type: ignore[union-attr]
         network.network.blocks[0].mlp.fc1.bias.fill_(3e4)  # type: ignore[union-attr,index]
     network.to_program()
 
@@ -163,12 +169,12 @@ def test_missing_scales_are_named() -> None:
     network = QuantizedNetwork(
         create_model("VisionTransformer", **VIT), preprocessing=PREPROCESSING, learned_scales=True
     )
-    with pytest.raises(ValueError, match=r"sites\.\S+ is not finite"):
+    with pytest.raises(ValueError, match=r"activations\.\S+ is not finite"):
         network(next(iter(loader()))[0])
     network = quantized_vit()
     network.learn_scales()
     with torch.no_grad():
-        network.scales.drift[0] = math.nan  # type: ignore[index]
+        network.scales.adjustment[0] = math.nan  # type: ignore[index]
     with pytest.raises(ValueError, match="smaller scale_lr_factor"):
         network(next(iter(loader()))[0])
 
@@ -216,7 +222,7 @@ def test_the_groups_rate_follows_every_schedule(name: str) -> None:
     optimizer = torch.optim.AdamW(extra.parameters(), lr=1e-2, weight_decay=0.1)
     network, (schedule,) = group_of(optimizer, SCHEDULERS[name])
     own, host = optimizer.param_groups[-1], optimizer.param_groups[1]
-    assert [id(p) for p in own["params"]] == [id(network.scales.drift)]
+    assert [id(p) for p in own["params"]] == [id(network.scales.adjustment)]
     assert own["weight_decay"] == 0.0
     rates = set()
     for _ in range(6):
@@ -273,7 +279,7 @@ class Drifts(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         scales = getattr(pl_module.backbone, "scales", None)
-        self.found.append(None if scales is None else scales.drift.detach().clone())
+        self.found.append(None if scales is None else scales.adjustment.detach().clone())
 
 
 def test_scales_move_until_they_are_frozen(tmp_path: Path) -> None:
@@ -295,7 +301,7 @@ def test_scales_move_until_they_are_frozen(tmp_path: Path) -> None:
 def test_fixed_scales_have_no_parameter(tmp_path: Path) -> None:
     module = Plain()
     run = fit(module, tmp_path, 2, qat(learn_scales=False))
-    assert module.backbone.scales.drift is None  # type: ignore[union-attr]
+    assert module.backbone.scales.adjustment is None  # type: ignore[union-attr]
     assert len(run.optimizers[0].param_groups) == 1
 
 
@@ -303,7 +309,7 @@ def test_affine_trains_with_fixed_scales(tmp_path: Path) -> None:
     module = Plain()
     fit(module, tmp_path, 2, qat(method="affine"))
     assert module.backbone.method == "affine"
-    assert module.backbone.scales.drift is None  # type: ignore[union-attr]
+    assert module.backbone.scales.adjustment is None  # type: ignore[union-attr]
 
 
 def everything(module: LightningModule, run: Trainer) -> dict[str, Any]:
@@ -340,8 +346,8 @@ def test_load_from_checkpoint_has_the_learned_scales(tmp_path: Path) -> None:
     pixels, _ = pixels_and_labels()
     assert isinstance(again.backbone, QuantizedNetwork)
     assert again.backbone.bits.weights == 4
-    assert again.backbone.scales.drift is not None
-    assert again.backbone.scales.drift.abs().max() > 0
+    assert again.backbone.scales.adjustment is not None
+    assert again.backbone.scales.adjustment.abs().max() > 0
     assert torch.equal(again.backbone.integer_logits(pixels), module.backbone.integer_logits(pixels))  # type: ignore[operator]
 
 
@@ -360,9 +366,9 @@ def test_a_network_quantized_before_the_fit_learns_too(tmp_path: Path) -> None:
 
 def test_search_options_arrive(tmp_path: Path) -> None:
     module = Plain()
-    options = {"search": {"balance": False, "shift": False, "rows": 64}, "percentile": 99.9, "bits": "W8A6"}
+    options = {"search": {"equalize": False, "center": False, "rows": 64}, "percentile": 99.9, "bits": "W8A6"}
     fit(module, tmp_path, 1, qat(start_epoch=0, method="searched", learn_scales=False, **options))
     assert isinstance(module.backbone, QuantizedNetwork)
     assert module.backbone.bits.activations == 6
     assert module.backbone.unsigned == ()
-    assert all(bool((ratios == 1).all()) for ratios in module.backbone.scales.balances.values())
+    assert all(bool((ratios == 1).all()) for ratios in module.backbone.scales.equalizations.values())

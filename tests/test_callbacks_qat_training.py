@@ -57,7 +57,9 @@ def test_the_loss_is_joined_with_the_teachers() -> None:
     """On the images that the network was given, at the temperature, with the gradient of the student alone."""
     module, images = Plain(), next(iter(loader()))[0]
     teacher = copy.deepcopy(module.backbone).eval()
-    module.backbone = quantize(module.backbone, [images], method="max", preprocessing=PREPROCESSING, images=8).train()
+    module.backbone = quantize(
+        module.backbone, [images], method="max", preprocessing=PREPROCESSING, calibration_images=8
+    ).train()
     logged: dict[str, Any] = {}
     module.log = lambda name, value, **_: logged.update({name: value})  # type: ignore[method-assign,assignment]
     batch = next(iter(loader()))
@@ -195,8 +197,8 @@ def test_an_average_is_evaluated_in_integers(tmp_path: Path, start_epoch: int, a
     fit(module, tmp_path, 3, callback, Steps(), mean, watch)
     name = "backbone.network.cls_token"
     tokens = [state.get(name, state.get("backbone.cls_token")) for state in states]
-    drifts = [state["backbone.scales.drift"] for state in states if name in state]
-    for found, steps in ((module.backbone.network.cls_token, tokens), (module.backbone.scales.drift, drifts)):  # type: ignore[union-attr]
+    drifts = [state["backbone.scales.adjustment"] for state in states if name in state]
+    for found, steps in ((module.backbone.network.cls_token, tokens), (module.backbone.scales.adjustment, drifts)):  # type: ignore[union-attr]
         assert not torch.equal(found, steps[-1])
     expected = tokens[0]
     for number, token in enumerate(tokens[1:], start=1):
@@ -384,8 +386,8 @@ def test_mixed_precision_accumulation_and_clipping(tmp_path: Path) -> None:
     pixels, labels = pixels_and_labels()
     logits = module.backbone.integer_logits(pixels)  # type: ignore[operator]
     assert float(run.callback_metrics["val/top1"]) == pytest.approx(float((logits.argmax(1) == labels).float().mean()))
-    assert module.backbone.scales.drift.dtype == torch.float32  # type: ignore[union-attr]
-    assert bool(torch.isfinite(module.backbone.scales.drift).all())  # type: ignore[union-attr,arg-type]
+    assert module.backbone.scales.adjustment.dtype == torch.float32  # type: ignore[union-attr]
+    assert bool(torch.isfinite(module.backbone.scales.adjustment).all())  # type: ignore[union-attr,arg-type]
 
 
 # Kill, and what training and evaluation see

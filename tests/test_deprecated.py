@@ -30,6 +30,8 @@ def test_an_old_module_is_the_new_one(old: str) -> None:
     assert set(public) <= set(dir(module))
     if before is not None:  # such as the function that has the name of an old module
         setattr(sys.modules[parent], child, before)
+    else:  # such as quant.site_errors, where an old name is found only while nothing else has it
+        vars(sys.modules[parent]).pop(child, None)
 
 
 @pytest.mark.filterwarnings("ignore:.*is the name of version 0.1:DeprecationWarning")
@@ -41,7 +43,7 @@ def test_an_old_name_is_the_new_thing(module: str, name: str, new: str) -> None:
 
 
 def test_the_caller_is_warned() -> None:
-    code = "from swincompress_pl.norm.integer import requantize\nimport swincompress_pl.quant.graph as g\ng.Run"
+    code = "from swincompress_pl.norm.integer import requantize\nimport swincompress_pl.quant.graph as g\ng.parameter"
     ran = subprocess.run(
         [sys.executable, "-W", "default::DeprecationWarning", "-c", code], capture_output=True, text=True, check=True
     )

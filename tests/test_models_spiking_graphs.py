@@ -19,7 +19,7 @@ from swincompress_pl import accel
 from swincompress_pl.models import create_model
 from swincompress_pl.pruning import Group, PruningPlan, apply_plan
 from swincompress_pl.quant import Graph, float_logits, quantize
-from swincompress_pl.quant.graph.graph import Node, Passthrough, Run
+from swincompress_pl.quant.graph import Node, Passthrough, Run
 from swincompress_pl.quant.graph.spiking_nodes import NeuronNode
 from swincompress_pl.quant.twin import run_operation
 from swincompress_pl.registry import UnsupportedNetworkError, adapter_for
@@ -155,7 +155,7 @@ def test_rounded_weights_are_on_their_grids(name: str, rounding: str) -> None:
     made = quantize(network, [normalized(pixels)], bits="W4A8", preprocessing=PREPROCESSING, search=search).eval()
     changed, on_grid = 0, []
     for node in made.graph.weighted_nodes:
-        scale = made.scales.weight_scale(node)
+        scale = made.scales.weight_quantizer(node)
         codes = node.folded_weight(network, None).detach().flatten(1) / scale.step[:, None]
         changed += not torch.equal(network.get_submodule(node.module).weight, before[f"{node.module}.weight"])
         if rounding == "second_order":

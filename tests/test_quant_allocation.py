@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from swincompress_pl.quant import (
     Bits,
-    LayerSensitivity,
     Sensitivity,
     allocate,
     float_logits,
@@ -22,8 +21,9 @@ from swincompress_pl.quant import (
     mixed_precision,
     quantize,
 )
-from swincompress_pl.quant.diagnosis.inspection import divergence
-from swincompress_pl.quant.graph.graph import Passthrough, Run, WeightedNode
+from swincompress_pl.quant.diagnosis.costs import divergence
+from swincompress_pl.quant.graph import Passthrough, Run, WeightedNode
+from swincompress_pl.quant.sensitivity import LayerSensitivity
 from swincompress_pl.registry import adapter_for
 
 
@@ -68,8 +68,8 @@ def test_losses_predict_the_true_divergence_and_add_up(name: str) -> None:
             self.scales, self.names = quantized.scales, names
 
         @property
-        def balances(self) -> dict[str, Tensor]:
-            return self.scales.balances
+        def equalizations(self) -> dict[str, Tensor]:
+            return self.scales.equalizations
 
         def weight(self, node: WeightedNode, weight: Tensor) -> Tensor:
             return self.scales.weight(node, weight) if node.name in self.names else weight
@@ -174,7 +174,9 @@ def test_mixed_precision_fills_bits_that_quantize_takes(first_and_last: int | No
     assert set(bits.layers.values()) <= {4, 6}
     quantized = quantize(network, [images], bits=bits, method="max", preprocessing=PREPROCESSING)
     nodes = quantized.graph.weighted_nodes
-    codes = [(quantized.scales.weight_scale(node).bits, node.folded_weight(network, None).numel()) for node in nodes]
+    codes = [
+        (quantized.scales.weight_quantizer(node).bits, node.folded_weight(network, None).numel()) for node in nodes
+    ]
     values = sum(count for _, count in codes)
     assert 0.15 * 4 * values < sum((bits * count + 7) // 8 for bits, count in codes) <= 0.18 * 4 * values
     assert mixed_precision(network, [images], size_bytes=10**9, **kwargs).layers == {}

@@ -1,4 +1,4 @@
-"""The debug tables say what one site does: against runs made by hand, and with a site that is spoilt on purpose."""
+"""The debug tables say what one quantizer does: against runs made by hand, and with one that is spoilt on purpose."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ import torch
 from support.diagnosis_cases import LABELS, PREPROCESSING, network_and_images, quantized_and_images
 from torch import Tensor, nn
 
+from swincompress_pl.evaluation_mode import standing_still
 from swincompress_pl.quant import (
     Diagnosis,
     QuantizedNetwork,
     cost_table,
     diagnose,
     error_table,
+    quantization_errors,
     quantize,
-    site_costs,
-    site_errors,
+    quantizer_costs,
 )
-from swincompress_pl.quant.diagnosis.inspection import decibels, standing_still
+from swincompress_pl.quant.diagnosis.errors import decibels
 
 
 def by_key(rows: Any) -> dict[tuple[str, str], Any]:
@@ -32,17 +33,17 @@ def by_key(rows: Any) -> dict[tuple[str, str], Any]:
 @pytest.fixture(scope="module")
 def whole() -> tuple[QuantizedNetwork, Tensor, Diagnosis]:
     quantized, images = quantized_and_images(bits="W4A6")
-    return quantized, images, diagnose(quantized, images, LABELS, batch=6)
+    return quantized, images, diagnose(quantized, images, LABELS, batch_size=6)
 
 
 def test_one_weight_alone_is_the_network_with_that_weight_rounded() -> None:
     quantized, images = quantized_and_images(bits="W3A8")
-    row = by_key(site_costs(quantized, images, LABELS, batch=5))["weight", "blocks.1.mlp.fc2"]
+    row = by_key(quantizer_costs(quantized, images, LABELS, batch_size=5))["weight", "blocks.1.mlp.fc2"]
     (node,) = [node for node in quantized.graph.weighted_nodes if node.name == row.name]
     with torch.no_grad():
         expected = quantized.network(images).double().log_softmax(1)
         weight = quantized.network.blocks[1].mlp.fc2.weight
-        weight.copy_(quantized.scales.weight_scale(node)(weight))
+        weight.copy_(quantized.scales.weight_quantizer(node)(weight))
         found = quantized.network(images).double().log_softmax(1)
     assert row.alone.kl == pytest.approx(float((expected.exp() * (expected - found)).sum(1).mean()), rel=1e-3)
     same = (expected.argmax(1) == found.argmax(1)).float().mean().item()
@@ -54,16 +55,16 @@ def test_one_weight_alone_is_the_network_with_that_weight_rounded() -> None:
 @pytest.mark.parametrize("name", ["vit", "swin"])
 def test_a_spoilt_site_leads_and_without_it_all_is_well(name: str) -> None:
     quantized, images = quantized_and_images(name)
-    before = site_costs(quantized, images)
+    before = quantizer_costs(quantized, images)
     spoilt = "blocks.1.norm2" if name == "vit" else "layers.1.blocks.0.norm2"
-    quantized.scales.site(quantized.graph.sites[spoilt]).scale.div_(40)  # clips nearly everything
-    costs = site_costs(quantized, images)
+    quantized.scales.activation_quantizer(quantized.graph.quantizers[spoilt]).scale.div_(40)  # clips nearly everything
+    costs = quantizer_costs(quantized, images)
     assert (costs[0].kind, costs[0].name) == ("activation", spoilt)
     assert costs[0].alone.kl > 100 * by_key(before)["activation", spoilt].alone.kl
     assert costs[0].others.kl == pytest.approx(by_key(before)["activation", spoilt].others.kl)
     assert costs[0].others.kl < 0.1 * min(cost.others.kl for cost in costs[1:])
     assert [c.alone.kl for c in costs] == sorted((c.alone.kl for c in costs), reverse=True)
-    error = by_key(site_errors(quantized, images))["activation", spoilt]
+    error = by_key(quantization_errors(quantized, images))["activation", spoilt]
     assert error.clipped_percent > 50
     assert error.clip_to_max == pytest.approx(1 / 40, rel=1e-4)  # "max" puts the clip at the maximum
     assert error.own_snr_db is not None
@@ -73,9 +74,9 @@ def test_a_spoilt_site_leads_and_without_it_all_is_well(name: str) -> None:
 def test_every_site_and_weight_is_there_once(whole: tuple[QuantizedNetwork, Tensor, Diagnosis]) -> None:
     quantized, _, diagnosis = whole
     weights = {("weight", node.name) for node in quantized.graph.weighted_nodes}
-    sites = {("activation", name) for name, site in quantized.graph.sites.items() if site.bits <= 16}
-    assert len(diagnosis.costs) == len(diagnosis.errors) == len(weights | sites)
-    assert set(by_key(diagnosis.costs)) == set(by_key(diagnosis.errors)) == weights | sites
+    activations = {("activation", name) for name, spec in quantized.graph.quantizers.items() if spec.bits <= 16}
+    assert len(diagnosis.costs) == len(diagnosis.errors) == len(weights | activations)
+    assert set(by_key(diagnosis.costs)) == set(by_key(diagnosis.errors)) == weights | activations
     assert {(cost.bits, cost.kind) for cost in diagnosis.costs} == {
         (4, "weight"), (8, "weight"), (6, "activation"), (8, "activation"), (16, "activation"),
     }  # fmt: skip
@@ -86,7 +87,7 @@ def test_errors_are_those_of_the_values(whole: tuple[QuantizedNetwork, Tensor, D
     errors = by_key(diagnosis.errors)
     (node,) = [node for node in quantized.graph.weighted_nodes if node.name == "blocks.0.mlp.fc2"]
     weight = node.folded_weight(quantized.network, None).detach()
-    rounded = quantized.scales.weight_scale(node)(weight)
+    rounded = quantized.scales.weight_quantizer(node)(weight)
     error = errors["weight", "blocks.0.mlp.fc2"]
     expected = 10 * math.log10(float(weight.square().sum() / (rounded - weight).square().sum()))
     assert error.snr_db == error.own_snr_db == pytest.approx(expected, rel=1e-4)
@@ -126,7 +127,7 @@ def test_a_diagnosis_is_plain_data_of_the_integer_network(whole: tuple[Quantized
 def test_tables_print(whole: tuple[QuantizedNetwork, Tensor, Diagnosis]) -> None:
     text = str(whole[2])
     lines = text.splitlines()
-    assert lines[0].startswith("| site ")
+    assert lines[0].startswith("| quantizer ")
     assert lines[0].count("top-1") == 2
     assert len({len(line) for line in cost_table(whole[2].costs).splitlines()}) == 1
     assert "| clip / p99.99 |" in text
@@ -152,11 +153,11 @@ def test_other_methods_are_diagnosed(method: str) -> None:
 
 def test_learned_scales_are_those_that_are_judged() -> None:
     quantized, images = quantized_and_images()
-    before = by_key(site_errors(quantized, images))
+    before = by_key(quantization_errors(quantized, images))
     quantized.learn_scales()
     with torch.no_grad():
-        quantized.scales.drift.fill_(-0.5)  # every scale to 0.62 of what it was
-    after = by_key(site_errors(quantized, images))
+        quantized.scales.adjustment.fill_(-0.5)  # every scale to 0.62 of what it was
+    after = by_key(quantization_errors(quantized, images))
     key = ("activation", "blocks.0.norm1")
     assert after[key].clip_to_max == pytest.approx(before[key].clip_to_max * (math.sqrt(1.25) - 0.5), rel=1e-3)
 
@@ -170,7 +171,7 @@ def test_a_dead_layer_has_no_figures_where_there_is_nothing_to_compare() -> None
     quantized = quantize(network, [images], method="max", preprocessing=PREPROCESSING)
     data = json.dumps(diagnose(quantized, images).to_dict(), allow_nan=False)
     assert data
-    errors = by_key(site_errors(quantized, images))
+    errors = by_key(quantization_errors(quantized, images))
     for key in (("activation", "blocks.0.norm1"), ("weight", "blocks.1.mlp.fc2")):
         assert (errors[key].snr_db, errors[key].clip_to_max, errors[key].clip_to_p9999) == (None, None, None)
         assert errors[key].used_codes == 1
@@ -199,17 +200,25 @@ def test_standing_still_ends_with_an_error_too() -> None:
 def test_what_does_not_fit_is_refused() -> None:
     quantized, images = quantized_and_images()
     with pytest.raises(TypeError, match="VisionTransformer is not quantized; pass what"):
-        site_costs(quantized.network, images)
+        quantizer_costs(quantized.network, images)
     for bad in (images[:0], images[0], images.mul(2).byte(), [images]):
         with pytest.raises(ValueError, match="at least one normalized float image"):
             diagnose(quantized, bad)
     with pytest.raises(ValueError, match="pass images normalized"):
-        site_errors(quantized, images * 100)
+        quantization_errors(quantized, images * 100)
     for labels in (LABELS[:3], LABELS.float()):
         with pytest.raises(ValueError, match="one class number for each image"):
-            site_costs(quantized, images, labels)
+            quantizer_costs(quantized, images, labels)
 
 
 def test_decibels() -> None:
     assert decibels(100.0, 1.0) == pytest.approx(20)
     assert decibels(1.0, 0.0) is decibels(0.0, 1.0) is None
+
+
+def test_a_diagnosis_is_read_again() -> None:
+    quantized, images = quantized_and_images()
+    found = diagnose(quantized, images[:2])
+    assert Diagnosis.from_dict(json.loads(json.dumps(found.to_dict()))) == found
+    with pytest.raises(ValueError, match=r"version 1 is expected, not 0; pass what quant\.diagnose"):
+        Diagnosis.from_dict({**found.to_dict(), "version": 0})

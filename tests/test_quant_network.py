@@ -125,7 +125,9 @@ def test_quantize_keeps_modes_and_weights() -> None:
 def test_only_the_asked_number_of_images_is_used() -> None:
     network, _, images = network_and_images("vit", count=12)
     poisoned = torch.cat([images[:8], torch.full_like(images[:4], math.nan)])
-    quantize(network, [poisoned[:5], poisoned[5:]], method="max", images=8, preprocessing=PREPROCESSING).to_program()
+    quantize(
+        network, [poisoned[:5], poisoned[5:]], method="max", calibration_images=8, preprocessing=PREPROCESSING
+    ).to_program()
 
 
 def test_dead_layers_give_the_right_answer() -> None:
@@ -176,8 +178,8 @@ def test_bad_calibration_is_refused(calibration: Any, error: type[Exception], me
     ("options", "message"),
     [
         ({"method": "magic"}, "method is 'magic'; choose one of searched, max, affine"),
-        ({"method": "max", "search": {"balance": True}}, "search options go with method 'searched', not 'max'"),
-        ({"search": {"balanced": True}}, "balanced.*the options are balance"),
+        ({"method": "max", "search": {"equalize": True}}, "search options go with method 'searched', not 'max'"),
+        ({"search": {"balanced": True}}, "balanced.*the options are equalize"),
         ({"search": {"rounding": "up"}}, "rounding is 'up'; choose one of nearest, second_order, learned"),
         ({"search": {"rows": 0}}, "rows is 0"),
         ({"percentile": 40.0}, "percentile is 40.0"),

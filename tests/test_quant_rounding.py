@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from swincompress_pl.pruning.space import prunable_weights
 from swincompress_pl.pruning.structure.weight_masks import register_masks, set_mask
 from swincompress_pl.quant import WeightedNode, quantize
-from swincompress_pl.quant.graph.graph import Passthrough, Run
+from swincompress_pl.quant.graph import Passthrough, Run
+from swincompress_pl.quant.quantizers import quantize_weight
 from swincompress_pl.quant.rounding import _sensitivities, second_order_rounding
-from swincompress_pl.quant.scales import quantize_weight
 from swincompress_pl.registry import adapter_for
 
 
@@ -124,10 +124,10 @@ def test_what_was_rounded_is_found_again_by_nearest() -> None:
     options = {"rows": 128, "rounding": "second_order"}
     quantized = quantize(network, [images], bits="W4A8", preprocessing=PREPROCESSING, search=options).eval()
     for node in quantized.graph.weighted_nodes:
-        scale = quantized.scales.weight_scale(node)
-        site = quantized.graph.site_of(node.inputs[0])
-        balance = None if site is None else quantized.scales.balances.get(site.name)
-        codes = node.folded_weight(network, balance).flatten(1) / scale.step[:, None]
+        scale = quantized.scales.weight_quantizer(node)
+        spec = quantized.graph.spec_of(node.inputs[0])
+        equalization = None if spec is None else quantized.scales.equalizations.get(spec.name)
+        codes = node.folded_weight(network, equalization).flatten(1) / scale.step[:, None]
         live = scale.step > 0
         torch.testing.assert_close(codes[live], codes[live].round(), atol=1e-3, rtol=0)
     assert quantized.integer_logits(pixels).shape == (len(pixels), 7)

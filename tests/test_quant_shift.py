@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from swincompress_pl import accel, spec
 from swincompress_pl.quant import QuantizedNetwork, quantize
 from swincompress_pl.quant.lower import lower
-from swincompress_pl.quant.search import best_balance, best_shifted_scale, best_value_scale, fake_quantize
+from swincompress_pl.quant.search import best_centered_scale, best_equalization, best_value_scale, fake_quantize
 
 
 def searched(name: str, **search: object) -> tuple[QuantizedNetwork, nn.Module, Tensor, Tensor]:
@@ -30,8 +30,10 @@ def searched(name: str, **search: object) -> tuple[QuantizedNetwork, nn.Module, 
 @pytest.mark.parametrize("name", ["swin", "swin padded", "vit"])
 def test_shifted_codes_are_absorbed_exactly(name: str) -> None:
     quantized, _, pixels, images = searched(name)
-    shifted = [site for site in quantized.graph.sites.values() if site.shiftable and _shift(quantized, site.name).any()]
-    assert {site.name.rsplit(".", 1)[-1] for site in shifted} >= {"fc1", "act", "norm2"}
+    shifted = [
+        spec for spec in quantized.graph.quantizers.values() if spec.can_center and _shift(quantized, spec.name).any()
+    ]
+    assert {spec.name.rsplit(".", 1)[-1] for spec in shifted} >= {"fc1", "act", "norm2"}
     assert quantized.unsigned
     assert all(name.endswith(".act") for name in quantized.unsigned)
     program = quantized.to_program()
@@ -45,29 +47,31 @@ def test_shifted_codes_are_absorbed_exactly(name: str) -> None:
 @pytest.mark.parametrize("name", ["swin", "vit"])
 def test_shifting_brings_the_network_closer(name: str) -> None:
     errors = []
-    for shift in (False, True):
-        quantized, network, _, images = searched(name, shift=shift)
-        assert shift == any(_shift(quantized, site).any() for site in quantized.graph.sites)
+    for center in (False, True):
+        quantized, network, _, images = searched(name, center=center)
+        assert center == any(_shift(quantized, value).any() for value in quantized.graph.quantizers)
         errors.append(float((quantized(images) - network(images)).square().mean()))
     assert errors[1] < errors[0]
 
 
 def test_rows_of_padding_must_mean_zero() -> None:
     padded, plain = (searched(name)[0] for name in ("swin padded", "swin"))
-    assert not padded.graph.sites["layers.0.blocks.0.norm1"].shiftable
-    assert plain.graph.sites["layers.0.blocks.0.norm1"].shiftable
+    assert not padded.graph.quantizers["layers.0.blocks.0.norm1"].can_center
+    assert plain.graph.quantizers["layers.0.blocks.0.norm1"].can_center
     for graph in (padded.graph, plain.graph):
-        assert graph.sites["layers.0.blocks.0.mlp.act"].shiftable
-        assert not any(site.shiftable for name, site in graph.sites.items() if name.endswith(("qkv", "attention")))
-        assert not any(site.shiftable for site in graph.sites.values() if not site.searched)
+        assert graph.quantizers["layers.0.blocks.0.mlp.act"].can_center
+        assert not any(
+            spec.can_center for name, spec in graph.quantizers.items() if name.endswith(("qkv", "attention"))
+        )
+        assert not any(spec.can_center for spec in graph.quantizers.values() if not spec.searched)
 
 
 def test_a_shift_that_nobody_absorbs_is_refused() -> None:
     quantized, network, _, _ = searched("vit")
     name = "blocks.0.attn.qkv"
-    site = replace(quantized.graph.sites[name], shiftable=True)
-    quantized.graph = replace(quantized.graph, sites={**quantized.graph.sites, name: site})
-    quantized.scales.site(site).register_buffer("shift", torch.ones(1))
+    spec = replace(quantized.graph.quantizers[name], can_center=True)
+    quantized.graph = replace(quantized.graph, quantizers={**quantized.graph.quantizers, name: spec})
+    quantized.scales.activation_quantizer(spec).register_buffer("centering", torch.ones(1))
     with pytest.raises(ValueError, match=r"blocks\.0\.attn\.attention: operation 'attention' cannot absorb"):
         lower(quantized.graph, network, quantized.scales, preprocessing=quantized.preprocessing)
 
@@ -89,7 +93,7 @@ def test_a_range_to_one_side_gets_finer_steps(low: float, high: float, seed: int
     generator = torch.Generator().manual_seed(seed)
     values = low + (high - low) * torch.rand(64, 32, generator=generator)
     weight = torch.ones(())
-    scale, shift = best_shifted_scale(values, weight, q_max=127, bounds=(float(values.min()), float(values.max())))
+    scale, shift = best_centered_scale(values, weight, q_max=127, bounds=(float(values.min()), float(values.max())))
     symmetric = best_value_scale(values, weight, q_max=127, signed=True, magnitude=float(values.abs().max()))
     errors = [
         (fake_quantize(values + by, torch.tensor(step), 127) - by - values).square().mean()
@@ -103,15 +107,15 @@ def test_a_range_to_one_side_gets_finer_steps(low: float, high: float, seed: int
 def test_constant_values_get_no_tiny_steps(constant: float, width: float) -> None:
     values = torch.full((8, 4), constant) + width
     ends = float(values.min()), float(values.max())
-    scale, shift = best_shifted_scale(values, torch.ones(()), q_max=127, bounds=ends)
+    scale, shift = best_centered_scale(values, torch.ones(()), q_max=127, bounds=ends)
     assert scale > 0
     assert abs(shift) <= 127 * 8 * scale + 1e-30
     bounds = torch.full((4,), ends[0]), torch.full((4,), ends[1])
-    ratios, shifts = best_balance(values, torch.ones(2, 4), torch.ones(8, 2), bounds, shift=True)
+    ratios, shifts = best_equalization(values, torch.ones(2, 4), torch.ones(8, 2), bounds, center=True)
     assert torch.equal(ratios, torch.ones(4))
     assert not shifts.any()
 
 
 def _shift(quantized: QuantizedNetwork, name: str) -> Tensor:
-    site = quantized.graph.sites[name]
-    return quantized.scales.site(site).shift if site.shiftable else torch.zeros(1)
+    spec = quantized.graph.quantizers[name]
+    return quantized.scales.activation_quantizer(spec).centering if spec.can_center else torch.zeros(1)

@@ -27,7 +27,7 @@ def quantized(name: str, *, bits: str = "W8A8", method: str = "searched") -> tup
     options = {"search": {"rows": 64}} if method == "searched" else {}
     made = quantize(network, [images], preprocessing=PREPROCESSING, bits=bits, method=method, **options)  # type: ignore[arg-type]
     for name_of, buffer in made.scales.named_buffers():
-        if name_of.endswith(".shift") and method != "affine":
+        if name_of.endswith(".centering") and method != "affine":
             buffer.copy_(torch.linspace(-0.05, 0.1, len(buffer)))  # all different
     return made, pixels, images
 
@@ -68,28 +68,28 @@ def test_the_integers_of_a_cut_network_are_the_norms(name: str, learned: bool) -
     made, pixels, _ = quantized(name, bits="W4A8", method="searched" if learned else "max")
     made.eval().integer_logits(pixels)  # a twin of the wide network is there
     if learned:
-        drift_by_hand(made)
+        adjust_by_hand(made)
     cut(made, plan_for(made.network, *KINDS))
     expected = spec.run(made.to_program(), pixels.numpy())
     assert (made.integer_logits(pixels).numpy() == expected).all()
 
 
-def drift_by_hand(made: QuantizedNetwork) -> None:
+def adjust_by_hand(made: QuantizedNetwork) -> None:
     """Learned scales that are all different."""
     made.learn_scales()
-    assert made.scales.drift is not None
+    assert made.scales.adjustment is not None
     with torch.no_grad():
-        made.scales.drift.copy_(torch.linspace(-0.1, 0.1, len(made.scales.drift)))
+        made.scales.adjustment.copy_(torch.linspace(-0.1, 0.1, len(made.scales.adjustment)))
 
 
 def channelwise_of(made: QuantizedNetwork) -> dict[tuple[str, str], Tensor]:
-    """Ratios and shifts of the balanced sites, which are outputs of LayerNorms."""
-    sites = [site for site in made.graph.sites.values() if site.balanced]
-    scales = [(site.name, made.scales.site_scale(site)) for site in sites]
+    """Ratios and centerings of the equalized quantizers, which are outputs of LayerNorms."""
+    specs = [spec for spec in made.graph.quantizers.values() if spec.equalized]
+    scales = [(spec.name, made.scales.calibrated_quantizer(spec)) for spec in specs]
     return {
-        (site, key): scale.get_buffer(key)
-        for site, scale in scales
-        for key in ("balance", "shift")
+        (name, key): scale.get_buffer(key)
+        for name, scale in scales
+        for key in ("equalization", "centering")
         if key in scale._buffers
     }
 
@@ -97,7 +97,7 @@ def channelwise_of(made: QuantizedNetwork) -> dict[tuple[str, str], Tensor]:
 @pytest.mark.parametrize("name", NAMES)
 def test_what_stays_keeps_its_scale_to_the_bit(name: str) -> None:
     made, _, _ = quantized(name)
-    drift_by_hand(made)
+    adjust_by_hand(made)
     before = {key: value.detach().clone() for key, value in made.scales.present().items()}
     channelwise = {key: value.clone() for key, value in channelwise_of(made).items()}
     applied, _ = cut(made, plan_for(made.network, *KINDS))
@@ -108,25 +108,25 @@ def test_what_stays_keeps_its_scale_to_the_bit(name: str) -> None:
         rows = kept.get(f"{key.removeprefix('weights.').replace('/', '.')}.weight", {}).get(0)
         own = key.startswith("weights.") and rows is not None
         assert torch.equal(value, before[key][rows] if own else before[key]), key
-    for (site, name_of), value in channelwise_of(made).items():
-        channels, whole = kept.get(f"{site}.weight", {}).get(0), channelwise[site, name_of]
-        assert torch.equal(value, whole if channels is None else whole[channels]), site
+    for (name, name_of), value in channelwise_of(made).items():
+        channels, whole = kept.get(f"{name}.weight", {}).get(0), channelwise[name, name_of]
+        assert torch.equal(value, whole if channels is None else whole[channels]), name
 
 
 @pytest.mark.parametrize("name", ["vit", "swin"])
 def test_uncut_is_as_it_was(name: str) -> None:
     made, pixels, images = quantized(name)
-    drift_by_hand(made)
-    drift, graph = made.scales.drift, made.graph
+    adjust_by_hand(made)
+    adjustment, graph = made.scales.adjustment, made.graph
     state = copy.deepcopy(made.state_dict())
     expected = made.integer_logits(pixels)
     fake = made.fake_quantized(images)
     for _ in range(2):
         applied, done = cut(made, plan_for(made.network, *KINDS))
-        assert made.state_dict()["scales.drift"].shape != state["scales.drift"].shape
+        assert made.state_dict()["scales.adjustment"].shape != state["scales.adjustment"].shape
         revert_plan(made.network, applied)
         made.unfollow(done)
-    assert made.scales.drift is drift
+    assert made.scales.adjustment is adjustment
     assert made.graph is graph
     assert state.keys() == made.state_dict().keys()
     assert all(torch.equal(value, state[key]) for key, value in made.state_dict().items())
@@ -138,17 +138,17 @@ def test_gradients_of_learned_scales_are_cut_with_them() -> None:
     made, _, images = quantized("vit")
     made.learn_scales()
     made.train()(images).sum().backward()
-    assert made.scales.drift is not None
-    gradient = made.scales.drift.grad
+    assert made.scales.adjustment is not None
+    gradient = made.scales.adjustment.grad
     assert gradient is not None
     _, done = cut(made, plan_for(made.network, "mlp"))
-    _, new, index = done.drift
-    assert new is made.scales.drift
+    _, new, index = done.adjustment
+    assert new is made.scales.adjustment
     assert new.grad is not None
     assert torch.equal(new.grad, gradient[index])
-    made.scales.drift.requires_grad_(False)
+    made.scales.adjustment.requires_grad_(False)
     cut(made, plan_for(made.network, "mlp"))
-    assert not made.scales.drift.requires_grad
+    assert not made.scales.adjustment.requires_grad
 
 
 def test_affine_offsets_follow() -> None:

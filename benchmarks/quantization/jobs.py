@@ -15,10 +15,10 @@ WAYS: dict[str, dict[str, Any]] = {
     "max": {"method": "max"},
     "percentile": {"method": "max", "percentile": 99.99},
     "searched": {"method": "searched"},
-    "searched, no balance": {"method": "searched", "search": {"balance": False}},
+    "searched, no balance": {"method": "searched", "search": {"equalize": False}},
     "searched, bias corrected": {"method": "searched", "search": {"bias_correction": True}},
     "searched, second order": {"method": "searched", "search": {"rounding": "second_order"}},
-    "searched, no shift": {"method": "searched", "search": {"shift": False}},
+    "searched, no shift": {"method": "searched", "search": {"center": False}},
     "searched, learned": {
         "method": "searched",
         "search": {"rounding": "learned", "learning": {"iterations": 300}},

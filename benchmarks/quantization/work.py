@@ -189,7 +189,7 @@ def _quantized(given: Material, job: Job) -> dict[str, Any]:
     started = time.perf_counter()
     quantized = quantize(
         copy.deepcopy(given.network), batches, bits=job.bits, preprocessing=given.preprocessing,
-        images=sum(len(batch) for batch in batches), **options,
+        calibration_images=sum(len(batch) for batch in batches), **options,
     ).eval()  # fmt: skip
     figures: dict[str, Any] = {
         "quantize_seconds": time.perf_counter() - started,

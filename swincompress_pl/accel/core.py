@@ -1,4 +1,4 @@
-"""From Programs to the C++ engine: the only module that knows the extension `_core`."""
+"""From Programs and artifacts to engines of the C++ extension `_core`; says how to build it where it is missing."""
 
 from __future__ import annotations
 

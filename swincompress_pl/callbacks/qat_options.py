@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from swincompress_pl.quant import METHODS, SearchOptions
+from swincompress_pl.quant import SearchOptions
+from swincompress_pl.quant.network import METHODS
 
 
 def check_epochs(start_epoch: int, freeze_epoch: int | None, learn_scales: bool | None) -> None:
@@ -39,7 +40,8 @@ def check_quantization(
         raise ValueError("learn_scales=True: method 'affine' has zero-points, which are not learned; use 'searched'")
     if search is not None and method != "searched":
         raise ValueError(f"search options go with method 'searched', not {method!r}")
-    unknown = sorted(set(search) - set(SearchOptions.__dataclass_fields__)) if isinstance(search, Mapping) else []
+    known = {*SearchOptions.__dataclass_fields__, *getattr(SearchOptions.__init__, "old_arguments", {})}
+    unknown = sorted(set(search) - known) if isinstance(search, Mapping) else []
     if unknown:
         raise ValueError(
             f"search has no option {', '.join(unknown)}; there are {', '.join(SearchOptions.__dataclass_fields__)}"

@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from swincompress_pl.callbacks.compatibility import UNFIT_OPTIMIZERS
 from swincompress_pl.quant import QuantizedNetwork
 
+_NAME, _OLD_NAME = "scales.adjustment", "scales.drift"
 # What schedulers (torch's, timm's) keep for every parameter group, in their order.
 _PER_GROUP = (
     "base_lrs",
@@ -43,11 +44,11 @@ class ScaleGroup:
         Before optimizer states are restored: a checkpoint's optimizer has the group. Raises ValueError where no
         optimizer trains the network, or one that takes no second group.
         """
-        drift = network.scales.drift
-        assert drift is not None
+        adjustment = network.scales.adjustment
+        assert adjustment is not None
         for optimizer in trainer.optimizers:
             for group in optimizer.param_groups:
-                group["params"] = [parameter for parameter in group["params"] if parameter is not drift]
+                group["params"] = [parameter for parameter in group["params"] if parameter is not adjustment]
         optimizer, host = _host(trainer.optimizers, network.network)
         groups = len(optimizer.param_groups)
         model = optimizer.param_groups[host]
@@ -55,8 +56,8 @@ class ScaleGroup:
         own |= {key: own[key] * self.lr_factor for key in ("lr", "initial_lr", "max_lr", "min_lr") if key in own}
         if "weight_decay" in own:
             own["weight_decay"] = 0.0
-        names = {"param_names": ["scales.drift"]} if "param_names" in model else {}
-        optimizer.add_param_group({"params": [drift if not names else ("scales.drift", drift)], **own})
+        named = "param_names" in model
+        optimizer.add_param_group({"params": [(_NAME, adjustment) if named else adjustment], **own})
         for config in trainer.lr_scheduler_configs:
             _extend(config.scheduler, optimizer, groups, host, self.lr_factor)
         self._follow(optimizer, host, groups)
@@ -75,6 +76,14 @@ class ScaleGroup:
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
+
+
+def read_old_names(optimizer_states: Iterable[dict[str, Any]]) -> None:
+    """Give the learned scales the name of now, where version 0.1 named them in the states of optimizers."""
+    for state in optimizer_states:
+        for group in state.get("param_groups", ()):
+            if "param_names" in group:
+                group["param_names"] = [_NAME if name == _OLD_NAME else name for name in group["param_names"]]
 
 
 def _host(optimizers: Iterable[Optimizer], network: nn.Module) -> tuple[Optimizer, int]:

@@ -22,13 +22,14 @@ from swincompress_pl.callbacks.compatibility import (
 from swincompress_pl.callbacks.qat_averaging import renew_averages
 from swincompress_pl.callbacks.qat_distillation import Distillation, refuse_teaching
 from swincompress_pl.callbacks.qat_options import check_epochs, check_quantization, check_training
-from swincompress_pl.callbacks.qat_scales import ScaleGroup
+from swincompress_pl.callbacks.qat_scales import ScaleGroup, read_old_names
 from swincompress_pl.callbacks.random_state import RandomNumbers, rng_states, seeded
 from swincompress_pl.checkpoint.holder import network_of, put_network
 from swincompress_pl.checkpoint.hooks import keep_record
 from swincompress_pl.history import history_of
 from swincompress_pl.pruning import keep_masks
-from swincompress_pl.quant import Bits, QuantizedNetwork, SearchOptions, find_preprocessing, quantize
+from swincompress_pl.quant import Bits, QuantizedNetwork, SearchOptions, quantize
+from swincompress_pl.quant.network import find_preprocessing
 
 _STATE_VERSION = 1
 
@@ -143,6 +144,7 @@ class QuantizationAwareTraining(Callback):
         """Take up the random numbers; averages get the form of the network that the checkpoint brought."""
         if isinstance(network_of(pl_module, self.model_attribute), QuantizedNetwork):
             renew_averages(trainer, pl_module)
+        read_old_names(checkpoint.get("optimizer_states", ()))
         mine = checkpoint["callbacks"].get(self.state_key)
         if mine is not None and mine.get("version") == _STATE_VERSION:
             self._rng.resume(trainer, mine["rng"])
@@ -271,24 +273,24 @@ class QuantizationAwareTraining(Callback):
             search=self.search,
             percentile=self.percentile,
             preprocessing=self._preprocessing(trainer, module),
-            images=self.calibration_images,
+            calibration_images=self.calibration_images,
             classes=_class_names(trainer),
         )
 
     def _learn(self, trainer: Trainer, module: LightningModule, network: QuantizedNetwork) -> None:
         """Learned scales of a network that was quantized before this fit, or before it was resumed."""
         if not self.learn_scales:
-            if network.scales.drift is not None:
+            if network.scales.adjustment is not None:
                 _freeze(trainer, network)
             return
         if network.method == "affine":
             raise ValueError(
                 "the network is quantized with method 'affine', whose scales cannot be learned; pass learn_scales=False"
             )
-        fresh = network.scales.drift is None
+        fresh = network.scales.adjustment is None
         network.learn_scales()
-        assert network.scales.drift is not None
-        network.scales.drift.requires_grad_(True)
+        assert network.scales.adjustment is not None
+        network.scales.adjustment.requires_grad_(True)
         self._scale_group.join(trainer, network)
         if fresh:
             renew_averages(trainer, module)
@@ -332,10 +334,10 @@ class QuantizationAwareTraining(Callback):
 
 def _freeze(trainer: Trainer, network: QuantizedNetwork) -> None:
     """The learned scales are not trained from now on; DDP must not wait for their gradients."""
-    drift = network.scales.drift
-    if drift is not None and drift.requires_grad:
-        drift.requires_grad_(False)
-        drift.grad = None
+    adjustment = network.scales.adjustment
+    if adjustment is not None and adjustment.requires_grad:
+        adjustment.requires_grad_(False)
+        adjustment.grad = None
         wrap_anew(trainer)
 
 

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler
 from torchmetrics import Metric
 
+from swincompress_pl.evaluation_mode import evaluation_mode
 from swincompress_pl.pruning import HoldOut
 from swincompress_pl.pruning.evaluation.ranks import sum_over_ranks, world_size
-from swincompress_pl.pruning.evaluation.scorer import FunctionScorer, Scorer, evaluation_mode
+from swincompress_pl.pruning.evaluation.scorer import FunctionScorer, Scorer
 
 _CPU_BATCH, _GPU_BATCH = 64, 256  # a decision is taken after whole batches: not larger than the device needs
 

@@ -63,11 +63,11 @@ class CoupledScales:
     def with_scales(self, applied: AppliedPlan) -> AppliedPlan:
         """The latest cut with that of the learned scales, for the optimizers."""
         latest = self._cuts[-1] if self._cuts else None
-        if latest is None or latest.drift is None:
+        if latest is None or latest.adjustment is None:
             return applied
-        old, new, index = latest.drift
-        drift = SlicedTensor(name="scales.drift", old=old, new=new, kept=((0, index),))
-        return replace(applied, tensors=(*applied.tensors, drift))
+        old, new, index = latest.adjustment
+        adjustment = SlicedTensor(name="scales.adjustment", old=old, new=new, kept=((0, index),))
+        return replace(applied, tensors=(*applied.tensors, adjustment))
 
 
 def pruned_tensors(network: nn.Module, space: SpaceConfig) -> set[str]:

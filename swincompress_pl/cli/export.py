@@ -133,7 +133,7 @@ def _quantize(network: nn.Module, given: Any) -> QuantizedNetwork:
     _say(f"quantizing on {given.images} images")
     return quant.quantize(
         network, data.calibration_dataloader(given.images), method=given.quantize, bits=given.bits,
-        preprocessing=preprocessing, images=given.images, classes=data.class_names, progress=True,
+        preprocessing=preprocessing, calibration_images=given.images, classes=data.class_names, progress=True,
     )  # fmt: skip
 
 

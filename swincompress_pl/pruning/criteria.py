@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn import functional
 
+from swincompress_pl.evaluation_mode import evaluation_mode, gradients
 from swincompress_pl.pruning.evaluation.ranks import world_size
 from swincompress_pl.pruning.structure.groups import Group, Slice
 
@@ -270,18 +271,9 @@ class _Sums:
 @contextmanager
 def _differentiable_evaluation(network: nn.Module) -> Iterator[None]:
     """Eval mode with every floating-point parameter differentiable; then all as it was."""
-    modes = [(module, module.training) for module in network.modules()]
-    frozen = [p for p in network.parameters() if p.is_floating_point() and not p.requires_grad]
-    network.eval()
-    try:
-        for parameter in frozen:
-            parameter.requires_grad_(True)
+    parameters = [parameter for parameter in network.parameters() if parameter.is_floating_point()]
+    with evaluation_mode(network), gradients(parameters, wanted=True):
         yield
-    finally:
-        for module, training in modes:
-            module.training = training
-        for parameter in frozen:
-            parameter.requires_grad_(False)
 
 
 @contextmanager

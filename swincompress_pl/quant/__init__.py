@@ -1,79 +1,55 @@
 """Quantization: scales for every value of a network, trained or searched, and its exact integer form.
 
-`quantize` makes a `QuantizedNetwork`; adapters describe a family with `GraphBuilder` and the node types.
+`quantize` makes a `QuantizedNetwork`; adapters describe a family with `GraphBuilder` and the node types of
+`quant.graph.nodes`.
 """
 
+from swincompress_pl._deprecated import find_old_name
 from swincompress_pl.quant.bits import Bits
-from swincompress_pl.quant.diagnosis.diagnosis import (
+from swincompress_pl.quant.diagnosis import (
     Diagnosis,
-    Effect,
-    SiteCost,
     cost_table,
     diagnose,
-    site_costs,
-    site_errors,
+    error_table,
+    quantization_errors,
+    quantizer_costs,
 )
-from swincompress_pl.quant.diagnosis.quantization_errors import Histogram, SiteError, error_table
+from swincompress_pl.quant.graph import Graph, Node, QuantizerSpec, WeightedNode, float_logits
 from swincompress_pl.quant.graph.builder import GraphBuilder
-from swincompress_pl.quant.graph.graph import Graph, Node, Site, WeightedNode, float_logits
-from swincompress_pl.quant.graph.nodes import (
-    ActivationNode,
-    AddConstantNode,
-    AddNode,
-    AttentionNode,
-    GatherNode,
-    LayerNormNode,
-    LinearNode,
-    MeanNode,
-    PixelConvNode,
-    PrependNode,
-)
-from swincompress_pl.quant.mixed_precision import (
-    LayerSensitivity,
-    Sensitivity,
-    allocate,
-    measure_sensitivity,
-    mixed_precision,
-)
-from swincompress_pl.quant.network import METHODS, QuantizedNetwork, find_preprocessing
+from swincompress_pl.quant.mixed_precision import allocate, mixed_precision
+from swincompress_pl.quant.network import QuantizedNetwork
 from swincompress_pl.quant.quantize import SearchOptions, quantize
+from swincompress_pl.quant.rounding import Learning
+from swincompress_pl.quant.sensitivity import Sensitivity, measure_sensitivity
 
 __all__ = [
-    "METHODS",
-    "ActivationNode",
-    "AddConstantNode",
-    "AddNode",
-    "AttentionNode",
     "Bits",
     "Diagnosis",
-    "Effect",
-    "GatherNode",
     "Graph",
     "GraphBuilder",
-    "Histogram",
-    "LayerNormNode",
-    "LayerSensitivity",
-    "LinearNode",
-    "MeanNode",
+    "Learning",
     "Node",
-    "PixelConvNode",
-    "PrependNode",
     "QuantizedNetwork",
+    "QuantizerSpec",
     "SearchOptions",
     "Sensitivity",
-    "Site",
-    "SiteCost",
-    "SiteError",
     "WeightedNode",
     "allocate",
     "cost_table",
     "diagnose",
     "error_table",
-    "find_preprocessing",
     "float_logits",
     "measure_sensitivity",
     "mixed_precision",
+    "quantization_errors",
     "quantize",
-    "site_costs",
-    "site_errors",
+    "quantizer_costs",
 ]
+
+
+def __getattr__(name: str) -> object:
+    return find_old_name("quant", name)
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
-
-from swincompress_pl.quant.graph.graph import Graph, Site, WeightedNode
 
 WIDTHS = range(2, 9)
 _SPELLING = re.compile(r"w(\d+)a(\d+)", re.IGNORECASE)
@@ -56,34 +54,10 @@ class Bits:
         """The fields in JSON types."""
         return asdict(self)
 
-    def of_weight(self, node: WeightedNode, graph: Graph) -> int:
-        """The weight bits of a layer."""
-        outer = node in (graph.weighted_nodes[0], graph.weighted_nodes[-1])
-        return self.layers.get(node.name, self.first_and_last if outer else self.weights)
+    def of_layer(self, name: str, *, outer: bool) -> int:
+        """The weight bits of a layer. outer: it is the first or the last one."""
+        return self.layers.get(name, self.first_and_last if outer else self.weights)
 
     def __str__(self) -> str:
         mixed = f", {len(self.layers)} layers apart" if self.layers else ""
         return f"W{self.weights}A{self.activations}{mixed}"
-
-
-def with_bits(graph: Graph, bits: Bits, unsigned: Collection[str] = ()) -> Graph:
-    """`graph` with its 8-bit sites at the widths of `bits`, and those named in `unsigned` without a sign.
-
-    Raises ValueError for a layer or a site that the graph does not have, or a sign that cannot go.
-    """
-    layers = {node.name for node in graph.weighted_nodes}
-    unknown = sorted(set(bits.layers) - layers)
-    if unknown:
-        raise ValueError(f"bits.layers names {unknown[0]!r}; the layers are {', '.join(sorted(layers))}")
-    last = graph.site_of(graph.weighted_nodes[-1].inputs[0])
-
-    def adapted(site: Site) -> Site:
-        if not site.searched:
-            return site
-        width = bits.first_and_last if site == last else bits.activations if site.operand else site.bits
-        return replace(site, bits=width, signed=site.signed and site.name not in unsigned)
-
-    lost = sorted(set(unsigned) - {name for name, site in graph.sites.items() if site.searched and not site.balanced})
-    if lost:
-        raise ValueError(f"unsigned names {lost[0]!r}, which is no 8-bit site of its own scale")
-    return replace(graph, sites={name: adapted(site) for name, site in graph.sites.items()})

@@ -1,4 +1,4 @@
-"""What calibration sees of a float network: ranges of every site, and samples of layers with their sensitivities."""
+"""What calibration sees of a float network: ranges of quantized values, and samples of layers with sensitivities."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from swincompress_pl.quant.graph.graph import Graph, Node, Passthrough, Run, Site, WeightedNode
+from swincompress_pl.evaluation_mode import gradients
+from swincompress_pl.quant.graph import Graph, Node, Passthrough, QuantizerSpec, Run, WeightedNode
 
 
-def calibration_images(calibration: Iterable[Any], limit: int) -> list[Tensor]:
+def first_images(calibration: Iterable[Any], limit: int) -> list[Tensor]:
     """The first `limit` images of an iterable of batches (images, or a sequence or mapping that starts with them).
 
     Raises TypeError for batches of another form and ValueError for none at all, naming what was found.
@@ -38,7 +39,7 @@ def calibration_images(calibration: Iterable[Any], limit: int) -> list[Tensor]:
 
 @dataclass
 class Ranges:
-    """Extremes of one site over all calibration images, per channel (C,), and some of its rows (R, C)."""
+    """Extremes of one quantizer's values over all calibration images, per channel (C,), and some of its rows (R, C)."""
 
     low: Tensor
     high: Tensor
@@ -64,28 +65,28 @@ class Ranges:
 
 
 class RangeObserver(Passthrough):
-    """Keeps the true extremes of every site, where an outlier of one pixel counts, and a sample of its rows."""
+    """Keeps the true extremes of quantized values, where an outlier of one pixel counts, and a sample of rows."""
 
     def __init__(self, *, values_per_batch: int = 1 << 14, seed: int = 0) -> None:
         self.ranges: dict[str, Ranges] = {}
         self._values_per_batch = values_per_batch
         self._generator = torch.Generator().manual_seed(seed)
 
-    def activation(self, site: Site, x: Tensor) -> Tensor:
+    def activation(self, spec: QuantizerSpec, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         low, high = rows.amin(0), rows.amax(0)
         if not (torch.isfinite(low).all() and torch.isfinite(high).all()):
             raise ValueError(
-                f"site {site.name!r} sees NaN or infinite values in calibration; check the images and the weights "
-                "before it"
+                f"activation quantizer {spec.name!r} sees NaN or infinite values in calibration; check the images "
+                "and the weights before it"
             )
         count = max(1, self._values_per_batch // rows.shape[1])
         some = rows[torch.randint(len(rows), (count,), generator=self._generator).to(rows.device)]
-        known = self.ranges.get(site.name)
+        known = self.ranges.get(spec.name)
         if known is not None:
             low, high = torch.minimum(low, known.low), torch.maximum(high, known.high)
             some = torch.cat([known.rows, some])
-        self.ranges[site.name] = Ranges(low, high, some)
+        self.ranges[spec.name] = Ranges(low, high, some)
         return x
 
 
@@ -121,7 +122,7 @@ class LayerSampler(Passthrough):
 
 
 def observe(graph: Graph, network: nn.Module, batches: Sequence[Tensor]) -> dict[str, Ranges]:
-    """Extremes of every site over the batches."""
+    """Extremes of every quantizer's values over the batches."""
     observer = RangeObserver()
     with torch.no_grad():
         for images in batches:
@@ -129,29 +130,30 @@ def observe(graph: Graph, network: nn.Module, batches: Sequence[Tensor]) -> dict
     return observer.ranges
 
 
+def probe(logits: Tensor, signs: torch.Generator) -> Tensor:
+    """sum_k r_k sqrt(p_k) log p_k over all images, with random signs r.
+
+    The square of its gradient has the diagonal of the Gauss-Newton matrix of the KL divergence to the float output as
+    its expectation (the gradient of that divergence itself is zero at the float network).
+    """
+    log_p = logits.float().log_softmax(-1)
+    sign = torch.randint(0, 2, log_p.shape, generator=signs).to(log_p.device) * 2 - 1
+    return (log_p * (log_p.detach() / 2).exp() * sign).sum()
+
+
 def sample_layers(
     graph: Graph, network: nn.Module, batches: Sequence[Tensor], *, rows: int, seed: int = 0
 ) -> dict[str, LayerSample]:
     """Inputs and output sensitivities of every weighted layer, about `rows` rows each.
 
-    The sensitivity is the gradient of sum_k r_k sqrt(p_k) log p_k with random signs r: its square has the diagonal of
-    the Gauss-Newton matrix of the KL divergence to the float output as its expectation (the gradient of that
-    divergence itself is zero at the float network). Source: the objective of PTQ4ViT (arXiv 2111.12293) with a
-    Hutchinson estimate.
+    The sensitivity is the gradient of a `probe`. Source: the objective of PTQ4ViT (arXiv 2111.12293) with a Hutchinson
+    estimate.
     """
     sampler = LayerSampler(network, rows_per_batch=max(1, rows // len(batches)), seed=seed)
     signs = torch.Generator().manual_seed(seed + 1)
-    frozen = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    for parameter in frozen:
-        parameter.requires_grad_(False)
-    try:
+    with gradients(network.parameters(), wanted=False):
         for images in batches:
             with torch.enable_grad():
                 logits = Run(graph, network, sampler)(images.detach().clone().requires_grad_(True))
-                log_p = logits.float().log_softmax(-1)
-                sign = torch.randint(0, 2, log_p.shape, generator=signs).to(log_p.device) * 2 - 1
-                (log_p * (log_p.detach() / 2).exp() * sign).sum().backward()
-    finally:
-        for parameter in frozen:
-            parameter.requires_grad_(True)
+                probe(logits, signs).backward()
     return sampler.samples

@@ -1,178 +1,24 @@
 """Mixed precision: the weight bits of every layer that cost the output least, within a budget of bytes or operations.
 
-The loss of a layer at a width is the Gauss-Newton estimate of the KL divergence to the float output, 1/2 dW' F dW with
-the Fisher matrix F of the layer's weights; the losses of layers add up (to second order, as far as their errors are
-independent). Choosing one width a layer is then a multiple-choice knapsack, solved exactly by HiGHS
-(`scipy.optimize.milp`). Source of the form: HAWQ-V3 (arXiv 2011.10680), which has the trace of the Hessian for F.
+Choosing one width a layer is a multiple-choice knapsack, solved exactly by HiGHS (`scipy.optimize.milp`).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
-from rich.progress import track
-from torch import Tensor, nn
+from torch import nn
 
-from swincompress_pl.quant.bits import WIDTHS, Bits
-from swincompress_pl.quant.calibration import LayerSample, calibration_images, observe, sample_layers
-from swincompress_pl.quant.diagnosis.inspection import standing_still, text_table
-from swincompress_pl.quant.graph.graph import Graph, Node, Passthrough, Run, WeightedNode
-from swincompress_pl.quant.network import QuantizedNetwork, find_preprocessing
-from swincompress_pl.quant.search import LayerProblem, best_balance
+from swincompress_pl._deprecated import renamed
+from swincompress_pl.quant.bits import Bits
+from swincompress_pl.quant.progress import Progress
+from swincompress_pl.quant.sensitivity import LayerSensitivity, Sensitivity, measure_sensitivity
 
-# Independent draws of the Fisher matrix; the error of an estimate from n of them is sqrt(2 / n) of it.
-_PROBES = 64
 # Losses handed to the solver go up to this, far above its absolute gap of 1e-6; each narrower bit costs a tie-break.
 _LARGEST_LOSS, _TIE_BREAK = 1e4, 1e-5
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerSensitivity:
-    """One layer: its number of weights, its MACs for one image, and {width in bits: loss in nats an image}."""
-
-    name: str
-    weights: int
-    macs: int
-    loss: Mapping[int, float]
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "loss", {int(width): float(loss) for width, loss in sorted(self.loss.items())})
-        if not self.loss or not set(self.loss) <= set(WIDTHS):
-            raise ValueError(f"{self.name}: losses at {list(self.loss)} bits; widths are {WIDTHS[0]} to {WIDTHS[-1]}")
-        bad = [loss for loss in self.loss.values() if not (math.isfinite(loss) and loss >= 0)]
-        if bad:
-            raise ValueError(f"{self.name}: a loss of {bad[0]}; losses are finite and at least 0. Check its weights")
-
-    def size_bytes(self, width: int) -> int:
-        """Bytes of the packed weights."""
-        return (self.weights * width + 7) // 8
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sensitivity:
-    """What `measure_sensitivity` found: every weighted layer in the network's order.
-
-    activations: their bits. first_and_last: the bits to which the outer layers are fixed, None: they are free. A layer
-    with one width is fixed.
-    """
-
-    layers: tuple[LayerSensitivity, ...]
-    activations: int = 8
-    first_and_last: int | None = 8
-
-    def __post_init__(self) -> None:
-        names = [layer.name for layer in self.layers]
-        if not names or len(set(names)) != len(names):
-            raise ValueError(f"sensitivity of {len(names)} layers, {len(set(names))} names; each layer has one name")
-
-    def sizes_bytes(self) -> dict[str, dict[int, int]]:
-        """{layer: {width: bytes of its packed weights}}; steps and biases, which no width changes, are not in it."""
-        return {layer.name: {width: layer.size_bytes(width) for width in layer.loss} for layer in self.layers}
-
-    def bit_operations(self) -> dict[str, dict[int, int]]:
-        """{layer: {width: MACs of an image x weight bits}}."""
-        return {layer.name: {width: layer.macs * width for width in layer.loss} for layer in self.layers}
-
-    def loss_of(self, bits: Bits) -> float:
-        """The predicted KL divergence in nats, for widths that were measured; KeyError for another."""
-        return sum(layer.loss[width] for layer, width in self._chosen(bits))
-
-    def size_bytes_of(self, bits: Bits) -> int:
-        """Bytes of all packed weights."""
-        return sum(layer.size_bytes(width) for layer, width in self._chosen(bits))
-
-    def bit_operations_of(self, bits: Bits) -> int:
-        """MACs of an image x weight bits, of all layers."""
-        return sum(layer.macs * width for layer, width in self._chosen(bits))
-
-    def _chosen(self, bits: Bits) -> list[tuple[LayerSensitivity, int]]:
-        ends = (self.layers[0].name, self.layers[-1].name)
-        return [
-            (layer, bits.layers.get(layer.name, bits.first_and_last if layer.name in ends else bits.weights))
-            for layer in self.layers
-        ]
-
-    def to_dict(self) -> dict[str, Any]:
-        """The table in JSON types."""
-        layers = [
-            {"name": layer.name, "weights": layer.weights, "macs": layer.macs}
-            | {"loss": {str(width): loss for width, loss in layer.loss.items()}}
-            for layer in self.layers
-        ]
-        return {"activations": self.activations, "first_and_last": self.first_and_last, "layers": layers}
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Sensitivity:
-        """The inverse of `to_dict`."""
-        layers = [
-            LayerSensitivity(**{**layer, "loss": {int(width): loss for width, loss in layer["loss"].items()}})
-            for layer in data["layers"]
-        ]
-        return cls(layers=tuple(layers), activations=data["activations"], first_and_last=data["first_and_last"])
-
-    def __str__(self) -> str:
-        widths = sorted({width for layer in self.layers for width in layer.loss})
-        rows = [
-            [layer.name, f"{layer.weights:,}", f"{layer.macs:,}"]
-            + [f"{layer.loss[width]:.3g}" if width in layer.loss else "-" for width in widths]
-            for layer in self.layers
-        ]
-        return text_table(["layer", "weights", "MACs", *(f"KL at W{width}" for width in widths)], rows)
-
-
-def measure_sensitivity(
-    model: nn.Module,
-    calibration: Iterable[Any],
-    *,
-    widths: Sequence[int] = (4, 6, 8),
-    activations: int = 8,
-    first_and_last: int | None = 8,
-    preprocessing: Mapping[str, Any] | None = None,
-    images: int = 128,
-    rows: int = 256,
-    seed: int = 0,
-    progress: bool = False,
-) -> Sensitivity:
-    """What rounding the weights of one layer alone to each of `widths` bits costs, in nats of KL to the float output.
-
-    model: a float network with an adapter, or a QuantizedNetwork, whose float weights are measured then. The weights
-    take the steps that `quantize` would search. calibration, preprocessing, images: as in `quantize`. first_and_last:
-    the first layer and the classifier are measured at this width alone, which fixes them there; None: at `widths`.
-    rows: sampled rows a layer, for the search of the steps (fewer than in `quantize`: the losses need no fine steps).
-
-    A wider layer is never worse than a narrower one: it could use that one's step. Raises ValueError for widths outside
-    2 to 8 and for calibration without images.
-    """
-    _check_widths(widths)
-    bits = Bits(activations=activations, first_and_last=8 if first_and_last is None else first_and_last)
-    network = model.network if isinstance(model, QuantizedNetwork) else model
-    found = model.preprocessing if isinstance(model, QuantizedNetwork) else preprocessing
-    found = find_preprocessing(found, getattr(network, "preprocessing", None), getattr(network, "pretrained_cfg", None))
-    shell = QuantizedNetwork(network, preprocessing=found, bits=bits)
-    device = next(network.parameters()).device
-    batches = [batch.to(device) for batch in calibration_images(calibration, images)]
-    for batch in batches:
-        shell.pixels(batch)  # refuses images of another normalization
-    nodes = shell.graph.weighted_nodes
-    measured = {node.name: sorted(set(widths)) for node in nodes}
-    if first_and_last is not None:
-        measured |= {node.name: [first_and_last] for node in (nodes[0], nodes[-1])}
-    with standing_still(network):
-        changes = _changes(shell.graph, network, batches, measured, rows=rows, seed=seed, progress=progress)
-        losses = _fisher_losses(shell.graph, network, batches, changes, seed=seed, progress=progress)
-        macs = _macs(shell.graph, network, batches[0][:1])
-    layers = []
-    for node in nodes:
-        least = math.inf
-        loss = {width: (least := min(least, losses[node.name, width])) for width in measured[node.name]}
-        weights = node.folded_weight(network, None).numel()
-        layers.append(LayerSensitivity(name=node.name, weights=weights, macs=macs[node.name], loss=loss))
-    return Sensitivity(layers=tuple(layers), activations=activations, first_and_last=first_and_last)
 
 
 def allocate(table: Sensitivity, sizes: Mapping[str, Mapping[int, int]], budget: int) -> Bits:
@@ -207,6 +53,7 @@ def allocate(table: Sensitivity, sizes: Mapping[str, Mapping[int, int]], budget:
     )
 
 
+@renamed(images="calibration_images")
 def mixed_precision(
     model: nn.Module,
     calibration: Iterable[Any],
@@ -218,9 +65,9 @@ def mixed_precision(
     activations: int = 8,
     first_and_last: int | None = 8,
     preprocessing: Mapping[str, Any] | None = None,
-    images: int = 128,
+    calibration_images: int = 128,
     seed: int = 0,
-    progress: bool = False,
+    progress: Progress = False,
 ) -> Bits:
     """The bits of every layer for `quantize(model, calibration, bits=...)`: least predicted loss within one budget.
 
@@ -243,7 +90,7 @@ def mixed_precision(
         activations=activations,
         first_and_last=first_and_last,
         preprocessing=preprocessing,
-        images=images,
+        calibration_images=calibration_images,
         seed=seed,
         progress=progress,
     )
@@ -257,123 +104,11 @@ def mixed_precision(
         raise ValueError(f"{error} bytes, of {float_bytes} in float32; more bytes, or narrower widths") from error
 
 
-def _check_widths(widths: Sequence[int]) -> None:
-    bad = [width for width in widths if type(width) is not int or width not in WIDTHS]
-    if not widths or bad:
-        raise ValueError(f"widths is {tuple(widths)}; give integers from {WIDTHS[0]} to {WIDTHS[-1]}, e.g. (4, 6, 8)")
-
-
 def _size(sizes: Mapping[str, Mapping[int, int]], name: str, width: int) -> int:
     size = sizes.get(name, {}).get(width)
     if type(size) is not int or size < 0:
         raise ValueError(f"the size of {name} at {width} bits is {size!r}; sizes are integers of 0 or more")
     return size
-
-
-def _changes(
-    graph: Graph,
-    network: nn.Module,
-    batches: Sequence[Tensor],
-    widths: Mapping[str, Sequence[int]],
-    *,
-    rows: int,
-    seed: int,
-    progress: bool,
-) -> dict[tuple[str, int], Tensor]:
-    """{(layer, width): (M, K...) what rounding at the searched steps changes in its weight}."""
-    ranges = observe(graph, network, batches)
-    samples = sample_layers(graph, network, batches, rows=rows, seed=seed)
-    changes = {}
-    for node in track(graph.weighted_nodes, "searching steps", transient=True, disable=not progress):
-        sample, site = samples.pop(node.name), graph.site_of(node.inputs[0])
-        bounds = ranges[site.name].bounds(None) if site is not None and site.balanced else None
-        for width in widths[node.name]:
-            q_max = 2 ** (width - 1) - 1
-            changes[node.name, width] = _change(
-                network, node, sample, bounds, q_max, 127 if site is None else site.q_max
-            )
-    return changes
-
-
-def _change(
-    network: nn.Module,
-    node: WeightedNode,
-    sample: LayerSample,
-    bounds: tuple[Tensor, Tensor] | None,
-    q_max: int,
-    input_q_max: int,
-) -> Tensor:
-    """bounds: (K,) least and (K,) largest values of an input whose channels get ratios."""
-    x, sensitivity = sample.rows
-    float_weight = node.folded_weight(network, None)
-    weight, ratios = float_weight.flatten(1), torch.ones(())
-    if bounds is not None:
-        ratios, _ = best_balance(x, weight, sensitivity, bounds, shift=False, q_max=input_q_max, weight_q_max=q_max)
-        x, weight = x / ratios, weight * ratios
-    problem = LayerProblem(x=x, weight=weight, sensitivity=sensitivity, magnitude=None, weight_q_max=q_max)
-    rounded = problem.quantized_weight(problem.best_step(x)) / ratios.to(weight)
-    return rounded.reshape(float_weight.shape) - float_weight
-
-
-class _Leaves(Passthrough):
-    """The float network, with a leaf for every weight to take its gradient."""
-
-    def __init__(self) -> None:
-        self.weights: dict[str, Tensor] = {}
-
-    def weight(self, node: WeightedNode, weight: Tensor) -> Tensor:
-        return self.weights.setdefault(node.name, weight.detach().clone().requires_grad_(True))
-
-
-class _Outputs(Passthrough):
-    """Counts the values of every layer's output."""
-
-    def __init__(self) -> None:
-        self.values: dict[str, int] = {}
-
-    def output(self, node: Node, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        self.values[node.name] = output.numel()
-
-
-def _fisher_losses(
-    graph: Graph,
-    network: nn.Module,
-    batches: Sequence[Tensor],
-    changes: Mapping[tuple[str, int], Tensor],
-    *,
-    seed: int,
-    progress: bool,
-) -> dict[tuple[str, int], float]:
-    """1/2 dW' F dW a layer and width, nats an image.
-
-    One probe is the gradient of sum_k r_k sqrt(p_k) log p_k over some images, with random signs r: the square of its
-    product with dW has dW' F dW of these images as its expectation. Unlike a sum over single outputs this sees that
-    the errors of all tokens come from one weight and add up.
-    """
-    images = torch.cat(list(batches))
-    parts = images.split(max(1, len(images) // _PROBES))
-    signs = torch.Generator().manual_seed(seed + 2)
-    total = dict.fromkeys(changes, 0.0)
-    for part in track(parts, "measuring layers", transient=True, disable=not progress):
-        leaves = _Leaves()
-        with torch.enable_grad():
-            log_p = Run(graph, network, leaves)(part).float().log_softmax(-1)
-            sign = (torch.randint(0, 2, log_p.shape, generator=signs) * 2 - 1).to(log_p.device)
-            (log_p * (log_p.detach() / 2).exp() * sign).sum().backward()
-        for (name, width), change in changes.items():
-            gradient = leaves.weights[name].grad
-            if gradient is not None:
-                total[name, width] += 0.5 * float((gradient * change).sum()) ** 2
-    return {key: value / len(images) for key, value in total.items()}
-
-
-def _macs(graph: Graph, network: nn.Module, image: Tensor) -> dict[str, int]:
-    """{layer: MACs of one image}."""
-    outputs = _Outputs()
-    with torch.no_grad():
-        Run(graph, network, outputs)(image)
-        depths = {node.name: node.folded_weight(network, None)[0].numel() for node in graph.weighted_nodes}
-    return {name: outputs.values[name] * depth for name, depth in depths.items()}
 
 
 def _solve(

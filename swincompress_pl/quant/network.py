@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from swincompress_pl.history import history_of, origin_of
-from swincompress_pl.quant.bits import Bits, with_bits
-from swincompress_pl.quant.graph.graph import Graph, Run
+from swincompress_pl.quant.bits import Bits
+from swincompress_pl.quant.graph import Graph, Run
+from swincompress_pl.quant.graph.widths import weight_bits, with_bits
 from swincompress_pl.quant.lower import lower
 from swincompress_pl.quant.scale_cut import Kept, ScaleCut, check_fit, cut_scales, undo_cut
 from swincompress_pl.quant.scales import Scales
@@ -33,7 +34,7 @@ class QuantizedNetwork(nn.Module):
 
     preprocessing: mapping with "mean" and "std" (per channel, [0, 1] units) of the normalization; stored in the
     artifact whole. method "affine" is a simulation in both modes and has no Program. bits: see `Bits`; unsigned: names
-    of sites whose codes have no sign. learned_scales: as after `learn_scales`.
+    of activation quantizers whose codes have no sign. learned_scales: as after `learn_scales`.
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class QuantizedNetwork(nn.Module):
         self.classes = None if classes is None else tuple(classes)
         self.bits, self.unsigned = Bits.of(bits), tuple(unsigned)
         self.graph = self._present_graph()
-        self.scales = Scales(self.graph, network, self.bits, affine=method == "affine")
+        self.scales = Scales(self.graph, network, weight_bits(self.graph, self.bits), affine=method == "affine")
         self.register_load_state_dict_post_hook(_take_up_signs)  # type: ignore[no-untyped-call]
         self._twin: tuple[tuple[Any, ...], TorchTwin] | None = None
         self.compiler: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None
@@ -81,7 +82,7 @@ class QuantizedNetwork(nn.Module):
             "bits": self.bits.to_dict(),
             "unsigned": list(self.unsigned),
         }
-        if self.scales.drift is not None:
+        if self.scales.adjustment is not None:
             quantized["learned_scales"] = True
         history = history_of(self.network)
         return [*history[: self._entries_before], {"quantize": quantized}, *history[self._entries_before :]]
@@ -95,8 +96,8 @@ class QuantizedNetwork(nn.Module):
         """Keep the scales of what a cut of `network` kept, exactly as they are: what was removed takes its own along.
 
         kept: {name of a tensor of `network`: {axis: kept indices}}, for all that the cut changed. Learned scales get a
-        new parameter: hand `ScaleCut.drift` to the optimizer. Raises ValueError, with the scales as before, where they
-        do not fit the network then.
+        new parameter: hand `ScaleCut.adjustment` to the optimizer. Raises ValueError, with the scales as before, where
+        they do not fit the network then.
         """
         cut = cut_scales(self.scales, self.graph, kept)
         try:
@@ -117,7 +118,7 @@ class QuantizedNetwork(nn.Module):
         self.forget_twin()
 
     def make_unsigned(self, names: Sequence[str]) -> None:
-        """From now on the codes of these sites have no sign; ValueError for a site that there is not."""
+        """From now on the codes of these quantizers have no sign; ValueError for one that there is not."""
         self.graph = with_bits(self.graph, self.bits, names)
         self.scales.retarget(self.graph)
         self.unsigned = (*self.unsigned, *names)
@@ -216,9 +217,9 @@ def _run(run: Run, images: Tensor) -> Tensor:
 
 
 def _take_up_signs(quantized: QuantizedNetwork, _: Any) -> None:
-    """What was loaded may have other sites without a sign, beside those that never had one."""
+    """What was loaded may have other quantizers without a sign, beside those that never had one."""
     graph = adapter_for(quantized.network).graph(quantized.network, quantized.preprocessing)
-    loaded = [name for name in quantized.scales.unsigned if graph.sites[name].signed]
+    loaded = [name for name in quantized.scales.unsigned if graph.quantizers[name].signed]
     if set(loaded) != set(quantized.unsigned):
         quantized.unsigned = tuple(loaded)
         quantized.graph = quantized._present_graph()

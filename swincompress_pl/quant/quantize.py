@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
+from swincompress_pl._deprecated import renamed, renamed_attributes
+from swincompress_pl.evaluation_mode import evaluation_mode
 from swincompress_pl.quant.bits import Bits
-from swincompress_pl.quant.calibration import Ranges, calibration_images, observe, sample_layers
-from swincompress_pl.quant.graph.graph import Graph
+from swincompress_pl.quant.calibration import Ranges, first_images, observe, sample_layers
+from swincompress_pl.quant.graph import Graph
 from swincompress_pl.quant.graph.spiking_nodes import NeuronNode
 from swincompress_pl.quant.layerwise import LayerwiseSearch
 from swincompress_pl.quant.network import QuantizedNetwork, find_preprocessing
+from swincompress_pl.quant.progress import Progress
+from swincompress_pl.quant.quantizers import affine_range
 from swincompress_pl.quant.rounding import Learning, round_blocks
-from swincompress_pl.quant.scales import affine_range
 from swincompress_pl.quant.search import max_step
 
-# 16-bit sites and logits keep the true maximum and leave room above it: a bit there is free, clipping is not.
+# 16-bit values and logits keep the true maximum and leave room above it: a bit there is free, clipping is not.
 HEADROOM = 2.0
 # Bias must stay below 2**30 accumulator steps at export; keep two bits of distance.
 _BIAS_STEPS = 2.0**28
@@ -28,12 +30,14 @@ _DEAD_ROW_STEPS = 256.0
 ROUNDINGS = ("nearest", "second_order", "learned")
 
 
+@renamed(balance="equalize", shift="center")
+@renamed_attributes(balance="equalize", shift="center")
 @dataclass(frozen=True, kw_only=True)
 class SearchOptions:
     """What "searched" does beyond a clip for every scale; each can be switched off or on alone.
 
-    balance: per-channel ranges of LayerNorm outputs, folded away (in the manner of RepQ-ViT, arXiv 2212.08254).
-    shift: codes of LayerNorm's outputs and of GELU's input and output that stand for the value plus a constant, where
+    equalize: per-channel ranges of LayerNorm outputs, folded away (in the manner of RepQ-ViT, arXiv 2212.08254).
+    center: codes of LayerNorm's outputs and of GELU's input and output that stand for the value plus a constant, where
     the error is smaller so; biases and GELU's table absorb it, and GELU's output needs no sign.
     bias_correction: each layer's bias takes up the mean error of its output. rounding: "nearest", "second_order" or
     "learned", both block by block with biases corrected (`rounding.py`); learning: the details of the last. These write
@@ -41,8 +45,8 @@ class SearchOptions:
     rows: sampled rows a layer. seed: of the sampling.
     """
 
-    balance: bool = True
-    shift: bool = True
+    equalize: bool = True
+    center: bool = True
     bias_correction: bool = False
     rounding: str = "nearest"
     learning: Learning = field(default_factory=Learning)
@@ -58,6 +62,7 @@ class SearchOptions:
             raise ValueError(f"rows is {self.rows!r}; it must be an integer of 1 or more")
 
 
+@renamed(images="calibration_images")
 @torch.no_grad()
 def quantize(
     model: nn.Module,
@@ -66,18 +71,18 @@ def quantize(
     method: str = "searched",
     bits: Bits | str | Mapping[str, Any] = "W8A8",
     preprocessing: Mapping[str, Any] | None = None,
-    images: int = 128,
+    calibration_images: int = 128,
     percentile: float | None = None,
     search: SearchOptions | Mapping[str, Any] | None = None,
     classes: Sequence[str] | None = None,
-    progress: bool = False,
+    progress: Progress = False,
 ) -> QuantizedNetwork:
     """Quantizes a supported network to integers without training.
 
     model: a network with an adapter (timm Swin or ViT), in any mode; it is wrapped, not copied. Its weights stay, but
     for the search options that say otherwise.
     calibration: batches as the network takes them, normalized float (N, C, H, W), alone or first in a tuple; the first
-    `images` images are used.
+    `calibration_images` images are used.
     method: "searched" (scales searched under the Gauss-Newton error), "max" (symmetric, clipped at the maximum),
     "affine" (min-max with offset; a simulation for comparison that cannot be exported).
     bits: "W8A8", "W4A8", ..., or `Bits`. percentile: where the clip of an activation begins ("searched") or stays
@@ -85,11 +90,12 @@ def quantize(
     "searched" only.
     preprocessing: mapping with "mean" and "std" of the images; default: the network's own (`network.preprocessing`, or
     timm's `pretrained_cfg`). classes: names for the artifact.
+    progress: True shows bars in the terminal; a function is called with (what is done, steps done, steps in all).
 
-    Raises ValueError for empty calibration, NaN or infinite values (naming the site), an unknown method, widths or
-    options that contradict each other, an already quantized network, or a spiking one most of whose neurons are silent
-    (naming the first) or that keeps its membranes between calls; UnsupportedNetworkError for a network without
-    an integer form.
+    Raises ValueError for empty calibration, NaN or infinite values (naming the activation quantizer), an unknown
+    method, widths or options that contradict each other, an already quantized network, or a spiking one most of whose
+    neurons are silent (naming the first) or that keeps its membranes between calls; UnsupportedNetworkError for a
+    network without an integer form.
     """
     options = _options(method, percentile, search)
     found = find_preprocessing(
@@ -97,31 +103,46 @@ def quantize(
     )
     quantized = QuantizedNetwork(model, preprocessing=found, method=method, classes=classes, bits=bits)
     device = next(model.parameters()).device
-    batches = [batch.to(device) for batch in calibration_images(calibration, images)]
+    batches = [batch.to(device) for batch in first_images(calibration, calibration_images)]
     for batch in batches:
         quantized.pixels(batch)  # refuses images of another normalization
-    with _evaluating(quantized):
-        ranges = observe(quantized.graph, model, batches)
-        _require_spikes(quantized.graph, ranges)
-        clips = {name: entry.clip(percentile) for name, entry in ranges.items()}
-        _set_ranges(quantized, ranges, clips)
-        if options is not None:
-            samples = sample_layers(quantized.graph, model, batches, rows=options.rows, seed=options.seed)
-            LayerwiseSearch(
-                quantized,
-                {name: entry.bounds(percentile) for name, entry in ranges.items()},
-                samples,
-                balance=options.balance,
-                shift=options.shift,
-                bias_correction=options.bias_correction,
-            ).run(progress=progress)
-        _secure_steps(quantized)
-        if options is not None and options.rounding != "nearest":
-            learned = options.rounding == "learned"
-            learning = options.learning if learned else Learning(iterations=0)
-            round_blocks(quantized, batches, learning, progress=progress)
-            _secure_steps(quantized)
+    with evaluation_mode(model):
+        try:
+            _find_scales(quantized.eval(), batches, options, percentile, progress)
+        finally:
+            quantized.train()  # as it was made; `model` gets its own modes back after it
     return quantized
+
+
+def _find_scales(
+    quantized: QuantizedNetwork,
+    batches: Sequence[torch.Tensor],
+    options: SearchOptions | None,
+    percentile: float | None,
+    progress: Progress,
+) -> None:
+    """Calibrates; with options, searches and rounds as they say."""
+    ranges = observe(quantized.graph, quantized.network, batches)
+    _require_spikes(quantized.graph, ranges)
+    clips = {name: entry.clip(percentile) for name, entry in ranges.items()}
+    _set_ranges(quantized, ranges, clips)
+    if options is None:
+        _secure_steps(quantized)
+        return
+    samples = sample_layers(quantized.graph, quantized.network, batches, rows=options.rows, seed=options.seed)
+    LayerwiseSearch(
+        quantized,
+        {name: entry.bounds(percentile) for name, entry in ranges.items()},
+        samples,
+        equalize=options.equalize,
+        center=options.center,
+        bias_correction=options.bias_correction,
+    ).run(progress=progress)
+    _secure_steps(quantized)
+    if options.rounding != "nearest":
+        learning = options.learning if options.rounding == "learned" else Learning(iterations=0)
+        round_blocks(quantized, batches, learning, progress=progress)
+        _secure_steps(quantized)
 
 
 def _require_spikes(graph: Graph, ranges: Mapping[str, Ranges]) -> None:
@@ -154,37 +175,25 @@ def _options(
         raise ValueError(f"search: {error}; the options are {', '.join(SearchOptions.__dataclass_fields__)}") from error
 
 
-@contextmanager
-def _evaluating(quantized: QuantizedNetwork) -> Iterator[None]:
-    """Eval mode for a while; after it every module is in the mode that it was in."""
-    modes = {module: module.training for module in quantized.modules()}
-    quantized.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.train(training) if module is quantized else setattr(module, "training", training)
-
-
 def _set_ranges(quantized: QuantizedNetwork, ranges: Mapping[str, Ranges], clips: Mapping[str, torch.Tensor]) -> None:
     """The starting point, and the end of the methods without search: everything at its clip."""
-    for site in quantized.graph.sites.values():
-        if site.fixed_scale is not None:
+    for spec in quantized.graph.quantizers.values():
+        if spec.fixed_scale is not None:
             continue
-        scale = quantized.scales.site(site)
-        segments = list(site.segments)
-        if scale.affine and site.searched:
-            low = torch.stack([part.min() for part in ranges[site.name].low.split(segments)]).clamp(max=0)
-            high = torch.stack([part.max() for part in ranges[site.name].high.split(segments)]).clamp(min=0)
-            _set_affine(scale.scale, scale.zero_point, low, high, site.bits)
+        scale = quantized.scales.activation_quantizer(spec)
+        segments = list(spec.segments)
+        if scale.affine and spec.searched:
+            low = torch.stack([part.min() for part in ranges[spec.name].low.split(segments)]).clamp(max=0)
+            high = torch.stack([part.max() for part in ranges[spec.name].high.split(segments)]).clamp(min=0)
+            _set_affine(scale.scale, scale.zero_point, low, high, spec.bits)
             continue
-        if site.searched:
-            magnitude = torch.stack([part.max() for part in clips[site.name].split(segments)])
+        if spec.searched:
+            magnitude = torch.stack([part.max() for part in clips[spec.name].split(segments)])
         else:
-            magnitude = torch.stack([part.max() for part in ranges[site.name].magnitude.split(segments)]) * HEADROOM
-        scale.scale.copy_(torch.where(magnitude > 0, magnitude, 1.0) / site.q_max)
+            magnitude = torch.stack([part.max() for part in ranges[spec.name].magnitude.split(segments)]) * HEADROOM
+        scale.scale.copy_(torch.where(magnitude > 0, magnitude, 1.0) / spec.q_max)
     for node in quantized.graph.weighted_nodes:
-        weight = quantized.scales.weight_scale(node)
+        weight = quantized.scales.weight_quantizer(node)
         folded = node.folded_weight(quantized.network, None).flatten(1)
         if weight.affine:
             low, high = folded.amin(1).clamp(max=0), folded.amax(1).clamp(min=0)
@@ -204,13 +213,13 @@ def _set_affine(
 def _secure_steps(quantized: QuantizedNetwork) -> None:
     """Steps that int32 accumulators can carry: room for the bias, and a unit for rows without weights."""
     for node in quantized.graph.weighted_nodes:
-        scale = quantized.scales.weight_scale(node)
+        scale = quantized.scales.weight_quantizer(node)
         if scale.affine:
             continue
-        in_site, out_site = quantized.graph.site_of(node.inputs[0]), quantized.graph.site_of(node.output)
-        in_scale = 1.0 if in_site is None else float(quantized.scales.site(in_site).scale[0])
-        assert out_site is not None
-        out_scale = quantized.scales.site(out_site).channel_scales()
+        in_spec, out_spec = quantized.graph.spec_of(node.inputs[0]), quantized.graph.spec_of(node.output)
+        in_scale = 1.0 if in_spec is None else float(quantized.scales.activation_quantizer(in_spec).scale[0])
+        assert out_spec is not None
+        out_scale = quantized.scales.activation_quantizer(out_spec).channel_scales()
         step = torch.where(scale.step > 0, scale.step, out_scale / (in_scale * _DEAD_ROW_STEPS))
         bias = node.folded_bias(quantized.network)
         if bias is not None:

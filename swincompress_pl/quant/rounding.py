@@ -17,11 +17,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from rich.progress import Progress
 from torch import Tensor, nn
 
-from swincompress_pl.quant.graph.graph import Node, Passthrough, Quantizer, Run, Site, WeightedNode
+from swincompress_pl.quant.calibration import probe
+from swincompress_pl.quant.graph import Delegating, Node, Passthrough, Quantizer, Run, WeightedNode
 from swincompress_pl.quant.network import QuantizedNetwork
+from swincompress_pl.quant.progress import Progress, track
 from swincompress_pl.quant.scales import Scales
 from swincompress_pl.spec import INPUT_VALUE
 
@@ -45,7 +46,7 @@ class Learning:
 
 @torch.no_grad()
 def round_blocks(
-    quantized: QuantizedNetwork, batches: Sequence[Tensor], learning: Learning, *, progress: bool = False
+    quantized: QuantizedNetwork, batches: Sequence[Tensor], learning: Learning, *, progress: Progress = False
 ) -> None:
     """Rounds all weights of a calibrated network in eval mode; biases take up the mean error that is left.
 
@@ -60,34 +61,24 @@ def round_blocks(
     importance = _sensitivities(float_run, batches, learning.seed) if float_run and learning.sensitive else {}
     wanted: Values = [{INPUT_VALUE: images} for images in batches]
     given: Values = [{INPUT_VALUE: images} for images in batches]
-    with Progress(transient=True, disable=not progress) as bar:
-        for numbers in bar.track(graph.blocks(), description="rounding"):
-            nodes = [node for node in graph.nodes[numbers.start : numbers.stop] if isinstance(node, WeightedNode)]
-            for node in nodes:
-                _compensate(node, numbers, integer, given)
-            if float_run is not None:
-                wanted = [float_run.advance(values, numbers) for values in wanted]
-                block = _Block(integer, numbers, given, wanted, importance)
-                _learn(block, _rates(nodes, integer, learning.lr), learning)
-            given = [integer.advance(values, numbers) for values in given]
+    for numbers in track(graph.blocks(), "rounding", progress):
+        nodes = [node for node in graph.nodes[numbers.start : numbers.stop] if isinstance(node, WeightedNode)]
+        for node in nodes:
+            _compensate(node, numbers, integer, given)
+        if float_run is not None:
+            wanted = [float_run.advance(values, numbers) for values in wanted]
+            block = _Block(integer, numbers, given, wanted, importance)
+            _learn(block, _rates(nodes, integer, learning.lr), learning)
+        given = [integer.advance(values, numbers) for values in given]
 
 
-class _Watch:
+class _Watch(Delegating):
     """A quantizer that keeps the rows which go into one layer."""
 
     def __init__(self, inner: Quantizer, node: WeightedNode, network: nn.Module) -> None:
-        self.inner, self.node, self.network = inner, node, network
+        super().__init__(inner)
+        self.node, self.network = node, network
         self.rows = torch.empty(0)
-
-    @property
-    def balances(self) -> Mapping[str, Tensor]:
-        return self.inner.balances
-
-    def activation(self, site: Site, x: Tensor) -> Tensor:
-        return self.inner.activation(site, x)
-
-    def weight(self, node: WeightedNode, weight: Tensor) -> Tensor:
-        return self.inner.weight(node, weight)
 
     def output(self, node: Node, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         if node is self.node:
@@ -110,23 +101,23 @@ def _compensate(node: WeightedNode, numbers: range, integer: Run, given: Values)
     """
     scales = integer.quantizer
     assert isinstance(scales, Scales)
-    balance = integer.balance(node)
-    weight = node.folded_weight(integer.network, balance)
+    equalization = integer.equalization(node)
+    weight = node.folded_weight(integer.network, equalization)
     groups = node.groups(integer.network)
     flat = weight.flatten(1).double().unflatten(0, (groups, -1))
     inputs = flat.shape[2]
     gram, total, count = flat.new_zeros(groups, inputs, inputs), flat.new_zeros(groups, inputs), 0
     for values in given:
         rows = _rows(node, integer, values, numbers)
-        x = (rows if balance is None else rows / balance).unflatten(1, (groups, inputs)).transpose(0, 1)
+        x = (rows if equalization is None else rows / equalization).unflatten(1, (groups, inputs)).transpose(0, 1)
         gram += (x.transpose(1, 2) @ x).double()
         total += x.double().sum(1)
         count += x.shape[1]
     diagonal = gram.diagonal(dim1=1, dim2=2)
     diagonal.add_((_DAMPING * diagonal.mean(1, keepdim=True)).clamp(min=1e-12))
-    step, q_max = scales.step(node).double(), scales.weight_scale(node).q_max
+    step, q_max = scales.step(node).double(), scales.weight_quantizer(node).q_max
     rounded = second_order_rounding(flat, step.unflatten(0, (groups, -1)), gram, q_max)
-    node.set_folded_weight(integer.network, rounded.to(weight).reshape(weight.shape), balance)
+    node.set_folded_weight(integer.network, rounded.to(weight).reshape(weight.shape), equalization)
     error = ((flat - rounded) @ (total / count)[:, :, None]).flatten()
     node.add_to_bias(integer.network, error.to(weight))
 
@@ -157,8 +148,7 @@ def second_order_rounding(weight: Tensor, step: Tensor, gram: Tensor, q_max: int
 def _sensitivities(run: Run, batches: Sequence[Tensor], seed: int) -> dict[str, Tensor]:
     """{what a block gives: (1, rows, C) the mean square of the loss's gradient there over all images, 1 on average}.
 
-    The gradient is that of `calibration.sample_layers`, whose square has the diagonal of the Gauss-Newton matrix of the
-    KL divergence as its expectation.
+    The gradient is that of a `probe`.
     """
     signs = torch.Generator().manual_seed(seed)
     total: dict[str, Tensor] = {}
@@ -169,9 +159,7 @@ def _sensitivities(run: Run, batches: Sequence[Tensor], seed: int) -> dict[str, 
             for numbers in run.graph.blocks():
                 values = run.advance(values, numbers)
                 ends |= values
-            log_p = values[run.graph.nodes[-1].output].flatten(1).float().log_softmax(-1)
-            sign = torch.randint(0, 2, log_p.shape, generator=signs).to(log_p.device) * 2 - 1
-            answer = (log_p * (log_p.detach() / 2).exp() * sign).sum()
+            answer = probe(values[run.graph.nodes[-1].output].flatten(1), signs)
         for name, gradient in zip(ends, torch.autograd.grad(answer, list(ends.values())), strict=True):
             total[name] = total.get(name, 0.0) + gradient.square().sum(0, keepdim=True)
     return {
@@ -216,7 +204,7 @@ def _rates(nodes: Sequence[WeightedNode], integer: Run, lr: float) -> dict[nn.Pa
     assert isinstance(scales, Scales)
     rates: dict[nn.Parameter, float] = {}
     for node in nodes:
-        rate = lr * node.grid(network, scales.step(node), integer.balance(node))
+        rate = lr * node.grid(network, scales.step(node), integer.equalization(node))
         rates |= dict.fromkeys(network.get_submodule(node.module).parameters(recurse=False), rate)
     return rates
 

@@ -8,63 +8,65 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from swincompress_pl.quant.graph.graph import Graph
+from swincompress_pl._deprecated import renamed_attributes
+from swincompress_pl.quant.graph import Graph
 from swincompress_pl.quant.scales import Scales, weight_key
 
 Kept = Mapping[str, Mapping[int, Tensor]]
 """{name of a parameter that was cut: {axis: the indices along it that were kept}}."""
 
 
+@renamed_attributes(drift="adjustment")
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ScaleCut:
     """What a cut replaced in the scales, enough to go back (`QuantizedNetwork.unfollow`).
 
-    graph: the graph before it. buffers: (module, name, tensor before). drift: the parameter of learned scales before
-    and after it and the indices kept, for the optimizers; None where it stayed.
+    graph: the graph before it. buffers: (module, name, tensor before). adjustment: the parameter of learned scales
+    before and after it and the indices kept, for the optimizers; None where it stayed.
     """
 
     graph: Graph
     buffers: tuple[tuple[nn.Module, str, Tensor], ...]
-    drift: tuple[nn.Parameter, nn.Parameter, Tensor] | None
+    adjustment: tuple[nn.Parameter, nn.Parameter, Tensor] | None
 
 
 def cut_scales(scales: Scales, graph: Graph, kept: Kept) -> ScaleCut:
     """Keep the scales of what a cut kept, exactly as they are.
 
-    Rows of a weight have a step each; columns that read a balanced site have a ratio and a shift each. The scale of a
-    site stays: it belongs to all channels together. graph: the one before the cut.
+    Rows of a weight have a step each; columns that read equalized values have a ratio and a centering each. A
+    quantizer's scale stays: it belongs to all channels together. graph: the one before the cut.
     """
     places: dict[tuple[nn.Module, str], Tensor] = {}
     rows: dict[str, Tensor] = {}
     for node in graph.weighted_nodes:
-        axes, weight = kept.get(f"{node.module}.weight", {}), scales.weight_scale(node)
-        site = graph.site_of(node.inputs[0])
+        axes, weight = kept.get(f"{node.module}.weight", {}), scales.weight_quantizer(node)
+        spec = graph.spec_of(node.inputs[0])
         if 0 in axes:
             rows[weight_key(node)] = axes[0]
             places |= {(weight, name): axes[0] for name in ("step", "zero_point") if name in weight._buffers}
-        if 1 in axes and site is not None and site.balanced:
-            ratios = scales.site_scale(site)
-            places |= {(ratios, name): axes[1] for name in ("balance", "shift") if name in ratios._buffers}
-    drift = _cut_drift(scales, rows)  # it needs the lengths before
+        if 1 in axes and spec is not None and spec.equalized:
+            ratios = scales.calibrated_quantizer(spec)
+            places |= {(ratios, name): axes[1] for name in ("equalization", "centering") if name in ratios._buffers}
+    adjustment = _cut_adjustment(scales, rows)  # it needs the lengths before
     buffers = tuple((module, name, module.get_buffer(name)) for module, name in places)
     for (module, name), index in places.items():
         setattr(module, name, module.get_buffer(name).index_select(0, index.to(module.get_buffer(name).device)))
-    if drift is not None:
-        scales.drift = drift[1]
-    return ScaleCut(graph=graph, buffers=buffers, drift=drift)
+    if adjustment is not None:
+        scales.adjustment = adjustment[1]
+    return ScaleCut(graph=graph, buffers=buffers, adjustment=adjustment)
 
 
 def undo_cut(scales: Scales, cut: ScaleCut) -> None:
     """The scales from before `cut`, the latest one."""
     for module, name, tensor in cut.buffers:
         setattr(module, name, tensor)
-    if cut.drift is not None:
-        scales.drift = cut.drift[0]
+    if cut.adjustment is not None:
+        scales.adjustment = cut.adjustment[0]
 
 
-def _cut_drift(scales: Scales, rows: Mapping[str, Tensor]) -> tuple[nn.Parameter, nn.Parameter, Tensor] | None:
+def _cut_adjustment(scales: Scales, rows: Mapping[str, Tensor]) -> tuple[nn.Parameter, nn.Parameter, Tensor] | None:
     """The learned scales' parameter with the entries of the kept rows alone; not yet in its place."""
-    old = scales.drift
+    old = scales.adjustment
     if old is None or not rows:
         return None
     parts, start = [], 0
@@ -83,9 +85,9 @@ def _cut_drift(scales: Scales, rows: Mapping[str, Tensor]) -> tuple[nn.Parameter
 def check_fit(scales: Scales, graph: Graph, network: nn.Module) -> None:
     """ValueError, naming the layer, for scales that are not as wide as the network."""
     for node in graph.weighted_nodes:
-        weight, step = node.folded_weight(network, None), scales.weight_scale(node).step
-        site = graph.site_of(node.inputs[0])
-        ratios = scales.site_scale(site).balance if site is not None and site.balanced else None
+        weight, step = node.folded_weight(network, None), scales.weight_quantizer(node).step
+        spec = graph.spec_of(node.inputs[0])
+        ratios = scales.calibrated_quantizer(spec).equalization if spec is not None and spec.equalized else None
         wide = len(step) if ratios is None else (len(step), len(ratios))
         expected = weight.shape[0] if ratios is None else tuple(weight.shape[:2])
         if wide != expected:

@@ -19,8 +19,8 @@ CANDIDATES = torch.tensor([0.01 + i * SPACING for i in range(101)])
 _STRIDE = 4
 _NEIGHBOURS = [offset * SPACING for offset in range(1 - _STRIDE, _STRIDE) if offset]
 ROUNDS = 3
-# Exponents tried for balancing: channel ratio = (channel maximum / largest maximum) ** exponent.
-BALANCE_EXPONENTS = (0.0, 0.25, 0.5, 0.75, 1.0)
+# Exponents tried for equalization: channel ratio = (channel maximum / largest maximum) ** exponent.
+EQUALIZATION_EXPONENTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 _COARSE = (1.0, 0.8, 0.6, 0.45, 0.3)
 
 
@@ -47,16 +47,16 @@ def best_factor(error: Callable[[float], Tensor]) -> float:
 class LayerProblem:
     """One layer's scales to find: x (R, K) inputs, weight (M, K), sensitivity (R, M) of its output.
 
-    `q_max`, `signed` and `magnitude` describe the input site; magnitude None: the input is exact (pixels). shift: (K,)
-    or (1,), what its codes stand for beyond the values; magnitude is that of the sum.
-    weight_q_max: largest code of the weights.
+    `q_max`, `signed` and `magnitude` describe the input's quantizer; magnitude None: the input is exact (pixels).
+    centering: (K,) or (1,), what its codes stand for beyond the values; magnitude is that of the sum. weight_q_max:
+    largest code of the weights.
     """
 
     x: Tensor
     weight: Tensor
     sensitivity: Tensor
     magnitude: float | None
-    shift: Tensor | None = None
+    centering: Tensor | None = None
     q_max: int = 127
     signed: bool = True
     weight_q_max: int = 127
@@ -74,9 +74,11 @@ class LayerProblem:
         return torch.fake_quantize_per_channel_affine(self.weight, safe, zero, 0, -self.weight_q_max, self.weight_q_max)
 
     def quantized_input(self, scale: float) -> Tensor:
-        if self.shift is None:
+        if self.centering is None:
             return fake_quantize(self.x, torch.tensor(scale), self.q_max, signed=self.signed)
-        return fake_quantize(self.x + self.shift, torch.tensor(scale), self.q_max, signed=self.signed) - self.shift
+        return (
+            fake_quantize(self.x + self.centering, torch.tensor(scale), self.q_max, signed=self.signed) - self.centering
+        )
 
     def best_step(self, x: Tensor) -> Tensor:
         largest = self.weight.abs().amax(1) / (self.weight_q_max + 0.5)
@@ -112,54 +114,55 @@ class LayerProblem:
         return scale, step
 
     def coarse_error(self) -> float:
-        """The error of the better of a few clips at maximal weight steps: to compare balancings cheaply."""
+        """The error of the better of a few clips at maximal weight steps: to compare equalizations cheaply."""
         assert self.magnitude is not None
         weight = self.quantized_weight(max_step(self.weight, self.weight_q_max))
         scales = [self.magnitude / self.q_max * factor for factor in _COARSE]
         return min(float(self.error(self.quantized_input(scale), weight).sum()) for scale in scales)
 
 
-def best_balance(
+def best_equalization(
     x: Tensor,
     weight: Tensor,
     sensitivity: Tensor,
     bounds: tuple[Tensor, Tensor],
     *,
-    shift: bool,
+    center: bool,
     q_max: int = 127,
     weight_q_max: int = 127,
 ) -> tuple[Tensor, Tensor]:
-    """(K,) ratios of the input channels to the site's scale, at most 1, and (K,) what is added to each before rounding.
+    """(K,) ratios of the input channels to the quantizer's scale, at most 1, and (K,) what is added to each before
+    rounding.
 
     bounds: (K,) least and (K,) largest values. A channel with ratio r is divided by r before rounding and its weight
-    column multiplied by it: outlier channels of a LayerNorm output then no longer set everyone's step. With `shift`
+    column multiplied by it: outlier channels of a LayerNorm output then no longer set everyone's step. With `center`
     channels may also be centred. Ratios are chosen among powers of the channels' reach (in the manner of RepQ-ViT,
     arXiv 2212.08254, which puts both into LayerNorm's affine).
     """
     low, high = bounds
     found: list[tuple[float, Tensor, Tensor]] = []
     largest = torch.maximum(high, -low).max()
-    for middle in [torch.zeros_like(low), *([(low + high) / 2] if shift else [])]:
+    for middle in [torch.zeros_like(low), *([(low + high) / 2] if center else [])]:
         reach = torch.maximum(high - middle, middle - low)
         if reach.max() <= largest / 16:  # nothing, or nothing but a constant, which needs no tiny steps
             continue
         relative = (reach / reach.max()).clamp(min=2.0**-10)
-        for exponent in BALANCE_EXPONENTS:
-            balance = relative**exponent
+        for exponent in EQUALIZATION_EXPONENTS:
+            equalization = relative**exponent
             problem = LayerProblem(
-                x=x / balance,
-                weight=weight * balance,
+                x=x / equalization,
+                weight=weight * equalization,
                 sensitivity=sensitivity,
-                magnitude=float((reach / balance).max()),
-                shift=-middle / balance,
+                magnitude=float((reach / equalization).max()),
+                centering=-middle / equalization,
                 q_max=q_max,
                 weight_q_max=weight_q_max,
             )
-            found.append((problem.coarse_error(), balance, -middle))
+            found.append((problem.coarse_error(), equalization, -middle))
     if not found:
         return torch.ones_like(low), torch.zeros_like(low)
-    _, balance, chosen = min(found, key=lambda entry: entry[0])
-    return balance, chosen
+    _, equalization, chosen = min(found, key=lambda entry: entry[0])
+    return equalization, chosen
 
 
 def best_value_scale(values: Tensor, sensitivity: Tensor, *, q_max: int, signed: bool, magnitude: float) -> float:
@@ -174,10 +177,10 @@ def best_value_scale(values: Tensor, sensitivity: Tensor, *, q_max: int, signed:
     return largest * best_factor(error)
 
 
-def best_shifted_scale(
+def best_centered_scale(
     values: Tensor, sensitivity: Tensor, *, q_max: int, bounds: tuple[float, float]
 ) -> tuple[float, float]:
-    """(scale, shift) of values whose codes from -q_max to q_max may stand for the value plus a constant.
+    """(scale, centering) of values whose codes from -q_max to q_max may stand for the value plus a constant.
 
     bounds: least and largest value. One end of the range is searched after the other, twice, for the least weighted
     error.
@@ -190,8 +193,8 @@ def best_shifted_scale(
         return max(high - low, least_width) / (2 * q_max), -(low + high) / 2
 
     def error(low: float, high: float) -> float:
-        scale, shift = fit(low, high)
-        rounded = fake_quantize(values + shift, torch.tensor(scale), q_max) - shift
+        scale, centering = fit(low, high)
+        rounded = fake_quantize(values + centering, torch.tensor(scale), q_max) - centering
         return float(((rounded - values) * sensitivity).square_().mean())
 
     factors = [float(factor) for factor in CANDIDATES[10::3]]

@@ -6,8 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from swincompress_pl.quant.diagnosis.diagnosis import Diagnosis, Effect, SiteCost
-from swincompress_pl.quant.diagnosis.quantization_errors import Histogram, SiteError
+from swincompress_pl.quant.diagnosis import Diagnosis, Effect, Histogram, QuantizationError, QuantizerCost
 from swincompress_pl.report.plain import read_plain
 
 
@@ -47,6 +46,6 @@ def result_of(diagnosis: Diagnosis) -> Effect:
     return diagnosis.simulated if diagnosis.integer is None else diagnosis.integer
 
 
-def label(row: SiteCost | SiteError | Histogram) -> str:
+def label(row: QuantizerCost | QuantizationError | Histogram) -> str:
     """A name that tells the quantizer of a layer's weight from that of its output."""
     return f"{row.name} (weight)" if row.kind == "weight" else row.name

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from swincompress_pl.evaluation_mode import evaluation_mode
 from swincompress_pl.models.spiking.memory import check_spiking, watching_spikes
 from swincompress_pl.pruning import count_macs
-from swincompress_pl.pruning.evaluation.scorer import evaluation_mode
 from swincompress_pl.report.plain import Plain
 
 _FLOAT_BYTES = 4

@@ -1,4 +1,4 @@
-"""Small networks whose quantization is measured site by site, and their images."""
+"""Small networks whose quantization is measured quantizer by quantizer, and their images."""
 
 from __future__ import annotations
 

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from swincompress_pl.models.spiking.graph_builder import SpikingBuilder
-from swincompress_pl.quant import Graph, Site
+from swincompress_pl.quant import Graph, QuantizerSpec
 
-_REAL = Site(name="", segments=(1,))  # the builder fills in both
+_REAL = QuantizerSpec(name="", segments=(1,))  # the builder fills in both
 
 
 def meta_spikeformer_graph(network: Any, preprocessing: Mapping[str, Any]) -> Graph:
@@ -32,14 +32,14 @@ def meta_spikeformer_graph(network: Any, preprocessing: Mapping[str, Any]) -> Gr
 
 def _separable_conv(build: SpikingBuilder, path: str, x: str) -> str:
     y = build.conv_neuron(f"{path}.conv1", f"{path}.bn1", f"{path}.lif2", build.neuron(f"{path}.lif1", x))
-    y = build.conv(f"{path}.depthwise", [], y, site=_REAL)
+    y = build.conv(f"{path}.depthwise", [], y, spec=_REAL)
     return build.conv(f"{path}.conv2", [f"{path}.bn2"], y)
 
 
 def _rep_conv(build: SpikingBuilder, path: str, norm: str, x: str, *, neuron: str | None = None) -> str:
     """A convolution in three parts, with real values between them, and the BatchNorm behind it."""
-    y = build.conv(f"{path}.conv1", [f"{path}.bn1.bn"], x, site=_REAL)
-    y = build.conv(f"{path}.depthwise", [], y, site=_REAL, border=f"{path}.bn1.bn")
+    y = build.conv(f"{path}.conv1", [f"{path}.bn1.bn"], x, spec=_REAL)
+    y = build.conv(f"{path}.depthwise", [], y, spec=_REAL, border=f"{path}.bn1.bn")
     return build.conv(f"{path}.conv2", [f"{path}.bn2", norm], y, neuron=neuron)
 
 

@@ -11,12 +11,13 @@ from spikingjelly.activation_based.neuron import BaseNode
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from swincompress_pl.quant import AddNode, Graph, GraphBuilder, MeanNode, Node, Site
-from swincompress_pl.quant.graph.graph import LOGIT_BITS
+from swincompress_pl.quant import Graph, GraphBuilder, Node, QuantizerSpec
+from swincompress_pl.quant.graph.conv_norm import ConvNormNode
 from swincompress_pl.quant.graph.neurons import Neuron
+from swincompress_pl.quant.graph.nodes import AddNode, MeanNode
+from swincompress_pl.quant.graph.quantizer_spec import LOGIT_BITS
 from swincompress_pl.quant.graph.spiking_nodes import (
     BlockSumNode,
-    ConvNormNode,
     GateNode,
     MaxPoolNode,
     NeuronNode,
@@ -89,15 +90,15 @@ class SpikingBuilder(GraphBuilder):
         return self.add(node)
 
     def _whole(self, name: str, channels: int, largest: int) -> str:
-        """A site of spikes (largest 1) or of sums of spikes."""
+        """A quantizer of spikes (largest 1) or of sums of spikes."""
         self.refuse(largest > 255, f"{name} sums up to {largest} spikes; counts of at most 255 have an integer form")
-        return self.site(
-            Site(name=name, segments=(channels,), bits=largest.bit_length(), signed=False, fixed_scale=1.0)
+        return self.quantizer(
+            QuantizerSpec(name=name, segments=(channels,), bits=largest.bit_length(), signed=False, fixed_scale=1.0)
         )
 
     def _wide(self, name: str, channels: int, scale: float = 1.0) -> str:
-        """A site of int32: currents, or a stream with its scale."""
-        return self.site(Site(name=name, segments=(channels,), bits=LOGIT_BITS, fixed_scale=scale))
+        """A quantizer of int32: currents, or a stream with its scale."""
+        return self.quantizer(QuantizerSpec(name=name, segments=(channels,), bits=LOGIT_BITS, fixed_scale=scale))
 
     # Layers
 
@@ -108,12 +109,12 @@ class SpikingBuilder(GraphBuilder):
         x: str,
         *,
         neuron: str | None = None,
-        site: Site | None = None,
+        spec: QuantizerSpec | None = None,
         rows: tuple[int, int] | None = None,
         part: str = "",
         border: str | None = None,
     ) -> str:
-        """A convolution with its BatchNorms: the current of `neuron`, in `site`, or, with neither, on the stream."""
+        """A convolution with its BatchNorms: the current of `neuron`, as `spec` says, or else on the stream."""
         module: Any = self.network.get_submodule(path)
         dilation = module.dilation if isinstance(module.dilation, tuple) else (module.dilation,)
         plain = all(value == 1 for value in dilation) and module.padding_mode == "zeros"
@@ -123,15 +124,14 @@ class SpikingBuilder(GraphBuilder):
             self._require_foldable(norm)
         name, first, given = f"{path}{part}", x == _IMAGES, self.of(x)
         channels = module.out_channels if rows is None else rows[1] - rows[0]
-        if site is not None:
-            placed = self.site(replace(site, name=name, segments=(channels,)))
+        if spec is not None:
+            placed = self.quantizer(replace(spec, name=name, segments=(channels,)))
         else:
             placed = self._wide(name, channels, 1.0 if neuron else self._stream_scale)
         node = ConvNormNode(
             name=name,
             inputs=(x,),
-            output=name,
-            site=placed,
+            quantizer=placed,
             module=path,
             norms=tuple(norms),
             rows=rows,
@@ -171,7 +171,7 @@ class SpikingBuilder(GraphBuilder):
         height, width = (
             (size + 2 * pool.padding - pool.kernel_size) // pool.stride + 1 for size in (given.height, given.width)
         )
-        node = MaxPoolNode(name=path, inputs=(x,), output=path, module=path)
+        node = MaxPoolNode(name=path, inputs=(x,), module=path)
         return self._made(node, replace(given, height=height, width=width))
 
     def neuron(self, path: str, x: str, *, gain: float = 1.0, part: str = "") -> str:
@@ -181,8 +181,7 @@ class SpikingBuilder(GraphBuilder):
         node = NeuronNode(
             name=name,
             inputs=(x,),
-            output=name,
-            site=self._whole(name, given.channels, 1),
+            quantizer=self._whole(name, given.channels, 1),
             module=path,
             steps=self.steps,
             repeated=not given.timed,
@@ -202,32 +201,33 @@ class SpikingBuilder(GraphBuilder):
         left, right = self.of(a).largest, self.of(b).largest
         assert left is not None
         assert right is not None
-        site = self._whole(name, self.of(a).channels, left + right)
+        quantizer = self._whole(name, self.of(a).channels, left + right)
         return self._made(
-            AddNode(name=name, inputs=(a, b), output=name, site=site), replace(self.of(a), largest=left + right)
+            AddNode(name=name, inputs=(a, b), quantizer=quantizer),
+            replace(self.of(a), largest=left + right),
         )
 
     def stream(self, name: str, x: str, branch: str) -> str:
         """The sum of two streams; one of them may be without time."""
         first, second = (x, branch) if self.of(x).timed else (branch, x)
         value = self.of(first)
-        site = self._wide(name, value.channels, self._stream_scale)
-        return self._made(AddNode(name=name, inputs=(first, second), output=name, site=site), value)
+        quantizer = self._wide(name, value.channels, self._stream_scale)
+        return self._made(AddNode(name=name, inputs=(first, second), quantizer=quantizer), value)
 
     def widened(self, x: str) -> str:
         """Spikes as a stream."""
         given, name = self.of(x), f"{x}.stream"
         y = f"{x}.wide"
         self.add(
-            WidenNode(name=y, inputs=(x,), output=y, site=self._wide(y, given.channels), rows=self.steps * given.tokens)
+            WidenNode(name=y, inputs=(x,), quantizer=self._wide(y, given.channels), rows=self.steps * given.tokens)
         )
-        site = self._wide(name, given.channels, self._stream_scale)
-        return self._made(RequantizeNode(name=name, inputs=(y,), output=name, site=site), replace(given, largest=None))
+        quantizer = self._wide(name, given.channels, self._stream_scale)
+        return self._made(RequantizeNode(name=name, inputs=(y,), quantizer=quantizer), replace(given, largest=None))
 
     def real(self, name: str, x: str) -> str:
         """A stream in bytes, for a layer that reads real values."""
-        site = self.site(Site(name=name, segments=(self.of(x).channels,)))
-        return self._made(RequantizeNode(name=name, inputs=(x,), output=name, site=site), self.of(x))
+        quantizer = self.quantizer(QuantizerSpec(name=name, segments=(self.of(x).channels,)))
+        return self._made(RequantizeNode(name=name, inputs=(x,), quantizer=quantizer), self.of(x))
 
     def block_sum(self, name: str, x: str, *, heads: int | None = None) -> str:
         """Over the tokens of a step, or over the channels of each head."""
@@ -236,8 +236,7 @@ class SpikingBuilder(GraphBuilder):
         node = BlockSumNode(
             name=name,
             inputs=(x,),
-            output=name,
-            site=self._wide(name, value.channels),
+            quantizer=self._wide(name, value.channels),
             over="tokens" if heads is None else "channels",
             rows=self.steps * value.tokens,
             groups=value.channels,
@@ -247,8 +246,8 @@ class SpikingBuilder(GraphBuilder):
     # Attentions
 
     def gate(self, name: str, x: str, gate: str) -> str:
-        site = self._whole(name, self.of(x).channels, 1)
-        return self._made(GateNode(name=name, inputs=(x, gate), output=name, site=site), self.of(x))
+        quantizer = self._whole(name, self.of(x).channels, 1)
+        return self._made(GateNode(name=name, inputs=(x, gate), quantizer=quantizer), self.of(x))
 
     def parts(self, pair: str, neuron: str, x: str, widths: Sequence[int], letters: str) -> list[str]:
         """The parts (q, k, v) of one layer, the convolution and BatchNorm in `pair`, each through its neurons."""
@@ -266,8 +265,7 @@ class SpikingBuilder(GraphBuilder):
         node = SpikeAttentionNode(
             name=name,
             inputs=(q, k, v),
-            output=name,
-            site=self._wide(name, given.channels),
+            quantizer=self._wide(name, given.channels),
             module=path,
             steps=self.steps,
             tokens=given.tokens,
@@ -290,8 +288,8 @@ class SpikingBuilder(GraphBuilder):
     def head_on_counts(self, path: str, x: str) -> None:
         """The mean over time and tokens, then the classifier."""
         given = self.of(x)
-        site = self.site(Site(name="pool", segments=(given.channels,), signed=False))
-        node = MeanNode(name="pool", inputs=(x,), output="pool", site=site, rows=self.steps * given.tokens)
+        quantizer = self.quantizer(QuantizerSpec(name="pool", segments=(given.channels,), signed=False))
+        node = MeanNode(name="pool", inputs=(x,), quantizer=quantizer, rows=self.steps * given.tokens)
         self.head(path, self._made(node, given))
 
     def head_on_stream(self, path: str, neuron: str, x: str) -> None:

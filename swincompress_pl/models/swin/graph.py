@@ -13,7 +13,8 @@ import numpy as np
 import numpy.typing as npt
 from torch import nn
 
-from swincompress_pl.quant import Graph, GraphBuilder, MeanNode, Site
+from swincompress_pl.quant import Graph, GraphBuilder, QuantizerSpec
+from swincompress_pl.quant.graph.nodes import MeanNode
 
 IndexArray = npt.NDArray[np.int32]
 Size = tuple[int, int]
@@ -25,15 +26,15 @@ def swin_graph(network: Any, preprocessing: Mapping[str, Any]) -> Graph:
     conv = network.patch_embed.proj
     height, width = network.patch_embed.img_size
     normed = not isinstance(network.patch_embed.norm, nn.Identity)
-    first_site = build.residual("layers.0.residual", conv.out_channels)
+    first_residual = build.residual("layers.0.residual", conv.out_channels)
     x = build.pixel_conv(
         "patch_embed.proj",
-        site=build.residual("patch_embed.proj", conv.out_channels) if normed else first_site,
+        quantizer=build.residual("patch_embed.proj", conv.out_channels) if normed else first_residual,
         mean=preprocessing["mean"],
         std=preprocessing["std"],
     )
     if normed:
-        x = build.layer_norm("patch_embed.norm", x, site=first_site)
+        x = build.layer_norm("patch_embed.norm", x, quantizer=first_residual)
     size: Size = tuple(network.patch_embed.grid_size)
     for number, stage in enumerate(network.layers):
         residual = "layers.0.residual"
@@ -46,18 +47,17 @@ def swin_graph(network: Any, preprocessing: Mapping[str, Any]) -> Graph:
         for index, block in enumerate(stage.blocks):
             x = _block(build, f"layers.{number}.blocks.{index}", block, x, size, residual)
     channels = network.norm.normalized_shape[0]
-    x = build.layer_norm("norm", x, site=build.residual("norm", channels))
+    x = build.layer_norm("norm", x, quantizer=build.residual("norm", channels))
     pool = network.head.global_pool
     build.refuse(
         getattr(pool, "pool_type", "avg") != "avg", f"global pooling {pool}; only average pooling is supported"
     )
-    pooled = build.site(Site(name="head.global_pool", segments=(channels,)))
+    pooled = build.quantizer(QuantizerSpec(name="head.global_pool", segments=(channels,)))
     x = build.add(
         MeanNode(
             name="head.global_pool",
             inputs=(x,),
-            output="head.global_pool",
-            site=pooled,
+            quantizer=pooled,
             rows=size[0] * size[1],
             regularizers=build.active("head.drop"),
         )
@@ -70,7 +70,7 @@ def _patch_merging(build: GraphBuilder, path: str, merging: Any, x: str, size: S
     """2 x 2 neighbours side by side, LayerNorm over them, a linear reduction."""
     x = build.gather(f"{path}.gather", x, merging_index(size))
     x = build.layer_norm(f"{path}.norm", x)
-    x = build.linear(f"{path}.reduction", x, site=residual)
+    x = build.linear(f"{path}.reduction", x, quantizer=residual)
     return x, ((size[0] + 1) // 2, (size[1] + 1) // 2)
 
 
@@ -94,7 +94,7 @@ def _block(build: GraphBuilder, path: str, block: Any, x: str, size: Size, resid
     y = build.linear(
         f"{path}.attn.proj",
         y,
-        site=residual,
+        quantizer=residual,
         regularizers=build.active(f"{path}.attn.proj_drop", f"{path}.drop_path1"),
     )
     if moved:

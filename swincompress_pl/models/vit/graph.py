@@ -10,7 +10,8 @@ from timm.layers.attention import Attention
 from timm.models.vision_transformer import Block
 from torch import nn
 
-from swincompress_pl.quant import AddConstantNode, Graph, GraphBuilder, MeanNode, PrependNode, Site
+from swincompress_pl.quant import Graph, GraphBuilder, QuantizerSpec
+from swincompress_pl.quant.graph.nodes import AddConstantNode, MeanNode, PrependNode
 
 
 def vit_graph(network: Any, preprocessing: Mapping[str, Any]) -> Graph:
@@ -57,7 +58,7 @@ def _embedding(build: GraphBuilder, network: Any, preprocessing: Mapping[str, An
     """Patches, position embedding and prefix tokens; the prefix rows of the embedding are added to their tokens
     here."""
     covers_prefix = network.pos_embed is not None and not network.no_embed_class
-    x = build.pixel_conv("patch_embed.proj", site=residual, mean=preprocessing["mean"], std=preprocessing["std"])
+    x = build.pixel_conv("patch_embed.proj", quantizer=residual, mean=preprocessing["mean"], std=preprocessing["std"])
     dropout = build.active("pos_drop")
     if network.pos_embed is not None:
         first = network.num_prefix_tokens if covers_prefix else 0
@@ -65,8 +66,7 @@ def _embedding(build: GraphBuilder, network: Any, preprocessing: Mapping[str, An
             AddConstantNode(
                 name="pos_embed",
                 inputs=(x,),
-                output="pos_embed",
-                site=residual,
+                quantizer=residual,
                 parameter="pos_embed",
                 first=first,
                 regularizers=dropout,
@@ -78,14 +78,13 @@ def _embedding(build: GraphBuilder, network: Any, preprocessing: Mapping[str, An
             PrependNode(
                 name="prefix_tokens",
                 inputs=(x,),
-                output="prefix_tokens",
-                site=residual,
+                quantizer=residual,
                 parameters=tokens,
                 position="pos_embed" if covers_prefix else None,
             )
         )
     if not isinstance(network.norm_pre, nn.Identity):
-        x = build.layer_norm("norm_pre", x, site=residual)
+        x = build.layer_norm("norm_pre", x, quantizer=residual)
     return x
 
 
@@ -99,7 +98,7 @@ def _block(build: GraphBuilder, path: str, block: Any, x: str, residual: str) ->
     y = build.linear(
         f"{path}.attn.proj",
         y,
-        site=residual,
+        quantizer=residual,
         layer_scale=scales[0],
         regularizers=build.active(f"{path}.attn.proj_drop", f"{path}.drop_path1"),
     )
@@ -124,14 +123,13 @@ def _pool(build: GraphBuilder, network: Any, x: str) -> str:
     if first:
         x = build.gather("patch_tokens", x, np.arange(first, tokens, dtype=np.int32)[:, None])
     if norm_path is not None:
-        x = build.layer_norm(norm_path, x, site=build.residual("norm", network.embed_dim))
-    site = Site(name="pool", segments=(network.embed_dim,), bits=16 if fc_norm_path else 8)
+        x = build.layer_norm(norm_path, x, quantizer=build.residual("norm", network.embed_dim))
+    spec = QuantizerSpec(name="pool", segments=(network.embed_dim,), bits=16 if fc_norm_path else 8)
     x = build.add(
         MeanNode(
             name="pool",
             inputs=(x,),
-            output="pool",
-            site=build.site(site),
+            quantizer=build.quantizer(spec),
             rows=tokens - first,
             regularizers=() if fc_norm_path else dropout,
         )

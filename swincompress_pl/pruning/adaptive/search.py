@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from swincompress_pl.evaluation_mode import evaluation_mode
 from swincompress_pl.pruning.adaptive.config import AdaptivePruningConfig
 from swincompress_pl.pruning.adaptive.rounds import (
     CoupledState,
@@ -30,7 +31,7 @@ from swincompress_pl.pruning.adaptive.rounds import (
 )
 from swincompress_pl.pruning.adaptive.state import SearchState, Step, TargetState
 from swincompress_pl.pruning.criteria import Gradients, needs_gradients
-from swincompress_pl.pruning.evaluation.scorer import Evaluate, Evaluator, Scorer, as_evaluator, evaluation_mode
+from swincompress_pl.pruning.evaluation.scorer import Evaluate, Evaluator, Scorer, as_evaluator
 from swincompress_pl.pruning.space import SearchSpace, StructuredSpace, search_space
 from swincompress_pl.pruning.structure.apply import AppliedPlan, apply_plan
 from swincompress_pl.pruning.structure.change import Change, nothing_applied, plan_of_masks, revert

@@ -6,14 +6,14 @@ well which network was scored last, so that none is scored twice.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Protocol, cast
 
 import torch
 from torch import nn
 
+from swincompress_pl.evaluation_mode import evaluation_mode as evaluation_mode
 from swincompress_pl.pruning.evaluation.ranks import from_rank_zero
 
 ROUNDING_POINTS = 1e-9  # a score is a quotient of counts: the floor itself is not below the floor
@@ -202,18 +202,6 @@ class Evaluator:
 def as_evaluator(evaluate: Evaluate | Scorer | Evaluator) -> Evaluator:
     """An evaluator as it is, one of anything else that scores."""
     return evaluate if isinstance(evaluate, Evaluator) else Evaluator(evaluate)
-
-
-@contextmanager
-def evaluation_mode(network: nn.Module) -> Iterator[None]:
-    """`network.eval()` for a while; after it every module is in the mode that it was in."""
-    modes = [(module, module.training) for module in network.modules()]
-    network.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def checked_score(value: object, what: str) -> float:

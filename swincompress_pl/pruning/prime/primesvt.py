@@ -20,8 +20,9 @@ from typing import Any
 from torch import nn
 
 from swincompress_pl._deprecated import renamed
+from swincompress_pl.evaluation_mode import evaluation_mode
 from swincompress_pl.pruning.criteria import Gradients
-from swincompress_pl.pruning.evaluation.scorer import Evaluate, Scorer, as_evaluator, evaluation_mode
+from swincompress_pl.pruning.evaluation.scorer import Evaluate, Scorer, as_evaluator
 from swincompress_pl.pruning.prime.config import PrimeSVTConfig
 from swincompress_pl.pruning.prime.result import PrimeSVTResult
 from swincompress_pl.pruning.prime.search import Search

@@ -9,7 +9,8 @@ import numpy as np
 import numpy.typing as npt
 from torch import nn
 
-from swincompress_pl.quant.graph.graph import LOGIT_BITS, Graph, Node, Site, collect_sites, residual_site
+from swincompress_pl._deprecated import renamed, renamed_attributes
+from swincompress_pl.quant.graph.graph import Graph, Node
 from swincompress_pl.quant.graph.nodes import (
     ActivationNode,
     AddNode,
@@ -19,6 +20,7 @@ from swincompress_pl.quant.graph.nodes import (
     LinearNode,
     PixelConvNode,
 )
+from swincompress_pl.quant.graph.quantizer_spec import LOGIT_BITS, QuantizerSpec, collect_specs, residual_spec
 from swincompress_pl.registry import UnsupportedNetworkError
 
 _ADDING = (LayerNormNode, LinearNode, ActivationNode)
@@ -26,18 +28,19 @@ _SUBTRACTING = (LinearNode, ActivationNode)
 IndexArray = npt.NDArray[np.int32]
 
 
+@renamed_attributes(site="quantizer")
 class GraphBuilder:
-    """Gathers nodes and sites; every method appends nodes and returns the name of the value they make."""
+    """Gathers nodes and quantizer specs; every method appends nodes and returns the name of the value they make."""
 
     def __init__(self, network: nn.Module) -> None:
         self.network = network
         self.nodes: list[Node] = []
-        self._sites: list[Site] = []
+        self._specs: list[QuantizerSpec] = []
 
     def graph(self, *, height: int, width: int, channels: int, time_steps: int | None = None) -> Graph:
-        return _with_shifts(
+        return _with_centering(
             Graph(
-                sites=collect_sites(self._sites),
+                quantizers=collect_specs(self._specs),
                 nodes=tuple(self.nodes),
                 height=height,
                 width=width,
@@ -46,12 +49,12 @@ class GraphBuilder:
             )
         )
 
-    def site(self, site: Site) -> str:
-        self._sites.append(site)
-        return site.name
+    def quantizer(self, spec: QuantizerSpec) -> str:
+        self._specs.append(spec)
+        return spec.name
 
     def residual(self, name: str, channels: int) -> str:
-        return self.site(residual_site(name, channels))
+        return self.quantizer(residual_spec(name, channels))
 
     def add(self, node: Node) -> str:
         self.nodes.append(node)
@@ -61,8 +64,15 @@ class GraphBuilder:
         """Those of the given dropout-like modules that do something in training."""
         return tuple(path for path in paths if not isinstance(self.network.get_submodule(path), nn.Identity))
 
+    @renamed(site="quantizer")
     def pixel_conv(
-        self, path: str, *, site: str, mean: Sequence[float], std: Sequence[float], regularizers: tuple[str, ...] = ()
+        self,
+        path: str,
+        *,
+        quantizer: str,
+        mean: Sequence[float],
+        std: Sequence[float],
+        regularizers: tuple[str, ...] = (),
     ) -> str:
         conv = self.network.get_submodule(path)
         plain = isinstance(conv, nn.Conv2d) and (conv.groups, *conv.dilation, *_pair(conv.padding)) == (1, 1, 1, 0, 0)
@@ -76,8 +86,7 @@ class GraphBuilder:
             PixelConvNode(
                 name=path,
                 inputs=("images",),
-                output=path,
-                site=site,
+                quantizer=quantizer,
                 module=path,
                 mean=tuple(mean),
                 std=tuple(std),
@@ -85,19 +94,21 @@ class GraphBuilder:
             )
         )
 
-    def layer_norm(self, path: str, x: str, *, site: str | None = None, regularizers: tuple[str, ...] = ()) -> str:
-        """LayerNorm; by default into a balanced int8 site of its own, for the linear layer that follows."""
+    @renamed(site="quantizer")
+    def layer_norm(self, path: str, x: str, *, quantizer: str | None = None, regularizers: tuple[str, ...] = ()) -> str:
+        """LayerNorm; by default into an equalized int8 quantizer of its own, for the linear layer that follows."""
         norm = self.network.get_submodule(path)
         self.refuse(not isinstance(norm, nn.LayerNorm), f"{path} is {type(norm).__name__}; only LayerNorm is supported")
         assert isinstance(norm, nn.LayerNorm)
-        if site is None:
-            site = self.site(Site(name=path, segments=(norm.normalized_shape[0],), balanced=True))
+        if quantizer is None:
+            quantizer = self.quantizer(QuantizerSpec(name=path, segments=(norm.normalized_shape[0],), equalized=True))
         return self.add(
-            LayerNormNode(name=path, inputs=(x,), output=path, site=site, module=path, regularizers=regularizers)
+            LayerNormNode(name=path, inputs=(x,), quantizer=quantizer, module=path, regularizers=regularizers)
         )
 
+    @renamed(site="quantizer")
     def linear(
-        self, path: str, x: str, *, site: str, layer_scale: str | None = None, regularizers: tuple[str, ...] = ()
+        self, path: str, x: str, *, quantizer: str, layer_scale: str | None = None, regularizers: tuple[str, ...] = ()
     ) -> str:
         layer = self.network.get_submodule(path)
         self.refuse(not isinstance(layer, nn.Linear), f"{path} is {type(layer).__name__}; only nn.Linear is supported")
@@ -105,8 +116,7 @@ class GraphBuilder:
             LinearNode(
                 name=path,
                 inputs=(x,),
-                output=path,
-                site=site,
+                quantizer=quantizer,
                 module=path,
                 layer_scale=layer_scale,
                 regularizers=regularizers,
@@ -114,9 +124,7 @@ class GraphBuilder:
         )
 
     def gather(self, name: str, x: str, index: IndexArray) -> str:
-        return self.add(
-            GatherNode(name=name, inputs=(x,), output=name, index=np.ascontiguousarray(index, dtype=np.int32))
-        )
+        return self.add(GatherNode(name=name, inputs=(x,), index=np.ascontiguousarray(index, dtype=np.int32)))
 
     def attention(
         self,
@@ -131,15 +139,14 @@ class GraphBuilder:
     ) -> str:
         """qkv, attention inside windows; x and the result in window order."""
         width = heads * head_dim
-        qkv_site = self.site(Site(name=f"{path}.qkv", segments=(width, width, width)))
-        qkv = self.linear(f"{path}.qkv", x, site=qkv_site)
+        qkv_quantizer = self.quantizer(QuantizerSpec(name=f"{path}.qkv", segments=(width, width, width)))
+        qkv = self.linear(f"{path}.qkv", x, quantizer=qkv_quantizer)
         dropout = self.active(f"{path}.attn_drop")
         return self.add(
             AttentionNode(
                 name=f"{path}.attention",
                 inputs=(qkv,),
-                output=f"{path}.attention",
-                site=self.site(Site(name=f"{path}.attention", segments=(width,))),
+                quantizer=self.quantizer(QuantizerSpec(name=f"{path}.attention", segments=(width,))),
                 module=path,
                 windows=windows,
                 qk_dim=head_dim,
@@ -159,29 +166,28 @@ class GraphBuilder:
         self.refuse(not plain, f"{path} is {type(mlp).__name__}; only fc1 - activation - fc2 without norm is supported")
         hidden = int(mlp.fc1.out_features)  # type: ignore[union-attr,arg-type]
         y = self.layer_norm(norm, x)
-        inner = Site(name=f"{path}.fc1", segments=(hidden,), operand=False)
-        y = self.linear(f"{path}.fc1", y, site=self.site(inner))
+        inner = QuantizerSpec(name=f"{path}.fc1", segments=(hidden,), operand=False)
+        y = self.linear(f"{path}.fc1", y, quantizer=self.quantizer(inner))
         y = self.add(
             ActivationNode(
                 name=f"{path}.act",
                 inputs=(y,),
-                output=f"{path}.act",
                 module=f"{path}.act",
-                site=self.site(Site(name=f"{path}.act", segments=(hidden,))),
+                quantizer=self.quantizer(QuantizerSpec(name=f"{path}.act", segments=(hidden,))),
                 regularizers=self.active(f"{path}.drop1"),
             )
         )
         y = self.linear(
             f"{path}.fc2",
             y,
-            site=residual,
+            quantizer=residual,
             layer_scale=layer_scale,
             regularizers=self.active(f"{path}.drop2", drop_path),
         )
         return self.residual_add(f"{block}.add2", x, y, residual)
 
     def residual_add(self, name: str, x: str, branch: str, residual: str) -> str:
-        return self.add(AddNode(name=name, inputs=(x, branch), output=name, site=residual))
+        return self.add(AddNode(name=name, inputs=(x, branch), quantizer=residual))
 
     def head(self, path: str, x: str) -> str:
         layer = self.network.get_submodule(path)
@@ -189,25 +195,25 @@ class GraphBuilder:
             not isinstance(layer, nn.Linear), f"{path} is {type(layer).__name__}; a classifier needs num_classes > 0"
         )
         assert isinstance(layer, nn.Linear)
-        site = self.site(Site(name="logits", segments=(layer.out_features,), bits=LOGIT_BITS))
-        return self.linear(path, x, site=site)
+        quantizer = self.quantizer(QuantizerSpec(name="logits", segments=(layer.out_features,), bits=LOGIT_BITS))
+        return self.linear(path, x, quantizer=quantizer)
 
     def refuse(self, condition: bool, message: str) -> None:
         if condition:
             raise UnsupportedNetworkError(f"{type(self.network).__name__}: {message}")
 
 
-def _with_shifts(graph: Graph) -> Graph:
-    """`graph` with those sites shiftable whose makers and readers all absorb a constant."""
-    fixed = {site.name for site in graph.sites.values() if not site.searched}
+def _with_centering(graph: Graph) -> Graph:
+    """`graph` whose quantizers can center where all makers and readers absorb a constant."""
+    fixed = {spec.name for spec in graph.quantizers.values() if not spec.searched}
     for node in graph.nodes:
         # A padded gather brings rows of code 0, which have to mean 0; one that joins rows makes other channels.
         moves = isinstance(node, GatherNode) and node.index.shape[1] == 1 and not node.pads
         for kinds, values in ((_ADDING, (node.output,)), (_SUBTRACTING, node.inputs)):
-            found = [site for value in values if (site := graph.site_of(value)) is not None]
-            fixed |= {site.name for site in found if not (moves or isinstance(node, kinds))}
-    sites = {name: replace(site, shiftable=name not in fixed) for name, site in graph.sites.items()}
-    return replace(graph, sites=sites)
+            found = [spec for value in values if (spec := graph.spec_of(value)) is not None]
+            fixed |= {spec.name for spec in found if not (moves or isinstance(node, kinds))}
+    specs = {name: replace(spec, can_center=name not in fixed) for name, spec in graph.quantizers.items()}
+    return replace(graph, quantizers=specs)
 
 
 def _pair(padding: object) -> tuple[object, ...]:

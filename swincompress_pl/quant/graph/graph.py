@@ -7,82 +7,34 @@ matrices `(N, rows, channels)`; the input is the normalized image `(N, C, H, W)`
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from swincompress_pl.spec import INPUT_VALUE
+from swincompress_pl._deprecated import renamed, renamed_attributes
+from swincompress_pl.quant.graph.quantizer_spec import QuantizerSpec
+from swincompress_pl.spec import INPUT_VALUE, Operation, multiplier
+from swincompress_pl.spec.spiking import CURRENT_MAX
 
-if TYPE_CHECKING:
-    from swincompress_pl.quant.lower import Lowering
-
-RESIDUAL_BITS = 16
-LOGIT_BITS = 32
-
-
-@dataclass(frozen=True, kw_only=True)
-class Site:
-    """A place where values are quantized; several values may share one (the residual stream of a stage).
-
-    segments: sizes of the channel runs that share one scale, in order: `(C,)` a tensor, three entries for q | k | v.
-    balanced: each channel also has a fixed ratio to the scale, which the next linear layer absorbs in its weights
-    (LayerNorm outputs). shiftable: its codes may stand for the value plus a constant, which its neighbours absorb in
-    their biases and tables (`GraphBuilder` finds out which). bits: 2 to 8, 16 (residual stream) or 32 (logits);
-    unsigned sites use the whole range.
-    operand: its values go into a product; one that only goes into a table (GELU's input) is no operand.
-    fixed_scale: a scale that quantization has no say in: 1 for spikes and their sums, which are whole numbers, and for
-    currents, whose unit is that of the weights; the unit of a stream of membrane potentials. Such values are not
-    rounded in training.
-    """
-
-    name: str
-    segments: tuple[int, ...]
-    bits: int = 8
-    signed: bool = True
-    balanced: bool = False
-    shiftable: bool = False
-    operand: bool = True
-    fixed_scale: float | None = None
-
-    @property
-    def channels(self) -> int:
-        return sum(self.segments)
-
-    @property
-    def dtype(self) -> str:
-        return f"{'' if self.signed else 'u'}int{self.bits}"
-
-    @property
-    def storage(self) -> str:
-        """The type of array that holds its codes: narrow ones take a byte."""
-        return ("int8" if self.signed else "uint8") if self.bits <= 8 else self.dtype
-
-    @property
-    def q_max(self) -> int:
-        """Largest code; logits keep 2**20 steps, well inside int32."""
-        if self.bits == LOGIT_BITS:
-            return 2**20
-        return int(2 ** (self.bits - self.signed) - 1)
-
-    @property
-    def searched(self) -> bool:
-        """Sites of up to eight bits have their scale searched; wider ones keep the true maximum with headroom."""
-        return self.bits <= 8 and self.fixed_scale is None
+FloatArray = npt.NDArray[np.float64]
+_PASSING = ("linear", "layer_norm", "table", "gather")
 
 
 class Quantizer(Protocol):
     """What happens to values and weights on the way through the graph: nothing, observation, or fake quantization.
 
-    balances: ratios (C,) of the channels to the scale, for the balanced sites, by name.
+    equalizations: ratios (C,) of the channels to the scale, for the equalized quantizers, by name.
     """
 
     @property
-    def balances(self) -> Mapping[str, Tensor]: ...
+    def equalizations(self) -> Mapping[str, Tensor]: ...
 
-    def activation(self, site: Site, x: Tensor) -> Tensor: ...
+    def activation(self, spec: QuantizerSpec, x: Tensor) -> Tensor: ...
 
     def weight(self, node: WeightedNode, weight: Tensor) -> Tensor: ...
 
@@ -93,10 +45,10 @@ class Passthrough:
     """The float network."""
 
     @property
-    def balances(self) -> Mapping[str, Tensor]:
+    def equalizations(self) -> Mapping[str, Tensor]:
         return {}
 
-    def activation(self, site: Site, x: Tensor) -> Tensor:
+    def activation(self, spec: QuantizerSpec, x: Tensor) -> Tensor:
         return x
 
     def weight(self, node: WeightedNode, weight: Tensor) -> Tensor:
@@ -106,19 +58,43 @@ class Passthrough:
         return None
 
 
+class Delegating:
+    """A quantizer that leaves everything to another one, `inner`; subclasses do something beside it, or instead."""
+
+    def __init__(self, inner: Quantizer) -> None:
+        self.inner = inner
+
+    @property
+    def equalizations(self) -> Mapping[str, Tensor]:
+        return self.inner.equalizations
+
+    def activation(self, spec: QuantizerSpec, x: Tensor) -> Tensor:
+        return self.inner.activation(spec, x)
+
+    def weight(self, node: WeightedNode, weight: Tensor) -> Tensor:
+        return self.inner.weight(node, weight)
+
+    def output(self, node: Node, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        self.inner.output(node, inputs, output)
+
+
+@renamed_attributes(site="quantizer")
 @dataclass(frozen=True, kw_only=True)
 class Node:
-    """One step of the graph. `site` is where its output is quantized; None: the output is in the unit of its first
-    input.
+    """One step of the graph. `output` is the name of the value that it makes, by default its own. `quantizer` names the
+    activation quantizer of that; None: it is in the unit of the first input.
 
     `regularizers` are paths of dropout and stochastic-depth modules that act on the output in training.
     """
 
     name: str
     inputs: tuple[str, ...]
-    output: str
-    site: str | None = None
+    output: str = ""
+    quantizer: str | None = None
     regularizers: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "output", self.output or self.name)
 
     def forward(self, run: Run, *inputs: Tensor) -> Tensor:
         raise NotImplementedError
@@ -133,7 +109,7 @@ class WeightedNode(Node):
 
     module: str
 
-    def folded_weight(self, network: nn.Module, balance: Tensor | None) -> Tensor:
+    def folded_weight(self, network: nn.Module, equalization: Tensor | None) -> Tensor:
         """(M, K...) the weight as it is quantized: with input ratios and layer scale folded in."""
         raise NotImplementedError
 
@@ -141,7 +117,7 @@ class WeightedNode(Node):
         """(M,) the real bias, or None."""
         raise NotImplementedError
 
-    def set_folded_weight(self, network: nn.Module, folded: Tensor, balance: Tensor | None) -> None:
+    def set_folded_weight(self, network: nn.Module, folded: Tensor, equalization: Tensor | None) -> None:
         """Make `folded_weight` give (M, K...) `folded`, in the network itself."""
         raise NotImplementedError
 
@@ -165,20 +141,22 @@ class WeightedNode(Node):
         """Into how many equal parts outputs and inputs split, that have nothing to do with each other."""
         return 1
 
-    def grid(self, network: nn.Module, step: Tensor, balance: Tensor | None) -> float:
+    def grid(self, network: nn.Module, step: Tensor, equalization: Tensor | None) -> float:
         """The step (M,) of the folded weight in the network's own weight, for a typical channel."""
-        return float(step.median()) / (1.0 if balance is None else float(balance.median()))
+        return float(step.median()) / (1.0 if equalization is None else float(equalization.median()))
 
     def settled_step(self, network: nn.Module, step: Tensor, in_scale: float) -> Tensor:
         """(M,) the steps nearest to these that what reads the layer can take."""
         return step
 
 
+@renamed(sites="quantizers")
+@renamed_attributes(site_of="spec_of", sites="quantizers")
 @dataclass(frozen=True, kw_only=True)
 class Graph:
     """Sites by name and nodes in order; the last node writes the logits. time_steps: of events; None for images."""
 
-    sites: dict[str, Site]
+    quantizers: dict[str, QuantizerSpec]
     nodes: tuple[Node, ...]
     height: int
     width: int
@@ -191,10 +169,10 @@ class Graph:
             missing = [name for name in node.inputs if name not in owner]
             if missing or node.output in owner:
                 raise ValueError(f"graph node {node.name!r}: reads unknown {missing} or rewrites {node.output!r}")
-            if node.site is not None and node.site not in self.sites:
-                raise ValueError(f"graph node {node.name!r}: unknown site {node.site!r}")
-            owner[node.output] = node.site if node.site is not None else owner[node.inputs[0]]
-        object.__setattr__(self, "_site_of", owner)
+            if node.quantizer is not None and node.quantizer not in self.quantizers:
+                raise ValueError(f"graph node {node.name!r}: unknown quantizer {node.quantizer!r}")
+            owner[node.output] = node.quantizer if node.quantizer is not None else owner[node.inputs[0]]
+        object.__setattr__(self, "_spec_of", owner)
         last = {name: number for number, node in enumerate(self.nodes) for name in node.inputs}
         object.__setattr__(self, "_last_use", last)
 
@@ -215,16 +193,17 @@ class Graph:
                 start = number + 1
         return [*blocks, range(start, len(self.nodes))]
 
-    def site_of(self, value: str) -> Site | None:
-        """The site in whose unit `value` is; None for the pixels."""
-        name = self._site_of[value]  # type: ignore[attr-defined]
-        return None if name is None else self.sites[name]
+    def spec_of(self, value: str) -> QuantizerSpec | None:
+        """The quantizer in whose unit `value` is; None for the pixels."""
+        name = self._spec_of[value]  # type: ignore[attr-defined]
+        return None if name is None else self.quantizers[name]
 
     @property
     def weighted_nodes(self) -> tuple[WeightedNode, ...]:
         return tuple(node for node in self.nodes if isinstance(node, WeightedNode))
 
 
+@renamed_attributes(balance="equalization")
 class Run:
     """One pass of the graph over a network with a quantizer."""
 
@@ -250,8 +229,8 @@ class Run:
             inputs = tuple(known[name] for name in node.inputs)
             output = node.forward(self, *inputs)
             self.quantizer.output(node, inputs, output)
-            if node.site is not None:
-                output = self.quantizer.activation(self.graph.sites[node.site], output)
+            if node.quantizer is not None:
+                output = self.quantizer.activation(self.graph.quantizers[node.quantizer], output)
             for path in node.regularizers:
                 output = self.network.get_submodule(path)(output)
             known[node.output] = output
@@ -262,14 +241,146 @@ class Run:
 
     def weight(self, node: WeightedNode) -> Tensor:
         """The weight of `node` as this pass uses it, input ratios divided out again."""
-        balance = self.balance(node)
-        folded = self.quantizer.weight(node, node.folded_weight(self.network, balance))
-        return folded if balance is None else folded / balance
+        equalization = self.equalization(node)
+        folded = self.quantizer.weight(node, node.folded_weight(self.network, equalization))
+        return folded if equalization is None else folded / equalization
 
-    def balance(self, node: WeightedNode) -> Tensor | None:
+    def equalization(self, node: WeightedNode) -> Tensor | None:
         """(K,) ratios of the input's channels to its scale, or None."""
-        site = self.graph.site_of(node.inputs[0])
-        return None if site is None else self.quantizer.balances.get(site.name)
+        spec = self.graph.spec_of(node.inputs[0])
+        return None if spec is None else self.quantizer.equalizations.get(spec.name)
+
+
+def to_array(tensor: Tensor) -> FloatArray:
+    return tensor.detach().to("cpu", torch.float64).numpy()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Current:
+    """Accumulators that a neuron reads as they are: (C,) their unit; (C,) the real bias that is still to be added; the
+    largest magnitude that they can reach."""
+
+    unit: FloatArray
+    bias: FloatArray
+    reach: float
+
+
+@renamed_attributes(shift="centering", site="spec")
+class Lowering:
+    """Gathers the operations and tensors of a Program while the graph's nodes write themselves into it.
+
+    How a value or a weight is scaled is for the subclass to say (`quant.lower`).
+    """
+
+    def __init__(self, graph: Graph, network: nn.Module) -> None:
+        self.graph, self.network = graph, network
+        self.operations: list[Operation] = []
+        self.tensors: dict[str, npt.NDArray[Any]] = {}
+        self._shared: dict[tuple[str, tuple[int, ...], bytes], str] = {}
+        self.currents: dict[str, Current] = {}
+
+    def segment_scales(self, value: str) -> FloatArray:
+        """(segments,) scales of a value."""
+        raise NotImplementedError
+
+    def ratios(self, value: str) -> FloatArray:
+        """(C,) or (1,): ratios of the channels to the value's scale."""
+        raise NotImplementedError
+
+    def centering(self, value: str) -> FloatArray:
+        """(C,) or (1,): what the codes of a value stand for beyond it; 0 for pixels and where nothing is centered."""
+        raise NotImplementedError
+
+    def scales(self, value: str) -> FloatArray:
+        """(C,) scale of every channel, ratios included."""
+        raise NotImplementedError
+
+    def weight(self, node: WeightedNode) -> tuple[npt.NDArray[np.int8], FloatArray]:
+        """(weight_q, step): integer weight and its step per output channel."""
+        raise NotImplementedError
+
+    def spec(self, value: str) -> QuantizerSpec:
+        spec = self.graph.spec_of(value)
+        if spec is None:
+            raise ValueError(f"value {value!r} has no scale")
+        return spec
+
+    def scalar_scale(self, value: str) -> float:
+        """The one scale of a value; per-channel ratios, where it has them, are in the next layer's weights."""
+        scales = self.segment_scales(value)
+        if len(scales) != 1:
+            raise ValueError(f"value {value!r} has {len(scales)} scales where one is needed")
+        return float(scales[0])
+
+    def current(self, value: str) -> Current:
+        """What a neuron reads; a stream's may be anything, since its unit leaves no fraction to gain."""
+        if value in self.currents:
+            return self.currents[value]
+        scales = self.scales(value)
+        return Current(unit=scales, bias=np.zeros(len(scales)), reach=float(CURRENT_MAX))
+
+    def pass_current(self, value: str, output: str) -> None:
+        """`output` holds a choice of the same accumulators."""
+        if value in self.currents:
+            self.currents[output] = self.currents[value]
+
+    def counted(self, output: str, channels: int, reach: float) -> None:
+        """`output` holds sums of spikes."""
+        self.currents[output] = Current(unit=np.ones(channels), bias=np.zeros(channels), reach=reach)
+
+    def bias(self, node: Node, real: FloatArray, unit: FloatArray) -> npt.NDArray[np.int32]:
+        """Bias in accumulator units; ValueError where it leaves no room in int32."""
+        bias = np.rint(real / unit)
+        if not (np.abs(bias) < 2**30).all():
+            worst = int(np.argmax(np.abs(bias)))
+            raise ValueError(
+                f"bias {real.flat[worst]:.3g} is {abs(bias.flat[worst]):.3g} accumulator steps, beyond 2**30; "
+                f"its weights are too small for it: recalibrate, or prune the channel"
+            )
+        return bias.astype(np.int32)
+
+    def constant(self, node: Node, real: FloatArray) -> npt.NDArray[Any]:
+        """Constant tokens in the unit of the node's output."""
+        spec = self.spec(node.output)
+        codes = np.rint(real / self.scales(node.output))
+        return np.ascontiguousarray(np.clip(codes, -spec.q_max, spec.q_max).astype(spec.storage))
+
+    def requantization(self, factor: FloatArray) -> dict[str, npt.NDArray[Any]]:
+        mult, shift = multiplier(factor)
+        return {"mult": mult, "shift": shift}
+
+    def emit(
+        self,
+        node: Node,
+        kind: str,
+        *,
+        attributes: Mapping[str, Any] | None = None,
+        tensors: Mapping[str, npt.NDArray[Any]] | None = None,
+    ) -> None:
+        if kind not in _PASSING and any(self.centering(value).any() for value in (*node.inputs, node.output)):
+            raise ValueError(
+                f"operation {kind!r} cannot absorb the centering of its values; only {', '.join(_PASSING)} can"
+            )
+        keys = {role: self._store(node.name, role, tensor) for role, tensor in (tensors or {}).items()}
+        self.operations.append(
+            Operation(
+                kind=kind,
+                name=node.name,
+                inputs=node.inputs,
+                output=node.output,
+                dtype=self.spec(node.output).dtype,
+                attributes=dict(attributes or {}),
+                tensors=keys,
+            )
+        )
+
+    def _store(self, name: str, role: str, tensor: npt.NDArray[Any]) -> str:
+        """Equal tensors are stored once: the window indices of a stage serve all its blocks."""
+        tensor = np.ascontiguousarray(tensor)
+        identity = (str(tensor.dtype), tensor.shape, tensor.tobytes())
+        key = self._shared.setdefault(identity, f"{name}.{role}")
+        self.tensors[key] = tensor
+        return key
 
 
 def parameter(network: nn.Module, path: str) -> Tensor:
@@ -285,16 +396,3 @@ def float_logits(graph: Graph, network: nn.Module, images: Tensor) -> Tensor:
     """The float network through its graph; equal to `network(images)` up to float rounding."""
     with torch.no_grad():
         return Run(graph, network, Passthrough())(images)
-
-
-def residual_site(name: str, channels: int) -> Site:
-    return Site(name=name, segments=(channels,), bits=RESIDUAL_BITS)
-
-
-def collect_sites(sites: Sequence[Site]) -> dict[str, Site]:
-    """Sites by name; a name given twice must mean the same site."""
-    table: dict[str, Site] = {}
-    for site in sites:
-        if table.setdefault(site.name, site) != site:
-            raise ValueError(f"site {site.name!r} is declared twice, differently")
-    return table

@@ -16,12 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from swincompress_pl.quant.graph.graph import Node, Run, WeightedNode, parameter
-from swincompress_pl.quant.lower import Lowering, to_array
+from swincompress_pl._deprecated import renamed
+from swincompress_pl.quant.graph.graph import Lowering, Node, Run, WeightedNode, parameter, to_array
 from swincompress_pl.spec import EXP_STEPS, multiplier
 from swincompress_pl.spec.lowering import TABLE_CODES, layer_norm_integers, table_values
 
 
+@renamed(site="quantizer")
 @dataclass(frozen=True, kw_only=True)
 class LinearNode(WeightedNode):
     """nn.Linear at `module`; `layer_scale`, a per-channel factor on its output, is folded into weight and bias."""
@@ -31,21 +32,21 @@ class LinearNode(WeightedNode):
     def _gamma(self, network: nn.Module) -> Tensor | None:
         return None if self.layer_scale is None else parameter(network, self.layer_scale)
 
-    def folded_weight(self, network: nn.Module, balance: Tensor | None) -> Tensor:
+    def folded_weight(self, network: nn.Module, equalization: Tensor | None) -> Tensor:
         weight = parameter(network, f"{self.module}.weight")
         gamma = self._gamma(network)
         if gamma is not None:
             weight = weight * gamma[:, None]
-        return weight if balance is None else weight * balance
+        return weight if equalization is None else weight * equalization
 
     def folded_bias(self, network: nn.Module) -> Tensor | None:
         bias: Tensor | None = getattr(network.get_submodule(self.module), "bias", None)
         gamma = self._gamma(network)
         return bias if bias is None or gamma is None else bias * gamma
 
-    def set_folded_weight(self, network: nn.Module, folded: Tensor, balance: Tensor | None) -> None:
+    def set_folded_weight(self, network: nn.Module, folded: Tensor, equalization: Tensor | None) -> None:
         weight, gamma = parameter(network, f"{self.module}.weight"), self._gamma(network)
-        unfolded = folded if balance is None else folded / balance
+        unfolded = folded if equalization is None else folded / equalization
         weight.copy_(unfolded if gamma is None else torch.where(gamma == 0, weight.T, unfolded.T / gamma).T)
 
     def add_to_bias(self, network: nn.Module, change: Tensor) -> None:
@@ -65,8 +66,8 @@ class LinearNode(WeightedNode):
         bias = self.folded_bias(lowering.network)
         real_bias = np.zeros(len(step)) if bias is None else to_array(bias)
         # The input's codes stand for more than its values: what that adds, with the weights as rounded, is taken off.
-        added = lowering.shift(self.inputs[0]) / lowering.ratios(self.inputs[0])
-        real_bias = real_bias - (weight_q * added).sum(1) * step + lowering.shift(self.output)
+        added = lowering.centering(self.inputs[0]) / lowering.ratios(self.inputs[0])
+        real_bias = real_bias - (weight_q * added).sum(1) * step + lowering.centering(self.output)
         lowering.emit(
             self,
             "linear",
@@ -79,6 +80,7 @@ class LinearNode(WeightedNode):
         )
 
 
+@renamed(site="quantizer")
 @dataclass(frozen=True, kw_only=True)
 class PixelConvNode(WeightedNode):
     """nn.Conv2d over the image. Integers see raw pixels: mean and deviation are folded into weights and bias.
@@ -101,13 +103,13 @@ class PixelConvNode(WeightedNode):
         weight = self._conv(network).weight
         return torch.tensor(self.std, dtype=weight.dtype, device=weight.device)[:, None, None] * 255
 
-    def folded_weight(self, network: nn.Module, balance: Tensor | None) -> Tensor:
+    def folded_weight(self, network: nn.Module, equalization: Tensor | None) -> Tensor:
         return self._conv(network).weight / self._deviation(network)
 
     def folded_bias(self, network: nn.Module) -> Tensor | None:
         return self._conv(network).bias
 
-    def set_folded_weight(self, network: nn.Module, folded: Tensor, balance: Tensor | None) -> None:
+    def set_folded_weight(self, network: nn.Module, folded: Tensor, equalization: Tensor | None) -> None:
         self._conv(network).weight.copy_(folded * self._deviation(network))
 
     def add_to_bias(self, network: nn.Module, change: Tensor) -> None:
@@ -148,6 +150,7 @@ class PixelConvNode(WeightedNode):
         )
 
 
+@renamed(site="quantizer")
 @dataclass(frozen=True, kw_only=True)
 class LayerNormNode(Node):
     """nn.LayerNorm at `module`; the output's per-channel ratios are folded into gain and offset."""
@@ -170,7 +173,7 @@ class LayerNormNode(Node):
         bias = np.zeros(channels) if norm.bias is None else to_array(norm.bias)
         attributes, tensors = layer_norm_integers(
             np.ones(channels) if norm.weight is None else to_array(norm.weight),
-            bias + lowering.shift(self.output),
+            bias + lowering.centering(self.output),
             eps=norm.eps,
             input_scale=lowering.scalar_scale(self.inputs[0]),
             output_scale=scales,
@@ -178,6 +181,7 @@ class LayerNormNode(Node):
         lowering.emit(self, "layer_norm", attributes=attributes, tensors=tensors)
 
 
+@renamed(site="quantizer")
 @dataclass(frozen=True, kw_only=True)
 class ActivationNode(Node):
     """An elementwise function, the module at `module`, as a table over the 255 codes of its input."""
@@ -191,12 +195,13 @@ class ActivationNode(Node):
     def lower(self, lowering: Lowering) -> None:
         codes = torch.from_numpy(TABLE_CODES)
         function = lowering.network.get_submodule(self.module)
-        (shift_in,), (shift_out,) = lowering.shift(self.inputs[0]), lowering.shift(self.output)
-        real = to_array(function(codes * lowering.scalar_scale(self.inputs[0]) - shift_in)) + shift_out
-        values = table_values(real, lowering.scalar_scale(self.output), lowering.site(self.output).dtype)
+        (centering_in,), (centering_out,) = lowering.centering(self.inputs[0]), lowering.centering(self.output)
+        real = to_array(function(codes * lowering.scalar_scale(self.inputs[0]) - centering_in)) + centering_out
+        values = table_values(real, lowering.scalar_scale(self.output), lowering.spec(self.output).dtype)
         lowering.emit(self, "table", tensors={"values": values})
 
 
+@renamed(site="quantizer")
 @dataclass(frozen=True, kw_only=True)
 class AddNode(Node):
     """The residual sum; both sides are already in the stream's unit. The second may lack the axis of time."""
@@ -209,6 +214,7 @@ class AddNode(Node):
         lowering.emit(self, "add")
 
 
+@renamed(site="quantizer")
 @dataclass(frozen=True, kw_only=True)
 class AddConstantNode(Node):
     """Adds the rows `first:` of the parameter (1, R, C) at `parameter`: the position embedding of the patches."""
@@ -228,6 +234,7 @@ class AddConstantNode(Node):
         )
 
 
+@renamed(site="quantizer")
 @dataclass(frozen=True, kw_only=True)
 class PrependNode(Node):
     """Constant tokens in front: parameters (1, R, C), plus the first rows of `position` where it covers them."""
@@ -248,6 +255,7 @@ class PrependNode(Node):
         lowering.emit(self, "prepend", attributes={"rows": len(rows)}, tensors={"rows": rows})
 
 
+@renamed(site="quantizer")
 @dataclass(frozen=True, kw_only=True, eq=False)
 class GatherNode(Node):
     """Tokens moved by index (rows, joined): window partition and its reverse, patch merging, choice of a token."""
@@ -255,6 +263,7 @@ class GatherNode(Node):
     index: npt.NDArray[np.int32]
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         # Code that torch.compile traces cannot look into arrays.
         object.__setattr__(self, "_pads", bool((self.index < 0).any()))
 
@@ -279,6 +288,7 @@ class GatherNode(Node):
         )
 
 
+@renamed(site="quantizer")
 @dataclass(frozen=True, kw_only=True)
 class MeanNode(Node):
     """The mean over tokens, and time steps where there are any: one sum and one requantization."""
@@ -293,6 +303,7 @@ class MeanNode(Node):
         lowering.emit(self, "mean", tensors=lowering.requantization(factor))
 
 
+@renamed(site="quantizer")
 @dataclass(frozen=True, kw_only=True, eq=False)
 class AttentionNode(Node):
     """Multi-head attention inside windows, from q | k | v in one matrix.

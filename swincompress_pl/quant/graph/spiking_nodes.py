@@ -1,9 +1,6 @@
 """The kinds of graph node of spiking networks; see `nodes.py`.
 
-Values are channels-last: (N, H, W, C) before the first neuron, (N, T, H, W, C) behind it. BatchNorms are folded into
-the layer before them on their running statistics. In training they normalize by the batch and keep those up to date, as
-everywhere in torch, unless they are in `eval()`: the weight is rounded as it will be folded and unfolded again before
-(as Krishnamoorthi, arXiv 1806.08342, folds; the correction there is left out).
+Values are channels-last: (N, H, W, C) before the first neuron, (N, T, H, W, C) behind it.
 """
 
 from __future__ import annotations
@@ -13,245 +10,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from swincompress_pl.quant.graph.graph import Node, Run, WeightedNode, parameter
+from swincompress_pl.quant.graph.conv_norm import FRACTION_BITS_MAX
+from swincompress_pl.quant.graph.graph import Current, FloatArray, Lowering, Node, Run
 from swincompress_pl.quant.graph.neurons import Neuron, spikes
-from swincompress_pl.quant.lower import Current, FloatArray, Lowering, to_array
 from swincompress_pl.spec.spiking import CURRENT_MAX, DECAY_BITS, THRESHOLD_MAX
-
-FRACTION_BITS_MAX = 8
-# Thresholds are whole numbers of a step over this, a power of two that is no more than any layer's fraction.
-_THRESHOLD_FRACTION = 8
-# How far training may raise a bias, or bring it above the threshold, before the steps have to be calibrated again.
-_BIAS_HEADROOM = 16
-# A multiplier of 2**21 and a shift of 21: the accumulator as it is.
-_AS_IT_IS = (2**21, 21)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ConvNormNode(WeightedNode):
-    """A convolution (nn.Conv1d with kernel 1, nn.Conv2d) at `module` and the BatchNorms behind it, as one layer.
-
-    rows: the output channels first to last of a layer whose parts go different ways (q | k | v). neuron: the module of
-    the neurons that read its output as a current, in the unit that its weights have; None: it is in that of its site.
-    mean, std: of the images, for the layer that reads them. border: a BatchNorm before a layer without padding; it is
-    padded by one with what that makes of a zero. size: (H, W) of what the layer reads; None: of the images.
-    """
-
-    norms: tuple[str, ...]
-    rows: tuple[int, int] | None = None
-    neuron: str | None = None
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
-    border: str | None = None
-    size: tuple[int, int] | None = None
-
-    def _conv(self, network: nn.Module) -> Any:
-        return network.get_submodule(self.module)
-
-    def _rows(self, tensor: Tensor) -> Tensor:
-        return tensor if self.rows is None else tensor[self.rows[0] : self.rows[1]]
-
-    def _norms(self, network: nn.Module) -> list[Any]:
-        return [network.get_submodule(path) for path in self.norms]
-
-    def _factor_and_offset(self, network: nn.Module) -> tuple[Tensor, Tensor]:
-        """(M,) of the BatchNorms together."""
-        factor: Tensor | None = None
-        offset: Tensor | None = None
-        for norm in self._norms(network):
-            scale = norm.weight / torch.sqrt(norm.running_var + norm.eps)
-            shift = norm.bias - norm.running_mean * scale
-            factor = scale if factor is None else factor * scale
-            offset = shift if offset is None else offset * scale + shift
-        weight = self._conv(network).weight
-        if factor is None or offset is None:
-            return torch.ones_like(weight[:, 0].flatten(1)[:, 0]), torch.zeros_like(weight[:, 0].flatten(1)[:, 0])
-        return factor, offset
-
-    def _deviation(self, weight: Tensor) -> Tensor:
-        """(C, 1, 1) of the images in pixel steps; 1 behind the first layer."""
-        if self.std is None:
-            return torch.ones((), dtype=weight.dtype, device=weight.device)
-        return torch.tensor(self.std, dtype=weight.dtype, device=weight.device)[:, None, None] * 255
-
-    def folded_weight(self, network: nn.Module, balance: Tensor | None) -> Tensor:
-        weight = self._conv(network).weight
-        square = weight[..., None] if weight.ndim == 3 else weight
-        factor, _ = self._factor_and_offset(network)
-        return self._rows(square * factor[:, None, None, None]) / self._deviation(weight)
-
-    def folded_bias(self, network: nn.Module) -> Tensor:
-        factor, offset = self._factor_and_offset(network)
-        bias = self._conv(network).bias
-        return self._rows(offset if bias is None else bias * factor + offset)
-
-    def set_folded_weight(self, network: nn.Module, folded: Tensor, balance: Tensor | None) -> None:
-        factor = self._rows(self._factor_and_offset(network)[0])[:, None, None, None]
-        weight = self._rows(self._conv(network).weight)
-        real = folded * self._deviation(weight)
-        weight.copy_(torch.where(factor == 0, weight.reshape(real.shape), real / factor).reshape(weight.shape))
-
-    def add_to_bias(self, network: nn.Module, change: Tensor) -> None:
-        if self.norms:
-            self._rows(parameter(network, f"{self.norms[-1]}.bias")).add_(change)
-        elif self._conv(network).bias is not None:
-            self._rows(self._conv(network).bias).add_(change)
-
-    def _channels_last(self, x: Tensor) -> Tensor:
-        """The input; images come as every network takes them, (N, C, H, W)."""
-        return x if self.mean is None else x.movedim(-3, -1)
-
-    def geometry(self, network: nn.Module) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int], int]:
-        """(kernel, stride, padding, groups)"""
-        conv = self._conv(network)
-        if conv.weight.ndim == 3:
-            return (1, 1), (1, 1), (0, 0), conv.groups
-        padding = tuple(conv.padding) if self.border is None else (1, 1)
-        return tuple(conv.kernel_size), tuple(conv.stride), padding, conv.groups
-
-    def _border(self, network: nn.Module) -> Tensor:
-        """(C,) or (): what lies around an image."""
-        if self.border is None:
-            weight: Tensor = self._conv(network).weight
-            return weight.new_zeros(())
-        norm: Any = network.get_submodule(self.border)
-        border: Tensor = norm.bias - norm.running_mean * norm.weight / torch.sqrt(norm.running_var + norm.eps)
-        return border.detach()
-
-    def _padded(self, network: nn.Module, x: Tensor) -> Tensor:
-        """(B, H + 2 ph, W + 2 pw, C) the images of a value, and what lies around them."""
-        _, _, (high, wide), _ = self.geometry(network)
-        x = self._channels_last(x)
-        border = self._border(network)
-        return F.pad(x.reshape(-1, *x.shape[-3:]) - border, (0, 0, wide, wide, high, high)) + border
-
-    def forward(self, run: Run, *inputs: Tensor) -> Tensor:
-        x, norms = inputs[0], self._norms(run.network)
-        _, stride, _, groups = self.geometry(run.network)
-        weight = run.weight(self) * self._deviation(x)
-        by_batch = any(norm.training for norm in norms)
-        bias = self._unfolded_bias(run.network) if by_batch else self.folded_bias(run.network)
-        if by_batch:
-            factor = self._rows(self._factor_and_offset(run.network)[0])[:, None, None, None]
-            weight = weight / torch.where(factor == 0, 1, factor)
-        # A copy to channels first: on channels last, backward passes of torch 2.15 on a CPU give wrong gradients
-        # (double precision, 3 channels) or write beyond their memory (1 x 1 with stride 2, 4 to 8 channels).
-        images = self._padded(run.network, x).permute(0, 3, 1, 2).contiguous()
-        y = F.conv2d(images, weight, bias, stride, groups=groups)
-        for norm in norms if by_batch else ():
-            y = self._normalized(norm, y)
-        y = y.permute(0, 2, 3, 1)
-        return y.reshape(*x.shape[:-3], *y.shape[1:])
-
-    def _unfolded_bias(self, network: nn.Module) -> Tensor | None:
-        bias = self._conv(network).bias
-        return None if bias is None else self._rows(bias)
-
-    def _normalized(self, norm: Any, y: Tensor) -> Tensor:
-        """(B, M, H, W) by the batch, with the running statistics of these rows updated; by those if `norm` is in
-        evaluation."""
-        if norm.training and (self.rows is None or self.rows[0] == 0):
-            norm.num_batches_tracked.add_(1)
-        momentum = 1 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
-        mean, variance, scale, shift = map(self._rows, (norm.running_mean, norm.running_var, norm.weight, norm.bias))
-        return F.batch_norm(y, mean, variance, scale, shift, norm.training, momentum, norm.eps)
-
-    def groups(self, network: nn.Module) -> int:
-        return int(self._conv(network).groups)
-
-    def grid(self, network: nn.Module, step: Tensor, balance: Tensor | None) -> float:
-        factor = self._rows(self._factor_and_offset(network)[0]).abs()
-        return float((step * self._deviation(step).mean() / torch.where(factor == 0, 1, factor)).median())
-
-    def settled_step(self, network: nn.Module, step: Tensor, in_scale: float) -> Tensor:
-        """Such that the threshold is a whole number of them, a fraction included that every neuron has; and not below
-        what threshold and bias, with that fraction, can count. Weights that are smaller move no membrane."""
-        if self.neuron is None:
-            return step
-        threshold = Neuron.of(self.neuron, network.get_submodule(self.neuron)).threshold / in_scale
-        bias = self.folded_bias(network).abs() / in_scale
-        largest = torch.maximum(bias, torch.full_like(bias, threshold))
-        step = torch.maximum(step, _BIAS_HEADROOM * largest * 2**FRACTION_BITS_MAX / CURRENT_MAX)
-        threshold = threshold * _THRESHOLD_FRACTION
-        return threshold / torch.round(threshold / step).clamp(min=1)
-
-    def search_weight(self, network: nn.Module) -> Tensor:
-        """(M, K) over the inputs of all groups, zeros where a channel is of another."""
-        weight = self.folded_weight(network, None)
-        groups = self.groups(network)
-        if groups == 1:
-            return weight.flatten(1)
-        depth, outputs = weight.shape[1], len(weight) // groups
-        whole = weight.new_zeros(len(weight), groups, *weight.shape[1:])
-        for group in range(groups):
-            whole[group * outputs : (group + 1) * outputs, group] = weight[group * outputs : (group + 1) * outputs]
-        return whole.reshape(len(weight), groups * depth, *weight.shape[2:]).flatten(1)
-
-    def sampled_rows(self, network: nn.Module, x: Tensor, index: Tensor) -> Tensor:
-        """(R, K) the receptive fields at these output positions, in pixel steps for the first layer."""
-        kernel, stride, _, _ = self.geometry(network)
-        fields = self._padded(network, x).unfold(1, kernel[0], stride[0]).unfold(2, kernel[1], stride[1])
-        height, width = fields.shape[1:3]
-        picked = fields[index // (height * width), index // width % height, index % width]
-        return (picked * self._deviation(x)).flatten(1)
-
-    def input_rows(self, network: nn.Module, x: Tensor) -> Tensor:
-        kernel, stride, _, _ = self.geometry(network)
-        images = self._padded(network, x).permute(0, 3, 1, 2) * self._deviation(x)
-        return F.unfold(images, kernel, stride=stride).transpose(1, 2)
-
-    def _bias_map(self, lowering: Lowering, weight_q: Any, step: FloatArray) -> FloatArray:
-        """(H, W, M), or (M,), the bias with what the integers leave out: the mean of the images, taken off wherever a
-        pixel is, or the border, added wherever none is. Both act on the weights as they are rounded."""
-        network, weight = lowering.network, torch.from_numpy(weight_q).double()
-        bias = to_array(self.folded_bias(network))
-        if self.mean is None and self.border is None:
-            return bias
-        inside = torch.tensor(self.mean).double() * 255 if self.mean else self._border(network).cpu().double()
-        _, stride, padding, groups = self.geometry(network)
-        image = inside[None, :, None, None].expand(1, -1, *self._in_size(lowering))
-        seen = F.conv2d(image, weight, stride=stride, padding=padding, groups=groups)
-        if self.border is not None:
-            around = F.pad(image, (padding[1], padding[1], padding[0], padding[0]), mode="replicate")
-            seen = seen - F.conv2d(around, weight, stride=stride, groups=groups)
-        return bias - seen[0].permute(1, 2, 0).numpy() * step
-
-    def _in_size(self, lowering: Lowering) -> tuple[int, int]:
-        return (lowering.graph.height, lowering.graph.width) if self.size is None else self.size
-
-    def lower(self, lowering: Lowering) -> None:
-        weight_q, step = lowering.weight(self)
-        network = lowering.network
-        kernel, stride, padding, groups = self.geometry(network)
-        source = lowering.graph.site_of(self.inputs[0])
-        unit = step if source is None else step * lowering.scalar_scale(self.inputs[0])
-        bias, later = self._bias_map(lowering, weight_q, step), np.zeros(len(unit))
-        if self.neuron is not None and bias.ndim == 1:  # the neuron adds it, in finer units
-            bias, later = later, bias
-        codes = lowering.bias(self, bias, unit)
-        tensors: dict[str, Any] = {"bias": codes}
-        if self.neuron is not None:
-            mult, shift = np.full(len(unit), _AS_IT_IS[0], np.int32), np.full(len(unit), _AS_IT_IS[1], np.uint8)
-            a_max = 255 if source is None else source.q_max
-            reach = a_max * np.abs(weight_q.astype(np.int64)).reshape(len(unit), -1).sum(1)
-            reach = reach + np.abs(codes.reshape(-1, len(unit)).astype(np.int64)).max(0)
-            lowering.currents[self.output] = Current(unit=unit, bias=later, reach=float(reach.max()))
-        else:
-            factors = lowering.requantization(unit / lowering.scales(self.output))
-            mult, shift = factors["mult"], factors["shift"]
-        tensors |= {"mult": mult, "shift": shift}
-        if kernel == (1, 1) and stride == (1, 1) and groups == 1 and self.mean is None:
-            tensors["weight"] = weight_q.reshape(len(unit), -1)
-            lowering.emit(self, "linear", attributes={"channels": len(unit)}, tensors=tensors)
-            return
-        tensors["weight"] = np.ascontiguousarray(weight_q.transpose(0, 2, 3, 1))
-        attributes: dict[str, Any] = {"channels": len(unit)} | ({"groups": groups} if groups > 1 else {})
-        attributes |= {"kernel": list(kernel), "stride": list(stride), "padding": list(padding)}
-        lowering.emit(self, "conv2d", attributes=attributes, tensors=tensors)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -276,6 +43,23 @@ class NeuronNode(Node):
         if bits < 0:
             raise ValueError(f"currents may reach {current.reach:.3g}, beyond {CURRENT_MAX}; the layer is too wide")
         unit = current.unit * self.gain / 2**bits
+        tensors = self._in_units(neuron, current, unit)
+        lowering.emit(
+            self,
+            "lif",
+            attributes={
+                "steps": self.steps,
+                "repeated": int(self.repeated),
+                "decay": self._decay(neuron),
+                "input_decay": int(neuron.input_decay),
+                "soft_reset": int(neuron.soft_reset),
+                "fraction_bits": bits,
+            },
+            tensors=tensors,
+        )
+
+    def _in_units(self, neuron: Neuron, current: Current, unit: FloatArray) -> dict[str, npt.NDArray[np.int32]]:
+        """(C,) threshold, reset and bias in whole units of each channel; ValueError where they leave their ranges."""
         threshold = np.rint(neuron.threshold / unit)
         if not ((threshold >= 1) & (threshold <= THRESHOLD_MAX)).all():
             worst = int(np.argmax(np.abs(np.log(unit))))
@@ -290,10 +74,6 @@ class NeuronNode(Node):
                 f"v_reset={neuron.reset:g} is beyond 2**28 units of {unit[worst]:.3g} (channel {worst}); bring it "
                 f"nearer to the threshold of {neuron.threshold:g}"
             )
-        rate = float(torch.as_tensor(neuron.decay).detach())
-        if not 0 <= rate <= 1:
-            raise ValueError(f"1 / tau is {rate}; it has to be in [0, 1], the learned w of the neuron a number")
-        decay = round(rate * 2**DECAY_BITS)
         bias = np.rint(current.bias * self.gain / unit)
         if (np.abs(bias) > CURRENT_MAX).any():
             worst = int(np.abs(bias).argmax())
@@ -301,23 +81,16 @@ class NeuronNode(Node):
                 f"channel {worst} has a bias of {current.bias[worst] * self.gain:.3g}, beyond {CURRENT_MAX} units of "
                 f"{unit[worst]:.3g}; recalibrate"
             )
-        lowering.emit(
-            self,
-            "lif",
-            attributes={
-                "steps": self.steps,
-                "repeated": int(self.repeated),
-                "decay": decay,
-                "input_decay": int(neuron.input_decay),
-                "soft_reset": int(neuron.soft_reset),
-                "fraction_bits": bits,
-            },
-            tensors={
-                "threshold": threshold.astype(np.int32),
-                "reset": reset.astype(np.int32),
-                "bias": bias.astype(np.int32),
-            },
-        )
+        whole = {"threshold": threshold, "reset": reset, "bias": bias}
+        return {role: values.astype(np.int32) for role, values in whole.items()}
+
+    def _decay(self, neuron: Neuron) -> int:
+        """1 / tau in fixed point; ValueError outside 0 to 1."""
+        rate = float(torch.as_tensor(neuron.decay).detach())
+        if not 0 <= rate <= 1:
+            raise ValueError(f"1 / tau is {rate}; it has to be in [0, 1], the learned w of the neuron a number")
+        decay: int = round(rate * 2**DECAY_BITS)
+        return decay
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -363,7 +136,7 @@ class SpikeAttentionNode(Node):
 
     def lower(self, lowering: Lowering) -> None:
         heads: Any = lowering.network.get_submodule(self.module).num_heads
-        q, v = lowering.site(self.inputs[0]), lowering.site(self.inputs[2])
+        q, v = lowering.spec(self.inputs[0]), lowering.spec(self.inputs[2])
         lowering.counted(self.output, v.channels, reach=self.tokens * q.channels / heads)
         lowering.emit(self, "spike_attention", attributes={"windows": self.steps, "heads": int(heads)})
 
@@ -387,9 +160,9 @@ class BlockSumNode(Node):
         return by_head
 
     def lower(self, lowering: Lowering) -> None:
-        site = lowering.site(self.inputs[0])
+        spec = lowering.spec(self.inputs[0])
         unit = lowering.scales(self.inputs[0])[: self.groups]
-        reach = float(CURRENT_MAX) if site.bits > 8 else 2.0**16  # of counts; fraction bits are all that hangs on it
+        reach = float(CURRENT_MAX) if spec.bits > 8 else 2.0**16  # of counts; fraction bits are all that hangs on it
         lowering.currents[self.output] = Current(unit=unit, bias=np.zeros(len(unit)), reach=reach)
         lowering.emit(self, "block_sum", attributes={"rows": self.rows, "channels": self.groups})
 
@@ -410,7 +183,7 @@ class GateNode(Node):
 
 @dataclass(frozen=True, kw_only=True)
 class RequantizeNode(Node):
-    """A stream in the unit of another site."""
+    """A stream in the unit of another quantizer."""
 
     def forward(self, run: Run, *inputs: Tensor) -> Tensor:
         return inputs[0]
@@ -430,5 +203,5 @@ class WidenNode(Node):
         return inputs[0]
 
     def lower(self, lowering: Lowering) -> None:
-        channels = lowering.site(self.inputs[0]).channels
+        channels = lowering.spec(self.inputs[0]).channels
         lowering.emit(self, "block_sum", attributes={"rows": self.rows, "channels": channels})

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from swincompress_pl.quant.diagnosis.diagnosis import Diagnosis, Effect
+from swincompress_pl.quant.diagnosis import Diagnosis, Effect
 from swincompress_pl.report.content.numbers import figure, megabytes
 from swincompress_pl.report.content.parts import Item, Section, Table
 from swincompress_pl.report.diagnosis import all_packed_bytes, float_bytes, label, packed_bytes, read_diagnosis

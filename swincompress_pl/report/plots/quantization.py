@@ -1,4 +1,4 @@
-"""The plots of a quantized network: errors, costs, ranges with their clips, values of the worst sites, bits a layer.
+"""The plots of a quantized network: errors, costs, ranges with their clips, values of the worst quantizers, bits.
 
 Each takes a `Diagnosis` and returns a matplotlib Figure that belongs to the caller, or None where there is nothing
 to draw.
@@ -14,8 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from swincompress_pl.quant.diagnosis.diagnosis import Diagnosis, SiteCost
-from swincompress_pl.quant.diagnosis.quantization_errors import Histogram, SiteError
+from swincompress_pl.quant.diagnosis import Diagnosis, Histogram, QuantizationError, QuantizerCost
 from swincompress_pl.report.content.numbers import megabytes
 from swincompress_pl.report.diagnosis import all_packed_bytes, label, packed_bytes, read_diagnosis
 from swincompress_pl.report.plots.drawing import EDGE, LAST, TEXT, finished, new_figure, style
@@ -173,13 +172,13 @@ def _bits(known: Diagnosis) -> Figure | None:
         return finished(figure)
 
 
-def _worst(errors: Sequence[SiteError], key: Any) -> list[SiteError]:
+def _worst(errors: Sequence[QuantizationError], key: Any) -> list[QuantizationError]:
     """As many as a figure has room for, least key first chosen, in the network's order."""
     chosen = {id(error) for error in sorted(errors, key=key)[:_ROWS_SHOWN]}
     return [error for error in errors if id(error) in chosen]
 
 
-def _row_figure(rows: Sequence[SiteCost | SiteError]) -> tuple[Figure, Axes]:
+def _row_figure(rows: Sequence[QuantizerCost | QuantizationError]) -> tuple[Figure, Axes]:
     figure = new_figure(8.6, 1.3 + 0.19 * len(rows))
     ax = figure.add_subplot()
     ax.set_yticks(range(len(rows)), [label(row) for row in rows], fontsize=7.5)

@@ -1,29 +1,33 @@
-"""How far the values of every site and weight lie from the float network's, and how well each scale fits them."""
+"""How far the values of every quantizer and weight lie from the float network's, and how well each scale fits them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from swincompress_pl.quant.diagnosis.inspection import decibels, show, text_table
-from swincompress_pl.quant.graph.graph import Passthrough, Run, Site, WeightedNode
+from swincompress_pl._deprecated import renamed
+from swincompress_pl.evaluation_mode import standing_still
+from swincompress_pl.quant.graph import Delegating, Passthrough, QuantizerSpec, Run, WeightedNode
 from swincompress_pl.quant.network import QuantizedNetwork
-from swincompress_pl.quant.scales import Scales, affine_range
+from swincompress_pl.quant.progress import Progress, track
+from swincompress_pl.quant.quantizers import affine_range
+from swincompress_pl.quant.scales import Scales
+from swincompress_pl.quant.text_table import show, text_table
 
-# Sites of more bits than this have no scale that anything could gain from.
+# Quantizers of more bits than this have no scale that anything could gain from.
 _WIDEST = 16
 _PERCENTILE = 99.99
 _SAMPLED_VALUES = 1 << 17
 _HISTOGRAM_BINS = 80
-Key = tuple[str, str]  # ("activation", name of a site) or ("weight", name of a layer)
+Key = tuple[str, str]  # ("activation", name of a quantizer) or ("weight", name of a layer)
 
 
 @dataclass(frozen=True, kw_only=True)
-class SiteError:
+class QuantizationError:
     """How far quantized values lie from the float ones, and how the scale fits; None: nothing to compare, or exact.
 
     snr_db: against the float network at the same place, all errors before it included. own_snr_db: rounding and
@@ -63,9 +67,25 @@ class Histogram:
     clip_high: int
 
 
-def error_table(errors: Sequence[SiteError]) -> str:
-    """`site_errors` for a terminal; "" for none."""
-    header = ["site", "kind", "bits", "SNR, dB", "own SNR, dB", "clipped", "codes used", "clip / max", "clip / p99.99"]
+@renamed(batch="batch_size")
+def quantization_errors(
+    quantized: QuantizedNetwork, images: Tensor, *, batch_size: int = 32, progress: Progress = False
+) -> list[QuantizationError]:
+    """The error and the fit of every activation quantizer of up to 16 bits, in the network's order, and of every weight
+    after its input.
+
+    images: normalized float (N, C, H, W). batch_size: images at a time. progress: as in `quantize`. Raises ValueError
+    for images that do not fit.
+    """
+    checked_labels(quantized, images, None)
+    with standing_still(quantized), torch.no_grad():
+        return measure_errors(quantized, images.split(batch_size), progress)[0]
+
+
+def error_table(errors: Sequence[QuantizationError]) -> str:
+    """`quantization_errors` for a terminal; "" for none."""
+    header = ["quantizer", "kind", "bits", "SNR, dB", "own SNR, dB", "clipped", "codes used"]
+    header += ["clip / max", "clip / p99.99"]
     rows = [
         [
             e.name,
@@ -83,19 +103,39 @@ def error_table(errors: Sequence[SiteError]) -> str:
     return text_table(header, rows) if rows else ""
 
 
+def checked_labels(quantized: QuantizedNetwork, images: Tensor, labels: Tensor | None) -> Tensor | None:
+    """The labels where the images are; TypeError or ValueError for what does not fit."""
+    if not isinstance(quantized, QuantizedNetwork):
+        raise TypeError(f"{type(quantized).__name__} is not quantized; pass what quant.quantize gives")
+    if not isinstance(images, Tensor) or images.ndim != 4 or not images.is_floating_point() or not len(images):
+        shape = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
+        raise ValueError(f"images is {shape}; give at least one normalized float image (N, C, H, W)")
+    quantized.pixels(images)  # refuses images of another normalization
+    if labels is None:
+        return None
+    if tuple(labels.shape) != (len(images),) or labels.is_floating_point():
+        raise ValueError(f"labels is {labels.dtype} {tuple(labels.shape)}; give one class number for each image")
+    return labels.to(images.device)
+
+
 def first_nodes(quantized: QuantizedNetwork) -> dict[Key, int]:
-    """{site or weight: number of the first node that it acts on}, in the network's order."""
+    """{quantizer or weight: number of the first node that it acts on}, in the network's order."""
     first: dict[Key, int] = {}
     for number, node in enumerate(quantized.graph.nodes):
         if isinstance(node, WeightedNode):
             first["weight", node.name] = number
-        if node.site is not None and quantized.graph.sites[node.site].bits <= _WIDEST:
-            first.setdefault(("activation", node.site), number)
+        if node.quantizer is not None and quantized.graph.quantizers[node.quantizer].bits <= _WIDEST:
+            first.setdefault(("activation", node.quantizer), number)
     return first
 
 
+def decibels(signal: float, noise: float) -> float | None:
+    """10 log10 of signal to noise power; None where there is no noise, or no signal."""
+    return 10 * float(torch.tensor(signal / noise, dtype=torch.float64).log10()) if signal > 0 and noise > 0 else None
+
+
 class Tally:
-    """Sums over the values of one site or weight: errors, clipping, codes, and a sample in units of the step."""
+    """Sums over the values of one quantizer or weight: errors, clipping, codes, and a sample in units of the step."""
 
     def __init__(self, low: int, high: int, *, samples: int) -> None:
         self.low, self.high, self.samples = low, high, samples
@@ -127,10 +167,10 @@ class Tally:
             name=key[1], kind=key[0], low=low, high=high, counts=tuple(counts), clip_low=self.low, clip_high=self.high
         )
 
-    def error(self, key: Key, *, bits: int, symmetric: bool) -> SiteError:
+    def error(self, key: Key, *, bits: int, symmetric: bool) -> QuantizationError:
         magnitudes = torch.cat(self.sample).abs().sort().values
         percentile = float(magnitudes[min(len(magnitudes) - 1, int(len(magnitudes) * _PERCENTILE / 100))])
-        return SiteError(
+        return QuantizationError(
             name=key[1],
             kind=key[0],
             bits=bits,
@@ -146,52 +186,47 @@ class Tally:
 
 
 class _Kept(Passthrough):
-    """The float network; keeps the values of all sites, in order."""
+    """The float network; keeps the quantized values, in order."""
 
     def __init__(self) -> None:
         self.values: list[Tensor] = []
 
-    def activation(self, site: Site, x: Tensor) -> Tensor:
+    def activation(self, spec: QuantizerSpec, x: Tensor) -> Tensor:
         self.values.append(x)
         return x
 
 
-class _Compared(Passthrough):
-    """The quantized network; tallies every site against the float values, in the same order."""
+class _Compared(Delegating):
+    """The quantized network; tallies every value against the float values, in the same order."""
 
     def __init__(self, scales: Scales, expected: Iterable[Tensor], tallies: dict[Key, Tally], samples: int) -> None:
+        super().__init__(scales)
         self.scales, self.expected, self.tallies, self.samples = scales, iter(expected), tallies, samples
-        self._balances = scales.balances
 
-    @property
-    def balances(self) -> Mapping[str, Tensor]:
-        return self._balances
-
-    def weight(self, node: WeightedNode, weight: Tensor) -> Tensor:
-        return self.scales.weight(node, weight)
-
-    def activation(self, site: Site, x: Tensor) -> Tensor:
-        expected, after = next(self.expected), self.scales.activation(site, x)
-        if site.bits <= _WIDEST:
-            scale, offset = self.scales.site(site), torch.zeros((), device=x.device)
-            low, high = (-site.q_max if site.signed else 0), site.q_max
-            if scale.affine and site.searched:
-                sizes = torch.tensor(site.segments, device=x.device)
-                (low, high), offset = affine_range(site.bits), scale.zero_point.repeat_interleave(sizes)
+    def activation(self, spec: QuantizerSpec, x: Tensor) -> Tensor:
+        expected, after = next(self.expected), self.scales.activation(spec, x)
+        if spec.bits <= _WIDEST:
+            scale, offset = self.scales.activation_quantizer(spec), torch.zeros((), device=x.device)
+            low, high = (-spec.q_max if spec.signed else 0), spec.q_max
+            if scale.affine and spec.searched:
+                sizes = torch.tensor(spec.segments, device=x.device)
+                (low, high), offset = affine_range(spec.bits), scale.zero_point.repeat_interleave(sizes)
             step = scale.channel_scales()
-            if site.shiftable:
-                offset = offset + scale.shift / step
-            tally = self.tallies.setdefault(("activation", site.name), Tally(low, high, samples=self.samples))
+            if spec.can_center:
+                offset = offset + scale.centering / step
+            tally = self.tallies.setdefault(("activation", spec.name), Tally(low, high, samples=self.samples))
             tally.add(expected, x, after, expected / step + offset, x / step + offset)
         return after
 
 
-def measure_errors(quantized: QuantizedNetwork, parts: Sequence[Tensor]) -> tuple[list[SiteError], dict[Key, Tally]]:
-    """The errors in the network's order, a weight before the site that it writes to; and what they come from."""
+def measure_errors(
+    quantized: QuantizedNetwork, parts: Sequence[Tensor], progress: Progress = False
+) -> tuple[list[QuantizationError], dict[Key, Tally]]:
+    """The errors in the network's order, a weight before the quantizer that it writes to; and what they come from."""
     tallies: dict[Key, Tally] = {}
     scales = quantized.scales.fixed(quantized.graph, quantized.network)
     samples = max(1, _SAMPLED_VALUES // len(parts))
-    for part in parts:
+    for part in track(parts, "measuring errors", progress):
         kept = _Kept()
         Run(quantized.graph, quantized.network, kept)(part)
         compared = _Compared(scales, kept.values, tallies, samples)
@@ -202,18 +237,20 @@ def measure_errors(quantized: QuantizedNetwork, parts: Sequence[Tensor]) -> tupl
         if key[0] == "weight":
             errors.append(_weight_error(quantized, scales, key, tallies))
         else:
-            site = quantized.graph.sites[key[1]]
-            errors.append(tallies[key].error(key, bits=site.bits, symmetric=symmetric or not site.searched))
+            spec = quantized.graph.quantizers[key[1]]
+            errors.append(tallies[key].error(key, bits=spec.bits, symmetric=symmetric or not spec.searched))
     return errors, tallies
 
 
-def _weight_error(quantized: QuantizedNetwork, scales: Scales, key: Key, tallies: dict[Key, Tally]) -> SiteError:
+def _weight_error(
+    quantized: QuantizedNetwork, scales: Scales, key: Key, tallies: dict[Key, Tally]
+) -> QuantizationError:
     graph = quantized.graph
     node = next(node for node in graph.weighted_nodes if node.name == key[1])
-    site = graph.site_of(node.inputs[0])
-    balance = None if site is None else scales.balances.get(site.name)
-    weight = node.folded_weight(quantized.network, balance)
-    scale = scales.weight_scale(node)
+    spec = graph.spec_of(node.inputs[0])
+    equalization = None if spec is None else scales.equalizations.get(spec.name)
+    weight = node.folded_weight(quantized.network, equalization)
+    scale = scales.weight_quantizer(node)
     low, high = affine_range(scale.bits) if scale.affine else (-scale.q_max, scale.q_max)
     steps = weight.flatten(1) / scale.step[:, None] + (scale.zero_point[:, None] if scale.affine else 0)
     tally = tallies[key] = Tally(low, high, samples=_SAMPLED_VALUES)

@@ -1,0 +1,156 @@
+"""What each quantizer costs: each one alone, and all but each one, against the float network."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from swincompress_pl._deprecated import renamed
+from swincompress_pl.evaluation_mode import standing_still
+from swincompress_pl.quant.diagnosis.errors import Key, checked_labels, first_nodes
+from swincompress_pl.quant.graph import Delegating, QuantizerSpec, Run, WeightedNode, float_logits
+from swincompress_pl.quant.network import QuantizedNetwork
+from swincompress_pl.quant.progress import Progress, track
+from swincompress_pl.quant.scales import Scales
+from swincompress_pl.quant.text_table import show, text_table
+from swincompress_pl.spec import INPUT_VALUE
+
+
+@dataclass(frozen=True, kw_only=True)
+class Effect:
+    """A quantized network against the float one: mean KL divergence in nats, agreement of predictions and, with labels,
+    top-1, both in percent."""
+
+    kl: float
+    agreement_percent: float
+    top1_percent: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizerCost:
+    """What one activation quantizer (kind "activation") or one layer's weights ("weight") cost.
+
+    alone: only this one quantized. others: everything but this one quantized.
+    """
+
+    name: str
+    kind: str
+    bits: int
+    alone: Effect
+    others: Effect
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields in JSON types."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> QuantizerCost:
+        """What `to_dict` wrote."""
+        return cls(**{**data, "alone": Effect(**data["alone"]), "others": Effect(**data["others"])})
+
+
+@renamed(batch="batch_size")
+def quantizer_costs(
+    quantized: QuantizedNetwork,
+    images: Tensor,
+    labels: Tensor | None = None,
+    *,
+    batch_size: int = 32,
+    progress: Progress = False,
+) -> list[QuantizerCost]:
+    """What every activation quantizer of up to 16 bits and every weight costs, the largest KL divergence alone first.
+
+    images: normalized float (N, C, H, W). labels: (N,) classes, for top-1. batch_size: images at a time. progress: as
+    in `quantize`. It takes about as many passes over the images as there are quantizers. Raises ValueError for images
+    or labels that do not fit.
+    """
+    labels = checked_labels(quantized, images, labels)
+    with standing_still(quantized), torch.no_grad():
+        return measure_costs(quantized, images, labels, batch_size=batch_size, progress=progress)
+
+
+def cost_table(costs: Sequence[QuantizerCost]) -> str:
+    """`quantizer_costs` for a terminal; "" for none."""
+    labelled = any(cost.alone.top1_percent is not None for cost in costs)
+    header = ["quantizer", "kind", "bits", "alone: KL", "agreement"] + ["top-1"] * labelled
+    header += ["all others: KL", "agreement"] + ["top-1"] * labelled
+    rows = [[c.name, c.kind, str(c.bits), *_cells(c.alone, labelled), *_cells(c.others, labelled)] for c in costs]
+    return text_table(header, rows) if rows else ""
+
+
+def _cells(effect: Effect, labelled: bool) -> list[str]:
+    top1 = [show(effect.top1_percent, ".2f") + " %"] if labelled else []
+    return [f"{effect.kl:.3g}", f"{effect.agreement_percent:.2f} %", *top1]
+
+
+def divergence(float_logits: Tensor, logits: Tensor) -> Tensor:
+    """(N,) KL divergence of every image's classes from the float ones, in nats, at least 0."""
+    expected, found = float_logits.double().log_softmax(-1), logits.double().log_softmax(-1)
+    return (expected.exp() * (expected - found)).sum(-1).clamp(min=0)
+
+
+def effect(expected: Tensor, logits: Tensor, labels: Tensor | None) -> Effect:
+    same = logits.argmax(1) == expected.argmax(1)
+    return Effect(
+        kl=float(divergence(expected, logits).mean()),
+        agreement_percent=100 * float(same.double().mean()),
+        top1_percent=None if labels is None else 100 * float((logits.argmax(1) == labels).double().mean()),
+    )
+
+
+class _Only(Delegating):
+    """Quantizes one value or weight, or everything but that one; None: nothing, or everything."""
+
+    def __init__(self, scales: Scales, key: Key | None, *, others: bool = False) -> None:
+        super().__init__(scales)
+        self.key, self.others = key, others
+
+    def activation(self, spec: QuantizerSpec, x: Tensor) -> Tensor:
+        return self.inner.activation(spec, x) if self._taken("activation", spec.name) else x
+
+    def weight(self, node: WeightedNode, weight: Tensor) -> Tensor:
+        return self.inner.weight(node, weight) if self._taken("weight", node.name) else weight
+
+    def _taken(self, *key: str) -> bool:
+        return (key == self.key) != self.others
+
+
+def measure_costs(
+    quantized: QuantizedNetwork, images: Tensor, labels: Tensor | None, *, batch_size: int, progress: Progress
+) -> list[QuantizerCost]:
+    """A run with one quantizer apart shares everything before that one with the float or the whole quantized run."""
+    graph, network = quantized.graph, quantized.network
+    scales = quantized.scales.fixed(graph, network)
+    end = len(graph.nodes)
+    first = first_nodes(quantized)
+    logits: dict[tuple[Key, bool], list[Tensor]] = {(key, others): [] for key in first for others in (False, True)}
+    expected = []
+    for part in track(list(images.split(batch_size)), "measuring quantizers", progress):
+        expected.append(float_logits(graph, network, part))
+        for others in (False, True):
+            values: Mapping[str, Tensor] = {INPUT_VALUE: part}
+            done, common = 0, Run(graph, network, _Only(scales, None, others=others))
+            for key, start in sorted(first.items(), key=lambda item: item[1]):
+                values, done = common.advance(values, range(done, start)), start
+                apart = Run(graph, network, _Only(scales, key, others=others)).advance(values, range(start, end))
+                logits[key, others].append(apart[graph.nodes[-1].output].flatten(1))
+    whole = torch.cat(expected)
+    effects = {name: effect(whole, torch.cat(parts), labels) for name, parts in logits.items()}
+    bits = {key: _bits(quantized, key) for key in first}
+    costs = [
+        QuantizerCost(name=key[1], kind=key[0], bits=bits[key], alone=effects[key, False], others=effects[key, True])
+        for key in first
+    ]
+    return sorted(costs, key=lambda cost: -cost.alone.kl)
+
+
+def _bits(quantized: QuantizedNetwork, key: Key) -> int:
+    if key[0] == "activation":
+        return quantized.graph.quantizers[key[1]].bits
+    return next(
+        quantized.scales.weight_quantizer(node).bits for node in quantized.graph.weighted_nodes if node.name == key[1]
+    )

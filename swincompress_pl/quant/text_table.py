@@ -1,0 +1,27 @@
+"""Figures as a table for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+
+def show(value: float | None, form: str) -> str:
+    """A figure in a table; "-" for None."""
+    return "-" if value is None else format(value, form)
+
+
+def text_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Aligned columns for a terminal, also valid Markdown; the first column is text, the others are figures."""
+    body = [list(header), *map(list, rows)]
+    widths = [max(3, *(len(row[column]) for row in body)) for column in range(len(header))]
+    rule = ["-" * width if column == 0 else "-" * (width - 1) + ":" for column, width in enumerate(widths)]
+    lines = [body[0], rule, *body[1:]]
+    return "\n".join(
+        "| "
+        + " | ".join(
+            cell.ljust(width) if not column else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        + " |"
+        for line in lines
+    )
