@@ -139,7 +139,7 @@ NAMES: dict[str, dict[str, str]] = {
         "BlockState": "pruning.prime.result:BlockState",
         "Candidate": "pruning.prime.result:Candidate",
         "Change": "pruning.structure.change:Change",
-        "Exchange": "pruning.structure.groups:Exchange",
+        "Exchange": "pruning.structure.groups:ClassSwap",
         "Follower": "pruning.adaptive.rounds:CoupledState",
         "FunctionScorer": "pruning.evaluation.scorer:FunctionScorer",
         "Granularity": "pruning.space:SearchSpace",
@@ -208,6 +208,7 @@ NAMES: dict[str, dict[str, str]] = {
         "plan_of_masks": "pruning.structure.change:plan_of_masks",
         "revert": "pruning.structure.change:revert",
     },
+    "pruning.groups": {"Exchange": "pruning.structure.groups:ClassSwap"},
     "pruning.prime_candidates": {
         "Candidate": "pruning.prime.result:Candidate",
         "Memo": "pruning.prime.evaluation_cache:EvaluationCache",

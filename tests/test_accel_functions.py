@@ -1,4 +1,4 @@
-"""Single operations on NumPy arrays: equal to the norm on every implementation, near the float functions, checked."""
+"""Single operations on NumPy arrays: as specified on every implementation, near the float functions, checked."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Every ISA's kernels outside Python: under emulators of CPUs that this one is not, sanitizers and valgrind.
 
-Builds tests/cpp/kernel_cases.cpp with the engine and runs it on cases whose answers the norm gave.
+Builds tests/cpp/kernel_cases.cpp with the engine and runs it on cases whose answers the specification gave.
 """
 
 from __future__ import annotations

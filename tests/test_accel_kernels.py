@@ -1,4 +1,4 @@
-"""Every kernel of every implementation equals the norm, to the bit."""
+"""Every kernel of every implementation equals the specification, to the bit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""export_layer: one layer's kernel on NumPy arrays equals the norm and stays near the float layer."""
+"""export_layer: one layer's kernel on NumPy arrays equals the specification and stays near the float layer."""
 
 from __future__ import annotations
 

@@ -238,7 +238,8 @@ def test_scales_are_read_to_the_bit(scale: float) -> None:
     assert load(sealed(*parts(program)))[1]["logit_scale"] == scale
 
 
-# --- the rules of the norm --------------------------------------------------------------------------------------------
+# --- the rules of the specification
+# --------------------------------------------------------------------------------------------
 
 
 def set_tensor(key: str, value: Any, at: Any = ...) -> Change:
@@ -451,7 +452,7 @@ def test_values_that_python_gives_are_checked() -> None:
 
 @pytest.mark.parametrize("make", [small_program, spiking_program])
 def test_bounds_are_those_of_the_norm(make: Any) -> None:
-    """At the last bias that the norm accepts both accept, one further both refuse."""
+    """At the last bias that the specification accepts both accept, one further both refuse."""
     program = make()
     for op in program.operations:
         if op.kind not in ("linear", "conv2d"):

@@ -1,4 +1,4 @@
-"""The spiking operations of twin and engine equal the norm, to the bit."""
+"""The spiking operations of twin and engine equal the specification, to the bit."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ def entries(module: Any) -> list[str]:
 
 
 def check_integers(module: Any, folder: Path) -> None:
-    """The engine, the norm and the twin give the same."""
+    """The engine, the specification and the twin give the same."""
     network, (pixels, _) = quantized_of(module), pixels_and_labels()
     expected = spec.run(network.to_program(), pixels.numpy())
     assert np.array_equal(network.integer_logits(pixels).numpy(), expected)

@@ -1,4 +1,4 @@
-"""The norm against exact rational arithmetic and against the real functions that it approximates."""
+"""The specification against exact rational arithmetic and against the real functions that it approximates."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ from swincompress_pl.models.swin.window_attention import ResizableWindowAttentio
 from swincompress_pl.models.vit.groups import vit_groups
 from swincompress_pl.pruning import Group, PruningPlan, apply_plan
 from swincompress_pl.pruning.structure.apply import revert_plan
-from swincompress_pl.pruning.structure.groups import Attribute, Exchange, NormSlice, Slice
+from swincompress_pl.pruning.structure.groups import Attribute, ClassSwap, NormSlice, Slice
 from swincompress_pl.pruning.structure.unit_masks import MaskedLayerNorm, mask_plan, mask_units
 from swincompress_pl.quant import float_logits, quantize
 from swincompress_pl.registry import UnsupportedNetworkError, adapter_for
@@ -63,7 +63,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], Groups]] = {
             window_size=2,
             global_pool="catavgmax",
             norm_layer=partial(nn.LayerNorm, elementwise_affine=False),
-            strict_img_size=False,  # timm then does not look for the norm's weight
+            strict_img_size=False,  # timm then does not look for the specification's weight
         ),
         swin_groups,
     ),
@@ -568,11 +568,15 @@ def test_what_a_mask_touches_is_named() -> None:
     assert {"blocks.0.norm1.weight", "norm.weight", "head.weight"} <= set(groups["embed"].masked_parameters())
 
 
-def test_an_exchange_is_data() -> None:
+def test_a_class_swap_is_data() -> None:
     group = next(g for g in swin_groups(NETWORKS["swin v2"][0]()) if g.kind == "heads")
-    (exchange,) = group.exchanges
-    assert exchange == Exchange(
+    (swap,) = group.class_swaps
+    assert swap == ClassSwap(
         module="layers.0.blocks.0.attn",
         type="swincompress_pl.models.swin.window_attention:ResizableWindowAttention",
     )
     assert "becomes a swincompress_pl" in str(group)
+    stored = group.to_dict()
+    assert Group.from_dict(stored) == group
+    stored["exchanges"] = stored.pop("class_swaps")  # as version 0.1 wrote it
+    assert Group.from_dict(stored) == group

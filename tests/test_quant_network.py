@@ -1,4 +1,4 @@
-"""Quantized Swin and ViT: the graph is the network, eval is the norm, train is close to it, and bad input is named."""
+"""Quantized Swin and ViT: the graph is the network, eval is as specified, train comes close, bad input is named."""
 
 from __future__ import annotations
 

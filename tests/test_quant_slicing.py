@@ -1,4 +1,4 @@
-"""Scales that follow a cut of the network: what stays keeps its scale, and the integers stay the norm's."""
+"""Scales that follow a cut of the network: what stays keeps its scale, and the integers stay the specification's."""
 
 from __future__ import annotations
 

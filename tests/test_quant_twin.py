@@ -1,4 +1,4 @@
-"""The torch twin equals the norm to the bit."""
+"""The torch twin equals the specification to the bit."""
 
 from __future__ import annotations
 

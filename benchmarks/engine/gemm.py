@@ -33,7 +33,7 @@ SHAPES = tuple(
 
 
 def main() -> int:
-    """Runs the benchmark and writes its results; returns 1 when an answer differs from the norm's."""
+    """Runs the benchmark and writes its results; returns 1 when an answer differs from the specification's."""
     command = ArgumentParser(prog="python -m benchmarks.engine.gemm", description=main.__doc__)
     command.add_argument("--threads", type=str, default="1,2", help="numbers of threads")
     command.add_argument("--rounds", type=int, default=50, help="samples of each implementation")
@@ -64,7 +64,7 @@ def markdown(figures: dict[str, Any]) -> str:
         "GMAC/s of one layer with bias and requantization to int8, batch 1 at 224 pixels; medians, in brackets the "
         "fastest sample and the median's share of the peak: what the same products reach on operands in registers, "
         "measured between the samples. The engine's step as its profile times it; answers of every implementation are "
-        "compared with the norm in the same run.",
+        "compared with the specification in the same run.",
     ]
     for threads in dict.fromkeys(row["threads"] for row in rows):
         lines = []
@@ -78,7 +78,7 @@ def markdown(figures: dict[str, Any]) -> str:
         parts += [f"## {threads} thread(s)", table(["rows x outputs x inputs", *names], lines)]
     equal = all(row["equal_to_norm"] for row in rows)
     packages = ", ".join(f"{name} {version}" for name, version in environment["packages"].items())
-    parts.append(f"Answers {'equal' if equal else '**DIFFER from**'} the norm's.")
+    parts.append(f"Answers {'equal' if equal else '**DIFFER from**'} the specification's.")
     parts.append(
         f"{environment['date']}, commit {environment['commit']}, {environment['cpu']} "
         f"({', '.join(environment['cpu_flags'])}), {environment['cores']} cores, Python {environment['python']}, "

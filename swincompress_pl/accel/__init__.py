@@ -67,7 +67,7 @@ def export(model: Any, path: str | os.PathLike[str], compression: str | None = N
     has it. compression: None packs weights below 8 bits and nothing else; "lzma" entropy-codes everything, losslessly,
     each kind of tensor by LZMA or by Huffman codes alone, whichever is smaller; `load` reads both. The file appears
     complete or not at all. Raises TypeError for a model that is not quantized, spec.ProgramError for one that breaks a
-    bound of the norm, ValueError for an unknown compression.
+    bound of the specification, ValueError for an unknown compression.
     """
     artifact.require_compression(compression)
     return artifact.write(_program_of(model), path, compression)

@@ -179,7 +179,8 @@ def from_bytes(content: bytes, reader: Callable[[bytes], Result]) -> Result:
 def unproved_program(content: bytes) -> spec.Program:
     """The Program of an artifact's bytes, by the C++ reader: format, version and checksum are right.
 
-    Raises CodedError for a compressed one and ValueError for what is none. The rules of the norm are not proved.
+    Raises CodedError for a compressed one and ValueError for what is none. The rules of the specification are not
+    proved.
     """
     description, tensors = read_artifact(content)
     try:
@@ -189,7 +190,7 @@ def unproved_program(content: bytes) -> spec.Program:
 
 
 def read(path: str | os.PathLike[str]) -> spec.Program:
-    """The Program of an artifact, checked: format, version, checksum, then every rule of the norm.
+    """The Program of an artifact, checked: format, version, checksum, then every rule of the specification.
 
     Raises FileNotFoundError, or ArtifactError naming the file and what is wrong with it.
     """

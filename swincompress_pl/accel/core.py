@@ -104,7 +104,7 @@ def operation_engine(
     """The C++ engine of a single operation, through the same code as whole Programs.
 
     `.run(arrays)` takes one (N, *shape) array an input, C-contiguous, and returns the output (N, *shape); unlike a
-    Program's it may have any type. Raises spec.ProgramError for an operation that breaks a rule of the norm.
+    Program's it may have any type. Raises spec.ProgramError for an operation that breaks a rule of the specification.
     """
     return _engine(inputs, [_described(op, range(len(inputs)), tensors)], implementation, threads)
 
@@ -112,13 +112,15 @@ def operation_engine(
 def artifact_engine(content: bytes, implementation: str, threads: int) -> tuple[_core.Engine, _core.ModelFacts]:
     """The C++ engine of an artifact's bytes, read and proved in C++; nothing of them is kept.
 
-    Raises CodedError for an entropy-coded artifact and ValueError for what is none or breaks a rule of the norm.
+    Raises CodedError for an entropy-coded artifact and ValueError for what is none or breaks a rule of the
+    specification.
     """
     return _core.load(content, implementation, threads)
 
 
 def read_artifact(content: bytes) -> tuple[str, dict[str, npt.NDArray[Any]]]:
-    """(description as JSON, tensors by key) of an artifact's bytes, by the same reader, without the rules of the norm.
+    """(description as JSON, tensors by key) of an artifact's bytes, by the same reader, without the rules of the
+    specification.
 
     Raises CodedError and ValueError as `artifact_engine`.
     """

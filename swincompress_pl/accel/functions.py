@@ -1,11 +1,11 @@
 """Single quantized operations on NumPy arrays, for those who want one kernel and no network.
 
-Each is one operation of the norm (`docs/norm.md`) and equals it to the bit on every implementation; C-contiguous arrays
-are read where they lie. An engine is made for every call, which proves the bounds and packs the weights again:
-`export_layer` keeps a layer's. All take `implementation`, one of `implementations()` (None: the best, or what
-SWINCOMPRESS_IMPLEMENTATION says), and `threads` in [1, 256] (None: all CPUs). Signed values lie in [-127, 127],
+Each is one operation of the specification (`docs/spec.md`) and equals it to the bit on every implementation;
+C-contiguous arrays are read where they lie. An engine is made for every call, which proves the bounds and packs the
+weights again: `export_layer` keeps a layer's. All take `implementation`, one of `implementations()` (None: the best, or
+what SWINCOMPRESS_IMPLEMENTATION says), and `threads` in [1, 256] (None: all CPUs). Signed values lie in [-127, 127],
 [-32767, 32767] and so on, without the lowest. Errors name the argument: TypeError for an array of another type,
-ValueError for all else, among it spec.ProgramError for a bound of the norm.
+ValueError for all else, among it spec.ProgramError for a bound of the specification.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from swincompress_pl.spec.lowering import TABLE_CODES, layer_norm_integers, tabl
 FloatArray = npt.NDArray[np.floating]
 Scale = float | FloatArray
 _REAL_MAX = 1e30  # of scales and parameters, and its inverse the least scale: then no float below overflows
-_FACTOR_MAX = 2.0**21 - 1  # of `norm.multiplier`
+_FACTOR_MAX = 2.0**21 - 1  # of `spec.multiplier`
 
 
 def linear(

@@ -55,7 +55,7 @@ def _convolution_attributes(module: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizedLayer:
-    """A linear layer or convolution in the integers of the norm: y = requantize(x_q weight_q + bias_q).
+    """A linear layer or convolution in the integers of the specification: y = requantize(x_q weight_q + bias_q).
 
     weight_q: (M, K), or (M, kh, kw, C) int8 with one scale a channel, weight_scale (M,). mult, shift: (M,), the factor
     input_scale * weight_scale / output_scale. Calls take int8 or uint8 arrays, (..., K) or (N, H, W, C), and return
@@ -150,7 +150,7 @@ def export_layer(
     attributes: dict[str, Any] = {"channels": weight.shape[0]}
     if weight.ndim == 4:
         attributes |= {"kernel": list(weight.shape[2:]), **_convolution_attributes(module)}
-        weight = weight.transpose(0, 2, 3, 1)  # the norm puts channels last
+        weight = weight.transpose(0, 2, 3, 1)  # the specification puts channels last
     rows = np.abs(weight).reshape(weight.shape[0], -1).max(axis=1)
     weight_scale = np.where(rows > 0, rows, 127.0) / 127.0
     weight_q = np.rint(weight / weight_scale.reshape(-1, *[1] * (weight.ndim - 1))).astype(np.int8)

@@ -157,7 +157,7 @@ class Engine(_Runtime):
 
 
 class ReferenceEngine(_Runtime):
-    """A Program in NumPy by the definition of the norm: slow, and what every other engine equals to the bit."""
+    """A Program in NumPy, as it is specified: slow, and what every other engine equals to the bit."""
 
     implementation = "reference"
     threads = 1

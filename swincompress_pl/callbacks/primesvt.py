@@ -140,8 +140,7 @@ class PrimeSVT(SearchCallback):
         if self.config.batchnorm == "correct":
             with seeded(trainer.current_epoch):
                 calibration = [images for images, _ in training_batches(trainer, self.gradient_batches)]
-        title, first = f"PrimeSVT before epoch {trainer.current_epoch}", len(self.config.rates)
-        with search_progress(trainer, title, first) as report_progress:
+        with search_progress(trainer, f"PrimeSVT before epoch {trainer.current_epoch}", None) as report_progress:
 
             def progress(now: PrimeProgress) -> None:
                 nonlocal done

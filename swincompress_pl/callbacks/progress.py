@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -18,10 +19,10 @@ _EVERY_S = 10.0
 
 
 @contextmanager
-def search_progress(trainer: Trainer, description: str, total: int) -> Iterator[ReportProgress]:
+def search_progress(trainer: Trainer, description: str, total: int | None) -> Iterator[ReportProgress]:
     """Shows the tries of a search: a bar in the trainer's progress bar (rich or tqdm), else a line now and then.
 
-    total: how many tries there are, as far as that is known at first. The bar goes when the context ends, also by an
+    total: how many tries there are, None where that is not known before the first. The bar goes when the context ends, also by an
     exception.
     """
     bar = trainer.progress_bar_callback
@@ -36,10 +37,10 @@ def search_progress(trainer: Trainer, description: str, total: int) -> Iterator[
 
 
 @contextmanager
-def _rich_bar(bar: RichProgressBar, description: str, total: int) -> Iterator[ReportProgress]:
+def _rich_bar(bar: RichProgressBar, description: str, total: int | None) -> Iterator[ReportProgress]:
     progress = bar.progress
     assert progress is not None
-    task = progress.add_task(description, total=total)
+    task = progress.add_task(description, total=math.inf if total is None else total)  # as Lightning marks it
 
     def report_progress(text: str, total: int) -> None:
         progress.update(task, advance=1, total=total, description=f"{description}: {text}")
@@ -54,7 +55,7 @@ def _rich_bar(bar: RichProgressBar, description: str, total: int) -> Iterator[Re
 
 
 @contextmanager
-def _tqdm_bar(bar: TQDMProgressBar, description: str, total: int) -> Iterator[ReportProgress]:
+def _tqdm_bar(bar: TQDMProgressBar, description: str, total: int | None) -> Iterator[ReportProgress]:
     line = Tqdm(
         desc=description,
         total=total,

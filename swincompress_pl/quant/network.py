@@ -1,4 +1,4 @@
-"""A network with its scales: fake-quantized floats in training, the integer norm itself in evaluation."""
+"""A network with its scales: fake-quantized floats in training, the integer specification itself in evaluation."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""The torch twin: runs a Program with torch operations and gives the norm's integers, bit for bit, on any device.
+"""The torch twin: runs a Program with torch operations and gives the specification's integers, bit for bit, on any
+device.
 
 Every floating-point product below is exact: its integer partial sums stay under the 24 or 53 bits that float32 and
-float64 hold, as the bounds that `norm.check` proved say. Autocast, TF32 and Winograd would break that, so autocast is
+float64 hold, as the bounds that `spec.check` proved say. Autocast, TF32 and Winograd would break that, so autocast is
 off here and float32 products are left only where TF32 cannot enter.
 """
 
@@ -37,7 +38,7 @@ _CACHED_VALUES = 1 << 15
 
 @dataclass(frozen=True)
 class _Types:
-    """What an operation reads and writes, as types of the norm: a tensor only tells its storage."""
+    """What an operation reads and writes, as types of the specification: a tensor only tells its storage."""
 
     inputs: tuple[str, ...]
     output: str
@@ -301,9 +302,9 @@ _RUN: dict[str, Callable[[list[Tensor], Mapping[str, Tensor], Mapping[str, Any],
 def run_operation(
     op: Operation, inputs: list[Tensor], tensors: Mapping[str, Tensor], input_types: Sequence[str] | None = None
 ) -> Tensor:
-    """One operation of the norm on torch tensors; `tensors` by role.
+    """One operation of the specification on torch tensors; `tensors` by role.
 
-    input_types: the norm's types of the inputs; None takes the full range of what holds them.
+    input_types: the specification's types of the inputs; None takes the full range of what holds them.
     """
     given = [str(x.dtype).removeprefix("torch.") for x in inputs] if input_types is None else input_types
     return _RUN[op.kind](inputs, tensors, op.attributes, _Types(inputs=tuple(given), output=op.dtype))

@@ -1,4 +1,4 @@
-"""The spiking operations of the torch twin (`twin.py`): the integers of `norm/spiking.py`, bit for bit."""
+"""The spiking operations of the torch twin (`twin.py`): the integers of `spec/spiking.py`, bit for bit."""
 
 from __future__ import annotations
 

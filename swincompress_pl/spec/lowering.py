@@ -1,6 +1,6 @@
 """From the real parameters of an operation to its integers: LayerNorm's gain and offset, the entries of a table.
 
-`multiplier` (norm/integer.py) is the same for requantization. `docs/norm.md` derives the rules.
+`multiplier` (norm/integer.py) is the same for requantization. `docs/spec.md` derives the rules.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ def layer_norm_integers(
     """(attributes, tensors) of a `layer_norm` with these real parameters.
 
     weight, bias: (C,) finite; eps is added to the variance of the real input. input_scale and output_scale are
-    positive, the second one number or (C,). Raises ValueError for what the norm's integers cannot hold at such scales.
+    positive, the second one number or (C,). Raises ValueError for what the specification's integers cannot hold at such
+    scales.
     """
     gain, shift = _fixed_point(weight / output_scale, fraction_bits=NORMALIZED_FRACTION_BITS)
     offset = np.rint(bias / output_scale * 2.0**shift)

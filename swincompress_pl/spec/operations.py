@@ -1,8 +1,9 @@
-"""Every operation of the norm, once, in plain NumPy. The torch twin and the C++ kernels equal these to the bit.
+"""Every operation of the specification, once, in plain NumPy. The torch twin and the C++ kernels equal these to the
+bit.
 
 Arrays carry the batch first: a value of shape `(rows..., channels)` per image comes as `(N, rows..., channels)`.
 Operations that work on tokens see `(N, rows, channels)`. Where int8 (uint8) is said, the narrower signed (unsigned)
-types come as arrays of it too, and `dtype` may name one: saturation is to its range. `docs/norm.md` derives the rules;
+types come as arrays of it too, and `dtype` may name one: saturation is to its range. `docs/spec.md` derives the rules;
 shapes and bounds are proved by `kinds.py`.
 """
 

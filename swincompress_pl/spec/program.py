@@ -1,4 +1,4 @@
-"""A network as the norm sees it: a list of operations over named integer values, with their integer tensors.
+"""A network as the specification sees it: a list of operations over named integer values, with their integer tensors.
 
 A Program is plain data. Adapters build it, `accel` writes and runs it, `reference.run` defines what it means. Values
 are in single-assignment form: every operation reads earlier values and writes one new one; the input is the value
@@ -22,7 +22,7 @@ INPUT_VALUE = "images"
 
 
 class ProgramError(ValueError):
-    """A Program contradicts itself or breaks a bound of the norm; the message names the operation."""
+    """A Program contradicts itself or breaks a bound of the specification; the message names the operation."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ namespace {
 constexpr const char* kKey = "swincompress_pl";
 constexpr std::array<const char*, 5> kCodes = {"I8", "U8", "I16", "I32", "I64"};  // in the order of Type
 
-// Around every limit of the norm and of the types.
+// Around every limit of the specification and of the types.
 const std::vector<std::int64_t> kInteresting = {
     0,       1,       2,          3,          4,        5,        7,        8,        16,       27,
     31,      32,      38,         39,         49,       52,       53,       63,       64,       65,

@@ -1,4 +1,4 @@
-"""Cases for tests/cpp/kernel_cases.cpp: operations and whole Programs, their inputs, and what the norm says of them."""
+"""Cases for tests/cpp/kernel_cases.cpp: operations and whole Programs, their inputs, and the specified outputs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Random operations and Programs of the norm, for the tests of every interpreter.
+"""Random operations and Programs of the specification, for the tests of every interpreter.
 
 `operation_cases` draws shapes around powers of two and tensors with corner values; `small_program` is a whole network
 with every kind of operation, built by hand so that it depends on no adapter.

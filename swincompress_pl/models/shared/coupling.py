@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from swincompress_pl.models.shared.parts import columns, length_of, rows
-from swincompress_pl.pruning.structure.groups import Attribute, Exchange, Group, Slice
+from swincompress_pl.pruning.structure.groups import Attribute, ClassSwap, Group, Slice
 from swincompress_pl.registry import UnsupportedNetworkError
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
@@ -22,7 +22,7 @@ class Coupling:
         self.network, self.name, self.kind, self.units = network, name, kind, units
         self._slices: list[Slice] = []
         self._attributes: list[Attribute] = []
-        self._exchanges: list[Exchange] = []
+        self._class_swaps: list[ClassSwap] = []
 
     def group(self) -> Group:
         """The group; at least one unit stays."""
@@ -32,7 +32,7 @@ class Coupling:
             units=self.units,
             slices=tuple(self._slices),
             attributes=tuple(dict.fromkeys(self._attributes)),
-            exchanges=tuple(self._exchanges),
+            class_swaps=tuple(self._class_swaps),
         )
 
     def writer(
@@ -72,9 +72,9 @@ class Coupling:
         """An attribute that is the number of units."""
         self._attributes.append(Attribute(module=module, name=name))
 
-    def exchange(self, module: str, new_type: type[nn.Module]) -> None:
+    def swap_class(self, module: str, new_type: type[nn.Module]) -> None:
         """A module whose forward cannot take another width as it is."""
-        self._exchanges.append(Exchange(module=module, type=f"{new_type.__module__}:{new_type.__qualname__}"))
+        self._class_swaps.append(ClassSwap(module=module, type=f"{new_type.__module__}:{new_type.__qualname__}"))
 
     def norm(self, path: str, width: int = 1, offsets: tuple[int, ...] = (0,), *, silent: bool = False) -> None:
         """A BatchNorm on the channels, with its statistics; silent: as in `writer`."""

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from timm.layers.mlp import Mlp
 from torch import nn
 
-from swincompress_pl.pruning.structure.groups import Attribute, Exchange, Group, Slice
+from swincompress_pl.pruning.structure.groups import Attribute, ClassSwap, Group, Slice
 from swincompress_pl.registry import UnsupportedNetworkError
 
 
@@ -34,7 +34,7 @@ def columns(path: str, width: int = 1, offsets: tuple[int, ...] = (0,)) -> Slice
 class AttentionGroups:
     """The groups of an attention with a fused `qkv` of rows (q | k | v), each (heads, head width), and a `proj`.
 
-    attributes, exchanges: those of either group beside the linear layers' own. gate: path of a linear layer of rows
+    attributes, class_swaps: those of either group beside the linear layers' own. gate: path of a linear layer of rows
     (heads, head width) that weighs the attention's output.
     """
 
@@ -45,9 +45,9 @@ class AttentionGroups:
         *,
         gate: nn.Linear | None = None,
         attributes: tuple[Attribute, ...] = (),
-        exchanges: tuple[Exchange, ...] = (),
+        class_swaps: tuple[ClassSwap, ...] = (),
     ) -> None:
-        self.path, self.attn, self.exchanges = path, attn, exchanges
+        self.path, self.attn, self.class_swaps = path, attn, class_swaps
         self.qkv, _ = linear_of(attn, path, "qkv"), linear_of(attn, path, "proj")
         heads = attn.num_heads
         assert isinstance(heads, int)
@@ -80,7 +80,7 @@ class AttentionGroups:
                 columns(f"{path}.proj", width),
             ),
             attributes=(Attribute(module=path, name="num_heads"), *attributes, *self.attributes),
-            exchanges=self.exchanges,
+            class_swaps=self.class_swaps,
         )
 
     def dimension_group(self, *, attributes: Iterable[Attribute] = (), biases: Iterable[str] = ()) -> Group:
@@ -102,7 +102,7 @@ class AttentionGroups:
                 columns(f"{path}.proj", 1, starts),
             ),
             attributes=(*unfused, *attributes, *self.attributes),
-            exchanges=self.exchanges,
+            class_swaps=self.class_swaps,
         )
 
 

@@ -12,7 +12,7 @@ from timm.layers.patch_embed import PatchEmbed
 from torch import Tensor, nn
 
 from swincompress_pl.models.shared.parts import columns, length_of, rows
-from swincompress_pl.pruning.structure.groups import Attribute, Exchange, Group, NormSlice, Slice
+from swincompress_pl.pruning.structure.groups import Attribute, ClassSwap, Group, NormSlice, Slice
 from swincompress_pl.pruning.structure.unit_masks import MaskedLayerNorm
 
 _NORMS = (nn.LayerNorm, LayerNorm, MaskedLayerNorm)  # over the last axis, in the way of F.layer_norm
@@ -34,7 +34,7 @@ class Stream:
         self._slices: list[Slice] = []
         self._norms: list[NormSlice] = []
         self._attributes: list[Attribute] = []
-        self._exchanges: list[Exchange] = []
+        self._class_swaps: list[ClassSwap] = []
 
     def group(self) -> Group:
         """The group of kind "embed". At least two channels stay: a LayerNorm over one is constant."""
@@ -46,7 +46,7 @@ class Stream:
             attributes=tuple(self._attributes),
             min_units=min(2, self.units),
             norms=tuple(self._norms),
-            exchanges=tuple(self._exchanges),
+            class_swaps=tuple(self._class_swaps),
         )
 
     def embedding(self, path: str = "patch_embed") -> None:
@@ -128,9 +128,9 @@ class Stream:
             Attribute(module=module, name=name, size_of=size_of, axis=axis) for name in names if name in present
         ]
 
-    def exchange(self, module: str, new_type: str) -> None:
+    def swap_class(self, module: str, new_type: str) -> None:
         """A module that cannot read a stream of another width as it is."""
-        self._exchanges.append(Exchange(module=module, type=new_type))
+        self._class_swaps.append(ClassSwap(module=module, type=new_type))
 
     def feature_info(self, *indices: int) -> None:
         """timm's list of what each stage gives."""

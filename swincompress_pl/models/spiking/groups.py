@@ -97,7 +97,7 @@ def sdt_groups(network: nn.Module) -> list[Group]:
         projections = [f"{attention}.{name}_conv" for name in "qkv"]
         _on_stream(stream, readers=projections, writers=[_pair(attention, "proj_conv", "proj_bn")])
         stream.attribute(attention, "dim")
-        stream.exchange(attention, resizable(network.get_submodule(attention)))
+        stream.swap_class(attention, resizable(network.get_submodule(attention)))
     stream.reader("head")
     return [*groups, stream.group()]
 
@@ -170,7 +170,7 @@ def _stage_block(network: nn.Module, path: str, stream: Coupling) -> list[Group]
 
 def _stage_attention(network: nn.Module, path: str, stream: Coupling) -> list[Group]:
     attention: Any = network.get_submodule(path)
-    stream.exchange(path, resizable(attention))
+    stream.swap_class(path, resizable(attention))
     if hasattr(attention, "dim"):
         stream.attribute(path, "dim")
     if hasattr(attention, "qk_conv_bn"):

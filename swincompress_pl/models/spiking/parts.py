@@ -76,7 +76,7 @@ def self_attention_groups(network: nn.Module, path: str, *, qkv: Layer, proj: La
     outer.reader(proj[0], 1, v_starts)
 
     for coupling in (whole, inner, outer):
-        coupling.exchange(path, resizable(attention))
+        coupling.swap_class(path, resizable(attention))
     return [whole.group(), inner.group(), outer.group()]
 
 
@@ -107,7 +107,7 @@ def qk_attention_groups(network: nn.Module, path: str) -> list[Group]:
         outer.writer(*qk, 1, (*q_starts, *k_rows))
     outer.reader(proj, 1, k_starts)
     for coupling in couplings:
-        coupling.exchange(path, resizable(attention))
+        coupling.swap_class(path, resizable(attention))
     return [coupling.group() for coupling in couplings]
 
 
@@ -118,5 +118,5 @@ def spike_driven_group(network: nn.Module, path: str) -> Group:
     for name in ("q", "k", "v"):
         coupling.writer(f"{path}.{name}_conv", f"{path}.{name}_bn")
     coupling.reader(f"{path}.proj_conv")
-    coupling.exchange(path, resizable(network.get_submodule(path)))
+    coupling.swap_class(path, resizable(network.get_submodule(path)))
     return coupling.group()

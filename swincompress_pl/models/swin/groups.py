@@ -10,7 +10,7 @@ from torch import nn
 from swincompress_pl.models.shared.parts import AttentionGroups, blocks_of, length_of, mlp_group, part_of
 from swincompress_pl.models.shared.stream import NotCoveredError, Stream
 from swincompress_pl.models.swin.window_attention import ResizableWindowAttention
-from swincompress_pl.pruning.structure.groups import Attribute, Exchange, Group, Slice
+from swincompress_pl.pruning.structure.groups import Attribute, ClassSwap, Group, Slice
 
 _RESIZABLE = f"{ResizableWindowAttention.__module__}:{ResizableWindowAttention.__name__}"
 
@@ -51,7 +51,7 @@ def _is_resizable(block: nn.Module) -> bool:
 def _attention_v2(path: str, block: nn.Module, block_path: str) -> tuple[Group, Group]:
     """Cosine attention with a scale a head, a bias from a small MLP, and q, k and v biases that stand alone."""
     attn = part_of(block, block_path, "attn", swin_transformer_v2.WindowAttention)
-    parts = AttentionGroups(path, attn, exchanges=(Exchange(module=path, type=_RESIZABLE),))
+    parts = AttentionGroups(path, attn, class_swaps=(ClassSwap(module=path, type=_RESIZABLE),))
     biases = () if attn.q_bias is None else ("q_bias", "k_bias", "v_bias")
     heads = parts.head_group(
         slices=(Slice(tensor=f"{path}.logit_scale", axis=0), Slice(tensor=f"{path}.cpb_mlp.2.weight", axis=0)),
@@ -91,7 +91,7 @@ def _embed(network: nn.Module, number: int, *, last: bool) -> Group:
     for index, block in enumerate(network.get_submodule(f"{path}.blocks").children()):
         if isinstance(network, SwinTransformerV2):
             stream.require(_is_resizable(block), f"{path}.blocks.{index}.attn")
-            stream.exchange(f"{path}.blocks.{index}.attn", _RESIZABLE)
+            stream.swap_class(f"{path}.blocks.{index}.attn", _RESIZABLE)
         stream.block(f"{path}.blocks.{index}")
     if last:
         _classifier(stream)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from swincompress_pl.history import append_entry, drop_latest_entry, history_of
-from swincompress_pl.pruning.structure.groups import Attribute, Exchange, Group, validate_units
+from swincompress_pl.pruning.structure.groups import Attribute, ClassSwap, Group, validate_units
 from swincompress_pl.pruning.structure.plan import PruningPlan, find_group
 from swincompress_pl.registry import adapter_for
 
@@ -39,7 +39,7 @@ class AppliedPlan:
     plan: PruningPlan
     tensors: tuple[SlicedTensor, ...]
     attributes: tuple[tuple[str, str, Any, Any], ...]  # module, name, value before, value after
-    exchanged: tuple[tuple[str, type[nn.Module], type[nn.Module]], ...] = ()  # module, class before, class after
+    swapped: tuple[tuple[str, type[nn.Module], type[nn.Module]], ...] = ()  # module, class before, class after
 
     def replacement(self, parameter: Tensor) -> SlicedTensor | None:
         """The change made to `parameter`, or None when it was left alone."""
@@ -64,7 +64,7 @@ def apply_plan(network: nn.Module, plan: PruningPlan, *, groups: Iterable[Group]
     _check_slots(network, touched)
     _check_attributes(network, touched)
     _check_unmasked(network, touched)
-    exchanged = tuple(_new_class(network, e) for group in touched for e in group.exchanges)
+    swapped = tuple(_new_class(network, e) for group in touched for e in group.class_swaps)
     lost = _with_masks(network, _lost_indices(touched, removed))
     tensors = tuple(_slice_tensor(network, name, axes) for name, axes in lost.items())
     attributes = tuple(_new_attributes(network, touched, removed, {t.name: t.new for t in tensors}))
@@ -72,11 +72,11 @@ def apply_plan(network: nn.Module, plan: PruningPlan, *, groups: Iterable[Group]
         put_tensor(network, sliced.name, sliced.new)
     for module, name, _, value in attributes:
         write_attribute(network, module, name, value)
-    for module, _, new_class in exchanged:
+    for module, _, new_class in swapped:
         network.get_submodule(module).__class__ = new_class
     if plan:
         append_entry(network, "prune", plan.to_dict())
-    return AppliedPlan(plan=plan, tensors=tensors, attributes=attributes, exchanged=exchanged)
+    return AppliedPlan(plan=plan, tensors=tensors, attributes=attributes, swapped=swapped)
 
 
 def revert_plan(network: nn.Module, applied: AppliedPlan) -> None:
@@ -92,7 +92,7 @@ def revert_plan(network: nn.Module, applied: AppliedPlan) -> None:
     # backwards: two groups of the plan may have changed the same one
     for module, name, value, _ in reversed(applied.attributes):
         write_attribute(network, module, name, value)
-    for module, old_class, _ in reversed(applied.exchanged):
+    for module, old_class, _ in reversed(applied.swapped):
         network.get_submodule(module).__class__ = old_class
     if applied.plan:
         drop_latest_entry(network)
@@ -198,16 +198,16 @@ def _check_unmasked(network: nn.Module, groups: Iterable[Group]) -> None:
                 raise ValueError(f"{group.name}: {norm.module} is masked; leave the context of the mask before slicing")
 
 
-def _new_class(network: nn.Module, exchange: Exchange) -> tuple[str, type[nn.Module], type[nn.Module]]:
-    old = type(network.get_submodule(exchange.module))
-    package, _, name = exchange.type.partition(":")
+def _new_class(network: nn.Module, swap: ClassSwap) -> tuple[str, type[nn.Module], type[nn.Module]]:
+    old = type(network.get_submodule(swap.module))
+    package, _, name = swap.type.partition(":")
     new = getattr(importlib.import_module(package), name)
     if not issubclass(new, old):
         raise ValueError(
-            f"{exchange.module} is a {old.__qualname__}, which {exchange.type} does not extend, so its width cannot "
+            f"{swap.module} is a {old.__qualname__}, which {swap.type} does not extend, so its width cannot "
             "change; does this version of the model differ?"
         )
-    return exchange.module, old, new
+    return swap.module, old, new
 
 
 def _lost_indices(groups: Iterable[Group], removed: Mapping[str, tuple[int, ...]]) -> dict[str, dict[int, set[int]]]:

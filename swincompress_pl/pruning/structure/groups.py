@@ -11,7 +11,7 @@ heads of a ViT block with two heads of 16 channels:
           attributes=(Attribute(module="blocks.0.attn", name="num_heads"), ...))
 
 Two things go beyond tensors and integers: a LayerNorm that the units go through (`NormSlice`), and a module whose class
-has to be exchanged before its width may differ from what its forward assumes (`Exchange`).
+has to be exchanged before its width may differ from what its forward assumes (`ClassSwap`).
 
 Groups are written down by the adapter of each family (`swincompress_pl.models`), never guessed from a trace.
 """
@@ -21,6 +21,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
+
+from swincompress_pl._deprecated import renamed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +81,7 @@ class NormSlice:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Exchange:
+class ClassSwap:
     """A module that gets another class when units are removed: one that computes the same at any width.
 
     module: its name, dotted. type: the class, "package.module:Class"; a subclass of the present one that adds no state.
@@ -112,6 +114,7 @@ class Attribute:
         return f"{path} = {f'length of {self.size_of} axis {self.axis}' if self.size_of else 'units'}"
 
 
+@renamed(exchanges="class_swaps")
 @dataclass(frozen=True, kw_only=True)
 class Group:
     """Units that can be removed from a network, with everything that is coupled to them.
@@ -119,7 +122,7 @@ class Group:
     name: unique in the network and stable under pruning. kind: "heads", "head_dim" (a dimension of every head of an
     attention), "mlp" (hidden channels) or "embed" (a channel of a residual stream).
     units: how many the network has now. min_units: how many have to stay, at least one.
-    norms: LayerNorms that the units go through. exchanges: modules that cannot change width as they are.
+    norms: LayerNorms that the units go through. class_swaps: modules that cannot change width as they are.
     The data can be printed (`str(group)`), stored (`to_dict`, JSON types only) and read back (`from_dict`).
     """
 
@@ -130,10 +133,10 @@ class Group:
     attributes: tuple[Attribute, ...] = ()
     min_units: int = 1
     norms: tuple[NormSlice, ...] = ()
-    exchanges: tuple[Exchange, ...] = ()
+    class_swaps: tuple[ClassSwap, ...] = ()
 
     def __post_init__(self) -> None:
-        for field in ("slices", "attributes", "norms", "exchanges"):
+        for field in ("slices", "attributes", "norms", "class_swaps"):
             object.__setattr__(self, field, tuple(getattr(self, field)))
         if self.units < 1 or not 1 <= self.min_units <= self.units:
             raise ValueError(
@@ -166,7 +169,8 @@ class Group:
         fields["slices"] = tuple(Slice(**s) for s in fields["slices"])
         fields["attributes"] = tuple(Attribute(**a) for a in fields.get("attributes", ()))
         fields["norms"] = tuple(NormSlice(**n) for n in fields.get("norms", ()))
-        fields["exchanges"] = tuple(Exchange(**e) for e in fields.get("exchanges", ()))
+        swaps = fields.pop("exchanges", fields.get("class_swaps", ()))  # the former name, in files of version 0.1
+        fields["class_swaps"] = tuple(ClassSwap(**e) for e in swaps)
         return cls(**fields)
 
     def __str__(self) -> str:
@@ -177,7 +181,7 @@ class Group:
         ]
         rows += [f"  {n.module} over the kept channels at {', '.join(map(str, n.offsets))}" for n in self.norms]
         rows += [f"  {a}" for a in self.attributes]
-        rows += [f"  {e.module} becomes a {e.type}" for e in self.exchanges]
+        rows += [f"  {e.module} becomes a {e.type}" for e in self.class_swaps]
         return "\n".join([f"{self.name}: {self.units} {self.kind}, at least {self.min_units}", *rows])
 
 

@@ -1,8 +1,8 @@
 """Which quantizer costs the most accuracy: each one quantized alone, all but each one, and how well its scale fits.
 
 All of it looks at the float simulation (`fake_quantized`), where single quantizers can be switched; only the
-predictions of the whole network in a `Diagnosis` are the integer norm's. The float network is the one inside the
-quantized network, with what bias correction, learned rounding or training wrote into its parameters.
+predictions of the whole network in a `Diagnosis` are the integer specification's. The float network is the one inside
+the quantized network, with what bias correction, learned rounding or training wrote into its parameters.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ DIAGNOSIS_VERSION = 1
 class Diagnosis:
     """Everything that a report on one quantized network shows; plain data through `to_dict`.
 
-    simulated: the float simulation against the float network; integer: the norm, None for method "affine". paired:
-    counts of right and wrong predictions before and after (integers, or the simulation where there are none), None
-    without labels. layers: {layer: (weight bits, number of weights)}.
+    simulated: the float simulation against the float network; integer: the specification, None for method "affine".
+    paired: counts of right and wrong predictions before and after (integers, or the simulation where there are none),
+    None without labels. layers: {layer: (weight bits, number of weights)}.
     """
 
     method: str

@@ -1,4 +1,4 @@
-"""spikingjelly's neurons as the integer norm knows them: one recurrence, with the numbers of each kind."""
+"""spikingjelly's neurons as the integer specification knows them: one recurrence, with the numbers of each kind."""
 
 from __future__ import annotations
 

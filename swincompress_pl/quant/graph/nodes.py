@@ -1,7 +1,7 @@
 """The kinds of graph node: for each, its float computation and its integer form.
 
-`forward` is what calibration and training see; `lower` writes the operation of the norm (`swincompress_pl.spec`) with
-the same meaning. They stand side by side so that a change of one meets the other.
+`forward` is what calibration and training see; `lower` writes the operation of the specification
+(`swincompress_pl.spec`) with the same meaning. They stand side by side so that a change of one meets the other.
 """
 
 from __future__ import annotations
