@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from swincompress_pl.pruning.adaptive.state import SearchState, TargetState
+from swincompress_pl.pruning.evaluation.scorer import ScoringCost
 from swincompress_pl.report.plain import read_plain
 
 
@@ -33,6 +35,9 @@ def _check(state: SearchState) -> None:
     unknown = sorted(set(state.sensitivity) - set(state.targets))
     if unknown:
         raise ValueError(f"sensitivity of {', '.join(map(repr, unknown))}, which is no target of this search")
+    missing = sorted({field.name for field in fields(ScoringCost)} - set(state.scoring)) if state.scoring else []
+    if missing:
+        raise ValueError(f"scoring has no {', '.join(missing)}; it is the plain data of a ScoringCost")
 
 
 def last_round(state: SearchState) -> int:

@@ -7,15 +7,16 @@ non-zeros; the non-zeros with the index that finds them again; the bytes of the 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from swincompress_pl.accel.storage import weight_bits
+from swincompress_pl.report.plain import Plain
 from swincompress_pl.spec import Program, costs
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ _LEARNED_ROLES = frozenset({"weight", "bias", "gain", "offset", "bias_table", "c
 
 
 @dataclass(frozen=True, kw_only=True)
-class Size:
+class Size(Plain):
     """Bytes three ways. index says how the non-zeros are found again, e.g. "12 dense, 40 by 1-bit mask"; file_bytes
     may be unknown."""
 
@@ -42,29 +43,17 @@ class Size:
             if value is not None and (not isinstance(value, int) or value < 0):
                 raise ValueError(f"{name}={value!r}: it has to be a number of bytes, an integer of 0 or more")
 
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "nonzero_bytes": self.nonzero_bytes,
-            "indexed_bytes": self.indexed_bytes,
-            "index": self.index,
-            "file_bytes": self.file_bytes,
-        }
 
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Size:
-        return cls(**{key: data[key] for key in ("nonzero_bytes", "indexed_bytes", "index", "file_bytes")})
+class MatrixSize(NamedTuple):
+    """Bytes of the non-zeros, bytes with the smallest index, and that index: "dense", "1-bit mask" or "CSR"."""
 
-
-@dataclass(frozen=True)
-class _Stored:
     nonzero_bytes: int
     indexed_bytes: int
-    index: str
+    index_kind: str
 
 
-def matrix_size(values: npt.NDArray[Any], bits: int) -> tuple[int, int, str]:
-    """(non-zero bytes, bytes with the smallest index, that index: "dense", "1-bit mask" or "CSR") of one weight of
-    `bits` a value.
+def matrix_size(values: npt.NDArray[Any], bits: int) -> MatrixSize:
+    """The size of one weight of `bits` a value.
 
     values: (N, ...), viewed as N rows. CSR takes a column number of 1, 2 or 4 bytes a non-zero, by the number of
     columns, and a pointer of 4 bytes a row. "dense" stores the zeros too: without many of them that is smallest.
@@ -80,7 +69,7 @@ def matrix_size(values: npt.NDArray[Any], bits: int) -> tuple[int, int, str]:
         "CSR": payload + count * column_bytes + (rows + 1) * _POINTER_BYTES,
     }
     index = min(choices, key=lambda name: choices[name])
-    return payload, choices[index], index
+    return MatrixSize(payload, choices[index], index)
 
 
 def network_size(network: nn.Module, *, file: str | Path | None = None) -> Size:
@@ -130,16 +119,16 @@ def program_macs(program: Program) -> int:
     return sum(cost.macs for cost in costs(program))
 
 
-def _stored(values: npt.NDArray[Any], bits: int, is_matrix: bool) -> _Stored:
+def _stored(values: npt.NDArray[Any], bits: int, is_matrix: bool) -> MatrixSize:
     if is_matrix:
-        return _Stored(*matrix_size(values, bits))
+        return matrix_size(values, bits)
     whole = _bytes(values.size * bits)
-    return _Stored(whole, whole, "dense")
+    return MatrixSize(whole, whole, "dense")
 
 
-def _total(stored: Iterable[_Stored], file_bytes: int | None) -> Size:
+def _total(stored: Iterable[MatrixSize], file_bytes: int | None) -> Size:
     tensors = list(stored)
-    used = Counter(tensor.index for tensor in tensors)
+    used = Counter(tensor.index_kind for tensor in tensors)
     named = {"dense": "dense", "1-bit mask": "by 1-bit mask", "CSR": "by CSR"}
     return Size(
         nonzero_bytes=sum(tensor.nonzero_bytes for tensor in tensors),

@@ -31,13 +31,10 @@ def search(record: RunRecord) -> Section | None:
         ("parameters", change(state.baseline_parameters, parameters_left(state))),
         *_weights(state),
         *([("MACs an image", change(state.baseline_macs, macs_left(state)))] if state.baseline_macs else []),
-        (
-            "search",
-            f"{state.granularity}, {tried}, {kept} kept",
-        ),
+        ("search", f"{state.granularity}, {tried}, {kept} kept"),
         ("its end", state.stopped or "not reached: the search goes on"),
         *_scoring(state),
-        *([] if state.elapsed_s is None else [("time in the search", duration(state.elapsed_s))]),
+        ("time in the search", duration(state.elapsed_s)),
     ]
     items = tuple(Item(lead=lead, text=text) for lead, text in lines)
     plots = ("pruning_sparsity", "pruning_accuracy_size", "pruning_sensitivity")
