@@ -22,8 +22,8 @@ _EVERY_S = 10.0
 def search_progress(trainer: Trainer, description: str, total: int | None) -> Iterator[ReportProgress]:
     """Shows the tries of a search: a bar in the trainer's progress bar (rich or tqdm), else a line now and then.
 
-    total: how many tries there are, None where that is not known before the first. The bar goes when the context ends, also by an
-    exception.
+    total: how many tries there are, None where that is not known before the first. The bar goes when the context ends,
+    also by an exception.
     """
     bar = trainer.progress_bar_callback
     if isinstance(bar, RichProgressBar) and bar.is_enabled and trainer.is_global_zero and bar.progress is not None:
