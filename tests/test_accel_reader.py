@@ -51,7 +51,7 @@ def refused(program: spec.Program, change: Change, message: str) -> None:
         load(sealed(description, tensors))
 
 
-# --- the container ----------------------------------------------------------------------------------------------------
+# --- the container
 
 TENSORS = {"a": np.arange(6, dtype=np.int16).reshape(2, 3), "b": np.arange(4, dtype=np.int8)}
 
@@ -176,7 +176,7 @@ def test_compressed_artifacts_are_left_to_python(program: spec.Program) -> None:
         load(artifact.to_bytes(program, "lzma"))
 
 
-# --- the description --------------------------------------------------------------------------------------------------
+# --- the description
 
 
 @pytest.mark.parametrize(
@@ -239,7 +239,6 @@ def test_scales_are_read_to_the_bit(scale: float) -> None:
 
 
 # --- the rules of the specification
-# --------------------------------------------------------------------------------------------
 
 
 def set_tensor(key: str, value: Any, at: Any = ...) -> Change:
@@ -447,7 +446,7 @@ def test_values_that_python_gives_are_checked() -> None:
             _core.Engine([value], [], "", 1)
 
 
-# --- agreement --------------------------------------------------------------------------------------------------------
+# --- agreement
 
 
 @pytest.mark.parametrize("make", [small_program, spiking_program])

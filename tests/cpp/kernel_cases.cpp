@@ -1,6 +1,6 @@
-// kernel_cases FILE THREADS [IMPLEMENTATION...]: runs the cases of a file, that tests/support/kernel_case_files.py wrote, in
-// the implementations named (without names in all that this CPU can run) and compares every byte with the norm's. For
-// machines without Python: emulators, sanitizers, valgrind. Returns 0 where all agree.
+// kernel_cases FILE THREADS [IMPLEMENTATION...]: runs the cases of a file, that tests/support/kernel_case_files.py
+// wrote, in the implementations named (without names in all that this CPU can run) and compares every byte with the
+// norm's. For machines without Python: emulators, sanitizers, valgrind. Returns 0 where all agree.
 //
 // Integers are int64 in the byte order of the CPU, strings and arrays come after their length, values after type and
 // shape; kernel_case_files.py has the order.
