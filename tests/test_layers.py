@@ -69,3 +69,13 @@ def test_the_table_covers_every_room() -> None:
 def test_importing_it_loads_no_torch(module: str) -> None:
     code = f"import sys, {module}; sys.exit('torch' in sys.modules or 'lightning' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_no_test_imports_another() -> None:
+    """What tests share is in tests/support."""
+    for file in sorted(Path(__file__).parent.rglob("*.py")):
+        tree = ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        imports = [node for node in tree if isinstance(node, ast.Import | ast.ImportFrom)]
+        named = {node.module or "" for node in imports if isinstance(node, ast.ImportFrom)}
+        named |= {alias.name for node in imports if isinstance(node, ast.Import) for alias in node.names}
+        assert not {name for name in named if name.startswith("test_")}, file.name
