@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import tarfile
@@ -9,11 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from hypothesis import settings
-from support.counted_once import once_per_structure
-
-from swincompress_pl.pruning.structure import cost
 
 # A busy machine must not fail a test: no deadline for an example.
 settings.register_profile("swincompress", deadline=None)
@@ -31,15 +28,26 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: not forks[item.path])
 
 
+# torch is imported where tests run: the process that hands them out to the others does without.
+
+
 @pytest.fixture(autouse=True, scope="session")
-def _one_thread() -> None:
-    """The tests' tensors are small: more threads only cost time."""
+def _little_overhead() -> None:
+    """The tests' tensors are small: more threads only cost time. Networks, graphs and figures are many objects: looking
+    for garbage as often as Python does by default was a twelfth of all time."""
+    import torch
+
     torch.set_num_threads(1)
+    gc.set_threshold(20_000, 10, 10)
 
 
 @pytest.fixture(autouse=True, scope="session")
 def _macs_counted_once() -> Iterator[None]:
     """Searches count after each step, which took most of their time on tiny networks."""
+    from support.counted_once import once_per_structure
+
+    from swincompress_pl.pruning.structure import cost
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cost, "_macs_of_pass", once_per_structure(cost._macs_of_pass))
         yield

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,16 @@ import pytest
 import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from support.callback_cases import assert_same_state, greedy, largest_first, make_trainer, noise, search_of, trained
+from support.callback_cases import (
+    Plain,
+    assert_same_state,
+    greedy,
+    largest_first,
+    make_trainer,
+    noise,
+    search_of,
+    trained,
+)
 from support.rank_cases import call_for_kill, killed
 from torch.utils.data import DataLoader
 
@@ -61,9 +72,14 @@ class KilledInEpoch(Callback):
             call_for_kill(self.flag)
 
 
+@functools.cache
+def _module() -> Plain:
+    return trained(noise(64), steps=40)
+
+
 def fit(folder: Path, callback: AdaptiveIterativePruning, *others: Callback, ckpt_path: Path | None = None) -> Any:
     """Everything that has to be equal in the end; the fit shuffles and drops out."""
-    module = trained(noise(64), steps=40)
+    module = copy.deepcopy(_module())
     module.net.blocks[0].mlp.drop1.p = 0.3
     torch.manual_seed(7 if ckpt_path is None else 99)  # another process begins with other numbers
     save = ModelCheckpoint(folder, "{epoch}", save_last=True, save_top_k=-1, save_on_train_epoch_end=True)

@@ -206,3 +206,13 @@ def test_what_the_report_offers_is_what_type_checkers_see() -> None:
     found = {name: getattr(report, name) for name in report.__all__}
     assert seen.keys() == found.keys() == set(dir(report))
     assert all(getattr(importlib.import_module(seen[name]), name) is thing for name, thing in found.items())
+
+
+def test_no_test_imports_another() -> None:
+    """What tests share is in tests/support."""
+    for file in sorted(Path(__file__).parent.rglob("*.py")):
+        tree = ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        imports = [node for node in tree if isinstance(node, ast.Import | ast.ImportFrom)]
+        named = {node.module or "" for node in imports if isinstance(node, ast.ImportFrom)}
+        named |= {alias.name for node in imports if isinstance(node, ast.Import) for alias in node.names}
+        assert not {name for name in named if name.startswith("test_")}, file.name

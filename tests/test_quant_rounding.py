@@ -98,7 +98,7 @@ def test_rounding_block_by_block_comes_closer_to_float(name: str) -> None:
     for rounding in ("nearest", "second_order", "learned"):
         options: dict[str, Any] = {"rows": 128, "rounding": rounding}
         if rounding == "learned":
-            options["learning"] = {"iterations": 150, "batch_images": 6}
+            options["learning"] = {"iterations": 60, "batch_images": 6}
         quantized = quantize(
             copy.deepcopy(network), [images[:6], images[6:]], bits="W4A8", preprocessing=PREPROCESSING, search=options
         )
