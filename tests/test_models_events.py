@@ -87,7 +87,7 @@ def test_events_have_the_layout_that_networks_take(events: Dataset[Any]) -> None
 def test_a_fit_on_events_prunes_and_is_restored(events: Dataset[Any], tmp_path: Path) -> None:
     module = classifier()
     pruning = PrimeSVT(
-        tolerance=100.0, min_memory_saving=0.05, rates=(0.1, 0.25), round_to=1, max_rate=0.5, start_epoch=1,
+        tolerance=100.0, min_memory_saving=0.05, rates=(0.1, 0.25), round_to=1, max_sparsity=0.5, start_epoch=1,
     )  # fmt: skip
     trainer = make_trainer(tmp_path, 2, pruning)
     before = spiking_cost(module.net, next(iter(loader(events, start=1)))[0])
