@@ -6,7 +6,6 @@ import gc
 import os
 import sys
 import tarfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -39,18 +38,6 @@ def _little_overhead() -> None:
 
     torch.set_num_threads(1)
     gc.set_threshold(20_000, 10, 10)
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _macs_counted_once() -> Iterator[None]:
-    """Searches count after each step, which took most of their time on tiny networks."""
-    from support.counted_once import once_per_structure
-
-    from swincompress_pl.pruning.structure import cost
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cost, "_macs_of_pass", once_per_structure(cost._macs_of_pass))
-        yield
 
 
 @pytest.fixture(scope="session")

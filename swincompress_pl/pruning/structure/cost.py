@@ -51,12 +51,8 @@ def count_macs(network: nn.Module, input_shape: Sequence[int]) -> int:
 def _macs_of(bare: nn.Module, input_shape: Sequence[int]) -> int:
     bare.eval()
     dtype = next((p.dtype for p in bare.parameters() if p.is_floating_point()), torch.float32)
-    return _macs_of_pass(bare, torch.zeros(tuple(input_shape), device="meta", dtype=dtype))
-
-
-def _macs_of_pass(bare: nn.Module, images: Tensor) -> int:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        bare(images)
+        bare(torch.zeros(tuple(input_shape), device="meta", dtype=dtype))
     return int(counter.get_total_flops()) // 2
 
 
