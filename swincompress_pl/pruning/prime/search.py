@@ -152,6 +152,7 @@ class Search:
         spent = self.evaluator.spent_since(self._spent_before)
         distinct = {tuple(sorted(each.widths.items())): each.stands_for for each in self.trials.found}
         images = self.evaluator.images
+        tried = sum(each.stands_for for each in self.trials.found) + 2  # the baseline and the final score
         return spent | {
             "candidates": len(self.trials.found),
             "plans": len(distinct),
@@ -159,8 +160,7 @@ class Search:
             "remembered": len(self.trials.found) - self.trials.num_evaluations,
             "batchnorm_passes": self.candidates.correction.passes,
             "holdout_images": images,
-            "naive_image_forwards": (sum(each.stands_for for each in self.trials.found) + 2)
-            * images,  # baseline, final score
+            "naive_image_forwards": tried * images,
             "naive_image_forwards_distinct": (sum(distinct.values()) + 2) * images,
         }
 
