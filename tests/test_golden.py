@@ -101,6 +101,15 @@ def present_key(key: str) -> str:
     return key
 
 
+def as_then(now: Any, then: Any) -> Any:
+    """`now` without the fields that plain data of `then` did not have."""
+    if isinstance(now, dict) and isinstance(then, dict):
+        return {key: as_then(value, then[key]) for key, value in now.items() if key in then}
+    if isinstance(now, list) and isinstance(then, list) and len(now) == len(then):
+        return [as_then(one, other) for one, other in zip(now, then, strict=True)]
+    return now
+
+
 class Resumed(Callback):
     """What the callbacks knew when a resumed fit began."""
 
@@ -125,7 +134,7 @@ def test_a_fit_goes_on_from_a_checkpoint(folder: Path, name: str, logits: Any) -
     for key, found in zip(searched, resumed.found, strict=True):
         before = stored[key].get("search") or stored[key]["result"]
         for part in ("steps", "rounds", "baseline_score", "candidates", "blocks", "spike_rates"):
-            assert found.get(part) == before.get(part), part
+            assert as_then(found.get(part), before.get(part)) == before.get(part), part
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)

@@ -97,7 +97,7 @@ def test_a_curve_ends_where_the_block_alone_is_refused_and_what_is_left_of_a_ste
     alone: dict[str, list[bool]] = {}
     for candidate in result.candidates:
         if candidate.phase == "robustness":
-            alone.setdefault(candidate.label.split(" at ")[0], []).append(candidate.accepted)
+            alone.setdefault(str(candidate.block), []).append(candidate.accepted)
     assert any(not verdicts[-1] for verdicts in alone.values())
     assert all(all(verdicts[:-1]) for verdicts in alone.values())
     measured = {round(rate, 3) for rate in (0.0, 0.1, 0.3, 0.9)}

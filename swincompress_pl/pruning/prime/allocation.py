@@ -78,7 +78,7 @@ def _measure(trials: Trials, blocks: Sequence[BlockState]) -> dict[str, list[Cur
             last = widths
             found = trials.judge(
                 widths, {}, phase="robustness", label=f"{block.name} at {rate:.0%}",
-                done=number * len(rates) + count + 1, total=len(worthy) * len(rates),
+                done=number * len(rates) + count + 1, total=len(worthy) * len(rates), block=block.name, rate=rate,
             )  # fmt: skip
             if not found.accepted:
                 break
@@ -133,8 +133,11 @@ def _raised(trials: Trials, blocks: list[BlockState], step: Step, done: int, tot
     base, widths = trials.widths_of(blocks), trials.widths_of(raised)
     if widths == base:
         return None
-    label = f"{step.block} at {step.rate:.0%}"
-    if not trials.judge(widths, base, phase="policy", label=label, done=done, total=total).accepted:
+    found = trials.judge(
+        widths, base, phase="policy", label=f"{step.block} at {step.rate:.0%}", done=done, total=total,
+        block=step.block, rate=step.rate,
+    )  # fmt: skip
+    if not found.accepted:
         return None
     trials.accept(widths, base)
     return raised

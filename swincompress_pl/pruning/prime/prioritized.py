@@ -77,7 +77,7 @@ class Prioritized:
             found = trials.judge(
                 trials.widths_of(changed), base, phase="robustness",
                 label=f"{block.name} at {rate:.0%}, the others at {self.initial_rate:.0%}", done=number,
-                total=len(self.blocks),
+                total=len(self.blocks), block=block.name, rate=rate,
             )  # fmt: skip
             drop = max(trials.baseline - found.score, 0.0)
             measured.append(replace(block, robustness=100 * found.saving / (drop + LEAST_DROP)))
@@ -146,6 +146,7 @@ class Prioritized:
             found = trials.judge(
                 widths, widths_before, phase="policy", label=label.format(rate=rate), done=self._tries,
                 total=self._tries + self._steps_left(steps), stands_for=plans if len(raises) > 1 else None,
+                block=before[number].name if len(raises) == 1 else None, rate=rate,
             )  # fmt: skip
             if not found.accepted:
                 return False

@@ -22,7 +22,8 @@ class Candidate:
     the narrowed ones. saving: part of all parameters that it removes. score: accuracy in points on the hold-out, an
     estimate with a standard error of `error_points` unless `exact`; images: how many it took. accepted: within the
     accuracy constraint. remembered: the verdict was known already, nothing was run. stands_for: how many candidates of
-    the plain algorithm it replaces.
+    the plain algorithm it replaces. block, rate: the one block that differs from what the candidate was compared with,
+    None where several do, and its rate.
     """
 
     phase: str
@@ -36,6 +37,8 @@ class Candidate:
     error_points: float = 0.0
     remembered: bool = False
     stands_for: int = 1
+    block: str | None = None
+    rate: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The fields in JSON types."""

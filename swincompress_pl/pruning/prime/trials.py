@@ -57,10 +57,13 @@ class Trials:
         label: str,
         done: int,
         total: int,
+        block: str | None = None,
+        rate: float | None = None,
         stands_for: int | None = None,
     ) -> Candidate:
         """Try the network at these widths, against that at those of `base`; kept in `found`, and progress told.
 
+        block, rate: the one block that differs from those of `base`, where it is one, and its rate.
         stands_for: how many candidates of the plain algorithm it replaces where it is accepted; it tries them one by
         one, and would not have tried what is refused.
         """
@@ -70,6 +73,7 @@ class Trials:
         except ValueError as error:
             error.add_note(f"while {label} was tried")
             raise
+        found = replace(found, block=block, rate=rate)
         if stands_for is not None:
             found = replace(found, stands_for=stands_for if found.accepted else 0)
         self.found.append(found)
