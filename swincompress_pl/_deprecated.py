@@ -15,7 +15,6 @@ import importlib
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any, TypeVar
@@ -441,14 +440,18 @@ def _new_module(old: str) -> ModuleType:
     return importlib.import_module(f"{PACKAGE}.{MODULES[old]}")
 
 
-class _OldModules(MetaPathFinder, Loader):
-    """Finds the modules of MODULES by their old names."""
+class _OldModules:
+    """Finds and loads the modules of MODULES by their old names.
+
+    No subclass of `importlib.abc`'s, whose import takes longer than all the rest that `import swincompress_pl` does.
+    """
 
     def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> Any:
         old = fullname.removeprefix(f"{PACKAGE}.")
         if old == fullname or old not in MODULES:
             return None
-        return ModuleSpec(fullname, self, is_package=any(other.startswith(f"{old}.") for other in MODULES))
+        is_package = any(other.startswith(f"{old}.") for other in MODULES)
+        return ModuleSpec(fullname, self, is_package=is_package)  # type: ignore[arg-type]  # a loader all the same
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         return _OldModule(spec.name)
