@@ -346,7 +346,8 @@ def renamed(*, values: Mapping[str, Mapping[Any, Any]] | None = None, **argument
                     given[name] = translated[value]
             return function(*args, **given)
 
-        wrapper.old_arguments = dict(arguments)  # type: ignore[attr-defined]  # for the tests
+        wrapper.old_arguments = dict(arguments)  # type: ignore[attr-defined]  # for `current_arguments`
+        wrapper.old_values = dict(values or {})  # type: ignore[attr-defined]
         return wrapper
 
     return decorate
@@ -374,9 +375,33 @@ def gathered(
                 _warn(f"{what}({', '.join(f'{name}=...' for name in old)})", f"{argument}=", stacklevel=3)
             return function(*args, **given)
 
+        wrapper.gathered = (argument, tuple(names))  # type: ignore[attr-defined]  # for `current_arguments`
         return wrapper
 
     return decorate
+
+
+def current_arguments(function: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Keyword arguments as a config file of version 0.1 spells them, by the names and values of today, with a warning.
+
+    What is gathered in one argument now is a mapping there.
+    """
+    found = dict(given)
+    for old, new in getattr(function, "old_arguments", {}).items():
+        if old in found and new not in found:
+            found[new] = found.pop(old)
+    for name, translated in getattr(function, "old_values", {}).items():
+        if isinstance(found.get(name), str):
+            found[name] = translated.get(found[name], found[name])
+    argument, names = getattr(function, "gathered", ("", ()))
+    together = {name: found.pop(name) for name in names if name in found}
+    if together:
+        found[argument] = together
+    if found != given:
+        before = ", ".join(name for name in given if name not in found or found[name] != given[name])
+        now = ", ".join(name for name in found if name not in given or found[name] != given[name])
+        _warn(f"{function.__qualname__.removesuffix('.__init__')}'s {before}", now, stacklevel=3)
+    return found
 
 
 def renamed_attributes(**attributes: str) -> Callable[[T], T]:

@@ -6,13 +6,16 @@ import dataclasses
 import importlib
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml  # type: ignore[import-untyped]
 from torch import nn
 
-from swincompress_pl._deprecated import MODULES, PACKAGE, old_names, renamed
+from swincompress_pl._deprecated import MODULES, PACKAGE, current_arguments, old_names, renamed
+from swincompress_pl.callbacks import PrimeSVT
 from swincompress_pl.models import create_model
 from swincompress_pl.pruning import AdaptivePruningConfig, SearchSession
 
@@ -121,3 +124,33 @@ def test_rounds_by_the_functions_of_the_first_version_are_those_of_a_session() -
     assert outcome.applied.plan == expected.applied.plan
     assert outcome.applied.plan
     assert [dataclasses.asdict(step) for step in outcome.steps] == [dataclasses.asdict(s) for s in expected.steps]
+
+
+def test_a_config_of_the_first_version_is_read_by_the_names_of_today() -> None:
+    init: Any = PrimeSVT.__init__
+    old = {"max_accuracy_drop": 3.0, "mode": "paper", "policy": "prioritized", "theta": 2.0, "round_to": 4}
+    with pytest.warns(DeprecationWarning, match="PrimeSVT's max_accuracy_drop, mode, policy, theta is the name"):
+        found = current_arguments(init, old)
+    assert found == {"tolerance": 3.0, "granularity": "filter", "policy": {"theta": 2.0}, "round_to": 4}
+    assert current_arguments(init, found) == found  # and says nothing
+
+
+def test_fit_takes_a_config_of_the_first_version(tmp_path: Path) -> None:
+    recipe = Path(__file__).resolve().parent.parent / "configs" / "spikformer_cifar10.yaml"
+    text = recipe.read_text(encoding="utf-8")
+    assert "        tolerance: 3.0" in text
+    old = tmp_path / "old.yaml"
+    changed = text.replace(
+        "        tolerance: 3.0", "        max_accuracy_drop: 3.0\n        mode: paper\n        theta: 2"
+    )
+    old.write_text(changed.replace("evaluation_cache:", "memo:"), encoding="utf-8")
+    code = "import sys; from swincompress_pl.cli import main; main(['fit', '-c', sys.argv[1], '--print_config'])"
+    ran = subprocess.run([sys.executable, "-c", code, str(old)], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    prime = next(
+        callback["init_args"]
+        for callback in yaml.safe_load(ran.stdout)["trainer"]["callbacks"]
+        if callback["class_path"].endswith("PrimeSVT")
+    )
+    assert (prime["tolerance"], prime["granularity"], prime["policy"]["theta"]) == (3.0, "filter", 2.0)
+    assert prime["evaluation_cache"] == "runs/spikformer/evaluations.jsonl"

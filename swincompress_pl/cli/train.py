@@ -6,13 +6,16 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+import yaml  # type: ignore[import-untyped]
+from jsonargparse import get_loader, set_loader
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info
 
 import swincompress_pl.callbacks
 import swincompress_pl.data
-import swincompress_pl.models  # noqa: F401  (imported so that configs may name the classes without their modules)
+import swincompress_pl.models
+from swincompress_pl._deprecated import current_arguments
 from swincompress_pl.cli import PROGRAM
 from swincompress_pl.cli.common import HelpFormatter, epilog
 
@@ -48,10 +51,26 @@ class CompressionCLI(LightningCLI):
             rank_zero_info(f"best checkpoint: {checkpoint}\nnext: {PROGRAM} export {checkpoint} -o model.safetensors")
 
 
+def _by_current_names(config: Any) -> Any:
+    """A config, or a part of one, with the arguments of our callbacks by the names of this version."""
+    if isinstance(config, list):
+        return [_by_current_names(part) for part in config]
+    if not isinstance(config, dict):
+        return config
+    config = {key: _by_current_names(part) for key, part in config.items()}
+    name = str(config.get("class_path", "")).rpartition(".")[2]
+    if name in swincompress_pl.callbacks.__all__ and isinstance(config.get("init_args"), dict):
+        kind = getattr(swincompress_pl.callbacks, name)
+        config["init_args"] = current_arguments(kind.__init__, config["init_args"])
+    return config
+
+
 def main(name: str, arguments: Sequence[str]) -> int:
     """Runs Lightning's command line; returns 0."""
     # Lightning reads sys.argv, and starts further processes of a DDP run with it.
     sys.argv[1:] = [name, *arguments]
+    load = get_loader("yaml")
+    set_loader("yaml", lambda text: _by_current_names(load(text)), exceptions=(yaml.YAMLError,))
     options: dict[str, Any] = {each: {"epilog": epilog(*examples)} for each, examples in _EXAMPLES.items()}
     CompressionCLI(
         LightningModule,
