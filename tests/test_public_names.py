@@ -7,7 +7,7 @@ import importlib
 import pytest
 
 
-@pytest.mark.parametrize("room", ["callbacks", "data", "models"])
+@pytest.mark.parametrize("room", ["accel", "callbacks", "data", "models", "pruning", "quant", "report"])
 def test_a_room_shows_what_users_call(room: str) -> None:
     module = importlib.import_module(f"swincompress_pl.{room}")
     assert dir(module) == sorted(module.__all__)

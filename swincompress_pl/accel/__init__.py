@@ -44,6 +44,10 @@ __all__ = [
 ]
 
 
+def __dir__() -> list[str]:
+    return __all__
+
+
 def _program_of(model: Any) -> spec.Program:
     if isinstance(model, spec.Program):
         return model
