@@ -48,7 +48,9 @@ def test_both_engines_have_one_interface(program: spec.Program, engine: accel.En
     for runtime in (engine, reference):
         assert runtime.input_shape == (24, 24, 3)
         assert runtime.classes == program.classes
-        assert runtime.class_count == 7
+        assert runtime.num_classes == 7
+        with pytest.warns(DeprecationWarning, match="class_count is the name of version 0.1 .* use .num_classes"):
+            assert runtime.class_count == 7  # type: ignore[attr-defined]
         assert runtime.threads == 1
         assert runtime.program.describe() == program.describe()
         assert "7 classes" in repr(runtime)

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from swincompress_pl import spec
+from swincompress_pl._deprecated import renamed_attributes
 from swincompress_pl.accel import _core, artifact
 from swincompress_pl.accel.core import artifact_engine, program_engine, resolve_threads
 from swincompress_pl.accel.profile import Counts, Profile, profile_of, spike_counts
@@ -18,6 +19,7 @@ from swincompress_pl.spec.reference import check_images
 Images = npt.NDArray[np.uint8]
 
 
+@renamed_attributes(class_count="num_classes")
 class _Runtime:
     """What both engines share: shapes, checks and the one step from integers to float logits."""
 
@@ -25,9 +27,9 @@ class _Runtime:
     threads: int
 
     def __init__(
-        self, taken: spec.InputDescription, class_count: int, classes: tuple[str, ...] | None, logit_scale: float
+        self, taken: spec.InputDescription, num_classes: int, classes: tuple[str, ...] | None, logit_scale: float
     ) -> None:
-        self._taken, self._class_count, self._classes, self._logit_scale = taken, class_count, classes, logit_scale
+        self._taken, self._num_classes, self._classes, self._logit_scale = taken, num_classes, classes, logit_scale
 
     @property
     def program(self) -> spec.Program:
@@ -44,8 +46,8 @@ class _Runtime:
         return self._classes
 
     @property
-    def class_count(self) -> int:
-        return self._class_count
+    def num_classes(self) -> int:
+        return self._num_classes
 
     def __call__(self, images: Images) -> npt.NDArray[np.float32]:
         """images: (N, *input_shape) uint8, N >= 0 -> (N, classes) float32 logits: int32 * logit_scale.
@@ -58,7 +60,7 @@ class _Runtime:
         """images as in a call -> (N, classes) int32 logits, the same bits from every implementation."""
         check_images(self._taken, images)
         if images.shape[0] == 0:
-            return np.zeros((0, self._class_count), dtype=np.int32)
+            return np.zeros((0, self._num_classes), dtype=np.int32)
         return self._run(np.ascontiguousarray(images))
 
     def profile(self, images: Images, *, repeats: int = 10) -> Profile:
@@ -84,7 +86,7 @@ class _Runtime:
     def __repr__(self) -> str:
         return (
             f"{type(self).__name__}({len(self.program.operations)} operations, images {self.input_shape}, "
-            f"{self._class_count} classes, implementation={self.implementation!r}, threads={self.threads})"
+            f"{self._num_classes} classes, implementation={self.implementation!r}, threads={self.threads})"
         )
 
     def _run(self, images: Images) -> npt.NDArray[np.int32]:
@@ -142,7 +144,7 @@ class Engine(_Runtime):
         return self._program
 
     def _run(self, images: Images) -> npt.NDArray[np.int32]:
-        logits: npt.NDArray[np.int32] = self._core.run([images]).reshape(images.shape[0], self._class_count)
+        logits: npt.NDArray[np.int32] = self._core.run([images]).reshape(images.shape[0], self._num_classes)
         return logits
 
     def _times_ns(self, images: Images, repeats: int) -> tuple[list[list[int]], npt.NDArray[np.int64]]:
