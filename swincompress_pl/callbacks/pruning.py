@@ -126,7 +126,8 @@ class AdaptiveIterativePruning(SearchCallback):
         if self.config.shrink == "end" and state is not None and state.stopped is None:
             rank_zero_warn(
                 "shrink='end': the search did not end in this fit, so what it took is masked and not sliced. Give "
-                "max_rounds or a target that is reached, or slice a float network with pruning.finish_search"
+                "max_rounds or a target that is reached, or slice a float network with "
+                "pruning.adaptive.search.finish_search(network, callback.config)"
             )
 
     def _space(self, network: nn.Module) -> SpaceConfig:
