@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import importlib
+import re
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml  # type: ignore[import-untyped]
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "api.md"
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "api.md"
+ROOMS = "accel|callbacks|checkpoint|data|models|pruning|quant|report|spec"
 
 
 def documented() -> list[tuple[str, str]]:
@@ -30,3 +34,26 @@ def test_the_page_is_read() -> None:
 def test_every_name_of_the_page_can_be_imported(module: str, name: str) -> None:
     thing: Any = getattr(importlib.import_module(module), name)
     assert thing.__doc__
+
+
+def referred_to() -> list[str]:
+    """`room.name` in backticks, in docstrings, comments and documents; not the names of files."""
+    files = [*(ROOT / "swincompress_pl").rglob("*.py"), *(ROOT / "docs").glob("*.md"), *ROOT.glob("[RC]*.md")]
+    texts = [file.read_text(encoding="utf-8") for file in files if file.name != "CHANGELOG.md"]
+    found = {name for text in texts for name in re.findall(rf"`((?:{ROOMS})(?:\.\w+)+)`", text)}
+    return sorted(name for name in found if not re.search(r"\.(html|json|md|py)$", name))
+
+
+def test_references_are_found() -> None:
+    assert {"models.create_model", "quant.quantize"} <= set(referred_to())
+
+
+@pytest.mark.parametrize("name", referred_to())
+def test_what_the_text_refers_to_is_there(name: str) -> None:
+    path = "swincompress_pl"
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="matplotlib")
+        thing: Any = importlib.import_module(path)
+        for part in name.split("."):
+            path += f".{part}"
+            thing = getattr(thing, part) if hasattr(thing, part) else importlib.import_module(path)
