@@ -254,7 +254,7 @@ def test_inspect_tells_the_bounds_that_the_check_proves(tmp_path: Path, monkeypa
     told = [operation["accumulator_bound"] for operation in describe_artifact(file)["operations"]]
     bounds = [bound for bound in told if bound is not None]
     assert bounds == proved[-len(bounds) :]
-    assert len(proved) == 2 * len(bounds) > 8, "once when it is read, once for its costs"
+    assert len(proved) == len(bounds) > 4, "each operation once"
 
 
 def test_inspect_tells_an_artifacts_operations(artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,7 @@ from swincompress_pl.cli.common import console, existing_file, is_checkpoint, pa
 from swincompress_pl.history import summarize
 from swincompress_pl.report.content.numbers import count, megabytes
 from swincompress_pl.report.sizes import program_parameters, program_size
-from swincompress_pl.spec import costs
+from swincompress_pl.spec import Cost, Program, costs
 
 
 def main(name: str, arguments: Sequence[str]) -> int:
@@ -41,10 +41,13 @@ def main(name: str, arguments: Sequence[str]) -> int:
 
 
 def describe_artifact(file: Path) -> dict[str, Any]:
-    """What an artifact holds, in JSON types. Raises ArtifactError or ProgramError for a bad one: reading it proves
-    it."""
-    program = artifact.read(file)
-    table = costs(program)
+    """What an artifact holds, in JSON types. Raises ArtifactError for a bad one: counting its costs proves it."""
+
+    def with_costs(content: bytes) -> tuple[Program, list[Cost]]:
+        program = artifact.unproved_program(content)
+        return program, costs(program)
+
+    program, table = artifact.through(file, with_costs)
     description = program.describe()
     return {
         "kind": "artifact",
