@@ -113,7 +113,8 @@ def test_controls_are_those_of_the_pruning_benchmark(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.* neurons never spike")
 def test_accuracy_before_and_after_fine_tuning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    baselines.train(subjects.SUBJECTS["maxformer"], tiny_place(tmp_path, monkeypatch), tmp_path / "checkpoints", "abc")
+    place = tiny_place(tmp_path, monkeypatch)
+    baselines.train(subjects.SUBJECTS["maxformer"], place, tmp_path / "checkpoints", "abc")
     monkeypatch.setattr(accuracy, "SUBJECTS", subjects.SUBJECTS)
     out = tmp_path / "out"
     given = SimpleNamespace(
