@@ -375,7 +375,7 @@ def gathered(
                 _warn(f"{what}({', '.join(f'{name}=...' for name in old)})", f"{argument}=", stacklevel=3)
             return function(*args, **given)
 
-        wrapper.gathered = (argument, tuple(names))  # type: ignore[attr-defined]  # for `current_arguments`
+        wrapper.gathered = (argument, gather, tuple(names))  # type: ignore[attr-defined]  # for `current_arguments`
         return wrapper
 
     return decorate
@@ -384,7 +384,7 @@ def gathered(
 def current_arguments(function: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     """Keyword arguments as a config file of version 0.1 spells them, by the names and values of today, with a warning.
 
-    What is gathered in one argument now is a mapping there.
+    What is gathered in one object now is a mapping of its fields there.
     """
     found = dict(given)
     for old, new in getattr(function, "old_arguments", {}).items():
@@ -393,10 +393,11 @@ def current_arguments(function: Any, given: Mapping[str, Any]) -> dict[str, Any]
     for name, translated in getattr(function, "old_values", {}).items():
         if isinstance(found.get(name), str):
             found[name] = translated.get(found[name], found[name])
-    argument, names = getattr(function, "gathered", ("", ()))
+    argument, gather, names = getattr(function, "gathered", ("", dict, ()))
     together = {name: found.pop(name) for name in names if name in found}
     if together:
-        found[argument] = together
+        fields = vars(gather(found.get(argument), together))
+        found[argument] = {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
     if found != given:
         before = ", ".join(name for name in given if name not in found or found[name] != given[name])
         now = ", ".join(name for name in found if name not in given or found[name] != given[name])

@@ -17,7 +17,7 @@ from torch import nn
 from swincompress_pl._deprecated import MODULES, PACKAGE, current_arguments, old_names, renamed
 from swincompress_pl.callbacks import PrimeSVT
 from swincompress_pl.models import create_model
-from swincompress_pl.pruning import AdaptivePruningConfig, SearchSession
+from swincompress_pl.pruning import AdaptivePruningConfig, AllocatedPolicy, PrioritizedPolicy, SearchSession
 
 
 @pytest.mark.parametrize("old", MODULES)
@@ -131,8 +131,21 @@ def test_a_config_of_the_first_version_is_read_by_the_names_of_today() -> None:
     old = {"max_accuracy_drop": 3.0, "mode": "paper", "policy": "prioritized", "theta": 2.0, "round_to": 4}
     with pytest.warns(DeprecationWarning, match="PrimeSVT's max_accuracy_drop, mode, policy, theta is the name"):
         found = current_arguments(init, old)
-    assert found == {"tolerance": 3.0, "granularity": "filter", "policy": {"theta": 2.0}, "round_to": 4}
+    policy = {**dataclasses.asdict(PrioritizedPolicy(theta=2.0))}
+    policy |= {name: list(value) for name, value in policy.items() if isinstance(value, tuple)}
+    assert found == {"tolerance": 3.0, "granularity": "filter", "policy": policy, "round_to": 4}
     assert current_arguments(init, found) == found  # and says nothing
+
+
+@pytest.mark.filterwarnings("ignore:.*of version 0.1 and goes:DeprecationWarning")
+def test_defaults_of_another_policy_that_a_saved_config_holds_do_not_change_the_policy() -> None:
+    defaults = dataclasses.asdict(PrioritizedPolicy())
+    saved = {**defaults, "target_sets": list(defaults["target_sets"]), "robustness_resolution_points": None}
+    found = current_arguments(PrimeSVT.__init__, {**saved, "policy": "allocated"})
+    assert found == {"policy": {"resolution_points": None}}
+    assert PrimeSVT(**saved, policy="allocated").config.policy == AllocatedPolicy()
+    with pytest.raises(ValueError, match="theta: a setting of policy='prioritized'"):
+        current_arguments(PrimeSVT.__init__, {**saved, "theta": 2.0})
 
 
 def test_fit_takes_a_config_of_the_first_version(tmp_path: Path) -> None:
@@ -140,9 +153,8 @@ def test_fit_takes_a_config_of_the_first_version(tmp_path: Path) -> None:
     text = recipe.read_text(encoding="utf-8")
     assert "        tolerance: 3.0" in text
     old = tmp_path / "old.yaml"
-    changed = text.replace(
-        "        tolerance: 3.0", "        max_accuracy_drop: 3.0\n        mode: paper\n        theta: 2"
-    )
+    spelled = ("max_accuracy_drop: 3.0", "mode: paper", "policy: prioritized", "theta: 2")
+    changed = text.replace("        tolerance: 3.0", "\n".join(f"        {line}" for line in spelled))
     old.write_text(changed.replace("evaluation_cache:", "memo:"), encoding="utf-8")
     code = "import sys; from swincompress_pl.cli import main; main(['fit', '-c', sys.argv[1], '--print_config'])"
     ran = subprocess.run([sys.executable, "-c", code, str(old)], capture_output=True, text=True, check=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -51,6 +52,13 @@ class CompressionCLI(LightningCLI):
             rank_zero_info(f"best checkpoint: {checkpoint}\nnext: {PROGRAM} export {checkpoint} -o model.safetensors")
 
 
+@functools.cache
+def _read_old_names() -> None:
+    """From now on, once per process, configs are read by the names of this version."""
+    load = get_loader("yaml")
+    set_loader("yaml", lambda text: _by_current_names(load(text)), exceptions=(yaml.YAMLError,))
+
+
 def _by_current_names(config: Any) -> Any:
     """A config, or a part of one, with the arguments of our callbacks by the names of this version."""
     if isinstance(config, list):
@@ -69,8 +77,7 @@ def main(name: str, arguments: Sequence[str]) -> int:
     """Runs Lightning's command line; returns 0."""
     # Lightning reads sys.argv, and starts further processes of a DDP run with it.
     sys.argv[1:] = [name, *arguments]
-    load = get_loader("yaml")
-    set_loader("yaml", lambda text: _by_current_names(load(text)), exceptions=(yaml.YAMLError,))
+    _read_old_names()
     options: dict[str, Any] = {each: {"epilog": epilog(*examples)} for each, examples in _EXAMPLES.items()}
     CompressionCLI(
         LightningModule,

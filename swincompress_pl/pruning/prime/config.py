@@ -85,10 +85,12 @@ def _old_policy(policy: Any, settings: Mapping[str, Any]) -> Any:
     """The policy that settings of version 0.1, which stood beside its name, describe."""
     settings = {name: value for name, value in settings.items() if value is not None}
     if policy in (None, "allocated"):
-        resolution = settings.pop("robustness_resolution_points", None)
-        if settings:
+        resolution, defaults = settings.pop("robustness_resolution_points", None), PrioritizedPolicy()
+        as_fields = {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
+        wrong = [name for name, value in as_fields.items() if value != getattr(defaults, name)]
+        if wrong:
             raise ValueError(
-                f"{', '.join(settings)}: a setting of policy='prioritized' (Alg. 1, 3, 4 of the paper), and "
+                f"{', '.join(wrong)}: a setting of policy='prioritized' (Alg. 1, 3, 4 of the paper), and "
                 "policy='allocated'; give policy=PrioritizedPolicy(...), or leave it out"
             )
         return AllocatedPolicy(resolution_points=resolution)
