@@ -393,7 +393,8 @@ def current_arguments(function: Any, given: Mapping[str, Any]) -> dict[str, Any]
     for name, translated in getattr(function, "old_values", {}).items():
         if isinstance(found.get(name), str):
             found[name] = translated.get(found[name], found[name])
-    argument, gather, names = getattr(function, "gathered", ("", dict, ()))
+    gathering: tuple[str, Any, tuple[str, ...]] = getattr(function, "gathered", ("", None, ()))
+    argument, gather, names = gathering
     together = {name: found.pop(name) for name in names if name in found}
     if together:
         fields = vars(gather(found.get(argument), together))
