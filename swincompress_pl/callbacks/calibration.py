@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from swincompress_pl.callbacks.answers import Step, watched
-from swincompress_pl.callbacks.loaders import images_in, leaves, transforms_of
+from swincompress_pl.callbacks.loaders import described, images_in, leaves, transforms_of
 from swincompress_pl.callbacks.validation import ModuleValidation, on_device
 from swincompress_pl.checkpoint.holder import held_by
 from swincompress_pl.quant.preprocessing import (
@@ -59,7 +59,7 @@ def labelled_batches(
         labels = step.soft_labels(batch)
         if labels is None:
             raise ValueError(
-                f"{_name(validation)}: training batches ({_described(raw)}) have no labels of one class for each "
+                f"{_name(validation)}: training batches ({described(raw)}) have no labels of one class for each "
                 "image; pass calibration_dataloader= with batches of the form that validation_step takes, or a "
                 "criterion without gradients (criterion='magnitude')"
             )
@@ -74,7 +74,7 @@ def answer_of(validation: ModuleValidation, batch: Any) -> Tensor:
     if answer is None or answer.ndim != 2:
         raise ValueError(
             f"{_name(validation)}: validation_step makes no logits (N, classes) of a training batch "
-            f"({_described(batch)}){_ended(step)}; pass calibration_dataloader= with batches of the form that it takes"
+            f"({described(batch)}){_ended(step)}; pass calibration_dataloader= with batches of the form that it takes"
         )
     sums_to_one = bool((answer >= 0).all()) and torch.allclose(answer.sum(1), answer.new_ones(len(answer)), atol=1e-3)
     return answer.clamp(min=torch.finfo(answer.dtype).tiny).log() if sums_to_one else answer
@@ -94,7 +94,7 @@ def _taken(validation: ModuleValidation, raw: Any) -> tuple[Any, Step]:
             return part, step
         failures.append("it does not call the network" if step.error is None else _ended(step))
     raise ValueError(
-        f"{_name(validation)}.validation_step does not take the training batches ({_described(raw)}), so nothing says "
+        f"{_name(validation)}.validation_step does not take the training batches ({described(raw)}), so nothing says "
         f"which images {validation.model_attribute} is to be calibrated on: {failures[0]}. Pass "
         "calibration_dataloader= to the callback (a loader, or a function of the number of images), or give the "
         "datamodule a calibration_dataloader(images), with batches of the form that validation_step takes"
@@ -123,14 +123,6 @@ def _ended(step: Step) -> str:
 
 def _name(validation: ModuleValidation) -> str:
     return type(validation.module).__name__
-
-
-def _described(batch: Any) -> str:
-    """The form of a batch, for people."""
-    if isinstance(batch, Mapping):
-        return f"a dictionary of {', '.join(map(str, batch))}"
-    shapes = [f"{tuple(leaf.shape)}" for leaf in leaves(batch) if isinstance(leaf, Tensor)]
-    return f"a {type(batch).__name__} of {', '.join(shapes) or 'no tensors'}"
 
 
 def normalization(

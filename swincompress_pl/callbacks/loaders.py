@@ -153,6 +153,13 @@ def leaves(batch: Any) -> Iterator[Any]:
         yield batch
 
 
+def described(batch: Any) -> str:
+    """The form of a batch, for people."""
+    shapes = [f"{str(leaf.dtype)[6:]} {tuple(leaf.shape)}" for leaf in leaves(batch) if isinstance(leaf, Tensor)]
+    keys = f" with {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else ""
+    return f"{type(batch).__name__}{keys} of {', '.join(shapes) or 'no tensors'}"
+
+
 class Undisturbed:
     """A loader of which each pass reads a fresh copy."""
 

@@ -34,6 +34,7 @@ from swincompress_pl.checkpoint.holder import has_network, held_by, network_of, 
 from swincompress_pl.checkpoint.hooks import keep_record
 from swincompress_pl.history import history_of
 from swincompress_pl.pruning import keep_masks
+from swincompress_pl.pruning.evaluation.ranks import gather_results
 from swincompress_pl.quant import Bits, QuantizedNetwork, SearchOptions, quantize
 from swincompress_pl.quant.preprocessing import find_preprocessing
 
@@ -180,7 +181,9 @@ class QuantizationAwareTraining(Callback):
         self._masks = keep_masks(trainer.optimizers, network)
         if not isinstance(network, QuantizedNetwork):
             with isolate_rng():
-                self._found_preprocessing = self._look_at_images(trainer, pl_module, network)
+                # What one rank refuses all refuse, instead of waiting for it; rank 0's answer counts.
+                found = gather_results(lambda: self._look_at_images(trainer, pl_module, network))
+            self._found_preprocessing = found[0]
         if self._distillation is not None:
             self._distillation.attach(pl_module, self.model_attribute)
         if trainer.max_epochs is not None and 0 <= trainer.max_epochs <= self.start_epoch:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from swincompress_pl.callbacks.answers import Step, watched
-from swincompress_pl.callbacks.loaders import leaves, sampler_over_ranks, without_padding
+from swincompress_pl.callbacks.loaders import described, sampler_over_ranks, without_padding
 from swincompress_pl.callbacks.rows import Rows, cloned
 from swincompress_pl.callbacks.validation import ModuleValidation, on_device
 from swincompress_pl.checkpoint.holder import held_by
@@ -207,7 +207,12 @@ class HoldOutReader:
                 batch = on_device(self.validation.trainer, raw, loader_index)
                 put_in = first if sparing and count >= _COMPARED else None
                 given = batch if sparing else cloned(batch)  # what is kept is what the step got
-                step = run_step(self.validation, given, index, loader_index, put_in=put_in)
+                try:
+                    step = run_step(self.validation, given, index, loader_index, put_in=put_in)
+                except (TypeError, KeyError, IndexError, AttributeError, RuntimeError, ValueError) as error:
+                    if index:
+                        raise
+                    raise ValueError(_not_taken(self.validation, raw, error)) from error
                 labels = step.labels(batch)
                 if labels is None:
                     raise ValueError(_no_labels(self.validation, batch))
@@ -304,10 +309,17 @@ def images_and_labels(batch: Any) -> tuple[Tensor, Tensor]:
     )
 
 
-def _no_labels(validation: ModuleValidation, batch: Any) -> str:
-    shapes = [f"{leaf.dtype} {tuple(leaf.shape)}" for leaf in leaves(batch) if isinstance(leaf, Tensor)]
+def _not_taken(validation: ModuleValidation, raw: Any, error: Exception) -> str:
     return (
-        f"{type(validation.module).__name__}'s validation batches ({type(batch).__name__} with {', '.join(shapes)}) "
+        f"{type(validation.module).__name__}'s validation does not take the hold-out's batches ({described(raw)}): "
+        f"{type(error).__name__}: {error}. Give the datamodule a holdout_dataloader() with batches of the form that "
+        "validation_step takes, labels included, or leave it out to score on the validation data"
+    )
+
+
+def _no_labels(validation: ModuleValidation, batch: Any) -> str:
+    return (
+        f"{type(validation.module).__name__}'s validation batches ({described(batch)}) "
         "have no labels that are one class for each image (N,), whole numbers from 0, or several that could be; "
         f"{_REMEDY}"
     )

@@ -37,7 +37,7 @@ from swincompress_pl.callbacks.searched_network import (
     standing,
 )
 from swincompress_pl.callbacks.validation import ModuleValidation, on_device, validating
-from swincompress_pl.checkpoint.holder import has_network, refuse_other_places
+from swincompress_pl.checkpoint.holder import has_network
 from swincompress_pl.checkpoint.hooks import keep_record
 from swincompress_pl.pruning import Gradients, HoldOut, collect_gradients, keep_masks
 from swincompress_pl.pruning.evaluation.ranks import share_buffers
@@ -232,7 +232,6 @@ class SearchCallback(Callback, ABC):
 
     def _check_network(self, trainer: Trainer, module: LightningModule) -> None:
         network = self._network(module)
-        refuse_other_places(module, self.model_attribute)
         refuse_synchronized_norms(trainer, network, self.callback_name)
         space = self._space(network)
         refuse_masked_integers(trainer, module, self.model_attribute, self.monitor, space.kinds)
