@@ -50,17 +50,24 @@ class Call:
 class Step:
     """A step that was watched.
 
-    calls: of the network, in order. predicted: what `argmax` and its like were taken of. scored: (logits, targets) of
+    calls: of the network, in order. part: the first call of a part of it from outside (`net.forward_features(...)`).
+    predicted: what `argmax` and its like were taken of. scored: (logits, targets) of
     losses. targets: integers that predictions were compared with. answered: what the module's `forward` gave. error:
     what ended the step early.
     """
 
     calls: list[Call] = field(default_factory=list)
+    part: Call | None = None
     predicted: list[Tensor] = field(default_factory=list)
     scored: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     targets: list[Tensor] = field(default_factory=list)
     answered: list[Tensor] = field(default_factory=list)
     error: Exception | None = None
+
+    @property
+    def answered_calls(self) -> bool:
+        """Whether the network was called, and took what it got."""
+        return bool(self.calls) and all(call.output is not None for call in self.calls)
 
     def answer(self, count: int) -> Tensor | None:
         """(N, classes) what the step's predictions are the largest of, for `count` images: what `argmax` or `topk` got
@@ -73,8 +80,7 @@ class Step:
                     return logits
         for logits in reversed([*(one for one, _ in self.scored), *self.answered, *outputs]):
             if logits.numel() == count and len(logits) == count:
-                flat = logits.reshape(count, 1)
-                return torch.cat([torch.zeros_like(flat), flat], 1)
+                return two_logits(logits)
         return None
 
     def labels(self, batch: Any) -> Tensor | None:
@@ -99,6 +105,14 @@ class Step:
         tensors = [leaf for leaf in leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim == 2]
         soft = [leaf for leaf in tensors if leaf.is_floating_point() and leaf.shape[1] >= 2]
         return soft[0] if len(soft) == 1 else None
+
+
+def two_logits(logits: Tensor) -> Tensor:
+    """One logit z per image, (N,) or (N, 1), as the two logits (0, z); (N, classes) as they are."""
+    if logits.numel() != len(logits):
+        return logits
+    flat = logits.reshape(-1, 1)
+    return torch.cat([torch.zeros_like(flat), flat], 1)
 
 
 def _is_whole(target: Tensor) -> bool:
@@ -139,6 +153,8 @@ def watched(module: nn.Module, held: nn.Module) -> Iterator[Step]:
             module.register_forward_hook(lambda _, __, output: _keep(step.answered, output)),
         ):
             stack.callback(handle.remove)
+        for child in held.children():
+            stack.callback(child.register_forward_pre_hook(mode.before_part, with_kwargs=True).remove)
         for metric in module.modules():
             if isinstance(metric, Metric):
                 stack.enter_context(_metric_watched(metric, step))
@@ -176,6 +192,10 @@ class _Watch(TorchFunctionMode):
             self._exit()
             self.step.calls.append(Call(arguments, options))
         self._depth += 1
+
+    def before_part(self, _: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+        if not self._depth and self.step.part is None:
+            self.step.part = Call(arguments, options)
 
     def after(self, _: nn.Module, __: tuple[Any, ...], ___: dict[str, Any], output: Any) -> None:
         self._depth -= 1

@@ -54,7 +54,7 @@ def labelled_batches(
     """(batch as a step gets it, (N,) classes or (N, classes) probabilities) of up to so many training batches."""
     batches = (raw for loader in loaders for raw in loader)
     for raw in islice(batches, most_batches):
-        part, step = _taken(validation, raw)
+        part, step = _taken(validation, raw, whole=False)
         batch = on_device(validation.trainer, part)
         labels = step.soft_labels(batch)
         if labels is None:
@@ -80,8 +80,9 @@ def answer_of(validation: ModuleValidation, batch: Any) -> Tensor:
     return answer.clamp(min=torch.finfo(answer.dtype).tiny).log() if sums_to_one else answer
 
 
-def _taken(validation: ModuleValidation, raw: Any) -> tuple[Any, Step]:
-    """The batch, or the first part of it, on which the validation step calls the network."""
+def _taken(validation: ModuleValidation, raw: Any, *, whole: bool = True) -> tuple[Any, Step]:
+    """The batch, or the first part of it, on which the validation step calls the network; whole: and not only modules
+    inside it."""
     failures = []
     for part in (raw, *_parts(raw)):
         try:
@@ -90,8 +91,14 @@ def _taken(validation: ModuleValidation, raw: Any) -> tuple[Any, Step]:
             failures.append(f"{type(error).__name__}: {error}")
             continue
         step = _attempt(validation, batch)
-        if step.calls:
+        if step.answered_calls or (step.part is not None and not whole):
             return part, step
+        if step.part is not None:
+            raise ValueError(
+                f"{_name(validation)} calls parts of {validation.model_attribute} (forward_features, say) and not "
+                f"{validation.model_attribute} itself; a quantized network has no parts to call. Call "
+                f"self.{validation.model_attribute}(images), with num_classes=0 for features"
+            )
         failures.append("it does not call the network" if step.error is None else _ended(step))
     raise ValueError(
         f"{_name(validation)}.validation_step does not take the training batches ({described(raw)}), so nothing says "

@@ -167,7 +167,10 @@ class Undisturbed:
         self.loader = loader
 
     def __iter__(self) -> Iterator[Any]:
-        return iter(_copied(self.loader))
+        copied = _copied(self.loader)
+        if isinstance(copied, CombinedLoader):  # which numbers its batches
+            return (batch for batch, _, _ in copied)
+        return iter(copied)
 
     def __len__(self) -> int:
         return len(self.loader)  # type: ignore[arg-type]  # TypeError as for the loader

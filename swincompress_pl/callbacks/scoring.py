@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from swincompress_pl.callbacks.answers import Step, watched
+from swincompress_pl.callbacks.answers import Step, two_logits, watched
 from swincompress_pl.callbacks.loaders import described, sampler_over_ranks, without_padding
 from swincompress_pl.callbacks.rows import Rows, cloned
 from swincompress_pl.callbacks.validation import ModuleValidation, on_device
@@ -47,6 +47,13 @@ class Seen:
     labels: Tensor
 
     @property
+    def images(self) -> Tensor:
+        """What the network got first."""
+        call = self.step.calls[0] if self.step.calls else self.step.part
+        assert call is not None  # run_step looks at that
+        return call.images
+
+    @property
     def answer(self) -> Tensor:
         """(N, classes) what the step predicts with."""
         found = self.step.answer(len(self.labels))
@@ -73,9 +80,8 @@ def _is_same_ranking(answer: Tensor, output: Tensor) -> bool:
     """Whether `answer` is the network's output, perhaps as (logarithms of) probabilities."""
     if answer is output:
         return True
-    if output.numel() == len(answer):  # one logit, taken for two
-        zeros = torch.zeros_like(output.reshape(-1, 1))
-        return torch.equal(answer, torch.cat([zeros, output.reshape(-1, 1)], 1))
+    if output.numel() == len(answer):
+        return torch.equal(answer, two_logits(output))
     if answer.shape != output.shape:
         return False
     one, other = answer.detach().float(), output.detach().float()
@@ -156,7 +162,7 @@ class HoldOutReader:
                     compared.append(seen)
                 yield _cut(images, left), _cut(seen.labels, left)
 
-        run = self._in_precision(predict)
+        run = self._in_precision(lambda network, images: two_logits(predict(network, images)))
         holdout = HoldOut.from_batches(batches(), predict=run, **self._options)
         for seen in compared:
             self._compare(seen.answer, run(network, seen.step.calls[0].arguments[0]))
@@ -171,7 +177,7 @@ class HoldOutReader:
                 if sum(len(each) for each in answers) < _COMPARED:
                     answers.append(seen.answer.detach())
                 if not rows.shape:
-                    rows.shape = tuple(seen.step.calls[0].images.shape[1:])
+                    rows.shape = tuple(seen.images.shape[1:])
                 yield _cut(numbers, left), _cut(seen.labels, left)
 
         def predict(_: nn.Module, numbers: Tensor) -> Tensor:
@@ -268,7 +274,7 @@ def run_step(
         else:
             with answering(held, partial(_repeated, put_in)):
                 validation.step(batch, index, loader_index)
-    if not step.calls:
+    if not step.calls and step.part is None:
         raise ValueError(
             f"{type(validation.module).__name__}'s validation step does not call {validation.model_attribute}, the "
             "network to compress; name the one that it calls by model_attribute="
