@@ -99,7 +99,9 @@ def _taken(validation: ModuleValidation, raw: Any, *, whole: bool = True) -> tup
                 f"{validation.model_attribute} itself; a quantized network has no parts to call. Call "
                 f"self.{validation.model_attribute}(images), with num_classes=0 for features"
             )
-        failures.append("it does not call the network" if step.error is None else _ended(step))
+        failures.append(
+            "it does not call the network" if step.error is None else f"{type(step.error).__name__}: {step.error}"
+        )
     raise ValueError(
         f"{_name(validation)}.validation_step does not take the training batches ({described(raw)}), so nothing says "
         f"which images {validation.model_attribute} is to be calibrated on: {failures[0]}. Pass "
