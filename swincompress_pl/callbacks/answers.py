@@ -52,8 +52,8 @@ class Step:
 
     calls: of the network, in order. part: the first call of a part of it from outside (`net.forward_features(...)`).
     predicted: what `argmax` and its like were taken of. scored: (logits, targets) of
-    losses. targets: integers that predictions were compared with. answered: what the module's `forward` gave. error:
-    what ended the step early.
+    losses. targets: integers that predictions were compared with. answered: what the module's `forward` gave.
+    classifies: whether the network's own answer may be logits. error: what ended the step early.
     """
 
     calls: list[Call] = field(default_factory=list)
@@ -62,6 +62,7 @@ class Step:
     scored: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     targets: list[Tensor] = field(default_factory=list)
     answered: list[Tensor] = field(default_factory=list)
+    classifies: bool = True
     error: Exception | None = None
 
     @property
@@ -73,7 +74,7 @@ class Step:
         """(N, classes) what the step's predictions are the largest of, for `count` images: what `argmax` or `topk` got
         last, a loss, the module's `forward`, the network; one logit z counts as the two logits (0, z). None where
         nothing of this form was seen."""
-        outputs = [call.output for call in self.calls if isinstance(call.output, Tensor)]
+        outputs = [call.output for call in self.calls if self.classifies and isinstance(call.output, Tensor)]
         for found in (self.predicted, [logits for logits, _ in self.scored], self.answered, outputs):
             for logits in reversed(found):
                 if logits.ndim == 2 and len(logits) == count and logits.shape[1] >= 2:
@@ -144,7 +145,8 @@ def _is_label(value: Any) -> bool:
 @contextmanager
 def watched(module: nn.Module, held: nn.Module) -> Iterator[Step]:
     """What a step of `module` does with the network that it holds as `held`."""
-    step = Step()
+    inner = getattr(held, "_orig_mod", held)
+    step = Step(classifies=getattr(inner, "num_classes", None) != 0)  # timm's: 0 of a network that ends in features
     mode = _Watch(step)
     with ExitStack() as stack:
         for handle in (
