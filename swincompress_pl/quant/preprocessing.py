@@ -17,7 +17,9 @@ from torch import Tensor
 # How far values may lie outside [0, 255] pixels: rounding; and what sharp edges give when images were resized after
 # they were normalized (bicubic overshoot), in pixels and as a share of all values.
 _SLACK, _OVERSHOOT, _OVERSHOOT_SHARE = 2.0, 64.0, 0.05
-_WHOLE, _WHOLE_SHARE = 0.02, 0.9  # how near to a whole pixel value, and how many values have to be
+# How near to a whole pixel value most values have to be (half precision may have been between), and how many are most;
+# and how near all have to be where mean and std are taken from them.
+_NEAR, _WHOLE_SHARE, _WHOLE = 0.125, 0.9, 0.02
 _LEVELS = 256
 _SPAN_SHARE = 0.6  # resized images cover most of the range
 
@@ -158,10 +160,10 @@ class _PixelFit:
         real = real_pixels(few, preprocessing)
         low, high = (float(real.min()), float(real.max())) if real.numel() else (0.0, 0.0)
         finest = torch.finfo(few.dtype).eps * 2 * max(abs(low - 127), abs(high - 127), 127.0)
-        if finest > 10 * _WHOLE or not real.numel():
+        if finest > 2 * _NEAR or not real.numel():
             return cls(1.0, low, high, 0)
-        near = (real - real.round()).abs() <= max(_WHOLE, finest)
-        rounded = (real / _WHOLE).round()
+        near = (real - real.round()).abs() <= max(_NEAR, finest)
+        rounded = (real / _NEAR).round()
         levels = max(len(channel.unique()) for channel in _by_channel(rounded))
         return cls(float(near.float().mean()), low, high, levels)
 
@@ -233,7 +235,7 @@ def _normalization(lines: Sequence[tuple[float, float]], channels: int) -> dict[
 def _tidy(value: float) -> float:
     """The nearest short number: what was written in a configuration, and not what float32 made of it."""
     short = next((round(value, digits) for digits in (1, 2, 3, 4) if abs(round(value, digits) - value) < 2e-6), value)
-    return min(max(short, 0.0), 1.0)
+    return abs(min(max(short, 0.0), 1.0))  # and not -0.0
 
 
 def _as_pixels(raw: Tensor) -> Tensor | None:
