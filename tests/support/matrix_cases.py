@@ -98,7 +98,7 @@ class _Module(CompressionMixin, LightningModule):
 
     def unpacked(self, batch: Any) -> tuple[Tensor, Tensor]:
         if isinstance(batch, dict):
-            return (batch["image"], batch["label"]) if "image" in batch else tuple(batch["first"])  # type: ignore[return-value]
+            return (batch["image"], batch["label"]) if "image" in batch else tuple(batch["first"][:2])  # type: ignore[return-value]
         return batch[0], batch[1]
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
