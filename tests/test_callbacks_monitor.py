@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -293,6 +294,46 @@ def test_a_trial_leaves_no_attributes_behind(tmp_path: Path) -> None:
     assert callback.search_state is not None
     assert not hasattr(module, "latest")
     assert not hasattr(module, "probe")
+
+
+class _Meter:
+    """As timm's AverageMeter."""
+
+    def __init__(self) -> None:
+        self.sum, self.count, self.seen = 0.0, 0, list[float]()
+
+
+def test_meters_and_loggers_know_nothing_of_trials(tmp_path: Path) -> None:
+    """A metric outside of the module tree, an object with a sum, a deque; and what a module writes by itself."""
+
+    class Meters(_Right):
+        def __init__(self) -> None:
+            super().__init__()
+            self.metrics = {"a": [MulticlassAccuracy(3, average="micro")]}
+            self.meter, self.latest = _Meter(), deque[float](maxlen=3)
+
+        def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+            self.metrics["a"][0].update(self.net(batch[0]), batch[1])
+            self.meter.sum += float(self.right(batch).sum())
+            self.meter.count += len(batch[0])
+            self.meter.seen.append(self.meter.sum)
+            self.latest.append(self.meter.sum)
+            assert self.logger is not None
+            self.logger.log_metrics({"by_hand": 1.0}, step=self.meter.count)
+
+        def on_validation_epoch_end(self) -> None:
+            self.log("val/top1", self.meter.sum / self.meter.count)
+
+    for monitor in ("val/top1", None):
+        module, logger = Meters(), CSVLogger(tmp_path / str(monitor))
+        callback = greedy(monitor=monitor, max_rounds=1)
+        trainer = make_trainer(tmp_path, 1, callback, logger=logger, num_sanity_val_steps=0)
+        trainer.fit(module, loader(), uneven())
+        assert trainer.logger is logger
+        assert (module.meter.count, len(module.meter.seen), len(module.latest)) == (11, 3, 3)
+        assert module.metrics["a"][0].update_count == 3
+        rows = (Path(logger.log_dir) / "metrics.csv").read_text()
+        assert rows.count("1.0") == 3
 
 
 def test_callback_metrics_are_there_at_the_end_of_a_trial_and_gone_after_it(tmp_path: Path) -> None:

@@ -35,17 +35,20 @@ class AdaptiveIterativePruning(SearchCallback):
         `pruning.AdaptivePruningConfig`.
     start_epoch, every_n_epochs: rounds run before epochs start_epoch, start_epoch + every_n_epochs, ...; 0 is for a
         network with trained weights. Override `should_prune` for another policy.
-    monitor: score by a metric that the module's validation_step logs, a fraction between 0 and 1, over the whole
-        hold-out; default: by top-1 of the network's logits, on as few images as a decision needs.
+    monitor: score by a metric that the module's validation logs, a fraction between 0 and 1, over the whole hold-out;
+        default: by top-1 of what the module's validation_step predicts, on as few images as a decision needs.
     max_images: score on a subset of so many images, balanced over the classes; None for all.
     holdout_size_bytes: the hold-out is kept in the device's memory; a larger one is refused (default 4 GiB).
-    gradient_batches: for criteria that need gradients, taken from the datamodule's `calibration_dataloader` or the
-        training data.
-    model_attribute: the attribute of the LightningModule that holds the network.
+    gradient_batches: for criteria that need gradients, taken from `calibration_dataloader`.
+    calibration_dataloader: a loader, or a function of the number of images that gives one, with batches of the form
+        that validation_step takes; default: the datamodule's `calibration_dataloader(images)`, or the training data.
+    model_attribute: where the LightningModule holds the network: "net", or a path like "model.backbone", "nets.0".
     config: all settings of the search at once, in the place of the arguments from `tolerance` to `time_budget_s`.
 
-    The hold-out is the datamodule's `holdout_dataloader()`, or else the trainer's validation data; its batches are
-    (images, labels, ...). Logs pruning/score, pruning/baseline, pruning/parameters, pruning/sparsity (of the prunable
+    The hold-out is the datamodule's `holdout_dataloader()`, or else the trainer's validation data. The module's own
+    validation_step is run on it, with its hooks and after its transfer, so that images are seen and answers counted as
+    the module has it: normalization on the device, a head outside of the network, several crops. The step leaves no
+    trace (metrics, loggers, attributes); `training_step` is never called. Logs pruning/score, pruning/baseline, pruning/parameters, pruning/sparsity (of the prunable
     weights), pruning/active_targets, pruning/images_scored and pruning/macs to every logger. The search and the states
     of the random number generators are in the checkpoint: a resumed fit goes on with the same architecture, search and
     random numbers.

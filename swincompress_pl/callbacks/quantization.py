@@ -59,11 +59,16 @@ class QuantizationAwareTraining(Callback):
         callback's state, so that checkpoints grow by the float weights. A module that is quantized before the fit
         teaches with its float weights of then. Not for manual optimization, nor for a CompressibleClassifier with a
         DistillationConfig, which goes on with the teacher that it has.
-    preprocessing: {"mean": ..., "std": ...} of the images; default: the datamodule's `preprocessing`, or the network's.
-    model_attribute: the attribute of the LightningModule that holds the network.
+    preprocessing: {"mean": ..., "std": ...} of the images; default: the datamodule's `preprocessing`, or what is found
+        out when the fit begins: from a loader's raw pixels and what the network gets of them, from a Normalize in a
+        dataset's transforms, or from the images themselves; or the network's own, if the images fit it.
+    calibration_dataloader: a loader, or a function of the number of images that gives one, with batches of the form
+        that validation_step takes; default: the datamodule's `calibration_dataloader(images)`, or the training data.
+    model_attribute: where the LightningModule holds the network: "net", or a path like "model.backbone", "nets.0".
 
-    The images come from the datamodule's `calibration_dataloader(images)`, or else from the training batches (images,
-    ...). The random numbers' states are in the checkpoint: a fit that is resumed at an epoch's end goes on as an
+    The images are what the module's own validation_step gives to the network: after its hooks and its transfer, and
+    whatever it does to them itself. What does not fit (batches of another form than validation_step takes, images of
+    another size or normalization) ends the fit before its first epoch. The random numbers' states are in the checkpoint: a fit that is resumed at an epoch's end goes on as an
     uninterrupted one would. Masks of pruned weights are kept; a pruning search beside it goes on on the
     quantized network.
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 from lightning import LightningModule, Trainer
+from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.data import extract_batch_size
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
@@ -61,11 +63,12 @@ class ModuleValidation:
 
     @contextmanager
     def without_trace(self) -> Iterator[Logged]:
-        """What the module logs is collected and not logged; metrics, buffers and plain attributes of the module and
-        of what stands beside the network are afterwards as they were."""
+        """What the module logs is collected and not logged, what it writes to loggers by itself is lost; metrics,
+        buffers and plain attributes of the module and of what stands beside the network are afterwards as they were."""
         logged = Logged(self.several_loaders)
         module = self.module
-        with _state_kept(module, held_by(module, self.model_attribute)), _metrics_kept(self.trainer):
+        network = held_by(module, self.model_attribute)
+        with _state_kept(module, network), _metrics_kept(self.trainer), _loggers_silent(self.trainer):
             module.log, module.log_dict = logged.log, logged.log_dict  # type: ignore[method-assign,assignment]
             try:
                 yield logged
@@ -119,6 +122,11 @@ class ModuleValidation:
     def _arguments(self, batch: Any, index: int, loader_index: int) -> tuple[Any, ...]:
         """What the module's validation_step takes of (batch, batch_idx, dataloader_idx)."""
         step, several = self.module.validation_step, self.several_loaders
+        if is_param_in_hook_signature(step, "dataloader_iter", explicit=True):
+            raise ValueError(
+                f"{type(self.module).__name__}.validation_step takes dataloader_iter, so nothing can show it the "
+                "batches that a search scores on; take (batch, batch_idx)"
+            )
         if is_param_in_hook_signature(step, "dataloader_idx", explicit=not several, min_args=3 if several else None):
             return batch, index, loader_index
         return (batch, index) if is_param_in_hook_signature(step, "batch_idx", min_args=2) else (batch,)
@@ -217,6 +225,17 @@ def _metrics_kept(trainer: Trainer) -> Iterator[None]:
 
 
 @contextmanager
+def _loggers_silent(trainer: Trainer) -> Iterator[None]:
+    """Loggers that take everything and keep nothing, for modules that write to `self.logger.experiment`."""
+    loggers = trainer.loggers
+    trainer.loggers = [DummyLogger() for _ in loggers]
+    try:
+        yield
+    finally:
+        trainer.loggers = loggers
+
+
+@contextmanager
 def _state_kept(module: LightningModule, network: nn.Module) -> Iterator[None]:
     """What `module` knows beside its parameters is afterwards as it was: metrics, buffers, numbers, lists.
 
@@ -269,7 +288,11 @@ def _kept(value: Any) -> Callable[[], None]:
                 value.copy_(copied)
 
         return restore_tensor
-    if type(value) not in (list, dict, set):
+    if isinstance(value, Metric):  # in a plain dictionary, say
+        return _remembered(value)
+    if _is_plain_holder(value):
+        return _kept(vars(value))
+    if not isinstance(value, list | dict | set | deque):
         return lambda: None
     inner = [_kept(each) for each in (value.values() if isinstance(value, dict) else value)]
     before = copy.copy(value)
@@ -278,9 +301,17 @@ def _kept(value: Any) -> Callable[[], None]:
         for each in inner:
             each()
         value.clear()
-        value.extend(before) if isinstance(value, list) else value.update(before)
+        value.extend(before) if isinstance(value, list | deque) else value.update(before)
 
     return restore_collection
+
+
+def _is_plain_holder(value: Any) -> bool:
+    """Whether `value` is an object of nothing but data, like an average with its sum and count."""
+    data = getattr(value, "__dict__", None)
+    if isinstance(value, type | nn.Module) or callable(value) or not isinstance(data, dict) or not data:
+        return False
+    return all(part is None or isinstance(part, int | float | str | Tensor | list | dict) for part in data.values())
 
 
 def _version(tensor: Tensor) -> int:

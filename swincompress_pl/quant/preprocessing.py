@@ -177,8 +177,10 @@ def normalization_between(raw: Tensor, images: Tensor) -> dict[str, list[float]]
     pixels = _as_pixels(raw)
     if pixels is None or images.ndim < 4:
         return None
-    if pixels.shape != images.shape:
+    if pixels.shape != images.shape and pixels.ndim == images.ndim and pixels.shape[-3] != 1:
         pixels = pixels.movedim(-1, -3)
+    if pixels.ndim == images.ndim and pixels.shape[-3] == 1:  # gray, repeated
+        pixels = pixels.expand(*pixels.shape[:-3], images.shape[-3], *pixels.shape[-2:])
     if pixels.shape != images.shape or not images.numel():
         return None
     wide = images.double().to(pixels.device)
