@@ -41,8 +41,8 @@ class PrimeSVT(SearchCallback):
     config: all settings of the search at once, in the place of those above, e.g. `PrimeSVTConfig.paper()`.
     start_epoch: 0 is for a network with trained weights. evaluation_cache: a file that keeps every verdict, so that a
     search that was killed goes on where it was. on_progress: override it for a display of one's own.
-    monitor, max_images, holdout_size_bytes, gradient_batches, calibration_dataloader, model_attribute: as in `AdaptiveIterativePruning`;
-    gradient_batches are also those on which `batchnorm="correct"` corrects the statistics.
+    monitor, max_images, holdout_size_bytes, gradient_batches, calibration_dataloader, model_attribute: as in
+    `AdaptiveIterativePruning`; gradient_batches are also those on which `batchnorm="correct"` corrects the statistics.
 
     The hold-out is the datamodule's `holdout_dataloader()`, or else the trainer's validation data. Logs pruning/score,
     pruning/baseline, pruning/saving, pruning/parameters, pruning/images_scored and pruning/macs to every logger.

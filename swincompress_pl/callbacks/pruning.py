@@ -48,8 +48,9 @@ class AdaptiveIterativePruning(SearchCallback):
     The hold-out is the datamodule's `holdout_dataloader()`, or else the trainer's validation data. The module's own
     validation_step is run on it, with its hooks and after its transfer, so that images are seen and answers counted as
     the module has it: normalization on the device, a head outside of the network, several crops. The step leaves no
-    trace (metrics, loggers, attributes); `training_step` is never called. Logs pruning/score, pruning/baseline, pruning/parameters, pruning/sparsity (of the prunable
-    weights), pruning/active_targets, pruning/images_scored and pruning/macs to every logger. The search and the states
+    trace (metrics, loggers, attributes); `training_step` is never called. Logs pruning/score, pruning/baseline,
+    pruning/parameters, pruning/sparsity (of the prunable weights), pruning/active_targets, pruning/images_scored and
+    pruning/macs to every logger. The search and the states
     of the random number generators are in the checkpoint: a resumed fit goes on with the same architecture, search and
     random numbers.
 

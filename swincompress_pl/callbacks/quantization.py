@@ -68,9 +68,9 @@ class QuantizationAwareTraining(Callback):
 
     The images are what the module's own validation_step gives to the network: after its hooks and its transfer, and
     whatever it does to them itself. What does not fit (batches of another form than validation_step takes, images of
-    another size or normalization) ends the fit before its first epoch. The random numbers' states are in the checkpoint: a fit that is resumed at an epoch's end goes on as an
-    uninterrupted one would. Masks of pruned weights are kept; a pruning search beside it goes on on the
-    quantized network.
+    another size or normalization) ends the fit before its first epoch. The random numbers' states are in the
+    checkpoint: a fit that is resumed at an epoch's end goes on as an uninterrupted one would. Masks of pruned weights
+    are kept; a pruning search beside it goes on on the quantized network.
 
     One device or DDP (rank 0 calibrates for all; BatchNorms normalize by each rank's own batch, and rank 0's running
     statistics are evaluated and kept, as in DDP of floats); mixed precision. Lightning's WeightAveraging and
