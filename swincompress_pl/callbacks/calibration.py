@@ -152,9 +152,15 @@ def normalization(
         found = normalization_in(images)
     if found is not None:
         return {**_size_of(images), **own, **found}
-    if own:
-        check_fit(images, checked_preprocessing(own), assumed=getattr(network, "preprocessing", None) is None)
-    return find_preprocessing(own or None)
+    if not own:
+        raise ValueError(
+            "nothing says how the images are normalized, and they do not tell: no pixels of the loader become what the "
+            "network gets by a mean and std per channel, no dataset has a Normalize, and the images are not all of "
+            "0 to 255. Pass preprocessing={'mean': (...), 'std': (...)} in [0, 1] units, as the network's images have "
+            "it; integers begin at pixels"
+        )
+    check_fit(images, checked_preprocessing(own), assumed=getattr(network, "preprocessing", None) is None)
+    return own
 
 
 def _found(raw: Any, images: Tensor, loaders: Sequence[Iterable[Any]]) -> dict[str, Any] | None:
@@ -169,7 +175,7 @@ def _found(raw: Any, images: Tensor, loaders: Sequence[Iterable[Any]]) -> dict[s
         if mean is None or std is None:
             continue
         stated = {"mean": torch.as_tensor(mean).flatten().tolist(), "std": torch.as_tensor(std).flatten().tolist()}
-        if len(stated["mean"]) == len(stated["std"]) == images.shape[-3] and fits(images, stated):
+        if len(stated["mean"]) == len(stated["std"]) == images.shape[-3] and fits(images, stated, resized=True):
             return stated
     return None
 

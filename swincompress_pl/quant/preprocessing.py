@@ -133,11 +133,13 @@ def check_fit(images: Tensor, preprocessing: Mapping[str, Any], *, assumed: bool
     warnings.warn(f"the images do not look normalized as preprocessing says: {seen}; {remedy}", stacklevel=3)
 
 
-def fits(images: Tensor, preprocessing: Mapping[str, Any]) -> bool:
-    """Whether most values of normalized images (N, ..., C, H, W) are whole pixel values of this mean and deviation."""
+def fits(images: Tensor, preprocessing: Mapping[str, Any], *, resized: bool = False) -> bool:
+    """Whether most values of normalized images (N, ..., C, H, W) are whole pixel values of this mean and deviation;
+    resized: or could be what resizing makes of such."""
     found = _PixelFit.of(images, preprocessing)
-    in_range = found.low >= -_SLACK and found.high <= 255 + _SLACK
-    return found.whole_share >= _WHOLE_SHARE and in_range
+    reach = _OVERSHOOT if resized else _SLACK
+    whole = found.whole_share >= _WHOLE_SHARE or (resized and not found.looks_normalized_otherwise)
+    return whole and found.low >= -reach and found.high <= 255 + reach
 
 
 @dataclass(frozen=True)
