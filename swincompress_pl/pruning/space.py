@@ -34,6 +34,7 @@ from swincompress_pl.pruning.structure.cost import CostTracker, count_macs, skel
 from swincompress_pl.pruning.structure.groups import Group
 from swincompress_pl.pruning.structure.patterns import Pattern, parse_granularity
 from swincompress_pl.pruning.structure.plan import PruningPlan
+from swincompress_pl.pruning.structure.trial import FirstInputs, check_cuts, check_layers
 from swincompress_pl.pruning.structure.unit_masks import mask_units
 from swincompress_pl.pruning.structure.weight_masks import masked_parameters, temporary_mask
 from swincompress_pl.registry import adapter_for
@@ -180,6 +181,19 @@ def search_space(
     return GlobalSpace(local, input_shape) if config.ranking == "global" else local
 
 
+def check_on_trial(
+    network: nn.Module, config: SpaceConfig, heard: FirstInputs, input_shape: Sequence[int] | None
+) -> None:
+    """Raises ValueError where units cannot be cut as the groups say (`check_cuts`).
+
+    heard: of the network while it was scored. Where that did not call it, input_shape says how images look; where
+    neither is known there is nothing to run. Masks of weights change no shape, and need no trial.
+    """
+    arguments = heard.or_random(network, input_shape)
+    if config.granularity == "structured" and arguments is not None:
+        check_cuts(network, StructuredSpace(config).groups(network), arguments)
+
+
 class StructuredSpace:
     """Whole units of the network's groups, removed physically at once or, with `shrink="end"`, masked until the end."""
 
@@ -203,7 +217,9 @@ class StructuredSpace:
     def targets(self, network: nn.Module) -> list[Target]:
         shapes = {name: p.shape for name, p in network.named_parameters()}
         found = []
-        for g in self.groups(network):
+        groups = self.groups(network)
+        check_layers(network, (part.tensor for group in groups for part in group.slices))
+        for g in groups:
             before = self.initial_units.get(g.name, g.units)
             found.append(
                 Target(
@@ -282,6 +298,7 @@ class WeightSpace:
                 "behind the one that reads the pixels; there is nothing to prune"
             )
         names = _matching(prunable, self.config.layers)
+        check_layers(network, names)
         masks = masked_parameters(network)
         found = []
         for name in names:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from timm.layers.mlp import Mlp
 from torch import nn
 
+from swincompress_pl.layer_types import full_name
 from swincompress_pl.pruning.structure.groups import Attribute, ClassSwap, Group, Slice
 from swincompress_pl.registry import UnsupportedNetworkError
 
@@ -161,4 +162,4 @@ def refuse_norm(module: nn.Module, path: str, remedy: str) -> None:
 
 
 def _unsupported(path: str, found: object, wanted: str) -> UnsupportedNetworkError:
-    return UnsupportedNetworkError(f"{path} is a {type(found).__name__}; structured pruning knows {wanted} only")
+    return UnsupportedNetworkError(f"{path} is a {full_name(type(found))}; structured pruning knows {wanted} only")

@@ -1,0 +1,139 @@
+"""Layers whose weight is computed, or that something was added to, exchanged for the plain layers that they equal.
+
+What torch's own utilities compute (parametrizations, pruning masks, weight and spectral norms) is made last by them.
+Whatever else stands in the place of an nn.Linear (an adapter, a wrapper, a replaced forward) is probed: a map that is
+affine, with no regard to other rows, is what an nn.Linear with its values at 0 and at the unit vectors computes.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weight_norm
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+
+from swincompress_pl.evaluation_mode import evaluation_mode, on_trial
+from swincompress_pl.layer_types import alteration, computed_tensors, full_name
+from swincompress_pl.quant.graph.builder import AlteredLayerError
+from swincompress_pl.registry import UnsupportedNetworkError
+
+Built = TypeVar("Built")
+# How far the values of a map may be from those of the nn.Linear that it is taken for, relative to the largest.
+_AFFINE_ERROR = 1e-6
+_PROBE_SCALES = (1.0, 30.0)
+
+
+def with_plain_layers(network: nn.Module, build: Callable[[], Built]) -> Built:
+    """What `build` gives; layers that keep it from doing so are exchanged in `network`, where that is exact.
+
+    A warning names those that were. Raises UnsupportedNetworkError, naming the layer, where it cannot be exact.
+    """
+    folded: dict[str, str] = {}
+    try:
+        while True:
+            try:
+                return build()
+            except AlteredLayerError as error:
+                if error.path in folded:
+                    raise
+                folded[error.path] = full_name(type(network.get_submodule(error.path)))
+                try:
+                    _fold(network, error)
+                except BaseException:
+                    del folded[error.path]
+                    raise
+    finally:
+        if folded:
+            listed = ", ".join(f"{path} ({kind})" for path, kind in list(folded.items())[:4])
+            warnings.warn(
+                f"{type(network).__name__}: what {len(folded)} layers computed is now in plain ones, which replace them "
+                f"in the network: {listed}{', ...' if len(folded) > 4 else ''}",
+                stacklevel=4,
+            )
+
+
+def _fold(network: nn.Module, error: AlteredLayerError) -> None:
+    """Put the plain layer at the path of `error`, or raise that error with the reason why there is none."""
+    layer = network.get_submodule(error.path)
+    with torch.inference_mode(False), torch.no_grad(), evaluation_mode(layer):
+        _make_last(layer)
+        if isinstance(layer, error.wanted) and alteration(layer) is None:
+            return
+        if error.wanted is not nn.Linear:
+            raise error
+        plain = _as_linear(layer)
+    if plain is None:
+        raise UnsupportedNetworkError(f"{error}. It is no affine map of each token alone, so no nn.Linear equals it")
+    parent, _, name = error.path.rpartition(".")
+    setattr(network.get_submodule(parent), name, plain.train(layer.training))
+
+
+def _make_last(layer: nn.Module) -> None:
+    """Turn tensors that torch's utilities compute into parameters."""
+    if parametrize.is_parametrized(layer):
+        for name in list(layer.parametrizations):  # type: ignore[arg-type]
+            parametrize.remove_parametrizations(layer, name, leave_parametrized=True)
+    hooks = list(layer._forward_pre_hooks.values())
+    for hook in hooks:
+        if isinstance(hook, prune.BasePruningMethod):
+            prune.remove(layer, hook._tensor_name)
+        elif isinstance(hook, WeightNorm):
+            remove_weight_norm(layer, hook.name)
+        elif isinstance(hook, SpectralNorm):
+            remove_spectral_norm(layer, hook.name)
+    assert not computed_tensors(layer)
+
+
+def _as_linear(layer: nn.Module) -> nn.Linear | None:
+    """The nn.Linear that computes what `layer` does in evaluation; None where none does."""
+    own = list(layer.parameters())
+    if not own:
+        return None
+    for width in dict.fromkeys(m.in_features for m in layer.modules() if isinstance(m, nn.Linear)):
+        found = _affine(layer, width, own[0])
+        if found is not None:
+            weight, bias = found
+            plain = nn.Linear(width, len(weight), bias=bool(bias.any()) or _has_bias(layer), device=own[0].device)
+            plain.to(own[0].dtype).requires_grad_(any(parameter.requires_grad for parameter in own))
+            plain.weight.copy_(weight)
+            if plain.bias is not None:
+                plain.bias.copy_(bias)
+            return plain
+    return None
+
+
+def _has_bias(layer: nn.Module) -> bool:
+    return any(isinstance(m, nn.Linear) and m.bias is not None for m in layer.modules())
+
+
+def _affine(layer: nn.Module, width: int, like: Tensor) -> tuple[Tensor, Tensor] | None:
+    """(weight, bias) of what `layer` does with every row of `width` values; None where that is not affine."""
+    generator = torch.Generator().manual_seed(0)
+    units = torch.eye(width, dtype=torch.float64)
+    probes = [torch.randn(2, 5, width, generator=generator, dtype=torch.float64) * scale for scale in _PROBE_SCALES]
+    answers = _answers(layer, [torch.cat([units.new_zeros(1, width), units])[None], *probes], like.device)
+    if answers is None:
+        return None
+    bias = answers[0][0, 0]
+    weight = (answers[0][0, 1:] - bias).T
+    for probe, answer in zip(probes, answers[1:], strict=True):
+        expected = probe.to(weight.device) @ weight.T + bias
+        if not float((answer - expected).abs().max()) <= _AFFINE_ERROR * float(expected.abs().max()):
+            return None
+    return weight, bias
+
+
+def _answers(layer: nn.Module, probes: Sequence[Tensor], device: torch.device) -> list[Tensor] | None:
+    """What `layer` gives for `probes`, in float64; None where it cannot read them."""
+    try:
+        with on_trial(layer), torch.no_grad():
+            answers = [layer(probe.to(device)) for probe in probes]
+    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):
+        return None
+    whole = all(isinstance(a, Tensor) and a.shape[:-1] == p.shape[:-1] for a, p in zip(answers, probes, strict=True))
+    return [answer.double() for answer in answers] if whole else None
