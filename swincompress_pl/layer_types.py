@@ -19,8 +19,9 @@ _SET_BY_TORCH = "_compiled_call_impl"
 
 
 def full_name(kind: type) -> str:
-    """The name of a class, with its module unless it is one of torch.nn."""
-    return kind.__qualname__ if kind.__module__.startswith("torch.nn.modules") else f"{kind.__module__}.{kind.__qualname__}"
+    """The name of a class, with its module unless it comes from one of the libraries that everybody knows."""
+    known = f"{kind.__module__}.".startswith(_LIBRARIES)
+    return kind.__qualname__ if known else f"{kind.__module__}.{kind.__qualname__}"
 
 
 def alteration(module: nn.Module) -> str | None:
@@ -48,7 +49,7 @@ def alteration(module: nn.Module) -> str | None:
 
 
 def computed_tensors(module: nn.Module) -> list[tuple[str, str, str]]:
-    """(name, what computes it, how to make that last) of the tensors that torch's own utilities compute for `module`."""
+    """(name, what computes it, how to make that last) of the tensors that torch's utilities compute for `module`."""
     found = []
     if parametrize.is_parametrized(module):
         for name in module.parametrizations:  # type: ignore[union-attr]
@@ -113,4 +114,3 @@ def _replaced_methods(module: nn.Module) -> list[str]:
 def _forward_of(module: nn.Module) -> str:
     forward = type(module).forward
     return f"{getattr(forward, '__module__', '')}.{getattr(forward, '__qualname__', '')}"
-

@@ -29,6 +29,7 @@ from swincompress_pl.checkpoint.hooks import keep_record
 from swincompress_pl.history import history_of
 from swincompress_pl.pruning import keep_masks
 from swincompress_pl.quant import Bits, QuantizedNetwork, SearchOptions, quantize
+from swincompress_pl.quant.fidelity import check_network
 from swincompress_pl.quant.network import find_preprocessing
 
 _STATE_VERSION = 1
@@ -163,7 +164,10 @@ class QuantizationAwareTraining(Callback):
         """Say when this fit ends before anything is quantized; have masks kept and the teacher heard."""
         self._rng.on_train_start(trainer)
         self._let_go_of_masks()
-        self._masks = keep_masks(trainer.optimizers, network_of(pl_module, self.model_attribute))
+        network = network_of(pl_module, self.model_attribute)
+        self._masks = keep_masks(trainer.optimizers, network)
+        if not isinstance(network, QuantizedNetwork):
+            check_network(network, self._preprocessing(trainer, pl_module))
         if self._distillation is not None:
             self._distillation.attach(pl_module, self.model_attribute)
         if trainer.max_epochs is not None and 0 <= trainer.max_epochs <= self.start_epoch:

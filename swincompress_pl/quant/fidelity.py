@@ -1,4 +1,4 @@
-"""Whether a graph computes what its network does: both are run, in float, and compared where they have modules in common.
+"""Whether a graph computes what its network does: both are run in float and compared where they have modules in common.
 
 A graph is written from the modules of a family as they are published. A hook, a patched forward, a subclass or an
 adapter beside a layer changes the network and not the graph; the integers would be those of another network.
@@ -7,7 +7,7 @@ adapter beside a layer changes the network and not the graph; the integers would
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,15 +21,15 @@ from swincompress_pl.quant.graph import Graph, Node, Passthrough, Run
 from swincompress_pl.quant.graph.conv_norm import ConvNormNode
 from swincompress_pl.quant.graph.nodes import ActivationNode, LayerNormNode, LinearNode, PixelConvNode
 from swincompress_pl.quant.graph.spiking_nodes import MaxPoolNode, NeuronNode
-from swincompress_pl.registry import UnsupportedNetworkError
+from swincompress_pl.registry import UnsupportedNetworkError, adapter_for
 
 BOUND = 1e-4
 """The largest relative error between a graph and its network, both in float64."""
 
 _IMAGES = 2
 _REMEDY = (
-    "Quantization follows what the modules of the family compute: take the hook, the patch or the subclass away, fold it "
-    "into the weights, or register an adapter whose graph has it"
+    "Quantization follows what the modules of the family compute: take the hook, the patch or the subclass away, fold "
+    "it into the weights, or register an adapter whose graph has it"
 )
 # A value as numbers that do not depend on its layout: how many there are; mean, mean magnitude, RMS, maximum, minimum.
 _Print = tuple[int, Tensor]
@@ -58,8 +58,13 @@ def check_graph(graph: Graph, network: nn.Module, images: Tensor | None = None) 
                 raise
 
 
+def check_network(network: nn.Module, preprocessing: Mapping[str, Any]) -> None:
+    """`check_graph` of the network's own graph, on random images: before a fit, when there are none at hand."""
+    check_graph(adapter_for(network).graph(network, preprocessing), network)
+
+
 def _bound(dtype: torch.dtype) -> float:
-    return max(BOUND, torch.finfo(dtype).eps ** 0.5)
+    return max(BOUND, math.sqrt(torch.finfo(dtype).eps))
 
 
 def _random_images(graph: Graph) -> Tensor:

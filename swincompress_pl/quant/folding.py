@@ -13,7 +13,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weight_norm
+from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weight_norm, skip_init
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
@@ -38,48 +38,45 @@ def with_plain_layers(network: nn.Module, build: Callable[[], Built]) -> Built:
         while True:
             try:
                 return build()
-            except AlteredLayerError as error:
-                if error.path in folded:
+            except UnsupportedNetworkError as error:
+                # A parametrization of the network's own tensors changes the class that its adapter asks for.
+                path = "" if parametrize.is_parametrized(network) else getattr(error, "path", None)
+                if path is None or path in folded:
                     raise
-                folded[error.path] = full_name(type(network.get_submodule(error.path)))
-                try:
-                    _fold(network, error)
-                except BaseException:
-                    del folded[error.path]
-                    raise
+                folded[path] = _fold(network, path, error)
     finally:
         if folded:
-            listed = ", ".join(f"{path} ({kind})" for path, kind in list(folded.items())[:4])
+            listed = ", ".join(f"{path or 'the network itself'} ({kind})" for path, kind in list(folded.items())[:4])
             warnings.warn(
-                f"{type(network).__name__}: what {len(folded)} layers computed is now in plain ones, which replace them "
-                f"in the network: {listed}{', ...' if len(folded) > 4 else ''}",
+                f"{type(network).__name__}: plain layers that compute the same replaced what stood in the "
+                f"network at {listed}{f', ... ({len(folded)} in all)' if len(folded) > 4 else ''}",
                 stacklevel=4,
             )
 
 
-def _fold(network: nn.Module, error: AlteredLayerError) -> None:
-    """Put the plain layer at the path of `error`, or raise that error with the reason why there is none."""
-    layer = network.get_submodule(error.path)
+def _fold(network: nn.Module, path: str, error: UnsupportedNetworkError) -> str:
+    """Put the plain layer at `path`; the class that was there. Raises `error`, with the reason, where there is none."""
+    layer = network.get_submodule(path)
+    kind, mode = full_name(type(layer)), layer.training
     with torch.inference_mode(False), torch.no_grad(), evaluation_mode(layer):
         _make_last(layer)
-        if isinstance(layer, error.wanted) and alteration(layer) is None:
-            return
+        if not isinstance(error, AlteredLayerError) or (isinstance(layer, error.wanted) and alteration(layer) is None):
+            return kind
         if error.wanted is not nn.Linear:
             raise error
         plain = _as_linear(layer)
     if plain is None:
         raise UnsupportedNetworkError(f"{error}. It is no affine map of each token alone, so no nn.Linear equals it")
-    parent, _, name = error.path.rpartition(".")
-    setattr(network.get_submodule(parent), name, plain.train(layer.training))
+    parent, _, name = path.rpartition(".")
+    setattr(network.get_submodule(parent), name, plain.train(mode))
+    return kind
 
 
 def _make_last(layer: nn.Module) -> None:
     """Turn tensors that torch's utilities compute into parameters."""
-    if parametrize.is_parametrized(layer):
-        for name in list(layer.parametrizations):  # type: ignore[arg-type]
-            parametrize.remove_parametrizations(layer, name, leave_parametrized=True)
-    hooks = list(layer._forward_pre_hooks.values())
-    for hook in hooks:
+    with torch.enable_grad():  # they leave parameters where what they compute has a gradient
+        _remove_parametrizations(layer)
+    for hook in list(layer._forward_pre_hooks.values()):
         if isinstance(hook, prune.BasePruningMethod):
             prune.remove(layer, hook._tensor_name)
         elif isinstance(hook, WeightNorm):
@@ -87,6 +84,16 @@ def _make_last(layer: nn.Module) -> None:
         elif isinstance(hook, SpectralNorm):
             remove_spectral_norm(layer, hook.name)
     assert not computed_tensors(layer)
+
+
+def _remove_parametrizations(layer: nn.Module) -> None:
+    if parametrize.is_parametrized(layer):
+        for name in list(layer.parametrizations):  # type: ignore[arg-type]
+            parametrize.remove_parametrizations(layer, name, leave_parametrized=True)
+            left = getattr(layer, name)
+            if not isinstance(left, nn.Parameter):  # what was computed without gradients is left as a mere tensor
+                delattr(layer, name)
+                layer.register_parameter(name, nn.Parameter(left.detach(), requires_grad=False))
 
 
 def _as_linear(layer: nn.Module) -> nn.Linear | None:
@@ -98,10 +105,13 @@ def _as_linear(layer: nn.Module) -> nn.Linear | None:
         found = _affine(layer, width, own[0])
         if found is not None:
             weight, bias = found
-            plain = nn.Linear(width, len(weight), bias=bool(bias.any()) or _has_bias(layer), device=own[0].device)
-            plain.to(own[0].dtype).requires_grad_(any(parameter.requires_grad for parameter in own))
+            biased = bool(bias.any()) or _has_bias(layer)
+            plain: nn.Linear = skip_init(
+                nn.Linear, width, len(weight), bias=biased, device=own[0].device, dtype=own[0].dtype
+            )
+            plain.requires_grad_(any(parameter.requires_grad for parameter in own))
             plain.weight.copy_(weight)
-            if plain.bias is not None:
+            if biased:
                 plain.bias.copy_(bias)
             return plain
     return None

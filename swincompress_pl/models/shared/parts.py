@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from timm.layers.mlp import Mlp
 from torch import nn
 
-from swincompress_pl.layer_types import full_name
+from swincompress_pl.layer_types import first_linear, full_name
 from swincompress_pl.pruning.structure.groups import Attribute, ClassSwap, Group, Slice
 from swincompress_pl.registry import UnsupportedNetworkError
 
@@ -149,6 +149,13 @@ def linear_of(module: nn.Module, path: str, name: str) -> nn.Linear:
     if not isinstance(linear, nn.Linear):
         raise _unsupported(f"{path}.{name}", linear, "an nn.Linear")
     return linear
+
+
+def reader_of_head(network: nn.Module, path: str = "head") -> str:
+    """The path of what reads the features in the classifier at `path`: itself, or the nn.Linear that an nn.Sequential
+    begins with, dropout aside."""
+    inner = first_linear(network.get_submodule(path))
+    return path if inner is None else f"{path}.{inner}"
 
 
 def refuse_norm(module: nn.Module, path: str, remedy: str) -> None:

@@ -46,7 +46,7 @@ class Search:
         heard = FirstInputs()
         with heard.of(network):
             self.baseline, self.spike_rates = _baseline(network, evaluator)
-        check_on_trial(network, config, heard, None)
+        check_on_trial(network, config.space(network), heard, None)
         self.floor = self.baseline - config.tolerance - ROUNDING_POINTS
         self.candidates = Candidates(
             network,

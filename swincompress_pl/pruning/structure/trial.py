@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
 from swincompress_pl.evaluation_mode import on_trial
-from swincompress_pl.layer_types import LAYERS, alteration, full_name, peculiarities
+from swincompress_pl.layer_types import full_name, peculiarities
 from swincompress_pl.pruning.structure.apply import apply_plan, revert_plan
 from swincompress_pl.pruning.structure.groups import Group
 from swincompress_pl.pruning.structure.plan import PruningPlan
@@ -20,7 +20,7 @@ from swincompress_pl.pruning.structure.unit_masks import mask_plan
 BOUND = 1e-3
 """The largest relative error between a masked and a sliced network."""
 
-_IMAGES = 2
+_IMAGES = 1  # that a cut goes wrong does not hang on what is shown
 _REMEDY = (
     "Pruning cuts the layers that the network's family is made of, and nothing beside them: take what was added or "
     "replaced out, merge it into a plain layer, or leave the group out (kinds=, layers=)"
@@ -54,15 +54,6 @@ class FirstInputs:
         return (images.to(next(network.parameters()).device),)
 
 
-def check_layers(network: nn.Module, tensors: Iterable[str]) -> None:
-    """Raises ValueError for a layer that owns one of these tensors and does not plainly compute what its class does."""
-    for path in dict.fromkeys(name.rpartition(".")[0] for name in tensors):
-        layer = network.get_submodule(path)
-        reason = alteration(layer) if isinstance(layer, LAYERS) else None
-        if reason is not None:
-            raise ValueError(f"{path} is {full_name(type(layer))}, which cannot be pruned as it is: {reason}")
-
-
 def check_cuts(network: nn.Module, groups: Sequence[Group], arguments: tuple[Any, ...]) -> None:
     """Raises ValueError, naming group and module, unless a network without units is the one in which they are masked.
 
@@ -70,45 +61,51 @@ def check_cuts(network: nn.Module, groups: Sequence[Group], arguments: tuple[Any
     network is called with.
     """
     narrowed = [group for group in groups if group.units > group.min_units]
-    dtype: torch.dtype | None = torch.float64
-    try:
-        with on_trial(network), torch.no_grad():
-            network(*_as(arguments, dtype))
-    except (RuntimeError, TypeError):  # something in it is of a type of its own
-        dtype = None
-    if not narrowed or _complaint(network, narrowed, arguments, dtype) is None:
+    complaint = _complaint(network, narrowed, arguments) if narrowed else None
+    if complaint is None:
         return
     for group in narrowed:
-        complaint = _complaint(network, [group], arguments, dtype)
-        if complaint is not None:
-            raise ValueError(f"{group.name}: {complaint}. {_REMEDY}")
-    raise ValueError(f"{_complaint(network, narrowed, arguments, dtype)}, where all groups are cut at once. {_REMEDY}")
+        alone = _complaint(network, [group], arguments)
+        if alone is not None:
+            raise ValueError(f"{group.name}: {alone}. {_REMEDY}")
+    raise ValueError(f"all groups at once: {complaint}. {_REMEDY}")
 
 
-def _complaint(
-    network: nn.Module, groups: Sequence[Group], arguments: tuple[Any, ...], dtype: torch.dtype | None
-) -> str | None:
+def _complaint(network: nn.Module, groups: Sequence[Group], arguments: tuple[Any, ...]) -> str | None:
     """What is wrong with the network without a unit of each group; None: nothing."""
     plan = PruningPlan.removing(groups, {group.name: [group.units - 1] for group in groups})
+    try:
+        masked = _masked(network, plan, groups, arguments, torch.float64)
+        dtype: torch.dtype | None = torch.float64
+    except (RuntimeError, TypeError):  # something in it is of a type of its own
+        masked, dtype = _masked(network, plan, groups, arguments, None), None
     inside: list[str] = []
     with on_trial(network, dtype), torch.no_grad():
-        given = _as(arguments, dtype)
-        with mask_plan(network, plan, groups):
-            masked = network(*given)
         applied = apply_plan(network, plan, groups=groups)
         try:
             with _entered(network, inside):
-                sliced = network(*given)
+                sliced = network(*_as(arguments, dtype))
         except Exception as error:
             return f"without a unit of it, {_named(network, inside[-1:])} fails ({str(error).splitlines()[0]})"
         finally:
             revert_plan(network, applied)
-    error = _error(masked, sliced)
-    if error <= BOUND:
+    distance = _distance(masked, sliced)
+    if distance <= BOUND:
         return None
     peculiar = [path for path, module in network.named_modules() if any(_reasons(network, module))]
     where = f"; it may be {_named(network, peculiar)}" if peculiar else ""
-    return f"cut, the network gives something else than with the unit masked (relative error {error:.2g}){where}"
+    return f"cut, the network gives something else than with the unit masked (relative error {distance:.2g}){where}"
+
+
+def _masked(
+    network: nn.Module,
+    plan: PruningPlan,
+    groups: Sequence[Group],
+    arguments: tuple[Any, ...],
+    dtype: torch.dtype | None,
+) -> Any:
+    with on_trial(network, dtype), torch.no_grad(), mask_plan(network, plan, groups):
+        return network(*_as(arguments, dtype))
 
 
 def _as(arguments: tuple[Any, ...], dtype: torch.dtype | None) -> tuple[Any, ...]:
@@ -121,7 +118,7 @@ def _as(arguments: tuple[Any, ...], dtype: torch.dtype | None) -> tuple[Any, ...
     return result
 
 
-def _error(masked: Any, sliced: Any) -> float:
+def _distance(masked: Any, sliced: Any) -> float:
     """The largest relative error of the tensors that two calls gave."""
     pairs = list(zip(tree_flatten(masked)[0], tree_flatten(sliced)[0], strict=True))
     tensors = [(a, b) for a, b in pairs if isinstance(a, Tensor) and isinstance(b, Tensor)]

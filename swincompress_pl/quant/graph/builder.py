@@ -226,7 +226,7 @@ class GraphBuilder:
         if reason is not None:
             raise AlteredLayerError(
                 f"{type(self.network).__name__}: {path} is {full_name(type(layer))}, which its integer form does not "
-                f"follow: {reason}",
+                f"follow: {reason} (after training, quant.quantize folds it where that is exact)",
                 path=path,
                 wanted=wanted,
             )
