@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from swincompress_pl.evaluation_mode import on_trial
 from swincompress_pl.layer_types import full_name, peculiarities
 from swincompress_pl.quant.graph import Graph, Node, Passthrough, Run
 from swincompress_pl.quant.graph.conv_norm import ConvNormNode
-from swincompress_pl.quant.graph.nodes import ActivationNode, LayerNormNode, LinearNode, PixelConvNode
+from swincompress_pl.quant.graph.nodes import ActivationNode, AttentionNode, LayerNormNode, LinearNode, PixelConvNode
 from swincompress_pl.quant.graph.spiking_nodes import MaxPoolNode, NeuronNode
 from swincompress_pl.registry import UnsupportedNetworkError, adapter_for
 
@@ -76,7 +76,8 @@ def _random_images(graph: Graph) -> Tensor:
 def _compare(graph: Graph, network: nn.Module, images: Tensor, bound: float) -> None:
     theirs, ours = _NetworkPrints(), _GraphPrints()
     with torch.no_grad():
-        found = Run(graph, network, ours)(images)  # first: it says what images it takes
+        with _without_hooks(network):
+            found = Run(_in_evaluation(graph), network, ours)(images)  # first: it says what images it takes
         with theirs.watching(graph, network):
             expected = network(images)
     _check_activations(graph, network, bound)
@@ -101,6 +102,32 @@ def _compare(graph: Graph, network: nn.Module, images: Tensor, bound: float) -> 
     _check_parameters(graph, network, images[:1])
 
 
+def _in_evaluation(graph: Graph) -> Graph:
+    """As integers compute it: what stands where dropout does is left out."""
+
+    def bare(node: Node) -> Node:
+        node = replace(node, regularizers=())
+        return replace(node, dropout=None) if isinstance(node, AttentionNode) else node
+
+    return replace(graph, nodes=tuple(bare(node) for node in graph.nodes))
+
+
+@contextmanager
+def _without_hooks(network: nn.Module) -> Iterator[None]:
+    """Integers know no hooks; some nodes run the module itself."""
+    tables = [
+        table for module in network.modules() for table in (module._forward_hooks, module._forward_pre_hooks) if table
+    ]
+    saved = [dict(table) for table in tables]
+    try:
+        for table in tables:
+            table.clear()
+        yield
+    finally:
+        for table, hooks in zip(tables, saved, strict=True):
+            table.update(hooks)
+
+
 def _relative(a: Tensor, b: Tensor) -> float:
     """The largest difference of any image, relative to its values."""
     size = b.norm(dim=1)
@@ -121,12 +148,26 @@ def _print(x: Any) -> _Print | None:
     return values.numel(), torch.stack([values.mean(), magnitude.mean(), rms, values.max(), values.min()])
 
 
+def _joined(prints: Sequence[_Print | None]) -> _Print | None:
+    """Of the parts of a value that makes several ways, as one."""
+    known = [entry for entry in prints if entry is not None]
+    if len(known) < len(prints):
+        return None
+    counts = torch.tensor([count for count, _ in known], dtype=torch.float64)
+    rows = torch.stack([values.double().cpu() for _, values in known])
+    shares = counts / counts.sum()
+    rms = (shares * rows[:, 2].square()).sum().sqrt()
+    means = [(shares * rows[:, column]).sum() for column in (0, 1)]
+    return int(counts.sum()), torch.stack([*means, rms, rows[:, 3].max(), rows[:, 4].min()])
+
+
 def _distance(a: _Print | None, b: _Print | None) -> float | None:
     """The relative error between two values; None where they are not the same ones, or not finite."""
     if a is None or b is None or a[0] != b[0]:
         return None
-    size = float(torch.maximum(a[1][2], b[1][2]))
-    error = float((a[1] - b[1]).abs().max())
+    first, second = a[1].double().cpu(), b[1].double().cpu()
+    size = float(torch.maximum(first[2], second[2]))
+    error = float((first - second).abs().max())
     return (error / size if error else 0.0) if math.isfinite(error) else None
 
 
@@ -163,15 +204,18 @@ class _NetworkPrints:
 
 
 class _GraphPrints(Passthrough):
-    """The same of a pass of the graph, by node."""
+    """The same of a pass of the graph, for every pair of modules; of several nodes, where each does a part."""
 
     def __init__(self) -> None:
-        self.seen: dict[str, tuple[_Print | None, _Print | None]] = {}
+        self.reads: dict[tuple[str, ...], list[_Print | None]] = {}
+        self.gives: dict[tuple[str, ...], list[_Print | None]] = {}
 
     def output(self, node: Node, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        if _modules_of(node):
+        modules = _modules_of(node)
+        if modules:
             scaled = isinstance(node, NeuronNode) and node.gain != 1.0  # the network scales before the neurons
-            self.seen[node.name] = (None if scaled else _print(inputs[0]), _print(output))
+            self.reads.setdefault(modules, []).append(None if scaled else _print(inputs[0]))
+            self.gives.setdefault(modules, []).append(_print(output))
 
 
 def _modules_of(node: Node) -> tuple[str, ...]:
@@ -236,18 +280,16 @@ def _reasons(network: nn.Module, paths: Sequence[str]) -> str:
 
 def _first_difference(graph: Graph, theirs: _NetworkPrints, ours: _GraphPrints, bound: float) -> _Difference | None:
     after = ""
-    for node in graph.nodes:
-        paths = _modules_of(node)
-        if not paths:
-            continue
-        reads, gives = ours.seen[node.name]
-        before = _distance(reads, theirs.into(paths[0]))
+    for reader, giver in dict.fromkeys(paths for node in graph.nodes if (paths := _modules_of(node))):
+        reads, gives = ours.reads[reader, giver], ours.gives[reader, giver]
+        before = _distance(_joined(reads), theirs.into(reader))
+        before = _distance(reads[0], theirs.into(reader)) if before is None else before
         if before is not None and before > bound:
-            return _Difference(after=after, at=paths[0], error=before)
-        behind = _distance(gives, theirs.out_of(paths[1]))
+            return _Difference(after=after, at=reader, error=before)
+        behind = _distance(_joined(gives), theirs.out_of(giver))
         if behind is not None and behind > bound:
-            return _Difference(after=after, at=paths[1], error=behind, inside=before is not None)
-        after = paths[1] if behind is not None else after
+            return _Difference(after=after, at=giver, error=behind, inside=before is not None)
+        after = giver if behind is not None else after
     return None
 
 
@@ -281,7 +323,7 @@ def _check_parameters(graph: Graph, network: nn.Module, image: Tensor) -> None:
     """What the network is trained by and its graph is not would be lost in training: a fresh adapter gives 0 still."""
     with torch.enable_grad():
         used = _parameters_behind(network(image), network)
-        followed = _parameters_behind(Run(graph, network, Passthrough())(image), network)
+        followed = _parameters_behind(Run(_in_evaluation(graph), network, Passthrough())(image), network)
     lost = [name for name in used if name not in followed]
     if lost:
         path = lost[0].rpartition(".")[0]
