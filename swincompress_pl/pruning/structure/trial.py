@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -17,8 +18,8 @@ from swincompress_pl.pruning.structure.groups import Group
 from swincompress_pl.pruning.structure.plan import PruningPlan
 from swincompress_pl.pruning.structure.unit_masks import mask_plan
 
-BOUND = 1e-3
-"""The largest relative error between a masked and a sliced network."""
+BOUND = 1e-5
+"""The largest relative error between a masked and a sliced network, both in float64."""
 
 _IMAGES = 1  # that a cut goes wrong does not hang on what is shown
 _REMEDY = (
@@ -47,11 +48,18 @@ class FirstInputs:
             self.arguments = tuple(a[:_IMAGES].detach() if isinstance(a, Tensor) else a for a in arguments)
 
     def or_random(self, network: nn.Module, shape: Sequence[int] | None) -> tuple[Any, ...] | None:
-        """What was heard, or random images where nothing was and their shape is known."""
+        """What was heard, or random images where nothing was, their shape is known and `network` takes them."""
         if self.arguments is not None or shape is None:
             return self.arguments
         images = torch.randn(_IMAGES, *shape[1:], generator=torch.Generator().manual_seed(0))
-        return (images.to(next(network.parameters()).device),)
+        like = next(network.parameters())
+        arguments = (images.to(like.device, like.dtype),)
+        try:
+            with on_trial(network, None), torch.no_grad():
+                network(*arguments)
+        except Exception:  # whatever a network raises for images that are prepared for it elsewhere
+            return None
+        return arguments
 
 
 def check_cuts(network: nn.Module, groups: Sequence[Group], arguments: tuple[Any, ...]) -> None:
@@ -90,7 +98,8 @@ def _complaint(network: nn.Module, groups: Sequence[Group], arguments: tuple[Any
         finally:
             revert_plan(network, applied)
     distance = _distance(masked, sliced)
-    if distance <= BOUND:
+    kind = dtype or next(network.parameters()).dtype
+    if distance <= max(BOUND, math.sqrt(torch.finfo(kind).eps)):
         return None
     peculiar = [path for path, module in network.named_modules() if any(_reasons(network, module))]
     where = f"; it may be {_named(network, peculiar)}" if peculiar else ""
