@@ -142,6 +142,13 @@ def test_a_trial_needs_no_holdout(scored: str) -> None:
 def test_random_images_that_the_network_does_not_take_are_no_trial() -> None:
     assert FirstInputs().or_random(vit(), (1, 16, 16, 3)) is None
     assert FirstInputs().or_random(vit(), None) is None
+    heard, network = FirstInputs(), vit()
+    with heard.of(network):
+        network(x=images())  # not by position
+    assert heard.arguments is None
+    with heard.of(network):
+        network(images())
+    assert [tuple(value.shape) for value in heard.or_random(network, None) or ()] == [(1, 3, 16, 16)]
 
 
 @pytest.mark.parametrize("granularity", ["structured", "weight", "2:4", "block", "filter"])

@@ -26,6 +26,7 @@ from support.qat_cases import PREPROCESSING as QAT_PREPROCESSING
 from support.qat_cases import Plain, loader, trainer
 from support.spiking_cases import FAMILIES, SIZE_PX, lively, no_membranes
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 
 from swincompress_pl.callbacks import QuantizationAwareTraining
 from swincompress_pl.models import create_model
@@ -266,3 +267,19 @@ def test_the_head_of_another_family_is_refused_by_name() -> None:
     network.head = nn.Bilinear(1, 1, 5)
     with pytest.raises(UnsupportedNetworkError, match=r"head is Bilinear.*nn\.Linear for a head"):
         check_network(network, PREPROCESSING)
+
+
+class Reparametrizing(Tuned):
+    """Normalizes weights from its second epoch on."""
+
+    def on_train_epoch_end(self) -> None:
+        if self.current_epoch == 0:
+            parametrizations.weight_norm(self.backbone.blocks[0].mlp.fc1)
+
+
+def test_what_is_altered_within_a_fit_is_refused_when_it_is_quantized(tmp_path: Any) -> None:
+    callback = QuantizationAwareTraining(
+        start_epoch=1, calibration_images=8, preprocessing=QAT_PREPROCESSING, model_attribute="backbone"
+    )
+    with pytest.raises(UnsupportedNetworkError, match=r"blocks\.0\.mlp\.fc1 .*a parametrization computes its weight"):
+        trainer(tmp_path, 2, callback).fit(Reparametrizing(lambda _: None), loader(), loader())

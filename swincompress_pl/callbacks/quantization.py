@@ -30,6 +30,7 @@ from swincompress_pl.history import history_of
 from swincompress_pl.pruning import keep_masks
 from swincompress_pl.quant import Bits, QuantizedNetwork, SearchOptions, quantize
 from swincompress_pl.quant.fidelity import check_network
+from swincompress_pl.quant.folding import refuse_altered
 from swincompress_pl.quant.network import find_preprocessing
 
 _STATE_VERSION = 1
@@ -269,6 +270,7 @@ class QuantizationAwareTraining(Callback):
         return result
 
     def _calibrated(self, trainer: Trainer, module: LightningModule, network: nn.Module) -> QuantizedNetwork:
+        refuse_altered(network, self._preprocessing(trainer, module))  # `quantize` would fold it
         return quantize(
             network,
             self._calibration(trainer),

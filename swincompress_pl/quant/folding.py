@@ -8,8 +8,8 @@ affine, with no regard to other rows, is what an nn.Linear with its values at 0 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from swincompress_pl.evaluation_mode import evaluation_mode, on_trial
 from swincompress_pl.layer_types import alteration, computed_tensors, full_name
 from swincompress_pl.quant.graph.builder import AlteredLayerError
-from swincompress_pl.registry import UnsupportedNetworkError
+from swincompress_pl.registry import UnsupportedNetworkError, adapter_for
 
 Built = TypeVar("Built")
 # How far the values of a map may be from those of the nn.Linear that it is taken for, relative to the largest.
@@ -52,6 +52,12 @@ def with_plain_layers(network: nn.Module, build: Callable[[], Built]) -> Built:
                 f"network at {listed}{f', ... ({len(folded)} in all)' if len(folded) > 4 else ''}",
                 stacklevel=4,
             )
+
+
+def refuse_altered(network: nn.Module, preprocessing: Mapping[str, Any]) -> None:
+    """Raises UnsupportedNetworkError for a network that `quantize` would fold layers of: where an optimizer holds their
+    parameters, that is for the user to do."""
+    adapter_for(network).graph(network, preprocessing)
 
 
 def _fold(network: nn.Module, path: str, error: UnsupportedNetworkError) -> str:

@@ -37,26 +37,28 @@ class FirstInputs:
     @contextmanager
     def of(self, network: nn.Module) -> Iterator[None]:
         """Listens to `network` for a while."""
-        handle = network.register_forward_pre_hook(self._keep, prepend=True)
+        handle = network.register_forward_pre_hook(self._keep, prepend=True, with_kwargs=True)
         try:
             yield
         finally:
             handle.remove()
 
-    def _keep(self, network: nn.Module, arguments: tuple[Any, ...]) -> None:
-        if self.arguments is None:
+    def _keep(self, network: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+        if self.arguments is None and not options:
             self.arguments = tuple(a[:_IMAGES].detach() if isinstance(a, Tensor) else a for a in arguments)
 
     def or_random(self, network: nn.Module, shape: Sequence[int] | None) -> tuple[Any, ...] | None:
-        """What was heard, or random images where nothing was, their shape is known and `network` takes them."""
-        if self.arguments is not None or shape is None:
-            return self.arguments
-        images = torch.randn(_IMAGES, *shape[1:], generator=torch.Generator().manual_seed(0))
-        like = next(network.parameters())
-        arguments = (images.to(like.device, like.dtype),)
+        """What was heard, or random images where nothing was and their shape is known; None where there is neither, or
+        `network` does not take them alone."""
+        arguments, like = self.arguments, next(network.parameters())
+        if arguments is None and shape is not None:
+            images = torch.randn(_IMAGES, *shape[1:], generator=torch.Generator().manual_seed(0))
+            arguments = (images.to(like.device, like.dtype),)
+        if arguments is None:
+            return None
         try:
             with on_trial(network, None), torch.no_grad():
-                network(*arguments)
+                network(*_as(arguments, None))
         except Exception:  # whatever a network raises for images that are prepared for it elsewhere
             return None
         return arguments
@@ -121,7 +123,7 @@ def _as(arguments: tuple[Any, ...], dtype: torch.dtype | None) -> tuple[Any, ...
     def converted(value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
-        return value.detach().to(dtype if value.is_floating_point() else None, copy=True)
+        return value.detach().to(dtype if dtype and value.is_floating_point() else value.dtype, copy=True)
 
     result: tuple[Any, ...] = tree_map(converted, arguments)
     return result
