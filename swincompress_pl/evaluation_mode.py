@@ -1,11 +1,13 @@
-"""A network in another mode for a while: in evaluation, or with its parameters frozen; then all is as it was."""
+"""A network in another mode for a while: in evaluation, frozen, or in float64; then all is as it was."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 
 @contextmanager
@@ -26,6 +28,48 @@ def standing_still(network: nn.Module) -> Iterator[None]:
     with _modes_restored(network), gradients(network.parameters(), wanted=False):
         for module in network.modules():
             module.training = False
+        yield
+
+
+@contextmanager
+def on_trial(network: nn.Module, dtype: torch.dtype | None = torch.float64) -> Iterator[None]:
+    """Eval mode on copies of all tensors, in `dtype` (None: as they are), uncompiled, for a pass that leaves no trace.
+
+    Parameters, buffers and other tensors of the modules, their modes, and torch's random numbers are as they were
+    after it. The copies of the parameters want gradients. Inference mode is off.
+    """
+    tables = [table for module in network.modules() for table in _tables_of(module)]
+    saved = [(table, dict(table)) for table in tables]
+    copies: dict[int, Tensor] = {}
+    with torch.inference_mode(False), _random_numbers_kept(network), evaluation_mode(network):
+        try:
+            for table in tables:
+                for name, value in table.items():
+                    if isinstance(value, Tensor):
+                        table[name] = copies.setdefault(id(value), _copy(value, dtype))
+                    elif name == "_compiled_call_impl":
+                        table[name] = None
+            yield
+        finally:
+            for table, before in saved:
+                table.update(before)
+
+
+def _tables_of(module: nn.Module) -> tuple[dict[str, Any], ...]:
+    """Where a module keeps tensors; the last are the membranes of spikingjelly's neurons."""
+    return module._parameters, module._buffers, module.__dict__, module.__dict__.get("_memories", {})
+
+
+def _copy(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    copy = tensor.detach().clone() if dtype is None or not tensor.is_floating_point() else tensor.detach().to(dtype)
+    copy = copy.clone() if copy.data_ptr() == tensor.data_ptr() else copy
+    return nn.Parameter(copy, requires_grad=copy.is_floating_point()) if isinstance(tensor, nn.Parameter) else copy
+
+
+@contextmanager
+def _random_numbers_kept(network: nn.Module) -> Iterator[None]:
+    devices = {tensor.device for tensor in network.parameters() if tensor.device.type == "cuda"}
+    with torch.random.fork_rng(devices=sorted(devices, key=str)):
         yield
 
 

@@ -51,6 +51,15 @@ class SpikingAdapter(Adapter, Protocol):
         ...
 
 
+@runtime_checkable
+class ExplainingAdapter(Adapter, Protocol):
+    """What an adapter may tell in addition."""
+
+    def uncovered(self, network: Any) -> Mapping[str, str]:
+        """{kind of group that `network` lacks: why}, for messages."""
+        ...
+
+
 class UnsupportedNetworkError(TypeError):
     """No adapter knows this network, or its adapter does not cover this variant of it."""
 

@@ -36,6 +36,8 @@ from swincompress_pl.history import history_of
 from swincompress_pl.pruning import keep_masks
 from swincompress_pl.pruning.evaluation.ranks import gather_results
 from swincompress_pl.quant import Bits, QuantizedNetwork, SearchOptions, quantize
+from swincompress_pl.quant.fidelity import check_graph
+from swincompress_pl.quant.folding import refuse_altered
 from swincompress_pl.quant.preprocessing import find_preprocessing
 
 _STATE_VERSION = 1
@@ -264,6 +266,7 @@ class QuantizationAwareTraining(Callback):
             quantized = QuantizedNetwork(network, preprocessing=found, method=self.method, bits=self.bits)
             quantized.graph.check_images(images)
             quantized.pixels(images)
+            check_graph(quantized.graph, network, images)
         return found
 
     @contextmanager
@@ -331,6 +334,8 @@ class QuantizationAwareTraining(Callback):
     def _calibrated(
         self, trainer: Trainer, module: LightningModule, network: nn.Module, images: list[Tensor]
     ) -> QuantizedNetwork:
+        assert self._found_preprocessing is not None  # when training started
+        refuse_altered(network, self._found_preprocessing)  # `quantize` would fold it
         return quantize(
             network,
             images,

@@ -42,10 +42,11 @@ from swincompress_pl.checkpoint.hooks import keep_record
 from swincompress_pl.pruning import Gradients, HoldOut, collect_gradients, keep_masks
 from swincompress_pl.pruning.evaluation.ranks import share_buffers
 from swincompress_pl.pruning.evaluation.scorer import Scorer
-from swincompress_pl.pruning.space import SpaceConfig
+from swincompress_pl.pruning.space import SpaceConfig, check_on_trial
 from swincompress_pl.pruning.structure.apply import AppliedPlan
 from swincompress_pl.pruning.structure.change import Change, revert
 from swincompress_pl.pruning.structure.optimizer_state import slice_optimizers
+from swincompress_pl.pruning.structure.trial import FirstInputs
 
 _STATE_VERSION = 2
 Config = TypeVar("Config")
@@ -178,6 +179,8 @@ class SearchCallback(Callback, ABC):
             self._refuse_optimizers(trainer, pl_module)
             with isolate_rng(), validating(trainer, pl_module), torch.no_grad():
                 self._scorer = self._make_scorer(trainer, pl_module)
+                network, shape = self._network(pl_module), self._input_shape(trainer, pl_module, self._scorer)
+                check_on_trial(network, self._space(network), FirstInputs(), shape)
         if trainer.max_epochs is not None and 0 <= trainer.max_epochs <= self.start_epoch:
             rank_zero_warn(
                 f"start_epoch={self.start_epoch} is not reached in max_epochs={trainer.max_epochs}: nothing is pruned."

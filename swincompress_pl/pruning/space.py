@@ -28,15 +28,16 @@ from swincompress_pl.pruning.criteria import (
     weight_scores,
 )
 from swincompress_pl.pruning.evaluation.ranks import from_rank_zero
-from swincompress_pl.pruning.structure.apply import apply_plan
+from swincompress_pl.pruning.structure.apply import apply_plan, check_layers
 from swincompress_pl.pruning.structure.change import Change, commit_masks, consumer_masks, gone_units
 from swincompress_pl.pruning.structure.cost import CostTracker, count_macs, skeleton
 from swincompress_pl.pruning.structure.groups import Group
 from swincompress_pl.pruning.structure.patterns import Pattern, parse_granularity
 from swincompress_pl.pruning.structure.plan import PruningPlan
+from swincompress_pl.pruning.structure.trial import FirstInputs, check_cuts
 from swincompress_pl.pruning.structure.unit_masks import mask_units
 from swincompress_pl.pruning.structure.weight_masks import masked_parameters, temporary_mask
-from swincompress_pl.registry import adapter_for
+from swincompress_pl.registry import ExplainingAdapter, adapter_for
 
 Removal = Mapping[str, Any]
 """What is gone, in total, of each group (unit indices) or of each parameter (a mask, True where a weight stays)."""
@@ -180,6 +181,19 @@ def search_space(
     return GlobalSpace(local, input_shape) if config.ranking == "global" else local
 
 
+def check_on_trial(
+    network: nn.Module, config: SpaceConfig, heard: FirstInputs, input_shape: Sequence[int] | None
+) -> None:
+    """Raises ValueError where units cannot be cut as the groups say (`check_cuts`).
+
+    heard: of the network while it was scored. Where that did not call it, input_shape says how images look; where
+    neither is known there is nothing to run. Masks of weights change no shape, and need no trial.
+    """
+    arguments = heard.or_random(network, input_shape)
+    if config.granularity == "structured" and arguments is not None:
+        check_cuts(network, StructuredSpace(config).groups(network), arguments)
+
+
 class StructuredSpace:
     """Whole units of the network's groups, removed physically at once or, with `shrink="end"`, masked until the end."""
 
@@ -188,13 +202,15 @@ class StructuredSpace:
 
     def groups(self, network: nn.Module) -> list[Group]:
         """The groups of the kinds and names in the config; ValueError for a kind or a name that matches none."""
-        groups: list[Group] = adapter_for(network).groups(network)
+        adapter = adapter_for(network)
+        groups: list[Group] = adapter.groups(network)
         kinds = sorted({g.kind for g in groups})
         for kind in self.config.kinds:
             if kind not in kinds:
+                reason = adapter.uncovered(network).get(kind) if isinstance(adapter, ExplainingAdapter) else None
                 raise ValueError(
                     f"kinds={self.config.kinds}: {type(network).__name__} has no group of kind {kind!r}, only "
-                    f"{', '.join(kinds)}"
+                    f"{', '.join(kinds)}{'' if reason is None else f'; {reason}'}"
                 )
         chosen = [g for g in groups if g.kind in self.config.kinds]
         names = set(_matching([g.name for g in chosen], self.config.layers))
@@ -203,7 +219,9 @@ class StructuredSpace:
     def targets(self, network: nn.Module) -> list[Target]:
         shapes = {name: p.shape for name, p in network.named_parameters()}
         found = []
-        for g in self.groups(network):
+        groups = self.groups(network)
+        check_layers(network, (part.tensor for group in groups for part in group.slices))
+        for g in groups:
             before = self.initial_units.get(g.name, g.units)
             found.append(
                 Target(
@@ -282,6 +300,7 @@ class WeightSpace:
                 "behind the one that reads the pixels; there is nothing to prune"
             )
         names = _matching(prunable, self.config.layers)
+        check_layers(network, names)
         masks = masked_parameters(network)
         found = []
         for name in names:

@@ -13,6 +13,8 @@ from swincompress_pl._deprecated import renamed, renamed_attributes
 from swincompress_pl.evaluation_mode import evaluation_mode
 from swincompress_pl.quant.bits import Bits
 from swincompress_pl.quant.calibration import Ranges, first_images, observe, sample_layers
+from swincompress_pl.quant.fidelity import check_graph
+from swincompress_pl.quant.folding import with_plain_layers
 from swincompress_pl.quant.graph import Graph
 from swincompress_pl.quant.graph.spiking_nodes import NeuronNode
 from swincompress_pl.quant.layerwise import LayerwiseSearch
@@ -100,12 +102,15 @@ def quantize(
     """
     options = _options(method, percentile, search)
     found, assumed = preprocessing_of(model, preprocessing)
-    quantized = QuantizedNetwork(model, preprocessing=found, method=method, classes=classes, bits=bits)
+    quantized = with_plain_layers(
+        model, lambda: QuantizedNetwork(model, preprocessing=found, method=method, classes=classes, bits=bits)
+    )
     device = next(model.parameters()).device
     batches = [batch.to(device) for batch in first_images(calibration, calibration_images)]
     for batch in batches:
         quantized.pixels(batch)  # refuses images of another normalization
     check_fit(batches[0], quantized.preprocessing, assumed=assumed)
+    check_graph(quantized.graph, model, batches[0])
     with evaluation_mode(model):
         try:
             _find_scales(quantized.eval(), batches, options, percentile, progress)

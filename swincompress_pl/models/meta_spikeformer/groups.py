@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from swincompress_pl.models.shared.coupling import Coupling, width_of
+from swincompress_pl.models.shared.parts import reader_of_head
 from swincompress_pl.models.spiking.parts import hidden_group
 from swincompress_pl.pruning.structure.groups import Group
 
@@ -29,7 +30,7 @@ def meta_spikeformer_groups(network: nn.Module) -> list[Group]:
             groups += [*mix(network, f"{path}.mixer", stream), _mlp(network, f"{path}.mlp", stream)]
         before = stream
     assert before is not None
-    before.reader("head")
+    before.reader(reader_of_head(network))
     return [*groups, before.group()]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from swincompress_pl.layer_types import alteration, full_name
 from swincompress_pl.models.shared.parts import columns, length_of, rows
 from swincompress_pl.pruning.structure.groups import Attribute, ClassSwap, Group, Slice
 from swincompress_pl.registry import UnsupportedNetworkError
@@ -96,7 +97,7 @@ class Coupling:
         return module
 
     def _unknown(self, path: str, wanted: str) -> UnsupportedNetworkError:
-        found = type(self.network.get_submodule(path)).__name__
+        found = full_name(type(self.network.get_submodule(path)))
         return UnsupportedNetworkError(
             f"{self.name}: {path} is a {found}; structured pruning of spiking networks knows {wanted} there"
         )
@@ -105,10 +106,11 @@ class Coupling:
 def width_of(network: nn.Module, path: str, axis: int = 0) -> int:
     """The length of a layer's weight along an axis; UnsupportedNetworkError for a module without one."""
     module = network.get_submodule(path)
-    weight = getattr(module, "weight", None)
-    if not isinstance(weight, nn.Parameter):
+    weight = module._parameters.get("weight")
+    if weight is None:
+        reason = alteration(module)
         raise UnsupportedNetworkError(
-            f"{path} is a {type(module).__name__}; structured pruning of spiking networks knows a layer with a weight "
-            "there"
+            f"{path} is a {full_name(type(module))}; structured pruning of spiking networks knows a layer with a "
+            f"weight there{'' if reason is None else f': {reason}'}"
         )
     return weight.shape[axis]

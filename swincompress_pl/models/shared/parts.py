@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from timm.layers.mlp import Mlp
 from torch import nn
 
+from swincompress_pl.layer_types import first_linear, full_name
 from swincompress_pl.pruning.structure.groups import Attribute, ClassSwap, Group, Slice
 from swincompress_pl.registry import UnsupportedNetworkError
 
@@ -150,6 +151,13 @@ def linear_of(module: nn.Module, path: str, name: str) -> nn.Linear:
     return linear
 
 
+def reader_of_head(network: nn.Module, path: str = "head") -> str:
+    """The path of what reads the features in the classifier at `path`: itself, or the nn.Linear that an nn.Sequential
+    begins with, dropout aside."""
+    inner = first_linear(network.get_submodule(path))
+    return path if inner is None else f"{path}.{inner}"
+
+
 def refuse_norm(module: nn.Module, path: str, remedy: str) -> None:
     """UnsupportedNetworkError for a norm over the units."""
     norm = getattr(module, "norm", None)
@@ -161,4 +169,4 @@ def refuse_norm(module: nn.Module, path: str, remedy: str) -> None:
 
 
 def _unsupported(path: str, found: object, wanted: str) -> UnsupportedNetworkError:
-    return UnsupportedNetworkError(f"{path} is a {type(found).__name__}; structured pruning knows {wanted} only")
+    return UnsupportedNetworkError(f"{path} is a {full_name(type(found))}; structured pruning knows {wanted} only")

@@ -11,6 +11,7 @@ from timm.layers.norm import LayerNorm
 from timm.layers.patch_embed import PatchEmbed
 from torch import Tensor, nn
 
+from swincompress_pl.layer_types import full_name
 from swincompress_pl.models.shared.parts import columns, length_of, rows
 from swincompress_pl.pruning.structure.groups import Attribute, ClassSwap, Group, NormSlice, Slice
 from swincompress_pl.pruning.structure.unit_masks import MaskedLayerNorm
@@ -147,4 +148,10 @@ class Stream:
     def require(self, condition: bool, path: str) -> None:
         """NotCoveredError where `condition` does not hold."""
         if not condition:
-            raise NotCoveredError(f"{self.name}: {path}")
+            raise NotCoveredError(f"{self.name} is not covered because of {self._named(path)}")
+
+    def _named(self, path: str) -> str:
+        try:
+            return f"{path}, a {full_name(type(self.network.get_submodule(path)))}"
+        except AttributeError:  # a tensor, or words
+            return path

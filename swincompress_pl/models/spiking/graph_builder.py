@@ -10,10 +10,12 @@ from spikingjelly.activation_based import layer
 from spikingjelly.activation_based.neuron import BaseNode
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 
+from swincompress_pl.layer_types import alteration
 from swincompress_pl.quant import Graph, GraphBuilder, Node, QuantizerSpec
 from swincompress_pl.quant.graph.conv_norm import ConvNormNode
-from swincompress_pl.quant.graph.neurons import Neuron
+from swincompress_pl.quant.graph.neurons import Neuron, require_plain_neuron
 from swincompress_pl.quant.graph.nodes import AddNode, MeanNode
 from swincompress_pl.quant.graph.quantizer_spec import LOGIT_BITS
 from swincompress_pl.quant.graph.spiking_nodes import (
@@ -115,7 +117,7 @@ class SpikingBuilder(GraphBuilder):
         border: str | None = None,
     ) -> str:
         """A convolution with its BatchNorms: the current of `neuron`, as `spec` says, or else on the stream."""
-        module: Any = self.network.get_submodule(path)
+        module: Any = self.plain(path, _ConvNd, or_else=" (nn.Conv1d or nn.Conv2d)")
         dilation = module.dilation if isinstance(module.dilation, tuple) else (module.dilation,)
         plain = all(value == 1 for value in dilation) and module.padding_mode == "zeros"
         plain = plain and (module.weight.ndim == 4 or tuple(module.kernel_size) == (1,))
@@ -157,6 +159,8 @@ class SpikingBuilder(GraphBuilder):
         )
         passes = (nn.BatchNorm2d.forward, layer.BatchNorm1d.forward, layer.BatchNorm2d.forward)
         known = isinstance(norm, _BatchNorm) and type(norm).forward in passes
+        if known and alteration(norm) is not None:
+            self.plain(path, _BatchNorm)  # says why not, and can be folded
         self.refuse(
             not known or norm.weight is None or norm.bias is None or norm.running_mean is None,
             f"{path} is {norm}; BatchNorm1d and BatchNorm2d can be folded, with affine=True and running statistics",
@@ -176,7 +180,9 @@ class SpikingBuilder(GraphBuilder):
 
     def neuron(self, path: str, x: str, *, gain: float = 1.0, part: str = "") -> str:
         """Spikes; a value without time is seen at every step."""
-        Neuron.of(path, self.network.get_submodule(path))  # refuses now what has no integer form
+        module = self.network.get_submodule(path)
+        Neuron.of(path, module)  # refuses now what has no integer form
+        require_plain_neuron(path, module)
         name, given = f"{path}{part}", self.of(x)
         node = NeuronNode(
             name=name,

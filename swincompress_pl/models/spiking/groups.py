@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from swincompress_pl.models.shared.coupling import Coupling, width_of
+from swincompress_pl.models.shared.parts import reader_of_head
 from swincompress_pl.models.spiking.parts import (
     Layer,
     hidden_group,
@@ -51,7 +52,7 @@ def spikformer_groups(network: nn.Module) -> list[Group]:
         for number, (layer, following) in enumerate(pairwise(stem))
     ]
     position = _pair("patch_embed.positional_encoding", "conv_bn.block.0", "conv_bn.block.1")
-    stream = Coupling(network, "embed", "embed", width_of(network, "head", axis=1))
+    stream = Coupling(network, "embed", "embed", width_of(network, reader_of_head(network), axis=1))
     stream.writer(*stem[-1])
     stream.writer(*position)
     stream.reader(position[0])
@@ -62,7 +63,7 @@ def spikformer_groups(network: nn.Module) -> list[Group]:
         groups.append(hidden_group(network, f"{block}.mlp.channels", "mlp", fc1, fc2[0]))
         _on_stream(stream, readers=[attention["qkv"][0], fc1[0]], writers=[attention["proj"], fc2])
         stream.attribute(f"{block}.attn", "dim")
-    stream.reader("head")
+    stream.reader(reader_of_head(network))
     stream.attribute("", "embed_dims")
     stream.attribute("patch_embed", "embed_dims")
     return [*groups, stream.group()]
@@ -86,7 +87,7 @@ def sdt_groups(network: nn.Module) -> list[Group]:
         hidden_group(network, stage, "conv", layer, following[0])
         for stage, (layer, following) in zip(stages, pairwise(stem), strict=False)
     ]
-    stream = Coupling(network, "embed", "embed", width_of(network, "head", axis=1))
+    stream = Coupling(network, "embed", "embed", width_of(network, reader_of_head(network), axis=1))
     stream.writer(*stem[-1])
     stream.reader("patch_embed.rpe_conv")
     stream.writer("patch_embed.rpe_conv", "patch_embed.rpe_bn")
@@ -98,7 +99,7 @@ def sdt_groups(network: nn.Module) -> list[Group]:
         _on_stream(stream, readers=projections, writers=[_pair(attention, "proj_conv", "proj_bn")])
         stream.attribute(attention, "dim")
         stream.swap_class(attention, resizable(network.get_submodule(attention)))
-    stream.reader("head")
+    stream.reader(reader_of_head(network))
     return [*groups, stream.group()]
 
 
@@ -128,12 +129,12 @@ def staged_groups(network: nn.Module) -> list[Group]:
         for block in _children(network, f"stage{number}"):
             groups += _stage_block(network, block, stream)
         before = stream
-    stream.reader("head")
+    stream.reader(reader_of_head(network))
     return [*groups, stream.group()]
 
 
 def _stage_stream(network: nn.Module, number: int) -> Coupling:
-    width = width_of(network, f"patch_embed{number + 1}.conv1" if number < 3 else "head", axis=1)
+    width = width_of(network, f"patch_embed{number + 1}.conv1" if number < 3 else reader_of_head(network), axis=1)
     return Coupling(network, f"stage{number}.embed", "embed", width)
 
 

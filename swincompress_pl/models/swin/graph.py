@@ -11,8 +11,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from timm.layers.classifier import ClassifierHead
 from torch import nn
 
+from swincompress_pl.layer_types import full_name
 from swincompress_pl.quant import Graph, GraphBuilder, QuantizerSpec
 from swincompress_pl.quant.graph.nodes import MeanNode
 
@@ -23,7 +25,7 @@ Size = tuple[int, int]
 def swin_graph(network: Any, preprocessing: Mapping[str, Any]) -> Graph:
     """The graph of a SwinTransformer; UnsupportedNetworkError for a variant without an integer form."""
     build = GraphBuilder(network)
-    conv = network.patch_embed.proj
+    conv = build.plain("patch_embed.proj", nn.Conv2d)
     height, width = network.patch_embed.img_size
     normed = not isinstance(network.patch_embed.norm, nn.Identity)
     first_residual = build.residual("layers.0.residual", conv.out_channels)
@@ -39,14 +41,19 @@ def swin_graph(network: Any, preprocessing: Mapping[str, Any]) -> Graph:
     for number, stage in enumerate(network.layers):
         residual = "layers.0.residual"
         if not isinstance(stage.downsample, nn.Identity):
-            residual = build.residual(f"layers.{number}.residual", stage.downsample.reduction.out_features)
+            reduction = build.plain(f"layers.{number}.downsample.reduction", nn.Linear)
+            residual = build.residual(f"layers.{number}.residual", reduction.out_features)
             x, size = _patch_merging(build, f"layers.{number}.downsample", stage.downsample, x, size, residual)
         elif number > 0:
             residual = build.residual(f"layers.{number}.residual", stage.blocks[0].dim)
             build.refuse(True, f"layers.{number} has no patch merging; only the first stage may lack it")
         for index, block in enumerate(stage.blocks):
             x = _block(build, f"layers.{number}.blocks.{index}", block, x, size, residual)
-    channels = network.norm.normalized_shape[0]
+    channels = build.plain("norm", nn.LayerNorm).normalized_shape[0]
+    build.refuse(
+        not isinstance(network.head, ClassifierHead),
+        f"its head is {full_name(type(network.head))}; timm's ClassifierHead, with an nn.Linear as fc, is needed",
+    )
     x = build.layer_norm("norm", x, quantizer=build.residual("norm", channels))
     pool = network.head.global_pool
     build.refuse(
@@ -76,7 +83,7 @@ def _patch_merging(build: GraphBuilder, path: str, merging: Any, x: str, size: S
 
 def _block(build: GraphBuilder, path: str, block: Any, x: str, size: Size, residual: str) -> str:
     attention = block.attn
-    head_dim = attention.qkv.out_features // (3 * attention.num_heads)
+    head_dim = build.plain(f"{path}.attn.qkv", nn.Linear).out_features // (3 * attention.num_heads)
     into, back, region = window_indices(size, block.window_size, block.shift_size)
     y = build.layer_norm(f"{path}.norm1", x)
     moved = not np.array_equal(into[:, 0], np.arange(size[0] * size[1]))  # one window: nothing to move

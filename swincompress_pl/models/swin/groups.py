@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from timm.layers.classifier import ClassifierHead
 from timm.models import swin_transformer, swin_transformer_v2
 from timm.models.swin_transformer import SwinTransformerBlock
 from timm.models.swin_transformer_v2 import SwinTransformerV2, SwinTransformerV2Block
 from torch import nn
 
-from swincompress_pl.models.shared.parts import AttentionGroups, blocks_of, length_of, mlp_group, part_of
+from swincompress_pl.models.shared.parts import (
+    AttentionGroups,
+    blocks_of,
+    length_of,
+    mlp_group,
+    part_of,
+    reader_of_head,
+)
 from swincompress_pl.models.shared.stream import NotCoveredError, Stream
 from swincompress_pl.models.swin.window_attention import ResizableWindowAttention
 from swincompress_pl.pruning.structure.groups import Attribute, ClassSwap, Group, Slice
@@ -127,13 +135,15 @@ def _merging_from(stream: Stream, stage: str) -> None:
 def _classifier(stream: Stream) -> None:
     """Final norm, pooling (which may put average and maximum side by side) and the classifier."""
     stream.norm("norm")
+    stream.require(isinstance(stream.network.head, ClassifierHead), "head")
     stream.only("head", {"fc"})
-    classifier = stream.network.get_submodule("head.fc")
-    stream.require(isinstance(classifier, nn.Linear), "head.fc")
+    reader = reader_of_head(stream.network, "head.fc")
+    classifier = stream.network.get_submodule(reader)
+    stream.require(isinstance(classifier, nn.Linear), reader)
     assert isinstance(classifier, nn.Linear)
     pooled = classifier.in_features // stream.units
-    stream.reader("head.fc", tuple(index * stream.units for index in range(pooled)))
+    stream.reader(reader, tuple(index * stream.units for index in range(pooled)))
     stream.attributes("", "num_features")
     stream.attributes("head", "in_features")
-    stream.lengths("head", "num_features", size_of="head.fc.weight", axis=1)
-    stream.lengths("", "head_hidden_size", size_of="head.fc.weight", axis=1)
+    stream.lengths("head", "num_features", size_of=f"{reader}.weight", axis=1)
+    stream.lengths("", "head_hidden_size", size_of=f"{reader}.weight", axis=1)

@@ -8,7 +8,7 @@ from typing import Any
 from timm.models.vision_transformer import VisionTransformer
 
 from swincompress_pl.models.vit.graph import vit_graph
-from swincompress_pl.models.vit.groups import vit_groups
+from swincompress_pl.models.vit.groups import vit_groups, vit_uncovered
 from swincompress_pl.pruning import Group
 from swincompress_pl.quant import Graph
 from swincompress_pl.registry import UnsupportedNetworkError, register
@@ -21,6 +21,10 @@ class VisionTransformerAdapter:
 
     def groups(self, network: Any) -> list[Group]:
         return vit_groups(network)
+
+    def uncovered(self, network: Any) -> dict[str, str]:
+        """{kind of group that the network lacks: why}."""
+        return vit_uncovered(network)
 
     def segments(self, network: Any) -> list[str]:
         """Patch embedding, then the blocks. Position embedding and tokens are added between the two."""

@@ -7,9 +7,11 @@ from typing import Any
 
 import numpy as np
 from timm.layers.attention import Attention
+from timm.layers.layer_scale import LayerScale
 from timm.models.vision_transformer import Block
 from torch import nn
 
+from swincompress_pl.layer_types import full_name
 from swincompress_pl.quant import Graph, GraphBuilder, QuantizerSpec
 from swincompress_pl.quant.graph.nodes import AddConstantNode, MeanNode, PrependNode
 
@@ -18,7 +20,7 @@ def vit_graph(network: Any, preprocessing: Mapping[str, Any]) -> Graph:
     """The graph of a VisionTransformer; UnsupportedNetworkError for a variant without an integer form."""
     build = GraphBuilder(network)
     _refuse_variants(build, network)
-    conv = network.patch_embed.proj
+    conv = build.plain("patch_embed.proj", nn.Conv2d)
     residual = build.residual("residual", network.embed_dim)
     x = _embedding(build, network, preprocessing, residual)
     for index, block in enumerate(network.blocks):
@@ -52,6 +54,12 @@ def _refuse_variants(build: GraphBuilder, network: Any) -> None:
         build.refuse(
             not plain, f"blocks.{index}.attn has q/k norms, a scale norm, a gate or another type; not supported"
         )
+        for name in ("ls1", "ls2"):
+            scale = getattr(block, name)
+            build.refuse(
+                type(scale) not in (nn.Identity, LayerScale),
+                f"blocks.{index}.{name} is {full_name(type(scale))}; timm's LayerScale is supported",
+            )
 
 
 def _embedding(build: GraphBuilder, network: Any, preprocessing: Mapping[str, Any], residual: str) -> str:

@@ -8,7 +8,15 @@ from timm.layers.attention import Attention
 from timm.models.vision_transformer import Block, ResPostBlock
 from torch import nn
 
-from swincompress_pl.models.shared.parts import AttentionGroups, blocks_of, mlp_group, part_of, refuse_norm
+from swincompress_pl.layer_types import full_name
+from swincompress_pl.models.shared.parts import (
+    AttentionGroups,
+    blocks_of,
+    mlp_group,
+    part_of,
+    reader_of_head,
+    refuse_norm,
+)
 from swincompress_pl.models.shared.stream import NotCoveredError, Stream
 from swincompress_pl.pruning.structure.groups import Attribute, Group
 
@@ -33,6 +41,15 @@ def vit_groups(network: nn.Module) -> list[Group]:
     return groups
 
 
+def vit_uncovered(network: nn.Module) -> dict[str, str]:
+    """{kind: why there is no group of it}."""
+    try:
+        _embed(network)
+    except NotCoveredError as error:
+        return {"embed": str(error)}
+    return {}
+
+
 def _attention(path: str, block: nn.Module) -> list[Group]:
     attn = part_of(block, path.rpartition(".")[0], "attn", Attention)
     refuse_norm(attn, path, "scale_attn_norm=False")
@@ -47,9 +64,13 @@ def _attention(path: str, block: nn.Module) -> list[Group]:
 
 def _embed(network: nn.Module) -> Group:
     """The residual stream, from patch embedding and tokens to the classifiers."""
-    classifier = getattr(network, "head", None)
+    head = reader_of_head(network)
+    classifier = network.get_submodule(head)
     if not isinstance(classifier, nn.Linear):
-        raise NotCoveredError("head")
+        raise NotCoveredError(
+            f"its head is {full_name(type(classifier))}; an nn.Linear, or an nn.Sequential that begins with one "
+            "(nn.Dropout aside), can follow the width of the stream"
+        )
     stream = Stream(network, "embed", classifier.in_features)
     stream.only("", {"patch_embed", "norm_pre", "blocks", "norm", "fc_norm", "head", "head_dist"})
     for name, _ in network.named_parameters(recurse=False):
@@ -62,9 +83,9 @@ def _embed(network: nn.Module) -> Group:
         stream.block(f"blocks.{index}")
     stream.norm("norm")
     stream.norm("fc_norm")
-    stream.reader("head")
+    stream.reader(head)
     if hasattr(network, "head_dist"):
-        stream.reader("head_dist")
+        stream.reader(reader_of_head(network, "head_dist"))
     stream.attributes("", "embed_dim", "num_features", "head_hidden_size")
     stream.feature_info(*blocks)
     return stream.group()

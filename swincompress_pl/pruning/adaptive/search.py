@@ -32,10 +32,11 @@ from swincompress_pl.pruning.adaptive.rounds import (
 from swincompress_pl.pruning.adaptive.state import SearchState, Step, TargetState
 from swincompress_pl.pruning.criteria import Gradients, needs_gradients
 from swincompress_pl.pruning.evaluation.scorer import Evaluate, Evaluator, Scorer, as_evaluator
-from swincompress_pl.pruning.space import SearchSpace, StructuredSpace, search_space
+from swincompress_pl.pruning.space import SearchSpace, StructuredSpace, check_on_trial, search_space
 from swincompress_pl.pruning.structure.apply import AppliedPlan, apply_plan
 from swincompress_pl.pruning.structure.change import Change, nothing_applied, plan_of_masks, revert
 from swincompress_pl.pruning.structure.plan import PruningPlan
+from swincompress_pl.pruning.structure.trial import FirstInputs
 from swincompress_pl.pruning.structure.weight_masks import masked_parameters, remove_masks
 
 SENSITIVITY_LEVELS = (0.125, 0.25, 0.5)
@@ -175,7 +176,10 @@ class SearchSession:
         targets = space.targets(self.network)
         cost = space.costs(self.network, self._input_shape).after({})
         with evaluation_mode(self.network):
-            baseline = self.evaluator.score(self.network)
+            heard = FirstInputs()
+            with heard.of(self.network):
+                baseline = self.evaluator.score(self.network)
+            check_on_trial(self.network, config, heard, self._input_shape)
             if 0 < baseline <= 1:
                 warnings.warn(
                     f"the baseline is {baseline:g} points of 100; does evaluate return a fraction?", stacklevel=4

@@ -21,7 +21,9 @@ from swincompress_pl.pruning.prime.config import PrimeSVTConfig, PrioritizedPoli
 from swincompress_pl.pruning.prime.prioritized import Prioritized
 from swincompress_pl.pruning.prime.result import BlockState, Candidate, TargetSet
 from swincompress_pl.pruning.prime.trials import PrimeProgress, Trials
+from swincompress_pl.pruning.space import check_on_trial
 from swincompress_pl.pruning.structure.change import Change, revert
+from swincompress_pl.pruning.structure.trial import FirstInputs
 from swincompress_pl.registry import SpikingAdapter, adapter_for
 
 
@@ -41,7 +43,10 @@ class Search:
     ) -> None:
         self.network, self.evaluator, self.config = network, evaluator, config
         self._spent_before = evaluator.spent()
-        self.baseline, self.spike_rates = _baseline(network, evaluator)
+        heard = FirstInputs()
+        with heard.of(network):
+            self.baseline, self.spike_rates = _baseline(network, evaluator)
+        check_on_trial(network, config.space(network), heard, None)
         self.floor = self.baseline - config.tolerance - ROUNDING_POINTS
         self.candidates = Candidates(
             network,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from swincompress_pl.history import append_entry, drop_latest_entry, history_of
+from swincompress_pl.layer_types import LAYERS, alteration, full_name
 from swincompress_pl.pruning.structure.groups import Attribute, ClassSwap, Group, validate_units
 from swincompress_pl.pruning.structure.plan import PruningPlan, find_group
 from swincompress_pl.registry import adapter_for
@@ -138,6 +139,16 @@ def _check_slots(network: nn.Module, groups: Iterable[Group]) -> None:
                 raise ValueError(
                     f"{group.name}: {part.tensor} has shape {tuple(tensor.shape)}, which does not hold {part}"
                 )
+        check_layers(network, (part.tensor for part in group.slices))
+
+
+def check_layers(network: nn.Module, tensors: Iterable[str]) -> None:
+    """Raises ValueError for a layer that owns one of these tensors and does not plainly compute what its class does."""
+    for path in dict.fromkeys(name.rpartition(".")[0] for name in tensors):
+        layer = network.get_submodule(path)
+        reason = alteration(layer) if isinstance(layer, LAYERS) else None
+        if reason is not None:
+            raise ValueError(f"{path} is {full_name(type(layer))}, which cannot be pruned as it is: {reason}")
 
 
 def _holder(network: nn.Module, module: str, name: str) -> tuple[Any, Any]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from swincompress_pl.layer_types import peculiarities
 from swincompress_pl.pruning.structure.apply import apply_plan
 from swincompress_pl.pruning.structure.change import gone_units
 from swincompress_pl.pruning.structure.groups import Group
@@ -52,7 +53,17 @@ def _macs_of(bare: nn.Module, input_shape: Sequence[int]) -> int:
     bare.eval()
     dtype = next((p.dtype for p in bare.parameters() if p.is_floating_point()), torch.float32)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        bare(torch.zeros(tuple(input_shape), device="meta", dtype=dtype))
+        try:
+            bare(torch.zeros(tuple(input_shape), device="meta", dtype=dtype))
+        except (RuntimeError, NotImplementedError) as error:
+            replaced = [path for path, module in bare.named_modules() if any(peculiarities(module, "torch"))]
+            if "meta" not in str(error) or not replaced:
+                raise
+            raise ValueError(
+                f"{type(bare).__name__}: its MACs cannot be counted on a copy without weights ({error}); what replaced "
+                f"a forward or hooks into it holds on to the network's own tensors: look at {', '.join(replaced[:3])}. "
+                "Put a module of its own class there, or bind the function to it (types.MethodType)"
+            ) from error
     return int(counter.get_total_flops()) // 2
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 from torch import nn
 
 from swincompress_pl._deprecated import renamed, renamed_attributes
+from swincompress_pl.layer_types import alteration, full_name, is_around_linear
 from swincompress_pl.quant.graph.graph import Graph, Node
 from swincompress_pl.quant.graph.nodes import (
     ActivationNode,
@@ -24,8 +26,18 @@ from swincompress_pl.quant.graph.quantizer_spec import LOGIT_BITS, QuantizerSpec
 from swincompress_pl.registry import UnsupportedNetworkError
 
 _ADDING = (LayerNormNode, LinearNode, ActivationNode)
+_OR_A_HEAD = " for a head, as num_classes > 0 makes it, or an nn.Sequential of one and nn.Dropout"
 _SUBTRACTING = (LinearNode, ActivationNode)
 IndexArray = npt.NDArray[np.int32]
+Layer = TypeVar("Layer", bound=nn.Module)
+
+
+class AlteredLayerError(UnsupportedNetworkError):
+    """The layer at `path` is not plainly the `wanted` one that the graph computes."""
+
+    def __init__(self, message: str, *, path: str, wanted: type[nn.Module]) -> None:
+        super().__init__(message)
+        self.path, self.wanted = path, wanted
 
 
 @renamed_attributes(site="quantizer")
@@ -74,12 +86,11 @@ class GraphBuilder:
         std: Sequence[float],
         regularizers: tuple[str, ...] = (),
     ) -> str:
-        conv = self.network.get_submodule(path)
-        plain = isinstance(conv, nn.Conv2d) and (conv.groups, *conv.dilation, *_pair(conv.padding)) == (1, 1, 1, 0, 0)
+        conv = self.plain(path, nn.Conv2d)
+        plain = (conv.groups, *conv.dilation, *_pair(conv.padding)) == (1, 1, 1, 0, 0)
         self.refuse(
             not plain, f"{path} is {conv}; the first layer must be an nn.Conv2d without padding, groups or dilation"
         )
-        assert isinstance(conv, nn.Conv2d)
         if len(mean) != conv.in_channels or len(std) != conv.in_channels:
             raise ValueError(f"preprocessing has {len(mean)} means for the {conv.in_channels} input channels of {path}")
         return self.add(
@@ -97,9 +108,7 @@ class GraphBuilder:
     @renamed(site="quantizer")
     def layer_norm(self, path: str, x: str, *, quantizer: str | None = None, regularizers: tuple[str, ...] = ()) -> str:
         """LayerNorm; by default into an equalized int8 quantizer of its own, for the linear layer that follows."""
-        norm = self.network.get_submodule(path)
-        self.refuse(not isinstance(norm, nn.LayerNorm), f"{path} is {type(norm).__name__}; only LayerNorm is supported")
-        assert isinstance(norm, nn.LayerNorm)
+        norm = self.plain(path, nn.LayerNorm)
         if quantizer is None:
             quantizer = self.quantizer(QuantizerSpec(name=path, segments=(norm.normalized_shape[0],), equalized=True))
         return self.add(
@@ -110,8 +119,7 @@ class GraphBuilder:
     def linear(
         self, path: str, x: str, *, quantizer: str, layer_scale: str | None = None, regularizers: tuple[str, ...] = ()
     ) -> str:
-        layer = self.network.get_submodule(path)
-        self.refuse(not isinstance(layer, nn.Linear), f"{path} is {type(layer).__name__}; only nn.Linear is supported")
+        self.plain(path, nn.Linear)
         return self.add(
             LinearNode(
                 name=path,
@@ -161,10 +169,10 @@ class GraphBuilder:
         """x + fc2(act(fc1(norm(x))))."""
         path = f"{block}.mlp"
         mlp = self.network.get_submodule(path)
-        plain = all(isinstance(getattr(mlp, name, None), nn.Linear) for name in ("fc1", "fc2"))
+        plain = all(isinstance(getattr(mlp, name, None), nn.Module) for name in ("fc1", "act", "fc2"))
         plain = plain and not hasattr(mlp, "gate_norm") and isinstance(getattr(mlp, "norm", nn.Identity()), nn.Identity)
         self.refuse(not plain, f"{path} is {type(mlp).__name__}; only fc1 - activation - fc2 without norm is supported")
-        hidden = int(mlp.fc1.out_features)  # type: ignore[union-attr,arg-type]
+        hidden = self.plain(f"{path}.fc1", nn.Linear).out_features
         y = self.layer_norm(norm, x)
         inner = QuantizerSpec(name=f"{path}.fc1", segments=(hidden,), operand=False)
         y = self.linear(f"{path}.fc1", y, quantizer=self.quantizer(inner))
@@ -190,13 +198,40 @@ class GraphBuilder:
         return self.add(AddNode(name=name, inputs=(x, branch), quantizer=residual))
 
     def head(self, path: str, x: str) -> str:
+        """The classifier: an nn.Linear, or an nn.Sequential of one and dropout."""
         layer = self.network.get_submodule(path)
-        self.refuse(
-            not isinstance(layer, nn.Linear), f"{path} is {type(layer).__name__}; a classifier needs num_classes > 0"
+        if not is_around_linear(layer):
+            return self._classifier(path, x)
+        names = [name for name, _ in layer.named_children()]
+        place = next(index for index, name in enumerate(names) if isinstance(layer.get_submodule(name), nn.Linear))
+        before, after = (
+            self.active(*(f"{path}.{name}" for name in part)) for part in (names[:place], names[place + 1 :])
         )
-        assert isinstance(layer, nn.Linear)
-        quantizer = self.quantizer(QuantizerSpec(name="logits", segments=(layer.out_features,), bits=LOGIT_BITS))
-        return self.linear(path, x, quantizer=quantizer)
+        maker = next(index for index, node in enumerate(self.nodes) if node.output == x)
+        self.nodes[maker] = replace(self.nodes[maker], regularizers=(*self.nodes[maker].regularizers, *before))
+        return self._classifier(f"{path}.{names[place]}", x, after)
+
+    def _classifier(self, path: str, x: str, regularizers: tuple[str, ...] = ()) -> str:
+        classes = self.plain(path, nn.Linear, or_else=_OR_A_HEAD).out_features
+        quantizer = self.quantizer(QuantizerSpec(name="logits", segments=(classes,), bits=LOGIT_BITS))
+        return self.linear(path, x, quantizer=quantizer, regularizers=regularizers)
+
+    def plain(self, path: str, wanted: type[Layer], *, or_else: str = "") -> Layer:
+        """The `wanted` layer at `path`; AlteredLayerError for one that does not plainly compute what that does.
+
+        or_else: what else may stand there, for the message.
+        """
+        layer = self.network.get_submodule(path)
+        reason = alteration(layer) if isinstance(layer, wanted) else f"an nn.{wanted.__name__}{or_else} is needed there"
+        if reason is not None:
+            raise AlteredLayerError(
+                f"{type(self.network).__name__}: {path} is {full_name(type(layer))}, which its integer form does not "
+                f"follow: {reason} (after training, quant.quantize folds it where that is exact)",
+                path=path,
+                wanted=wanted,
+            )
+        assert isinstance(layer, wanted)
+        return layer
 
     def refuse(self, condition: bool, message: str) -> None:
         if condition:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from swincompress_pl.layer_types import alteration, full_name
 from swincompress_pl.registry import UnsupportedNetworkError
 
 
@@ -62,6 +63,26 @@ class Neuron:
             decay=decay,
             input_decay=input_decay,
             soft_reset=node.v_reset is None,
+        )
+
+
+# Charges above threshold and what a spike is for each: 0 below it, 1 from it on.
+_PROBES = (-10.0, -1.0, -1e-6, 0.0, 1e-6, 1.0, 10.0)
+
+
+def require_plain_neuron(name: str, module: nn.Module) -> None:
+    """UnsupportedNetworkError for a neuron that does not hand on 0 and 1, or one of whose methods was replaced."""
+    node: Any = module
+    reason = alteration(module)
+    if reason is not None:
+        raise UnsupportedNetworkError(f"{name} is {full_name(type(node))}, but {reason}")
+    own = next(node.surrogate_function.parameters(), torch.empty(0))
+    with torch.no_grad():
+        given = node.surrogate_function(torch.tensor(_PROBES, dtype=own.dtype, device=own.device))
+    if given.tolist() != [float(charge >= 0) for charge in _PROBES]:
+        raise UnsupportedNetworkError(
+            f"{name}: {full_name(type(node.surrogate_function))} gives {[round(x, 3) for x in given.tolist()]} for "
+            f"charges of {list(_PROBES)} above threshold; spikes with an integer form are 0 below it and 1 from it on"
         )
 
 

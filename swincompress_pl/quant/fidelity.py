@@ -1,0 +1,350 @@
+"""Whether a graph computes what its network does: both are run in float and compared where they have modules in common.
+
+A graph is written from the modules of a family as they are published. A hook, a patched forward, a subclass or an
+adapter beside a layer changes the network and not the graph; the integers would be those of another network.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from swincompress_pl.evaluation_mode import on_trial
+from swincompress_pl.layer_types import full_name, peculiarities
+from swincompress_pl.quant.graph import Graph, Node, Passthrough, Run
+from swincompress_pl.quant.graph.conv_norm import ConvNormNode
+from swincompress_pl.quant.graph.nodes import ActivationNode, AttentionNode, LayerNormNode, LinearNode, PixelConvNode
+from swincompress_pl.quant.graph.spiking_nodes import MaxPoolNode, NeuronNode
+from swincompress_pl.registry import UnsupportedNetworkError, adapter_for
+
+BOUND = 1e-4
+"""The largest relative error between a graph and its network, both in float64."""
+
+_IMAGES = 2
+_REMEDY = (
+    "Quantization follows what the modules of the family compute: take the hook, the patch or the subclass away, fold "
+    "it into the weights, or register an adapter whose graph has it"
+)
+# A value as numbers that do not depend on its layout: how many there are; mean, mean magnitude, RMS, maximum, minimum.
+_Print = tuple[int, Tensor]
+_SINGLE = (LinearNode, LayerNormNode, ActivationNode, PixelConvNode, ConvNormNode, NeuronNode, MaxPoolNode)
+
+
+def check_graph(graph: Graph, network: nn.Module, images: Tensor | None = None) -> None:
+    """Raises UnsupportedNetworkError unless `graph` computes what `network` does, in evaluation.
+
+    images: normalized, as the network takes them, a few of which are used; None: random ones. Compared are the logits
+    and what goes into and comes out of the modules that the graph names, with a relative error of at most `BOUND`, and
+    which parameters the two depend on. The error names the first module that differs. The network is left as it was.
+    """
+    device = next(network.parameters()).device
+    images = _random_images(graph) if images is None else images[:_IMAGES]
+    # Spikes flip where rounding does, and GPUs and half precision round coarsely.
+    dtypes = (None,) if device.type == "mps" else (torch.float64, None)
+    for dtype in dtypes:
+        try:
+            with on_trial(network, dtype):
+                kind = next(network.parameters()).dtype
+                _compare(graph, network, images.detach().to(device, kind, copy=True), _bound(kind))
+            return
+        except (RuntimeError, NotImplementedError):
+            if dtype is dtypes[-1]:
+                raise
+
+
+def check_network(network: nn.Module, preprocessing: Mapping[str, Any]) -> None:
+    """`check_graph` of the network's own graph, on random images: before a fit, when there are none at hand."""
+    check_graph(adapter_for(network).graph(network, preprocessing), network)
+
+
+def _bound(dtype: torch.dtype) -> float:
+    return max(BOUND, math.sqrt(torch.finfo(dtype).eps))
+
+
+def _random_images(graph: Graph) -> Tensor:
+    time = () if graph.time_steps is None else (graph.time_steps,)
+    shape = (_IMAGES, *time, graph.channels, graph.height, graph.width)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+def _compare(graph: Graph, network: nn.Module, images: Tensor, bound: float) -> None:
+    theirs, ours = _NetworkPrints(), _GraphPrints()
+    with torch.no_grad():
+        with _without_hooks(network):
+            found = Run(_in_evaluation(graph), network, ours)(images)  # first: it says what images it takes
+        with theirs.watching(graph, network):
+            expected = network(images)
+    _check_activations(graph, network, bound)
+    name = type(network).__name__
+    if not isinstance(expected, Tensor) or expected.flatten(1).shape != found.shape:
+        shown = tuple(expected.shape) if isinstance(expected, Tensor) else full_name(type(expected))
+        raise UnsupportedNetworkError(
+            f"{name}: it gives {shown} where its graph gives logits {tuple(found.shape)}; quantize the network that "
+            f"gives logits (N, classes). {_REMEDY}"
+        )
+    if not expected.isfinite().all():
+        return  # calibration tells where NaN and infinite values begin
+    difference = _first_difference(graph, theirs, ours, bound)
+    error = _relative(found, expected.flatten(1))
+    if difference is None and error > bound:
+        difference = _Difference(after="", at="", error=error)
+    if difference is not None:
+        raise UnsupportedNetworkError(
+            f"{name}: its graph computes something else than the network does, {difference.where(network)} (relative "
+            f"error {difference.error:.2g} in float, at most {bound:.2g} is allowed). {_REMEDY}"
+        )
+    _check_parameters(graph, network, images[:1])
+
+
+def _in_evaluation(graph: Graph) -> Graph:
+    """As integers compute it: what stands where dropout does is left out."""
+
+    def bare(node: Node) -> Node:
+        node = replace(node, regularizers=())
+        return replace(node, dropout=None) if isinstance(node, AttentionNode) else node
+
+    return replace(graph, nodes=tuple(bare(node) for node in graph.nodes))
+
+
+@contextmanager
+def _without_hooks(network: nn.Module) -> Iterator[None]:
+    """Integers know no hooks; some nodes run the module itself."""
+    tables = [
+        table for module in network.modules() for table in (module._forward_hooks, module._forward_pre_hooks) if table
+    ]
+    saved = [dict(table) for table in tables]
+    try:
+        for table in tables:
+            table.clear()
+        yield
+    finally:
+        for table, hooks in zip(tables, saved, strict=True):
+            table.update(hooks)
+
+
+def _relative(a: Tensor, b: Tensor) -> float:
+    """The largest difference of any image, relative to its values."""
+    size = b.norm(dim=1)
+    error = (a - b).norm(dim=1)
+    return float(torch.where(error > 0, error / size, 0.0).max())
+
+
+# What modules and nodes see
+
+
+def _print(x: Any) -> _Print | None:
+    if not isinstance(x, Tensor) or not x.numel():
+        return None
+    values = x.detach()
+    values = values if values.is_floating_point() else values.double()
+    magnitude = values.abs()
+    rms = values.norm() / math.sqrt(values.numel())
+    return values.numel(), torch.stack([values.mean(), magnitude.mean(), rms, values.max(), values.min()])
+
+
+def _joined(prints: Sequence[_Print | None]) -> _Print | None:
+    """Of the parts of a value that makes several ways, as one."""
+    known = [entry for entry in prints if entry is not None]
+    if len(known) < len(prints):
+        return None
+    counts = torch.tensor([count for count, _ in known], dtype=torch.float64)
+    rows = torch.stack([values.double().cpu() for _, values in known])
+    shares = counts / counts.sum()
+    rms = (shares * rows[:, 2].square()).sum().sqrt()
+    means = [(shares * rows[:, column]).sum() for column in (0, 1)]
+    return int(counts.sum()), torch.stack([*means, rms, rows[:, 3].max(), rows[:, 4].min()])
+
+
+def _distance(a: _Print | None, b: _Print | None) -> float | None:
+    """The relative error between two values; None where they are not the same ones, or not finite."""
+    if a is None or b is None or a[0] != b[0]:
+        return None
+    first, second = a[1].double().cpu(), b[1].double().cpu()
+    size = float(torch.maximum(first[2], second[2]))
+    error = float((first - second).abs().max())
+    return (error / size if error else 0.0) if math.isfinite(error) else None
+
+
+@dataclass
+class _NetworkPrints:
+    """What goes into and comes out of modules in a pass of the network, of those that run once."""
+
+    calls: dict[str, list[tuple[_Print | None, _Print | None]]] = field(default_factory=dict)
+
+    @contextmanager
+    def watching(self, graph: Graph, network: nn.Module) -> Iterator[None]:
+        paths = {path for node in graph.nodes for path in _modules_of(node)}
+        with ExitStack() as hooks:
+            for path in paths:
+                hooks.callback(network.get_submodule(path).register_forward_hook(self._hook(path)).remove)
+            yield
+
+    def _hook(self, path: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
+        def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+            seen = (_print(inputs[0]) if inputs else None, _print(output))
+            self.calls.setdefault(path, []).append(seen)
+
+        return hook
+
+    def into(self, path: str) -> _Print | None:
+        return self._only(path)[0]
+
+    def out_of(self, path: str) -> _Print | None:
+        return self._only(path)[1]
+
+    def _only(self, path: str) -> tuple[_Print | None, _Print | None]:
+        calls = self.calls.get(path, [])
+        return calls[0] if len(calls) == 1 else (None, None)
+
+
+class _GraphPrints(Passthrough):
+    """The same of a pass of the graph, for every pair of modules; of several nodes, where each does a part."""
+
+    def __init__(self) -> None:
+        self.reads: dict[tuple[str, ...], list[_Print | None]] = {}
+        self.gives: dict[tuple[str, ...], list[_Print | None]] = {}
+
+    def output(self, node: Node, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        modules = _modules_of(node)
+        if modules:
+            scaled = isinstance(node, NeuronNode) and node.gain != 1.0  # the network scales before the neurons
+            self.reads.setdefault(modules, []).append(None if scaled else _print(inputs[0]))
+            self.gives.setdefault(modules, []).append(_print(output))
+
+
+def _modules_of(node: Node) -> tuple[str, ...]:
+    """The module that reads what the node reads and the one that gives what it gives; () for other nodes."""
+    if not isinstance(node, _SINGLE):
+        return ()
+    gives = node.module
+    if isinstance(node, LinearNode) and node.layer_scale is not None:
+        gives = node.layer_scale.rpartition(".")[0]
+    elif isinstance(node, ConvNormNode) and node.norms:
+        gives = node.norms[-1]
+    return node.module, gives
+
+
+# Where they part
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Difference:
+    """`at` reads something else ("": the logits are something else), though the module `after` was still right; or, if
+    `inside`, it reads what it should and gives something else."""
+
+    after: str
+    at: str
+    error: float
+    inside: bool = False
+
+    def where(self, network: nn.Module) -> str:
+        """In words, with the modules that are likely to blame."""
+        if self.inside:
+            return f"first in {_named(network, [self.at])}{_reasons(network, [self.at])}"
+        before, behind = _ancestors(self.after), _ancestors(self.at)
+        shared = [path for path in before if path in behind] or [""]
+        apart = [path for path in (*reversed(before), *reversed(behind)) if path not in shared]  # outer ones first
+        suspects = [*apart, *([self.at] if self.at else []), *shared]
+        trusted = type(network).__module__.partition(".")[0]
+        blamed = [path for path in suspects if any(peculiarities(network.get_submodule(path), trusted))]
+        ends = [f"behind {self.after}" if self.after else "", f"before {self.at}" if self.at else ""]
+        found = _named(network, blamed or [*apart[:1], shared[0]])
+        return f"{' and '.join(end for end in ends if end) or 'somewhere'}, in {found}{_reasons(network, blamed)}"
+
+
+def _ancestors(path: str) -> list[str]:
+    """What holds the module at `path`, the closest first, the network ("") last."""
+    found = []
+    while path:
+        path = path.rpartition(".")[0]
+        found.append(path)
+    return found
+
+
+def _named(network: nn.Module, paths: Sequence[str]) -> str:
+    kinds = [(path, full_name(type(network.get_submodule(path)))) for path in dict.fromkeys(paths)]
+    return " or ".join(f"{path} ({kind})" if path else f"the {kind} itself" for path, kind in kinds[:3])
+
+
+def _reasons(network: nn.Module, paths: Sequence[str]) -> str:
+    trusted = type(network).__module__.partition(".")[0]
+    found = [reason for path in paths for reason in peculiarities(network.get_submodule(path), trusted)]
+    return f": {'; '.join(dict.fromkeys(found))}" if found else ""
+
+
+def _first_difference(graph: Graph, theirs: _NetworkPrints, ours: _GraphPrints, bound: float) -> _Difference | None:
+    after = ""
+    for reader, giver in dict.fromkeys(paths for node in graph.nodes if (paths := _modules_of(node))):
+        reads, gives = ours.reads[reader, giver], ours.gives[reader, giver]
+        before = _distance(_joined(reads), theirs.into(reader))
+        before = _distance(reads[0], theirs.into(reader)) if before is None else before
+        if before is not None and before > bound:
+            return _Difference(after=after, at=reader, error=before)
+        behind = _distance(_joined(gives), theirs.out_of(giver))
+        if behind is not None and behind > bound:
+            return _Difference(after=after, at=giver, error=behind, inside=before is not None)
+        after = giver if behind is not None else after
+    return None
+
+
+# What a graph cannot say by its values
+
+
+def _check_activations(graph: Graph, network: nn.Module, bound: float) -> None:
+    """Activations become tables: each has to be a function of one value, whatever stands beside it."""
+    like = next(network.parameters())
+    values = torch.linspace(-4, 4, 17, dtype=like.dtype, device=like.device)
+    for node in graph.nodes:
+        if not isinstance(node, ActivationNode):
+            continue
+        spec = graph.spec_of(node.output)
+        assert spec is not None
+        module = network.get_submodule(node.module)
+        try:
+            with torch.no_grad():
+                alone, together = module(values), module(values[None, :, None].repeat(1, 1, spec.channels))
+                holds = bool(((together - alone[None, :, None]).abs() <= bound * (1 + alone.abs().max())).all())
+        except (RuntimeError, ValueError, IndexError):
+            holds = False
+        if not holds:
+            raise UnsupportedNetworkError(
+                f"{type(network).__name__}: {_named(network, [node.module])} is no function of one value at a time, so "
+                "no table of its values can stand for it; use an elementwise activation, e.g. nn.GELU"
+            )
+
+
+def _check_parameters(graph: Graph, network: nn.Module, image: Tensor) -> None:
+    """What the network is trained by and its graph is not would be lost in training: a fresh adapter gives 0 still."""
+    with torch.enable_grad():
+        used = _parameters_behind(network(image), network)
+        followed = _parameters_behind(Run(_in_evaluation(graph), network, Passthrough())(image), network)
+    lost = [name for name in used if name not in followed]
+    if lost:
+        path = lost[0].rpartition(".")[0]
+        raise UnsupportedNetworkError(
+            f"{type(network).__name__}: the parameter {lost[0]} of {_named(network, [path])} acts in the network, but "
+            f"its graph does not have it ({len(lost)} such parameters). {_REMEDY}"
+        )
+
+
+def _parameters_behind(output: Tensor, network: nn.Module) -> dict[str, None]:
+    """The names of the parameters that `output` was computed from, in the order of the network."""
+    names = {id(parameter): name for name, parameter in network.named_parameters()}
+    found: set[str] = set()
+    known, waiting = set(), [output.grad_fn]
+    while waiting:
+        step = waiting.pop()
+        if step is None or step in known:
+            continue
+        known.add(step)
+        name = names.get(id(getattr(step, "variable", None)))
+        if name is not None:
+            found.add(name)
+        waiting += [behind for behind, _ in step.next_functions]
+    return {name: None for name in names.values() if name in found}
