@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from lightning import Callback, LightningModule, Trainer
+from lightning import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
@@ -24,6 +24,7 @@ from swincompress_pl.callbacks.qat_distillation import Distillation, refuse_teac
 from swincompress_pl.callbacks.qat_options import check_epochs, check_quantization, check_training
 from swincompress_pl.callbacks.qat_scales import ScaleGroup, read_old_names
 from swincompress_pl.callbacks.random_state import RandomNumbers, rng_states, seeded
+from swincompress_pl.callbacks.training_pass import TrainingPass
 from swincompress_pl.checkpoint.holder import network_of, put_network
 from swincompress_pl.checkpoint.hooks import keep_record
 from swincompress_pl.history import history_of
@@ -34,7 +35,7 @@ from swincompress_pl.quant.network import find_preprocessing
 _STATE_VERSION = 1
 
 
-class QuantizationAwareTraining(Callback):
+class QuantizationAwareTraining(TrainingPass):
     """Quantizes `module.<model_attribute>` at the start of an epoch and trains on with fake quantization.
 
     From then on the attribute holds a `quant.QuantizedNetwork`: training sees rounded values with straight-through
@@ -191,6 +192,7 @@ class QuantizationAwareTraining(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """The same: Lightning tears nothing down after an exception."""
         self._let_go()
+        super().on_exception(trainer, pl_module, exception)
 
     def state_dict(self) -> dict[str, Any]:
         """The random numbers' states, and the teacher's weights where there is one."""
@@ -225,7 +227,8 @@ class QuantizationAwareTraining(Callback):
             self._distillation.take_teacher(network)
         with seeded(trainer.current_epoch):
             quantized = self._quantized(trainer, module, network)
-        put_network(module, self.model_attribute, quantized.train())
+        quantized.keep_mode()
+        put_network(module, self.model_attribute, quantized)
         if self.learn_scales:
             quantized.learn_scales()
             self._scale_group.join(trainer, quantized)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
-from lightning import Callback, LightningModule, Trainer
+from lightning import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
@@ -38,6 +38,7 @@ from swincompress_pl.callbacks.searched_network import (
     scored_network,
     searched_network,
 )
+from swincompress_pl.callbacks.training_pass import TrainingPass
 from swincompress_pl.checkpoint.hooks import keep_record
 from swincompress_pl.pruning import Gradients, collect_gradients, keep_masks
 from swincompress_pl.pruning.evaluation.ranks import share_buffers
@@ -60,7 +61,7 @@ class Outcome(Protocol):
         ...
 
 
-class SearchCallback(Callback, ABC):
+class SearchCallback(TrainingPass, ABC):
     """Runs a search before some epochs of a fit; those that derive from it say which search and when.
 
     The options are those of `AdaptiveIterativePruning` of the same names; raises ValueError for bad ones.
@@ -196,6 +197,7 @@ class SearchCallback(Callback, ABC):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """The same: Lightning tears nothing down after an exception."""
         self._let_go()
+        super().on_exception(trainer, pl_module, exception)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Take up the random numbers where the checkpoint left them."""

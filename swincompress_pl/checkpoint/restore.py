@@ -25,7 +25,8 @@ def _replay_prune(network: nn.Module, data: Mapping[str, Any]) -> nn.Module:
 
 def _replay_quantize(network: nn.Module, data: Mapping[str, Any]) -> nn.Module:
     quantized = QuantizedNetwork(network, **data)
-    return quantized.train(network.training)
+    quantized.keep_mode()
+    return quantized
 
 
 def _replay_mask(network: nn.Module, names: Sequence[str]) -> nn.Module:
