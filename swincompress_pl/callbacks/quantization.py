@@ -6,9 +6,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from lightning import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
+from swincompress_pl.callbacks.awaited_epoch import AwaitedEpoch
 from swincompress_pl.callbacks.compatibility import (
     QUANTIZATION,
     refuse_averaging_before,
@@ -105,6 +106,8 @@ class QuantizationAwareTraining(TrainingPass):
         self._distillation = Distillation(distillation, temperature) if distillation > 0 else None
         self._teacher_state: Mapping[str, Any] | None = None
         self._resumed = False
+        self._start = AwaitedEpoch("start_epoch", "nothing is quantized")
+        self._freezing = AwaitedEpoch("freeze_epoch", "the scales are learned to the end")
         self._masks: Any = None
         self._rng = RandomNumbers()
 
@@ -167,11 +170,7 @@ class QuantizationAwareTraining(TrainingPass):
         self._masks = keep_masks(trainer.optimizers, network_of(pl_module, self.model_attribute))
         if self._distillation is not None:
             self._distillation.attach(pl_module, self.model_attribute)
-        if trainer.max_epochs is not None and 0 <= trainer.max_epochs <= self.start_epoch:
-            rank_zero_warn(
-                f"start_epoch={self.start_epoch} is not reached in max_epochs={trainer.max_epochs}: "
-                "nothing is quantized."
-            )
+        self._say_what_is_awaited(trainer, network_of(pl_module, self.model_attribute))
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Quantize if this is the epoch, and freeze the scales if this is that."""
@@ -183,9 +182,11 @@ class QuantizationAwareTraining(TrainingPass):
             _freeze(trainer, network)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Let go of the module and the optimizers."""
+        """Let go of the module and the optimizers; say what this fit did not come to."""
         self._let_go()
         network = network_of(pl_module, self.model_attribute)
+        if stage == "fit":
+            self._say_what_is_missing(trainer, network)
         if isinstance(network, QuantizedNetwork):
             network.forget_twin()  # an averaging callback may have written its average behind autograd's back
 
@@ -217,6 +218,19 @@ class QuantizationAwareTraining(TrainingPass):
         refuse_averaging_before(trainer, self, self.callback_name)
         refuse_neighbours(trainer, self.callback_name, QUANTIZATION)
         refuse_synchronized_norms(trainer, network, self.callback_name)
+
+    def _say_what_is_awaited(self, trainer: Trainer, network: nn.Module) -> None:
+        last = trainer.max_epochs
+        if not isinstance(network, QuantizedNetwork):
+            self._start.fit_begins(trainer, self.start_epoch)
+        if self.freeze_epoch is not None and (last is None or last < 0 or last > self.start_epoch):
+            self._freezing.fit_begins(trainer, self.freeze_epoch)
+
+    def _say_what_is_missing(self, trainer: Trainer, network: nn.Module) -> None:
+        if not isinstance(network, QuantizedNetwork):
+            self._start.fit_ends(trainer, self.start_epoch)
+        elif self.freeze_epoch is not None and trainer.current_epoch <= self.freeze_epoch:
+            self._freezing.fit_ends(trainer, self.freeze_epoch)
 
     def _exchange(self, trainer: Trainer, module: LightningModule, network: nn.Module) -> QuantizedNetwork:
         """The quantized network takes the place of the float one; optimizer, averages and DDP follow."""

@@ -9,10 +9,10 @@ from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from lightning import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
+from swincompress_pl.callbacks.awaited_epoch import AwaitedEpoch
 from swincompress_pl.callbacks.compatibility import (
     PRUNING,
     refuse_neighbours,
@@ -88,6 +88,7 @@ class SearchCallback(TrainingPass, ABC):
         self.gradient_batches = gradient_batches
         self.model_attribute = model_attribute
         self._last_epoch = -1
+        self._start = AwaitedEpoch("start_epoch", "nothing is pruned")
         self._scorer: Scorer | None = None
         self._masks: Any = None
         self._rng = RandomNumbers()
@@ -173,10 +174,8 @@ class SearchCallback(TrainingPass, ABC):
             self._refuse_optimizers(trainer, pl_module)
             with isolate_rng(), validating(trainer, pl_module), torch.no_grad():
                 self._scorer = self._make_scorer(trainer, pl_module)
-        if trainer.max_epochs is not None and 0 <= trainer.max_epochs <= self.start_epoch:
-            rank_zero_warn(
-                f"start_epoch={self.start_epoch} is not reached in max_epochs={trainer.max_epochs}: nothing is pruned."
-            )
+        if self._waits():
+            self._start.fit_begins(trainer, self.start_epoch)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Search if there is a search before this epoch."""
@@ -191,8 +190,10 @@ class SearchCallback(TrainingPass, ABC):
         self._take(pl_module, outcome)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Let go of the hold-out and of the optimizers."""
+        """Let go of the hold-out and of the optimizers; say so where nothing was searched."""
         self._let_go()
+        if stage == "fit" and self._waits():
+            self._start.fit_ends(trainer, self.start_epoch)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """The same: Lightning tears nothing down after an exception."""
@@ -219,6 +220,10 @@ class SearchCallback(TrainingPass, ABC):
         self._restore(state_dict)
 
     # Mechanism.
+
+    def _waits(self) -> bool:
+        """Whether no search has run yet."""
+        return self._last_epoch < 0 and not self._is_over()
 
     def _let_go(self) -> None:
         self._scorer = None

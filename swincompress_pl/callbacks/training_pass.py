@@ -18,28 +18,30 @@ class TrainingPass(Callback):
     """
 
     model_attribute: str
+    _in_training_pass: QuantizedNetwork | None = None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Begin it."""
         network = network_of(pl_module, self.model_attribute)
         if isinstance(network, QuantizedNetwork):
             network.begin_training_pass()
+            self._in_training_pass = network
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """End it."""
-        self._end_training_pass(pl_module)
+        self._end_training_pass()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """End it where a batch was skipped with the rest of its epoch."""
-        self._end_training_pass(pl_module)
+        self._end_training_pass()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """End it where a batch failed."""
-        self._end_training_pass(pl_module)
+        self._end_training_pass()
 
-    def _end_training_pass(self, module: LightningModule) -> None:
-        network = network_of(module, self.model_attribute)
-        if isinstance(network, QuantizedNetwork):
-            network.end_training_pass()
+    def _end_training_pass(self) -> None:
+        if self._in_training_pass is not None:
+            self._in_training_pass.end_training_pass()
+            self._in_training_pass = None

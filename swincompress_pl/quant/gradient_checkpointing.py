@@ -20,7 +20,9 @@ _FLAGS = ("grad_checkpointing", "gradient_checkpointing")
 def checkpointed_paths(network: nn.Module) -> list[str]:
     """The modules of `network` that say that their blocks are to be checkpointed; "" is the network itself."""
     return [
-        path for path, module in network.named_modules() if any(vars(module).get(flag, False) is True for flag in _FLAGS)
+        path
+        for path, module in network.named_modules()
+        if any(vars(module).get(flag, False) is True for flag in _FLAGS)
     ]
 
 
@@ -57,7 +59,9 @@ class CheckpointedRun(Run):
         def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
             return nullcontext(), statistics
 
-        advanced: dict[str, Tensor] = checkpoint(self.advance, values, numbers, use_reentrant=False, context_fn=contexts)
+        advanced: dict[str, Tensor] = checkpoint(
+            self.advance, values, numbers, use_reentrant=False, context_fn=contexts
+        )
         return advanced
 
     def _nodes(self, numbers: range) -> Sequence[Any]:
