@@ -64,4 +64,5 @@ class CompressedCheckpoint(ModelCheckpoint):
     def _beside(self, trainer: Trainer, *kinds: type[Callback]) -> bool:
         """Whether a callback of these kinds stands beside this one, for the same network."""
         callbacks = trainer.callbacks  # type: ignore[attr-defined]  # set by the trainer
-        return any(isinstance(c, kinds) and c.model_attribute == self.model_attribute for c in callbacks)
+        beside = [other for other in callbacks if isinstance(other, kinds)]
+        return any(getattr(other, "model_attribute", None) == self.model_attribute for other in beside)

@@ -9,6 +9,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
+from swincompress_pl.callbacks.averages import refuse_averages
 from swincompress_pl.callbacks.awaited_epoch import AwaitedEpoch
 from swincompress_pl.callbacks.compatibility import (
     QUANTIZATION,
@@ -32,6 +33,7 @@ from swincompress_pl.history import history_of
 from swincompress_pl.pruning import keep_masks
 from swincompress_pl.quant import Bits, QuantizedNetwork, SearchOptions, quantize
 from swincompress_pl.quant.network import find_preprocessing
+from swincompress_pl.quant.silent_hooks import warn_of_silent_hooks
 
 _STATE_VERSION = 1
 
@@ -66,8 +68,11 @@ class QuantizationAwareTraining(TrainingPass):
     statistics are evaluated and kept, as in DDP of floats); mixed precision. Lightning's WeightAveraging and
     EMAWeightAveraging go with it and have to stand after it: weights and learned scales are averaged and evaluated as
     integers. The training of a compiled network goes on compiled, likewise; evaluation, in integers, is not. FSDP,
-    DeepSpeed, StochasticWeightAveraging, true half precision, synchronized BatchNorms and a LightningModule compiled as
-    a whole are refused by name.
+    DeepSpeed, StochasticWeightAveraging and averages of one's own, true half and double precision, synchronized
+    BatchNorms and a LightningModule compiled as a whole are refused by name.
+
+    Modes, frozen layers and gradient checkpointing are kept. A module that is in `eval()` is trained so: without
+    dropout, with fixed statistics.
 
     Example: `Trainer(max_epochs=10, callbacks=[QuantizationAwareTraining(start_epoch=6, bits="W4A8")])`
     """
@@ -140,9 +145,10 @@ class QuantizationAwareTraining(TrainingPass):
             refuse_teaching(pl_module)
         if not isinstance(network, QuantizedNetwork):
             # Builds the graph once, so that a network without an integer form is refused now and not at start_epoch.
-            QuantizedNetwork(
+            tried = QuantizedNetwork(
                 network, preprocessing=self._preprocessing(trainer, pl_module), method=self.method, bits=self.bits
             )
+            warn_of_silent_hooks(network, tried.graph)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Take up the random numbers; averages get the form of the network that the checkpoint brought."""
@@ -170,7 +176,12 @@ class QuantizationAwareTraining(TrainingPass):
         self._masks = keep_masks(trainer.optimizers, network_of(pl_module, self.model_attribute))
         if self._distillation is not None:
             self._distillation.attach(pl_module, self.model_attribute)
-        self._say_what_is_awaited(trainer, network_of(pl_module, self.model_attribute))
+        network = network_of(pl_module, self.model_attribute)
+        if not isinstance(network, QuantizedNetwork):
+            refuse_averages(trainer, pl_module, network, self.callback_name)
+            if self.learn_scales:
+                self._scale_group.check(trainer, network)
+        self._say_what_is_awaited(trainer, network)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Quantize if this is the epoch, and freeze the scales if this is that."""
@@ -213,7 +224,7 @@ class QuantizationAwareTraining(TrainingPass):
 
     def _refuse_surroundings(self, trainer: Trainer, module: LightningModule, network: nn.Module) -> None:
         refuse_strategy(trainer, self.callback_name, QUANTIZATION)
-        refuse_precision(trainer, self.callback_name)
+        refuse_precision(trainer, self.callback_name, QUANTIZATION)
         refuse_compiled_module(module)
         refuse_averaging_before(trainer, self, self.callback_name)
         refuse_neighbours(trainer, self.callback_name, QUANTIZATION)
@@ -234,6 +245,7 @@ class QuantizationAwareTraining(TrainingPass):
 
     def _exchange(self, trainer: Trainer, module: LightningModule, network: nn.Module) -> QuantizedNetwork:
         """The quantized network takes the place of the float one; optimizer, averages and DDP follow."""
+        refuse_averages(trainer, module, network, self.callback_name)  # made since the fit began
         rank_zero_info(
             f"quantizing {self.model_attribute} ({self.method}, {self.bits}) on {self.calibration_images} images"
         )

@@ -12,11 +12,14 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
+from swincompress_pl.callbacks.averages import note_old_shapes, refuse_averages
 from swincompress_pl.callbacks.awaited_epoch import AwaitedEpoch
 from swincompress_pl.callbacks.compatibility import (
     PRUNING,
+    QUANTIZATION,
     refuse_neighbours,
     refuse_optimizers,
+    refuse_precision,
     refuse_sharing,
     refuse_strategy,
     refuse_synchronized_norms,
@@ -39,6 +42,7 @@ from swincompress_pl.callbacks.searched_network import (
     searched_network,
 )
 from swincompress_pl.callbacks.training_pass import TrainingPass
+from swincompress_pl.checkpoint.holder import network_of
 from swincompress_pl.checkpoint.hooks import keep_record
 from swincompress_pl.pruning import Gradients, collect_gradients, keep_masks
 from swincompress_pl.pruning.evaluation.ranks import share_buffers
@@ -158,6 +162,8 @@ class SearchCallback(TrainingPass, ABC):
             refuse_strategy(trainer, self.callback_name, PRUNING)
             refuse_neighbours(trainer, self.callback_name, PRUNING)
             network = self._network(pl_module)
+            quantized = network is not network_of(pl_module, self.model_attribute)
+            refuse_precision(trainer, self.callback_name, QUANTIZATION if quantized else PRUNING)
             refuse_synchronized_norms(trainer, network, self.callback_name)
             space = self._space(network)
             refuse_masked_integers(trainer, pl_module, self.model_attribute, self.monitor, space.kinds)
@@ -171,6 +177,7 @@ class SearchCallback(TrainingPass, ABC):
         self._rng.on_train_start(trainer)
         self._keep_masks(trainer, pl_module)
         if not self._is_over():
+            refuse_averages(trainer, pl_module, self._network(pl_module), self.callback_name)
             self._refuse_optimizers(trainer, pl_module)
             with isolate_rng(), validating(trainer, pl_module), torch.no_grad():
                 self._scorer = self._make_scorer(trainer, pl_module)
@@ -199,6 +206,8 @@ class SearchCallback(TrainingPass, ABC):
         """The same: Lightning tears nothing down after an exception."""
         self._let_go()
         super().on_exception(trainer, pl_module, exception)
+        if self._last_epoch >= 0:
+            note_old_shapes(trainer, pl_module, self._network(pl_module), self.callback_name, exception)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Take up the random numbers where the checkpoint left them."""
@@ -247,6 +256,7 @@ class SearchCallback(TrainingPass, ABC):
 
     def _search(self, trainer: Trainer, module: LightningModule) -> Outcome:
         coupled = CoupledScales(module, self.model_attribute)
+        refuse_averages(trainer, module, self._network(module), self.callback_name)  # made since the fit began
         self._refuse_optimizers(trainer, module)  # they have no state before the first step
         share_buffers(self._network(module))
         with validating(trainer, module), torch.no_grad():
