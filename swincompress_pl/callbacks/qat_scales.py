@@ -109,11 +109,11 @@ def _host(optimizers: Sequence[Optimizer], network: nn.Module) -> tuple[Optimize
     for optimizer, number in [*own, *rest]:
         if _takes_scales(optimizer, number):
             return optimizer, number
-    refused, _ = own[0]
+    name = type(own[0][0]).__name__
+    fault = "takes no group of parameters in the middle of a fit" if name in UNFIT_OPTIMIZERS else "steps no vectors"
     raise ValueError(
-        f"{type(refused).__name__} cannot train the learned scales, a vector that joins it in the middle of a fit; "
-        "return AdamW or SGD from configure_optimizers, or one of them beside it for the other parameters, or pass "
-        "learn_scales=False"
+        f"{name} {fault}, so it cannot train the learned scales, which are a vector; use AdamW or SGD, also beside it "
+        "for the other parameters, or pass learn_scales=False"
     )
 
 
