@@ -111,11 +111,11 @@ def export(model: Any, path: str | os.PathLike[str], compression: str | None = N
     """Writes a quantized model as one safetensors artifact and returns its path.
 
     model: a spec.Program, anything with `to_program()` (quant.quantize returns such), or what holds one such network,
-    as a LightningModule does, in `net` or elsewhere. compression: None packs weights below 8 bits and nothing else; "lzma"
-    entropy-codes everything, losslessly, each kind of tensor by LZMA or by Huffman codes alone, whichever is smaller;
-    `load` reads both. The file appears complete or not at all. Raises TypeError for a model that is not quantized or
-    holds several networks that are, spec.ProgramError for one that breaks a bound of the specification, ValueError for
-    an unknown compression.
+    as a LightningModule does, in `net` or elsewhere. compression: None packs weights below 8 bits and nothing else;
+    "lzma" entropy-codes everything, losslessly, each kind of tensor by LZMA or by Huffman codes alone, whichever is
+    smaller; `load` reads both. The file appears complete or not at all. Raises TypeError for a model that is not
+    quantized or holds several networks that are, spec.ProgramError for one that breaks a bound of the specification,
+    ValueError for an unknown compression.
     """
     artifact.require_compression(compression)
     return artifact.write(_program_of(model), path, compression)

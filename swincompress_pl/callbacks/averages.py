@@ -86,9 +86,8 @@ def _copies(trainer: Trainer, module: LightningModule, network: nn.Module) -> It
             owners.append(other)
     for owner in owners:
         for path, holders in _held_by(owner):
-            copied = _copy_in(holders[-1], network)
-            if copied is not None:
-                yield _Copy(owner, path, holders, copied)
+            if holders[-1] is not module:  # which our own hooks hold, for one
+                yield from _copies_in(owner, path, holders, network)
 
 
 def _held_by(owner: Any) -> Iterator[tuple[str, list[Any]]]:
@@ -101,6 +100,18 @@ def _held_by(owner: Any) -> Iterator[tuple[str, list[Any]]]:
         for inner, within in _attributes(value):
             if isinstance(within, nn.Module):
                 yield f"{name}.{inner}", [value, within]
+
+
+def _copies_in(owner: Any, path: str, holders: list[Any], network: nn.Module) -> Iterator[_Copy]:
+    """The copy in the last of the holders; beside the network itself, where it is held with others."""
+    holder: nn.Module = holders[-1]
+    if any(inner is network for inner in holder.modules()):
+        for name, child in holder.named_children() if holder is not network else ():
+            yield from _copies_in(owner, f"{path}.{name}", [*holders, child], network)
+        return
+    copied = _copy_in(holder, network)
+    if copied is not None:
+        yield _Copy(owner, path, holders, copied)
 
 
 def _attributes(holder: Any) -> list[tuple[str, Any]]:
@@ -119,7 +130,7 @@ def _copy_in(holder: nn.Module, network: nn.Module) -> nn.Module | None:
     """The copy of `network` in a module: same type, same names of parameters, other tensors."""
     live = dict(network.named_parameters())
     for inner in holder.modules():
-        if type(inner) is type(network) and inner is not network:
+        if type(inner) is type(network):
             own = dict(inner.named_parameters())
             if list(own) == list(live) and not any(own[name] is live[name] for name in own):
                 return inner
