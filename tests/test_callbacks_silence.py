@@ -81,7 +81,7 @@ def test_a_resume_beyond_it_says_nothing(tmp_path: Path) -> None:
     run = trainer(tmp_path, 3, pruning(), qat(**options))
     path = str(tmp_path / "epoch=1.ckpt")
     said += told(lambda: run.fit(Plain(), loader(), loader(), ckpt_path=path))
-    assert not [text for text in said if "_epoch=" in text and "nothing" in text + "learned to the end"]
+    assert not [text for text in said if "_epoch=" in text]
 
 
 # CompressedCheckpoint

@@ -79,8 +79,7 @@ def _quantized_in(model: Any) -> Any:
     looked = f"; none of its {len(modules)} modules has to_program(): {', '.join(held[:6])}" if held else ""
     raise TypeError(
         f"{type(model).__name__} is not quantized{looked}. export takes a spec.Program, a model with to_program(), or "
-        "one that holds such a model; quantize the network first: accel.export(quant.quantize(network, calibration), "
-        "path)"
+        "one that holds such a model; quantize it first: accel.export(quant.quantize(network, calibration), path)"
     )
 
 

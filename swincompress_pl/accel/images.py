@@ -25,7 +25,9 @@ def as_images(taken: spec.InputDescription, images: Any) -> Images:
 
 def _stacked(taken: spec.InputDescription, images: list[Any] | tuple[Any, ...]) -> Images:
     arrays = [_array(taken, image, f"images[{number}] is") for number, image in enumerate(images)]
-    shapes = {array.shape: number for number, array in reversed(list(enumerate(arrays)))}
+    shapes: dict[tuple[int, ...], int] = {}
+    for number, array in enumerate(arrays):
+        shapes.setdefault(array.shape, number)
     if not arrays:
         raise ValueError(f"images are an empty {type(images).__name__}; pass an array (0, {_listed(taken)})")
     if len(shapes) > 1:
