@@ -14,12 +14,13 @@ from typing import Any
 
 from lightning import LightningModule
 
-from swincompress_pl.checkpoint.holder import network_of, put_network
+from swincompress_pl.checkpoint.holder import float_network, network_of, put_network
 from swincompress_pl.checkpoint.record import CompressionRecord, history_in, read_checkpoint
 from swincompress_pl.checkpoint.restore import restore_from_history
-from swincompress_pl.history import history_of
+from swincompress_pl.history import follow_size, history_of
 from swincompress_pl.pruning.structure.weight_masks import keep_masks, masked_parameters
 from swincompress_pl.quant import QuantizedNetwork
+from swincompress_pl.registry import size_of
 
 
 class CompressionMixin:
@@ -125,7 +126,9 @@ def restore_from_checkpoint(
 
 
 def _record_of(module: LightningModule, model_attribute: str) -> CompressionRecord:
-    return CompressionRecord(history=history_of(network_of(module, model_attribute)))
+    network = network_of(module, model_attribute)
+    follow_size(float_network(network), size_of(float_network(network)))
+    return CompressionRecord(history=history_of(network))
 
 
 def _restore_from(module: LightningModule, checkpoint: Mapping[str, Any], model_attribute: str) -> None:

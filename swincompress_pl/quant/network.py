@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from swincompress_pl.history import history_of, origin_of
+from swincompress_pl.history import follow_size, history_of, origin_of
 from swincompress_pl.quant.bits import Bits
 from swincompress_pl.quant.gradient_checkpointing import CheckpointedRun, checkpointed_paths
 from swincompress_pl.quant.graph import Graph, Run
@@ -18,7 +18,7 @@ from swincompress_pl.quant.lower import lower
 from swincompress_pl.quant.scale_cut import Kept, ScaleCut, check_fit, cut_scales, undo_cut
 from swincompress_pl.quant.scales import Scales
 from swincompress_pl.quant.twin import TorchTwin
-from swincompress_pl.registry import adapter_for
+from swincompress_pl.registry import adapter_for, size_of
 from swincompress_pl.spec import Program
 
 METHODS = ("searched", "max", "affine")
@@ -58,6 +58,7 @@ class QuantizedNetwork(nn.Module):
             raise ValueError(f"method is {method!r}; choose one of {', '.join(METHODS)}")
         if isinstance(network, QuantizedNetwork):
             raise ValueError("the network is already quantized; quantize its .network again if you want new scales")
+        follow_size(network, size_of(network))
         self.network = network
         self.preprocessing = checked_preprocessing(preprocessing)
         self.method = method
