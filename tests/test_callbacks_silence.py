@@ -6,7 +6,8 @@ import copy
 import warnings
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from swincompress_pl.callbacks import CompressedCheckpoint
+from swincompress_pl.callbacks.averages import refuse_averages
 from swincompress_pl.history import history_of
 from swincompress_pl.quant import QuantizedNetwork, quantize
 
@@ -204,7 +206,7 @@ class NamedSo(Plain):
 
 
 class Together(Plain):
-    """One container for both, which a callback holds too."""
+    """One container for both."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -224,7 +226,6 @@ def averaging() -> dict[str, tuple[Plain, list[Callback], str]]:
         "an object": (held, [Held(held.backbone)], "Held.tracker.kept"),
         "AveragedModel": (InTheModule(), [], "InTheModule.slow"),
         "a mean teacher": (MeanTeacher(), [], "MeanTeacher.teacher"),
-        "beside the network": (Together(), [], "Together.networks.ema"),
         "by name": (NamedSo(), [], "NamedSo.model_ema.network"),
     }
 
@@ -256,6 +257,12 @@ def test_a_teacher_is_no_average(tmp_path: Path) -> None:
     assert isinstance(module.backbone, QuantizedNetwork)
     average = EMAWeightAveraging()
     fit(Teaches(), tmp_path, 2, qat(), average)  # Lightning's own follows
+
+
+def test_an_average_beside_the_network_in_one_container() -> None:
+    module, run = Together(), SimpleNamespace(callbacks=[])
+    with pytest.raises(ValueError, match=r"Together\.networks\.ema holds a copy"):
+        refuse_averages(cast(Trainer, run), module, module.backbone, "AdaptiveIterativePruning")
 
 
 def test_an_average_that_is_made_later_is_refused_before_the_cut(tmp_path: Path) -> None:

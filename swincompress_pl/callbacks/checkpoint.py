@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from swincompress_pl.callbacks.quantization import QuantizationAwareTraining
 from swincompress_pl.callbacks.search import SearchCallback
 from swincompress_pl.checkpoint.holder import network_of
+from swincompress_pl.checkpoint.hooks import keep_record
 from swincompress_pl.history import history_of
 from swincompress_pl.quant import QuantizedNetwork
 
@@ -30,9 +31,9 @@ class CompressedCheckpoint(ModelCheckpoint):
         self.model_attribute = model_attribute
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Fail early where there is no such network."""
+        """Have checkpoints say how the network is compressed; fail early where there is no such network."""
         super().setup(trainer, pl_module, stage)
-        network_of(pl_module, self.model_attribute)
+        keep_record(pl_module, self.model_attribute)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say so where it waits for what does not come."""

@@ -16,7 +16,8 @@ from swincompress_pl.quant.calibration import Ranges, first_images, observe, sam
 from swincompress_pl.quant.graph import Graph
 from swincompress_pl.quant.graph.spiking_nodes import NeuronNode
 from swincompress_pl.quant.layerwise import LayerwiseSearch
-from swincompress_pl.quant.network import QuantizedNetwork, find_preprocessing
+from swincompress_pl.quant.network import QuantizedNetwork
+from swincompress_pl.quant.preprocessing import check_fit, preprocessing_of
 from swincompress_pl.quant.progress import Progress
 from swincompress_pl.quant.quantizers import affine_range
 from swincompress_pl.quant.rounding import Learning, round_blocks
@@ -100,15 +101,14 @@ def quantize(
     network without an integer form.
     """
     options = _options(method, percentile, search)
-    found = find_preprocessing(
-        preprocessing, getattr(model, "preprocessing", None), getattr(model, "pretrained_cfg", None)
-    )
+    found, assumed = preprocessing_of(model, preprocessing)
     quantized = QuantizedNetwork(model, preprocessing=found, method=method, classes=classes, bits=bits)
     warn_of_silent_hooks(model, quantized.graph)
     device = next(model.parameters()).device
     batches = [batch.to(device) for batch in first_images(calibration, calibration_images)]
     for batch in batches:
         quantized.pixels(batch)  # refuses images of another normalization
+    check_fit(batches[0], quantized.preprocessing, assumed=assumed)
     with evaluation_mode(model):
         try:
             _find_scales(quantized.eval(), batches, options, percentile, progress)

@@ -20,7 +20,8 @@ from swincompress_pl.evaluation_mode import standing_still
 from swincompress_pl.quant.bits import WIDTHS, Bits
 from swincompress_pl.quant.calibration import LayerSample, first_images, observe, probe, sample_layers
 from swincompress_pl.quant.graph import Graph, Node, Passthrough, Run, WeightedNode
-from swincompress_pl.quant.network import QuantizedNetwork, find_preprocessing
+from swincompress_pl.quant.network import QuantizedNetwork
+from swincompress_pl.quant.preprocessing import check_fit, preprocessing_of
 from swincompress_pl.quant.progress import Progress, track
 from swincompress_pl.quant.search import LayerProblem, best_equalization
 from swincompress_pl.quant.text_table import text_table
@@ -148,11 +149,13 @@ def measure_sensitivity(
     _check_widths(widths)
     bits = Bits(activations=activations, first_and_last=8 if first_and_last is None else first_and_last)
     network = model.network if isinstance(model, QuantizedNetwork) else model
-    found = model.preprocessing if isinstance(model, QuantizedNetwork) else preprocessing
-    found = find_preprocessing(found, getattr(network, "preprocessing", None), getattr(network, "pretrained_cfg", None))
+    found, assumed = preprocessing_of(
+        network, model.preprocessing if isinstance(model, QuantizedNetwork) else preprocessing
+    )
     shell = QuantizedNetwork(network, preprocessing=found, bits=bits)
     device = next(network.parameters()).device
     batches = [batch.to(device) for batch in first_images(calibration, calibration_images)]
+    check_fit(batches[0], shell.preprocessing, assumed=assumed)
     for batch in batches:
         shell.pixels(batch)  # refuses images of another normalization
     nodes = shell.graph.weighted_nodes
