@@ -45,6 +45,24 @@ def creation_of(network: Any) -> dict[str, Any] | None:
     return creation
 
 
+def note_size(network: Any, size: Mapping[str, Any]) -> None:
+    """Note the arguments of size, as JSON data, that `network` has as it was created."""
+    network.created_size = dict(size)
+
+
+def follow_size(network: Any, size: Mapping[str, Any]) -> dict[str, Any]:
+    """Have the arguments of creation say what `size` is by now (timm's `set_input_size` changes it); gives those that
+    are others."""
+    creation, created = creation_of(network), getattr(network, "created_size", None)
+    if creation is None or created is None:
+        return {}
+    changed = {name: value for name, value in size.items() if created.get(name) != value}
+    if changed:
+        set_creation(network, creation["name"], creation["kwargs"] | changed)
+        note_size(network, size)
+    return changed
+
+
 def origin_of(network: Any, history: list[Entry]) -> dict[str, Any]:
     """Where a Program comes from: what `models.rebuild` needs to build its float network again."""
     return {"network": creation_of(network), "history": history}

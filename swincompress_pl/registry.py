@@ -60,6 +60,15 @@ class ExplainingAdapter(Adapter, Protocol):
         ...
 
 
+@runtime_checkable
+class ResizableAdapter(Adapter, Protocol):
+    """What a family tells in addition whose networks take another input size after they were made."""
+
+    def size_arguments(self, network: Any) -> dict[str, Any]:
+        """The arguments of the constructor that give a network of the size that `network` has now, as JSON data."""
+        ...
+
+
 class UnsupportedNetworkError(TypeError):
     """No adapter knows this network, or its adapter does not cover this variant of it."""
 
@@ -107,3 +116,12 @@ def adapter_for(network: Any) -> Adapter:
         f"{', '.join(families())}. Pass the network itself (module.net, not the LightningModule), or register an "
         f"adapter with swincompress_pl.registry.register(type, adapter)."
     )
+
+
+def size_of(network: Any) -> dict[str, Any]:
+    """The arguments of the constructor for the size that `network` has now; empty where its family does not say."""
+    try:
+        adapter = adapter_for(network)
+    except UnsupportedNetworkError:
+        return {}
+    return adapter.size_arguments(network) if isinstance(adapter, ResizableAdapter) else {}

@@ -30,6 +30,9 @@ from swincompress_pl.accel.core import CodedError, read_artifact
 FORMAT = "swincompress_pl.program"
 METADATA_KEY = "swincompress_pl"
 _CONTENT = "content"
+_CHECKPOINT_HINT = (
+    ". It looks like a checkpoint of torch: load that into its module (load_from_checkpoint) and export the module"
+)
 
 Tensors = Mapping[str, npt.NDArray[Any]]
 Result = TypeVar("Result")
@@ -160,11 +163,19 @@ def through(path: str | os.PathLike[str], reader: Callable[[bytes], Result]) -> 
     """
     source = Path(path)
     if not source.is_file():
-        raise FileNotFoundError(f"{source}: no such file; write one with swincompress_pl.accel.export(model, path)")
+        what = "a folder" if source.is_dir() else "no such file"
+        raise FileNotFoundError(f"{source}: {what}; write one with swincompress_pl.accel.export(model, path)")
     try:
         return from_bytes(source.read_bytes(), reader)
     except ValueError as error:
-        raise ArtifactError(f"{source}: {error}") from error
+        hint = _CHECKPOINT_HINT if _is_checkpoint(source) else ""
+        raise ArtifactError(f"{source}: {error}{hint}") from error
+
+
+def _is_checkpoint(source: Path) -> bool:
+    """Whether it begins as what torch.save writes."""
+    with open(source, "rb") as file:
+        return file.read(4) == b"PK\x03\x04"
 
 
 def from_bytes(content: bytes, reader: Callable[[bytes], Result]) -> Result:

@@ -13,10 +13,8 @@ from swincompress_pl import spec
 from swincompress_pl._deprecated import renamed_attributes
 from swincompress_pl.accel import _core, artifact
 from swincompress_pl.accel.core import artifact_engine, program_engine, resolve_threads
+from swincompress_pl.accel.images import Images, as_images
 from swincompress_pl.accel.profile import Counts, Profile, profile_of, spike_counts
-from swincompress_pl.spec.reference import check_images
-
-Images = npt.NDArray[np.uint8]
 
 
 @renamed_attributes(class_count="num_classes")
@@ -49,24 +47,25 @@ class _Runtime:
     def num_classes(self) -> int:
         return self._num_classes
 
-    def __call__(self, images: Images) -> npt.NDArray[np.float32]:
+    def __call__(self, images: Images | Any) -> npt.NDArray[np.float32]:
         """images: (N, *input_shape) uint8, N >= 0 -> (N, classes) float32 logits: int32 * logit_scale.
 
-        Raises TypeError for another dtype and ValueError for another shape.
+        An array, a torch tensor on the CPU, or a list of such, one per image. Raises TypeError for another dtype and
+        ValueError for another shape.
         """
         return (self.run_integer(images) * self._logit_scale).astype(np.float32)
 
-    def run_integer(self, images: Images) -> npt.NDArray[np.int32]:
+    def run_integer(self, images: Images | Any) -> npt.NDArray[np.int32]:
         """images as in a call -> (N, classes) int32 logits, the same bits from every implementation."""
-        check_images(self._taken, images)
+        images = as_images(self._taken, images)
         if images.shape[0] == 0:
             return np.zeros((0, self._num_classes), dtype=np.int32)
         return self._run(np.ascontiguousarray(images))
 
-    def profile(self, images: Images, *, repeats: int = 10) -> Profile:
+    def profile(self, images: Images | Any, *, repeats: int = 10) -> Profile:
         """Times every step on `images` (N >= 1): the median of `repeats` runs after a warm-up; one more run counts
         spikes and synaptic operations. Then the peak of the CPU is measured, for about 10 ms."""
-        check_images(self._taken, images)
+        images = as_images(self._taken, images)
         if images.shape[0] == 0:
             raise ValueError("profile needs at least one image, got an empty batch")
         if repeats < 1:

@@ -27,12 +27,15 @@ class Limits:
 
     {callback}, {strategy} and {state} stand for the names of the callback, the strategy and the state's type.
     shards: under a strategy that holds shards of the parameters. processes: of weights that come back from spawned
-    processes. comm_state: of DDP's ddp_comm_state. neighbours: of Lightning callbacks, after their name.
+    processes. comm_state: of DDP's ddp_comm_state. precisions: of the trainer, in which it works; other_precisions:
+    of the rest. neighbours: of Lightning callbacks, after their name.
     """
 
     shards: str
     processes: str
     comm_state: str
+    precisions: Collection[str]
+    other_precisions: str
     neighbours: Mapping[type[Callback], str] = field(default_factory=dict)
 
 
@@ -47,6 +50,9 @@ PRUNING = Limits(
     processes="have other shapes than the module here",
     comm_state="cannot shrink a model whose {strategy} has a ddp_comm_state ({state}): it keeps what has the old "
     "shapes. Leave it out of this fit",
+    precisions=("32-true", "64-true", "16-true", "bf16-true", "16-mixed", "bf16-mixed"),
+    other_precisions="other layers in the place of the network's, which no group of it names; prune in 'bf16-mixed' or "
+    "'32-true', then fit the pruned checkpoint without this callback",
     neighbours={
         WeightAveraging: _COPY,
         StochasticWeightAveraging: _COPY,
@@ -59,6 +65,9 @@ QUANTIZATION = Limits(
     processes="belong to another network than the module here",
     comm_state="adds parameters to a model whose {strategy} has a ddp_comm_state ({state}), which keeps what belongs "
     "to the old ones. Leave it out",
+    precisions=("32-true", "16-mixed", "bf16-mixed"),
+    other_precisions="weights of another type: scales and weights are float32 until they are rounded to integers; use "
+    "'bf16-mixed', '16-mixed' or '32-true'",
     neighbours={
         StochasticWeightAveraging: "keeps a copy of the model that knows no scales, and its own learning rates; "
         "average with lightning's WeightAveraging (the same average) or EMAWeightAveraging instead",
@@ -66,7 +75,8 @@ QUANTIZATION = Limits(
         "AdaptiveIterativePruning(granularity='weight')",
     },
 )
-_PRECISIONS = ("32-true", "64-true", "16-mixed", "bf16-mixed")
+# Plugins that put layers of their own into the network; not all of them have a name in `trainer.precision`.
+_REPLACING_PLUGINS = ("BitsandbytesPrecision", "TransformerEnginePrecision")
 
 
 def refuse_strategy(trainer: Trainer, callback_name: str, limits: Limits) -> None:
@@ -86,13 +96,12 @@ def refuse_strategy(trainer: Trainer, callback_name: str, limits: Limits) -> Non
         raise ValueError(f"{callback_name} {limits.comm_state.format(strategy=name, state=state)}")
 
 
-def refuse_precision(trainer: Trainer, callback_name: str) -> None:
-    """ValueError for a precision in which a quantized network cannot be trained."""
-    if trainer.precision not in _PRECISIONS:
-        raise ValueError(
-            f"{callback_name} cannot train with precision={trainer.precision!r}, which would round the scales and the "
-            "float weights themselves; use 'bf16-mixed', '16-mixed' or '32-true'"
-        )
+def refuse_precision(trainer: Trainer, callback_name: str, limits: Limits) -> None:
+    """ValueError for a precision in which the network cannot be trained and changed."""
+    plugin = type(trainer.precision_plugin).__name__
+    if plugin in _REPLACING_PLUGINS or trainer.precision not in limits.precisions:
+        named = f"the precision plugin {plugin}" if plugin in _REPLACING_PLUGINS else f"precision={trainer.precision!r}"
+        raise ValueError(f"{callback_name} cannot train with {named}, which has {limits.other_precisions}")
 
 
 def refuse_compiled_module(module: LightningModule) -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import copy
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
 from lightning import Trainer
-from torch import nn
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
@@ -30,8 +34,9 @@ _PER_GROUP = (
 class ScaleGroup:
     """Puts a network's learned scales into the optimizer that trains its weights, as one group at the end.
 
-    The group has the options of the group that trains the network's first parameter, without weight decay; its learning
-    rate is `lr_factor` times that group's at every step, whatever sets that: a scheduler, a warm-up by hand.
+    The group has the options of the group that trains the network's first parameter, without weight decay, or of
+    another one where that takes matrices only (Muon beside AdamW); its learning rate is `lr_factor` times that group's
+    at every step, whatever sets that: a scheduler, a warm-up by hand.
     """
 
     def __init__(self, lr_factor: float) -> None:
@@ -42,7 +47,7 @@ class ScaleGroup:
         """Do it; what `configure_optimizers` may have done with the scales is undone first.
 
         Before optimizer states are restored: a checkpoint's optimizer has the group. Raises ValueError where no
-        optimizer trains the network, or one that takes no second group.
+        optimizer trains the network, or none takes the scales.
         """
         adjustment = network.scales.adjustment
         assert adjustment is not None
@@ -61,6 +66,11 @@ class ScaleGroup:
         for config in trainer.lr_scheduler_configs:
             _extend(config.scheduler, optimizer, groups, host, self.lr_factor)
         self._follow(optimizer, host, groups)
+
+    def check(self, trainer: Trainer, network: nn.Module) -> None:
+        """ValueError where `join` would raise it later for an optimizer that does not take scales."""
+        if _places(trainer.optimizers, network):  # else a callback may still bring them, when it thaws the network
+            _host(trainer.optimizers, network)
 
     def _follow(self, optimizer: Optimizer, host: int, own: int) -> None:
         self.leave()
@@ -86,8 +96,29 @@ def read_old_names(optimizer_states: Iterable[dict[str, Any]]) -> None:
                 group["param_names"] = [_NAME if name == _OLD_NAME else name for name in group["param_names"]]
 
 
-def _host(optimizers: Iterable[Optimizer], network: nn.Module) -> tuple[Optimizer, int]:
-    """The optimizer and the number of its group that train the first parameter of `network` that any trains."""
+def _host(optimizers: Sequence[Optimizer], network: nn.Module) -> tuple[Optimizer, int]:
+    """The optimizer and the number of its group that take the scales: those that train the first parameter of `network`
+    that any trains, or else, where these take no vector, the next that do."""
+    own = _places(optimizers, network)
+    if not own:
+        raise ValueError(
+            "no optimizer trains a parameter of the network, so its scales have no learning rate; return an optimizer "
+            "of the network's parameters from configure_optimizers, or pass learn_scales=False"
+        )
+    rest = [(optimizer, number) for optimizer in optimizers for number in range(len(optimizer.param_groups))]
+    for optimizer, number in [*own, *rest]:
+        if _takes_scales(optimizer, number):
+            return optimizer, number
+    name = type(own[0][0]).__name__
+    fault = "takes no group of parameters in the middle of a fit" if name in UNFIT_OPTIMIZERS else "steps no vectors"
+    raise ValueError(
+        f"{name} {fault}, so it cannot train the learned scales, which are a vector; use AdamW or SGD, also beside it "
+        "for the other parameters, or pass learn_scales=False"
+    )
+
+
+def _places(optimizers: Iterable[Optimizer], network: nn.Module) -> list[tuple[Optimizer, int]]:
+    """The optimizers and groups that train parameters of `network`, in the order of these."""
     place = {
         id(parameter): (optimizer, number)
         for optimizer in optimizers
@@ -95,18 +126,40 @@ def _host(optimizers: Iterable[Optimizer], network: nn.Module) -> tuple[Optimize
         for parameter in group["params"]
     }
     found = [place[id(parameter)] for parameter in network.parameters() if id(parameter) in place]
-    if not found:
-        raise ValueError(
-            "no optimizer trains a parameter of the network, so its scales have no learning rate; return an optimizer "
-            "of the network's parameters from configure_optimizers, or pass learn_scales=False"
-        )
-    optimizer, number = found[0]
+    return list({(id(optimizer), number): (optimizer, number) for optimizer, number in found}.values())
+
+
+def _takes_scales(optimizer: Optimizer, number: int) -> bool:
+    """Whether a group of the optimizer steps a vector as it steps a matrix. Muon's, for one, do not.
+
+    A wrapper (Lookahead, SAM) does what the optimizer inside it does; what cannot be tried out is taken to.
+    """
     if type(optimizer).__name__ in UNFIT_OPTIMIZERS:
-        raise ValueError(
-            f"{type(optimizer).__name__} takes no group of parameters in the middle of a fit; use AdamW or SGD, or "
-            "pass learn_scales=False"
-        )
-    return optimizer, number
+        return False
+    inner = next((value for value in vars(optimizer).values() if isinstance(value, Optimizer)), None)
+    if inner is not None and number < len(inner.param_groups):
+        return _takes_scales(inner, number)
+    parameters = optimizer.param_groups[number]["params"]
+    like = parameters[0] if parameters else torch.zeros(())
+    return _steps(optimizer, number, like.new_zeros(4)) or not _steps(optimizer, number, like.new_zeros(4, 4))
+
+
+def _steps(optimizer: Optimizer, number: int, value: Tensor) -> bool:
+    """Whether a copy of the optimizer, with this parameter alone and no state, makes a step."""
+    parameter = nn.Parameter(value)
+    parameter.grad = torch.ones_like(value)
+    options = {key: v for key, v in optimizer.param_groups[number].items() if key not in ("params", "param_names")}
+    # What a copy finds here it does not copy: neither the network's parameters nor their state.
+    memo: dict[int, Any] = {
+        id(optimizer.param_groups): [{**options, "params": [parameter]}],
+        id(optimizer.state): defaultdict(dict),
+    }
+    try:
+        with isolate_rng():
+            copy.deepcopy(optimizer, memo).step()
+    except Exception:
+        return False
+    return True
 
 
 def _extend(scheduler: Any, optimizer: Optimizer, groups: int, host: int, factor: float) -> None:

@@ -7,11 +7,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
+from swincompress_pl.callbacks.averages import refuse_averages
+from swincompress_pl.callbacks.awaited_epoch import AwaitedEpoch
 from swincompress_pl.callbacks.calibration import first_inputs, network_inputs, normalization
 from swincompress_pl.callbacks.compatibility import (
     QUANTIZATION,
@@ -29,6 +31,7 @@ from swincompress_pl.callbacks.qat_distillation import Distillation, refuse_teac
 from swincompress_pl.callbacks.qat_options import check_epochs, check_quantization, check_training
 from swincompress_pl.callbacks.qat_scales import ScaleGroup, read_old_names
 from swincompress_pl.callbacks.random_state import RandomNumbers, rng_states, seeded
+from swincompress_pl.callbacks.training_pass import TrainingPass
 from swincompress_pl.callbacks.validation import ModuleValidation, validating
 from swincompress_pl.checkpoint.holder import has_network, held_by, network_of, put_network, refuse_other_places
 from swincompress_pl.checkpoint.hooks import keep_record
@@ -39,11 +42,12 @@ from swincompress_pl.quant import Bits, QuantizedNetwork, SearchOptions, quantiz
 from swincompress_pl.quant.fidelity import check_graph
 from swincompress_pl.quant.folding import refuse_altered
 from swincompress_pl.quant.preprocessing import find_preprocessing
+from swincompress_pl.quant.silent_hooks import warn_of_silent_hooks
 
 _STATE_VERSION = 1
 
 
-class QuantizationAwareTraining(Callback):
+class QuantizationAwareTraining(TrainingPass):
     """Quantizes `module.<model_attribute>` at the start of an epoch and trains on with fake quantization.
 
     From then on the attribute holds a `quant.QuantizedNetwork`: training sees rounded values with straight-through
@@ -78,8 +82,11 @@ class QuantizationAwareTraining(Callback):
     statistics are evaluated and kept, as in DDP of floats); mixed precision. Lightning's WeightAveraging and
     EMAWeightAveraging go with it and have to stand after it: weights and learned scales are averaged and evaluated as
     integers. The training of a compiled network goes on compiled, likewise; evaluation, in integers, is not. FSDP,
-    DeepSpeed, StochasticWeightAveraging, true half precision, synchronized BatchNorms and a LightningModule compiled as
-    a whole are refused by name.
+    DeepSpeed, StochasticWeightAveraging and averages of one's own, true half and double precision, synchronized
+    BatchNorms and a LightningModule compiled as a whole are refused by name.
+
+    Modes, frozen layers and gradient checkpointing are kept. A module that is in `eval()` is trained so: without
+    dropout, with fixed statistics.
 
     Example: `Trainer(max_epochs=10, callbacks=[QuantizationAwareTraining(start_epoch=6, bits="W4A8")])`
     """
@@ -122,6 +129,8 @@ class QuantizationAwareTraining(Callback):
         self._distillation = Distillation(distillation, temperature) if distillation > 0 else None
         self._teacher_state: Mapping[str, Any] | None = None
         self._resumed = False
+        self._start = AwaitedEpoch("start_epoch", "nothing is quantized")
+        self._freezing = AwaitedEpoch("freeze_epoch", "the scales are learned to the end")
         self._masks: Any = None
         self._rng = RandomNumbers()
 
@@ -193,11 +202,11 @@ class QuantizationAwareTraining(Callback):
             self._found_preprocessing = found[0]
         if self._distillation is not None:
             self._distillation.attach(pl_module, self.model_attribute)
-        if trainer.max_epochs is not None and 0 <= trainer.max_epochs <= self.start_epoch:
-            rank_zero_warn(
-                f"start_epoch={self.start_epoch} is not reached in max_epochs={trainer.max_epochs}: "
-                "nothing is quantized."
-            )
+        if not isinstance(network, QuantizedNetwork):
+            refuse_averages(trainer, pl_module, network, self.callback_name)
+            if self.learn_scales:
+                self._scale_group.check(trainer, network)
+        self._say_what_is_awaited(trainer, network)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Quantize if this is the epoch, and freeze the scales if this is that."""
@@ -209,15 +218,18 @@ class QuantizationAwareTraining(Callback):
             _freeze(trainer, network)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Let go of the module and the optimizers."""
+        """Let go of the module and the optimizers; say what this fit did not come to."""
         self._let_go()
         network = network_of(pl_module, self.model_attribute)
+        if stage == "fit":
+            self._say_what_is_missing(trainer, network)
         if isinstance(network, QuantizedNetwork):
             network.forget_twin()  # an averaging callback may have written its average behind autograd's back
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """The same: Lightning tears nothing down after an exception."""
         self._let_go()
+        super().on_exception(trainer, pl_module, exception)
 
     def state_dict(self) -> dict[str, Any]:
         """The random numbers' states, and the teacher's weights where there is one."""
@@ -237,7 +249,7 @@ class QuantizationAwareTraining(Callback):
 
     def _refuse_surroundings(self, trainer: Trainer, module: LightningModule) -> None:
         refuse_strategy(trainer, self.callback_name, QUANTIZATION)
-        refuse_precision(trainer, self.callback_name)
+        refuse_precision(trainer, self.callback_name, QUANTIZATION)
         refuse_compiled_module(module)
         refuse_averaging_before(trainer, self, self.callback_name)
         refuse_neighbours(trainer, self.callback_name, QUANTIZATION)
@@ -264,6 +276,7 @@ class QuantizationAwareTraining(Callback):
                 raw, (images, *_) = first_inputs(validation, loaders)
             found = normalization(self.preprocessing, self._of_data(trainer), network, raw, images, loaders)
             quantized = QuantizedNetwork(network, preprocessing=found, method=self.method, bits=self.bits)
+            warn_of_silent_hooks(network, quantized.graph)
             quantized.graph.check_images(images)
             quantized.pixels(images)
             check_graph(quantized.graph, network, images)
@@ -280,8 +293,22 @@ class QuantizationAwareTraining(Callback):
             validation.begin()
             yield validation, loaders
 
+    def _say_what_is_awaited(self, trainer: Trainer, network: nn.Module) -> None:
+        last = trainer.max_epochs
+        if not isinstance(network, QuantizedNetwork):
+            self._start.fit_begins(trainer, self.start_epoch)
+        if self.freeze_epoch is not None and (last is None or last < 0 or last > self.start_epoch):
+            self._freezing.fit_begins(trainer, self.freeze_epoch)
+
+    def _say_what_is_missing(self, trainer: Trainer, network: nn.Module) -> None:
+        if not isinstance(network, QuantizedNetwork):
+            self._start.fit_ends(trainer, self.start_epoch)
+        elif self.freeze_epoch is not None and trainer.current_epoch <= self.freeze_epoch:
+            self._freezing.fit_ends(trainer, self.freeze_epoch)
+
     def _exchange(self, trainer: Trainer, module: LightningModule, network: nn.Module) -> QuantizedNetwork:
         """The quantized network takes the place of the float one; optimizer, averages and DDP follow."""
+        refuse_averages(trainer, module, network, self.callback_name)  # made since the fit began
         rank_zero_info(
             f"quantizing {self.model_attribute} ({self.method}, {self.bits}) on {self.calibration_images} images"
         )
@@ -290,7 +317,8 @@ class QuantizationAwareTraining(Callback):
         with seeded(trainer.current_epoch):
             images = self._calibration(trainer, module)
             quantized = self._quantized(trainer, module, network, images)
-        put_network(module, self.model_attribute, quantized.train())
+        quantized.keep_mode()
+        put_network(module, self.model_attribute, quantized)
         if self.learn_scales:
             quantized.learn_scales()
             self._scale_group.join(trainer, quantized)

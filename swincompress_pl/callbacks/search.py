@@ -10,16 +10,19 @@ from itertools import islice
 from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
-from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning import LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
+from swincompress_pl.callbacks.averages import note_old_shapes, refuse_averages
+from swincompress_pl.callbacks.awaited_epoch import AwaitedEpoch
 from swincompress_pl.callbacks.calibration import answer_of, first_inputs, labelled_batches, network_inputs
 from swincompress_pl.callbacks.compatibility import (
     PRUNING,
+    QUANTIZATION,
     refuse_neighbours,
     refuse_optimizers,
+    refuse_precision,
     refuse_sharing,
     refuse_strategy,
     refuse_synchronized_norms,
@@ -36,8 +39,9 @@ from swincompress_pl.callbacks.searched_network import (
     searched_network,
     standing,
 )
+from swincompress_pl.callbacks.training_pass import TrainingPass
 from swincompress_pl.callbacks.validation import ModuleValidation, on_device, validating
-from swincompress_pl.checkpoint.holder import has_network
+from swincompress_pl.checkpoint.holder import has_network, network_of
 from swincompress_pl.checkpoint.hooks import keep_record
 from swincompress_pl.pruning import Gradients, HoldOut, collect_gradients, keep_masks
 from swincompress_pl.pruning.evaluation.ranks import share_buffers
@@ -61,7 +65,7 @@ class Outcome(Protocol):
         ...
 
 
-class SearchCallback(Callback, ABC):
+class SearchCallback(TrainingPass, ABC):
     """Runs a search before some epochs of a fit; those that derive from it say which search and when.
 
     The options are those of `AdaptiveIterativePruning` of the same names; raises ValueError for bad ones.
@@ -90,6 +94,7 @@ class SearchCallback(Callback, ABC):
         self.calibration_dataloader = calibration_dataloader
         self.model_attribute = model_attribute
         self._last_epoch = -1
+        self._start = AwaitedEpoch("start_epoch", "nothing is pruned")
         self._scorer: Scorer | None = None
         self._network_checked = False
         self._masks: Any = None
@@ -176,15 +181,14 @@ class SearchCallback(Callback, ABC):
         self._rng.on_train_start(trainer)
         self._keep_masks(trainer, pl_module)
         if not self._is_over():
+            refuse_averages(trainer, pl_module, self._network(pl_module), self.callback_name)
             self._refuse_optimizers(trainer, pl_module)
             with isolate_rng(), validating(trainer, pl_module), torch.no_grad():
                 self._scorer = self._make_scorer(trainer, pl_module)
                 network, shape = self._network(pl_module), self._input_shape(trainer, pl_module, self._scorer)
                 check_on_trial(network, self._space(network), FirstInputs(), shape)
-        if trainer.max_epochs is not None and 0 <= trainer.max_epochs <= self.start_epoch:
-            rank_zero_warn(
-                f"start_epoch={self.start_epoch} is not reached in max_epochs={trainer.max_epochs}: nothing is pruned."
-            )
+        if self._waits():
+            self._start.fit_begins(trainer, self.start_epoch)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Search if there is a search before this epoch."""
@@ -199,12 +203,17 @@ class SearchCallback(Callback, ABC):
         self._take(pl_module, outcome)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Let go of the hold-out and of the optimizers."""
+        """Let go of the hold-out and of the optimizers; say so where nothing was searched."""
         self._let_go()
+        if stage == "fit" and self._waits():
+            self._start.fit_ends(trainer, self.start_epoch)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """The same: Lightning tears nothing down after an exception."""
         self._let_go()
+        super().on_exception(trainer, pl_module, exception)
+        if self._last_epoch >= 0:
+            note_old_shapes(trainer, pl_module, self._network(pl_module), self.callback_name, exception)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Take up the random numbers where the checkpoint left them."""
@@ -227,6 +236,10 @@ class SearchCallback(Callback, ABC):
 
     # Mechanism.
 
+    def _waits(self) -> bool:
+        """Whether no search has run yet."""
+        return self._last_epoch < 0 and not self._is_over()
+
     def _let_go(self) -> None:
         self._scorer = None
         if self._masks is not None:
@@ -235,6 +248,8 @@ class SearchCallback(Callback, ABC):
 
     def _check_network(self, trainer: Trainer, module: LightningModule) -> None:
         network = self._network(module)
+        quantized = network is not network_of(module, self.model_attribute)
+        refuse_precision(trainer, self.callback_name, QUANTIZATION if quantized else PRUNING)
         refuse_synchronized_norms(trainer, network, self.callback_name)
         space = self._space(network)
         refuse_masked_integers(trainer, module, self.model_attribute, self.monitor, space.kinds)
@@ -256,6 +271,7 @@ class SearchCallback(Callback, ABC):
 
     def _search(self, trainer: Trainer, module: LightningModule) -> Outcome:
         coupled = CoupledScales(module, self.model_attribute)
+        refuse_averages(trainer, module, self._network(module), self.callback_name)  # made since the fit began
         self._refuse_optimizers(trainer, module)  # they have no state before the first step
         share_buffers(self._network(module))
         with validating(trainer, module), torch.no_grad():

@@ -15,11 +15,13 @@ from typing import Any
 from lightning import LightningModule
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from swincompress_pl.checkpoint.holder import has_network, network_of, put_network
+from swincompress_pl.checkpoint.holder import float_network, has_network, network_of, put_network
 from swincompress_pl.checkpoint.record import CompressionRecord, history_in, read_checkpoint
 from swincompress_pl.checkpoint.restore import restore_from_history
-from swincompress_pl.history import history_of
+from swincompress_pl.history import follow_size, history_of
 from swincompress_pl.pruning.structure.weight_masks import keep_masks, masked_parameters
+from swincompress_pl.quant import QuantizedNetwork
+from swincompress_pl.registry import size_of
 
 
 class CompressionMixin:
@@ -44,6 +46,25 @@ class CompressionMixin:
         callbacks = self.trainer.callbacks  # type: ignore[attr-defined]  # set by the trainer
         if masked_parameters(network) and not any(getattr(callback, "keeps_masks", False) for callback in callbacks):
             keep_masks(self.trainer.optimizers, network)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
+        """Fake quantization while the batch is trained on, in a module that is in evaluation too."""
+        assert isinstance(self, LightningModule)
+        network = network_of(self, self.model_attribute)
+        if isinstance(network, QuantizedNetwork):
+            network.begin_training_pass()
+        skip: int | None = super().on_train_batch_start(batch, batch_idx)  # type: ignore[misc]  # the LightningModule's
+        if skip == -1 and isinstance(network, QuantizedNetwork):
+            network.end_training_pass()
+        return skip
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """The mode that the user left again."""
+        assert isinstance(self, LightningModule)
+        super().on_train_batch_end(outputs, batch, batch_idx)  # type: ignore[misc]  # the LightningModule's
+        network = network_of(self, self.model_attribute)
+        if isinstance(network, QuantizedNetwork):
+            network.end_training_pass()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the compression record."""
@@ -111,7 +132,9 @@ def restore_from_checkpoint(
 
 
 def _record_of(module: LightningModule, model_attribute: str) -> CompressionRecord:
-    return CompressionRecord(history=history_of(network_of(module, model_attribute)))
+    network = network_of(module, model_attribute)
+    follow_size(float_network(network), size_of(float_network(network)))
+    return CompressionRecord(history=history_of(network))
 
 
 def _restore_from(module: LightningModule, checkpoint: Mapping[str, Any], model_attribute: str) -> None:

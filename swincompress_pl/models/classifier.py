@@ -21,6 +21,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
+from swincompress_pl.checkpoint.holder import float_network, network_of
 from swincompress_pl.checkpoint.hooks import CompressionMixin
 from swincompress_pl.checkpoint.record import CompressionRecord
 from swincompress_pl.history import creation_of
@@ -255,6 +256,14 @@ class CompressibleClassifier(CompressionMixin, LightningModule):
             input_description=self.input_description,
             teacher_taken=self.teacher_taken,
         )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the compression record; the arguments of the network are those of the size that it has by now."""
+        super().on_save_checkpoint(checkpoint)
+        creation = creation_of(float_network(network_of(self, self.model_attribute)))
+        saved = checkpoint.get("hyper_parameters")
+        if creation is not None and saved is not None:
+            saved["model_kwargs"] = {k: v for k, v in creation["kwargs"].items() if k != "num_classes"}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Rebuild the compressed network; take over the input's description, and the teacher where there is one."""

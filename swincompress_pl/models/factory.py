@@ -17,8 +17,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from swincompress_pl.checkpoint.restore import restore_from_history
-from swincompress_pl.history import set_creation
+from swincompress_pl.history import note_size, set_creation
 from swincompress_pl.models.spiking.memory import without_memory
+from swincompress_pl.registry import size_of
 
 # Lower-case name -> class of timm, for small inputs that no registered model has.
 _CLASSES: dict[str, type[nn.Module]] = {
@@ -76,6 +77,7 @@ def create_model(
     if checkpoint_path is not None:
         load_weights(network, Path(checkpoint_path))
     set_creation(network, name, recorded)
+    note_size(network, size_of(network))
     return network
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from swincompress_pl.history import history_of, origin_of
+from swincompress_pl.history import follow_size, history_of, origin_of
 from swincompress_pl.quant.bits import Bits
+from swincompress_pl.quant.gradient_checkpointing import CheckpointedRun, checkpointed_paths
 from swincompress_pl.quant.graph import Graph, Run
 from swincompress_pl.quant.graph.widths import weight_bits, with_bits
 from swincompress_pl.quant.lower import lower
@@ -17,7 +19,7 @@ from swincompress_pl.quant.preprocessing import checked_preprocessing, pixels_of
 from swincompress_pl.quant.scale_cut import Kept, ScaleCut, check_fit, cut_scales, undo_cut
 from swincompress_pl.quant.scales import Scales
 from swincompress_pl.quant.twin import TorchTwin
-from swincompress_pl.registry import adapter_for
+from swincompress_pl.registry import adapter_for, size_of
 from swincompress_pl.spec import Program
 
 METHODS = ("searched", "max", "affine")
@@ -36,6 +38,9 @@ class QuantizedNetwork(nn.Module):
     of activation quantizers whose codes have no sign. learned_scales: as after `learn_scales`.
     """
 
+    _told = False  # that compiled training does no gradient checkpointing
+    _mode_before: bool | None = None  # a training pass
+
     def __init__(
         self,
         network: nn.Module,
@@ -52,6 +57,7 @@ class QuantizedNetwork(nn.Module):
             raise ValueError(f"method is {method!r}; choose one of {', '.join(METHODS)}")
         if isinstance(network, QuantizedNetwork):
             raise ValueError("the network is already quantized; quantize its .network again if you want new scales")
+        follow_size(network, size_of(network))
         self.network = network
         self.preprocessing = checked_preprocessing(preprocessing)
         self.method = method
@@ -132,6 +138,7 @@ class QuantizedNetwork(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         if self.training and self._compiled is not None:
+            self._tell_of_checkpointing()
             # Learned scales are computed before it, where what is wrong with them can be raised.
             return self._compiled(Run(self.graph, self.network, self.scales.quantizer()), images)
         if self.training or self.method == "affine":
@@ -139,8 +146,8 @@ class QuantizedNetwork(nn.Module):
         return self.integer_logits(self.pixels(images)).to(torch.float32) * self.twin().program.logit_scale
 
     def fake_quantized(self, images: Tensor) -> Tensor:
-        """The float simulation, whatever the mode."""
-        return Run(self.graph, self.network, self.scales.quantizer())(images)
+        """The float simulation, whatever the mode; with gradient checkpointing where `network` has it on."""
+        return CheckpointedRun(self.graph, self.network, self.scales.quantizer())(images)
 
     def compile(self, *args: Any, **options: Any) -> None:
         """As `nn.Module.compile`, for the fake quantization of training alone: evaluation is integer arithmetic that
@@ -152,6 +159,15 @@ class QuantizedNetwork(nn.Module):
         if self.method == "affine":
             raise ValueError("method 'affine' has operators that torch.compile does not trace; train it uncompiled")
         self.compiler, self._compiled = compiler, compiler(_run)
+
+    def _tell_of_checkpointing(self) -> None:
+        if not self._told and checkpointed_paths(self.network):
+            warnings.warn(
+                f"{type(self.network).__name__} has gradient checkpointing on, which compiled fake quantization does "
+                "not do: it keeps the values that the compiler wants kept. Train uncompiled where memory is short",
+                stacklevel=4,
+            )
+        self._told = True
 
     def integer_logits(self, pixels: Tensor) -> Tensor:
         """uint8 (N, H, W, C) -> int32 logits (N, classes), as reference and engine give them."""
@@ -181,6 +197,22 @@ class QuantizedNetwork(nn.Module):
         """As for every module; and the twin is built anew, see `forget_twin`."""
         self.forget_twin()
         return super().train(mode)
+
+    def begin_training_pass(self) -> None:
+        """Fake quantization until `end_training_pass`, whatever the mode: a module that is trained in `eval()`, without
+        dropout and with fixed statistics, needs gradients. `network` and its children stay in their modes."""
+        if self._mode_before is None:
+            self._mode_before, self.training = self.training, True
+
+    def end_training_pass(self) -> None:
+        """The mode of before `begin_training_pass` again."""
+        if self._mode_before is not None:
+            self.training, self._mode_before = self._mode_before, None
+
+    def keep_mode(self) -> None:
+        """Take over the mode of `network`, which keeps it, and so do its children."""
+        self.scales.train(self.network.training)
+        self.training = self.network.training
 
     def forget_twin(self) -> None:
         """Build the twin anew at its next use: for weights written through `.data`, as averaging callbacks do, which

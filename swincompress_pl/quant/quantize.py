@@ -24,6 +24,7 @@ from swincompress_pl.quant.progress import Progress
 from swincompress_pl.quant.quantizers import affine_range
 from swincompress_pl.quant.rounding import Learning, round_blocks
 from swincompress_pl.quant.search import max_step
+from swincompress_pl.quant.silent_hooks import warn_of_silent_hooks
 
 # 16-bit values and logits keep the true maximum and leave room above it: a bit there is free, clipping is not.
 HEADROOM = 2.0
@@ -95,6 +96,7 @@ def quantize(
     timm's `pretrained_cfg`). classes: names for the artifact.
     progress: True shows bars in the terminal; a function is called with (what is done, steps done, steps in all).
 
+    Warns of hooks on modules of the network, which do not fire from then on. The modules keep their modes.
     Raises ValueError for empty calibration, NaN or infinite values (naming the activation quantizer), an unknown
     method, widths or options that contradict each other, an already quantized network, or a spiking one most of whose
     neurons are silent (naming the first) or that keeps its membranes between calls; UnsupportedNetworkError for a
@@ -105,6 +107,7 @@ def quantize(
     quantized = with_plain_layers(
         model, lambda: QuantizedNetwork(model, preprocessing=found, method=method, classes=classes, bits=bits)
     )
+    warn_of_silent_hooks(model, quantized.graph)
     device = next(model.parameters()).device
     batches = [batch.to(device) for batch in first_images(calibration, calibration_images)]
     for batch in batches:

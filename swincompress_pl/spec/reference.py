@@ -99,7 +99,24 @@ def check_images(taken: InputDescription, images: npt.NDArray[np.uint8]) -> None
         kind = getattr(images, "dtype", type(images).__name__)
         raise TypeError(f"images are {kind}; pass {what} (N, {expected}), not normalized floats")
     if images.ndim != len(shape) + 1 or images.shape[1:] != shape:
-        raise ValueError(f"images have shape {images.shape}; expected (N, {expected}), channels last")
+        remedy = _remedy(images.shape, shape)
+        raise ValueError(f"images have shape {images.shape}; expected (N, {expected}), channels last{remedy}")
+
+
+def _remedy(found: tuple[int, ...], shape: tuple[int, ...]) -> str:
+    """What makes images of the shape (N, *shape), where that can be told."""
+    *size, channels = shape
+    if found == shape:
+        return ". It is one image: pass images[None]"
+    if found[1:] == (*size[:-2], channels, *size[-2:]):
+        return ". They have channels first: pass np.moveaxis(images, -3, -1)"
+    if found[1:] == tuple(size):
+        one = "images[..., None]"
+        given = one if channels == 1 else f"np.repeat({one}, {channels}, axis=-1), the same in every channel"
+        return f". They have no axis of channels: pass {given}"
+    if len(found) == len(shape) + 1 and found[-1] == channels:
+        return "; resize them"
+    return ""
 
 
 def steps(program: Program, images: npt.NDArray[np.uint8]) -> Iterator[tuple[Operation, IntArray]]:

@@ -40,6 +40,10 @@ class SpikingAdapter:
             names += [stem, *(f"{blocks}.{name}" for name, _ in network.get_submodule(blocks).named_children())]
         return names
 
+    def size_arguments(self, network: Any) -> dict[str, Any]:
+        """The time steps, which is an attribute that a forward pass repeats the images by."""
+        return {"T": int(network.T)} if hasattr(network, "T") else {}
+
     def graph(self, network: Any, preprocessing: Mapping[str, Any]) -> Graph:
         """The quantizable graph; ValueError as `check_spiking`."""
         check_spiking(network)

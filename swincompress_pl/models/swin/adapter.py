@@ -41,6 +41,15 @@ class SwinAdapter:
             )
         return swin_graph(network, preprocessing)
 
+    def size_arguments(self, network: Any) -> dict[str, Any]:
+        first = [stage.blocks[0] for stage in network.layers]
+        return {
+            "img_size": list(network.patch_embed.img_size),
+            "patch_size": list(network.patch_embed.patch_size),
+            "window_size": [list(block.window_size) for block in first],
+            "always_partition": bool(first[0].always_partition),
+        }
+
 
 register(SwinTransformer, SwinAdapter())
 register(SwinTransformerV2, SwinAdapter())

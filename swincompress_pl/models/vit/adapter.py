@@ -38,5 +38,10 @@ class VisionTransformerAdapter:
             )
         return vit_graph(network, preprocessing)
 
+    def size_arguments(self, network: Any) -> dict[str, Any]:
+        embed = network.patch_embed
+        sizes = {"img_size": embed.img_size, "patch_size": embed.patch_size}
+        return {name: list(value) for name, value in sizes.items() if value is not None}
+
 
 register(VisionTransformer, VisionTransformerAdapter())

@@ -183,6 +183,13 @@ class Graph:
 
     def blocks(self) -> list[range]:
         """The numbers of the nodes, cut wherever a single value is all that goes on, with weights in every part."""
+        found: list[range] | None = vars(self).get("_blocks")
+        if found is None:
+            found = self._find_blocks()
+            object.__setattr__(self, "_blocks", found)
+        return list(found)
+
+    def _find_blocks(self) -> list[range]:
         blocks, start = [], 0
         for number, node in enumerate(self.nodes):
             alive = {n.output for n in self.nodes[: number + 1] if self.last_use(n.output) > number}
@@ -222,8 +229,11 @@ class Run:
     def __call__(self, images: Tensor) -> Tensor:
         """images: normalized float (N, C, H, W), or events (N, T, C, H, W) -> logits (N, classes)."""
         self.graph.check_images(images)
-        values = self.advance({INPUT_VALUE: images}, range(len(self.graph.nodes)))
-        return values[self.graph.nodes[-1].output].flatten(1)
+        return self.walk({INPUT_VALUE: images})[self.graph.nodes[-1].output].flatten(1)
+
+    def walk(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Run all nodes."""
+        return self.advance(values, range(len(self.graph.nodes)))
 
     def advance(self, values: Mapping[str, Tensor], numbers: range) -> dict[str, Tensor]:
         """Run the nodes of these numbers on what is known so far: the values that later nodes read, or the result."""
