@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from swincompress_pl.history import history_of, origin_of
 from swincompress_pl.quant.bits import Bits
+from swincompress_pl.quant.full_precision import bring_to_float32, full_precision, require_float32
 from swincompress_pl.quant.graph import Graph, Run
 from swincompress_pl.quant.graph.widths import weight_bits, with_bits
 from swincompress_pl.quant.lower import lower
@@ -22,6 +24,7 @@ from swincompress_pl.spec import Program
 METHODS = ("searched", "max", "affine")
 # How far a normalized input may lie outside [0, 255] pixels before it is taken for a wrong normalization.
 _PIXEL_SLACK = 2.0
+_CHECKED_IMAGES = 32
 
 
 class QuantizedNetwork(nn.Module):
@@ -34,9 +37,15 @@ class QuantizedNetwork(nn.Module):
 
     preprocessing: mapping with "mean" and "std" (per channel, [0, 1] units) of the normalization; stored in the
     artifact whole. method "affine" is a simulation in both modes and has no Program. bits: see `Bits`; unsigned: names
-    of activation quantizers whose codes have no sign. learned_scales: as after `learn_scales`.
+    of activation quantizers whose codes have no sign. learned_scales: as after `learn_scales`. without_signal: layers
+    that had no influence on the answers when the scales were searched.
+
+    `network` is brought to float32 in place and stays so: what casts a module (`half()`, `to(torch.bfloat16)`) moves
+    this one only. Images of any floating type are taken, and logits are float32. A network without a classifier gives
+    its features, in the type of the images, for the head outside it.
     """
 
+    @full_precision()
     def __init__(
         self,
         network: nn.Module,
@@ -47,17 +56,19 @@ class QuantizedNetwork(nn.Module):
         bits: Bits | str | Mapping[str, Any] = "W8A8",
         unsigned: Sequence[str] = (),
         learned_scales: bool = False,
+        without_signal: Sequence[str] = (),
     ) -> None:
         super().__init__()
         if method not in METHODS:
             raise ValueError(f"method is {method!r}; choose one of {', '.join(METHODS)}")
         if isinstance(network, QuantizedNetwork):
             raise ValueError("the network is already quantized; quantize its .network again if you want new scales")
+        bring_to_float32(network)
         self.network = network
         self.preprocessing = checked_preprocessing(preprocessing)
         self.method = method
         self.classes = None if classes is None else tuple(classes)
-        self.bits, self.unsigned = Bits.of(bits), tuple(unsigned)
+        self.bits, self.unsigned, self.without_signal = Bits.of(bits), tuple(unsigned), tuple(without_signal)
         self.graph = self._present_graph()
         self.scales = Scales(self.graph, network, weight_bits(self.graph, self.bits), affine=method == "affine")
         self.register_load_state_dict_post_hook(_take_up_signs)  # type: ignore[no-untyped-call]
@@ -84,6 +95,8 @@ class QuantizedNetwork(nn.Module):
         }
         if self.scales.adjustment is not None:
             quantized["learned_scales"] = True
+        if self.without_signal:
+            quantized["without_signal"] = list(self.without_signal)
         history = history_of(self.network)
         return [*history[: self._entries_before], {"quantize": quantized}, *history[self._entries_before :]]
 
@@ -132,16 +145,22 @@ class QuantizedNetwork(nn.Module):
         return self.scales.fixed(self.graph, self.network)
 
     def forward(self, images: Tensor) -> Tensor:
+        answers = self._answers(images)
+        return answers.to(images.dtype) if self.graph.embeds else answers
+
+    def _answers(self, images: Tensor) -> Tensor:
         if self.training and self._compiled is not None:
             # Learned scales are computed before it, where what is wrong with them can be raised.
-            return self._compiled(Run(self.graph, self.network, self.scales.quantizer()), images)
+            require_float32(self)
+            return self._compiled(Run(self.graph, self.network, self.scales.quantizer()), images.float())
         if self.training or self.method == "affine":
             return self.fake_quantized(images)
         return self.integer_logits(self.pixels(images)).to(torch.float32) * self.twin().program.logit_scale
 
     def fake_quantized(self, images: Tensor) -> Tensor:
         """The float simulation, whatever the mode."""
-        return Run(self.graph, self.network, self.scales.quantizer())(images)
+        require_float32(self)
+        return Run(self.graph, self.network, self.scales.quantizer())(images.float())
 
     def compile(self, *args: Any, **options: Any) -> None:
         """As `nn.Module.compile`, for the fake quantization of training alone: evaluation is integer arithmetic that
@@ -174,8 +193,15 @@ class QuantizedNetwork(nn.Module):
             )
         return real.round().clamp(0, 255).to(torch.uint8).movedim(-3, -1).contiguous()
 
+    def check_pixels(self, images: Tensor) -> None:
+        """ValueError where normalized images cannot be pixels, as `pixels` says; some of them at a time."""
+        for part in images.split(_CHECKED_IMAGES):
+            self.pixels(part)
+
+    @full_precision()
     def to_program(self) -> Program:
         """The integer Program with the present weights and scales."""
+        require_float32(self)
         if self.method == "affine":
             raise ValueError(
                 "method 'affine' is a simulation with zero-points; quantize with 'searched' or 'max' to export"
@@ -188,6 +214,26 @@ class QuantizedNetwork(nn.Module):
             classes=self.classes,
             origin=origin_of(self.network, self.compression_history),
         )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedNetwork:
+        """What moves every module moves this; what casts it to another number format leaves it in float32."""
+        refused: set[torch.dtype] = set()
+
+        def moved(tensor: Tensor) -> Tensor:
+            result = fn(tensor)
+            if not result.is_floating_point() or result.dtype is torch.float32:
+                return result
+            refused.add(result.dtype)
+            return tensor.to(result.device, torch.float32)
+
+        super()._apply(moved, recurse)  # type: ignore[no-untyped-call]
+        if refused:
+            warnings.warn(
+                f"a QuantizedNetwork keeps its weights and scales in float32; the cast to {min(map(str, refused))} "
+                "changed none of them",
+                stacklevel=2,
+            )
+        return self
 
     def train(self, mode: bool = True) -> QuantizedNetwork:
         """As for every module; and the twin is built anew, see `forget_twin`."""

@@ -19,9 +19,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from swincompress_pl.quant.calibration import probe
 from swincompress_pl.quant.graph import Delegating, Node, Passthrough, Quantizer, Run, WeightedNode
 from swincompress_pl.quant.network import QuantizedNetwork
+from swincompress_pl.quant.probe import Probe
 from swincompress_pl.quant.progress import Progress, track
 from swincompress_pl.quant.scales import Scales
 from swincompress_pl.spec import INPUT_VALUE
@@ -148,9 +148,9 @@ def second_order_rounding(weight: Tensor, step: Tensor, gram: Tensor, q_max: int
 def _sensitivities(run: Run, batches: Sequence[Tensor], seed: int) -> dict[str, Tensor]:
     """{what a block gives: (1, rows, C) the mean square of the loss's gradient there over all images, 1 on average}.
 
-    The gradient is that of a `probe`.
+    The gradient is that of a `Probe`; squares of small ones need float64. Where it says nothing all is 1.
     """
-    signs = torch.Generator().manual_seed(seed)
+    probe = Probe.of(run.graph, run.network, batches, seed=seed)
     total: dict[str, Tensor] = {}
     for images in batches:
         values: Mapping[str, Tensor] = {INPUT_VALUE: images.detach().clone().requires_grad_(True)}
@@ -159,12 +159,15 @@ def _sensitivities(run: Run, batches: Sequence[Tensor], seed: int) -> dict[str, 
             for numbers in run.graph.blocks():
                 values = run.advance(values, numbers)
                 ends |= values
-            answer = probe(values[run.graph.nodes[-1].output].flatten(1), signs)
+            answer = probe(values[run.graph.nodes[-1].output].flatten(1))
         for name, gradient in zip(ends, torch.autograd.grad(answer, list(ends.values())), strict=True):
-            total[name] = total.get(name, 0.0) + gradient.square().sum(0, keepdim=True)
-    return {
-        name: squares / squares.mean().clamp(min=torch.finfo(squares.dtype).tiny) for name, squares in total.items()
-    }
+            total[name] = total.get(name, 0.0) + gradient.double().square().sum(0, keepdim=True)
+    return {name: _relative(squares).to(batches[0].dtype) for name, squares in total.items()}
+
+
+def _relative(squares: Tensor) -> Tensor:
+    mean = squares.mean()
+    return squares / mean if bool(torch.isfinite(mean) & (mean > 0)) else torch.ones_like(squares)
 
 
 class _Block:

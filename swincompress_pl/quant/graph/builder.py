@@ -15,12 +15,19 @@ from swincompress_pl.quant.graph.nodes import (
     ActivationNode,
     AddNode,
     AttentionNode,
+    EmbeddingNode,
     GatherNode,
     LayerNormNode,
     LinearNode,
     PixelConvNode,
 )
-from swincompress_pl.quant.graph.quantizer_spec import LOGIT_BITS, QuantizerSpec, collect_specs, residual_spec
+from swincompress_pl.quant.graph.quantizer_spec import (
+    EMBEDDING,
+    LOGIT_BITS,
+    QuantizerSpec,
+    collect_specs,
+    residual_spec,
+)
 from swincompress_pl.registry import UnsupportedNetworkError
 
 _ADDING = (LayerNormNode, LinearNode, ActivationNode)
@@ -191,12 +198,20 @@ class GraphBuilder:
 
     def head(self, path: str, x: str) -> str:
         layer = self.network.get_submodule(path)
+        if type(layer) is nn.Identity:
+            return self._embedding(path, x)
         self.refuse(
             not isinstance(layer, nn.Linear), f"{path} is {type(layer).__name__}; a classifier needs num_classes > 0"
         )
         assert isinstance(layer, nn.Linear)
         quantizer = self.quantizer(QuantizerSpec(name="logits", segments=(layer.out_features,), bits=LOGIT_BITS))
         return self.linear(path, x, quantizer=quantizer)
+
+    def _embedding(self, path: str, x: str) -> str:
+        made_by = next(node for node in self.nodes if node.output == x)
+        channels = next(spec for spec in self._specs if spec.name == made_by.quantizer).channels
+        quantizer = self.quantizer(QuantizerSpec(name=EMBEDDING, segments=(channels,), bits=LOGIT_BITS))
+        return self.add(EmbeddingNode(name=path, inputs=(x,), quantizer=quantizer, module=path, channels=channels))
 
     def refuse(self, condition: bool, message: str) -> None:
         if condition:

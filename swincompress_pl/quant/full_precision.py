@@ -1,0 +1,79 @@
+"""Ordinary float32 tensors, whatever number format, autocast or inference mode surrounds a call."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+T = TypeVar("T", bound=Tensor)
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """For a while no autocast, no inference mode (its tensors take no gradients), and float32 as torch's default."""
+    default, differentiates = torch.get_default_dtype(), torch.is_grad_enabled()
+    with ExitStack() as stack:
+        if torch.is_inference_mode_enabled():
+            stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.set_grad_enabled(differentiates))  # leaving inference mode switches gradients on
+        for device in ("cpu", "cuda"):
+            stack.enter_context(torch.autocast(device, enabled=False))
+        torch.set_default_dtype(torch.float32)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(default)
+
+
+def ordinary(images: Tensor, device: torch.device) -> Tensor:
+    """The images in float32 on a device, and none of inference mode."""
+    images = images.to(device, torch.float32)
+    return images.clone() if images.is_inference() else images
+
+
+def bring_to_float32(network: nn.Module) -> None:
+    """Every parameter and buffer to float32, in place, with a warning that says from what.
+
+    Parameters keep their identity, so that an optimizer goes on with them; only tensors made in inference mode, which
+    can neither be trained nor written to, are replaced by copies.
+    """
+    _replace_inference_tensors(network)
+    tensors = [*network.parameters(), *network.buffers()]
+    others = {str(each.dtype) for each in tensors if each.is_floating_point() and each.dtype is not torch.float32}
+    if others:
+        network.float()
+        warnings.warn(
+            f"{type(network).__name__} holds {', '.join(sorted(others))}; it is brought to float32 in place, since "
+            "quantization keeps its weights and scales in float32. Images of any floating type are taken",
+            stacklevel=2,
+        )
+
+
+def require_float32(network: nn.Module) -> None:
+    """TypeError naming the first parameter or buffer that was cast to another type."""
+    for kind in (network.named_parameters(), network.named_buffers()):
+        for name, tensor in kind:
+            if tensor.is_floating_point() and tensor.dtype is not torch.float32:
+                raise TypeError(
+                    f"{name} is {tensor.dtype}; a QuantizedNetwork computes with float32 weights and scales: bring it "
+                    "back with quantized.float()"
+                )
+
+
+def _replace_inference_tensors(network: nn.Module) -> None:
+    copies: dict[int, Tensor] = {}
+
+    def copied(tensor: T) -> Tensor:
+        copy = tensor.detach().clone()
+        return nn.Parameter(copy, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copy
+
+    for module in network.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None and tensor.is_inference():
+                    tensors[name] = copies.setdefault(id(tensor), copied(tensor))  # type: ignore[assignment]
