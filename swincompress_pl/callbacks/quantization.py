@@ -275,6 +275,7 @@ class QuantizationAwareTraining(Callback):
             preprocessing=self._preprocessing(trainer, module),
             calibration_images=self.calibration_images,
             classes=_class_names(trainer),
+            embeddings=True,  # a network without a classifier has its head in the module
         )
 
     def _learn(self, trainer: Trainer, module: LightningModule, network: QuantizedNetwork) -> None:

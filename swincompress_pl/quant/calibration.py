@@ -62,23 +62,21 @@ def micro_batches(graph: Graph, network: nn.Module, images: Tensor) -> list[Tens
 
 
 def bytes_of_backward(graph: Graph, network: nn.Module, image: Tensor) -> int:
-    """What the network keeps of `image` (1, ...) for a backward pass, at least 1: every storage once, weights not."""
-    weights = {tensor.untyped_storage().data_ptr() for tensor in network.parameters()}
-    kept: dict[int, int] = {}
+    """About what the network keeps of each image for a backward pass, at least 1: what two keep more than one does."""
 
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+    def kept_of(images: Tensor) -> int:
+        sizes: list[int] = []
 
-    with (
-        gradients(network.parameters(), wanted=False),
-        torch.enable_grad(),
-        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
-    ):
-        Run(graph, network, Passthrough())(image.detach().clone().requires_grad_(True))
-    return max(1, sum(kept.values()))
+        def keep(tensor: Tensor) -> Tensor:
+            sizes.append(tensor.numel() * tensor.element_size())
+            return tensor
+
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            Run(graph, network, Passthrough())(images.clone().requires_grad_(True))
+        return sum(sizes)
+
+    with gradients(network.parameters(), wanted=False):
+        return max(1, kept_of(torch.cat([image, image])) - kept_of(image))
 
 
 @dataclass

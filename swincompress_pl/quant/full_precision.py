@@ -4,25 +4,19 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from typing import TypeVar
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
-T = TypeVar("T", bound=Tensor)
+from swincompress_pl.evaluation_mode import outside_inference_mode, replace_inference_tensors
 
 
 @contextmanager
 def full_precision() -> Iterator[None]:
     """For a while no autocast, no inference mode (its tensors take no gradients), and float32 as torch's default."""
-    default, differentiates = torch.get_default_dtype(), torch.is_grad_enabled()
-    with ExitStack() as stack:
-        if torch.is_inference_mode_enabled():
-            stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.set_grad_enabled(differentiates))  # leaving inference mode switches gradients on
-        for device in ("cpu", "cuda"):
-            stack.enter_context(torch.autocast(device, enabled=False))
+    default = torch.get_default_dtype()
+    with outside_inference_mode(), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
         torch.set_default_dtype(torch.float32)
         try:
             yield
@@ -42,7 +36,7 @@ def bring_to_float32(network: nn.Module) -> None:
     Parameters keep their identity, so that an optimizer goes on with them; only tensors made in inference mode, which
     can neither be trained nor written to, are replaced by copies.
     """
-    _replace_inference_tensors(network)
+    replace_inference_tensors(network)
     tensors = [*network.parameters(), *network.buffers()]
     others = {str(each.dtype) for each in tensors if each.is_floating_point() and each.dtype is not torch.float32}
     if others:
@@ -63,17 +57,3 @@ def require_float32(network: nn.Module) -> None:
                     f"{name} is {tensor.dtype}; a QuantizedNetwork computes with float32 weights and scales: bring it "
                     "back with quantized.float()"
                 )
-
-
-def _replace_inference_tensors(network: nn.Module) -> None:
-    copies: dict[int, Tensor] = {}
-
-    def copied(tensor: T) -> Tensor:
-        copy = tensor.detach().clone()
-        return nn.Parameter(copy, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copy
-
-    for module in network.modules():
-        for tensors in (module._parameters, module._buffers):
-            for name, tensor in tensors.items():
-                if tensor is not None and tensor.is_inference():
-                    tensors[name] = copies.setdefault(id(tensor), copied(tensor))  # type: ignore[assignment]

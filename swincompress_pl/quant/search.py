@@ -7,6 +7,7 @@ under a diagonal Gauss-Newton error.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -197,7 +198,9 @@ def best_centered_scale(
     """
     low, high = bounds
 
-    least_width = max(-low, high, torch.finfo(values.dtype).tiny) / 4  # constant values need no tiny steps
+    largest = max(-low, high, torch.finfo(values.dtype).tiny)
+    least_width = largest / 4  # constant values need no tiny steps
+    unit = 2.0 ** math.frexp(largest)[1]  # squares of errors far below 1 would vanish
 
     def fit(low: float, high: float) -> tuple[float, float]:
         return max(high - low, least_width) / (2 * q_max), -(low + high) / 2
@@ -205,7 +208,7 @@ def best_centered_scale(
     def error(low: float, high: float) -> float:
         scale, centering = fit(low, high)
         rounded = fake_quantize(values + centering, torch.tensor(scale), q_max) - centering
-        return float(((rounded - values) * sensitivity).square_().mean())
+        return float(((rounded - values) / unit * sensitivity).square_().mean())
 
     factors = [float(factor) for factor in CANDIDATES[10::3].flip(0)]  # of equal ones the widest
     top, bottom = high, low
