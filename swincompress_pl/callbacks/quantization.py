@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import nn
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from swincompress_pl.callbacks.compatibility import (
     QUANTIZATION,
@@ -29,6 +31,7 @@ from swincompress_pl.checkpoint.hooks import keep_record
 from swincompress_pl.history import history_of
 from swincompress_pl.pruning import keep_masks
 from swincompress_pl.quant import Bits, QuantizedNetwork, SearchOptions, quantize
+from swincompress_pl.quant.full_precision import bring_to_float32
 from swincompress_pl.quant.network import find_preprocessing
 
 _STATE_VERSION = 1
@@ -223,8 +226,10 @@ class QuantizationAwareTraining(Callback):
         )
         if self._distillation is not None:
             self._distillation.take_teacher(network)
+        formats = {parameter: parameter.dtype for parameter in network.parameters()}
         with seeded(trainer.current_epoch):
             quantized = self._quantized(trainer, module, network)
+        _cast_state(trainer.optimizers, formats)
         put_network(module, self.model_attribute, quantized.train())
         if self.learn_scales:
             quantized.learn_scales()
@@ -261,6 +266,7 @@ class QuantizationAwareTraining(Callback):
             raise RuntimeError(f"rank 0 failed while calibrating: {outcome}")
         if result is None:
             result = QuantizedNetwork(network, **outcome[0])
+            bring_to_float32(network)
             result.scales.load_state_dict(outcome[1])
         return result
 
@@ -331,6 +337,16 @@ class QuantizationAwareTraining(Callback):
         data = getattr(trainer, "datamodule", None)
         of_network = getattr(network, "pretrained_cfg", None)
         return find_preprocessing(self.preprocessing, getattr(data, "preprocessing", None), of_network)
+
+
+def _cast_state(optimizers: Sequence[Optimizer], formats: Mapping[nn.Parameter, torch.dtype]) -> None:
+    """What optimizers keep in a parameter's number format follows it to another; formats: those before."""
+    for optimizer in optimizers:
+        for parameter in formats.keys() & optimizer.state.keys():
+            state, old = optimizer.state[parameter], formats[parameter]
+            for key, value in state.items():
+                if isinstance(value, Tensor) and value.dtype is old is not parameter.dtype:
+                    state[key] = value.to(parameter.dtype)
 
 
 def _freeze(trainer: Trainer, network: QuantizedNetwork) -> None:

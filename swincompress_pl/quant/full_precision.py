@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,19 +34,32 @@ def ordinary(images: Tensor, device: torch.device) -> Tensor:
 def bring_to_float32(network: nn.Module) -> None:
     """Every parameter and buffer to float32, in place, with a warning that says from what.
 
-    Parameters keep their identity, so that an optimizer goes on with them; only tensors made in inference mode, which
-    can neither be trained nor written to, are replaced by copies.
+    Parameters keep their identity, so that an optimizer goes on with them; only tensors made in inference mode are
+    replaced by copies.
     """
     replace_inference_tensors(network)
-    tensors = [*network.parameters(), *network.buffers()]
-    others = {str(each.dtype) for each in tensors if each.is_floating_point() and each.dtype is not torch.float32}
+    others = _other_formats(network)
     if others:
         network.float()
         warnings.warn(
-            f"{type(network).__name__} holds {', '.join(sorted(others))}; it is brought to float32 in place, since "
-            "quantization keeps its weights and scales in float32. Images of any floating type are taken",
+            f"{type(network).__name__} holds {', '.join(others)}; it is brought to float32 in place, since that is what "
+            "quantization keeps weights and scales in. Images of any floating type are taken",
             stacklevel=2,
         )
+
+
+def float32_network(network: nn.Module) -> nn.Module:
+    """The network itself where it is in float32, else a copy that is."""
+    if not _other_formats(network) and not any(tensor.is_inference() for tensor in network.parameters()):
+        return network
+    network = copy.deepcopy(network)
+    replace_inference_tensors(network)
+    return network.float()
+
+
+def _other_formats(network: nn.Module) -> list[str]:
+    tensors = (*network.parameters(), *network.buffers())
+    return sorted({str(t.dtype) for t in tensors if t.is_floating_point() and t.dtype is not torch.float32})
 
 
 def require_float32(network: nn.Module) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from swincompress_pl.history import history_of, origin_of
 from swincompress_pl.quant.bits import Bits
-from swincompress_pl.quant.full_precision import bring_to_float32, full_precision, require_float32
+from swincompress_pl.quant.full_precision import full_precision, require_float32
 from swincompress_pl.quant.graph import Graph, Run
 from swincompress_pl.quant.graph.widths import weight_bits, with_bits
 from swincompress_pl.quant.lower import lower
@@ -40,9 +40,10 @@ class QuantizedNetwork(nn.Module):
     of activation quantizers whose codes have no sign. learned_scales: as after `learn_scales`. without_signal: layers
     that had no influence on the answers when the scales were searched.
 
-    `network` is brought to float32 in place and stays so: what casts a module (`half()`, `to(torch.bfloat16)`) moves
-    this one only. Images of any floating type are taken, and logits are float32. A network without a classifier gives
-    its features, in the type of the images, for the head outside it.
+    Weights and scales are float32 and stay so: what casts a module (`half()`, `to(torch.bfloat16)`) moves this one only
+    (`quantize` brings a network of another number format to float32). Images of any floating type are taken, and
+    logits are float32. A network without a classifier gives its features, in the type of the images, for the head
+    outside it.
     """
 
     @full_precision()
@@ -63,7 +64,6 @@ class QuantizedNetwork(nn.Module):
             raise ValueError(f"method is {method!r}; choose one of {', '.join(METHODS)}")
         if isinstance(network, QuantizedNetwork):
             raise ValueError("the network is already quantized; quantize its .network again if you want new scales")
-        bring_to_float32(network)
         self.network = network
         self.preprocessing = checked_preprocessing(preprocessing)
         self.method = method

@@ -14,7 +14,7 @@ from swincompress_pl._deprecated import renamed, renamed_attributes
 from swincompress_pl.evaluation_mode import evaluation_mode
 from swincompress_pl.quant.bits import Bits
 from swincompress_pl.quant.calibration import Ranges, first_images, micro_batches, observe, sample_layers
-from swincompress_pl.quant.full_precision import full_precision
+from swincompress_pl.quant.full_precision import bring_to_float32, full_precision
 from swincompress_pl.quant.graph import Graph
 from swincompress_pl.quant.graph.spiking_nodes import NeuronNode
 from swincompress_pl.quant.layerwise import LayerwiseSearch
@@ -115,6 +115,7 @@ def quantize(
     device = next(model.parameters()).device
     images = first_images(calibration, calibration_images, device)
     quantized.check_pixels(images)
+    bring_to_float32(model)
     with evaluation_mode(model):
         try:
             _find_scales(quantized.eval(), images, options, percentile, progress)

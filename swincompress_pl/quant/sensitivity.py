@@ -25,7 +25,7 @@ from swincompress_pl.quant.calibration import (
     observe,
     sample_layers,
 )
-from swincompress_pl.quant.full_precision import full_precision
+from swincompress_pl.quant.full_precision import float32_network, full_precision
 from swincompress_pl.quant.graph import Graph, Node, Passthrough, Run, WeightedNode
 from swincompress_pl.quant.network import QuantizedNetwork, find_preprocessing
 from swincompress_pl.quant.probe import Probe
@@ -156,7 +156,7 @@ def measure_sensitivity(
     """
     _check_widths(widths)
     bits = Bits(activations=activations, first_and_last=8 if first_and_last is None else first_and_last)
-    network = model.network if isinstance(model, QuantizedNetwork) else model
+    network = float32_network(model.network if isinstance(model, QuantizedNetwork) else model)
     found = model.preprocessing if isinstance(model, QuantizedNetwork) else preprocessing
     found = find_preprocessing(found, getattr(network, "preprocessing", None), getattr(network, "pretrained_cfg", None))
     shell = QuantizedNetwork(network, preprocessing=found, bits=bits)

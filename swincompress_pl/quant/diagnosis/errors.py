@@ -124,8 +124,8 @@ def require_classes(quantized: QuantizedNetwork) -> None:
     """ValueError for a network that gives features: what they cost is for the head outside it to say."""
     if quantized.graph.embeds:
         raise ValueError(
-            f"{type(quantized.network).__name__} gives features, and no classes whose divergence could be measured; use "
-            "quantization_errors"
+            f"{type(quantized.network).__name__} gives features, and no classes whose divergence could be measured; "
+            "use quantization_errors"
         )
 
 
