@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -155,6 +156,19 @@ class LayerSample:
         return any(bool(part.any()) for part in self.sensitivity) and all(
             bool(torch.isfinite(part).all()) for part in self.sensitivity
         )
+
+
+def without_signal(samples: Mapping[str, LayerSample]) -> tuple[str, ...]:
+    """The layers whose sensitivities say nothing, with a warning that names the first."""
+    silent = tuple(name for name, sample in samples.items() if not sample.has_signal)
+    if silent:
+        warnings.warn(
+            f"{len(silent)} of {len(samples)} layers have no influence on the network's answers on the calibration "
+            f"images, {silent[0]} the first of them: what rounding them costs is not seen, and only their own error "
+            "decides on their scales. Is the network trained, and do the images differ?",
+            stacklevel=2,
+        )
+    return silent
 
 
 def usable(sensitivity: Tensor) -> Tensor:

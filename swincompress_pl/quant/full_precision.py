@@ -42,7 +42,7 @@ def bring_to_float32(network: nn.Module) -> None:
     if others:
         network.float()
         warnings.warn(
-            f"{type(network).__name__} holds {', '.join(others)}; it is brought to float32 in place, since that is what "
+            f"{type(network).__name__} holds {', '.join(others)}; it is brought to float32 in place, the format that "
             "quantization keeps weights and scales in. Images of any floating type are taken",
             stacklevel=2,
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +12,14 @@ from torch import Tensor, nn
 from swincompress_pl._deprecated import renamed, renamed_attributes
 from swincompress_pl.evaluation_mode import evaluation_mode
 from swincompress_pl.quant.bits import Bits
-from swincompress_pl.quant.calibration import Ranges, first_images, micro_batches, observe, sample_layers
+from swincompress_pl.quant.calibration import (
+    Ranges,
+    first_images,
+    micro_batches,
+    observe,
+    sample_layers,
+    without_signal,
+)
 from swincompress_pl.quant.full_precision import bring_to_float32, full_precision
 from swincompress_pl.quant.graph import Graph
 from swincompress_pl.quant.graph.spiking_nodes import NeuronNode
@@ -141,8 +147,7 @@ def _find_scales(
         _secure_steps(quantized)
         return
     samples = sample_layers(quantized.graph, quantized.network, batches, rows=options.rows, seed=options.seed)
-    quantized.without_signal = tuple(name for name, sample in samples.items() if not sample.has_signal)
-    _warn_of_silence(quantized)
+    quantized.without_signal = without_signal(samples)
     LayerwiseSearch(
         quantized,
         {name: entry.bounds(percentile) for name, entry in ranges.items()},
@@ -177,17 +182,6 @@ def _require_wanted(quantized: QuantizedNetwork, embeddings: bool) -> None:
             "pass embeddings=True where a head outside it reads its features, or make it with num_classes > 0"
         )
     quantized.classes = None
-
-
-def _warn_of_silence(quantized: QuantizedNetwork) -> None:
-    silent, layers = quantized.without_signal, len(quantized.graph.weighted_nodes)
-    if silent:
-        warnings.warn(
-            f"{len(silent)} of {layers} layers have no influence on the network's answers on the calibration images, "
-            f"{silent[0]} the first of them: their scales are chosen by their own error alone. Is the network trained, "
-            "and do the images differ?",
-            stacklevel=2,
-        )
 
 
 def _options(

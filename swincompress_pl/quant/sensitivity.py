@@ -24,6 +24,7 @@ from swincompress_pl.quant.calibration import (
     micro_batches,
     observe,
     sample_layers,
+    without_signal,
 )
 from swincompress_pl.quant.full_precision import float32_network, full_precision
 from swincompress_pl.quant.graph import Graph, Node, Passthrough, Run, WeightedNode
@@ -200,6 +201,7 @@ def _changes(
     """{(layer, width): (M, K...) what rounding at the searched steps changes in its weight}."""
     ranges = observe(graph, network, batches)
     samples = sample_layers(graph, network, batches, rows=rows, seed=seed)
+    without_signal(samples)
     changes = {}
     for node in track(graph.weighted_nodes, "searching steps", progress):
         sample, spec = samples.pop(node.name), graph.spec_of(node.inputs[0])
