@@ -240,7 +240,7 @@ NAMES: dict[str, dict[str, str]] = {
         "Site": "quant.graph:QuantizerSpec",
         "SiteCost": "quant.diagnosis:QuantizerCost",
         "SiteError": "quant.diagnosis:QuantizationError",
-        "find_preprocessing": "quant.network:find_preprocessing",
+        "find_preprocessing": "quant.preprocessing:find_preprocessing",
         "site_costs": "quant.diagnosis:quantizer_costs",
         "site_errors": "quant.diagnosis:quantization_errors",
     },

@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import CSVLogger
 from support.callback_cases import Plain, Unmoved, assert_same_state, data, greedy, loader, make_trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
-from torchmetrics import MetricCollection
+from torchmetrics import MaxMetric, MetricCollection, MetricTracker
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 from swincompress_pl.pruning.structure.weight_masks import masked_parameters
@@ -221,5 +221,165 @@ def test_a_metric_that_is_not_a_mean_is_refused(tmp_path: Path) -> None:
         def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
             self.log("val/top1", self.right(batch).mean() / 3, reduce_fx="sum")
 
-    with pytest.raises(ValueError, match="val/top1 is logged with reduce_fx='sum'; only a mean"):
+    with pytest.raises(ValueError, match="val/top1' is logged with reduce_fx='sum'; only a mean"):
         make_trainer(tmp_path, 1, greedy(monitor="val/top1")).fit(Sums(), loader(), loader())
+
+
+# A validation whole, and without a trace
+
+
+class Remembers(_Right):
+    """The best accuracy so far in five ways, and what a validation leaves behind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.accuracy, self.best = MulticlassAccuracy(3, average="micro"), MaxMetric()
+        self.tracker = MetricTracker(MulticlassAccuracy(3, average="micro"))
+        self.best_number, self.history, self.counts = 0.0, list[float](), {"epochs": 0}
+        self.register_buffer("best_buffer", torch.zeros(()))
+        self.said: list[tuple[float, list[float]]] = []
+
+    def on_validation_epoch_start(self) -> None:
+        self.tracker.increment()
+        self.counts["epochs"] += 1
+        self.started = True
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        assert self.started
+        logits = self.net(batch[0])
+        self.accuracy.update(logits, batch[1])
+        self.tracker.update(logits, batch[1])
+        self.log("val/top1", self.accuracy)
+
+    def on_validation_epoch_end(self) -> None:
+        now = float(self.accuracy.compute())
+        self.best(now)
+        self.best_number = max(self.best_number, now)
+        self.best_buffer.clamp_(min=now)  # type: ignore[operator]  # a tensor
+        self.history.append(now)
+        self.log("val/best", self.best.compute())
+
+    def on_train_epoch_end(self) -> None:
+        known, best = self.trainer.callback_metrics, self.tracker.best_metric()
+        bests = [float(known["val/best"]), self.best_number, float(self.best_buffer), max(self.history), float(best)]  # type: ignore[arg-type]  # numbers
+        self.said.append((float(known["val/top1"]), bests))
+
+
+@pytest.mark.parametrize("monitor", ["val/top1", None])
+def test_the_best_so_far_is_the_validations(tmp_path: Path, monitor: str | None) -> None:
+    """Trials are no validations: what remembers the best, or all, knows nothing of them."""
+    module, callback = Remembers(), greedy(monitor=monitor, step=0.75, start_epoch=1)
+    make_trainer(tmp_path, 4, callback, num_sanity_val_steps=0).fit(module, loader(), uneven())
+    best = 0.0
+    for now, bests in module.said:
+        best = max(best, now)
+        assert bests == [pytest.approx(best, abs=1e-6)] * 5
+    assert module.history == [pytest.approx(now, abs=1e-6) for now, _ in module.said]
+    assert module.counts == {"epochs": 4}
+    assert module.tracker.n_steps == 4
+
+
+def test_a_trial_leaves_no_attributes_behind(tmp_path: Path) -> None:
+    class Leaves(_Right):
+        def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+            self.log("val/top1", self.right(batch).mean())
+            if not self.trainer.sanity_checking and self.trainer.current_epoch == 0 and not self.trainer.global_step:
+                self.latest = batch
+                self.probe = nn.Linear(1, 1)
+
+    module = Leaves()
+    callback = greedy(monitor="val/top1", max_rounds=1)
+    make_trainer(tmp_path, 1, callback, num_sanity_val_steps=0).fit(module, loader(), uneven())
+    assert callback.search_state is not None
+    assert not hasattr(module, "latest")
+    assert not hasattr(module, "probe")
+
+
+def test_callback_metrics_are_there_at_the_end_of_a_trial_and_gone_after_it(tmp_path: Path) -> None:
+    class Reads(_Right):
+        def __init__(self) -> None:
+            super().__init__()
+            self.accuracy = MulticlassAccuracy(3, average="micro")
+
+        def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+            self.accuracy(self.net(batch[0]), batch[1])
+            self.log("val/metric", self.accuracy)
+            self.log("val/top1", self.right(batch).mean(), batch_size=len(batch[1]))
+
+        def on_validation_epoch_end(self) -> None:
+            known = self.trainer.callback_metrics
+            assert float(known["val/metric"]) == pytest.approx(float(known["val/top1"]), abs=1e-6)
+            self.log("val/right", known["val/top1"])
+
+    class Looks(Callback):
+        def on_train_batch_start(
+            self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+        ) -> None:
+            assert "val/top1" not in trainer.callback_metrics
+
+    callback = greedy(monitor="val/right", max_rounds=1)
+    make_trainer(tmp_path, 1, callback, Looks(), num_sanity_val_steps=0).fit(Reads(), loader(), uneven())
+    assert callback.search_state is not None
+    right = 100 * _accuracy(Reads(), uneven())
+    assert callback.search_state.baseline_score == pytest.approx(right, abs=1e-4)
+
+
+def test_the_hooks_around_the_steps_run(tmp_path: Path) -> None:
+    class Hooks(_Right):
+        def on_validation_start(self) -> None:
+            self.order = ["start"]
+
+        def on_validation_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+            self.order.append("batch")
+
+        def validation_step(self, batch: list[Tensor], batch_idx: int) -> dict[str, Tensor]:
+            return {"right": self.right(batch)}
+
+        def on_validation_batch_end(self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+            assert self.order.pop() == "batch"
+            self.log("val/top1", outputs["right"].mean(), batch_size=len(batch[0]))
+
+    callback = greedy(monitor="val/top1", max_rounds=1)
+    make_trainer(tmp_path, 1, callback, num_sanity_val_steps=0).fit(Hooks(), loader(), uneven())
+    assert callback.search_state is not None
+    assert callback.search_state.baseline_score == pytest.approx(100 * _accuracy(Hooks(), uneven()), abs=1e-4)
+
+
+@pytest.mark.parametrize("monitor", ["val/top1/dataloader_idx_1", "val/top1"])
+def test_one_of_several_loaders_is_named_as_lightning_does(tmp_path: Path, monitor: str) -> None:
+    class Two(_Right):
+        def validation_step(self, batch: list[Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+            self.log("val/top1", self.right(batch).mean(), batch_size=len(batch[1]))
+
+    callback, loaders = greedy(monitor=monitor, max_rounds=1), [DataLoader(data(8, seed=3), 3), uneven()]
+    make_trainer(tmp_path, 1, callback, num_sanity_val_steps=0).fit(Two(), loader(), val_dataloaders=loaders)
+    sizes = [8, 11]
+    right = [_accuracy(Plain(), each) for each in loaders]
+    expected = right[1] if "idx" in monitor else sum(a * n for a, n in zip(right, sizes, strict=True)) / 19
+    assert callback.search_state is not None
+    assert callback.search_state.baseline_score == pytest.approx(100 * expected, abs=1e-4)
+
+
+def test_a_metric_of_chance_or_per_class_is_refused(tmp_path: Path) -> None:
+    class Chance(_Right):
+        def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+            self.log("val/top1", torch.rand(()))
+
+    class PerClass(_Right):
+        def __init__(self) -> None:
+            super().__init__()
+            self.accuracy = MulticlassAccuracy(3, average=None)
+
+        def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+            self.accuracy.update(self.net(batch[0]), batch[1])
+
+        def on_validation_epoch_end(self) -> None:
+            self.log("val/top1", self.accuracy)
+
+    for kind, message in ((Chance, "would follow chance"), (PerClass, r"shape \(3,\).*average='macro'")):
+        module = kind()
+        with pytest.raises(ValueError, match=message):
+            make_trainer(tmp_path, 1, greedy(monitor="val/top1"), num_sanity_val_steps=0).fit(
+                module, loader(), uneven()
+            )
+        assert module.trainer.global_step == 0

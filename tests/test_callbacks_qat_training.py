@@ -331,18 +331,38 @@ def test_ranks_resume(tmp_path: Path) -> None:
 
 
 def test_a_failing_calibration_ends_every_rank(tmp_path: Path) -> None:
+    def quantize(*_: Any, **__: Any) -> Any:
+        raise ValueError("calibration fails")
+
     def work(rank: int) -> Any:
         try:
-            ddp_fit(tmp_path, rank, start_epoch=0, preprocessing={"mean": [0.0] * 3, "std": [0.01] * 3})
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr("swincompress_pl.callbacks.quantization.quantize", quantize)
+                ddp_fit(tmp_path, rank, start_epoch=0)
         except (ValueError, RuntimeError) as error:
             return [type(error).__name__, str(error)]
         return []
 
     first, second = on_ranks(tmp_path / "ranks", 2, work)
-    assert first[0] == "ValueError"
-    assert "pixel" in first[1]
+    assert first == ["ValueError", "calibration fails"]
     assert second[0] == "RuntimeError"
     assert second[1].startswith("rank 0 failed while calibrating: ValueError")
+
+
+def test_images_that_do_not_fit_end_every_rank_before_the_first_epoch(tmp_path: Path) -> None:
+    """Only one rank sees them, and the other must not wait for it."""
+    wrong = {"mean": [0.0] * 3, "std": [0.01] * 3}
+
+    def work(rank: int) -> Any:
+        try:
+            ddp_fit(tmp_path, rank, start_epoch=5, **({} if rank == 0 else {"preprocessing": wrong}))
+        except (ValueError, RuntimeError) as error:
+            return [type(error).__name__, str(error)]
+        return []
+
+    first, second = on_ranks(tmp_path / "ranks", 2, work)
+    assert "pixel steps" in first[1]
+    assert "pixel steps" in second[1]
 
 
 # Strategies, precisions, compiled code

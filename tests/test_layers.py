@@ -21,7 +21,7 @@ ALLOWED: dict[str, set[str]] = {
     "data": set(),
     "pruning": {"registry", "history", "evaluation_mode"},
     "quant": {"registry", "history", "evaluation_mode", "spec"},
-    "checkpoint": {"history", "pruning", "quant"},
+    "checkpoint": {"registry", "history", "pruning", "quant"},
     "models": {"registry", "history", "pruning", "quant", "checkpoint"},
     "accel": {"spec"},
     "callbacks": {"history", "evaluation_mode", "pruning", "quant", "models", "checkpoint"},

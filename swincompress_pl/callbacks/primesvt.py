@@ -12,8 +12,6 @@ from torch import nn
 
 from swincompress_pl._deprecated import renamed
 from swincompress_pl.callbacks.progress import search_progress
-from swincompress_pl.callbacks.random_state import seeded
-from swincompress_pl.callbacks.scoring import training_batches
 from swincompress_pl.callbacks.search import Outcome, SearchCallback, config_of, log_search
 from swincompress_pl.callbacks.searched_network import CoupledScales
 from swincompress_pl.pruning import (
@@ -89,6 +87,7 @@ class PrimeSVT(SearchCallback):
         max_images: int | None = None,
         holdout_size_bytes: int = 4 << 30,
         gradient_batches: int = 8,
+        calibration_dataloader: Any = None,
         model_attribute: str = "net",
     ) -> None:
         given = {**locals(), "policy": AllocatedPolicy() if policy == "allocated" else policy}
@@ -98,6 +97,7 @@ class PrimeSVT(SearchCallback):
             max_images=max_images,
             holdout_size_bytes=holdout_size_bytes,
             gradient_batches=gradient_batches,
+            calibration_dataloader=calibration_dataloader,
             model_attribute=model_attribute,
         )
         self.config = config_of(PrimeSVTConfig, config, given)
@@ -138,8 +138,7 @@ class PrimeSVT(SearchCallback):
         done = 0
         calibration = None
         if self.config.batchnorm == "correct":
-            with seeded(trainer.current_epoch):
-                calibration = [images for images, _ in training_batches(trainer, self.gradient_batches)]
+            calibration = self._calibration_images(trainer, module)
         with search_progress(trainer, f"PrimeSVT before epoch {trainer.current_epoch}", None) as report_progress:
 
             def progress(now: PrimeProgress) -> None:

@@ -90,6 +90,7 @@ class AdaptiveIterativePruning(SearchCallback):
         max_images: int | None = None,
         holdout_size_bytes: int = 4 << 30,
         gradient_batches: int = 8,
+        calibration_dataloader: Any = None,
         model_attribute: str = "net",
     ) -> None:
         given = dict(locals())
@@ -99,6 +100,7 @@ class AdaptiveIterativePruning(SearchCallback):
             max_images=max_images,
             holdout_size_bytes=holdout_size_bytes,
             gradient_batches=gradient_batches,
+            calibration_dataloader=calibration_dataloader,
             model_attribute=model_attribute,
         )
         if every_n_epochs < 1:

@@ -11,6 +11,7 @@ import torch
 from lightning import LightningModule
 from torch import Tensor, nn
 
+from swincompress_pl.checkpoint.holder import held_by
 from swincompress_pl.checkpoint.restore import restore_from_history
 from swincompress_pl.history import history_of
 from swincompress_pl.models.training import distillation_loss
@@ -54,7 +55,7 @@ class Distillation:
         # A function, not an object: copies of the module (EMA) must not copy the teacher and the trainer with it.
         @functools.wraps(step)
         def distilled(*args: Any, **kwargs: Any) -> Any:
-            network = getattr(module, model_attribute)
+            network = held_by(module, model_attribute)
             if not isinstance(network, QuantizedNetwork) or self.teacher is None:
                 return step(*args, **kwargs)
             seen: list[tuple[Tensor, Tensor]] = []

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from swincompress_pl.callbacks.calibration import first_inputs, network_inputs, normalization
 from swincompress_pl.callbacks.compatibility import (
     QUANTIZATION,
     refuse_averaging_before,
@@ -21,18 +24,21 @@ from swincompress_pl.callbacks.compatibility import (
     refuse_synchronized_norms,
     wrap_anew,
 )
+from swincompress_pl.callbacks.loaders import calibration_loaders, has_validation_data, holdout_loaders
 from swincompress_pl.callbacks.qat_averaging import renew_averages
 from swincompress_pl.callbacks.qat_distillation import Distillation, refuse_teaching
 from swincompress_pl.callbacks.qat_options import check_epochs, check_quantization, check_training
 from swincompress_pl.callbacks.qat_scales import ScaleGroup, read_old_names
 from swincompress_pl.callbacks.random_state import RandomNumbers, rng_states, seeded
-from swincompress_pl.checkpoint.holder import network_of, put_network
+from swincompress_pl.callbacks.validation import ModuleValidation, validating
+from swincompress_pl.checkpoint.holder import has_network, held_by, network_of, put_network, refuse_other_places
 from swincompress_pl.checkpoint.hooks import keep_record
 from swincompress_pl.history import history_of
 from swincompress_pl.pruning import keep_masks
+from swincompress_pl.pruning.evaluation.ranks import gather_results
 from swincompress_pl.quant import Bits, QuantizedNetwork, SearchOptions, quantize
 from swincompress_pl.quant.full_precision import bring_to_float32
-from swincompress_pl.quant.network import find_preprocessing
+from swincompress_pl.quant.preprocessing import find_preprocessing
 
 _STATE_VERSION = 1
 
@@ -91,6 +97,7 @@ class QuantizationAwareTraining(Callback):
         distillation: float = 0.0,
         temperature: float = 1.0,
         preprocessing: Mapping[str, Any] | None = None,
+        calibration_dataloader: Any = None,
         model_attribute: str = "net",
     ) -> None:
         check_epochs(start_epoch, freeze_epoch, learn_scales)
@@ -102,6 +109,9 @@ class QuantizationAwareTraining(Callback):
         self.search = SearchOptions(**search) if isinstance(search, Mapping) else search
         self.learn_scales = method != "affine" if learn_scales is None else learn_scales
         self.preprocessing = preprocessing
+        self.calibration_dataloader = calibration_dataloader
+        self._found_preprocessing: dict[str, Any] | None = None
+        self._network_checked = False
         self.model_attribute = model_attribute
         self._scale_group = ScaleGroup(scale_lr_factor)
         self._distillation = Distillation(distillation, temperature) if distillation > 0 else None
@@ -130,22 +140,22 @@ class QuantizationAwareTraining(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Have checkpoints say how the network is compressed, and refuse what cannot work."""
         keep_record(pl_module, self.model_attribute)
-        network = network_of(pl_module, self.model_attribute)
         if stage != "fit":
             return
-        self._resumed, self._teacher_state = False, None
-        self._refuse_surroundings(trainer, pl_module, network)
+        self._resumed, self._teacher_state, self._found_preprocessing = False, None, None
+        self._refuse_surroundings(trainer, pl_module)
         if self._distillation is not None:
             refuse_teaching(pl_module)
-        if not isinstance(network, QuantizedNetwork):
-            # Builds the graph once, so that a network without an integer form is refused now and not at start_epoch.
-            QuantizedNetwork(
-                network, preprocessing=self._preprocessing(trainer, pl_module), method=self.method, bits=self.bits
-            )
+        self._network_checked = has_network(pl_module, self.model_attribute)
+        if self._network_checked:  # else configure_model or setup makes it
+            self._check_network(trainer, pl_module)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Take up the random numbers; averages get the form of the network that the checkpoint brought."""
-        if isinstance(network_of(pl_module, self.model_attribute), QuantizedNetwork):
+        quantized = has_network(pl_module, self.model_attribute) and isinstance(
+            network_of(pl_module, self.model_attribute), QuantizedNetwork
+        )
+        if quantized:
             renew_averages(trainer, pl_module)
         read_old_names(checkpoint.get("optimizer_states", ()))
         mine = checkpoint["callbacks"].get(self.state_key)
@@ -154,19 +164,28 @@ class QuantizationAwareTraining(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Get the fit of a network that is quantized already ready, before the optimizer's state is restored."""
+        if not self._network_checked:
+            self._check_network(trainer, pl_module)
         network = network_of(pl_module, self.model_attribute)
         if isinstance(network, QuantizedNetwork):
-            if getattr(pl_module, self.model_attribute) is not network:  # torch.compile around a quantized one
+            if held_by(pl_module, self.model_attribute) is not network:  # torch.compile around a quantized one
                 put_network(pl_module, self.model_attribute, network)
             if self._distillation is not None:
                 self._take_up_teacher(network)
             self._learn(trainer, pl_module, network)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say when this fit ends before anything is quantized; have masks kept and the teacher heard."""
+        """See the images that will calibrate; have masks kept and the teacher heard; say when this fit ends before
+        anything is quantized."""
         self._rng.on_train_start(trainer)
         self._let_go_of_masks()
-        self._masks = keep_masks(trainer.optimizers, network_of(pl_module, self.model_attribute))
+        network = network_of(pl_module, self.model_attribute)
+        self._masks = keep_masks(trainer.optimizers, network)
+        if not isinstance(network, QuantizedNetwork):
+            with isolate_rng():
+                # What one rank refuses all refuse, instead of waiting for it; rank 0's answer counts.
+                found = gather_results(lambda: self._look_at_images(trainer, pl_module, network))
+            self._found_preprocessing = found[0]
         if self._distillation is not None:
             self._distillation.attach(pl_module, self.model_attribute)
         if trainer.max_epochs is not None and 0 <= trainer.max_epochs <= self.start_epoch:
@@ -211,13 +230,49 @@ class QuantizationAwareTraining(Callback):
 
     # Mechanism.
 
-    def _refuse_surroundings(self, trainer: Trainer, module: LightningModule, network: nn.Module) -> None:
+    def _refuse_surroundings(self, trainer: Trainer, module: LightningModule) -> None:
         refuse_strategy(trainer, self.callback_name, QUANTIZATION)
         refuse_precision(trainer, self.callback_name)
         refuse_compiled_module(module)
         refuse_averaging_before(trainer, self, self.callback_name)
         refuse_neighbours(trainer, self.callback_name, QUANTIZATION)
+
+    def _check_network(self, trainer: Trainer, module: LightningModule) -> None:
+        """What can be said of the network alone: that it has an integer form."""
+        network = network_of(module, self.model_attribute)
+        refuse_other_places(module, self.model_attribute)
         refuse_synchronized_norms(trainer, network, self.callback_name)
+        stated = (self.preprocessing, self._of_data(trainer))
+        if not isinstance(network, QuantizedNetwork) and any(source is not None for source in stated):
+            QuantizedNetwork(network, preprocessing=find_preprocessing(*stated), method=self.method, bits=self.bits)
+
+    def _look_at_images(self, trainer: Trainer, module: LightningModule, network: nn.Module) -> dict[str, Any]:
+        """How images are normalized, from those that the module's step gives to its network.
+
+        Raises what would else come at start_epoch, or at the first validation of integers: training batches that the
+        step does not take, images of another size or normalization.
+        """
+        with self._step_inputs(trainer, module) as (validation, loaders):
+            raw, (images, *_) = first_inputs(validation, loaders)
+            if has_validation_data(trainer):  # images that no augmentation has changed
+                loaders = holdout_loaders(trainer, self.callback_name)[:1]
+                raw, (images, *_) = first_inputs(validation, loaders)
+            found = normalization(self.preprocessing, self._of_data(trainer), network, raw, images, loaders)
+            quantized = QuantizedNetwork(network, preprocessing=found, method=self.method, bits=self.bits)
+            quantized.graph.check_images(images)
+            quantized.pixels(images)
+        return found
+
+    @contextmanager
+    def _step_inputs(
+        self, trainer: Trainer, module: LightningModule
+    ) -> Iterator[tuple[ModuleValidation, list[Iterable[Any]]]]:
+        """The module's validation without a trace, and the loaders whose images calibrate."""
+        loaders = calibration_loaders(trainer, self.calibration_dataloader, self.calibration_images)
+        validation = ModuleValidation(trainer, module, self.model_attribute)
+        with validating(trainer, module), torch.no_grad(), validation.without_trace():
+            validation.begin()
+            yield validation, loaders
 
     def _exchange(self, trainer: Trainer, module: LightningModule, network: nn.Module) -> QuantizedNetwork:
         """The quantized network takes the place of the float one; optimizer, averages and DDP follow."""
@@ -228,7 +283,8 @@ class QuantizationAwareTraining(Callback):
             self._distillation.take_teacher(network)
         formats = {parameter: parameter.dtype for parameter in network.parameters()}
         with seeded(trainer.current_epoch):
-            quantized = self._quantized(trainer, module, network)
+            images = self._calibration(trainer, module)
+            quantized = self._quantized(trainer, module, network, images)
         _cast_state(trainer.optimizers, formats)
         put_network(module, self.model_attribute, quantized.train())
         if self.learn_scales:
@@ -245,16 +301,18 @@ class QuantizationAwareTraining(Callback):
         renew_averages(trainer, module, renamed)
         return quantized
 
-    def _quantized(self, trainer: Trainer, module: LightningModule, network: nn.Module) -> QuantizedNetwork:
+    def _quantized(
+        self, trainer: Trainer, module: LightningModule, network: nn.Module, images: list[Tensor]
+    ) -> QuantizedNetwork:
         """Quantized by rank 0, and as it says on the others."""
         if trainer.world_size == 1:
-            return self._calibrated(trainer, module, network)
+            return self._calibrated(trainer, module, network, images)
         result: QuantizedNetwork | None = None
         failure: Exception | None = None
         outcome: Any = None
         if trainer.is_global_zero:
             try:
-                result = self._calibrated(trainer, module, network)
+                result = self._calibrated(trainer, module, network, images)
                 scales = {key: value.cpu() for key, value in result.scales.state_dict().items()}
                 outcome = (history_of(result)[-1]["quantize"], scales)
             except Exception as error:  # told to the others, which would wait for ever
@@ -270,15 +328,17 @@ class QuantizationAwareTraining(Callback):
             result.scales.load_state_dict(outcome[1])
         return result
 
-    def _calibrated(self, trainer: Trainer, module: LightningModule, network: nn.Module) -> QuantizedNetwork:
+    def _calibrated(
+        self, trainer: Trainer, module: LightningModule, network: nn.Module, images: list[Tensor]
+    ) -> QuantizedNetwork:
         return quantize(
             network,
-            self._calibration(trainer),
+            images,
             method=self.method,
             bits=self.bits,
             search=self.search,
             percentile=self.percentile,
-            preprocessing=self._preprocessing(trainer, module),
+            preprocessing=self._found_preprocessing,
             calibration_images=self.calibration_images,
             classes=_class_names(trainer),
             embeddings=True,  # a network without a classifier has its head in the module
@@ -324,19 +384,20 @@ class QuantizationAwareTraining(Callback):
             self._masks.remove()
             self._masks = None
 
-    def _calibration(self, trainer: Trainer) -> Iterable[Any]:
-        source = getattr(trainer.datamodule, "calibration_dataloader", None)  # type: ignore[attr-defined]  # set by the trainer
-        loader = source(self.calibration_images) if callable(source) else trainer.train_dataloader
-        if loader is None:
-            raise ValueError("QuantizationAwareTraining has no images to calibrate on; give the fit training data")
-        calibration: Iterable[Any] = loader
-        return calibration
+    def _calibration(self, trainer: Trainer, module: LightningModule) -> list[Tensor]:
+        """What the network gets of training batches, up to `calibration_images`; on every rank, because a step may wait
+        for the others."""
+        kept: list[Tensor] = []
+        with self._step_inputs(trainer, module) as (validation, loaders):
+            for images in network_inputs(validation, loaders):
+                kept.append(images.detach())
+                if sum(len(each) for each in kept) >= self.calibration_images:
+                    break
+        return kept
 
-    def _preprocessing(self, trainer: Trainer, module: LightningModule) -> Mapping[str, Any]:
-        network = network_of(module, self.model_attribute)
-        data = getattr(trainer, "datamodule", None)
-        of_network = getattr(network, "pretrained_cfg", None)
-        return find_preprocessing(self.preprocessing, getattr(data, "preprocessing", None), of_network)
+    @staticmethod
+    def _of_data(trainer: Trainer) -> Any:
+        return getattr(getattr(trainer, "datamodule", None), "preprocessing", None)
 
 
 def _cast_state(optimizers: Sequence[Optimizer], formats: Mapping[nn.Parameter, torch.dtype]) -> None:

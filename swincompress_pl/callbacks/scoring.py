@@ -1,186 +1,363 @@
-"""What a search inside a trainer scores networks with: the hold-out's predictions, or a metric that the module logs."""
+"""What a search inside a trainer scores networks with: the module's own answers on a hold-out, or a metric it logs.
+
+The hold-out is what the module's validation step gives to the network, and a network's score is what the step makes of
+the network's answer. Where it makes nothing of it (the usual case) the network alone is run, on images kept as it got
+them; else the step is run again for each candidate, on kept batches, and what it predicts is counted.
+"""
 
 from __future__ import annotations
 
-import copy
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from itertools import islice
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from lightning import LightningModule, Trainer
-from lightning.pytorch.utilities.data import extract_batch_size
-from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, DistributedSampler
-from torchmetrics import Metric
 
-from swincompress_pl.evaluation_mode import evaluation_mode
+from swincompress_pl.callbacks.answers import Step, two_logits, watched
+from swincompress_pl.callbacks.loaders import described, sampler_over_ranks, without_padding
+from swincompress_pl.callbacks.rows import Rows, cloned
+from swincompress_pl.callbacks.validation import ModuleValidation, on_device
+from swincompress_pl.checkpoint.holder import held_by
 from swincompress_pl.pruning import HoldOut
-from swincompress_pl.pruning.evaluation.ranks import sum_over_ranks, world_size
+from swincompress_pl.pruning.evaluation.ranks import world_size
 from swincompress_pl.pruning.evaluation.scorer import FunctionScorer, Scorer
 
 _CPU_BATCH, _GPU_BATCH = 64, 256  # a decision is taken after whole batches: not larger than the device needs
+_COMPARED = 64  # images on which the step and the scorer have to predict the same; behind them the network is not run
+_SAME_METRIC = 1e-4  # sums on a GPU may come in another order
+_REMEDY = (
+    "pass monitor= with a metric that your validation_step logs (a fraction between 0 and 1), or override "
+    "predict(module, network, images)"
+)
 
 Predict = Callable[[nn.Module, Tensor], Tensor]
+Standing = Callable[[nn.Module], AbstractContextManager[None]]
+"""While it lasts, the module's network gives what is scored: its floats, or its rounded values and not its integers."""
 
 
-def holdout_loaders(trainer: Trainer, callback_name: str) -> list[Iterable[Any]]:
-    """The datamodule's `holdout_dataloader()`, or else the trainer's validation data up to its `limit_val_batches`.
+@dataclass(frozen=True)
+class Seen:
+    """A batch as a step got it, what the step did, and the class of each image."""
 
-    Raises ValueError where there is neither.
-    """
-    source = getattr(trainer.datamodule, "holdout_dataloader", None)  # type: ignore[attr-defined]  # set by the trainer
-    if callable(source):
-        return _as_list(source())
-    if trainer.val_dataloaders is None and trainer.enable_validation:
-        # Lightning asks for them at the first epoch that validates, or a sanity check before (none after a resume).
-        trainer.fit_loop.epoch_loop.val_loop.setup_data()
-    if trainer.val_dataloaders is None:
-        raise ValueError(
-            f"{callback_name} has nothing to score on: give the datamodule a holdout_dataloader(), or the fit "
-            "validation data (val_dataloader, and limit_val_batches above 0)"
+    batch: Any
+    step: Step
+    labels: Tensor
+
+    @property
+    def images(self) -> Tensor:
+        """What the network got first."""
+        call = self.step.calls[0] if self.step.calls else self.step.part
+        assert call is not None  # run_step looks at that
+        return call.images
+
+    @property
+    def answer(self) -> Tensor:
+        """(N, classes) what the step predicts with."""
+        found = self.step.answer(len(self.labels))
+        if found is None:
+            shapes = [tuple(call.output.shape) for call in self.step.calls if isinstance(call.output, Tensor)]
+            raise ValueError(
+                f"the validation step makes no logits (N, classes) of {len(self.labels)} images out of the network's "
+                f"answer {shapes}, so no classes can be counted; {_REMEDY}"
+            )
+        return found
+
+    @property
+    def is_direct(self) -> bool:
+        """Whether the network gets one tensor with a row per image, and the step predicts with its answer as it is."""
+        if len(self.step.calls) != 1:
+            return False
+        call = self.step.calls[0]
+        images = call.arguments[0] if len(call.arguments) == 1 and not call.options else None
+        fits = isinstance(images, Tensor) and images.ndim > 0 and len(images) == len(self.labels)
+        return fits and isinstance(call.output, Tensor) and _is_same_ranking(self.answer, call.output)
+
+
+def _is_same_ranking(answer: Tensor, output: Tensor) -> bool:
+    """Whether `answer` is the network's output, perhaps as (logarithms of) probabilities."""
+    if answer is output:
+        return True
+    if output.numel() == len(answer):
+        return torch.equal(answer, two_logits(output))
+    if answer.shape != output.shape:
+        return False
+    one, other = answer.detach().float(), output.detach().float()
+    return any(torch.allclose(one, each, atol=1e-6) for each in (other, other.softmax(-1), other.log_softmax(-1)))
+
+
+class StepHoldOut(HoldOut):
+    """A hold-out whose images are numbers of rows, for a step that makes more of an image than the network's answer."""
+
+    _measured_images = 2  # a step may squeeze a batch of one
+
+    def __init__(self, images: Tensor, labels: Tensor, *, shape: tuple[int, ...], digest: str, **options: Any) -> None:
+        super().__init__(images, labels, **options)
+        self._shape, self._digest = shape, digest
+
+    @property
+    def fingerprint(self) -> str:
+        return f"{super().fingerprint} {self._digest}"
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        return self._shape
+
+
+class HoldOutReader:
+    """Makes a `HoldOut` of what `validation` gives to the module's network for the batches of the loaders."""
+
+    def __init__(
+        self,
+        validation: ModuleValidation,
+        loaders: list[Iterable[Any]],
+        standing: Standing,
+        *,
+        max_images: int | None,
+        max_size_bytes: int,
+    ) -> None:
+        self.validation, self.loaders, self.standing = validation, loaders, standing
+        self._max_size_bytes = max_size_bytes
+        trainer = validation.trainer
+        self._options: dict[str, Any] = {
+            "max_images": max_images,
+            "max_size_bytes": max_size_bytes,
+            "sharded": world_size() > 1 and all(sampler_over_ranks(each) is not None for each in loaders),
+            "batch_size": _CPU_BATCH if trainer.strategy.root_device.type == "cpu" else _GPU_BATCH,
+        }
+
+    def with_predict(self, predict: Predict) -> HoldOut:
+        """Scored by a function of the user's, from the images and labels that a batch begins with."""
+
+        def batches() -> Iterator[tuple[Tensor, Tensor]]:
+            for loader_index, loader in enumerate(self.loaders):
+                for raw, left in without_padding(loader):
+                    images, labels = images_and_labels(on_device(self.validation.trainer, raw, loader_index))
+                    yield _cut(images, left), _cut(labels, left)
+
+        return HoldOut.from_batches(batches(), predict=self._in_precision(predict), **self._options)
+
+    def holdout(self, network: nn.Module, predict: Predict) -> HoldOut:
+        """Scored by the module's step: by `predict` alone where the step adds nothing to the network's answer.
+
+        Raises ValueError where the step gives no classes to count, or does not predict the same as what was made of it.
+        """
+        with self.validation.without_trace(), self.standing(network):
+            try:
+                return self._direct(network, predict)
+            except _NotDirectError:
+                return self._replayed(network)
+
+    def _direct(self, network: nn.Module, predict: Predict) -> HoldOut:
+        compared: list[Seen] = []
+
+        def batches() -> Iterator[tuple[Tensor, Tensor]]:
+            for seen, left in self._seen(sparing=True):
+                if not seen.is_direct:
+                    raise _NotDirectError
+                images = seen.step.calls[0].arguments[0].detach()
+                if sum(len(each.labels) for each in compared) < _COMPARED:
+                    compared.append(seen)
+                yield _cut(images, left), _cut(seen.labels, left)
+
+        run = self._in_precision(lambda network, images: two_logits(predict(network, images)))
+        holdout = HoldOut.from_batches(batches(), predict=run, **self._options)
+        for seen in compared:
+            self._compare(seen.answer, run(network, seen.step.calls[0].arguments[0]))
+        return holdout
+
+    def _replayed(self, network: nn.Module) -> HoldOut:
+        rows, answers = Rows(self._max_size_bytes), list[Tensor]()
+
+        def batches() -> Iterator[tuple[Tensor, Tensor]]:
+            for seen, left in self._seen(sparing=False):
+                numbers = rows.add(seen.batch, len(seen.labels))
+                if sum(len(each) for each in answers) < _COMPARED:
+                    answers.append(seen.answer.detach())
+                if not rows.shape:
+                    rows.shape = tuple(seen.images.shape[1:])
+                yield _cut(numbers, left), _cut(seen.labels, left)
+
+        def predict(_: nn.Module, numbers: Tensor) -> Tensor:
+            batch = rows.batch(numbers.tolist())
+            step = run_step(self.validation, batch)
+            answer = step.answer(len(numbers))
+            assert answer is not None  # it gave one for the same images before
+            return answer
+
+        def kept(network: nn.Module, numbers: Tensor) -> Tensor:
+            with self.validation.without_trace(), self.standing(network):
+                self.validation.begin()
+                return predict(network, numbers)
+
+        collected = list(batches())  # the shape and the digest are known behind it
+        run = self._in_precision(kept)
+        holdout = StepHoldOut.from_batches(
+            collected, predict=run, shape=rows.shape, digest=rows.digest(), **self._options
         )
-    loaders = _as_list(trainer.val_dataloaders)
-    limits = trainer.num_val_batches if isinstance(trainer.num_val_batches, list) else [math.inf] * len(loaders)
-    return [
-        _Limited(each, int(limit)) if limit < _length(each) else each
-        for each, limit in zip(loaders, limits, strict=True)
-    ]
+        known = torch.cat(answers)
+        backwards = torch.arange(len(known)).flip(0)[:_COMPARED]
+        self._compare(known[backwards.to(known.device)], run(network, backwards))
+        return holdout
+
+    def _seen(self, *, sparing: bool) -> Iterator[tuple[Seen, float]]:
+        """What the step does with each batch, and how many of its images count. sparing: where the network's answer is
+        not needed any more, it is not run."""
+        self.validation.begin()
+        first: Tensor | None = None
+        count = 0
+        for loader_index, loader in enumerate(self.loaders):
+            for index, (raw, left) in enumerate(without_padding(loader)):
+                batch = on_device(self.validation.trainer, raw, loader_index)
+                put_in = first if sparing and count >= _COMPARED else None
+                given = batch if sparing else cloned(batch)  # what is kept is what the step got
+                try:
+                    step = run_step(self.validation, given, index, loader_index, put_in=put_in)
+                except (TypeError, KeyError, IndexError, AttributeError, RuntimeError, ValueError) as error:
+                    if index:
+                        raise
+                    raise ValueError(_not_taken(self.validation, raw, error)) from error
+                labels = step.labels(batch)
+                if labels is None:
+                    raise ValueError(_no_labels(self.validation, batch))
+                count += len(labels)
+                if step.calls and isinstance(step.calls[0].output, Tensor) and first is None:
+                    first = step.calls[0].output.detach()
+                yield Seen(batch, step, labels), left
+        if not count:
+            raise ValueError("the hold-out is empty; give it images to score on")
+
+    def _in_precision(self, predict: Predict) -> Predict:
+        precision = self.validation.trainer.precision_plugin
+
+        def predicted(network: nn.Module, images: Tensor) -> Tensor:
+            with precision.val_step_context():
+                return predict(network, images)
+
+        return predicted
+
+    def _compare(self, answer: Tensor, scored: Tensor) -> None:
+        """ValueError where the scorer predicts others than the step did for the same images."""
+        step, scorer = answer.detach().float().cpu(), scored.detach().float().cpu()
+        if step.shape == scorer.shape:
+            predicted = scorer.argmax(1)
+            gap = step.max(1).values - step.gather(1, predicted[:, None])[:, 0]
+            # Other batches add up in another order, in bfloat16 visibly; what is nearly a tie may fall either way.
+            far = (gap > 0.02 * (step.max(1).values - step.min(1).values)).nonzero().flatten().tolist()
+            if not far:
+                return
+            where = f"for images {far[:8]} of the first {len(step)} of the hold-out the step predicts classes "
+            where += f"{step.argmax(1)[far[:8]].tolist()} and the scorer {predicted[far[:8]].tolist()}"
+        else:
+            where = f"the step's logits have the shape {tuple(step.shape)}, the scorer's {tuple(scorer.shape)}"
+        raise ValueError(
+            f"{type(self.validation.module).__name__}'s validation step and the search would not score the same: "
+            f"{where}. Is something random in evaluation, or remembered from call to call? Else {_REMEDY}"
+        )
 
 
-class _Limited:
-    """The first `count` batches of `loader`."""
-
-    def __init__(self, loader: Iterable[Any], count: int) -> None:
-        self.loader, self.count = loader, count
-
-    def __iter__(self) -> Iterator[Any]:
-        return islice(iter(self.loader), self.count)
+class _NotDirectError(Exception):
+    """The step makes more of a batch than its network's answer."""
 
 
-def _as_list(loaders: Any) -> list[Iterable[Any]]:
-    if isinstance(loaders, Mapping):
-        return list(loaders.values())
-    return list(loaders) if isinstance(loaders, list | tuple) else [loaders]
+def run_step(
+    validation: ModuleValidation, batch: Any, index: int = 0, loader_index: int = 0, *, put_in: Tensor | None = None
+) -> Step:
+    """Watch a step on a batch that is on the device. put_in: rows of an answer, repeated in the place of running the
+    network. Raises what the step raises, and ValueError where it never calls the network."""
+    held = held_by(validation.module, validation.model_attribute)
+    with watched(validation.module, held) as step:
+        if put_in is None:
+            validation.step(batch, index, loader_index)
+        else:
+            with answering(held, partial(_repeated, put_in)):
+                validation.step(batch, index, loader_index)
+    if not step.calls and step.part is None:
+        raise ValueError(
+            f"{type(validation.module).__name__}'s validation step does not call {validation.model_attribute}, the "
+            "network to compress; name the one that it calls by model_attribute="
+        )
+    return step
 
 
-def _length(loader: Iterable[Any]) -> float:
+def _repeated(answer: Tensor, images: Tensor, *_: Any, **__: Any) -> Tensor:
+    return answer[torch.arange(len(images), device=answer.device) % len(answer)]
+
+
+@contextmanager
+def answering(held: nn.Module, answer: Callable[..., Any]) -> Iterator[None]:
+    """While it lasts, `held(...)` gives what `answer(...)` does."""
+    mine = vars(held)
+    own: dict[str, Any] = {name: mine[name] for name in ("forward", "_compiled_call_impl") if name in mine}
+    mine.update(forward=answer, _compiled_call_impl=None)
     try:
-        return len(loader)  # type: ignore[arg-type]  # that is the question
-    except TypeError:
-        return math.inf
+        yield
+    finally:
+        for name in ("forward", "_compiled_call_impl"):
+            mine.pop(name, None)
+        mine.update(own)
 
 
-def holdout_scorer(
-    trainer: Trainer, loaders: list[Iterable[Any]], predict: Predict, max_images: int | None, max_size_bytes: int
-) -> HoldOut:
-    """A `HoldOut` of the loaders' images, on the trainer's device and in its precision."""
-
-    def predict_in_precision(network: nn.Module, images: Tensor) -> Tensor:
-        with trainer.precision_plugin.val_step_context():
-            return predict(network, images)
-
-    sharded = world_size() > 1 and all(_sampler_over_ranks(each) is not None for each in loaders)
-    return HoldOut.from_batches(
-        batches_on_device(trainer, [_without_padding(each) for each in loaders]),
-        predict=predict_in_precision,
-        max_images=max_images,
-        max_size_bytes=max_size_bytes,
-        sharded=sharded,
-        batch_size=_CPU_BATCH if trainer.strategy.root_device.type == "cpu" else _GPU_BATCH,
-    )
+def _cut(rows: Tensor, left: float) -> Tensor:
+    return rows if left >= len(rows) else rows[: int(left)]
 
 
-def _sampler_over_ranks(loader: Iterable[Any]) -> DistributedSampler[Any] | None:
-    """The sampler that gives each rank images of its own, as Lightning puts it into validation data under DDP."""
-    loader = loader.loader if isinstance(loader, _Limited) else loader
-    if not isinstance(loader, DataLoader):
-        return None
-    for sampler in (loader.sampler, getattr(loader.batch_sampler, "sampler", None)):
-        if isinstance(sampler, DistributedSampler):
-            return sampler
-    return None
-
-
-def _without_padding(loader: Iterable[Any]) -> Iterable[Any]:
-    """The batches without the images that a `DistributedSampler` repeats at the end to give every rank as many."""
-    sampler = _sampler_over_ranks(loader)
-    if sampler is None or sampler.drop_last:
-        yield from loader
-        return
-    left = len(range(sampler.rank, len(sampler.dataset), sampler.num_replicas))  # type: ignore[arg-type]  # it has one
-    for batch in loader:
-        if isinstance(batch, list | tuple) and all(isinstance(part, Tensor) for part in batch[:2]):
-            batch = [part[:left] if isinstance(part, Tensor) else part for part in batch]
-            left -= len(batch[0])
-        if left >= 0:
-            yield batch
-
-
-def batches_on_device(trainer: Trainer, loaders: Iterable[Iterable[Any]]) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches as the trainer hands them to a validation step: its device, its precision, the module's hooks."""
-    for loader in loaders:
-        for batch in loader:
-            batch = trainer.precision_plugin.convert_input(batch)
-            yield _images_and_labels(trainer.strategy.batch_to_device(batch))
-
-
-def training_batches(trainer: Trainer, most_batches: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches for gradients: the datamodule's `calibration_dataloader(images)`, or else of the training data."""
-    source = getattr(trainer.datamodule, "calibration_dataloader", None)  # type: ignore[attr-defined]  # set by the trainer
-    loaders = _as_list(source(64 * most_batches) if callable(source) else trainer.train_dataloader)
-    for loader in loaders:
-        if isinstance(loader, DataLoader) and loader.persistent_workers:
-            # A second iterator of such a loader is its first one, begun anew: the trainer's epoch would lose batches.
-            loader = copy.copy(loader)
-            loader._iterator = None  # type: ignore[attr-defined]  # a DataLoader's
-        yield from batches_on_device(trainer, [loader])
-
-
-def _images_and_labels(batch: Any) -> tuple[Tensor, Tensor]:
+def images_and_labels(batch: Any) -> tuple[Tensor, Tensor]:
+    """What a batch begins with, for a `predict` of a user's own."""
     if isinstance(batch, list | tuple) and len(batch) >= 2 and all(isinstance(part, Tensor) for part in batch[:2]):
         return batch[0], batch[1]
     raise TypeError(
-        f"the hold-out gave a {type(batch).__name__}; AdaptiveIterativePruning scores batches (images, labels, ...). "
-        "Give the datamodule a holdout_dataloader() (and, for a criterion that needs gradients, a "
-        "calibration_dataloader(images)) that yields such pairs, or use monitor= with a metric that your "
+        f"the hold-out gave a {type(batch).__name__}; with a predict() of your own batches are (images, labels, ...). "
+        "Give the datamodule a holdout_dataloader() that yields such pairs, or use monitor= with a metric that your "
         "validation_step logs"
     )
 
 
-def metric_scorer(trainer: Trainer, module: LightningModule, monitor: str, loaders: list[Iterable[Any]]) -> Scorer:
-    """Scores by what `module.validation_step` logs as `monitor`, a fraction between 0 and 1, over the whole hold-out.
+def _not_taken(validation: ModuleValidation, raw: Any, error: Exception) -> str:
+    return (
+        f"{type(validation.module).__name__}'s validation does not take the hold-out's batches ({described(raw)}): "
+        f"{type(error).__name__}: {error}. Give the datamodule a holdout_dataloader() with batches of the form that "
+        "validation_step takes, labels included, or leave it out to score on the validation data"
+    )
 
-    Raises ValueError at once, after a batch, where the module does not log it (listing what it logs), or there are no
-    images.
+
+def _no_labels(validation: ModuleValidation, batch: Any) -> str:
+    return (
+        f"{type(validation.module).__name__}'s validation batches ({described(batch)}) "
+        "have no labels that are one class for each image (N,), whole numbers from 0, or several that could be; "
+        f"{_REMEDY}"
+    )
+
+
+def metric_scorer(validation: ModuleValidation, monitor: str, loaders: list[Iterable[Any]]) -> Scorer:
+    """Scores by what the module's validation logs as `monitor`, a fraction between 0 and 1, over the whole hold-out.
+
+    Raises ValueError at once, after a batch, where the module does not log it (listing what it logs), there are no
+    images, or the same batch gives another value the second time.
     """
-    validation = _Validation(trainer, module, monitor, loaders)
-    validation.try_out()
-    return FunctionScorer(validation.score)
+    scoring = _MetricScoring(validation, monitor, loaders)
+    one, other = scoring.try_out(), scoring.try_out()
+    if abs(one - other) > _SAME_METRIC:
+        raise ValueError(
+            f"monitor={monitor!r} is {one} and then {other} for the same network and the same first batch; a search "
+            "would follow chance. Is something random in evaluation (dropout, sampling, augmentation), or remembered?"
+        )
+    return FunctionScorer(scoring.score)
 
 
-class _Validation:
-    """A validation epoch of the module that leaves no trace: not in the loggers, the trainer or the metrics."""
+class _MetricScoring:
+    def __init__(self, validation: ModuleValidation, monitor: str, loaders: list[Iterable[Any]]) -> None:
+        self.validation, self.monitor, self.loaders = validation, monitor, loaders
 
-    def __init__(self, trainer: Trainer, module: LightningModule, monitor: str, loaders: list[Iterable[Any]]) -> None:
-        self.trainer, self.module, self.monitor, self.loaders = trainer, module, monitor, loaders
-
-    def try_out(self) -> None:
-        """Run a batch, and see whether the metric is logged."""
-        with _collecting(self.module) as logged:
-            if not self._run(logged, most_batches=1):
-                raise ValueError("the hold-out is empty; give it images to score on")
-            self._check_logged(logged)
+    def try_out(self) -> float:
+        """The metric of one batch."""
+        return self._value(most_batches=1)
 
     def score(self, network: nn.Module) -> float:
         """`monitor` in points, over all images of all ranks."""
-        with _collecting(self.module) as logged:
-            self._run(logged)
-            self._check_logged(logged)
-            value = logged.value(self.monitor)
+        value = self._value()
         if value > 1.0:
             raise ValueError(
                 f"monitor={self.monitor!r} is {value}: a fraction between 0 and 1 is expected, so that the tolerance "
@@ -188,108 +365,13 @@ class _Validation:
             )
         return 100.0 * value
 
-    def _run(self, logged: _Logged, most_batches: int | None = None) -> int:
-        """Gives how many batches there were."""
-        trainer, module, seen = self.trainer, self.module, 0
-        module.on_validation_epoch_start()
-        for loader_index, loader in enumerate(self.loaders):
-            for index, batch in enumerate(islice(loader, most_batches)):
-                batch = trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))
-                logged.batch = batch
-                with trainer.precision_plugin.val_step_context():
-                    module.validation_step(*self._arguments(batch, index, loader_index))
-                seen += 1
-        logged.batch = None
-        module.on_validation_epoch_end()
-        return seen
-
-    def _arguments(self, batch: Any, index: int, loader_index: int) -> tuple[Any, ...]:
-        """What the module's validation_step takes of (batch, batch_idx, dataloader_idx)."""
-        step, several = self.module.validation_step, len(self.loaders) > 1
-        if is_param_in_hook_signature(step, "dataloader_idx", explicit=not several, min_args=3 if several else None):
-            return batch, index, loader_index
-        return (batch, index) if is_param_in_hook_signature(step, "batch_idx", min_args=2) else (batch,)
-
-    def _check_logged(self, logged: _Logged) -> None:
-        if self.monitor not in logged.entries:
-            raise ValueError(
-                f"monitor={self.monitor!r} is not logged by {type(self.module).__name__}'s validation; it logs "
-                f"{', '.join(logged.entries) or 'nothing'}"
-            )
-
-
-class _Logged:
-    """What a module logged: {name: [(value, images), ...]}, or a `Metric` that has seen it all."""
-
-    def __init__(self) -> None:
-        self.entries: dict[str, list[tuple[Tensor, int]] | Metric] = {}
-        self.batch: Any = None  # the one at hand, None at the end of the epoch
-
-    def log(
-        self, name: str, value: Any, *_: Any, batch_size: int | None = None, reduce_fx: Any = "mean", **__: Any
-    ) -> None:
-        """Stands for `LightningModule.log`."""
-        if isinstance(value, Metric):
-            self.entries[name] = value
-            return
-        if reduce_fx not in ("mean", torch.mean):
-            raise ValueError(f"{name} is logged with reduce_fx={reduce_fx!r}; only a mean can be followed by pruning")
-        if batch_size is None:
-            batch_size = 1 if self.batch is None else extract_batch_size(self.batch)
-        entries = self.entries.setdefault(name, [])
-        assert isinstance(entries, list)
-        entries.append((torch.as_tensor(value).detach().double().mean(), batch_size))
-
-    def log_dict(self, dictionary: Mapping[str, Any], *_: Any, **options: Any) -> None:
-        """Stands for `LightningModule.log_dict`."""
-        for name, value in dictionary.items():
-            self.log(name, value, **options)
-
-    def value(self, name: str) -> float:
-        """The mean over the images of all ranks."""
-        entries = self.entries[name]
-        if isinstance(entries, Metric):
-            return float(entries.compute())  # torchmetrics sums over the ranks itself
-        total, weight = sum_over_ranks(
-            [sum(float(value) * count for value, count in entries), float(sum(count for _, count in entries))]
-        )
-        return total / weight
-
-
-@contextmanager
-def _collecting(module: LightningModule) -> Iterator[_Logged]:
-    """While it lasts, what `module` logs is collected and not logged; metrics that saw something are reset after it."""
-    logged = _Logged()
-    updates = {metric: metric.update_count for metric in module.modules() if isinstance(metric, Metric)}
-    module.log, module.log_dict = logged.log, logged.log_dict  # type: ignore[method-assign,assignment]
-    try:
-        yield logged
-    finally:
-        del module.log, module.log_dict
-        for metric, count in updates.items():
-            if metric.update_count != count:
-                metric.reset()
-
-
-@contextmanager
-def validating(trainer: Trainer, module: LightningModule) -> Iterator[None]:
-    """The trainer in the validating stage and the module in eval mode for a while, so that the hooks and what stands
-    beside the network do what they do in validation."""
-    stage = trainer.state.stage
-    trainer.validating = True
-    try:
-        with evaluation_mode(module):
-            yield
-    finally:
-        trainer.state.stage = stage
-
-
-def input_shape(trainer: Trainer, scorer: Scorer, callback_name: str) -> tuple[int, ...] | None:
-    """Of one image with its batch axis; with a monitor, of the first image of the hold-out."""
-    if isinstance(scorer, HoldOut):
-        return (1, *scorer.image_shape)
-    try:
-        images, _ = next(batches_on_device(trainer, holdout_loaders(trainer, callback_name)))
-    except (TypeError, StopIteration):
-        return None  # batches of another form: MACs are not counted
-    return (1, *images.shape[1:])
+    def _value(self, most_batches: int | None = None) -> float:
+        with self.validation.without_trace() as logged:
+            if not self.validation.epoch(self.loaders, logged, most_batches):
+                raise ValueError("the hold-out is empty; give it images to score on")
+            if self.monitor not in logged.entries:
+                raise ValueError(
+                    f"monitor={self.monitor!r} is not logged by {type(self.validation.module).__name__}'s validation; "
+                    f"it logs {', '.join(logged.entries) or 'nothing'}"
+                )
+            return logged.value(self.monitor)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from functools import partial
+from itertools import islice
 from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
@@ -13,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
+from swincompress_pl.callbacks.calibration import answer_of, first_inputs, labelled_batches, network_inputs
 from swincompress_pl.callbacks.compatibility import (
     PRUNING,
     refuse_neighbours,
@@ -22,24 +25,21 @@ from swincompress_pl.callbacks.compatibility import (
     refuse_synchronized_norms,
     wrap_anew,
 )
+from swincompress_pl.callbacks.loaders import calibration_loaders, holdout_loaders
 from swincompress_pl.callbacks.random_state import RandomNumbers, rng_states, seeded
-from swincompress_pl.callbacks.scoring import (
-    holdout_loaders,
-    holdout_scorer,
-    input_shape,
-    metric_scorer,
-    training_batches,
-    validating,
-)
+from swincompress_pl.callbacks.scoring import HoldOutReader, images_and_labels, metric_scorer
 from swincompress_pl.callbacks.searched_network import (
     CoupledScales,
     pruned_tensors,
     refuse_masked_integers,
     scored_network,
     searched_network,
+    standing,
 )
+from swincompress_pl.callbacks.validation import ModuleValidation, on_device, validating
+from swincompress_pl.checkpoint.holder import has_network
 from swincompress_pl.checkpoint.hooks import keep_record
-from swincompress_pl.pruning import Gradients, collect_gradients, keep_masks
+from swincompress_pl.pruning import Gradients, HoldOut, collect_gradients, keep_masks
 from swincompress_pl.pruning.evaluation.ranks import share_buffers
 from swincompress_pl.pruning.evaluation.scorer import Scorer
 from swincompress_pl.pruning.space import SpaceConfig
@@ -77,6 +77,7 @@ class SearchCallback(Callback, ABC):
         max_images: int | None,
         holdout_size_bytes: int,
         gradient_batches: int,
+        calibration_dataloader: Any,
         model_attribute: str,
     ) -> None:
         _check_arguments(start_epoch, monitor, max_images, holdout_size_bytes, gradient_batches)
@@ -85,9 +86,11 @@ class SearchCallback(Callback, ABC):
         self.max_images = max_images
         self.holdout_size_bytes = holdout_size_bytes
         self.gradient_batches = gradient_batches
+        self.calibration_dataloader = calibration_dataloader
         self.model_attribute = model_attribute
         self._last_epoch = -1
         self._scorer: Scorer | None = None
+        self._network_checked = False
         self._masks: Any = None
         self._rng = RandomNumbers()
 
@@ -155,14 +158,17 @@ class SearchCallback(Callback, ABC):
         if stage == "fit":
             refuse_strategy(trainer, self.callback_name, PRUNING)
             refuse_neighbours(trainer, self.callback_name, PRUNING)
-            network = self._network(pl_module)
-            refuse_synchronized_norms(trainer, network, self.callback_name)
-            space = self._space(network)
-            refuse_masked_integers(trainer, pl_module, self.model_attribute, self.monitor, space.kinds)
-            refuse_sharing(pl_module, network, pruned_tensors(network, space), self.model_attribute)
+            self._network_checked = has_network(pl_module, self.model_attribute)
+            if self._network_checked:  # else configure_model or setup makes it
+                self._check_network(trainer, pl_module)
             if trainer.current_epoch == 0:  # a fresh fit; a resumed one loads its state after this hook
                 self._last_epoch = -1
                 self._forget()
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse what cannot work of a network that was not there before."""
+        if not self._network_checked:
+            self._check_network(trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make sure that there is something to score on, before the first epoch is spent; have masks kept."""
@@ -224,6 +230,13 @@ class SearchCallback(Callback, ABC):
             self._masks.remove()
             self._masks = None
 
+    def _check_network(self, trainer: Trainer, module: LightningModule) -> None:
+        network = self._network(module)
+        refuse_synchronized_norms(trainer, network, self.callback_name)
+        space = self._space(network)
+        refuse_masked_integers(trainer, module, self.model_attribute, self.monitor, space.kinds)
+        refuse_sharing(module, network, pruned_tensors(network, space), self.model_attribute)
+
     def _refuse_optimizers(self, trainer: Trainer, module: LightningModule) -> None:
         network = self._network(module)
         space = self._space(network)
@@ -244,7 +257,7 @@ class SearchCallback(Callback, ABC):
         share_buffers(self._network(module))
         with validating(trainer, module), torch.no_grad():
             assert self._scorer is not None  # made when training started
-            shape = input_shape(trainer, self._scorer, self.callback_name)
+            shape = self._input_shape(trainer, module, self._scorer)
             outcome = self._find(trainer, module, self._scorer, shape, coupled)
         self._follow(trainer, module, outcome, coupled)
         return outcome
@@ -273,27 +286,73 @@ class SearchCallback(Callback, ABC):
 
     def _make_scorer(self, trainer: Trainer, module: LightningModule) -> Scorer:
         loaders = holdout_loaders(trainer, self.callback_name)
+        validation = self._validation(trainer, module, loaders)
         if self.monitor is not None:
-            return metric_scorer(trainer, module, self.monitor, loaders)
-        return holdout_scorer(
-            trainer,
+            return metric_scorer(validation, self.monitor, loaders)
+        reader = HoldOutReader(
+            validation,
             loaders,
-            lambda network, images: self._predict(module, network, images),
-            self.max_images,
-            self.holdout_size_bytes,
+            partial(standing, module, self.model_attribute),
+            max_images=self.max_images,
+            max_size_bytes=self.holdout_size_bytes,
         )
+        predict = partial(self._predict, module)
+        return reader.with_predict(predict) if self._predicts_itself else reader.holdout(self._network(module), predict)
+
+    def _validation(
+        self, trainer: Trainer, module: LightningModule, loaders: list[Iterable[Any]] | None = None
+    ) -> ModuleValidation:
+        several = loaders is not None and len(loaders) > 1
+        return ModuleValidation(trainer, module, self.model_attribute, several_loaders=several)
+
+    @property
+    def _predicts_itself(self) -> bool:
+        """Whether a subclass says by itself what an image's logits are."""
+        return type(self).predict is not SearchCallback.predict
+
+    def _input_shape(self, trainer: Trainer, module: LightningModule, scorer: Scorer) -> tuple[int, ...]:
+        """Of one image with its batch axis, as the network gets it."""
+        if isinstance(scorer, HoldOut):
+            return (1, *scorer.image_shape)
+        loaders = holdout_loaders(trainer, self.callback_name)
+        validation = self._validation(trainer, module, loaders)
+        with validation.without_trace(), standing(module, self.model_attribute, self._network(module)):
+            validation.begin()
+            _, images = first_inputs(validation, loaders)
+        return (1, *images[0].shape[1:])
 
     def _predict(self, module: LightningModule, network: nn.Module, images: Tensor) -> Tensor:
         return self.predict(module, scored_network(module, self.model_attribute, network), images)
 
     def _gradients(self, trainer: Trainer, module: LightningModule, network: nn.Module) -> Gradients:
+        """Of the training batches' loss, by the logits that the module's step makes of the network's answer."""
+        loaders = calibration_loaders(trainer, self.calibration_dataloader, 64 * self.gradient_batches)
+        validation = self._validation(trainer, module)
         with torch.enable_grad(), seeded(trainer.current_epoch):
-            return collect_gradients(
-                network,
-                training_batches(trainer, self.gradient_batches),
-                max_batches=self.gradient_batches,
-                predict=lambda images: self._predict(module, network, images),
-            )
+            if self._predicts_itself:
+                batches = (images_and_labels(on_device(trainer, raw)) for loader in loaders for raw in loader)
+                return collect_gradients(
+                    network,
+                    batches,
+                    max_batches=self.gradient_batches,
+                    predict=lambda images: self._predict(module, network, images),
+                )
+            with validation.without_trace(), standing(module, self.model_attribute, network):
+                validation.begin()
+                return collect_gradients(
+                    network,
+                    labelled_batches(validation, loaders, self.gradient_batches),
+                    max_batches=self.gradient_batches,
+                    predict=lambda batch: answer_of(validation, batch),
+                )
+
+    def _calibration_images(self, trainer: Trainer, module: LightningModule) -> list[Tensor]:
+        """What the network gets of `gradient_batches` training batches."""
+        loaders = calibration_loaders(trainer, self.calibration_dataloader, 64 * self.gradient_batches)
+        validation = self._validation(trainer, module)
+        with seeded(trainer.current_epoch), validation.without_trace():
+            validation.begin()
+            return list(islice(network_inputs(validation, loaders), self.gradient_batches))
 
 
 def log_search(module: LightningModule, values: Mapping[str, float]) -> None:

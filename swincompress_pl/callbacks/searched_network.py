@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 from lightning import LightningModule, Trainer
 from torch import Tensor, nn
 
 from swincompress_pl.callbacks.quantization import QuantizationAwareTraining
-from swincompress_pl.checkpoint.holder import float_network, network_of
+from swincompress_pl.callbacks.scoring import answering
+from swincompress_pl.checkpoint.holder import float_network, held_by, network_of
 from swincompress_pl.pruning.space import SpaceConfig, StructuredSpace, local_space
 from swincompress_pl.pruning.structure.apply import AppliedPlan, SlicedTensor
 from swincompress_pl.quant import QuantizedNetwork
@@ -25,6 +27,15 @@ def scored_network(module: LightningModule, model_attribute: str, network: nn.Mo
     """What gives the logits of the searched `network`: itself, or its rounded values where it is quantized."""
     held = network_of(module, model_attribute)
     return _Rounded(held) if isinstance(held, QuantizedNetwork) and held.network is network else network
+
+
+@contextmanager
+def standing(module: LightningModule, model_attribute: str, network: nn.Module) -> Iterator[None]:
+    """While it lasts, what `module` calls as its network is `scored_network`: eager, and rounded where quantized."""
+    held = held_by(module, model_attribute)
+    scored = scored_network(module, model_attribute, network)
+    with nullcontext() if scored is held else answering(held, scored):
+        yield
 
 
 class _Rounded(nn.Module):

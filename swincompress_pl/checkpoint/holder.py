@@ -10,23 +10,90 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from swincompress_pl.quant import QuantizedNetwork
+from swincompress_pl.registry import UnsupportedNetworkError, adapter_for
+
+
+def held_by(module: LightningModule, model_attribute: str) -> nn.Module:
+    """What stands at `model_attribute`: the network, or `torch.compile`'s wrapper of it.
+
+    model_attribute: "net", or a path: "model.backbone", "nets.0" for a place in an nn.ModuleList. Raises AttributeError
+    naming the networks that would do.
+    """
+    found: Any = module
+    for name in model_attribute.split("."):
+        found = _child(found, name)
+    if not isinstance(found, nn.Module):
+        raise AttributeError(
+            f"model_attribute={model_attribute!r}: {type(module).__name__} has no module of that name; "
+            f"{_suggestion(module)}"
+        )
+    return found
+
+
+def _child(holder: Any, name: str) -> Any:
+    if isinstance(holder, list | tuple) and name.isdecimal() and int(name) < len(holder):
+        return holder[int(name)]
+    if isinstance(holder, dict):
+        return holder.get(name)
+    return getattr(holder, name, None)
+
+
+def _suggestion(module: LightningModule) -> str:
+    networks = [path for path, child in module.named_modules() if path and _is_supported(child)]
+    if networks:
+        return f"it holds {', '.join(networks)}. Pass model_attribute={networks[0]!r}"
+    children = [name for name, _ in module.named_children()]
+    return (
+        f"it holds {', '.join(children) or 'no modules'}, none of a supported family. Pass the name of the one to "
+        "compress, and have it there when the fit begins: made in __init__, configure_model or setup"
+    )
+
+
+def _is_supported(child: nn.Module) -> bool:
+    if isinstance(child, QuantizedNetwork):
+        return True
+    try:
+        adapter_for(child)
+    except UnsupportedNetworkError:
+        return False
+    return True
+
+
+def has_network(module: LightningModule, model_attribute: str) -> bool:
+    """Whether the network is there yet: `configure_model` and `setup` make one only when a trainer runs."""
+    try:
+        held_by(module, model_attribute)
+    except AttributeError:
+        return False
+    return True
 
 
 def network_of(module: LightningModule, model_attribute: str) -> nn.Module:
-    """The network that `module` holds; a compiled one (`torch.compile`) is unwrapped.
-
-    Raises AttributeError naming the attribute and those that would do.
-    """
-    network = getattr(module, model_attribute, None)
-    if not isinstance(network, nn.Module):
-        children = [name for name, _ in module.named_children()]
-        raise AttributeError(
-            f"model_attribute={model_attribute!r}: {type(module).__name__} has no module of that name; it holds "
-            f"{', '.join(children) or 'no modules'}. Pass the name of the one to compress."
-        )
+    """The network that `module` holds; a compiled one (`torch.compile`) is unwrapped. See `held_by`."""
+    network = held_by(module, model_attribute)
     inner = getattr(network, "_orig_mod", network)
     assert isinstance(inner, nn.Module)
     return inner
+
+
+def refuse_other_places(module: LightningModule, model_attribute: str) -> None:
+    """ValueError for a network that the module holds in a second place, or where Lightning does not see it.
+
+    An exchange would leave the second place with the old network.
+    """
+    network = network_of(module, model_attribute)
+    paths = [path for path, child in module.named_modules(remove_duplicate=False) if child is network]
+    if not paths:
+        raise ValueError(
+            f"model_attribute={model_attribute!r}: {type(module).__name__} holds it in a plain list or dictionary, "
+            "where no parameter of it is trained or saved; use nn.ModuleList or nn.ModuleDict"
+        )
+    others = [path for path in paths if path.removesuffix("._orig_mod") != model_attribute]
+    if others:
+        raise ValueError(
+            f"{type(module).__name__} holds the network at {model_attribute!r} and at {others[0]!r} as well; the other "
+            "place would keep what is not compressed. Hold it once, and refer to it by a property"
+        )
 
 
 def float_network(network: nn.Module) -> nn.Module:
@@ -39,7 +106,7 @@ def put_network(module: LightningModule, model_attribute: str, network: nn.Modul
 
     Of a quantized network the training is compiled; where that cannot be, a warning says so and it goes on uncompiled.
     """
-    held = getattr(module, model_attribute)
+    held = held_by(module, model_attribute)
     compiled, compiler = _compiler_of(held)
     if isinstance(network, QuantizedNetwork):
         if compiler is not None and network.method != "affine":
@@ -51,7 +118,9 @@ def put_network(module: LightningModule, model_attribute: str, network: nn.Modul
             )
     elif compiler is not None and network._compiled_call_impl is None:
         network = compiler(network)
-    setattr(module, model_attribute, network)
+    path, _, name = model_attribute.rpartition(".")
+    holder: Any = held_by(module, path) if path else module
+    setattr(holder, name, network)  # nn.ModuleList and nn.ModuleDict take their items so as well
 
 
 def _compiler_of(held: nn.Module) -> tuple[bool, Callable[[Any], Any] | None]:

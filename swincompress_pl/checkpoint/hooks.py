@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from lightning import LightningModule
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from swincompress_pl.checkpoint.holder import network_of, put_network
+from swincompress_pl.checkpoint.holder import has_network, network_of, put_network
 from swincompress_pl.checkpoint.record import CompressionRecord, history_in, read_checkpoint
 from swincompress_pl.checkpoint.restore import restore_from_history
 from swincompress_pl.history import history_of
@@ -63,12 +64,17 @@ def keep_record(module: LightningModule, model_attribute: str = "net") -> None:
 
     For callbacks, in `setup`. Doing it twice, or for a module with the mixin, changes nothing.
     """
-    network_of(module, model_attribute)  # a wrong name is found now
+    if not has_network(module, model_attribute) and not _may_make_it_later(module):
+        network_of(module, model_attribute)  # a wrong name is found now
     if isinstance(module, CompressionMixin) and module.model_attribute == model_attribute:
         return
     for name, first in (("on_save_checkpoint", save_to_checkpoint), ("on_load_checkpoint", _restore_from)):
         if not isinstance(vars(module).get(name), _OursFirst):
             setattr(module, name, _OursFirst(module, model_attribute, first, getattr(module, name)))
+
+
+def _may_make_it_later(module: LightningModule) -> bool:
+    return is_overridden("configure_model", module) or is_overridden("setup", module)
 
 
 class _OursFirst:

@@ -110,9 +110,10 @@ def load_module(file: Path, class_path: str) -> LightningModule:
 def quantized_network(module: LightningModule, file: Path, *, is_to_be_quantized: bool) -> Any:
     """The network of `module`; ValueError with the remedy when it is float and should not be, or the other way
     round."""
+    from swincompress_pl.checkpoint.holder import network_of
     from swincompress_pl.quant import QuantizedNetwork
 
-    network = getattr(module, getattr(module, "model_attribute", "net"), None)
+    network = network_of(module, getattr(module, "model_attribute", "net"))
     if isinstance(network, QuantizedNetwork) == is_to_be_quantized:
         if is_to_be_quantized:
             raise ValueError(f"{file} is quantized already; export it without --quantize")

@@ -24,12 +24,10 @@ _VALUES_PER_BATCH, _VALUES = 1 << 14, 1 << 18
 _UNHEARD = 2.0**-20
 
 
-def first_images(calibration: Iterable[Any], limit: int, device: torch.device) -> Tensor:
-    """The first `limit` images of an iterable of batches (images, or a sequence or mapping that starts with them), in
-    float32.
+def first_images(calibration: Iterable[Any], limit: int) -> list[Tensor]:
+    """The first `limit` images of an iterable of batches (images, or a sequence or mapping that starts with them).
 
-    Raises TypeError for batches of another form and ValueError for none at all, or of several sizes, naming what was
-    found.
+    Raises TypeError for batches of another form and ValueError for none at all, naming what was found.
     """
     batches: list[Tensor] = []
     count = 0
@@ -41,16 +39,21 @@ def first_images(calibration: Iterable[Any], limit: int, device: torch.device) -
                 f"calibration batch holds {shape}; give batches as the network takes them: normalized float images "
                 f"(N, C, H, W), or events (N, T, C, H, W), alone or first in a tuple (images, labels)"
             )
-        batches.append(ordinary(images[: limit - count], device))
+        batches.append(images[: limit - count])
         count += len(batches[-1])
         if count >= limit:
             break
     if count == 0:
         raise ValueError("calibration is empty; give at least one batch of images")
+    return batches
+
+
+def joined(batches: Sequence[Tensor], device: torch.device) -> Tensor:
+    """All images in one tensor, in float32; ValueError for images of several sizes."""
     shapes = sorted({tuple(batch.shape[1:]) for batch in batches})
     if len(shapes) > 1:
         raise ValueError(f"calibration has images of {shapes[0]} and {shapes[1]}; give images of one size")
-    return torch.cat(batches)
+    return torch.cat([ordinary(batch, device) for batch in batches])
 
 
 def micro_batches(graph: Graph, network: nn.Module, images: Tensor) -> list[Tensor]:

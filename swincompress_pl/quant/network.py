@@ -15,6 +15,7 @@ from swincompress_pl.quant.full_precision import full_precision, require_float32
 from swincompress_pl.quant.graph import Graph, Run
 from swincompress_pl.quant.graph.widths import weight_bits, with_bits
 from swincompress_pl.quant.lower import lower
+from swincompress_pl.quant.preprocessing import checked_preprocessing, pixels_of
 from swincompress_pl.quant.scale_cut import Kept, ScaleCut, check_fit, cut_scales, undo_cut
 from swincompress_pl.quant.scales import Scales
 from swincompress_pl.quant.twin import TorchTwin
@@ -22,8 +23,6 @@ from swincompress_pl.registry import adapter_for
 from swincompress_pl.spec import Program
 
 METHODS = ("searched", "max", "affine")
-# How far a normalized input may lie outside [0, 255] pixels before it is taken for a wrong normalization.
-_PIXEL_SLACK = 2.0
 _CHECKED_IMAGES = 32
 
 
@@ -180,18 +179,7 @@ class QuantizedNetwork(nn.Module):
     def pixels(self, images: Tensor) -> Tensor:
         """The uint8 pixels (N, H, W, C) of normalized images (N, C, H, W), rounded, with time behind the batch where
         there is any; ValueError if they cannot be pixels."""
-        mean, std = (
-            torch.tensor(self.preprocessing[key], device=images.device, dtype=torch.float32)[:, None, None]
-            for key in ("mean", "std")
-        )
-        real = (images.float() * std + mean) * 255
-        low, high = (real.min().item(), real.max().item()) if real.numel() else (0.0, 0.0)
-        if not (low >= -_PIXEL_SLACK and high <= 255 + _PIXEL_SLACK):
-            raise ValueError(
-                f"images reach from {low:.1f} to {high:.1f} in pixel steps; pass images normalized with mean "
-                f"{self.preprocessing['mean']} and std {self.preprocessing['std']}, without NaN"
-            )
-        return real.round().clamp(0, 255).to(torch.uint8).movedim(-3, -1).contiguous()
+        return pixels_of(images, self.preprocessing, events=self.graph.time_steps is not None)
 
     def check_pixels(self, images: Tensor) -> None:
         """ValueError where normalized images cannot be pixels, as `pixels` says; some of them at a time."""
@@ -270,31 +258,3 @@ def _take_up_signs(quantized: QuantizedNetwork, _: Any) -> None:
         quantized.unsigned = tuple(loaded)
         quantized.graph = quantized._present_graph()
         quantized.scales.retarget(quantized.graph)
-
-
-def find_preprocessing(*sources: Any) -> dict[str, Any]:
-    """The plain data of the first source that says how images are normalized (a mapping, or an object with `to_dict`).
-
-    Raises ValueError where none does; the sources that are None are passed over.
-    """
-    for source in sources:
-        as_dict: Any = source.to_dict() if hasattr(source, "to_dict") else source
-        if isinstance(as_dict, Mapping) and (source is sources[0] or (as_dict.get("mean") and as_dict.get("std"))):
-            return {key: value for key, value in as_dict.items() if isinstance(value, str | int | float | list | tuple)}
-    raise ValueError(
-        "nothing says how the images are normalized; pass preprocessing={'mean': (...), 'std': (...)} in [0, 1] units"
-    )
-
-
-def checked_preprocessing(preprocessing: Mapping[str, Any]) -> dict[str, Any]:
-    """A plain copy; ValueError naming what is missing or out of range."""
-    for key in ("mean", "std"):
-        values = preprocessing.get(key)
-        if not isinstance(values, list | tuple) or not values or not all(isinstance(v, int | float) for v in values):
-            raise ValueError(f"preprocessing[{key!r}] is {values!r}; it must list one number per image channel")
-        low, high = min(values), max(values)
-        if not (low >= 0 and high <= 1) or (key == "std" and low <= 0):
-            raise ValueError(
-                f"preprocessing[{key!r}] is {values!r}; it is given in [0, 1] units (pixel / 255), std above 0"
-            )
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in preprocessing.items()}

@@ -15,6 +15,7 @@ from swincompress_pl.quant.bits import Bits
 from swincompress_pl.quant.calibration import (
     Ranges,
     first_images,
+    joined,
     micro_batches,
     observe,
     sample_layers,
@@ -24,7 +25,8 @@ from swincompress_pl.quant.full_precision import bring_to_float32, full_precisio
 from swincompress_pl.quant.graph import Graph
 from swincompress_pl.quant.graph.spiking_nodes import NeuronNode
 from swincompress_pl.quant.layerwise import LayerwiseSearch
-from swincompress_pl.quant.network import QuantizedNetwork, find_preprocessing
+from swincompress_pl.quant.network import QuantizedNetwork
+from swincompress_pl.quant.preprocessing import check_fit, preprocessing_of
 from swincompress_pl.quant.progress import Progress
 from swincompress_pl.quant.quantizers import affine_range
 from swincompress_pl.quant.rounding import Learning, round_blocks
@@ -112,15 +114,15 @@ def quantize(
     network without an integer form.
     """
     options = _options(method, percentile, search)
-    found = find_preprocessing(
-        preprocessing, getattr(model, "preprocessing", None), getattr(model, "pretrained_cfg", None)
-    )
+    found, assumed = preprocessing_of(model, preprocessing)
     quantized = QuantizedNetwork(model, preprocessing=found, method=method, classes=classes, bits=bits)
     if quantized.graph.embeds:
         _require_wanted(quantized, embeddings)
     device = next(model.parameters()).device
-    images = first_images(calibration, calibration_images, device)
+    batches = first_images(calibration, calibration_images)
+    images = joined(batches, device)
     quantized.check_pixels(images)
+    check_fit(batches[0], quantized.preprocessing, assumed=assumed)
     bring_to_float32(model)
     with evaluation_mode(model):
         try:

@@ -21,6 +21,7 @@ from swincompress_pl.quant.bits import WIDTHS, Bits
 from swincompress_pl.quant.calibration import (
     LayerSample,
     first_images,
+    joined,
     micro_batches,
     observe,
     sample_layers,
@@ -28,7 +29,8 @@ from swincompress_pl.quant.calibration import (
 )
 from swincompress_pl.quant.full_precision import float32_network, full_precision
 from swincompress_pl.quant.graph import Graph, Node, Passthrough, Run, WeightedNode
-from swincompress_pl.quant.network import QuantizedNetwork, find_preprocessing
+from swincompress_pl.quant.network import QuantizedNetwork
+from swincompress_pl.quant.preprocessing import check_fit, preprocessing_of
 from swincompress_pl.quant.probe import Probe
 from swincompress_pl.quant.progress import Progress, track
 from swincompress_pl.quant.search import LayerProblem, best_equalization
@@ -158,21 +160,23 @@ def measure_sensitivity(
     _check_widths(widths)
     bits = Bits(activations=activations, first_and_last=8 if first_and_last is None else first_and_last)
     network = float32_network(model.network if isinstance(model, QuantizedNetwork) else model)
-    found = model.preprocessing if isinstance(model, QuantizedNetwork) else preprocessing
-    found = find_preprocessing(found, getattr(network, "preprocessing", None), getattr(network, "pretrained_cfg", None))
+    found, assumed = preprocessing_of(
+        network, model.preprocessing if isinstance(model, QuantizedNetwork) else preprocessing
+    )
     shell = QuantizedNetwork(network, preprocessing=found, bits=bits)
-    device = next(network.parameters()).device
-    images = first_images(calibration, calibration_images, device)
+    batches = first_images(calibration, calibration_images)
+    images = joined(batches, next(network.parameters()).device)
+    check_fit(batches[0], shell.preprocessing, assumed=assumed)
     shell.check_pixels(images)
     nodes = shell.graph.weighted_nodes
     measured = {node.name: sorted(set(widths)) for node in nodes}
     if first_and_last is not None:
         measured |= {node.name: [first_and_last] for node in (nodes[0], nodes[-1])}
     with standing_still(network):
-        batches = micro_batches(shell.graph, network, images)
-        changes = _changes(shell.graph, network, batches, measured, rows=rows, seed=seed, progress=progress)
-        losses = _fisher_losses(shell.graph, network, batches, changes, seed=seed, progress=progress)
-        macs = _macs(shell.graph, network, batches[0][:1])
+        parts = micro_batches(shell.graph, network, images)
+        changes = _changes(shell.graph, network, parts, measured, rows=rows, seed=seed, progress=progress)
+        losses = _fisher_losses(shell.graph, network, parts, changes, seed=seed, progress=progress)
+        macs = _macs(shell.graph, network, images[:1])
     layers = []
     for node in nodes:
         least = math.inf

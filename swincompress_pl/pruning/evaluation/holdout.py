@@ -71,6 +71,8 @@ class HoldOut:
     for labels that the logits do not have.
     """
 
+    _measured_images = 1  # of the pass that measures what each segment costs
+
     def __init__(
         self,
         images: Tensor,
@@ -161,7 +163,7 @@ class HoldOut:
         self._cache = PrefixCache(network, size_bytes=self._cache_size_bytes)
         if len(self._labels):
             with evaluation_mode(network), torch.no_grad():
-                self._cache.measure(partial(self._predict, network, self._images[:1]))
+                self._cache.measure(partial(self._predict, network, self._images[: self._measured_images]))
         return self._last_score
 
     def judge(

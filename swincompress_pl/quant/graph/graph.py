@@ -208,6 +208,15 @@ class Graph:
         name = self._spec_of[value]  # type: ignore[attr-defined]
         return None if name is None else self.quantizers[name]
 
+    def check_images(self, images: Tensor) -> None:
+        """ValueError for images of another shape than the network takes."""
+        time = () if self.time_steps is None else (self.time_steps,)
+        expected = (*time, self.channels, self.height, self.width)
+        if tuple(images.shape[1:]) != expected:
+            raise ValueError(
+                f"images have shape {tuple(images.shape)}; this network takes (N, {', '.join(map(str, expected))})"
+            )
+
     @property
     def weighted_nodes(self) -> tuple[WeightedNode, ...]:
         return tuple(node for node in self.nodes if isinstance(node, WeightedNode))
@@ -222,12 +231,7 @@ class Run:
 
     def __call__(self, images: Tensor) -> Tensor:
         """images: normalized float (N, C, H, W), or events (N, T, C, H, W) -> logits (N, classes)."""
-        time = () if self.graph.time_steps is None else (self.graph.time_steps,)
-        expected = (*time, self.graph.channels, self.graph.height, self.graph.width)
-        if tuple(images.shape[1:]) != expected:
-            raise ValueError(
-                f"images have shape {tuple(images.shape)}; this network takes (N, {', '.join(map(str, expected))})"
-            )
+        self.graph.check_images(images)
         values = self.advance({INPUT_VALUE: images}, range(len(self.graph.nodes)))
         return values[self.graph.nodes[-1].output].flatten(1)
 

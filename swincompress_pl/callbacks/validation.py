@@ -1,0 +1,287 @@
+"""The module's own validation, run for its answers: on batches as the trainer hands them over, and without a trace.
+
+`training_step` is never called: under manual optimization it steps.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any
+
+import torch
+from lightning import LightningModule, Trainer
+from lightning.pytorch.utilities.data import extract_batch_size
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch import Tensor, nn
+from torchmetrics import Metric
+
+from swincompress_pl.callbacks.loaders import leaves
+from swincompress_pl.checkpoint.holder import held_by
+from swincompress_pl.evaluation_mode import evaluation_mode
+from swincompress_pl.pruning.evaluation.ranks import sum_over_ranks
+
+
+@contextmanager
+def validating(trainer: Trainer, module: LightningModule) -> Iterator[None]:
+    """The trainer in the validating stage and the module in eval mode for a while, so that the hooks and what stands
+    beside the network do what they do in validation."""
+    stage = trainer.state.stage
+    trainer.validating = True
+    try:
+        with evaluation_mode(module):
+            yield
+    finally:
+        trainer.state.stage = stage
+
+
+def on_device(trainer: Trainer, batch: Any, loader_index: int = 0) -> Any:
+    """A batch as a step gets it: in the trainer's precision, on its device, after the module's hooks."""
+    batch = trainer.precision_plugin.convert_input(batch)
+    batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=loader_index)
+    return trainer.strategy.batch_to_device(batch, dataloader_idx=loader_index)
+
+
+class ModuleValidation:
+    """`module.validation_step` and the hooks around it.
+
+    several_loaders: whether the step is told of which loader a batch is.
+    """
+
+    def __init__(
+        self, trainer: Trainer, module: LightningModule, model_attribute: str, *, several_loaders: bool = False
+    ) -> None:
+        self.trainer, self.module, self.model_attribute = trainer, module, model_attribute
+        self.several_loaders = several_loaders
+        self.has_step = is_overridden("validation_step", module)
+        self.has_forward = is_overridden("forward", module)
+
+    @contextmanager
+    def without_trace(self) -> Iterator[Logged]:
+        """What the module logs is collected and not logged; metrics, buffers and plain attributes of the module and
+        of what stands beside the network are afterwards as they were."""
+        logged = Logged(self.several_loaders)
+        module = self.module
+        with _state_kept(module, held_by(module, self.model_attribute)), _metrics_kept(self.trainer):
+            module.log, module.log_dict = logged.log, logged.log_dict  # type: ignore[method-assign,assignment]
+            try:
+                yield logged
+            finally:
+                del module.log, module.log_dict
+
+    def begin(self) -> None:
+        """The hooks before the first batch."""
+        self.module.on_validation_start()
+        self.module.on_validation_epoch_start()
+
+    def step(self, batch: Any, index: int, loader_index: int) -> Any:
+        """One step, on a batch as `on_device` gives it; of a module without a validation step, its `forward` or else
+        the network alone, on the batch's first images."""
+        if not self.has_step:
+            return self._forward(batch)
+        arguments = self._arguments(batch, index, loader_index)
+        with self.trainer.precision_plugin.val_step_context():
+            return self.module.validation_step(*arguments)
+
+    def _forward(self, batch: Any) -> Any:
+        images = next((leaf for leaf in leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim >= 3), None)
+        if images is None:
+            raise ValueError(
+                f"{type(self.module).__name__} has no validation_step, and its batches ({type(batch).__name__}) have "
+                "no images (N, C, H, W) to run it on; give it a validation_step"
+            )
+        run = self.module if self.has_forward else held_by(self.module, self.model_attribute)
+        with self.trainer.precision_plugin.val_step_context():
+            return run(images)
+
+    def epoch(self, loaders: Iterable[Iterable[Any]], logged: Logged, most_batches: int | None = None) -> int:
+        """A validation whole, or of `most_batches` of each loader; gives how many batches there were."""
+        seen = 0
+        self.begin()
+        for loader_index, loader in enumerate(loaders):
+            for index, raw in enumerate(islice(loader, most_batches)):
+                batch = on_device(self.trainer, raw, loader_index)
+                logged.batch, logged.loader_index = batch, loader_index
+                hook_arguments = (batch, index, loader_index) if self.several_loaders else (batch, index)
+                self.module.on_validation_batch_start(*hook_arguments)
+                output = self.step(batch, index, loader_index)
+                self.module.on_validation_batch_end(output, *hook_arguments)
+                seen += 1
+        logged.batch = None
+        logged.fill(self.trainer)
+        self.module.on_validation_epoch_end()
+        self.module.on_validation_end()
+        return seen
+
+    def _arguments(self, batch: Any, index: int, loader_index: int) -> tuple[Any, ...]:
+        """What the module's validation_step takes of (batch, batch_idx, dataloader_idx)."""
+        step, several = self.module.validation_step, self.several_loaders
+        if is_param_in_hook_signature(step, "dataloader_idx", explicit=not several, min_args=3 if several else None):
+            return batch, index, loader_index
+        return (batch, index) if is_param_in_hook_signature(step, "batch_idx", min_args=2) else (batch,)
+
+
+class Logged:
+    """What a module logged: {name: [(value, images), ...]}, or a `Metric` that has seen it all."""
+
+    def __init__(self, several_loaders: bool) -> None:
+        self.entries: dict[str, list[tuple[Tensor, int]] | Metric] = {}
+        self.batch: Any = None  # the one at hand, None at the end of the epoch
+        self.loader_index = 0
+        self._several_loaders = several_loaders
+        self._no_mean: dict[str, Any] = {}  # names that are logged with another reduction than the mean
+
+    def log(
+        self,
+        name: str,
+        value: Any,
+        *_: Any,
+        batch_size: int | None = None,
+        reduce_fx: Any = "mean",
+        add_dataloader_idx: bool = True,
+        **__: Any,
+    ) -> None:
+        """Stands for `LightningModule.log`."""
+        self._log(name, value, batch_size, reduce_fx)
+        if self._several_loaders and add_dataloader_idx and self.batch is not None:
+            self._log(f"{name}/dataloader_idx_{self.loader_index}", value, batch_size, reduce_fx)
+
+    def _log(self, name: str, value: Any, batch_size: int | None, reduce_fx: Any) -> None:
+        if isinstance(value, Metric):
+            self.entries[name] = value
+            return
+        if reduce_fx not in ("mean", torch.mean):
+            self._no_mean[name] = reduce_fx
+        if batch_size is None:
+            batch_size = 1 if self.batch is None else extract_batch_size(self.batch)
+        entries = self.entries.setdefault(name, [])
+        if isinstance(entries, Metric):
+            raise ValueError(f"{name} is logged as a torchmetrics Metric and as a number; log one of them")
+        entries.append((torch.as_tensor(value).detach().double(), batch_size))
+
+    def log_dict(self, dictionary: Mapping[str, Any], *_: Any, **options: Any) -> None:
+        """Stands for `LightningModule.log_dict`."""
+        for name, value in dictionary.items():
+            self.log(name, value, **options)
+
+    def value(self, name: str) -> float:
+        """The mean over the images of all ranks; ValueError for what is no single number."""
+        entries = self.entries[name]
+        if isinstance(entries, Metric):
+            return self._single(name, entries.compute())  # torchmetrics sums over the ranks itself
+        if name in self._no_mean:
+            raise ValueError(
+                f"monitor={name!r} is logged with reduce_fx={self._no_mean[name]!r}; only a mean can be followed by "
+                "pruning"
+            )
+        total, weight = sum_over_ranks(
+            [
+                sum(self._single(name, value) * count for value, count in entries),
+                float(sum(count for _, count in entries)),
+            ]
+        )
+        return total / weight
+
+    def _single(self, name: str, value: Any) -> float:
+        value = torch.as_tensor(value)
+        if value.numel() != 1:
+            raise ValueError(
+                f"monitor={name!r} has the shape {tuple(value.shape)}, a value per class perhaps; a single number is "
+                "needed: monitor one that is averaged (torchmetrics: average='macro')"
+            )
+        return float(value)
+
+    def fill(self, trainer: Trainer) -> None:
+        """Let `trainer.callback_metrics` say what was logged so far, as Lightning does before a validation's end."""
+        known = trainer._logger_connector._callback_metrics
+        for name, entries in self.entries.items():
+            if isinstance(entries, Metric):
+                known[name] = torch.as_tensor(entries.compute())
+            elif name not in self._no_mean and all(value.numel() == 1 for value, _ in entries):
+                known[name] = torch.tensor(self.value(name), dtype=torch.float32)
+
+
+@contextmanager
+def _metrics_kept(trainer: Trainer) -> Iterator[None]:
+    """`trainer.callback_metrics` is afterwards what it was."""
+    connector = trainer._logger_connector
+    kept = connector._callback_metrics
+    connector._callback_metrics = dict(kept)
+    try:
+        yield
+    finally:
+        connector._callback_metrics = kept
+
+
+@contextmanager
+def _state_kept(module: LightningModule, network: nn.Module) -> Iterator[None]:
+    """What `module` knows beside its parameters is afterwards as it was: metrics, buffers, numbers, lists.
+
+    The network is left out: it is in eval mode, and it is what changes.
+    """
+    inside = {id(part) for part in network.modules()}
+    restore = [_remembered(part) for part in module.modules() if id(part) not in inside]
+    try:
+        yield
+    finally:
+        for put_back in restore:
+            put_back()
+
+
+def _remembered(part: nn.Module) -> Callable[[], None]:
+    """A function that brings `part` back to what it is now."""
+    own = vars(part)
+    names = _metric_state(part) if isinstance(part, Metric) else {name for name in own if not name.startswith("_")}
+    undo = [_kept(own[name]) for name in sorted(names & own.keys())]
+    values = {name: own[name] for name in names & own.keys()}
+    modules, buffers = dict(part._modules), dict(part._buffers)
+    undo += [_kept(buffer) for buffer in buffers.values()]
+
+    def put_back() -> None:
+        for each in undo:
+            each()
+        if not isinstance(part, Metric):
+            for name in [name for name in own if not name.startswith("_") and name not in values]:
+                del own[name]
+        own.update(values)
+        for mine, kept in ((part._modules, modules), (part._buffers, buffers)):
+            for name in mine.keys() - kept.keys():
+                del mine[name]
+            mine.update(kept)  # type: ignore[arg-type]  # each its own kind
+
+    return put_back
+
+
+def _metric_state(metric: Metric) -> set[str]:
+    return {*metric._defaults, "_update_count", "_computed", "_forward_cache", "_cache", "_is_synced", "_update_called"}
+
+
+def _kept(value: Any) -> Callable[[], None]:
+    """A function that brings a value which may be changed in place back to what it is now, what it holds included."""
+    if isinstance(value, Tensor) and not value.requires_grad:
+        copied, version = value.detach().clone(), _version(value)
+
+        def restore_tensor() -> None:
+            if _version(value) != version:
+                value.copy_(copied)
+
+        return restore_tensor
+    if type(value) not in (list, dict, set):
+        return lambda: None
+    inner = [_kept(each) for each in (value.values() if isinstance(value, dict) else value)]
+    before = copy.copy(value)
+
+    def restore_collection() -> None:
+        for each in inner:
+            each()
+        value.clear()
+        value.extend(before) if isinstance(value, list) else value.update(before)
+
+    return restore_collection
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version

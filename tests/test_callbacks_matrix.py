@@ -1,0 +1,89 @@
+"""Modules x compressions x loaders x what is done with the result: right to the image, or refused by name.
+
+Quick: every pair of values of two factors meets in some cell. Slow: all cells, which have to be those of the committed
+table; `python tests/test_callbacks_matrix.py docs/matrix.md` writes it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+from support.matrix_cases import ACTIONS, COMPRESSIONS, FORMS, MODULES, Cell
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::UserWarning"),  # Lightning's, about few workers and short epochs
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
+FACTORS: tuple[Sequence[str], ...] = (tuple(MODULES), COMPRESSIONS, FORMS, ACTIONS)
+TABLE = Path(__file__).parents[1] / "docs" / "matrix.md"
+
+
+def pairs(cell: tuple[str, ...]) -> set[tuple[tuple[int, str], ...]]:
+    return set(itertools.combinations(enumerate(cell), 2))
+
+
+def pairwise() -> list[tuple[str, ...]]:
+    """Cells in which each pair of values of two factors occurs: again and again the one with the most new pairs."""
+    cells = {cell: pairs(cell) for cell in itertools.product(*FACTORS)}
+    missing = set().union(*cells.values())
+    chosen = []
+    while missing:
+        best = max(cells, key=lambda cell: len(cells[cell] & missing))
+        chosen.append(best)
+        missing -= cells[best]
+    return chosen
+
+
+CELLS = pairwise()
+
+
+def test_every_pair_is_in_a_cell_and_there_are_few() -> None:
+    assert set().union(*map(pairs, CELLS)) == set().union(*map(pairs, itertools.product(*FACTORS)))
+    assert len(CELLS) <= 60
+
+
+@pytest.mark.parametrize(("module", "compression", "form", "action"), CELLS)
+def test_pairwise(tmp_path: Path, module: str, compression: str, form: str, action: str) -> None:
+    assert Cell(module, compression, form, tmp_path).check(action) == expected(compression, action)
+
+
+def expected(compression: str, action: str) -> str:
+    floats = compression in ("structured", "weights")
+    return "refused: not quantized" if floats and action == "export" else "right"
+
+
+@pytest.mark.slow
+def test_the_full_product_is_the_committed_table() -> None:
+    assert table() == TABLE.read_text()
+
+
+def table() -> str:
+    """Markdown: a row for each module, compression and loader, a column for each action."""
+    lines = [
+        "# Every module, loader and compression",
+        "",
+        "Written by `python tests/test_callbacks_matrix.py docs/matrix.md`. *right*: the trainer validated what the",
+        "network answers without the module, or the engine on raw pixels where there are integers, to the image. What",
+        "networks that are not quantized cannot do is refused by name.",
+        "",
+        f"| module | compression | loader | {' | '.join(ACTIONS)} |",
+        "|---" * (3 + len(ACTIONS)) + "|",
+    ]
+    return "\n".join([*lines, *rows()]) + "\n"
+
+
+def rows() -> Iterator[str]:
+    for module, compression, form in itertools.product(*FACTORS[:3]):
+        with tempfile.TemporaryDirectory() as folder:
+            cell = Cell(module, compression, form, Path(folder))
+            found = [cell.check(action) for action in ACTIONS]
+        yield f"| {module} | {compression} | {form} | {' | '.join(found)} |"
+
+
+if __name__ == "__main__":
+    Path(sys.argv[1]).write_text(table())
