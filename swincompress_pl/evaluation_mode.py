@@ -1,4 +1,5 @@
-"""A network in another mode for a while: in evaluation, frozen, or in float64; then all is as it was."""
+"""A network in another mode for a while: in evaluation, frozen, or in float64; then all is as it was. And tensors that
+are none of inference mode."""
 
 from __future__ import annotations
 
@@ -84,6 +85,34 @@ def gradients(parameters: Iterable[nn.Parameter], *, wanted: bool) -> Iterator[N
     finally:
         for parameter in changed:
             parameter.requires_grad_(not wanted)
+
+
+@contextmanager
+def outside_inference_mode() -> Iterator[None]:
+    """Not in `torch.inference_mode()` for a while: what it makes takes no gradients, ever. Whether gradients are
+    recorded stays as it is."""
+    if not torch.is_inference_mode_enabled():
+        yield
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def replace_inference_tensors(network: nn.Module) -> None:
+    """Copies in the places of parameters and buffers that were made in inference mode, which can be neither trained nor
+    written to outside it. Shared ones stay shared."""
+    copies: dict[int, Tensor] = {}
+    for module in network.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None and tensor.is_inference():
+                    copy = copies.setdefault(id(tensor), _copied(tensor))
+                    tensors[name] = copy  # type: ignore[assignment]
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    copy = tensor.detach().clone()
+    return nn.Parameter(copy, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copy
 
 
 @contextmanager

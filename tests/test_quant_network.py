@@ -234,7 +234,6 @@ def test_unknown_normalization_is_refused() -> None:
         ("deit_tiny_distilled_patch16_224", {}, "VisionTransformerDistilled.*no integer form"),
         ("VisionTransformer", {**VIT, "qk_norm": True}, "blocks.0.attn"),
         ("VisionTransformer", {**VIT, "global_pool": "map"}, "global_pool='map'"),
-        ("VisionTransformer", {**VIT, "num_classes": 0}, "num_classes"),
         ("VisionTransformer", {**VIT, "patch_drop_rate": 0.5}, "patch_drop_rate"),
         ("resnet18", {}, "no adapter"),
     ],

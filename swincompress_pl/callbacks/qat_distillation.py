@@ -19,7 +19,8 @@ from swincompress_pl.quant import QuantizedNetwork
 
 
 class Distillation:
-    """A module's training loss becomes (1 - weight) * its own + weight * T^2 KL(teacher || student).
+    """A module's training loss becomes (1 - weight) * its own + weight * T^2 KL(teacher || student); of features, for a
+    head outside the network, weight * their relative squared error.
 
     The teacher sees the very images that `training_step` gives to the network (mixed, augmented), so nothing of the
     module has to be known but the attribute that holds the network. weight: above 0, at most 1; temperature T: above 0.
@@ -63,7 +64,7 @@ class Distillation:
                 outcome = step(*args, **kwargs)
             finally:
                 handle.remove()
-            return outcome if outcome is None else self._joined(module, outcome, seen)
+            return outcome if outcome is None else self._joined(module, outcome, seen, embeds=network.graph.embeds)
 
         module.training_step = distilled  # type: ignore[method-assign]
         self._module = module
@@ -74,7 +75,7 @@ class Distillation:
             vars(self._module).pop("training_step", None)
             self._module = None
 
-    def _joined(self, module: LightningModule, outcome: Any, seen: list[tuple[Tensor, Tensor]]) -> Any:
+    def _joined(self, module: LightningModule, outcome: Any, seen: list[tuple[Tensor, Tensor]], *, embeds: bool) -> Any:
         seen = [(images, logits) for images, logits in seen if logits.requires_grad]
         loss = outcome.get("loss") if isinstance(outcome, Mapping) else outcome
         if not seen or not isinstance(loss, Tensor):
@@ -83,15 +84,17 @@ class Distillation:
                 + ("gives no loss" if seen else "does not call the network with gradients")
                 + "; return the loss of logits that the network gives, or pass distillation=0"
             )
-        taught = torch.stack([self._loss(images, logits) for images, logits in seen]).mean()
+        taught = torch.stack([self._loss(images, logits, embeds=embeds) for images, logits in seen]).mean()
         module.log("qat/distillation", taught.detach(), on_step=False, on_epoch=True, batch_size=len(seen[0][0]))
         joint = (1 - self.weight) * loss + self.weight * taught
         return {**outcome, "loss": joint} if isinstance(outcome, Mapping) else joint
 
-    def _loss(self, images: Tensor, logits: Tensor) -> Tensor:
+    def _loss(self, images: Tensor, logits: Tensor, *, embeds: bool) -> Tensor:
         assert self.teacher is not None
         with torch.no_grad():
-            taught = self.teacher(images)
+            taught: Tensor = self.teacher(images.to(next(self.teacher.parameters()).dtype))
+        if embeds:  # features have no classes; in the unit of their own mean square
+            return (logits.float() - taught.float()).square().mean() / taught.float().square().mean()
         return distillation_loss(logits.float(), taught.float(), self.temperature)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,6 +11,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from swincompress_pl.callbacks.averages import refuse_averages
 from swincompress_pl.callbacks.awaited_epoch import AwaitedEpoch
@@ -41,6 +42,7 @@ from swincompress_pl.pruning.evaluation.ranks import gather_results
 from swincompress_pl.quant import Bits, QuantizedNetwork, SearchOptions, quantize
 from swincompress_pl.quant.fidelity import check_graph
 from swincompress_pl.quant.folding import refuse_altered
+from swincompress_pl.quant.full_precision import bring_to_float32
 from swincompress_pl.quant.preprocessing import find_preprocessing
 from swincompress_pl.quant.silent_hooks import warn_of_silent_hooks
 
@@ -314,10 +316,12 @@ class QuantizationAwareTraining(TrainingPass):
         )
         if self._distillation is not None:
             self._distillation.take_teacher(network)
+        formats = {parameter: parameter.dtype for parameter in network.parameters()}
         with seeded(trainer.current_epoch):
             images = self._calibration(trainer, module)
             quantized = self._quantized(trainer, module, network, images)
         quantized.keep_mode()
+        _cast_state(trainer.optimizers, formats)
         put_network(module, self.model_attribute, quantized)
         if self.learn_scales:
             quantized.learn_scales()
@@ -356,6 +360,7 @@ class QuantizationAwareTraining(TrainingPass):
             raise RuntimeError(f"rank 0 failed while calibrating: {outcome}")
         if result is None:
             result = QuantizedNetwork(network, **outcome[0])
+            bring_to_float32(network)
             result.scales.load_state_dict(outcome[1])
         return result
 
@@ -374,6 +379,7 @@ class QuantizationAwareTraining(TrainingPass):
             preprocessing=self._found_preprocessing,
             calibration_images=self.calibration_images,
             classes=_class_names(trainer),
+            embeddings=True,  # a network without a classifier has its head in the module
         )
 
     def _learn(self, trainer: Trainer, module: LightningModule, network: QuantizedNetwork) -> None:
@@ -430,6 +436,16 @@ class QuantizationAwareTraining(TrainingPass):
     @staticmethod
     def _of_data(trainer: Trainer) -> Any:
         return getattr(getattr(trainer, "datamodule", None), "preprocessing", None)
+
+
+def _cast_state(optimizers: Sequence[Optimizer], formats: Mapping[nn.Parameter, torch.dtype]) -> None:
+    """What optimizers keep in a parameter's number format follows it to another; formats: those before."""
+    for optimizer in optimizers:
+        for parameter in formats.keys() & optimizer.state.keys():
+            state, old = optimizer.state[parameter], formats[parameter]
+            for key, value in state.items():
+                if isinstance(value, Tensor) and value.dtype is old is not parameter.dtype:
+                    state[key] = value.to(parameter.dtype)
 
 
 def _freeze(trainer: Trainer, network: QuantizedNetwork) -> None:

@@ -14,6 +14,7 @@ from swincompress_pl.pruning.structure.plan import PruningPlan
 from swincompress_pl.pruning.structure.regrow import regrow_latest_plan
 from swincompress_pl.pruning.structure.weight_masks import register_masks, remove_masks, undo_latest_masks
 from swincompress_pl.quant import QuantizedNetwork
+from swincompress_pl.quant.full_precision import bring_to_float32
 from swincompress_pl.quant.silent_hooks import warn_of_silent_hooks
 
 
@@ -26,6 +27,7 @@ def _replay_prune(network: nn.Module, data: Mapping[str, Any]) -> nn.Module:
 
 def _replay_quantize(network: nn.Module, data: Mapping[str, Any]) -> nn.Module:
     quantized = QuantizedNetwork(network, **data)
+    bring_to_float32(network)
     quantized.keep_mode()
     warn_of_silent_hooks(network, quantized.graph)
     return quantized

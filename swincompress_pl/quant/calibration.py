@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from swincompress_pl.evaluation_mode import gradients
+from swincompress_pl.quant.full_precision import ordinary
 from swincompress_pl.quant.graph import Graph, Node, Passthrough, QuantizerSpec, Run, WeightedNode
+from swincompress_pl.quant.probe import Probe
+
+# Images that are calibrated on together: at most so many, and so few that what a backward pass keeps stays below this.
+_IMAGES_TOGETHER, _BYTES_TOGETHER = 8, 1 << 30
+# Values of a quantizer that a percentile is taken from: of a micro-batch, and of all.
+_VALUES_PER_BATCH, _VALUES = 1 << 14, 1 << 18
+# The weight of the errors of an output without sensitivity beside others, whose largest is about 1.
+_UNHEARD = 2.0**-20
 
 
 def first_images(calibration: Iterable[Any], limit: int) -> list[Tensor]:
@@ -35,6 +46,41 @@ def first_images(calibration: Iterable[Any], limit: int) -> list[Tensor]:
     if count == 0:
         raise ValueError("calibration is empty; give at least one batch of images")
     return batches
+
+
+def joined(batches: Sequence[Tensor], device: torch.device) -> Tensor:
+    """All images in one tensor, in float32; ValueError for images of several sizes."""
+    shapes = sorted({tuple(batch.shape[1:]) for batch in batches})
+    if len(shapes) > 1:
+        raise ValueError(f"calibration has images of {shapes[0]} and {shapes[1]}; give images of one size")
+    return torch.cat([ordinary(batch, device) for batch in batches])
+
+
+def micro_batches(graph: Graph, network: nn.Module, images: Tensor) -> list[Tensor]:
+    """`images` in parts of a size that hangs on the graph alone; the network is in eval mode.
+
+    What is sampled from them, and the memory that it takes, are then the same whatever the batches of the caller were.
+    """
+    each = bytes_of_backward(graph, network, images[:1])
+    return list(images.split(max(1, min(_IMAGES_TOGETHER, _BYTES_TOGETHER // each))))
+
+
+def bytes_of_backward(graph: Graph, network: nn.Module, image: Tensor) -> int:
+    """About what the network keeps of each image for a backward pass, at least 1: what two keep more than one does."""
+
+    def kept_of(images: Tensor) -> int:
+        sizes: list[int] = []
+
+        def keep(tensor: Tensor) -> Tensor:
+            sizes.append(tensor.numel() * tensor.element_size())
+            return tensor
+
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            Run(graph, network, Passthrough())(images.clone().requires_grad_(True))
+        return sum(sizes)
+
+    with gradients(network.parameters(), wanted=False):
+        return max(1, kept_of(torch.cat([image, image])) - kept_of(image))
 
 
 @dataclass
@@ -67,7 +113,7 @@ class Ranges:
 class RangeObserver(Passthrough):
     """Keeps the true extremes of quantized values, where an outlier of one pixel counts, and a sample of rows."""
 
-    def __init__(self, *, values_per_batch: int = 1 << 14, seed: int = 0) -> None:
+    def __init__(self, *, values_per_batch: int, seed: int = 0) -> None:
         self.ranges: dict[str, Ranges] = {}
         self._values_per_batch = values_per_batch
         self._generator = torch.Generator().manual_seed(seed)
@@ -80,14 +126,19 @@ class RangeObserver(Passthrough):
                 f"activation quantizer {spec.name!r} sees NaN or infinite values in calibration; check the images "
                 "and the weights before it"
             )
-        count = max(1, self._values_per_batch // rows.shape[1])
-        some = rows[torch.randint(len(rows), (count,), generator=self._generator).to(rows.device)]
+        some = self._sample(rows)
         known = self.ranges.get(spec.name)
         if known is not None:
             low, high = torch.minimum(low, known.low), torch.maximum(high, known.high)
             some = torch.cat([known.rows, some])
         self.ranges[spec.name] = Ranges(low, high, some)
         return x
+
+    def _sample(self, rows: Tensor) -> Tensor:
+        if not self._values_per_batch:
+            return rows[:0]
+        count = max(1, self._values_per_batch // rows.shape[1])
+        return rows[torch.randint(len(rows), (count,), generator=self._generator).to(rows.device)]
 
 
 @dataclass
@@ -99,7 +150,43 @@ class LayerSample:
 
     @property
     def rows(self) -> tuple[Tensor, Tensor]:
-        return torch.cat(self.inputs), torch.cat(self.sensitivity)
+        """The inputs, and what the errors of each output are weighted with: `usable` sensitivities."""
+        return torch.cat(self.inputs), usable(torch.cat(self.sensitivity))
+
+    @property
+    def has_signal(self) -> bool:
+        """Whether the sensitivities say anything: there is one that is not 0, and all are finite."""
+        return any(bool(part.any()) for part in self.sensitivity) and all(
+            bool(torch.isfinite(part).all()) for part in self.sensitivity
+        )
+
+
+def without_signal(samples: Mapping[str, LayerSample]) -> tuple[str, ...]:
+    """The layers whose sensitivities say nothing, with a warning that names the first."""
+    silent = tuple(name for name, sample in samples.items() if not sample.has_signal)
+    if silent:
+        warnings.warn(
+            f"{len(silent)} of {len(samples)} layers have no influence on the network's answers on the calibration "
+            f"images, {silent[0]} the first of them: what rounding them costs is not seen, and only their own error "
+            "decides on their scales. Is the network trained, and do the images differ?",
+            stacklevel=2,
+        )
+    return silent
+
+
+def usable(sensitivity: Tensor) -> Tensor:
+    """The sensitivities (R, M) as weights whose squares neither vanish nor overflow: times a power of two, which leaves
+    every comparison of errors as it is.
+
+    An output that nothing says anything about weighs all its rows alike, and next to nothing beside others. Where that
+    are all outputs, or a value is not finite, every error counts as it is.
+    """
+    largest = sensitivity.abs().max()
+    if not (torch.isfinite(largest) and largest > 0):
+        return torch.ones_like(sensitivity)
+    half, odd = divmod(-math.frexp(float(largest))[1], 2)  # in two steps, neither of which leaves float32
+    scaled = sensitivity * 2.0**half * 2.0 ** (half + odd)
+    return torch.where(scaled.any(0), scaled, _UNHEARD)
 
 
 class LayerSampler(Passthrough):
@@ -121,24 +208,17 @@ class LayerSampler(Passthrough):
         output.register_hook(lambda grad: sample.sensitivity.append(grad.reshape(-1, grad.shape[-1])[picked].detach()))
 
 
-def observe(graph: Graph, network: nn.Module, batches: Sequence[Tensor]) -> dict[str, Ranges]:
-    """Extremes of every quantizer's values over the batches."""
-    observer = RangeObserver()
+def observe(
+    graph: Graph, network: nn.Module, batches: Sequence[Tensor], *, percentile: float | None = None
+) -> dict[str, Ranges]:
+    """Extremes of every quantizer's values over the batches; with some of the values where a percentile asks for
+    them."""
+    sampled = 0 if percentile is None else min(_VALUES_PER_BATCH, _VALUES // len(batches))
+    observer = RangeObserver(values_per_batch=sampled)
     with torch.no_grad():
         for images in batches:
             Run(graph, network, observer)(images)
     return observer.ranges
-
-
-def probe(logits: Tensor, signs: torch.Generator) -> Tensor:
-    """sum_k r_k sqrt(p_k) log p_k over all images, with random signs r.
-
-    The square of its gradient has the diagonal of the Gauss-Newton matrix of the KL divergence to the float output as
-    its expectation (the gradient of that divergence itself is zero at the float network).
-    """
-    log_p = logits.float().log_softmax(-1)
-    sign = torch.randint(0, 2, log_p.shape, generator=signs).to(log_p.device) * 2 - 1
-    return (log_p * (log_p.detach() / 2).exp() * sign).sum()
 
 
 def sample_layers(
@@ -146,14 +226,14 @@ def sample_layers(
 ) -> dict[str, LayerSample]:
     """Inputs and output sensitivities of every weighted layer, about `rows` rows each.
 
-    The sensitivity is the gradient of a `probe`. Source: the objective of PTQ4ViT (arXiv 2111.12293) with a Hutchinson
+    The sensitivity is the gradient of a `Probe`. Source: the objective of PTQ4ViT (arXiv 2111.12293) with a Hutchinson
     estimate.
     """
     sampler = LayerSampler(network, rows_per_batch=max(1, rows // len(batches)), seed=seed)
-    signs = torch.Generator().manual_seed(seed + 1)
+    probe = Probe.of(graph, network, batches, seed=seed + 1)
     with gradients(network.parameters(), wanted=False):
         for images in batches:
             with torch.enable_grad():
                 logits = Run(graph, network, sampler)(images.detach().clone().requires_grad_(True))
-                probe(logits, signs).backward()
+                probe(logits).backward()
     return sampler.samples

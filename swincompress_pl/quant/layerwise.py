@@ -97,6 +97,7 @@ class LayerwiseSearch:
             q_max=127 if spec is None else spec.q_max,
             signed=True if spec is None else spec.signed,
             weight_q_max=weight_q_max,
+            step=node.exact_step(weight, weight_q_max),
         )
 
     def _without_sign(

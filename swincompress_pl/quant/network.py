@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from swincompress_pl.history import follow_size, history_of, origin_of
 from swincompress_pl.quant.bits import Bits
+from swincompress_pl.quant.full_precision import full_precision, require_float32
 from swincompress_pl.quant.gradient_checkpointing import CheckpointedRun, checkpointed_paths
 from swincompress_pl.quant.graph import Graph, Run
 from swincompress_pl.quant.graph.widths import weight_bits, with_bits
@@ -23,6 +24,7 @@ from swincompress_pl.registry import adapter_for, size_of
 from swincompress_pl.spec import Program
 
 METHODS = ("searched", "max", "affine")
+_CHECKED_IMAGES = 32
 
 
 class QuantizedNetwork(nn.Module):
@@ -35,12 +37,19 @@ class QuantizedNetwork(nn.Module):
 
     preprocessing: mapping with "mean" and "std" (per channel, [0, 1] units) of the normalization; stored in the
     artifact whole. method "affine" is a simulation in both modes and has no Program. bits: see `Bits`; unsigned: names
-    of activation quantizers whose codes have no sign. learned_scales: as after `learn_scales`.
+    of activation quantizers whose codes have no sign. learned_scales: as after `learn_scales`. without_signal: layers
+    that had no influence on the answers when the scales were searched.
+
+    Weights and scales are float32 and stay so: what casts a module (`half()`, `to(torch.bfloat16)`) moves this one only
+    (`quantize` brings a network of another number format to float32). Images of any floating type are taken, and
+    logits are float32. A network without a classifier gives its features, in the type of the images, for the head
+    outside it.
     """
 
     _told = False  # that compiled training does no gradient checkpointing
     _mode_before: bool | None = None  # a training pass
 
+    @full_precision()
     def __init__(
         self,
         network: nn.Module,
@@ -51,6 +60,7 @@ class QuantizedNetwork(nn.Module):
         bits: Bits | str | Mapping[str, Any] = "W8A8",
         unsigned: Sequence[str] = (),
         learned_scales: bool = False,
+        without_signal: Sequence[str] = (),
     ) -> None:
         super().__init__()
         if method not in METHODS:
@@ -62,7 +72,7 @@ class QuantizedNetwork(nn.Module):
         self.preprocessing = checked_preprocessing(preprocessing)
         self.method = method
         self.classes = None if classes is None else tuple(classes)
-        self.bits, self.unsigned = Bits.of(bits), tuple(unsigned)
+        self.bits, self.unsigned, self.without_signal = Bits.of(bits), tuple(unsigned), tuple(without_signal)
         self.graph = self._present_graph()
         self.scales = Scales(self.graph, network, weight_bits(self.graph, self.bits), affine=method == "affine")
         self.register_load_state_dict_post_hook(_take_up_signs)  # type: ignore[no-untyped-call]
@@ -89,6 +99,8 @@ class QuantizedNetwork(nn.Module):
         }
         if self.scales.adjustment is not None:
             quantized["learned_scales"] = True
+        if self.without_signal:
+            quantized["without_signal"] = list(self.without_signal)
         history = history_of(self.network)
         return [*history[: self._entries_before], {"quantize": quantized}, *history[self._entries_before :]]
 
@@ -137,17 +149,23 @@ class QuantizedNetwork(nn.Module):
         return self.scales.fixed(self.graph, self.network)
 
     def forward(self, images: Tensor) -> Tensor:
+        answers = self._answers(images)
+        return answers.to(images.dtype) if self.graph.embeds else answers
+
+    def _answers(self, images: Tensor) -> Tensor:
         if self.training and self._compiled is not None:
             self._tell_of_checkpointing()
             # Learned scales are computed before it, where what is wrong with them can be raised.
-            return self._compiled(Run(self.graph, self.network, self.scales.quantizer()), images)
+            require_float32(self)
+            return self._compiled(Run(self.graph, self.network, self.scales.quantizer()), images.float())
         if self.training or self.method == "affine":
             return self.fake_quantized(images)
         return self.integer_logits(self.pixels(images)).to(torch.float32) * self.twin().program.logit_scale
 
     def fake_quantized(self, images: Tensor) -> Tensor:
         """The float simulation, whatever the mode; with gradient checkpointing where `network` has it on."""
-        return CheckpointedRun(self.graph, self.network, self.scales.quantizer())(images)
+        require_float32(self)
+        return CheckpointedRun(self.graph, self.network, self.scales.quantizer())(images.float())
 
     def compile(self, *args: Any, **options: Any) -> None:
         """As `nn.Module.compile`, for the fake quantization of training alone: evaluation is integer arithmetic that
@@ -178,8 +196,15 @@ class QuantizedNetwork(nn.Module):
         there is any; ValueError if they cannot be pixels."""
         return pixels_of(images, self.preprocessing, events=self.graph.time_steps is not None)
 
+    def check_pixels(self, images: Tensor) -> None:
+        """ValueError where normalized images cannot be pixels, as `pixels` says; some of them at a time."""
+        for part in images.split(_CHECKED_IMAGES):
+            self.pixels(part)
+
+    @full_precision()
     def to_program(self) -> Program:
         """The integer Program with the present weights and scales."""
+        require_float32(self)
         if self.method == "affine":
             raise ValueError(
                 "method 'affine' is a simulation with zero-points; quantize with 'searched' or 'max' to export"
@@ -192,6 +217,26 @@ class QuantizedNetwork(nn.Module):
             classes=self.classes,
             origin=origin_of(self.network, self.compression_history),
         )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedNetwork:
+        """What moves every module moves this; what casts it to another number format leaves it in float32."""
+        refused: set[torch.dtype] = set()
+
+        def moved(tensor: Tensor) -> Tensor:
+            result = fn(tensor)
+            if not result.is_floating_point() or result.dtype is torch.float32:
+                return result
+            refused.add(result.dtype)
+            return tensor.to(result.device, torch.float32)
+
+        super()._apply(moved, recurse)  # type: ignore[no-untyped-call]
+        if refused:
+            warnings.warn(
+                f"a QuantizedNetwork keeps its weights and scales in float32; the cast to {min(map(str, refused))} "
+                "changed none of them",
+                stacklevel=2,
+            )
+        return self
 
     def train(self, mode: bool = True) -> QuantizedNetwork:
         """As for every module; and the twin is built anew, see `forget_twin`."""

@@ -7,14 +7,23 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from swincompress_pl._deprecated import renamed, renamed_attributes
 from swincompress_pl.evaluation_mode import evaluation_mode
 from swincompress_pl.quant.bits import Bits
-from swincompress_pl.quant.calibration import Ranges, first_images, observe, sample_layers
+from swincompress_pl.quant.calibration import (
+    Ranges,
+    first_images,
+    joined,
+    micro_batches,
+    observe,
+    sample_layers,
+    without_signal,
+)
 from swincompress_pl.quant.fidelity import check_graph
 from swincompress_pl.quant.folding import with_plain_layers
+from swincompress_pl.quant.full_precision import bring_to_float32, full_precision
 from swincompress_pl.quant.graph import Graph
 from swincompress_pl.quant.graph.spiking_nodes import NeuronNode
 from swincompress_pl.quant.layerwise import LayerwiseSearch
@@ -25,6 +34,7 @@ from swincompress_pl.quant.quantizers import affine_range
 from swincompress_pl.quant.rounding import Learning, round_blocks
 from swincompress_pl.quant.search import max_step
 from swincompress_pl.quant.silent_hooks import warn_of_silent_hooks
+from swincompress_pl.registry import UnsupportedNetworkError
 
 # 16-bit values and logits keep the true maximum and leave room above it: a bit there is free, clipping is not.
 HEADROOM = 2.0
@@ -68,6 +78,7 @@ class SearchOptions:
 
 @renamed(images="calibration_images")
 @torch.no_grad()
+@full_precision()
 def quantize(
     model: nn.Module,
     calibration: Iterable[Any],
@@ -79,6 +90,7 @@ def quantize(
     percentile: float | None = None,
     search: SearchOptions | Mapping[str, Any] | None = None,
     classes: Sequence[str] | None = None,
+    embeddings: bool = False,
     progress: Progress = False,
 ) -> QuantizedNetwork:
     """Quantizes a supported network to integers without training.
@@ -86,7 +98,8 @@ def quantize(
     model: a network with an adapter (timm Swin or ViT), in any mode; it is wrapped, not copied. Its weights stay, but
     for the search options that say otherwise.
     calibration: batches as the network takes them, normalized float (N, C, H, W), alone or first in a tuple; the first
-    `calibration_images` images are used.
+    `calibration_images` images are used, a few at a time whatever the batches' size. A network in another number
+    format than float32 is brought to float32, in place.
     method: "searched" (scales searched under the Gauss-Newton error), "max" (symmetric, clipped at the maximum),
     "affine" (min-max with offset; a simulation for comparison that cannot be exported).
     bits: "W8A8", "W4A8", ..., or `Bits`. percentile: where the clip of an activation begins ("searched") or stays
@@ -94,6 +107,8 @@ def quantize(
     "searched" only.
     preprocessing: mapping with "mean" and "std" of the images; default: the network's own (`network.preprocessing`, or
     timm's `pretrained_cfg`). classes: names for the artifact.
+    embeddings: True takes a network without a classifier (num_classes=0), too: its integers are the pooled features,
+    for a head outside it; `classes` are not its own then.
     progress: True shows bars in the terminal; a function is called with (what is done, steps done, steps in all).
 
     Warns of hooks on modules of the network, which do not fire from then on. The modules keep their modes.
@@ -107,16 +122,19 @@ def quantize(
     quantized = with_plain_layers(
         model, lambda: QuantizedNetwork(model, preprocessing=found, method=method, classes=classes, bits=bits)
     )
+    if quantized.graph.embeds:
+        _require_wanted(quantized, embeddings)
     warn_of_silent_hooks(model, quantized.graph)
     device = next(model.parameters()).device
-    batches = [batch.to(device) for batch in first_images(calibration, calibration_images)]
-    for batch in batches:
-        quantized.pixels(batch)  # refuses images of another normalization
+    batches = first_images(calibration, calibration_images)
+    images = joined(batches, device)
+    quantized.check_pixels(images)
     check_fit(batches[0], quantized.preprocessing, assumed=assumed)
-    check_graph(quantized.graph, model, batches[0])
+    bring_to_float32(model)
+    check_graph(quantized.graph, model, images)
     with evaluation_mode(model):
         try:
-            _find_scales(quantized.eval(), batches, options, percentile, progress)
+            _find_scales(quantized.eval(), images, options, percentile, progress)
         finally:
             quantized.train()  # as it was made; `model` gets its own modes back after it
     return quantized
@@ -124,13 +142,14 @@ def quantize(
 
 def _find_scales(
     quantized: QuantizedNetwork,
-    batches: Sequence[torch.Tensor],
+    images: Tensor,
     options: SearchOptions | None,
     percentile: float | None,
     progress: Progress,
 ) -> None:
     """Calibrates; with options, searches and rounds as they say."""
-    ranges = observe(quantized.graph, quantized.network, batches)
+    batches = micro_batches(quantized.graph, quantized.network, images)
+    ranges = observe(quantized.graph, quantized.network, batches, percentile=percentile)
     _require_spikes(quantized.graph, ranges)
     clips = {name: entry.clip(percentile) for name, entry in ranges.items()}
     _set_ranges(quantized, ranges, clips)
@@ -138,6 +157,7 @@ def _find_scales(
         _secure_steps(quantized)
         return
     samples = sample_layers(quantized.graph, quantized.network, batches, rows=options.rows, seed=options.seed)
+    quantized.without_signal = without_signal(samples)
     LayerwiseSearch(
         quantized,
         {name: entry.bounds(percentile) for name, entry in ranges.items()},
@@ -164,6 +184,16 @@ def _require_spikes(graph: Graph, ranges: Mapping[str, Ranges]) -> None:
         )
 
 
+def _require_wanted(quantized: QuantizedNetwork, embeddings: bool) -> None:
+    """UnsupportedNetworkError for embeddings that nobody asked for: who takes them for logits gets no classes."""
+    if not embeddings:
+        raise UnsupportedNetworkError(
+            f"{type(quantized.network).__name__}: {quantized.graph.nodes[-1].name} is Identity, so it has no classes; "
+            "pass embeddings=True where a head outside it reads its features, or make it with num_classes > 0"
+        )
+    quantized.classes = None
+
+
 def _options(
     method: str, percentile: float | None, search: SearchOptions | Mapping[str, Any] | None
 ) -> SearchOptions | None:
@@ -183,7 +213,7 @@ def _options(
         raise ValueError(f"search: {error}; the options are {', '.join(SearchOptions.__dataclass_fields__)}") from error
 
 
-def _set_ranges(quantized: QuantizedNetwork, ranges: Mapping[str, Ranges], clips: Mapping[str, torch.Tensor]) -> None:
+def _set_ranges(quantized: QuantizedNetwork, ranges: Mapping[str, Ranges], clips: Mapping[str, Tensor]) -> None:
     """The starting point, and the end of the methods without search: everything at its clip."""
     for spec in quantized.graph.quantizers.values():
         if spec.fixed_scale is not None:
@@ -210,9 +240,7 @@ def _set_ranges(quantized: QuantizedNetwork, ranges: Mapping[str, Ranges], clips
             weight.step.copy_(max_step(folded, weight.q_max))
 
 
-def _set_affine(
-    scale: torch.Tensor, zero_point: torch.Tensor, low: torch.Tensor, high: torch.Tensor, bits: int
-) -> None:
+def _set_affine(scale: Tensor, zero_point: Tensor, low: Tensor, high: Tensor, bits: int) -> None:
     step = (high - low) / (2**bits - 1)
     scale.copy_(torch.where(step > 0, step, 1.0))
     zero_point.copy_(torch.round(affine_range(bits)[0] - low / scale).to(torch.int32))

@@ -50,12 +50,13 @@ class ActivationQuantizer(nn.Module):
         super().__init__()
         self.spec, self.affine = spec, affine
         known = math.nan if spec.fixed_scale is None else spec.fixed_scale
-        self.register_buffer("scale", torch.full((len(spec.segments),), known))
+        self.register_buffer("scale", torch.full((len(spec.segments),), known, dtype=torch.float32))
         if spec.equalized:
-            self.register_buffer("equalization", torch.ones(spec.channels))
+            self.register_buffer("equalization", torch.ones(spec.channels, dtype=torch.float32))
         self.register_buffer("signed", torch.tensor([spec.signed], dtype=torch.uint8))
         if spec.can_center:
-            self.register_buffer("centering", torch.zeros(spec.channels if spec.equalized else 1))
+            channels = spec.channels if spec.equalized else 1
+            self.register_buffer("centering", torch.zeros(channels, dtype=torch.float32))
         if affine:
             self.register_buffer("zero_point", torch.zeros(len(spec.segments), dtype=torch.int32))
 
@@ -129,7 +130,7 @@ class WeightQuantizer(nn.Module):
     def __init__(self, rows: int, *, bits: int, affine: bool) -> None:
         super().__init__()
         self.bits, self.affine = bits, affine
-        self.register_buffer("step", torch.full((rows,), math.nan))
+        self.register_buffer("step", torch.full((rows,), math.nan, dtype=torch.float32))
         if affine:
             self.register_buffer("zero_point", torch.zeros(rows, dtype=torch.int32))
 

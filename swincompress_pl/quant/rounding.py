@@ -19,9 +19,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from swincompress_pl.quant.calibration import probe
 from swincompress_pl.quant.graph import Delegating, Node, Passthrough, Quantizer, Run, WeightedNode
 from swincompress_pl.quant.network import QuantizedNetwork
+from swincompress_pl.quant.probe import Probe
 from swincompress_pl.quant.progress import Progress, track
 from swincompress_pl.quant.scales import Scales
 from swincompress_pl.spec import INPUT_VALUE
@@ -67,8 +67,9 @@ def round_blocks(
             _compensate(node, numbers, integer, given)
         if float_run is not None:
             wanted = [float_run.advance(values, numbers) for values in wanted]
-            block = _Block(integer, numbers, given, wanted, importance)
-            _learn(block, _rates(nodes, integer, learning.lr), learning)
+            rates = _rates(nodes, integer, learning.lr)
+            if rates:  # the end of a network without a classifier has no parameters
+                _learn(_Block(integer, numbers, given, wanted, importance), rates, learning)
         given = [integer.advance(values, numbers) for values in given]
 
 
@@ -148,9 +149,9 @@ def second_order_rounding(weight: Tensor, step: Tensor, gram: Tensor, q_max: int
 def _sensitivities(run: Run, batches: Sequence[Tensor], seed: int) -> dict[str, Tensor]:
     """{what a block gives: (1, rows, C) the mean square of the loss's gradient there over all images, 1 on average}.
 
-    The gradient is that of a `probe`.
+    The gradient is that of a `Probe`; squares of small ones need float64. Where it says nothing all is 1.
     """
-    signs = torch.Generator().manual_seed(seed)
+    probe = Probe.of(run.graph, run.network, batches, seed=seed)
     total: dict[str, Tensor] = {}
     for images in batches:
         values: Mapping[str, Tensor] = {INPUT_VALUE: images.detach().clone().requires_grad_(True)}
@@ -159,12 +160,15 @@ def _sensitivities(run: Run, batches: Sequence[Tensor], seed: int) -> dict[str, 
             for numbers in run.graph.blocks():
                 values = run.advance(values, numbers)
                 ends |= values
-            answer = probe(values[run.graph.nodes[-1].output].flatten(1), signs)
+            answer = probe(values[run.graph.nodes[-1].output].flatten(1))
         for name, gradient in zip(ends, torch.autograd.grad(answer, list(ends.values())), strict=True):
-            total[name] = total.get(name, 0.0) + gradient.square().sum(0, keepdim=True)
-    return {
-        name: squares / squares.mean().clamp(min=torch.finfo(squares.dtype).tiny) for name, squares in total.items()
-    }
+            total[name] = total.get(name, 0.0) + gradient.double().square().sum(0, keepdim=True)
+    return {name: _relative(squares).to(batches[0].dtype) for name, squares in total.items()}
+
+
+def _relative(squares: Tensor) -> Tensor:
+    mean = squares.mean()
+    return squares / mean if bool(torch.isfinite(mean) & (mean > 0)) else torch.ones_like(squares)
 
 
 class _Block:
@@ -178,11 +182,8 @@ class _Block:
     ) -> None:
         (self._start,), (self._end,) = tuple(given[0]), tuple(wanted[0])
         self._integer, self._numbers, self._given, self._wanted = integer, numbers, given, wanted
-        self._starts = torch.cat([values[self._start] for values in given])
-        self._ends = torch.cat([values[self._end] for values in wanted])
-        self._weight = importance.get(self._end, self._ends.new_ones(()))
-        self.images = len(self._starts)
-        self.device = self._starts.device
+        self._weight = importance.get(self._end, wanted[0][self._end].new_ones(()))
+        self.images = sum(len(values[self._start]) for values in given)
 
     def total_error(self) -> float:
         """Over all images."""
@@ -191,10 +192,17 @@ class _Block:
 
     def loss(self, picked: Tensor) -> Tensor:
         """The mean error of these images."""
-        return self._errors({self._start: self._starts[picked]}, self._ends[picked]).mean()
+        start, end = _picked(self._given, self._start, picked), _picked(self._wanted, self._end, picked)
+        return self._errors({self._start: start}, end).mean()
 
     def _errors(self, values: dict[str, Tensor], wanted: Tensor) -> Tensor:
         return (self._integer.advance(values, self._numbers)[self._end] - wanted).square() * self._weight
+
+
+def _picked(values: Values, name: str, images: Tensor) -> Tensor:
+    """Some images of a value; all batches but the last are of one size."""
+    size = len(values[0][name])
+    return torch.stack([values[image // size][name][image % size] for image in images.tolist()])
 
 
 def _rates(nodes: Sequence[WeightedNode], integer: Run, lr: float) -> dict[nn.Parameter, float]:
@@ -237,7 +245,7 @@ def _learn(block: _Block, rates: Mapping[nn.Parameter, float], learning: Learnin
         adam = torch.optim.Adam([{"params": [p], "lr": rate} for p, rate in rates.items()])
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam, learning.iterations)
         for _ in range(learning.iterations):
-            picked = torch.randperm(block.images, generator=generator)[: learning.batch_images].to(block.device)
+            picked = torch.randperm(block.images, generator=generator)[: learning.batch_images]
             with torch.enable_grad():
                 gradients = torch.autograd.grad(block.loss(picked), parameters)
             for parameter, gradient, zeros in zip(parameters, gradients, pruned, strict=True):

@@ -7,14 +7,15 @@ under a diagonal Gauss-Newton error.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 SPACING = 1.19 / 100
-CANDIDATES = torch.tensor([0.01 + i * SPACING for i in range(101)])
+CANDIDATES = torch.tensor([0.01 + i * SPACING for i in range(101)], dtype=torch.float32)
 # Every fourth candidate is tried, then the neighbours of the best: the error hardly jumps in between.
 _STRIDE = 4
 _NEIGHBOURS = [offset * SPACING for offset in range(1 - _STRIDE, _STRIDE) if offset]
@@ -38,9 +39,16 @@ def max_step(weight: Tensor, q_max: int = 127) -> Tensor:
 def best_factor(error: Callable[[float], Tensor]) -> float:
     """The candidate of least error: among every fourth, then among the neighbours of the best of them."""
     coarse = [float(factor) for factor in CANDIDATES[::_STRIDE]]
-    centre = coarse[int(torch.stack([error(factor) for factor in coarse]).argmin())]
+    centre = _widest_of_least(error, coarse)
     fine = [centre, *(factor for offset in _NEIGHBOURS if (factor := centre + offset) >= float(CANDIDATES[0]))]
-    return fine[int(torch.stack([error(factor) for factor in fine]).argmin())]
+    return _widest_of_least(error, fine)
+
+
+def _widest_of_least(error: Callable[[float], Tensor], factors: Sequence[float]) -> float:
+    """Of candidates with the same error, as where nothing is at stake, the widest range clips least."""
+    errors = torch.stack([error(factor) for factor in factors]).nan_to_num(nan=torch.inf)
+    least = (errors == errors.min()).tolist()
+    return max(factor for factor, is_least in zip(factors, least, strict=True) if is_least)
 
 
 @dataclass(kw_only=True)
@@ -49,7 +57,7 @@ class LayerProblem:
 
     `q_max`, `signed` and `magnitude` describe the input's quantizer; magnitude None: the input is exact (pixels).
     centering: (K,) or (1,), what its codes stand for beyond the values; magnitude is that of the sum. weight_q_max:
-    largest code of the weights.
+    largest code of the weights. step: (M,) of weights that are exact at it; None: it is searched.
     """
 
     x: Tensor
@@ -60,6 +68,7 @@ class LayerProblem:
     q_max: int = 127
     signed: bool = True
     weight_q_max: int = 127
+    step: Tensor | None = None
 
     def __post_init__(self) -> None:
         self.target = self.x @ self.weight.T
@@ -81,13 +90,15 @@ class LayerProblem:
         )
 
     def best_step(self, x: Tensor) -> Tensor:
+        if self.step is not None:
+            return self.step
         largest = self.weight.abs().amax(1) / (self.weight_q_max + 0.5)
         best, factor = torch.full_like(largest, torch.inf), torch.ones_like(largest)
 
         def attempt(tried: Tensor) -> None:
             nonlocal best, factor
             error = self.error(x, self.quantized_weight(largest * tried))
-            better = error < best
+            better = (error < best) | ((error == best) & (tried > factor))  # of equal ones the widest
             best, factor = torch.where(better, error, best), torch.where(better, tried, factor)
 
         for candidate in CANDIDATES[::_STRIDE]:
@@ -187,7 +198,9 @@ def best_centered_scale(
     """
     low, high = bounds
 
-    least_width = max(-low, high, torch.finfo(values.dtype).tiny) / 4  # constant values need no tiny steps
+    largest = max(-low, high, torch.finfo(values.dtype).tiny)
+    least_width = largest / 4  # constant values need no tiny steps
+    unit = 2.0 ** math.frexp(largest)[1]  # squares of errors far below 1 would vanish
 
     def fit(low: float, high: float) -> tuple[float, float]:
         return max(high - low, least_width) / (2 * q_max), -(low + high) / 2
@@ -195,9 +208,9 @@ def best_centered_scale(
     def error(low: float, high: float) -> float:
         scale, centering = fit(low, high)
         rounded = fake_quantize(values + centering, torch.tensor(scale), q_max) - centering
-        return float(((rounded - values) * sensitivity).square_().mean())
+        return float(((rounded - values) / unit * sensitivity).square_().mean())
 
-    factors = [float(factor) for factor in CANDIDATES[10::3]]
+    factors = [float(factor) for factor in CANDIDATES[10::3].flip(0)]  # of equal ones the widest
     top, bottom = high, low
     for _ in range(2):
         top = min((high * factor for factor in factors), key=lambda end: error(bottom, end)) if high > 0 else high

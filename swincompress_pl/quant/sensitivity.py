@@ -18,10 +18,20 @@ from torch import Tensor, nn
 from swincompress_pl._deprecated import renamed
 from swincompress_pl.evaluation_mode import standing_still
 from swincompress_pl.quant.bits import WIDTHS, Bits
-from swincompress_pl.quant.calibration import LayerSample, first_images, observe, probe, sample_layers
+from swincompress_pl.quant.calibration import (
+    LayerSample,
+    first_images,
+    joined,
+    micro_batches,
+    observe,
+    sample_layers,
+    without_signal,
+)
+from swincompress_pl.quant.full_precision import float32_network, full_precision
 from swincompress_pl.quant.graph import Graph, Node, Passthrough, Run, WeightedNode
 from swincompress_pl.quant.network import QuantizedNetwork
 from swincompress_pl.quant.preprocessing import check_fit, preprocessing_of
+from swincompress_pl.quant.probe import Probe
 from swincompress_pl.quant.progress import Progress, track
 from swincompress_pl.quant.search import LayerProblem, best_equalization
 from swincompress_pl.quant.text_table import text_table
@@ -122,6 +132,7 @@ class Sensitivity:
 
 
 @renamed(images="calibration_images")
+@full_precision()
 def measure_sensitivity(
     model: nn.Module,
     calibration: Iterable[Any],
@@ -148,24 +159,24 @@ def measure_sensitivity(
     """
     _check_widths(widths)
     bits = Bits(activations=activations, first_and_last=8 if first_and_last is None else first_and_last)
-    network = model.network if isinstance(model, QuantizedNetwork) else model
+    network = float32_network(model.network if isinstance(model, QuantizedNetwork) else model)
     found, assumed = preprocessing_of(
         network, model.preprocessing if isinstance(model, QuantizedNetwork) else preprocessing
     )
     shell = QuantizedNetwork(network, preprocessing=found, bits=bits)
-    device = next(network.parameters()).device
-    batches = [batch.to(device) for batch in first_images(calibration, calibration_images)]
+    batches = first_images(calibration, calibration_images)
+    images = joined(batches, next(network.parameters()).device)
     check_fit(batches[0], shell.preprocessing, assumed=assumed)
-    for batch in batches:
-        shell.pixels(batch)  # refuses images of another normalization
+    shell.check_pixels(images)
     nodes = shell.graph.weighted_nodes
     measured = {node.name: sorted(set(widths)) for node in nodes}
     if first_and_last is not None:
         measured |= {node.name: [first_and_last] for node in (nodes[0], nodes[-1])}
     with standing_still(network):
-        changes = _changes(shell.graph, network, batches, measured, rows=rows, seed=seed, progress=progress)
-        losses = _fisher_losses(shell.graph, network, batches, changes, seed=seed, progress=progress)
-        macs = _macs(shell.graph, network, batches[0][:1])
+        parts = micro_batches(shell.graph, network, images)
+        changes = _changes(shell.graph, network, parts, measured, rows=rows, seed=seed, progress=progress)
+        losses = _fisher_losses(shell.graph, network, parts, changes, seed=seed, progress=progress)
+        macs = _macs(shell.graph, network, images[:1])
     layers = []
     for node in nodes:
         least = math.inf
@@ -194,6 +205,7 @@ def _changes(
     """{(layer, width): (M, K...) what rounding at the searched steps changes in its weight}."""
     ranges = observe(graph, network, batches)
     samples = sample_layers(graph, network, batches, rows=rows, seed=seed)
+    without_signal(samples)
     changes = {}
     for node in track(graph.weighted_nodes, "searching steps", progress):
         sample, spec = samples.pop(node.name), graph.spec_of(node.inputs[0])
@@ -223,7 +235,14 @@ def _change(
             x, weight, sensitivity, bounds, center=False, q_max=input_q_max, weight_q_max=q_max
         )
         x, weight = x / ratios, weight * ratios
-    problem = LayerProblem(x=x, weight=weight, sensitivity=sensitivity, magnitude=None, weight_q_max=q_max)
+    problem = LayerProblem(
+        x=x,
+        weight=weight,
+        sensitivity=sensitivity,
+        magnitude=None,
+        weight_q_max=q_max,
+        step=node.exact_step(weight, q_max),
+    )
     rounded = problem.quantized_weight(problem.best_step(x)) / ratios.to(weight)
     return rounded.reshape(float_weight.shape) - float_weight
 
@@ -263,14 +282,13 @@ def _fisher_losses(
     product with dW has dW' F dW of these images as its expectation. Unlike a sum over single outputs this sees that
     the errors of all tokens come from one weight and add up.
     """
-    images = torch.cat(list(batches))
-    parts = images.split(max(1, len(images) // _PROBES))
-    signs = torch.Generator().manual_seed(seed + 2)
+    images, probe = torch.cat(list(batches)), Probe.of(graph, network, batches, seed=seed + 2)
+    parts = images.split(max(1, min(len(batches[0]), len(images) // _PROBES)))
     total = dict.fromkeys(changes, 0.0)
     for part in track(parts, "measuring layers", progress):
         leaves = _Leaves()
         with torch.enable_grad():
-            probe(Run(graph, network, leaves)(part), signs).backward()
+            probe(Run(graph, network, leaves)(part)).backward()
         for (name, width), change in changes.items():
             gradient = leaves.weights[name].grad
             if gradient is not None:

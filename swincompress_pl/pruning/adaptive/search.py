@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from swincompress_pl.evaluation_mode import evaluation_mode
+from swincompress_pl.evaluation_mode import evaluation_mode, outside_inference_mode, replace_inference_tensors
 from swincompress_pl.pruning.adaptive.config import AdaptivePruningConfig
 from swincompress_pl.pruning.adaptive.rounds import (
     CoupledState,
@@ -92,6 +92,7 @@ class SearchSession:
     what the config asks for is not given, or the state is of another network or other settings.
     """
 
+    @outside_inference_mode()
     def __init__(
         self,
         network: nn.Module,
@@ -109,12 +110,14 @@ class SearchSession:
                 f"criterion={config.criterion!r} needs gradients: give gradients=lambda network: "
                 "collect_gradients(network, batches)"
             )
+        replace_inference_tensors(network)
         self.network, self.config = network, config
         self.evaluator = as_evaluator(evaluate)
         self._input_shape, self._collect = input_shape, gradients
         self._gradients: Gradients | None = None  # of the network as it stands, where they were needed
         self.state = self._begun() if state is None else state
 
+    @outside_inference_mode()
     def round(
         self,
         *,
@@ -165,6 +168,7 @@ class SearchSession:
         self._gradients = None
         self.evaluator.network_changed()
 
+    @outside_inference_mode()
     def finish(self) -> AppliedPlan:
         """With `shrink="end"`: slice away what the masks have taken, and the masks of those weights with it."""
         return finish_search(self.network, self.config)
@@ -182,7 +186,7 @@ class SearchSession:
             check_on_trial(self.network, config, heard, self._input_shape)
             if 0 < baseline <= 1:
                 warnings.warn(
-                    f"the baseline is {baseline:g} points of 100; does evaluate return a fraction?", stacklevel=4
+                    f"the baseline is {baseline:g} points of 100; does evaluate return a fraction?", stacklevel=6
                 )
             curves = {}
             if config.order == "sensitivity" and config.ranking == "local":
@@ -214,6 +218,7 @@ class SearchSession:
         return self._gradients
 
 
+@outside_inference_mode()
 def prune(
     network: nn.Module,
     evaluate: Evaluate | Scorer,

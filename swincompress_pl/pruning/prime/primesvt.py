@@ -20,7 +20,7 @@ from typing import Any
 from torch import nn
 
 from swincompress_pl._deprecated import renamed
-from swincompress_pl.evaluation_mode import evaluation_mode
+from swincompress_pl.evaluation_mode import evaluation_mode, outside_inference_mode, replace_inference_tensors
 from swincompress_pl.pruning.criteria import Gradients
 from swincompress_pl.pruning.evaluation.scorer import Evaluate, Scorer, as_evaluator
 from swincompress_pl.pruning.prime.config import PrimeSVTConfig
@@ -32,6 +32,7 @@ from swincompress_pl.pruning.structure.cost import count_macs, count_parameters
 
 
 @renamed(memo="evaluation_cache")
+@outside_inference_mode()
 def primesvt(
     network: nn.Module,
     evaluate: Evaluate | Scorer,
@@ -57,6 +58,7 @@ def primesvt(
     mode, with membranes that are kept between calls, or without a single spike on the hold-out; and where not even
     `max_sparsity` on every layer saves what is asked for. Whatever is raised, the network is left as it was.
     """
+    replace_inference_tensors(network)
     started, config, evaluator = time.monotonic(), config or PrimeSVTConfig(), as_evaluator(evaluate)
     with evaluation_mode(network):
         search = Search(
@@ -98,5 +100,5 @@ def primesvt(
         change=search.change or Change(applied=nothing_applied()),
     )
     if not result.met:
-        warnings.warn(f"PrimeSVT: {result.summary()}", stacklevel=3)
+        warnings.warn(f"PrimeSVT: {result.summary()}", stacklevel=4)
     return result

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from swincompress_pl.evaluation_mode import outside_inference_mode
 from swincompress_pl.history import append_entry, drop_latest_entry, history_of
 from swincompress_pl.layer_types import LAYERS, alteration, full_name
 from swincompress_pl.pruning.structure.groups import Attribute, ClassSwap, Group, validate_units
@@ -47,6 +48,7 @@ class AppliedPlan:
         return next((t for t in self.tensors if t.old is parameter), None)
 
 
+@outside_inference_mode()
 def apply_plan(network: nn.Module, plan: PruningPlan, *, groups: Iterable[Group] | None = None) -> AppliedPlan:
     """Remove from `network`, physically and in place, the units that `plan` does not keep.
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from swincompress_pl.evaluation_mode import outside_inference_mode
 from swincompress_pl.history import append_entry, derives_its_history, drop_latest_entry, history_of
 
 MASK_SUFFIX = "_mask"
@@ -234,6 +235,7 @@ def _check_maskable(network: nn.Module, names: Iterable[str]) -> None:
             )
 
 
+@outside_inference_mode()
 def _add_masks(network: nn.Module, names: Iterable[str]) -> None:
     for name in names:
         path, _, leaf = name.rpartition(".")

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from swincompress_pl._deprecated import renamed
 from swincompress_pl.evaluation_mode import standing_still
-from swincompress_pl.quant.diagnosis.errors import Key, checked_labels, first_nodes
+from swincompress_pl.quant.diagnosis.errors import Key, checked_labels, first_nodes, require_classes
+from swincompress_pl.quant.full_precision import full_precision
 from swincompress_pl.quant.graph import Delegating, QuantizerSpec, Run, WeightedNode, float_logits
 from swincompress_pl.quant.network import QuantizedNetwork
 from swincompress_pl.quant.progress import Progress, track
@@ -54,6 +55,7 @@ class QuantizerCost:
 
 
 @renamed(batch="batch_size")
+@full_precision()
 def quantizer_costs(
     quantized: QuantizedNetwork,
     images: Tensor,
@@ -69,8 +71,9 @@ def quantizer_costs(
     or labels that do not fit.
     """
     labels = checked_labels(quantized, images, labels)
+    require_classes(quantized)
     with standing_still(quantized), torch.no_grad():
-        return measure_costs(quantized, images, labels, batch_size=batch_size, progress=progress)
+        return measure_costs(quantized, images.float(), labels, batch_size=batch_size, progress=progress)
 
 
 def cost_table(costs: Sequence[QuantizerCost]) -> str:

@@ -23,7 +23,9 @@ from swincompress_pl.quant.diagnosis.errors import (
     checked_labels,
     error_table,
     measure_errors,
+    require_classes,
 )
+from swincompress_pl.quant.full_precision import full_precision
 from swincompress_pl.quant.graph import float_logits
 from swincompress_pl.quant.network import QuantizedNetwork
 from swincompress_pl.quant.progress import Progress
@@ -37,7 +39,8 @@ class Diagnosis:
 
     simulated: the float simulation against the float network; integer: the specification, None for method "affine".
     paired: counts of right and wrong predictions before and after (integers, or the simulation where there are none),
-    None without labels. layers: {layer: (weight bits, number of weights)}.
+    None without labels. layers: {layer: (weight bits, number of weights)}. without_signal: layers that had no influence
+    on the answers in calibration, so that the search for their scales minded their own errors alone.
     """
 
     method: str
@@ -50,6 +53,7 @@ class Diagnosis:
     errors: tuple[QuantizationError, ...]
     costs: tuple[QuantizerCost, ...]
     histograms: tuple[Histogram, ...]
+    without_signal: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """The fields in JSON types, with a version."""
@@ -71,15 +75,18 @@ class Diagnosis:
             "layers": {layer["name"]: (layer["bits"], layer["weights"]) for layer in data["layers"]},
             "errors": tuple(QuantizationError(**error) for error in data["errors"]),
             "costs": tuple(QuantizerCost.from_dict(cost) for cost in data["costs"]),
+            "without_signal": tuple(data.get("without_signal", ())),
             "histograms": tuple(Histogram(**{**each, "counts": tuple(each["counts"])}) for each in data["histograms"]),
         }
         return cls(**plain | read)
 
     def __str__(self) -> str:
-        return "\n\n".join(part for part in (cost_table(self.costs), error_table(self.errors)) if part)
+        silent = f"without influence in calibration: {', '.join(self.without_signal)}" if self.without_signal else ""
+        return "\n\n".join(part for part in (cost_table(self.costs), error_table(self.errors), silent) if part)
 
 
 @renamed(batch="batch_size")
+@full_precision()
 def diagnose(
     quantized: QuantizedNetwork,
     images: Tensor,
@@ -98,6 +105,8 @@ def diagnose(
     Raises ValueError for images or labels that do not fit.
     """
     labels = checked_labels(quantized, images, labels)
+    require_classes(quantized)
+    images = images.float()
     with standing_still(quantized), torch.no_grad():
         parts = images.split(batch_size)
         expected = torch.cat([float_logits(quantized.graph, quantized.network, part) for part in parts])
@@ -121,6 +130,7 @@ def diagnose(
         },
         errors=tuple(found),
         costs=tuple(rows),
+        without_signal=quantized.without_signal,
         histograms=tuple(samples[key].histogram(key) for key in shown if key in samples),
     )
 

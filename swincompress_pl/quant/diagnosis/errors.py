@@ -11,6 +11,7 @@ from torch import Tensor
 
 from swincompress_pl._deprecated import renamed
 from swincompress_pl.evaluation_mode import standing_still
+from swincompress_pl.quant.full_precision import full_precision
 from swincompress_pl.quant.graph import Delegating, Passthrough, QuantizerSpec, Run, WeightedNode
 from swincompress_pl.quant.network import QuantizedNetwork
 from swincompress_pl.quant.progress import Progress, track
@@ -68,6 +69,7 @@ class Histogram:
 
 
 @renamed(batch="batch_size")
+@full_precision()
 def quantization_errors(
     quantized: QuantizedNetwork, images: Tensor, *, batch_size: int = 32, progress: Progress = False
 ) -> list[QuantizationError]:
@@ -79,7 +81,7 @@ def quantization_errors(
     """
     checked_labels(quantized, images, None)
     with standing_still(quantized), torch.no_grad():
-        return measure_errors(quantized, images.split(batch_size), progress)[0]
+        return measure_errors(quantized, images.float().split(batch_size), progress)[0]
 
 
 def error_table(errors: Sequence[QuantizationError]) -> str:
@@ -116,6 +118,15 @@ def checked_labels(quantized: QuantizedNetwork, images: Tensor, labels: Tensor |
     if tuple(labels.shape) != (len(images),) or labels.is_floating_point():
         raise ValueError(f"labels is {labels.dtype} {tuple(labels.shape)}; give one class number for each image")
     return labels.to(images.device)
+
+
+def require_classes(quantized: QuantizedNetwork) -> None:
+    """ValueError for a network that gives features: what they cost is for the head outside it to say."""
+    if quantized.graph.embeds:
+        raise ValueError(
+            f"{type(quantized.network).__name__} gives features, and no classes whose divergence could be measured; "
+            "use quantization_errors"
+        )
 
 
 def first_nodes(quantized: QuantizedNetwork) -> dict[Key, int]:

@@ -17,12 +17,19 @@ from swincompress_pl.quant.graph.nodes import (
     ActivationNode,
     AddNode,
     AttentionNode,
+    EmbeddingNode,
     GatherNode,
     LayerNormNode,
     LinearNode,
     PixelConvNode,
 )
-from swincompress_pl.quant.graph.quantizer_spec import LOGIT_BITS, QuantizerSpec, collect_specs, residual_spec
+from swincompress_pl.quant.graph.quantizer_spec import (
+    EMBEDDING,
+    LOGIT_BITS,
+    QuantizerSpec,
+    collect_specs,
+    residual_spec,
+)
 from swincompress_pl.registry import UnsupportedNetworkError
 
 _ADDING = (LayerNormNode, LinearNode, ActivationNode)
@@ -200,6 +207,8 @@ class GraphBuilder:
     def head(self, path: str, x: str) -> str:
         """The classifier: an nn.Linear, or an nn.Sequential of one and dropout."""
         layer = self.network.get_submodule(path)
+        if type(layer) is nn.Identity:
+            return self._embedding(path, x)
         if not is_around_linear(layer):
             return self._classifier(path, x)
         names = [name for name, _ in layer.named_children()]
@@ -232,6 +241,12 @@ class GraphBuilder:
             )
         assert isinstance(layer, wanted)
         return layer
+
+    def _embedding(self, path: str, x: str) -> str:
+        made_by = next(node for node in self.nodes if node.output == x)
+        channels = next(spec for spec in self._specs if spec.name == made_by.quantizer).channels
+        quantizer = self.quantizer(QuantizerSpec(name=EMBEDDING, segments=(channels,), bits=LOGIT_BITS))
+        return self.add(EmbeddingNode(name=path, inputs=(x,), quantizer=quantizer, module=path, channels=channels))
 
     def refuse(self, condition: bool, message: str) -> None:
         if condition:

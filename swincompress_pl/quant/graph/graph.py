@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from swincompress_pl._deprecated import renamed, renamed_attributes
-from swincompress_pl.quant.graph.quantizer_spec import QuantizerSpec
+from swincompress_pl.quant.graph.quantizer_spec import EMBEDDING, QuantizerSpec
 from swincompress_pl.spec import INPUT_VALUE, Operation, multiplier
 from swincompress_pl.spec.spiking import CURRENT_MAX
 
@@ -145,6 +145,10 @@ class WeightedNode(Node):
         """The step (M,) of the folded weight in the network's own weight, for a typical channel."""
         return float(step.median()) / (1.0 if equalization is None else float(equalization.median()))
 
+    def exact_step(self, weight: Tensor, q_max: int) -> Tensor | None:
+        """(M,) steps at which the matrix `weight` is exact, or None where they are to be searched."""
+        return None
+
     def settled_step(self, network: nn.Module, step: Tensor, in_scale: float) -> Tensor:
         """(M,) the steps nearest to these that what reads the layer can take."""
         return step
@@ -154,7 +158,8 @@ class WeightedNode(Node):
 @renamed_attributes(site_of="spec_of", sites="quantizers")
 @dataclass(frozen=True, kw_only=True)
 class Graph:
-    """Sites by name and nodes in order; the last node writes the logits. time_steps: of events; None for images."""
+    """Sites by name and nodes in order; the last node writes the logits, or the features of a network without a
+    classifier. time_steps: of events; None for images."""
 
     quantizers: dict[str, QuantizerSpec]
     nodes: tuple[Node, ...]
@@ -175,6 +180,11 @@ class Graph:
         object.__setattr__(self, "_spec_of", owner)
         last = {name: number for number, node in enumerate(self.nodes) for name in node.inputs}
         object.__setattr__(self, "_last_use", last)
+
+    @property
+    def embeds(self) -> bool:
+        """Whether it gives features, for a head outside the network, instead of classes."""
+        return self.nodes[-1].quantizer == EMBEDDING
 
     def last_use(self, value: str) -> int:
         """The number of the last node that reads a value; -1: none does."""

@@ -80,6 +80,30 @@ class LinearNode(WeightedNode):
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class EmbeddingNode(LinearNode):
+    """nn.Identity at `module`, the end of a network without a classifier: a product with the identity matrix turns the
+    codes of the features into integers of one scale. The matrix is no parameter and exact at its steps."""
+
+    channels: int
+
+    def folded_weight(self, network: nn.Module, equalization: Tensor | None) -> Tensor:
+        identity = torch.eye(self.channels, device=next(network.parameters()).device)
+        return identity if equalization is None else identity * equalization
+
+    def folded_bias(self, network: nn.Module) -> Tensor | None:
+        return None
+
+    def set_folded_weight(self, network: nn.Module, folded: Tensor, equalization: Tensor | None) -> None:
+        """Nothing to learn or to round."""
+
+    def add_to_bias(self, network: nn.Module, change: Tensor) -> None:
+        """No bias."""
+
+    def exact_step(self, weight: Tensor, q_max: int) -> Tensor | None:
+        return weight.diagonal() / q_max
+
+
 @renamed(site="quantizer")
 @dataclass(frozen=True, kw_only=True)
 class PixelConvNode(WeightedNode):

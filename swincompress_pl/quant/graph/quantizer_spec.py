@@ -9,6 +9,7 @@ from swincompress_pl._deprecated import renamed, renamed_attributes
 
 RESIDUAL_BITS = 16
 LOGIT_BITS = 32
+EMBEDDING = "embedding"  # the quantizer of a network's features, where it ends with them
 
 
 @renamed(balanced="equalized", shiftable="can_center")

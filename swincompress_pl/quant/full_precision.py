@@ -1,0 +1,73 @@
+"""Ordinary float32 tensors, whatever number format, autocast or inference mode surrounds a call."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from swincompress_pl.evaluation_mode import outside_inference_mode, replace_inference_tensors
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """For a while no autocast, no inference mode (its tensors take no gradients), and float32 as torch's default."""
+    default = torch.get_default_dtype()
+    with outside_inference_mode(), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        torch.set_default_dtype(torch.float32)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(default)
+
+
+def ordinary(images: Tensor, device: torch.device) -> Tensor:
+    """The images in float32 on a device, and none of inference mode."""
+    images = images.to(device, torch.float32)
+    return images.clone() if images.is_inference() else images
+
+
+def bring_to_float32(network: nn.Module) -> None:
+    """Every parameter and buffer to float32, in place, with a warning that says from what.
+
+    Parameters keep their identity, so that an optimizer goes on with them; only tensors made in inference mode are
+    replaced by copies.
+    """
+    replace_inference_tensors(network)
+    others = _other_formats(network)
+    if others:
+        network.float()
+        warnings.warn(
+            f"{type(network).__name__} holds {', '.join(others)}; it is brought to float32 in place, the format that "
+            "quantization keeps weights and scales in. Images of any floating type are taken",
+            stacklevel=2,
+        )
+
+
+def float32_network(network: nn.Module) -> nn.Module:
+    """The network itself where it is in float32, else a copy that is."""
+    if not _other_formats(network) and not any(tensor.is_inference() for tensor in network.parameters()):
+        return network
+    network = copy.deepcopy(network)
+    replace_inference_tensors(network)
+    return network.float()
+
+
+def _other_formats(network: nn.Module) -> list[str]:
+    tensors = (*network.parameters(), *network.buffers())
+    return sorted({str(t.dtype) for t in tensors if t.is_floating_point() and t.dtype is not torch.float32})
+
+
+def require_float32(network: nn.Module) -> None:
+    """TypeError naming the first parameter or buffer that was cast to another type."""
+    for kind in (network.named_parameters(), network.named_buffers()):
+        for name, tensor in kind:
+            if tensor.is_floating_point() and tensor.dtype is not torch.float32:
+                raise TypeError(
+                    f"{name} is {tensor.dtype}; a QuantizedNetwork computes with float32 weights and scales: bring it "
+                    "back with quantized.float()"
+                )
