@@ -31,6 +31,7 @@ from swincompress_pl.callbacks import QuantizationAwareTraining
 from swincompress_pl.models import create_model
 from swincompress_pl.quant import float_logits, quantize
 from swincompress_pl.quant.fidelity import check_graph, check_network
+from swincompress_pl.quant.folding import with_plain_layers
 from swincompress_pl.registry import UnsupportedNetworkError, adapter_for
 
 SPIKING: dict[str, Any] = {"mean": [0.5] * 3, "std": [0.25] * 3, "height": SIZE_PX, "width": SIZE_PX}
@@ -73,7 +74,7 @@ def test_a_folded_layer_keeps_mode_and_type_and_what_is_frozen() -> None:
     put(network, "blocks.0.attn.qkv", lambda base: LoraLinear(base).double().requires_grad_(False))
     network.blocks[0].attn.qkv.train()
     with pytest.warns(UserWarning, match="qkv"):
-        quantize(network, [images()[:2].double()], method="max", preprocessing=PREPROCESSING)
+        with_plain_layers(network, lambda: QuantizedNetwork(network, preprocessing=PREPROCESSING))
     layer = network.blocks[0].attn.qkv
     assert type(layer) is nn.Linear
     assert (layer.weight.dtype, layer.training, layer.weight.requires_grad) == (torch.float64, True, False)
