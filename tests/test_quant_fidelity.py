@@ -29,7 +29,7 @@ from torch.nn.utils import parametrizations
 
 from swincompress_pl.callbacks import QuantizationAwareTraining
 from swincompress_pl.models import create_model
-from swincompress_pl.quant import float_logits, quantize
+from swincompress_pl.quant import QuantizedNetwork, float_logits, quantize
 from swincompress_pl.quant.fidelity import check_graph, check_network
 from swincompress_pl.quant.folding import with_plain_layers
 from swincompress_pl.registry import UnsupportedNetworkError, adapter_for
