@@ -4,6 +4,7 @@ is what the step makes of the answer."""
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -396,6 +397,34 @@ def test_predictions_and_labels_of_a_step_are_seen(predict: Callable[[Tensor], T
     assert torch.equal(seen, labels)
     assert len(step.calls) == 1
     assert torch.equal(step.calls[0].images, normalized(images))
+
+
+@dataclasses.dataclass
+class Record:
+    images: Tensor
+    labels: Tensor
+    name: str = "one for all"
+
+
+@pytest.mark.parametrize("kind", [Base, Prior])
+@pytest.mark.parametrize("criterion", ["magnitude", "taylor"])
+def test_batches_that_are_dataclasses(tmp_path: Path, kind: type[Base], criterion: str) -> None:
+    class Records(kind):  # type: ignore[valid-type,misc]  # one of two
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            loss: Tensor = super().training_step([batch.images, batch.labels], batch_idx)
+            return loss
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            super().validation_step([batch.images, batch.labels], batch_idx)
+
+    def records(seed: int) -> DataLoader[Any]:
+        data: Any = unit_loader(seed).dataset
+        return DataLoader(data, 16, collate_fn=lambda rows: Record(*map(torch.stack, zip(*rows, strict=True))))
+
+    callback = AdaptiveIterativePruning(tolerance=5.0, max_rounds=1, criterion=criterion)
+    make_trainer(tmp_path, 1, callback).fit(Records(), records(2), records(3))
+    assert callback.search_state is not None
+    assert callback.search_state.baseline_score == pytest.approx(validated(kind, tmp_path), abs=1e-3)
 
 
 def test_batches_of_any_form_are_taken_apart_and_joined() -> None:

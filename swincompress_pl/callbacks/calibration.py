@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from swincompress_pl.callbacks.answers import Step, watched
-from swincompress_pl.callbacks.loaders import described, images_in, leaves, transforms_of
+from swincompress_pl.callbacks.loaders import described, leaves, transforms_of
 from swincompress_pl.callbacks.validation import ModuleValidation, on_device
 from swincompress_pl.checkpoint.holder import held_by
 from swincompress_pl.quant.preprocessing import (
@@ -50,8 +50,8 @@ def first_inputs(validation: ModuleValidation, loaders: Sequence[Iterable[Any]])
 
 def labelled_batches(
     validation: ModuleValidation, loaders: Iterable[Iterable[Any]], most_batches: int
-) -> Iterator[tuple[Any, Tensor]]:
-    """(batch as a step gets it, (N,) classes or (N, classes) probabilities) of up to so many training batches."""
+) -> Iterator[tuple[tuple[Any, int], Tensor]]:
+    """((batch as a step gets it, N), (N,) classes or (N, classes) probabilities) of up to so many training batches."""
     batches = (raw for loader in loaders for raw in loader)
     for raw in islice(batches, most_batches):
         part, step = _taken(validation, raw, whole=False)
@@ -63,13 +63,12 @@ def labelled_batches(
                 "image; pass calibration_dataloader= with batches of the form that validation_step takes, or a "
                 "criterion without gradients (criterion='magnitude')"
             )
-        yield batch, labels
+        yield (batch, len(labels)), labels
 
 
-def answer_of(validation: ModuleValidation, batch: Any) -> Tensor:
+def answer_of(validation: ModuleValidation, batch: Any, count: int) -> Tensor:
     """(N, classes) what the module's step makes of the network's answer, with its gradient."""
     step = _attempt(validation, batch)
-    count = images_in(batch)
     answer = step.scored[-1][0] if step.scored else step.answer(count)
     if answer is None or answer.ndim != 2:
         raise ValueError(

@@ -7,6 +7,7 @@ the position of a sampler, the state of a dataset. So a copy is read in which th
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -142,7 +143,9 @@ def images_in(batch: Any) -> int:
 
 
 def leaves(batch: Any) -> Iterator[Any]:
-    """What a batch holds in its tuples, lists and dictionaries, in order."""
+    """What a batch holds in its tuples, lists, dictionaries and dataclasses, in order."""
+    if is_record(batch):
+        batch = fields_of(batch)
     if isinstance(batch, Mapping):
         for part in batch.values():
             yield from leaves(part)
@@ -153,10 +156,21 @@ def leaves(batch: Any) -> Iterator[Any]:
         yield batch
 
 
+def is_record(batch: Any) -> bool:
+    """Whether `batch` is an instance of a dataclass."""
+    return dataclasses.is_dataclass(batch) and not isinstance(batch, type)
+
+
+def fields_of(record: Any) -> dict[str, Any]:
+    """The entries of a dataclass, as they are."""
+    return {entry.name: getattr(record, entry.name) for entry in dataclasses.fields(record)}
+
+
 def described(batch: Any) -> str:
     """The form of a batch, for people."""
     shapes = [f"{str(leaf.dtype)[6:]} {tuple(leaf.shape)}" for leaf in leaves(batch) if isinstance(leaf, Tensor)]
-    keys = f" with {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else ""
+    named = fields_of(batch) if is_record(batch) else batch
+    keys = f" with {', '.join(map(str, named))}" if isinstance(named, Mapping) else ""
     return f"{type(batch).__name__}{keys} of {', '.join(shapes) or 'no tensors'}"
 
 

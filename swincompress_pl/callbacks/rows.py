@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swincompress_pl.callbacks.loaders import leaves
+from swincompress_pl.callbacks.loaders import fields_of, is_record, leaves
 
 
 class Rows:
@@ -51,6 +52,9 @@ class Rows:
         if isinstance(value, Tensor):
             if value.ndim and len(value) == count:
                 return torch.stack([part(self._batches[batch][0])[row] for batch, row in places])
+        elif is_record(value):
+            entries = {key: self._joined(_attribute(part, key), places, f"{name}.{key}") for key in fields_of(value)}
+            return dataclasses.replace(value, **entries)
         elif isinstance(value, Mapping):
             entries = {key: self._joined(_entry(part, key), places, f"{name}[{key!r}]") for key in value}
             return entries if type(value) is dict else type(value)(entries)  # type: ignore[call-arg]  # as it was made
@@ -88,6 +92,8 @@ def cloned(batch: Any) -> Any:
     """`batch` with tensors of its own: a step may change what it gets."""
     if isinstance(batch, Tensor):
         return batch.clone()
+    if is_record(batch):
+        return dataclasses.replace(batch, **{key: cloned(value) for key, value in fields_of(batch).items()})
     if isinstance(batch, Mapping):
         entries = {key: cloned(value) for key, value in batch.items()}
         return entries if type(batch) is dict else type(batch)(entries)  # type: ignore[call-arg]  # as it was made
@@ -95,6 +101,10 @@ def cloned(batch: Any) -> Any:
         parts = [cloned(value) for value in batch]
         return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
     return batch
+
+
+def _attribute(part: Callable[[Any], Any], name: str) -> Callable[[Any], Any]:
+    return lambda batch: getattr(part(batch), name)
 
 
 def _entry(part: Callable[[Any], Any], key: Any) -> Callable[[Any], Any]:

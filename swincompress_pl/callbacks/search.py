@@ -362,7 +362,7 @@ class SearchCallback(TrainingPass, ABC):
                     network,
                     labelled_batches(validation, loaders, self.gradient_batches),
                     max_batches=self.gradient_batches,
-                    predict=lambda batch: answer_of(validation, batch),
+                    predict=lambda counted: answer_of(validation, *counted),
                 )
 
     def _calibration_images(self, trainer: Trainer, module: LightningModule) -> list[Tensor]:
