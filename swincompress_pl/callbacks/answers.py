@@ -150,7 +150,9 @@ def watched(module: nn.Module, held: nn.Module) -> Iterator[Step]:
     mode = _Watch(step)
     with ExitStack() as stack:
         for handle in (
-            held.register_forward_pre_hook(mode.before, with_kwargs=True),
+            # In front of hooks that change what forward gets (spiking networks turn time to the front): what is noted
+            # is what another call takes.
+            held.register_forward_pre_hook(mode.before, with_kwargs=True, prepend=True),
             held.register_forward_hook(mode.after, with_kwargs=True),
             module.register_forward_hook(lambda _, __, output: _keep(step.answered, output)),
         ):

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -272,7 +271,7 @@ def run_step(
         if put_in is None:
             validation.step(batch, index, loader_index)
         else:
-            with answering(held, partial(_repeated, put_in)):
+            with answering(held, lambda *_, **__: _repeated(put_in, len(step.calls[-1].images))):
                 validation.step(batch, index, loader_index)
     if not step.calls and step.part is None:
         raise ValueError(
@@ -282,8 +281,8 @@ def run_step(
     return step
 
 
-def _repeated(answer: Tensor, images: Tensor, *_: Any, **__: Any) -> Tensor:
-    return answer[torch.arange(len(images), device=answer.device) % len(answer)]
+def _repeated(answer: Tensor, count: int) -> Tensor:
+    return answer[torch.arange(count, device=answer.device) % len(answer)]
 
 
 @contextmanager

@@ -327,7 +327,7 @@ class SearchCallback(TrainingPass, ABC):
     @property
     def _predicts_itself(self) -> bool:
         """Whether a subclass says by itself what an image's logits are."""
-        return type(self).predict is not SearchCallback.predict
+        return getattr(self.predict, "__func__", None) is not SearchCallback.predict
 
     def _input_shape(self, trainer: Trainer, module: LightningModule, scorer: Scorer) -> tuple[int, ...]:
         """Of one image with its batch axis, as the network gets it."""

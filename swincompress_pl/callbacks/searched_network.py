@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 
 from lightning import LightningModule, Trainer
@@ -34,7 +34,7 @@ def standing(module: LightningModule, model_attribute: str, network: nn.Module) 
     """While it lasts, what `module` calls as its network is `scored_network`: eager, and rounded where quantized."""
     held = held_by(module, model_attribute)
     scored = scored_network(module, model_attribute, network)
-    with nullcontext() if scored is held else answering(held, scored):
+    with answering(held, held.forward if scored is held else scored):
         yield
 
 

@@ -36,7 +36,10 @@ class FirstInputs:
 
     @contextmanager
     def of(self, network: nn.Module) -> Iterator[None]:
-        """Listens to `network` for a while."""
+        """Listens to `network` for a while; not to one that is compiled in place, which a hook would compile anew."""
+        if network._compiled_call_impl is not None:
+            yield
+            return
         handle = network.register_forward_pre_hook(self._keep, prepend=True, with_kwargs=True)
         try:
             yield
