@@ -1,4 +1,4 @@
-"""`python -m benchmarks.callbacks`: epochs of DeiT-Tiny with the callbacks and without, and the checks at a fit's start.
+"""`python -m benchmarks.callbacks`: epochs of DeiT-Tiny with the callbacks and without, and the checks at a start.
 
 Epochs of a fit with the callbacks, in which neither a search nor the quantization is due, alternate with those of one
 without; so what is compared is their hooks in every batch and epoch. The checks are timed alone: what looks at the
@@ -16,7 +16,6 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import lightning
 import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn
@@ -26,7 +25,7 @@ from swincompress_pl.callbacks import AdaptiveIterativePruning, QuantizationAwar
 from swincompress_pl.models import create_model
 from swincompress_pl.quant import QuantizedNetwork
 from swincompress_pl.quant.fidelity import check_graph
-from swincompress_pl.report.environment import environment
+from swincompress_pl.report.environment import describe_environment
 
 PREPROCESSING = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 _NEVER = 1_000
@@ -133,7 +132,7 @@ def main() -> None:
         start.append(timed.start_s)
     comparison = _comparison_s(options.rounds)
     result = {
-        "environment": {**environment(), "lightning": lightning.__version__, "threads": options.threads},
+        "environment": describe_environment(threads=options.threads),
         "images": options.images,
         "batch": options.batch,
         "epoch_s": {"without": alone, "with": beside},
@@ -142,8 +141,8 @@ def main() -> None:
         "comparison_s": comparison,
     }
     print(
-        f"epoch of {options.images} images: {statistics.median(alone):.2f} s without, {statistics.median(beside):.2f} s "
-        f"with the callbacks ({result['ratio_of_medians']:.4f}); looking at the images when training starts "
+        f"epoch of {options.images} images: {statistics.median(alone):.2f} s without, "
+        f"{statistics.median(beside):.2f} s with the callbacks ({result['ratio_of_medians']:.4f}); looking at the images when training starts "
         f"{statistics.median(start):.2f} s; graph against network {statistics.median(comparison):.2f} s"
     )
     if options.output is not None:
