@@ -268,6 +268,16 @@ def test_training_with_another_form_than_validation(tmp_path: Path) -> None:
     assert isinstance(module.net, QuantizedNetwork)
 
 
+def test_hooks_of_a_validation_that_never_runs_are_no_hindrance(tmp_path: Path) -> None:
+    class Counts(Base):
+        def on_validation_start(self) -> None:
+            self.batches = len(self.trainer.val_dataloaders)  # type: ignore[arg-type]  # None without validation
+
+    module = Counts()
+    make_trainer(tmp_path, 1, QuantizationAwareTraining(start_epoch=0, method="max")).fit(module, unit_loader(2))
+    assert isinstance(module.net, QuantizedNetwork)
+
+
 def test_images_that_do_not_fit_what_is_said_of_them(tmp_path: Path) -> None:
     """Refused before the first epoch where they cannot be pixels, warned of where they could."""
     module = Base()

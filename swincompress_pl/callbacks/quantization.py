@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +14,6 @@ from torch.optim import Optimizer
 
 from swincompress_pl.callbacks.averages import refuse_averages
 from swincompress_pl.callbacks.awaited_epoch import AwaitedEpoch
-from swincompress_pl.callbacks.calibration import first_inputs, network_inputs, normalization
 from swincompress_pl.callbacks.compatibility import (
     QUANTIZATION,
     refuse_averaging_before,
@@ -26,25 +24,22 @@ from swincompress_pl.callbacks.compatibility import (
     refuse_synchronized_norms,
     wrap_anew,
 )
-from swincompress_pl.callbacks.loaders import calibration_loaders, has_validation_data, holdout_loaders
 from swincompress_pl.callbacks.qat_averaging import renew_averages
 from swincompress_pl.callbacks.qat_distillation import Distillation, refuse_teaching
+from swincompress_pl.callbacks.qat_images import CalibrationImages, preprocessing_of_data
 from swincompress_pl.callbacks.qat_options import check_epochs, check_quantization, check_training
 from swincompress_pl.callbacks.qat_scales import ScaleGroup, read_old_names
 from swincompress_pl.callbacks.random_state import RandomNumbers, rng_states, seeded
 from swincompress_pl.callbacks.training_pass import TrainingPass
-from swincompress_pl.callbacks.validation import ModuleValidation, validating
 from swincompress_pl.checkpoint.holder import has_network, held_by, network_of, put_network, refuse_other_places
 from swincompress_pl.checkpoint.hooks import keep_record
 from swincompress_pl.history import history_of
 from swincompress_pl.pruning import keep_masks
 from swincompress_pl.pruning.evaluation.ranks import gather_results
 from swincompress_pl.quant import Bits, QuantizedNetwork, SearchOptions, quantize
-from swincompress_pl.quant.fidelity import check_graph
 from swincompress_pl.quant.folding import refuse_altered
 from swincompress_pl.quant.full_precision import bring_to_float32
 from swincompress_pl.quant.preprocessing import find_preprocessing
-from swincompress_pl.quant.silent_hooks import warn_of_silent_hooks
 
 _STATE_VERSION = 1
 
@@ -200,7 +195,11 @@ class QuantizationAwareTraining(TrainingPass):
         if not isinstance(network, QuantizedNetwork):
             with isolate_rng():
                 # What one rank refuses all refuse, instead of waiting for it; rank 0's answer counts.
-                found = gather_results(lambda: self._look_at_images(trainer, pl_module, network))
+                found = gather_results(
+                    lambda: self._images.preprocessing(
+                        trainer, pl_module, network, self.preprocessing, method=self.method, bits=self.bits
+                    )
+                )
             self._found_preprocessing = found[0]
         if self._distillation is not None:
             self._distillation.attach(pl_module, self.model_attribute)
@@ -249,6 +248,15 @@ class QuantizationAwareTraining(TrainingPass):
 
     # Mechanism.
 
+    @property
+    def _images(self) -> CalibrationImages:
+        return CalibrationImages(
+            calibration_dataloader=self.calibration_dataloader,
+            count=self.calibration_images,
+            model_attribute=self.model_attribute,
+            callback_name=self.callback_name,
+        )
+
     def _refuse_surroundings(self, trainer: Trainer, module: LightningModule) -> None:
         refuse_strategy(trainer, self.callback_name, QUANTIZATION)
         refuse_precision(trainer, self.callback_name, QUANTIZATION)
@@ -261,39 +269,9 @@ class QuantizationAwareTraining(TrainingPass):
         network = network_of(module, self.model_attribute)
         refuse_other_places(module, self.model_attribute)
         refuse_synchronized_norms(trainer, network, self.callback_name)
-        stated = (self.preprocessing, self._of_data(trainer))
+        stated = (self.preprocessing, preprocessing_of_data(trainer))
         if not isinstance(network, QuantizedNetwork) and any(source is not None for source in stated):
             QuantizedNetwork(network, preprocessing=find_preprocessing(*stated), method=self.method, bits=self.bits)
-
-    def _look_at_images(self, trainer: Trainer, module: LightningModule, network: nn.Module) -> dict[str, Any]:
-        """How images are normalized, from those that the module's step gives to its network.
-
-        Raises what would else come at start_epoch, or at the first validation of integers: training batches that the
-        step does not take, images of another size or normalization.
-        """
-        with self._step_inputs(trainer, module) as (validation, loaders):
-            raw, (images, *_) = first_inputs(validation, loaders)
-            if has_validation_data(trainer):  # images that no augmentation has changed
-                loaders = holdout_loaders(trainer, self.callback_name)[:1]
-                raw, (images, *_) = first_inputs(validation, loaders)
-            found = normalization(self.preprocessing, self._of_data(trainer), network, raw, images, loaders)
-            quantized = QuantizedNetwork(network, preprocessing=found, method=self.method, bits=self.bits)
-            warn_of_silent_hooks(network, quantized.graph)
-            quantized.graph.check_images(images)
-            quantized.pixels(images)
-            check_graph(quantized.graph, network, images)
-        return found
-
-    @contextmanager
-    def _step_inputs(
-        self, trainer: Trainer, module: LightningModule
-    ) -> Iterator[tuple[ModuleValidation, list[Iterable[Any]]]]:
-        """The module's validation without a trace, and the loaders whose images calibrate."""
-        loaders = calibration_loaders(trainer, self.calibration_dataloader, self.calibration_images)
-        validation = ModuleValidation(trainer, module, self.model_attribute)
-        with validating(trainer, module), torch.no_grad(), validation.without_trace():
-            validation.begin()
-            yield validation, loaders
 
     def _say_what_is_awaited(self, trainer: Trainer, network: nn.Module) -> None:
         last = trainer.max_epochs
@@ -318,7 +296,7 @@ class QuantizationAwareTraining(TrainingPass):
             self._distillation.take_teacher(network)
         formats = {parameter: parameter.dtype for parameter in network.parameters()}
         with seeded(trainer.current_epoch):
-            images = self._calibration(trainer, module)
+            images = self._images.collect(trainer, module)  # on every rank: a step may wait for the others
             quantized = self._quantized(trainer, module, network, images)
         quantized.keep_mode()
         _cast_state(trainer.optimizers, formats)
@@ -421,21 +399,6 @@ class QuantizationAwareTraining(TrainingPass):
         if self._masks is not None:
             self._masks.remove()
             self._masks = None
-
-    def _calibration(self, trainer: Trainer, module: LightningModule) -> list[Tensor]:
-        """What the network gets of training batches, up to `calibration_images`; on every rank, because a step may wait
-        for the others."""
-        kept: list[Tensor] = []
-        with self._step_inputs(trainer, module) as (validation, loaders):
-            for images in network_inputs(validation, loaders):
-                kept.append(images.detach())
-                if sum(len(each) for each in kept) >= self.calibration_images:
-                    break
-        return kept
-
-    @staticmethod
-    def _of_data(trainer: Trainer) -> Any:
-        return getattr(getattr(trainer, "datamodule", None), "preprocessing", None)
 
 
 def _cast_state(optimizers: Sequence[Optimizer], formats: Mapping[nn.Parameter, torch.dtype]) -> None:

@@ -357,7 +357,7 @@ class SearchCallback(TrainingPass, ABC):
                     predict=lambda images: self._predict(module, network, images),
                 )
             with validation.without_trace(), standing(module, self.model_attribute, network):
-                validation.begin()
+                validation.begin_beside_training()
                 return collect_gradients(
                     network,
                     labelled_batches(validation, loaders, self.gradient_batches),
@@ -370,7 +370,7 @@ class SearchCallback(TrainingPass, ABC):
         loaders = calibration_loaders(trainer, self.calibration_dataloader, 64 * self.gradient_batches)
         validation = self._validation(trainer, module)
         with seeded(trainer.current_epoch), validation.without_trace():
-            validation.begin()
+            validation.begin_beside_training()
             return list(islice(network_inputs(validation, loaders), self.gradient_batches))
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import islice
 from typing import Any
 
@@ -79,6 +79,12 @@ class ModuleValidation:
         """The hooks before the first batch."""
         self.module.on_validation_start()
         self.module.on_validation_epoch_start()
+
+    def begin_beside_training(self) -> None:
+        """The same in a fit that may never validate: a hook that cannot run then is left out. If the step needs what
+        it would have made, the step says so."""
+        with suppress(Exception):
+            self.begin()
 
     def step(self, batch: Any, index: int, loader_index: int) -> Any:
         """One step, on a batch as `on_device` gives it; of a module without a validation step, its `forward` or else

@@ -1,0 +1,84 @@
+"""The images that quantization in a fit calibrates on, looked at when the fit begins and collected when it is time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning import LightningModule, Trainer
+from torch import Tensor, nn
+
+from swincompress_pl.callbacks.calibration import first_inputs, network_inputs, normalization
+from swincompress_pl.callbacks.loaders import calibration_loaders, has_validation_data, holdout_loaders
+from swincompress_pl.callbacks.validation import ModuleValidation, validating
+from swincompress_pl.quant import Bits, QuantizedNetwork
+from swincompress_pl.quant.fidelity import check_graph
+from swincompress_pl.quant.silent_hooks import warn_of_silent_hooks
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationImages:
+    """What the module's validation step gives to its network for the batches of `calibration_dataloader` (None: see
+    `calibration_loaders`), up to `count` images. callback_name: of errors."""
+
+    calibration_dataloader: Any
+    count: int
+    model_attribute: str
+    callback_name: str
+
+    def preprocessing(
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        network: nn.Module,
+        stated: Mapping[str, Any] | None,
+        *,
+        method: str,
+        bits: Bits,
+    ) -> dict[str, Any]:
+        """How the images are normalized: as the callback's argument `stated` or the datamodule says, or found out.
+
+        Raises what would else come at start_epoch, or at the first validation of integers: training batches that the
+        step does not take, images of another size or normalization, a network that is not its graph.
+        """
+        with self._step(trainer, module) as (validation, loaders):
+            raw, (images, *_) = first_inputs(validation, loaders)
+            if has_validation_data(trainer):  # images that no augmentation has changed
+                loaders = holdout_loaders(trainer, self.callback_name)[:1]
+                raw, (images, *_) = first_inputs(validation, loaders)
+            found = normalization(stated, preprocessing_of_data(trainer), network, raw, images, loaders)
+            quantized = QuantizedNetwork(network, preprocessing=found, method=method, bits=bits)
+            warn_of_silent_hooks(network, quantized.graph)
+            quantized.graph.check_images(images)
+            quantized.pixels(images)
+            check_graph(quantized.graph, network, images)
+        return found
+
+    def collect(self, trainer: Trainer, module: LightningModule) -> list[Tensor]:
+        """The images, in the batches in which they came."""
+        kept: list[Tensor] = []
+        with self._step(trainer, module) as (validation, loaders):
+            for images in network_inputs(validation, loaders):
+                kept.append(images.detach())
+                if sum(len(each) for each in kept) >= self.count:
+                    break
+        return kept
+
+    @contextmanager
+    def _step(
+        self, trainer: Trainer, module: LightningModule
+    ) -> Iterator[tuple[ModuleValidation, list[Iterable[Any]]]]:
+        """The module's validation without a trace, and the loaders whose images calibrate."""
+        loaders = calibration_loaders(trainer, self.calibration_dataloader, self.count)
+        validation = ModuleValidation(trainer, module, self.model_attribute)
+        with validating(trainer, module), torch.no_grad(), validation.without_trace():
+            validation.begin_beside_training()
+            yield validation, loaders
+
+
+def preprocessing_of_data(trainer: Trainer) -> Any:
+    """The datamodule's `preprocessing`, None where it says nothing."""
+    return getattr(getattr(trainer, "datamodule", None), "preprocessing", None)
