@@ -152,6 +152,21 @@ class WithAMetric(Base):
         self.log("val/top1", self.accuracy)
 
 
+class InHalf(BeforeTransfer):
+    """A network in bfloat16, which has the loader's images rounded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net.bfloat16()
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return batch
+
+    def answer(self, images: Tensor) -> Tensor:
+        result: Tensor = self.net(images.bfloat16())
+        return result.float()
+
+
 class Manual(Base):
     """Its training_step steps by itself; nobody else may call it."""
 
@@ -220,6 +235,23 @@ def test_integers_validate_as_the_floats_did(tmp_path: Path, kind: type[Base]) -
     assert quantized.preprocessing["mean"] == pytest.approx(MEAN, abs=1e-5)
     assert quantized.preprocessing["std"] == pytest.approx(STD, abs=1e-5)
     assert 100 * float(trainer.callback_metrics["val/top1"]) >= validated(kind, tmp_path) - 5.1  # two images
+
+
+@pytest.mark.filterwarnings("ignore:.*float32.*:UserWarning")
+def test_a_network_in_half_precision(tmp_path: Path) -> None:
+    pixels, labels = pixels_and_labels(COUNT, 3)
+    loader = DataLoader(TensorDataset(normalized(pixels), labels), 16)
+    floats = make_trainer(tmp_path, 1).validate(InHalf(), loader, verbose=False)[0]["val/top1"]
+    search = AdaptiveIterativePruning(tolerance=5.0, max_rounds=1, criterion="taylor", kinds=("mlp",))
+    module, quantization = InHalf(), QuantizationAwareTraining(start_epoch=0, calibration_images=32)
+    trainer = make_trainer(tmp_path, 1, search, quantization)
+    trainer.fit(module, loader, loader)
+    assert search.search_state is not None
+    assert search.search_state.baseline_score == pytest.approx(100 * floats, abs=1e-3)
+    quantized = network_of(module, "net")
+    assert isinstance(quantized, QuantizedNetwork)
+    assert quantized.preprocessing["mean"] == pytest.approx(MEAN, abs=1e-5)
+    assert float(trainer.callback_metrics["val/top1"]) >= floats - 0.1
 
 
 def test_parts_of_a_network_cannot_be_quantized(tmp_path: Path) -> None:

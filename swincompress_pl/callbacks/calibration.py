@@ -141,6 +141,7 @@ def normalization(
     given: the callback's argument; of_data: the datamodule's `preprocessing`. raw: a batch as its loader gave it;
     images: what the network got of it. Raises ValueError where nothing fits.
     """
+    images = _before_a_cast(raw, images)
     if given is not None or of_data is not None:
         stated = find_preprocessing(given, of_data)
         check_fit(images, checked_preprocessing(stated), assumed=False)
@@ -160,6 +161,16 @@ def normalization(
         )
     check_fit(images, checked_preprocessing(own), assumed=getattr(network, "preprocessing", None) is None)
     return own
+
+
+def _before_a_cast(raw: Any, images: Tensor) -> Tensor:
+    """The loader's own tensor where the network's is that in another number format, which shows no pixels any more."""
+    for leaf in leaves(raw):
+        if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.shape == images.shape:
+            on_device = leaf.to(images.device)
+            if leaf.dtype != images.dtype and torch.equal(on_device.to(images.dtype), images):
+                return on_device
+    return images
 
 
 def _found(raw: Any, images: Tensor, loaders: Sequence[Iterable[Any]]) -> dict[str, Any] | None:
