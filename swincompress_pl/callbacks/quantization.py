@@ -188,7 +188,7 @@ class QuantizationAwareTraining(TrainingPass):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """See the images that will calibrate; have masks kept and the teacher heard; say when this fit ends before
         anything is quantized."""
-        self._rng.on_train_start(trainer)
+        super().on_train_start(trainer, pl_module)
         self._let_go_of_masks()
         network = network_of(pl_module, self.model_attribute)
         self._masks = keep_masks(trainer.optimizers, network)
@@ -209,12 +209,11 @@ class QuantizationAwareTraining(TrainingPass):
                 self._scale_group.check(trainer, network)
         self._say_what_is_awaited(trainer, network)
 
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _begin_epoch(self, trainer: Trainer, module: LightningModule) -> None:
         """Quantize if this is the epoch, and freeze the scales if this is that."""
-        self._rng.on_train_epoch_start(trainer)
-        network = network_of(pl_module, self.model_attribute)
+        network = network_of(module, self.model_attribute)
         if not isinstance(network, QuantizedNetwork) and self.should_quantize(trainer.current_epoch):
-            network = self._exchange(trainer, pl_module, network)
+            network = self._exchange(trainer, module, network)
         if isinstance(network, QuantizedNetwork) and self.should_freeze(trainer.current_epoch):
             _freeze(trainer, network)
 

@@ -178,7 +178,7 @@ class SearchCallback(TrainingPass, ABC):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make sure that there is something to score on, before the first epoch is spent; have masks kept."""
-        self._rng.on_train_start(trainer)
+        super().on_train_start(trainer, pl_module)
         self._keep_masks(trainer, pl_module)
         if not self._is_over():
             refuse_averages(trainer, pl_module, self._network(pl_module), self.callback_name)
@@ -190,17 +190,16 @@ class SearchCallback(TrainingPass, ABC):
         if self._waits():
             self._start.fit_begins(trainer, self.start_epoch)
 
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _begin_epoch(self, trainer: Trainer, module: LightningModule) -> None:
         """Search if there is a search before this epoch."""
-        self._rng.on_train_epoch_start(trainer)
         epoch = trainer.current_epoch
         if self._is_over() or epoch <= self._last_epoch or not self.should_prune(epoch):
             return
         # The search must not move the random numbers that shuffling, dropout and augmentation draw.
         with isolate_rng():
-            outcome = self._search(trainer, pl_module)
+            outcome = self._search(trainer, module)
         self._last_epoch = epoch
-        self._take(pl_module, outcome)
+        self._take(module, outcome)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let go of the hold-out and of the optimizers; say so where nothing was searched."""

@@ -1,4 +1,4 @@
-"""What a quantized network computes while a batch is trained on, whatever mode its module is in."""
+"""What callbacks that change a network do in each epoch and batch: begin the epoch once, and train what is there."""
 
 from __future__ import annotations
 
@@ -6,22 +6,50 @@ from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 
+from swincompress_pl.callbacks.random_state import RandomNumbers
 from swincompress_pl.checkpoint.holder import network_of
 from swincompress_pl.quant import QuantizedNetwork
 
 
 class TrainingPass(Callback):
-    """Has the quantized network of a fit simulate its integers while a batch is trained on, in `eval()` too.
+    """Begins each epoch once, and has the quantized network of a fit simulate its integers while a batch is trained on,
+    in `eval()` too.
 
     Lightning keeps the modes that it finds, so a module that was evaluated before its fit is trained in `eval()`:
     without dropout, with fixed statistics. Integers would give it no gradients. The modes themselves stay.
+
+    After a resume from a checkpoint that was written behind the last batch of an epoch, Lightning calls no
+    `on_train_epoch_start` for the next one; that begins with its first batch then.
     """
 
     model_attribute: str
+    _rng: RandomNumbers
+    _begun_epoch = -1
     _in_training_pass: QuantizedNetwork | None = None
 
+    def _begin_epoch(self, trainer: Trainer, module: LightningModule) -> None:
+        """What is due before `trainer.current_epoch`: for subclasses."""
+        raise NotImplementedError
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A fit begins, and none of its epochs has."""
+        self._rng.on_train_start(trainer)
+        self._begun_epoch = -1
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin the epoch."""
+        self._rng.on_train_epoch_start(trainer)
+        self._begin_once(trainer, pl_module)
+
+    def _begin_once(self, trainer: Trainer, module: LightningModule) -> None:
+        if self._begun_epoch != trainer.current_epoch:
+            self._begun_epoch = trainer.current_epoch
+            self._begin_epoch(trainer, module)
+
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Begin it."""
+        """Begin the epoch where Lightning did not say so, and the training pass."""
+        if batch_idx == 0:
+            self._begin_once(trainer, pl_module)
         network = network_of(pl_module, self.model_attribute)
         if isinstance(network, QuantizedNetwork):
             network.begin_training_pass()
