@@ -26,7 +26,7 @@ BATCHES, EPOCHS = 2, 3
 
 
 def pruning(**options: Any) -> AdaptiveIterativePruning:
-    settings: dict[str, Any] = {"kinds": ("mlp",), "round_to": 1} if not options else options
+    settings: dict[str, Any] = options if options else {"kinds": ("mlp",), "round_to": 1}
     return AdaptiveIterativePruning(tolerance=90.0, step=0.25, max_rounds=2, start_epoch=1, **settings)
 
 
