@@ -96,6 +96,17 @@ class BatchStart(BeforeTransfer):
         super().validation_step(batch, batch_idx)
 
 
+class InBatchHook(BeforeTransfer):
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return batch
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]  # Lightning allows it
+        batch[0] = normalized(batch[0])
+
+    def on_validation_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        batch[0] = normalized(batch[0])
+
+
 class Probabilities(Base):
     def answer(self, images: Tensor) -> Tensor:
         return super().answer(images).softmax(1)
@@ -192,7 +203,7 @@ class WithATeacher(Base):
 
 
 DIRECT = [Base, BeforeTransfer, InTransfer, Probabilities, WithAMetric, Manual, WithATeacher]
-REPLAYED = [BatchStart, HeadInTheStep, Prior, TwoViews, Crops, Parts]
+REPLAYED = [BatchStart, InBatchHook, HeadInTheStep, Prior, TwoViews, Crops, Parts]
 
 
 def validated(kind: type[Base], tmp_path: Path) -> float:

@@ -87,10 +87,11 @@ class ModuleValidation:
             self.begin()
 
     def step(self, batch: Any, index: int, loader_index: int) -> Any:
-        """One step, on a batch as `on_device` gives it; of a module without a validation step, its `forward` or else
-        the network alone, on the batch's first images."""
+        """One step and the hook before it, on a batch as `on_device` gives it; of a module without a validation step,
+        its `forward` or else the network alone, on the batch's first images."""
         if not self.has_step:
             return self._forward(batch)
+        self.module.on_validation_batch_start(*self._hook_arguments(batch, index, loader_index))
         arguments = self._arguments(batch, index, loader_index)
         with self.trainer.precision_plugin.val_step_context():
             return self.module.validation_step(*arguments)
@@ -114,16 +115,17 @@ class ModuleValidation:
             for index, raw in enumerate(islice(loader, most_batches)):
                 batch = on_device(self.trainer, raw, loader_index)
                 logged.batch, logged.loader_index = batch, loader_index
-                hook_arguments = (batch, index, loader_index) if self.several_loaders else (batch, index)
-                self.module.on_validation_batch_start(*hook_arguments)
                 output = self.step(batch, index, loader_index)
-                self.module.on_validation_batch_end(output, *hook_arguments)
+                self.module.on_validation_batch_end(output, *self._hook_arguments(batch, index, loader_index))
                 seen += 1
         logged.batch = None
         logged.fill(self.trainer)
         self.module.on_validation_epoch_end()
         self.module.on_validation_end()
         return seen
+
+    def _hook_arguments(self, batch: Any, index: int, loader_index: int) -> tuple[Any, ...]:
+        return (batch, index, loader_index) if self.several_loaders else (batch, index)
 
     def _arguments(self, batch: Any, index: int, loader_index: int) -> tuple[Any, ...]:
         """What the module's validation_step takes of (batch, batch_idx, dataloader_idx)."""
