@@ -26,6 +26,8 @@ _USUAL = {"state_dict", "model_state_dict", "model_state", "module", "model", "n
 _AVERAGED = re.compile(r"(^|_)(ema|averaged?|swa)(_|$)|^ema", re.IGNORECASE)
 # Buffers that older timm versions saved and newer ones compute: the only keys of a file that may be left over.
 _RECOMPUTED = ("relative_position_index", "attn_mask")
+# Tensors whose shape follows the size of image or window; timm's filters resample them.
+_SIZED = ("pos_embed", "relative_position_bias_table")
 
 
 @dataclass(frozen=True)
@@ -142,10 +144,12 @@ def _in_names_of(network: nn.Module, state: dict[str, Tensor]) -> Mapping[str, T
     rename = _filter_of(network)
     if rename is None or expected.keys() <= state.keys():
         return state
+    sized = {key: tensor for key, tensor in state.items() if key in expected and key.endswith(_SIZED)}
     try:
-        renamed = rename(dict(state), network)
+        renamed = rename({key: tensor for key, tensor in state.items() if key not in sized}, network)
     except Exception:  # a filter takes its layout for granted, and fails however it does for another one
         return state
+    renamed |= sized
     for key in renamed.keys() & state.keys():
         # A filter fits positions and patches to the network's size. That makes another network: say it instead.
         if renamed[key].numel() != state[key].numel() or renamed[key].shape == state[key].shape:
@@ -231,7 +235,7 @@ def _tell(chosen: _Candidate, content: Any, path: Path) -> None:
 
 def _refusal(network: nn.Module, chosen: _Candidate, places: list[tuple[str, dict[str, Tensor]]], path: Path) -> str:
     found = [
-        f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if names[3:] else ''})"
+        f"{len(names)} {what} ({', '.join(map(_shown, names[:3]))}{', ...' if names[3:] else ''})"
         for what, names in chosen.problems.items()
         if names
     ]
@@ -239,33 +243,43 @@ def _refusal(network: nn.Module, chosen: _Candidate, places: list[tuple[str, dic
     every = [place + key for place, state in places for key in state]
     return (
         f"{path}: its tensors{where} do not fit {type(network).__name__}: {'; '.join(found)}. "
-        f"{_nearest(chosen, every)}{_remedy(network, chosen, path)}"
+        f"{_nearest(chosen, every)}{_remedy(chosen, path)}"
     )
 
 
 def _nearest(chosen: _Candidate, every: list[str]) -> str:
     """Names in the file that look like the missing ones."""
-    unknown = chosen.problems["unexpected"] or every
     pairs = []
     for name in chosen.problems["missing"][:3]:
-        close = difflib.get_close_matches(name, unknown, n=1, cutoff=0.6)
-        close = close or [key for key in every if key.endswith(f".{name}")][:1]
-        pairs += [f"{name} is perhaps {close[0]!r} there" for _ in close]
+        close = [key for key in every if f".{key}".endswith(f".{name}")]
+        close = close or difflib.get_close_matches(name, chosen.problems["unexpected"], n=1)
+        pairs += [f"{name} is perhaps {_shown(key)!r} there" for key in close[:1]]
     return f"{'; '.join(pairs)}. " if pairs else ""
 
 
-def _remedy(network: nn.Module, chosen: _Candidate, path: Path) -> str:
+def _remedy(chosen: _Candidate, path: Path) -> str:
     if is_shard(path):
         return "The file is one of several shards: pass their index (*.index.json) or their folder."
+    missing, left_over = chosen.problems["missing"], chosen.problems["unexpected"]
     differing = [text.split(" ")[0] for text in chosen.problems["of another shape"]]
-    heads = [key for key in differing if key.split(".")[0] in ("head", "head_dist", "fc", "classifier")]
-    if heads and heads == differing and not chosen.problems["missing"]:
-        classes = chosen.tensors[heads[0]].shape[0]
+    kinds = {kind for kind, names in chosen.problems.items() if names}
+    if kinds == {"of another shape"} and all(map(_is_of_head, differing)):
+        classes = chosen.tensors[differing[0]].shape[0]
         return f"Its head is for another number of classes: pass num_classes={classes}."
-    if differing and all(key.endswith(("pos_embed", "_bias_table")) for key in differing):
+    if kinds == {"of another shape"} and all(key.endswith(_SIZED) for key in differing):
         return "It is of another image or window size: create the network with that size, then call its set_input_size."
-    if not chosen.problems["missing"] and all(key.startswith("head") for key in chosen.problems["unexpected"]):
-        weights = [tensor for key, tensor in chosen.tensors.items() if key in chosen.problems["unexpected"]]
-        if weights:
-            return f"The file has a head and the network has none: pass num_classes={weights[0].shape[0]}."
+    if kinds == {"unexpected"} and all(map(_is_of_head, left_over)):
+        classes = chosen.tensors[left_over[0]].shape[0]
+        return f"The file has a head and the network has none: pass num_classes={classes}."
+    if kinds == {"missing"} and all(map(_is_of_head, missing)):
+        return "The file has no head there: pass num_classes=0 for the network without one."
     return "Check the model's name and arguments (num_classes, depths, ...) against the file."
+
+
+def _shown(name: str) -> str:
+    """A name of a stranger's file, short and without what a terminal obeys."""
+    return (name if name.isprintable() else ascii(name)[1:-1])[:200]
+
+
+def _is_of_head(name: str) -> bool:
+    return name.startswith(("head.", "head_dist.", "fc.", "classifier."))
