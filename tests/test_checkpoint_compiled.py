@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from swincompress_pl.callbacks import AdaptiveIterativePruning, QuantizationAwareTraining
 from swincompress_pl.checkpoint.compiled_keys import follow_compilation
 from swincompress_pl.models import CompressibleClassifier, CompressionMixin, DistillationConfig, create_model
+from swincompress_pl.pruning.structure.weight_masks import masked_parameters, register_masks
 
 VIT: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 4}
 PIXELS = torch.randint(0, 256, (16, 3, 32, 32), generator=torch.Generator().manual_seed(1))
@@ -101,6 +102,21 @@ def test_a_fit_resumes_on_the_other_side(tmp_path: Path, make: Callable[[], Any]
         fit(other, tmp_path, epochs=2, path=tmp_path / "c.ckpt")
     elif make is Nested and saved is compile_network:
         assert torch.equal(Nested.load_from_checkpoint(tmp_path / "c.ckpt").eval()(IMAGES), module(IMAGES))
+
+
+@pytest.mark.parametrize("saved", [True, False], ids=["compiled", "plain"])
+def test_masks_of_a_compiled_block_follow(tmp_path: Path, saved: bool) -> None:
+    module, other = classifier(), classifier()
+    compiled: Any = module if saved else other
+    compiled.net.blocks[0] = torch.compile(compiled.net.blocks[0], backend="eager")
+    name = f"blocks.0.{'_orig_mod.' if saved else ''}attn.qkv.weight"
+    register_masks(module.net, [name])
+    checkpoint: dict[str, Any] = {"state_dict": module.state_dict()}
+    module.on_save_checkpoint(checkpoint)
+    other.on_load_checkpoint(checkpoint)
+    other.load_state_dict(checkpoint["state_dict"])
+    assert torch.equal(other.eval()(IMAGES), module.eval()(IMAGES))
+    assert len(masked_parameters(other.net)) == 1
 
 
 def test_a_quantized_one_loads(tmp_path: Path) -> None:

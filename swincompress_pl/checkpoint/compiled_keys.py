@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -23,6 +24,18 @@ def follow_compilation(module: nn.Module, checkpoint: dict[str, Any]) -> None:
     renamed = {key if key in expected else names.get(uncompiled_name(key), key): value for key, value in state.items()}
     if len(renamed) == len(state) and renamed.keys() != state.keys():  # two would have become one: loading says so
         checkpoint["state_dict"] = renamed
+
+
+def masks_as_named_in(network: nn.Module, history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """`history` with the masked weights as `network` names them, whose parts may be compiled or not."""
+    names = {uncompiled_name(name): name for name, _ in network.named_parameters()}
+
+    def renamed(kind: str, data: Any) -> Any:
+        if kind not in ("mask", "unmask") or not all(isinstance(name, str) for name in data):
+            return data
+        return [names.get(uncompiled_name(name), name) for name in data]
+
+    return [{kind: renamed(kind, data) for kind, data in entry.items()} for entry in history]
 
 
 def uncompiled_name(name: str) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 from lightning import LightningModule
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from swincompress_pl.checkpoint.compiled_keys import follow_compilation
+from swincompress_pl.checkpoint.compiled_keys import follow_compilation, masks_as_named_in
 from swincompress_pl.checkpoint.holder import float_network, has_network, network_of, put_network
 from swincompress_pl.checkpoint.record import CompressionRecord, history_in, read_checkpoint
 from swincompress_pl.checkpoint.restore import restore_from_history
@@ -145,6 +145,6 @@ def _prepare_load(module: LightningModule, checkpoint: dict[str, Any], model_att
 
 def _restore_from(module: LightningModule, checkpoint: Mapping[str, Any], model_attribute: str) -> None:
     network = network_of(module, model_attribute)
-    restored = restore_from_history(network, history_in(checkpoint))
+    restored = restore_from_history(network, masks_as_named_in(float_network(network), history_in(checkpoint)))
     if restored is not network:
         put_network(module, model_attribute, restored)
