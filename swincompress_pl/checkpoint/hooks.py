@@ -15,6 +15,7 @@ from typing import Any
 from lightning import LightningModule
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
+from swincompress_pl.checkpoint.compiled_keys import follow_compilation, masks_as_named_in
 from swincompress_pl.checkpoint.holder import float_network, has_network, network_of, put_network
 from swincompress_pl.checkpoint.record import CompressionRecord, history_in, read_checkpoint
 from swincompress_pl.checkpoint.restore import restore_from_history
@@ -76,7 +77,7 @@ class CompressionMixin:
         """Rebuild the compressed network before the weights load."""
         assert isinstance(self, LightningModule)
         super().on_load_checkpoint(checkpoint)  # type: ignore[misc]  # the LightningModule's
-        _restore_from(self, checkpoint, self.model_attribute)
+        _prepare_load(self, checkpoint, self.model_attribute)
 
 
 def keep_record(module: LightningModule, model_attribute: str = "net") -> None:
@@ -89,7 +90,7 @@ def keep_record(module: LightningModule, model_attribute: str = "net") -> None:
         network_of(module, model_attribute)  # a wrong name is found now
     if isinstance(module, CompressionMixin) and module.model_attribute == model_attribute:
         return
-    for name, first in (("on_save_checkpoint", save_to_checkpoint), ("on_load_checkpoint", _restore_from)):
+    for name, first in (("on_save_checkpoint", save_to_checkpoint), ("on_load_checkpoint", _prepare_load)):
         if not isinstance(vars(module).get(name), _OursFirst):
             setattr(module, name, _OursFirst(module, model_attribute, first, getattr(module, name)))
 
@@ -137,8 +138,13 @@ def _record_of(module: LightningModule, model_attribute: str) -> CompressionReco
     return CompressionRecord(history=history_of(network))
 
 
+def _prepare_load(module: LightningModule, checkpoint: dict[str, Any], model_attribute: str) -> None:
+    _restore_from(module, checkpoint, model_attribute)
+    follow_compilation(module, checkpoint)
+
+
 def _restore_from(module: LightningModule, checkpoint: Mapping[str, Any], model_attribute: str) -> None:
     network = network_of(module, model_attribute)
-    restored = restore_from_history(network, history_in(checkpoint))
+    restored = restore_from_history(network, masks_as_named_in(float_network(network), history_in(checkpoint)))
     if restored is not network:
         put_network(module, model_attribute, restored)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import yaml  # type: ignore[import-untyped]
@@ -19,6 +21,7 @@ import swincompress_pl.models
 from swincompress_pl._deprecated import current_arguments
 from swincompress_pl.cli import PROGRAM
 from swincompress_pl.cli.common import HelpFormatter, epilog
+from swincompress_pl.models.stored_arguments import restoring
 
 _DEFAULT_MODEL = "swincompress_pl.models.CompressibleClassifier"
 _EXAMPLES = {
@@ -44,6 +47,12 @@ class CompressionCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Makes CompressibleClassifier the default."""
         parser.set_defaults({"model": {"class_path": _DEFAULT_MODEL}})
+
+    def instantiate_classes(self) -> None:
+        """Makes the classes; with a checkpoint, Lightning takes the model's arguments from it."""
+        checkpoint = self.config[self.config.subcommand].get("ckpt_path") if self.config.get("subcommand") else None
+        with restoring() if checkpoint and Path(checkpoint).is_file() else nullcontext():
+            super().instantiate_classes()
 
     def after_fit(self) -> None:
         """Says where the checkpoints are and what comes next."""

@@ -8,11 +8,12 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
 from lightning import LightningModule
+from lightning.pytorch.utilities.model_helpers import _restricted_classmethod
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from timm.data.mixup import Mixup
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ from swincompress_pl.checkpoint.hooks import CompressionMixin
 from swincompress_pl.checkpoint.record import CompressionRecord
 from swincompress_pl.history import creation_of
 from swincompress_pl.models.factory import create_model
+from swincompress_pl.models.stored_arguments import is_restoring, restoring, without_sources
 from swincompress_pl.models.training import (
     DistillationConfig,
     MixingConfig,
@@ -78,6 +80,9 @@ class CompressibleClassifier(CompressionMixin, LightningModule):
         self.num_classes = num_classes
         self.input_description: dict[str, Any] = {}
 
+        if is_restoring():
+            model_kwargs = without_sources(model, {**(model_kwargs or {}), "checkpoint_path": checkpoint_path})
+            checkpoint_path = None
         self.net = create_model(model, num_classes=num_classes, checkpoint_path=checkpoint_path, **(model_kwargs or {}))
         self._random_start = checkpoint_path is None and not (model_kwargs or {}).get("pretrained", False)
         self._create_teacher()
@@ -98,6 +103,12 @@ class CompressibleClassifier(CompressionMixin, LightningModule):
                 "distillation": None if self.distillation is None else dataclasses.asdict(self.distillation),
             }
         )
+
+    @_restricted_classmethod
+    def load_from_checkpoint(cls, *args: Any, **kwargs: Any) -> Self:  # noqa: N805  # a class method of Lightning's
+        """As for every LightningModule, without fetching initial weights, whatever the stored arguments say."""
+        with restoring():
+            return super().load_from_checkpoint(*args, **kwargs)
 
     def _create_metrics(self) -> None:
         ranks = [1, 5] if self.num_classes > 5 else [1]

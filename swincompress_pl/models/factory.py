@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import json
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import timm
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
 from swincompress_pl.checkpoint.restore import restore_from_history
 from swincompress_pl.history import note_size, set_creation
 from swincompress_pl.models.spiking.memory import without_memory
+from swincompress_pl.models.stored_arguments import checked_creation, storable
+from swincompress_pl.models.weights import load_weights
 from swincompress_pl.registry import size_of
 
 # Lower-case name -> class of timm, for small inputs that no registered model has.
@@ -50,8 +48,6 @@ _SPIKING = {
     "MaxFormer": f"{_THEIRS}.maxformer",
 }
 _SPIKING_CLASSES = {name.lower(): name for name in _SPIKING if not name.islower()}
-# Buffers that older timm versions saved and newer ones compute: the only keys of a file that may be left over.
-_RECOMPUTED = ("relative_position_index", "attn_mask")
 
 
 def create_model(
@@ -64,15 +60,17 @@ def create_model(
     ("spikformer_ti", ...), one of `meta_spikeformer` ("meta_spikeformer_8_256", ...), or a spiking class, "Spikformer",
     "QKFormer", "SpikeDrivenTransformer", "MaxFormer" or "MetaSpikeFormer" (any case) with its own arguments; spiking
     networks forget between calls and answer once (`models.without_memory`).
-    pretrained: timm's published weights (a download). checkpoint_path: weights in a safetensors or torch file instead.
+    pretrained: timm's published weights (a download). checkpoint_path: weights in a file instead, safetensors, torch or
+    sharded (`weights_file.read_weights_file`), of this network alone or in a checkpoint (`weights.load_weights`).
     `network.creation` is {"name": str, "kwargs": JSON data}: with it and a state dict the network can be built again.
+    What only says where weights come from (`pretrained_cfg_overlay={"file": ...}`, `cache_dir`) is not in it.
 
     Raises ValueError for an unknown name (with the closest known ones), for arguments that are not JSON data, and for
     weights that do not fit or are not finite; TypeError for arguments that the network does not take.
     """
     if pretrained and checkpoint_path is not None:
         raise ValueError(f"{name}: pretrained=True and checkpoint_path={checkpoint_path} are both given; choose one.")
-    recorded = _as_json(name, kwargs)
+    recorded = storable(name, kwargs)
     network = _builder(name, pretrained)(**kwargs)
     if checkpoint_path is not None:
         load_weights(network, Path(checkpoint_path))
@@ -82,8 +80,9 @@ def create_model(
 
 
 def recreate_model(creation: Mapping[str, Any]) -> nn.Module:
-    """The network that `network.creation` describes, with fresh weights."""
-    return create_model(creation["name"], **creation["kwargs"])
+    """The network that `network.creation` describes, with fresh weights; nothing is fetched and no file is read."""
+    name, kwargs = checked_creation(creation)
+    return create_model(name, **kwargs)
 
 
 def rebuild(origin: Mapping[str, Any]) -> nn.Module:
@@ -133,86 +132,6 @@ def _unknown(name: str) -> str:
         f"unknown model {name!r}; {hint} timm.list_models() lists timm's names; "
         f"{' and '.join(_CLASS_NAMES)} take the arguments of timm's class."
     )
-
-
-def _as_json(name: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    recorded = {}
-    for key, value in kwargs.items():
-        try:
-            recorded[key] = json.loads(json.dumps(value, allow_nan=False))
-        except (TypeError, ValueError) as error:
-            raise ValueError(
-                f"{name}: argument {key}={value!r} is not JSON data ({error}), so no checkpoint could rebuild the "
-                f"network; pass numbers, strings, lists (timm takes layers by name, e.g. norm_layer='layernorm')."
-            ) from error
-    return recorded
-
-
-def load_weights(network: nn.Module, path: Path) -> None:
-    """Load a safetensors file or a torch file (tensors only) into `network`, all or nothing.
-
-    A state dict may lie under "state_dict" or "model", with the prefix "net." of a LightningModule or "module." of DDP.
-    Raises ValueError, naming the tensors, where one is missing, left over, of another shape or not finite.
-    """
-    loaded = _strip_prefix(read_state_dict(path))
-    expected = network.state_dict()
-    left_over = {key for key in loaded.keys() - expected.keys() if not key.endswith(_RECOMPUTED)}
-    problems = {
-        "missing": sorted(expected.keys() - loaded.keys()),
-        "unexpected": sorted(left_over),
-        "of another shape": [
-            f"{key} {tuple(loaded[key].shape)} instead of {tuple(tensor.shape)}"
-            for key, tensor in expected.items()
-            if key in loaded and loaded[key].shape != tensor.shape
-        ],
-        "with NaN or infinity": [
-            key
-            for key in expected.keys() & loaded.keys()
-            if loaded[key].is_floating_point() and not loaded[key].isfinite().all()
-        ],
-    }
-    found = [
-        f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if names[3:] else ''})"
-        for what, names in problems.items()
-        if names
-    ]
-    if found:
-        raise ValueError(
-            f"{path}: its tensors do not fit {type(network).__name__}: {'; '.join(found)}. "
-            f"Check the model's name and arguments (num_classes, depths, ...) against the file."
-        )
-    network.load_state_dict({key: loaded[key] for key in expected})
-
-
-def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file (by its extension) or a torch file; raises ValueError for any other."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: the weights file is missing.")
-    if path.suffix == ".safetensors":
-        try:
-            return load_file(path)
-        except SafetensorError as error:
-            raise ValueError(f"{path}: not a safetensors file, or cut off ({error}).") from error
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises whatever its unpickler and the zip reader raise
-        raise ValueError(f"{path}: not a torch file of plain tensors ({type(error).__name__}: {error}).") from error
-    for key in ("state_dict", "model"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise ValueError(
-            f"{path}: holds no state dict (names -> tensors), neither at the top nor under 'state_dict' or 'model'."
-        )
-    return dict(content)
-
-
-def _strip_prefix(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    for prefix in ("net.", "module."):
-        if state and any(key.startswith(prefix) for key in state):
-            # what lies beside the network (a teacher, metrics) is not the network's
-            return {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
-    return state
 
 
 def preprocessing_for(network: nn.Module) -> dict[str, Any]:

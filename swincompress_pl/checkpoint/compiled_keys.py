@@ -1,0 +1,43 @@
+"""Names of weights with and without the prefix that `torch.compile` puts into them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+_WRAPPER = "_orig_mod"
+
+
+def follow_compilation(module: nn.Module, checkpoint: dict[str, Any]) -> None:
+    """Name the weights of `checkpoint` as `module` does, where only `torch.compile`'s wrappers make them differ.
+
+    A checkpoint of a compiled network then loads into a plain one and the reverse, wherever in the module the wrappers
+    are. The state dict itself is left as it is; `checkpoint` gets another one.
+    """
+    state = checkpoint.get("state_dict")
+    if not state:
+        return
+    expected = module.state_dict().keys()
+    names = {uncompiled_name(key): key for key in expected}
+    renamed = {key if key in expected else names.get(uncompiled_name(key), key): value for key, value in state.items()}
+    if len(renamed) == len(state) and renamed.keys() != state.keys():  # two would have become one: loading says so
+        checkpoint["state_dict"] = renamed
+
+
+def masks_as_named_in(network: nn.Module, history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """`history` with the masked weights as `network` names them, whose parts may be compiled or not."""
+    names = {uncompiled_name(name): name for name, _ in network.named_parameters()}
+
+    def renamed(kind: str, data: Any) -> Any:
+        if kind not in ("mask", "unmask") or not all(isinstance(name, str) for name in data):
+            return data
+        return [names.get(uncompiled_name(name), name) for name in data]
+
+    return [{kind: renamed(kind, data) for kind, data in entry.items()} for entry in history]
+
+
+def uncompiled_name(name: str) -> str:
+    """The name that a weight has where nothing is compiled."""
+    return ".".join(part for part in name.split(".") if part != _WRAPPER)
