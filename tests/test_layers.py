@@ -18,15 +18,17 @@ ALLOWED: dict[str, set[str]] = {
     "history": set(),
     "evaluation_mode": set(),
     "layer_types": set(),
+    "files": set(),
+    "printable": set(),
     "spec": set(),
-    "data": set(),
-    "pruning": {"registry", "history", "evaluation_mode", "layer_types"},
+    "data": {"files"},
+    "pruning": {"registry", "history", "evaluation_mode", "layer_types", "files"},
     "quant": {"registry", "history", "evaluation_mode", "layer_types", "spec"},
     "checkpoint": {"registry", "history", "pruning", "quant"},
     "models": {"registry", "history", "layer_types", "pruning", "quant", "checkpoint"},
-    "accel": {"spec"},
+    "accel": {"spec", "files", "printable"},
     "callbacks": {"history", "evaluation_mode", "pruning", "quant", "models", "checkpoint"},
-    "report": {"evaluation_mode", "spec", "accel", "pruning", "quant", "models"},
+    "report": {"evaluation_mode", "spec", "accel", "pruning", "quant", "models", "files", "printable"},
 }
 
 

@@ -10,7 +10,17 @@ import numpy.typing as npt
 
 from swincompress_pl.spec.integer import IntArray
 from swincompress_pl.spec.kinds import KINDS, prove_operation
-from swincompress_pl.spec.program import INPUT_VALUE, InputDescription, Operation, Program, ProgramError, Value
+from swincompress_pl.spec.program import (
+    INPUT_VALUE,
+    OPERATIONS_MAX,
+    PREPARED_BYTES_FREE,
+    PREPARED_RATIO_MAX,
+    InputDescription,
+    Operation,
+    Program,
+    ProgramError,
+    Value,
+)
 
 
 def tensors_of(program: Program, op: Operation) -> dict[str, IntArray]:
@@ -31,8 +41,8 @@ def _proved(program: Program) -> tuple[dict[str, Value], list[int | None]]:
     """What `check` gives, and how far the accumulators of each operation may reach."""
     reaches = []
     values = {INPUT_VALUE: program.input.value}
-    if not program.operations:
-        raise ProgramError("program without operations")
+    if not 1 <= len(program.operations) <= OPERATIONS_MAX:
+        raise ProgramError(f"program of {len(program.operations)} operations; it must have 1 to {OPERATIONS_MAX}")
     for op in program.operations:
         unknown = [name for name in op.inputs if name not in values]
         if unknown:
@@ -42,6 +52,7 @@ def _proved(program: Program) -> tuple[dict[str, Value], list[int | None]]:
         inputs = [values[name] for name in op.inputs]
         values[op.output], reach = prove_operation(op, inputs, tensors_of(program, op))
         reaches.append(reach)
+    _require_bounded(program)
     result = values[program.operations[-1].output]
     if result.dtype != "int32" or result.rows != 1:
         raise ProgramError(
@@ -52,6 +63,17 @@ def _proved(program: Program) -> tuple[dict[str, Value], list[int | None]]:
     if not (np.isfinite(program.logit_scale) and program.logit_scale > 0):
         raise ProgramError(f"logit_scale is {program.logit_scale}; it must be positive and finite")
     return values, reaches
+
+
+def _require_bounded(program: Program) -> None:
+    """Raises ProgramError where the tensors would cost an engine far more than they take themselves."""
+    prepared = sum(program.prepared_bytes(op) for op in program.operations)
+    limit = PREPARED_BYTES_FREE + PREPARED_RATIO_MAX * program.parameter_bytes
+    if prepared > limit:
+        raise ProgramError(
+            f"its operations make {prepared} bytes of their tensors; at most {limit} are accepted for tensors of its "
+            "size"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
