@@ -11,8 +11,8 @@ import pytest
 from support.html_page import Page
 from support.report_cases import full_record, large_search_data, search_data
 
-from swincompress_pl.report import Accuracy, RunRecord, render_report, write_report
 from swincompress_pl import files
+from swincompress_pl.report import Accuracy, RunRecord, render_report, write_report
 from swincompress_pl.report.write import write_html
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from support.report_cases import full_record, search_data
 
+from swincompress_pl import files
 from swincompress_pl.report import (
     Accuracy,
     PruningStep,
@@ -18,7 +19,6 @@ from swincompress_pl.report import (
     render_report,
     write_report,
 )
-from swincompress_pl import files
 from swincompress_pl.report.plots import layers
 
 PNG = b"\x89PNG\r\n\x1a\n"

@@ -41,8 +41,10 @@ def _proved(program: Program) -> tuple[dict[str, Value], list[int | None]]:
     """What `check` gives, and how far the accumulators of each operation may reach."""
     reaches = []
     values = {INPUT_VALUE: program.input.value}
-    if not 1 <= len(program.operations) <= OPERATIONS_MAX:
-        raise ProgramError(f"program of {len(program.operations)} operations; it must have 1 to {OPERATIONS_MAX}")
+    if not program.operations:
+        raise ProgramError("program without operations")
+    if len(program.operations) > OPERATIONS_MAX:
+        raise ProgramError(f"program of {len(program.operations)} operations; at most {OPERATIONS_MAX} are accepted")
     for op in program.operations:
         unknown = [name for name in op.inputs if name not in values]
         if unknown:
