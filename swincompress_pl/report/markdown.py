@@ -25,15 +25,15 @@ def render_markdown(record: RunRecord, images: Mapping[str, tuple[str, str]] | N
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table; the first column is text, the others are aligned right."""
-    body = [[_text(cell).replace("|", "\\|") for cell in row] for row in rows]
-    widths = [max(3, *(len(row[i]) for row in [list(header), *body])) for i in range(len(header))]
+    head, *body = [[_text(cell).replace("|", "\\|") for cell in row] for row in (header, *rows)]
+    widths = [max(3, *(len(row[i]) for row in [head, *body])) for i in range(len(head))]
 
     def line(cells: Sequence[str]) -> str:
         padded = (c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True)))
         return "| " + " | ".join(padded) + " |"
 
     rule = ["-" * w if i == 0 else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
-    return "\n".join([line(header), line(rule), *(line(row) for row in body)])
+    return "\n".join([line(head), line(rule), *(line(row) for row in body)])
 
 
 def _section(section: Section, images: Mapping[str, tuple[str, str]]) -> list[str]:
