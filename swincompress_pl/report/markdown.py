@@ -8,7 +8,7 @@ from typing import Any
 
 from swincompress_pl._deprecated import find_old_name
 from swincompress_pl.printable import printable
-from swincompress_pl.report.content.parts import Section
+from swincompress_pl.report.content.parts import Section, Table
 from swincompress_pl.report.content.sections import sections
 from swincompress_pl.report.record import RunRecord
 
@@ -24,8 +24,8 @@ def render_markdown(record: RunRecord, images: Mapping[str, tuple[str, str]] | N
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table; the first column is text, the others are aligned right."""
-    head, *body = [[_text(cell).replace("|", "\\|") for cell in row] for row in (header, *rows)]
+    """A Markdown table of cells in Markdown; the first column is text, the others are aligned right."""
+    head, *body = [[cell.replace("|", "\\|") for cell in row] for row in (header, *rows)]
     widths = [max(3, *(len(row[i]) for row in [head, *body])) for i in range(len(head))]
 
     def line(cells: Sequence[str]) -> str:
@@ -45,10 +45,14 @@ def _section(section: Section, images: Mapping[str, tuple[str, str]]) -> list[st
     return [
         f"## {section.title}",
         _text(section.text),
-        table(section.table.header, section.table.rows) if section.table else "",
+        _table(section.table) if section.table else "",
         "\n".join(lines),
         *(f"![{_text(title)}]({file})" for title, file in shown),
     ]
+
+
+def _table(given: Table) -> str:
+    return table([_text(cell) for cell in given.header], [[_text(cell) for cell in row] for row in given.rows])
 
 
 def _text(given: str) -> str:
