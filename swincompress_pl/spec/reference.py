@@ -45,6 +45,7 @@ def _proved(program: Program) -> tuple[dict[str, Value], list[int | None]]:
         raise ProgramError("program without operations")
     if len(program.operations) > OPERATIONS_MAX:
         raise ProgramError(f"program of {len(program.operations)} operations; at most {OPERATIONS_MAX} are accepted")
+    _require_bounded(program)  # first: to prove them costs as much
     for op in program.operations:
         unknown = [name for name in op.inputs if name not in values]
         if unknown:
@@ -54,7 +55,6 @@ def _proved(program: Program) -> tuple[dict[str, Value], list[int | None]]:
         inputs = [values[name] for name in op.inputs]
         values[op.output], reach = prove_operation(op, inputs, tensors_of(program, op))
         reaches.append(reach)
-    _require_bounded(program)
     result = values[program.operations[-1].output]
     if result.dtype != "int32" or result.rows != 1:
         raise ProgramError(
