@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from support.whole_programs import images_of, swin_program, vit_program
 
-from swincompress_pl import accel, spec
+from swincompress_pl import accel, files, spec
 from swincompress_pl.accel import ArtifactError, artifact
 
 
@@ -167,21 +168,10 @@ def test_a_write_that_fails_midway_leaves_the_old_file(
 ) -> None:
     before = path.read_bytes()
 
-    class FullDisk:
-        def __init__(self, file: Any) -> None:
-            self._file = file
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "no space left on device")
 
-        def __enter__(self) -> FullDisk:
-            return self
-
-        def __exit__(self, *_: object) -> None:
-            self._file.close()
-
-        def write(self, content: bytes) -> None:
-            self._file.write(content[: len(content) // 2])
-            raise OSError("no space left on device")
-
-    monkeypatch.setattr(artifact, "open", lambda file, mode: FullDisk(open(file, mode)), raising=False)  # noqa: SIM115
+    monkeypatch.setattr(files.os, "fsync", full)
     with pytest.raises(OSError, match="no space left"):
         accel.export(dataclasses.replace(program, logit_scale=2.0), path)
     assert path.read_bytes() == before

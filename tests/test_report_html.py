@@ -11,8 +11,8 @@ import pytest
 from support.html_page import Page
 from support.report_cases import full_record, large_search_data, search_data
 
+from swincompress_pl import files
 from swincompress_pl.report import Accuracy, RunRecord, render_report, write_report
-from swincompress_pl.report import plain as plain_module
 from swincompress_pl.report.write import write_html
 
 
@@ -145,7 +145,7 @@ def test_an_interrupted_write_leaves_the_old_page(tmp_path: Path, monkeypatch: p
     def killed(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(plain_module.os, "replace", killed)
+    monkeypatch.setattr(files.os, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
         write_html(RunRecord(name="new"), path)
     assert path.read_text(encoding="utf-8") == before

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from support.report_cases import full_record, search_data
 
+from swincompress_pl import files
 from swincompress_pl.report import (
     Accuracy,
     PruningStep,
@@ -18,7 +19,6 @@ from swincompress_pl.report import (
     render_report,
     write_report,
 )
-from swincompress_pl.report import plain as plain_module
 from swincompress_pl.report.plots import layers
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -146,7 +146,7 @@ def test_an_interrupted_save_leaves_the_old_record(tmp_path: Path, monkeypatch: 
     def killed(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(plain_module.os, "replace", killed)
+    monkeypatch.setattr(files.os, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
         RunRecord(name="new").save(file)
     assert file.read_text() == before

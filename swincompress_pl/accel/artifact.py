@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import secrets
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,10 +26,17 @@ from safetensors.numpy import load, save
 from swincompress_pl import spec
 from swincompress_pl.accel import storage
 from swincompress_pl.accel.core import CodedError, read_artifact
+from swincompress_pl.files import write_file
+from swincompress_pl.printable import printable
 
 FORMAT = "swincompress_pl.program"
 METADATA_KEY = "swincompress_pl"
 _CONTENT = "content"
+_CODES = {"int8": "I8", "uint8": "U8", "int16": "I16", "int32": "I32", "int64": "I64"}
+# As in C++ (csrc/json.h, csrc/safetensors.h); and what a description may decode to, beside so many times its stream.
+_JSON_BYTES_MAX, _JSON_VALUES_MAX, _JSON_BYTES_FREE, _JSON_RATIO_MAX = 2**24, 2**20, 2**20, 64
+_JSON_TEXT = re.compile(rb'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)', re.DOTALL)  # to the end where it has none: linear time
+_MESSAGE_MAX = 2000
 _CHECKPOINT_HINT = (
     ". It looks like a checkpoint of torch: load that into its module (load_from_checkpoint) and export the module"
 )
@@ -117,16 +124,7 @@ def write(program: spec.Program, path: str | os.PathLike[str], compression: str 
     content = to_bytes(program, compression)
     if not destination.parent.is_dir():
         raise FileNotFoundError(f"{destination}: the folder {destination.parent} does not exist; make it first")
-    temporary = destination.with_name(f".{destination.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, destination)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return destination
+    return write_file(destination, lambda file: file.write(content))
 
 
 def _decoded(content: bytes) -> bytes:
@@ -136,24 +134,50 @@ def _decoded(content: bytes) -> bytes:
     try:
         description, tensors = _restored(metadata[_CONTENT], load(content))
         text = _json({"format": FORMAT, "version": 1, "sha256": metadata.get("sha256"), "description": description})
+        return _container(tensors, text)
     except (ValueError, TypeError, SafetensorError) as error:
         raise ArtifactError(f"truncated or damaged ({error}); copy or export it again") from error
-    return bytes(save(tensors, {METADATA_KEY: text}))
+
+
+def _container(tensors: Tensors, text: str) -> bytes:
+    """A safetensors file of which the parts are copied once."""
+    entries: dict[str, Any] = {"__metadata__": {METADATA_KEY: text}}
+    parts, end = [], 0
+    for key in sorted(tensors, key=lambda key: -tensors[key].itemsize):  # so that all lie at even addresses
+        tensor = tensors[key]
+        parts.append(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data)
+        offsets = [end, end := end + tensor.nbytes]
+        entries[key] = {"dtype": _CODES[tensor.dtype.name], "shape": list(tensor.shape), "data_offsets": offsets}
+    header = _json(entries).encode()
+    header += b" " * (-len(header) % 8)
+    return b"".join([len(header).to_bytes(8, "little"), header, *parts])
 
 
 def _restored(declared: Any, stored: dict[str, npt.NDArray[Any]]) -> tuple[Any, dict[str, npt.NDArray[Any]]]:
     """(description, tensors) of a compressed artifact; StorageError where its parts do not fit."""
     if not isinstance(declared, dict) or _CONTENT not in stored:
         raise storage.StorageError("it has no description")
-    text = storage.decode(declared.get("coder"), stored.pop(_CONTENT), declared.get("size_bytes"))
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise storage.StorageError(f"its description is not JSON: {error}") from error
+    content = _parsed(declared, stored.pop(_CONTENT))
     layout = content.get("storage") if isinstance(content, dict) else None
     if not isinstance(layout, dict) or list(layout) != ["streams"]:
         raise storage.StorageError("it does not say how its tensors are stored")
     return content.get("description"), storage.decompress_tensors(stored, layout["streams"])
+
+
+def _parsed(declared: Mapping[str, Any], coded: npt.NDArray[Any]) -> Any:
+    """The JSON of a compressed artifact, of which nothing is made before it is known to be of a sound size."""
+    size_bytes = declared.get("size_bytes")
+    limit = min(_JSON_BYTES_MAX, _JSON_BYTES_FREE + _JSON_RATIO_MAX * coded.size)
+    if type(size_bytes) is not int or size_bytes > limit:
+        raise storage.StorageError(f"its description takes {size_bytes!r} bytes; at most {limit} are read")
+    text = storage.decode(declared.get("coder"), coded, size_bytes)
+    bare = _JSON_TEXT.sub(b"", text)
+    if bare.count(b",") + bare.count(b"[") + bare.count(b"{") >= _JSON_VALUES_MAX:
+        raise storage.StorageError(f"its description has more than {_JSON_VALUES_MAX} values")
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise storage.StorageError(f"its description is not JSON: {error}") from error
 
 
 def through(path: str | os.PathLike[str], reader: Callable[[bytes], Result]) -> Result:
@@ -169,7 +193,13 @@ def through(path: str | os.PathLike[str], reader: Callable[[bytes], Result]) -> 
         return from_bytes(source.read_bytes(), reader)
     except ValueError as error:
         hint = _CHECKPOINT_HINT if _is_checkpoint(source) else ""
-        raise ArtifactError(f"{source}: {error}{hint}") from error
+        raise ArtifactError(f"{printable(str(source))}: {_told(error)}{hint}") from error
+
+
+def _told(error: Exception) -> str:
+    """The message, which may quote the file, fit for a terminal."""
+    text = str(error)
+    return printable(text if len(text) <= _MESSAGE_MAX else f"{text[:_MESSAGE_MAX]} ...")
 
 
 def _is_checkpoint(source: Path) -> bool:

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from swincompress_pl import spec
+from swincompress_pl.printable import printable
 from swincompress_pl.spec.reference import tensors_of
 
 try:
@@ -77,7 +78,7 @@ def _engine(
     try:
         return _core.Engine([_value(value) for value in inputs], operations, name, count)
     except ValueError as error:
-        raise spec.ProgramError(str(error)) from error
+        raise spec.ProgramError(printable(str(error))) from error
 
 
 def program_engine(program: spec.Program, *, implementation: str | None, threads: int | None) -> _core.Engine:

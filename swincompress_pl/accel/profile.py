@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from swincompress_pl import spec
+from swincompress_pl.printable import printable
 from swincompress_pl.spec.kinds import KINDS
 
 Counts = tuple[int, int, int]  # spikes, the places of neurons, synaptic operations
@@ -99,8 +100,8 @@ class Profile:
         }
 
     def __str__(self) -> str:
-        width = max((len(row.operation) for row in self.rows), default=0)
-        width = max(width, len("operation"))
+        names = [printable(row.operation) for row in self.rows] + ["total"]
+        width = max(*map(len, names), len("operation"))
         kinds = max(max((len(row.kind) for row in self.rows), default=0), len("kind"))
         spiking = self.sops is not None
         titles = ("ms", "share", "MMAC", "GMAC/s", "peak", "kB") + (("MSOP", "spikes") if spiking else ())
@@ -118,14 +119,14 @@ class Profile:
             bytes=sum(row.bytes for row in self.rows),
             sops=self.sops,
         )
-        for row in (*self.rows, total):
+        for name, row in zip(names, (*self.rows, total), strict=True):
             cells = [f"{row.time_ms:9.4f}", f"{row.share:6.1%}", f"{row.macs / 1e6:9.3f}", f"{row.gmacs_per_s:7.1f}"]
             reached = self.peak_share(row)
             cells += ["" if reached is None else f"{reached:5.0%}", f"{row.bytes / 1e3:9.1f}"]
             if spiking:
                 cells += ["" if row.sops is None else f"{row.sops / 1e6:9.3f}"]
                 cells += ["" if row.spike_rate is None else f"{row.spike_rate:6.1%}"]
-            line = f"{row.operation:{width}}  {row.kind:{kinds}}  " + "  ".join(
+            line = f"{name:{width}}  {row.kind:{kinds}}  " + "  ".join(
                 f"{cell:>{size}}" for cell, size in zip(cells, _COLUMNS, strict=False)
             )
             lines.append(line.rstrip())

@@ -19,15 +19,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from swincompress_pl.spec.program import NAME_BYTES_MAX
+
 Tensor = npt.NDArray[Any]
 Bytes = npt.NDArray[np.uint8]
 
 COMPRESSIONS = ("lzma",)
 _TYPES = ("int8", "uint8", "int16", "int32", "int64")
 _AXES_MAX = 8
-# A file may decode to this much, and beyond it to so many times its own size: far more than weights ever need.
-_DECODED_BYTES_FREE = 2**26
-_DECODED_RATIO_MAX = 256
+# Tensors may decode to this much in memory, and beyond it to so many times their stream: far more than weights need.
+_DECODED_BYTES_FREE = 2**24
+_DECODED_RATIO_MAX = 128
 
 # Weights are noise with a skewed histogram: no context of neighbouring bytes and no alignment is the best setting of
 # lc, lp and pb (docs/spec.md, section 11). The dictionary is fixed here, not read from a file: it bounds the decoder.
@@ -193,9 +195,18 @@ class _Stream:
     tensors: tuple[tuple[str, tuple[int, ...]], ...]
 
     @property
+    def values(self) -> int:
+        return sum(math.prod(shape) for _, shape in self.tensors)
+
+    @property
     def size_bytes(self) -> int:
         """Length before coding."""
-        return (sum(math.prod(shape) for _, shape in self.tensors) * self.bits + 7) // 8
+        return (self.values * self.bits + 7) // 8
+
+    @property
+    def memory_bytes(self) -> int:
+        """Of the tensors in memory, where every value has a whole byte or more."""
+        return self.values * np.dtype(self.dtype).itemsize
 
     def entry(self) -> dict[str, Any]:
         tensors = [[key, list(shape)] for key, shape in self.tensors]
@@ -210,6 +221,8 @@ def _stream(entry: Any) -> _Stream:
         raise StorageError(f"a stream's declaration is wrong: {error!r}") from error
     if dtype not in _TYPES or not all(isinstance(key, str) for key, _ in members):
         raise StorageError(f"a stream of type {dtype!r}; types are {', '.join(_TYPES)}")
+    if any(len(key) > NAME_BYTES_MAX for key, _ in members):
+        raise StorageError(f"a tensor name of more than {NAME_BYTES_MAX} bytes")
     if type(bits) is not int or (bits != 8 * np.dtype(dtype).itemsize and (dtype != "int8" or bits not in (2, 4))):
         raise StorageError(f"a stream of {dtype} in {bits!r} bits a value")
     return _Stream(coder=coder, dtype=dtype, bits=bits, tensors=members)
@@ -225,7 +238,7 @@ def _lay_out(values: Tensor, bits: int) -> bytes:
 def _values(data: bytes, stream: _Stream) -> Tensor:
     """The inverse of `_lay_out`."""
     if stream.bits < 8:
-        return unpack(np.frombuffer(data, np.uint8), stream.bits, (sum(math.prod(s) for _, s in stream.tensors),))
+        return unpack(np.frombuffer(data, np.uint8), stream.bits, (stream.values,))
     native = np.dtype(stream.dtype)
     planes = np.frombuffer(data, np.uint8).reshape(native.itemsize, -1)
     values: Tensor = np.ascontiguousarray(planes.T).reshape(-1).view(native.newbyteorder("<"))
@@ -248,7 +261,7 @@ def compress_tensors(
         coder, stored[f"stream{number}"] = encode(data)
         members = tuple((key, tensors[key].shape) for key in keys)
         entries.append(_Stream(coder=coder, dtype=dtype, bits=bits, tensors=members).entry())
-    require_bounded(sum(_stream(entry).size_bytes for entry in entries), sum(s.nbytes for s in stored.values()))
+    require_bounded(sum(_stream(entry).memory_bytes for entry in entries), sum(s.nbytes for s in stored.values()))
     return stored, entries
 
 
@@ -258,7 +271,7 @@ def decompress_tensors(stored: Mapping[str, Tensor], entries: Any) -> dict[str, 
         raise StorageError("its streams are not those that it declares")
     streams = [_stream(entry) for entry in entries]
     _require_each_once([key for stream in streams for key, _ in stream.tensors])
-    require_bounded(sum(stream.size_bytes for stream in streams), sum(s.nbytes for s in stored.values()))
+    require_bounded(sum(stream.memory_bytes for stream in streams), sum(s.nbytes for s in stored.values()))
     tensors: dict[str, Tensor] = {}
     for number, stream in enumerate(streams):
         values = _values(decode(stream.coder, stored[f"stream{number}"], stream.size_bytes), stream)

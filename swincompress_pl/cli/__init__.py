@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from swincompress_pl import __version__
+from swincompress_pl.printable import printable
 from swincompress_pl.registry import UnsupportedNetworkError
 
 PROGRAM = "swincompress"
@@ -98,7 +99,7 @@ def _is_user_error(error: Exception) -> bool:
 
 
 def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
+    text = printable(" ".join(str(error).split()))
     return text or type(error).__name__
 
 

@@ -10,6 +10,7 @@ from jsonargparse import Namespace
 from rich.table import Table
 
 from swincompress_pl.cli.common import console, existing_file, integers, is_checkpoint, parser, print_json, progress
+from swincompress_pl.printable import printable
 from swincompress_pl.report.comparison.bench import Bench, bench_artifact
 from swincompress_pl.report.comparison.compare import Result
 from swincompress_pl.report.comparison.kernels import bench_linear
@@ -102,7 +103,7 @@ def _show(outcome: Bench, file: Path) -> None:
     shown.print(rows)
     for result in outcome.results:
         if result.unavailable:
-            shown.print(f"{result.name}: {result.unavailable}")
+            shown.print(printable(f"{result.name}: {result.unavailable}"))
     verdict = "identical to the reference" if outcome.answers_equal else "DIFFERENT from the reference"
     shown.print(f"integer logits of {outcome.images_checked} random images: {verdict}")
     if len(outcome.results) > 1:
@@ -134,7 +135,9 @@ def _show_operations(operations: Sequence[OperationTime]) -> None:
         rows.add_column(column, justify="left" if column in ("operation", "kind") else "right")
     for operation in operations:
         speed = f"{operation.macs / operation.time_ms / 1e6:.1f}" if operation.macs and operation.time_ms else ""
-        rows.add_row(operation.name, operation.kind, f"{operation.time_ms:.4f}", f"{operation.macs:,}", speed)
+        rows.add_row(
+            printable(operation.name), operation.kind, f"{operation.time_ms:.4f}", f"{operation.macs:,}", speed
+        )
     console().print(rows)
 
 

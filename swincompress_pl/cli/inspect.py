@@ -11,6 +11,7 @@ from rich.table import Table
 from swincompress_pl.accel import artifact
 from swincompress_pl.cli.common import console, existing_file, is_checkpoint, parser, print_json
 from swincompress_pl.history import summarize
+from swincompress_pl.printable import printable_data
 from swincompress_pl.report.content.numbers import count, megabytes
 from swincompress_pl.report.sizes import program_parameters, program_size
 from swincompress_pl.spec import Cost, Program, costs
@@ -36,7 +37,7 @@ def main(name: str, arguments: Sequence[str]) -> int:
     if given.json:
         print_json(described)
     else:
-        show(described)
+        show(printable_data(described))
     return 0
 
 

@@ -17,6 +17,7 @@ from swincompress_pl.data.module import ImageClassificationData, image_files, re
 from swincompress_pl.data.preprocessing import Preprocessing
 from swincompress_pl.data.progress import with_progress
 from swincompress_pl.data.sampling import Indices
+from swincompress_pl.files import write_file
 
 CLASS_NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 CIFAR10_PREPROCESSING = Preprocessing(
@@ -146,12 +147,10 @@ def _read_cache(cache: Path, fingerprint: str) -> MemoryImages | None:
 
 
 def _write_cache(cache: Path, images: MemoryImages, fingerprint: str) -> None:
-    temporary = cache.with_name(f"{cache.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as file:
-            np.savez(file, pixels=images.pixels, labels=images.labels, fingerprint=np.array(fingerprint))
-        os.replace(temporary, cache)
+        write_file(
+            cache,
+            lambda file: np.savez(file, pixels=images.pixels, labels=images.labels, fingerprint=np.array(fingerprint)),
+        )
     except OSError as error:  # a full disk must not stop a training: the cache only saves time
         _log.warning("%s: not written (%s); the images will be decoded again next time.", cache, error)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from swincompress_pl._deprecated import find_old_name
-from swincompress_pl.report.content.parts import Section
+from swincompress_pl.printable import printable
+from swincompress_pl.report.content.parts import Section, Table
 from swincompress_pl.report.content.sections import sections
 from swincompress_pl.report.record import RunRecord
 
@@ -15,38 +17,47 @@ _STEPS_SHOWN = 30
 
 def render_markdown(record: RunRecord, images: Mapping[str, tuple[str, str]] | None = None) -> str:
     """The whole report; images: {name of a plot: (title, file name beside the report)}."""
-    parts = [f"# {record.name}"]
+    parts = [f"# {_text(record.name)}"]
     for section in sections(record, steps_shown=_STEPS_SHOWN):
         parts += _section(section, images or {})
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table; the first column is text, the others are aligned right."""
-    body = [[cell.replace("|", "\\|") for cell in row] for row in rows]
-    widths = [max(3, *(len(row[i]) for row in [list(header), *body])) for i in range(len(header))]
+    """A Markdown table of cells in Markdown; the first column is text, the others are aligned right."""
+    head, *body = [[cell.replace("|", "\\|") for cell in row] for row in (header, *rows)]
+    widths = [max(3, *(len(row[i]) for row in [head, *body])) for i in range(len(head))]
 
     def line(cells: Sequence[str]) -> str:
         padded = (c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True)))
         return "| " + " | ".join(padded) + " |"
 
     rule = ["-" * w if i == 0 else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
-    return "\n".join([line(header), line(rule), *(line(row) for row in body)])
+    return "\n".join([line(head), line(rule), *(line(row) for row in body)])
 
 
 def _section(section: Section, images: Mapping[str, tuple[str, str]]) -> list[str]:
     lines = []
     for item in section.items:
-        lead = f"**{item.lead}**" if item.lead and item.mood != "good" else item.lead
-        lines.append(f"- {lead}: {item.text}" if lead else f"- {item.text}")
+        lead = f"**{_text(item.lead)}**" if item.lead and item.mood != "good" else _text(item.lead)
+        lines.append(f"- {lead}: {_text(item.text)}" if lead else f"- {_text(item.text)}")
     shown = [images[name] for name in section.plots if name in images]
     return [
         f"## {section.title}",
-        section.text,
-        table(section.table.header, section.table.rows) if section.table else "",
+        _text(section.text),
+        _table(section.table) if section.table else "",
         "\n".join(lines),
-        *(f"![{title}]({file})" for title, file in shown),
+        *(f"![{_text(title)}]({file})" for title, file in shown),
     ]
+
+
+def _table(given: Table) -> str:
+    return table([_text(cell) for cell in given.header], [[_text(cell) for cell in row] for row in given.rows])
+
+
+def _text(given: str) -> str:
+    """As a reader shall see it: no HTML, link or image out of a name, and no line that begins something of its own."""
+    return re.sub(r"([\\<\[`])", r"\\\1", printable(given))
 
 
 def __getattr__(name: str) -> Any:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
+import sys
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from types import UnionType
+from typing import Any, Self, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from swincompress_pl.files import write_file
 
 T = TypeVar("T")
 
@@ -43,17 +45,63 @@ def read_plain(kind: type[T], data: Mapping[str, Any] | T, what: str, check: Cal
     return found
 
 
+def require_type(value: Any, kind: Any, what: str) -> None:
+    """Raises TypeError naming the entry of `value`, or `what`, that is not of the type `kind` that its field declares.
+
+    Looks into dataclasses, lists, tuples and mappings. A float is finite, and an integer may stand for it.
+    """
+    origin, inner = get_origin(kind), get_args(kind)
+    if kind is Any:
+        return
+    if origin in (Union, UnionType):
+        _require_one_of(value, inner, what)
+    elif origin is not None:
+        _require_items(value, origin, inner, what)
+    elif kind is float:
+        _require(type(value) in (int, float) and abs(value) <= sys.float_info.max, value, "a number", what)
+    elif kind in (int, bool):
+        _require(type(value) is kind, value, kind.__name__, what)
+    else:
+        _require(isinstance(value, kind), value, kind.__name__, what)
+        if is_dataclass(kind):
+            hints = get_type_hints(kind)
+            for field in fields(kind):
+                require_type(getattr(value, field.name), hints[field.name], f"{what}.{field.name}")
+
+
+def _require_one_of(value: Any, kinds: tuple[Any, ...], what: str) -> None:
+    if value is None and type(None) in kinds:
+        return
+    for kind in (real := [kind for kind in kinds if kind is not type(None)]):
+        try:
+            return require_type(value, kind, what)
+        except TypeError:
+            if kind is real[-1]:
+                raise
+
+
+def _require_items(value: Any, origin: Any, inner: tuple[Any, ...], what: str) -> None:
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        _require(isinstance(value, Mapping), value, "a mapping", what)
+        for key, item in value.items():
+            require_type(key, inner[0], f"a key of {what}")
+            require_type(item, inner[1], f"{what}[{key!r}]")
+        return
+    _require(isinstance(value, list | tuple), value, "a list", what)
+    fixed = origin is tuple and Ellipsis not in inner
+    _require(not fixed or len(value) == len(inner), value, f"{len(inner)} entries", what)
+    for number, item in enumerate(value):
+        require_type(item, inner[number] if fixed else inner[0], f"{what}[{number}]")
+
+
+def _require(right: bool, value: Any, expected: str, what: str) -> None:
+    if not right:
+        raise TypeError(f"{what} is {repr(value)[:60]}, not {expected}")
+
+
 def write_text(path: str | Path, text: str) -> Path:
-    """Writes UTF-8 text via a temporary file beside `path` and a rename; makes the directory."""
+    """Writes UTF-8 text, whole or not at all; makes the directory."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, target)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    return target
+    content = text.encode("utf-8", errors="backslashreplace")  # halves of surrogate pairs, which JSON may hold
+    return write_file(target, lambda file: file.write(content))

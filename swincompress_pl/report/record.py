@@ -15,12 +15,13 @@ from swincompress_pl.report.diagnosis import read_diagnosis
 from swincompress_pl.report.latency import Latency
 from swincompress_pl.report.layers import LayerSparsity
 from swincompress_pl.report.operations import OperationTime
-from swincompress_pl.report.plain import Plain, write_text
+from swincompress_pl.report.plain import Plain, require_type, write_text
 from swincompress_pl.report.search import read_search
 from swincompress_pl.report.sizes import Size
 
 RECORD_VERSION = 1
 RECORD_FILE = "report.json"
+_BYTES_MAX = 2**26
 Latencies = Mapping[str, Latency]
 
 
@@ -242,7 +243,7 @@ class RunRecord:
             raise RecordError(f"unknown entries {', '.join(sorted(map(repr, unknown)))} in the record")
         try:
             lists = {name: _read_all(kind, data[name]) for name, kind in _LISTS.items()}
-            return cls(
+            record = cls(
                 name=data["name"],
                 environment=data["environment"],
                 data=data["data"],
@@ -251,6 +252,8 @@ class RunRecord:
                 quantization=_checked(read_diagnosis, data.get("quantization")),
                 **lists,
             )
+            require_type(record, cls, "the record")
+            return record
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise RecordError(f"the record is incomplete or ill-typed: {error!r}") from error
 
@@ -268,9 +271,11 @@ class RunRecord:
             raise FileNotFoundError(
                 f"{file}: no record of a run there; `swincompress demo` and `write_report` make one"
             )
+        if file.stat().st_size > _BYTES_MAX:
+            raise RecordError(f"{file}: {file.stat().st_size} bytes; a record of at most {_BYTES_MAX} is read")
         try:
-            return cls.from_dict(json.loads(file.read_text(encoding="utf-8")))
-        except (RecordError, json.JSONDecodeError, UnicodeDecodeError) as error:
+            return cls.from_dict(json.loads(file.read_text(encoding="utf-8"), parse_constant=_no_number))
+        except (ValueError, RecursionError) as error:
             raise RecordError(f"{file}: {error}") from error
 
 
@@ -282,6 +287,10 @@ _LISTS: dict[str, Any] = {
     "comparisons": Comparison,
     "checks": Check,
 }
+
+
+def _no_number(text: str) -> float:
+    raise RecordError(f"{text} is no JSON number")
 
 
 def _checked(read: Callable[[Mapping[str, Any]], object], data: Mapping[str, Any] | None) -> Mapping[str, Any] | None:

@@ -8,7 +8,7 @@ from swincompress_pl.report.html import render_html
 from swincompress_pl.report.markdown import render_markdown
 from swincompress_pl.report.plain import write_text
 from swincompress_pl.report.plots.draw import Plot, draw_plots, save_plots
-from swincompress_pl.report.record import RECORD_FILE, RunRecord
+from swincompress_pl.report.record import RECORD_FILE, RecordError, RunRecord
 
 MARKDOWN_FILE = "report.md"
 HTML_FILE = "report.html"
@@ -32,7 +32,10 @@ def render_report(directory: str | Path) -> Path:
     if target.name == RECORD_FILE:
         target = target.parent
     record = RunRecord.load(target)
-    return _write(record, draw_plots(record), target)
+    try:
+        return _write(record, draw_plots(record), target)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:  # values that no run has
+        raise RecordError(f"{target / RECORD_FILE}: the record cannot be drawn: {error!r}") from error
 
 
 def write_html(record: RunRecord, path: str | Path) -> Path:

@@ -7,10 +7,12 @@ are in single-assignment form: every operation reads earlier values and writes o
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +21,15 @@ from swincompress_pl.spec.integer import ITEMSIZE, LIMITS
 
 NORM_VERSION = 1
 INPUT_VALUE = "images"
+# What a Program may hold at most, the same in every reader (docs/spec.md, section 11).
+OPERATIONS_MAX = 10_000
+ELEMENTS_MAX = 2**32  # of a value
+NAME_BYTES_MAX = 1024  # of an operation, a value, a tensor, a class
+PREPARED_BYTES_FREE, PREPARED_RATIO_MAX = 2**26, 8
+# As float.hex writes a positive number.
+_SCALE = re.compile(r"0x[01](\.[0-9a-f]{0,13})?p[+-]?[0-9]{1,4}")
+
+Json = TypeVar("Json", dict[str, Any], list[Any], str)
 
 
 class ProgramError(ValueError):
@@ -44,8 +55,10 @@ class Value:
     def __post_init__(self) -> None:
         if self.dtype not in LIMITS:
             raise ProgramError(f"value of type {self.dtype!r}; types are {', '.join(LIMITS)}")
-        if not self.shape or any(not isinstance(size, int) or size < 1 for size in self.shape):
+        if not self.shape or any(type(size) is not int or size < 1 for size in self.shape):
             raise ProgramError(f"value of shape {self.shape}; every size must be a positive integer")
+        if math.prod(self.shape) > ELEMENTS_MAX:
+            raise ProgramError(f"value of shape {self.shape}; at most {ELEMENTS_MAX} elements are possible")
 
     @property
     def rows(self) -> int:
@@ -121,7 +134,7 @@ class InputDescription:
             width=given["width"],
             channels=given["channels"],
             time_steps=given["time_steps"] if given["axes"] == "NTHWC" else None,
-            preprocessing=given["preprocessing"],
+            preprocessing=_typed(given, "preprocessing", dict),
         )
 
 
@@ -166,19 +179,23 @@ class Program:
         """Rebuilds a Program; raises ProgramError naming the missing or ill-typed entry."""
         try:
             version = description["norm_version"]
-            if version != NORM_VERSION:
+            if type(version) is not int or version != NORM_VERSION:
                 raise ProgramError(
                     f"program of norm version {version!r}; this package runs version {NORM_VERSION}: "
                     "export the model again"
                 )
-            classes = description["classes"]
+            operations, classes = _typed(description, "operations", list), description["classes"]
+            if len(operations) > OPERATIONS_MAX:
+                raise ProgramError(f"program of {len(operations)} operations; it must have 1 to {OPERATIONS_MAX}")
             return cls(
-                input=InputDescription.from_description(description["input"]),
-                operations=tuple(_operation(entry) for entry in description["operations"]),
-                tensors=tensors,
-                logit_scale=float.fromhex(description["logit_scale"]),
-                classes=None if classes is None else tuple(classes),
-                origin=description["origin"],
+                input=InputDescription.from_description(_typed(description, "input", dict)),
+                operations=tuple(_operation(entry) for entry in operations),
+                tensors={_name(key, "tensor"): tensor for key, tensor in tensors.items()},
+                logit_scale=_scale(_typed(description, "logit_scale", str)),
+                classes=None
+                if classes is None
+                else tuple(_name(text, "class name") for text in _typed(description, "classes", list)),
+                origin=_typed(description, "origin", dict),
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise ProgramError(f"program description is incomplete or ill-typed: {error!r}") from error
@@ -194,24 +211,52 @@ class Program:
         """Bytes of all tensors."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
+    def prepared_bytes(self, op: Operation) -> int:
+        """What an engine makes of an operation's tensors: rows of weights are rounded up, biases of attention are
+        spread to all pairs of tokens, and a tensor that several operations read is made anew for each."""
+        tensors = {role: self.tensors[key] for role, key in op.tensors.items() if key in self.tensors}
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        if "weight" in tensors:
+            weight = tensors["weight"]
+            rows = max(1, weight.shape[0] if weight.shape else 1)
+            size += 2 * (-rows // 64 * -64) * (-(weight.size // rows) // 64 * -64)
+        if "bias_table" in tensors and "bias_index" in tensors:
+            size += max(1, *tensors["bias_table"].shape[:1]) * tensors["bias_index"].nbytes
+        return size
+
+
+def _typed(given: Mapping[str, Any], key: str, kind: type[Json]) -> Json:
+    """An entry of a description; TypeError for another type, KeyError for none."""
+    found = given[key]
+    if not isinstance(found, kind):
+        raise TypeError(f"entry {key!r} is no {kind.__name__}")
+    return found
+
+
+def _name(given: Any, what: str) -> str:
+    if not isinstance(given, str):
+        raise TypeError(f"a {what} is {type(given).__name__}, no text")
+    size_bytes = len(given.encode("utf-8", errors="surrogatepass"))
+    if size_bytes > NAME_BYTES_MAX:
+        raise ProgramError(f"a {what} of {size_bytes} bytes; at most {NAME_BYTES_MAX} are read")
+    return given
+
+
+def _scale(text: str) -> float:
+    try:
+        return float.fromhex(text if _SCALE.fullmatch(text) else "nan")
+    except OverflowError:
+        return math.inf  # which `check` refuses, as it does what is no number
+
 
 def _operation(entry: Mapping[str, Any]) -> Operation:
-    def texts(items: Sequence[Any]) -> tuple[str, ...]:
-        if isinstance(items, str) or not all(isinstance(item, str) for item in items):
-            raise ProgramError(f"operation {entry.get('name')!r}: inputs must be names, not {items!r}")
-        return tuple(items)
-
-    def text(key: str) -> str:
-        if not isinstance(entry[key], str):
-            raise ProgramError(f"operation {entry.get('name')!r}: {key} must be text, not {entry[key]!r}")
-        return str(entry[key])
-
+    tensors, attributes = _typed(entry, "tensors", dict), _typed(entry, "attributes", dict)
     return Operation(
-        kind=text("kind"),
-        name=text("name"),
-        inputs=texts(entry["inputs"]),
-        output=text("output"),
-        dtype=text("dtype"),
-        attributes=dict(entry["attributes"]),
-        tensors=dict(zip(entry["tensors"], texts(list(entry["tensors"].values())), strict=True)),
+        kind=_name(entry["kind"], "kind"),
+        name=_name(entry["name"], "name"),
+        inputs=tuple(_name(item, "name of an input") for item in _typed(entry, "inputs", list)),
+        output=_name(entry["output"], "name of an output"),
+        dtype=_name(entry["dtype"], "type"),
+        attributes=dict(attributes),
+        tensors={role: _name(key, "name of a tensor") for role, key in tensors.items()},
     )

@@ -10,7 +10,17 @@ import numpy.typing as npt
 
 from swincompress_pl.spec.integer import IntArray
 from swincompress_pl.spec.kinds import KINDS, prove_operation
-from swincompress_pl.spec.program import INPUT_VALUE, InputDescription, Operation, Program, ProgramError, Value
+from swincompress_pl.spec.program import (
+    INPUT_VALUE,
+    OPERATIONS_MAX,
+    PREPARED_BYTES_FREE,
+    PREPARED_RATIO_MAX,
+    InputDescription,
+    Operation,
+    Program,
+    ProgramError,
+    Value,
+)
 
 
 def tensors_of(program: Program, op: Operation) -> dict[str, IntArray]:
@@ -33,6 +43,9 @@ def _proved(program: Program) -> tuple[dict[str, Value], list[int | None]]:
     values = {INPUT_VALUE: program.input.value}
     if not program.operations:
         raise ProgramError("program without operations")
+    if len(program.operations) > OPERATIONS_MAX:
+        raise ProgramError(f"program of {len(program.operations)} operations; at most {OPERATIONS_MAX} are accepted")
+    _require_bounded(program)  # first: to prove them costs as much
     for op in program.operations:
         unknown = [name for name in op.inputs if name not in values]
         if unknown:
@@ -52,6 +65,17 @@ def _proved(program: Program) -> tuple[dict[str, Value], list[int | None]]:
     if not (np.isfinite(program.logit_scale) and program.logit_scale > 0):
         raise ProgramError(f"logit_scale is {program.logit_scale}; it must be positive and finite")
     return values, reaches
+
+
+def _require_bounded(program: Program) -> None:
+    """Raises ProgramError where the tensors would cost an engine far more than they take themselves."""
+    prepared = sum(program.prepared_bytes(op) for op in program.operations)
+    limit = PREPARED_BYTES_FREE + PREPARED_RATIO_MAX * program.parameter_bytes
+    if prepared > limit:
+        raise ProgramError(
+            f"its operations make {prepared} bytes of their tensors; at most {limit} are accepted for tensors of its "
+            "size"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@
 #include <stdexcept>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 namespace swincompress {
@@ -24,6 +25,7 @@ struct Json {
     bool is(Kind other) const { return kind == other; }
     // The member called `key`, nullptr where there is none or this is no object.
     const Json* find(std::string_view key) const;
+    Json* find(std::string_view key) { return const_cast<Json*>(std::as_const(*this).find(key)); }
     // A number without fraction and exponent that fits 64 bits.
     std::optional<std::int64_t> integer() const;
     // Whether this is the text `other`.

@@ -1,4 +1,5 @@
 // From an artifact's description to operations.
+#include <algorithm>
 #include <cmath>
 
 #include "reader.h"
@@ -42,7 +43,8 @@ Value parse_input(const Json& given) {
 double parse_scale(const std::string& text) {
     const auto refuse = [&] { return ArtifactError("logit_scale is '" + text + "'; it must be positive and finite"); };
     std::size_t at = 2;
-    if (text.compare(0, 2, "0x") != 0) throw refuse();
+    const bool normal = text.size() > 3 && (text[2] == '0' || text[2] == '1') && (text[3] == '.' || text[3] == 'p');
+    if (text.compare(0, 2, "0x") != 0 || !normal) throw refuse();  // at most 53 bits: no digit is rounded here
     std::uint64_t mantissa = 0;
     int digits = 0, after_point = 0;
     bool point = false;
@@ -80,6 +82,8 @@ public:
         Operation operation{};
         operation.kind = entry_of(entry, "kind", Json::Kind::text).text;
         operation.name = entry_of(entry, "name", Json::Kind::text).text;
+        require_name(operation.kind, "kind");
+        require_name(operation.name, "name");
         try {
             operation.output = value_type_from_name(entry_of(entry, "dtype", Json::Kind::text).text);
         } catch (const std::invalid_argument& error) {
@@ -92,6 +96,7 @@ public:
         for (const JsonMember& member : entry_of(entry, "tensors", Json::Kind::object).members)
             operation.tensors.emplace(member.key, tensor_of(operation, member));
         const std::string& output = entry_of(entry, "output", Json::Kind::text).text;
+        require_name(output, "name of an output");
         if (!numbers_.emplace(output, static_cast<Size>(numbers_.size())).second)
             throw OperationError(operation, "writes " + json_text(output) + " a second time");
         return operation;
@@ -139,9 +144,42 @@ std::optional<std::vector<std::string>> parse_classes(const Json& description) {
     std::vector<std::string> classes;
     for (const Json& name : entry_of(description, "classes", Json::Kind::list).items) {
         if (!name.is(Json::Kind::text)) throw incomplete("a class name is no text");
+        require_name(name.text, "class name");
         classes.push_back(name.text);
     }
     return classes;
+}
+
+// What an engine makes of an operation's tensors: a tensor that many operations read is made anew for each, rows of
+// weights are rounded up, biases of attention are spread to all pairs of tokens. Doubles, as no product overflows them.
+double prepared_bytes(const Operation& operation) {
+    double bytes = 0;
+    for (const auto& [role, tensor] : operation.tensors) bytes += static_cast<double>(tensor.bytes());
+    const auto has = [&](const char* role) { return operation.tensors.count(role) != 0; };
+    const auto rows = [&](const char* role) {
+        const Tensor& tensor = operation.tensors.at(role);
+        return std::max<Size>(1, tensor.shape.empty() ? 1 : tensor.shape.front());
+    };
+    const auto aligned = [](Size size) { return static_cast<double>((size + 63) / 64 * 64); };
+    if (has("weight")) {
+        const Size elements = operation.tensors.at("weight").elements();
+        bytes += 2 * aligned(rows("weight")) * aligned(elements / rows("weight"));
+    }
+    if (has("bias_table") && has("bias_index"))
+        bytes += static_cast<double>(rows("bias_table")) *
+                 static_cast<double>(operation.tensors.at("bias_index").bytes());
+    return bytes;
+}
+
+void require_bounded(const Program& program, const Artifact& artifact) {
+    double stored = 0, prepared = 0;
+    for (const auto& [key, tensor] : artifact.tensors) stored += static_cast<double>(tensor.bytes());
+    for (const Operation& operation : program.operations) prepared += prepared_bytes(operation);
+    const double limit = static_cast<double>(kPreparedBytesFree) + kPreparedRatioMax * stored;
+    if (prepared > limit)
+        throw ArtifactError("its operations make " + std::to_string(static_cast<Size>(std::min(prepared, 9e18))) +
+                            " bytes of their tensors; at most " + std::to_string(static_cast<Size>(limit)) +
+                            " are accepted for tensors of its size");
 }
 
 }  // namespace
@@ -169,6 +207,7 @@ Program read_program(const Artifact& artifact) {
                             std::to_string(kOperationsMax));
     OperationReader reader(artifact);
     for (const Json& entry : operations) program.operations.push_back(reader.read(entry));
+    require_bounded(program, artifact);
     return program;
 }
 

@@ -71,17 +71,19 @@ std::string artifact_checksum(const Json& description, const std::map<std::strin
 Artifact read_artifact(const std::byte* bytes, std::size_t size) {
     Container container = read_safetensors(bytes, size, kMetadataKey);
     Json content = parse_metadata(container.metadata);
+    container.metadata = {};
     const Size version = parse_version(content);
     if (version == 2 && content.find("content") != nullptr)
         throw CodedError("an entropy-coded artifact, which only Python decodes; export it without compression");
     Artifact artifact{{}, std::move(container.tensors), {}};
     align(artifact);
     if (version == 2) restore(artifact, content);
-    const Json *description = content.find("description"), *sha256 = content.find("sha256");
+    Json* description = content.find("description");
+    const Json* sha256 = content.find("sha256");
     const bool whole = description != nullptr && description->is(Json::Kind::object) && sha256 != nullptr;
     if (!whole || !sha256->says(artifact_checksum(*description, artifact.tensors)))
         throw ArtifactError("altered after it was written (its checksum differs); copy or export it again");
-    artifact.description = *description;
+    artifact.description = std::move(*description);
     return artifact;
 }
 

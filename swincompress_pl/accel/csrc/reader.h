@@ -38,6 +38,9 @@ struct Program {
 };
 
 constexpr std::size_t kOperationsMax = 10000;
+// What engines make of the tensors may take this much, and beyond it so many times the tensors' own bytes.
+constexpr Size kPreparedBytesFree = Size{1} << 26;
+constexpr double kPreparedRatioMax = 8;
 
 // Reads the description: every operation reads only what an earlier one writes. The rules of the norm are not checked
 // here. Throws ArtifactError, naming the operation where there is one.

@@ -99,6 +99,12 @@ ArtifactError damaged(const std::string& what) {
     return ArtifactError("truncated or damaged (" + what + "); copy or export it again");
 }
 
+void require_name(const std::string& name, const char* what) {
+    if (name.size() > kNameBytesMax)
+        throw ArtifactError(std::string("a ") + what + " of " + std::to_string(name.size()) + " bytes; at most " +
+                            std::to_string(kNameBytesMax) + " are read");
+}
+
 Container read_safetensors(const std::byte* bytes, std::size_t size, const std::string& key) {
     const Json header = parse_header(bytes, size);
     Container container{metadata_entry(header, key), {}};
@@ -107,6 +113,7 @@ Container read_safetensors(const std::byte* bytes, std::size_t size, const std::
     std::vector<Span> spans;
     for (const JsonMember& member : header.members) {
         if (member.key == "__metadata__") continue;
+        require_name(member.key, "tensor name");
         auto [tensor, span] = parse_tensor(member.key, member.value);
         spans.push_back(span);
         tensor.data = bytes + start;  // and the offset, once it is known to lie in the file

@@ -23,6 +23,10 @@ struct Container {
 };
 
 constexpr std::size_t kHeaderBytesMax = std::size_t{1} << 24;
+constexpr std::size_t kNameBytesMax = 1024;  // of a tensor, an operation, a value, a class
+
+// Throws ArtifactError for a longer name of a `what`.
+void require_name(const std::string& name, const char* what);
 
 // Throws ArtifactError; it names a file without the metadata entry `key` as foreign before it minds its tensors.
 Container read_safetensors(const std::byte* bytes, std::size_t size, const std::string& key);

@@ -8,7 +8,7 @@ namespace {
 
 constexpr std::size_t kAxesMax = 8;
 // Maps may unfold to this much, and beyond it to so many times the artifact's own size.
-constexpr Size kUnfoldedBytesFree = Size{1} << 26, kUnfoldedRatioMax = 256;
+constexpr Size kUnfoldedBytesFree = Size{1} << 24, kUnfoldedRatioMax = 128;
 
 Tensor& tensor_of(Artifact& artifact, const std::string& key, const char* what) {
     const auto found = artifact.tensors.find(key);

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from swincompress_pl.files import write_file
 from swincompress_pl.pruning.evaluation.scorer import Verdict
 
 Widths = Mapping[str, int]
@@ -32,7 +33,8 @@ class EvaluationCache:
         whole, rest = lines[:-1], lines[-1]
         if not whole:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(header) + "\n", encoding="utf-8")
+            first = (json.dumps(header) + "\n").encode()
+            write_file(path, lambda file: file.write(first))
             return
         self._read(path, whole, header)
         if rest:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +16,8 @@ import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+
+from swincompress_pl.files import write_file
 
 DPI = 130
 PAGE_WIDTH = 1250  # pixels: a wider drawing would be illegible when it is made to fit, so it scrolls
@@ -32,6 +33,7 @@ _STYLE = {
     "font.family": _FONT,
     "font.size": 10,
     "text.color": TEXT,
+    "text.parse_math": False,  # a dollar in a name is a dollar
     "axes.edgecolor": EDGE,
     "axes.labelcolor": TEXT,
     "axes.titlesize": 11,
@@ -74,14 +76,9 @@ def finished(figure: Figure) -> Figure:
 
 
 def save_png(figure: Figure, path: Path) -> None:
-    """Writes a PNG via a temporary file beside `path` and a rename."""
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        with style():
-            figure.savefig(temporary, format="png")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Writes a PNG, whole or not at all."""
+    with style():
+        write_file(path, lambda file: figure.savefig(file, format="png"))
 
 
 def to_rgb(figure: Figure) -> npt.NDArray[np.uint8]:

@@ -1,0 +1,98 @@
+"""The one way in which this package writes a file: whole, beside its place, and then moved there.
+
+A reader, a second writer, a full disk or a kill at any time finds the old file or the new one, never a part of one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import secrets
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+try:
+    import fcntl
+except ImportError:  # Windows: what a kill leaves there stays
+    fcntl = None  # type: ignore[assignment]
+
+
+def write_file(path: str | os.PathLike[str], write: Callable[[BinaryIO], object]) -> Path:
+    """Has `write` fill a temporary file beside `path`, which then takes its place, and returns `path`.
+
+    A link stays, what it points to is replaced; an existing file keeps its permissions, a new one has those of the
+    umask. What a killed writer of the same path left behind is removed.
+
+    Raises OSError naming `path`: no such folder, a full disk, no permission, or no regular file at `path`.
+    """
+    destination = Path(os.path.realpath(path))
+    try:
+        mode = _mode_of(destination)
+        _remove_leftovers(destination)
+        file, temporary = _open_beside(destination)
+        try:
+            with file:
+                write(file)
+                file.flush()
+                if mode is not None:
+                    os.chmod(temporary, mode)
+                os.fsync(file.fileno())
+                if fcntl is not None:  # while it is still locked: nobody takes it for a leftover
+                    os.replace(temporary, destination)
+            if fcntl is None:  # Windows moves no open file
+                os.replace(temporary, destination)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, f"cannot be written: {error.strerror}", str(path)) from error
+    return Path(path)
+
+
+def _mode_of(destination: Path) -> int | None:
+    """The permissions of the file that is there, None where there is none."""
+    try:
+        found = destination.stat()
+    except FileNotFoundError:
+        return None
+    if stat.S_ISDIR(found.st_mode):
+        raise IsADirectoryError(errno.EISDIR, "a folder is there; name a file")
+    if not stat.S_ISREG(found.st_mode):  # replacing /dev/null would take it from everybody
+        raise FileExistsError(errno.EEXIST, "what is there is no regular file; name another path")
+    return stat.S_IMODE(found.st_mode)
+
+
+def _prefix(destination: Path) -> str:
+    """Of the temporary files of one path: short, so that names of any length that a folder takes can be written."""
+    return f".swincompress-{hashlib.sha256(os.fsencode(destination.name)).hexdigest()[:16]}-"
+
+
+def _open_beside(destination: Path) -> tuple[BinaryIO, Path]:
+    """A new temporary file, locked for as long as it is open."""
+    while True:
+        temporary = destination.with_name(f"{_prefix(destination)}{secrets.token_hex(8)}")
+        file = open(temporary, "xb")  # noqa: SIM115  # the caller closes it
+        if fcntl is not None:
+            with contextlib.suppress(OSError):  # a file system without locks: nothing is taken for a leftover there
+                fcntl.flock(file, fcntl.LOCK_EX)
+        if temporary.exists():  # a second writer may have taken it for a leftover before it was locked
+            return file, temporary
+        file.close()
+
+
+def _remove_leftovers(destination: Path) -> None:
+    """Removes the temporary files whose writer is gone: a lock ends with its process."""
+    if fcntl is None:
+        return
+    for leftover in destination.parent.glob(f"{_prefix(destination)}*"):
+        try:
+            with open(leftover, "rb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                leftover.unlink(missing_ok=True)
+        except OSError:  # its writer is at work, or it is not ours to remove
+            continue
