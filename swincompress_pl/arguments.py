@@ -107,7 +107,7 @@ def options(name: str, value: object, kind: Callable[..., T], known: Collection[
     """`kind` from a mapping of its options; errors name `name` before the option. old: names that `kind` knows too."""
     require(name, value, isinstance(value, Mapping), f"a mapping of {', '.join(known)}")
     assert isinstance(value, Mapping)
-    unknown = [shown(key) for key in value if key not in known and key not in old]
+    unknown = [key if isinstance(key, str) else shown(key) for key in value if key not in known and key not in old]
     if unknown:
         raise ValueError(f"{name} has no option {', '.join(unknown)}; there are {', '.join(known)}")
     try:

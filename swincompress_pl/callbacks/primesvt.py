@@ -91,7 +91,9 @@ class PrimeSVT(SearchCallback):
         calibration_dataloader: Any = None,
         model_attribute: str = "net",
     ) -> None:
-        given = {**locals(), "policy": AllocatedPolicy() if policy == "allocated" else policy}
+        given = dict(locals())
+        if isinstance(policy, str) and policy == "allocated":
+            given["policy"] = AllocatedPolicy()
         super().__init__(
             start_epoch=start_epoch,
             monitor=monitor,

@@ -386,7 +386,7 @@ def config_of(kind: type[Config], config: Config | None, arguments: Mapping[str,
     settings = {field.name: arguments[field.name] for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
     if config is None:
         return kind(**settings)
-    require("config", config, isinstance(config, kind), f"a {kind.__name__}")
+    require("config", config, isinstance(config, kind), f"of type {kind.__name__}")
     defaults = kind()
     given = [name for name, value in settings.items() if not _same(value, getattr(defaults, name))]
     if given:
