@@ -35,10 +35,9 @@ def integer(name: str, value: object, *, least: int | None = None, wanted: str =
     """An integer of any type, or a float that is whole; no bool. wanted: what it has to be, in other words."""
     wanted = wanted or ("an integer" if least is None else f"{least} or more, an integer")
     found = as_float(value)
-    whole = found is not None and math.isfinite(found) and found == math.floor(found)
-    require(name, value, whole, wanted)
+    require(name, value, found is not None and math.isfinite(found), wanted)
     result = int(value)  # type: ignore[call-overload]  # a real number
-    require(name, value, least is None or result >= least, wanted)
+    require(name, value, result == value and (least is None or result >= least), wanted)
     return int(result)
 
 

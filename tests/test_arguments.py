@@ -17,6 +17,7 @@ from torch import nn
 
 from swincompress_pl import arguments
 from swincompress_pl.callbacks import AdaptiveIterativePruning, PrimeSVT, QuantizationAwareTraining
+from swincompress_pl.models.training import DistillationConfig, MixingConfig, OptimizationConfig
 from swincompress_pl.pruning import (
     AdaptivePruningConfig,
     AllocatedPolicy,
@@ -79,6 +80,9 @@ MAKERS: dict[str, tuple[Callable[..., Any], Any]] = {
     "SearchOptions": (SearchOptions, SearchOptions.__dataclass_fields__),
     "Learning": (Learning, Learning),
     "Bits": (Bits, Bits),
+    "OptimizationConfig": (OptimizationConfig, OptimizationConfig),
+    "MixingConfig": (MixingConfig, MixingConfig),
+    "DistillationConfig": (DistillationConfig, DistillationConfig),
 }
 
 

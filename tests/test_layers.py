@@ -25,7 +25,7 @@ ALLOWED: dict[str, set[str]] = {
     "pruning": {"registry", "history", "evaluation_mode", "layer_types", "masks", "arguments"},
     "quant": {"registry", "history", "evaluation_mode", "layer_types", "masks", "arguments", "spec"},
     "checkpoint": {"registry", "history", "pruning", "quant"},
-    "models": {"registry", "history", "layer_types", "pruning", "quant", "checkpoint"},
+    "models": {"arguments", "registry", "history", "layer_types", "pruning", "quant", "checkpoint"},
     "accel": {"spec"},
     "callbacks": {"arguments", "history", "evaluation_mode", "pruning", "quant", "models", "checkpoint"},
     "report": {"evaluation_mode", "spec", "accel", "pruning", "quant", "models"},
