@@ -17,7 +17,7 @@ from swincompress_pl.pruning.evaluation.scorer import Evaluator, Verdict
 from swincompress_pl.pruning.prime.batchnorm import StatisticsCorrection, batchnorm_state, restore_batchnorm
 from swincompress_pl.pruning.prime.config import PrimeSVTConfig
 from swincompress_pl.pruning.prime.evaluation_cache import EvaluationCache, Widths
-from swincompress_pl.pruning.prime.fingerprint import fingerprint, fingerprint_of_0_1
+from swincompress_pl.pruning.prime.fingerprint import fingerprint, fingerprint_of_0_1, images_digest
 from swincompress_pl.pruning.prime.result import Candidate
 from swincompress_pl.pruning.space import Removal, Target, local_space
 from swincompress_pl.pruning.structure.change import Change
@@ -63,25 +63,19 @@ class Candidates:
         self._costs, self._parameters = self._space.costs(network, None), count_parameters(network)
         self._cache = EvaluationCache()
         if cache_path is not None:
-            scorers = gather_results(lambda: evaluator.fingerprint)
-            # Should it fail, all ranks hear of it.
-            opened = gather_results(lambda: self._opened(cache_path, scorers, calibration) if rank() == 0 else None)
-            self._cache = opened[rank()] or self._cache
+            images = calibration if self.correction.is_active else None
+            ranks = gather_results(lambda: [evaluator.fingerprint, images_digest(images)])
+            gather_results(
+                lambda: self._open(cache_path, ranks) if rank() == 0 else None
+            )  # if it fails, all hear of it
         self._standing: dict[str, int] | None = None  # the widths that candidates are compared with
         self._last: dict[str, int] | None = None  # the widths judged last
 
-    def _opened(self, path: Path, scorers: list[object], calibration: Iterable[Any] | None) -> EvaluationCache:
+    def _open(self, path: Path, ranks: list[list[object]]) -> None:
         about: dict[str, Any] = {"targets": self.targets, "scores": self._scores}
-        return EvaluationCache(
+        self._cache = EvaluationCache(
             path,
-            fingerprint(
-                self.network,
-                self.config,
-                **about,
-                scorers=scorers,
-                floor=self._floor,
-                calibration=calibration if self.correction.is_active else None,
-            ),
+            fingerprint(self.network, self.config, **about, ranks=ranks, floor=self._floor),
             earlier=fingerprint_of_0_1(self.network, self.config, **about, evaluator=self._evaluator),
             units={name: target.units for name, target in self.targets.items()},
         )

@@ -35,14 +35,13 @@ def fingerprint(
     *,
     targets: Mapping[str, Target],
     scores: Mapping[str, Tensor],
-    scorers: Iterable[object],
+    ranks: Iterable[list[object]],
     floor: float,
-    calibration: Iterable[Any] | None,
 ) -> str:
     """Of the network as it computes, what a width of a target means, what scores it and from which score on.
 
-    scores: say which units go first, whatever the criterion is called and its gradients were. scorers: the fingerprints
-    that the ranks' hold-outs have.
+    scores: say which units go first, whatever the criterion is called and its gradients were. ranks: each
+    process's scorer and calibration images.
     """
     digest = hashlib.sha256()
     for name, tensor in [*network.named_parameters(), *network.named_buffers()]:
@@ -54,17 +53,18 @@ def fingerprint(
         "network": [type(network).__qualname__, _ADDRESS.sub("", repr(network)), repr(size_of(network))],
         "units": {name: target.units for name, target in targets.items()},
         "granularity": config.granularity,
-        "scorers": list(scorers),
+        "ranks": list(ranks),
         "floor": [config.tolerance, floor],
         "statistics": config.batchnorm,
-        "calibration": None if calibration is None else _of_images(calibration),
     }
     digest.update(json.dumps(about, sort_keys=True).encode())
     return digest.hexdigest()
 
 
-def _of_images(batches: Iterable[Any]) -> str:
-    """Of the images that batches have, in whatever order they come."""
+def images_digest(batches: Iterable[Any] | None) -> str | None:
+    """Of the images that batches have, in whatever order they come; None for none."""
+    if batches is None:
+        return None
     found = []
     for batch in batches:
         images = batch[0] if isinstance(batch, list | tuple) else batch
