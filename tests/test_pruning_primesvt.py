@@ -340,9 +340,14 @@ def test_a_memo_about_something_else_or_damaged_is_refused(tmp_path: Path) -> No
     with pytest.raises(ValueError, match="about another network, hold-out or constraint"):
         primesvt(network, HoldOut(torch.randn_like(images), torch.arange(60) % 5), config, evaluation_cache=memo)
     lines = text.splitlines(keepends=True)
-    for damaged in ("nonsense\n", lines[0] + "{}\n", lines[0] + "[1]\n", "\n" + text):
+    for damaged, message in (
+        ("nonsense\n", "is no evaluation cache"),
+        (lines[0] + "{}\n", "is damaged: line 2"),
+        (lines[0] + "[1]\n", "is damaged: line 2"),
+        ("\n" + text, "is no evaluation cache"),
+    ):
         memo.write_text(damaged, encoding="utf-8")
-        with pytest.raises(ValueError, match=r"memo\.jsonl' is damaged"):
+        with pytest.raises(ValueError, match=rf"memo\.jsonl' {message}"):
             primesvt(network, holdout_of(network), config, evaluation_cache=memo)
         assert memo.read_text(encoding="utf-8") == damaged
 

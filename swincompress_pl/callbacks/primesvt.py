@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
 from swincompress_pl._deprecated import renamed
+from swincompress_pl.arguments import optional, path
 from swincompress_pl.callbacks.progress import search_progress
 from swincompress_pl.callbacks.search import Outcome, SearchCallback, config_of, log_search
 from swincompress_pl.callbacks.searched_network import CoupledScales
@@ -23,7 +24,7 @@ from swincompress_pl.pruning import (
     PrioritizedPolicy,
     primesvt,
 )
-from swincompress_pl.pruning.evaluation.scorer import Scorer
+from swincompress_pl.pruning.evaluation.scorer import Scorer, fingerprint_of
 from swincompress_pl.pruning.prime.config import with_old_policy_settings
 from swincompress_pl.pruning.space import SpaceConfig
 
@@ -90,7 +91,9 @@ class PrimeSVT(SearchCallback):
         calibration_dataloader: Any = None,
         model_attribute: str = "net",
     ) -> None:
-        given = {**locals(), "policy": AllocatedPolicy() if policy == "allocated" else policy}
+        given = dict(locals())
+        if isinstance(policy, str) and policy == "allocated":
+            given["policy"] = AllocatedPolicy()
         super().__init__(
             start_epoch=start_epoch,
             monitor=monitor,
@@ -101,7 +104,12 @@ class PrimeSVT(SearchCallback):
             model_attribute=model_attribute,
         )
         self.config = config_of(PrimeSVTConfig, config, given)
-        self.evaluation_cache = evaluation_cache
+        self.evaluation_cache = optional(path, "evaluation_cache", evaluation_cache)
+        if self.evaluation_cache is not None and self._predicts_itself and fingerprint_of(self.predict) is None:
+            raise ValueError(
+                f"evaluation_cache: nothing tells {type(self).__name__}.predict from another predict; give it a name "
+                "that changes whenever it predicts otherwise, below its definition: predict.fingerprint = 'version 1'"
+            )
         self.result: PrimeSVTResult | None = None
 
     def should_prune(self, epoch: int) -> bool:

@@ -9,6 +9,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
+from swincompress_pl.arguments import integer
 from swincompress_pl.callbacks.progress import search_progress
 from swincompress_pl.callbacks.search import Outcome, SearchCallback, config_of, log_search
 from swincompress_pl.callbacks.searched_network import CoupledScales
@@ -107,10 +108,8 @@ class AdaptiveIterativePruning(SearchCallback):
             calibration_dataloader=calibration_dataloader,
             model_attribute=model_attribute,
         )
-        if every_n_epochs < 1:
-            raise ValueError(f"every_n_epochs={every_n_epochs}: it has to be 1 or more")
+        self.every_n_epochs = integer("every_n_epochs", every_n_epochs, least=1)
         self.config = config_of(AdaptivePruningConfig, config, given)
-        self.every_n_epochs = every_n_epochs
         self.search_state: SearchState | None = None
 
     callback_name = "AdaptiveIterativePruning"

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from swincompress_pl.arguments import batches, integer, text
 from swincompress_pl.callbacks.averages import refuse_averages
 from swincompress_pl.callbacks.awaited_epoch import AwaitedEpoch
 from swincompress_pl.callbacks.compatibility import (
@@ -27,19 +28,18 @@ from swincompress_pl.callbacks.compatibility import (
 from swincompress_pl.callbacks.qat_averaging import renew_averages
 from swincompress_pl.callbacks.qat_distillation import Distillation, refuse_teaching
 from swincompress_pl.callbacks.qat_images import CalibrationImages, preprocessing_of_data
-from swincompress_pl.callbacks.qat_options import check_epochs, check_quantization, check_training
+from swincompress_pl.callbacks.qat_options import checked_epochs, checked_quantization, checked_training
 from swincompress_pl.callbacks.qat_scales import ScaleGroup, read_old_names
 from swincompress_pl.callbacks.random_state import RandomNumbers, rng_states, seeded
 from swincompress_pl.callbacks.training_pass import TrainingPass
 from swincompress_pl.checkpoint.holder import has_network, held_by, network_of, put_network, refuse_other_places
 from swincompress_pl.checkpoint.hooks import keep_record
 from swincompress_pl.history import history_of
-from swincompress_pl.pruning import keep_masks
 from swincompress_pl.pruning.evaluation.ranks import gather_results
 from swincompress_pl.quant import Bits, QuantizedNetwork, SearchOptions, quantize
 from swincompress_pl.quant.folding import refuse_altered
 from swincompress_pl.quant.full_precision import bring_to_float32
-from swincompress_pl.quant.preprocessing import find_preprocessing
+from swincompress_pl.quant.preprocessing import checked_preprocessing, find_preprocessing
 
 _STATE_VERSION = 1
 
@@ -88,7 +88,6 @@ class QuantizationAwareTraining(TrainingPass):
     Example: `Trainer(max_epochs=10, callbacks=[QuantizationAwareTraining(start_epoch=6, bits="W4A8")])`
     """
 
-    keeps_masks = True  # so CompressionMixin need not
     callback_name = "QuantizationAwareTraining"  # also the key of the state, one for subclasses too
 
     def __init__(
@@ -109,26 +108,24 @@ class QuantizationAwareTraining(TrainingPass):
         calibration_dataloader: Any = None,
         model_attribute: str = "net",
     ) -> None:
-        check_epochs(start_epoch, freeze_epoch, learn_scales)
-        check_quantization(calibration_images, method, search, percentile, learn_scales)
-        check_training(scale_lr_factor, distillation, temperature)
-        self.start_epoch, self.freeze_epoch = start_epoch, freeze_epoch
-        self.calibration_images, self.method, self.percentile = calibration_images, method, percentile
+        self.start_epoch, self.freeze_epoch = checked_epochs(start_epoch, freeze_epoch, learn_scales)
+        self.calibration_images = integer("calibration_images", calibration_images, least=1)
+        self.method, self.search, self.percentile, self.learn_scales = checked_quantization(
+            method, search, percentile, learn_scales
+        )
+        scale_lr_factor, distillation, temperature = checked_training(scale_lr_factor, distillation, temperature)
         self.bits = Bits.of(bits)
-        self.search = SearchOptions(**search) if isinstance(search, Mapping) else search
-        self.learn_scales = method != "affine" if learn_scales is None else learn_scales
-        self.preprocessing = preprocessing
-        self.calibration_dataloader = calibration_dataloader
+        self.preprocessing = None if preprocessing is None else checked_preprocessing(preprocessing)
+        self.calibration_dataloader = batches("calibration_dataloader", calibration_dataloader)
         self._found_preprocessing: dict[str, Any] | None = None
         self._network_checked = False
-        self.model_attribute = model_attribute
+        self.model_attribute = text("model_attribute", model_attribute, "a name or a path, e.g. 'net'")
         self._scale_group = ScaleGroup(scale_lr_factor)
         self._distillation = Distillation(distillation, temperature) if distillation > 0 else None
         self._teacher_state: Mapping[str, Any] | None = None
         self._resumed = False
         self._start = AwaitedEpoch("start_epoch", "nothing is quantized")
         self._freezing = AwaitedEpoch("freeze_epoch", "the scales are learned to the end")
-        self._masks: Any = None
         self._rng = RandomNumbers()
 
     @property
@@ -189,9 +186,8 @@ class QuantizationAwareTraining(TrainingPass):
         """See the images that will calibrate; have masks kept and the teacher heard; say when this fit ends before
         anything is quantized."""
         super().on_train_start(trainer, pl_module)
-        self._let_go_of_masks()
         network = network_of(pl_module, self.model_attribute)
-        self._masks = keep_masks(trainer.optimizers, network)
+        self.keep_masks(trainer, network)
         if not isinstance(network, QuantizedNetwork):
             with isolate_rng():
                 # What one rank refuses all refuse, instead of waiting for it; rank 0's answer counts.
@@ -389,15 +385,10 @@ class QuantizationAwareTraining(TrainingPass):
         self._teacher_state = None
 
     def _let_go(self) -> None:
-        self._let_go_of_masks()
+        self.let_go_of_masks()
         self._scale_group.leave()
         if self._distillation is not None:
             self._distillation.detach()
-
-    def _let_go_of_masks(self) -> None:
-        if self._masks is not None:
-            self._masks.remove()
-            self._masks = None
 
 
 def _cast_state(optimizers: Sequence[Optimizer], formats: Mapping[nn.Parameter, torch.dtype]) -> None:

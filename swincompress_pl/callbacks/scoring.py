@@ -7,22 +7,26 @@ them; else the step is run again for each candidate, on kept batches, and what i
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from swincompress_pl.callbacks.answers import Step, two_logits, watched
-from swincompress_pl.callbacks.loaders import described, sampler_over_ranks, without_padding
+from swincompress_pl.callbacks.loaders import described, leaves, sampler_over_ranks, without_padding
 from swincompress_pl.callbacks.rows import Rows, cloned
 from swincompress_pl.callbacks.validation import ModuleValidation, on_device
-from swincompress_pl.checkpoint.holder import held_by
+from swincompress_pl.checkpoint.holder import held_by, network_of
 from swincompress_pl.pruning import HoldOut
+from swincompress_pl.pruning.evaluation.holdout import NETWORK_ALONE
 from swincompress_pl.pruning.evaluation.ranks import world_size
-from swincompress_pl.pruning.evaluation.scorer import FunctionScorer, Scorer
+from swincompress_pl.pruning.evaluation.scorer import FunctionScorer, Scorer, fingerprint_of, tensor_bytes
+from swincompress_pl.quant import QuantizedNetwork
 
 _CPU_BATCH, _GPU_BATCH = 64, 256  # a decision is taken after whole batches: not larger than the device needs
 _COMPARED = 64  # images on which the step and the scorer have to predict the same; behind them the network is not run
@@ -87,6 +91,38 @@ def _is_same_ranking(answer: Tensor, output: Tensor) -> bool:
     return any(torch.allclose(one, each, atol=1e-6) for each in (other, other.softmax(-1), other.log_softmax(-1)))
 
 
+class Named:
+    """A function with a fingerprint (see `FunctionScorer`) that is looked up when it is asked for, since modules
+    train."""
+
+    def __init__(self, run: Callable[..., Any], fingerprint: Callable[[], str | None]) -> None:
+        self._run, self._fingerprint = run, fingerprint
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self._run(*arguments)
+
+    @property
+    def fingerprint(self) -> str | None:
+        return self._fingerprint()
+
+
+def _fingerprint_of_network_alone(validation: ModuleValidation) -> str:
+    """Of a step that predicts with the network's answer as it is."""
+    precision = str(validation.trainer.precision)
+    quantized = isinstance(network_of(validation.module, validation.model_attribute), QuantizedNetwork)
+    return NETWORK_ALONE if precision == "32-true" and not quantized else _fingerprint_of_step(validation)
+
+
+def _fingerprint_of_step(validation: ModuleValidation) -> str:
+    """Of the module by its class and its state: what its code does is for its owner to know."""
+    kind = type(validation.module)
+    digest = hashlib.sha256(f"{kind.__module__}.{kind.__qualname__} {validation.trainer.precision}".encode())
+    for name, value in validation.module.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor_bytes(value) if isinstance(value, Tensor) else repr(value).encode())
+    return digest.hexdigest()
+
+
 class StepHoldOut(HoldOut):
     """A hold-out whose images are numbers of rows, for a step that makes more of an image than the network's answer."""
 
@@ -97,8 +133,9 @@ class StepHoldOut(HoldOut):
         self._shape, self._digest = shape, digest
 
     @property
-    def fingerprint(self) -> str:
-        return f"{super().fingerprint} {self._digest}"
+    def fingerprint(self) -> str | None:
+        found = super().fingerprint
+        return None if found is None else f"{found} {self._digest}"
 
     @property
     def image_shape(self) -> tuple[int, ...]:
@@ -136,7 +173,8 @@ class HoldOutReader:
                     images, labels = images_and_labels(on_device(self.validation.trainer, raw, loader_index))
                     yield _cut(images, left), _cut(labels, left)
 
-        return HoldOut.from_batches(batches(), predict=self._in_precision(predict), **self._options)
+        run = Named(self._in_precision(predict), lambda: fingerprint_of(predict))
+        return HoldOut.from_batches(batches(), predict=run, **self._options)
 
     def holdout(self, network: nn.Module, predict: Predict) -> HoldOut:
         """Scored by the module's step: by `predict` alone where the step adds nothing to the network's answer.
@@ -161,7 +199,10 @@ class HoldOutReader:
                     compared.append(seen)
                 yield _cut(images, left), _cut(seen.labels, left)
 
-        run = self._in_precision(lambda network, images: two_logits(predict(network, images)))
+        run = Named(
+            self._in_precision(lambda network, images: two_logits(predict(network, images))),
+            partial(_fingerprint_of_network_alone, self.validation),
+        )
         holdout = HoldOut.from_batches(batches(), predict=run, **self._options)
         for seen in compared:
             self._compare(seen.answer, run(network, seen.step.calls[0].arguments[0]))
@@ -192,7 +233,7 @@ class HoldOutReader:
                 return predict(network, numbers)
 
         collected = list(batches())  # the shape and the digest are known behind it
-        run = self._in_precision(kept)
+        run = Named(self._in_precision(kept), partial(_fingerprint_of_step, self.validation))
         holdout = StepHoldOut.from_batches(
             collected, predict=run, shape=rows.shape, digest=rows.digest(), **self._options
         )
@@ -343,12 +384,25 @@ def metric_scorer(validation: ModuleValidation, monitor: str, loaders: list[Iter
             f"monitor={monitor!r} is {one} and then {other} for the same network and the same first batch; a search "
             "would follow chance. Is something random in evaluation (dropout, sampling, augmentation), or remembered?"
         )
-    return FunctionScorer(scoring.score)
+    return FunctionScorer(Named(scoring.score, scoring.fingerprint))
 
 
 class _MetricScoring:
     def __init__(self, validation: ModuleValidation, monitor: str, loaders: list[Iterable[Any]]) -> None:
         self.validation, self.monitor, self.loaders = validation, monitor, loaders
+
+    def fingerprint(self) -> str:
+        """Of the metric, the module and the hold-out."""
+        return f"{self.monitor} of {_fingerprint_of_step(self.validation)} on {self._data_digest}"
+
+    @cached_property
+    def _data_digest(self) -> str:
+        digest = hashlib.sha256()
+        for loader in self.loaders:
+            for batch in loader:
+                for leaf in leaves(batch):
+                    digest.update(tensor_bytes(leaf) if isinstance(leaf, Tensor) else repr(leaf).encode())
+        return digest.hexdigest()
 
     def try_out(self) -> float:
         """The metric of one batch."""

@@ -14,6 +14,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
+from swincompress_pl.arguments import batches, integer, optional, require, text
 from swincompress_pl.callbacks.averages import note_old_shapes, refuse_averages
 from swincompress_pl.callbacks.awaited_epoch import AwaitedEpoch
 from swincompress_pl.callbacks.calibration import answer_of, first_inputs, labelled_batches, network_inputs
@@ -30,7 +31,7 @@ from swincompress_pl.callbacks.compatibility import (
 )
 from swincompress_pl.callbacks.loaders import calibration_loaders, holdout_loaders
 from swincompress_pl.callbacks.random_state import RandomNumbers, rng_states, seeded
-from swincompress_pl.callbacks.scoring import HoldOutReader, images_and_labels, metric_scorer
+from swincompress_pl.callbacks.scoring import HoldOutReader, Named, images_and_labels, metric_scorer
 from swincompress_pl.callbacks.searched_network import (
     CoupledScales,
     pruned_tensors,
@@ -43,9 +44,9 @@ from swincompress_pl.callbacks.training_pass import TrainingPass
 from swincompress_pl.callbacks.validation import ModuleValidation, on_device, validating
 from swincompress_pl.checkpoint.holder import has_network, network_of
 from swincompress_pl.checkpoint.hooks import keep_record
-from swincompress_pl.pruning import Gradients, HoldOut, collect_gradients, keep_masks
+from swincompress_pl.pruning import Gradients, HoldOut, collect_gradients
 from swincompress_pl.pruning.evaluation.ranks import share_buffers
-from swincompress_pl.pruning.evaluation.scorer import Scorer
+from swincompress_pl.pruning.evaluation.scorer import Scorer, fingerprint_of
 from swincompress_pl.pruning.space import SpaceConfig, check_on_trial
 from swincompress_pl.pruning.structure.apply import AppliedPlan
 from swincompress_pl.pruning.structure.change import Change, revert
@@ -71,7 +72,6 @@ class SearchCallback(TrainingPass, ABC):
     The options are those of `AdaptiveIterativePruning` of the same names; raises ValueError for bad ones.
     """
 
-    keeps_masks = True  # so CompressionMixin need not
     callback_name: ClassVar[str]  # also the key of the state, one for subclasses too
 
     def __init__(
@@ -85,19 +85,24 @@ class SearchCallback(TrainingPass, ABC):
         calibration_dataloader: Any,
         model_attribute: str,
     ) -> None:
-        _check_arguments(start_epoch, monitor, max_images, holdout_size_bytes, gradient_batches)
-        self.start_epoch = start_epoch
-        self.monitor = monitor
-        self.max_images = max_images
-        self.holdout_size_bytes = holdout_size_bytes
-        self.gradient_batches = gradient_batches
-        self.calibration_dataloader = calibration_dataloader
-        self.model_attribute = model_attribute
+        self.start_epoch = integer("start_epoch", start_epoch, least=0)
+        self.monitor = optional(text, "monitor", monitor, "None, or the name of a logged metric")
+        wanted = "None (all), or 1 or more, an integer"
+        self.max_images = optional(integer, "max_images", max_images, least=1, wanted=wanted)
+        if self.monitor is not None and self.max_images is not None:
+            raise ValueError(
+                f"max_images={max_images}: a monitor ({monitor!r}) is computed over the whole hold-out; leave one of "
+                "the two out, or limit the hold-out itself"
+            )
+        wanted = "1 or more, an integer, e.g. 4 << 30"
+        self.holdout_size_bytes = integer("holdout_size_bytes", holdout_size_bytes, least=1, wanted=wanted)
+        self.gradient_batches = integer("gradient_batches", gradient_batches, least=1)
+        self.calibration_dataloader = batches("calibration_dataloader", calibration_dataloader)
+        self.model_attribute = text("model_attribute", model_attribute, "a name or a path, e.g. 'net'")
         self._last_epoch = -1
         self._start = AwaitedEpoch("start_epoch", "nothing is pruned")
         self._scorer: Scorer | None = None
         self._network_checked = False
-        self._masks: Any = None
         self._rng = RandomNumbers()
 
     @property
@@ -179,7 +184,7 @@ class SearchCallback(TrainingPass, ABC):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make sure that there is something to score on, before the first epoch is spent; have masks kept."""
         super().on_train_start(trainer, pl_module)
-        self._keep_masks(trainer, pl_module)
+        self.keep_masks(trainer, self._network(pl_module))
         if not self._is_over():
             refuse_averages(trainer, pl_module, self._network(pl_module), self.callback_name)
             self._refuse_optimizers(trainer, pl_module)
@@ -241,9 +246,7 @@ class SearchCallback(TrainingPass, ABC):
 
     def _let_go(self) -> None:
         self._scorer = None
-        if self._masks is not None:
-            self._masks.remove()
-            self._masks = None
+        self.let_go_of_masks()
 
     def _check_network(self, trainer: Trainer, module: LightningModule) -> None:
         network = self._network(module)
@@ -259,11 +262,6 @@ class SearchCallback(TrainingPass, ABC):
         space = self._space(network)
         if space.granularity == "structured":
             refuse_optimizers(trainer.optimizers, network, pruned_tensors(network, space))
-
-    def _keep_masks(self, trainer: Trainer, module: LightningModule) -> None:
-        if self._masks is not None:
-            self._masks.remove()
-        self._masks = keep_masks(trainer.optimizers, self._network(module))
 
     def _network(self, module: LightningModule) -> nn.Module:
         return searched_network(module, self.model_attribute)
@@ -295,7 +293,7 @@ class SearchCallback(TrainingPass, ABC):
             coupled.cut(finished)
             slice_optimizers(trainer.optimizers, coupled.with_scales(finished))
             sliced = sliced or bool(finished.tensors)
-        self._keep_masks(trainer, module)
+        self.keep_masks(trainer, self._network(module))
         if sliced:
             # Compiled code knows the old shapes; without a reset each shrink counts against the recompile limit.
             torch.compiler.reset()
@@ -314,7 +312,7 @@ class SearchCallback(TrainingPass, ABC):
             max_images=self.max_images,
             max_size_bytes=self.holdout_size_bytes,
         )
-        predict = partial(self._predict, module)
+        predict = Named(partial(self._predict, module), lambda: fingerprint_of(self.predict))
         return reader.with_predict(predict) if self._predicts_itself else reader.holdout(self._network(module), predict)
 
     def _validation(
@@ -348,10 +346,10 @@ class SearchCallback(TrainingPass, ABC):
         validation = self._validation(trainer, module)
         with torch.enable_grad(), seeded(trainer.current_epoch):
             if self._predicts_itself:
-                batches = (images_and_labels(on_device(trainer, raw)) for loader in loaders for raw in loader)
+                pairs = (images_and_labels(on_device(trainer, raw)) for loader in loaders for raw in loader)
                 return collect_gradients(
                     network,
-                    batches,
+                    pairs,
                     max_batches=self.gradient_batches,
                     predict=lambda images: self._predict(module, network, images),
                 )
@@ -387,6 +385,7 @@ def config_of(kind: type[Config], config: Config | None, arguments: Mapping[str,
     settings = {field.name: arguments[field.name] for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
     if config is None:
         return kind(**settings)
+    require("config", config, isinstance(config, kind), f"of type {kind.__name__}")
     defaults = kind()
     given = [name for name, value in settings.items() if not _same(value, getattr(defaults, name))]
     if given:
@@ -399,21 +398,3 @@ def config_of(kind: type[Config], config: Config | None, arguments: Mapping[str,
 
 def _same(value: object, default: object) -> bool:
     return (tuple(value) if isinstance(value, list) else value) == default
-
-
-def _check_arguments(
-    start_epoch: int, monitor: str | None, max_images: int | None, holdout_size_bytes: int, gradient_batches: int
-) -> None:
-    if start_epoch < 0:
-        raise ValueError(f"start_epoch={start_epoch}: it has to be 0 or more")
-    if max_images is not None and max_images < 1:
-        raise ValueError(f"max_images={max_images}: it has to be None (all) or 1 or more")
-    if monitor is not None and max_images is not None:
-        raise ValueError(
-            f"max_images={max_images}: a monitor ({monitor!r}) is computed over the whole hold-out; leave one of the "
-            "two out, or limit the hold-out itself"
-        )
-    if holdout_size_bytes < 1:
-        raise ValueError(f"holdout_size_bytes={holdout_size_bytes}: it has to be 1 or more, e.g. 4 << 30")
-    if gradient_batches < 1:
-        raise ValueError(f"gradient_batches={gradient_batches}: it has to be 1 or more")

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning import Callback, LightningModule, Trainer
+from lightning import LightningModule, Trainer
 
+from swincompress_pl.callbacks.kept_masks import KeptMasks
 from swincompress_pl.callbacks.random_state import RandomNumbers
 from swincompress_pl.checkpoint.holder import network_of
 from swincompress_pl.quant import QuantizedNetwork
 
 
-class TrainingPass(Callback):
+class TrainingPass(KeptMasks):
     """Begins each epoch once, and has the quantized network of a fit simulate its integers while a batch is trained on,
     in `eval()` too.
 
@@ -60,10 +61,12 @@ class TrainingPass(Callback):
     ) -> None:
         """End it."""
         self._end_training_pass()
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """End it where a batch was skipped with the rest of its epoch."""
         self._end_training_pass()
+        super().on_train_epoch_end(trainer, pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """End it where a batch failed."""

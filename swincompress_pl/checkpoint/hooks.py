@@ -20,7 +20,7 @@ from swincompress_pl.checkpoint.holder import float_network, has_network, networ
 from swincompress_pl.checkpoint.record import CompressionRecord, history_in, read_checkpoint
 from swincompress_pl.checkpoint.restore import restore_from_history
 from swincompress_pl.history import follow_size, history_of
-from swincompress_pl.pruning.structure.weight_masks import keep_masks, masked_parameters
+from swincompress_pl.pruning.structure.weight_masks import enforce_masks, keep_masks, masked_parameters
 from swincompress_pl.quant import QuantizedNetwork
 from swincompress_pl.registry import size_of
 
@@ -66,6 +66,7 @@ class CompressionMixin:
         network = network_of(self, self.model_attribute)
         if isinstance(network, QuantizedNetwork):
             network.end_training_pass()
+        enforce_masks(network)  # whoever stepped, and in how many halves
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the compression record."""

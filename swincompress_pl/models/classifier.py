@@ -22,6 +22,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
+from swincompress_pl.arguments import integer, number
 from swincompress_pl.checkpoint.holder import float_network, network_of
 from swincompress_pl.checkpoint.hooks import CompressionMixin
 from swincompress_pl.checkpoint.record import CompressionRecord
@@ -35,7 +36,6 @@ from swincompress_pl.models.training import (
     as_config,
     decay_groups,
     distillation_loss,
-    require,
     warmup_cosine,
 )
 
@@ -69,8 +69,8 @@ class CompressibleClassifier(CompressionMixin, LightningModule):
         distillation: DistillationConfig | None = None,
     ) -> None:
         super().__init__()
-        require(num_classes >= 2, "num_classes", num_classes, "2 or more")
-        require(0 <= label_smoothing < 1, "label_smoothing", label_smoothing, "0 or more and below 1")
+        num_classes = integer("num_classes", num_classes, least=2)
+        label_smoothing = number("label_smoothing", label_smoothing, lambda x: 0 <= x < 1, "0 or more and below 1")
         if "num_classes" in (model_kwargs or {}):
             raise ValueError("model_kwargs holds num_classes; give it as the argument num_classes only.")
         self.optimization = as_config(OptimizationConfig, optimization)

@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 from torch.nn import functional
 
+from swincompress_pl.arguments import integer, number, numbers, require
+
 Config = TypeVar("Config")
 
 # A parameter whose name holds one of these is not decayed, nor is any with fewer than two dimensions (norms, biases).
@@ -33,13 +35,17 @@ class OptimizationConfig:
     betas: tuple[float, float] = (0.9, 0.999)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "betas", tuple(self.betas))
-        require(self.lr > 0 and math.isfinite(self.lr), "OptimizationConfig.lr", self.lr, "a finite number above 0")
-        require(self.weight_decay >= 0, "OptimizationConfig.weight_decay", self.weight_decay, "0 or more")
-        require(self.warmup_epochs >= 0, "OptimizationConfig.warmup_epochs", self.warmup_epochs, "0 or more")
-        require(0 <= self.min_lr <= self.lr, "OptimizationConfig.min_lr", self.min_lr, f"0 to lr ({self.lr})")
-        good = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
-        require(good, "OptimizationConfig.betas", self.betas, "two numbers in [0, 1)")
+        lr = number("OptimizationConfig.lr", self.lr, lambda x: x > 0, "a finite number above 0")
+        betas = "two numbers in [0, 1)"
+        found: dict[str, Any] = {
+            "lr": lr,
+            "weight_decay": number("OptimizationConfig.weight_decay", self.weight_decay, _not_negative, "0 or more"),
+            "warmup_epochs": number("OptimizationConfig.warmup_epochs", self.warmup_epochs, _not_negative, "0 or more"),
+            "min_lr": number("OptimizationConfig.min_lr", self.min_lr, lambda x: 0 <= x <= lr, f"0 to lr ({lr})"),
+            "betas": numbers("OptimizationConfig.betas", self.betas, lambda beta: 0 <= beta < 1, betas),
+        }
+        require("OptimizationConfig.betas", self.betas, len(found["betas"]) == 2, betas)
+        _set(self, found)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,10 +63,12 @@ class MixingConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("mixup_alpha", "cutmix_alpha", "seed"):
-            require(getattr(self, name) >= 0, f"MixingConfig.{name}", getattr(self, name), "0 or more")
+        found: dict[str, Any] = {"seed": integer("MixingConfig.seed", self.seed, least=0)}
+        for name in ("mixup_alpha", "cutmix_alpha"):
+            found[name] = number(f"MixingConfig.{name}", getattr(self, name), _not_negative, "0 or more")
         for name in ("probability", "switch_probability"):
-            require(0 <= getattr(self, name) <= 1, f"MixingConfig.{name}", getattr(self, name), "0 to 1")
+            found[name] = number(f"MixingConfig.{name}", getattr(self, name), lambda x: 0 <= x <= 1, "0 to 1")
+        _set(self, found)
 
     @property
     def enabled(self) -> bool:
@@ -82,15 +90,22 @@ class DistillationConfig:
     start_epoch: int = 0
 
     def __post_init__(self) -> None:
-        require(0 < self.weight <= 1, "DistillationConfig.weight", self.weight, "above 0 and at most 1")
-        require(self.temperature > 0, "DistillationConfig.temperature", self.temperature, "a number above 0")
-        require(self.start_epoch >= 0, "DistillationConfig.start_epoch", self.start_epoch, "0 or more")
+        part, above = "above 0 and at most 1", "a number above 0"
+        found: dict[str, Any] = {
+            "weight": number("DistillationConfig.weight", self.weight, lambda x: 0 < x <= 1, part),
+            "temperature": number("DistillationConfig.temperature", self.temperature, lambda x: x > 0, above),
+            "start_epoch": integer("DistillationConfig.start_epoch", self.start_epoch, least=0),
+        }
+        _set(self, found)
 
 
-def require(good: bool, option: str, value: object, expected: str) -> None:
-    """ValueError that names the option, its value and what is expected, unless it is `good`."""
-    if not good:
-        raise ValueError(f"{option} is {value!r}; give {expected}.")
+def _not_negative(value: float) -> bool:
+    return value >= 0
+
+
+def _set(config: object, fields: Mapping[str, Any]) -> None:
+    for name, value in fields.items():
+        object.__setattr__(config, name, value)
 
 
 def as_config(kind: type[Config], value: Config | Mapping[str, Any]) -> Config:

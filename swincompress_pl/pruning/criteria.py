@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn import functional
 
+from swincompress_pl.arguments import integer
 from swincompress_pl.evaluation_mode import evaluation_mode, gradients
 from swincompress_pl.pruning.evaluation.ranks import world_size
 from swincompress_pl.pruning.structure.groups import Group, Slice
@@ -191,8 +192,7 @@ def collect_gradients(
     are as they were. With several processes (torch.distributed) all call this, and all get the mean over all ranks.
     Raises ValueError for no batches, batches that are no pairs, and a loss or gradient that is not finite or missing.
     """
-    if max_batches < 1:
-        raise ValueError(f"max_batches={max_batches}: it has to be 1 or more")
+    max_batches = integer("max_batches", max_batches, least=1)
     parameters = {name: p for name, p in network.named_parameters() if p.is_floating_point()}
     device = next(iter(parameters.values())).device
     with ExitStack() as stack:

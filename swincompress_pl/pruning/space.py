@@ -18,6 +18,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from swincompress_pl import arguments
 from swincompress_pl.pruning.criteria import (
     CRITERIA,
     Criterion,
@@ -45,22 +46,6 @@ Removal = Mapping[str, Any]
 WHOLE_NETWORK = "network"
 _PER_MILLE = 1000
 _SMALL_TOLERANCE_POINTS = 0.1
-
-
-def require(name: str, value: object, holds: bool, wanted: str) -> None:
-    """Raise ValueError, naming a setting, its value and what it has to be, unless `holds`."""
-    if not holds:
-        raise ValueError(f"{name}={value!r}: it has to be {wanted}")
-
-
-def is_count(value: object) -> bool:
-    """Whether it is an integer of 1 or more."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def as_names(value: str | Sequence[str]) -> tuple[str, ...]:
-    """One name or several as a tuple."""
-    return (value,) if isinstance(value, str) else tuple(value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,21 +77,23 @@ class SpaceConfig:
     target_of: Literal["macs", "parameters", "bytes"] = "macs"
 
 
-def check_tolerance(tolerance: float, *, example: float = 1.0, stacklevel: int = 4) -> None:
-    """Raise ValueError for a tolerance that is none in points, and warn of one that looks like a fraction."""
-    require("tolerance", tolerance, 0 < tolerance <= 100, f"in points, above 0 and at most 100, e.g. {example}")
+def checked_tolerance(tolerance: float, *, example: float = 1.0, stacklevel: int = 4) -> float:
+    """`tolerance`; ValueError where it is none in points, and a warning of one that looks like a fraction."""
+    wanted = f"in points, above 0 and at most 100, e.g. {example}"
+    tolerance = arguments.number("tolerance", tolerance, lambda points: 0 < points <= 100, wanted)
     if tolerance < _SMALL_TOLERANCE_POINTS:
         warnings.warn(
             f"tolerance={tolerance:g} means {tolerance:g} points, {tolerance / 100:.2g} as a fraction; for "
             f"{100 * tolerance:g} points give tolerance={100 * tolerance:g}",
             stacklevel=stacklevel,
         )
+    return tolerance
 
 
 def check_criterion(criterion: str | Criterion) -> None:
     """Raise ValueError for a criterion that there is not."""
-    known = callable(criterion) or criterion in CRITERIA
-    require("criterion", criterion, known, f"one of {', '.join(CRITERIA)}, or a function")
+    known = callable(criterion) or (isinstance(criterion, str) and criterion in CRITERIA)
+    arguments.require("criterion", criterion, known, f"one of {', '.join(CRITERIA)}, or a function")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,8 +7,18 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from swincompress_pl.arguments import as_float, shown
+
 WIDTHS = range(2, 9)
 _SPELLING = re.compile(r"w(\d+)a(\d+)", re.IGNORECASE)
+
+
+def checked_width(name: str, width: Any) -> int:
+    """`width` as an int, of any integer type; ValueError naming it for what is no width."""
+    found = as_float(width)
+    if found is None or found not in WIDTHS:
+        raise ValueError(f"{name} is {shown(width)} bits; widths are integers from {WIDTHS[0]} to {WIDTHS[-1]}")
+    return int(found)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,11 +37,12 @@ class Bits:
     layers: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "layers", dict(self.layers))
-        named = {"weights": self.weights, "activations": self.activations, "first_and_last": self.first_and_last}
-        for name, width in {**named, **{f"layers[{key!r}]": value for key, value in self.layers.items()}}.items():
-            if type(width) is not int or width not in WIDTHS:
-                raise ValueError(f"{name} is {width!r} bits; widths are integers from {WIDTHS[0]} to {WIDTHS[-1]}")
+        if not isinstance(self.layers, Mapping):
+            raise ValueError(f"layers={shown(self.layers)}: it has to be a mapping, module path: bits")
+        layers = {key: checked_width(f"layers[{shown(key)}]", width) for key, width in self.layers.items()}
+        object.__setattr__(self, "layers", layers)
+        for name in ("weights", "activations", "first_and_last"):
+            object.__setattr__(self, name, checked_width(name, getattr(self, name)))
 
     @classmethod
     def of(cls, bits: Bits | str | Mapping[str, Any]) -> Bits:
@@ -39,7 +50,7 @@ class Bits:
         if isinstance(bits, Bits):
             return bits
         if isinstance(bits, Mapping):
-            unknown = sorted(set(bits) - set(cls.__dataclass_fields__))
+            unknown = [shown(key).strip("'") for key in bits if key not in cls.__dataclass_fields__]
             if unknown:
                 raise ValueError(
                     f"bits has unknown entries {', '.join(unknown)}; {', '.join(cls.__dataclass_fields__)}"
@@ -47,7 +58,7 @@ class Bits:
             return cls(**bits)
         match = _SPELLING.fullmatch(bits) if isinstance(bits, str) else None
         if match is None:
-            raise ValueError(f"bits is {bits!r}; give 'W8A8', 'W4A8', ... or quant.Bits(weights=4, activations=8)")
+            raise ValueError(f"bits is {shown(bits)}; give 'W8A8', 'W4A8', ... or quant.Bits(weights=4, activations=8)")
         return cls(weights=int(match[1]), activations=int(match[2]))
 
     def to_dict(self) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import numpy as np
 from torch import nn
 
 from swincompress_pl._deprecated import renamed
+from swincompress_pl.arguments import as_float, shown
 from swincompress_pl.quant.bits import Bits
 from swincompress_pl.quant.progress import Progress
 from swincompress_pl.quant.sensitivity import LayerSensitivity, Sensitivity, measure_sensitivity
@@ -81,8 +82,10 @@ def mixed_precision(
     """
     given = {"size_bytes": size_bytes, "size_part": size_part, "bit_operations": bit_operations}
     named = {name: value for name, value in given.items() if value is not None}
-    if len(named) != 1 or not all(math.isfinite(value) and value > 0 for value in named.values()):
-        raise ValueError(f"the budget is {named or 'missing'}; give one positive of {', '.join(given)}")
+    if len(named) != 1 or not all(0 < (as_float(value) or 0) < math.inf for value in named.values()):
+        raise ValueError(
+            f"the budget is {shown(named) if named else 'missing'}; give one positive of {', '.join(given)}"
+        )
     table = measure_sensitivity(
         model,
         calibration,

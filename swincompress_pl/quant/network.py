@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from swincompress_pl.history import follow_size, history_of, origin_of
+from swincompress_pl.masks import refuse_filled_masks
 from swincompress_pl.quant.bits import Bits
 from swincompress_pl.quant.full_precision import full_precision, require_float32
 from swincompress_pl.quant.gradient_checkpointing import CheckpointedRun, checkpointed_paths
@@ -203,7 +204,11 @@ class QuantizedNetwork(nn.Module):
 
     @full_precision()
     def to_program(self) -> Program:
-        """The integer Program with the present weights and scales."""
+        """The integer Program with the present weights and scales; ValueError where masked weights are not 0."""
+        refuse_filled_masks(self.network, "export")
+        return self._lowered()
+
+    def _lowered(self) -> Program:
         require_float32(self)
         if self.method == "affine":
             raise ValueError(
@@ -269,7 +274,7 @@ class QuantizedNetwork(nn.Module):
         tensors = [*self.parameters(), *self.buffers()]
         key = tuple((id(t), t._version, t.data_ptr(), t.device) for t in tensors)
         if self._twin is None or self._twin[0] != key:
-            self._twin = (key, TorchTwin(self.to_program(), tensors[0].device))
+            self._twin = (key, TorchTwin(self._lowered(), tensors[0].device))
         return self._twin[1]
 
     def __getstate__(self) -> dict[str, Any]:

@@ -6,6 +6,7 @@ deviation gives no error anywhere, only wrong answers, so what is stated or assu
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from swincompress_pl.arguments import as_float, shown
 
 # How far values may lie outside [0, 255] pixels: rounding; and what sharp edges give when images were resized after
 # they were normalized (bicubic overshoot), in pixels and as a share of all values.
@@ -50,11 +53,15 @@ def preprocessing_of(network: Any, given: Any = None) -> tuple[dict[str, Any], b
 
 def checked_preprocessing(preprocessing: Mapping[str, Any]) -> dict[str, Any]:
     """A plain copy; ValueError naming what is missing or out of range."""
+    if not isinstance(preprocessing, Mapping):
+        raise ValueError(f"preprocessing is {shown(preprocessing)}; it must be a mapping with 'mean' and 'std'")
     for key in ("mean", "std"):
         values = preprocessing.get(key)
-        if not isinstance(values, list | tuple) or not values or not all(isinstance(v, int | float) for v in values):
+        listed = [as_float(value) for value in values] if isinstance(values, list | tuple) else []
+        finite = [value for value in listed if value is not None and math.isfinite(value)]
+        if not listed or len(finite) < len(listed):
             raise ValueError(f"preprocessing[{key!r}] is {values!r}; it must list one number per image channel")
-        low, high = min(values), max(values)
+        low, high = min(finite), max(finite)
         if not (low >= 0 and high <= 1) or (key == "std" and low <= 0):
             raise ValueError(
                 f"preprocessing[{key!r}] is {values!r}; it is given in [0, 1] units (pixel / 255), std above 0"

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from swincompress_pl._deprecated import renamed, renamed_attributes
+from swincompress_pl.arguments import choice, flag, integer, number, optional, options, shown
 from swincompress_pl.evaluation_mode import evaluation_mode
+from swincompress_pl.masks import refuse_filled_masks
 from swincompress_pl.quant.bits import Bits
 from swincompress_pl.quant.calibration import (
     Ranges,
@@ -27,7 +29,7 @@ from swincompress_pl.quant.full_precision import bring_to_float32, full_precisio
 from swincompress_pl.quant.graph import Graph
 from swincompress_pl.quant.graph.spiking_nodes import NeuronNode
 from swincompress_pl.quant.layerwise import LayerwiseSearch
-from swincompress_pl.quant.network import QuantizedNetwork
+from swincompress_pl.quant.network import METHODS, QuantizedNetwork
 from swincompress_pl.quant.preprocessing import check_fit, preprocessing_of
 from swincompress_pl.quant.progress import Progress
 from swincompress_pl.quant.quantizers import affine_range
@@ -68,12 +70,16 @@ class SearchOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.rounding not in ROUNDINGS:
-            raise ValueError(f"rounding is {self.rounding!r}; choose one of {', '.join(ROUNDINGS)}")
-        if isinstance(self.learning, Mapping):
-            object.__setattr__(self, "learning", Learning(**self.learning))
-        if type(self.rows) is not int or self.rows < 1:
-            raise ValueError(f"rows is {self.rows!r}; it must be an integer of 1 or more")
+        checked: dict[str, Any] = {
+            name: flag(name, getattr(self, name)) for name in ("equalize", "center", "bias_correction")
+        }
+        checked["rounding"] = choice("rounding", self.rounding, ROUNDINGS)
+        checked["rows"] = integer("rows", self.rows, least=1, wanted="an integer of 1 or more")
+        checked["seed"] = integer("seed", self.seed, least=0)
+        if not isinstance(self.learning, Learning):
+            checked["learning"] = options("learning", self.learning, Learning, Learning.__dataclass_fields__)
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
 
 
 @renamed(images="calibration_images")
@@ -113,11 +119,15 @@ def quantize(
 
     Warns of hooks on modules of the network, which do not fire from then on. The modules keep their modes.
     Raises ValueError for empty calibration, NaN or infinite values (naming the activation quantizer), an unknown
-    method, widths or options that contradict each other, an already quantized network, or a spiking one most of whose
-    neurons are silent (naming the first) or that keeps its membranes between calls; UnsupportedNetworkError for a
-    network without an integer form.
+    method, widths or options that contradict each other, an already quantized network, masked weights that are not 0,
+    or a spiking network most of whose neurons are silent (naming the first) or that keeps its membranes between calls;
+    UnsupportedNetworkError for a network without an integer form.
     """
-    options = _options(method, percentile, search)
+    found_options = checked_search(checked_method(method), search)
+    percentile = checked_percentile(method, percentile)
+    calibration_images = integer("calibration_images", calibration_images, least=1)
+    embeddings = flag("embeddings", embeddings)
+    refuse_filled_masks(model, "quantize")
     found, assumed = preprocessing_of(model, preprocessing)
     quantized = with_plain_layers(
         model, lambda: QuantizedNetwork(model, preprocessing=found, method=method, classes=classes, bits=bits)
@@ -134,7 +144,7 @@ def quantize(
     check_graph(quantized.graph, model, images)
     with evaluation_mode(model):
         try:
-            _find_scales(quantized.eval(), images, options, percentile, progress)
+            _find_scales(quantized.eval(), images, found_options, percentile, progress)
         finally:
             quantized.train()  # as it was made; `model` gets its own modes back after it
     return quantized
@@ -194,23 +204,33 @@ def _require_wanted(quantized: QuantizedNetwork, embeddings: bool) -> None:
     quantized.classes = None
 
 
-def _options(
-    method: str, percentile: float | None, search: SearchOptions | Mapping[str, Any] | None
-) -> SearchOptions | None:
-    if percentile is not None and not 50 < percentile <= 100:
-        raise ValueError(f"percentile is {percentile!r}; it must be above 50 and at most 100, e.g. 99.99")
-    if percentile is not None and method == "affine":
-        raise ValueError("percentile goes with methods 'max' and 'searched'; 'affine' takes minimum and maximum")
+def checked_method(method: str) -> str:
+    """`method`; ValueError for one that there is not."""
+    known = isinstance(method, str) and method in METHODS
+    if not known:
+        raise ValueError(f"method={shown(method)} is not available; there is {', '.join(map(repr, METHODS))}")
+    return method
+
+
+def checked_percentile(method: str, percentile: float | None) -> float | None:
+    """`percentile`; ValueError where it is none, or does not go with the method."""
+    wanted = "above 50 and at most 100, e.g. 99.99, with method 'searched' or 'max'"
+    found = optional(number, "percentile", percentile, lambda value: 50 < value <= 100, wanted)
+    if found is not None and method == "affine":
+        raise ValueError(f"percentile={found}: it has to be {wanted}; 'affine' takes minimum and maximum")
+    return found
+
+
+def checked_search(method: str, search: SearchOptions | Mapping[str, Any] | None) -> SearchOptions | None:
+    """The options of method "searched", None for the others; ValueError for bad ones."""
+    if search is not None and method != "searched":
+        raise ValueError(f"search options go with method 'searched', not {method!r}")
     if method != "searched":
-        if search is not None:
-            raise ValueError(f"search options go with method 'searched', not {method!r}")
         return None
     if search is None or isinstance(search, SearchOptions):
         return search or SearchOptions()
-    try:
-        return SearchOptions(**search)
-    except TypeError as error:
-        raise ValueError(f"search: {error}; the options are {', '.join(SearchOptions.__dataclass_fields__)}") from error
+    old = getattr(SearchOptions.__init__, "old_arguments", {})
+    return options("search", search, SearchOptions, SearchOptions.__dataclass_fields__, old)
 
 
 def _set_ranges(quantized: QuantizedNetwork, ranges: Mapping[str, Ranges], clips: Mapping[str, Tensor]) -> None:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from swincompress_pl.arguments import flag, integer, number
 from swincompress_pl.quant.graph import Delegating, Node, Passthrough, Quantizer, Run, WeightedNode
 from swincompress_pl.quant.network import QuantizedNetwork
 from swincompress_pl.quant.probe import Probe
@@ -42,6 +43,17 @@ class Learning:
     lr: float = 0.02
     sensitive: bool = False
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        checked = {
+            "iterations": integer("iterations", self.iterations, least=0),
+            "batch_images": integer("batch_images", self.batch_images, least=1),
+            "lr": number("lr", self.lr, lambda rate: rate > 0, "above 0, e.g. 0.02"),
+            "sensitive": flag("sensitive", self.sensitive),
+            "seed": integer("seed", self.seed, least=0),
+        }
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
 
 
 @torch.no_grad()

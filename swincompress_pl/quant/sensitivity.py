@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from swincompress_pl._deprecated import renamed
+from swincompress_pl.arguments import integer, numbers
 from swincompress_pl.evaluation_mode import standing_still
 from swincompress_pl.quant.bits import WIDTHS, Bits
 from swincompress_pl.quant.calibration import (
@@ -157,7 +158,9 @@ def measure_sensitivity(
     A wider layer is never worse than a narrower one: it could use that one's step. Raises ValueError for widths outside
     2 to 8 and for calibration without images.
     """
-    _check_widths(widths)
+    widths = _checked_widths(widths)
+    calibration_images = integer("calibration_images", calibration_images, least=1)
+    rows, seed = integer("rows", rows, least=1), integer("seed", seed, least=0)
     bits = Bits(activations=activations, first_and_last=8 if first_and_last is None else first_and_last)
     network = float32_network(model.network if isinstance(model, QuantizedNetwork) else model)
     found, assumed = preprocessing_of(
@@ -186,10 +189,9 @@ def measure_sensitivity(
     return Sensitivity(layers=tuple(layers), activations=activations, first_and_last=first_and_last)
 
 
-def _check_widths(widths: Sequence[int]) -> None:
-    bad = [width for width in widths if type(width) is not int or width not in WIDTHS]
-    if not widths or bad:
-        raise ValueError(f"widths is {tuple(widths)}; give integers from {WIDTHS[0]} to {WIDTHS[-1]}, e.g. (4, 6, 8)")
+def _checked_widths(widths: Sequence[int]) -> tuple[int, ...]:
+    wanted = f"integers from {WIDTHS[0]} to {WIDTHS[-1]}, e.g. (4, 6, 8)"
+    return tuple(int(width) for width in numbers("widths", widths, lambda width: width in WIDTHS, wanted))
 
 
 def _changes(

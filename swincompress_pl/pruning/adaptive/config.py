@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from swincompress_pl.pruning.space import SpaceConfig, as_names, check_criterion, check_tolerance, is_count, require
+from swincompress_pl.arguments import choice, integer, names, number, numbers, optional, require, text
+from swincompress_pl.pruning.space import SpaceConfig, check_criterion, checked_tolerance
 from swincompress_pl.pruning.structure.patterns import parse_granularity
 
 
@@ -48,31 +49,37 @@ class AdaptivePruningConfig(SpaceConfig):
     time_budget_s: float | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "kinds", as_names(self.kinds))
-        object.__setattr__(self, "layers", None if self.layers is None else as_names(self.layers))
-        object.__setattr__(self, "block_shape", tuple(self.block_shape))
-        check_tolerance(self.tolerance)
-        first = self.first_tolerance
-        require(
-            "first_tolerance",
-            first,
-            first is None or 0 < first <= self.tolerance,
-            f"None, or above 0 and at most tolerance={self.tolerance}",
-        )
-        require("step", self.step, 0 < self.step <= 1, "a part of the units, above 0 and at most 1, e.g. 0.05")
-        require("min_step", self.min_step, 0 < self.min_step <= self.step, f"above 0 and at most step={self.step}")
-        require("max_sparsity", self.max_sparsity, 0 < self.max_sparsity < 1, "above 0 and below 1, e.g. 0.9")
-        require("round_to", self.round_to, is_count(self.round_to), "an integer of 1 or more")
-        for name, choices in _CHOICES.items():
-            require(name, getattr(self, name), getattr(self, name) in choices, f"one of {', '.join(choices)}")
-        require("kinds", self.kinds, bool(self.kinds), "one or more kinds, e.g. ('heads', 'mlp')")
-        require("layers", self.layers, self.layers is None or bool(self.layers), "None, or one or more patterns")
+        for name, value in self._checked().items():
+            object.__setattr__(self, name, value)
         check_criterion(self.criterion)
-        target, rounds, budget = self.target, self.max_rounds, self.time_budget_s
-        require("target", target, target is None or 0 < target < 1, "None, or above 0 and below 1, e.g. 0.3")
-        require("max_rounds", rounds, rounds is None or is_count(rounds), "None, or 1 or more")
-        require("time_budget_s", budget, budget is None or budget > 0, "None, or seconds above 0")
         self._check_together()
+
+    def _checked(self) -> dict[str, Any]:
+        """The fields, each in its type."""
+        tolerance = checked_tolerance(self.tolerance, stacklevel=5)
+        step = number("step", self.step, _part, "a part of the units, above 0 and at most 1, e.g. 0.05")
+        first = f"None, or above 0 and at most tolerance={tolerance}"
+        part = "None, or above 0 and below 1, e.g. 0.3"
+        return {
+            "tolerance": tolerance,
+            "first_tolerance": optional(
+                number, "first_tolerance", self.first_tolerance, lambda points: 0 < points <= tolerance, first
+            ),
+            "granularity": text("granularity", self.granularity, "a name, e.g. 'structured', 'weight' or '2:4'"),
+            "block_shape": _block_shape(self.block_shape),
+            "step": step,
+            "min_step": number("min_step", self.min_step, lambda x: 0 < x <= step, f"above 0 and at most step={step}"),
+            "max_sparsity": number("max_sparsity", self.max_sparsity, _inside, "above 0 and below 1, e.g. 0.9"),
+            "round_to": integer("round_to", self.round_to, least=1, wanted="an integer of 1 or more"),
+            **{name: choice(name, getattr(self, name), choices) for name, choices in _CHOICES.items()},
+            "kinds": names("kinds", self.kinds, "one or more kinds, e.g. ('heads', 'mlp')"),
+            "layers": optional(names, "layers", self.layers, "None, or one or more patterns"),
+            "target": optional(number, "target", self.target, _inside, part),
+            "max_rounds": optional(integer, "max_rounds", self.max_rounds, least=1, wanted="None, or 1 or more"),
+            "time_budget_s": optional(
+                number, "time_budget_s", self.time_budget_s, lambda seconds: seconds > 0, "None, or seconds above 0"
+            ),
+        }
 
     def _check_together(self) -> None:
         if self.granularity == "structured":
@@ -95,6 +102,21 @@ class AdaptivePruningConfig(SpaceConfig):
         )
         by_slot = self.ranking == "global" and (":" in self.granularity or self.granularity == "filter")
         require("ranking", self.ranking, not by_slot, f"'local': {pattern} is a rule for each layer")
+
+
+def _inside(part: float) -> bool:
+    return 0 < part < 1
+
+
+def _part(part: float) -> bool:
+    return 0 < part <= 1
+
+
+def _block_shape(given: Any) -> tuple[int, ...]:
+    wanted = "rows and columns of a block, two integers of 1 or more, e.g. (8, 8)"
+    shape = numbers("block_shape", given, lambda size: size >= 1 and size == int(size), wanted)
+    require("block_shape", given, len(shape) == 2, wanted)
+    return tuple(int(size) for size in shape)
 
 
 _CHOICES = {

@@ -15,13 +15,14 @@ import hashlib
 import heapq
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from swincompress_pl.arguments import flag, integer, number, optional
 from swincompress_pl.pruning.evaluation.prefix_cache import PrefixCache
 from swincompress_pl.pruning.evaluation.ranks import from_rank_zero, gather_results, rank, sum_over_ranks, world_size
 from swincompress_pl.pruning.evaluation.scorer import (
@@ -31,6 +32,8 @@ from swincompress_pl.pruning.evaluation.scorer import (
     ScoringCost,
     Verdict,
     evaluation_mode,
+    fingerprint_of,
+    tensor_bytes,
 )
 from swincompress_pl.pruning.evaluation.sequential_test import (
     Predictions,
@@ -48,6 +51,7 @@ __all__ = ["FunctionScorer", "HoldOut", "Predict", "Scorer", "ScoringCost", "Ver
 Predict = Callable[[nn.Module, Tensor], Tensor]
 """(network, images) -> logits (N, classes): moves the images to the network's device and runs it in its precision."""
 
+NETWORK_ALONE = "network(images)"  # the fingerprint of a predict that gives the network's answer as it is
 _LARGEST_MARGIN = 1e4
 _GOLDEN = (math.sqrt(5) - 1) / 2
 
@@ -85,13 +89,19 @@ class HoldOut:
         cache_size_bytes: int = 1 << 30,
         sharded: bool = False,
     ) -> None:
-        _check_options(batch_size, confidence, cache_size_bytes)
+        batch_size = integer("batch_size", batch_size, least=1)
+        wanted = "0.5 to 1, e.g. 0.99; 1.0 decides by certainty only"
+        confidence = number("confidence", confidence, lambda part: 0.5 <= part <= 1, wanted)
+        seed = integer("seed", seed, least=0)
+        cache_size_bytes = integer("cache_size_bytes", cache_size_bytes, least=0, wanted="0 (no cache) or more")
+        sharded = flag("sharded", sharded)
         _check_images(images, labels)
         if not sharded and world_size() > 1:
             images, labels = images[rank() :: world_size()], labels[rank() :: world_size()]
         self._images, self._labels = images, labels.cpu().long()
         self._predict = predict or _run
         self._batch_size, self._seed, self._cache_size_bytes = batch_size, seed, cache_size_bytes
+        self._confidence = confidence
         self._parts = look_parts()
         self._deviations = deviations_for(confidence, len(self._parts) - 1)  # the last look is exact
         (total,) = sum_over_ranks([len(labels)])
@@ -122,17 +132,36 @@ class HoldOut:
         for all. max_size_bytes: of the kept images, on one rank. More is a ValueError and not a slower way: a hold-out
         that is read anew each time has no order to sample in; `FunctionScorer` is for those. options: of `HoldOut`.
         """
-        if max_images is not None and max_images < 1:
-            raise ValueError(f"max_images={max_images}: it has to be None (all) or 1 or more")
-        most = max_images
+        most = optional(integer, "max_images", max_images, least=1, wanted="None (all) or 1 or more")
+        max_size_bytes = integer("max_size_bytes", max_size_bytes, least=1)
+        seed, sharded = integer("seed", seed, least=0), flag("sharded", sharded)
         if sharded and most is not None:
             most = most // world_size() + (rank() < most % world_size())
         images, labels = _collect(batches, most, max_size_bytes, seed)
         return cls(images, labels, sharded=sharded, seed=seed, **options)
 
     @property
-    def fingerprint(self) -> str:
-        """Tells this rank's images and labels from others': of all labels and of the first and the last image."""
+    def fingerprint(self) -> str | None:
+        """Tells this rank's images and labels, and how they decide, from others; None for a predict that has no
+        attribute `fingerprint`, a text that tells it from other functions."""
+        predict = "" if self._predict is _run else fingerprint_of(self._predict)
+        if predict is None:
+            return None
+        about = (tuple(self._images.shape), self._images.dtype, self._confidence, self._seed, predict)
+        return hashlib.sha256(f"{about} {self._data_digest}".encode()).hexdigest()
+
+    @cached_property
+    def _data_digest(self) -> str:
+        digest = hashlib.sha256(self._labels.numpy().tobytes())
+        for image in self._images:  # one by one: a copy of all of them may not fit
+            digest.update(tensor_bytes(image))
+        return digest.hexdigest()
+
+    @property
+    def earlier_fingerprint(self) -> str | None:
+        """What version 0.1 said of it: of all labels and of the first and the last image; nothing of a predict."""
+        if self._predict is not _run and fingerprint_of(self._predict) != NETWORK_ALONE:
+            return None
         digest = hashlib.sha256(repr(tuple(self._images.shape)).encode())
         digest.update(self._labels.numpy().tobytes())
         for image in (self._images[:1], self._images[-1:]):
@@ -278,15 +307,6 @@ def _needed(floor: float, images: int) -> int:
     while needed <= images and 100.0 * needed / images < floor - ROUNDING_POINTS:
         needed += 1
     return needed
-
-
-def _check_options(batch_size: int, confidence: float, cache_size_bytes: int) -> None:
-    if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size}: it has to be 1 or more")
-    if not 0.5 <= confidence <= 1:
-        raise ValueError(f"confidence={confidence}: it has to be 0.5 to 1, e.g. 0.99; 1.0 decides by certainty only")
-    if cache_size_bytes < 0:
-        raise ValueError(f"cache_size_bytes={cache_size_bytes}: it has to be 0 (no cache) or more")
 
 
 def _check_images(images: Tensor, labels: Tensor) -> None:

@@ -11,8 +11,9 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Protocol, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from swincompress_pl.arguments import shown
 from swincompress_pl.evaluation_mode import evaluation_mode as evaluation_mode
 from swincompress_pl.pruning.evaluation.ranks import from_rank_zero
 
@@ -99,6 +100,8 @@ class FunctionScorer:
     """Scores with a function of the user's, network -> accuracy in points; always exact, the hold-out's size unknown.
 
     The function has to leave the weights alone. In a distributed run each rank calls it, and rank 0's value counts.
+    What it is cannot be seen from outside; an attribute `fingerprint`, a text that changes whenever the function scores
+    otherwise, tells it from others wherever scores are kept.
     """
 
     images = 0
@@ -107,6 +110,11 @@ class FunctionScorer:
         self._evaluate = evaluate
         self._score: float | None = None
         self.cost = ScoringCost()
+
+    @property
+    def fingerprint(self) -> str | None:
+        """The function's."""
+        return fingerprint_of(self._evaluate)
 
     def full(self, network: nn.Module) -> float:
         with evaluation_mode(network), torch.no_grad():
@@ -157,8 +165,13 @@ class Evaluator:
 
     @property
     def fingerprint(self) -> object:
-        """Tells the hold-out from others, None where that is unknown."""
-        return getattr(self._scorer, "fingerprint", None)
+        """Tells what scores from others, None where that is unknown."""
+        return fingerprint_of(self._scorer)
+
+    @property
+    def earlier_fingerprint(self) -> str | None:
+        """What version 0.1 said of a hold-out, None where that is too little."""
+        return getattr(self._scorer, "earlier_fingerprint", None)
 
     def score(self, network: nn.Module) -> float:
         """The accuracy in points on the whole hold-out."""
@@ -202,6 +215,20 @@ class Evaluator:
 def as_evaluator(evaluate: Evaluate | Scorer | Evaluator) -> Evaluator:
     """An evaluator as it is, one of anything else that scores."""
     return evaluate if isinstance(evaluate, Evaluator) else Evaluator(evaluate)
+
+
+def fingerprint_of(scores: object) -> str | None:
+    """The text by which a scorer or a function is told from others: its attribute `fingerprint`, None without one."""
+    found = getattr(scores, "fingerprint", None)
+    if found is not None and (not isinstance(found, str) or not found):
+        raise ValueError(f"fingerprint={shown(found)}: it has to be a text, e.g. 'top-1 on my hold-out, version 1'")
+    return found
+
+
+def tensor_bytes(tensor: Tensor) -> bytes:
+    """The values of a tensor of any type on any device."""
+    plain: bytes = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    return plain
 
 
 def checked_score(value: object, what: str) -> float:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -11,7 +9,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from swincompress_pl.pruning.criteria import Gradients, needs_gradients
@@ -20,6 +17,7 @@ from swincompress_pl.pruning.evaluation.scorer import Evaluator, Verdict
 from swincompress_pl.pruning.prime.batchnorm import StatisticsCorrection, batchnorm_state, restore_batchnorm
 from swincompress_pl.pruning.prime.config import PrimeSVTConfig
 from swincompress_pl.pruning.prime.evaluation_cache import EvaluationCache, Widths
+from swincompress_pl.pruning.prime.fingerprint import fingerprint, fingerprint_of_0_1, images_digest
 from swincompress_pl.pruning.prime.result import Candidate
 from swincompress_pl.pruning.space import Removal, Target, local_space
 from swincompress_pl.pruning.structure.change import Change
@@ -64,31 +62,23 @@ class Candidates:
         self.correction = StatisticsCorrection(network, calibration if config.batchnorm == "correct" else None)
         self._costs, self._parameters = self._space.costs(network, None), count_parameters(network)
         self._cache = EvaluationCache()
-        gather_results(lambda: self._open(cache_path) if rank() == 0 else None)  # should it fail, all ranks hear of it
+        if cache_path is not None:
+            images = calibration if self.correction.is_active else None
+            ranks = gather_results(lambda: [evaluator.fingerprint, images_digest(images)])
+            gather_results(
+                lambda: self._open(cache_path, ranks) if rank() == 0 else None
+            )  # if it fails, all hear of it
         self._standing: dict[str, int] | None = None  # the widths that candidates are compared with
         self._last: dict[str, int] | None = None  # the widths judged last
 
-    def _open(self, path: Path | None) -> None:
-        if path is not None:
-            self._cache = EvaluationCache(path, self._fingerprint())
-
-    def _fingerprint(self) -> str:
-        """Of all that a verdict depends on: weights, hold-out, constraint, and what a width of a target means."""
-        digest = hashlib.sha256()
-        for name, tensor in self.network.state_dict().items():
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().flatten().contiguous().view(torch.uint8).numpy().tobytes())
-        for scores in self._scores.values():  # they say which units go first, whatever the criterion is called
-            digest.update(scores.cpu().numpy().tobytes())
-        # In version 0.1's words, whose files are read. Not "reestimate": verdicts of files from when statistics were
-        # made wholly anew mean something else.
-        mode = {"structured": "group", "filter": "paper"}[self.config.granularity]
-        statistics = "corrected" if self.config.batchnorm == "correct" else "keep"
-        means = [mode, statistics, self.config.tolerance]
-        units = {name: target.units for name, target in self.targets.items()}
-        about = [means, units, self._evaluator.fingerprint, self._evaluator.images]
-        digest.update(json.dumps(about, sort_keys=True).encode())
-        return digest.hexdigest()
+    def _open(self, path: Path, ranks: list[list[object]]) -> None:
+        about: dict[str, Any] = {"targets": self.targets, "scores": self._scores}
+        self._cache = EvaluationCache(
+            path,
+            fingerprint(self.network, self.config, **about, ranks=ranks, floor=self._floor),
+            earlier=fingerprint_of_0_1(self.network, self.config, **about, evaluator=self._evaluator),
+            units={name: target.units for name, target in self.targets.items()},
+        )
 
     def widths(self, rates: Mapping[str, float]) -> dict[str, int]:
         """The widths at these rates, {target: part of its units to remove}, as near as `round_to` allows."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -10,8 +9,9 @@ from typing import Any, Literal
 from torch import nn
 
 from swincompress_pl._deprecated import gathered, renamed
+from swincompress_pl.arguments import choice, integer, names, number, numbers, optional, require
 from swincompress_pl.pruning.criteria import Criterion
-from swincompress_pl.pruning.space import SpaceConfig, as_names, check_criterion, check_tolerance, is_count, require
+from swincompress_pl.pruning.space import SpaceConfig, check_criterion, checked_tolerance
 from swincompress_pl.registry import adapter_for
 
 WHOLE_UNITS = ("heads", "embed")  # kinds that a default leaves alone: they overlap the others, or reach everywhere
@@ -29,8 +29,8 @@ class AllocatedPolicy:
     resolution_points: float | None = None
 
     def __post_init__(self) -> None:
-        given = self.resolution_points
-        require("resolution_points", given, given is None or given > 0, "above 0, e.g. 0.2, or None")
+        points = optional(number, "resolution_points", self.resolution_points, _positive, "above 0, e.g. 0.2, or None")
+        object.__setattr__(self, "resolution_points", points)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,23 +58,35 @@ class PrioritizedPolicy:
     robustness_resolution_points: float = 0.2
 
     def __post_init__(self) -> None:
-        for name in ("target_sets", "increments"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-        require("order", self.order, self.order in ("robustness", "size"), "one of robustness, size")
-        require("frozen", self.frozen, self.frozen in ("last", "never"), "one of last, never")
-        require("theta", self.theta, 0 < self.theta < math.inf, "above 0, e.g. 1.0")
-        benefit, robustness = self.benefit_resolution_points, self.robustness_resolution_points
-        require("benefit_resolution_points", benefit, benefit > 0, "above 0, e.g. 1.0")
-        require("robustness_resolution_points", robustness, robustness > 0, "above 0, e.g. 0.2")
-        parts = all(0 < part <= 1 for part in self.target_sets)
-        require("target_sets", self.target_sets, bool(self.target_sets) and parts, "parts, above 0 and at most 1")
-        falling = list(self.increments) == sorted(set(self.increments), reverse=True)
-        require(
-            "increments",
-            self.increments,
-            bool(self.increments) and falling and self.increments[-1] >= 0 and 0 < self.increments[0] < 1,
-            "falling, below 1 and at least 0, e.g. (0.08, 0.04, 0.02, 0.01, 0.0)",
-        )
+        for name, value in self._checked().items():
+            object.__setattr__(self, name, value)
+
+    def _checked(self) -> dict[str, Any]:
+        """The fields, each in its type."""
+        wanted = "falling, below 1 and at least 0, e.g. (0.08, 0.04, 0.02, 0.01, 0.0)"
+        increments = numbers("increments", self.increments, lambda each: 0 <= each < 1, wanted)
+        falling = list(increments) == sorted(set(increments), reverse=True) and increments[0] > 0
+        require("increments", self.increments, falling, wanted)
+        positive = {"theta": 1.0, "benefit_resolution_points": 1.0, "robustness_resolution_points": 0.2}
+        return {
+            "order": choice("order", self.order, ("robustness", "size")),
+            "frozen": choice("frozen", self.frozen, ("last", "never")),
+            "target_sets": numbers("target_sets", self.target_sets, _part, "parts, above 0 and at most 1"),
+            "increments": increments,
+            **{n: number(n, getattr(self, n), _positive, f"above 0, e.g. {usual}") for n, usual in positive.items()},
+        }
+
+
+def _positive(value: float) -> bool:
+    return value > 0
+
+
+def _below_one(value: float) -> bool:
+    return 0 <= value < 1
+
+
+def _part(value: float) -> bool:
+    return 0 < value <= 1
 
 
 Policy = AllocatedPolicy | PrioritizedPolicy
@@ -167,27 +179,34 @@ class PrimeSVTConfig:
         return cls(**{**paper, **settings})
 
     def __post_init__(self) -> None:
-        for name in ("kinds", "layers"):
-            value = getattr(self, name)
-            object.__setattr__(self, name, None if value is None else as_names(value))
-        object.__setattr__(self, "rates", tuple(self.rates))
         if isinstance(self.policy, str):
-            require("policy", self.policy, self.policy in POLICIES, f"one of {', '.join(POLICIES)}, or a policy")
+            choice("policy", self.policy, POLICIES)
             object.__setattr__(self, "policy", POLICIES[self.policy]())
-        for name, choices in _CHOICES.items():
-            require(name, getattr(self, name), getattr(self, name) in choices, f"one of {', '.join(choices)}")
-        check_tolerance(self.tolerance, example=3.0, stacklevel=6)
-        saving = self.min_memory_saving
-        require("min_memory_saving", saving, 0 <= saving < 1, "a part, 0 to below 1, e.g. 0.25")
-        require("max_sparsity", self.max_sparsity, 0 < self.max_sparsity < 1, "above 0 and below 1, e.g. 0.9")
-        share = self.min_block_share
-        require("min_block_share", share, 0 <= share < 1, "a part of an average block, 0 to below 1, e.g. 0.2")
-        require("round_to", self.round_to, is_count(self.round_to), "an integer of 1 or more")
-        within = all(0 < rate <= self.max_sparsity for rate in self.rates)
-        wanted = f"above 0 and at most max_sparsity={self.max_sparsity}"
-        require("rates", self.rates, bool(self.rates) and within, wanted)
+        known = f"one of {', '.join(POLICIES)}, or a policy"
+        require("policy", self.policy, isinstance(self.policy, tuple(POLICIES.values())), known)
+        for name, value in self._checked().items():
+            object.__setattr__(self, name, value)
         check_criterion(self.criterion)
         self._check_together()
+
+    def _checked(self) -> dict[str, Any]:
+        """The fields, each in its type."""
+        saving, share, most = self.min_memory_saving, self.min_block_share, self.max_sparsity
+        most = number("max_sparsity", most, lambda part: 0 < part < 1, "above 0 and below 1, e.g. 0.9")
+        within = f"above 0 and at most max_sparsity={most}"
+        return {
+            **{name: choice(name, getattr(self, name), choices) for name, choices in _CHOICES.items()},
+            "tolerance": checked_tolerance(self.tolerance, example=3.0, stacklevel=7),
+            "min_memory_saving": number("min_memory_saving", saving, _below_one, "a part, 0 to below 1, e.g. 0.25"),
+            "min_block_share": number(
+                "min_block_share", share, _below_one, "a part of an average block, 0 to below 1, e.g. 0.2"
+            ),
+            "max_sparsity": most,
+            "round_to": integer("round_to", self.round_to, least=1, wanted="an integer of 1 or more"),
+            "rates": numbers("rates", self.rates, lambda rate: 0 < rate <= most, within),
+            "kinds": optional(names, "kinds", self.kinds, "None, or one or more kinds, e.g. ('mlp',)"),
+            "layers": optional(names, "layers", self.layers, "None, or one or more patterns"),
+        }
 
     def _check_together(self) -> None:
         if self.min_memory_saving >= self.max_sparsity:

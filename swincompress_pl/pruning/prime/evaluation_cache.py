@@ -3,57 +3,107 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict
+import math
+import os
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from swincompress_pl.files import write_file
+from swincompress_pl.arguments import as_float, shown
 from swincompress_pl.pruning.evaluation.scorer import Verdict
 
 Widths = Mapping[str, int]
 """{target: units that stay}; a target that is not named keeps all."""
 
-_VERSION = 1
+_VERSION = 2
+_OF_0_1 = 1
+_ENTRY = b'{"widths": '  # an entry's beginning
 
 
 class EvaluationCache:
     """Verdicts by widths: in memory, and in a file of JSON lines to which each is added as it falls.
 
-    The first line names what the verdicts are about; a file about something else is a ValueError, as is a damaged one.
-    A line that was cut off by a kill at the end of the file is dropped.
+    The first line names what the verdicts are about. Raises ValueError, and leaves the file as it is, for one that is
+    no cache, is about something else, or has an entry that is no verdict. A line at the end of the file that a kill
+    cut off is dropped.
+
+    fingerprint: of all that the verdicts hang on. earlier: the same in the words of version 0.1, None where a file of
+    that version cannot be taken up. units: {target: its units}.
     """
 
-    def __init__(self, path: Path | None = None, fingerprint: str = "") -> None:
-        self._path, self._known = path, dict[str, Verdict]()
+    def __init__(
+        self,
+        path: Path | None = None,
+        fingerprint: str = "",
+        *,
+        earlier: str | None = None,
+        units: Mapping[str, int] | None = None,
+    ) -> None:
+        self._path, self._known, self._units = path, dict[str, Verdict](), units or {}
         if path is None:
             return
-        header = {"version": _VERSION, "about": fingerprint}
-        lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else [""]
-        whole, rest = lines[:-1], lines[-1]
-        if not whole:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            first = (json.dumps(header) + "\n").encode()
-            write_file(path, lambda file: file.write(first))
+        if path.exists() and not path.is_file():
+            raise ValueError(f"evaluation_cache={str(path)!r} is no file; give the path of one, or of a new one")
+        content = path.read_bytes() if path.exists() else b""
+        if not content:
+            _begin(path, fingerprint)
             return
-        self._read(path, whole, header)
+        first, *lines = content.split(b"\n")
+        self._check_header(first, fingerprint, earlier)
+        rest = lines.pop() if lines else None
+        if rest is None:
+            self._end_line(path)
+        for number, line in enumerate(lines, 2):
+            self._read(line, number)
         if rest:
-            with path.open("r+b") as file:  # cut in place: another kill here loses nothing
-                file.truncate(path.stat().st_size - len(rest.encode("utf-8")))
+            self._mend(rest, len(lines) + 2)
 
-    def _read(self, path: Path, lines: list[str], header: dict[str, Any]) -> None:
-        try:
-            first, *entries = [json.loads(line) for line in lines]
-            self._known = {_key(entry["widths"]): Verdict(**entry["verdict"]) for entry in entries}
-        except (ValueError, TypeError, KeyError) as error:
+    def _check_header(self, line: bytes, fingerprint: str, earlier: str | None) -> None:
+        header = _parsed(line)
+        if not isinstance(header, dict) or header.keys() != {"version", "about"}:
             raise ValueError(
-                f"evaluation_cache={str(path)!r} is damaged ({error}); remove it, or give another path, to begin anew"
-            ) from error
-        if first != header:
-            raise ValueError(
-                f"evaluation_cache={str(path)!r} is about another network, hold-out or constraint; give another path, "
-                "or remove it"
+                f"evaluation_cache={str(self._path)!r} is no evaluation cache, so nothing is written to it; give "
+                "another path"
             )
+        if header["version"] == _OF_0_1 and header["about"] == earlier:
+            warnings.warn(
+                f"evaluation_cache={str(self._path)!r} is of version 0.1, which did not note all that its verdicts "
+                "hang on: of the hold-out the labels and the first and the last image are compared. If anything else "
+                "of it has changed since, remove the file",
+                stacklevel=2,
+            )
+        elif header != {"version": _VERSION, "about": fingerprint}:
+            raise ValueError(
+                f"evaluation_cache={str(self._path)!r} is about another network, hold-out or constraint (another "
+                "`evaluate` or predict, other calibration images, scores or options of them count as well); give "
+                "another path, or remove it"
+            )
+
+    def _read(self, line: bytes, number: int) -> None:
+        entry = _parsed(line)
+        problem = _problem(entry, self._units)
+        if problem:
+            raise ValueError(
+                f"evaluation_cache={str(self._path)!r} is damaged: line {number}: {problem}; remove the line or the "
+                "file, or give another path"
+            )
+        self._known[_key(entry["widths"])] = Verdict(**entry["verdict"])
+
+    def _mend(self, rest: bytes, number: int) -> None:
+        """The end of the file is a whole line again."""
+        assert self._path is not None
+        if _parsed(rest) is None and (rest.startswith(_ENTRY) or _ENTRY.startswith(rest)):
+            os.truncate(self._path, self._path.stat().st_size - len(rest))  # another kill here loses nothing
+            return
+        self._read(rest, number)
+        self._end_line(self._path)
+
+    @staticmethod
+    def _end_line(path: Path) -> None:
+        with path.open("ab") as file:
+            file.write(b"\n")
 
     def get(self, widths: Widths) -> Verdict | None:
         """What was found for these widths."""
@@ -65,6 +115,53 @@ class EvaluationCache:
         if self._path is not None:
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"widths": dict(widths), "verdict": asdict(verdict)}) + "\n")
+
+
+def _begin(path: Path, fingerprint: str) -> None:
+    """A new file, with its header or not there at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    first = (json.dumps({"version": _VERSION, "about": fingerprint}) + "\n").encode()
+    write_file(path, lambda file: file.write(first))
+
+
+def _parsed(line: bytes) -> Any:
+    """What the JSON says, None where it is none."""
+    try:
+        return json.loads(line.decode("utf-8"))
+    except (ValueError, RecursionError):
+        return None
+
+
+def _problem(entry: Any, units: Mapping[str, int]) -> str:
+    """What is wrong with an entry; empty where nothing is."""
+    if not isinstance(entry, dict) or entry.keys() != {"widths", "verdict"}:
+        return "it is no JSON of widths and a verdict"
+    widths, verdict = entry["widths"], entry["verdict"]
+    if not isinstance(widths, dict) or not isinstance(verdict, dict):
+        return "widths and verdict have to be objects"
+    for name, width in widths.items():
+        if name not in units or type(width) is not int or not 0 < width <= units[name]:
+            return f"widths[{shown(name)}] is {shown(width)}; the network has {units.get(name, 'no such target')}"
+    if verdict.keys() != {field.name for field in fields(Verdict)}:
+        return "the verdict has to have " + ", ".join(field.name for field in fields(Verdict))
+    for name, holds in _VALUES.items():
+        if not holds(verdict[name]):
+            return f"{name} is {shown(verdict[name])}"
+    return ""
+
+
+def _is_number(value: Any, most: float) -> bool:
+    found = as_float(value)
+    return found is not None and math.isfinite(found) and 0 <= found <= most
+
+
+_VALUES: dict[str, Callable[[Any], bool]] = {
+    "score": lambda value: _is_number(value, 100),
+    "accepted": lambda value: type(value) is bool,
+    "images": lambda value: type(value) is int and value >= 0,
+    "exact": lambda value: type(value) is bool,
+    "error_points": lambda value: _is_number(value, math.inf),
+}
 
 
 def _key(widths: Widths) -> str:

@@ -20,10 +20,12 @@ from typing import Any
 from torch import nn
 
 from swincompress_pl._deprecated import renamed
+from swincompress_pl.arguments import optional, path
 from swincompress_pl.evaluation_mode import evaluation_mode, outside_inference_mode, replace_inference_tensors
 from swincompress_pl.pruning.criteria import Gradients
 from swincompress_pl.pruning.evaluation.scorer import Evaluate, Scorer, as_evaluator
 from swincompress_pl.pruning.prime.config import PrimeSVTConfig
+from swincompress_pl.pruning.prime.fingerprint import check_named
 from swincompress_pl.pruning.prime.result import PrimeSVTResult
 from swincompress_pl.pruning.prime.search import Search
 from swincompress_pl.pruning.prime.trials import PrimeProgress
@@ -50,7 +52,9 @@ def primesvt(
     input_shape: of one input with its batch axis; with it MACs are counted. calibration: batches (images, ...) for
     `batchnorm="correct"`. gradients: as for `prune`, for the criteria that need them.
     evaluation_cache: a file in which every verdict is kept, so that a killed search goes on where it was; for the same
-    network, hold-out, calibration images and accuracy constraint only.
+    network, hold-out, calibration images and accuracy constraint only. What scores has to be known by a name: a
+    function by `evaluate.fingerprint = "..."`, a text of yours that changes whenever the function scores otherwise; so
+    has the `predict` of a `HoldOut`.
     progress: True prints a line for each candidate; a function is called with a `PrimeProgress`.
 
     Where both constraints cannot be met, `result.met` is False and `config.prefer` says which alternative is applied;
@@ -60,6 +64,9 @@ def primesvt(
     """
     replace_inference_tensors(network)
     started, config, evaluator = time.monotonic(), config or PrimeSVTConfig(), as_evaluator(evaluate)
+    cache_path = optional(path, "evaluation_cache", evaluation_cache)
+    if cache_path is not None:
+        check_named(evaluator)
     with evaluation_mode(network):
         search = Search(
             network,
@@ -67,7 +74,7 @@ def primesvt(
             config,
             calibration=calibration,
             gradients=gradients,
-            cache_path=None if evaluation_cache is None else Path(evaluation_cache),
+            cache_path=cache_path,
             on_progress=print if progress is True else progress or None,
         )
         search.run()

@@ -24,8 +24,9 @@ from torch.utils.hooks import RemovableHandle
 
 from swincompress_pl.evaluation_mode import outside_inference_mode
 from swincompress_pl.history import append_entry, derives_its_history, drop_latest_entry, history_of
+from swincompress_pl.masks import MASK_SUFFIX, is_mask
+from swincompress_pl.masks import masked_parameters as masked_parameters
 
-MASK_SUFFIX = "_mask"
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -78,17 +79,6 @@ def undo_latest_masks(network: nn.Module) -> None:
     drop_latest_entry(network)
 
 
-def masked_parameters(network: nn.Module) -> dict[str, tuple[nn.Parameter, Tensor]]:
-    """{name: (parameter, its mask)} of all masked parameters, in the network's order; found anew at each call."""
-    found = {}
-    for path, module in network.named_modules():
-        for leaf, parameter in module._parameters.items():
-            mask = module._buffers.get(leaf + MASK_SUFFIX)
-            if parameter is not None and mask is not None and _is_mask(module, leaf, parameter, mask):
-                found[f"{path}.{leaf}".lstrip(".")] = (parameter, mask)
-    return found
-
-
 @torch.no_grad()
 def set_mask(network: nn.Module, name: str, mask: Tensor) -> None:
     """Make `mask` (bool, the parameter's shape, True = kept) that of the parameter `name`, and set the rest to 0.
@@ -112,10 +102,14 @@ def enforce_masks(network: nn.Module) -> None:
 
 
 class MaskKeeper:
-    """What `keep_masks` returned: `remove()` ends it."""
+    """What `keep_masks` returned: `enforce()` sets masked weights to 0 now, `remove()` ends it."""
 
-    def __init__(self, handles: Iterable[RemovableHandle]) -> None:
-        self._handles = tuple(handles)
+    def __init__(self, handles: Iterable[RemovableHandle], network: nn.Module) -> None:
+        self._handles, self._network = tuple(handles), network
+
+    def enforce(self) -> None:
+        """For what optimizers change outside of `step`: in two halves, or in a closure."""
+        enforce_masks(self._network)
 
     def remove(self) -> None:
         """From now on optimizer steps no longer set masked weights to 0."""
@@ -135,7 +129,7 @@ def keep_masks(optimizers: Optimizer | Iterable[Optimizer], network: nn.Module) 
         enforce_masks(network)
 
     listed = [optimizers] if isinstance(optimizers, Optimizer) else optimizers
-    return MaskKeeper([optimizer.register_step_post_hook(enforce) for optimizer in listed])
+    return MaskKeeper([optimizer.register_step_post_hook(enforce) for optimizer in listed], network)
 
 
 @contextmanager
@@ -178,11 +172,6 @@ def masked_share(network: nn.Module) -> float:
 def _zero(parameter: Tensor, mask: Tensor) -> None:
     # The bits, read as integers, times 0 or 1: +0 also for NaN and negative weights, 25 times as fast as masked_fill_.
     parameter.view(_INTEGERS[parameter.element_size()]).mul_(mask)
-
-
-def _is_mask(module: nn.Module, leaf: str, parameter: Tensor, buffer: Tensor) -> bool:
-    persistent = leaf + MASK_SUFFIX not in module._non_persistent_buffers_set
-    return persistent and buffer.dtype == torch.bool and buffer.shape == parameter.shape
 
 
 def _checked_mask(name: str, parameter: Tensor, mask: Tensor) -> Tensor:
@@ -228,8 +217,8 @@ def _check_maskable(network: nn.Module, names: Iterable[str]) -> None:
         path, _, leaf = name.rpartition(".")
         module = network.get_submodule(path)
         there = getattr(module, leaf + MASK_SUFFIX, None)
-        is_mask = isinstance(there, Tensor) and _is_mask(module, leaf, parameter, there)
-        if hasattr(module, leaf + MASK_SUFFIX) and not is_mask:
+        free = not hasattr(module, leaf + MASK_SUFFIX)
+        if not free and not (isinstance(there, Tensor) and is_mask(module, leaf, parameter, there)):
             raise ValueError(
                 f"{name}: {name}{MASK_SUFFIX} is taken by something that is no bool mask of its shape; rename it"
             )
