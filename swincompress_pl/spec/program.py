@@ -8,7 +8,7 @@ are in single-assignment form: every operation reads earlier values and writes o
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from types import MappingProxyType
 from typing import Any
 
@@ -139,6 +139,13 @@ class Program:
     def __post_init__(self) -> None:
         object.__setattr__(self, "tensors", MappingProxyType(dict(self.tensors)))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        given = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        return _made_of, (
+            type(self),
+            given | {"tensors": dict(self.tensors)},
+        )  # a proxy can be neither pickled nor copied
+
     def describe(self) -> dict[str, Any]:
         """Everything but the tensors as JSON-able data; `Program.from_description` is the inverse."""
         return {
@@ -193,6 +200,10 @@ class Program:
     def parameter_bytes(self) -> int:
         """Bytes of all tensors."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
+
+
+def _made_of(cls: type[Program], given: dict[str, Any]) -> Program:
+    return cls(**given)
 
 
 def _operation(entry: Mapping[str, Any]) -> Operation:
