@@ -18,11 +18,12 @@ from support.whole_programs import images_of, vit_program
 from swincompress_pl import accel, spec
 from swincompress_pl.accel import _core, core
 
+QUICK = 4  # cases of a kind; all of them are behind the slow marker
 RUNS = 3
 MANY_RUNS = 15
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="forks, timers and control groups as on Linux")
 
-# What the scripts below begin with: an engine, images, their answers; `long` takes about two seconds.
+# What the scripts below begin with: an engine, images, their answers; `long` takes about a second.
 BEGIN = """
 import os, signal, sys, threading, time
 import numpy as np
@@ -32,7 +33,7 @@ few = np.random.default_rng(7).integers(0, 256, (40, *engine.input_shape)).astyp
 right = engine.run_integer(few)
 start = time.perf_counter()
 engine.run_integer(few)
-long = np.zeros((int(2 / (time.perf_counter() - start) + 50) * len(few), *few.shape[1:]), np.uint8)
+long = np.zeros((int(1 / (time.perf_counter() - start) + 50) * len(few), *few.shape[1:]), np.uint8)
 
 def forever(work):
     def loop():
@@ -84,8 +85,6 @@ def answer():
 """
 FORKS = {
     "the child answers": "codes = [fork(answer) for _ in range(RUNS)]",
-    "a grandchild answers": "codes = [fork(lambda: os._exit(fork(answer))) for _ in range(RUNS)]",
-    "both answer": "codes = [fork(lambda: os._exit(fork(answer) or not same())) for _ in range(RUNS)]",
     "its threads answer together": """
 from concurrent.futures import ThreadPoolExecutor
 def together():
@@ -93,12 +92,14 @@ def together():
         os._exit(not all(pool.map(lambda _: same(), range(12))))
 codes = [fork(together) for _ in range(RUNS)]""",
     "the child ends as processes do": "codes = [fork(lambda: sys.exit(not same())) for _ in range(RUNS)]",
-    "the child ends without a call": "codes = [fork(sys.exit) for _ in range(RUNS)]",
     "a thread forks": """
 codes = []
 thread = threading.Thread(target=lambda: codes.extend(fork(answer) for _ in range(RUNS)))
 thread.start()
 thread.join()""",
+    "a grandchild answers": "codes = [fork(lambda: os._exit(fork(answer))) for _ in range(RUNS)]",
+    "both answer": "codes = [fork(lambda: os._exit(fork(answer) or not same())) for _ in range(RUNS)]",
+    "the child ends without a call": "codes = [fork(sys.exit) for _ in range(RUNS)]",
     "the child loads": """
 def load():
     os._exit(not np.array_equal(accel.load(sys.argv[1], threads=2).run_integer(few), right))
@@ -113,7 +114,7 @@ def _forks_beside_a_call(case: str, path: Path, runs: int) -> None:
 
 
 @on_linux
-@pytest.mark.parametrize("case", FORKS)
+@pytest.mark.parametrize("case", [*FORKS][:QUICK])
 def test_a_fork_beside_a_call_leaves_a_child_that_computes(case: str, path: Path) -> None:
     _forks_beside_a_call(case, path, RUNS)
 
@@ -137,7 +138,7 @@ def third():
 INTERRUPTED = {
     "a call": "engine(long)",
     "a profile": "engine.profile(long[:len(long) // 4], repeats=8)",
-    "one that waits for its turn": """
+    "one beside another caller": """
     threading.Thread(target=engine, args=(long,), daemon=True).start()
     time.sleep(0.1)
     every(third)
@@ -201,12 +202,8 @@ print(len(found) > 1, all(found), bool((logits == zeros).all()))
 
 DAEMONS = {
     "calls": "forever(lambda: engine(long[:200]))",
-    "small calls": "forever(lambda: engine(few[:1]))",
-    "two callers": "[forever(lambda: engine(long[:200])) for _ in range(2)]",
-    "profiles": "forever(lambda: engine.profile(few, repeats=2))",
     "loads": "forever(lambda: accel.load(sys.argv[1]))",
     "reads": "forever(lambda: accel.load(sys.argv[1]).program)",
-    "the kernel alone": "a = np.ones((64, 64), np.int8)\nforever(lambda: accel.matmul(a, a, threads=2))",
     "an exception of the call": """
 def refused():
     try:
@@ -214,14 +211,18 @@ def refused():
     except ValueError:
         engine(few)
 forever(refused)""",
+    "small calls": "forever(lambda: engine(few[:1]))",
+    "two callers": "[forever(lambda: engine(long[:200])) for _ in range(2)]",
+    "profiles": "forever(lambda: engine.profile(few, repeats=2))",
+    "the kernel alone": "a = np.ones((64, 64), np.int8)\nforever(lambda: accel.matmul(a, a, threads=2))",
     "sys.exit": "forever(lambda: engine(few))\nsys.exit(0)",
 }
 
 
 @on_linux
-@pytest.mark.parametrize("case", DAEMONS)
+@pytest.mark.parametrize("case", [*DAEMONS][:QUICK])
 def test_the_interpreter_ends_beside_a_daemon_thread(case: str, path: Path) -> None:
-    for _ in range(RUNS):
+    for _ in range(RUNS if case == "calls" else 1):
         must_end_well(DAEMONS[case], path)
 
 

@@ -34,8 +34,8 @@ def implementations() -> tuple[str, ...]:
 
 
 def resolve_threads(threads: int | None) -> int:
-    """`threads` if it lies in [1, 256]; for None the number of CPUs that this process may use: its affinity mask and the
-    CPU quotas of its control groups, in whole CPUs, decide.
+    """`threads` if it lies in [1, 256]; for None the number of CPUs that this process may use, by its affinity and the
+    CPU quotas of its control groups, rounded down.
 
     Raises TypeError for what is no integer and ValueError outside the range.
     """

@@ -109,8 +109,8 @@ class Engine(_Runtime):
     threads: 1 to 256, None for all CPUs that this process may use (affinity and CPU quotas). implementation: a name of
     `implementations()`, None for the best. An engine may be used from several Python threads: calls take turns and
     release the GIL; Ctrl-C ends a long one. It works in forked children. Pickles and copies hold the artifact and make
-    an engine of their own with the same threads and implementation. Raises spec.ProgramError for a Program with narrower
-    activations, which only `ReferenceEngine` runs.
+    an engine of their own with the same threads and implementation. Raises spec.ProgramError for a Program with
+    narrower activations, which only `ReferenceEngine` runs.
     """
 
     def __init__(self, program: spec.Program, *, threads: int | None = None, implementation: str | None = None) -> None:
