@@ -23,17 +23,21 @@ RUNS = 3
 MANY_RUNS = 15
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="forks, timers and control groups as on Linux")
 
-# What the scripts below begin with: an engine, images, their answers; `long` takes about a second.
+# What the scripts below begin with: an engine, images, their answers; `long` take more than half a second.
 BEGIN = """
 import os, signal, sys, threading, time
 import numpy as np
 from swincompress_pl import accel
-engine = accel.load(sys.argv[1], threads=2)
+engine = accel.load(sys.argv[1], threads=2, implementation="scalar")
 few = np.random.default_rng(7).integers(0, 256, (40, *engine.input_shape)).astype(np.uint8)
 right = engine.run_integer(few)
-start = time.perf_counter()
-engine.run_integer(few)
-long = np.zeros((int(1 / (time.perf_counter() - start) + 50) * len(few), *few.shape[1:]), np.uint8)
+
+def seconds():
+    start = time.perf_counter()
+    engine.run_integer(few)
+    return time.perf_counter() - start
+
+long = np.zeros((int(0.6 / min(seconds() for _ in range(5)) + 5) * len(few), *few.shape[1:]), np.uint8)
 
 def forever(work):
     def loop():
@@ -495,9 +499,13 @@ def test_arrays_can_be_resized_after_the_call(path: Path) -> None:
 def test_images_changed_in_a_call_are_the_old_or_the_new(path: Path) -> None:
     code = """
 zeros, ones = engine.run_integer(long[:1]), engine.run_integer(np.full_like(long[:1], 255))
-every(lambda: long.fill(255))
+
+def change():
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    long.fill(255)
+
+every(change)
 logits = engine.run_integer(long)
-signal.setitimer(signal.ITIMER_REAL, 0)
 old, new = (logits == zeros).all(axis=1), (logits == ones).all(axis=1)
 print(bool((old | new).all()), bool(old.any() and new.any()))
 """
