@@ -101,11 +101,6 @@ def test_more_threads_than_work_and_cpus(program: spec.Program) -> None:
     np.testing.assert_array_equal(accel.Engine(program, threads=19).run_integer(images), spec.run(program, images))
 
 
-def test_default_threads_are_the_usable_cpus(program: spec.Program, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(core.os, "sched_getaffinity", lambda _: {0, 3, 5}, raising=False)
-    assert accel.Engine(program).threads == 3
-
-
 ORDER = ("avx512_vnni", "avx_vnni", "avx2", "neon_dotprod", "scalar")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -36,13 +35,13 @@ def implementations() -> tuple[str, ...]:
 
 
 def resolve_threads(threads: int | None) -> int:
-    """`threads` if it lies in [1, 256], and the number of CPUs that this process may use for None.
+    """`threads` if it lies in [1, 256]; for None the number of CPUs that this process may use, by its affinity and the
+    CPU quotas of its control groups, rounded down.
 
     Raises TypeError for what is no integer and ValueError outside the range.
     """
     if threads is None:
-        usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return min(usable, THREADS_MAX)
+        return min(_core.usable_cpus(), THREADS_MAX)
     if isinstance(threads, bool) or not isinstance(threads, int):
         raise TypeError(f"threads is {threads!r}; it must be an integer in [1, {THREADS_MAX}], or None for all CPUs")
     if not 1 <= threads <= THREADS_MAX:

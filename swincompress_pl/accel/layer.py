@@ -71,6 +71,9 @@ class QuantizedLayer:
     threads: int
     _engines: dict[spec.Value, _core.Engine] = field(default_factory=dict, repr=False, compare=False)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_engines": {}}  # they are made anew where they are needed
+
     @property
     def weight_q(self) -> npt.NDArray[np.int8]:
         return self.tensors["weight"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from typing import Any
 
 import numpy as np
@@ -105,9 +106,11 @@ class _Runtime:
 class Engine(_Runtime):
     """A Program in C++, integers only between pixels and logits; its activations have 8 bits (int8, uint8) or more.
 
-    threads: 1 to 256, None for all CPUs that this process may use. implementation: a name of `implementations()`, None
-    for the best. An engine may be used from several Python threads: calls take turns and release the GIL. Raises
-    spec.ProgramError for a Program with narrower activations, which only `ReferenceEngine` runs.
+    threads: 1 to 256, None for all CPUs that this process may use (affinity and CPU quotas). implementation: a name of
+    `implementations()`, None for the best. An engine may be used from several Python threads: calls take turns and
+    release the GIL; Ctrl-C ends a long one. It works in forked children. Pickles and copies hold the artifact and make
+    an engine of their own with the same threads and implementation. Raises spec.ProgramError for a Program with
+    narrower activations, which only `ReferenceEngine` runs.
     """
 
     def __init__(self, program: spec.Program, *, threads: int | None = None, implementation: str | None = None) -> None:
@@ -135,6 +138,26 @@ class Engine(_Runtime):
         self._core = core
         self.implementation = core.implementation
         self.threads = core.threads
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = {**vars(self), "_program": self._artifact()}
+        del state["_core"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        name = self.implementation
+        if name not in _core.implementations():
+            name = _core.select()
+            warnings.warn(
+                f"the engine was pickled with implementation={self.implementation!r}, which cannot run here; it runs "
+                f"with {name!r}, to the same bits",
+                stacklevel=2,
+            )
+        self._hold(artifact_engine(state["_program"], name, self.threads)[0])
+
+    def _artifact(self) -> bytes:
+        return self._program if isinstance(self._program, bytes) else artifact.to_bytes(self._program)
 
     @property
     def program(self) -> spec.Program:

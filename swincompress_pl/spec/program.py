@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from types import MappingProxyType
 from typing import Any, TypeVar
 
@@ -152,6 +152,13 @@ class Program:
     def __post_init__(self) -> None:
         object.__setattr__(self, "tensors", MappingProxyType(dict(self.tensors)))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        given = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        return _made_of, (
+            type(self),
+            given | {"tensors": dict(self.tensors)},
+        )  # a proxy can be neither pickled nor copied
+
     def describe(self) -> dict[str, Any]:
         """Everything but the tensors as JSON-able data; `Program.from_description` is the inverse."""
         return {
@@ -247,6 +254,10 @@ def _scale(text: str) -> float:
         return float.fromhex(text if _SCALE.fullmatch(text) else "nan")
     except OverflowError:
         return math.inf  # which `check` refuses, as it does what is no number
+
+
+def _made_of(cls: type[Program], given: dict[str, Any]) -> Program:
+    return cls(**given)
 
 
 def _operation(entry: Mapping[str, Any]) -> Operation:

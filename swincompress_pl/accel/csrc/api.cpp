@@ -1,26 +1,14 @@
 // The public header over the engine's own parts.
 #include <algorithm>
 #include <fstream>
-#include <thread>
-
-#ifdef __linux__
-#include <sched.h>
-#endif
 
 #include "dispatch.h"
 #include "model.h"
+#include "process.h"
 #include "swincompress/engine.h"
 
 namespace swincompress {
 namespace {
-
-int usable_cpus() {
-#ifdef __linux__
-    cpu_set_t set;
-    if (sched_getaffinity(0, sizeof(set), &set) == 0) return std::clamp(CPU_COUNT(&set), 1, kThreadsMax);
-#endif
-    return std::clamp(static_cast<int>(std::thread::hardware_concurrency()), 1, kThreadsMax);
-}
 
 std::vector<char> read_file(const std::string& path) {
     std::ifstream file(path, std::ios::binary | std::ios::ate);
@@ -47,7 +35,8 @@ Engine::~Engine() = default;
 
 Engine Engine::from_bytes(const void* bytes, std::size_t size, const Options& options) {
     try {
-        const Resources resources{options.threads.value_or(usable_cpus()), options.memory_bytes_max};
+        const Resources resources{options.threads.value_or(std::min(usable_cpus(), kThreadsMax)),
+                                  options.memory_bytes_max};
         Model model =
             load_model(static_cast<const std::byte*>(bytes), size, select_kernels(options.implementation), resources);
         auto classes = model.classes.value_or(std::vector<std::string>{});

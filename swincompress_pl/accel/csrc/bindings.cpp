@@ -4,9 +4,13 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cstring>
+
 #include "dispatch.h"
+#include "gil.h"
 #include "model.h"
 #include "peak.h"
+#include "process.h"
 
 namespace py = pybind11;
 
@@ -93,7 +97,7 @@ std::pair<std::unique_ptr<Executor>, py::dict> load(const py::bytes& content, co
     const auto [bytes, size] = bytes_of(content);
     const Kernels& kernels = select_kernels(implementation);
     Model model = [&, bytes = bytes, size = size] {
-        const py::gil_scoped_release release;
+        const GilRelease release;
         return load_model(bytes, size, kernels, Resources{threads});
     }();
     py::dict facts;
@@ -108,18 +112,32 @@ std::pair<std::unique_ptr<Executor>, py::dict> load(const py::bytes& content, co
 std::pair<std::string, py::dict> read_content(const py::bytes& content) {
     const auto [bytes, size] = bytes_of(content);
     const Artifact artifact = [&, bytes = bytes, size = size] {
-        const py::gil_scoped_release release;
+        const GilRelease release;
         return read_artifact(bytes, size);
     }();
     py::dict tensors;
-    for (const auto& [key, tensor] : artifact.tensors)
-        tensors[py::str(key)] = py::array(dtype_of(tensor.type), tensor.shape, tensor.data);
+    for (const auto& [key, tensor] : artifact.tensors) {
+        py::array copy(dtype_of(tensor.type), tensor.shape);
+        std::memcpy(copy.mutable_data(), tensor.data, static_cast<std::size_t>(copy.nbytes()));
+        tensors[py::str(key)] = copy;
+    }
     return {json_text(artifact.description), tensors};
+}
+
+// Keeps `array` and the arrays whose memory it shows from being resized, which would free what is being read: NumPy
+// refuses that while there are weak references, even with refcheck=False. Other owners of memory (bytearray, mmap)
+// refuse it themselves while an array shows it.
+void hold(py::object owner, std::vector<py::weakref>& holds) {
+    while (owner && py::isinstance<py::array>(owner)) {
+        holds.emplace_back(owner);
+        owner = py::reinterpret_borrow<py::array>(owner).base();
+    }
 }
 
 struct Batch {
     std::vector<const std::byte*> data;
     Size images;
+    std::vector<py::weakref> holds;
 };
 
 // The arrays are (images, *shape of the value), C-contiguous.
@@ -127,7 +145,7 @@ Batch batch_of(const Executor& engine, const std::vector<py::array>& arrays) {
     const Plan& plan = engine.plan();
     if (arrays.size() != plan.input_count())
         throw std::invalid_argument("takes " + std::to_string(plan.input_count()) + " arrays");
-    Batch batch{{}, arrays.front().ndim() > 0 ? arrays.front().shape(0) : 0};
+    Batch batch{{}, arrays.front().ndim() > 0 ? arrays.front().shape(0) : 0, {}};
     for (std::size_t i = 0; i < arrays.size(); ++i) {
         std::vector<Size> expected = plan.value(i).shape;
         expected.insert(expected.begin(), batch.images);
@@ -136,6 +154,7 @@ Batch batch_of(const Executor& engine, const std::vector<py::array>& arrays) {
                                         shape_text(shape_of(arrays[i])) + "; it must be " +
                                         type_name(plan.value(i).type()) + " " + shape_text(expected));
         require_contiguous(arrays[i], "array " + std::to_string(i));
+        hold(arrays[i], batch.holds);
         batch.data.push_back(static_cast<const std::byte*>(arrays[i].data()));
     }
     return batch;
@@ -148,12 +167,15 @@ py::array result_array(const Executor& engine, Size images) {
     return py::array(dtype_of(result.type()), shape);
 }
 
+Executor::Watch watch(GilRelease& gil, std::vector<Size>* ns = nullptr, std::vector<SpikeCounts>* spikes = nullptr) {
+    return {ns, spikes, [&gil] { gil.check_signals(); }};
+}
+
 py::array run(Executor& engine, const std::vector<py::array>& arrays) {
     const Batch batch = batch_of(engine, arrays);
     py::array output = result_array(engine, batch.images);
     auto* data = static_cast<std::byte*>(output.mutable_data());
-    const py::gil_scoped_release release;
-    engine.run(batch.data, data, batch.images);
+    without_gil([&](GilRelease& gil) { engine.run(batch.data, data, batch.images, watch(gil)); });
     return output;
 }
 
@@ -165,12 +187,14 @@ py::array_t<Size> profile(Executor& engine, const std::vector<py::array>& arrays
     const std::size_t count = engine.plan().steps().size();
     py::array_t<Size> times({static_cast<std::size_t>(repeats), count});
     auto* rows = times.mutable_data();
-    const py::gil_scoped_release release;
-    for (int repeat = 0; repeat < repeats; ++repeat) {
-        std::vector<Size> step_ns(count, 0);
-        engine.run(batch.data, data, batch.images, {&step_ns, nullptr});
-        std::copy(step_ns.begin(), step_ns.end(), rows + static_cast<Size>(count) * repeat);
-    }
+    without_gil([&](GilRelease& gil) {
+        for (int repeat = 0; repeat < repeats; ++repeat) {
+            std::vector<Size> step_ns(count, 0);
+            engine.run(batch.data, data, batch.images, watch(gil, &step_ns));
+            std::copy(step_ns.begin(), step_ns.end(), rows + static_cast<Size>(count) * repeat);
+            gil.check_signals();
+        }
+    });
     return times;
 }
 
@@ -182,9 +206,8 @@ py::array_t<Size> count_spikes(Executor& engine, const std::vector<py::array>& a
     const std::size_t count = engine.plan().steps().size();
     py::array_t<Size> counts({count, std::size_t{3}});
     auto* rows = counts.mutable_data();
-    const py::gil_scoped_release release;
     std::vector<SpikeCounts> found(count);
-    engine.run(batch.data, data, batch.images, {nullptr, &found});
+    without_gil([&](GilRelease& gil) { engine.run(batch.data, data, batch.images, watch(gil, nullptr, &found)); });
     for (const SpikeCounts& each : found) {
         *rows++ = each.spikes;
         *rows++ = each.places;
@@ -196,7 +219,7 @@ py::array_t<Size> count_spikes(Executor& engine, const std::vector<py::array>& a
 double peak_gmacs(const std::string& implementation, int threads) {
     require_threads(threads);
     const Kernels& kernels = select_kernels(implementation);
-    const py::gil_scoped_release release;
+    const GilRelease release;
     return measure_peak_gmacs(kernels, threads);
 }
 
@@ -212,6 +235,7 @@ std::vector<std::vector<std::size_t>> steps(const Executor& engine) {
 PYBIND11_MODULE(_core, module) {
     using namespace swincompress;
     module.doc() = "The integer engine; use it through swincompress_pl.accel.";
+    module.def("usable_cpus", &usable_cpus, py::arg("root") = "");
     module.def("implementations", &implementations);
     module.def(
         "select", [](const std::string& name) { return std::string(select_kernels(name).name); },

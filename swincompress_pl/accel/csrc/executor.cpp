@@ -1,12 +1,14 @@
 #include "executor.h"
 
-#include <unistd.h>
-
 #include <algorithm>
 #include <chrono>
 
+#include "process.h"
+
 namespace swincompress {
 namespace {
+
+constexpr auto kPatience = std::chrono::milliseconds(50);
 
 struct Share {
     const Step& step;
@@ -30,35 +32,42 @@ Executor::Executor(std::vector<Value> inputs, const std::vector<Operation>& oper
       plan_(std::move(inputs), operations, kernels, resources),
       threads_(resources.threads),
       arena_(plan_.arena_bytes()),
-      scratch_(plan_.scratch_bytes() * threads_) {}
+      scratch_(plan_.scratch_bytes() * threads_),
+      turns_(new Turns(fork_generation())) {}
 
 Executor::~Executor() {
-    if (pool_process_ != getpid()) pool_.release();  // a forked child has the object but not its threads
+    const Turns* turns = turns_.load();
+    if (turns->forks == fork_generation()) delete turns;  // a parent's can be neither used nor ended here
 }
 
-ThreadPool& Executor::pool() {
-    if (pool_process_ != getpid()) {
-        pool_.release();
-        pool_ = std::make_unique<ThreadPool>(threads_);
-        pool_process_ = getpid();
-    }
-    return *pool_;
+// Those of this process. Of several threads that are the first here after a fork, one brings the new.
+Executor::Turns& Executor::turns() {
+    Turns* found = turns_.load();
+    const unsigned forks = fork_generation();
+    if (found->forks == forks) return *found;
+    auto fresh = std::make_unique<Turns>(forks);
+    if (!turns_.compare_exchange_strong(found, fresh.get())) return *found;
+    return *fresh.release();
 }
 
 void Executor::run(const std::vector<const std::byte*>& inputs, std::byte* output, Size images, const Watch& watch) {
-    const std::lock_guard<std::mutex> lock(mutex_);
     const Size out_bytes = plan_.value(plan_.result()).bytes();
     for (Size first = 0; first < images; first += plan_.chunk()) {
+        if (watch.pause && first > 0) watch.pause();
         std::vector<const std::byte*> from;
         for (std::size_t i = 0; i < inputs.size(); ++i) from.push_back(inputs[i] + first * plan_.value(i).bytes());
-        run_chunk(from, output + first * out_bytes, std::min(plan_.chunk(), images - first), watch);
+        Turns& turns = this->turns();  // a pause may have forked
+        std::unique_lock<std::timed_mutex> turn(turns.mutex, std::defer_lock);
+        if (!watch.pause) turn.lock();
+        while (!turn.owns_lock() && !turn.try_lock_for(kPatience)) watch.pause();
+        if (turns.pool == nullptr) turns.pool = std::make_unique<ThreadPool>(threads_);
+        run_chunk(*turns.pool, from, output + first * out_bytes, std::min(plan_.chunk(), images - first), watch);
     }
 }
 
-void Executor::run_chunk(const std::vector<const std::byte*>& inputs, std::byte* output, Size images,
+void Executor::run_chunk(ThreadPool& pool, const std::vector<const std::byte*>& inputs, std::byte* output, Size images,
                          const Watch& watch) {
     using Clock = std::chrono::steady_clock;
-    ThreadPool& pool = this->pool();
     const auto place = [&](std::size_t value) { return arena_.data() + plan_.offset(value); };
     for (std::size_t number = 0; number < plan_.steps().size(); ++number) {
         const PlannedStep& planned = plan_.steps()[number];

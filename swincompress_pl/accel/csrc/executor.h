@@ -1,6 +1,8 @@
 // Runs a Plan on batches of any size with a fixed number of threads.
 #pragma once
 
+#include <atomic>
+#include <functional>
 #include <mutex>
 
 #include "buffer.h"
@@ -22,30 +24,41 @@ public:
     const char* implementation() const { return kernels_.name; }
     int threads() const { return threads_; }
 
-    // What is added to for every step, where it is given.
     struct Watch {
-        std::vector<Size>* ns = nullptr;
-        std::vector<SpikeCounts>* spikes = nullptr;
+        std::vector<Size>* ns = nullptr;             // added to for every step, where it is given
+        std::vector<SpikeCounts>* spikes = nullptr;  // likewise
+        // Called between chunks, and now and then while another caller has its turn; what it throws ends the run. It
+        // may run this executor, or fork.
+        std::function<void()> pause = nullptr;
     };
 
-    // inputs: one array of `images` values each; output: room for as many results. Callers take turns.
+    // inputs: one array of `images` values each; output: room for as many results. Callers take turns, chunk by chunk.
     void run(const std::vector<const std::byte*>& inputs, std::byte* output, Size images) {
         run(inputs, output, images, Watch{});
     }
     void run(const std::vector<const std::byte*>& inputs, std::byte* output, Size images, const Watch& watch);
 
 private:
-    void run_chunk(const std::vector<const std::byte*>& inputs, std::byte* output, Size images, const Watch& watch);
-    ThreadPool& pool();
+    // What a forked child cannot go on with: a lock that a thread of the parent may hold for ever, and a pool without
+    // its threads.
+    struct Turns {
+        explicit Turns(unsigned forks) : forks(forks) {}
+
+        const unsigned forks;
+        std::timed_mutex mutex;
+        std::unique_ptr<ThreadPool> pool;
+    };
+
+    Turns& turns();
+    void run_chunk(ThreadPool& pool, const std::vector<const std::byte*>& inputs, std::byte* output, Size images,
+                   const Watch& watch);
 
     const Kernels& kernels_;
     Plan plan_;
     int threads_;
     Buffer arena_;
     Buffer scratch_;
-    std::mutex mutex_;
-    std::unique_ptr<ThreadPool> pool_;
-    long pool_process_ = 0;
+    std::atomic<Turns*> turns_;
 };
 
 }  // namespace swincompress

@@ -175,7 +175,8 @@ struct Kind {
 };
 
 const std::map<std::string, Kind>& kinds() {
-    static const std::map<std::string, Kind> known = {
+    // never destroyed: a thread may load while the process ends
+    static const auto& known = *new std::map<std::string, Kind>{
         {"linear", {1, check_linear}},
         {"conv2d", {1, check_conv2d}},
         {"layer_norm", {1, check_layer_norm}},

@@ -13,7 +13,8 @@ Range share(Size total, Size unit, int part, int parts) {
 
 std::unique_ptr<Step> make_step(const OperationView& view, const Kernels& kernels) {
     using Maker = std::unique_ptr<Step> (*)(const OperationView&, const Kernels&);
-    static const std::map<std::string, Maker> makers = {
+    // never destroyed: a thread may load while the process ends
+    static const auto& makers = *new std::map<std::string, Maker>{
         {"linear", make_linear},         {"conv2d", make_conv2d},     {"table", make_table},
         {"layer_norm", make_layer_norm}, {"add", make_add},           {"add_constant", make_add_constant},
         {"gather", make_gather},         {"prepend", make_prepend},   {"mean", make_mean},

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from swincompress_pl.arguments import as_float, shown
+from swincompress_pl.files import write_file
 from swincompress_pl.pruning.evaluation.scorer import Verdict
 
 Widths = Mapping[str, int]

@@ -26,7 +26,8 @@ public:
 };
 
 struct Options {
-    // 1 to 256; without a number, as many as there are CPUs that this process may use.
+    // 1 to 256; without a number, as many as there are CPUs that this process may use: its affinity mask and the CPU
+    // quotas of its control groups, whole CPUs, decide.
     std::optional<int> threads;
     // A name of implementations(). Empty: the one that the environment variable SWINCOMPRESS_IMPLEMENTATION names, or
     // the best.
@@ -39,6 +40,7 @@ struct Options {
 std::vector<std::string> implementations();
 
 // A network ready to run. May be moved; calls from several threads take turns; engines are independent of each other.
+// A forked child may go on with its copy, whatever the parent's threads were doing.
 class Engine {
 public:
     // Throws Error for a file that cannot be read, that is no artifact, or that lies about itself: a network that loads
