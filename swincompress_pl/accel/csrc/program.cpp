@@ -166,8 +166,8 @@ double prepared_bytes(const Operation& operation) {
         bytes += 2 * aligned(rows("weight")) * aligned(elements / rows("weight"));
     }
     if (has("bias_table") && has("bias_index"))
-        bytes += static_cast<double>(rows("bias_table")) *
-                 static_cast<double>(operation.tensors.at("bias_index").bytes());
+        bytes +=
+            static_cast<double>(rows("bias_table")) * static_cast<double>(operation.tensors.at("bias_index").bytes());
     return bytes;
 }
 
