@@ -207,7 +207,7 @@ def test_every_cut_of_the_end_is_mended(tmp_path: Path) -> None:
 def test_a_new_file_is_there_with_its_header_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file, target = tmp_path / "cache.jsonl", tmp_path / "elsewhere.jsonl"
     with monkeypatch.context() as patched:
-        patched.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError("no space")))
+        patched.setattr("swincompress_pl.files.os.replace", lambda *_, **__: (_ for _ in ()).throw(OSError("no space")))
         with pytest.raises(OSError, match="no space"):
             EvaluationCache(file, "f", units=UNITS)
     assert list(tmp_path.iterdir()) == []
