@@ -13,7 +13,7 @@ MASK_SUFFIX = "_mask"
 
 
 def masked_parameters(network: nn.Module) -> dict[str, tuple[nn.Parameter, Tensor]]:
-    """{name: (parameter, its mask)} of all masked parameters, in the network's order; found anew at each call."""
+    """{name: (parameter, its mask)} of all masked parameters, in the network's order; looked up at each call."""
     found = {}
     for path, module in network.named_modules():
         for leaf, parameter in module._parameters.items():

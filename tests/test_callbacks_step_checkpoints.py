@@ -49,7 +49,7 @@ def loader() -> DataLoader[Any]:
 
 @pytest.mark.parametrize("kind", CALLBACKS)
 def test_every_step_checkpoint_leads_to_the_same_end(tmp_path: Path, kind: str) -> None:
-    """The same network everywhere, and at an epoch's end, where Lightning's loader begins anew, the same weights."""
+    """The same network everywhere, and at an epoch's end, where Lightning's loader starts over, the same weights."""
 
     def fit(name: str, **options: Any) -> Own:
         keep = ModelCheckpoint(tmp_path / name, "{step}", save_top_k=-1, every_n_train_steps=1)

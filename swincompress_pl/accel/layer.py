@@ -72,7 +72,7 @@ class QuantizedLayer:
     _engines: dict[spec.Value, _core.Engine] = field(default_factory=dict, repr=False, compare=False)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_engines": {}}  # they are made anew where they are needed
+        return {**vars(self), "_engines": {}}  # made again where they are needed
 
     @property
     def weight_q(self) -> npt.NDArray[np.int8]:

@@ -220,7 +220,7 @@ class Program:
 
     def prepared_bytes(self, op: Operation) -> int:
         """What an engine makes of an operation's tensors: rows of weights are rounded up, biases of attention are
-        spread to all pairs of tokens, and a tensor that several operations read is made anew for each."""
+        spread to all pairs of tokens, and a tensor that several operations read is copied for each."""
         tensors = {role: self.tensors[key] for role, key in op.tensors.items() if key in self.tensors}
         size = sum(tensor.nbytes for tensor in tensors.values())
         if "weight" in tensors:

@@ -150,7 +150,7 @@ std::optional<std::vector<std::string>> parse_classes(const Json& description) {
     return classes;
 }
 
-// What an engine makes of an operation's tensors: a tensor that many operations read is made anew for each, rows of
+// What an engine makes of an operation's tensors: a tensor that many operations read is copied for each, rows of
 // weights are rounded up, biases of attention are spread to all pairs of tokens. Doubles, as no product overflows them.
 double prepared_bytes(const Operation& operation) {
     double bytes = 0;

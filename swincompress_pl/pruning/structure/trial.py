@@ -36,7 +36,7 @@ class FirstInputs:
 
     @contextmanager
     def of(self, network: nn.Module) -> Iterator[None]:
-        """Listens to `network` for a while; not to one that is compiled in place, which a hook would compile anew."""
+        """Listens to `network` for a while; not to one that is compiled in place, which a hook would compile again."""
         if network._compiled_call_impl is not None:
             yield
             return
