@@ -30,7 +30,7 @@ from torch.nn.utils import parametrizations
 from swincompress_pl.callbacks import QuantizationAwareTraining
 from swincompress_pl.models import create_model
 from swincompress_pl.quant import QuantizedNetwork, float_logits, quantize
-from swincompress_pl.quant.fidelity import check_graph, check_network
+from swincompress_pl.quant.fidelity import check_graph
 from swincompress_pl.quant.folding import with_plain_layers
 from swincompress_pl.registry import UnsupportedNetworkError, adapter_for
 
@@ -54,6 +54,11 @@ def test_what_is_exact_is_folded(name: str) -> None:
     with torch.no_grad():
         torch.testing.assert_close(network(images()), expected, rtol=1e-4, atol=1e-5)
     assert {p for p, _ in network.named_parameters()} == {p for p, _ in vit().named_parameters()}
+
+
+def check_network(network: Any, preprocessing: dict[str, Any]) -> None:
+    """Against its own graph, on random images."""
+    check_graph(adapter_for(network).graph(network, preprocessing), network)
 
 
 def test_adapters_everywhere_are_folded_with_one_message() -> None:

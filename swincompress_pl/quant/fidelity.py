@@ -7,7 +7,7 @@ adapter beside a layer changes the network and not the graph; the integers would
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -21,7 +21,7 @@ from swincompress_pl.quant.graph import Graph, Node, Passthrough, Run
 from swincompress_pl.quant.graph.conv_norm import ConvNormNode
 from swincompress_pl.quant.graph.nodes import ActivationNode, AttentionNode, LayerNormNode, LinearNode, PixelConvNode
 from swincompress_pl.quant.graph.spiking_nodes import MaxPoolNode, NeuronNode
-from swincompress_pl.registry import UnsupportedNetworkError, adapter_for
+from swincompress_pl.registry import UnsupportedNetworkError
 
 BOUND = 1e-4
 """The largest relative error between a graph and its network, both in float64."""
@@ -56,11 +56,6 @@ def check_graph(graph: Graph, network: nn.Module, images: Tensor | None = None) 
         except (RuntimeError, NotImplementedError):
             if dtype is dtypes[-1]:
                 raise
-
-
-def check_network(network: nn.Module, preprocessing: Mapping[str, Any]) -> None:
-    """`check_graph` of the network's own graph, on random images: before a fit, when there are none at hand."""
-    check_graph(adapter_for(network).graph(network, preprocessing), network)
 
 
 def _bound(dtype: torch.dtype) -> float:
