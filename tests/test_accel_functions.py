@@ -397,7 +397,7 @@ def test_scales_at_their_limits_do_not_overflow() -> None:
 
 
 def test_the_example_of_the_docs_prints_what_they_say(capsys: pytest.CaptureFixture[str]) -> None:
-    page = (Path(__file__).parent.parent / "docs" / "functions.md").read_text()
+    page = (Path(__file__).parent.parent / "docs" / "reference" / "functions.md").read_text()
     (code,), (printed,) = (re.findall(rf"```{kind}\n(.*?)```", page, re.DOTALL) for kind in ("python", "text"))
     exec(code, {})
     assert capsys.readouterr().out == printed

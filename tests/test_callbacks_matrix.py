@@ -1,7 +1,7 @@
 """Modules x compressions x loaders x what is done with the result: right to the image, or refused by name.
 
 Quick: every pair of values of two factors meets in some cell. Slow: all cells, which have to be those of the committed
-table; `python tests/test_callbacks_matrix.py docs/matrix.md` writes it.
+table; `python tests/test_callbacks_matrix.py docs/reference/matrix.md` writes it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
 ]
 FACTORS: tuple[Sequence[str], ...] = (tuple(MODULES), COMPRESSIONS, FORMS, ACTIONS)
-TABLE = Path(__file__).parents[1] / "docs" / "matrix.md"
+TABLE = Path(__file__).parents[1] / "docs" / "reference" / "matrix.md"
 
 
 def pairs(cell: tuple[str, ...]) -> set[tuple[tuple[int, str], ...]]:
@@ -67,8 +67,8 @@ def table() -> str:
     lines = [
         "# Every module, loader and compression",
         "",
-        "Written by `python tests/test_callbacks_matrix.py docs/matrix.md`. *right*: the trainer validated what the",
-        "network answers without the module, or the engine on raw pixels where there are integers, to the image. What",
+        "Written by `python tests/test_callbacks_matrix.py docs/reference/matrix.md`. *right*: the trainer validated, image",
+        "for image, what the network answers without the module, or the engine on raw pixels where there are integers. What",
         "networks that are not quantized cannot do is refused by name.",
         "",
         f"| module | compression | loader | {' | '.join(ACTIONS)} |",

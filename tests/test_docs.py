@@ -1,4 +1,4 @@
-"""What docs/api.md names is there, under the names of this version."""
+"""What docs/reference/api.md names is there, under the names of this version."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 import yaml  # type: ignore[import-untyped]
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGE = ROOT / "docs" / "api.md"
+PAGE = ROOT / "docs" / "reference" / "api.md"
 ROOMS = "accel|callbacks|checkpoint|data|models|pruning|quant|report|spec"
 
 
@@ -38,7 +38,7 @@ def test_every_name_of_the_page_can_be_imported(module: str, name: str) -> None:
 
 def referred_to() -> list[str]:
     """`room.name` in backticks, in docstrings, comments and documents; not the names of files."""
-    files = [*(ROOT / "swincompress_pl").rglob("*.py"), *(ROOT / "docs").glob("*.md"), *ROOT.glob("[RC]*.md")]
+    files = [*(ROOT / "swincompress_pl").rglob("*.py"), *(ROOT / "docs").rglob("*.md"), *ROOT.glob("[RC]*.md")]
     texts = [file.read_text(encoding="utf-8") for file in files if file.name != "CHANGELOG.md"]
     found = {name for text in texts for name in re.findall(rf"`((?:{ROOMS})(?:\.\w+)+)`", text)}
     return sorted(name for name in found if not re.search(r"\.(html|json|md|py)$", name))

@@ -1,4 +1,4 @@
-"""docs/extending.md: the family that it adds, file by file, passes the checks that it gives."""
+"""docs/how-to/add_a_family.md: the family that it adds, file by file, passes the checks that it gives."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BLOCK = re.compile(r'^```python title="([^"]+)"\n(.*?)^```$', re.MULTILINE | re.
 
 
 def test_the_family_of_the_walk_passes_its_checks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    files = dict(BLOCK.findall((ROOT / "docs/extending.md").read_text(encoding="utf-8")))
+    files = dict(BLOCK.findall((ROOT / "docs/how-to/add_a_family.md").read_text(encoding="utf-8")))
     parts = {f"patch_mlp/{part}.py" for part in ("network", "groups", "graph", "adapter")}
     assert files.keys() == parts | {"test_patch_mlp.py"}
     (tmp_path / "patch_mlp").mkdir()

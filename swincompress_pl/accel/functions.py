@@ -1,6 +1,6 @@
 """Single quantized operations on NumPy arrays, for those who want one kernel and no network.
 
-Each is one operation of the specification (`docs/spec.md`) and equals it to the bit on every implementation;
+Each is one operation of the specification (`spec.md`) and equals it to the bit on every implementation;
 C-contiguous arrays are read where they lie. An engine is made for every call, which proves the bounds and packs the
 weights again: `export_layer` keeps a layer's. All take `implementation`, one of `implementations()` (None: the best, or
 what SWINCOMPRESS_IMPLEMENTATION says), and `threads` in [1, 256] (None: all CPUs). Signed values lie in [-127, 127],

@@ -32,7 +32,7 @@ _DECODED_BYTES_FREE = 2**24
 _DECODED_RATIO_MAX = 128
 
 # Weights are noise with a skewed histogram: no context of neighbouring bytes and no alignment is the best setting of
-# lc, lp and pb (docs/spec.md, section 11). The dictionary is fixed here, not read from a file: it bounds the decoder.
+# lc, lp and pb (spec.md, section 11). The dictionary is fixed here, not read from a file: it bounds the decoder.
 _LZMA_FILTERS: list[dict[str, Any]] = [
     {"id": lzma.FILTER_LZMA2, "preset": 6, "lc": 0, "lp": 0, "pb": 0, "dict_size": 2**20}
 ]

@@ -20,7 +20,7 @@ from swincompress_pl.quant.graph import QuantizerSpec
 def quantize_weight(weight: Tensor, step: Tensor, q_max: int = 127) -> Tensor:
     """round(weight / step) clamped to [-q_max, q_max], as float; one step per output channel (axis 0).
 
-    -128 is excluded: AVX2's 16-bit pair sums are exact only without it (docs/spec.md). The division runs in float64,
+    -128 is excluded: AVX2's 16-bit pair sums are exact only without it (spec.md). The division runs in float64,
     so that training, export and every device round alike. Raises ValueError for weights that are not finite.
     """
     if not torch.isfinite(weight).all():

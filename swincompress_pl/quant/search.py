@@ -1,6 +1,6 @@
 """The search for symmetric scales that cost the network's output least.
 
-Source: the searched scale of the Swin compression paper (docs/methods.md 1b), decided after PTQ4ViT (arXiv
+Source: the searched scale of the Swin compression paper (methods.md 1b), decided after PTQ4ViT (arXiv
 2111.12293): candidates between 1 % and 120 % of the maximum, alternating between a layer's weights and its input,
 under a diagonal Gauss-Newton error.
 """

@@ -1,6 +1,6 @@
 """The integer specification: what every number of a compressed network is, in NumPy and without torch.
 
-`Program` is the network as data, `check` proves it, `run` defines its result. `docs/spec.md` derives the rules.
+`Program` is the network as data, `check` proves it, `run` defines its result. `spec.md` derives the rules.
 """
 
 from swincompress_pl.spec.integer import EXP_STEPS, LIMITS, STORAGE, multiplier

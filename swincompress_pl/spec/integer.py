@@ -1,7 +1,7 @@
 """The integer primitives of the specification: ranges, requantization, exponential, reciprocal square root.
 
 Everything here is exact integer arithmetic on NumPy arrays. Where float64 is used as a tool (matrix products, a first
-guess of a square root) the result is the exact integer, by the bounds stated there. `docs/spec.md` derives each rule.
+guess of a square root) the result is the exact integer, by the bounds stated there. `spec.md` derives each rule.
 """
 
 from __future__ import annotations

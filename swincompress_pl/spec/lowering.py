@@ -1,6 +1,6 @@
 """From the real parameters of an operation to its integers: LayerNorm's gain and offset, the entries of a table.
 
-`multiplier` (norm/integer.py) is the same for requantization. `docs/spec.md` derives the rules.
+`multiplier` (norm/integer.py) is the same for requantization. `spec.md` derives the rules.
 """
 
 from __future__ import annotations

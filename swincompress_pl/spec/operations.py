@@ -3,7 +3,7 @@ bit.
 
 Arrays carry the batch first: a value of shape `(rows..., channels)` per image comes as `(N, rows..., channels)`.
 Operations that work on tokens see `(N, rows, channels)`. Where int8 (uint8) is said, the narrower signed (unsigned)
-types come as arrays of it too, and `dtype` may name one: saturation is to its range. `docs/spec.md` derives the rules;
+types come as arrays of it too, and `dtype` may name one: saturation is to its range. `spec.md` derives the rules;
 shapes and bounds are proved by `kinds.py`.
 """
 

@@ -21,7 +21,7 @@ from swincompress_pl.spec.integer import ITEMSIZE, LIMITS
 
 NORM_VERSION = 1
 INPUT_VALUE = "images"
-# What a Program may hold at most, the same in every reader (docs/spec.md, section 11).
+# What a Program may hold at most, the same in every reader (spec.md, section 11).
 OPERATIONS_MAX = 10_000
 ELEMENTS_MAX = 2**32  # of a value
 NAME_BYTES_MAX = 1024  # of an operation, a value, a tensor, a class

@@ -1,7 +1,7 @@
 """The operations of spiking networks, in plain NumPy; like those in `operations.py` in every other respect.
 
 Time is the first axis of a value that has it: (T, rows..., channels) an image, (N, T, rows..., channels) a batch.
-Spikes are uint1, sums of spikes ("counts") wider unsigned bytes that they cannot leave. `docs/spec.md` derives why no
+Spikes are uint1, sums of spikes ("counts") wider unsigned bytes that they cannot leave. `spec.md` derives why no
 rounding is needed between a convolution and the spikes it causes.
 """
 

@@ -1,6 +1,6 @@
 // The contract between the engine and its kernels: one `Kernels` object an implementation, plain structs as arguments.
 //
-// Kernels trust their arguments (the plan has checked them), allocate nothing, and equal the norm (docs/spec.md) to the
+// Kernels trust their arguments (the plan has checked them), allocate nothing, and equal the norm (spec.md) to the
 // bit. This header is compiled under the flags of every ISA, so it holds no function: an inline function compiled with
 // AVX-512 could be the copy that the linker keeps for everybody.
 #pragma once
@@ -79,7 +79,7 @@ struct MeanCall {
     const std::uint8_t* shift;
 };
 
-// Neurons over time (docs/spec.md, "Spiking"): rows [first_row, last_row) of one image, every time step of each.
+// Neurons over time (spec.md, "Spiking"): rows [first_row, last_row) of one image, every time step of each.
 // Limits: |bias| <= 2^27, threshold in [1, 2^28], |reset| <= 2^28, so that everything but the product with decay fits
 // int32.
 struct LifCall {

@@ -1,4 +1,4 @@
-// The rules of the norm (docs/spec.md), which spec/kinds.py holds for Python: what every kind of operation accepts and
+// The rules of the norm (spec.md), which spec/kinds.py holds for Python: what every kind of operation accepts and
 // what its results cannot exceed, proved from the tensors themselves. Kernels rely on it.
 #pragma once
 

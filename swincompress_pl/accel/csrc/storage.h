@@ -1,4 +1,4 @@
-// How tensors lie in an artifact (docs/spec.md, section 11): narrow weights in few bits, maps of biases by their
+// How tensors lie in an artifact (spec.md, section 11): narrow weights in few bits, maps of biases by their
 // different rows and columns.
 #pragma once
 

@@ -1,4 +1,4 @@
-"""Another policy than PrimeSVT's: rates from what each block costs alone, as a knapsack is filled (docs/primesvt.md).
+"""Another policy than PrimeSVT's: rates from what each block costs alone, as a knapsack is filled (primesvt.md).
 
 Alg. 1 gives all blocks one rate, the highest that they stand together, and Alg. 4 raises them from there, each as far
 as the constraint lets it: a block that hardly saves has spent its part of the accuracy before, and the first that is

@@ -4,7 +4,7 @@ What saves most within an accuracy constraint is applied. No training: that come
 same name. The default policy, "allocated", measures what each layer costs alone and allocates the rates from that
 (`allocation.py`); the paper's, "prioritized", stands in `prioritized.py`.
 
-Decided where the paper is silent (docs/primesvt.md): accuracies and savings are in points, robustness is that of the
+Decided where the paper is silent (primesvt.md): accuracies and savings are in points, robustness is that of the
 whole network with one block at twice the rate, a block's increment only ever falls, and one that was refused the
 smallest is done.
 """
