@@ -67,9 +67,9 @@ def table() -> str:
     lines = [
         "# Every module, loader and compression",
         "",
-        "Written by `python tests/test_callbacks_matrix.py docs/reference/matrix.md`. *right*: the trainer validated, image",
-        "for image, what the network answers without the module, or the engine on raw pixels where there are integers. What",
-        "networks that are not quantized cannot do is refused by name.",
+        "Written by `python tests/test_callbacks_matrix.py docs/reference/matrix.md`. *right*: the trainer",
+        "validated, image for image, what the network answers without the module, or the engine on raw pixels",
+        "where there are integers. What networks that are not quantized cannot do is refused by name.",
         "",
         f"| module | compression | loader | {' | '.join(ACTIONS)} |",
         "|---" * (3 + len(ACTIONS)) + "|",
