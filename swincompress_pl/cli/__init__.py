@@ -36,6 +36,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "fit": ("train", "train and compress a model as a YAML config says"),
     "validate": ("train", "evaluate a model or checkpoint on the hold-out"),
     "test": ("train", "evaluate a model or checkpoint on the test images"),
+    "estimate": ("estimate", "say what a fit will cost, from a few measured batches"),
     "export": ("export", "write a quantized checkpoint as an artifact for the integer engine"),
     "bench": ("bench", "measure an artifact, alone or against other runtimes, or one kernel"),
     "inspect": ("inspect", "show what an artifact or a checkpoint holds"),

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml  # type: ignore[import-untyped]
 from jsonargparse import get_loader, set_loader
@@ -61,6 +61,9 @@ class CompressionCLI(LightningCLI):
             rank_zero_info(f"best checkpoint: {checkpoint}\nnext: {PROGRAM} export {checkpoint} -o model.safetensors")
 
 
+CLI = TypeVar("CLI", bound=CompressionCLI)
+
+
 @functools.cache
 def _read_old_names() -> None:
     """From now on, once per process, configs are read by the names of this version."""
@@ -86,9 +89,15 @@ def main(name: str, arguments: Sequence[str]) -> int:
     """Runs Lightning's command line; returns 0."""
     # Lightning reads sys.argv, and starts further processes of a DDP run with it.
     sys.argv[1:] = [name, *arguments]
-    _read_old_names()
     options: dict[str, Any] = {each: {"epilog": epilog(*examples)} for each, examples in _EXAMPLES.items()}
-    CompressionCLI(
+    command_line(CompressionCLI, parser_kwargs={"prog": PROGRAM, "formatter_class": HelpFormatter, **options})
+    return 0
+
+
+def command_line(kind: type[CLI], **options: Any) -> CLI:
+    """Lightning's command line for our models, data and callbacks; `options` are those of LightningCLI."""
+    _read_old_names()
+    return kind(
         LightningModule,
         LightningDataModule,
         subclass_mode_model=True,
@@ -96,6 +105,5 @@ def main(name: str, arguments: Sequence[str]) -> int:
         auto_configure_optimizers=False,
         seed_everything_default=0,
         save_config_kwargs={"overwrite": True},
-        parser_kwargs={"prog": PROGRAM, "formatter_class": HelpFormatter, **options},
+        **options,
     )
-    return 0
