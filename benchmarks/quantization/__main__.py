@@ -102,7 +102,9 @@ def _run(given: argparse.Namespace) -> int:
 
 
 def _report(given: argparse.Namespace) -> None:
-    print(*write(given.out, RESULTS))
+    from benchmarks.pages import write_pages
+
+    print(write(given.out, RESULTS), *write_pages(["quantization"]), sep="\n")
 
 
 def _pack(given: argparse.Namespace) -> None:
