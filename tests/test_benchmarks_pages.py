@@ -93,7 +93,7 @@ def test_missing_figures_are_named(tmp_path: Path) -> None:
     (tmp_path / "quantization.json").write_text("{}")
     with pytest.raises(ValueError, match="the page quotes 'deit_tiny-whole-float', which the results lack"):
         write_pages(["quantization"], tmp_path, tmp_path / "docs")
-    with pytest.raises(ValueError, match="no race of swin in batch 8; `python -m benchmarks.engine --model swin`"):
+    with pytest.raises(ValueError, match=r"no race of swin in batch 8; `python -m benchmarks\.engine --model swin`"):
         pick([], "swin", 8)
     with pytest.raises(ValueError, match="swin, batch 1: no race with 4"):
         on_threads({"races": [], "model": "swin", "batch": 1}, 4)
