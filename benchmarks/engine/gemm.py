@@ -16,6 +16,8 @@ from swincompress_pl.report.comparison.kernels import bench_linear
 from swincompress_pl.report.markdown import table
 from swincompress_pl.report.plain import write_text
 
+from .report import counted
+
 TITLE = "int8 linear layers of Swin-T, alone"
 _RESULTS = Path(__file__).resolve().parent.parent / "results"
 # (rows, outputs, inputs) of the four stages at 224 pixels: qkv, projection, fc1, fc2, and the merging before a stage.
@@ -57,11 +59,11 @@ def main() -> int:
 
 def markdown(figures: dict[str, Any]) -> str:
     """The results as a page."""
-    return "\n\n".join([f"# {TITLE}", *sections(figures, "##")]) + "\n"
+    return "\n\n".join([f"# {TITLE}", *sections(figures)]) + "\n"
 
 
-def sections(figures: dict[str, Any], mark: str) -> list[str]:
-    """GMAC/s by shape, the median and the best sample, under a heading of `mark` for each number of threads."""
+def sections(figures: dict[str, Any], heading: str = "## {}") -> list[str]:
+    """GMAC/s by shape, the median and the best sample, under a heading for each number of threads."""
     rows: Sequence[dict[str, Any]] = figures["rows"]
     environment = figures["environment"]
     names = list(dict.fromkeys(row["implementation"] for row in rows))
@@ -80,7 +82,7 @@ def sections(figures: dict[str, Any], mark: str) -> list[str]:
             lines.append(["x".join(map(str, shape)), *(_cell(found[name]) for name in names)])
         peaks = [f"{max(_peaks(rows, threads, name)):.0f}" for name in names]
         lines.append(["peak", *peaks])
-        parts += [f"{mark} {threads} thread(s)", table(["rows x outputs x inputs", *names], lines)]
+        parts += [heading.format(counted(threads, "thread")), table(["rows x outputs x inputs", *names], lines)]
     equal = all(row["equal_to_norm"] for row in rows)
     packages = ", ".join(f"{name} {version}" for name, version in environment["packages"].items())
     parts.append(f"Answers {'equal' if equal else '**DIFFER from**'} the specification's.")

@@ -58,13 +58,11 @@ def write(folder: Path) -> list[Path]:
 
 def page(figures: Figures) -> str:
     """One model and batch, runtime by runtime."""
-    return (
-        "\n\n".join([f"# {title(figures)}", *race_sections(figures, "##"), environment(figures["environment"])]) + "\n"
-    )
+    return "\n\n".join([f"# {title(figures)}", *race_sections(figures), environment(figures["environment"])]) + "\n"
 
 
-def race_sections(figures: Figures, mark: str) -> list[str]:
-    """What was raced, and a table under a heading of `mark` for each number of threads."""
+def race_sections(figures: Figures, heading: str = "## {}") -> list[str]:
+    """What was raced, and a table under a heading for each number of threads."""
     answers = figures["answers"]
     verdict = "equal" if answers["equal_to_reference"] else "**DIFFER from**"
     compared = any(result.get("agreement") for race in figures["races"] for result in race["results"])
@@ -73,12 +71,17 @@ def race_sections(figures: Figures, mark: str) -> list[str]:
     parts = [
         f"{count(figures['macs'])} MACs per image, artifact {megabytes(figures['file_bytes'])}, random weights, "
         f"{rounds(figures)} rounds. Integer logits of every implementation {verdict} the reference's on "
-        f"{answers['images']} image(s), in the same run. {' '.join(notes)}"
+        f"{counted(answers['images'], 'image')}, in the same run. {' '.join(notes)}"
     ]
     for race in figures["races"]:
         rows = [_row(result, race, figures) for result in race["results"]]
-        parts += [f"{mark} {race['threads']} thread(s)", _without_unmeasured([*_HEADER, _AGREES], rows)]
+        parts += [heading.format(counted(race["threads"], "thread")), _without_unmeasured([*_HEADER, _AGREES], rows)]
     return parts
+
+
+def counted(number: int, what: str) -> str:
+    """ "1 thread", "2 threads"."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def rounds(figures: Figures) -> int:

@@ -11,7 +11,7 @@ from ..engine import batches, gemm, report
 from .headline import MODEL
 from .races import Figures, by_time, median_ms, on_threads, result, shown, time_cell, times
 from .sources import Sources, pick
-from .text import cpu, details, document, picture, shifted, table
+from .text import command, cpu, details, document, picture, shifted, table
 from .theme import Drawing, Theme, behind, canvas, long_bars
 
 _PEER = "openvino int8 (nncf)"
@@ -22,8 +22,9 @@ _MODELS = {
     "deit_tiny_patch16_224": "DeiT-Tiny",
 }
 _COMMAND = (
-    "```\npython -m benchmarks.engine --model swin_tiny_patch4_window7_224 --batch 1 --rounds 9 --turn-ms 200 \\\n"
-    "  --against torch,torch-bf16,torch-compile,onnxruntime,onnxruntime-qdq,openvino\n```"
+    "python -m benchmarks.engine --model swin_tiny_patch4_window7_224 \\\n"
+    "  --against torch,torch-bf16,torch-compile,onnxruntime,onnxruntime-qdq,openvino \\\n"
+    "  --rounds 9 --turn-ms 200"
 )
 
 
@@ -48,7 +49,7 @@ def page(sources: Sources) -> str:
             f"## {batches.title(sources.batches)}",
             *batches.sections(sources.batches),
             f"## {gemm.TITLE}",
-            *gemm.sections(sources.gemm, "###"),
+            *gemm.sections(sources.gemm, "**{}**"),
         ]
     )
 
@@ -70,7 +71,7 @@ def _swin_tiny(figures: Figures) -> list[str]:
         "Cells are medians in ms. Brackets hold how many times longer a runtime takes than the engine: the median over "
         f"{report.rounds(figures)} interleaved rounds. The weights are random, since they do not change the time.",
         table(header, rows),
-        _COMMAND,
+        command(_COMMAND, "the extra bench and a quiet machine"),
     ]
 
 
@@ -168,7 +169,7 @@ def _race(figures: Figures) -> str:
 
 
 def _body(figures: Figures) -> list[str]:
-    return [*report.race_sections(figures, "####"), report.environment(figures["environment"])]
+    return [*report.race_sections(figures, "**{}**"), report.environment(figures["environment"])]
 
 
 def _commit(figures: Figures) -> str:
@@ -193,7 +194,7 @@ def _draw_runtimes(sources: Sources, theme: Theme) -> Figure:
         long_bars(axes, [shown(n, short=True) for n in names], values, [time_cell(race, n) for n in names], colors,
                   room=0.8)  # fmt: skip
         axes.get_yticklabels()[0].set_fontweight("bold")
-        axes.set_title(f"{threads} thread{'s' if threads > 1 else ''}", fontsize=11)
+        axes.set_title(report.counted(threads, "thread"), fontsize=11)
     return figure
 
 
@@ -213,7 +214,7 @@ def _draw_networks(sources: Sources, theme: Theme) -> Figure:
     for threads, color, shift in ((1, theme.others, -0.19), (2, theme.muted, 0.19)):
         values = [times(on_threads(race, threads), _PEER) for _, race in rows]
         places = [place + shift for place in range(len(rows))]
-        axes.barh(places, values, height=0.36, color=color, label=f"{threads} thread{'s' if threads > 1 else ''}")
+        axes.barh(places, values, height=0.36, color=color, label=report.counted(threads, "thread"))
         for place, value in zip(places, values, strict=True):
             behind(axes, value, place, f"{value:.2f}x", 9)
     axes.axvline(1, color=theme.ink, linewidth=1)

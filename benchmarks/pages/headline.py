@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 
 from swincompress_pl.report.comparison.bench import ENGINE
 
-from ..engine.report import rounds
+from ..engine.report import counted, rounds
 from .races import Figures, by_time, median_ms, on_threads, result, shown, times
 from .sources import Sources
 from .text import cpu
@@ -34,7 +34,7 @@ def draw(sources: Sources, theme: Theme) -> Figure:
     for axes, race in zip(panels, (one, two), strict=False):
         labels = [_label(race, name) for name in names]
         long_bars(axes, rows, [median_ms(race, name) for name in names], labels, colors, room=0.75)
-        axes.set_title(f"{race['threads']} thread{'s' if race['threads'] > 1 else ''}, ms", fontsize=11)
+        axes.set_title(f"{counted(race['threads'], 'thread')}, ms", fontsize=11)
     memory = [result(two, name)["peak_rss_bytes"] / 1e6 for name in names]
     long_bars(panels[2], rows, memory, [f"{megabytes:.0f}" for megabytes in memory], colors, room=0.3)
     panels[2].set_title("peak memory, MB (2 threads)", fontsize=11)

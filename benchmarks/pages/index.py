@@ -12,19 +12,18 @@ from .pruning import headline as pruning_headline
 from .races import median_ms, on_threads, result, times
 from .sources import Sources, result_of
 from .spiking import TITLES, percent, races_on_one_thread
-from .text import cpu, document, table
+from .text import cpu, document
 
 
 def page(sources: Sources) -> str:
     """The whole page."""
-    header = ["subject", "headline", "condition"]
     rows = [_engine(sources), _quantization(sources), pruning_headline(sources), _primesvt(sources), _spiking(sources)]
     return document(
         [
             "# Results",
             "What the package gives, measured with `benchmarks/` in its repository. Every page begins with a plot and "
             "ends with all tables. It names the commands, the machines and the commits.",
-            table(header, rows),
+            "\n".join(f"- **{subject}.** {text} *{condition}.*" for subject, text, condition in rows),
             "## What is not measured",
             "`configs/swin_tiny_imagenet.yaml` is the recipe for all of ImageNet. It has not been run to its end.",
             "## How the pages are made",
@@ -70,7 +69,7 @@ def _primesvt(sources: Sources) -> list[str]:
         "[PrimeSVT](primesvt.md)",
         f"{min(saved):.1f} to {max(saved):.1f} % of the parameters are removed in a single shot; {min(lost):.1f} to "
         f"{max(lost):.1f} points of top-1 are lost.",
-        "five small spiking networks, CIFAR-10 (JPEG copy), T = 2, a tolerance of 3 points on the hold-out, 10,000 "
+        "Five small spiking networks, CIFAR-10 (JPEG copy), T = 2, a tolerance of 3 points on the hold-out, 10,000 "
         "test images, no training",
     ]
 
@@ -82,6 +81,6 @@ def _spiking(sources: Sources) -> list[str]:
         "[Spiking networks in integers](spiking.md)",
         " ".join(f"{name} takes {min(found):.1f} to {max(found):.1f} times as long as the engine."
                  for name, found in peers.items()),
-        "eight spiking networks at full size, T = 4, batch 1, 1 thread, Intel Xeon (Sapphire Rapids, AVX-512 VNNI, no "
+        "Eight spiking networks at full size, T = 4, batch 1, 1 thread, Intel Xeon (Sapphire Rapids, AVX-512 VNNI, no "
         "AMX), fresh weights",
     ]  # fmt: skip

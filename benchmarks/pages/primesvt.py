@@ -13,7 +13,7 @@ from ..primesvt import report
 from ..primesvt.subjects import SUBJECTS
 from .sources import Sources, result_of
 from .spiking import TITLES, int8_percent, networks, percent
-from .text import details, document, picture, table
+from .text import command, details, document, picture, places, table
 from .theme import Drawing, Theme, behind, canvas
 
 _DEFAULT, _PAPER, _CORRECTED = "allocated-3.0", "paper", "allocated-batchnorm"
@@ -39,8 +39,11 @@ def page(sources: Sources) -> str:
             *_single_shot(sources),
             "## After fine-tuning",
             *_fine_tuned(sources),
-            "```\npython -m benchmarks.primesvt run --data DATA --cache CACHE --out runs/primesvt/results\n"
-            "python -m benchmarks.spiking accuracy --out runs/spiking --data DATA --cache CACHE\n```",
+            command(
+                "python -m benchmarks.primesvt run --out runs/primesvt/results \\\n  --data DATA --cache CACHE\n"
+                "python -m benchmarks.spiking accuracy --out runs/spiking \\\n  --data DATA --cache CACHE",
+                "a download",
+            ),
             *report.sections(results),
             "## Plots of the searches",
             "Those of the job `group` of each network.",
@@ -61,6 +64,7 @@ def _single_shot(sources: Sources) -> list[str]:
         ]
         for name in SUBJECTS
     ]
+    shots = [result_of(results, f"{name}-{job}") for name in SUBJECTS for job in (_DEFAULT, _PAPER)]
     header = ["network", "float", "parameters removed", "zeros, the paper's policy", "int8, unpruned"]
     return [
         "The search may lose at most 3 points on 5,000 held-out images; nothing is trained. Cells hold what is saved, "
@@ -71,6 +75,8 @@ def _single_shot(sources: Sources) -> list[str]:
         "C++ "
         "engine's.",
         table(header, rows),
+        f"The pruned networks were measured on {places(shots)}; [Spiking networks in integers](spiking.md) says where "
+        "the integers were.",
         _corrected(results),
     ]
 

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from ..pruning import report
 from .engine import pruned_times
 from .sources import Sources
-from .text import document, picture, table
+from .text import command, document, picture, table
 from .theme import Drawing, Theme, canvas
 
 _SWIN, _DEIT = "swin_cifar10", "deit_tiny"
@@ -18,9 +18,7 @@ _GRANULARITIES = {"structured": "structured, physically", "weight": "single weig
 _UNITS = {"structured": "of the MACs", "weight": "of the prunable weights"}
 _REMOVED = {"structured": "macs_removed", "weight": "weights_removed"}
 _IN_PLOT = {"structured": "channels and heads", "weight": "single weights"}
-_COMMAND = (
-    "```\npython -m benchmarks.pruning run --out runs/pruning --data DATA --jobs 8 --device cuda --budget-s 560\n```"
-)
+_COMMAND = "python -m benchmarks.pruning run --out runs/pruning --data DATA \\\n  --jobs 8 --device cuda --budget-s 560"
 
 
 def page(sources: Sources) -> str:
@@ -61,7 +59,7 @@ def _inside_fit(data: Mapping[str, Any], jobs: Mapping[str, Any]) -> list[str]:
         "tolerance, a target ends each search: it stands in the full table. Points lost count against the same "
         f"network, fine-tuned unpruned by the same recipe ({unpruned:.1f} %).",
         table(["granularity", "tolerance, points", "removed", "points lost (range over seeds)", "seeds"], rows),
-        _COMMAND,
+        command(_COMMAND, "a GPU and a download"),
     ]
 
 
@@ -77,7 +75,7 @@ def headline(sources: Sources) -> list[str]:
     return [
         "[Pruning](pruning.md)",
         f"Pruning inside `fit` removes {' or '.join(parts)}.",
-        f"small Swin, CIFAR-10 (JPEG copy), {job['recipe']['epochs']} epochs on an {job['place']['device']}, a "
+        f"Small Swin, CIFAR-10 (JPEG copy), {job['recipe']['epochs']} epochs on an {job['place']['device']}, a "
         f"tolerance of 2 points and a target, {job['after']['test']['images']:,} test images, three seeds",
     ]
 

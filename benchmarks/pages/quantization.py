@@ -11,7 +11,7 @@ from matplotlib.ticker import MaxNLocator
 from ..quantization import report
 from ..quantization.jobs import BITS, Job
 from .sources import Sources, result_of
-from .text import cpu, document, picture, table
+from .text import command, document, picture, short_cpu, table
 from .theme import Drawing, Theme, canvas
 
 _DEIT = Job(network="deit_tiny")
@@ -19,7 +19,7 @@ _SWIN = Job(network="swin_cifar10")
 _PRUNED = Job(network="swin_cifar10", pruned=True)
 _TITLES = {_SWIN: "small Swin", _PRUNED: "small Swin, pruned", _DEIT: "DeiT-Tiny"}
 _SECOND_ORDER, _FOR_THE_LOSS = "searched, second order", "searched, learned for the loss"
-_COMMAND = "```\npython -m benchmarks.quantization run --out runs/quantization --data DATA\n```"
+_COMMAND = "python -m benchmarks.quantization run --out runs/quantization --data DATA"
 _COMPRESSED = (
     "The second size is that after lossless entropy coding: `swincompress export --compression lzma`. The Python "
     "engine reads both kinds of files. The C++ library reads the plain ones and refuses those that are coded."
@@ -34,12 +34,12 @@ def page(sources: Sources) -> str:
             "# Quantization",
             picture("quantization", "Points of top-1 lost by widths, without training and after fine-tuning"),
             "## 8 bits, without training",
-            "Scales are searched on 128 images; nothing is trained. Each row is paired with the float network image by "
-            "image. File sizes are parts of the float32 file of the whole network.",
+            "Scales are searched on 128 images; nothing is trained. Each row is paired, image by image, with the float "
+            "network of the same weights. File sizes are parts of the float32 file of the whole network.",
             _eight_bits(results),
-            _COMMAND,
+            command(_COMMAND, "a download"),
             _COMPRESSED,
-            "Torch twin, NumPy reference and C++ engine give identical integer logits. "
+            "Torch twin, NumPy reference and, with 8-bit activations, the C++ engine give identical integer logits. "
             f"{_checked_images(results)} images per network are compared in the same run.",
             "## 4 and 6 bits, without training",
             *_narrow(results),
@@ -70,7 +70,7 @@ def _eight_bits(results: Mapping[str, Any]) -> str:
                 _place(entry),
             ]
         )
-    return table(["network and images", "float", "int8, integers throughout", "file", "LZMA file", "measured on"], rows)
+    return table(["network and images", "float", "int8, integers throughout", "file", "LZMA file", "CPU, commit"], rows)
 
 
 def _narrow(results: Mapping[str, Any]) -> list[str]:
@@ -105,7 +105,7 @@ def _narrow(results: Mapping[str, Any]) -> list[str]:
         "points lost (95 %)",
         "file",
         "LZMA file",
-        "measured on",
+        "machine, commit",
     ]
     return [
         "W4A8 has 4-bit weights and 8-bit activations; W6A6 has 6 bits for both. The images are those of the table "
@@ -173,11 +173,14 @@ def _lost(entry: Mapping[str, Any]) -> str:
 def _place(entry: Mapping[str, Any]) -> str:
     device = entry.get("place", {}).get("device", "cpu")
     gpu = "" if device == "cpu" else f"{device} and "
-    return f"{gpu}{cpu(entry['environment'])}, commit {entry['environment']['commit'][:7]}"
+    return f"{gpu}{short_cpu(entry['environment'])}, {entry['environment']['commit'][:7]}"
 
 
 def _checked_images(results: Mapping[str, Any]) -> str:
-    checked = {entry["equal"]["images"] for entry in results.values() if entry.get("equal")}
+    compared = [entry["equal"] for entry in results.values() if entry.get("equal")]
+    if not all(all(equal.values()) for equal in compared):
+        raise ValueError("in some rows the integers differ; say so on the page")
+    checked = {equal["images"] for equal in compared}
     if len(checked) != 1:
         raise ValueError(f"different numbers of images were compared: {sorted(checked)}; say so on the page")
     return str(checked.pop())

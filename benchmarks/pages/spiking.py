@@ -14,7 +14,7 @@ from ..spiking import report
 from ..spiking.speed import PRUNED
 from .races import median_ms, on_threads, result, times
 from .sources import Sources, result_of
-from .text import document, picture, table
+from .text import command, document, picture, places, table
 from .theme import Drawing, Theme, behind, canvas
 
 TITLES = {
@@ -101,7 +101,7 @@ def _speed(results: Mapping[str, Any]) -> list[str]:
         f"commit {_one({entry['commit'] for entry in entries.values()})}. Cells are medians in ms. Brackets hold how "
         f"many times longer than the engine a runtime takes: the median of {rounds} interleaved rounds.",
         table(header, rows),
-        f"```\npython -m benchmarks.spiking speed --out runs/spiking --rounds {rounds}\n```",
+        command(f"python -m benchmarks.spiking speed --out runs/spiking --rounds {rounds}", "a quiet machine"),
         _sizes(entries),
         _pruned(entries),
     ]
@@ -154,6 +154,8 @@ def _accuracy(results: Mapping[str, Any]) -> list[str]:
         ]
         for name in SUBJECTS
     ]
+    kinds = ("W8A8", "W8A8-tuned", "W4A8-tuned")
+    measured = [result_of(results, f"{name}-{kind}") for name in SUBJECTS for kind in kinds]
     tuned = result_of(results, f"{next(iter(SUBJECTS))}-W8A8-tuned")
     epochs, device = tuned["epochs"], tuned["fitted_on"]
     header = ["network", "float", "W8A8, no training", "float control", "W8A8, fine-tuned", "W4A8, fine-tuned"]
@@ -162,9 +164,13 @@ def _accuracy(results: Mapping[str, Any]) -> list[str]:
         "in integers is the C++ engine's, on 10,000 test images. The fine-tuned columns follow "
         f"{epochs} epochs of quantization-aware training on an {device}; the float control is fine-tuned for as many.",
         table(header, rows),
-        "```\npython -m benchmarks.spiking accuracy --out runs/spiking --data DATA --cache CACHE\n"
-        "python -m benchmarks.spiking accuracy --out runs/spiking --data DATA --cache CACHE --bits float,W8A8,W4A8 "
-        "--tuned\n```",
+        f"The integers were measured on {places(measured)}.",
+        command(
+            "python -m benchmarks.spiking accuracy --out runs/spiking \\\n  --data DATA --cache CACHE\n"
+            "python -m benchmarks.spiking accuracy --out runs/spiking \\\n  --data DATA --cache CACHE "
+            "--bits float,W8A8,W4A8 --tuned",
+            "a download",
+        ),
         "What the same networks lose when they are pruned is on the page [PrimeSVT](primesvt.md).",
     ]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from swincompress_pl.report.markdown import table
 
-__all__ = ["cpu", "details", "document", "picture", "shifted", "table"]
+__all__ = ["command", "cpu", "details", "document", "picture", "places", "shifted", "short_cpu", "table"]
 
 
 def document(parts: Iterable[str]) -> str:
@@ -31,6 +31,23 @@ def shifted(parts: Iterable[str]) -> list[str]:
     return [f"#{part}" if part.startswith("#") else part for part in parts]
 
 
+def command(lines: str, needs: str) -> str:
+    """A block of commands that is not run in the tests; needs: why."""
+    return f"<!-- not run: needs {needs} -->\n```\n{lines}\n```"
+
+
+def places(entries: Iterable[Mapping[str, Any]]) -> str:
+    """Where results with `where` and `commit` were measured: "NVIDIA H200 (commit a), ..."."""
+    found: dict[str, set[str]] = {}
+    for entry in entries:
+        name = entry["where"].replace("(R)", "").replace(" Processor", "").split(" (")[0].split(",")[0]
+        found.setdefault(name, set()).add(entry["commit"])
+    return " and ".join(
+        f"{name} (commit{'s' if len(commits) > 1 else ''} {', '.join(sorted(commits))})"
+        for name, commits in sorted(found.items())
+    )
+
+
 def cpu(environment: Mapping[str, Any]) -> str:
     """The CPU with what decides the kernels: "AMD EPYC (Zen 4, AVX-512 VNNI, no AMX)"."""
     name, flags = environment["cpu"].replace("(R)", "").replace(" Processor", ""), environment["cpu_flags"]
@@ -40,3 +57,10 @@ def cpu(environment: Mapping[str, Any]) -> str:
     # Virtual machines hide the generation. The Xeons without AMX here are Sapphire Rapids whose host masks it.
     kind = {("AMD EPYC", "no AMX"): "Zen 4, ", ("Intel Xeon", "no AMX"): "Sapphire Rapids, "}.get((name, amx), "")
     return f"{name} ({kind}AVX-512 VNNI, {amx})"
+
+
+def short_cpu(environment: Mapping[str, Any]) -> str:
+    """The CPU without its instructions: "AMD EPYC (Zen 4)"."""
+    name, _, rest = cpu(environment).partition(" (")
+    kind = rest.split(",")[0]
+    return name if "AVX" in kind else f"{name} ({kind})"
