@@ -56,6 +56,11 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> subjects.Place:
     return where
 
 
+def page_of(kept: Path) -> str:
+    """The tables of what a report keeps."""
+    return "\n\n".join(report.sections(json.loads(kept.read_text(encoding="utf-8"))))
+
+
 def test_from_the_job_to_the_report(place: subjects.Place, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
@@ -76,17 +81,17 @@ def test_from_the_job_to_the_report(place: subjects.Place, tmp_path: Path) -> No
     searched = found["swin_cifar10-whole-W4A8-searched"]
     assert searched["equal"]["engine == reference"]
     assert searched["compressed_file_bytes"] < searched["file_bytes"]
-    files = report.write(out, tmp_path)
-    page = files[0].read_text()
+    kept_file = report.write(out, tmp_path)
+    page = page_of(kept_file)
     assert "70 images of `test`" in page
     assert page.count(" yes |") == 2
     assert "simulated" in page
-    kept = json.loads(files[1].read_text())["swin_cifar10-whole-float"]["sets"]["test"]
+    kept = json.loads(kept_file.read_text())["swin_cifar10-whole-float"]["sets"]["test"]
     assert "classes" not in kept
     assert kept["paired"]["same_predictions"] == 70
     for file in out.glob("*.json"):
         file.unlink()
-    assert report.write(out, tmp_path)[0].read_text() == page  # rows stay where their results are no longer at hand
+    assert page_of(report.write(out, tmp_path)) == page  # rows stay where their results are no longer at hand
     work.do(some[-1], out, place)
     with pytest.raises(ValueError, match="the results of swin_cifar10-pruned-float, which it is paired with"):
         report.write(out, tmp_path)
@@ -106,8 +111,8 @@ def test_after_fine_tuning_the_integers_stand_against_a_float_control(place: sub
     zeros = [entry["parameters"] - entry["nonzero"] for entry in (given, control)]
     assert zeros[1] > zeros[0] / 2 > 0  # masks are kept; biases that began as 0 move
     assert found["swin_cifar10-pruned-W4A8-searched-tuned"]["equal"]["engine == reference"]
-    page = report.write(out, tmp_path)[0].read_text()
-    assert "After 1 epochs with distillation" in page
+    page = page_of(report.write(out, tmp_path))
+    assert "After 1 epochs of fine-tuning with distillation" in page
 
 
 def test_what_is_reported_was_not_calibrated_on(place: subjects.Place) -> None:
@@ -132,7 +137,7 @@ def test_costs_are_written_and_reported(monkeypatch: pytest.MonkeyPatch, tmp_pat
     main.main()
     entry = json.loads((tmp_path / "cost-tiny.json").read_text())
     assert [len(seconds) for seconds in entry["validation"].values()] == [7, 7]
-    page = report.write(tmp_path, tmp_path)[0].read_text()
+    page = page_of(report.write(tmp_path, tmp_path))
     assert page.count("| tiny ") == 1
 
 
@@ -180,6 +185,6 @@ def test_the_report_names_the_gpu(place: subjects.Place, tmp_path: Path) -> None
     file = out / "swin_cifar10-whole-float.json"
     entry = json.loads(file.read_text())
     assert entry["environment"]["commit"] == "abc"
-    assert ", GPU X, torch" not in report.write(out, tmp_path)[0].read_text()
+    assert ", GPU X, torch" not in page_of(report.write(out, tmp_path))
     file.write_text(json.dumps(entry | {"place": {"device": "GPU X", "precision": "32-true"}}))
-    assert "threads, GPU X, torch" in report.write(out, tmp_path)[0].read_text()
+    assert "threads, GPU X, torch" in page_of(report.write(out, tmp_path))

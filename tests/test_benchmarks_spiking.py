@@ -21,6 +21,11 @@ from swincompress_pl.models.spiking.memory import without_memory
 from swincompress_pl.report.environment import installed_version
 
 
+def page_of(kept: Path) -> str:
+    """The tables of what a report keeps."""
+    return "\n\n".join(report.sections(json.loads(kept.read_text(encoding="utf-8"))))
+
+
 def test_every_builder_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exact, "BUILDERS", {"tiny": 32})
     monkeypatch.setattr(exact, "create_model", lambda name, T: without_memory(FAMILIES["qkformer"](T=T)))  # noqa: N803
@@ -32,7 +37,7 @@ def test_every_builder_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     written = (tmp_path / "exact-tiny-1.json").stat().st_mtime_ns
     main._exact(given)
     assert (tmp_path / "exact-tiny-1.json").stat().st_mtime_ns == written, "what there is is not made again"
-    text = report.write(tmp_path, tmp_path / "results")[0].read_text()
+    text = page_of(report.write(tmp_path, tmp_path / "results"))
     assert "| tiny" in text
 
 
@@ -74,9 +79,9 @@ def test_the_engine_races_with_its_peers(tmp_path: Path, monkeypatch: pytest.Mon
     assert measured >= {"engine", "engine, pruned", "torch fp32"}
     assert ("onnxruntime fp32" in measured) == all(map(installed_version, ("onnxruntime", "onnx", "onnxscript")))
     assert sum(race["shares"].values()) == pytest.approx(1)
-    text = report.write(tmp_path, tmp_path / "results")[0].read_text()
+    text = page_of(report.write(tmp_path, tmp_path / "results"))
     assert "| tiny, T = 2, 1 thread(s) |" in text
-    assert "## Pruned networks" in text
+    assert "## Speed of pruned networks" in text
 
 
 def test_controls_are_those_of_the_pruning_benchmark(tmp_path: Path) -> None:
@@ -102,11 +107,11 @@ def test_controls_are_those_of_the_pruning_benchmark(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="sdt: no control was fine-tuned from weights a"):
         report.write(tmp_path / "out", tmp_path / "results", tmp_path / "controls")
     keep("controls", "sdt-control", found)
-    page, kept = report.write(tmp_path / "out", tmp_path / "results", tmp_path / "controls")
+    kept = report.write(tmp_path / "out", tmp_path / "results", tmp_path / "controls")
     rows = json.loads(kept.read_text())
     assert rows["sdt-W8A8-tuned"]["against"] == 75.0
     assert rows["sdt-W8A8-tuned"]["paired"] == [2, 1]
-    assert "+25.00 (2 / 1)" in page.read_text()
+    assert "+25.00 (2 / 1)" in page_of(kept)
     assert rows["sdt-float-tuned"]["integer"]["test"]["percent"] == 75.0
 
 
@@ -138,4 +143,4 @@ def test_accuracy_before_and_after_fine_tuning(tmp_path: Path, monkeypatch: pyte
     kept = json.loads((tmp_path / "results" / "spiking.json").read_text())
     assert kept["maxformer-W4A8-tuned"]["against"] == found["maxformer-float-tuned"]["integer"]["test"]["percent"]
     assert "right" not in kept["maxformer-W8A8"]["integer"]["test"]
-    assert report.page(kept).count("| maxformer") == 4
+    assert "\n".join(report.sections(kept)).count("| maxformer") == 4

@@ -73,8 +73,21 @@ def compare(file: Path, threads: int, batch: int, rounds: int) -> dict[str, Any]
 
 def markdown(figures: dict[str, Any]) -> str:
     """The results as a page."""
+    return "\n\n".join([f"# {title(figures)}", *sections(figures)]) + "\n"
+
+
+def title(figures: dict[str, Any]) -> str:
+    """What is compared."""
+    return f"One image per call against {figures['batch']} images per call"
+
+
+def sections(figures: dict[str, Any]) -> list[str]:
+    """Text, table and machine."""
     batch, environment = figures["batch"], figures["environment"]
-    header = ["model", "threads", "ms an image alone", f"ms an image of {batch}", "ratio [quartiles]", "answers equal"]
+    header = [
+        "model", "threads", "ms per image, alone", f"ms per image, in a batch of {batch}", "ratio [quartiles]",
+        "answers equal",
+    ]  # fmt: skip
     lines = [
         [
             row["model"],
@@ -85,11 +98,13 @@ def markdown(figures: dict[str, Any]) -> str:
         ]
         for row in figures["rows"]
     ]
-    return (
-        f"# Images alone and {batch} a call\n\nThe engine, both ways in turns in one process, random weights; medians, "
-        f"ratios round by round.\n\n{table(header, lines)}\n\n{environment['date']}, commit {environment['commit']}, "
-        f"{environment['cpu']} ({', '.join(environment['cpu_flags'])}), {environment['cores']} cores.\n"
-    )
+    return [
+        "The engine runs both ways in turns, in one process, with random weights. Times are medians; ratios are taken "
+        "round by round.",
+        table(header, lines),
+        f"{environment['date']}, commit {environment['commit']}, {environment['cpu']} "
+        f"({', '.join(environment['cpu_flags'])}), {environment['cores']} cores.",
+    ]
 
 
 if __name__ == "__main__":

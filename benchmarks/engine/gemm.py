@@ -16,6 +16,9 @@ from swincompress_pl.report.comparison.kernels import bench_linear
 from swincompress_pl.report.markdown import table
 from swincompress_pl.report.plain import write_text
 
+from .report import counted
+
+TITLE = "int8 linear layers of Swin-T, alone"
 _RESULTS = Path(__file__).resolve().parent.parent / "results"
 # (rows, outputs, inputs) of the four stages at 224 pixels: qkv, projection, fc1, fc2, and the merging before a stage.
 _STAGES = ((3136, 96), (784, 192), (196, 384), (49, 768))
@@ -55,16 +58,20 @@ def main() -> int:
 
 
 def markdown(figures: dict[str, Any]) -> str:
-    """The results as a page: GMAC/s by shape, the median and the best sample."""
+    """The results as a page."""
+    return "\n\n".join([f"# {TITLE}", *sections(figures)]) + "\n"
+
+
+def sections(figures: dict[str, Any], heading: str = "## {}") -> list[str]:
+    """GMAC/s by shape, the median and the best sample, under a heading for each number of threads."""
     rows: Sequence[dict[str, Any]] = figures["rows"]
     environment = figures["environment"]
     names = list(dict.fromkeys(row["implementation"] for row in rows))
     parts = [
-        "# int8 linear layers of Swin-T, alone",
-        "GMAC/s of one layer with bias and requantization to int8, batch 1 at 224 pixels; medians, in brackets the "
-        "fastest sample and the median's share of the peak: what the same products reach on operands in registers, "
-        "measured between the samples. The engine's step as its profile times it; answers of every implementation are "
-        "compared with the specification in the same run.",
+        "GMAC/s of one layer with bias and requantization to int8, batch 1 at 224 pixels. The figures are medians. "
+        "Brackets hold the fastest sample and the median's share of the peak. The peak is what the same products reach "
+        "on operands in registers, measured between the samples. Times are those of the engine's step in its profile. "
+        "The answers of every implementation are compared with the specification in the same run.",
     ]
     for threads in dict.fromkeys(row["threads"] for row in rows):
         lines = []
@@ -75,7 +82,7 @@ def markdown(figures: dict[str, Any]) -> str:
             lines.append(["x".join(map(str, shape)), *(_cell(found[name]) for name in names)])
         peaks = [f"{max(_peaks(rows, threads, name)):.0f}" for name in names]
         lines.append(["peak", *peaks])
-        parts += [f"## {threads} thread(s)", table(["rows x outputs x inputs", *names], lines)]
+        parts += [heading.format(counted(threads, "thread")), table(["rows x outputs x inputs", *names], lines)]
     equal = all(row["equal_to_norm"] for row in rows)
     packages = ", ".join(f"{name} {version}" for name, version in environment["packages"].items())
     parts.append(f"Answers {'equal' if equal else '**DIFFER from**'} the specification's.")
@@ -84,7 +91,7 @@ def markdown(figures: dict[str, Any]) -> str:
         f"({', '.join(environment['cpu_flags'])}), {environment['cores']} cores, Python {environment['python']}, "
         f"{packages}."
     )
-    return "\n\n".join(parts) + "\n"
+    return parts
 
 
 def _peaks(rows: Sequence[dict[str, Any]], threads: int, name: str) -> list[float]:

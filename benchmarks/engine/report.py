@@ -1,4 +1,4 @@
-"""Races as pages and a plot: `python -m benchmarks.engine.report --results DIR` makes the overview of a folder anew."""
+"""Races as pages and a plot: `python -m benchmarks.engine.report --results DIR` writes a folder's overview again."""
 
 from __future__ import annotations
 
@@ -20,16 +20,18 @@ from .plot import draw
 Figures = Mapping[str, Any]
 _HEADER = ("runtime", "median ms", "quartiles ms", "GMAC/s", "times engine [quartiles]", "load ms", "file", "peak RSS")
 _AGREES = "agrees with engine"
-_NOTE = (
-    "Each runtime in its own process, in turns; medians and quartiles. Load is reading or building the network, "
-    "compiling it and the first answer, without imports; of torch, file is the float32 state_dict."
+_NOTE = "Each runtime runs in its own process, and they take turns. Times are medians and quartiles."
+_LOAD = (
+    "Load is the time to read or build the network, compile it and give the first answer, without imports. For torch, "
+    "the file is the float32 state_dict."
 )
 _WEIGHTS = (
-    "Peers run the float weights that were quantized, on the same images: agreement is the lowest correlation of an "
-    "image's centred logits with the engine's, and how many images have the same best class. Networks are not trained."
+    "The peers run the float weights that were quantized, on the same images. Agreement is the lowest correlation of "
+    "an image's centered logits with the engine's, and the number of images with the same best class. The networks are "
+    "not trained."
 )
 _OTHER_WEIGHTS = (
-    "Peers run the same architecture with random float weights: their latency counts, their answers do not."
+    "The peers run the same architecture with random float weights: their latency counts, but their answers do not."
 )
 
 
@@ -56,20 +58,42 @@ def write(folder: Path) -> list[Path]:
 
 def page(figures: Figures) -> str:
     """One model and batch, runtime by runtime."""
+    return "\n\n".join([f"# {title(figures)}", *race_sections(figures), environment(figures["environment"])]) + "\n"
+
+
+def race_sections(figures: Figures, heading: str = "## {}") -> list[str]:
+    """What was raced, and a table under a heading for each number of threads."""
     answers = figures["answers"]
     verdict = "equal" if answers["equal_to_reference"] else "**DIFFER from**"
     compared = any(result.get("agreement") for race in figures["races"] for result in race["results"])
+    loaded = any(result.get("load_ms") for race in figures["races"] for result in race["results"])
+    notes = [_NOTE, *([_LOAD] if loaded else []), _WEIGHTS if compared else _OTHER_WEIGHTS]
     parts = [
-        f"# {figures['model']}, batch {figures['batch']}",
-        f"{count(figures['macs'])} MACs an image, artifact {megabytes(figures['file_bytes'])}, random weights. Integer "
-        f"logits of every implementation {verdict} the reference's on {answers['images']} images, in this run. {_NOTE} "
-        f"{_WEIGHTS if compared else _OTHER_WEIGHTS}",
+        f"{count(figures['macs'])} MACs per image, artifact {megabytes(figures['file_bytes'])}, random weights, "
+        f"{rounds(figures)} rounds. Integer logits of every implementation {verdict} the reference's on "
+        f"{counted(answers['images'], 'image')}, in the same run. {' '.join(notes)}"
     ]
-    header = [*_HEADER, *([_AGREES] if compared else [])]
     for race in figures["races"]:
-        rows = [_row(result, race, figures)[: len(header)] for result in race["results"]]
-        parts += [f"## {race['threads']} thread(s)", table(header, rows)]
-    return "\n\n".join([*parts, _environment(figures["environment"])]) + "\n"
+        rows = [_row(result, race, figures) for result in race["results"]]
+        parts += [heading.format(counted(race["threads"], "thread")), _without_unmeasured([*_HEADER, _AGREES], rows)]
+    return parts
+
+
+def counted(number: int, what: str) -> str:
+    """ "1 thread", "2 threads"."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
+def rounds(figures: Figures) -> int:
+    """Samples of each runtime; 0 where none was measured."""
+    results = [result for race in figures["races"] for result in race["results"] if result["latency"]]
+    return max((len(result["latency"]["samples_ms"]) for result in results), default=0)
+
+
+def _without_unmeasured(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table without the columns that say "-" throughout."""
+    kept = [column for column in range(len(header)) if any(row[column] not in ("", "-") for row in rows)]
+    return table([header[column] for column in kept], [[row[column] for column in kept] for row in rows])
 
 
 def _row(result: Figures, race: Figures, figures: Figures) -> list[str]:
@@ -104,17 +128,25 @@ def _agreement(result: Figures) -> str:
 
 
 def overview(races: Sequence[Figures]) -> str:
-    """All races of a folder, a table a quantity and a column a runtime."""
+    """All races of a folder, a table per quantity and a column per runtime."""
+    links = ", ".join(f"[{title(each)}](engine-{each['model']}-b{each['batch']}.md)" for each in races)
+    parts = [
+        "# The engine against other runtimes",
+        f"Each race has a page: {links}.",
+        "![latency relative to the engine](engine.svg)",
+        *matrices(races),
+    ]
+    return "\n\n".join([*parts, "## Measured on", *environments(races)]) + "\n"
+
+
+def matrices(races: Sequence[Figures]) -> list[str]:
+    """Latency, load, file, memory and agreement of all races, a column per runtime, and what failed."""
     names = list(dict.fromkeys(result["name"] for _, race in _all(races) for result in race["results"]))
     peers = [name for name in names if name != ENGINE]
     compared = any(result.get("agreement") for _, race in _all(races) for result in race["results"])
     parts = [
-        "# The engine against other runtimes",
-        f'{_NOTE} Random weights. "-": not measured. A page each: '
-        + ", ".join(f"[{_title(each)}](engine-{each['model']}-b{each['batch']}.md)" for each in races)
-        + ".",
-        "![latency relative to the engine](engine.svg)",
-        "## Latency\n\nThe engine's median in ms; of the others, how many times longer they took.",
+        f'{_NOTE} {_LOAD} Weights are random. "-" means not measured.',
+        "## Latency\n\nFor the engine, the median in ms. For the others, how many times longer they took.",
         _matrix(races, [ENGINE, *peers], _latency),
         "## Load, ms",
         _matrix(races, [ENGINE, *peers], lambda result, _: _load(result)),
@@ -126,21 +158,26 @@ def overview(races: Sequence[Figures]) -> str:
     if compared:
         parts += [f"## Agreement\n\n{_WEIGHTS}", _matrix(races, peers, lambda result, _: _agreement(result))]
     failures = dict.fromkeys(
-        f"- {_title(figures)}, {result['name']}: {result['unavailable']}"
+        f"- {title(figures)}, {result['name']}: {result['unavailable']}"
         for figures, race in _all(races)
         for result in race["results"]
         if result["unavailable"]
     )
     parts += ["## Failed\n\n" + "\n".join(failures)] if failures else []
-    environments = dict.fromkeys(_environment(each["environment"] | {"date": None}) for each in races)
-    return "\n\n".join([*parts, "## Measured on", *environments]) + "\n"
+    return parts
+
+
+def environments(races: Sequence[Figures]) -> list[str]:
+    """Each different machine and commit once."""
+    return list(dict.fromkeys(environment(each["environment"] | {"date": None}) for each in races))
 
 
 def _all(races: Sequence[Figures]) -> list[tuple[Figures, Figures]]:
     return [(figures, race) for figures in races for race in figures["races"]]
 
 
-def _title(figures: Figures) -> str:
+def title(figures: Figures) -> str:
+    """Model and batch."""
     return f"{figures['model']}, batch {figures['batch']}"
 
 
@@ -159,12 +196,13 @@ def _latency(result: Figures, race: Figures) -> str:
     return f"{times['median']:.2f}x" if times else f"{result['latency']['median_ms']:.2f}"
 
 
-def _environment(environment: Figures) -> str:
-    packages = ", ".join(f"{name} {version}" for name, version in environment["packages"].items())
-    date = f"{environment['date']}, " if environment["date"] else ""
+def environment(found: Figures) -> str:
+    """Date, commit, CPU, system and versions."""
+    packages = ", ".join(f"{name} {version}" for name, version in found["packages"].items())
+    date = f"{found['date']}, " if found["date"] else ""
     return (
-        f"{date}commit {environment['commit']}, {environment['cpu']} ({', '.join(environment['cpu_flags'])}), "
-        f"{environment['cores']} cores, {environment['system']}, Python {environment['python']}, {packages}."
+        f"{date}commit {found['commit']}, {found['cpu']} ({', '.join(found['cpu_flags'])}), "
+        f"{found['cores']} cores, {found['system']}, Python {found['python']}, {packages}."
     )
 
 

@@ -44,7 +44,7 @@ def main() -> None:
     latency = commands.add_parser("latency", help="time the networks that the jobs left, in torch")
     latency.set_defaults(command=_latency)
     latency.add_argument("--models", default=",".join(SUBJECTS))
-    report = commands.add_parser("report", help="write benchmarks/results/primesvt.md and .json")
+    report = commands.add_parser("report", help="write benchmarks/results/primesvt.json, its page and plots")
     report.set_defaults(command=_report)
     for command in (latency, report):
         command.add_argument("--out", type=Path, required=True, help="of results")
@@ -111,10 +111,12 @@ def _latency(given: argparse.Namespace) -> None:
 
 
 def _report(given: argparse.Namespace) -> None:
+    from ..pages import DOCS, write_pages
     from .report import write
 
-    for file in write(given.out, Path(__file__).resolve().parent.parent / "results"):
+    for file in write(given.out, Path(__file__).resolve().parent.parent / "results", DOCS / "results"):
         print(file)
+    print(*write_pages(["primesvt"]), sep="\n")
 
 
 def _commit() -> str:

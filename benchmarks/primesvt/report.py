@@ -23,11 +23,14 @@ Results = Mapping[str, dict[str, Any]]
 _STATES = ("given", "single_shot", "batchnorm_anew", "tuned")
 _PLOTTED = "group"
 _INTRODUCTION = (
-    "Small networks of each family, trained and fine-tuned on 45,000 images of CIFAR-10 (JPEG copy), T = 2. The search "
-    "decides on 5,000 held-out training images; accuracies here are top-1 on the 10,000 test images, which decide "
-    "nothing. Pairs: images that change from right to wrong / from wrong to right. Constraints unless said otherwise: "
-    "at most 3 points lost on the hold-out, at least 25 % of the parameters saved. Widths are multiples of 4. Seed "
-    "0; other seeds are of the fine-tuning, of network and control alike: order of the images, crops, mirrored ones."
+    "The networks are small ones of each family, trained and fine-tuned on 45,000 images of CIFAR-10 (JPEG copy), T = "
+    "2. The search decides on 5,000 held-out training images. Accuracies are top-1 on the 10,000 test images, which "
+    "decide nothing. Pairs in brackets are images that change from right to wrong / from wrong to right. Unless a row "
+    "says otherwise, at most 3 points may be lost on the hold-out and at least 25 % of the parameters have to go. "
+    "Widths are multiples of 4.\n\n"
+    'Rows `paper` zero filters (`granularity="filter"`); rows `group` remove whole groups physically '
+    '(`granularity="structured"`). The seed is 0. Other seeds are of the fine-tuning, for network and control alike: '
+    "they change the order of the images, the crops and which images are mirrored."
 )
 _METHODS = {
     "paper": "paper",
@@ -59,23 +62,21 @@ _SAME_CONSTRAINT = {
 }
 
 
-def write(folder: Path, to: Path) -> list[Path]:
-    """primesvt.md, primesvt.json and plots in `to`, from the results in `folder` and those that primesvt.json keeps."""
+def write(folder: Path, to: Path, plots: Path) -> list[Path]:
+    """primesvt.json in `to`, from the results in `folder` and those that it keeps already; plots of the searches in
+    `folder` in `plots`."""
     kept = to / "primesvt.json"
     results: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
     new = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.json"))}
     results = dict(sorted((results | {key: _kept(entry, new) for key, entry in new.items()}).items()))
     if not results:
         raise ValueError(f"{folder} has no results; `python -m benchmarks.primesvt run --out {folder}` makes them")
-    files = [
-        write_text(to / "primesvt.md", page(results)),
-        write_text(kept, json.dumps(results, allow_nan=False, indent=1) + "\n"),
-    ]
+    files = [write_text(kept, json.dumps(results, allow_nan=False, indent=1) + "\n")]
     for entry in new.values():
         if entry.get("job", {}).get("name") == _PLOTTED:
             drawn = save_primesvt_figures(
                 PrimeSVTResult.from_dict(entry["search"]),
-                to / "primesvt" / entry["job"]["subject"],
+                plots / "primesvt" / entry["job"]["subject"],
                 rates_after=entry["single_shot"]["cost"]["spike_rates"],
             )
             files += drawn
@@ -122,12 +123,12 @@ def _best_uniform(candidates: Iterable[dict[str, Any]]) -> dict[str, Any] | None
     return best and {key: best[key] for key in ("label", "saving", "score", "error_points", "images")}
 
 
-def page(results: Results) -> str:
-    """The whole page."""
-    parts = ["# PrimeSVT", _INTRODUCTION]
+def sections(results: Results) -> list[str]:
+    """How it was measured, the largest savings, each network, the costs, and where it ran."""
+    parts = ["## How it was measured", _INTRODUCTION]
     if largest := _largest_savings(results):
         parts += ["## The largest savings", largest]
-    parts += ["## Baselines", _baselines()]
+    parts += ["## Baselines", _baselines(results)]
     for subject in SUBJECTS:
         rows = [key for key in results if key.startswith(f"{subject}-") and "search" in results[key]]
         if not rows:
@@ -141,8 +142,7 @@ def page(results: Results) -> str:
     ]
     places = sorted({f"commit {entry['commit']}, {entry['precision']}" for entry in results.values() if "job" in entry})
     places += sorted({entry["where"] for entry in results.values() if "where" in entry})
-    parts += ["## Where it ran", "\n".join(f"- {place}" for place in places)]
-    return "\n\n".join(parts) + "\n"
+    return [*parts, "## Where it ran", "\n".join(f"- {place}" for place in places)]
 
 
 def _largest_savings(results: Results) -> str:
@@ -164,9 +164,9 @@ def _largest_savings(results: Results) -> str:
         rows.append(row)
     tuned_bars = ", ".join(f"{bar:g} ({mode})" for mode, bar in _BARS.items())
     text = (
-        f"Of the rows below those that save most: within {_SINGLE_SHOT_BAR:g} points on the hold-out in a single shot; "
-        f"after fine-tuning within {tuned_bars} points of the control on the test images, mean over the seeds there "
-        "are. With the names of the jobs. The paper saves 26.68 %."
+        f"The rows below that save most. In a single shot they lose at most {_SINGLE_SHOT_BAR:g} points on the "
+        f"hold-out. After fine-tuning they stay within {tuned_bars} points of the control on the test images, as a "
+        "mean over the seeds there are. Each cell names its job. The paper saves 26.68 %."
     )
     header = ["", *(f"{mode}, {state}" for mode in _BARS for state in ("single shot", "fine-tuned"))]
     return f"{text}\n\n{table(header, rows)}" if any(any(row[1:]) for row in rows) else ""
@@ -181,27 +181,33 @@ def _largest(searches: Results, lost: Mapping[str, float], bar: float) -> str:
     return f"{searches[best]['applied']['saving']:.1%}, {lost[best]:+.2f} lost: {best}"
 
 
-def _baselines() -> str:
+def _baselines(results: Results) -> str:
     rows = []
     for subject in SUBJECTS.values():
         if not subject.weights.is_file():
             rows.append([subject.name, "not trained", "", "", ""])
             continue
         record = subject.baseline_record()
-        parameters = subject.classifier(subject.baseline, 0, trained=False).net.parameters()
+        given = next((entry["given"] for entry in results.values() if _is_of(entry, subject.name, "cost")), None)
         rows.append(
             [
                 subject.name,
-                f"{count(sum(p.numel() for p in parameters))}",
+                count(given["cost"]["parameters"]) if given else "",
                 str(record["subject"]["baseline"]["epochs"]),
                 f"{record['holdout']['percent']:.2f}",
                 f"{record['test']['percent']:.2f}",
             ]
         )
     text = (
-        "`python -m benchmarks.primesvt train`; recipe and curve are in the metadata of `benchmarks/primesvt/weights`."
+        "`python -m benchmarks.primesvt train` trains them. Recipe and curve are in the metadata of "
+        "`benchmarks/primesvt/weights`."
     )
     return f"{text}\n\n{table(['network', 'parameters', 'epochs', 'hold-out, %', 'test, %'], rows)}"
+
+
+def _is_of(entry: Mapping[str, Any], subject: str, figure: str) -> bool:
+    """Whether it is a job of `subject` that has `figure` of the network as it was given."""
+    return entry.get("job", {}).get("subject") == subject and figure in entry.get("given", {})
 
 
 def _points(entry: dict[str, Any], state: str, before: float) -> str:
@@ -234,7 +240,10 @@ def _single_shots(results: Results, subject: str) -> str:
         if name in ("paper", "group") and uniform:
             lost = f"{search['baseline_score'] - uniform['score']:+.2f} ± {uniform['error_points']:.2f}"
             rows.append([f"{title}, uniform ({uniform['label']})", f"{uniform['saving']:.2%}", "", lost, "", ""])
-    header = ["single shot", "saved", "both met", "lost on the hold-out", "test, %", "test with statistics anew, %"]
+    header = [
+        "single shot", "saved", "both constraints met", "lost on the hold-out", "test, %",
+        "test after correcting the statistics, %",
+    ]  # fmt: skip
     return table(header, rows)
 
 
@@ -289,7 +298,7 @@ def _operations(results: Results, subject: str) -> str:
             rows.append(["unpruned", *_cost_cells(entry["given"]["cost"])])
         rows.append([title, *_cost_cells(entry["single_shot"]["cost"])])
     header = [
-        "an image, single shot", "parameters", "non-zero", "MACs of the shapes", "MACs", "ACs", "SOPs",
+        "per image, single shot", "parameters", "non-zero", "MACs of the shapes", "MACs", "ACs", "SOPs",
         "energy of these, µJ", "spike rate, %",
     ]  # fmt: skip
     return table(header, rows)
@@ -314,8 +323,8 @@ def _against_the_plain_algorithm(results: Results) -> str:
             title = f"{subject}, {_METHODS[papers]}"
             rows.append([title, saved[0], count(naive), saved[1], count(round(passes)), f"{naive / passes:.1f}x"])
     text = (
-        "### Rates allocated, against the plain algorithm\n\nUnder the same constraints: the paper's policy, each "
-        'candidate on the whole hold-out, and `policy="allocated"` as it is.'
+        "### Allocated rates against the plain algorithm\n\nBoth search under the same constraints: the paper's policy "
+        'with each candidate scored on the whole hold-out, and `policy="allocated"` as it is.'
     )
     header = ["constraints and mode", "policy: saved", "its passes, plain", "allocated: saved", "passes", "fewer"]
     return f"{text}\n\n{table(header, rows)}" if rows else ""
@@ -348,9 +357,10 @@ def _costs(results: Results) -> str:
             ]
         )
     text = (
-        "## What the searches cost\n\nPasses an image, a pass from half-way counting half, against a whole pass over "
-        "the hold-out for each candidate, and for each different plan. Rows `naive` score every candidate on all "
-        "images. Seconds with other work beside them. Searches that went on from a memo are left out."
+        "## What the searches cost\n\nA pass is one image through the network; a pass from halfway counts half. Passes "
+        "are compared with a whole pass over the hold-out for each candidate, and for each different plan. Rows "
+        "`naive` score every candidate on all images. Other work ran beside the searches while they were timed. "
+        "Searches that continued from an evaluation cache are left out."
     )
     header = ["job", "candidates", "evaluations", "passes", "fewer than naive", "than distinct plans", "s"]
     return f"{text}\n\n{table(header, rows)}" if rows else ""
@@ -383,7 +393,7 @@ def _latencies(results: Results) -> str:
         for each in entry.get("latencies", []):
             rows.append([key, each["name"], f"{each['macs_removed']:.1%}", each["milliseconds"], each["ratio"]])
     text = (
-        "## Latency in torch against MACs removed\n\nOne thread, networks in turns, a batch a turn; median and "
-        "quartiles, ratios turn by turn against the unpruned network."
+        "## Latency in torch against MACs removed\n\nOne thread. The networks take turns of one batch. The figures are "
+        "medians and quartiles; ratios are taken turn by turn against the unpruned network."
     )
     return f"{text}\n\n{table(['', 'network', 'MACs removed', 'ms', 'times as fast'], rows)}" if rows else ""

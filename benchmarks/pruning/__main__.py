@@ -119,11 +119,11 @@ def _memory(given: argparse.Namespace) -> None:
 
 
 def _report(given: argparse.Namespace) -> None:
-    """the results as pruning.md and pruning.json"""
+    """the results as benchmarks/results/pruning.json and its page"""
+    from ..pages import write_pages
     from .report import write
 
-    for file in write(given.out, given.to):
-        print(file)
+    print(write(given.out, _RESULTS), *write_pages(["pruning"]), sep="\n")
 
 
 def _cache(given: argparse.Namespace) -> Path:
@@ -161,10 +161,10 @@ _OPTIONS_OF = {
     "unpack": ["out", "file"],
     "latency": ["out", "model", "thread-counts", "rounds", "turn-ms"],
     "memory": ["out", *_PLACE, "granularity", "batches", "batch-size", "holdout"],
-    "report": ["out", "to"],
+    "report": ["out"],
 }
 _OPTIONS: dict[str, dict[str, Any]] = {
-    "out": {"type": Path, "required": True, "help": "folder of the results, one small file a job"},
+    "out": {"type": Path, "required": True, "help": "folder of the results, one small file per job"},
     "data": {"type": Path, "default": Path("."), "help": "folder with the images and the weights"},
     "cache": {"type": Path, "help": "folder of the decoded images; default: OUT/cache"},
     "sets": {"default": "cifar10,imagenet_mini", "help": "image sets, separated by commas"},
@@ -187,7 +187,6 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "batches": {"type": int, "default": 4, "help": "training steps of the one epoch"},
     "batch-size": {"type": int, "default": 16, "help": "images a training step"},
     "holdout": {"type": int, "default": 256, "help": "images to score on"},
-    "to": {"type": Path, "default": _RESULTS, "help": "folder of the report"},
 }
 
 

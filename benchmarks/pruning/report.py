@@ -27,7 +27,7 @@ _WAYS = {
     "alone": "no recovery",
     "narrow": "no recovery, tolerance from an eighth",
 }
-_METHODS = {
+METHODS = {
     "ours": "ours",
     "oneshot_global": "one shot, all layers ranked together",
     "oneshot_uniform": "one shot, the same part of each layer",
@@ -39,8 +39,8 @@ _METHODS = {
 }
 
 
-def write(folder: Path, to: Path) -> list[Path]:
-    """`to`/pruning.md and `to`/pruning.json of everything that `folder` holds."""
+def write(folder: Path, to: Path) -> Path:
+    """`to`/pruning.json of everything that `folder` holds."""
     results = read_results(folder)
     others = {
         name: json.loads((folder / file).read_text(encoding="utf-8"))
@@ -63,15 +63,20 @@ def write(folder: Path, to: Path) -> list[Path]:
             entry["search"] = {k: v for k, v in entry["search"].items() if k != "decisions"}
         entry.pop("lists", None)
     figures = tables.plain({**data, "jobs": jobs})
-    return [
-        write_text(to / "pruning.md", page(data, results)),
-        write_text(to / "pruning.json", json.dumps(figures, allow_nan=False) + "\n"),
-    ]
+    return write_text(to / "pruning.json", json.dumps(figures, allow_nan=False) + "\n")
 
 
-def page(data: Mapping[str, Any], results: Results) -> str:
-    """The whole page."""
-    parts = ["# Pruning", _INTRODUCTION]
+def read(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(data, jobs) of a pruning.json: its rows are computed from the jobs again, as spreads and losses."""
+    data = json.loads(file.read_text(encoding="utf-8"))
+    jobs = data.pop("jobs")
+    rows = {"table1": {model: tables.table1(jobs, model) for model in MODELS}, "comparison": tables.comparison(jobs)}
+    return data | rows, jobs
+
+
+def sections(data: Mapping[str, Any], results: Results) -> list[str]:
+    """How it was measured, each network, the other methods, the costs, latency, memory, and where it ran."""
+    parts = ["## How it was measured", _INTRODUCTION]
     for model, rows in data["table1"].items():
         if rows:
             parts += [f"## {model}: tolerance, compression, accuracy lost", _setting(results, model), _table1(rows)]
@@ -88,39 +93,42 @@ def page(data: Mapping[str, Any], results: Results) -> str:
     if memories:
         parts += ["## A round at full size", _MEMORY, _memory(memories)]
         parts.append(f"Measured on: {_place(memories[0]['environment'])}.")
-    parts += ["## Where it ran", "\n".join(f"- {line}" for line in data["environments"])]
-    return "\n\n".join(parts) + "\n"
+    return [*parts, "## Where it ran", "\n".join(f"- {line}" for line in data["environments"])]
 
 
 _INTRODUCTION = (
-    "Accuracy is top-1 on the test images, looked at once after everything was decided; decisions fall on a hold-out "
-    "of the training images. A range in brackets is over seeds. Points lost count against the float control: with "
-    "recovery the better of the given weights and the same weights fine-tuned unpruned with the same epochs, seed and "
-    "recipe; without recovery the given weights. They are paired image by image, right -> wrong / wrong -> right for "
-    "each seed; the 95 % interval is the widest of the seeds'. Weights removed are those of the block linears and the "
-    "patch merging, without patch embedding and classifier. The given Swin and DeiT had seen all training images, so a "
-    "hold-out of those flatters them: with recovery the baseline is measured after some epochs without the hold-out; "
-    "without recovery it cannot be avoided. Without recovery nothing is random but the choice of the hold-out."
+    "Accuracy is top-1 on the test images, which are looked at once, after everything is decided. Decisions fall on a "
+    "hold-out of the training images. A range in brackets is over seeds.\n\n"
+    "Points lost count against the float control. With recovery, that is the better of the given weights and the same "
+    "weights fine-tuned unpruned with the same epochs, seed and recipe. Without recovery, it is the given weights. "
+    "Losses are paired image by image: right -> wrong / wrong -> right for each seed. The 95 % interval is the widest "
+    "of the seeds' intervals. Weights removed are those of the linear layers in the blocks and of the patch merging, "
+    "without patch embedding and classifier.\n\n"
+    "The given Swin and DeiT had seen all training images, so a hold-out of those flatters them. With recovery, the "
+    "baseline is measured after some epochs without the hold-out. Without recovery this cannot be avoided. Without "
+    "recovery nothing is random but the choice of the hold-out."
 )
 _COMPARISON = (
-    "Each method gets the weights, seed and training of ours (none where ours is narrow: without recovery, tolerance "
-    "from an eighth), and the sparsity that ours reached (part of the prunable weights, or MACs). All on swin_cifar10; "
-    "short: 5 epochs instead of 24, for larger sparsities. Ranked: ours with all targets ranked together by Fisher "
-    "information for the MACs or weights saved, else round-robin by magnitude. "
-    "Lightning's structured functions write zeros and remove no MAC, so they have no row."
+    "Each method gets the weights, seed and training of ours, and the sparsity that ours reached (part of the prunable "
+    "weights, or of the MACs). Rows `narrow` are without recovery and begin with an eighth of the tolerance; there, no "
+    "method trains. All rows are on swin_cifar10. Rows `swin_cifar10_short` train 5 epochs instead of 24 and reach "
+    "larger sparsities. In rows `ranked`, ours ranks all targets together by Fisher information per MAC or weight "
+    "saved; elsewhere it takes the targets in turn by magnitude. Lightning's structured functions write zeros and "
+    "remove no MAC, so they have no row. Points behind ours below 0 mean that the other method is better."
 )
 _SCORING = (
-    "One search with every image scored for every decision, and the same with sampling, a sequential test and cached "
-    "activations. Forwards: whole passes of an image; a pass that starts deeper counts as its part."
+    "The same search runs twice: once with every image scored for every decision, once with sampling, a sequential "
+    "test and cached activations. Forwards are whole passes of an image; a pass that starts deeper counts as its part."
 )
 _OVERHEAD = (
-    "A round before each of some epochs of a few timed batches; an epoch is extrapolated from the time of a batch. "
-    "Own: the callback's hooks and the upkeep of masks, without the scoring and without reading the hold-out once."
+    "A round runs before each of some epochs of a few timed batches; an epoch is extrapolated from the time of a "
+    "batch. Own time is that of the callback's hooks and the upkeep of masks, without the scoring and without reading "
+    "the hold-out once."
 )
 _MEMORY = (
-    "Swin-T, random weights, synthetic images: one round before an epoch of a few training steps, in a process of its "
-    "own. The time for ImageNet is an estimate from the images a second of this run: naive is every image for every "
-    "decision; beside it with the part of the forwards that the searches on swin_cifar10 needed."
+    "Swin-T with random weights and synthetic images: one round before an epoch of a few training steps, in a process "
+    "of its own. The time for ImageNet is an estimate from the images per second of this run. Naive means every image "
+    "for every decision. The last column applies the part of the forwards that the searches on swin_cifar10 needed."
 )
 
 
@@ -178,7 +186,7 @@ def _compared(rows: Sequence[Mapping[str, Any]]) -> str:
     body = []
     for row in rows:
         where = row["reference"].removeprefix("prune-").removeprefix("swin_cifar10-")
-        start = [_METHODS.get(row["method"], row["method"]), where]
+        start = [METHODS.get(row["method"], row["method"]), where]
         if "failed" in row:
             why = "; ".join(row["failed"]).replace("\n", " ")[:240]
             body.append([*start, "", f"failed: {why}", "", "", "", "", ""])
@@ -223,7 +231,7 @@ def _scoring(entries: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _overhead(entries: Sequence[Mapping[str, Any]]) -> str:
-    header = ["granularity", "device", "threads", "targets", "epoch s", "own s a round", "own, mean %", "own, most %"]
+    header = ["granularity", "device", "threads", "targets", "epoch s", "own s per round", "own, mean %", "own, most %"]
     body = [
         [
             e["job"]["granularity"],
@@ -244,8 +252,9 @@ def _latency(data: Mapping[str, Any]) -> list[str]:
     equal = all(v["answers"]["equal_to_reference"] for v in data["variants"])
     parts = [
         f"## Latency of {data['model']}, structurally pruned (round_to={data['round_to']})",
-        "Batch 1, random weights, every runtime and variant in its own process, in turns. Integer logits of the "
-        f"engine {'equal' if equal else '**DIFFER from**'} the reference's for every variant, in this run.",
+        "Batch 1, random weights. Every runtime and variant runs in its own process, and they take turns. Integer "
+        f"logits of the engine {'equal' if equal else '**DIFFER from**'} the reference's for every variant, in the "
+        "same run.",
     ]
     parts += [f"- {name}: {error}" for name, error in data["failed"].items()]
     parts.append(f"Measured on: {_place(data['environment'])}.")
@@ -254,7 +263,7 @@ def _latency(data: Mapping[str, Any]) -> list[str]:
         rows = [_latency_row(row) for row in one["rows"]]
         parts += [f"### {one['threads']} thread(s)", table(header, rows)]
     for threads, profiles in data["profiles"].items():
-        title = f"### Where the engine's time goes, {threads} thread(s): ms, and the part of the dense time"
+        title = f"### Where the engine's time goes, {threads} thread(s)\n\nIn ms, with the part of the dense time."
         parts += [title, _kinds(profiles), _does_not_shrink(profiles)]
     return parts
 

@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from benchmarks.pages import write_pages
 from benchmarks.pruning import runner
 from benchmarks.pruning.__main__ import overrides
 from benchmarks.pruning.jobs import chosen, result_file
@@ -102,7 +103,7 @@ def _run(given: argparse.Namespace) -> int:
 
 
 def _report(given: argparse.Namespace) -> None:
-    print(*write(given.out, RESULTS))
+    print(write(given.out, RESULTS), *write_pages(["quantization"]), sep="\n")
 
 
 def _pack(given: argparse.Namespace) -> None:

@@ -19,19 +19,16 @@ from .work import classes_of
 Results = Mapping[str, dict[str, Any]]
 
 
-def write(folder: Path, to: Path) -> list[Path]:
-    """quantization.md and quantization.json from the results in `folder` and, for jobs that have none there, those that
-    quantization.json keeps; ValueError where there are none, or a network without its float one."""
+def write(folder: Path, to: Path) -> Path:
+    """quantization.json from the results in `folder` and, for jobs that have none there, those that it keeps already;
+    ValueError where there are none, or a network without its float one."""
     kept = to / "quantization.json"
     results = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
     new = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.json"))}
     results |= {name: _paired(entry, new) for name, entry in new.items()}
     if not results:
         raise ValueError(f"{folder} has no results; `python -m benchmarks.quantization run --out {folder}` makes them")
-    return [
-        write_text(to / "quantization.md", page(results)),
-        write_text(kept, json.dumps(dict(sorted(results.items())), allow_nan=False, indent=1) + "\n"),
-    ]
+    return write_text(kept, json.dumps(dict(sorted(results.items())), allow_nan=False, indent=1) + "\n")
 
 
 def _paired(entry: dict[str, Any], results: Results) -> dict[str, Any]:
@@ -51,9 +48,9 @@ def _paired(entry: dict[str, Any], results: Results) -> dict[str, Any]:
     return entry | {"sets": sets}
 
 
-def page(results: Results) -> str:
-    """The whole page."""
-    parts = ["# Quantization", _INTRODUCTION]
+def sections(results: Results) -> list[str]:
+    """How it was measured, the tables of each network, what quantizing costs, and where it ran."""
+    parts = ["## How it was measured", _INTRODUCTION]
     for network in NETWORKS:
         for pruned in (False, True):
             rows = [*_rows(results, network, pruned), *_rows(results, network, pruned, tuned=True)]
@@ -64,20 +61,24 @@ def page(results: Results) -> str:
         parts += ["## What it costs", _cost_table(costs)]
     places = sorted({_place(entry) for entry in results.values()})
     parts += ["## Where it ran", "\n".join(f"- {place}" for place in places)]
-    return "\n\n".join(parts) + "\n"
+    return parts
 
 
 _INTRODUCTION = (
-    "Top-1 on images that nothing was decided on. Every accuracy but that of `affine`, which is a simulation, is that "
-    "of the integers: the C++ engine's where it runs the widths (8-bit activations), else the torch twin's, checked "
-    "against the NumPy reference to the bit in the same run. Calibration: 128 training images without augmentation; "
-    "the images of `train` reported for DeiT are others (learning at length and for the loss takes the 72 "
-    "that are left, too). Paired against the float network of the same weights: right "
-    "-> wrong / wrong -> right, the points lost with their 95 % interval, and how many predictions are the same. The "
-    "first layer and the classifier keep 8 bits, GELU's input too; residual 16 bits. File: the artifact with weights "
-    "packed, and entropy-coded, as a part of the float32 file of the whole network. s: wall time of quantizing or of "
-    "the fit, other work beside it or not; the command `cost` takes it alone. After fine-tuning the float network is a "
-    "control: fine-tuned by the same recipe, with the same teacher (the given float network), masks kept."
+    "Accuracy is top-1 on images that nothing was decided on. Every accuracy is that of the integers, except the rows "
+    "`affine`, which are simulated. The C++ engine gives it where it runs the widths (8-bit activations), and the "
+    "torch twin elsewhere. Both are checked against the NumPy reference to the bit in the same run (column "
+    "`equal`).\n\nCalibration takes 128 training images without augmentation. The images of `train` that are reported "
+    "for DeiT-Tiny are others. Rounding learned at length and for the loss also takes the 72 images that are left. The "
+    "first layer and the classifier keep 8 bits, and so does the input of GELU. The residual stream has 16 bits.\n\n"
+    "Each row is paired with the float network of the same weights: right -> wrong / wrong -> right, the points lost "
+    "with their 95 % interval, and the share of predictions that stay the same. After fine-tuning, the float network "
+    "is a control: it is fine-tuned by the same recipe with the same teacher (the given float network), and masks are "
+    "kept.\n\n"
+    "`file %` is the artifact as `export` writes it, with weights packed, as a part of the float32 file of the whole "
+    "network. `LZMA file %` is the artifact after lossless entropy coding (`export --compression lzma`). `s` is the "
+    "wall time of quantizing or of the fit; other work ran beside some of them. The command `cost` measures the time "
+    "alone."
 )
 
 
@@ -97,21 +98,29 @@ def _rows(results: Results, network: str, pruned: bool, *, tuned: bool = False) 
             is not None
         ]
         images = sum(base["sets"][name]["images"] for name in names)
-        title = f"{images:,} images of `{'` and `'.join(names)}`; float {_percent(base, names)} %"
+        title = f"{images:,} images of `{'` and `'.join(names)}`; float network: {percent(base, names)} %."
         if tuned:
             epochs = base["recipe"]["epochs"]
-            title = f"After {epochs} epochs with distillation: {title} after the same epochs"
+            title = (
+                f"After {epochs} epochs of fine-tuning with distillation: {images:,} images of "
+                f"`{'` and `'.join(names)}`; float control after the same epochs: {percent(base, names)} %."
+            )
         header = [
             "bits", "method", "top-1 %", "right -> wrong / wrong -> right", "points lost", "95 %", "same %", "equal",
-            "file %", "coded %", "s", "peak GB", "commit",
+            "file %", "LZMA file %", "s", "peak GB", "commit",
         ]  # fmt: skip
         tables.append(f"{title}\n\n{table(header, rows)}")
     return tables
 
 
-def _row(entry: dict[str, Any], whole: dict[str, Any], names: Sequence[str], bits: str, way: str) -> list[str]:
+def paired_counts(entry: Mapping[str, Any], names: Sequence[str]) -> PairedComparison:
+    """Against the float network of the same weights, over the image sets `names` together."""
     counts = [entry["sets"][name]["paired"] for name in names]
-    paired = PairedComparison(**{key: sum(count[key] for count in counts) for key in counts[0]})
+    return PairedComparison(**{key: sum(count[key] for count in counts) for key in counts[0]})
+
+
+def _row(entry: dict[str, Any], whole: dict[str, Any], names: Sequence[str], bits: str, way: str) -> list[str]:
+    paired = paired_counts(entry, names)
     low, high = paired.interval_points
     equal = {k: v for k, v in entry.get("equal", {}).items() if k != "images"}
     part = [
@@ -121,7 +130,7 @@ def _row(entry: dict[str, Any], whole: dict[str, Any], names: Sequence[str], bit
     return [
         bits,
         way,
-        _percent(entry, names),
+        percent(entry, names),
         f"{paired.right_to_wrong} / {paired.wrong_to_right}",
         f"{-paired.change_points + 0.0:.2f}",
         f"{-high:.2f} .. {-low:.2f}",
@@ -153,13 +162,14 @@ def _cost_table(costs: Sequence[dict[str, Any]]) -> str:
             ]
         )
     header = [
-        "network, random weights", "images", "threads", "calibration and search s", "peak GB",
-        "32 images in floats s", "in integers, eval() s", "ratio, median of turns",
+        "network, random weights", "images", "threads", "calibration and search, s", "peak GB",
+        "32 images in floats, s", "in integers, eval(), s", "ratio, median of turns",
     ]  # fmt: skip
     return table(header, rows)
 
 
-def _percent(entry: Mapping[str, Any], names: Sequence[str]) -> str:
+def percent(entry: Mapping[str, Any], names: Sequence[str]) -> str:
+    """Top-1 over the image sets `names` together."""
     sets = [entry["sets"][name] for name in names]
     return f"{100 * sum(found['correct'] for found in sets) / sum(found['images'] for found in sets):.2f}"
 
@@ -168,9 +178,11 @@ def _about(results: Results, network: str, pruned: bool) -> str:
     entry = results[Job(network=network, pruned=pruned).name]
     removed = 1 - entry["nonzero"] / entry["parameters"]
     zeros = (
-        f"; {removed:.1%} of them zero: single weights, within 2 points of a hold-out, no training" if pruned else ""
+        f"; {removed:.1%} of them are zero: single weights, pruned within 2 points of a hold-out, without training"
+        if pruned
+        else ""
     )
-    return f"{entry['parameters']:,} parameters{zeros}; float file {entry['file_bytes'] / 1e6:.2f} MB."
+    return f"{entry['parameters']:,} parameters{zeros}. The float file has {entry['file_bytes'] / 1e6:.2f} MB."
 
 
 def _place(entry: Mapping[str, Any]) -> str:

@@ -46,7 +46,7 @@ def main() -> None:
     accuracy.add_argument("--data", type=Path, required=True, help="the folder with cifar10_jpeg.tar.xz")
     accuracy.add_argument("--cache", type=Path, required=True, help="of decoded images")
     accuracy.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="of training; the engine has none")
-    report = commands.add_parser("report", help="write benchmarks/results/spiking.md and .json")
+    report = commands.add_parser("report", help="write benchmarks/results/spiking.json and its pages")
     report.set_defaults(command=_report)
     report.add_argument("--controls", type=Path, default=None, help="results of benchmarks.primesvt, for its controls")
     for command in (exact, speed, accuracy, report):
@@ -121,10 +121,11 @@ def _keep(given: argparse.Namespace, key: str, make: Any) -> None:
 
 
 def _report(given: argparse.Namespace) -> None:
+    from ..pages import write_pages
     from .report import write
 
-    for file in write(given.out, Path(__file__).resolve().parent.parent / "results", given.controls):
-        print(file)
+    print(write(given.out, Path(__file__).resolve().parent.parent / "results", given.controls))
+    print(*write_pages(["spiking", "primesvt"]), sep="\n")
 
 
 def _commit(given: argparse.Namespace) -> str:

@@ -20,8 +20,8 @@ from .speed import PRUNED
 Results = Mapping[str, dict[str, Any]]
 
 
-def write(folder: Path, to: Path, controls: Path | None = None) -> list[Path]:
-    """spiking.md and spiking.json in `to`, from the results in `folder` and those that spiking.json keeps.
+def write(folder: Path, to: Path, controls: Path | None = None) -> Path:
+    """spiking.json in `to`, from the results in `folder` and those that it keeps already.
 
     controls: results of `benchmarks.primesvt run`, whose controls are fine-tuned just as these rows are.
     """
@@ -34,10 +34,7 @@ def write(folder: Path, to: Path, controls: Path | None = None) -> list[Path]:
     results = dict(sorted((results | {key: _kept(entry, new) for key, entry in new.items()}).items()))
     if not results:
         raise ValueError(f"{folder} has no results; `python -m benchmarks.spiking exact --out {folder}` makes some")
-    return [
-        write_text(to / "spiking.md", page(results)),
-        write_text(kept, json.dumps(results, allow_nan=False, indent=1) + "\n"),
-    ]
+    return write_text(kept, json.dumps(results, allow_nan=False, indent=1) + "\n")
 
 
 def _control(found: dict[str, Any]) -> dict[str, Any]:
@@ -73,17 +70,17 @@ def _kept(entry: dict[str, Any], results: Results) -> dict[str, Any]:
     return slim
 
 
-def page(results: Results) -> str:
-    """The whole page."""
+def sections(results: Results) -> list[str]:
+    """Exactness, accuracy, speed of whole and of pruned networks, and where it ran."""
     parts = [
-        "# Spiking transformers in integers",
-        "Exactness on all builders; accuracy of small trained networks (those of the PrimeSVT benchmark, T = 2, "
-        "CIFAR-10 JPEG copy, 10,000 test images). Every accuracy of integers is the C++ engine's.",
+        "## How it was measured",
+        "Exactness is checked on all builders. Accuracy is that of small trained networks: those of the PrimeSVT "
+        "benchmark, T = 2, CIFAR-10 (JPEG copy), 10,000 test images. Every accuracy of integers is the C++ engine's.",
     ]
     parts += [text for text in (_exact(results), _accuracy(results), _speed(results), _pruned(results)) if text]
     commits = sorted({f"commit {entry['commit']}" for entry in results.values() if "commit" in entry})
     commits += sorted({entry["where"] for entry in results.values() if "where" in entry})
-    return "\n\n".join([*parts, "## Where it ran", "\n".join(f"- {line}" for line in commits)]) + "\n"
+    return [*parts, "## Where it ran", "\n".join(f"- {line}" for line in commits)]
 
 
 def _exact(results: Results) -> str:
@@ -103,9 +100,9 @@ def _exact(results: Results) -> str:
     ]
     header = ["network", "T", "batches", "operations", "neurons", "spike rate, %", "MACs", "values that differ"]
     text = (
-        "## Reference, twin and engine\n\nFresh weights, statistics set by a pass in training mode, W8A8. Every "
-        "operation's output, spikes included, is compared between the NumPy reference, the torch twin and the C++ "
-        "engine, and the logits of whole passes besides."
+        "## Reference, twin and engine\n\nThe weights are fresh, a pass in training mode sets the statistics, and the "
+        "widths are W8A8. The output of every operation, spikes included, is compared between the NumPy reference, the "
+        "torch twin and the C++ engine. The logits of whole passes are compared as well."
     )
     return f"{text}\n\n{table(header, rows)}" if rows else ""
 
@@ -140,7 +137,7 @@ def _accuracy(results: Results) -> str:
         "kB",
     ]
     text = (
-        "## Accuracy\n\nScales searched on 128 images. Fine-tuned rows (quantization-aware) are compared "
+        "## Accuracy\n\nScales are searched on 128 images. Rows that are fine-tuned (quantization-aware) are compared "
         "with a float control of as many epochs, the others with the float network."
     )
     return f"{text}\n\n{table(header, rows)}" if rows else ""
@@ -167,14 +164,15 @@ def _speed(results: Results) -> str:
             told = ", ".join(f"{kind} {share:.0%}" for kind, share in race["shares"].items() if share >= 0.005)
             shares.append(f"- {entry['network']}, {race['threads']} thread(s): {told}")
     header = [
-        "network", "MACs", "spikes a MAC", "engine, ms", "torch fp32, ms (times engine)",
+        "network", "MACs", "spikes per MAC", "engine, ms", "torch fp32, ms (times engine)",
         "onnxruntime fp32, ms (times engine)", "answer equal", "peak RSS", "file against float32",
     ]  # fmt: skip
     text = (
-        "## Speed\n\nBatch 1, fresh weights, random images, normalizations biased until spikes cause at least a fifth "
-        "as many additions as there are MACs. Every runtime in its own process, in turns; medians with quartiles, "
-        "ratios round by round. Integer logits of every implementation against the twin's in the same run. Peers have "
-        "the same shapes; their time does not depend on spikes. onnxruntime runs T unrolled.\n\n"
+        "## Speed\n\nBatch 1, fresh weights, random images. Normalizations are biased until spikes cause at least a "
+        "fifth as many additions as there are MACs. Every runtime runs in its own process, and they take turns. Times "
+        "are medians with quartiles; ratios are taken round by round. Integer logits of every implementation are "
+        "compared with the twin's in the same run. The peers have the same shapes, and their time does not depend on "
+        "spikes. onnxruntime runs the time steps unrolled.\n\n"
     )
     return text + table(header, rows) + "\n\nThe engine's time by kind of step:\n\n" + "\n".join(shares) if rows else ""
 
@@ -210,7 +208,8 @@ def _pruned(results: Results) -> str:
             )
     header = ["network", "parameters removed", "MACs left", "spikes' additions left", "time left", "answer equal"]
     text = (
-        "## Pruned networks\n\nAn equal part of every group removed, widths in multiples of eight, in the race above; "
-        "other spikes too, since the weights are fresh."
+        "## Speed of pruned networks\n\nAn equal part of every group is removed, with widths in multiples of eight. "
+        "They ran in the race above. Their spikes differ, too, since the weights are fresh. A time above 1.00 is a "
+        "pruned network that takes longer than the whole one."
     )
     return f"{text}\n\n{table(header, rows)}" if rows else ""
