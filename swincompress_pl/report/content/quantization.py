@@ -83,7 +83,7 @@ def _bits(known: Diagnosis) -> Section:
     table = Table.of(("layer", "weight bits", "weights", "packed"), rows, long=True)
     layers = Counter(bits for bits, _ in known.layers.values())
     text = ", ".join(f"{number} at {bits} bits" for bits, number in sorted(layers.items()))
-    return Section(title="Bits a layer", text=f"{len(rows)} layers: {text}.", table=table, plots=("quantization_bits",))
+    return Section(title="Bits per layer", text=f"{len(rows)} layers: {text}.", table=table, plots=("quantization_bits",))
 
 
 def _effect(effect: Effect, images: int) -> str:

@@ -24,7 +24,7 @@ def stages(record: RunRecord) -> Section | None:
 
     rows = [
         row("parameters", lambda s: count(s.parameters), lambda s: s.parameters),
-        row("MACs an image", lambda s: count(s.macs), lambda s: s.macs),
+        row("MACs per image", lambda s: count(s.macs), lambda s: s.macs),
         *_size_rows(row),
         ["top-1 [95 % interval]", *("-" if s.accuracy is None else str(s.accuracy) for s in record.stages)],
         *_latency_rows(record.stages),
@@ -106,7 +106,7 @@ def layers(record: RunRecord) -> Section | None:
         for layer in record.layers
     ]
     table = Table.of(["weight", "values before", "non-zeros after", "gone"], rows, long=True)
-    return Section(title="Sparsity a layer", table=table, plots=("sparsity",))
+    return Section(title="Sparsity per layer", table=table, plots=("sparsity",))
 
 
 def operations(record: RunRecord) -> Section | None:
@@ -128,7 +128,7 @@ def operations(record: RunRecord) -> Section | None:
         for op in slowest
     ]
     return Section(
-        title="Latency a layer",
+        title="Latency per layer",
         text=f"{len(operations)} operations, {total:.3g} ms together; the slowest {len(slowest)}:",
         table=Table.of(["operation", "kind", "ms", "share", "MACs", "GMAC/s"], rows),
         plots=("latency",),

@@ -30,7 +30,7 @@ def search(record: RunRecord) -> Section | None:
         ("score on the hold-out", f"{state.baseline_score:.2f} -> {score} points{allowed}"),
         ("parameters", change(state.baseline_parameters, parameters_left(state))),
         *_weights(state),
-        *([("MACs an image", change(state.baseline_macs, macs_left(state)))] if state.baseline_macs else []),
+        *([("MACs per image", change(state.baseline_macs, macs_left(state)))] if state.baseline_macs else []),
         ("search", f"{state.granularity}, {tried}, {kept} kept"),
         ("its end", state.stopped or "not reached: the search goes on"),
         *_scoring(state),

@@ -37,7 +37,7 @@ def _stage_tiles(stages: Sequence[Stage]) -> list[Tile]:
     for what, (before, after), show in (
         ("file", sizes, megabytes),
         ("parameters", [first.parameters, last.parameters], count),
-        ("MACs an image", [first.macs, last.macs], count),
+        ("MACs per image", [first.macs, last.macs], count),
     ):
         if last is not first and before and after is not None:
             share = f"{100 * after / before:.1f} % of {first.name}'s {show(before)}"

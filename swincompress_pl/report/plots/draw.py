@@ -32,9 +32,9 @@ PLOTS = {
     "pruning_sparsity": "What the search removed, by round",
     "pruning_accuracy_size": "The search's steps, accuracy against size",
     "pruning_sensitivity": "Sensitivity",
-    "sparsity": "Sparsity a layer",
+    "sparsity": "Sparsity per layer",
     **QUANTIZATION_TITLES,
-    "latency": "Latency a layer",
+    "latency": "Latency per layer",
 }
 
 

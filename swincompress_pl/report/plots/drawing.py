@@ -21,11 +21,11 @@ from swincompress_pl.files import write_file
 
 DPI = 130
 PAGE_WIDTH = 1250  # pixels: a wider drawing would be illegible when it is made to fit, so it scrolls
-# Blue against vermilion: told apart with every common colour blindness, and every pair differs in its mark, too.
+# Blue against vermilion: told apart with every common color blindness, and every pair differs in its mark, too.
 BASE, BETWEEN, LAST, ALERT, TEXT = "#9aa5b1", "#8db9e0", "#1f6fb2", "#c8553d", "#2b3440"
 EDGE, GRID, EMPTY, PAGE = "#b8c0c8", "#e3e7eb", "#eef1f4", "#ffffff"
 # A page that embeds `inline_svg` defines these, once for light and once for dark.
-CSS_COLOURS = {
+CSS_COLORS = {
     TEXT: "--ink", EDGE: "--edge", GRID: "--grid", EMPTY: "--empty", PAGE: "--page", LAST: "--accent", ALERT: "--alert"
 }  # fmt: skip
 _FONT = "DejaVu Sans"
@@ -90,7 +90,7 @@ def to_rgb(figure: Figure) -> npt.NDArray[np.uint8]:
 
 
 def inline_svg(figure: Figure, *, name: str, label: str) -> str:
-    """The figure as an <svg> element for an HTML page: no namespaces, no links to anywhere, the colours of the page.
+    """The figure as an <svg> element for an HTML page: no namespaces, no links to anywhere, the colors of the page.
 
     name: unique in its page; all ids begin with it. label: what a screen reader says.
     """
@@ -105,7 +105,7 @@ def inline_svg(figure: Figure, *, name: str, label: str) -> str:
         element.tag = element.tag.removeprefix(_SVG)
         element.attrib = {key.removeprefix(_XLINK): _local(key, value, name) for key, value in element.attrib.items()}
         if element.tag == "style" and element.text:
-            element.text = _in_page_colours(element.text)
+            element.text = _in_page_colors(element.text)
     width_pt = float(root.attrib.pop("width").removesuffix("pt"))
     root.attrib.pop("height")
     width = width_pt * 4 / 3
@@ -116,32 +116,32 @@ def inline_svg(figure: Figure, *, name: str, label: str) -> str:
 
 
 def _local(key: str, value: str, name: str) -> str:
-    """An attribute's value with ids of this figure alone and colours of the page."""
+    """An attribute's value with ids of this figure alone and colors of the page."""
     if key == "id":
         return f"{name}-{value}"
     if value.startswith("#") and key.endswith("href"):
         return f"#{name}-{value[1:]}"
     value = value.replace("url(#", f"url(#{name}-")
-    return _in_page_colours(value) if key in ("style", "fill", "stroke") else value
+    return _in_page_colors(value) if key in ("style", "fill", "stroke") else value
 
 
-def _in_page_colours(css: str) -> str:
+def _in_page_colors(css: str) -> str:
     # Verdana has the widths of DejaVu Sans, for systems without it.
     css = css.replace(f"'{_FONT}'", f"'{_FONT}', Verdana, sans-serif")
-    return re.sub(r"#[0-9a-f]{6}", lambda found: _page_colour(found), css)
+    return re.sub(r"#[0-9a-f]{6}", lambda found: _page_color(found), css)
 
 
-def _page_colour(found: Any) -> str:
-    colour: str = found.group(0)
-    return f"var({CSS_COLOURS[colour]})" if colour in CSS_COLOURS else colour
+def _page_color(found: Any) -> str:
+    color: str = found.group(0)
+    return f"var({CSS_COLORS[color]})" if color in CSS_COLORS else color
 
 
 def bars(
-    ax: Axes, names: Sequence[str], values: Sequence[float], show: Callable[[float], str], colours: Sequence[str]
+    ax: Axes, names: Sequence[str], values: Sequence[float], show: Callable[[float], str], colors: Sequence[str]
 ) -> None:
     """Horizontal bars from zero, first on top, each with its value."""
     places = list(range(len(names)))
-    ax.barh(places, list(values), color=list(colours), height=0.68)
+    ax.barh(places, list(values), color=list(colors), height=0.68)
     ax.set_yticks(places, list(names))
     ax.invert_yaxis()
     largest = max(values) or 1.0

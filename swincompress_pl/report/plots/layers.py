@@ -10,7 +10,7 @@ from swincompress_pl.report.layers import LayerSparsity
 from swincompress_pl.report.operations import OperationTime
 from swincompress_pl.report.plots.drawing import EMPTY, LAST, bars, new_figure
 
-_KIND_COLOURS = (
+_KIND_COLORS = (
     "#1f6fb2",
     "#e08a3c",
     "#4c9a6a",
@@ -61,20 +61,20 @@ def operation_latency(operations: Sequence[OperationTime]) -> Figure | None:
     for operation in operations:
         by_kind[operation.kind] = by_kind.get(operation.kind, 0.0) + operation.time_ms
     kinds = sorted(by_kind, key=lambda kind: -by_kind[kind])
-    colours = {kind: _KIND_COLOURS[number % len(_KIND_COLOURS)] for number, kind in enumerate(kinds)}
+    colors = {kind: _KIND_COLORS[number % len(_KIND_COLORS)] for number, kind in enumerate(kinds)}
     total = sum(by_kind.values()) or 1.0
     slowest = sorted(operations, key=lambda operation: -operation.time_ms)[:_OPERATIONS_SHOWN]
     figure = new_figure(11.5, 1.2 + 0.24 * max(len(slowest), len(kinds), 6))
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.35))
     bars(
         left, kinds, [by_kind[kind] for kind in kinds], lambda v: f"{v:.3g} ms, {100 * v / total:.0f} %",
-        [colours[kind] for kind in kinds],
+        [colors[kind] for kind in kinds],
     )  # fmt: skip
     left.set_xlim(0, 1.55 * max(by_kind.values()))
     left.set_title(f"By kind of operation ({total:.3g} ms)")
     bars(
         right, [short(operation.name) for operation in slowest], [operation.time_ms for operation in slowest],
-        lambda v: f"{v:.3g} ms", [colours[operation.kind] for operation in slowest],
+        lambda v: f"{v:.3g} ms", [colors[operation.kind] for operation in slowest],
     )  # fmt: skip
     right.tick_params(axis="y", labelsize=8)
     right.set_title(f"The slowest {len(slowest)} of {len(operations)} operations")

@@ -32,7 +32,7 @@ from swincompress_pl.report.plots.drawing import (
 
 Result = Mapping[str, Any] | PrimeSVTResult
 
-_BAND_COLOURS = (LAST, BETWEEN, BASE)
+_BAND_COLORS = (LAST, BETWEEN, BASE)
 _PHASES = {"target set": ("s", BASE), "robustness": ("^", BETWEEN), "policy": ("o", LAST)}
 _ROW_INCHES = 0.24
 
@@ -68,7 +68,7 @@ def save_primesvt_figures(
 
 
 def robustness_by_block(result: Result) -> Figure | None:
-    """A bar for each block, coloured by its band, with the rate that the policy left it at; None where robustness was
+    """A bar for each block, colored by its band, with the rate that the policy left it at; None where robustness was
     not measured."""
     known = _read(result)
     blocks = [block for block in known.blocks if block.robustness is not None]
@@ -78,9 +78,9 @@ def robustness_by_block(result: Result) -> Figure | None:
         figure = new_figure(7, 1.2 + _ROW_INCHES * len(blocks))
         ax = figure.subplots()
         places = range(len(blocks))
-        colours = [_BAND_COLOURS[min(block.band, len(_BAND_COLOURS) - 1)] for block in blocks]
+        colors = [_BAND_COLORS[min(block.band, len(_BAND_COLORS) - 1)] for block in blocks]
         values = [float(block.robustness or 0) for block in blocks]
-        ax.barh(places, values, color=colours)
+        ax.barh(places, values, color=colors)
         ax.set_yticks(places, [block.name for block in blocks], fontsize=8)
         ax.invert_yaxis()
         for place, block, value in zip(places, blocks, values, strict=True):
@@ -89,13 +89,13 @@ def robustness_by_block(result: Result) -> Figure | None:
                 textcoords="offset points", va="center", fontsize=7.5,
             )  # fmt: skip
         ax.margins(x=0.3)
-        ax.set_xlabel("robustness: percent of the parameters saved a point lost")
+        ax.set_xlabel("robustness: percent of the parameters saved per point lost")
         ax.set_title("Robustness of the blocks, and their pruning rates")
         return finished(figure)
 
 
 def curves_by_block(result: Result) -> Figure | None:
-    """A row for each block: the rates at which it was measured alone, coloured by what it lost, and a bar to where it
+    """A row for each block: the rates at which it was measured alone, colored by what it lost, and a bar to where it
     was left, with what that saves; None where no curve was measured."""
     known = _read(result)
     if not any(block.curve for block in known.blocks):
@@ -169,19 +169,19 @@ def spike_rates(before: Mapping[str, float], after: Mapping[str, float] | None =
         ax.invert_yaxis()
         ax.set_xlim(left=0)
         ax.grid()
-        ax.set_xlabel("spikes a time step and a place, %")
+        ax.set_xlabel("spikes per time step and place, %")
         ax.set_title("Spike rates of the neurons")
         ax.legend(fontsize=8)
         return finished(figure)
 
 
 def _points(ax: Axes, candidates: list[Candidate]) -> None:
-    for phase, (mark, colour) in _PHASES.items():
-        for accepted, face in ((True, colour), (False, "none")):
+    for phase, (mark, color) in _PHASES.items():
+        for accepted, face in ((True, color), (False, "none")):
             found = [c for c in candidates if (c.phase, c.accepted) == (phase, accepted)]
             if found:
                 ax.plot(
-                    [100 * c.saving for c in found], [c.score for c in found], mark, color=colour, markerfacecolor=face,
+                    [100 * c.saving for c in found], [c.score for c in found], mark, color=color, markerfacecolor=face,
                     markersize=4.5, label=f"{phase}, {'within' if accepted else 'beyond'} ({len(found)})",
                 )  # fmt: skip
 

@@ -34,7 +34,7 @@ _ROWS_ALONE, _ROWS_A_COLUMN = 60, 120
 _LONG_NAME = 32
 _CURVES_NAMED = 6
 _MOST_SENSITIVE = 3
-_CURVE_COLOURS = (LAST, ALERT, "#2a8c6e", "#8a5fb0", "#b8860b", "#4a5560")
+_CURVE_COLORS = (LAST, ALERT, "#2a8c6e", "#8a5fb0", "#b8860b", "#4a5560")
 _MARKS = ("o", "s", "^", "D", "v", "P")
 
 
@@ -94,7 +94,7 @@ def accuracy_against_size(search: Search, *, tolerance: float | None = None) -> 
     panels = [("parameters", known.baseline_parameters, [float(step.parameters) for step in known.steps])]
     macs = [step.macs for step in known.steps if step.macs is not None]
     if known.baseline_macs is not None and len(macs) == len(known.steps) and set(macs) != {known.baseline_macs}:
-        panels.append(("MACs an image", known.baseline_macs, [float(value) for value in macs]))
+        panels.append(("MACs per image", known.baseline_macs, [float(value) for value in macs]))
     with style():
         figure = new_figure(0.6 + 5.4 * len(panels), 4.2)
         axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
@@ -110,8 +110,8 @@ def accuracy_against_size(search: Search, *, tolerance: float | None = None) -> 
 def sensitivity_curves(search: Search) -> Figure | None:
     """The score against the part removed of one target alone: a line for each target, a panel for each kind.
 
-    Up to six targets of a kind are told apart by colour, mark and name; of more, the three most sensitive ones are
-    named and the others are coloured by their depth in the network. None where nothing was measured.
+    Up to six targets of a kind are told apart by color, mark and name; of more, the three most sensitive ones are
+    named and the others are colored by their depth in the network. None where nothing was measured.
     """
     known = read_search(search)
     curves = {name: curve for name in known.targets if (curve := sensitivity_curve(known, name))}
@@ -163,9 +163,9 @@ def _heat_map(ax: Axes, rows: Sequence[tuple[str, int | None]], gone: Any, heigh
     for place, (_, number) in enumerate(rows):
         if number is not None:
             cells[place] = 100 * gone[number]
-    colours = LinearSegmentedColormap.from_list("removed", [EMPTY, "#8db9e0", LAST, "#0a2a4d"])
+    colors = LinearSegmentedColormap.from_list("removed", [EMPTY, "#8db9e0", LAST, "#0a2a4d"])
     image = ax.imshow(
-        np.ma.masked_invalid(cells), cmap=colours, vmin=0, vmax=100, aspect="auto", interpolation="none",
+        np.ma.masked_invalid(cells), cmap=colors, vmin=0, vmax=100, aspect="auto", interpolation="none",
         extent=(0.5, rounds + 0.5, len(rows) - 0.5, -0.5),
     )  # fmt: skip
     lines: Any = {"color": PAGE, "linewidth": 0.7}
@@ -256,8 +256,8 @@ def _curves(ax: Axes, curves: Mapping[str, Sequence[tuple[float, float]]], basel
     for number, (name, curve) in enumerate(curves.items()):
         if name not in named:
             ax.plot(*_percent(curve), color=depth(0.25 + 0.57 * number / (len(curves) - 1)), linewidth=1, alpha=0.75)
-    for colour, mark, name in zip(_CURVE_COLOURS, _MARKS, named, strict=False):
-        ax.plot(*_percent(curves[name]), color=colour, marker=mark, markersize=4.5, linewidth=1.8, label=shown[name])
+    for color, mark, name in zip(_CURVE_COLORS, _MARKS, named, strict=False):
+        ax.plot(*_percent(curves[name]), color=color, marker=mark, markersize=4.5, linewidth=1.8, label=shown[name])
     ax.grid()
     heading = None if few else f"the {len(named)} most sensitive; others by depth,\nthe first blue, the last green"
     ax.legend(loc="lower left", fontsize=8, title=heading, title_fontsize=8, alignment="left")

@@ -24,11 +24,11 @@ QUANTIZATION_TITLES = {
     "quantization_costs": "What each quantizer costs",
     "quantization_ranges": "Ranges and clips",
     "quantization_histograms": "Values of the worst quantizers",
-    "quantization_bits": "Bits a layer",
+    "quantization_bits": "Bits per layer",
 }
 _ROWS_SHOWN, _COSTS_SHOWN = 60, 30
 _KINDS = {"activation": (LAST, "o"), "weight": ("#e08a3c", "s")}
-_BIT_COLOURS = {8: "#1f6fb2", 7: "#4b8ec6", 6: "#2a8c6e", 5: "#7a9e3a", 4: "#e08a3c", 3: "#c8553d", 2: "#8a2f3d"}
+_BIT_COLORS = {8: "#1f6fb2", 7: "#4b8ec6", 6: "#2a8c6e", 5: "#7a9e3a", 4: "#e08a3c", 3: "#c8553d", 2: "#8a2f3d"}
 
 
 def quantization_figures(data: Mapping[str, Any] | Diagnosis) -> dict[str, Figure]:
@@ -53,13 +53,13 @@ def _errors(known: Diagnosis) -> Figure | None:
     with style():
         figure, ax = _row_figure(shown)
         for place, error in enumerate(shown):
-            colour, mark = _KINDS[error.kind]
+            color, mark = _KINDS[error.kind]
             ends = [error.snr_db or 0.0, error.own_snr_db or 0.0]
-            ax.plot(ends, [place, place], color=colour, linewidth=1, alpha=0.35)
-            ax.plot(ends[1:], [place], mark, markersize=4.5, markerfacecolor="none", markeredgecolor=colour)
-            ax.plot(ends[:1], [place], mark, markersize=4.5, color=colour)
-        for kind, (colour, mark) in _KINDS.items():
-            ax.plot([], [], mark, color=colour, markersize=4.5, label=kind)
+            ax.plot(ends, [place, place], color=color, linewidth=1, alpha=0.35)
+            ax.plot(ends[1:], [place], mark, markersize=4.5, markerfacecolor="none", markeredgecolor=color)
+            ax.plot(ends[:1], [place], mark, markersize=4.5, color=color)
+        for kind, (color, mark) in _KINDS.items():
+            ax.plot([], [], mark, color=color, markersize=4.5, label=kind)
         ax.plot([], [], "o", markerfacecolor="none", markeredgecolor=EDGE, markersize=4.5, label="rounded here alone")
         ax.set_xlabel("signal to noise, dB (more is better)")
         figure.legend(loc="outside lower center", ncols=3, fontsize=9)
@@ -98,13 +98,13 @@ def _ranges(known: Diagnosis) -> Figure | None:
         figure, ax = _row_figure(shown)
         reach = [(1 / (e.clip_to_p9999 or 1), 1 / (e.clip_to_max or 1)) for e in shown]
         for place, (error, (percentile, largest)) in enumerate(zip(shown, reach, strict=True)):
-            colour, mark = _KINDS[error.kind]
-            ax.plot([percentile, largest], [place, place], color=colour, linewidth=1.5, alpha=0.5)
-            ax.plot([percentile], [place], "|", markersize=8, color=colour)
-            ax.plot([largest], [place], mark, markersize=4.5, color=colour)
+            color, mark = _KINDS[error.kind]
+            ax.plot([percentile, largest], [place, place], color=color, linewidth=1.5, alpha=0.5)
+            ax.plot([percentile], [place], "|", markersize=8, color=color)
+            ax.plot([largest], [place], mark, markersize=4.5, color=color)
         ax.axvline(1, color=TEXT, linestyle="--", linewidth=1.2, label="clip")
-        for kind, (colour, mark) in _KINDS.items():
-            ax.plot([], [], mark, color=colour, markersize=4.5, label=f"maximum, {kind}")
+        for kind, (color, mark) in _KINDS.items():
+            ax.plot([], [], mark, color=color, markersize=4.5, label=f"maximum, {kind}")
         ax.plot([], [], "|", color=EDGE, markersize=8, label="99.99 percentile")
         ax.set_xscale("log", base=2)
         ends = [value for pair in reach for value in pair]
@@ -158,7 +158,7 @@ def _bits(known: Diagnosis) -> Figure | None:
         figure = new_figure(7.4, 1.0 + 0.19 * len(known.layers))
         ax = figure.add_subplot()
         places, widths = range(len(known.layers)), [bits for bits, _ in known.layers.values()]
-        ax.barh(places, widths, color=[_BIT_COLOURS[bits] for bits in widths], height=0.72)
+        ax.barh(places, widths, color=[_BIT_COLORS[bits] for bits in widths], height=0.72)
         for place, (bits, weights) in enumerate(known.layers.values()):
             text = f"{bits}, {megabytes(packed_bytes(bits, weights))}"
             ax.text(bits + 0.1, place, text, va="center", fontsize=7)
@@ -168,7 +168,7 @@ def _bits(known: Diagnosis) -> Figure | None:
         ax.set_xticks(range(0, 9, 2))
         ax.tick_params(axis="y", length=0)
         ax.set_xlabel("weight bits, and their size packed")
-        ax.set_title(f"Bits a layer ({megabytes(all_packed_bytes(known))} together)")
+        ax.set_title(f"Bits per layer ({megabytes(all_packed_bytes(known))} together)")
         return finished(figure)
 
 
