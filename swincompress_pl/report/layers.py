@@ -27,7 +27,7 @@ class LayerSparsity(Plain):
 
     @property
     def sparsity(self) -> float:
-        """The part that is gone, 0 to 1."""
+        """The part that is removed, 0 to 1."""
         return 1.0 - self.nonzeros_after / self.weights_before if self.weights_before else 0.0
 
 

@@ -14,7 +14,7 @@ from swincompress_pl.report.search import macs_left, parameters_left, read_searc
 
 
 def tiles(record: RunRecord) -> list[Tile]:
-    """Of the stages, or else of the search; then of the quantization."""
+    """The tiles of the stages, or else of the search, and then those of the quantization."""
     found = _stage_tiles(record.stages) if record.stages else []
     if not record.stages and record.pruning is not None:
         found = _search_tiles(read_search(record.pruning))
@@ -24,7 +24,7 @@ def tiles(record: RunRecord) -> list[Tile]:
 
 
 def _stage_tiles(stages: Sequence[Stage]) -> list[Tile]:
-    """Of the last stage against the first, what both have."""
+    """What both the first and the last stage have, compared."""
     first, last = stages[0], stages[-1]
     found = []
     if last.accuracy is not None:

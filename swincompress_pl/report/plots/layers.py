@@ -1,4 +1,4 @@
-"""The plots of a run's layers: what of each is gone, and where the engine's time goes."""
+"""The plots of a run's layers: how much of each is removed, and where the engine's time goes."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ _OPERATIONS_SHOWN = 20
 
 
 def layer_sparsities(layers: Sequence[LayerSparsity]) -> Figure | None:
-    """A bar for each weight, the largest ones where there are many; None without any."""
+    """A bar per weight, for the largest weights if there are many; None without any."""
     if not layers:
         return None
     shown = list(layers)
-    title = "Part of each weight that is gone"
+    title = "Part of each weight that is removed"
     if len(shown) > _LAYERS_SHOWN:
         chosen = sorted(layers, key=lambda layer: -layer.weights_before)[:_LAYERS_SHOWN]
         shown = [layer for layer in layers if layer in chosen]
@@ -82,7 +82,7 @@ def operation_latency(operations: Sequence[OperationTime]) -> Figure | None:
 
 
 def short(name: str) -> str:
-    """Of operations that run as one, "a.b.c+a.b.d", the later ones without what they share: "a.b.c+d"."""
+    """Shortens the name of operations that ran as one: "a.b.c+a.b.d" becomes "a.b.c+d"."""
     first, *later = name.split("+")
     path = first.split(".")
     for other in later:

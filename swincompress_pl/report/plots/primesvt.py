@@ -1,7 +1,7 @@
-"""The plots of a PrimeSVT search: robustness a block or its curve, accuracy against memory, spike rates.
+"""The plots of a PrimeSVT search: robustness or curve of each block, accuracy against memory, spike rates.
 
-Each takes the plain data of `pruning.PrimeSVTResult.to_dict()` and returns a matplotlib Figure that belongs to the
-caller, or None where there is nothing to draw; none touches pyplot.
+Each function takes a `pruning.PrimeSVTResult`, or its plain data. It returns a matplotlib Figure, or None if there is
+nothing to draw. None of them touches pyplot.
 """
 
 from __future__ import annotations
@@ -38,11 +38,17 @@ _ROW_INCHES = 0.24
 
 
 def primesvt_figures(result: Result, *, rates_after: Mapping[str, float] | None = None) -> dict[str, Figure]:
-    """All plots for which the result has data: {"robustness", "accuracy_memory", "spike_rates"}, in this order; with
-    policy="allocated" "curves" in the place of "robustness".
+    """Draws all plots for which a result of PrimeSVT has data.
 
-    rates_after: {neuron: spike rate} of the pruned network, beside those of the unpruned one.
-    Raises ValueError for data of another version.
+    Args:
+        result: What the search gave, or its plain data.
+        rates_after: Spike rates of the pruned network by neuron layer, 0 to 1, drawn beside those of the unpruned one.
+
+    Returns:
+        Figures by name: "robustness" (or "curves" with the allocated policy), "accuracy_memory", "spike_rates".
+
+    Raises:
+        ValueError: If the data are of another version.
     """
     known = _read(result)
     curves = curves_by_block(known)
@@ -58,7 +64,20 @@ def primesvt_figures(result: Result, *, rates_after: Mapping[str, float] | None 
 def save_primesvt_figures(
     result: Result, folder: Path, *, rates_after: Mapping[str, float] | None = None
 ) -> list[Path]:
-    """Writes each of `primesvt_figures` as primesvt-<name>.png into `folder`, which is made if need be."""
+    """Writes each of `primesvt_figures` as primesvt-<name>.png.
+
+    Args:
+        result: What the search gave, or its plain data.
+        folder: Where the files go; it is made if needed.
+        rates_after: Spike rates of the pruned network by neuron layer, 0 to 1.
+
+    Returns:
+        The paths of the files.
+
+    Raises:
+        FileExistsError: If `folder` is a file.
+        ValueError: If the data are of another version.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     files = []
     for name, figure in primesvt_figures(result, rates_after=rates_after).items():
@@ -68,8 +87,7 @@ def save_primesvt_figures(
 
 
 def robustness_by_block(result: Result) -> Figure | None:
-    """A bar for each block, colored by its band, with the rate that the policy left it at; None where robustness was
-    not measured."""
+    """A bar per block in the color of its band, with its final rate; None if robustness was not measured."""
     known = _read(result)
     blocks = [block for block in known.blocks if block.robustness is not None]
     if not blocks:
@@ -95,8 +113,10 @@ def robustness_by_block(result: Result) -> Figure | None:
 
 
 def curves_by_block(result: Result) -> Figure | None:
-    """A row for each block: the rates at which it was measured alone, colored by what it lost, and a bar to where it
-    was left, with what that saves; None where no curve was measured."""
+    """A row per block with what it loses at each rate alone; None if no curve was measured.
+
+    A bar reaches to the rate at which the policy left the block, and a figure says what that saves.
+    """
     known = _read(result)
     if not any(block.curve for block in known.blocks):
         return None
@@ -126,8 +146,10 @@ def curves_by_block(result: Result) -> Figure | None:
 
 
 def accuracy_against_memory(result: Result) -> Figure | None:
-    """Every candidate by what it saves and how it scores, the two constraints, and what was applied; None without
-    candidates."""
+    """Every candidate by what it saves and how it scores; None without candidates.
+
+    The two constraints and the candidate that was applied are marked.
+    """
     known = _read(result)
     if not known.candidates:
         return None
@@ -154,7 +176,7 @@ def accuracy_against_memory(result: Result) -> Figure | None:
 
 
 def spike_rates(before: Mapping[str, float], after: Mapping[str, float] | None = None) -> Figure | None:
-    """The rate of each neuron, in the order of a pass, unpruned and, where given, pruned; None without neurons."""
+    """The rate of each neuron layer, in the order of a pass, unpruned and, if given, pruned; None without neurons."""
     if not before:
         return None
     with style():

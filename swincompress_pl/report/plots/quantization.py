@@ -1,7 +1,6 @@
 """The plots of a quantized network: errors, costs, ranges with their clips, values of the worst quantizers, bits.
 
-Each takes a `Diagnosis` and returns a matplotlib Figure that belongs to the caller, or None where there is nothing
-to draw.
+Each function takes a `Diagnosis` and returns a matplotlib Figure, or None if there is nothing to draw.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ def quantization_figures(data: Mapping[str, Any] | Diagnosis) -> dict[str, Figur
 
 
 def _errors(known: Diagnosis) -> Figure | None:
-    """Signal to noise: of the values (filled) and of the rounding here alone (hollow), the network's order down."""
+    """Signal to noise of the values (filled) and of the rounding here alone (hollow), in the network's order."""
     found = [error for error in known.errors if error.snr_db is not None and error.own_snr_db is not None]
     shown = _worst(found, lambda error: error.snr_db or 0.0)
     if not shown:
@@ -68,7 +67,7 @@ def _errors(known: Diagnosis) -> Figure | None:
 
 
 def _costs(known: Diagnosis) -> Figure | None:
-    """The KL divergence with one quantizer alone, the dearest first."""
+    """The KL divergence with one quantizer alone, the costliest first."""
     shown = known.costs[:_COSTS_SHOWN]
     if not shown:
         return None
@@ -84,12 +83,12 @@ def _costs(known: Diagnosis) -> Figure | None:
             ax.barh([0], [0], color=_KINDS[kind][0], label=kind)
         ax.set_xlabel("KL to the float output, 1/1000 nats, this one alone quantized")
         ax.legend(loc="lower right", fontsize=9)
-        ax.set_title(_of("What each quantizer costs", "dearest", shown, known.costs))
+        ax.set_title(_of("What each quantizer costs", "costliest", shown, known.costs))
         return finished(figure)
 
 
 def _ranges(known: Diagnosis) -> Figure | None:
-    """From the 99.99 percentile to the maximum of every quantizer's magnitudes, in clips."""
+    """The magnitudes at every quantizer, from the 99.99 percentile to the maximum, in multiples of the clip."""
     found = [error for error in known.errors if error.clip_to_max and error.clip_to_p9999]
     shown = _worst(found, lambda error: error.clip_to_max or 0.0)
     if not shown:
@@ -118,7 +117,7 @@ def _ranges(known: Diagnosis) -> Figure | None:
 
 
 def _histograms(known: Diagnosis) -> Figure | None:
-    """Float values in steps, with the ends of the codes."""
+    """Float values in quantization steps, with the first and the last code."""
     if not known.histograms:
         return None
     columns = min(2, len(known.histograms))
@@ -151,7 +150,7 @@ def _histogram(ax: Axes, histogram: Histogram) -> None:
 
 
 def _bits(known: Diagnosis) -> Figure | None:
-    """Bars of the weight bits, first layer on top, with the bytes they take."""
+    """A bar of weight bits per layer, the first layer on top, with the bytes that they take."""
     if not known.layers:
         return None
     with style():
@@ -173,7 +172,7 @@ def _bits(known: Diagnosis) -> Figure | None:
 
 
 def _worst(errors: Sequence[QuantizationError], key: Any) -> list[QuantizationError]:
-    """As many as a figure has room for, least key first chosen, in the network's order."""
+    """As many as a figure has room for, those with the least key, in the network's order."""
     chosen = {id(error) for error in sorted(errors, key=key)[:_ROWS_SHOWN]}
     return [error for error in errors if id(error) in chosen]
 

@@ -13,7 +13,7 @@ from swincompress_pl.report.record import PruningStep, Stage, runtimes
 
 
 def before_after(stages: Sequence[Stage]) -> Figure | None:
-    """A panel for each figure that any stage has; None where there is none."""
+    """A panel per figure that any stage has; None if there is none."""
     panels: list[tuple[str, list[tuple[Stage, float]], Callable[[float], str]]] = [
         ("Parameters", [(s, s.parameters) for s in stages if s.parameters is not None], lambda v: count(round(v))),
         ("MACs per image", [(s, s.macs) for s in stages if s.macs is not None], lambda v: count(round(v))),
@@ -91,7 +91,7 @@ def _latency_panel(ax: Axes, stages: Sequence[Stage], timed: Sequence[str]) -> N
 
 
 def accuracy_size(stages: Sequence[Stage], steps: Sequence[PruningStep]) -> Figure | None:
-    """Steps of a search, and stages with their files; None where neither can be placed."""
+    """A panel with the steps of a search, and one with the stages and their files; None if both are empty."""
     placed = [s for s in stages if s.accuracy is not None and s.size is not None and s.size.file_bytes is not None]
     tried = [s for s in steps if s.accuracy_percent is not None and (s.macs is not None or s.parameters is not None)]
     total = bool(len(placed) > 1) + bool(tried)
@@ -135,7 +135,7 @@ def _trade_off_panel(ax: Axes, stages: Sequence[Stage]) -> None:
     for stage, size, color in zip(stages, sizes, _stage_colors(len(stages)), strict=True):
         assert stage.accuracy is not None
         low, high = stage.accuracy.interval_percent
-        # Stages of (nearly) one size are drawn beside each other, or their intervals would hide one another.
+        # Stages of (nearly) the same size are drawn side by side, or their intervals would hide one another.
         x = size - apart * sum(abs(size - other) < apart for other in sizes[: len(points)])
         y = stage.accuracy.percent
         points.append((x, y))
@@ -152,7 +152,7 @@ def _trade_off_panel(ax: Axes, stages: Sequence[Stage]) -> None:
 
 
 def _label_apart(ax: Axes, points: Sequence[tuple[float, float]], names: Sequence[str]) -> None:
-    """Labels right of the points, those of points that lie together under each other and right of all of them."""
+    """Puts labels right of the points; labels of points that lie together are stacked to the right of all of them."""
     (left, right), (bottom, top) = ax.get_xlim(), ax.get_ylim()
     line, near = 0.062 * (top - bottom), 0.12 * abs(left - right)
     placed: list[tuple[float, float]] = []
