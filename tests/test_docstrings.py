@@ -142,6 +142,14 @@ def test_public_api_says_what_everything_means(name, thing):
     assert list(faults(name, thing)) == []
 
 
+@pytest.mark.parametrize(("name", "thing"), public_names())
+def test_nothing_vanishes_from_the_page(name, thing):
+    """Docstrings are rendered as Markdown, where `<name>` outside of backticks is a tag that nobody sees."""
+    owned = [thing, *(method for _, method in methods(thing))] if inspect.isclass(thing) else [thing]
+    for each in owned:
+        assert re.findall(r"<\w+>", re.sub(r"`[^`]*`", "", each.__doc__)) == []
+
+
 def right(x, *more, key=None) -> int:
     """Adds.
 

@@ -55,7 +55,7 @@ def _convolution_attributes(module: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizedLayer:
-    """A linear layer or convolution in the integers of the specification: y = requantize(x_q weight_q + bias_q).
+    """A linear layer or convolution in the integers of the specification: `y = requantize(x_q weight_q + bias_q)`.
 
     `export_layer` makes it. A call takes int8 or uint8 arrays, (..., K) for a linear layer or (N, H, W, C) for a
     convolution, and returns int8 arrays of the same layout. With uint8 the accumulators reach twice as far; the first
@@ -95,7 +95,7 @@ class QuantizedLayer:
 
     @property
     def mult(self) -> npt.NDArray[np.int32]:
-        """(M,), with `shift` the factor input_scale * weight_scale / output_scale = mult * 2**-shift."""
+        """(M,), with `shift` the factor `input_scale * weight_scale / output_scale = mult * 2**-shift`."""
         return self.tensors["mult"]
 
     @property

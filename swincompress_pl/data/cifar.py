@@ -35,10 +35,10 @@ _log = logging.getLogger(__name__)
 class CIFAR10(ImageClassificationData):
     """CIFAR-10, held in memory; nothing is downloaded.
 
-    It is read from `root`/cifar-10-batches-py/ (torchvision's files) if that folder exists, or else from
-    `root`/train|test/<class>/*.jpg with the ten class names. After the first decoding, the pixels of such folders are
-    kept in one .npz file per split. A file is used again only while names, sizes and times of the images are the same.
-    The splits and loaders are those of `ImageClassificationData`.
+    It is read from `<root>/cifar-10-batches-py/` (torchvision's files) if that folder exists, or else from
+    `<root>/train/<class>/*.jpg` and `<root>/test/<class>/*.jpg` with the ten class names. After the first decoding, the
+    pixels of such folders are kept in one .npz file per split. A file is used again only while names, sizes and times
+    of the images are the same. The splits and loaders are those of `ImageClassificationData`.
 
     Args:
         root: Folder of the data set.

@@ -18,7 +18,7 @@ _LAYOUT = "expected <root>/train/<wnid>/*.JPEG and <root>/val/<wnid>/*.JPEG."
 
 
 class ImageNetFolder(ImageClassificationData):
-    """ImageNet-1K, or a part of it, from the folders `root`/train/<wnid>/ and `root`/val/<wnid>/.
+    """ImageNet-1K, or a part of it, from the folders `<root>/train/<wnid>/` and `<root>/val/<wnid>/`.
 
     The test split is val. A class has its official number (0 to 999, in timm's order) even if folders of other classes
     are missing. Hidden files are ignored. The splits and loaders are those of `ImageClassificationData`.

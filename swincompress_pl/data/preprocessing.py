@@ -147,7 +147,7 @@ class Preprocessing:
         return np.array(image.crop((left, top, left + self.width, top + self.height)), dtype=np.uint8)
 
     def normalize(self, pixels: Tensor) -> Tensor:
-        """Computes (pixels / 255 - mean) / std, with the channels first.
+        """Computes `(pixels / 255 - mean) / std`, with the channels first.
 
         Args:
             pixels: uint8, (N, H, W, 3) or (H, W, 3).

@@ -94,8 +94,9 @@ class MixingConfig:
 class DistillationConfig:
     """Distillation from the uncompressed network (Hinton et al. 2015).
 
-    The loss is (1 - weight) * loss of the labels + weight * T**2 * KL(teacher || student) at temperature T. The teacher
-    is the network itself as it is when `start_epoch` begins, so that epoch must come before the first compression.
+    The loss is `(1 - weight) * loss of the labels + weight * T**2 * KL(teacher || student)` at temperature T. The
+    teacher is the network itself as it is when `start_epoch` begins, so that epoch must come before the first
+    compression.
 
     Attributes:
         weight: Weight of the teacher in the loss, above 0 and at most 1.

@@ -30,8 +30,8 @@ def log_figures(loggers: Iterable[Logger], figures: Mapping[str, Figure], step: 
     """Logs figures to every logger that takes images.
 
     These are TensorBoard and any logger whose experiment has `add_figure(tag, figure, global_step=)`, Weights & Biases
-    (`log_image`), MLflow (`log_figure` with a run id, as files <tag>/<step>.png) and Comet (`log_figure`). Others, such
-    as CSVLogger, get nothing. On ranks other than zero nothing is logged.
+    (`log_image`), MLflow (`log_figure` with a run id, as files `<tag>/<step>.png`) and Comet (`log_figure`). Others,
+    such as CSVLogger, get nothing. On ranks other than zero nothing is logged.
 
     Args:
         loggers: Lightning loggers, such as `trainer.loggers`.
@@ -58,13 +58,14 @@ class PruningFigures(Callback):
     """Logs the plots of a pruning search after each of its rounds, and writes them to files when the fit ends.
 
     The trainer needs exactly one callback that searches: `AdaptiveIterativePruning`, `PrimeSVT`, or one of your own
-    with a `search_state` that has `to_dict()`. The figures are <tag>/sparsity, <tag>/accuracy_size and
-    <tag>/sensitivity. Those of PrimeSVT are <tag>/curves or <tag>/robustness, depending on its policy,
-    <tag>/accuracy_memory and <tag>/spike_rates. `log_figures` lists the loggers that take them; if none does, a warning
-    says so once. A resumed fit does not log a round again. Only rank zero logs and writes.
+    with a `search_state` that has `to_dict()`. The figures are `<tag>/sparsity`, `<tag>/accuracy_size` and
+    `<tag>/sensitivity`. Those of PrimeSVT are `<tag>/curves` or `<tag>/robustness`, depending on its policy,
+    `<tag>/accuracy_memory` and `<tag>/spike_rates`. `log_figures` lists the loggers that take them; if none does, a
+    warning says so once. A resumed fit does not log a round again. Only rank zero logs and writes.
 
     Args:
-        save_dir: Folder for pruning.html, or for primesvt-*.png of PrimeSVT; it is made if needed. None writes nothing.
+        save_dir: Folder for pruning.html, or for `primesvt-*.png` of PrimeSVT; it is made if needed. None writes
+            nothing.
         tag: First part of the figures' names.
 
     Raises:

@@ -55,16 +55,16 @@ LAYER_NORM_CHANNELS_MAX = 4096
 
 
 def multiplier(real: float | npt.NDArray[np.floating]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.uint8]]:
-    """Converts real factors to the integer pairs (mult, shift) whose mult * 2**-shift is nearest to them.
+    """Converts real factors to the integer pairs (mult, shift) whose `mult * 2**-shift` is nearest to them.
 
-    A factor that would need a shift above 52, that is one below about 2**-31, becomes (0, 1). Over an int32 accumulator
-    such a factor moves the result by less than one step.
+    A factor that would need a shift above 52, that is one below about `2**-31`, becomes (0, 1). Over an int32
+    accumulator such a factor moves the result by less than one step.
 
     Args:
-        real: Factors of any shape, finite, in [0, 2**21 - 1).
+        real: Factors of any shape, finite, in `[0, 2**21 - 1)`.
 
     Returns:
-        mult, int32 in [2**21, 2**22) or 0, and shift, uint8 in [1, 52], both of the shape of `real`.
+        mult, int32 in `[2**21, 2**22)` or 0, and shift, uint8 in [1, 52], both of the shape of `real`.
 
     Raises:
         ValueError: If a factor is outside the range or not finite.

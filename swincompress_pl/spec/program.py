@@ -46,7 +46,7 @@ class Value:
         largest: The bound that `check` has proved for spikes and their sums; None stands for the type's own limit.
 
     Raises:
-        ProgramError: If the type is unknown, a size is not a positive integer, or there are more than 2**32 elements.
+        ProgramError: If the type is unknown, a size is not a positive integer, or there are more than `2**32` elements.
     """
 
     dtype: str
@@ -183,7 +183,7 @@ class Program:
         input: What the network takes.
         operations: The steps in order; the last one gives the int32 logits.
         tensors: Integer arrays by key.
-        logit_scale: Real value of one step of the logits: logits in float are int32 * logit_scale.
+        logit_scale: Real value of one step of the logits: the logits in float are `int32 * logit_scale`.
         classes: Names of the classes in the order of the logits, or None.
         origin: How the network was made, as JSON-able data; `models.rebuild` reads it.
     """

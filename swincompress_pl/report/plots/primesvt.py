@@ -64,7 +64,7 @@ def primesvt_figures(result: Result, *, rates_after: Mapping[str, float] | None 
 def save_primesvt_figures(
     result: Result, folder: Path, *, rates_after: Mapping[str, float] | None = None
 ) -> list[Path]:
-    """Writes each of `primesvt_figures` as primesvt-<name>.png.
+    """Writes each of `primesvt_figures` as `primesvt-<name>.png`.
 
     Args:
         result: What the search gave, or its plain data.
