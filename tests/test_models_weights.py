@@ -156,7 +156,7 @@ def test_no_file_runs_code(tmp_path: Path, hide: Callable[[Any], Any]) -> None:
         (exec, (f"open({str(trace)!r}, 'w')",)),
         (open, ("x", "w")),
     ):
-        with pytest.raises(ValueError, match=r"w\.pth: not a torch file of plain tensors: it holds .*Save the state"):
+        with pytest.raises(ValueError, match=r"w\.pth: not a torch file of plain tensors: it holds .*save the state"):
             load(tmp_path / "w.pth", hide(Runs(call, *arguments)))  # type: ignore[arg-type]
     assert not trace.exists()
 

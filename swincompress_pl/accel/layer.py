@@ -120,7 +120,7 @@ class QuantizedLayer:
             raise ValueError(f"dtype is {dtype!r}; the layer takes {' or '.join(_INPUT_TYPES)}")
         scaled = np.asarray(x, dtype=np.float64) / self.input_scale
         if not np.isfinite(scaled).all():
-            raise ValueError("input holds NaN or infinite values")
+            raise ValueError("input holds NaN or infinite values; remove them, as no integer stands for them")
         return saturate(np.clip(np.rint(scaled), *LIMITS[dtype]).astype(np.int64), dtype)
 
     def dequantize_output(self, y: IntArray) -> npt.NDArray[np.float32]:

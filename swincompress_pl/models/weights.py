@@ -136,7 +136,10 @@ def _without_wrappers(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]
     for key, tensor in state.items():
         name = ".".join(word for word in key.split(".") if word not in _WRAPPERS)
         if name in plain and not _equal(plain[name], tensor):
-            raise ValueError(f"{path}: holds {name!r} with and without a wrapper's prefix, and they differ.")
+            raise ValueError(
+                f"{path}: holds {name!r} with and without a wrapper's prefix, and they differ. Save the state dict of "
+                "the unwrapped network to a file of its own: torch.save(network.state_dict(), ...)."
+            )
         plain[name] = tensor
     return plain
 

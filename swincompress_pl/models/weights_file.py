@@ -39,7 +39,7 @@ def read_weights_file(path: Path) -> Any:
     if path.is_dir():
         path = _file_in(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: the weights file is missing.")
+        raise FileNotFoundError(f"{path}: the weights file is missing; check the path.")
     if path.name.endswith(_INDEX):
         return _read_shards(path)
     return _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)

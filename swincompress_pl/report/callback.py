@@ -156,7 +156,7 @@ def _searching(trainer: Trainer) -> Any:
         names = ", ".join(type(callback).__name__ for callback in found) or "none"
         raise ValueError(
             "PruningFigures draws the search of one callback with a search_state, such as AdaptiveIterativePruning, or "
-            f"of one PrimeSVT; this trainer has {names}"
+            f"of one PrimeSVT; give the trainer exactly one of them; this trainer has {names}"
         )
     return found[0]
 

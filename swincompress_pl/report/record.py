@@ -353,7 +353,9 @@ class RunRecord:
             )
         unknown = set(data) - {entry.name for entry in fields(cls)} - {"record_version"}
         if unknown:
-            raise RecordError(f"unknown entries {', '.join(sorted(map(repr, unknown)))} in the record")
+            raise RecordError(
+                f"unknown entries {', '.join(sorted(map(repr, unknown)))} in the record; render it with its own version"
+            )
         try:
             lists = {name: _read_all(kind, data[name]) for name, kind in _LISTS.items()}
             record = cls(

@@ -102,7 +102,7 @@ class Coupling:
     def _unknown(self, path: str, wanted: str) -> UnsupportedNetworkError:
         found = full_name(type(self.network.get_submodule(path)))
         return UnsupportedNetworkError(
-            f"{self.name}: {path} is a {found}; structured pruning of spiking networks knows {wanted} there"
+            f"{self.name}: {path} is a {found}; structured pruning of spiking networks expects {wanted} there"
         )
 
 
@@ -113,7 +113,7 @@ def width_of(network: nn.Module, path: str, axis: int = 0) -> int:
     if weight is None:
         reason = alteration(module)
         raise UnsupportedNetworkError(
-            f"{path} is a {full_name(type(module))}; structured pruning of spiking networks knows a layer with a "
+            f"{path} is a {full_name(type(module))}; structured pruning of spiking networks expects a layer with a "
             f"weight there{'' if reason is None else f': {reason}'}"
         )
     return weight.shape[axis]

@@ -174,4 +174,4 @@ def refuse_norm(module: nn.Module, path: str, remedy: str) -> None:
 
 
 def _unsupported(path: str, found: object, wanted: str) -> UnsupportedNetworkError:
-    return UnsupportedNetworkError(f"{path} is a {full_name(type(found))}; structured pruning knows {wanted} only")
+    return UnsupportedNetworkError(f"{path} is a {full_name(type(found))}; structured pruning only supports {wanted}")

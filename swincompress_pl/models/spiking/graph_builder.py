@@ -69,7 +69,7 @@ class SpikingBuilder(GraphBuilder):
             size = _size_of(preprocessing)
         self.refuse(
             size is None,
-            "nothing says how large its images are; give preprocessing 'height' and 'width', in pixels",
+            "the size of its images is unknown; give preprocessing 'height' and 'width', in pixels",
         )
         assert size is not None
         self._values = {
