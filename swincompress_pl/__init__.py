@@ -4,8 +4,8 @@
     swincompress_pl.export(swincompress_pl.quantize(network, dataloader), "model.safetensors")
     logits = swincompress_pl.load("model.safetensors")(images)
 
-`callbacks`, `models` and `data` are for Lightning, `pruning`, `quant` and `accel` have the rest. Names are imported on
-first use: importing this module takes neither torch nor lightning, and `load` needs neither.
+`callbacks`, `models` and `data` are for Lightning; `pruning`, `quant` and `accel` have the rest. Names are imported on
+first use: importing this module imports neither torch nor Lightning, and `load` needs neither.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Names of version 0.1 that work for one more version: the table, and what makes old spellings find new things.
+"""Names of version 0.1 that work for one more version: the tables, and the code that maps old names to new ones.
 
     MODULES     old module -> new module                       import swincompress_pl.norm
     NAMES       old module -> {old name -> "new module:name"}    from swincompress_pl.pruning import set_mask
@@ -99,7 +99,7 @@ MODULES: dict[str, str] = {
     "report.worker": "report.comparison.worker",
 }
 
-# Where a name is no longer found by its old module (itself, or the one that MODULES gives for it).
+# For names that have left their old module (or the module that MODULES gives for it).
 NAMES: dict[str, dict[str, str]] = {
     "callbacks.searched": {"ScalesFollower": "callbacks.searched_network:CoupledScales"},
     "models.groups": {
@@ -306,9 +306,10 @@ T = TypeVar("T")
 
 
 def find_old_name(module: str, name: str) -> Any:
-    """What `name` of `module` (without the package's name) is called now, with a warning; AttributeError if nothing.
+    """What the old `name` of `module` stands for now, with a warning; an AttributeError if it is unknown.
 
-    For the `__getattr__` of a package that some names have left: a caller two frames up is the one that is warned.
+    It is for the `__getattr__` of a package that some names have left, so the caller two frames up is warned. `module`
+    lacks the name of this package.
     """
     new = NAMES.get(module, {}).get(name)
     if new is None:
@@ -319,10 +320,10 @@ def find_old_name(module: str, name: str) -> Any:
 
 
 def renamed(*, values: Mapping[str, Mapping[Any, Any]] | None = None, **arguments: str) -> Callable[[T], T]:
-    """A decorator: keyword arguments of the old names are passed on by the new ones, with a warning.
+    """A decorator that passes keyword arguments with old names on under their new names, with a warning.
 
-    arguments: old name = "new name". values: {new name: {old value: new value}}. TypeError where both names are given.
-    For a class it wraps `__init__`, and the class stays the class that it is.
+    `arguments` are old name = "new name", and `values` is {new name: {old value: new value}}. A TypeError is raised if
+    both names are given. The `__init__` of a class is wrapped in place.
     """
 
     def decorate(function: Any) -> Any:
@@ -356,9 +357,9 @@ def renamed(*, values: Mapping[str, Mapping[Any, Any]] | None = None, **argument
 def gathered(
     argument: str, gather: Callable[[Any, Mapping[str, Any]], Any], names: Sequence[str]
 ) -> Callable[[Callable[..., T]], Callable[..., T]]:
-    """A decorator: old keyword arguments `names`, which now stand together in the value of `argument`, are put there.
+    """A decorator that moves old keyword arguments `names` into the value of one `argument`, with a warning.
 
-    gather: (the value of `argument` or None, {old name: value}) -> the new value. For classes as `renamed`.
+    `gather` maps (the value of `argument` or None, {old name: value}) to the new value. Classes as in `renamed`.
     """
 
     def decorate(function: Callable[..., T]) -> Callable[..., T]:
@@ -382,9 +383,9 @@ def gathered(
 
 
 def current_arguments(function: Any, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Keyword arguments as a config file of version 0.1 spells them, by the names and values of today, with a warning.
+    """Translates keyword arguments of a config file of version 0.1 to the present names and values, with a warning.
 
-    What is gathered in one object now is a mapping of its fields there.
+    Arguments that are now gathered in one object become a mapping of its fields.
     """
     found = dict(given)
     for old, new in getattr(function, "old_arguments", {}).items():
@@ -407,7 +408,7 @@ def current_arguments(function: Any, given: Mapping[str, Any]) -> dict[str, Any]
 
 
 def renamed_attributes(**attributes: str) -> Callable[[T], T]:
-    """A class decorator: what had the old names can be read, set and called by them, with a warning."""
+    """A class decorator with which attributes can be read, set and called by their old names, with a warning."""
 
     def old_attribute(old: str, new: str) -> property:
         def get(self: Any) -> Any:
@@ -430,14 +431,14 @@ def renamed_attributes(**attributes: str) -> Callable[[T], T]:
 
 def _warn(old: str, new: str, *, stacklevel: int) -> None:
     warnings.warn(
-        f"{old} is the name of version 0.1 and goes with version 0.3; use {new}",
+        f"{old} is the name of version 0.1 and will be removed in version 0.3; use {new}",
         DeprecationWarning,
         stacklevel=stacklevel,
     )
 
 
 class _OldModule(ModuleType):
-    """Stands under an old name for the module that has the names now; a write goes there as well."""
+    """Stands under an old name for the module that has the names now; writes also go to that module."""
 
     def __getattr__(self, name: str) -> Any:
         old = self.__name__.removeprefix(f"{PACKAGE}.")
@@ -459,7 +460,7 @@ class _OldModule(ModuleType):
         return sorted({*vars(_new_module(old)), *NAMES.get(old, {})})
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """A function that had the name of its module (`pruning.primesvt`) can be called when that was imported."""
+        """Calls the function that had the name of its module, such as `pruning.primesvt`."""
         return getattr(self, self.__name__.rpartition(".")[2])(*args, **kwargs)
 
 
@@ -470,7 +471,7 @@ def _new_module(old: str) -> ModuleType:
 class _OldModules:
     """Finds and loads the modules of MODULES by their old names.
 
-    No subclass of `importlib.abc`'s, whose import takes longer than all the rest that `import swincompress_pl` does.
+    It is not a subclass of the classes in `importlib.abc`, whose import takes longer than the rest of this package's.
     """
 
     def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> Any:
@@ -490,13 +491,13 @@ class _OldModules:
 
 
 def install() -> None:
-    """Have the old modules found; doing it twice changes nothing."""
+    """Makes the old modules importable; a second call changes nothing."""
     if not any(isinstance(finder, _OldModules) for finder in sys.meta_path):
         sys.meta_path.append(_OldModules())
 
 
 def old_names() -> Iterator[tuple[str, str, str]]:
-    """(old module, old name, "new module:name") of all moved names."""
+    """Yields (old module, old name, "new module:name") of all moved names."""
     for module, names in NAMES.items():
         for name, new in names.items():
             yield module, name, new

@@ -1,7 +1,7 @@
-"""Arguments are checked when they are given: one function per type, each gives the value in that type.
+"""Checks arguments when they are given: one function per type, which returns the value in that type.
 
-Errors are ValueErrors that name the argument, the value and what it has to be: "start_epoch=1.5: it has to be an
-integer of 0 or more".
+Errors are ValueErrors that name the argument, the value and what it has to be, such as "start_epoch=1.5: it has to be 0
+or more, an integer".
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ T = TypeVar("T")
 
 
 def require(name: str, value: object, holds: bool, wanted: str) -> None:
-    """Raise ValueError, naming an argument, its value and what it has to be, unless `holds`."""
+    """Raises a ValueError that names the argument, its value and what it has to be, unless `holds`."""
     if not holds:
         raise ValueError(f"{name}={shown(value)}: it has to be {wanted}")
 
 
 def shown(value: object) -> str:
-    """`value` in a message: its repr, cut where it is long, or the type of what cannot be shown."""
+    """`value` for a message: its repr, cut if it is long, or its type if it has no repr."""
     try:
         text = " ".join(repr(value).split())
-    except Exception:  # a foreign object's own
+    except Exception:  # whatever the repr of a foreign object raises
         return f"<{type(value).__name__}>"
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def integer(name: str, value: object, *, least: int | None = None, wanted: str = "") -> int:
-    """An integer of any type, or a float that is whole; no bool. wanted: what it has to be, in other words."""
+    """An integer of any type, or a whole float, but not a bool; `wanted` says what it has to be, in other words."""
     wanted = wanted or ("an integer" if least is None else f"{least} or more, an integer")
     found = as_float(value)
     require(name, value, found is not None and math.isfinite(found), wanted)
@@ -42,7 +42,7 @@ def integer(name: str, value: object, *, least: int | None = None, wanted: str =
 
 
 def number(name: str, value: object, holds: Callable[[float], bool], wanted: str) -> float:
-    """A finite real number of any type, no bool, for which `holds`; an int stays one. wanted: what it has to be."""
+    """A finite real number of any type but bool, for which `holds`; an int stays an int."""
     found = as_float(value)
     require(name, value, found is not None and math.isfinite(found) and holds(found), wanted)
     assert found is not None
@@ -55,7 +55,7 @@ def optional(check: Callable[..., T], name: str, value: object, *args: Any, **li
 
 
 def flag(name: str, value: object) -> bool:
-    """True or False, NumPy's too."""
+    """True or False, including NumPy's."""
     require(name, value, isinstance(value, bool) or _is_numpy_bool(value), "True or False")
     return bool(value)
 
@@ -67,20 +67,20 @@ def choice(name: str, value: object, choices: Collection[str]) -> str:
 
 
 def text(name: str, value: object, wanted: str) -> str:
-    """A text that is not empty."""
+    """A string that is not empty."""
     require(name, value, isinstance(value, str) and bool(value), wanted)
     return str(value)
 
 
 def names(name: str, value: object, wanted: str) -> tuple[str, ...]:
-    """One name or several, as a tuple of one or more."""
+    """One name or several, as a tuple with at least one."""
     listed = (value,) if isinstance(value, str) else _listed(value)
     require(name, value, bool(listed) and all(isinstance(each, str) for each in listed), wanted)
     return listed
 
 
 def numbers(name: str, value: object, holds: Callable[[float], bool], wanted: str) -> tuple[float, ...]:
-    """Several numbers, one or more, each as `number`; an error shows them all."""
+    """One or more numbers, each as in `number`; an error shows all of them."""
     listed = _listed(value)
     found = [as_float(each) for each in listed]
     good = bool(found) and all(each is not None and math.isfinite(each) and holds(each) for each in found)
@@ -96,14 +96,14 @@ def path(name: str, value: object) -> Path:
 
 
 def batches(name: str, value: T) -> T:
-    """A loader, or a function of the number of images that gives one; None for the default."""
+    """A loader, or a function that returns one for a number of images; None for the default."""
     good = value is None or callable(value) or (isinstance(value, Iterable) and not isinstance(value, str | bytes))
     require(name, value, good, "a loader, or a function (images) -> loader")
     return value
 
 
 def options(name: str, value: object, kind: Callable[..., T], known: Collection[str], old: Collection[str] = ()) -> T:
-    """`kind` from a mapping of its options; errors name `name` before the option. old: names that `kind` knows too."""
+    """`kind` made of a mapping of its options; errors name `name` first, and `old` lists other names that are known."""
     require(name, value, isinstance(value, Mapping), f"a mapping of {', '.join(known)}")
     assert isinstance(value, Mapping)
     unknown = [key if isinstance(key, str) else shown(key) for key in value if key not in known and key not in old]
@@ -116,7 +116,7 @@ def options(name: str, value: object, kind: Callable[..., T], known: Collection[
 
 
 def as_float(value: object) -> float | None:
-    """A real number as a float, infinite where it is too large for one; None for anything else, bools included."""
+    """A real number as a float, infinite if it is too large for one; None for anything else, including bools."""
     if isinstance(value, bool) or not isinstance(value, Real):
         return None
     try:
@@ -130,7 +130,7 @@ def _is_numpy_bool(value: object) -> bool:
 
 
 def _listed(value: object) -> tuple[Any, ...]:
-    """What a list, tuple or array of one axis holds; empty for all else, as for what has no order."""
+    """The items of a list, tuple or array of one axis; empty for anything else, such as a set."""
     is_list = isinstance(value, Sequence) and not isinstance(value, str | bytes)
     is_array = isinstance(getattr(value, "shape", None), tuple) and getattr(value, "ndim", 0) == 1
     return tuple(value) if is_list or is_array else ()  # type: ignore[arg-type]  # both may be iterated over

@@ -1,8 +1,8 @@
 """The whole job in a few minutes on scikit-learn's digits: train, prune, quantize, export, run in integers, report.
 
-Nothing is downloaded: the 1,797 handwritten digits come with scikit-learn. A first `fit` trains the float network to
-the end of its schedule, a second one compresses it with the callbacks. Everything that is reported is measured on the
-360 test images, which no decision has seen.
+Nothing is downloaded: the 1,797 handwritten digits come with scikit-learn. A first `fit` trains the float network, and
+a second one compresses it with the callbacks. The report is measured on the 360 test images, which no decision has
+used.
 """
 
 from __future__ import annotations
@@ -60,9 +60,16 @@ IMAGE = (1, 3, 32, 32)
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """Epochs of the float fit, then of the compressing one: pruning from its start, quantized from `quantize_epoch` on.
+    """The epochs of the demo's two fits.
 
-    target: part of the MACs to remove, if the tolerance allows it.
+    Attributes:
+        float_epochs: Epochs of the fit in float, above 0.
+        quantize_epoch: Epoch of the second fit from which on the network is quantized; pruning comes before.
+        epochs: Epochs of the second fit, above `quantize_epoch`.
+        target: Part of the multiply-accumulates to remove, if the tolerance allows it.
+
+    Raises:
+        ValueError: If the epochs are not in this order.
     """
 
     float_epochs: int = 60
@@ -79,20 +86,28 @@ class Schedule:
 
 
 def _round_robin(plan: Schedule) -> Callback:
-    """The tolerance is four of the 180 hold-out images; the epochs after the last round win them back."""
+    """The round-robin search; its tolerance is four of 180 hold-out images, which later epochs win back."""
     return AdaptiveIterativePruning(
         tolerance=2.3, step=0.15, target=plan.target, max_rounds=max(1, plan.quantize_epoch - 2)
     )
 
 
 def _single_shot(plan: Schedule) -> Callback:
-    """PrimeSVT before the first epoch; the network is narrow, so widths in steps of four."""
+    """PrimeSVT before the first epoch; widths go in steps of four, because the network is narrow."""
     return PrimeSVT(tolerance=3.0, min_memory_saving=0.25, round_to=4)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DemoModel:
-    """A network of the demo: name and arguments for `create_model`, how it is trained, and what prunes it."""
+    """A network of the demo.
+
+    Attributes:
+        title: Its name in the report.
+        name: Its name for `create_model`.
+        arguments: Its arguments for `create_model`.
+        schedule: How long it is trained.
+        pruning: Makes the callback that prunes it.
+    """
 
     title: str
     name: str
@@ -137,12 +152,18 @@ MODELS = {
 
 @dataclass
 class PrunedSnapshot(Callback):
-    """Keeps a copy of the network as it is when pruning is over and quantization has not begun."""
+    """Keeps a copy of the network between pruning and quantization.
+
+    Attributes:
+        quantize_epoch: Epoch from which on the network is quantized.
+        network: The copy, in eval mode; None before.
+    """
 
     quantize_epoch: int
     network: nn.Module | None = None
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Copies the network at the end of the last epoch before quantization."""
         if trainer.current_epoch == self.quantize_epoch - 1:
             assert isinstance(pl_module, CompressibleClassifier)
             self.network = copy.deepcopy(pl_module.net).eval()
@@ -156,11 +177,20 @@ def run(
     threads: int | None = None,
     schedule: Schedule | None = None,
 ) -> Path:
-    """Runs the demo and returns the path of its report, `output`/report.md.
+    """Runs the demo.
 
-    output: directory for the checkpoint, the artifact and the report. model: "swin", pruned round by round, or
-    "spikformer", a spiking one, pruned by PrimeSVT. threads: of training and measurement, default all. Raises
-    ValueError for another model.
+    Args:
+        output: Directory for the checkpoint, the artifact and the report; it is made if needed.
+        model: "swin", which is pruned round by round, or "spikformer", a spiking network, which PrimeSVT prunes.
+        seed: Decides the splits and all random numbers.
+        threads: Threads of training and measurement; None for as many as torch uses.
+        schedule: Other numbers of epochs than those of the model.
+
+    Returns:
+        The path of the report, `output`/report.md.
+
+    Raises:
+        ValueError: If the model is unknown.
     """
     if model not in MODELS:
         raise ValueError(f"model is {model!r}; choose one of {', '.join(MODELS)}")
@@ -180,7 +210,7 @@ def run(
     console.print(f"[bold]2. Compress[/]: prune and quantize in one fit of {plan.epochs} epochs")
     compressed = _compress(chosen, data, plan, directory, weights)
 
-    # Nothing but the file: the checkpoint says how its network was pruned and quantized.
+    # The file is enough, because the checkpoint records how its network was pruned and quantized.
     module = CompressibleClassifier.load_from_checkpoint(compressed.checkpoint, distillation=None).eval()
     artifact = accel.export(module, directory / "model.safetensors")
     assert isinstance(module.net, QuantizedNetwork)
@@ -240,7 +270,7 @@ def _trainer(directory: Path, epochs: int, callbacks: list[Callback], **options:
 
 
 def _train(model: DemoModel, data: Digits, plan: Schedule, directory: Path) -> Path:
-    """The float network, trained to the end of its schedule; the path of its weights."""
+    """Trains the float network to the end of its schedule; returns the path of its weights."""
     optimization = OptimizationConfig(lr=2e-3, weight_decay=0.05, warmup_epochs=3)
     module = _network(model, data, optimization=optimization, label_smoothing=0.1)
     with warnings.catch_warnings():
@@ -253,7 +283,7 @@ def _train(model: DemoModel, data: Digits, plan: Schedule, directory: Path) -> P
 
 
 def _compress(model: DemoModel, data: Digits, plan: Schedule, directory: Path, weights: Path) -> _Compressed:
-    """Rounds of pruning, fine-tuning and quantization-aware training in one fit, taught by the float network."""
+    """Prunes, fine-tunes and quantizes in one fit, with distillation from the float network."""
     module = _network(
         model,
         data,
@@ -284,7 +314,7 @@ def _compress(model: DemoModel, data: Digits, plan: Schedule, directory: Path, w
 
 @dataclass(frozen=True, kw_only=True)
 class _TestImages:
-    """pixels: uint8 (N, H, W, C); inputs: the same as networks take them; labels: (N,)."""
+    """The test images as uint8 pixels (N, H, W, C) and as inputs of a network, and their labels (N,)."""
 
     pixels: npt.NDArray[np.uint8]
     inputs: Tensor
@@ -304,7 +334,7 @@ def _measure(
     artifact: Path,
     threads: int,
 ) -> None:
-    """The stages, each on the test images; the engine's integers against the reference's."""
+    """Measures the stages on the test images, and compares the engine's integers with the reference's."""
     engine = accel.load(artifact, threads=threads)
     size = program_size(engine.program, file=artifact)
     predictions = {
@@ -332,7 +362,7 @@ def _measure(
 
 
 def _torch_stage(record: RunRecord, test: _TestImages, name: str, network: nn.Module, size: Size) -> Predictions:
-    """Adds the stage and returns its predictions."""
+    """Measures a network as a stage of the record; returns its predictions."""
     with torch.inference_mode():
         predictions: Predictions = network(test.inputs).argmax(1).numpy()
     floats = network.network if isinstance(network, QuantizedNetwork) else network
@@ -347,7 +377,7 @@ def _torch_stage(record: RunRecord, test: _TestImages, name: str, network: nn.Mo
 
 
 def _latency(record: RunRecord, network: nn.Module, artifact: Path, threads: int) -> None:
-    """The engine compared with the uncompressed network (random weights: its time does not depend on them)."""
+    """Compares the engine with the uncompressed network; random weights do, as the time does not depend on them."""
     engine = accel.load(artifact, threads=threads)
     origin = origin_of(network, [])
     with tempfile.TemporaryDirectory() as scratch:

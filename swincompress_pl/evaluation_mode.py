@@ -1,5 +1,4 @@
-"""A network in another mode for a while: in evaluation, frozen, or in float64; then all is as it was. And tensors that
-are none of inference mode."""
+"""Context managers for eval mode, frozen parameters, float64 and inference mode, which restore everything."""
 
 from __future__ import annotations
 
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 @contextmanager
 def evaluation_mode(network: nn.Module) -> Iterator[None]:
-    """`network.eval()` for a while; after it every module is in the mode that it was in."""
+    """Puts a network in eval mode inside the context, and restores the mode of every module afterwards."""
     with _modes_restored(network):
         network.eval()
         yield
@@ -21,10 +20,10 @@ def evaluation_mode(network: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def standing_still(network: nn.Module) -> Iterator[None]:
-    """Eval mode and frozen parameters for a while; after it every module and parameter is as it was.
+    """Puts a network in eval mode with frozen parameters inside the context, and restores both afterwards.
 
-    No module is told: one that overrides `train` keeps what it has made for its mode, as `quant.QuantizedNetwork` its
-    integers.
+    The method `train` of the modules is not called. So a module that overrides it keeps what it has made for its mode,
+    as `quant.QuantizedNetwork` keeps its integers.
     """
     with _modes_restored(network), gradients(network.parameters(), wanted=False):
         for module in network.modules():
@@ -34,10 +33,11 @@ def standing_still(network: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def on_trial(network: nn.Module, dtype: torch.dtype | None = torch.float64) -> Iterator[None]:
-    """Eval mode on copies of all tensors, in `dtype` (None: as they are), uncompiled, for a pass that leaves no trace.
+    """Puts a network in eval mode with copies of all its tensors, for a pass that leaves no trace.
 
-    Parameters, buffers and other tensors of the modules, their modes, and torch's random numbers are as they were
-    after it. The copies of the parameters want gradients. Inference mode is off.
+    The copies have the type `dtype`, or their own for None. Parameters, buffers and other tensors of the modules, the
+    modes, and torch's random numbers are restored afterwards. Inside the context the network is not compiled, inference
+    mode is off, and the copies of the parameters require gradients.
     """
     tables = [table for module in network.modules() for table in _tables_of(module)]
     saved = [(table, dict(table)) for table in tables]
@@ -57,7 +57,7 @@ def on_trial(network: nn.Module, dtype: torch.dtype | None = torch.float64) -> I
 
 
 def _tables_of(module: nn.Module) -> tuple[dict[str, Any], ...]:
-    """Where a module keeps tensors; the last are the membranes of spikingjelly's neurons."""
+    """The dictionaries in which a module keeps tensors; the last one has the membranes of spikingjelly's neurons."""
     return module._parameters, module._buffers, module.__dict__, module.__dict__.get("_memories", {})
 
 
@@ -76,7 +76,7 @@ def _random_numbers_kept(network: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def gradients(parameters: Iterable[nn.Parameter], *, wanted: bool) -> Iterator[None]:
-    """All these parameters want gradients, or none does, for a while; after it those do that did before."""
+    """Sets whether parameters require gradients inside the context, and restores it afterwards."""
     changed = [parameter for parameter in parameters if parameter.requires_grad is not wanted]
     try:
         for parameter in changed:
@@ -89,8 +89,10 @@ def gradients(parameters: Iterable[nn.Parameter], *, wanted: bool) -> Iterator[N
 
 @contextmanager
 def outside_inference_mode() -> Iterator[None]:
-    """Not in `torch.inference_mode()` for a while: what it makes takes no gradients, ever. Whether gradients are
-    recorded stays as it is."""
+    """Leaves `torch.inference_mode()` inside the context, because tensors made in it can never have gradients.
+
+    Gradients are recorded only if they were recorded before.
+    """
     if not torch.is_inference_mode_enabled():
         yield
         return
@@ -99,8 +101,10 @@ def outside_inference_mode() -> Iterator[None]:
 
 
 def replace_inference_tensors(network: nn.Module) -> None:
-    """Copies in the places of parameters and buffers that were made in inference mode, which can be neither trained nor
-    written to outside it. Shared ones stay shared."""
+    """Replaces parameters and buffers that were made in inference mode by copies; shared ones stay shared.
+
+    Outside inference mode, the originals can be neither trained nor written to.
+    """
     copies: dict[int, Tensor] = {}
     for module in network.modules():
         for tensors in (module._parameters, module._buffers):

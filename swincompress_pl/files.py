@@ -1,6 +1,7 @@
-"""The one way in which this package writes a file: whole, beside its place, and then moved there.
+"""The one way in which this package writes a file: as a temporary file beside its place, which is then moved there.
 
-A reader, a second writer, a full disk or a kill at any time finds the old file or the new one, never a part of one.
+After a kill or a full disk, and for readers and other writers at any time, there is the old file or the new one, and
+never a part of one.
 """
 
 from __future__ import annotations
@@ -17,17 +18,16 @@ from typing import BinaryIO
 
 try:
     import fcntl
-except ImportError:  # Windows: what a kill leaves there stays
+except ImportError:  # Windows: temporary files of a killed writer stay
     fcntl = None  # type: ignore[assignment]
 
 
 def write_file(path: str | os.PathLike[str], write: Callable[[BinaryIO], object]) -> Path:
-    """Has `write` fill a temporary file beside `path`, which then takes its place, and returns `path`.
+    """Lets `write` fill a temporary file beside `path`, moves that to `path`, and returns `path`.
 
-    A link stays, what it points to is replaced; an existing file keeps its permissions, a new one has those of the
-    umask. What a killed writer of the same path left behind is removed.
-
-    Raises OSError naming `path`: no such folder, a full disk, no permission, or no regular file at `path`.
+    A link stays, and the file that it points to is replaced. An existing file keeps its permissions; a new one has
+    those of the umask. Temporary files of killed writers of the same path are removed. An OSError names `path` if the
+    folder is missing, the disk is full, permission is missing, or something else than a regular file is there.
     """
     destination = Path(os.path.realpath(path))
     try:
@@ -41,9 +41,9 @@ def write_file(path: str | os.PathLike[str], write: Callable[[BinaryIO], object]
                 if mode is not None:
                     os.chmod(temporary, mode)
                 os.fsync(file.fileno())
-                if fcntl is not None:  # while it is still locked: nobody takes it for a leftover
+                if fcntl is not None:  # move it while it is locked, so that nobody takes it for a leftover
                     os.replace(temporary, destination)
-            if fcntl is None:  # Windows moves no open file
+            if fcntl is None:  # Windows cannot move an open file
                 os.replace(temporary, destination)
         finally:
             temporary.unlink(missing_ok=True)
@@ -55,20 +55,20 @@ def write_file(path: str | os.PathLike[str], write: Callable[[BinaryIO], object]
 
 
 def _mode_of(destination: Path) -> int | None:
-    """The permissions of the file that is there, None where there is none."""
+    """The permissions of the file that is there; None if there is none."""
     try:
         found = destination.stat()
     except FileNotFoundError:
         return None
     if stat.S_ISDIR(found.st_mode):
         raise IsADirectoryError(errno.EISDIR, "a folder is there; name a file")
-    if not stat.S_ISREG(found.st_mode):  # replacing /dev/null would take it from everybody
-        raise FileExistsError(errno.EEXIST, "what is there is no regular file; name another path")
+    if not stat.S_ISREG(found.st_mode):  # replacing /dev/null, say, would break it for everybody
+        raise FileExistsError(errno.EEXIST, "what is there is not a regular file; name another path")
     return stat.S_IMODE(found.st_mode)
 
 
 def _prefix(destination: Path) -> str:
-    """Of the temporary files of one path: short, so that names of any length that a folder takes can be written."""
+    """The prefix of the temporary files of one path, short enough for names of any length that a folder takes."""
     return f".swincompress-{hashlib.sha256(os.fsencode(destination.name)).hexdigest()[:16]}-"
 
 
@@ -78,7 +78,7 @@ def _open_beside(destination: Path) -> tuple[BinaryIO, Path]:
         temporary = destination.with_name(f"{_prefix(destination)}{secrets.token_hex(8)}")
         file = open(temporary, "xb")  # noqa: SIM115  # the caller closes it
         if fcntl is not None:
-            with contextlib.suppress(OSError):  # a file system without locks: nothing is taken for a leftover there
+            with contextlib.suppress(OSError):  # on a file system without locks, nothing is taken for a leftover
                 fcntl.flock(file, fcntl.LOCK_EX)
         if temporary.exists():  # a second writer may have taken it for a leftover before it was locked
             return file, temporary
@@ -86,7 +86,7 @@ def _open_beside(destination: Path) -> tuple[BinaryIO, Path]:
 
 
 def _remove_leftovers(destination: Path) -> None:
-    """Removes the temporary files whose writer is gone: a lock ends with its process."""
+    """Removes temporary files whose writer has ended, as its locks end with it."""
     if fcntl is None:
         return
     for leftover in destination.parent.glob(f"{_prefix(destination)}*"):
@@ -94,5 +94,5 @@ def _remove_leftovers(destination: Path) -> None:
             with open(leftover, "rb") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 leftover.unlink(missing_ok=True)
-        except OSError:  # its writer is at work, or it is not ours to remove
+        except OSError:  # its writer is at work, or we may not remove it
             continue

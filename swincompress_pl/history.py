@@ -1,8 +1,8 @@
 """What was done to a network, as plain data on the network itself: `compression_history`, and how it was created.
 
-The only place that reads and writes the two attributes. An entry of the history is {kind: data}, oldest first; pruning
-and quantization append, `checkpoint` puts the entries into a checkpoint and does them again, and a Program carries them
-as its `origin`.
+No other module reads or writes these attributes. An entry of the history is {kind: data}, and the oldest comes first.
+Pruning and quantization append entries. `checkpoint` stores them in a checkpoint and replays them, and a Program
+carries them as its `origin`.
 """
 
 from __future__ import annotations
@@ -11,48 +11,50 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 Entry = dict[str, Any]
-"""{"prune": plan}, {"mask": names}, {"unmask": names} or {"quantize": arguments of QuantizedNetwork}."""
+"""One of {"prune": plan}, {"mask": names}, {"unmask": names} and {"quantize": arguments of QuantizedNetwork}."""
 
 
 def history_of(network: Any) -> list[Entry]:
-    """What was done to `network` so far, oldest first: the entries of `network.compression_history`."""
+    """The entries of `network.compression_history`, the oldest first."""
     return list(getattr(network, "compression_history", []))
 
 
 def append_entry(network: Any, kind: str, data: Any) -> None:
-    """Add {kind: data}, plain data, to the network's history."""
+    """Appends {kind: data} to the network's history."""
     network.compression_history = [*history_of(network), {kind: data}]
 
 
 def drop_latest_entry(network: Any) -> None:
-    """Take the latest entry away: what it says was undone."""
+    """Removes the latest entry, because what it says was undone."""
     network.compression_history = history_of(network)[:-1]
 
 
 def derives_its_history(network: Any) -> bool:
-    """Whether `network` wraps another and gives that one's history with its own entry: then nothing can be added."""
+    """Whether `network` wraps another one and derives its history from it, so that nothing can be appended."""
     return isinstance(getattr(type(network), "compression_history", None), property)
 
 
 def set_creation(network: Any, name: str, kwargs: Mapping[str, Any]) -> None:
-    """Note how `network` was created: `models.create_model(name, **kwargs)` makes another one, not yet compressed."""
+    """Records that `models.create_model(name, **kwargs)` makes such a network, not yet compressed."""
     network.creation = {"name": name, "kwargs": dict(kwargs)}
 
 
 def creation_of(network: Any) -> dict[str, Any] | None:
-    """{"name", "kwargs"} of a network that `models.create_model` made, None of another."""
+    """{"name", "kwargs"} of a network that `models.create_model` made; None for any other."""
     creation: dict[str, Any] | None = getattr(network, "creation", None)
     return creation
 
 
 def note_size(network: Any, size: Mapping[str, Any]) -> None:
-    """Note the arguments of size, as JSON data, that `network` has as it was created."""
+    """Records the arguments of size with which `network` was created, as JSON-able data."""
     network.created_size = dict(size)
 
 
 def follow_size(network: Any, size: Mapping[str, Any]) -> dict[str, Any]:
-    """Have the arguments of creation say what `size` is by now (timm's `set_input_size` changes it); gives those that
-    are others."""
+    """Updates the arguments of creation to the present `size`, and returns those that changed.
+
+    timm's `set_input_size` changes the size of a network.
+    """
     creation, created = creation_of(network), getattr(network, "created_size", None)
     if creation is None or created is None:
         return {}
@@ -64,12 +66,12 @@ def follow_size(network: Any, size: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def origin_of(network: Any, history: list[Entry]) -> dict[str, Any]:
-    """Where a Program comes from: what `models.rebuild` needs to build its float network again."""
+    """The origin of a Program: what `models.rebuild` needs to build its float network again."""
     return {"network": creation_of(network), "history": history}
 
 
 def summarize(entry: Mapping[str, Any]) -> str:
-    """An entry in a line, for people."""
+    """An entry as one line for a reader."""
     if "prune" in entry:
         groups = entry["prune"].get("groups", {})
         changed = [
@@ -86,5 +88,5 @@ def summarize(entry: Mapping[str, Any]) -> str:
 
 
 def _listed(names: Sequence[str], what: str) -> str:
-    """How many there are, and the first of them."""
+    """The number of names, and the first few."""
     return f"{len(names)} {what}: " + ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")

@@ -1,4 +1,4 @@
-"""Whether a module computes what its class in torch, timm or spikingjelly says, and what else it does if not."""
+"""Whether a module computes what its class in torch, timm or spikingjelly says, and what makes it differ."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 LAYERS = (nn.Linear, _ConvNd, nn.LayerNorm, _BatchNorm)
-"""Those whose parameters are a weight and a bias."""
+"""The layers whose parameters are a weight and a bias."""
 
 _LIBRARIES = ("torch.nn.modules.", "timm.", "spikingjelly.", "swincompress_pl.")
 _SET_BY_TORCH = "_compiled_call_impl"
 
 
 def full_name(kind: type) -> str:
-    """The name of a class, with its module unless it comes from one of the libraries that everybody knows."""
+    """The name of a class, with its module unless it comes from torch, timm, spikingjelly or this package."""
     known = f"{kind.__module__}.".startswith(_LIBRARIES)
     return kind.__qualname__ if known else f"{kind.__module__}.{kind.__qualname__}"
 
 
 def alteration(module: nn.Module) -> str | None:
-    """How a layer departs from its class in a library, with the remedy; None where it does not.
+    """How a layer differs from its class in a library, with the remedy; None if it does not.
 
-    A computed weight, a replaced method, a forward of its own, and parameters beside weight and bias count. Hooks that
-    are there for other things do not: whether one changes the result shows when it runs.
+    It differs by a computed weight, a replaced method, a forward of its own, or parameters besides weight and bias.
+    Other hooks do not count, because only a run shows whether they change the result.
     """
     computed = computed_tensors(module)
     if computed:
@@ -36,20 +36,20 @@ def alteration(module: nn.Module) -> str | None:
         return f"{how} computes its {name}; {remedy}"
     own = _replaced_methods(module)
     if own:
-        return f"its {own[0]} was replaced by another function; take that back"
+        return f"its {own[0]} was replaced by another function; restore the original"
     if not _forward_of(module).startswith(_LIBRARIES):
         return "its class has a forward of its own; merge what that adds into a plain layer"
     if isinstance(module, LAYERS):
         more = sorted(name for name in module._parameters if name not in ("weight", "bias"))
         if more:
-            return f"it has the parameters {', '.join(more)} beside weight and bias; merge them into a plain layer"
+            return f"it has the parameters {', '.join(more)} besides weight and bias; merge them into a plain layer"
         if "weight" not in module._parameters:
-            return "its weight is no parameter, so something computes it; make that last"
+            return "its weight is not a parameter, so something computes it; make the weight a parameter"
     return None
 
 
 def computed_tensors(module: nn.Module) -> list[tuple[str, str, str]]:
-    """(name, what computes it, how to make that last) of the tensors that torch's utilities compute for `module`."""
+    """(name, what computes it, how to make it a parameter) of the tensors that torch's utilities compute."""
     found = []
     if parametrize.is_parametrized(module):
         for name in module.parametrizations:  # type: ignore[union-attr]
@@ -68,7 +68,7 @@ def computed_tensors(module: nn.Module) -> list[tuple[str, str, str]]:
 
 
 def peculiarities(module: nn.Module, trusted: str) -> Iterator[str]:
-    """What may make `module` compute something else than its class in a library, or in the package `trusted`, does."""
+    """What may make `module` compute something else than its class in a library or in the package `trusted`."""
     for method in _replaced_methods(module):
         yield f"its {method} was replaced"
     if module._forward_hooks or module._forward_pre_hooks:
@@ -81,15 +81,14 @@ def peculiarities(module: nn.Module, trusted: str) -> Iterator[str]:
 
 
 def is_around_linear(module: nn.Module) -> bool:
-    """Whether `module` is an nn.Sequential of exactly one nn.Linear and of what does nothing in evaluation."""
+    """Whether `module` is an nn.Sequential of one nn.Linear and of modules that do nothing in evaluation."""
     kinds = [_passes(child) or isinstance(child, nn.Linear) for child in module.children()]
     linears = sum(isinstance(child, nn.Linear) for child in module.children())
     return type(module) is nn.Sequential and all(kinds) and linears == 1
 
 
 def first_linear(module: nn.Module) -> str | None:
-    """The name of the nn.Linear that reads what an nn.Sequential is given, dropout before it left aside; None: another
-    module does."""
+    """The name of the nn.Linear that reads the input of an nn.Sequential, after any dropout; None if another does."""
     if type(module) is not nn.Sequential:
         return None
     for name, child in module.named_children():
@@ -103,7 +102,7 @@ def _passes(module: nn.Module) -> bool:
 
 
 def _replaced_methods(module: nn.Module) -> list[str]:
-    """The methods of its class that an attribute of `module` itself hides."""
+    """The methods of the class that attributes of `module` itself hide."""
     return [
         name
         for name, value in vars(module).items()

@@ -1,7 +1,7 @@
-"""Which weights of a network are masked away, and whether they still are 0: the convention that everybody reads.
+"""Which weights of a network are masked, and whether they are still 0: the convention that all rooms follow.
 
-The parameter `<module>.weight` has a persistent bool buffer `<module>.weight_mask` of the same shape beside it, True
-where kept. `pruning.structure.weight_masks` makes and keeps them.
+The parameter `<module>.weight` has a persistent bool buffer `<module>.weight_mask` of the same shape, which is True for
+kept weights. `pruning.structure.weight_masks` makes the masks and enforces them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ MASK_SUFFIX = "_mask"
 
 
 def masked_parameters(network: nn.Module) -> dict[str, tuple[nn.Parameter, Tensor]]:
-    """{name: (parameter, its mask)} of all masked parameters, in the network's order; looked up at each call."""
+    """{name: (parameter, its mask)} of all masked parameters, in the network's order, looked up at each call."""
     found = {}
     for path, module in network.named_modules():
         for leaf, parameter in module._parameters.items():
@@ -30,9 +30,9 @@ def is_mask(module: nn.Module, leaf: str, parameter: Tensor, buffer: Tensor) -> 
 
 
 def refuse_filled_masks(network: nn.Module, action: str) -> None:
-    """ValueError where masked weights are not 0, as training without `keep_masks` leaves them.
+    """Raises a ValueError if masked weights are not 0, which happens in training without `keep_masks`.
 
-    action: what cannot be done, e.g. "quantize".
+    The message begins with `action`, which cannot be done, such as "quantize".
     """
     for name, (parameter, mask) in masked_parameters(network).items():
         gone = parameter.detach()[~mask]
@@ -41,6 +41,6 @@ def refuse_filled_masks(network: nn.Module, action: str) -> None:
             raise ValueError(
                 f"{action}: {filled} of the {len(gone)} weights of {name} that its mask removes are not 0; the network "
                 "was trained or loaded without its masks being kept. pruning.keep_masks(optimizer, network) sets them "
-                "to 0, now and after each step; remove_masks(network, names) of pruning.structure.weight_masks gives "
-                "the masks up and keeps the weights"
+                "to 0, now and after each step; remove_masks(network, names) of pruning.structure.weight_masks drops "
+                "the masks and keeps the weights"
             )

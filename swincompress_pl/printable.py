@@ -1,4 +1,4 @@
-"""Text from files of strangers, made fit for a terminal."""
+"""Makes text from untrusted files safe for a terminal."""
 
 from __future__ import annotations
 
@@ -7,15 +7,17 @@ from typing import Any
 
 
 def printable(text: str) -> str:
-    """`text` with everything that does not print (escapes that steer a terminal, line breaks, text that runs backward)
-    as its escape in Python: \\x1b, \\n, \\u202e."""
+    r"""Replaces everything that does not print by its escape in Python, such as \x1b, \n and \u202e.
+
+    These include escapes that control a terminal, line breaks, and marks that turn the direction of text.
+    """
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def printable_data(value: Any) -> Any:
-    """JSON-able data with every text in it printable, keys included."""
+    """JSON-able data with every string in it printable, including keys."""
     if isinstance(value, str):
         return printable(value)
     if isinstance(value, Mapping):

@@ -1,8 +1,8 @@
 """Finds the adapter of a network family by the network's type.
 
-`pruning` and `quant` work on networks that they know nothing about: an adapter tells them the pruning groups and the
-graph. Adapters live one floor above (`models/`), and other packages may bring their own, so they are announced as
-entry points of the group `swincompress_pl.adapters`; each entry names a module whose import calls `register`.
+`pruning` and `quant` know nothing about particular networks: an adapter tells them the pruning groups and the graph.
+Adapters live in `models/`, which these rooms must not import, and other packages may bring their own. So adapters are
+entry points of the group `swincompress_pl.adapters`. Each entry names a module whose import calls `register`.
 """
 
 from __future__ import annotations
@@ -14,58 +14,119 @@ from importlib.metadata import entry_points
 from typing import Any, Protocol, runtime_checkable
 
 ENTRY_POINT_GROUP = "swincompress_pl.adapters"
-# What pyproject.toml declares; repeated so that a source tree that was never installed works too.
+# The entry of pyproject.toml, repeated so that a source tree also works without an installation.
 _OWN_ADAPTERS = "swincompress_pl.models"
 
 
 class Adapter(Protocol):
-    """What a family of networks tells the rest of the package about itself."""
+    """What a family of networks tells the rest of the package about itself.
+
+    Attributes:
+        family: Name of the family, for messages.
+    """
 
     family: str
 
     def groups(self, network: Any) -> list[Any]:
-        """The structured pruning groups of `network`: a list of `swincompress_pl.pruning.Group`."""
+        """Returns the structured pruning groups.
+
+        Args:
+            network: A network of the family.
+
+        Returns:
+            A list of `swincompress_pl.pruning.Group`.
+
+        Raises:
+            UnsupportedNetworkError: If the adapter does not cover this variant of the network.
+        """
         ...
 
     def segments(self, network: Any) -> list[str]:
-        """The names of the modules that a forward pass runs one after the other, each taking the one tensor that the
-        previous gave: patch embedding, blocks, down-sampling. What runs between them has to be cheap."""
+        """Returns the names of the modules that a forward pass runs one after the other.
+
+        Each takes the one tensor that the previous module returned: patch embedding, blocks, down-sampling. Whatever
+        runs between them must be cheap.
+
+        Args:
+            network: A network of the family.
+
+        Returns:
+            Paths of modules in the order of a pass.
+        """
         ...
 
     def graph(self, network: Any, preprocessing: Mapping[str, Any]) -> Any:
-        """The quantizable graph of `network`, a `swincompress_pl.quant.Graph`; mean and std are folded into its first
-        layer."""
+        """Returns the quantizable graph.
+
+        Args:
+            network: A network of the family.
+            preprocessing: The fields of `data.Preprocessing`; mean and std are folded into the first layer.
+
+        Returns:
+            A `swincompress_pl.quant.Graph`.
+
+        Raises:
+            UnsupportedNetworkError: If this variant of the network has no integer form.
+        """
         ...
 
 
 @runtime_checkable
 class SpikingAdapter(Adapter, Protocol):
-    """What a family of spiking networks tells in addition."""
+    """What the adapter of a family of spiking networks tells in addition."""
 
     def check_spiking(self, network: Any) -> None:
-        """Raises ValueError unless `network` spikes, in multi-step mode, and forgets between calls."""
+        """Checks that a network spikes, is in multi-step mode, and forgets between calls.
+
+        Args:
+            network: A network of the family.
+
+        Raises:
+            ValueError: If it does not; the message names the remedy.
+        """
         ...
 
     def watching_spikes(self, network: Any) -> AbstractContextManager[dict[str, float]]:
-        """{neuron: spikes a time step and a place} of the calls within the context, complete when it ends."""
+        """Counts the spikes of all calls inside a context.
+
+        Args:
+            network: A network of the family.
+
+        Returns:
+            A context manager that gives {neuron layer: spikes per time step and place}, complete when it ends.
+        """
         ...
 
 
 @runtime_checkable
 class ExplainingAdapter(Adapter, Protocol):
-    """What an adapter may tell in addition."""
+    """What an adapter may tell in addition, for messages."""
 
     def uncovered(self, network: Any) -> Mapping[str, str]:
-        """{kind of group that `network` lacks: why}, for messages."""
+        """Explains which kinds of groups a network lacks.
+
+        Args:
+            network: A network of the family.
+
+        Returns:
+            {kind: why there is no such group}.
+        """
         ...
 
 
 @runtime_checkable
 class ResizableAdapter(Adapter, Protocol):
-    """What a family tells in addition whose networks take another input size after they were made."""
+    """What an adapter tells in addition if the input size of its networks can change after they are made."""
 
     def size_arguments(self, network: Any) -> dict[str, Any]:
-        """The arguments of the constructor that give a network of the size that `network` has now, as JSON data."""
+        """Returns the arguments of the constructor that give the network's present size.
+
+        Args:
+            network: A network of the family.
+
+        Returns:
+            The arguments by name, as JSON-able data.
+        """
         ...
 
 
@@ -78,9 +139,11 @@ _loaded = False
 
 
 def register(network_type: type | str, adapter: Adapter) -> None:
-    """Announce `adapter` for `network_type` and its subclasses; a second registration of a type replaces the first.
+    """Registers the adapter of a class of networks and its subclasses; a later registration replaces an earlier one.
 
-    network_type: the class, or "module:Class" for one that is not worth importing before a network of it comes along.
+    Args:
+        network_type: The class, or "module:Class" so that its module need not be imported.
+        adapter: The adapter.
     """
     _adapters[network_type] = adapter
 
@@ -96,15 +159,22 @@ def _load_adapters() -> None:
 
 
 def families() -> Iterator[str]:
-    """The names of the supported families, sorted."""
+    """Yields the names of the supported families, sorted."""
     _load_adapters()
     yield from sorted({adapter.family for adapter in _adapters.values()})
 
 
 def adapter_for(network: Any) -> Adapter:
-    """The adapter of `network`'s type or of its nearest base class.
+    """Finds the adapter of a network, by its class or the nearest base class.
 
-    Raises UnsupportedNetworkError, naming the type and the supported families, when there is none.
+    Args:
+        network: The network.
+
+    Returns:
+        The adapter.
+
+    Raises:
+        UnsupportedNetworkError: If there is none; the message names the class and the supported families.
     """
     _load_adapters()
     for base in type(network).__mro__:
@@ -119,7 +189,7 @@ def adapter_for(network: Any) -> Adapter:
 
 
 def size_of(network: Any) -> dict[str, Any]:
-    """The arguments of the constructor for the size that `network` has now; empty where its family does not say."""
+    """The arguments of the constructor that give the network's present size; empty if its adapter does not say."""
     try:
         adapter = adapter_for(network)
     except UnsupportedNetworkError:

@@ -142,7 +142,7 @@ def test_a_right_checksum_over_a_wrong_program_is_refused(path: Path) -> None:
     metadata["description"]["norm_version"] = 99
     metadata["sha256"] = artifact.checksum(metadata["description"], tensors)
     rewrite(path, metadata, tensors)
-    with pytest.raises(ArtifactError, match="norm version 99"):
+    with pytest.raises(ArtifactError, match="specification version 99"):
         accel.load(path)
 
 

@@ -424,7 +424,7 @@ def test_folding_maps_loses_nothing(rows: list[int], columns: list[int]) -> None
 @pytest.mark.parametrize(
     ("folded", "message"),
     [
-        ([], "no mapping"),
+        ([], "not a mapping"),
         ({"other": [[0], [0]]}, "entry of folded map 'other'"),
         ({"flat": [[0], [0]]}, "entry of folded map 'flat'"),
         ({"map": [[0, 1]]}, "entry of folded map 'map'"),

@@ -235,7 +235,7 @@ def test_imagenet_errors_name_the_folder_or_file(imagenet_tree: Path) -> None:
     with pytest.raises(FileNotFoundError, match="the train images"):
         ImageNetFolder(imagenet_tree / "train").setup("fit")
     (imagenet_tree / "val" / "goldfish").mkdir()
-    with pytest.raises(ValueError, match="'goldfish' is no class of the index"):
+    with pytest.raises(ValueError, match="'goldfish' is not a class of the index"):
         small_imagenet(imagenet_tree).setup("test")
     stray = imagenet_tree / "train" / WNIDS[0] / "notes.txt"
     stray.write_text("hello")

@@ -137,7 +137,7 @@ def test_a_config_of_the_first_version_is_read_by_the_names_of_today() -> None:
     assert current_arguments(init, found) == found  # and says nothing
 
 
-@pytest.mark.filterwarnings("ignore:.*of version 0.1 and goes:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*of version 0.1 and will be removed:DeprecationWarning")
 def test_defaults_of_another_policy_that_a_saved_config_holds_do_not_change_the_policy() -> None:
     defaults = dataclasses.asdict(PrioritizedPolicy())
     saved = {**defaults, "target_sets": list(defaults["target_sets"]), "robustness_resolution_points": None}

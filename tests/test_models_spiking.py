@@ -111,7 +111,7 @@ def test_wrong_images_are_refused(images: Any) -> None:
 
 
 def test_networks_that_do_not_spike_in_many_steps_are_refused() -> None:
-    with pytest.raises(ValueError, match="no neuron of spikingjelly in it"):
+    with pytest.raises(ValueError, match="has no neuron of spikingjelly"):
         without_memory(nn.Linear(3, 3))
     single = FAMILIES["spikformer"]()
     functional.set_step_mode(single, "s")

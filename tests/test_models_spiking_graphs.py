@@ -401,5 +401,5 @@ def test_networks_that_cannot_mean_anything_are_refused_by_name() -> None:
         quantize(network.float(), images, method="max", preprocessing=PREPROCESSING)
     remembering, _ = lively(FAMILIES["spikformer"], 0, trained_statistics=False)
     remembering._forward_pre_hooks.clear()
-    with pytest.raises(ValueError, match="keeps its membranes from one call to the next"):
+    with pytest.raises(ValueError, match="keeps its membrane potentials from one call to the next"):
         quantize(remembering.float(), images, method="max", preprocessing=PREPROCESSING)

@@ -132,11 +132,11 @@ def test_groups_survive_json(name: str) -> None:
     ("name", "path", "replacement", "message"),
     [
         ("spikformer", "blocks.0.mlp.fc1.0", nn.Identity(), "blocks.0.mlp.fc1.0 is a Identity"),
-        ("spikformer", "blocks.1.mlp.fc1.1", nn.Identity(), "knows a BatchNorm there"),
+        ("spikformer", "blocks.1.mlp.fc1.1", nn.Identity(), "expects a BatchNorm there"),
         ("sdt", "blocks.0.mlp.bn1", nn.BatchNorm2d(64, affine=False), "affine=True and running statistics"),
-        ("sdt", "blocks.0.mlp.fc2", nn.Conv2d(64, 16, 1, groups=2), "knows a convolution without groups there"),
-        ("maxformer", "stage1.0.dwconv", nn.Conv2d(8, 8, 1), "knows a depthwise convolution there"),
-        ("qkformer", "stage3.0.attn", nn.Identity(), "Identity: the pruning groups of this attention are not known"),
+        ("sdt", "blocks.0.mlp.fc2", nn.Conv2d(64, 16, 1, groups=2), "expects a convolution without groups there"),
+        ("maxformer", "stage1.0.dwconv", nn.Conv2d(8, 8, 1), "expects a depthwise convolution there"),
+        ("qkformer", "stage3.0.attn", nn.Identity(), "Identity: the pruning groups of this attention are unknown"),
     ],
 )
 def test_what_is_not_written_down_is_refused(name: str, path: str, replacement: nn.Module, message: str) -> None:

@@ -103,7 +103,7 @@ def test_averaged_weights_are_taken_and_said(tmp_path: Path, content: Any, place
 
 def test_averaged_weights_that_do_not_fit_are_not_passed_over(tmp_path: Path) -> None:
     part = {key: tensor for key, tensor in WANTED.items() if "norm" not in key}
-    with pytest.raises(ValueError, match=r"under 'state_dict_ema\.' do not fit .* is perhaps 'state_dict\.blocks"):
+    with pytest.raises(ValueError, match=r"under 'state_dict_ema\.' do not fit .* may be 'state_dict\.blocks"):
         load(tmp_path / "w.pth", {"state_dict": WANTED, "state_dict_ema": part})
 
 
@@ -156,7 +156,7 @@ def test_no_file_runs_code(tmp_path: Path, hide: Callable[[Any], Any]) -> None:
         (exec, (f"open({str(trace)!r}, 'w')",)),
         (open, ("x", "w")),
     ):
-        with pytest.raises(ValueError, match=r"w\.pth: not a torch file of plain tensors: it holds .*Save the state"):
+        with pytest.raises(ValueError, match=r"w\.pth: not a torch file of plain tensors: it holds .*save the state"):
             load(tmp_path / "w.pth", hide(Runs(call, *arguments)))  # type: ignore[arg-type]
     assert not trace.exists()
 
@@ -215,7 +215,7 @@ def test_official_layouts(
         (
             {key.replace("qkv", "in_proj"): tensor for key, tensor in WANTED.items()},
             VIT,
-            r"blocks\.0\.attn\.qkv\.bias is perhaps 'blocks\.0\.attn\.in_proj\.bias'",
+            r"blocks\.0\.attn\.qkv\.bias may be 'blocks\.0\.attn\.in_proj\.bias'",
         ),
         ({key: (tensor * 99).to(torch.int8) for key, tensor in WANTED.items()}, VIT, r"32 of another type \(.*int8"),
         ({**WANTED, "\x1b[31mred": torch.zeros(1)}, VIT, r"1 unexpected \(\\x1b\[31mred\)"),

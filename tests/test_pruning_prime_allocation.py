@@ -212,7 +212,7 @@ def test_the_papers_search_is_one_call() -> None:
     assert PrimeSVT(config=paper).config is paper
 
 
-@pytest.mark.filterwarnings("ignore:.*of version 0.1 and goes:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*of version 0.1 and will be removed:DeprecationWarning")
 def test_the_spelling_of_the_first_version_gives_the_same_config() -> None:
     old: dict[str, Any] = {
         "max_accuracy_drop": 2.0, "mode": "paper", "max_rate": 0.7, "batchnorm": "reestimate", "theta": 2.0,

@@ -488,7 +488,7 @@ def test_networks_that_do_not_spike_are_refused() -> None:
     with pytest.raises(ValueError, match=r"is in single-step mode; use functional.set_step_mode\(network, 'm'\)"):
         primesvt(single, HoldOut(images, labels))
     keeps = FAMILIES["spikformer"]()
-    with pytest.raises(ValueError, match="Spikformer: it keeps its membranes from one call to the next; make it by"):
+    with pytest.raises(ValueError, match="Spikformer: keeps its membrane potentials from one call to the next"):
         primesvt(keeps, HoldOut(images, labels))
 
 

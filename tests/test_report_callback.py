@@ -176,5 +176,5 @@ def test_a_file_is_no_directory_for_the_page(tmp_path: Path) -> None:
 
 
 def test_a_state_of_another_version_is_named() -> None:
-    with pytest.raises(ValueError, match="version 9, 1 is expected"):
+    with pytest.raises(ValueError, match="version 9, but 1 is expected"):
         PruningFigures().load_state_dict({"version": 9})

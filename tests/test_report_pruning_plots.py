@@ -177,7 +177,7 @@ def test_a_figure_becomes_pixels_and_an_element_without_links() -> None:
         ({"version": 1}, "version 2 is expected, not 1"),
         ({"version": None}, "version 2 is expected, not None"),
         ({"steps": [{"round": 1}]}, "incomplete or ill-typed"),
-        ({"targets": {}}, "step 1 is of 'blocks.0.heads', which is no target"),
+        ({"targets": {}}, "step 1 is of 'blocks.0.heads', which is not a target"),
         ({"scoring": {"images_scored": 9, "image_forwards": 1.0}}, "scoring has no decisions, naive_images"),
         ({"sensitivity": {"other": [[0.0, 1.0]]}}, "sensitivity of 'other'"),
         ({"targets": {"a": {"kind": "mlp", "initial_units": 0, "units": 0, "step": 0.1}}}, "target a: 0 of 0 units"),

@@ -40,7 +40,7 @@ def texts(figure: Figure) -> list[str]:
 def test_the_report_shows_the_tables(data: dict[str, Any], folder: Path) -> None:
     markdown = (folder / "report.md").read_text(encoding="utf-8")
     worst, error = data["costs"][0], data["errors"][0]
-    for section in ("Quantization", "What each quantizer costs", "Scales", "Bits a layer", "Paired predictions"):
+    for section in ("Quantization", "What each quantizer costs", "Scales", "Bits per layer", "Paired predictions"):
         assert f"## {section}" in markdown
     assert f"**costliest alone**: {worst['name']}" in markdown
     assert f" {worst['alone']['kl']:.3g} |" in markdown
@@ -168,7 +168,7 @@ def test_bad_histograms_and_costs_are_refused(data: dict[str, Any]) -> None:
         read_diagnosis(data | {"histograms": [data["histograms"][0] | {"counts": [0, 0]}]})
     cost = copy.deepcopy(data["costs"][0])
     cost["alone"]["kl"] = float("nan")
-    with pytest.raises(ValueError, match=r"cost of .* is no number"):
+    with pytest.raises(ValueError, match=r"cost of .* is not a finite number"):
         read_diagnosis(data | {"costs": [cost]})
     with pytest.raises(ValueError, match="not 'list'"):
         read_diagnosis([])  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""The integer engine: `export` writes a quantized model as one file, `load` runs it on pixels. Needs no torch.
+"""The integer engine: `export` writes a quantized model to one file, and `load` runs it on pixels, without torch.
 
 Example::
 
@@ -6,7 +6,7 @@ Example::
     engine = accel.load("model.safetensors", threads=2)
     logits = engine(images)  # uint8 (N, H, W, 3) -> float32 (N, classes)
 
-For a kernel without a network: `export_layer`, `linear`, `matmul`, `softmax`, `layernorm`, `gelu` on integer arrays.
+`export_layer`, `linear`, `matmul`, `softmax`, `layernorm` and `gelu` run single kernels on integer arrays.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def _program_of(model: Any) -> spec.Program:
 
 
 def _quantized_in(model: Any) -> Any:
-    """What has `to_program()`: the model, its `net`, or the one module in it that does."""
+    """The object with `to_program()`: the model, its `net`, or the only such module in it."""
     for holder in (model, getattr(model, "net", None)):
         if callable(getattr(holder, "to_program", None)):
             return holder
@@ -84,8 +84,7 @@ def _quantized_in(model: Any) -> Any:
 
 
 def _modules_in(model: Any) -> Iterator[tuple[str, Any]]:
-    """The modules of a torch module by path, and those in the attributes, lists and dictionaries that torch does not
-    look into."""
+    """The modules of a torch module by path, including those in attributes, lists and dictionaries of others."""
     yield from _below("", model)
     for name, value in getattr(model, "__dict__", {}).items():
         if name.startswith("_"):
@@ -107,14 +106,24 @@ def _below(path: str, value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def export(model: Any, path: str | os.PathLike[str], compression: str | None = None) -> Path:
-    """Writes a quantized model as one safetensors artifact and returns its path.
+    """Writes a quantized model as one safetensors artifact. The file appears complete or not at all.
 
-    model: a spec.Program, anything with `to_program()` (quant.quantize returns such), or what holds one such network,
-    as a LightningModule does, in `net` or elsewhere. compression: None packs weights below 8 bits and nothing else;
-    "lzma" entropy-codes everything, losslessly, each kind of tensor by LZMA or by Huffman codes alone, whichever is
-    smaller; `load` reads both. The file appears complete or not at all. Raises TypeError for a model that is not
-    quantized or holds several networks that are, spec.ProgramError for one that breaks a bound of the specification,
-    ValueError for an unknown compression.
+    Args:
+        model: A `spec.Program`, an object with `to_program()` such as `quant.quantize` returns, or an object that holds
+            one such network, such as a LightningModule with it in `net`.
+        path: The file; its folder must exist.
+        compression: None packs weights of fewer than 8 bits. "lzma" also codes each kind of tensor losslessly, by LZMA
+            or by Huffman codes, whichever is smaller. `load` reads both; the C++ library reads only the former.
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        FileNotFoundError: If the folder of `path` does not exist.
+        TypeError: If the model is not quantized, or holds several quantized networks.
+        spec.ProgramError: If the model breaks a bound of the specification.
+        ArtifactError: If the Program cannot be written, for example because no operation uses one of its tensors.
+        ValueError: If the compression is unknown.
     """
     artifact.require_compression(compression)
     return artifact.write(_program_of(model), path, compression)

@@ -1,4 +1,4 @@
-"""From Programs and artifacts to engines of the C++ extension `_core`; says how to build it where it is missing."""
+"""From Programs and artifacts to engines of the C++ extension `_core`; an ImportError says how to build it."""
 
 from __future__ import annotations
 
@@ -22,23 +22,26 @@ except ImportError as error:
     ) from error
 
 THREADS_MAX = 256
-CodedError = _core.CodedError  # an entropy-coded artifact, which only Python decodes
+CodedError = _core.CodedError  # raised for an entropy-coded artifact, which only Python decodes
 
 
 def implementations() -> tuple[str, ...]:
-    """The names of the kernel implementations that this CPU can run, best first.
+    """Returns the names of the kernel implementations that this CPU can run, the best first.
 
-    `load(path, implementation=...)` takes one of them; the environment variable SWINCOMPRESS_IMPLEMENTATION forces one
-    where no argument does.
+    `load(path, implementation=...)` takes one of them. Without that argument, the environment variable
+    SWINCOMPRESS_IMPLEMENTATION decides; without both, the best one runs.
+
+    Returns:
+        The names, such as ("avx512_vnni", "avx2", "scalar").
     """
     return tuple(_core.implementations())
 
 
 def resolve_threads(threads: int | None) -> int:
-    """`threads` if it lies in [1, 256]; for None the number of CPUs that this process may use, by its affinity and the
-    CPU quotas of its control groups, rounded down.
+    """`threads`, or for None the number of CPUs that this process may use, at most 256.
 
-    Raises TypeError for what is no integer and ValueError outside the range.
+    That number respects the affinity of the process and the CPU quotas of its control groups, rounded down. A TypeError
+    is raised for what is not an integer, and a ValueError outside [1, 256].
     """
     if threads is None:
         return min(_core.usable_cpus(), THREADS_MAX)
@@ -72,7 +75,7 @@ def _engine(
     implementation: str | None,
     threads: int | None,
 ) -> _core.Engine:
-    """Raises ValueError for `implementation` and `threads`, spec.ProgramError for what the C++ engine refuses."""
+    """An engine; a ValueError for `implementation` and `threads`, a spec.ProgramError for what C++ refuses."""
     name, count = _core.select(implementation or ""), resolve_threads(threads)
     try:
         return _core.Engine([_value(value) for value in inputs], operations, name, count)
@@ -83,7 +86,7 @@ def _engine(
 def program_engine(program: spec.Program, *, implementation: str | None, threads: int | None) -> _core.Engine:
     """The C++ engine of a Program that `spec.check` accepts.
 
-    Raises spec.ProgramError naming the first operation of a type that only the reference runs.
+    A spec.ProgramError names the first operation of a type that only the reference runs.
     """
     numbers = {spec.INPUT_VALUE: 0}
     operations = []
@@ -103,25 +106,24 @@ def operation_engine(
 ) -> _core.Engine:
     """The C++ engine of a single operation, through the same code as whole Programs.
 
-    `.run(arrays)` takes one (N, *shape) array an input, C-contiguous, and returns the output (N, *shape); unlike a
-    Program's it may have any type. Raises spec.ProgramError for an operation that breaks a rule of the specification.
+    `.run(arrays)` takes one C-contiguous array (N, *shape) per input and returns the output (N, *shape), of any type. A
+    spec.ProgramError is raised for an operation that breaks a rule of the specification.
     """
     return _engine(inputs, [_described(op, range(len(inputs)), tensors)], implementation, threads)
 
 
 def artifact_engine(content: bytes, implementation: str, threads: int) -> tuple[_core.Engine, _core.ModelFacts]:
-    """The C++ engine of an artifact's bytes, read and proved in C++; nothing of them is kept.
+    """The C++ engine of an artifact's bytes, read and proved in C++; the bytes are not kept.
 
-    Raises CodedError for an entropy-coded artifact and ValueError for what is none or breaks a rule of the
+    Raises CodedError for an entropy-coded artifact, and ValueError for other bytes or a broken rule of the
     specification.
     """
     return _core.load(content, implementation, threads)
 
 
 def read_artifact(content: bytes) -> tuple[str, dict[str, npt.NDArray[Any]]]:
-    """(description as JSON, tensors by key) of an artifact's bytes, by the same reader, without the rules of the
-    specification.
+    """(description as JSON, tensors by key) of an artifact's bytes, by the same reader.
 
-    Raises CodedError and ValueError as `artifact_engine`.
+    The rules of the specification are not checked. Raises CodedError and ValueError as `artifact_engine`.
     """
     return _core.read(content)

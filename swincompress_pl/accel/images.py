@@ -1,4 +1,4 @@
-"""What users hand an engine for images: an array of bytes as it is, and what is one without a doubt."""
+"""What an engine takes for images: an array of uint8, and whatever is one beyond doubt."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ Images = npt.NDArray[np.uint8]
 
 
 def as_images(taken: spec.InputDescription, images: Any) -> Images:
-    """(N, *shape) uint8 of an array, of what NumPy sees as one without a copy (a torch tensor on the CPU), or of a
-    sequence of such, one per image.
+    """(N, *shape) uint8 from an array, from a torch tensor on the CPU, or from a list or tuple of them, one per image.
 
-    Raises TypeError for other types and ValueError for another shape, with the remedy.
+    A TypeError for other types and a ValueError for another shape name the remedy.
     """
     array = _stacked(taken, images) if isinstance(images, list | tuple) else _array(taken, images, "images are")
     spec.reference.check_images(taken, array)

@@ -1,4 +1,4 @@
-"""One quantized `nn.Linear` or `nn.Conv2d` as a callable on NumPy arrays, for those who only want the kernel."""
+"""One quantized `nn.Linear` or `nn.Conv2d` as a callable on NumPy arrays, without a network around it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _INPUT_TYPES = ("int8", "uint8")
 
 
 def _float_array(parameter: Any, name: str) -> npt.NDArray[np.float64]:
-    """A torch parameter, recognised by its methods, or an array."""
+    """The values of an array, or of a torch parameter, which is recognized by its methods."""
     detached = parameter.detach().cpu() if hasattr(parameter, "detach") else parameter
     values = np.asarray(detached, dtype=np.float64)
     if not np.isfinite(values).all():
@@ -44,7 +44,7 @@ def _convolution_attributes(module: Any) -> dict[str, Any]:
     for name, plain in (("groups", (1,)), ("dilation", (1, (1, 1)))):
         value = getattr(module, name, 1)
         if value not in plain:
-            raise ValueError(f"convolution with {name}={value}; the engine runs {name}=1 only")
+            raise ValueError(f"convolution with {name}={value}; export_layer takes {name}=1 only")
     padding = module.padding
     if isinstance(padding, str):
         raise ValueError(f"convolution with padding={padding!r}; give it as numbers")
@@ -55,11 +55,20 @@ def _convolution_attributes(module: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizedLayer:
-    """A linear layer or convolution in the integers of the specification: y = requantize(x_q weight_q + bias_q).
+    """A linear layer or convolution in the integers of the specification: `y = requantize(x_q weight_q + bias_q)`.
 
-    weight_q: (M, K), or (M, kh, kw, C) int8 with one scale a channel, weight_scale (M,). mult, shift: (M,), the factor
-    input_scale * weight_scale / output_scale. Calls take int8 or uint8 arrays, (..., K) or (N, H, W, C), and return
-    int8; accumulators of uint8 arrays reach twice as far, which the first call with one checks.
+    `export_layer` makes it. A call takes int8 or uint8 arrays, (..., K) for a linear layer or (N, H, W, C) for a
+    convolution, and returns int8 arrays of the same layout. With uint8 the accumulators reach twice as far; the first
+    such call checks that they fit.
+
+    Attributes:
+        operation: The operation of the specification.
+        tensors: Its integers: weight, bias, mult and shift.
+        weight_scale: (M,), real value of one step of the weights, per output channel.
+        input_scale: Real value of one step of the input.
+        output_scale: Real value of one step of the output.
+        implementation: Name of the kernels that run.
+        threads: Number of threads.
     """
 
     operation: spec.Operation
@@ -72,39 +81,73 @@ class QuantizedLayer:
     _engines: dict[spec.Value, _core.Engine] = field(default_factory=dict, repr=False, compare=False)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_engines": {}}  # made again where they are needed
+        return {**vars(self), "_engines": {}}  # a copy makes its own when it needs them
 
     @property
     def weight_q(self) -> npt.NDArray[np.int8]:
+        """The weight, int8 (M, K), or (M, kh, kw, C) of a convolution."""
         return self.tensors["weight"]
 
     @property
     def bias_q(self) -> npt.NDArray[np.int32]:
+        """The bias, int32 (M,), in steps of input_scale * weight_scale."""
         return self.tensors["bias"]
 
     @property
     def mult(self) -> npt.NDArray[np.int32]:
+        """(M,), with `shift` the factor `input_scale * weight_scale / output_scale = mult * 2**-shift`."""
         return self.tensors["mult"]
 
     @property
     def shift(self) -> npt.NDArray[np.uint8]:
+        """(M,), see `mult`."""
         return self.tensors["shift"]
 
     def quantize_input(self, x: FloatArray, dtype: str = "int8") -> IntArray:
-        """Floats to the integers that a call takes: round(x / input_scale), clamped to the range of `dtype`."""
+        """Converts floats to the integers that a call takes: round(x / input_scale), clamped to the range of `dtype`.
+
+        Args:
+            x: Floats of any shape, finite.
+            dtype: "int8" or "uint8".
+
+        Returns:
+            Integers of type `dtype` and of the shape of `x`.
+
+        Raises:
+            ValueError: If `dtype` is another type, or `x` holds NaN or infinite values.
+        """
         if dtype not in _INPUT_TYPES:
             raise ValueError(f"dtype is {dtype!r}; the layer takes {' or '.join(_INPUT_TYPES)}")
         scaled = np.asarray(x, dtype=np.float64) / self.input_scale
         if not np.isfinite(scaled).all():
-            raise ValueError("input holds NaN or infinite values")
+            raise ValueError("input holds NaN or infinite values; remove them, as no integer stands for them")
         return saturate(np.clip(np.rint(scaled), *LIMITS[dtype]).astype(np.int64), dtype)
 
     def dequantize_output(self, y: IntArray) -> npt.NDArray[np.float32]:
-        """The real values that the integers of a result stand for."""
+        """Converts the integers of a result to the real values for which they stand: y * output_scale.
+
+        Args:
+            y: What a call returned.
+
+        Returns:
+            float32 of the shape of `y`.
+        """
         return (y * self.output_scale).astype(np.float32)
 
     def __call__(self, x: IntArray) -> npt.NDArray[np.int8]:
-        """x: int8 in [-127, 127] or uint8, (..., K) for a linear layer, (N, H, W, C) for a convolution -> int8."""
+        """Runs the layer.
+
+        Args:
+            x: int8 in [-127, 127] or uint8, (..., K) for a linear layer, (N, H, W, C) for a convolution.
+
+        Returns:
+            int8, (..., M) or (N, H', W', M).
+
+        Raises:
+            TypeError: If `x` is of another type.
+            ValueError: If `x` has another shape or holds -128.
+            spec.ProgramError: If the accumulators may overflow with uint8, or the kernel is larger than the image.
+        """
         x = np.ascontiguousarray(x)
         if x.dtype.name not in _INPUT_TYPES:
             raise TypeError(f"input is {x.dtype}; the layer takes int8 or uint8: use quantize_input")
@@ -121,7 +164,7 @@ class QuantizedLayer:
         return y.reshape(*x.shape[:-1], -1) if is_linear else y
 
     def _engine(self, value: spec.Value) -> _core.Engine:
-        """One engine an input shape, made on first use."""
+        """The engine of an input type and shape, made on first use."""
         if value not in self._engines:
             self._engines[value] = operation_engine(
                 self.operation, [value], self.tensors, implementation=self.implementation, threads=self.threads
@@ -139,10 +182,23 @@ def export_layer(
 ) -> QuantizedLayer:
     """Quantizes one `torch.nn.Linear` or `torch.nn.Conv2d` to int8 and returns it as a callable on NumPy arrays.
 
-    module: anything with `weight` and `bias`, and for a convolution `stride` and `padding` (groups and dilation 1).
-    Weights get one symmetric scale a channel by their maximum. input_scale and output_scale are the real values of one
-    integer step of the input and output; without them, 1.0. Raises TypeError or ValueError naming what the engine
-    cannot run.
+    The weights get one symmetric scale per output channel, by their maximum.
+
+    Args:
+        module: An object with `weight` and `bias`, and for a convolution with `stride` and `padding`. Groups and
+            dilation must be 1.
+        input_scale: Real value of one integer step of the input; None for 1.0.
+        output_scale: Real value of one integer step of the output; None for 1.0.
+        implementation: One of `implementations()`; None for the best.
+        threads: Number of threads, 1 to 256.
+
+    Returns:
+        The layer.
+
+    Raises:
+        TypeError: If the module has no weight with 2 or 4 axes, or `threads` is not an integer.
+        ValueError: If a scale, a weight or an option of the layer is one that cannot run; the message names it.
+        spec.ProgramError: If an accumulator may overflow.
     """
     if not hasattr(module, "weight"):
         raise TypeError(f"{type(module).__name__} has no weight; export_layer takes an nn.Linear or nn.Conv2d")
@@ -175,7 +231,7 @@ def export_layer(
         "mult": mult,
         "shift": shift,
     }
-    smallest_input = weight_q.shape[1:]  # proves the bounds, whatever size comes later
+    smallest_input = weight_q.shape[1:]  # the bounds do not depend on the size of the input
     check_operation(operation, [spec.Value(dtype="int8", shape=smallest_input)], tensors)
     return QuantizedLayer(
         operation=operation,

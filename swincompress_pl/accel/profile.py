@@ -1,4 +1,4 @@
-"""Where the time goes: one row a step of the engine."""
+"""Where the time goes: one row per step of the engine."""
 
 from __future__ import annotations
 
@@ -12,17 +12,26 @@ from swincompress_pl import spec
 from swincompress_pl.printable import printable
 from swincompress_pl.spec.kinds import KINDS
 
-Counts = tuple[int, int, int]  # spikes, the places of neurons, synaptic operations
-_COLUMNS = (9, 6, 9, 7, 5, 9, 9, 6)  # widths of the table's
+Counts = tuple[int, int, int]  # spikes, places of neurons, synaptic operations
+_COLUMNS = (9, 6, 9, 7, 5, 9, 9, 6)  # widths of the table's columns
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProfileRow:
-    """One step for a whole batch: `time_ms` is the median over the repeats, `bytes` what it reads and writes once.
+    """One step of an engine, for a whole batch.
 
-    A step may cover several operations that run as one; then `operation` and `kind` join theirs with `+`.
-    spike_rate: of neurons, spikes a place and time step, 0 to 1. sops: synaptic operations of a layer that reads spikes
-    or counts of them, the additions that they cause: a count of k, k for every output that it reaches. None elsewhere.
+    A step may cover several operations that run as one; then "+" joins their names and kinds.
+
+    Attributes:
+        operation: Name of the operation.
+        kind: Kind of the operation, such as "linear".
+        time_ms: Median time over the repeats, in milliseconds.
+        share: Part of the total time, 0 to 1.
+        macs: Multiply-accumulates.
+        bytes: Bytes that it reads and writes, each counted once.
+        spike_rate: Spikes per place and time step, 0 to 1; None if the step has no neurons.
+        sops: Synaptic operations, the additions that spikes cause; a count of k causes k of them per output that it
+            reaches. None unless a layer reads spikes or counts of them.
     """
 
     operation: str
@@ -36,20 +45,28 @@ class ProfileRow:
 
     @property
     def gmacs_per_s(self) -> float:
-        """Billions of multiply-accumulates a second."""
+        """Billions of multiply-accumulates per second."""
         return self.macs / self.time_ms / 1e6 if self.time_ms > 0 else 0.0
 
     def to_dict(self) -> dict[str, Any]:
+        """Returns the fields and `gmacs_per_s` in JSON types."""
         return {**asdict(self), "gmacs_per_s": self.gmacs_per_s}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Profile:
-    """The rows in order of execution; `str(profile)` is a table.
+    """The times of an engine's steps, in order of execution; `str(profile)` is a table.
 
-    peak_gmacs_per_s: what the implementation's products reach with operands in registers on as many threads, measured
-    beside the rows; None for the reference. A layer over counts of spikes may pass it: small numbers are multiplied
-    four at a time where int8 goes two by two (avx2), or skipped where they are zero.
+    A profile has a length, and its rows can be iterated over and indexed.
+
+    Attributes:
+        rows: One row per step.
+        implementation: Name of the kernels.
+        threads: Number of threads.
+        images: Images in the batch.
+        peak_gmacs_per_s: What the kernels' products reach with operands in registers on as many threads, measured with
+            the rows; None for the reference. A layer over counts of spikes may exceed it: with avx2 it multiplies four
+            small numbers at a time instead of two, and it skips zeros.
     """
 
     rows: tuple[ProfileRow, ...]
@@ -60,20 +77,29 @@ class Profile:
 
     @property
     def time_ms(self) -> float:
+        """The time of all steps, in milliseconds."""
         return sum(row.time_ms for row in self.rows)
 
     @property
     def macs(self) -> int:
+        """The multiply-accumulates of all steps."""
         return sum(row.macs for row in self.rows)
 
     @property
     def sops(self) -> int | None:
-        """None for a network without spikes."""
+        """The synaptic operations of all steps; None for a network without spikes."""
         found = [row.sops for row in self.rows if row.sops is not None]
         return sum(found) if found else None
 
     def peak_share(self, row: ProfileRow) -> float | None:
-        """The part of the peak that a row reaches, 0 to about 1; None where it has no MACs or the peak is unknown."""
+        """Computes the part of the peak that a row reaches.
+
+        Args:
+            row: A row of this profile.
+
+        Returns:
+            The part, 0 to about 1; None if the row has no multiply-accumulates or the peak is unknown.
+        """
         if not row.macs or self.peak_gmacs_per_s is None:
             return None
         return row.gmacs_per_s / self.peak_gmacs_per_s
@@ -88,6 +114,7 @@ class Profile:
         return self.rows[number]
 
     def to_dict(self) -> dict[str, Any]:
+        """Returns everything in JSON types."""
         return {
             "implementation": self.implementation,
             "threads": self.threads,
@@ -134,7 +161,7 @@ class Profile:
 
 
 def _reads_spikes(op: spec.Operation, values: Mapping[str, spec.Value]) -> bool:
-    """Whether this is a layer over spikes or counts of them, not over pixels or other numbers."""
+    """Whether this is a layer over spikes or counts of them, and not over pixels or other numbers."""
     x = values[op.inputs[0]]
     return op.kind in ("linear", "conv2d") and x.dtype.startswith("uint") and x.reach < 255
 
@@ -142,8 +169,7 @@ def _reads_spikes(op: spec.Operation, values: Mapping[str, spec.Value]) -> bool:
 def spike_counts(
     program: spec.Program, values: Mapping[str, spec.Value], seen: Mapping[str, Any], number: int
 ) -> Counts:
-    """(spikes, places, synaptic operations) of operation `number`, from its values in `seen`; the engine's counters
-    give the same."""
+    """(spikes, places, synaptic operations) of operation `number`, from its values in `seen`, as the engine counts."""
     op = program.operations[number]
     if op.kind == "lif":
         return int(seen[op.output].sum()), seen[op.output].size, 0
@@ -168,8 +194,7 @@ def profile_of(
     images: int,
     peak_gmacs_per_s: float | None = None,
 ) -> Profile:
-    """Joins measured times and counts with the Program's costs. steps: the operations, by number, that every time and
-    count covers."""
+    """Joins measured times and counts with the Program's costs; `steps` has the operations of each, by number."""
     costs = spec.costs(program)
     values = spec.check(program)
     total_ms = sum(times_ms) or 1.0

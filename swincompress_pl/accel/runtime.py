@@ -1,4 +1,4 @@
-"""Engines: an artifact's Program ready to run, in C++ or, as the definition, in NumPy. One interface for both."""
+"""Engines: an artifact's Program, ready to run in C++ or, as the definition, in NumPy, with one interface for both."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from swincompress_pl.accel.profile import Counts, Profile, profile_of, spike_cou
 
 @renamed_attributes(class_count="num_classes")
 class _Runtime:
-    """What both engines share: shapes, checks and the one step from integers to float logits."""
+    """What both engines share: shapes, checks and the step from integers to float logits."""
 
     implementation: str
     threads: int
@@ -32,6 +32,7 @@ class _Runtime:
 
     @property
     def program(self) -> spec.Program:
+        """The Program that runs."""
         raise NotImplementedError
 
     @property
@@ -41,31 +42,65 @@ class _Runtime:
 
     @property
     def classes(self) -> tuple[str, ...] | None:
-        """The class names in the order of the logits, where the artifact has them."""
+        """The class names in the order of the logits; None if the artifact has none."""
         return self._classes
 
     @property
     def num_classes(self) -> int:
+        """The number of logits."""
         return self._num_classes
 
     def __call__(self, images: Images | Any) -> npt.NDArray[np.float32]:
-        """images: (N, *input_shape) uint8, N >= 0 -> (N, classes) float32 logits: int32 * logit_scale.
+        """Computes the logits in float.
 
-        An array, a torch tensor on the CPU, or a list of such, one per image. Raises TypeError for another dtype and
-        ValueError for another shape.
+        Args:
+            images: uint8 (N, *input_shape), N of 0 or more: an array, a torch tensor on the CPU, or a list or tuple of
+                them, one per image.
+
+        Returns:
+            float32 logits (N, classes): the int32 logits times the Program's `logit_scale`.
+
+        Raises:
+            TypeError: If `images` is not uint8; the message says what to pass.
+            ValueError: If `images` has another shape; the message says how to mend it.
         """
         return (self.run_integer(images) * self._logit_scale).astype(np.float32)
 
     def run_integer(self, images: Images | Any) -> npt.NDArray[np.int32]:
-        """images as in a call -> (N, classes) int32 logits, the same bits from every implementation."""
+        """Computes the logits in integers, which are the same bits in every implementation.
+
+        Args:
+            images: As in a call.
+
+        Returns:
+            int32 logits (N, classes).
+
+        Raises:
+            TypeError: If `images` is not uint8; the message says what to pass.
+            ValueError: If `images` has another shape; the message says how to mend it.
+        """
         images = as_images(self._taken, images)
         if images.shape[0] == 0:
             return np.zeros((0, self._num_classes), dtype=np.int32)
         return self._run(np.ascontiguousarray(images))
 
     def profile(self, images: Images | Any, *, repeats: int = 10) -> Profile:
-        """Times every step on `images` (N >= 1): the median of `repeats` runs after a warm-up; one more run counts
-        spikes and synaptic operations. Then the peak of the CPU is measured, for about 10 ms."""
+        """Times every step.
+
+        After the timed runs, one more run counts spikes and synaptic operations. `Engine` then measures the peak of the
+        CPU, for about 10 ms.
+
+        Args:
+            images: As in a call, with N of 1 or more.
+            repeats: Number of timed runs, 1 or more; the times are their medians.
+
+        Returns:
+            The times by step.
+
+        Raises:
+            TypeError: If `images` is not uint8.
+            ValueError: If `images` has another shape or is empty, or `repeats` is below 1.
+        """
         images = as_images(self._taken, images)
         if images.shape[0] == 0:
             raise ValueError("profile needs at least one image, got an empty batch")
@@ -93,7 +128,7 @@ class _Runtime:
         raise NotImplementedError
 
     def _times_ns(self, images: Images, repeats: int) -> tuple[list[list[int]], npt.NDArray[np.int64]]:
-        """The operations that every step covers, and (repeats, steps) times."""
+        """The operations that every step covers, and times (repeats, steps)."""
         raise NotImplementedError
 
     def _spike_counts(self, images: Images) -> list[Counts]:
@@ -104,13 +139,22 @@ class _Runtime:
 
 
 class Engine(_Runtime):
-    """A Program in C++, integers only between pixels and logits; its activations have 8 bits (int8, uint8) or more.
+    """A Program in C++, with integers only between pixels and logits.
 
-    threads: 1 to 256, None for all CPUs that this process may use (affinity and CPU quotas). implementation: a name of
-    `implementations()`, None for the best. An engine may be used from several Python threads: calls take turns and
-    release the GIL; Ctrl-C ends a long one. It works in forked children. Pickles and copies hold the artifact and make
-    an engine of their own with the same threads and implementation. Raises spec.ProgramError for a Program with
-    narrower activations, which only `ReferenceEngine` runs.
+    `load` makes it from an artifact. Calls from several Python threads take turns and release the GIL; Ctrl-C ends a
+    long one. An engine works in forked children. Pickles and copies hold the artifact and make an engine of their own,
+    with the same threads and implementation.
+
+    Args:
+        program: The Program; its activations need 8 bits or more, apart from spikes and their counts.
+        threads: Number of threads, 1 to 256; None for all CPUs that this process may use (affinity and CPU quotas).
+        implementation: One of `implementations()`; None for the best.
+
+    Raises:
+        TypeError: If `threads` is not an integer.
+        ValueError: If `threads` is outside its range, or this CPU cannot run `implementation`.
+        spec.ProgramError: If the Program breaks a rule of the specification, or has narrower activations, which only
+            `ReferenceEngine` runs.
     """
 
     def __init__(self, program: spec.Program, *, threads: int | None = None, implementation: str | None = None) -> None:
@@ -122,7 +166,7 @@ class Engine(_Runtime):
 
     @classmethod
     def _of_artifact(cls, content: bytes, implementation: str, threads: int) -> Engine:
-        """By the C++ reader alone; the Program is made when it is asked for."""
+        """Makes an engine by the C++ reader alone; the Program is made on first use."""
         engine = cls.__new__(cls)
         core, facts = artifact_engine(content, implementation, threads)
         *time, height, width, channels = facts["input_shape"]
@@ -151,7 +195,7 @@ class Engine(_Runtime):
             name = _core.select()
             warnings.warn(
                 f"the engine was pickled with implementation={self.implementation!r}, which cannot run here; it runs "
-                f"with {name!r}, to the same bits",
+                f"with {name!r} and gives the same bits",
                 stacklevel=2,
             )
         self._hold(artifact_engine(state["_program"], name, self.threads)[0])
@@ -161,6 +205,7 @@ class Engine(_Runtime):
 
     @property
     def program(self) -> spec.Program:
+        """The Program that runs; after `load` it is made on first use."""
         if isinstance(self._program, bytes):
             self._program = artifact.unproved_program(self._program)  # the engine has proved it
         return self._program
@@ -181,7 +226,14 @@ class Engine(_Runtime):
 
 
 class ReferenceEngine(_Runtime):
-    """A Program in NumPy, as it is specified: slow, and what every other engine equals to the bit."""
+    """A Program in NumPy: the definition of the result, slow, and equal to every other engine to the bit.
+
+    Args:
+        program: The Program.
+
+    Raises:
+        spec.ProgramError: If the Program breaks a rule of the specification.
+    """
 
     implementation = "reference"
     threads = 1
@@ -194,6 +246,7 @@ class ReferenceEngine(_Runtime):
 
     @property
     def program(self) -> spec.Program:
+        """The Program that runs."""
         return self._program
 
     def _run(self, images: Images) -> npt.NDArray[np.int32]:
@@ -219,16 +272,39 @@ class ReferenceEngine(_Runtime):
 
 
 def load(path: str | os.PathLike[str], threads: int | None = None, implementation: str | None = None) -> Engine:
-    """The engine of an artifact written by `export`.
+    """Loads an artifact, which `export` wrote, as an engine in C++.
 
-    Raises FileNotFoundError, ArtifactError (truncated, altered, foreign, of another version, or with activations below
-    8 bits, which `reference` runs), or ValueError for `threads` outside [1, 256] and for an `implementation` that this
-    CPU cannot run; the message lists those it can.
+    Args:
+        path: The file.
+        threads: Number of threads, 1 to 256; None for all CPUs that this process may use (affinity and CPU quotas).
+        implementation: One of `implementations()`; None for the best.
+
+    Returns:
+        The engine.
+
+    Raises:
+        FileNotFoundError: If the file is missing.
+        ArtifactError: If the file is truncated, altered, not an artifact, of another version, or has activations below
+            8 bits, which only `reference` runs.
+        TypeError: If `threads` is not an integer.
+        ValueError: If `threads` is outside its range, or this CPU cannot run `implementation`; the message lists those
+            that it can run.
     """
     count, name = resolve_threads(threads), _core.select(implementation or "")
     return artifact.through(path, lambda content: Engine._of_artifact(content, name, count))
 
 
 def reference(path: str | os.PathLike[str]) -> ReferenceEngine:
-    """The NumPy engine of an artifact, with the interface of `Engine`."""
+    """Loads an artifact as an engine in NumPy, with the interface of `Engine`.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The engine.
+
+    Raises:
+        FileNotFoundError: If the file is missing.
+        ArtifactError: If the file is truncated, altered, not an artifact, or of another version.
+    """
     return ReferenceEngine(artifact.read(path))

@@ -1,4 +1,4 @@
-"""Data as LightningDataModules whose order and augmentation are functions of (seed, epoch, index)."""
+"""LightningDataModules whose order and augmentation are functions of (seed, epoch, index)."""
 
 from swincompress_pl.data.augmentation import CropAndColor, PadCropFlip, ShiftRotate
 from swincompress_pl.data.cifar import CIFAR10

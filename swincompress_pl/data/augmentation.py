@@ -1,7 +1,7 @@
-"""Augmentations on pixels: each is plain data with one method, and draws only from torch's global CPU generator.
+"""Augmentations of images: each is plain data with one method, and draws only from torch's global CPU generator.
 
-The dataset seeds that generator from (seed, epoch, index) around every call (`sampling.seeded_torch`), so
-torchvision's own transforms can be used as they are.
+The dataset seeds that generator from (seed, epoch, index) around every call (`sampling.seeded_torch`). So torchvision's
+own transforms can be used as they are.
 """
 
 from __future__ import annotations
@@ -20,20 +20,34 @@ from swincompress_pl.data.preprocessing import PixelArray, Preprocessing
 
 
 class Augmentation(Protocol):
-    """Makes training pixels from an image; draws from torch's global generator only."""
+    """Makes training pixels from an image; it must draw from torch's global generator only."""
 
     def apply(self, image: Image.Image, preprocessing: Preprocessing) -> PixelArray:
-        """One augmented image: (preprocessing.height, preprocessing.width, 3) uint8."""
+        """Returns one augmented image.
+
+        Args:
+            image: The decoded image, of any size and mode.
+            preprocessing: Size and interpolation of what the network takes.
+
+        Returns:
+            (preprocessing.height, preprocessing.width, 3) uint8.
+        """
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class CropAndColor:
-    """The usual recipe for ImageNet: a random resized crop, a flip, optionally RandAugment and colour jitter.
+    """The usual recipe for ImageNet: a random resized crop, a flip, and optionally RandAugment and color jitter.
 
-    area_min: smallest part of the image's area that a crop keeps, in (0, 1]. flip: mirror every second image.
-    randaugment_operations: how many a picture (0: none), of randaugment_magnitude 0 to 30. color_jitter: strength, 0:
-    none.
+    Attributes:
+        area_min: Smallest part of the image's area that a crop keeps, in (0, 1].
+        flip: Whether to mirror an image with probability 1/2.
+        randaugment_operations: Number of RandAugment operations per image (Cubuk et al. 2020); 0 for none.
+        randaugment_magnitude: Their strength, 0 to 30.
+        color_jitter: Largest relative change of brightness, contrast and saturation, 0 to 1; 0 for none.
+
+    Raises:
+        ValueError: If a value is outside its range.
     """
 
     area_min: float = 0.08
@@ -55,7 +69,15 @@ class CropAndColor:
             raise ValueError(f"CropAndColor.color_jitter is {self.color_jitter}; give 0 to 1.")
 
     def apply(self, image: Image.Image, preprocessing: Preprocessing) -> PixelArray:
-        """See Augmentation.apply; the crop is taken from the whole image, before any resize."""
+        """Returns a random crop of the whole image, taken before any resize.
+
+        Args:
+            image: The decoded image, of any size and mode.
+            preprocessing: Size and interpolation of the crop.
+
+        Returns:
+            (preprocessing.height, preprocessing.width, 3) uint8.
+        """
         size = (preprocessing.height, preprocessing.width)
         transform = _crop_and_color(self, size, preprocessing.interpolation)
         return np.array(transform(image.convert("RGB")), dtype=np.uint8)
@@ -76,7 +98,15 @@ def _crop_and_color(config: CropAndColor, size: tuple[int, int], interpolation: 
 
 @dataclass(frozen=True, kw_only=True)
 class PadCropFlip:
-    """The usual recipe for CIFAR: black padding of `padding_px` pixels, a random crop back to the size, a flip."""
+    """The usual recipe for CIFAR: a black border, a random crop back to the size, and a flip.
+
+    Attributes:
+        padding_px: Width of the border in pixels, 0 or more.
+        flip: Whether to mirror an image with probability 1/2.
+
+    Raises:
+        ValueError: If `padding_px` is negative.
+    """
 
     padding_px: int = 4
     flip: bool = True
@@ -86,7 +116,15 @@ class PadCropFlip:
             raise ValueError(f"PadCropFlip.padding_px is {self.padding_px}; give 0 or more.")
 
     def apply(self, image: Image.Image, preprocessing: Preprocessing) -> PixelArray:
-        """See Augmentation.apply; works on the pixels that evaluation would see."""
+        """Returns a random crop of the pixels that evaluation would see.
+
+        Args:
+            image: The decoded image, of any size and mode.
+            preprocessing: Makes the pixels from the image.
+
+        Returns:
+            (preprocessing.height, preprocessing.width, 3) uint8.
+        """
         pixels = preprocessing.image_to_uint8(image)
         height, width = pixels.shape[:2]
         padding = self.padding_px
@@ -99,9 +137,16 @@ class PadCropFlip:
 
 @dataclass(frozen=True, kw_only=True)
 class ShiftRotate:
-    """A small shift and rotation, bilinear on black, for what must not be mirrored, such as digits.
+    """A small shift and rotation, for images that must not be mirrored, such as digits.
 
-    shift_px: at most this many pixels in each direction. rotation_deg: at most this many degrees either way.
+    The rotation is bilinear, on black.
+
+    Attributes:
+        shift_px: Largest shift along each axis, in pixels, 0 or more.
+        rotation_deg: Largest rotation either way, in degrees, 0 to 180.
+
+    Raises:
+        ValueError: If a value is outside its range.
     """
 
     shift_px: int = 3
@@ -114,7 +159,15 @@ class ShiftRotate:
             raise ValueError(f"ShiftRotate.rotation_deg is {self.rotation_deg}; give 0 to 180.")
 
     def apply(self, image: Image.Image, preprocessing: Preprocessing) -> PixelArray:
-        """See Augmentation.apply; works on the pixels that evaluation would see."""
+        """Returns the pixels that evaluation would see, shifted and rotated.
+
+        Args:
+            image: The decoded image, of any size and mode.
+            preprocessing: Makes the pixels from the image.
+
+        Returns:
+            (preprocessing.height, preprocessing.width, 3) uint8.
+        """
         down, right, turn = torch.rand(3).tolist()
         moved = functional.affine(
             Image.fromarray(preprocessing.image_to_uint8(image)),

@@ -33,11 +33,28 @@ _log = logging.getLogger(__name__)
 
 
 class CIFAR10(ImageClassificationData):
-    """CIFAR-10, held in memory, from `root`/cifar-10-batches-py/ where present, else `root`/train|test/<class>/*.jpg.
+    """CIFAR-10, held in memory; nothing is downloaded.
 
-    The pixels of a folder of images are kept in one file a split after the first decoding: in `cache_dir`, or beside
-    the images where that is possible. It is read again only while the names, sizes and times of the image files are
-    the same.
+    It is read from `<root>/cifar-10-batches-py/` (torchvision's files) if that folder exists, or else from
+    `<root>/train/<class>/*.jpg` and `<root>/test/<class>/*.jpg` with the ten class names. After the first decoding, the
+    pixels of such folders are kept in one .npz file per split. A file is used again only while names, sizes and times
+    of the images are the same. The splits and loaders are those of `ImageClassificationData`.
+
+    Args:
+        root: Folder of the data set.
+        holdout: Part of the 50,000 training images that is held out for decisions: a number of images (int, 1 or more)
+            or a fraction (float in (0, 1)).
+        preprocessing: From an image to the network's input; None for 32 x 32 pixels and CIFAR-10's mean and deviation.
+        augmentation: What changes training images; None for nothing.
+        cache_dir: Folder for the .npz files. Without it they lie in `root`, if that is writable.
+        batch_size: Images per batch and process.
+        num_workers: Loader processes; 0 loads in the main process.
+        seed: Decides order, augmentation, hold-out and calibration sample; 0 or more.
+
+    Raises:
+        FileNotFoundError: If `root` or `cache_dir` is missing, or, when the images are first read, a split's folder.
+        ValueError: If an argument is outside its range, or, when the images are first read, if a class folder is
+            missing or unknown, a file is damaged, or an image is not 32 x 32.
     """
 
     def __init__(
@@ -104,7 +121,9 @@ def _read_folder(folder: Path, cache: Path | None) -> MemoryImages:
     for row, path in enumerate(with_progress(paths, f"decoding {folder}", len(paths))):
         image = decode_image(path)
         if image.size != (_SIZE_PX, _SIZE_PX):
-            raise ValueError(f"{path}: {image.width} x {image.height} pixels; images of CIFAR-10 have 32 x 32.")
+            raise ValueError(
+                f"{path}: {image.width} x {image.height} pixels; images of CIFAR-10 have 32 x 32. Resize or remove it."
+            )
         pixels[row] = np.asarray(image)
     images = MemoryImages(pixels, labels)
     if cache is not None:
@@ -152,5 +171,5 @@ def _write_cache(cache: Path, images: MemoryImages, fingerprint: str) -> None:
             cache,
             lambda file: np.savez(file, pixels=images.pixels, labels=images.labels, fingerprint=np.array(fingerprint)),
         )
-    except OSError as error:  # a full disk must not stop a training: the cache only saves time
+    except OSError as error:  # the cache only saves time, so a full disk must not stop a training
         _log.warning("%s: not written (%s); the images will be decoded again next time.", cache, error)

@@ -1,4 +1,4 @@
-"""One dataset for all sources: pixels and labels, augmented as the (epoch, index) request says."""
+"""One dataset for all sources: pixels and labels, augmented as a function of (epoch, index)."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ class ImageSource(Protocol):
         ...
 
     def image(self, index: int) -> Image.Image:
-        """The image at `index`, 0 <= index < len(labels)."""
+        """The image at `index`, with 0 <= index < len(labels)."""
         ...
 
 
 def decode_image(path: Path) -> Image.Image:
-    """The whole decoded image as RGB; raises ValueError, naming the file, where it is missing, broken or cut off."""
+    """The decoded image as RGB; a ValueError names a file that is missing, damaged or cut off."""
     try:
         with Image.open(path) as image:
             return image.convert("RGB")
@@ -48,8 +48,8 @@ def decode_image(path: Path) -> Image.Image:
 class FileImages:
     """Images in files, decoded on request.
 
-    The paths are one NumPy array of bytes: a Python list of a million strings would be copied, page by page, into every
-    worker process when its reference counts change.
+    The paths are one NumPy array of bytes. A Python list of a million strings would be copied into every worker
+    process, page by page, as its reference counts change.
     """
 
     def __init__(self, root: Path, relative_paths: Sequence[str], labels: Indices) -> None:
@@ -62,7 +62,7 @@ class FileImages:
         return self.root / os.fsdecode(bytes(self._paths[index]))
 
     def image(self, index: int) -> Image.Image:
-        """See ImageSource.image; raises ValueError, naming the file, where it cannot be decoded."""
+        """The image at `index`; a ValueError names a file that cannot be decoded."""
         return decode_image(self.path(index))
 
 
@@ -74,16 +74,22 @@ class MemoryImages:
     labels: Indices
 
     def image(self, index: int) -> Image.Image:
-        """See ImageSource.image."""
+        """The image at `index`."""
         return Image.fromarray(self.pixels[index])
 
 
 class ImageDataset(Dataset[Sample]):
-    """A part of a source as uint8 pixels and labels.
+    """A part of a source as uint8 pixels (H, W, 3) and labels.
 
-    positions: (N,) which images of the source, in this order. Without an augmentation every request gives the pixels of
-    evaluation. With one, request EpochIndex(epoch, item); a bare index means epoch 0 (Lightning's `overfit_batches`
-    does so).
+    Without an augmentation every request gives the pixels of evaluation. With one, a request is
+    EpochIndex(epoch, item); a bare index means epoch 0, as Lightning's `overfit_batches` uses it.
+
+    Args:
+        source: Images with labels.
+        positions: (N,) positions of the images in the source, in the order of this dataset.
+        preprocessing: From an image to pixels.
+        augmentation: What changes the images; None for nothing.
+        seed: Decides, with epoch and item, what the augmentation draws.
     """
 
     def __init__(
@@ -106,7 +112,7 @@ class ImageDataset(Dataset[Sample]):
 
     @property
     def labels(self) -> Indices:
-        """(N,) the class numbers, in the dataset's order."""
+        """(N,) the class numbers, in the order of the dataset."""
         return self.source.labels[self.positions]
 
     def __getitem__(self, request: EpochIndex | int) -> Sample:
@@ -123,17 +129,17 @@ class ImageDataset(Dataset[Sample]):
 
 @dataclass(frozen=True)
 class CollateNormalized:
-    """Samples -> ((N, 3, H, W) float32 normalized, (N,) int64): what a network takes."""
+    """Collates samples to what a network takes: (N, 3, H, W) float32, normalized, and (N,) int64."""
 
     preprocessing: Preprocessing
 
     def __call__(self, samples: list[Sample]) -> tuple[Tensor, Tensor]:
-        """See the class."""
+        """Collates one batch."""
         pixels, labels = collate_uint8(samples)
         return self.preprocessing.normalize(pixels), labels
 
 
 def collate_uint8(samples: list[Sample]) -> tuple[Tensor, Tensor]:
-    """Samples -> ((N, H, W, 3) uint8, (N,) int64): what the engine takes."""
+    """Collates samples to what the engine takes: (N, H, W, 3) uint8 and (N,) int64."""
     images, labels = zip(*samples, strict=True)
     return torch.stack(images), torch.tensor(labels, dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""The embedded default: scikit-learn's handwritten digits, real data that need no download."""
+"""scikit-learn's handwritten digits: real data that need no download."""
 
 from __future__ import annotations
 
@@ -17,9 +17,24 @@ _BRIGHTEST = 16  # the digits count 0..16 dark pixels in 4 x 4 blocks
 
 
 class Digits(ImageClassificationData):
-    """1,797 digits of 8 x 8 pixels, as RGB of 32 x 32 (bicubic): 1,257 to train, 180 held out, 360 to test, stratified.
+    """scikit-learn's 1,797 handwritten digits of 8 x 8 pixels, as RGB of 32 x 32 (bicubic); nothing is downloaded.
 
-    The data set has no official test images, so the test split is drawn as well; `seed` decides all three parts.
+    By default 1,257 images are for training, 180 are held out and 360 are for the test, all stratified by class. The
+    data set has no official test images, so `seed` decides the test split as well. The splits and loaders are those of
+    `ImageClassificationData`.
+
+    Args:
+        holdout: Part of the training images that is held out for decisions: a number of images (int, 1 or more) or a
+            fraction (float in (0, 1)).
+        test_images: Number of test images, 1 to 1,796.
+        preprocessing: From an image to the network's input; None for 32 x 32 pixels, mean 0.5 and deviation 0.5.
+        augmentation: What changes training images; None for nothing.
+        batch_size: Images per batch and process.
+        num_workers: Loader processes; 0 loads in the main process.
+        seed: Decides the three parts, order, augmentation and calibration sample; 0 or more.
+
+    Raises:
+        ValueError: If an argument is outside its range.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""ImageNet as folders: train/<wnid>/ and val/<wnid>/."""
+"""ImageNet as folders of images: train/<wnid>/ and val/<wnid>/."""
 
 from __future__ import annotations
 
@@ -18,11 +18,28 @@ _LAYOUT = "expected <root>/train/<wnid>/*.JPEG and <root>/val/<wnid>/*.JPEG."
 
 
 class ImageNetFolder(ImageClassificationData):
-    """ImageNet-1K, or a part of it, from `root`/train/<wnid>/ and `root`/val/<wnid>/; the test split is val.
+    """ImageNet-1K, or a part of it, from the folders `<root>/train/<wnid>/` and `<root>/val/<wnid>/`.
 
-    A class has its official number (0..999, as timm counts) even where folders of other classes are missing.
-    class_index: a JSON file wnid -> number, which replaces the official one. Hidden files are passed over; a folder
-    that is no known wnid, or a file in a class folder that is no image, is an error.
+    The test split is val. A class has its official number (0 to 999, in timm's order) even if folders of other classes
+    are missing. Hidden files are ignored. The splits and loaders are those of `ImageClassificationData`.
+
+    Args:
+        root: Folder of the data set.
+        holdout: Part of the training images that is held out for decisions: a number of images (int, 1 or more) or a
+            fraction (float in (0, 1)).
+        preprocessing: From an image to the network's input; None for a resize to 256, a center crop of 224 x 224 pixels
+            and ImageNet's mean and deviation. `Preprocessing(**models.preprocessing_for(network))` is that of a network
+            of timm.
+        augmentation: What changes training images; None for nothing.
+        class_index: JSON file {wnid: number} that replaces the official one, with the numbers 0 to n - 1.
+        batch_size: Images per batch and process.
+        num_workers: Loader processes; 0 loads in the main process.
+        seed: Decides order, augmentation, hold-out and calibration sample; 0 or more.
+
+    Raises:
+        FileNotFoundError: If `root` or `class_index` is missing, or, when the images are first read, a split's folder.
+        ValueError: If an argument is outside its range or `class_index` is not an index, or, when the images are first
+            read, if a folder is not a known wnid or a file in it is not an image.
     """
 
     def __init__(
@@ -64,7 +81,7 @@ class ImageNetFolder(ImageClassificationData):
         unknown = [wnid for wnid in wnids if wnid not in self.class_index]
         if unknown:
             raise ValueError(
-                f"{root / unknown[0]}: {unknown[0]!r} is no class of the index ({len(unknown)} such folders); "
+                f"{root / unknown[0]}: {unknown[0]!r} is not a class of the index ({len(unknown)} such folders); "
                 f"rename or remove it, or pass class_index, a JSON file wnid -> number."
             )
         paths: list[str] = []
@@ -77,25 +94,25 @@ class ImageNetFolder(ImageClassificationData):
 
 
 def official_class_index() -> dict[str, int]:
-    """wnid -> 0..999, the order of ILSVRC 2012 that timm's weights use."""
+    """{wnid: 0 to 999} in the order of ILSVRC 2012, which timm's weights use."""
     return {wnid: number for number, wnid in enumerate(_imagenet_info().label_names())}
 
 
 def official_class_names() -> tuple[str, ...]:
-    """A description for each class 0..999, e.g. "tench, Tinca tinca"."""
+    """A description of each class 0 to 999, e.g. "tench, Tinca tinca"."""
     info = _imagenet_info()
     return tuple(info.index_to_description(number) for number in range(info.num_classes()))
 
 
 def _imagenet_info() -> Any:
-    # Imported on use (the other data sets do without timm); Any because its methods are not annotated.
+    # Imported on use, as the other data sets do not need timm. Any, as its methods are not annotated.
     from timm.data.imagenet_info import ImageNetInfo
 
     return ImageNetInfo()
 
 
 def read_class_index(path: Path) -> dict[str, int]:
-    """A JSON file wnid -> number; raises ValueError unless the numbers are 0..n-1, each once."""
+    """Reads a JSON file {wnid: number}; a ValueError unless the numbers are 0 to n - 1, each once."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: the class index is missing; give a JSON file wnid -> number.")
     try:

@@ -1,4 +1,4 @@
-"""What all our LightningDataModules share: the splits, their loaders and what each may be used for."""
+"""What all data modules of this package share: the splits, their loaders, and what each may be used for."""
 
 from __future__ import annotations
 
@@ -24,13 +24,28 @@ SPLITS = ("train", "holdout", "calibration", "test")
 
 
 class ImageClassificationData(LightningDataModule):
-    """Images in three disjoint parts: train; a hold-out taken from it, where decisions are made; test, reported once.
+    """Images in three disjoint parts: train; a hold-out taken from train, for decisions; and test, for the report.
 
-    A subclass gives `class_names`, `_training_source` and `_test_source`. `val_dataloader` is the hold-out: what a
-    fit looks at every epoch must not be what is reported. Loaders yield ((N, 3, H, W) float32 normalized, (N,) int64)
-    and need no earlier call of `setup`. Order, augmentation, hold-out and calibration sample are functions of `seed`.
+    `val_dataloader` gives the hold-out, because a fit must not look at the reported images every epoch. Loaders yield
+    images (N, 3, H, W) float32, normalized, and labels (N,) int64. They need no earlier call of `setup`. Order,
+    augmentation, hold-out and calibration sample are functions of `seed`; they do not depend on the number of workers.
 
-    holdout: how many images of train are held out, an int >= 1, or a fraction of train in (0, 1).
+    A subclass sets `class_names` and overrides `_training_source` and `_test_source`.
+
+    Args:
+        preprocessing: From an image to the network's input.
+        augmentation: What changes training images; None for nothing.
+        holdout: Part of the training images that is held out: a number of images (int, 1 or more) or a fraction (float
+            in (0, 1)).
+        batch_size: Images per batch and process, 1 or more.
+        num_workers: Loader processes; 0 loads in the main process.
+        seed: Decides order, augmentation, hold-out and calibration sample; 0 or more.
+
+    Attributes:
+        class_names: Names of the classes in the order of their numbers.
+
+    Raises:
+        ValueError: If an argument is outside its range.
     """
 
     class_names: tuple[str, ...]
@@ -58,26 +73,46 @@ class ImageClassificationData(LightningDataModule):
 
     @property
     def num_classes(self) -> int:
-        """How many classes the labels count, present in the images or not."""
+        """The number of classes, whether or not each has images."""
         return len(self.class_names)
 
     @abstractmethod
     def _training_source(self) -> ImageSource:
-        """All images that training may use, the hold-out among them."""
+        """All images that training may use, including the hold-out."""
 
     @abstractmethod
     def _test_source(self) -> ImageSource:
-        """The images that are reported once."""
+        """The images for the report."""
 
     def setup(self, stage: str | None = None) -> None:
-        """Find the images of a stage ("fit", "validate", "test", None: all), so that errors of the data come early."""
+        """Finds the images of a stage, so that errors of the data come early.
+
+        Args:
+            stage: "fit", "validate", "test", "predict", or None for all.
+
+        Raises:
+            FileNotFoundError: If a folder is missing.
+            ValueError: If there are no images, or the hold-out takes all of them.
+        """
         if stage != "test":
             self.dataset("train")
         if stage in ("test", None):
             self.dataset("test")
 
     def dataset(self, split: str, *, augmented: bool = False) -> ImageDataset:
-        """The images of "train", "holdout" or "test" in stored order; `augmented`: with the augmentation."""
+        """Returns a split as a dataset, in stored order.
+
+        Args:
+            split: "train", "holdout" or "test".
+            augmented: Whether to apply the augmentation.
+
+        Returns:
+            A dataset of uint8 pixels (H, W, 3) and labels.
+
+        Raises:
+            FileNotFoundError: If the folder of the images is missing.
+            ValueError: If the split is unknown or has no images, or the hold-out takes all of train.
+        """
         if split not in ("train", "holdout", "test"):
             raise ValueError(f"split is {split!r}; choose from train, holdout, test.")
         source = self._source("test" if split == "test" else "train")
@@ -89,36 +124,74 @@ class ImageClassificationData(LightningDataModule):
         return ImageDataset(source, positions, self.preprocessing, augmentation=augmentation, seed=self.seed)
 
     def train_dataloader(self) -> Loader:
-        """Augmented and shuffled, an epoch's last incomplete batch left out (mixup needs even batches)."""
+        """Returns train, augmented and shuffled, without an epoch's last incomplete batch (mixup needs even batches).
+
+        Returns:
+            A loader of images (N, 3, H, W) float32, normalized, and labels (N,) int64.
+
+        Raises:
+            ValueError: If a process has fewer images than `batch_size`.
+        """
         dataset = self.dataset("train", augmented=True)
         sampler = EpochSampler(dataset, self.seed)
         if len(sampler) < self.batch_size:
             raise ValueError(
-                f"batch_size is {self.batch_size}, but training has {len(sampler)} images a process; "
+                f"batch_size is {self.batch_size}, but training has {len(sampler)} images per process; "
                 f"give at most that many."
             )
         return self._loader(dataset, sampler=sampler, drop_last=True, persistent_workers=self.num_workers > 0)
 
     def val_dataloader(self) -> Loader:
-        """The hold-out: see the class."""
+        """Returns the hold-out, as `holdout_dataloader` does.
+
+        Returns:
+            A loader of images (N, 3, H, W) float32, normalized, and labels (N,) int64.
+        """
         return self.holdout_dataloader()
 
     def holdout_dataloader(self) -> Loader:
-        """The images of train that are held out for decisions, not augmented, in stored order."""
+        """Returns the part of train that is held out for decisions, not augmented, in stored order.
+
+        Returns:
+            A loader of images (N, 3, H, W) float32, normalized, and labels (N,) int64.
+        """
         return self._loader(self.dataset("holdout"))
 
     def test_dataloader(self) -> Loader:
-        """The official validation or test images, not augmented, in stored order: to report, not to decide on."""
+        """Returns the official validation or test images, not augmented, in stored order; for the report only.
+
+        Returns:
+            A loader of images (N, 3, H, W) float32, normalized, and labels (N,) int64.
+        """
         return self._loader(self.dataset("test"))
 
     def calibration_dataloader(self, images: int = 128) -> Loader:
-        """A fixed stratified sample of `images` of train (not of the hold-out), not augmented, in stored order."""
+        """Returns a fixed sample of train, stratified by class, not augmented, in stored order.
+
+        Args:
+            images: Number of images; none is of the hold-out.
+
+        Returns:
+            A loader of images (N, 3, H, W) float32, normalized, and labels (N,) int64.
+
+        Raises:
+            ValueError: If `images` is below 1 or above the size of train.
+        """
         return self._loader(self._calibration_dataset(images))
 
     def uint8_batches(self, split: str, *, images: int = 128) -> Iterator[tuple[PixelArray, NDArray[np.int64]]]:
-        """Pixels for the integer engine: (N, H, W, 3) uint8 and labels (N,), in the order of the split's loader.
+        """Returns a split as pixels for the integer engine, not augmented, in stored order.
 
-        split: "holdout", "test", "calibration" (of `images` images), or "train" (not augmented, stored order).
+        Args:
+            split: "train", "holdout", "calibration" or "test".
+            images: Number of images of the calibration sample; other splits ignore it.
+
+        Returns:
+            An iterator over pixels (N, H, W, 3) uint8 and labels (N,) int64.
+
+        Raises:
+            FileNotFoundError: If the folder of the images is missing.
+            ValueError: If the split is unknown or empty, or `images` is below 1 or above the size of train.
         """
         if split not in SPLITS:
             raise ValueError(f"split is {split!r}; choose from {', '.join(SPLITS)}.")
@@ -167,8 +240,7 @@ class ImageClassificationData(LightningDataModule):
             batch_size=self.batch_size,
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),
-            # A generator of its own: starting the workers would otherwise draw from the global one and so change
-            # dropout.
+            # Without a generator of its own, starting the workers would draw from the global one and change dropout.
             generator=torch.Generator().manual_seed(self.seed),
             **options,
         )
@@ -195,13 +267,13 @@ def _numpy_batches(loader: DataLoader[Any]) -> Iterator[tuple[PixelArray, NDArra
 
 
 def require_folder(path: Path, what: str, remedy: str) -> None:
-    """Raise FileNotFoundError, naming `path`, unless it is a folder."""
+    """Raises FileNotFoundError, naming `path`, unless it is a folder."""
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: {what} is missing or not a folder; {remedy}")
 
 
 def image_files(folder: Path, extensions: Sequence[str] = (".jpeg", ".jpg", ".png", ".bmp", ".webp")) -> list[str]:
-    """The names of the images in `folder`, sorted; hidden files are passed over, anything else is an error."""
+    """The names of the images in `folder`, sorted; hidden files are ignored, and any other file is an error."""
     names = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
     for name in names:
         if not name.lower().endswith(tuple(extensions)):

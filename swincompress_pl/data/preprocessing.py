@@ -1,4 +1,4 @@
-"""From a picture to the pixels that a network sees, once for the float network and for the integer engine."""
+"""From an image to the pixels that a network sees, the same for the float network and for the integer engine."""
 
 from __future__ import annotations
 
@@ -25,12 +25,19 @@ PixelArray = NDArray[np.uint8]
 class Preprocessing:
     """Resize, center crop and normalization, split at the uint8 pixels.
 
-    `image_to_uint8` gives the (height, width, 3) uint8 pixels that the integer engine takes; `normalize` gives the
-    float input of the network from exactly these pixels. Nothing else lies between, so both see the same image.
+    `image_to_uint8` gives the (height, width, 3) uint8 pixels that the integer engine takes. `normalize` gives the
+    float input of the network from exactly these pixels, so both see the same image.
 
-    height, width: size of the crop in pixels. resize: length of the shorter side before the crop, or None for no
-    resize. interpolation: "bicubic" or "bilinear" (antialiased, as Pillow does it). mean, std: per channel, for
-    pixels in [0, 1].
+    Attributes:
+        height: Height of the crop, in pixels.
+        width: Width of the crop, in pixels.
+        resize: Length of the shorter side before the crop, in pixels; None for no resize.
+        interpolation: "bicubic" or "bilinear", antialiased as in Pillow.
+        mean: What is subtracted per channel (R, G, B), for pixels in [0, 1].
+        std: What is then divided by per channel, above 0 and at most 1.
+
+    Raises:
+        ValueError: If a value is outside its range, or `resize` is shorter than the crop.
     """
 
     height: int = 224
@@ -69,20 +76,42 @@ class Preprocessing:
 
     @classmethod
     def from_crop_pct(cls, *, size: int, crop_pct: float, **fields: Any) -> Preprocessing:
-        """A square center crop of `size` pixels that keeps `crop_pct` of the shorter side, resolved as timm does it."""
+        """Makes a square center crop that keeps a part of the shorter side, rounded as timm does it.
+
+        Args:
+            size: Height and width of the crop, in pixels.
+            crop_pct: Part of the shorter side that the crop keeps, in (0, 1].
+            **fields: Other fields, such as `interpolation`, `mean` and `std`.
+
+        Returns:
+            The preprocessing.
+
+        Raises:
+            ValueError: If `crop_pct` or a field is outside its range.
+        """
         if not 0 < crop_pct <= 1:
             raise ValueError(f"crop_pct is {crop_pct}; give a fraction above 0 and at most 1.")
         return cls(height=size, width=size, resize=math.floor(size / crop_pct), **fields)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON and YAML: numbers, a string, lists of three numbers."""
+        """Returns the fields as plain data for JSON and YAML."""
         return {
             key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(self).items()
         }
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Preprocessing:
-        """The inverse of `to_dict`; raises ValueError on an unknown or missing field."""
+        """Rebuilds what `to_dict` gave.
+
+        Args:
+            fields: All fields by name.
+
+        Returns:
+            The preprocessing.
+
+        Raises:
+            ValueError: If a field is unknown, missing or outside its range.
+        """
         known = {field.name for field in dataclasses.fields(cls)}
         if fields.keys() != known:
             raise ValueError(
@@ -93,9 +122,16 @@ class Preprocessing:
         return cls(**fields)
 
     def image_to_uint8(self, image: Image.Image) -> PixelArray:
-        """Resize the shorter side, crop the center: (height, width, 3) uint8 RGB.
+        """Resizes the shorter side and crops the center.
 
-        Raises ValueError where there is no resize and the image is smaller than the crop.
+        Args:
+            image: The decoded image, of any size and mode.
+
+        Returns:
+            (height, width, 3) uint8 RGB.
+
+        Raises:
+            ValueError: If there is no resize and the image is smaller than the crop.
         """
         image = image.convert("RGB")
         if self.resize is not None:
@@ -107,11 +143,21 @@ class Preprocessing:
                 f"set Preprocessing.resize to {max(self.height, self.width)} or more."
             )
         left, top = round((image.width - self.width) / 2), round((image.height - self.height) / 2)
-        # np.array copies: the result is writable, as torch wants it.
+        # np.array copies, so the result is writable, which torch needs.
         return np.array(image.crop((left, top, left + self.width, top + self.height)), dtype=np.uint8)
 
     def normalize(self, pixels: Tensor) -> Tensor:
-        """(N, H, W, 3) or (H, W, 3) uint8 -> (N, 3, H, W) or (3, H, W) float32: (pixels / 255 - mean) / std."""
+        """Computes `(pixels / 255 - mean) / std`, with the channels first.
+
+        Args:
+            pixels: uint8, (N, H, W, 3) or (H, W, 3).
+
+        Returns:
+            float32, (N, 3, H, W) or (3, H, W).
+
+        Raises:
+            ValueError: If `pixels` has another type or shape.
+        """
         if pixels.dtype != torch.uint8 or pixels.dim() not in (3, 4) or pixels.shape[-1] != 3:
             raise ValueError(
                 f"pixels are {pixels.dtype} {tuple(pixels.shape)}; expected uint8 (N, H, W, 3) or (H, W, 3)."
@@ -120,14 +166,21 @@ class Preprocessing:
         return ((pixels / 255 - mean) / std).movedim(-1, -3).contiguous()
 
     def denormalize(self, inputs: Tensor) -> Tensor:
-        """The exact inverse of `normalize`: (N, 3, H, W) or (3, H, W) float32 -> uint8 with the channels last."""
+        """Undoes `normalize` exactly.
+
+        Args:
+            inputs: float32, (N, 3, H, W) or (3, H, W).
+
+        Returns:
+            uint8 pixels, (N, H, W, 3) or (H, W, 3).
+        """
         mean, std = (torch.tensor(values, device=inputs.device) for values in (self.mean, self.std))
         pixels = (inputs.movedim(-3, -1) * std + mean) * 255
         return pixels.round().clamp(0, 255).to(torch.uint8)
 
 
 def resize_shorter_side(image: Image.Image, length: int, interpolation: str) -> Image.Image:
-    """Scale so that the shorter side has `length` pixels; the other one is truncated, as torchvision and timm do."""
+    """Scales the shorter side to `length` pixels; the other side is rounded down, as in torchvision and timm."""
     short, long = sorted(image.size)
     if short == length:
         return image

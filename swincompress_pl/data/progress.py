@@ -1,4 +1,4 @@
-"""A progress bar for what may take longer than two seconds, and silence for what does not."""
+"""A progress bar for loops that take longer than two seconds."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Item = TypeVar("Item")
 
 
 def with_progress(items: Iterable[Item], description: str, total: int) -> Iterator[Item]:
-    """Yield `items` (`total` of them) and show a bar on the standard error once two seconds have passed."""
+    """Yields the items, `total` of them, and shows a bar on the standard error after two seconds."""
     started_s = time.monotonic()
     progress: Progress | None = None
     try:

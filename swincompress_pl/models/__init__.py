@@ -1,4 +1,4 @@
-"""The networks: factories, the LightningModule, and what each family tells pruning and quantization about itself."""
+"""The networks: factories, the LightningModule, and the adapters of the families for pruning and quantization."""
 
 from swincompress_pl.checkpoint.hooks import CompressionMixin
 from swincompress_pl.models import meta_spikeformer, spiking, swin, vit  # noqa: F401  # they register their adapters

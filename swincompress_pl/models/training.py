@@ -1,4 +1,4 @@
-"""What a classifier is trained with: its options, the groups of its optimizer, its schedule, its distillation."""
+"""How a classifier is trained: its options, the groups of its optimizer, its schedule, and its distillation."""
 
 from __future__ import annotations
 
@@ -15,17 +15,24 @@ from swincompress_pl.arguments import integer, number, numbers, require
 
 Config = TypeVar("Config")
 
-# A parameter whose name holds one of these is not decayed, nor is any with fewer than two dimensions (norms, biases).
+# A parameter with one of these in its name is not decayed, nor is one with fewer than two dimensions (norms, biases).
 # "scale" covers the learned scales of quantization, which may have two dimensions.
 _NO_DECAY = ("pos_embed", "cls_token", "dist_token", "reg_token", "relative_position", "scale")
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizationConfig:
-    """AdamW, with a linear warm-up and a cosine to `min_lr` over the steps of the fit.
+    """AdamW with a linear warm-up and then a cosine to `min_lr`, over the steps of the fit.
 
-    lr: the peak, > 0. weight_decay: >= 0, for matrices only (`decay_groups`). warmup_epochs: >= 0, fractions allowed.
-    min_lr: 0 to lr, reached at the last step. betas: AdamW's.
+    Attributes:
+        lr: Peak of the learning rate, above 0.
+        weight_decay: Weight decay of matrices, 0 or more. Biases, norms, position embeddings and tokens have none.
+        warmup_epochs: Length of the warm-up in epochs, 0 or more; fractions are allowed.
+        min_lr: Learning rate at the last step, 0 to `lr`.
+        betas: Decay rates of AdamW's averages, two numbers in [0, 1).
+
+    Raises:
+        ValueError: If a value is outside its range.
     """
 
     lr: float = 1e-3
@@ -50,10 +57,17 @@ class OptimizationConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MixingConfig:
-    """Mixup and cutmix by timm, per batch; which images are mixed is a function of (seed, epoch, batch).
+    """Mixup and CutMix by timm, per batch; the mixing is a function of (seed, epoch, batch).
 
-    mixup_alpha, cutmix_alpha: the Beta distributions' parameter, 0 switches one off (both 0: no mixing). probability:
-    of mixing a batch at all. switch_probability: of cutmix, where both are on.
+    Attributes:
+        mixup_alpha: Parameter of Mixup's Beta distribution (Zhang et al. 2018), 0 or more; 0 switches it off.
+        cutmix_alpha: Parameter of CutMix's Beta distribution (Yun et al. 2019), 0 or more; 0 switches it off.
+        probability: Probability that a batch is mixed, 0 to 1.
+        switch_probability: Probability that a mixed batch gets CutMix if both are on, 0 to 1.
+        seed: Decides how batches are mixed; 0 or more.
+
+    Raises:
+        ValueError: If a value is outside its range.
     """
 
     mixup_alpha: float = 0.0
@@ -72,17 +86,26 @@ class MixingConfig:
 
     @property
     def enabled(self) -> bool:
-        """Whether any batch is mixed."""
+        """Whether Mixup or CutMix is on."""
         return self.mixup_alpha > 0 or self.cutmix_alpha > 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class DistillationConfig:
-    """Learn from the uncompressed network: loss = (1 - weight) * labels + weight * T^2 * KL(teacher || student).
+    """Distillation from the uncompressed network (Hinton et al. 2015).
 
-    weight: above 0, at most 1. temperature T: above 0. start_epoch: the teacher is the network as it stands when this
-    epoch starts, so it must come before the first compression; before it, only the labels teach. 0 asks for loaded
-    weights.
+    The loss is `(1 - weight) * loss of the labels + weight * T**2 * KL(teacher || student)` at temperature T. The
+    teacher is the network itself as it is when `start_epoch` begins, so that epoch must come before the first
+    compression.
+
+    Attributes:
+        weight: Weight of the teacher in the loss, above 0 and at most 1.
+        temperature: Temperature T of both softmaxes, above 0.
+        start_epoch: Epoch from which on the teacher counts, 0 or more; before it only the labels do. With 0 the network
+            must have loaded weights.
+
+    Raises:
+        ValueError: If a value is outside its range.
     """
 
     weight: float = 0.5
@@ -109,7 +132,7 @@ def _set(config: object, fields: Mapping[str, Any]) -> None:
 
 
 def as_config(kind: type[Config], value: Config | Mapping[str, Any]) -> Config:
-    """A config that came as plain data (a checkpoint's hyperparameters) as the dataclass; unknown options raise."""
+    """A config from plain data, such as a checkpoint's hyperparameters; a ValueError names unknown options."""
     if not isinstance(value, Mapping):
         return value
     known = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]  # all three are dataclasses
@@ -120,9 +143,9 @@ def as_config(kind: type[Config], value: Config | Mapping[str, Any]) -> Config:
 
 
 def decay_groups(network: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """The trainable parameters of `network` in two groups for an optimizer: with `weight_decay` and with none.
+    """The trainable parameters of `network` in two groups for an optimizer: with `weight_decay` and without.
 
-    Not decayed: anything with fewer than two dimensions (norms, biases), position embeddings, tokens,
+    Without it are parameters with fewer than two dimensions (norms, biases), position embeddings, tokens,
     relative-position tables, and the scales of quantization.
     """
     decayed: list[nn.Parameter] = []
@@ -135,7 +158,7 @@ def decay_groups(network: nn.Module, weight_decay: float) -> list[dict[str, Any]
 
 
 def warmup_cosine(step: int, steps: int, warmup_steps: int, *, floor: float) -> float:
-    """The learning rate at `step` in 0 .. steps - 1 as a part of its peak: linear to 1, then a cosine to `floor`."""
+    """The learning rate at `step`, 0 to steps - 1, as a part of its peak: linear to 1, then a cosine to `floor`."""
     if step < warmup_steps:
         return (step + 1) / (warmup_steps + 1)
     progress = min((step - warmup_steps) / max(steps - 1 - warmup_steps, 1), 1.0)
@@ -143,7 +166,7 @@ def warmup_cosine(step: int, steps: int, warmup_steps: int, *, floor: float) -> 
 
 
 def distillation_loss(logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
-    """T^2 * KL(teacher || student) at temperature T, the batch's mean; (N, C) logits each (Hinton et al., 2015)."""
+    """T**2 * KL(teacher || student) at temperature T, the mean over the batch, of logits (N, C)."""
     student = functional.log_softmax(logits / temperature, dim=-1)
     teacher = functional.log_softmax(teacher_logits / temperature, dim=-1)
     return functional.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature**2

@@ -1,4 +1,4 @@
-"""Weights from files that others wrote, in the names of a network: wrappers' prefixes, averages, official layouts."""
+"""Loads weights from files of other tools: prefixes of wrappers, averaged weights, official layouts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from swincompress_pl.checkpoint.record import history_in
 from swincompress_pl.models.weights_file import is_shard, read_weights_file
 
-# Wrappers that put their name into the names of what they wrap, at any depth.
+# Wrappers that add their name to the names of what they wrap, at any depth.
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 # Where training scripts put a network: the keys of a checkpoint, the attributes of a module.
 _USUAL = {"state_dict", "model_state_dict", "model_state", "module", "model", "net", "backbone", "student"}
@@ -32,7 +32,7 @@ _SIZED = ("pos_embed", "relative_position_bias_table")
 
 @dataclass(frozen=True)
 class _Candidate:
-    """Tensors of a file that may be the network's: those at `place`, their names without it."""
+    """Tensors of a file that may be the network's: those under the prefix `place`, which their names leave out."""
 
     place: str
     tensors: Mapping[str, Tensor]
@@ -40,7 +40,7 @@ class _Candidate:
 
     @property
     def rank(self) -> int:
-        """Averaged weights come first, then what stands where training scripts put a network, a teacher last."""
+        """Averaged weights come first, then the places where training scripts put a network, and a teacher last."""
         words = self.place.split(".")[:-1]
         if any(_AVERAGED.search(word) for word in words):
             return 0
@@ -50,23 +50,26 @@ class _Candidate:
 
     @property
     def num_problems(self) -> int:
+        """How many tensors do not fit."""
         return sum(map(len, self.problems.values()))
 
 
 def load_weights(network: nn.Module, path: Path) -> None:
-    """Load a file of weights into `network`, all or nothing.
+    """Loads a file of weights into `network`, all or nothing.
 
     The state dict may lie in a checkpoint (of Lightning, of timm's `train.py`, ...), under any prefixes of wrappers
-    (`module.`, `model.`, `net.`, `_orig_mod.`, nested). Of averaged weights (EMA) beside the trained ones the averaged
-    are taken, as timm does. Files in another layout (official Swin, DeiT III) are renamed by timm's own filter.
+    (`module.`, `model.`, `net.`, `_orig_mod.`, nested). If a file has averaged weights (EMA) and trained ones, the
+    averaged ones are taken, as timm does. Files in another layout (official Swin, DeiT III) are renamed by timm's own
+    filter. A warning says which weights were taken if there was a choice.
 
     Args:
-        network: whose parameters and buffers are filled.
-        path: what `read_weights_file` reads.
+        network: The network whose parameters and buffers are filled.
+        path: A file or folder that `read_weights_file` reads.
 
     Raises:
-        ValueError: where a tensor is missing, left over, of another shape or type or not finite, with its name; or
-            where several networks in the file fit.
+        FileNotFoundError: If the file, or a shard of it, is missing.
+        ValueError: If a tensor is missing, left over, of another shape or type, or not finite (the message names it);
+            if several networks in the file fit; or if the file is not one of weights.
     """
     content = read_weights_file(path)
     _refuse_compressed(content, path)
@@ -85,13 +88,13 @@ def load_weights(network: nn.Module, path: Path) -> None:
 def _refuse_compressed(content: Any, path: Path) -> None:
     if isinstance(content, Mapping) and history_in(content):
         raise ValueError(
-            f"{path}: is a checkpoint of a compressed network, which its tensors alone do not build; load it with "
+            f"{path}: is a checkpoint of a compressed network, which its tensors alone cannot rebuild; load it with "
             "load_from_checkpoint of its LightningModule (CompressibleClassifier, or yours with CompressionMixin)."
         )
 
 
 def _dicts_of_tensors(content: Any, place: str = "", depth: int = 0) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Each dictionary in `content` that holds tensors by name, with the keys that lead to it, "model_ema."."""
+    """Each dictionary in `content` with tensors by name, and the keys that lead to it, such as "model_ema."."""
     if not isinstance(content, Mapping) or depth > 4:
         return
     tensors = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
@@ -102,7 +105,7 @@ def _dicts_of_tensors(content: Any, place: str = "", depth: int = 0) -> Iterator
 
 
 def _candidates(network: nn.Module, places: list[tuple[str, dict[str, Tensor]]], path: Path) -> list[_Candidate]:
-    """What lies under each prefix that has half of the network's names; the largest dictionary where none has."""
+    """The tensors under each prefix that has half of the network's names; if none has, the largest dictionary."""
     expected = network.state_dict()
     stripped = [(place, _without_wrappers(state, path)) for place, state in places]
     found = [
@@ -113,7 +116,7 @@ def _candidates(network: nn.Module, places: list[tuple[str, dict[str, Tensor]]],
     ]
     candidates = []
     for place, state in found or [max(stripped, key=lambda each: len(each[1]))]:
-        # what lies beside the prefix (a teacher, metrics) is not the network's
+        # What has another prefix (a teacher, metrics) does not belong to the network.
         tensors = _in_names_of(network, state)
         candidates.append(_Candidate(place, tensors, _problems(expected, tensors)))
     return candidates
@@ -133,13 +136,16 @@ def _without_wrappers(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]
     for key, tensor in state.items():
         name = ".".join(word for word in key.split(".") if word not in _WRAPPERS)
         if name in plain and not _equal(plain[name], tensor):
-            raise ValueError(f"{path}: holds {name!r} with and without a wrapper's prefix, and they differ.")
+            raise ValueError(
+                f"{path}: holds {name!r} with and without a wrapper's prefix, and they differ. Save the state dict of "
+                "the unwrapped network to a file of its own: torch.save(network.state_dict(), ...)."
+            )
         plain[name] = tensor
     return plain
 
 
 def _in_names_of(network: nn.Module, state: dict[str, Tensor]) -> Mapping[str, Tensor]:
-    """`state`, renamed by timm's filter of the network's family where its names are others; no tensor is resampled."""
+    """`state`, renamed by timm's filter for the network's family if its names differ; no tensor is resampled."""
     expected = network.state_dict()
     rename = _filter_of(network)
     if rename is None or expected.keys() <= state.keys():
@@ -147,11 +153,11 @@ def _in_names_of(network: nn.Module, state: dict[str, Tensor]) -> Mapping[str, T
     sized = {key: tensor for key, tensor in state.items() if key in expected and key.endswith(_SIZED)}
     try:
         renamed = rename({key: tensor for key, tensor in state.items() if key not in sized}, network)
-    except Exception:  # a filter takes its layout for granted, and fails however it does for another one
+    except Exception:  # a filter presumes its layout, and may raise anything for another one
         return state
     renamed |= sized
     for key in renamed.keys() & state.keys():
-        # A filter fits positions and patches to the network's size. That makes another network: say it instead.
+        # A filter resizes positions and patches to the network's size. That changes the network, so refuse it instead.
         if renamed[key].numel() != state[key].numel() or renamed[key].shape == state[key].shape:
             renamed[key] = state[key]
     fits_better = len(expected.keys() - renamed.keys()) < len(expected.keys() - state.keys())
@@ -159,7 +165,7 @@ def _in_names_of(network: nn.Module, state: dict[str, Tensor]) -> Mapping[str, T
 
 
 def _filter_of(network: nn.Module) -> Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]] | None:
-    """`checkpoint_filter_fn` of the timm module that the network's class comes from."""
+    """`checkpoint_filter_fn` of the timm module that defines the network's class."""
     for base in type(network).__mro__:
         found = getattr(sys.modules[base.__module__], "checkpoint_filter_fn", None)
         if base.__module__.startswith("timm.models.") and found is not None:
@@ -188,7 +194,7 @@ def _problems(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> 
 
 
 def _is_plain(tensor: Tensor, expected: Tensor) -> bool:
-    """Whether copying `tensor` into `expected` keeps what it means: no integers of a quantized weight, no sparsity."""
+    """Whether `tensor` can be copied into `expected`: it is not quantized, sparse or of another kind of number."""
     same_kind = tensor.is_floating_point() == expected.is_floating_point() and not tensor.is_complex()
     return same_kind and tensor.layout == torch.strided and not tensor.is_meta and not tensor.is_quantized
 
@@ -198,7 +204,7 @@ def _is_finite(tensor: Tensor) -> bool:
 
 
 def _choose(candidates: list[_Candidate], path: Path) -> _Candidate:
-    """The candidate of the best rank; of several, the one that fits."""
+    """The candidate of the best rank; if there are several, the one that fits."""
     best = min(each.rank for each in candidates)
     likely = [each for each in candidates if each.rank == best]
     fitting = [each for each in likely if not each.num_problems]
@@ -209,7 +215,7 @@ def _choose(candidates: list[_Candidate], path: Path) -> _Candidate:
         if not all(_equal(first.tensors[key], other.tensors[key]) for key in first.tensors.keys() & other.tensors):
             raise ValueError(
                 f"{path}: two networks in it fit, {first.place!r} and {other.place!r}, and they differ. Save the one "
-                "that you want into a file of its own: torch.save(network.state_dict(), ...)."
+                "that you want to a file of its own: torch.save(network.state_dict(), ...)."
             )
     return first
 
@@ -219,7 +225,7 @@ def _equal(one: Tensor, other: Tensor) -> bool:
 
 
 def _tell(chosen: _Candidate, content: Any, path: Path) -> None:
-    """Say which weights were taken where a file leaves a choice."""
+    """Warns which weights were taken if a file leaves a choice."""
     lightning_averaged = isinstance(content, Mapping) and "current_model_state" in content
     if chosen.rank == 0 or (lightning_averaged and chosen.place.startswith("state_dict.")):
         what = "the averaged weights (EMA) are taken, as timm does"
@@ -228,7 +234,7 @@ def _tell(chosen: _Candidate, content: Any, path: Path) -> None:
     else:
         return
     warnings.warn(
-        f"{path}: {what}, those under {chosen.place!r}; for others save their state dict into a file of its own",
+        f"{path}: {what}, those under {chosen.place!r}; for others, save their state dict to a file of its own",
         stacklevel=4,
     )
 
@@ -248,12 +254,12 @@ def _refusal(network: nn.Module, chosen: _Candidate, places: list[tuple[str, dic
 
 
 def _nearest(chosen: _Candidate, every: list[str]) -> str:
-    """Names in the file that look like the missing ones."""
+    """Names in the file that resemble the missing ones."""
     pairs = []
     for name in chosen.problems["missing"][:3]:
         close = [key for key in every if f".{key}".endswith(f".{name}")]
         close = close or difflib.get_close_matches(name, chosen.problems["unexpected"], n=1)
-        pairs += [f"{name} is perhaps {_shown(key)!r} there" for key in close[:1]]
+        pairs += [f"{name} may be {_shown(key)!r} there" for key in close[:1]]
     return f"{'; '.join(pairs)}. " if pairs else ""
 
 
@@ -277,7 +283,7 @@ def _remedy(chosen: _Candidate, path: Path) -> str:
 
 
 def _shown(name: str) -> str:
-    """A name of a stranger's file, short and without what a terminal obeys."""
+    """A name from an untrusted file, cut short and without control characters."""
     return (name if name.isprintable() else ascii(name)[1:-1])[:200]
 
 

@@ -1,6 +1,6 @@
-"""Files of weights as others write them: safetensors, torch files of plain data, either one in shards.
+"""Reads files of weights: safetensors and torch files of plain data, whole or in shards.
 
-Nothing in a file is run: torch's files are read with `weights_only`.
+No code in a file is run: torch's files are read with `weights_only`.
 """
 
 from __future__ import annotations
@@ -18,32 +18,35 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 _INDEX = ".index.json"
-_ONE_FILE = ("model.safetensors", "pytorch_model.bin")  # as a folder of the Hugging Face hub has them
+_ONE_FILE = ("model.safetensors", "pytorch_model.bin")  # the names in a folder of the Hugging Face hub
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.\w+$")
 
 
 def read_weights_file(path: Path) -> Any:
-    """What a file of weights holds: tensors by name, with plain data around them where it is a torch file's.
+    """Reads a file of weights.
 
     Args:
-        path: a safetensors file (by its extension), a torch file, the index of a sharded one (`*.index.json`), or a
+        path: A safetensors file (by its extension), a torch file, the index of a sharded one (`*.index.json`), or a
             folder with an index, `model.safetensors` or `pytorch_model.bin`.
 
+    Returns:
+        Tensors by name; a torch file may have other plain data around them.
+
     Raises:
-        FileNotFoundError: the file, or a shard of it, is missing.
-        ValueError: it is none of these, damaged, or holds more than tensors and plain data.
+        FileNotFoundError: If the file, or a shard of it, is missing.
+        ValueError: If the file is none of these, is damaged, or holds more than tensors and plain data.
     """
     if path.is_dir():
         path = _file_in(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: the weights file is missing.")
+        raise FileNotFoundError(f"{path}: the weights file is missing; check the path.")
     if path.name.endswith(_INDEX):
         return _read_shards(path)
     return _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
 
 
 def is_shard(path: Path) -> bool:
-    """Whether a file's name says that it is one of several, "model-00001-of-00002.safetensors"."""
+    """Whether a file's name says that it is one of several, such as "model-00001-of-00002.safetensors"."""
     return _SHARD.search(path.name) is not None
 
 
@@ -52,7 +55,7 @@ def _file_in(folder: Path) -> Path:
     if len(found) != 1:
         raise ValueError(
             f"{folder}: is a folder with {len(found)} files of weights ({_INDEX} files, {', '.join(_ONE_FILE)}); pass "
-            "the file itself. A folder of a sharded Lightning checkpoint is made one file by "
+            "the file itself. For a sharded Lightning checkpoint, make one file by "
             "`python -m lightning.pytorch.utilities.consolidate_checkpoint`."
         )
     return found[0]
@@ -69,7 +72,7 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
     for name in names:
         if not isinstance(name, str) or name in ("", ".", "..") or set(name) & set("/\\:"):
-            raise ValueError(f"{index}: names the shard {name!r}; shards lie beside their index.")
+            raise ValueError(f"{index}: names the shard {name!r}; shards must lie in the folder of their index.")
         if name.endswith(_INDEX):
             raise ValueError(f"{index}: names the shard {name!r}, an index; a shard holds tensors.")
         shard = read_weights_file(index.parent / name)
@@ -93,7 +96,7 @@ def _read_torch(path: Path) -> Any:
         # timm's train.py saves its arguments beside the weights; a Namespace is plain data with another name.
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises whatever its unpickler and the zip reader raise
+    except Exception as error:  # torch.load raises anything that its unpickler and the zip reader raise
         reason = str(error).strip().partition("\n")[0][:200]
         held = _other_types(path) if isinstance(error, pickle.UnpicklingError) else []
         if not held:
@@ -102,13 +105,13 @@ def _read_torch(path: Path) -> Any:
             ) from error
         raise ValueError(
             f"{path}: not a torch file of plain tensors: it holds {', '.join(held[:5])}"
-            f"{', ...' if held[5:] else ''}, and unpickling that can run code. Save the state dict alone, where the "
-            f"file comes from: torch.save(model.state_dict(), ...)."
+            f"{', ...' if held[5:] else ''}, and unpickling that can run code. Where the file comes from, save the "
+            f"state dict alone: torch.save(model.state_dict(), ...)."
         ) from error
 
 
 def _other_types(path: Path) -> list[str]:
-    """The types in a torch file that `weights_only` refuses; [] where the file is no such file."""
+    """The types in a torch file that `weights_only` refuses; [] if it is not a torch file."""
     try:
         return sorted(ascii(name)[1:-1] for name in torch.serialization.get_unsafe_globals_in_checkpoint(path))
     except Exception:  # as above

@@ -1,7 +1,7 @@
-"""What a compression cost and what it gave: accuracy, bytes, latency; collected in a `RunRecord`, rendered by
-`write_report`.
+"""What a compression cost and what it gave: accuracy, bytes and latency.
 
-Names are imported when they are first asked for: what measures an engine (`report.comparison`) loads no torch.
+A `RunRecord` collects them, and `write_report` renders it. Names are imported on first use, so that a measurement of
+an engine (`report.comparison`) loads no torch.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Accuracy with its uncertainty: an interval beside every figure, and paired comparisons for every loss."""
+"""Accuracy with its uncertainty: an interval for every figure, and paired comparisons for every loss."""
 
 from __future__ import annotations
 
@@ -16,24 +16,41 @@ _Z_95 = NormalDist().inv_cdf(0.975)
 
 
 def wilson_interval(correct: int, images: int) -> tuple[float, float]:
-    """The 95 % Wilson score interval of a proportion, in [0, 1] (Wilson 1927); it holds for 0 and for `images`
-    correct, too."""
+    """Computes the 95 % score interval of a proportion (Wilson 1927), which also holds at 0 and at 1.
+
+    Args:
+        correct: Number of correct answers, 0 to `images`.
+        images: Number of images, 1 or more.
+
+    Returns:
+        The lower and the upper end, in [0, 1].
+
+    Raises:
+        ValueError: If the counts are outside their ranges.
+    """
     if not 0 <= correct <= images or images < 1:
         raise ValueError(
-            f"{correct} correct of {images} images: it must be 0 <= correct <= images, with at least one image"
+            f"{correct} correct of {images} images: correct must lie in [0, images], and there must be an image"
         )
     share, z2 = correct / images, _Z_95**2
-    centre = (share + z2 / (2 * images)) / (1 + z2 / images)
+    center = (share + z2 / (2 * images)) / (1 + z2 / images)
     half = _Z_95 / (1 + z2 / images) * math.sqrt(share * (1 - share) / images + z2 / (4 * images**2))
-    low = 0.0 if correct == 0 else max(0.0, centre - half)
-    high = 1.0 if correct == images else min(1.0, centre + half)
+    low = 0.0 if correct == 0 else max(0.0, center - half)
+    high = 1.0 if correct == images else min(1.0, center + half)
     return low, high
 
 
 @dataclass(frozen=True, kw_only=True)
 class Accuracy:
-    """Top-1 accuracy as counts: `correct` of `images`. Raises ValueError unless 0 <= correct <= images and images >=
-    1."""
+    """Top-1 accuracy as counts.
+
+    Attributes:
+        correct: Number of images whose class was predicted, 0 to `images`.
+        images: Number of images, 1 or more.
+
+    Raises:
+        ValueError: If the counts are outside their ranges.
+    """
 
     correct: int
     images: int
@@ -43,14 +60,25 @@ class Accuracy:
 
     @classmethod
     def of(cls, predictions: Labels, labels: Labels) -> Accuracy:
-        """predictions, labels: (N,) class numbers."""
+        """Counts the correct predictions.
+
+        Args:
+            predictions: (N,) predicted class numbers, integers.
+            labels: (N,) true class numbers, integers.
+
+        Returns:
+            The accuracy.
+
+        Raises:
+            ValueError: If an argument is not integers of shape (N,), the lengths differ, or N is 0.
+        """
         predicted, true = _vector("predictions", predictions), _vector("labels", labels)
         _same_length(predictions=predicted, labels=true)
         return cls(correct=int((predicted == true).sum()), images=len(true))
 
     @property
     def percent(self) -> float:
-        """Top-1 in percent, 0 to 100."""
+        """Top-1 accuracy in percent, 0 to 100."""
         return 100.0 * self.correct / self.images
 
     @property
@@ -64,7 +92,7 @@ class Accuracy:
         return f"{self.percent:.2f} % [{low:.2f}, {high:.2f}], n = {self.images}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Counts, and for the reader the percentages that follow from them."""
+        """Returns the counts, and the percentages that follow from them."""
         return {
             "correct": self.correct,
             "images": self.images,
@@ -74,16 +102,34 @@ class Accuracy:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Accuracy:
-        """The inverse of `to_dict`; the percentages are computed again."""
+        """Rebuilds what `to_dict` gave; the percentages are computed again.
+
+        Args:
+            data: The plain data.
+
+        Returns:
+            The accuracy.
+
+        Raises:
+            KeyError: If a count is missing.
+            ValueError: If the counts are outside their ranges.
+        """
         return cls(correct=data["correct"], images=data["images"])
 
 
 @dataclass(frozen=True, kw_only=True)
 class PairedComparison:
-    """Two models on the same images, image by image: `before` and `after` a compression.
+    """Compares two models image by image: `before` and `after` a compression.
 
-    both_right, right_to_wrong, wrong_to_right, both_wrong: counts of images that add up to their number;
-    same_predictions: images that both put into the same class, right or not.
+    Attributes:
+        both_right: Images that both models classify correctly.
+        right_to_wrong: Images that only `before` classifies correctly.
+        wrong_to_right: Images that only `after` classifies correctly.
+        both_wrong: Images that neither model classifies correctly.
+        same_predictions: Images for which both models predict the same class, right or wrong.
+
+    Raises:
+        ValueError: If a count is negative, there are no images, or the counts contradict each other.
     """
 
     both_right: int
@@ -101,7 +147,19 @@ class PairedComparison:
 
     @classmethod
     def of(cls, before: Labels, after: Labels, labels: Labels) -> PairedComparison:
-        """before, after: (N,) predicted classes; labels: (N,) true classes."""
+        """Counts the agreements and changes.
+
+        Args:
+            before: (N,) class numbers that the first model predicts, integers.
+            after: (N,) class numbers that the second model predicts, integers.
+            labels: (N,) true class numbers, integers.
+
+        Returns:
+            The comparison.
+
+        Raises:
+            ValueError: If an argument is not integers of shape (N,), the lengths differ, or N is 0.
+        """
         old, new, true = _vector("before", before), _vector("after", after), _vector("labels", labels)
         _same_length(before=old, after=new, labels=true)
         was, is_now = old == true, new == true
@@ -115,11 +173,12 @@ class PairedComparison:
 
     @property
     def images(self) -> int:
+        """The number of images."""
         return self.both_right + self.right_to_wrong + self.wrong_to_right + self.both_wrong
 
     @property
     def change_points(self) -> float:
-        """After minus before in percentage points; negative is a loss."""
+        """Accuracy after minus accuracy before, in percentage points; a loss is negative."""
         return 100.0 * (self.wrong_to_right - self.right_to_wrong) / self.images
 
     @property
@@ -137,7 +196,7 @@ class PairedComparison:
         if changed == 0:
             return 1.0
         tail = sum(math.comb(changed, k) for k in range(fewer + 1))
-        # p = 2 * P(X <= fewer) - P(X = fewer) for X ~ Binomial(changed, 1/2), in exact integers until the last division
+        # p = 2 * P(X <= fewer) - P(X = fewer) for X ~ Binomial(changed, 1/2), in integers up to the last division
         return min(1.0, (2 * tail - math.comb(changed, fewer)) / (1 << changed))
 
     def __str__(self) -> str:
@@ -149,7 +208,7 @@ class PairedComparison:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Counts, and for the reader what follows from them."""
+        """Returns the counts, and the figures that follow from them."""
         return {
             "both_right": self.both_right,
             "right_to_wrong": self.right_to_wrong,
@@ -163,7 +222,18 @@ class PairedComparison:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> PairedComparison:
-        """The inverse of `to_dict`; everything derived is computed again."""
+        """Rebuilds what `to_dict` gave; the derived figures are computed again.
+
+        Args:
+            data: The plain data.
+
+        Returns:
+            The comparison.
+
+        Raises:
+            KeyError: If a count is missing.
+            ValueError: If the counts contradict each other.
+        """
         counts = ("both_right", "right_to_wrong", "wrong_to_right", "both_wrong", "same_predictions")
         return cls(**{key: data[key] for key in counts})
 

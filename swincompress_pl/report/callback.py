@@ -27,11 +27,19 @@ Write = Callable[[str, "Figure", int], object]
 
 
 def log_figures(loggers: Iterable[Logger], figures: Mapping[str, Figure], step: int) -> list[str]:
-    """Gives {tag: figure} to every logger that takes images, and returns the class names of those that got them.
+    """Logs figures to every logger that takes images.
 
-    TensorBoard and everything else whose experiment has `add_figure(tag, figure, global_step=)`; Weights & Biases
-    (`log_image`); MLflow (`log_figure` with a run id; files <tag>/<step>.png); Comet (`log_figure`). Others, such as
-    CSVLogger, get nothing and are not in the list. On other ranks than zero nothing happens and the list is empty.
+    These are TensorBoard and any logger whose experiment has `add_figure(tag, figure, global_step=)`, Weights & Biases
+    (`log_image`), MLflow (`log_figure` with a run id, as files `<tag>/<step>.png`) and Comet (`log_figure`). Others,
+    such as CSVLogger, get nothing. On ranks other than zero nothing is logged.
+
+    Args:
+        loggers: Lightning loggers, such as `trainer.loggers`.
+        figures: Matplotlib figures by tag.
+        step: The step that they belong to, such as `trainer.global_step`.
+
+    Returns:
+        Class names of the loggers that took the figures; empty on ranks other than zero.
     """
     if getattr(rank_zero_only, "rank", 0) != 0:
         return []
@@ -47,16 +55,22 @@ def log_figures(loggers: Iterable[Logger], figures: Mapping[str, Figure], step: 
 
 
 class PruningFigures(Callback):
-    """Logs the plots of a pruning search after each of its rounds, and writes them as a page when the fit ends.
+    """Logs the plots of a pruning search after each of its rounds, and writes them to files when the fit ends.
 
-    save_dir: where pruning.html goes (made if need be), of PrimeSVT primesvt-*.png, None for neither. tag: what the
-    figures' names begin with: <tag>/sparsity, <tag>/accuracy_size, <tag>/sensitivity, of PrimeSVT <tag>/curves or
-    <tag>/robustness (by its policy), <tag>/accuracy_memory, <tag>/spike_rates.
+    The trainer needs exactly one callback that searches: `AdaptiveIterativePruning`, `PrimeSVT`, or one of your own
+    with a `search_state` that has `to_dict()`. The figures are `<tag>/sparsity`, `<tag>/accuracy_size` and
+    `<tag>/sensitivity`. Those of PrimeSVT are `<tag>/curves` or `<tag>/robustness`, depending on its policy,
+    `<tag>/accuracy_memory` and `<tag>/spike_rates`. `log_figures` lists the loggers that take them; if none does, a
+    warning says so once. A resumed fit does not log a round again. Only rank zero logs and writes.
 
-    It stands in a fit beside one callback that has a `search_state` with `to_dict()`, as `AdaptiveIterativePruning`
-    has, or beside one `PrimeSVT`; at the start of a fit with none or several it raises ValueError, and
-    NotADirectoryError where save_dir is a file. A resumed fit does not log a round again. Loggers: see `log_figures`;
-    when none takes images, a warning says so once. Only rank zero logs and writes.
+    Args:
+        save_dir: Folder for pruning.html, or for `primesvt-*.png` of PrimeSVT; it is made if needed. None writes
+            nothing.
+        tag: First part of the figures' names.
+
+    Raises:
+        ValueError: At the start of a fit, if the trainer has no callback that searches, or several.
+        NotADirectoryError: At the start of a fit, if `save_dir` is a file.
     """
 
     def __init__(self, save_dir: str | Path | None = None, *, tag: str = "pruning") -> None:
@@ -66,7 +80,7 @@ class PruningFigures(Callback):
         self._warned = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse what cannot work before the first epoch is spent."""
+        """Checks `save_dir` and the trainer's callbacks before the first epoch."""
         if stage != "fit":
             return
         if self.save_dir is not None and self.save_dir.exists() and not self.save_dir.is_dir():
@@ -76,11 +90,11 @@ class PruningFigures(Callback):
             self._rounds_logged = 0
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log the figures if a round has been since."""
+        """Logs the figures if there was a new round."""
         self._log(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log what the last epoch added, and write the page."""
+        """Logs what the last epoch added, and writes the files."""
         self._log(trainer)
         callback = _searching(trainer)
         if self.save_dir is None or not trainer.is_global_zero:
@@ -97,14 +111,22 @@ class PruningFigures(Callback):
         write_html(record, self.save_dir / PAGE_FILE)
 
     def state_dict(self) -> dict[str, Any]:
-        """How far it has logged."""
+        """Returns the number of rounds that are logged."""
         return {"version": _STATE_VERSION, "rounds_logged": self._rounds_logged}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on after the rounds that are logged."""
+        """Restores the number of rounds that are logged.
+
+        Args:
+            state_dict: What `state_dict()` gave.
+
+        Raises:
+            ValueError: If the state is of another version.
+        """
         if state_dict.get("version") != _STATE_VERSION:
             raise ValueError(
-                f"the state of PruningFigures has version {state_dict.get('version')!r}, {_STATE_VERSION} is expected"
+                f"the state of PruningFigures has version {state_dict.get('version')!r}, but {_STATE_VERSION} is "
+                "expected; resume with the version of swincompress_pl that wrote the checkpoint"
             )
         self._rounds_logged = int(state_dict["rounds_logged"])
 
@@ -134,7 +156,7 @@ def _searching(trainer: Trainer) -> Any:
         names = ", ".join(type(callback).__name__ for callback in found) or "none"
         raise ValueError(
             "PruningFigures draws the search of one callback with a search_state, such as AdaptiveIterativePruning, or "
-            f"of one PrimeSVT; this trainer has {names}"
+            f"of one PrimeSVT; give the trainer exactly one of them; this trainer has {names}"
         )
     return found[0]
 
@@ -145,12 +167,12 @@ def _callbacks(trainer: Trainer) -> list[Callback]:
 
 
 def _is_primesvt(callback: Any) -> bool:
-    """By its settings, as callbacks stand above reports."""
+    """Recognizes PrimeSVT by its settings, because this room must not import callbacks."""
     return isinstance(getattr(callback, "config", None), PrimeSVTConfig)
 
 
 def _drawn(callback: Any) -> tuple[int, Callable[[], dict[str, Figure]]]:
-    """How many rounds there were, PrimeSVT's being one, and their figures."""
+    """The number of rounds so far, and how to draw them; PrimeSVT has one round."""
     if _is_primesvt(callback):
         result = callback.result
         return (0, dict) if result is None else (1, lambda: primesvt_figures(result))
@@ -159,7 +181,7 @@ def _drawn(callback: Any) -> tuple[int, Callable[[], dict[str, Figure]]]:
 
 
 def _search_of(callback: Any) -> dict[str, Any] | None:
-    """The search as plain data with its callback's tolerance; None before it has begun."""
+    """The search as plain data, with the tolerance of its callback; None before it has begun."""
     if callback.search_state is None:
         return None
     search: dict[str, Any] = callback.search_state.to_dict()
@@ -168,8 +190,8 @@ def _search_of(callback: Any) -> dict[str, Any] | None:
 
 
 def _writer(logger: Logger) -> Write | None:
-    """How this logger takes a figure, by what it and its experiment offer, so that subclasses are served, too."""
-    if isinstance(logger, DummyLogger):  # a trainer's with fast_dev_run: it has every method and does nothing
+    """How this logger takes a figure, by the methods that it and its experiment have; so subclasses work too."""
+    if isinstance(logger, DummyLogger):  # of fast_dev_run: it has every method and does nothing
         return None
     if callable(getattr(logger, "log_image", None)):
         return lambda tag, figure, step: logger.log_image(key=tag, images=[to_rgb(figure)], step=step)  # type: ignore[attr-defined]

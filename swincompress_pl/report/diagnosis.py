@@ -1,4 +1,4 @@
-"""A quantized network's diagnosis in a record, read from its plain data and checked, and what follows from it."""
+"""A quantized network's diagnosis in a record: read from its plain data, checked, and summed up."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from swincompress_pl.report.plain import read_plain
 
 
 def read_diagnosis(data: Mapping[str, Any] | Diagnosis) -> Diagnosis:
-    """Reads `Diagnosis.to_dict()`. Raises ValueError for another version and for missing or ill-typed entries."""
+    """Reads `Diagnosis.to_dict()`; a ValueError for another version and for missing or ill-typed entries."""
     return read_plain(Diagnosis, data, "the diagnosis", _check)
 
 
@@ -23,29 +23,29 @@ def _check(diagnosis: Diagnosis) -> None:
             raise ValueError(f"the histogram of {histogram.name!r} is empty")
     bad = [cost.name for cost in diagnosis.costs if not math.isfinite(cost.alone.kl)]
     if bad:
-        raise ValueError(f"the cost of {bad[0]!r} is no number")
+        raise ValueError(f"the cost of {bad[0]!r} is not a finite number")
 
 
 def packed_bytes(bits: int, weights: int) -> int:
-    """Of a layer's weights as they are packed."""
+    """The bytes of a layer's weights, packed."""
     return (weights * bits + 7) // 8
 
 
 def all_packed_bytes(diagnosis: Diagnosis) -> int:
-    """Of all packed weights."""
+    """The bytes of all weights, packed."""
     return sum(packed_bytes(bits, weights) for bits, weights in diagnosis.layers.values())
 
 
 def float_bytes(diagnosis: Diagnosis) -> int:
-    """Of the same weights in float32."""
+    """The bytes of the same weights in float32."""
     return 4 * sum(weights for _, weights in diagnosis.layers.values())
 
 
 def result_of(diagnosis: Diagnosis) -> Effect:
-    """Of the integers, or of the simulation where there are none."""
+    """The effect of the integers, or of the simulation if there are none."""
     return diagnosis.simulated if diagnosis.integer is None else diagnosis.integer
 
 
 def label(row: QuantizerCost | QuantizationError | Histogram) -> str:
-    """A name that tells the quantizer of a layer's weight from that of its output."""
+    """A name that distinguishes the quantizer of a layer's weight from that of its output."""
     return f"{row.name} (weight)" if row.kind == "weight" else row.name

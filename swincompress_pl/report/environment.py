@@ -12,7 +12,7 @@ from typing import Any
 
 from swincompress_pl import __version__
 
-# What decides an int8 or fp32 kernel's speed, in the order a reader looks for it.
+# What decides the speed of an int8 or fp32 kernel, in the order in which a reader looks for it.
 _RELEVANT_FLAGS = (
     "sse4_1", "ssse3", "avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512bw", "avx512vl", "avx512_vnni",
     "avx512_bf16", "amx_int8", "amx_bf16", "asimd", "asimddp", "i8mm", "sve",
@@ -21,8 +21,14 @@ _PACKAGES = ("torch", "torchvision", "lightning", "timm", "spikingjelly", "numpy
 
 
 def describe_environment(*, threads: int | None = None) -> dict[str, Any]:
-    """JSON-able facts about this machine and these packages; `threads` is what the measurement used. Nothing personal,
-    no paths."""
+    """Returns JSON-able facts about this machine and the installed packages, without paths or personal data.
+
+    Args:
+        threads: Number of threads of the measurement; None if it is unknown.
+
+    Returns:
+        The facts by name: date, cpu, cpu_flags, cores, threads, memory_gib, system, python, packages, commit.
+    """
     model, flags = _processor()
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -44,7 +50,7 @@ def available_cores() -> int:
 
 
 def installed_version(package: str) -> str | None:
-    """The version of an installed distribution, or None; nothing is imported."""
+    """The version of an installed distribution, or None; the package is not imported."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -57,7 +63,7 @@ def _versions() -> dict[str, str]:
 
 
 def _processor() -> tuple[str, frozenset[str]]:
-    """(model name, flags); on systems without /proc only what `platform` knows."""
+    """(model name, flags); without /proc, only what `platform` knows."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -78,8 +84,7 @@ def _memory_gib() -> float | None:
 
 
 def _commit() -> str | None:
-    """The commit of the source tree this package runs from, "-modified" when it has changes; None for an installed
-    package."""
+    """The commit of the source tree, with "-modified" if it has changes; None for an installed package."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None

@@ -1,4 +1,4 @@
-"""A record as one HTML page that needs nothing else: no script, no request, the plots inside, light and dark."""
+"""A record as one HTML page in light and dark, with the plots inside, without scripts and requests."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _LONG_ROWS = 12
 
 
 def render_html(record: RunRecord, plots: Sequence[Plot]) -> str:
-    """The whole page; plots: what `draw_plots` gave for this record. Names of any kind are shown as they are."""
+    """The whole page, with the plots that `draw_plots` gave for this record; names are escaped."""
     drawn = {plot.name: plot for plot in plots}
     found = sections(record)
     body = [

@@ -1,5 +1,4 @@
-"""Latency: callables measured in turns, so that whatever slows the machine slows them all; medians with their
-spread."""
+"""Latency: callables measured in turns, so that whatever slows the machine slows all of them."""
 
 from __future__ import annotations
 
@@ -14,8 +13,16 @@ NANOSECONDS_A_MS = 1e6
 
 @dataclass(frozen=True, kw_only=True)
 class Latency:
-    """Times of one forward pass of `batch` images on `threads` threads, in the order they were taken; each finite and
-    above 0."""
+    """Times of one forward pass.
+
+    Attributes:
+        samples_ms: The times in milliseconds, in the order of measurement, each finite and above 0.
+        batch: Images per pass, 1 or more.
+        threads: Number of threads; None if it is unknown.
+
+    Raises:
+        ValueError: If there are no times, or a value is outside its range.
+    """
 
     samples_ms: tuple[float, ...]
     batch: int = 1
@@ -30,11 +37,12 @@ class Latency:
 
     @property
     def median_ms(self) -> float:
+        """The median in milliseconds."""
         return statistics.median(self.samples_ms)
 
     @property
     def quartiles_ms(self) -> tuple[float, float]:
-        """The first and the third quartile."""
+        """The first and the third quartile in milliseconds."""
         return quartiles(self.samples_ms)
 
     def __str__(self) -> str:
@@ -42,7 +50,7 @@ class Latency:
         return f"{self.median_ms:.3g} ms [{low:.3g}, {high:.3g}]"
 
     def to_dict(self) -> dict[str, Any]:
-        """Samples, and for the reader their median and quartiles."""
+        """Returns the fields, and the median and quartiles."""
         return {
             "median_ms": self.median_ms,
             "quartiles_ms": list(self.quartiles_ms),
@@ -53,13 +61,29 @@ class Latency:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Latency:
+        """Rebuilds what `to_dict` gave; median and quartiles are computed again.
+
+        Args:
+            data: The plain data.
+
+        Returns:
+            The latency.
+
+        Raises:
+            KeyError: If an entry is missing.
+            ValueError: If a value is outside its range.
+        """
         return cls(samples_ms=tuple(data["samples_ms"]), batch=data["batch"], threads=data["threads"])
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ratio:
-    """How many times longer one took than the other, round by round: the median of the rounds' ratios and their
-    quartiles."""
+    """How many times longer one callable took than another, round by round.
+
+    Attributes:
+        median: Median of the rounds' ratios.
+        quartiles: First and third quartile of the ratios.
+    """
 
     median: float
     quartiles: tuple[float, float]
@@ -68,11 +92,23 @@ class Ratio:
         return f"{self.median:.2f}x [{self.quartiles[0]:.2f}, {self.quartiles[1]:.2f}]"
 
     def to_dict(self) -> dict[str, Any]:
+        """Returns the fields in JSON types."""
         return {"median": self.median, "quartiles": list(self.quartiles)}
 
 
 def ratio(slower: Latency, faster: Latency) -> Ratio:
-    """slower / faster from samples of the same rounds. Raises ValueError when the rounds or batches do not match."""
+    """Computes how many times longer `slower` took, from samples of the same rounds.
+
+    Args:
+        slower: The times above the fraction bar.
+        faster: The times below it.
+
+    Returns:
+        Median and quartiles of the rounds' ratios.
+
+    Raises:
+        ValueError: If the number of samples or the batch size differs.
+    """
     if len(slower.samples_ms) != len(faster.samples_ms) or slower.batch != faster.batch:
         raise ValueError(
             f"a ratio needs the same rounds and batch: {len(slower.samples_ms)} samples of batch {slower.batch} "
@@ -91,11 +127,24 @@ def measure(
     threads: int | None = None,
     on_round: Callable[[int, int], object] | None = None,
 ) -> dict[str, Latency]:
-    """Calls each callable `warm_up` times, then all of them once a round for `rounds` rounds; {name: Latency}.
+    """Measures callables in turns: each round calls all of them once.
 
-    batch, threads: what the callables do, noted in the result. on_round: called with (rounds done, rounds) after each
-    one. The order turns by one each round, so that no callable always follows the same neighbour. Libraries with
-    thread pools of their own still disturb each other inside one process: `comparison.compare` gives each a process.
+    Each round begins with another callable. Libraries with thread pools of their own still disturb each other inside
+    one process; `report.comparison.compare` gives each a process of its own.
+
+    Args:
+        callables: What to measure, by name, without arguments.
+        rounds: Number of rounds, 1 or more.
+        warm_up: Untimed calls of each callable before the first round, 0 or more.
+        batch: Images per call, noted in the result.
+        threads: Threads of a call, noted in the result; None if unknown.
+        on_round: Called with (rounds done, rounds) after each round.
+
+    Returns:
+        The times by name.
+
+    Raises:
+        ValueError: If there is no callable, `rounds` is below 1, or `warm_up` is negative.
     """
     if not callables or rounds < 1 or warm_up < 0:
         raise ValueError(
@@ -121,13 +170,13 @@ def timed_ms(call: Callable[[], object]) -> float:
 
 
 def turned(names: Sequence[str], number: int) -> list[str]:
-    """`names` in order, beginning with the one of this round."""
+    """The names, rotated so that each round begins with another one."""
     first = number % len(names)
     return [*names[first:], *names[:first]]
 
 
 def quartiles(samples: Sequence[float]) -> tuple[float, float]:
-    """First and third quartile; both the sample itself when there is only one."""
+    """The first and the third quartile; a single sample is both."""
     if len(samples) == 1:
         return samples[0], samples[0]
     low, _, high = statistics.quantiles(samples, n=4, method="inclusive")

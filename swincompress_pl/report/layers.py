@@ -1,4 +1,4 @@
-"""Sparsity layer by layer, read off two networks."""
+"""Sparsity layer by layer, from the network before and after."""
 
 from __future__ import annotations
 
@@ -13,7 +13,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerSparsity(Plain):
-    """One weight before and after: its values before, and its non-zeros after (removed ones do not count)."""
+    """One weight before and after a compression.
+
+    Attributes:
+        name: Path of the layer in the network.
+        weights_before: Number of values before.
+        nonzeros_after: Number of values after that are not zero.
+    """
 
     name: str
     weights_before: int
@@ -21,15 +27,23 @@ class LayerSparsity(Plain):
 
     @property
     def sparsity(self) -> float:
-        """The part that is gone, 0 to 1."""
+        """The part that is removed, 0 to 1."""
         return 1.0 - self.nonzeros_after / self.weights_before if self.weights_before else 0.0
 
 
 def layer_sparsity(before: nn.Module, after: nn.Module) -> list[LayerSparsity]:
-    """For every weight matrix or filter of `before`, what of it is left in `after`, in the order of `before`.
+    """Counts what is left of every weight matrix and filter.
 
-    Weights are matched by name, so `after` is the same architecture pruned: sliced, masked or both. One that is
-    missing there counts as gone. Raises ValueError when no name matches.
+    Args:
+        before: The network before.
+        after: The same architecture after pruning: sliced, masked or both. Weights are matched by name, and one that is
+            missing here counts as removed.
+
+    Returns:
+        One entry per weight, in the order of `before`.
+
+    Raises:
+        ValueError: If no name matches.
     """
     left = {name: int(tensor.detach().count_nonzero()) for name, tensor in after.named_parameters()}
     weights = {name: tensor.numel() for name, tensor in before.named_parameters() if _is_weight(name, tensor.ndim)}

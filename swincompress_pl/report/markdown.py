@@ -1,4 +1,4 @@
-"""A record as Markdown: tables of plain figures, each with what a reader needs to judge it."""
+"""A record as Markdown."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _STEPS_SHOWN = 30
 
 
 def render_markdown(record: RunRecord, images: Mapping[str, tuple[str, str]] | None = None) -> str:
-    """The whole report; images: {name of a plot: (title, file name beside the report)}."""
+    """The whole report; `images` is {name of a plot: (title, file name beside the report)}."""
     parts = [f"# {_text(record.name)}"]
     for section in sections(record, steps_shown=_STEPS_SHOWN):
         parts += _section(section, images or {})
@@ -24,7 +24,7 @@ def render_markdown(record: RunRecord, images: Mapping[str, tuple[str, str]] | N
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table of cells in Markdown; the first column is text, the others are aligned right."""
+    """A Markdown table of Markdown cells; the first column is left-aligned, the others are right-aligned."""
     head, *body = [[cell.replace("|", "\\|") for cell in row] for row in (header, *rows)]
     widths = [max(3, *(len(row[i]) for row in [head, *body])) for i in range(len(head))]
 
@@ -56,7 +56,7 @@ def _table(given: Table) -> str:
 
 
 def _text(given: str) -> str:
-    """As a reader shall see it: no HTML, link or image out of a name, and no line that begins something of its own."""
+    """Escapes text, so that a name cannot become HTML, a link, an image or a block of its own."""
     return re.sub(r"([\\<\[`])", r"\\\1", printable(given))
 
 

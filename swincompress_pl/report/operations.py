@@ -1,4 +1,4 @@
-"""What each operation of the engine takes."""
+"""The time of each operation of an engine."""
 
 from __future__ import annotations
 
@@ -10,7 +10,15 @@ from swincompress_pl.report.plain import Plain
 
 @dataclass(frozen=True, kw_only=True)
 class OperationTime(Plain):
-    """One operation of the engine: its time for one call, and its MACs and bytes moved (weights, inputs and output)."""
+    """One operation of an engine.
+
+    Attributes:
+        name: Name of the operation; names that are joined by "+" ran as one.
+        kind: Kind of the operation, such as "linear".
+        time_ms: Time per call, in milliseconds.
+        macs: Multiply-accumulates per call.
+        size_bytes: Bytes per call that it moves: weights, inputs and output.
+    """
 
     name: str
     kind: str

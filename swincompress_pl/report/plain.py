@@ -1,4 +1,4 @@
-"""What a record keeps: values of JSON types, and text files that are written whole or not at all."""
+"""What a record keeps: values of JSON types, and text files that are written atomically."""
 
 from __future__ import annotations
 
@@ -16,22 +16,33 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class Plain:
-    """A value of JSON types only."""
+    """A dataclass whose fields have JSON types only."""
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields in JSON types."""
+        """Returns the fields in JSON types."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """The inverse of `to_dict`; an unknown or missing field raises TypeError or KeyError."""
+        """Rebuilds what `to_dict` gave.
+
+        Args:
+            data: The fields by name.
+
+        Returns:
+            The value.
+
+        Raises:
+            TypeError: If a field is unknown or missing.
+        """
         return cls(**data)
 
 
 def read_plain(kind: type[T], data: Mapping[str, Any] | T, what: str, check: Callable[[T], None]) -> T:
-    """A value of another room from the plain data of its `to_dict`, checked; one that is read already as it is.
+    """Rebuilds a value of another room from the plain data of its `to_dict`, and checks it.
 
-    Raises ValueError for another version and for missing, ill-typed or contradictory entries. what: it in words.
+    A value that is rebuilt already is returned as it is. A ValueError is raised for another version and for missing,
+    ill-typed or contradictory entries; `what` names the value in the message.
     """
     if isinstance(data, kind):
         return data
@@ -46,9 +57,10 @@ def read_plain(kind: type[T], data: Mapping[str, Any] | T, what: str, check: Cal
 
 
 def require_type(value: Any, kind: Any, what: str) -> None:
-    """Raises TypeError naming the entry of `value`, or `what`, that is not of the type `kind` that its field declares.
+    """Raises a TypeError that names the first entry of `value` that has not the type declared for it.
 
-    Looks into dataclasses, lists, tuples and mappings. A float is finite, and an integer may stand for it.
+    It looks into dataclasses, lists, tuples and mappings. A float must be finite, and an integer counts as a float.
+    `what` names the value in the message.
     """
     origin, inner = get_origin(kind), get_args(kind)
     if kind is Any:
@@ -103,5 +115,5 @@ def write_text(path: str | Path, text: str) -> Path:
     """Writes UTF-8 text, whole or not at all; makes the directory."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    content = text.encode("utf-8", errors="backslashreplace")  # halves of surrogate pairs, which JSON may hold
+    content = text.encode("utf-8", errors="backslashreplace")  # JSON may hold lone surrogates
     return write_file(target, lambda file: file.write(content))

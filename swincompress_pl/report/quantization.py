@@ -1,4 +1,4 @@
-"""The report on one quantized network."""
+"""The report of one quantized network."""
 
 from __future__ import annotations
 
@@ -17,9 +17,18 @@ from swincompress_pl.report.write import write_report
 def quantization_record(
     diagnosis: Diagnosis | Mapping[str, Any], *, name: str = "Quantization", data: str = ""
 ) -> RunRecord:
-    """A record of nothing but a diagnosis (`quant.Diagnosis` or its plain data); with labels also its accuracies.
+    """Makes a record of one diagnosis; with labels, also of the accuracies.
 
-    data: what the images are.
+    Args:
+        diagnosis: What `quant.diagnose` gave, or its plain data.
+        name: Title of the report.
+        data: What the images are, for the reader; by default their number.
+
+    Returns:
+        The record.
+
+    Raises:
+        ValueError: If the diagnosis is of another version, incomplete or ill-typed.
     """
     plain = diagnosis.to_dict() if isinstance(diagnosis, Diagnosis) else diagnosis
     known = read_diagnosis(plain)
@@ -38,9 +47,19 @@ def quantization_record(
 def write_quantization_report(
     diagnosis: Diagnosis | Mapping[str, Any], directory: str | Path, *, name: str = "Quantization", data: str = ""
 ) -> Path:
-    """Writes report.json, report.md, report.html and the plots of one quantized network; returns the path of report.md.
+    """Writes the report of one quantized network: report.json, report.md, report.html and the plots.
 
-    diagnosis: `quant.diagnose(quantized, images, labels)`, or its plain data. data: what the images are. Raises
-    ValueError for a diagnosis of another version and NotADirectoryError where `directory` is a file.
+    Args:
+        diagnosis: What `quant.diagnose(quantized, images, labels)` gave, or its plain data.
+        directory: Where the files go; it is made if needed.
+        name: Title of the report.
+        data: What the images are, for the reader; by default their number.
+
+    Returns:
+        The path of report.md.
+
+    Raises:
+        NotADirectoryError: If `directory` is a file.
+        ValueError: If the diagnosis is of another version, incomplete or ill-typed.
     """
     return write_report(quantization_record(diagnosis, name=name, data=data), directory)

@@ -1,5 +1,4 @@
-"""What is known about one compression run, as values that a JSON file holds: stages, steps, layers, operations,
-checks."""
+"""What is known about one compression run, as values of JSON types."""
 
 from __future__ import annotations
 
@@ -26,15 +25,20 @@ Latencies = Mapping[str, Latency]
 
 
 class RecordError(ValueError):
-    """A run's record cannot be read; the message names the file, what is wrong and the remedy."""
+    """A run's record cannot be read. The message names the file, what is wrong and the remedy."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """The model at one point of the run ("float", "pruned", "fine-tuned", "quantized", "engine"); None is "not
-    measured".
+    """The model at one point of the run. None stands for "not measured".
 
-    macs: multiply-accumulates of one image. latency_ms: {runtime, e.g. "torch" or "engine": Latency}.
+    Attributes:
+        name: Name of the point, such as "float", "pruned", "fine-tuned", "quantized" or "engine".
+        parameters: Number of parameters.
+        macs: Multiply-accumulates per image.
+        size: Bytes, counted in three ways.
+        accuracy: Top-1 accuracy.
+        latency_ms: Times by runtime, such as "torch" or "engine".
     """
 
     name: str
@@ -45,6 +49,7 @@ class Stage:
     latency_ms: Latencies = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
+        """Returns the fields in JSON types."""
         return {
             "name": self.name,
             "parameters": self.parameters,
@@ -56,6 +61,18 @@ class Stage:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Stage:
+        """Rebuilds what `to_dict` gave.
+
+        Args:
+            data: The plain data.
+
+        Returns:
+            The stage.
+
+        Raises:
+            KeyError: If an entry is missing.
+            ValueError: If a value is outside its range.
+        """
         return cls(
             name=data["name"],
             parameters=data["parameters"],
@@ -73,10 +90,20 @@ def runtimes(stages: Iterable[Stage]) -> list[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class PruningStep(Plain):
-    """One step that a pruning search tried on one group, and whether it stayed.
+    """One step that a pruning search tried on one group, and whether it was kept. None stands for "unknown".
 
-    units_after: what was tried, also where it was undone. accuracy_percent: the score on the hold-out that decided, an
-    estimate from `images` of it unless `exact`. parameters, macs: of the network after the decision.
+    Attributes:
+        group: Name of the group.
+        units_before: Units of the group before the step.
+        units_after: Units that the step tried, also if it was undone.
+        accepted: Whether the step was kept.
+        kind: Kind of the group, such as "heads".
+        round: Number of the round, from 1.
+        accuracy_percent: The score that decided, on the hold-out, in percent.
+        parameters: Parameters of the network after the decision.
+        macs: Multiply-accumulates per image of the network after the decision.
+        images: Images of the hold-out that the score was measured on.
+        exact: Whether the score is of the whole hold-out; otherwise it is an estimate.
     """
 
     group: str
@@ -93,7 +120,14 @@ class PruningStep(Plain):
 
     @classmethod
     def of(cls, step: Step) -> PruningStep:
-        """From a row of a search's history."""
+        """Converts a step of a search's history.
+
+        Args:
+            step: The step, from `SearchState.steps`.
+
+        Returns:
+            The step as values of a record.
+        """
         return cls(
             group=step.target,
             units_before=step.units_before,
@@ -111,7 +145,13 @@ class PruningStep(Plain):
 
 @dataclass(frozen=True, kw_only=True)
 class Check(Plain):
-    """Something that was verified in this run, e.g. that engine and reference gave the same integers."""
+    """Something that the run verified, such as that engine and reference gave the same integers.
+
+    Attributes:
+        name: What was verified.
+        passed: Whether it held.
+        detail: What a reader should know about it, such as the number of images.
+    """
 
     name: str
     passed: bool
@@ -120,26 +160,54 @@ class Check(Plain):
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """A paired comparison under a name, e.g. "engine against float"."""
+    """A paired comparison under a name.
+
+    Attributes:
+        name: What is compared, such as "engine against float".
+        paired: The comparison.
+    """
 
     name: str
     paired: PairedComparison
 
     def to_dict(self) -> dict[str, Any]:
+        """Returns the fields in JSON types."""
         return {"name": self.name, "paired": self.paired.to_dict()}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Comparison:
+        """Rebuilds what `to_dict` gave.
+
+        Args:
+            data: The plain data.
+
+        Returns:
+            The comparison.
+
+        Raises:
+            KeyError: If an entry is missing.
+            ValueError: If the counts contradict each other.
+        """
         return cls(name=data["name"], paired=PairedComparison.from_dict(data["paired"]))
 
 
 @dataclass(kw_only=True)
 class RunRecord:
-    """Collects a run while it happens; everything put into it is a frozen value. `write_report` renders it.
+    """Collects what is known about a compression run; `write_report` renders it.
 
-    name: the run's title. environment: what `describe_environment` gives. data: what the accuracies were measured on.
-    notes: sentences that a reader of the figures must know. pruning: what `add_pruning` was given; with it, the steps
-    shown are the search's and `steps` stays empty. quantization: what `add_quantization` was given.
+    Attributes:
+        name: Title of the run.
+        environment: What `describe_environment` gave.
+        data: What the accuracies were measured on, in words.
+        stages: The model at points of the run, the first one before compression.
+        steps: Pruning steps, for a search of your own; `add_pruning` brings the steps of a search itself.
+        layers: Sparsity of each weight, as `layer_sparsity` gives it.
+        operations: Time of each operation of the engine.
+        comparisons: Paired comparisons of two models.
+        checks: What the run verified.
+        notes: Sentences that a reader of the figures must know.
+        pruning: The search that `add_pruning` was given, as plain data.
+        quantization: The diagnosis that `add_quantization` was given, as plain data.
     """
 
     name: str
@@ -156,9 +224,14 @@ class RunRecord:
     quantization: Mapping[str, Any] | None = None
 
     def add_pruning(self, search: Mapping[str, Any], *, tolerance: float | None = None) -> None:
-        """Takes a pruning search, the plain data of `SearchState.to_dict()`, and its tolerance in points.
+        """Adds a pruning search.
 
-        Raises ValueError for another version of it, for bad data, and where the record already has steps or a search.
+        Args:
+            search: Plain data of a search, such as `callback.search_state.to_dict()`.
+            tolerance: Largest loss of score that the search allowed, in points; None if it is unknown.
+
+        Raises:
+            ValueError: If the data are of another version or incomplete, or the record already has steps or a search.
         """
         if self.steps or self.pruning is not None:
             raise ValueError(f"the record of {self.name!r} already has pruning steps; one search goes into a record")
@@ -167,9 +240,13 @@ class RunRecord:
         self.pruning = data
 
     def add_quantization(self, diagnosis: Mapping[str, Any]) -> None:
-        """Takes the diagnosis of a quantized network, the plain data of `quant.Diagnosis.to_dict()`.
+        """Adds the diagnosis of a quantized network.
 
-        Raises ValueError for another version of it, for bad data, and where the record already has one.
+        Args:
+            diagnosis: Plain data of a diagnosis, `quant.diagnose(...).to_dict()`.
+
+        Raises:
+            ValueError: If the data are of another version or incomplete, or the record already has a diagnosis.
         """
         if self.quantization is not None:
             raise ValueError(f"the record of {self.name!r} already has a quantized network; one goes into a record")
@@ -177,7 +254,7 @@ class RunRecord:
         self.quantization = dict(diagnosis)
 
     def all_steps(self) -> list[PruningStep]:
-        """The pruning steps: those of the search where there is one, or else `steps`."""
+        """Returns the pruning steps: those of the search if there is one, or else `steps`."""
         if self.pruning is None:
             return list(self.steps)
         return [PruningStep.of(step) for step in read_search(self.pruning).steps]
@@ -192,7 +269,22 @@ class RunRecord:
         accuracy: Accuracy | None = None,
         latency_ms: Latencies | None = None,
     ) -> Stage:
-        """Appends a stage and returns it. Raises ValueError when the run already has one of that name."""
+        """Appends a stage. None stands for "not measured".
+
+        Args:
+            name: Name of the stage, such as "float" or "engine".
+            parameters: Number of parameters.
+            macs: Multiply-accumulates per image.
+            size: What `network_size` or `program_size` gave.
+            accuracy: Top-1 accuracy.
+            latency_ms: Times by runtime, such as "torch" or "engine".
+
+        Returns:
+            The stage.
+
+        Raises:
+            ValueError: If the record already has a stage of that name.
+        """
         if any(stage.name == name for stage in self.stages):
             raise ValueError(
                 f"stage {name!r} is already in the record of {self.name!r}; give the second one another name"
@@ -209,15 +301,26 @@ class RunRecord:
         return stage
 
     def add_comparison(self, name: str, paired: PairedComparison) -> None:
-        """Appends a paired comparison, e.g. "engine against float"."""
+        """Appends a paired comparison.
+
+        Args:
+            name: What is compared, such as "engine against float".
+            paired: The comparison.
+        """
         self.comparisons.append(Comparison(name=name, paired=paired))
 
     def add_check(self, name: str, passed: bool, detail: str = "") -> None:
-        """Appends a check and its outcome."""
+        """Appends a check and its outcome.
+
+        Args:
+            name: What was verified.
+            passed: Whether it held.
+            detail: What a reader should know about it, such as the number of images.
+        """
         self.checks.append(Check(name=name, passed=bool(passed), detail=detail))
 
     def to_dict(self) -> dict[str, Any]:
-        """The record in JSON types, with its version."""
+        """Returns the record in JSON types, with its version."""
         lists = {name: [item.to_dict() for item in getattr(self, name)] for name in _LISTS}
         return {
             "record_version": RECORD_VERSION,
@@ -232,7 +335,17 @@ class RunRecord:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> RunRecord:
-        """The inverse of `to_dict`; RecordError for another version, an unknown, missing or ill-typed entry."""
+        """Rebuilds what `to_dict` gave.
+
+        Args:
+            data: The plain data.
+
+        Returns:
+            The record.
+
+        Raises:
+            RecordError: If the data are of another version, or an entry is unknown, missing or ill-typed.
+        """
         if not isinstance(data, Mapping) or data.get("record_version") != RECORD_VERSION:
             found = data.get("record_version") if isinstance(data, Mapping) else type(data).__name__
             raise RecordError(
@@ -240,7 +353,9 @@ class RunRecord:
             )
         unknown = set(data) - {entry.name for entry in fields(cls)} - {"record_version"}
         if unknown:
-            raise RecordError(f"unknown entries {', '.join(sorted(map(repr, unknown)))} in the record")
+            raise RecordError(
+                f"unknown entries {', '.join(sorted(map(repr, unknown)))} in the record; render it with its own version"
+            )
         try:
             lists = {name: _read_all(kind, data[name]) for name, kind in _LISTS.items()}
             record = cls(
@@ -258,13 +373,34 @@ class RunRecord:
             raise RecordError(f"the record is incomplete or ill-typed: {error!r}") from error
 
     def save(self, path: str | Path) -> Path:
-        """Writes the record as JSON; an interrupted write leaves an old file as it was."""
+        """Writes the record as JSON, whole or not at all.
+
+        Args:
+            path: The file; its folder is made if needed.
+
+        Returns:
+            The path of the file.
+
+        Raises:
+            OSError: If the file cannot be written.
+            ValueError: If the record holds NaN or infinite numbers.
+        """
         return write_text(path, json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> RunRecord:
-        """Reads a record, or `report.json` of a run directory. Raises FileNotFoundError or RecordError, naming the
-        file."""
+        """Reads a record.
+
+        Args:
+            path: The JSON file, or a directory with a report.json.
+
+        Returns:
+            The record.
+
+        Raises:
+            FileNotFoundError: If the file is missing.
+            RecordError: If the file is larger than 64 MiB, or not a record of this version.
+        """
         file = Path(path)
         file = file / RECORD_FILE if file.is_dir() else file
         if not file.is_file():
@@ -290,7 +426,7 @@ _LISTS: dict[str, Any] = {
 
 
 def _no_number(text: str) -> float:
-    raise RecordError(f"{text} is no JSON number")
+    raise RecordError(f"{text} is not a JSON number")
 
 
 def _checked(read: Callable[[Mapping[str, Any]], object], data: Mapping[str, Any] | None) -> Mapping[str, Any] | None:

@@ -1,4 +1,4 @@
-"""A pruning search in a record: its state, read from the plain data and checked, and what follows from it."""
+"""A pruning search in a record: its state, read from plain data and checked, and what follows from it."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from swincompress_pl.report.plain import read_plain
 
 
 def read_search(data: Mapping[str, Any] | SearchState) -> SearchState:
-    """Reads `SearchState.to_dict()`; "tolerance" (points) is None where it is not known.
+    """Reads `SearchState.to_dict()`; "tolerance", in points, is None if it is unknown.
 
-    Raises ValueError for another version and for missing, ill-typed or contradictory entries, naming them.
+    A ValueError names missing, ill-typed or contradictory entries, or another version.
     """
     return read_plain(SearchState, data, "the pruning search", _check)
 
@@ -26,32 +26,32 @@ def read_search(data: Mapping[str, Any] | SearchState) -> SearchState:
 def _check(state: SearchState) -> None:
     for name, target in state.targets.items():
         if not 0 <= target.units <= target.initial_units or target.initial_units < 1:
-            raise ValueError(f"target {name}: {target.units} of {target.initial_units} units cannot be")
+            raise ValueError(f"target {name}: {target.units} of {target.initial_units} units are impossible")
     for number, step in enumerate(state.steps, 1):
         if step.target not in state.targets:
-            raise ValueError(f"step {number} is of {step.target!r}, which is no target of this search")
+            raise ValueError(f"step {number} is of {step.target!r}, which is not a target of this search")
         if not math.isfinite(step.score):
-            raise ValueError(f"step {number} ({step.target}): the score {step.score} is no number of points")
+            raise ValueError(f"step {number} ({step.target}): the score {step.score} is not a finite number")
     unknown = sorted(set(state.sensitivity) - set(state.targets))
     if unknown:
-        raise ValueError(f"sensitivity of {', '.join(map(repr, unknown))}, which is no target of this search")
+        raise ValueError(f"sensitivity of {', '.join(map(repr, unknown))}, which is not a target of this search")
     missing = sorted({field.name for field in fields(ScoringCost)} - set(state.scoring)) if state.scoring else []
     if missing:
         raise ValueError(f"scoring has no {', '.join(missing)}; it is the plain data of a ScoringCost")
 
 
 def last_round(state: SearchState) -> int:
-    """The round of the last step, also where that round is not over yet."""
+    """The round of the last step, even if that round is not over."""
     return max([state.rounds, *(step.round for step in state.steps)])
 
 
 def parameters_left(state: SearchState) -> int:
-    """Of the network as the search left it."""
+    """The parameters of the network as the search left it."""
     return state.steps[-1].parameters if state.steps else state.baseline_parameters
 
 
 def macs_left(state: SearchState) -> int | None:
-    """Of the network as the search left it; None where unknown."""
+    """The MACs per image of the network as the search left it; None if unknown."""
     return state.steps[-1].macs if state.steps else state.baseline_macs
 
 
@@ -61,14 +61,14 @@ def kinds_of(state: SearchState) -> tuple[str, ...]:
 
 
 def sparsity_of(target: TargetState) -> float:
-    """The part of a target that is gone, 0 to 1."""
+    """The part of a target that is removed, 0 to 1."""
     return 1.0 - target.units / target.initial_units
 
 
 def sparsities_by_round(state: SearchState) -> npt.NDArray[np.float64]:
-    """(targets, rounds) in [0, 1]: what of each target is gone after each round.
+    """The part of each target that is removed after each round, (targets, rounds) in [0, 1].
 
-    It follows the accepted steps; the last column is what the targets themselves say.
+    It follows the accepted steps. The last column is what the targets themselves say.
     """
     gone = np.zeros((len(state.targets), last_round(state)))
     row = {name: number for number, name in enumerate(state.targets)}
@@ -82,17 +82,17 @@ def sparsities_by_round(state: SearchState) -> npt.NDArray[np.float64]:
 
 
 def sensitivity_curve(state: SearchState, target: str) -> list[tuple[float, float]]:
-    """[(part removed, score in points), ...] of one target alone, the least removed first; empty where unknown."""
+    """[(part removed, score in points), ...] of one target alone, in increasing order; empty if unknown."""
     return sorted((float(share), float(score)) for share, score in state.sensitivity.get(target, ()))
 
 
 def times_fewer_images(scoring: Mapping[str, Any]) -> float | None:
-    """How many times fewer images were scored than by the naive loop; None before the first one."""
+    """How many times fewer images were scored than in the naive loop; None before the first image."""
     return _times_fewer(scoring, "images_scored")
 
 
 def times_fewer_forwards(scoring: Mapping[str, Any]) -> float | None:
-    """The same with image_forwards: the work, and not the count."""
+    """How many times less work, in whole forward passes, the scoring was than in the naive loop."""
     return _times_fewer(scoring, "image_forwards")
 
 

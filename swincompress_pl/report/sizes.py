@@ -1,7 +1,7 @@
-"""Bytes three ways, and the parameters and MACs of a Program.
+"""Bytes counted in three ways, and the parameters and MACs of a Program.
 
-What pruning papers count (non-zeros times bits) is not what a disk holds, so every size here comes as three: the
-non-zeros; the non-zeros with the index that finds them again; the bytes of the file. A claim is made with the last.
+Pruning papers count non-zeros times bits, which is not what a disk holds. So every size here has three parts: the
+non-zeros, the non-zeros with the index that locates them, and the bytes of the file. Use the last one for claims.
 """
 
 from __future__ import annotations
@@ -29,8 +29,17 @@ _LEARNED_ROLES = frozenset({"weight", "bias", "gain", "offset", "bias_table", "c
 
 @dataclass(frozen=True, kw_only=True)
 class Size(Plain):
-    """Bytes three ways. index says how the non-zeros are found again, e.g. "12 dense, 40 by 1-bit mask"; file_bytes
-    may be unknown."""
+    """Bytes counted in three ways.
+
+    Attributes:
+        nonzero_bytes: Non-zeros times bits.
+        indexed_bytes: The same with the smallest index that locates the non-zeros.
+        index: How many tensors use which index, e.g. "12 dense, 40 by 1-bit mask".
+        file_bytes: Bytes of the file; None if there is none.
+
+    Raises:
+        ValueError: If a number of bytes is not an integer of 0 or more.
+    """
 
     nonzero_bytes: int
     indexed_bytes: int
@@ -45,7 +54,13 @@ class Size(Plain):
 
 
 class MatrixSize(NamedTuple):
-    """Bytes of the non-zeros, bytes with the smallest index, and that index: "dense", "1-bit mask" or "CSR"."""
+    """The size of one tensor.
+
+    Attributes:
+        nonzero_bytes: Bytes of the non-zeros.
+        indexed_bytes: Bytes with the smallest index.
+        index_kind: That index: "dense", "1-bit mask" or "CSR".
+    """
 
     nonzero_bytes: int
     indexed_bytes: int
@@ -53,10 +68,17 @@ class MatrixSize(NamedTuple):
 
 
 def matrix_size(values: npt.NDArray[Any], bits: int) -> MatrixSize:
-    """The size of one weight of `bits` a value.
+    """Computes the size of one weight with the index that makes it smallest.
 
-    values: (N, ...), viewed as N rows. CSR takes a column number of 1, 2 or 4 bytes a non-zero, by the number of
-    columns, and a pointer of 4 bytes a row. "dense" stores the zeros too: without many of them that is smallest.
+    "dense" stores the zeros too, which is smallest if there are few. CSR takes a column number of 1, 2 or 4 bytes per
+    non-zero, by the number of columns, and a pointer of 4 bytes per row.
+
+    Args:
+        values: (N, ...), viewed as N rows.
+        bits: Bits per value.
+
+    Returns:
+        The bytes of the non-zeros, the bytes with the index, and the index.
     """
     count = int(np.count_nonzero(values))
     payload = _bytes(count * bits)
@@ -73,10 +95,17 @@ def matrix_size(values: npt.NDArray[Any], bits: int) -> MatrixSize:
 
 
 def network_size(network: nn.Module, *, file: str | Path | None = None) -> Size:
-    """The size of a torch network's state: its weights as matrices, everything else stored whole.
+    """Computes the size of a torch network's state: its weights as matrices, everything else stored whole.
 
-    file: where the network was saved; without it the bytes are those of a safetensors file of the state, which is then
-    built in memory. Raises FileNotFoundError when `file` is not there.
+    Args:
+        network: The network.
+        file: Where it was saved. Without it, `file_bytes` is the size of a safetensors file, which is built in memory.
+
+    Returns:
+        The size.
+
+    Raises:
+        FileNotFoundError: If `file` is missing.
     """
     import safetensors.torch
     import torch
@@ -97,8 +126,18 @@ def network_size(network: nn.Module, *, file: str | Path | None = None) -> Size:
 
 
 def program_size(program: Program, *, file: str | Path | None = None) -> Size:
-    """The size of a Program's tensors: its weights as matrices of 2 to 8 bits a value, everything else stored whole.
-    file: its artifact, if written."""
+    """Computes the size of a Program's tensors: its weights as matrices, everything else stored whole.
+
+    Args:
+        program: The Program; its weights count with 2 to 8 bits per value, as an artifact packs them.
+        file: Its artifact, for `file_bytes`.
+
+    Returns:
+        The size.
+
+    Raises:
+        FileNotFoundError: If `file` is missing.
+    """
     weights = {key for op in program.operations for role, key in op.tensors.items() if role == "weight"}
     stored = [
         _stored(tensor, weight_bits(tensor) if key in weights else 8 * tensor.itemsize, key in weights)
@@ -108,14 +147,32 @@ def program_size(program: Program, *, file: str | Path | None = None) -> Size:
 
 
 def program_parameters(program: Program) -> int:
-    """The learned integers of a Program: weights, biases, gains, offsets, embeddings; not scales, tables and
-    indices."""
+    """Counts the learned integers of a Program: weights, biases, gains, offsets, embeddings and position biases.
+
+    Scales, look-up tables and indices are not counted.
+
+    Args:
+        program: The Program.
+
+    Returns:
+        The number of learned integers.
+    """
     learned = {key for op in program.operations for role, key in op.tensors.items() if role in _LEARNED_ROLES}
     return sum(program.tensors[key].size for key in learned)
 
 
 def program_macs(program: Program) -> int:
-    """Multiply-accumulates for one image: linear layers, convolutions and both products of attention."""
+    """Counts the multiply-accumulates per image: linear layers, convolutions and both products of an attention.
+
+    Args:
+        program: The Program; it is checked first.
+
+    Returns:
+        The number of multiply-accumulates.
+
+    Raises:
+        ProgramError: If the Program breaks a rule of the specification.
+    """
     return sum(cost.macs for cost in costs(program))
 
 

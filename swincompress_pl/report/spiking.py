@@ -1,4 +1,4 @@
-"""What a spiking network costs: parameters, operations and energy by spikingjelly's `op_counter`, spikes a neuron."""
+"""What a spiking network costs: parameters, operations and energy by spikingjelly's `op_counter`, and spike rates."""
 
 from __future__ import annotations
 
@@ -17,14 +17,22 @@ _FLOAT_BYTES = 4
 
 @dataclass(frozen=True, kw_only=True)
 class SpikingCost(Plain):
-    """Of one image with all its time steps, the mean over those that were counted.
+    """What one image costs with all its time steps: the mean over the images that were counted.
 
-    parameters, nonzero: of the network, and without zeros. size_bytes: parameters in float32.
-    dense_macs: of the same shapes were every input a number (`pruning.count_macs`).
-    macs, acs, sops: as `op_counter` counts: multiply-accumulates with numbers that are no spikes, accumulations, and of
-    those the ones that a spike causes at a weight. energy_compute_pj, energy_memory_pj: its simple energy model, 45 nm,
-    float32 (Horowitz, ISSCC 2014); an estimate for comparisons, not a measurement. Zeros in weights save nothing there.
-    spike_rates: {neuron: spikes a time step and a place, 0 to 1}.
+    The operations are those that spikingjelly's `op_counter` counts. The energies are those of its simple model (45 nm,
+    float32; Horowitz, ISSCC 2014): estimates for comparisons, not measurements. Zeros in weights save nothing there.
+
+    Attributes:
+        parameters: Parameters of the network.
+        nonzero: Parameters that are not zero.
+        size_bytes: Bytes of the parameters in float32.
+        dense_macs: Multiply-accumulates if every input were a number, as `pruning.count_macs` counts.
+        macs: Multiply-accumulates with numbers that are not spikes.
+        acs: Accumulations.
+        sops: Accumulations that a spike causes at a weight (synaptic operations).
+        energy_compute_pj: Energy of the arithmetic, in picojoules.
+        energy_memory_pj: Energy of the memory accesses, in picojoules.
+        spike_rates: Spikes per time step and place, 0 to 1, by the name of the neuron layer.
     """
 
     parameters: int
@@ -40,14 +48,22 @@ class SpikingCost(Plain):
 
     @property
     def spike_rate(self) -> float:
-        """The mean over the neurons."""
+        """The mean over the neuron layers."""
         return sum(self.spike_rates.values()) / len(self.spike_rates)
 
 
 def spiking_cost(network: nn.Module, images: Tensor) -> SpikingCost:
-    """Counts what `network` does with `images`, (N, C, H, W) or events (N, T, C, H, W), in evaluation.
+    """Counts what a spiking network does with some images, in eval mode.
 
-    Raises ValueError for a network that does not spike (`models.spiking.check_spiking`) and for no images.
+    Args:
+        network: A spiking network in multi-step mode that forgets between calls; see `models.without_memory`.
+        images: (N, C, H, W), or events (N, T, C, H, W), with N of 1 or more.
+
+    Returns:
+        The cost per image.
+
+    Raises:
+        ValueError: If the network does not spike, keeps its state between calls, or `images` has another shape.
     """
     from spikingjelly.activation_based.op_counter import estimate_simple_energy
 

@@ -1,6 +1,7 @@
 """The integer specification: what every number of a compressed network is, in NumPy and without torch.
 
-`Program` is the network as data, `check` proves it, `run` defines its result. `spec.md` derives the rules.
+A `Program` is the network as data. `check` proves that it cannot overflow, and `run` defines its result. The page
+"The integer specification" (`docs/explanation/spec.md`) derives the rules.
 """
 
 from swincompress_pl.spec.integer import EXP_STEPS, LIMITS, STORAGE, multiplier

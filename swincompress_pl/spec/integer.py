@@ -1,7 +1,8 @@
 """The integer primitives of the specification: ranges, requantization, exponential, reciprocal square root.
 
-Everything here is exact integer arithmetic on NumPy arrays. Where float64 is used as a tool (matrix products, a first
-guess of a square root) the result is the exact integer, by the bounds stated there. `spec.md` derives each rule.
+Everything here is exact integer arithmetic on NumPy arrays. Some functions use float64 as a tool, for matrix products
+and for a first guess of a square root. Their results are still the exact integers, by the bounds that they state.
+`spec.md` derives each rule.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ MULTIPLIER_BITS = 22
 SHIFT_MAX = 52
 ACCUMULATOR_BOUND = 2**31
 
-# Exponential: steps an octave, and the argument from which every exponential is 0 (9 octaves: 255 * 2**-9 < 1/2).
+# Exponential: steps per octave, and the argument from which every exponential is 0 (9 octaves: 255 * 2**-9 < 1/2).
 EXP_STEPS = 32
 EXP_ZERO = 9 * EXP_STEPS
 EXP_TABLE: npt.NDArray[np.uint16] = np.array(
@@ -48,22 +49,32 @@ FINE_EXP_ZERO = 16 * EXP_STEPS  # where 16 bits have nothing left
 RECIPROCAL_BITS = 24
 SOFTMAX_BITS = 40
 
-# LayerNorm: fractional bits of the normalised value, and the widest row whose bounds hold (see `layer_norm`).
+# LayerNorm: fractional bits of the normalized value, and the widest row whose bounds hold (see `layer_norm`).
 NORMALIZED_FRACTION_BITS = 16
 LAYER_NORM_CHANNELS_MAX = 4096
 
 
 def multiplier(real: float | npt.NDArray[np.floating]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.uint8]]:
-    """The integer pair (mult, shift) with mult * 2**-shift nearest to `real`: mult in [2**21, 2**22) or 0, shift in
-    [1, 52].
+    """Converts real factors to the integer pairs (mult, shift) whose `mult * 2**-shift` is nearest to them.
 
-    real: any shape, finite, in [0, 2**21). Below 2**-31 the pair is (0, 1): over an int32 accumulator such a factor
-    moves the result by less than one step. Raises ValueError outside the range.
+    A factor that would need a shift above 52, that is one below about `2**-31`, becomes (0, 1). Over an int32
+    accumulator such a factor moves the result by less than one step.
+
+    Args:
+        real: Factors of any shape, finite, in `[0, 2**21 - 1)`.
+
+    Returns:
+        mult, int32 in `[2**21, 2**22)` or 0, and shift, uint8 in [1, 52], both of the shape of `real`.
+
+    Raises:
+        ValueError: If a factor is outside the range or not finite.
     """
     values = np.asarray(real, dtype=np.float64)
     if not np.isfinite(values).all() or (values < 0).any() or (values >= 2**21 - 1).any():
         worst = values.flat[int(np.argmax(~np.isfinite(values) | (values < 0) | (values >= 2**21 - 1)))]
-        raise ValueError(f"requantization factor {worst!r} is outside [0, 2**21); recalibrate the scales it comes from")
+        raise ValueError(
+            f"requantization factor {worst!r} is outside [0, 2**21 - 1); recalibrate the scales it comes from"
+        )
     mantissa, exponent = np.frexp(values)
     mult = np.floor(mantissa * 2**MULTIPLIER_BITS + 0.5).astype(np.int64)
     carried = mult == 2**MULTIPLIER_BITS
@@ -74,13 +85,13 @@ def multiplier(real: float | npt.NDArray[np.floating]) -> tuple[npt.NDArray[np.i
 
 
 def saturate(values: IntArray, dtype: str) -> IntArray:
-    """Clamps to the range of `dtype` and converts to the array type that holds it."""
+    """Clamps values to the range of `dtype` and converts them to the array type that holds it."""
     low, high = LIMITS[dtype]
     return np.clip(values, low, high).astype(STORAGE[dtype])
 
 
 def shift_right_rounded(values: IntArray, shift: IntArray | np.int64 | int) -> Int64Array:
-    """floor(values / 2**shift + 1/2) for int64 values: one rounding, half up; shift >= 1."""
+    """floor(values / 2**shift + 1/2) for int64 values and shift >= 1: one rounding, half up."""
     wide_shift = np.asarray(shift, dtype=np.int64)
     rounded: Int64Array = (values.astype(np.int64) + (np.int64(1) << (wide_shift - 1))) >> wide_shift
     return rounded
@@ -89,8 +100,8 @@ def shift_right_rounded(values: IntArray, shift: IntArray | np.int64 | int) -> I
 def requantize(accumulator: IntArray, mult: IntArray, shift: IntArray, dtype: str) -> IntArray:
     """clamp((accumulator * mult + 2**(shift-1)) >> shift): the one way from an accumulator to a value.
 
-    accumulator: int32 range, last axis broadcasts against mult and shift. |accumulator| * mult < 2**53, so a float64
-    twin of the product is exact.
+    Accumulators lie in the range of int32; their last axis broadcasts against mult and shift. |accumulator| * mult is
+    below 2**53, so a float64 twin of the product is exact.
     """
     product = accumulator.astype(np.int64) * mult.astype(np.int64)
     return saturate(shift_right_rounded(product, shift), dtype)
@@ -99,8 +110,8 @@ def requantize(accumulator: IntArray, mult: IntArray, shift: IntArray, dtype: st
 def integer_matmul(a: IntArray, b: IntArray) -> Int64Array:
     """The exact product of two integer arrays whose every partial sum stays below 2**53 in magnitude.
 
-    int8 products bounded by 2**31 satisfy that; sums of integers below 2**53 are exact in float64 in any order, so the
-    fast BLAS product is the integer product.
+    Products of int8 that are bounded by 2**31 satisfy this. Sums of integers below 2**53 are exact in float64 in any
+    order, so the fast BLAS product is the integer product.
     """
     product: Int64Array = np.matmul(a.astype(np.float64), b.astype(np.float64)).astype(np.int64)
     return product
@@ -109,22 +120,22 @@ def integer_matmul(a: IntArray, b: IntArray) -> Int64Array:
 def exponential(distance: IntArray, mult: IntArray, shift: IntArray) -> npt.NDArray[np.uint8]:
     """255 * exp(-x) for x = distance * (unit of x), rounded to uint8; 255 at distance 0 and 0 from nine octaves on.
 
-    distance: row maximum minus logit, >= 0, below 2**31, in accumulator units. (mult, shift) turn it into 32nds of an
-    octave.
+    The distance is the row's maximum minus the logit, in [0, 2**31), in units of the accumulator. (mult, shift) turn it
+    into 32nds of an octave.
     """
-    # floor of a floor: the same as one rounding of mantissa / 2**(8 + octave), and everything fits 16 bits
+    # A floor of a floor equals one rounding of mantissa / 2**(8 + octave), and everything fits 16 bits.
     rounded: npt.NDArray[np.uint8] = ((_mantissa(distance, mult, shift, EXP_ZERO) + 128) >> 8).astype(np.uint8)
     return rounded
 
 
 def fine_exponential(distance: IntArray, mult: int, shift: int) -> npt.NDArray[np.uint16]:
-    """65280 * exp(-x) as `exponential`, floored to 16 bits: 0 from sixteen octaves on. distance: below 2**32."""
+    """65280 * exp(-x), floored to 16 bits; 0 from sixteen octaves on. As `exponential`, for a distance below 2**32."""
     mantissa = _mantissa(distance, np.int64(mult), np.int64(shift), FINE_EXP_ZERO)
     return mantissa.astype(np.uint16)
 
 
 def _mantissa(distance: IntArray, mult: IntArray | np.int64, shift: IntArray | np.int64, zero: int) -> Int64Array:
-    """floor(65280 * 2**-octaves), octaves in 32nds, none beyond `zero`."""
+    """floor(65280 * 2**-octaves), with octaves in steps of 1/32 and at most `zero` steps."""
     product = distance.astype(np.int64) * mult.astype(np.int64)
     steps = np.minimum(shift_right_rounded(product, shift), zero)
     mantissa: Int64Array = EXP_TABLE[steps % EXP_STEPS].astype(np.int64) >> (steps // EXP_STEPS)
@@ -140,10 +151,10 @@ def isqrt(n: Int64Array) -> Int64Array:
 
 
 def reciprocal_sqrt(variance: Int64Array) -> tuple[Int64Array, Int64Array]:
-    """(r, t) with r * 2**(t - 54) = 1 / sqrt(variance) to a relative error below 2**-22; r in [2**23, 2**24), t in [0,
-    30].
+    """(r, t) with r * 2**(t - 54) equal to 1 / sqrt(variance) up to a relative error below 2**-22.
 
-    variance: in [1, 2**62). Normalised by 4**t into [2**60, 2**62), floored root, floored division.
+    The variance lies in [1, 2**62), r in [2**23, 2**24) and t in [0, 30]. The variance is multiplied by 4**t into
+    [2**60, 2**62); then the root and the division are floored.
     """
     normalized = variance.astype(np.int64)
     t = np.zeros_like(normalized)

@@ -1,4 +1,4 @@
-"""What a kind of operation is, and how a call of it is examined."""
+"""What a kind of operation is, and how a call of it is checked."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ BYTES = (*SIGNED_BYTES, *UNSIGNED_BYTES)
 
 
 def _listed(dtypes: Sequence[str]) -> str:
-    """`int2 to int8 or int16`: the types in words, runs of byte types by their ends."""
+    """The types in words; a run of byte types is named by its ends, as in `int2 to int8 or int16`."""
     text = " or ".join(dtypes)
     for run in (SIGNED_BYTES, UNSIGNED_BYTES):
         text = text.replace(" or ".join(run), f"{run[0]} to {run[-1]}")
@@ -33,38 +33,42 @@ def _listed(dtypes: Sequence[str]) -> str:
 
 
 class Call:
-    """One operation under examination: its attributes, tensors and input values, each checked when asked for."""
+    """One operation under check; its attributes, tensors and input values are checked when they are asked for."""
 
     def __init__(self, op: Operation, inputs: Sequence[Value], tensors: Tensors) -> None:
         self.op, self.inputs, self._tensors = op, inputs, tensors
         self._asked: set[str] = set()
         self._asked_attributes: set[str] = set()
-        self.accumulator_reach: int | None = None  # of the call's accumulators in magnitude, where they were proved
+        self.accumulator_reach: int | None = None  # largest magnitude of the accumulators, where it was proved
 
     def fail(self, message: str) -> ProgramError:
+        """An error that names the operation."""
         return ProgramError(f"{self.op.kind} {self.op.name!r}: {message}")
 
     def require(self, condition: bool, message: str) -> None:
+        """Raises `fail(message)` unless `condition` holds."""
         if not condition:
             raise self.fail(message)
 
     def source(self, number: int, *dtypes: str) -> Value:
+        """Input `number`, which must be of one of `dtypes`."""
         value = self.inputs[number]
         self.require(value.dtype in dtypes, f"input {number} is {value.dtype}; it must be {_listed(dtypes)}")
         return value
 
     def output(self, shape: tuple[int, ...], *dtypes: str) -> Value:
+        """The output value, whose type must be one of `dtypes`."""
         self.require(self.op.dtype in dtypes, f"output is {self.op.dtype}; it must be {_listed(dtypes)}")
         return Value(dtype=self.op.dtype, shape=shape)
 
     def counts(self, shape: tuple[int, ...], what: str, reach: int, *dtypes: str) -> Value:
-        """An output of sums of spikes that may reach `reach` and no more; `what` names one of them in the error."""
+        """An output of sums of spikes, none of which exceeds `reach`; `what` names one of them in the error."""
         value = self.output(shape, *dtypes)
         self.require(reach <= LIMITS[value.dtype][1], f"{what} may reach {reach}, beyond {value.dtype}")
         return Value(dtype=value.dtype, shape=shape, largest=reach)
 
     def integer(self, key: str, low: int, high: int, default: int | None = None) -> int:
-        """The attribute; `default` where it is absent, which is an error without one."""
+        """The integer attribute `key` in [low, high]; `default` if it is absent, or an error without a default."""
         self._asked_attributes.add(key)
         value = self.op.attributes.get(key, _MISSING if default is None else default)
         if type(value) is not int or not low <= value <= high:
@@ -73,6 +77,7 @@ class Call:
         return value
 
     def pair(self, key: str, low: int, high: int) -> tuple[int, int]:
+        """The attribute `key`, two integers in [low, high]."""
         self._asked_attributes.add(key)
         value = self.op.attributes.get(key)
         if (
@@ -84,8 +89,10 @@ class Call:
         return (value[0], value[1])
 
     def positions(self, x: Value, kernel: tuple[int, int]) -> tuple[int, int]:
-        """(height, width) of where a window fits into images (H, W, C) or (T, H, W, C), from attributes stride and
-        padding."""
+        """(height, width) of the places of a sliding window, by the attributes stride and padding.
+
+        Images are (H, W, C) or (T, H, W, C).
+        """
         self.require(
             len(x.shape) in (3, 4), f"input has shape {x.shape}; a window slides over (height, width, channels)"
         )
@@ -100,6 +107,7 @@ class Call:
         return height, width
 
     def tensor(self, role: str, dtype: str, *shapes: tuple[int, ...]) -> IntArray:
+        """The tensor of a role, which must have that type and one of the shapes."""
         self._asked.add(role)
         if role not in self._tensors:
             raise self.fail(f"tensor {role!r} is missing")
@@ -112,9 +120,11 @@ class Call:
         return tensor
 
     def has(self, role: str) -> bool:
+        """Whether the operation has a tensor of this role."""
         return role in self._tensors
 
     def in_range(self, role: str, tensor: IntArray, low: int, high: int) -> None:
+        """Requires all values of a tensor to lie in [low, high]."""
         smallest, largest = int(tensor.min()), int(tensor.max())
         self.require(
             low <= smallest and largest <= high,
@@ -124,11 +134,12 @@ class Call:
     def requantization(
         self, channels: int, mult: str = "mult", shift: str = "shift", shift_max: int = SHIFT_MAX
     ) -> None:
+        """Requires the tensors of a requantization per channel."""
         self.in_range(mult, self.tensor(mult, "int32", (channels,)), 0, 2**MULTIPLIER_BITS - 1)
         self.in_range(shift, self.tensor(shift, "uint8", (channels,)), 1, shift_max)
 
     def accumulator(self, value: Value, weight: IntArray, bias: IntArray) -> None:
-        """Proves |bias| + a_max * sum |w| < 2**31 for every output channel. weight: (M, K)."""
+        """Proves |bias| + a_max * sum |w| < 2**31 for every output channel of the weight (M, K)."""
         reach = value.reach * np.abs(weight.astype(np.int64)).sum(axis=1)
         peak = np.abs(bias.astype(np.int64)).reshape(-1, weight.shape[0]).max(axis=0)
         self.accumulator_reach = int((reach + peak).max())
@@ -139,6 +150,7 @@ class Call:
         )
 
     def nothing_else(self) -> None:
+        """Requires that every tensor and attribute was asked for."""
         for what, extra in (
             ("tensor", set(self._tensors) - self._asked),
             ("attribute", set(self.op.attributes) - self._asked_attributes),
@@ -148,8 +160,14 @@ class Call:
 
 @dataclass(frozen=True)
 class Kind:
-    """check: proves a call and gives its output value; run: arrays in, array out; macs: multiply-accumulates an
-    image."""
+    """What one kind of operation is.
+
+    Attributes:
+        arity: Number of inputs.
+        check: Proves a call and returns its output value.
+        run: Computes (inputs, tensors, attributes, output type) -> output, with the batch as first axis.
+        macs: Counts the multiply-accumulates per image.
+    """
 
     arity: int
     check: Callable[[Call], Value]

@@ -1,7 +1,7 @@
 """The kinds of operation: for each, what it computes, what it accepts, and what it costs.
 
-`KINDS` is the one list that the checker, the reference interpreter, the torch twin, the exporter and the engine go by.
-A kind proves its bounds from the tensors themselves, so a Program that passes `check` cannot overflow on any input.
+The checker, the reference interpreter, the torch twin, the exporter and the engine all follow the one list `KINDS`. A
+kind proves its bounds from the tensors themselves, so a Program that passes `check` cannot overflow on any input.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def _check_softmax(call: Call) -> Value:
 def _check_table(call: Call) -> Value:
     x = call.source(0, *SIGNED_BYTES)
     output = call.output(x.shape, *BYTES, "int16")
-    # 256 entries for a narrower input too: its codes are bytes like any other
+    # A narrower input also needs 256 entries, because its codes are stored as bytes.
     call.in_range("values", call.tensor("values", STORAGE[output.dtype], (256,)), *LIMITS[output.dtype])
     return output
 
@@ -141,7 +141,7 @@ def _check_attention(call: Call) -> Value:
     call.require(x.rows % windows == 0, f"{x.rows} tokens do not split into {windows} windows")
     length, channels = x.rows // windows, heads * (2 * qk_dim + v_dim)
     call.require(x.channels == channels, f"input has {x.channels} channels; {heads} heads need {channels}")
-    # e sums of at most 255 * length and sums of e * v must stay in int32
+    # Sums of e, at most 255 * length, and sums of e * v must stay in int32.
     call.require(length <= 2**16, f"windows of {length} tokens; at most {2**16} keep the bounds")
     reach = LIMITS[x.dtype][1] ** 2 * qk_dim
     if call.has("bias_table"):
@@ -214,13 +214,12 @@ KINDS: dict[str, Kind] = {
 
 
 def check_operation(op: Operation, inputs: Sequence[Value], tensors: Tensors) -> Value:
-    """The output value of `op`, or ProgramError naming the operation, the entry and the bound it breaks."""
+    """The output value of `op`; a ProgramError names the operation, the entry and the bound that it breaks."""
     return prove_operation(op, inputs, tensors)[0]
 
 
 def prove_operation(op: Operation, inputs: Sequence[Value], tensors: Tensors) -> tuple[Value, int | None]:
-    """What `check_operation` gives, and how far the operation's accumulators may reach in magnitude; None where it
-    proves none."""
+    """The result of `check_operation`, and the largest magnitude of the accumulators, None where none is proved."""
     if op.kind not in KINDS:
         raise ProgramError(f"operation {op.name!r}: unknown kind {op.kind!r}; kinds are {', '.join(KINDS)}")
     kind = KINDS[op.kind]

@@ -1,6 +1,6 @@
 """From the real parameters of an operation to its integers: LayerNorm's gain and offset, the entries of a table.
 
-`multiplier` (norm/integer.py) is the same for requantization. `spec.md` derives the rules.
+`spec.multiplier` does the same for requantization. `spec.md` derives the rules.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ TABLE_CODES: FloatArray = np.arange(256, dtype=np.uint8).view(np.int8).astype(np
 
 
 def _fixed_point(values: FloatArray, *, fraction_bits: int) -> tuple[npt.NDArray[np.int32], int]:
-    """Integers (below 2**22) and the common shift with integer * 2**(fraction_bits - shift) nearest to the values."""
+    """Integers below 2**22 and one shift, with integer * 2**(fraction_bits - shift) nearest to the values."""
     largest = float(np.abs(values).max())
     bits = 28 if largest == 0 else min(28, MULTIPLIER_BITS - int(np.frexp(largest)[1]))
     if round(largest * 2.0**bits) >= 2**MULTIPLIER_BITS:
@@ -33,11 +33,20 @@ def _fixed_point(values: FloatArray, *, fraction_bits: int) -> tuple[npt.NDArray
 def layer_norm_integers(
     weight: FloatArray, bias: FloatArray, *, eps: float, input_scale: float, output_scale: FloatArray | float
 ) -> tuple[dict[str, int], dict[str, IntArray]]:
-    """(attributes, tensors) of a `layer_norm` with these real parameters.
+    """The integers of a `layer_norm` operation with the given real parameters.
 
-    weight, bias: (C,) finite; eps is added to the variance of the real input. input_scale and output_scale are
-    positive, the second one number or (C,). Raises ValueError for what the specification's integers cannot hold at such
-    scales.
+    Args:
+        weight: (C,), finite.
+        bias: (C,), finite.
+        eps: What the layer adds to the variance of the real input.
+        input_scale: Real value of one integer step of the input, positive.
+        output_scale: Real value of one integer step of the output, positive; one number, or (C,) for one per channel.
+
+    Returns:
+        The attributes (epsilon, shift) and the tensors (gain, offset) of the operation.
+
+    Raises:
+        ValueError: If a parameter is too large for the specification's integers at these scales.
     """
     gain, shift = _fixed_point(weight / output_scale, fraction_bits=NORMALIZED_FRACTION_BITS)
     offset = np.rint(bias / output_scale * 2.0**shift)
@@ -52,6 +61,6 @@ def layer_norm_integers(
 
 
 def table_values(real: FloatArray, scale: float, dtype: str) -> IntArray:
-    """The entries of a `table` of type `dtype`. real: (256,) results for `TABLE_CODES`, in multiples of `scale`."""
-    # clipped as floats: beyond int64 a conversion would be anything
+    """The entries of a `table` of type `dtype`, from the real results (256,) for `TABLE_CODES`; `scale` is one step."""
+    # Clip the floats first: a conversion of what is beyond int64 is undefined.
     return saturate(np.clip(np.floor(real / scale + 0.5), -(2.0**31), 2.0**31).astype(np.int64), dtype)

@@ -1,10 +1,9 @@
-"""Every operation of the specification, once, in plain NumPy. The torch twin and the C++ kernels equal these to the
-bit.
+"""Every operation of the specification in plain NumPy; the torch twin and the C++ kernels equal these to the bit.
 
-Arrays carry the batch first: a value of shape `(rows..., channels)` per image comes as `(N, rows..., channels)`.
-Operations that work on tokens see `(N, rows, channels)`. Where int8 (uint8) is said, the narrower signed (unsigned)
-types come as arrays of it too, and `dtype` may name one: saturation is to its range. `spec.md` derives the rules;
-shapes and bounds are proved by `kinds.py`.
+The batch is the first axis: a value of shape `(rows..., channels)` per image comes as `(N, rows..., channels)`.
+Operations that work on tokens see `(N, rows, channels)`. The narrower signed (unsigned) types come as arrays of int8
+(uint8), and `dtype` may name one of them: results saturate to its range. `spec.md` derives the rules, and `kinds.py`
+proves shapes and bounds.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from swincompress_pl.spec.integer import (
 
 
 def linear(x: IntArray, weight: IntArray, bias: IntArray, mult: IntArray, shift: IntArray, *, dtype: str) -> IntArray:
-    """y = requantize(x @ weight.T + bias).
+    """Computes y = requantize(x @ weight.T + bias).
 
     x: (..., K) int8 or uint8; weight: (M, K) int8; bias: (M,) int32; mult, shift: (M,) -> (..., M) of `dtype`.
     """
@@ -62,10 +61,10 @@ def conv2d(
 ) -> IntArray:
     """A convolution as a linear map of its receptive fields.
 
-    x: (N, H, W, C) or, time steps, (N, T, H, W, C) int8 or uint8; weight: (M, kh, kw, C / groups) int8; bias: (M,) or,
-    a bias map, (Ho, Wo, M) int32 -> (N, Ho, Wo, M) or (N, T, Ho, Wo, M). The map carries what differs by position: the
-    border of an image that is padded with zeros after its normalisation was folded into the weights. Each of `groups`
-    equal runs of output channels reads one run of input channels.
+    x: (N, H, W, C), or (N, T, H, W, C) with time steps, int8 or uint8; weight: (M, kh, kw, C / groups) int8; bias:
+    (M,), or a map (Ho, Wo, M), int32 -> (N, Ho, Wo, M) or (N, T, Ho, Wo, M). The map carries what differs by position:
+    the border of an image that is padded with zeros after its normalization was folded into the weights. Each of
+    `groups` equal runs of output channels reads one run of input channels.
     """
     outputs = weight.shape[0]
     fields = patches(x.reshape(-1, *x.shape[-3:]), (weight.shape[1], weight.shape[2]), stride, padding)
@@ -78,11 +77,11 @@ def conv2d(
 
 
 def layer_norm(x: IntArray, gain: IntArray, offset: IntArray, *, epsilon: int, shift: int, dtype: str) -> IntArray:
-    """y_c = ((C x_c - S) / sqrt(C sum x^2 - S^2 + epsilon)) * gain_c + offset_c, rounded once.
+    """Computes y_c = ((C x_c - S) / sqrt(C sum x^2 - S^2 + epsilon)) * gain_c + offset_c, rounded once.
 
-    x: (..., C) int8 or int16, C <= 4096; gain: (C,) int32, |gain| < 2**22; offset: (C,) int64, |offset| < 2**60.
-    Widths: |C x - S| < 2**28, reciprocal root 24 bits, their product < 2**52; the normalised value has 16 fractional
-    bits and at most 23 bits in all (|.| <= sqrt(C)); times gain below 2**45.
+    x: (..., C) int8 or int16, C <= 4096; gain: (C,) int32, |gain| < 2**22; offset: (C,) int64, |offset| <= 2**60.
+    Widths: |C x - S| < 2**28, the reciprocal root has 24 bits, and their product is below 2**52. The normalized value
+    has 16 fractional bits and at most 23 bits in all (|.| <= sqrt(C)); times the gain it is below 2**45.
     """
     wide = x.astype(np.int64)
     channels = np.int64(x.shape[-1])
@@ -94,12 +93,12 @@ def layer_norm(x: IntArray, gain: IntArray, offset: IntArray, *, epsilon: int, s
 
 
 def softmax(x: IntArray, *, mult: int, shift: int) -> IntArray:
-    """y_c = round(255 exp(x_c) / sum exp(x)) over the last axis, the exponentials in 16 bits.
+    """Computes y_c = round(255 exp(x_c) / sum exp(x)) over the last axis, with exponentials of 16 bits.
 
-    x: (..., C) of at most 32 bits, C <= 2**16; (mult, shift) turn differences of x into 32nds of an octave -> (..., C)
-    uint8 probabilities in units of 1/255. e = fine_exponential(row maximum - x), 65280 at the maximum; y = e *
-    floor(255 * 2**40 / sum e), shifted and rounded once. Widths: a difference is below 2**32, times mult below 2**54;
-    65280 <= sum e < 2**32; e <= sum e, so e * reciprocal <= 255 * 2**40 and y <= 255 without saturation.
+    x: (..., C) of at most 32 bits, C <= 2**16 -> (..., C) uint8 probabilities in units of 1/255. (mult, shift) turn
+    differences of x into 32nds of an octave. e = fine_exponential(row maximum - x), which is 65280 at the maximum;
+    y = e * floor(255 * 2**40 / sum e), shifted and rounded once. Widths: a difference is below 2**32, times mult below
+    2**54; 65280 <= sum e < 2**32; e <= sum e, so e * reciprocal <= 255 * 2**40 and y <= 255 without saturation.
     """
     wide = x.astype(np.int64)
     e = fine_exponential(wide.max(axis=-1, keepdims=True) - wide, mult, shift).astype(np.int64)
@@ -108,31 +107,30 @@ def softmax(x: IntArray, *, mult: int, shift: int) -> IntArray:
 
 
 def table(x: IntArray, values: IntArray) -> IntArray:
-    """y = values[x]: any function of an int8 input, exact by construction. values: (256,), entry i for the byte i."""
+    """Computes y = values[x], any function of an int8 input; `values` (256,) has entry i for the byte i."""
     return values[x.view(np.uint8)]
 
 
 def add(a: IntArray, b: IntArray, *, dtype: str) -> IntArray:
-    """Saturating sum of two values in the same unit; b may lack the batch axis (a constant)."""
+    """The saturating sum of two values in the same unit; a constant b has no batch axis."""
     return saturate(a.astype(np.int64) + b, dtype)
 
 
 def add_values(a: IntArray, b: IntArray, *, dtype: str) -> IntArray:
-    """`add` of a (N, rows..., C) and b, whose rows repeat where they are fewer: the same value at every time step."""
+    """`add` of a (N, rows..., C) and b, whose rows repeat if they are fewer: the same value at every time step."""
     return add(a.reshape(b.shape[0], -1, *b.shape[1:]), b[:, None], dtype=dtype).reshape(a.shape)
 
 
 def prepend(x: IntArray, rows: IntArray) -> IntArray:
-    """Constant tokens before the others: x (N, L, C), rows (R, C) -> (N, R + L, C)."""
+    """Puts constant tokens before the others: x (N, L, C), rows (R, C) -> (N, R + L, C)."""
     return np.concatenate([np.broadcast_to(rows, (x.shape[0], *rows.shape)), x], axis=1)
 
 
 def gather(x: IntArray, index: IntArray) -> IntArray:
-    """Rows moved, repeated, dropped or joined: out[m] = concat(x[index[m, 0]], x[index[m, 1]], ...), zeros for index
-    -1.
+    """Moves, repeats, drops or joins rows: out[m] = concat(x[index[m, 0]], x[index[m, 1]], ...).
 
-    x: (N, L, C); index: (M, G) int32 in [-1, L) -> (N, M, G * C). Windows, shifts, padding, patch merging and the
-    choice of the class token are all of this form.
+    x: (N, L, C); index: (M, G) int32 in [-1, L) -> (N, M, G * C). Index -1 gives zeros. Windows, shifts, padding, patch
+    merging and the choice of the class token are all of this form.
     """
     padded = np.concatenate([x, np.zeros_like(x[:, :1])], axis=1)  # row -1 is the zero row
     picked = padded[:, index]
@@ -160,14 +158,13 @@ def attention(
     v_dim: int,
     dtype: str,
 ) -> IntArray:
-    """softmax(q k^T + bias) v inside each window, normalised after the product.
+    """Computes softmax(q k^T + bias) v inside each window, normalized after the product.
 
-    qkv: (N, windows * L, heads * (2 * qk_dim + v_dim)) int8, channels ordered q | k | v, then head, then dimension.
-    exp_mult, exp_shift, out_mult, out_shift: (heads,). bias_table: (heads, T) int32 in accumulator units and
-    bias_index: (L, L) into it. region: (windows, L) uint8; a token attends only to tokens of its own region (the
-    others count as probability 0). e = exponential(row maximum - logit); out = (sum e v) * floor(out_mult * 2**24 /
-    sum e), shifted and rounded once. |sum e v| <= 127 sum e, hence the product stays below 2**53. -> (N, windows * L,
-    heads * v_dim).
+    qkv: (N, windows * L, heads * (2 * qk_dim + v_dim)) int8, channels ordered q | k | v, then head, then dimension ->
+    (N, windows * L, heads * v_dim). exp_mult, exp_shift, out_mult, out_shift: (heads,). bias_table: (heads, T) int32 in
+    units of the accumulator; bias_index: (L, L) into it. region: (windows, L) uint8; a token attends only to tokens of
+    its own region, and the others have probability 0. e = exponential(row maximum - logit); out = (sum e v) *
+    floor(out_mult * 2**24 / sum e), shifted and rounded once. |sum e v| <= 127 sum e, so the product stays below 2**53.
     """
     batch, rows = qkv.shape[:2]
     length = rows // windows

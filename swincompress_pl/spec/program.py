@@ -1,8 +1,8 @@
 """A network as the specification sees it: a list of operations over named integer values, with their integer tensors.
 
-A Program is plain data. Adapters build it, `accel` writes and runs it, `reference.run` defines what it means. Values
-are in single-assignment form: every operation reads earlier values and writes one new one; the input is the value
-`images`, the result the output of the last operation.
+A Program is plain data. Adapters build it, `accel` writes and runs it, and `reference.run` defines what it means.
+Values are in single-assignment form: every operation reads earlier values and writes one new value. The input is the
+value `images`, and the result is the output of the last operation.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from swincompress_pl.spec.integer import ITEMSIZE, LIMITS
 
 NORM_VERSION = 1
 INPUT_VALUE = "images"
-# What a Program may hold at most, the same in every reader (spec.md, section 11).
+# The limits of a Program, the same in every reader (spec.md, section 11).
 OPERATIONS_MAX = 10_000
 ELEMENTS_MAX = 2**32  # of a value
-NAME_BYTES_MAX = 1024  # of an operation, a value, a tensor, a class
+NAME_BYTES_MAX = 1024  # of the name of an operation, a value, a tensor or a class
 PREPARED_BYTES_FREE, PREPARED_RATIO_MAX = 2**26, 8
-# As float.hex writes a positive number.
+# A positive number as float.hex writes it.
 _SCALE = re.compile(r"0x[01](\.[0-9a-f]{0,13})?p[+-]?[0-9]{1,4}")
 
 Json = TypeVar("Json", dict[str, Any], list[Any], str)
@@ -38,9 +38,15 @@ class ProgramError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Value:
-    """Type and per-image shape of a value: (rows..., channels); the batch axis is left out.
+    """Type and shape of a value, for one image.
 
-    largest: what no value is beyond, as `check` has proved it for spikes and their sums; None: the type's own limit.
+    Attributes:
+        dtype: A type of the specification, a key of `LIMITS`.
+        shape: (rows..., channels), without the batch axis.
+        largest: The bound that `check` has proved for spikes and their sums; None stands for the type's own limit.
+
+    Raises:
+        ProgramError: If the type is unknown, a size is not a positive integer, or there are more than `2**32` elements.
     """
 
     dtype: str
@@ -49,7 +55,7 @@ class Value:
 
     @property
     def reach(self) -> int:
-        """The largest magnitude that is possible."""
+        """The largest magnitude that an element can have."""
         return LIMITS[self.dtype][1] if self.largest is None else self.largest
 
     def __post_init__(self) -> None:
@@ -62,22 +68,33 @@ class Value:
 
     @property
     def rows(self) -> int:
-        """Number of tokens: the product of all axes but the last."""
+        """The number of tokens: the product of all axes but the last."""
         return int(np.prod(self.shape[:-1], dtype=np.int64))
 
     @property
     def channels(self) -> int:
+        """The length of the last axis."""
         return self.shape[-1]
 
     @property
     def size_bytes(self) -> int:
+        """The bytes that the value takes in memory, per image."""
         return self.rows * self.channels * ITEMSIZE[self.dtype]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Operation:
-    """One step. `tensors` maps a role ("weight", "bias", ...) to a key of `Program.tensors`; several may share a
-    key."""
+    """One step of a Program.
+
+    Attributes:
+        kind: What it computes, a key of `spec.kinds.KINDS`, such as "linear".
+        name: Its name in messages and profiles.
+        inputs: Names of the values that it reads, each `images` or the output of an earlier operation.
+        output: Name of the value that it writes.
+        dtype: Type of the output.
+        attributes: Integers and pairs of integers that the kind asks for, such as `channels`.
+        tensors: Maps a role ("weight", "bias", ...) to a key of `Program.tensors`. Several operations may share a key.
+    """
 
     kind: str
     name: str
@@ -90,11 +107,18 @@ class Operation:
 
 @dataclass(frozen=True, kw_only=True)
 class InputDescription:
-    """What the engine takes: uint8 pixels (N, height, width, channels), and how they were made from an image; or, with
-    `time_steps`, uint8 counts of events (N, time_steps, height, width, channels).
+    """What an engine takes, and how it is made from an image.
 
-    `preprocessing` is information for the user (resize, crop, interpolation, mean, std); mean and std are already
-    folded into the first layer.
+    The input is uint8 pixels (N, height, width, channels). With `time_steps` it is uint8 counts of events
+    (N, time_steps, height, width, channels).
+
+    Attributes:
+        height: Rows of an image, in pixels.
+        width: Columns of an image, in pixels.
+        channels: Color channels, or polarities of events.
+        time_steps: Number of frames of events; None for images.
+        preprocessing: Information for the user: resize, crop, interpolation, mean and std. The engine does not use it,
+            as mean and std are already folded into the first layer.
     """
 
     height: int
@@ -105,11 +129,12 @@ class InputDescription:
 
     @property
     def value(self) -> Value:
+        """Type and shape of one image."""
         time = () if self.time_steps is None else (self.time_steps,)
         return Value(dtype="uint8", shape=(*time, self.height, self.width, self.channels))
 
     def describe(self) -> dict[str, Any]:
-        """As JSON-able data; `from_description` is the inverse."""
+        """Returns the fields as JSON-able data; `from_description` is the inverse."""
         events = {} if self.time_steps is None else {"time_steps": self.time_steps}
         return {
             "dtype": "uint8",
@@ -123,7 +148,19 @@ class InputDescription:
 
     @classmethod
     def from_description(cls, given: Mapping[str, Any]) -> InputDescription:
-        """Raises ProgramError for a type or an order of axes that is not known, KeyError for a missing entry."""
+        """Rebuilds what `describe` gave.
+
+        Args:
+            given: The description.
+
+        Returns:
+            The input description.
+
+        Raises:
+            ProgramError: If the type or the order of the axes is unknown.
+            KeyError: If an entry is missing.
+            TypeError: If `preprocessing` is not a dictionary.
+        """
         if given["dtype"] != "uint8" or given["axes"] not in ("NHWC", "NTHWC"):
             raise ProgramError(
                 f"program input is {given['dtype']} {given['axes']}; only uint8 NHWC (images) and NTHWC (events) are "
@@ -140,7 +177,16 @@ class InputDescription:
 
 @dataclass(frozen=True, kw_only=True)
 class Program:
-    """operations in order; tensors by key; logit_scale turns the int32 result into float logits."""
+    """A network in integers. `spec.check` proves it; construction proves nothing.
+
+    Attributes:
+        input: What the network takes.
+        operations: The steps in order; the last one gives the int32 logits.
+        tensors: Integer arrays by key.
+        logit_scale: Real value of one step of the logits: the logits in float are `int32 * logit_scale`.
+        classes: Names of the classes in the order of the logits, or None.
+        origin: How the network was made, as JSON-able data; `models.rebuild` reads it.
+    """
 
     input: InputDescription
     operations: tuple[Operation, ...]
@@ -160,7 +206,7 @@ class Program:
         )  # a proxy can be neither pickled nor copied
 
     def describe(self) -> dict[str, Any]:
-        """Everything but the tensors as JSON-able data; `Program.from_description` is the inverse."""
+        """Returns everything but the tensors as JSON-able data; `Program.from_description` is the inverse."""
         return {
             "norm_version": NORM_VERSION,
             "input": self.input.describe(),
@@ -183,12 +229,24 @@ class Program:
 
     @classmethod
     def from_description(cls, description: Mapping[str, Any], tensors: Mapping[str, npt.NDArray[Any]]) -> Program:
-        """Rebuilds a Program; raises ProgramError naming the missing or ill-typed entry."""
+        """Rebuilds a Program; it is not checked.
+
+        Args:
+            description: What `describe` gave.
+            tensors: Integer arrays by key.
+
+        Returns:
+            The Program.
+
+        Raises:
+            ProgramError: If an entry is missing or ill-typed (the message names it), the version is another one, or
+                there are more than 10,000 operations.
+        """
         try:
             version = description["norm_version"]
             if type(version) is not int or version != NORM_VERSION:
                 raise ProgramError(
-                    f"program of norm version {version!r}; this package runs version {NORM_VERSION}: "
+                    f"program of specification version {version!r}; this package runs version {NORM_VERSION}: "
                     "export the model again"
                 )
             operations, classes = _typed(description, "operations", list), description["classes"]
@@ -209,18 +267,27 @@ class Program:
 
     @property
     def time_steps(self) -> int | None:
-        """Of a spiking network; None for any other."""
+        """The time steps of a spiking network; None for any other."""
         found = (op.attributes.get("steps") for op in self.operations if op.kind == "lif")
         return next(found, self.input.time_steps)
 
     @property
     def parameter_bytes(self) -> int:
-        """Bytes of all tensors."""
+        """The bytes of all tensors."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
     def prepared_bytes(self, op: Operation) -> int:
-        """What an engine makes of an operation's tensors: rows of weights are rounded up, biases of attention are
-        spread to all pairs of tokens, and a tensor that several operations read is copied for each."""
+        """Estimates the bytes that an engine makes of an operation's tensors.
+
+        Rows of weights are rounded up, and biases of an attention are spread to all pairs of tokens. A tensor that
+        several operations read is copied for each of them.
+
+        Args:
+            op: An operation of this Program.
+
+        Returns:
+            The number of bytes.
+        """
         tensors = {role: self.tensors[key] for role, key in op.tensors.items() if key in self.tensors}
         size = sum(tensor.nbytes for tensor in tensors.values())
         if "weight" in tensors:
@@ -233,16 +300,16 @@ class Program:
 
 
 def _typed(given: Mapping[str, Any], key: str, kind: type[Json]) -> Json:
-    """An entry of a description; TypeError for another type, KeyError for none."""
+    """An entry of a description; a TypeError for another type, a KeyError if it is missing."""
     found = given[key]
     if not isinstance(found, kind):
-        raise TypeError(f"entry {key!r} is no {kind.__name__}")
+        raise TypeError(f"entry {key!r} is not a {kind.__name__}")
     return found
 
 
 def _name(given: Any, what: str) -> str:
     if not isinstance(given, str):
-        raise TypeError(f"a {what} is {type(given).__name__}, no text")
+        raise TypeError(f"a {what} is {type(given).__name__}, not a string")
     size_bytes = len(given.encode("utf-8", errors="surrogatepass"))
     if size_bytes > NAME_BYTES_MAX:
         raise ProgramError(f"a {what} of {size_bytes} bytes; at most {NAME_BYTES_MAX} are read")
@@ -253,7 +320,7 @@ def _scale(text: str) -> float:
     try:
         return float.fromhex(text if _SCALE.fullmatch(text) else "nan")
     except OverflowError:
-        return math.inf  # which `check` refuses, as it does what is no number
+        return math.inf  # `check` refuses it, as it refuses NaN
 
 
 def _made_of(cls: type[Program], given: dict[str, Any]) -> Program:

@@ -1,4 +1,4 @@
-"""Checks a Program and runs it in NumPy: the definition that every other interpreter is compared with."""
+"""Checks a Program and runs it in NumPy: the definition with which every other interpreter is compared."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from swincompress_pl.spec.program import (
 
 
 def tensors_of(program: Program, op: Operation) -> dict[str, IntArray]:
-    """The tensors of one operation by role; ProgramError names a key that the Program lacks."""
+    """The tensors of one operation by role; a ProgramError names a key that the Program lacks."""
     missing = [key for key in op.tensors.values() if key not in program.tensors]
     if missing:
         raise ProgramError(f"{op.kind} {op.name!r}: tensor {missing[0]!r} is not in the program")
@@ -32,20 +32,30 @@ def tensors_of(program: Program, op: Operation) -> dict[str, IntArray]:
 
 
 def check(program: Program) -> dict[str, Value]:
-    """Type and shape of every value, by name; proves all bounds. Raises ProgramError naming the first wrong
-    operation."""
+    """Proves that a Program follows the specification and cannot overflow on any input.
+
+    Args:
+        program: The Program to check.
+
+    Returns:
+        Type and shape of every value, by its name.
+
+    Raises:
+        ProgramError: If an operation breaks a rule, or if the Program is too large or does not end in int32 logits. The
+            message names the first wrong operation, the entry and the bound.
+    """
     return _proved(program)[0]
 
 
 def _proved(program: Program) -> tuple[dict[str, Value], list[int | None]]:
-    """What `check` gives, and how far the accumulators of each operation may reach."""
+    """The result of `check`, and the largest magnitude of each operation's accumulators."""
     reaches = []
     values = {INPUT_VALUE: program.input.value}
     if not program.operations:
         raise ProgramError("program without operations")
     if len(program.operations) > OPERATIONS_MAX:
         raise ProgramError(f"program of {len(program.operations)} operations; at most {OPERATIONS_MAX} are accepted")
-    _require_bounded(program)  # first: to prove them costs as much
+    _require_bounded(program)  # first, because proving oversized tensors would cost as much as preparing them
     for op in program.operations:
         unknown = [name for name in op.inputs if name not in values]
         if unknown:
@@ -68,7 +78,7 @@ def _proved(program: Program) -> tuple[dict[str, Value], list[int | None]]:
 
 
 def _require_bounded(program: Program) -> None:
-    """Raises ProgramError where the tensors would cost an engine far more than they take themselves."""
+    """Raises ProgramError if an engine would need far more memory for the tensors than they take themselves."""
     prepared = sum(program.prepared_bytes(op) for op in program.operations)
     limit = PREPARED_BYTES_FREE + PREPARED_RATIO_MAX * program.parameter_bytes
     if prepared > limit:
@@ -80,8 +90,16 @@ def _require_bounded(program: Program) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """What one operation costs for one image. accumulator_reach: the largest magnitude that an accumulator of it can
-    reach, as `check` proves it; None where there is nothing to prove."""
+    """What one operation costs for one image.
+
+    Attributes:
+        operation: The operation.
+        macs: Multiply-accumulates.
+        output: Type and shape of its output.
+        parameter_bytes: Bytes of the tensors that no earlier operation uses.
+        accumulator_reach: Largest magnitude that its accumulators can reach, as `check` proves it; None for kinds
+            without such a proof.
+    """
 
     operation: Operation
     macs: int
@@ -91,8 +109,19 @@ class Cost:
 
 
 def costs(program: Program) -> list[Cost]:
-    """MACs, output and parameter bytes of every operation, in order. A shared tensor is counted where it is first
-    used."""
+    """Returns MACs, output and parameter bytes of every operation of a Program, for one image.
+
+    A tensor that several operations share is counted for the first of them.
+
+    Args:
+        program: The Program; it is checked first.
+
+    Returns:
+        One entry per operation, in order.
+
+    Raises:
+        ProgramError: As `check`.
+    """
     values, reaches = _proved(program)
     seen: set[str] = set()
     table = []
@@ -114,8 +143,7 @@ def costs(program: Program) -> list[Cost]:
 
 
 def check_images(taken: InputDescription, images: npt.NDArray[np.uint8]) -> None:
-    """Raises TypeError or ValueError unless `images` is uint8 (N, height, width, channels) of the size that is taken,
-    or (N, time steps, height, width, channels) of events."""
+    """Raises TypeError or ValueError unless `images` is a uint8 array (N, ...) of the shape that is taken."""
     shape = taken.value.shape
     expected = ", ".join(map(str, shape))
     what = "raw uint8 pixels" if taken.time_steps is None else "uint8 counts of events"
@@ -128,7 +156,7 @@ def check_images(taken: InputDescription, images: npt.NDArray[np.uint8]) -> None
 
 
 def _remedy(found: tuple[int, ...], shape: tuple[int, ...]) -> str:
-    """What makes images of the shape (N, *shape), where that can be told."""
+    """How to turn images into the shape (N, *shape), if the mistake can be recognized."""
     *size, channels = shape
     if found == shape:
         return ". It is one image: pass images[None]"
@@ -144,7 +172,21 @@ def _remedy(found: tuple[int, ...], shape: tuple[int, ...]) -> str:
 
 
 def steps(program: Program, images: npt.NDArray[np.uint8]) -> Iterator[tuple[Operation, IntArray]]:
-    """Runs the Program and yields every operation with its output; values are dropped after their last use."""
+    """Runs a Program and yields each operation with its output; values are dropped after their last use.
+
+    The Program is taken as correct: call `check` first.
+
+    Args:
+        program: The Program to run.
+        images: uint8, (N, height, width, channels), or (N, time steps, height, width, channels) for events.
+
+    Yields:
+        The operation and its output, with the batch as first axis.
+
+    Raises:
+        TypeError: If `images` is not a uint8 array.
+        ValueError: If `images` has another shape; the message says how to mend it.
+    """
     check_images(program.input, images)
     last_use = {name: number for number, op in enumerate(program.operations) for name in op.inputs}
     values: dict[str, IntArray] = {INPUT_VALUE: images}
@@ -158,7 +200,21 @@ def steps(program: Program, images: npt.NDArray[np.uint8]) -> Iterator[tuple[Ope
 
 
 def run(program: Program, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.int32]:
-    """The int32 logits (N, classes) of uint8 images (N, H, W, C)."""
+    """Runs a Program: the definition of its result.
+
+    The Program is taken as correct: call `check` first.
+
+    Args:
+        program: The Program to run.
+        images: uint8, (N, height, width, channels), or (N, time steps, height, width, channels) for events. N may be 0.
+
+    Returns:
+        int32 logits (N, classes).
+
+    Raises:
+        TypeError: If `images` is not a uint8 array.
+        ValueError: If `images` has another shape; the message says how to mend it.
+    """
     check_images(program.input, images)
     if images.shape[0] == 0:
         classes = check(program)[program.operations[-1].output].channels

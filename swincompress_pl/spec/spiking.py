@@ -1,8 +1,8 @@
-"""The operations of spiking networks, in plain NumPy; like those in `operations.py` in every other respect.
+"""The operations of spiking networks in plain NumPy, by the conventions of `operations.py`.
 
-Time is the first axis of a value that has it: (T, rows..., channels) an image, (N, T, rows..., channels) a batch.
-Spikes are uint1, sums of spikes ("counts") wider unsigned bytes that they cannot leave. `spec.md` derives why no
-rounding is needed between a convolution and the spikes it causes.
+A value with time has it as first axis: (T, rows..., channels) per image, (N, T, rows..., channels) per batch. Spikes
+are uint1. Sums of spikes ("counts") are wider unsigned bytes, whose range they cannot leave. `spec.md` derives why no
+rounding is needed between a convolution and the spikes that it causes.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from swincompress_pl.spec.integer import IntArray, integer_matmul, requantize, s
 from swincompress_pl.spec.operations import sliding
 
 DECAY_BITS = 16
-# Largest magnitudes, so that no sum in a neuron leaves int32: of a bias and of a current before it; of a threshold and
-# of the value after a spike; of a membrane.
+# Largest magnitudes, so that no sum in a neuron leaves int32: of a bias and of the current before it is added; of a
+# threshold and of the reset value; of a membrane potential.
 CURRENT_MAX = 2**27
 THRESHOLD_MAX = 2**28
 MEMBRANE_MAX = 2**29
@@ -33,17 +33,17 @@ def lif(
     soft_reset: int,
     fraction_bits: int,
 ) -> IntArray:
-    """The spikes of leaky integrate-and-fire neurons (and, with decay 0, of integrate-and-fire ones).
+    """The spikes of leaky integrate-and-fire neurons, or of integrate-and-fire neurons with decay 0.
 
-    x: (N, T, rows..., C) int32, or without T where `repeated`: the same current at every one of `steps` steps.
-    threshold, reset, bias: (C,) int32, in units of 2**-fraction_bits of x's. A step, every value an integer:
+    x: (N, T, rows..., C) int32. If `repeated`, x has no T, and each of the `steps` steps gets the same current.
+    threshold, reset, bias: (C,) int32, in units of 2**-fraction_bits of x's unit. One step, in integers only:
 
         i = (clamp(x) << fraction_bits) + bias           |x << fraction_bits| clamped to 2**27
-        v = v + ((reset - v + i) * decay >> 16)          input_decay: tau = 2 is decay 2**15 and exact
-        v = v + ((reset - v) * decay >> 16) + i          else
-        spike = v >= threshold;  v = v - threshold (soft_reset) or reset, where it spikes
+        v = v + ((reset - v + i) * decay >> 16)          with input_decay; tau = 2 is decay 2**15 and exact
+        v = v + ((reset - v) * decay >> 16) + i          without it
+        spike = v >= threshold;  after a spike, v = v - threshold (soft_reset) or v = reset
 
-    The shift is a floor; v begins at `reset` and is clamped to 2**29. -> (N, T, rows..., C) uint1.
+    The shift is a floor. v begins at `reset` and is clamped to 2**29. -> (N, T, rows..., C) uint1.
     """
     currents = x.astype(np.int64)
     limit = CURRENT_MAX >> fraction_bits
@@ -66,8 +66,7 @@ def lif(
 
 
 def max_pool(x: IntArray, *, kernel: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int]) -> IntArray:
-    """The largest value under each window: (N, H, W, C) or (N, T, H, W, C); what is outside the image counts as less
-    than any value."""
+    """The largest value under each window of (N, H, W, C) or (N, T, H, W, C); padding is less than any value."""
     images = x.reshape(-1, *x.shape[-3:])
     pads = ((0, 0), (padding[0], padding[0]), (padding[1], padding[1]), (0, 0))
     windows = sliding(np.pad(images, pads, constant_values=np.iinfo(x.dtype).min), kernel, stride)
@@ -76,9 +75,9 @@ def max_pool(x: IntArray, *, kernel: tuple[int, int], stride: tuple[int, int], p
 
 
 def block_sum(x: IntArray, *, rows: int, channels: int, dtype: str) -> IntArray:
-    """Sums over equal runs of rows and of channels: (N, R, C) -> (N, rows, channels), int32 saturated.
+    """Sums over equal runs of rows and of channels: (N, R, C) -> (N, rows, channels), saturated to `dtype`.
 
-    All tokens of a time step, the channels of a head, or all of it.
+    A run is all tokens of a time step, the channels of a head, or both.
     """
     batch = x.shape[0]
     blocks = x.reshape(batch, rows, -1, channels, x.shape[-1] // channels)
@@ -86,17 +85,17 @@ def block_sum(x: IntArray, *, rows: int, channels: int, dtype: str) -> IntArray:
 
 
 def multiply(a: IntArray, b: IntArray, *, dtype: str) -> IntArray:
-    """Products of counts; each value of b (N, R / r, C / c) meets a run of r rows and c channels of a (N, R, C)."""
+    """Products of counts; each value of b (N, R / r, C / c) multiplies a run of r rows and c channels of a."""
     batch, rows, channels = b.shape
     blocks = a.reshape(batch, rows, -1, channels, a.shape[-1] // channels).astype(np.int64)
     return saturate(blocks * b[:, :, None, :, None], dtype).reshape(a.shape)
 
 
 def spike_attention(q: IntArray, k: IntArray, v: IntArray, *, windows: int, heads: int) -> IntArray:
-    """q (k^T v) for each head of each window (a time step), in counts: no softmax, no scale.
+    """Computes q (k^T v) for each head of each window (a time step), in counts, without softmax and scale.
 
-    q, k: (N, windows * L, heads * d); v: (N, windows * L, heads * e), all unsigned bytes -> like v, int32. The order of
-    the products changes nothing.
+    q, k: (N, windows * L, heads * d); v: (N, windows * L, heads * e), all unsigned bytes -> int32 of the shape of v.
+    The order of the products does not change the result.
     """
     batch, rows, _ = q.shape
 
@@ -108,5 +107,5 @@ def spike_attention(q: IntArray, k: IntArray, v: IntArray, *, windows: int, head
 
 
 def requantize_channels(x: IntArray, mult: IntArray, shift: IntArray, *, dtype: str) -> IntArray:
-    """Each channel of a stream in another unit; x: (..., C) int16 or int32; mult, shift: (C,)."""
+    """Converts each channel of a stream to another unit; x: (..., C) int16 or int32; mult, shift: (C,)."""
     return requantize(x, mult, shift, dtype)

@@ -84,7 +84,7 @@ def _check_requantize(call: Call) -> Value:
 
 
 def _spike_attention_macs(inputs: Sequence[Value], _: Value, attributes: Mapping[str, Any], __: Tensors) -> int:
-    """In the cheaper order of the two."""
+    """The count of the cheaper of the two orders."""
     q, _, v = inputs
     windows, heads = int(attributes["windows"]), int(attributes["heads"])
     length, qk_dim, v_dim = q.rows // windows, q.channels // heads, v.channels // heads

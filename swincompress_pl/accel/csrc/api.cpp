@@ -1,4 +1,4 @@
-// The public header over the engine's own parts.
+// The public header, implemented by the engine's parts.
 #include <algorithm>
 #include <fstream>
 
@@ -13,7 +13,7 @@ namespace {
 std::vector<char> read_file(const std::string& path) {
     std::ifstream file(path, std::ios::binary | std::ios::ate);
     const std::streamoff size = file ? static_cast<std::streamoff>(file.tellg()) : -1;
-    // a folder opens and tells any size
+    // A folder can be opened and reports any size.
     if (size < 0 || size > (std::streamoff{1} << 40)) throw Error(path + ": no such file, or not readable");
     std::vector<char> bytes(static_cast<std::size_t>(size));
     file.seekg(0);
@@ -89,7 +89,7 @@ void Engine::run_integer(const std::uint8_t* images, std::size_t count, std::int
     try {
         state_->model.executor->run({reinterpret_cast<const std::byte*>(images)}, reinterpret_cast<std::byte*>(logits),
                                     static_cast<Size>(count));
-    } catch (const std::runtime_error& error) {  // threads that could not be started
+    } catch (const std::runtime_error& error) {  // the threads could not be started
         throw Error(error.what());
     }
 }

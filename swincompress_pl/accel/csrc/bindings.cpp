@@ -108,7 +108,7 @@ std::pair<std::unique_ptr<Executor>, py::dict> load(const py::bytes& content, co
     return {std::move(model.executor), facts};
 }
 
-// (description as JSON, {key: array}): an artifact whose checksum is right; the rules of the norm are not proved.
+// (description as JSON, {key: array}) of an artifact with the right checksum; the rules are not checked.
 std::pair<std::string, py::dict> read_content(const py::bytes& content) {
     const auto [bytes, size] = bytes_of(content);
     const Artifact artifact = [&, bytes = bytes, size = size] {
@@ -124,8 +124,8 @@ std::pair<std::string, py::dict> read_content(const py::bytes& content) {
     return {json_text(artifact.description), tensors};
 }
 
-// Keeps `array` and the arrays whose memory it shows from being resized, which would free what is being read: NumPy
-// refuses that while there are weak references, even with refcheck=False. Other owners of memory (bytearray, mmap)
+// Keeps `array` and the arrays whose memory it shows from being resized, which would free what is being read. NumPy
+// refuses to resize while there are weak references, even with refcheck=False. Other owners of memory (bytearray, mmap)
 // refuse it themselves while an array shows it.
 void hold(py::object owner, std::vector<py::weakref>& holds) {
     while (owner && py::isinstance<py::array>(owner)) {

@@ -25,7 +25,7 @@ bool among(Type type, std::initializer_list<Type> types) {
 
 Size absolute_sum(const std::int8_t* weight, Size count) {
     Size total = 0;
-    for (Size first = 0; first < count; first += 1 << 16) {  // sums of so many bytes fit 32 bits
+    for (Size first = 0; first < count; first += 1 << 16) {  // sums of this many bytes fit 32 bits
         const Size last = std::min(count, first + (1 << 16));
         std::int32_t sum = 0;
         for (Size i = first; i < last; ++i) sum += weight[i] < 0 ? -weight[i] : weight[i];

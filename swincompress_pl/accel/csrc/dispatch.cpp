@@ -24,7 +24,7 @@ const Kernels* const kInOrderOfPreference[] = {
     &scalar_kernels,
 };
 
-// Everything that norm.md names, so that a name this build lacks is told from a name that never was.
+// All names of implementations, so that the error tells one that this build lacks from one that does not exist.
 bool known_elsewhere(const std::string& name) {
     for (const char* other : {"avx2", "avx_vnni", "avx512_vnni", "neon_dotprod"})
         if (name == other) return true;

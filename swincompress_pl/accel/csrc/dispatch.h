@@ -8,10 +8,10 @@
 
 namespace swincompress {
 
-// Names of the implementations that this CPU can run, best first.
+// Names of the implementations that this CPU can run, the best first.
 std::vector<std::string> implementations();
 
-// The implementation called `name`; with an empty name the one that SWINCOMPRESS_IMPLEMENTATION names, else the best.
+// The implementation called `name`. An empty name stands for the one in SWINCOMPRESS_IMPLEMENTATION, or for the best.
 // Throws std::invalid_argument, listing the choices, for a name that is unknown or cannot run here.
 const Kernels& select_kernels(const std::string& name);
 

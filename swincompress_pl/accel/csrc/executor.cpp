@@ -37,10 +37,10 @@ Executor::Executor(std::vector<Value> inputs, const std::vector<Operation>& oper
 
 Executor::~Executor() {
     const Turns* turns = turns_.load();
-    if (turns->forks == fork_generation()) delete turns;  // a parent's can be neither used nor ended here
+    if (turns->forks == fork_generation()) delete turns;  // those of a parent can be neither used nor ended here
 }
 
-// Those of this process. Of several threads that are the first here after a fork, one brings the new.
+// Those of this process. If several threads are the first here after a fork, one of them makes new ones.
 Executor::Turns& Executor::turns() {
     Turns* found = turns_.load();
     const unsigned forks = fork_generation();

@@ -13,7 +13,7 @@ namespace swincompress {
 
 class Executor {
 public:
-    // Throws std::invalid_argument, naming the operation, for what no kernel may run.
+    // Throws std::invalid_argument, naming the operation, for an operation that no kernel can run.
     Executor(std::vector<Value> inputs, const std::vector<Operation>& operations, const Kernels& kernels,
              const Resources& resources);
     ~Executor();
@@ -25,22 +25,23 @@ public:
     int threads() const { return threads_; }
 
     struct Watch {
-        std::vector<Size>* ns = nullptr;             // added to for every step, where it is given
-        std::vector<SpikeCounts>* spikes = nullptr;  // likewise
-        // Called between chunks, and now and then while another caller has its turn; what it throws ends the run. It
+        std::vector<Size>* ns = nullptr;             // if given, the time of every step is added
+        std::vector<SpikeCounts>* spikes = nullptr;  // if given, the spikes of every step are added
+        // Called between chunks, and at times while another caller has its turn. An exception from it ends the run. It
         // may run this executor, or fork.
         std::function<void()> pause = nullptr;
     };
 
-    // inputs: one array of `images` values each; output: room for as many results. Callers take turns, chunk by chunk.
+    // `inputs` are arrays of `images` values each; `output` has room for as many results. Callers take turns, chunk by
+    // chunk.
     void run(const std::vector<const std::byte*>& inputs, std::byte* output, Size images) {
         run(inputs, output, images, Watch{});
     }
     void run(const std::vector<const std::byte*>& inputs, std::byte* output, Size images, const Watch& watch);
 
 private:
-    // What a forked child cannot go on with: a lock that a thread of the parent may hold for ever, and a pool without
-    // its threads.
+    // What a forked child cannot use: a lock that a thread of the parent may hold forever, and a pool without its
+    // threads.
     struct Turns {
         explicit Turns(unsigned forks) : forks(forks) {}
 

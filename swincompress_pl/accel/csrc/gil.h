@@ -1,4 +1,4 @@
-// Work beside Python's global interpreter lock (GIL) that survives signals and the interpreter's end.
+// Work without Python's global interpreter lock (GIL) that survives signals and the end of the interpreter.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -12,12 +12,12 @@
 
 namespace swincompress {
 
-// A signal's handler raised, as that of Ctrl-C does; Python has the exception.
+// The handler of a signal raised, as that of Ctrl-C does; Python has the exception.
 struct Interrupted {};
 
-// Gives the GIL back while it lives. An interpreter that ends kills the threads that ask for the GIL, by unwinding
-// their stacks, which a destructor in C++ answers by aborting the process. So such a thread stays here until the
-// process has ended, as it does anyway since Python 3.14.
+// Releases the GIL while it lives. An interpreter that ends kills the threads that ask for the GIL by unwinding their
+// stacks, and a C++ destructor then aborts the process. So such a thread stays here until the process has ended, as it
+// does anyway since Python 3.14.
 class GilRelease {
 public:
     GilRelease() : state_(PyEval_SaveThread()) {}
@@ -25,8 +25,8 @@ public:
     GilRelease(const GilRelease&) = delete;
     GilRelease& operator=(const GilRelease&) = delete;
 
-    // Lets Python run the handlers of signals that came, no more often than every 100 ms, so that calls shorter than
-    // that never wait for the GIL. Only the main thread runs handlers. Throws Interrupted.
+    // Lets Python run the handlers of pending signals, at most every 100 ms, so that shorter calls never wait for the
+    // GIL. Only the main thread runs handlers. Throws Interrupted.
     void check_signals() {
         const auto now = Clock::now();
         if (now - checked_ < kInterval || !on_main_thread()) return;
@@ -53,7 +53,7 @@ private:
 #ifdef __linux__
         return syscall(SYS_gettid) == getpid();
 #else
-        return true;  // Python looks itself
+        return true;  // Python checks itself
 #endif
     }
 
@@ -61,7 +61,7 @@ private:
     Clock::time_point checked_ = Clock::now();
 };
 
-// work(release) without the GIL; an exception that a signal's handler raised in it goes on to Python.
+// Runs work(release) without the GIL; an exception from the handler of a signal goes on to Python.
 template <typename Work>
 void without_gil(const Work& work) {
     try {

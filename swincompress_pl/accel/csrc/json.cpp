@@ -27,7 +27,7 @@ void append_utf8(std::uint32_t point, std::string& to) {
     }
 }
 
-// The code point that starts at text[at], with `at` moved behind it; -1 for what is not UTF-8.
+// The code point that starts at text[at], which moves `at` behind it; -1 for what is not UTF-8.
 std::int64_t next_code_point(std::string_view text, std::size_t& at) {
     const auto byte = [&](std::size_t i) { return static_cast<std::uint32_t>(static_cast<unsigned char>(text[i])); };
     const std::uint32_t first = byte(at);
@@ -100,7 +100,7 @@ private:
         return value;
     }
 
-    // Calls `item` between brackets, as often as commas say.
+    // Calls `item` for each item between brackets.
     template <typename Item>
     void parse_items(char close, const Item& item) {
         ++at_;

@@ -1,4 +1,4 @@
-// A strict JSON parser with limits, and the one canonical text of a value, over which checksums are made.
+// A strict JSON parser with limits, and the canonical text of a value, over which checksums are computed.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +13,7 @@ namespace swincompress {
 
 struct JsonMember;
 
-// One value. Numbers stay as they are written: nothing is rounded on the way to a checksum.
+// One value. Numbers stay as they are written, so that nothing is rounded before a checksum.
 struct Json {
     enum class Kind { null, boolean, number, text, list, object };
 
@@ -23,7 +23,7 @@ struct Json {
     std::vector<JsonMember> members;  // of an object, sorted by key, each key once
 
     bool is(Kind other) const { return kind == other; }
-    // The member called `key`, nullptr where there is none or this is no object.
+    // The member called `key`; nullptr if there is none or this is not an object.
     const Json* find(std::string_view key) const;
     Json* find(std::string_view key) { return const_cast<Json*>(std::as_const(*this).find(key)); }
     // A number without fraction and exponent that fits 64 bits.
@@ -45,12 +45,12 @@ struct JsonError : std::invalid_argument {
 constexpr int kJsonDepthMax = 64;
 constexpr std::size_t kJsonValuesMax = std::size_t{1} << 20;
 
-// Throws JsonError for anything but one JSON value in UTF-8: also for keys that are given twice, halves of surrogate
-// pairs, depths beyond kJsonDepthMax and more than kJsonValuesMax values.
+// Throws JsonError for anything but one JSON value in UTF-8. Repeated keys, lone surrogates, depths beyond
+// kJsonDepthMax and more than kJsonValuesMax values are also errors.
 Json parse_json(std::string_view text);
 
-// Keys sorted by code point, no spaces, ASCII only, numbers as they were written: for what Python's
-// json.dumps(sort_keys=True, separators=(",", ":")) wrote, that text again.
+// Keys sorted by code point, no spaces, ASCII only, numbers as they were written. It reproduces what Python's
+// json.dumps(sort_keys=True, separators=(",", ":")) wrote.
 std::string json_text(const Json& value);
 std::string json_text(std::string_view text);
 

@@ -1,8 +1,8 @@
-// The contract between the engine and its kernels: one `Kernels` object an implementation, plain structs as arguments.
+// The contract between the engine and its kernels: one `Kernels` object per implementation, plain structs as arguments.
 //
-// Kernels trust their arguments (the plan has checked them), allocate nothing, and equal the norm (spec.md) to the
-// bit. This header is compiled under the flags of every ISA, so it holds no function: an inline function compiled with
-// AVX-512 could be the copy that the linker keeps for everybody.
+// Kernels trust their arguments, which the plan has checked. They allocate nothing, and equal the specification
+// (spec.md) to the bit. This header is compiled with the flags of every ISA, so it has no functions: an inline function
+// compiled for AVX-512 could be the copy that the linker keeps for all.
 #pragma once
 
 #include <cstdint>
@@ -13,14 +13,14 @@ using Size = std::int64_t;
 
 enum class Type : std::uint8_t { int8, uint8, int16, int32, int64 };
 
-// A linear layer as the norm gives it. |bias| + a_max * sum |weight| < 2^31 for every channel, hence no sum overflows.
+// A linear layer of the specification. |bias| + a_max * sum |weight| < 2^31 for every channel, so no sum overflows.
 struct LinearLayer {
     Size channels;
     Size depth;
     Size bias_rows;             // 1, or one row of biases for every output position of a convolution
     Type input;                 // int8 or uint8
     Type output;                // int8, uint8, int16 or int32
-    Size largest;               // what no uint8 input exceeds
+    Size largest;               // the largest uint8 input
     const std::int8_t* weight;  // (channels, depth), in [-127, 127]
     const std::int32_t* bias;   // (bias_rows, channels)
     const std::int32_t* mult;   // (channels), in [0, 2^22)
@@ -36,7 +36,7 @@ struct LinearCall {
     Size first_channel;         // a multiple of column_unit
     Size last_channel;          // a multiple of column_unit, or all channels
     Size bias_row;              // bias row of the first row, where there is more than one
-    const std::uint8_t* table;  // nullptr, or 256 bytes looked up by an int8 result
+    const std::uint8_t* table;  // nullptr, or 256 bytes that map an int8 result
     const void* residual;       // nullptr, or (rows, channels) of the output type, added with saturation
     void* scratch;              // linear_scratch_bytes, 64-byte aligned
 };
@@ -79,9 +79,8 @@ struct MeanCall {
     const std::uint8_t* shift;
 };
 
-// Neurons over time (spec.md, "Spiking"): rows [first_row, last_row) of one image, every time step of each.
-// Limits: |bias| <= 2^27, threshold in [1, 2^28], |reset| <= 2^28, so that everything but the product with decay fits
-// int32.
+// Neurons over time (spec.md, "Spiking"): rows [first_row, last_row) of one image, at every time step. As |bias| <=
+// 2^27, threshold is in [1, 2^28] and |reset| <= 2^28, everything but the product with decay fits int32.
 struct LifCall {
     const std::int32_t* x;  // (steps, rows, channels), or (rows, channels), the same at every step
     std::uint8_t* y;        // (steps, rows, channels), 0 or 1
@@ -106,9 +105,9 @@ struct WindowCall {
 
 constexpr Size kEventStepsMax = 32;  // time steps of neurons that run with their layer
 
-// A convolution, or a linear layer as one of kernel (1, 1) over a column of pixels, whose inputs are spikes or small
-// counts: uint8 of which `largest` <= 127 are counted. Rows [first_row, last_row) of the window, or, where neurons of
-// at most 32 time steps follow (lif, whose x, y and rows to run are not used), as many positions of all time steps.
+// A convolution whose inputs are spikes or small counts: uint8 of at most `largest` <= 127. A linear layer is one of
+// kernel (1, 1) over a column of pixels. It runs rows [first_row, last_row) of the window. If neurons of at most 32
+// time steps follow (lif, whose x, y and rows to run are not used), the rows are positions at all time steps.
 struct EventCall {
     const void* packed;  // what pack_events of the same implementation wrote
     WindowCall window;
@@ -117,15 +116,14 @@ struct EventCall {
     void* scratch;       // event_scratch_bytes, 64-byte aligned
 };
 
-constexpr Size kEventsOnly = 1000;  // percent: more than `largest` lets there be, whatever it is up to 10
+constexpr Size kEventsOnly = 1000;  // percent: the most that inputs of up to 10 can reach
 
 // A convolution whose groups have few channels; bounds as in LinearLayer.
 struct GroupedConvolution {
     Type input, output;
     Size groups;
     const std::int8_t* weight;  // (channels, kernel_height, kernel_width, in_channels / groups)
-    const std::int8_t* by_tap;  // nullptr, or where every channel has its own kernel (kernel_height, kernel_width,
-                                // channels)
+    const std::int8_t* by_tap;  // nullptr, or, of a depthwise convolution, (kernel_height, kernel_width, channels)
     const std::int32_t* bias;   // (channels), or (height, width, channels)
     bool bias_map;
     const std::int32_t* mult;
@@ -157,7 +155,7 @@ struct SpikeAttentionCall {
     const std::uint8_t* v;
     std::int32_t* y;
     Size length, qk_dim, v_dim, qk_stride, v_stride;
-    std::int32_t* scratch;  // qk_dim * v_dim, or length where that takes fewer products
+    std::int32_t* scratch;  // qk_dim * v_dim, or length if that takes fewer products
 };
 
 // y[r, c] = requantize(x[r, c], mult[c], shift[c])
@@ -204,7 +202,7 @@ struct Kernels {
     // y[i] = x[index[i]], zeros for -1; rows of row_bytes.
     void (*gather)(const std::uint8_t* x, Size row_bytes, const std::int32_t* index, Size count, std::uint8_t* y);
 
-    // Layers whose inputs never exceed event_largest (0: none) are run by `events` rather than by `linear`.
+    // `events` instead of `linear` runs layers whose inputs never exceed event_largest (0: none).
     Size event_largest;
     Size (*packed_events_bytes)(const LinearLayer&);
     void (*pack_events)(const LinearLayer&, void* packed);
@@ -219,16 +217,16 @@ struct Kernels {
     void (*spike_attention)(const SpikeAttentionCall&);
     void (*requantize)(const RequantizeCall&);
 
-    // Runs `rounds` of the products that `linear` is made of on what lies in registers (for `scalar`, in the first
-    // cache), and returns the number of their multiply-accumulates: per time, what no layer can pass.
+    // Runs `rounds` of the products of `linear` on operands in registers (for `scalar`, in the first-level cache), and
+    // returns the number of multiply-accumulates. Their rate is the upper limit of a layer's.
     Size (*peak_products)(Size rounds);
 
-    // `events` takes a layer's rows where at most so many of a hundred inputs are spikes (a count of two is two),
-    // `linear` where more are.
+    // `events` runs a layer's rows if at most this percentage of the inputs are spikes (a count of two is two), and
+    // `linear` runs them otherwise.
     Size events_max_percent = kEventsOnly;
 };
 
-// One object an implementation; dispatch.cpp lists them in order of preference.
+// One object per implementation; dispatch.cpp lists them in order of preference.
 extern const Kernels scalar_kernels;
 #ifdef SWINCOMPRESS_WITH_AVX2
 extern const Kernels avx2_kernels;

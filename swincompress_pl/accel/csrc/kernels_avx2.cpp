@@ -36,11 +36,11 @@ namespace {
 
 #include "avx2_layer_norm.inc"
 
-// Measured as in kernels_avx512_vnni.cpp, on the same CPU, before products ran on tiled_linear.inc: the same time at 40
-// to 55 % of spikes.
+// Measured as in kernels_avx512_vnni.cpp, on the same CPU, before products ran on tiled_linear.inc: both took the same
+// time at 40 to 55 % of spikes.
 constexpr Size kEventsMaxPercent = 45;
 
-// Also asks the operating system, through xgetbv, whether it saves the wide registers.
+// This also asks the operating system, through xgetbv, whether it saves the wide registers.
 bool runnable() { return __builtin_cpu_supports("avx2"); }
 
 }  // namespace

@@ -20,8 +20,8 @@ namespace {
 
 #include "generic_events.inc"
 
-// 64 lookups in 256 bytes: two in 128 each, chosen by the top bit. VBMI is no part of the baseline (Cascade Lake lacks
-// it).
+// 64 lookups in 256 bytes: two lookups in 128 bytes each, chosen by the top bit. VBMI is not part of the baseline, as
+// Cascade Lake lacks it.
 __attribute__((target("avx512vbmi"))) void look_up_bytes(const std::uint8_t* x, Size count, const std::uint8_t* values,
                                                          std::uint8_t* y) {
     const __m512i v0 = _mm512_loadu_si512(values), v1 = _mm512_loadu_si512(values + 64);
@@ -53,11 +53,11 @@ void table(const std::uint8_t* x, Size count, const void* values, Size entry_byt
 
 #include "avx512_layer_norm.inc"
 
-// Measured on Sapphire Rapids, one layer alone at rising rates of spikes, the least of 12 runs: listing and products
-// take the same time at 5 to 18 % of spikes (1 x 1 and 3 x 3 kernels, 48 to 1536 channels).
+// Measured on Sapphire Rapids, one layer alone at rising rates of spikes, the fastest of 12 runs: listing and products
+// took the same time at 5 to 18 % of spikes (1 x 1 and 3 x 3 kernels, 48 to 1536 channels).
 constexpr Size kEventsMaxPercent = 12;
 
-// Also asks the operating system, through xgetbv, whether it saves the wide registers.
+// This also asks the operating system, through xgetbv, whether it saves the wide registers.
 bool runnable() {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&

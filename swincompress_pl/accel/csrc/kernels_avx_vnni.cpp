@@ -1,5 +1,5 @@
-// The implementation for CPUs with AVX-VNNI but without AVX-512 (Intel from Alder Lake, AMD from Zen 5): avx2's with
-// products of bytes.
+// The implementation for CPUs with AVX-VNNI but without AVX-512, such as Intel's Alder Lake: that of avx2 with products
+// of bytes.
 #include <cpuid.h>
 #include <immintrin.h>
 
@@ -36,7 +36,7 @@ namespace {
 
 #include "avx2_layer_norm.inc"
 
-// The operating system is asked by the first check, through xgetbv; compilers only know the second one since lately.
+// The first check also asks the operating system, through xgetbv. Only recent compilers know the second check.
 bool runnable() {
     unsigned features[4] = {};
     const bool found = __get_cpuid_count(7, 1, &features[0], &features[1], &features[2], &features[3]) != 0;

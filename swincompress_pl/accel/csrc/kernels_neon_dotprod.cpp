@@ -42,7 +42,7 @@ bool runnable() {
 #if defined(__linux__)
     return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
 #elif defined(__APPLE__)
-    return true;  // every Mac with a CPU of ARM has it
+    return true;  // every Mac with an ARM CPU has it
 #else
     return false;
 #endif

@@ -1,5 +1,5 @@
-// The implementation that runs anywhere: the norm in plain C++, vectorized by the compiler for the baseline of the
-// platform.
+// The implementation that runs anywhere: the specification in plain C++, vectorized by the compiler for the baseline of
+// the platform.
 #include "kernels.h"
 
 namespace swincompress {
@@ -105,7 +105,7 @@ Size peak_products(Size rounds) {
     for (Size round = 0; round < rounds; ++round) {
         std::int32_t sum = 0;
         for (Size row = 0; row < kRows; ++row) sum += dot(x, weight + row * kDepth, kDepth);
-        x[0] = static_cast<std::int8_t>(sum % 100);  // so that every round has to be run
+        x[0] = static_cast<std::int8_t>(sum % 100);  // so that the compiler cannot skip a round
         __asm__ volatile("" : : "r"(x) : "memory");
     }
     return rounds * kRows * kDepth;

@@ -1,4 +1,4 @@
-// An artifact made ready to run: what both the public header and Python load.
+// An artifact that is ready to run: what both the public header and Python load.
 #pragma once
 
 #include "executor.h"
@@ -20,8 +20,8 @@ struct Model {
 // Throws std::invalid_argument for a number of threads outside [1, kThreadsMax].
 void require_threads(int threads);
 
-// Throws ArtifactError or OperationError for bytes that are no artifact, or one that breaks a rule of the norm; borrows
-// nothing from them.
+// Throws ArtifactError or OperationError for bytes that are not an artifact, or that break a rule of the specification.
+// Borrows nothing from the bytes.
 Model load_model(const std::byte* bytes, std::size_t size, const Kernels& kernels, const Resources& resources);
 
 }  // namespace swincompress

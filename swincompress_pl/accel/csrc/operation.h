@@ -10,7 +10,7 @@
 
 namespace swincompress {
 
-// A type of the norm: what holds a value, and the largest magnitude that the type allows. uint2 is a byte of at most 3.
+// A type of the specification: the type that holds a value, and its largest magnitude. uint2 is a byte of at most 3.
 struct ValueType {
     Type type;
     Size limit;
@@ -22,8 +22,8 @@ struct ValueType {
     std::string name() const;
 };
 
-// Type and shape of a value of one image: (rows..., channels). largest: the magnitude that no element exceeds, as
-// check_operation proves it; the type's limit where nothing less is known.
+// Type and shape of a value of one image: (rows..., channels). No element exceeds `largest` in magnitude, as
+// check_operation proves it; without a smaller bound it is the type's limit.
 struct Value {
     ValueType declared;
     std::vector<Size> shape;
@@ -36,7 +36,8 @@ struct Value {
     Size bytes() const;
 };
 
-// Borrowed: the owner keeps `data`, aligned for its type, alive until the plan is made; steps copy what they keep.
+// The data are borrowed: the owner keeps them alive, and aligned for their type, until the plan is made. Steps copy
+// what they keep.
 struct Tensor {
     Type type;
     std::vector<Size> shape;
@@ -55,7 +56,7 @@ struct Attribute {
 struct Operation {
     std::string kind;
     std::string name;
-    std::vector<Size> inputs;  // numbers of values: first the inputs of the program, then one an operation, in order
+    std::vector<Size> inputs;  // numbers of values: first the inputs of the program, then one per operation, in order
     ValueType output;
     std::map<std::string, Attribute> attributes;
     std::map<std::string, Tensor> tensors;
@@ -70,11 +71,11 @@ struct OperationError : std::invalid_argument {
 Size type_bytes(Type type);
 const char* type_name(Type type);
 Type type_from_name(const std::string& name);
-// Of every type of the norm, narrow ones included. Throws std::invalid_argument for another name.
+// The type of that name, narrow or not. Throws std::invalid_argument for an unknown name.
 ValueType value_type_from_name(const std::string& name);
 std::string shape_text(const std::vector<Size>& shape);
 
-// What one value of one image may take; no product of sizes, limits and weights below passes 64 bits.
+// The limit of one value of one image. With it, no product of sizes, limits and weights exceeds 64 bits.
 constexpr Size kElementsMax = Size{1} << 32;
 // The number of elements; throws std::invalid_argument for a size below 1 and beyond kElementsMax elements.
 Size element_count(const std::vector<Size>& shape);

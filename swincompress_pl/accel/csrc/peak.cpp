@@ -14,9 +14,9 @@ namespace {
 using Clock = std::chrono::steady_clock;
 
 constexpr auto kWhole = std::chrono::milliseconds(10);
-constexpr auto kTurn = std::chrono::microseconds(200);  // shorter than what an operating system gives a thread at once
+constexpr auto kTurn = std::chrono::microseconds(200);  // shorter than a time slice of the operating system
 
-// The best turn of a thread, in multiply-accumulates a nanosecond.
+// The best turn of a thread, in multiply-accumulates per nanosecond.
 double best_rate(const Kernels& kernels) {
     double best = 0;
     const auto end = Clock::now() + kWhole;
@@ -36,7 +36,7 @@ double best_rate(const Kernels& kernels) {
 }  // namespace
 
 double measure_peak_gmacs(const Kernels& kernels, int threads) {
-    const unsigned cpus = std::thread::hardware_concurrency();  // 0 where the system does not say
+    const unsigned cpus = std::thread::hardware_concurrency();  // 0 if the system does not say
     ThreadPool pool(cpus == 0 ? threads : std::min(threads, static_cast<int>(cpus)));
     std::vector<double> rates(static_cast<std::size_t>(pool.size()));
     pool.run([&](int part) { rates[static_cast<std::size_t>(part)] = best_rate(kernels); });

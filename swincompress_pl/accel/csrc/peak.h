@@ -1,12 +1,12 @@
-// How fast this CPU can multiply and add at most, to hold a layer's speed against.
+// How fast this CPU can multiply and add at most, to compare a layer's speed with.
 #pragma once
 
 #include "kernels.h"
 
 namespace swincompress {
 
-// Billions of int8 multiply-accumulates a second that `threads` threads reach together with operands in registers,
-// measured now, in about 10 ms; threads beyond the CPUs add nothing.
+// Billions of int8 multiply-accumulates per second that `threads` threads reach together with operands in registers.
+// The measurement takes about 10 ms. More threads than CPUs add nothing.
 double measure_peak_gmacs(const Kernels& kernels, int threads);
 
 }  // namespace swincompress

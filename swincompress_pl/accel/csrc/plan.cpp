@@ -32,8 +32,8 @@ Size tensor_bytes(const Operation& operation) {
     return bytes;
 }
 
-// No less than what a step makes of its tensors: packed weights have their rows and columns rounded up, biases of
-// attention are spread to all pairs of tokens.
+// An upper bound of what a step makes of its tensors: packed weights have their rows and columns rounded up, and biases
+// of an attention are spread to all pairs of tokens.
 Size prepared_bytes(const OperationView& view) {
     Size bytes = 0;
     if (view.has("weight")) {
@@ -87,7 +87,7 @@ void Plan::add_steps(const std::vector<Operation>& operations, const Kernels& ke
         take(operations[number], tensor_bytes(operations[number]), resources);
         const OperationView view = view_of(operations[number], values_);
         take(operations[number], prepared_bytes(view), resources);
-        // made even where the previous step takes it in, so that a fused operation is refused for the same faults
+        // made even if the previous step takes it in, so that a fused operation is refused for the same faults
         PlannedStep step{make_step(view, kernels), {number}, {}, values_.size(), {SpikeCounter(view)}};
         if (!fuse(view, number, readers)) {
             for (const Size input : operations[number].inputs) step.inputs.push_back(static_cast<std::size_t>(input));

@@ -1,4 +1,4 @@
-// A Program made ready to run: steps in order, fused where that is free, and one arena for all values between them.
+// A Program that is ready to run: steps in order, fused if that is free, and one arena for all values between them.
 #pragma once
 
 #include "spike_counter.h"
@@ -10,10 +10,10 @@ struct PlannedStep {
     std::vector<std::size_t> operations;  // numbers of the operations it covers
     std::vector<std::size_t> inputs;      // numbers of values
     std::size_t output;
-    std::vector<SpikeCounter> counters;  // one an operation
+    std::vector<SpikeCounter> counters;  // one per operation
 };
 
-// What an engine may take: threads, and memory beside its caller's arrays.
+// What an engine may use: threads, and memory besides the caller's arrays.
 struct Resources {
     int threads = 1;
     Size memory_bytes_max = Size{1} << 32;
@@ -21,8 +21,8 @@ struct Resources {
 
 class Plan {
 public:
-    // inputs: the values that a caller gives. The result is the output of the last operation. Throws OperationError for
-    // an operation that breaks a rule of the norm, and for one that takes more memory than there may be.
+    // A caller gives the values `inputs`; the result is the output of the last operation. Throws OperationError for an
+    // operation that breaks a rule of the specification or takes more memory than the limit.
     Plan(std::vector<Value> inputs, const std::vector<Operation>& operations, const Kernels& kernels,
          const Resources& resources);
 

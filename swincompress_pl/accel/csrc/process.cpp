@@ -42,8 +42,8 @@ bool lists_cpu(const std::string& controllers) {
     return std::find(names.begin(), names.end(), "cpu") != names.end();
 }
 
-// CPUs that a control group's own files give: cpu.max says "QUOTA PERIOD", its quota being a number or "max"; version 1
-// has a file for each, and -1 for no quota.
+// CPUs that a control group's own files give. cpu.max says "QUOTA PERIOD", and the quota is a number or "max". Version
+// 1 has a file for each, and -1 for no quota.
 double quota_of(const std::string& group) {
     double quota = -1, period = 0;
     if (std::ifstream file(group + "/cpu.max"); file) {
@@ -55,7 +55,7 @@ double quota_of(const std::string& group) {
     return quota > 0 && period > 0 ? quota / period : kUnlimited;
 }
 
-// Where control groups that may have a CPU quota are mounted, and which group lies there.
+// The mount points of control groups that may have a CPU quota, and the group that is mounted there.
 struct Mount {
     std::string point, group;
     bool unified;  // version 2
@@ -76,7 +76,7 @@ std::vector<Mount> cgroup_mounts(const std::string& root) {
     return mounts;
 }
 
-// This process's group in the hierarchy of a mount; empty where there is none. Lines are "number:controllers:group".
+// This process's group in the hierarchy of a mount; empty if there is none. Lines are "number:controllers:group".
 std::string own_group(const std::string& root, bool unified) {
     std::ifstream file(root + "/proc/self/cgroup");
     for (std::string line; std::getline(file, line);) {
@@ -114,7 +114,7 @@ double cpus_of_quota(const std::string& root) {
 unsigned fork_generation() { return forks.load(); }
 
 int usable_cpus(const std::string& root) {
-    // whole CPUs: threads that spin through a part of one are stopped in the middle of a step
+    // Only whole CPUs count: threads that spin on a part of one are stopped in the middle of a step.
     const int cpus = cpus_of_affinity();
     return std::max(1, static_cast<int>(std::min<double>(cpus, cpus_of_quota(root))));
 }

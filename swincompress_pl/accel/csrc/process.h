@@ -5,12 +5,12 @@
 
 namespace swincompress {
 
-// How often this process and those that it descends from were forked, as seen from here: another number in a child than
-// in its parent.
+// The number of forks that led to this process; a child has another number than its parent.
 unsigned fork_generation();
 
-// CPUs that this process may use, at least 1: those of its affinity mask, no more than the CPU quotas of its control
-// groups and of those above them (cgroup v1 and v2) give whole CPUs. root: in front of /proc and of mount points.
+// The number of CPUs that this process may use, at least 1: those of its affinity mask, but no more than the whole CPUs
+// in the quotas of its control groups and of those above them (cgroup v1 and v2). `root` is a prefix of /proc and of
+// mount points.
 int usable_cpus(const std::string& root = "");
 
 }  // namespace swincompress

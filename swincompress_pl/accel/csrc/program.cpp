@@ -21,7 +21,7 @@ const Json& entry_of(const Json& object, const char* key, Json::Kind kind) {
 
 Size size_of(const Json& object, const char* key) {
     const auto size = entry_of(object, key, Json::Kind::number).integer();
-    if (!size || *size < 1) throw incomplete(std::string("entry '") + key + "' is no positive integer");
+    if (!size || *size < 1) throw incomplete(std::string("entry '") + key + "' is not a positive integer");
     return *size;
 }
 
@@ -44,7 +44,7 @@ double parse_scale(const std::string& text) {
     const auto refuse = [&] { return ArtifactError("logit_scale is '" + text + "'; it must be positive and finite"); };
     std::size_t at = 2;
     const bool normal = text.size() > 3 && (text[2] == '0' || text[2] == '1') && (text[3] == '.' || text[3] == 'p');
-    if (text.compare(0, 2, "0x") != 0 || !normal) throw refuse();  // at most 53 bits: no digit is rounded here
+    if (text.compare(0, 2, "0x") != 0 || !normal) throw refuse();  // at most 53 bits, so no digit is rounded
     std::uint64_t mantissa = 0;
     int digits = 0, after_point = 0;
     bool point = false;
@@ -143,15 +143,16 @@ std::optional<std::vector<std::string>> parse_classes(const Json& description) {
     if (given != nullptr && given->is(Json::Kind::null)) return std::nullopt;
     std::vector<std::string> classes;
     for (const Json& name : entry_of(description, "classes", Json::Kind::list).items) {
-        if (!name.is(Json::Kind::text)) throw incomplete("a class name is no text");
+        if (!name.is(Json::Kind::text)) throw incomplete("a class name is not a string");
         require_name(name.text, "class name");
         classes.push_back(name.text);
     }
     return classes;
 }
 
-// What an engine makes of an operation's tensors: a tensor that many operations read is copied for each, rows of
-// weights are rounded up, biases of attention are spread to all pairs of tokens. Doubles, as no product overflows them.
+// The bytes that an engine makes of an operation's tensors: a tensor that several operations read is copied for each,
+// rows of weights are rounded up, and biases of an attention are spread to all pairs of tokens. A product of doubles
+// cannot overflow.
 double prepared_bytes(const Operation& operation) {
     double bytes = 0;
     for (const auto& [role, tensor] : operation.tensors) bytes += static_cast<double>(tensor.bytes());
@@ -188,7 +189,7 @@ Program read_program(const Artifact& artifact) {
     const Json& description = artifact.description;
     const Json* version = description.find("norm_version");
     if (version == nullptr || version->integer() != kNormVersion)
-        throw ArtifactError("program of norm version " + (version == nullptr ? "none" : json_text(*version)) +
+        throw ArtifactError("program of specification version " + (version == nullptr ? "none" : json_text(*version)) +
                             "; this package runs version 1: export the model again");
     Program program{};
     try {

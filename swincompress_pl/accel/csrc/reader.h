@@ -1,5 +1,5 @@
-// The one reader of artifacts: bytes to a description and tensors whose checksum is right, and those to a program.
-// Python and C++ both load through it. It takes memory in proportion to the file and trusts nothing in it.
+// The only reader of artifacts: it turns bytes into a description and tensors with the right checksum, and these into a
+// program. Python and C++ both load through it. It takes memory in proportion to the file and trusts nothing in it.
 #pragma once
 
 #include <memory>
@@ -11,12 +11,13 @@
 
 namespace swincompress {
 
-// Bytes are an entropy-coded artifact, which only Python decodes.
+// The bytes are an entropy-coded artifact, which only Python decodes.
 struct CodedError : ArtifactError {
     using ArtifactError::ArtifactError;
 };
 
-// What an artifact says. Tensors are as in memory: unpacked, unfolded and aligned; some are borrowed from the bytes.
+// The content of an artifact. Tensors are as in memory: unpacked, unfolded and aligned; some are borrowed from the
+// bytes.
 struct Artifact {
     Json description;
     std::map<std::string, Tensor> tensors;
@@ -38,12 +39,12 @@ struct Program {
 };
 
 constexpr std::size_t kOperationsMax = 10000;
-// What engines make of the tensors may take this much, and beyond it so many times the tensors' own bytes.
+// What engines make of the tensors may take this many bytes, plus this many times the tensors' own bytes.
 constexpr Size kPreparedBytesFree = Size{1} << 26;
 constexpr double kPreparedRatioMax = 8;
 
-// Reads the description: every operation reads only what an earlier one writes. The rules of the norm are not checked
-// here. Throws ArtifactError, naming the operation where there is one.
+// Reads the description and requires that every operation reads only what an earlier one writes. The rules of the
+// specification are not checked here. Throws ArtifactError, which names the operation if there is one.
 Program read_program(const Artifact& artifact);
 
 }  // namespace swincompress

@@ -141,7 +141,7 @@ Value check_attention(Call& call) {
                                                std::to_string(heads) + " heads need " + std::to_string(channels));
     call.require(length <= kWindowLengthMax, "windows of " + std::to_string(length) + " tokens; at most " +
                                                  std::to_string(kWindowLengthMax) + " keep the bounds");
-    // of the type and not of what is known of the values: as in the norm
+    // By the type, and not by what is known about the values, as in the specification.
     const Size reach = x.declared.limit * x.declared.limit * qk_dim + attention_bias(call, heads, length);
     call.require(2 * reach <= kInt32Max, "logits may differ by " + std::to_string(2 * reach) + ", beyond int32");
     if (call.has("region")) call.elements<std::uint8_t>("region", {windows, length}, 0, 255);
@@ -150,7 +150,7 @@ Value check_attention(Call& call) {
     return call.output({x.rows(), heads * v_dim}, {Type::int8});
 }
 
-// What only the NumPy reference runs: signed activations below 8 bits, and saturation to fewer than 8 unsigned ones.
+// Only the NumPy reference runs signed activations below 8 bits, and saturation to fewer than 8 unsigned bits.
 void require_engine_types(const Call& call, const std::vector<Value>& inputs) {
     const Operation& operation = call.operation();
     const auto refuse = [&](const ValueType& type) {
@@ -175,7 +175,7 @@ struct Kind {
 };
 
 const std::map<std::string, Kind>& kinds() {
-    // never destroyed: a thread may load while the process ends
+    // Never destroyed, because a thread may load while the process ends.
     static const auto& known = *new std::map<std::string, Kind>{
         {"linear", {1, check_linear}},
         {"conv2d", {1, check_conv2d}},

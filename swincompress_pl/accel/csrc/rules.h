@@ -1,5 +1,5 @@
-// The rules of the norm (spec.md), which spec/kinds.py holds for Python: what every kind of operation accepts and
-// what its results cannot exceed, proved from the tensors themselves. Kernels rely on it.
+// The rules of the specification (spec.md), which spec/kinds.py has for Python: what every kind of operation accepts,
+// and what its results cannot exceed, proved from the tensors themselves. Kernels rely on them.
 #pragma once
 
 #include <initializer_list>
@@ -9,11 +9,11 @@
 
 namespace swincompress {
 
-// Type, shape and largest magnitude of what `operation` gives on `inputs`. Throws OperationError, naming the operation,
-// the entry and the bound, for what breaks a rule and for what only the NumPy reference runs.
+// Type, shape and largest magnitude of the output of `operation` for `inputs`. Throws OperationError, which names the
+// operation, the entry and the bound, for a broken rule and for operations that only the NumPy reference runs.
 Value check_operation(const Operation& operation, const std::vector<Value>& inputs);
 
-// One operation under examination: its attributes, tensors and inputs, each checked when asked for.
+// One operation under check; its attributes, tensors and inputs are checked when they are asked for.
 class Call {
 public:
     Call(const Operation& operation, const std::vector<Value>& inputs) : operation_(operation), inputs_(inputs) {}
@@ -27,7 +27,7 @@ public:
     Value output(std::vector<Size> shape, std::initializer_list<Type> types) const;
     // An output of the type of `x`, whose elements are some of those of `x`.
     Value selection(std::vector<Size> shape, const Value& x) const;
-    // An output of sums of spikes that reach `reach` and no more, uint1 to uint8 or one of `types`.
+    // An output of sums of spikes that do not exceed `reach`, of type uint1 to uint8 or one of `types`.
     Value counts(std::vector<Size> shape, const char* what, Size reach, std::initializer_list<Type> types = {}) const;
 
     Size integer(const char* name, Size low, Size high);
@@ -40,14 +40,14 @@ public:
     template <typename Element>
     const Element* elements(const char* role, const std::vector<Size>& shape, std::int64_t low, std::int64_t high);
     void requantization(Size channels, const char* mult = "mult", const char* shift = "shift", Size shift_max = 52);
-    // Proves |bias| + largest * sum |weight| < 2^31 for every channel. weight: (channels, depth...), bias: (channels,),
-    // or one row of them for every position.
+    // Proves |bias| + largest * sum |weight| < 2^31 for every channel. The weight is (channels, depth...), and the bias
+    // (channels,), or one row of them per position.
     void accumulator(const Value& x, const std::vector<Size>& weight_shape, const std::vector<Size>& bias_shape);
-    // (height, width) of the places where a kernel fits into images (height, width, channels), or those of every time
-    // step.
+    // (height, width) of the places where a kernel fits into images (height, width, channels), with time steps or
+    // without.
     std::pair<Size, Size> positions(const Value& x, std::pair<Size, Size> kernel);
 
-    // Throws for a tensor or an attribute that nobody asked for.
+    // Throws for a tensor or an attribute that was not asked for.
     void nothing_else() const;
 
 private:

@@ -1,4 +1,4 @@
-// The container: a safetensors file in memory, every offset, shape and length of which is checked.
+// The container: a safetensors file in memory, with every offset, shape and length checked.
 #pragma once
 
 #include <map>
@@ -9,26 +9,26 @@
 
 namespace swincompress {
 
-// Bytes are no artifact that this engine can run; the message tells the fault and the remedy.
+// The bytes are not an artifact that this engine can run; the message names the fault and the remedy.
 struct ArtifactError : std::invalid_argument {
     using std::invalid_argument::invalid_argument;
 };
 
-// ArtifactError for bytes that contradict themselves.
+// An ArtifactError for bytes that contradict themselves.
 ArtifactError damaged(const std::string& what);
 
 struct Container {
-    std::string metadata;                   // the entry that was asked for
+    std::string metadata;                   // the requested entry
     std::map<std::string, Tensor> tensors;  // borrowed from the bytes, possibly not aligned
 };
 
 constexpr std::size_t kHeaderBytesMax = std::size_t{1} << 24;
-constexpr std::size_t kNameBytesMax = 1024;  // of a tensor, an operation, a value, a class
+constexpr std::size_t kNameBytesMax = 1024;  // of the name of a tensor, an operation, a value or a class
 
 // Throws ArtifactError for a longer name of a `what`.
 void require_name(const std::string& name, const char* what);
 
-// Throws ArtifactError; it names a file without the metadata entry `key` as foreign before it minds its tensors.
+// Throws ArtifactError. A file without the metadata entry `key` is refused as foreign before its tensors are checked.
 Container read_safetensors(const std::byte* bytes, std::size_t size, const std::string& key);
 
 }  // namespace swincompress

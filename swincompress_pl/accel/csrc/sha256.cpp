@@ -32,7 +32,7 @@ bool has_sha() {
     return sse41 && __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (b >> 29 & 1) != 0;
 }
 
-// The instructions want the state as (a, b, e, f) and (c, d, g, h), highest word first.
+// The instructions take the state as (a, b, e, f) and (c, d, g, h), highest word first.
 __attribute__((target("sha,sse4.1"))) void blocks_by_instructions(std::uint32_t* state, const unsigned char* data,
                                                                   std::size_t blocks) {
     const __m128i big_endian = _mm_set_epi64x(0x0c0d0e0f08090a0b, 0x0405060700010203);

@@ -1,4 +1,4 @@
-// SHA-256 (FIPS 180-4), with the CPU's own instructions where it has them.
+// SHA-256 (FIPS 180-4), with the CPU's own instructions if it has them.
 #pragma once
 
 #include <array>
@@ -13,7 +13,7 @@ public:
     void update(const void* data, std::size_t size);
     void update(const std::string& text) { update(text.data(), text.size()); }
 
-    // 64 hexadecimal digits; nothing may follow.
+    // 64 hexadecimal digits; nothing may be added afterwards.
     std::string finish();
 
 private:
@@ -24,7 +24,7 @@ private:
     std::uint64_t size_ = 0;
 };
 
-// `blocks` of 64 bytes into a state; the one in plain C++ is there for comparison.
+// Adds `blocks` of 64 bytes to a state; the function in plain C++ is there for comparison.
 void sha256_blocks(std::uint32_t* state, const unsigned char* data, std::size_t blocks);
 void sha256_blocks_plain(std::uint32_t* state, const unsigned char* data, std::size_t blocks);
 

@@ -1,11 +1,11 @@
-// What a profile tells of spikes: how many a step wrote, and the additions that those it read cause.
+// What a profile says about spikes: how many a step wrote, and how many additions the spikes that it read cause.
 #pragma once
 
 #include "steps.h"
 
 namespace swincompress {
 
-// spikes: written by neurons, of so many places. operations: synaptic ones, a count of k being k additions an output.
+// `spikes` were written by neurons at `places`. `operations` are synaptic; a count of k is k additions per output.
 struct SpikeCounts {
     Size spikes = 0, places = 0, operations = 0;
 
@@ -16,7 +16,7 @@ struct SpikeCounts {
     }
 };
 
-// Counts after a step has run, from what it read and wrote, so that no kernel is slower for it.
+// Counts after a step has run, from what it read and wrote, so that it slows no kernel.
 class SpikeCounter {
 public:
     explicit SpikeCounter(const OperationView& view);

@@ -13,7 +13,7 @@ Range share(Size total, Size unit, int part, int parts) {
 
 std::unique_ptr<Step> make_step(const OperationView& view, const Kernels& kernels) {
     using Maker = std::unique_ptr<Step> (*)(const OperationView&, const Kernels&);
-    // never destroyed: a thread may load while the process ends
+    // Never destroyed, because a thread may load while the process ends.
     static const auto& makers = *new std::map<std::string, Maker>{
         {"linear", make_linear},         {"conv2d", make_conv2d},     {"table", make_table},
         {"layer_norm", make_layer_norm}, {"add", make_add},           {"add_constant", make_add_constant},

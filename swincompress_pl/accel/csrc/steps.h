@@ -1,4 +1,4 @@
-// What the engine runs: one step an operation (or a fused pair), prepared once, split statically between threads.
+// What the engine runs: one step per operation (or fused pair), prepared once and split statically between threads.
 #pragma once
 
 #include <array>
@@ -21,7 +21,7 @@ struct Range {
     Size first, last;
 };
 
-// The share of `part`: whole multiples of `unit`, sizes differing by at most one unit.
+// The share of `part`: whole multiples of `unit`, whose sizes differ by at most one unit.
 Range share(Size total, Size unit, int part, int parts);
 
 class Step {
@@ -33,14 +33,14 @@ public:
 
     virtual void run(const Work& work) const = 0;
 
-    // Takes `next`, the only reader of this step's output, into this step; false where it cannot. A step fused with a
-    // sum gets the other summand as its last input.
+    // Takes `next`, the only reader of this step's output, into this step; false if it cannot. A step that is fused
+    // with a sum gets the other summand as its last input.
     virtual bool fuse(const OperationView& /*next*/) { return false; }
 };
 
 std::unique_ptr<Step> make_step(const OperationView& view, const Kernels& kernels);
 
-// One maker a kind; make_step looks them up by name.
+// One maker per kind; make_step looks them up by name.
 std::unique_ptr<Step> make_linear(const OperationView& view, const Kernels& kernels);
 std::unique_ptr<Step> make_conv2d(const OperationView& view, const Kernels& kernels);
 std::unique_ptr<Step> make_attention(const OperationView& view, const Kernels& kernels);
@@ -59,7 +59,7 @@ std::unique_ptr<Step> make_multiply(const OperationView& view, const Kernels& ke
 std::unique_ptr<Step> make_spike_attention(const OperationView& view, const Kernels& kernels);
 std::unique_ptr<Step> make_requantize(const OperationView& view, const Kernels& kernels);
 
-// How a kernel slides over images (height, width, channels), or over those of every time step.
+// How a kernel slides over images (height, width, channels), with time steps or without.
 struct WindowShape {
     Size in_height, in_width, height, width;
     std::pair<Size, Size> kernel, stride, padding;
@@ -83,10 +83,10 @@ private:
     std::vector<std::int32_t> threshold_, reset_, bias_;
 };
 
-// The neurons of `next`, if they can run with the layer before them, whose output is of type `output`; or nullptr.
+// The neurons of `next` if they can run with the layer before them, whose output has type `output`; or nullptr.
 std::unique_ptr<Neurons> neurons_behind(const OperationView& next, Type output);
 
-// A layer that multiplies, any of its rows at a time: those of its output, over all images and time steps.
+// A layer that multiplies; it runs any rows of its output, over all images and time steps.
 class RowStep : public Step {
 public:
     // Rows [first, last), the first at y.
@@ -94,13 +94,13 @@ public:
     virtual Size row_scratch_bytes() const = 0;
 };
 
-// `layer` and the neurons that alone read it, a few positions at a time, so that what charges them stays in the cache.
+// `layer` and the neurons that alone read it, a few positions at a time, so that their currents stay in the cache.
 Size neurons_scratch_bytes(const RowStep& layer, const LifCall& lif);
 void run_with_neurons(const RowStep& layer, const LifCall& lif, const Work& work, Range positions,
                       const Kernels& kernels);
 
-// Whether a layer may run by its input's spikes, and the step that does so; `dense` runs it where there are many, or is
-// nullptr.
+// Whether a layer may run by its input's spikes, and the step that does so. `dense`, if there is one, runs it if there
+// are many spikes.
 bool takes_events(const Value& x, const LinearLayer& layer, const Kernels& kernels);
 std::unique_ptr<Step> make_events(const OperationView& view, const LinearLayer& layer, const WindowShape& shape,
                                   std::unique_ptr<RowStep> dense, const Kernels& kernels);

@@ -1,4 +1,4 @@
-// Windowed attention: one unit of work a (window, head).
+// Windowed attention: one unit of work per (window, head).
 #include <algorithm>
 
 #include "steps.h"
@@ -50,7 +50,7 @@ private:
     const Kernels& kernels_;
 };
 
-// The table spread to one bias for every pair of tokens, in rows that whole registers can read.
+// The table spread to one bias per pair of tokens, in rows that whole registers can read.
 std::vector<std::int32_t> spread_bias(const OperationView& view, const AttentionCall& shape) {
     const Size biases = view.attribute("biases");
     const auto* table = view.elements<std::int32_t>("bias_table");

@@ -79,7 +79,7 @@ private:
 
 class AddStep : public Step {
 public:
-    // repeated: how many elements the second summand has; it is the same for every such run of the first
+    // The second summand has `repeated` elements, and is the same for every such run of the first.
     AddStep(Type type, Size elements, Size repeated, const Kernels& kernels)
         : type_(type), elements_(elements), repeated_(repeated), kernels_(kernels) {}
 

@@ -1,4 +1,4 @@
-// Layers over spikes and small counts, listed or multiplied, and layers with neurons behind them.
+// Layers over spikes and small counts, which are listed or multiplied, and layers with neurons behind them.
 #include <algorithm>
 #include <cstring>
 
@@ -10,7 +10,7 @@ namespace {
 
 constexpr Size kDepthMax = 65535;  // rows of weights are numbered in 16 bits
 
-// Of a second-level cache, for currents and spikes of neurons on their way; positions that are worth a call.
+// The part of a second-level cache for currents and spikes of neurons; positions that are worth a call.
 constexpr Size kNeuronBytes = Size{256} * 1024;
 constexpr Size kPositionsMin = 8, kPositionsMax = 256;
 

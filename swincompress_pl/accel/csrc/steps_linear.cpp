@@ -8,10 +8,10 @@
 namespace swincompress {
 namespace {
 
-// Below this many rows a thread, a layer is split by channels: each thread then reads its own weights only.
+// Below this many rows per thread, a layer is split by channels: each thread then reads only its own weights.
 constexpr Size kRowsPerPart = 64;
 
-// A layer in the form its kernels want.
+// A layer in the form that its kernels need.
 class PackedLayer {
 public:
     PackedLayer(const LinearLayer& layer, const Kernels& kernels)
@@ -210,7 +210,7 @@ private:
     std::unique_ptr<Neurons> neurons_;
 };
 
-// Whether layers of spikes are packed for products as well.
+// Whether layers of spikes are also packed for products.
 bool multiplies_too(const Kernels& kernels) { return kernels.events_max_percent < kEventsOnly; }
 
 }  // namespace

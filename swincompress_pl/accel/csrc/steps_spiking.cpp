@@ -1,4 +1,4 @@
-// The steps of spiking networks: neurons, windows, counts. Time is the first axis of a value that has it.
+// The steps of spiking networks: neurons, windows, counts. A value with time has it as first axis.
 #include <algorithm>
 
 #include "buffer.h"

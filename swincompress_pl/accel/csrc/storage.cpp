@@ -7,7 +7,7 @@ namespace swincompress {
 namespace {
 
 constexpr std::size_t kAxesMax = 8;
-// Maps may unfold to this much, and beyond it to so many times the artifact's own size.
+// Maps may unfold to this many bytes, or to this many times the artifact's own size if that is more.
 constexpr Size kUnfoldedBytesFree = Size{1} << 24, kUnfoldedRatioMax = 128;
 
 Tensor& tensor_of(Artifact& artifact, const std::string& key, const char* what) {
@@ -105,12 +105,12 @@ void unfold(Artifact& artifact, const Unfolded& map) {
 }  // namespace
 
 void unpack_tensors(Artifact& artifact, const Json& packed) {
-    if (!packed.is(Json::Kind::object)) throw damaged("its list of packed tensors is no mapping");
+    if (!packed.is(Json::Kind::object)) throw damaged("its list of packed tensors is not a mapping");
     for (const JsonMember& member : packed.members) unpack_one(artifact, member.key, member.value);
 }
 
 void unfold_maps(Artifact& artifact, const Json& folded) {
-    if (!folded.is(Json::Kind::object)) throw damaged("its list of folded maps is no mapping");
+    if (!folded.is(Json::Kind::object)) throw damaged("its list of folded maps is not a mapping");
     Size stored_bytes = 0, unfolded_bytes = 0;
     for (const auto& [key, tensor] : artifact.tensors) stored_bytes += tensor.bytes();
     const Size limit = kUnfoldedBytesFree + kUnfoldedRatioMax * stored_bytes;

@@ -1,15 +1,15 @@
-// How tensors lie in an artifact (spec.md, section 11): narrow weights in few bits, maps of biases by their
-// different rows and columns.
+// How tensors are stored in an artifact (spec.md, section 11): narrow weights in few bits, and maps of biases by their
+// distinct rows and columns.
 #pragma once
 
 #include "reader.h"
 
 namespace swincompress {
 
-// packed: {key: [bits, shape]}. Replaces the tensors that it lists by what they hold. Throws ArtifactError.
+// Unpacks the tensors listed in `packed`, {key: [bits, shape]}. Throws ArtifactError.
 void unpack_tensors(Artifact& artifact, const Json& packed);
 
-// folded: {key: [which row every row is, which column every column is]}.
+// Unfolds the maps listed in `folded`, {key: [stored row of every row, stored column of every column]}.
 void unfold_maps(Artifact& artifact, const Json& folded);
 
 }  // namespace swincompress

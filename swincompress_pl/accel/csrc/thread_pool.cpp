@@ -11,7 +11,7 @@
 namespace swincompress {
 namespace {
 
-// About 50 microseconds; then the core is better left to somebody else.
+// About 50 microseconds; after that, others can use the core better.
 constexpr int kSpins = 2000;
 
 void relax(int spin) {

@@ -10,11 +10,11 @@
 
 namespace swincompress {
 
-// Runs one job in `size` parts, the caller doing part 0. Jobs come microseconds apart while a network runs, so a worker
+// Runs one job in `size` parts; the caller runs part 0. Jobs come microseconds apart while a network runs, so a worker
 // spins for a short while before it sleeps. One caller at a time.
 class ThreadPool {
 public:
-    // Throws std::runtime_error where the system does not give so many threads.
+    // Throws std::runtime_error if the system does not give that many threads.
     explicit ThreadPool(int size);
     ~ThreadPool();
     ThreadPool(const ThreadPool&) = delete;
@@ -22,7 +22,7 @@ public:
 
     int size() const { return static_cast<int>(workers_.size()) + 1; }
 
-    // job(part) for part in [0, size()); returns when all are done. A job must not throw.
+    // Runs job(part) for part in [0, size()), and returns when all are done. A job must not throw.
     void run(const std::function<void(int)>& job);
 
 private:

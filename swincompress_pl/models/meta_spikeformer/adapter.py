@@ -11,7 +11,7 @@ _HERE = "swincompress_pl.models.meta_spikeformer"
 
 
 class MetaSpikeFormerAdapter(SpikingAdapter):
-    """Five stages, each a down-sampling and its blocks."""
+    """The adapter of Meta-SpikeFormer, which has five stages, each a down-sampling and its blocks."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -21,7 +21,7 @@ class MetaSpikeFormerAdapter(SpikingAdapter):
         )
 
     def segments(self, network: Any) -> list[str]:
-        """Down-sampling and blocks of each stage."""
+        """The down-sampling and the blocks of each stage."""
         names = []
         for stage, module in network.get_submodule("stages").named_children():
             names.append(f"stages.{stage}.downsample")

@@ -8,11 +8,11 @@ from typing import Any
 from swincompress_pl.models.spiking.graph_builder import SpikingBuilder
 from swincompress_pl.quant import Graph, QuantizerSpec
 
-_REAL = QuantizerSpec(name="", segments=(1,))  # the builder fills in both
+_REAL = QuantizerSpec(name="", segments=(1,))  # the builder sets both
 
 
 def meta_spikeformer_graph(network: Any, preprocessing: Mapping[str, Any]) -> Graph:
-    """Meta-SpikeFormer: a stream of membrane potentials; real values inside its separable convolutions."""
+    """The graph of Meta-SpikeFormer: a stream of membrane potentials, real values inside separable convolutions."""
     build = SpikingBuilder(network, preprocessing)
     x = "images"
     for number, stage in enumerate(network.stages):

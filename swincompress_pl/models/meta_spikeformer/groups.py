@@ -13,7 +13,7 @@ from swincompress_pl.pruning.structure.groups import Group
 
 
 def meta_spikeformer_groups(network: nn.Module) -> list[Group]:
-    """Stage by stage, each followed by its "stages.<n>.embed"."""
+    """The groups of Meta-SpikeFormer, stage by stage, each followed by its "stages.<n>.embed"."""
     groups: list[Group] = []
     stages = [f"stages.{name}" for name, _ in network.get_submodule("stages").named_children()]
     before: Coupling | None = None
@@ -79,7 +79,7 @@ def _attention(network: nn.Module, path: str, stream: Coupling) -> list[Group]:
 def _rows(
     coupling: Coupling, path: str, name: str, width: int, offsets: tuple[int, ...] = (0,), *, silent: bool = False
 ) -> None:
-    """What a RepConv gives, through its own last BatchNorm and the one behind it."""
+    """Adds the rows that a RepConv writes, with its own last BatchNorm and the one behind it."""
     coupling.writer(f"{path}.{name}_conv.conv2", f"{path}.{name}_conv.bn2", width, offsets)
     coupling.norm(f"{path}.{name}_bn", width, offsets, silent=silent)
 

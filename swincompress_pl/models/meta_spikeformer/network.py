@@ -1,19 +1,20 @@
 """Meta-SpikeFormer (Spike-driven Transformer V2; Yao et al., ICLR 2024, arXiv 2404.03663) on spikingjelly's layers.
 
 Its structure is that of the authors' published code (github.com/BICLab/Spike-Driven-Transformer-V2,
-classification/models.py), of which no line is copied, and the paper's parameter counts come out. From that code, too:
-biases in the down-samplings and the transformer blocks' MLPs and nowhere else; two BatchNorms after a
+classification/models.py), of which no line is copied. The parameter counts are those of the paper. These details also
+follow that code: biases only in the down-samplings and the transformer blocks' MLPs; two BatchNorms after a
 re-parameterized convolution, its own and one more; the constant scale 0.125 (here an argument, as are the strides); no
-drop path (the code builds it and never calls it); truncated normal weights (0.02) in the head, torch's defaults
-elsewhere. Decided here:
+drop path (the code builds it and never calls it); truncated normal weights (0.02) in the head, and torch's defaults
+elsewhere. This implementation differs as follows:
 
-- The head sees spikes: mean over space, neuron, Linear. The published code computes these spikes but gives them to its
-  distillation head only; its ordinary head gets the mean before the neuron, which is not spike-driven.
-- The mean over time comes before the head, which is affine: the same logits with 1 / T of the work.
-- The distillation head of the T = 4 fine-tuning is left out; with it, the paper's counts would be passed.
-- The MLPs are 1 x 1 convolutions of images, not Conv1d over tokens: the same arithmetic, weights (out, in, 1, 1).
-- The smallest model's widths come from the published segmentation configuration of the "15M" model: the classification
-  code lists larger ones only.
+- The head sees spikes: mean over space, neuron, Linear. The published code computes these spikes but gives them only to
+  its distillation head; its ordinary head gets the mean before the neuron, which is not spike-driven.
+- The mean over time comes before the head. As the head is affine, the logits are the same with 1 / T of the work.
+- The distillation head of the T = 4 fine-tuning is left out; with it, the counts would exceed those of the paper.
+- The MLPs are 1 x 1 convolutions of images, not Conv1d over tokens. The arithmetic is the same, with weights
+  (out, in, 1, 1).
+- The widths of the smallest model come from the published segmentation configuration of the "15M" model, as the
+  classification code only lists larger ones.
 
 Importing this module imports spikingjelly, which takes seconds; `factory.create_model` does so on use. Sequences are
 (T, N, C, H, W) throughout: time steps, images, channels, rows, columns.
@@ -39,7 +40,7 @@ def _lif(v_threshold: float = 1.0) -> nn.Module:
 
 
 def _conv(inputs: int, outputs: int, kernel_size: int, *, bias: bool = False, groups: int = 1) -> nn.Module:
-    """A convolution that keeps the image's size."""
+    """A convolution that keeps the size of the image."""
     conv: nn.Module = layer.Conv2d(
         inputs, outputs, kernel_size, padding=kernel_size // 2, bias=bias, groups=groups, step_mode="m"
     )
@@ -52,9 +53,9 @@ def _norm(channels: int) -> nn.Module:
 
 
 class DownSampling(nn.Module):
-    """Neuron (none in the first, which sees the image), convolution with bias, BatchNorm.
+    """Neuron, convolution with bias, and BatchNorm; the first one sees the image and has no neuron.
 
-    (T, N, inputs, H, W) -> (T, N, outputs, ceil(H / stride), ceil(W / stride)); kernel_size is odd.
+    The kernel size is odd.
     """
 
     def __init__(self, inputs: int, outputs: int, *, kernel_size: int, stride: int, first: bool):
@@ -66,12 +67,13 @@ class DownSampling(nn.Module):
         self.bn = _norm(outputs)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Maps (T, N, inputs, H, W) to (T, N, outputs, ceil(H / stride), ceil(W / stride))."""
         x = self.bn(self.conv(self.lif(x)))
         return x
 
 
 class SeparableConv(nn.Module):
-    """Token mixer of the convolution blocks: 1 x 1 to twice the channels, 7 x 7 a channel, 1 x 1 back; no biases."""
+    """Token mixer of the convolution blocks: 1 x 1 to twice the channels, 7 x 7 per channel, 1 x 1 back; no biases."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -85,6 +87,7 @@ class SeparableConv(nn.Module):
         self.bn2 = _norm(dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Maps (T, N, C, H, W) to the same shape."""
         x = self.bn1(self.conv1(self.lif1(x)))
         x = self.bn2(self.conv2(self.depthwise(self.lif2(x))))
         return x
@@ -103,6 +106,7 @@ class Mlp(nn.Module):
         self.bn2 = _norm(dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Maps (T, N, C, H, W) to the same shape."""
         x = self.bn1(self.conv1(self.lif1(x)))
         x = self.bn2(self.conv2(self.lif2(x)))
         return x
@@ -111,8 +115,8 @@ class Mlp(nn.Module):
 class BatchNormPad(nn.Module):
     """BatchNorm, then a border of one pixel with what the running statistics make of a zero.
 
-    (T, N, C, H, W) -> (T, N, C, H + 2, W + 2). With it, padding after the BatchNorm is padding with zeros before it, so
-    that the layers of a RepConv fold into one convolution. No gradient flows through the border.
+    The border equals padding with zeros before the BatchNorm, so the layers of a RepConv fold into one convolution. No
+    gradient flows through it.
     """
 
     def __init__(self, channels: int):
@@ -120,6 +124,7 @@ class BatchNormPad(nn.Module):
         self.bn = _norm(channels)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Maps (T, N, C, H, W) to (T, N, C, H + 2, W + 2)."""
         x = self.bn(x)
         padded = self._border().to(x.dtype).expand(*x.shape[:-2], x.shape[-2] + 2, x.shape[-1] + 2).clone()
         padded[..., 1:-1, 1:-1] = x
@@ -127,14 +132,14 @@ class BatchNormPad(nn.Module):
 
     @torch.no_grad()
     def _border(self) -> Tensor:
-        """(C, 1, 1)"""
+        """The value of the border, (C, 1, 1)."""
         bn: Any = self.bn
         border: Tensor = bn.bias - bn.running_mean * bn.weight / torch.sqrt(bn.running_var + bn.eps)
         return border[:, None, None]
 
 
 class RepConv(nn.Module):
-    """A 3 x 3 convolution in parts: 1 x 1, BatchNorm with border, 3 x 3 a channel, 1 x 1, BatchNorm; no biases."""
+    """A 3 x 3 convolution in parts: 1 x 1, BatchNorm with border, 3 x 3 per channel, 1 x 1, BatchNorm; no biases."""
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__()
@@ -145,14 +150,16 @@ class RepConv(nn.Module):
         self.bn2 = _norm(outputs)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Maps (T, N, inputs, H, W) to (T, N, outputs, H, W)."""
         x = self.bn2(self.conv2(self.depthwise(self.bn1(self.conv1(x)))))
         return x
 
 
 class Attention(nn.Module):
-    """Token mixer of the transformer blocks: attention of spikes without softmax, in num_heads heads.
+    """Token mixer of the transformer blocks: attention of spikes in num_heads heads, without softmax.
 
-    q (k^T v) of whole spikes, so the cost is linear in the tokens; the products are counts, exact in floats.
+    k and v are multiplied first, so the cost is linear in the tokens. The products are counts of spikes, exact in
+    floats.
     """
 
     def __init__(self, dim: int, num_heads: int, scale: float):
@@ -167,6 +174,7 @@ class Attention(nn.Module):
         self.proj_conv, self.proj_bn = RepConv(dim, dim), _norm(dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Maps (T, N, C, H, W) to the same shape."""
         x = self.lif(x)
         q = self._heads(self.q_lif(self.q_bn(self.q_conv(x))))
         k = self._heads(self.k_lif(self.k_bn(self.k_conv(x))))
@@ -177,7 +185,7 @@ class Attention(nn.Module):
         return x
 
     def _heads(self, x: Tensor) -> Tensor:
-        """(T, N, C, H, W) -> (T, N, heads, C / heads, H * W)"""
+        """Splits (T, N, C, H, W) into (T, N, heads, C / heads, H * W)."""
         heads: Tensor = x.flatten(3).unflatten(2, (self.num_heads, -1))
         return heads
 
@@ -191,6 +199,7 @@ class Block(nn.Module):
         self.mlp = mlp
 
     def forward(self, x: Tensor) -> Tensor:
+        """Maps (T, N, C, H, W) to the same shape."""
         x = x + self.mixer(x)
         x = x + self.mlp(x)
         return x
@@ -221,24 +230,36 @@ class Stage(nn.Module):
         self.blocks = nn.Sequential(*blocks)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Maps (T, N, C, H, W) to the width and size of this stage."""
         x = self.blocks(self.downsample(x))
         return x
 
 
 class MetaSpikeFormer(nn.Module):
-    """Images (N, C, H, W), or sequences of them (T, N, C, H, W), to logits (N, num_classes), the mean over time.
+    """A spiking transformer that maps images, or sequences of them, to logits, the mean over time.
 
-    An image is shown T times. embed_dims: the widths e0 to e3 of the paper's four stages, e0 even, e2 and e3 multiples
-    of num_heads. `stages` has five entries, as the paper's first stage scales down twice: convolution blocks at widths
-    e0 / 2, e0 and e1, transformer blocks at e2 and e3. depths: their blocks. strides: of their down-samplings, for
-    224 pixels; on 32 the default leaves 2 x 2 tokens. conv_mlp_ratio and mlp_ratio: hidden channels of the MLPs in the
-    first three and the last two, over their width. attention_scale: of q (k^T v) before its neuron, whose threshold is
-    0.5. The default is for the 196 tokens of 224 pixels and heads of 32 to 80 channels: with few tokens or narrow
-    heads hardly a count reaches 0.5 / 0.125 = 4, the attention never spikes, and the BatchNorms behind it, which then
-    divide by no more than their eps, make gradients explode. There, take up to 1.
+    `stages` has five entries, as the paper's first stage scales down twice: convolution blocks at widths e0 / 2, e0 and
+    e1, and transformer blocks at e2 and e3. The membrane potentials stay in the neurons: call spikingjelly's
+    `functional.reset_net` before each new batch, or use `models.without_memory`.
 
-    Membranes stay in the neurons: call spikingjelly's functional.reset_net before each new batch. Raises ValueError for
-    arguments outside these ranges and for inputs of other than four or five dimensions.
+    The default of `attention_scale` is for the 196 tokens of 224 pixels and for heads of 32 to 80 channels. With few
+    tokens or narrow heads, hardly a count reaches 0.5 / 0.125 = 4, and the attention never spikes. The BatchNorms
+    behind it then divide by no more than their eps, and gradients explode. In such networks, use a scale of up to 1.
+
+    Args:
+        T: Time steps that an image is shown, 1 or more.
+        in_channels: Channels of the images.
+        num_classes: Number of logits.
+        embed_dims: Widths e0 to e3 of the paper's four stages; e0 is even, e2 and e3 are multiples of `num_heads`.
+        depths: Number of blocks in each of the five stages.
+        num_heads: Heads of each attention.
+        mlp_ratio: Hidden channels of the MLPs in the last two stages, over their width.
+        conv_mlp_ratio: Hidden channels of the MLPs in the first three stages, over their width.
+        strides: Strides of the five down-samplings. The default is for 224 pixels; it leaves 2 x 2 tokens of 32 pixels.
+        attention_scale: Factor of q (k^T v) before its neurons, whose threshold is 0.5; above 0.
+
+    Raises:
+        ValueError: If an argument is outside its range, or, in a call, the input has neither four nor five axes.
     """
 
     def __init__(
@@ -283,6 +304,7 @@ class MetaSpikeFormer(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Maps images (N, C, H, W) or sequences (T, N, C, H, W) to logits (N, num_classes)."""
         x = self.stages(self._sequence(x))
         x = self.head_lif(x.flatten(3).mean(-1))
         x = self.head(x.mean(0))

@@ -1,4 +1,4 @@
-"""What is coupled to the channels of a spiking network: convolutions with their BatchNorms, and who reads them."""
+"""What is coupled to the channels of a spiking network: convolutions with their BatchNorms, and their readers."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 
 
 class Coupling:
-    """Gathers the slices of one group of `units` channels (or heads, or dimensions of heads); `group()` is the result.
+    """Gathers the slices of one group of `units` channels, heads, or dimensions of heads; `group()` is the result.
 
-    A neuron acts on every channel alone and has no width, so it needs no slice.
+    A neuron acts on every channel separately and has no width, so it needs no slice.
     """
 
     def __init__(self, network: nn.Module, name: str, kind: str, units: int) -> None:
@@ -39,8 +39,11 @@ class Coupling:
     def writer(
         self, conv: str, norm: str, width: int = 1, offsets: tuple[int, ...] = (0,), *, silent: bool = False
     ) -> None:
-        """Rows of a convolution and the channels of the BatchNorm behind it. silent: a masked unit's BatchNorm gives 0,
-        so that the neuron behind it never fires; for units that meet in a product before anyone's columns read them."""
+        """Adds rows of a convolution and the channels of the BatchNorm behind it.
+
+        If `silent`, the BatchNorm of a masked unit gives 0, so that the neuron behind it never fires. This is for units
+        that meet in a product before a layer's columns read them.
+        """
         module = self._convolution(conv)
         if module.groups != 1:
             raise self._unknown(conv, "a convolution without groups")
@@ -49,7 +52,7 @@ class Coupling:
         self._attributes += [length_of(conv, "out_channels")]
 
     def reader(self, path: str, width: int = 1, offsets: tuple[int, ...] = (0,)) -> None:
-        """Columns of a convolution without groups, or of a linear layer."""
+        """Adds columns of a convolution without groups, or of a linear layer."""
         module = self.network.get_submodule(path)
         if isinstance(module, nn.Linear):
             self._attributes.append(length_of(path, "in_features", axis=1))
@@ -60,7 +63,7 @@ class Coupling:
         self._slices.append(columns(path, width, offsets))
 
     def depthwise(self, conv: str, norm: str | None) -> None:
-        """A convolution of each channel alone, and the BatchNorm behind it, if there is one."""
+        """Adds a depthwise convolution and the BatchNorm behind it, if there is one."""
         module = self._convolution(conv)
         if not module.groups == module.in_channels == module.out_channels:
             raise self._unknown(conv, "a depthwise convolution")
@@ -70,15 +73,15 @@ class Coupling:
             self.norm(norm)
 
     def attribute(self, module: str, name: str) -> None:
-        """An attribute that is the number of units."""
+        """Adds an attribute that is the number of units."""
         self._attributes.append(Attribute(module=module, name=name))
 
     def swap_class(self, module: str, new_type: type[nn.Module]) -> None:
-        """A module whose forward cannot take another width as it is."""
+        """Adds a module whose own forward cannot take another width."""
         self._class_swaps.append(ClassSwap(module=module, type=f"{new_type.__module__}:{new_type.__qualname__}"))
 
     def norm(self, path: str, width: int = 1, offsets: tuple[int, ...] = (0,), *, silent: bool = False) -> None:
-        """A BatchNorm on the channels, with its statistics; silent: as in `writer`."""
+        """Adds a BatchNorm on the channels, with its statistics; `silent` as in `writer`."""
         norm = self.network.get_submodule(path)
         if not isinstance(norm, _BATCH_NORMS):
             raise self._unknown(path, "a BatchNorm")
@@ -99,18 +102,18 @@ class Coupling:
     def _unknown(self, path: str, wanted: str) -> UnsupportedNetworkError:
         found = full_name(type(self.network.get_submodule(path)))
         return UnsupportedNetworkError(
-            f"{self.name}: {path} is a {found}; structured pruning of spiking networks knows {wanted} there"
+            f"{self.name}: {path} is a {found}; structured pruning of spiking networks expects {wanted} there"
         )
 
 
 def width_of(network: nn.Module, path: str, axis: int = 0) -> int:
-    """The length of a layer's weight along an axis; UnsupportedNetworkError for a module without one."""
+    """The length of a layer's weight along an axis; an UnsupportedNetworkError for a module without a weight."""
     module = network.get_submodule(path)
     weight = module._parameters.get("weight")
     if weight is None:
         reason = alteration(module)
         raise UnsupportedNetworkError(
-            f"{path} is a {full_name(type(module))}; structured pruning of spiking networks knows a layer with a "
+            f"{path} is a {full_name(type(module))}; structured pruning of spiking networks expects a layer with a "
             f"weight there{'' if reason is None else f': {reason}'}"
         )
     return weight.shape[axis]

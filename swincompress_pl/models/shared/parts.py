@@ -1,4 +1,4 @@
-"""What the families share: blocks by path, the groups of an attention and of an MLP, refusals."""
+"""What the families share: blocks by path, the groups of an attention and of an MLP, and refusals."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from swincompress_pl.registry import UnsupportedNetworkError
 
 
 def length_of(path: str, name: str, *, axis: int = 0) -> Attribute:
-    """`path.name` is the length of `path.weight` along `axis`."""
+    """An attribute `path.name` that is the length of `path.weight` along `axis`."""
     return Attribute(module=path, name=name, size_of=f"{path}.weight", axis=axis)
 
 
 def rows(
     path: str, linear: nn.Module, width: int = 1, offsets: tuple[int, ...] = (0,), *, consumer: bool = False
 ) -> tuple[Slice, ...]:
-    """Rows of a layer's weight and, where it has one, of its bias."""
+    """Rows of a layer's weight and of its bias, if it has one."""
     names = ["weight"] if linear.bias is None else ["weight", "bias"]
     return tuple(
         Slice(tensor=f"{path}.{name}", axis=0, width=width, offsets=offsets, consumer=consumer) for name in names
@@ -28,15 +28,15 @@ def rows(
 
 
 def columns(path: str, width: int = 1, offsets: tuple[int, ...] = (0,)) -> Slice:
-    """Columns of a layer's weight: what reads the units."""
+    """Columns of a layer's weight, which read the units."""
     return Slice(tensor=f"{path}.weight", axis=1, width=width, offsets=offsets, consumer=True)
 
 
 class AttentionGroups:
     """The groups of an attention with a fused `qkv` of rows (q | k | v), each (heads, head width), and a `proj`.
 
-    attributes, class_swaps: those of either group beside the linear layers' own. gate: path of a linear layer of rows
-    (heads, head width) that weighs the attention's output.
+    Both groups get `attributes` and `class_swaps` in addition to those of the linear layers. `gate` is a linear layer
+    with rows (heads, head width) that weighs the attention's output.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class AttentionGroups:
     def head_group(
         self, *, slices: Iterable[Slice] = (), attributes: Iterable[Attribute] = (), biases: Iterable[str] = ()
     ) -> Group:
-        """Whole heads. slices, attributes: more of them; biases: names of q, k, v biases that stand alone."""
+        """The group of whole heads, with more slices and attributes, and with separate q, k and v biases by name."""
         path, width = self.path, self.head_dim
         gate = () if self.gate is None else rows(f"{path}.gate", self.gate, width)
         return Group(
@@ -85,8 +85,11 @@ class AttentionGroups:
         )
 
     def dimension_group(self, *, attributes: Iterable[Attribute] = (), biases: Iterable[str] = ()) -> Group:
-        """One dimension of all heads at once, as the reshape to heads wants it. Masked, q and k do not see it and the
-        projection does not read it. The fused attention, which takes the scale from the width, is switched off."""
+        """The group of dimensions; one dimension goes from all heads at once, as the reshape to heads requires.
+
+        A masked dimension is absent from q and k, and the projection does not read it. The fused attention is switched
+        off, as it takes the scale from the width.
+        """
         path, starts = self.path, tuple(head * self.head_dim for head in range(self.heads))
         q_and_k = (*starts, *(self.width + start for start in starts))
         gate = () if self.gate is None else rows(f"{path}.gate", self.gate, 1, starts)
@@ -122,7 +125,7 @@ def mlp_group(path: str, block: nn.Module) -> Group:
 
 
 def blocks_of(network: nn.Module, *types: type[nn.Module]) -> list[tuple[str, nn.Module]]:
-    """The blocks by path; every member of the network's list of blocks has to be of a known type."""
+    """The blocks by path; every member of the network's list of blocks must be of a known type."""
     found = []
     for path, module in network.named_modules():
         parent, _, index = path.rpartition(".")
@@ -136,7 +139,7 @@ def blocks_of(network: nn.Module, *types: type[nn.Module]) -> list[tuple[str, nn
 
 
 def part_of(block: nn.Module, path: str, name: str, wanted: type[nn.Module]) -> nn.Module:
-    """`block.name`, which has to be a `wanted`."""
+    """`block.name`, which must be a `wanted`."""
     part = getattr(block, name, None)
     if not isinstance(part, wanted):
         raise _unsupported(f"{path}.{name}", part, f"a timm {wanted.__name__}")
@@ -144,7 +147,7 @@ def part_of(block: nn.Module, path: str, name: str, wanted: type[nn.Module]) -> 
 
 
 def linear_of(module: nn.Module, path: str, name: str) -> nn.Linear:
-    """`module.name`, which has to be an nn.Linear."""
+    """`module.name`, which must be an nn.Linear."""
     linear = getattr(module, name, None)
     if not isinstance(linear, nn.Linear):
         raise _unsupported(f"{path}.{name}", linear, "an nn.Linear")
@@ -152,14 +155,16 @@ def linear_of(module: nn.Module, path: str, name: str) -> nn.Linear:
 
 
 def reader_of_head(network: nn.Module, path: str = "head") -> str:
-    """The path of what reads the features in the classifier at `path`: itself, or the nn.Linear that an nn.Sequential
-    begins with, dropout aside."""
+    """The path of the layer that reads the features: the classifier itself, or the first nn.Linear of an nn.Sequential.
+
+    Dropout may come before that nn.Linear.
+    """
     inner = first_linear(network.get_submodule(path))
     return path if inner is None else f"{path}.{inner}"
 
 
 def refuse_norm(module: nn.Module, path: str, remedy: str) -> None:
-    """UnsupportedNetworkError for a norm over the units."""
+    """Raises UnsupportedNetworkError for a norm over the units."""
     norm = getattr(module, "norm", None)
     if norm is not None and not isinstance(norm, nn.Identity):
         raise UnsupportedNetworkError(
@@ -169,4 +174,4 @@ def refuse_norm(module: nn.Module, path: str, remedy: str) -> None:
 
 
 def _unsupported(path: str, found: object, wanted: str) -> UnsupportedNetworkError:
-    return UnsupportedNetworkError(f"{path} is a {full_name(type(found))}; structured pruning knows {wanted} only")
+    return UnsupportedNetworkError(f"{path} is a {full_name(type(found))}; structured pruning only supports {wanted}")

@@ -1,4 +1,4 @@
-"""The width of a residual stream: everything that writes it, reads it or normalises it."""
+"""The width of a residual stream: everything that writes it, reads it or normalizes it."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _NORMS = (nn.LayerNorm, LayerNorm, MaskedLayerNorm)  # over the last axis, in th
 
 
 class NotCoveredError(Exception):
-    """The stream meets something whose coupling is not written down; there is no group of it."""
+    """The stream meets something whose coupling is unknown, so it has no group."""
 
 
 class Stream:
     """Gathers what is coupled to a residual stream of `units` channels; `group()` is the result.
 
-    The columns that read the stream are its consumers. Behind a LayerNorm they would not have to be, for a masked norm
-    gives zeros, but what reads the stream directly (post-norm blocks) needs it.
+    The columns that read the stream are its consumers. Behind a LayerNorm this would not be necessary, as a masked norm
+    gives zeros, but layers that read the stream directly (in post-norm blocks) need it.
     """
 
     def __init__(self, network: nn.Module, name: str, units: int) -> None:
@@ -38,7 +38,7 @@ class Stream:
         self._class_swaps: list[ClassSwap] = []
 
     def group(self) -> Group:
-        """The group of kind "embed". At least two channels stay: a LayerNorm over one is constant."""
+        """The group of kind "embed". At least two channels stay, as a LayerNorm over one is constant."""
         return Group(
             name=self.name,
             kind="embed",
@@ -51,14 +51,14 @@ class Stream:
         )
 
     def embedding(self, path: str = "patch_embed") -> None:
-        """timm's plain patch embedding."""
+        """Adds timm's plain patch embedding."""
         module = self.network.get_submodule(path)
         self.require(type(module) is PatchEmbed, path)
         self.writer(f"{path}.proj")
         self.norm(f"{path}.norm")
 
     def writer(self, path: str) -> None:
-        """A linear layer or convolution whose output goes to the stream."""
+        """Adds a linear layer or convolution that writes to the stream."""
         layer = self.network.get_submodule(path)
         convolution = isinstance(layer, nn.Conv2d)
         self.require(isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.groups == 1), path)
@@ -66,13 +66,13 @@ class Stream:
         self._attributes.append(length_of(path, "out_channels" if convolution else "out_features"))
 
     def reader(self, path: str, offsets: tuple[int, ...] = (0,)) -> None:
-        """A linear layer whose input comes from the stream."""
+        """Adds a linear layer that reads the stream."""
         self.require(isinstance(self.network.get_submodule(path), nn.Linear), path)
         self._slices.append(columns(path, 1, offsets))
         self._attributes.append(length_of(path, "in_features", axis=1))
 
     def norm(self, path: str, offsets: tuple[int, ...] = (0,), *, size_of: str | None = None, axis: int = 0) -> None:
-        """A LayerNorm on the stream, or none. size_of, axis: where its width stands if not in a weight of its own."""
+        """Adds a LayerNorm on the stream, if it is one; `size_of` and `axis` give its width if it has no weight."""
         norm = self.network.get_submodule(path)
         if isinstance(norm, nn.Identity):
             return
@@ -87,7 +87,7 @@ class Stream:
         self._attributes.append(Attribute(module=path, name="normalized_shape", size_of=size_of, axis=axis))
 
     def tensors(self, *names: str) -> None:
-        """Parameters (1, tokens, channels) of the network itself that are added to the stream or put in front of it."""
+        """Adds parameters (1, tokens, channels) of the network that are added or prepended to the stream."""
         for name in names:
             tensor = getattr(self.network, name, None)
             if isinstance(tensor, Tensor):
@@ -95,7 +95,7 @@ class Stream:
                 self._slices.append(Slice(tensor=name, axis=2))
 
     def block(self, path: str) -> None:
-        """Attention and MLP, with the norms in front (reading) or behind (writing)."""
+        """Adds attention and MLP, with the norms before them (reading) or behind them (writing)."""
         block = self.network.get_submodule(path)
         self.only(path, {"norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2"})
         self.require(isinstance(block.mlp, Mlp) and isinstance(block.attn, nn.Module), path)
@@ -118,35 +118,35 @@ class Stream:
         self._slices.append(Slice(tensor=f"{path}.gamma", axis=0))
 
     def attributes(self, module: str, *names: str) -> None:
-        """Those of the module's attributes that exist are the stream's width."""
+        """Adds those of the module's attributes that exist; they are the width of the stream."""
         present = vars(self.network.get_submodule(module))
         self._attributes += [Attribute(module=module, name=name) for name in names if name in present]
 
     def lengths(self, module: str, *names: str, size_of: str, axis: int) -> None:
-        """Those of the module's attributes that exist are the length of a tensor of the group."""
+        """Adds those of the module's attributes that exist; they are the length of a tensor of the group."""
         present = vars(self.network.get_submodule(module))
         self._attributes += [
             Attribute(module=module, name=name, size_of=size_of, axis=axis) for name in names if name in present
         ]
 
     def swap_class(self, module: str, new_type: str) -> None:
-        """A module that cannot read a stream of another width as it is."""
+        """Adds a module whose own forward cannot read a stream of another width."""
         self._class_swaps.append(ClassSwap(module=module, type=new_type))
 
     def feature_info(self, *indices: int) -> None:
-        """timm's list of what each stage gives."""
+        """Adds entries of timm's list of what each stage gives."""
         info = getattr(self.network, "feature_info", None)
         for index in indices:
             if isinstance(info, list) and index < len(info) and info[index].get("num_chs") == self.units:
                 self._attributes.append(Attribute(module="", name=f"feature_info.{index}.num_chs"))
 
     def only(self, path: str, children: Collection[str]) -> None:
-        """A module has no other children than these: one that we do not know might be on the stream as well."""
+        """Requires that a module has no other children, because an unknown one might be on the stream as well."""
         for name, child in self.network.get_submodule(path).named_children():
             self.require(name in children or not list(child.parameters()), f"{path}.{name}")
 
     def require(self, condition: bool, path: str) -> None:
-        """NotCoveredError where `condition` does not hold."""
+        """Raises NotCoveredError unless `condition` holds."""
         if not condition:
             raise NotCoveredError(f"{self.name} is not covered because of {self._named(path)}")
 

@@ -1,4 +1,4 @@
-"""spikingjelly's spiking transformers: adapter, pruning groups, graphs. Importing this does not import spikingjelly."""
+"""spikingjelly's spiking transformers: adapter, pruning groups, graphs; spikingjelly is imported on first use."""
 
 from swincompress_pl._deprecated import find_old_name
 from swincompress_pl.models.spiking.adapter import SpikingAdapter

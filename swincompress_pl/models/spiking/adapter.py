@@ -1,4 +1,4 @@
-"""What spikingjelly's spiking transformers tell pruning and quantization about themselves."""
+"""The adapter of spikingjelly's spiking transformers for pruning and quantization."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ _GROUPS, _GRAPH = "swincompress_pl.models.spiking.groups", "swincompress_pl.mode
 class SpikingAdapter:
     """One family of spiking networks.
 
-    groups, graph: "module:function", imported on use, as they import spikingjelly, which takes seconds. stem: modules
-    before the blocks; blocks: the lists of blocks, each behind its stem where there are as many.
+    `groups` and `graph` are "module:function", imported on use, as they import spikingjelly, which takes seconds.
+    `stem` names modules before the blocks, and `blocks` the list of blocks behind each of them.
     """
 
     def __init__(
@@ -34,18 +34,18 @@ class SpikingAdapter:
         return groups(network)
 
     def segments(self, network: Any) -> list[str]:
-        """Stem and blocks in the order of a pass."""
+        """The stem and the blocks in the order of a pass."""
         names = []
         for stem, blocks in zip(self._stem, self._blocks, strict=True):
             names += [stem, *(f"{blocks}.{name}" for name, _ in network.get_submodule(blocks).named_children())]
         return names
 
     def size_arguments(self, network: Any) -> dict[str, Any]:
-        """The time steps, which is an attribute that a forward pass repeats the images by."""
+        """The number of time steps, by which a forward pass repeats the images."""
         return {"T": int(network.T)} if hasattr(network, "T") else {}
 
     def graph(self, network: Any, preprocessing: Mapping[str, Any]) -> Graph:
-        """The quantizable graph; ValueError as `check_spiking`."""
+        """The quantizable graph; a ValueError as `check_spiking`."""
         check_spiking(network)
         graph: Callable[[Any, Mapping[str, Any]], Graph] = resolve_name(self._graph)
         return graph(network, preprocessing)

@@ -1,8 +1,7 @@
-"""spikingjelly's attentions for any number and width of heads: same state, same function, widths taken from the
-weights.
+"""spikingjelly's attentions for any number and width of heads, with the same state and the same function.
 
-spikingjelly's forwards take the width of a head from that of the input, so they cannot lose dimensions. Pruning
-exchanges the class of the modules that it cuts for one of these.
+spikingjelly takes the width of a head from that of the input, so its attentions cannot lose dimensions. Pruning changes
+the class of the modules that it cuts to one of these, which take widths from the weights.
 """
 
 from __future__ import annotations
@@ -15,12 +14,12 @@ MaxCifarSelfAttention: type[nn.Module] = _MaxCifarSSA
 
 
 class ResizableSpikingSelfAttention(SpikingSelfAttention):  # type: ignore[misc]  # spikingjelly is not typed
-    """Rows of qkv: q and k of one width, v of that of the projection's input."""
+    """Self-attention whose qkv has rows of q and k of one width, and of v with the width that the projection reads."""
 
     def forward(self, x_seq: Tensor) -> Tensor:
-        """x_seq: (T, N, C, L) -> (T, N, C, L) spikes."""
+        """Maps (T, N, C, L) to spikes of the same shape."""
         q, k, v = _heads(self.qkv_lif(self.qkv_conv_bn(x_seq)), self.num_heads, self.proj_conv_bn[0].in_channels)
-        # as spikingjelly orders the products; over spikes either order is exact
+        # The products are in spikingjelly's order; over spikes either order is exact.
         attended = v @ k.transpose(-2, -1) @ q * self.scale
         spikes = self.attn_lif(attended).flatten(2, 3)
         result: Tensor = self.proj_lif(self.proj_conv_bn(spikes))
@@ -28,10 +27,10 @@ class ResizableSpikingSelfAttention(SpikingSelfAttention):  # type: ignore[misc]
 
 
 class ResizableMaxCifarSelfAttention(_MaxCifarSSA):  # type: ignore[misc]  # spikingjelly is not typed
-    """Rows of qkv: q and k of one width, v of that of the projection's input."""
+    """Self-attention whose qkv has rows of q and k of one width, and of v with the width that the projection reads."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (T, N, C, L) -> (T, N, C, L), real values."""
+        """Maps (T, N, C, L) to real values of the same shape."""
         q, k, v = _heads(self.qkv_lif(self.qkv(self.input_lif(x))), self.num_heads, self.proj[0].in_channels)
         attended = v @ k.transpose(-2, -1) @ q * 0.125
         result: Tensor = self.proj(self.attn_lif(attended.flatten(2, 3)))
@@ -39,10 +38,10 @@ class ResizableMaxCifarSelfAttention(_MaxCifarSSA):  # type: ignore[misc]  # spi
 
 
 class ResizableQKAttention(QKAttention):  # type: ignore[misc]  # spikingjelly is not typed
-    """Rows of qk: q, then k of the width of the projection's input."""
+    """Attention whose qk has rows of q, and then of k with the width that the projection reads."""
 
     def forward(self, x_seq: Tensor) -> Tensor:
-        """x_seq: (T, N, C, L) -> (T, N, C, L) spikes."""
+        """Maps (T, N, C, L) to spikes of the same shape."""
         qk = self.qk_lif(self.qk_conv_bn(x_seq))
         width = self.proj_conv_bn[0].in_channels
         q, k = (part.unflatten(2, (self.num_heads, -1)) for part in qk.split([qk.shape[2] - width, width], dim=2))
@@ -52,10 +51,10 @@ class ResizableQKAttention(QKAttention):  # type: ignore[misc]  # spikingjelly i
 
 
 class ResizableSpikeDrivenSelfAttention(SpikeDrivenSelfAttention):  # type: ignore[misc]  # spikingjelly is not typed
-    """Every channel for itself: heads play no part in the arithmetic."""
+    """Attention of each channel separately; heads play no part in the arithmetic."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (T, N, C, H, W) -> the same, real values."""
+        """Maps (T, N, C, H, W) to real values of the same shape."""
         spikes = self.shortcut_lif(x)
         q = self.q_lif(self.q_bn(self.q_conv(spikes)))
         k = self.k_lif(self.k_bn(self.k_conv(spikes)))

@@ -1,4 +1,4 @@
-"""The quantizable graphs of spikingjelly's networks. Importing this imports spikingjelly; adapters do so on use."""
+"""The quantizable graphs of spikingjelly's networks; importing this module imports spikingjelly."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from swincompress_pl.quant import Graph
 
 
 def spikformer_graph(network: Any, preprocessing: Mapping[str, Any]) -> Graph:
-    """spikingjelly's Spikformer: spikes and their sums from the first neuron to the head."""
+    """The graph of spikingjelly's Spikformer: spikes and their sums from the first neuron to the head."""
     stem = network.patch_embed
     build = SpikingBuilder(network, preprocessing, size=stem.image_size)
     x = "images"
@@ -31,7 +31,7 @@ def spikformer_graph(network: Any, preprocessing: Mapping[str, Any]) -> Graph:
 
 
 def _stem_stage(build: SpikingBuilder, path: str, x: str) -> str:
-    """SpikformerConv2dBNLIF."""
+    """A SpikformerConv2dBNLIF."""
     block = f"{path}.conv_bn.block"
     layers: Any = build.network.get_submodule(block)
     pool = f"{block}.2" if len(layers) > 2 else None
@@ -44,13 +44,13 @@ def _pair_neuron(build: SpikingBuilder, pair: str, neuron: str, x: str) -> str:
 
 
 def _ssa(build: SpikingBuilder, path: str, x: str) -> str:
-    """spikingjelly's SpikingSelfAttention, to the spikes behind its projection."""
+    """The SpikingSelfAttention of spikingjelly, up to the spikes behind its projection."""
     y = build.self_attention(path, x, f"{path}.qkv_conv_bn", f"{path}.proj_conv_bn")
     return _pair_neuron(build, f"{path}.proj_conv_bn", f"{path}.proj_lif", y)
 
 
 def qkformer_graph(network: Any, preprocessing: Mapping[str, Any]) -> Graph:
-    """spikingjelly's QKFormer, with token or channel attention."""
+    """The graph of spikingjelly's QKFormer, with token or channel attention."""
     build = SpikingBuilder(network, preprocessing)
     x = "images"
     for stage in (1, 2, 3):
@@ -84,7 +84,7 @@ def _qkformer_embedding(build: SpikingBuilder, path: str, x: str, *, first: bool
 
 
 def _qk_attention(build: SpikingBuilder, path: str, x: str) -> str:
-    """k, gated by the neurons of q's sums over the channels of a head, or over tokens."""
+    """Gates k by the neurons of q's sums over the channels of a head, or over tokens."""
     module: Any = build.network.get_submodule(path)
     width, total = module.proj_conv_bn[0].in_channels, module.qk_conv_bn[0].out_channels
     q, k = build.parts(f"{path}.qk_conv_bn", f"{path}.qk_lif", x, (total - width, width), "qk")
@@ -95,7 +95,7 @@ def _qk_attention(build: SpikingBuilder, path: str, x: str) -> str:
 
 
 def sdt_graph(network: Any, preprocessing: Mapping[str, Any]) -> Graph:
-    """spikingjelly's Spike-driven Transformer: a stream of membrane potentials."""
+    """The graph of spikingjelly's Spike-driven Transformer: a stream of membrane potentials."""
     build = SpikingBuilder(network, preprocessing)
     x = "images"
     for number, stage in enumerate(network.patch_embed.stages):
@@ -116,7 +116,7 @@ def sdt_graph(network: Any, preprocessing: Mapping[str, Any]) -> Graph:
 
 
 def _spike_driven_attention(build: SpikingBuilder, path: str, x: str) -> str:
-    """q, gated by the neurons of the sums of k times v over tokens."""
+    """Gates q by the neurons of the sums of k times v over tokens."""
     spikes = build.neuron(f"{path}.shortcut_lif", x)
     q, k, v = (build.conv_neuron(f"{path}.{n}_conv", f"{path}.{n}_bn", f"{path}.{n}_lif", spikes) for n in "qkv")
     both = build.gate(f"{path}.kv", k, v)
@@ -126,7 +126,7 @@ def _spike_driven_attention(build: SpikingBuilder, path: str, x: str) -> str:
 
 
 def _stream_mlp(build: SpikingBuilder, path: str, x: str) -> str:
-    """x + fc2(lif2(fc1(lif1(x)))); where the hidden channels are as many, they are on the stream as well."""
+    """Computes x + fc2(lif2(fc1(lif1(x)))); with a residual MLP, the hidden channels are on the stream as well."""
     module: Any = build.network.get_submodule(path)
     spikes = build.neuron(f"{path}.lif1", x)
     if module.residual:
@@ -138,7 +138,7 @@ def _stream_mlp(build: SpikingBuilder, path: str, x: str) -> str:
 
 
 def maxformer_graph(network: Any, preprocessing: Mapping[str, Any]) -> Graph:
-    """spikingjelly's Max-Former, in its ImageNet and CIFAR forms: a stream of membrane potentials."""
+    """The graph of spikingjelly's Max-Former, for ImageNet and for CIFAR: a stream of membrane potentials."""
     build = SpikingBuilder(network, preprocessing)
     cifar = hasattr(network.patch_embed1, "branch")
     x = (_maxformer_cifar_embedding if cifar else _maxformer_embedding)(build, "patch_embed1", "images")
@@ -187,7 +187,7 @@ def _maxformer_block(build: SpikingBuilder, path: str, x: str) -> str:
 
 
 def _maxformer_attention(build: SpikingBuilder, path: str, x: str) -> str:
-    """Of the CIFAR form, on spikes; spikingjelly's own of the ImageNet form, whose q, k and v read the stream."""
+    """The attention of the CIFAR form, on spikes, or of the ImageNet form, whose q, k and v read the stream."""
     if hasattr(build.network.get_submodule(path), "input_lif"):
         y = build.self_attention(path, build.neuron(f"{path}.input_lif", x), f"{path}.qkv", f"{path}.proj")
         return build.conv(f"{path}.proj.0", [f"{path}.proj.1"], y)

@@ -1,4 +1,4 @@
-"""The pieces that the graphs of spiking networks are built from. Importing this imports spikingjelly."""
+"""The pieces from which the graphs of spiking networks are built; importing this module imports spikingjelly."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from swincompress_pl.quant.graph.spiking_nodes import (
     WidenNode,
 )
 
-_IMAGES = "images"  # the value that every graph begins with
-# Steps of a stream of membrane potentials to the lowest threshold: a sum is rounded to 1 / 8192 of it.
+_IMAGES = "images"  # the value with which every graph begins
+# Steps of a stream of membrane potentials up to the lowest threshold: the error of a sum is at most 1 / 8192 of it.
 _STREAM_STEPS = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Value:
-    """What is known of a value: its places, whether it has time, and, of spikes and their sums, the largest."""
+    """What is known about a value: its shape, whether it has time, and the largest of spikes and their sums."""
 
     height: int
     width: int
@@ -49,10 +49,11 @@ class _Value:
 
 
 class SpikingBuilder(GraphBuilder):
-    """Every method appends nodes and gives the name of the value they make.
+    """A builder whose methods append nodes and return the name of the value that these make.
 
-    preprocessing: mean and std as everywhere; height and width of the images, where the network does not say; and
-    time_steps for a network that reads that many frames of events (mean 0 and std 1 / 255: counts as they are).
+    `preprocessing` has mean and std, the height and width of the images if the network does not say them, and
+    time_steps if the network reads that many frames of events. Mean 0 and std 1 / 255 leave counts of events as they
+    are.
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class SpikingBuilder(GraphBuilder):
             size = _size_of(preprocessing)
         self.refuse(
             size is None,
-            "nothing says how large its images are; give preprocessing 'height' and 'width', in pixels",
+            "the size of its images is unknown; give preprocessing 'height' and 'width', in pixels",
         )
         assert size is not None
         self._values = {
@@ -80,11 +81,12 @@ class SpikingBuilder(GraphBuilder):
         self._stream_scale = min(thresholds) / _STREAM_STEPS
 
     def finished(self) -> Graph:
-        """The graph of all that was appended."""
+        """The graph of everything that was appended."""
         image = self._values[_IMAGES]
         return self.graph(height=image.height, width=image.width, channels=image.channels, time_steps=self._event_steps)
 
     def of(self, value: str) -> _Value:
+        """What is known about a value."""
         return self._values[value]
 
     def _made(self, node: Node, value: _Value) -> str:
@@ -99,7 +101,7 @@ class SpikingBuilder(GraphBuilder):
         )
 
     def _wide(self, name: str, channels: int, scale: float = 1.0) -> str:
-        """A quantizer of int32: currents, or a stream with its scale."""
+        """A quantizer of int32, for currents or for a stream with its scale."""
         return self.quantizer(QuantizerSpec(name=name, segments=(channels,), bits=LOGIT_BITS, fixed_scale=scale))
 
     # Layers
@@ -116,7 +118,7 @@ class SpikingBuilder(GraphBuilder):
         part: str = "",
         border: str | None = None,
     ) -> str:
-        """A convolution with its BatchNorms: the current of `neuron`, as `spec` says, or else on the stream."""
+        """A convolution with its BatchNorms, whose output is the current of `neuron`, as `spec` says, or a stream."""
         module: Any = self.plain(path, _ConvNd, or_else=" (nn.Conv1d or nn.Conv2d)")
         dilation = module.dilation if isinstance(module.dilation, tuple) else (module.dilation,)
         plain = all(value == 1 for value in dilation) and module.padding_mode == "zeros"
@@ -160,13 +162,14 @@ class SpikingBuilder(GraphBuilder):
         passes = (nn.BatchNorm2d.forward, layer.BatchNorm1d.forward, layer.BatchNorm2d.forward)
         known = isinstance(norm, _BatchNorm) and type(norm).forward in passes
         if known and alteration(norm) is not None:
-            self.plain(path, _BatchNorm)  # says why not, and can be folded
+            self.plain(path, _BatchNorm)  # raises with the reason
         self.refuse(
             not known or norm.weight is None or norm.bias is None or norm.running_mean is None,
             f"{path} is {norm}; BatchNorm1d and BatchNorm2d can be folded, with affine=True and running statistics",
         )
 
     def max_pool(self, path: str, x: str) -> str:
+        """A max pooling."""
         pool: Any = self.network.get_submodule(path)
         sizes = (pool.kernel_size, pool.stride, pool.padding)
         plain = all(isinstance(size, int) for size in sizes) and pool.dilation == 1 and not pool.ceil_mode
@@ -179,7 +182,7 @@ class SpikingBuilder(GraphBuilder):
         return self._made(node, replace(given, height=height, width=width))
 
     def neuron(self, path: str, x: str, *, gain: float = 1.0, part: str = "") -> str:
-        """Spikes; a value without time is seen at every step."""
+        """The spikes of neurons; a value without time is their current at every step."""
         module = self.network.get_submodule(path)
         Neuron.of(path, module)  # refuses now what has no integer form
         require_plain_neuron(path, module)
@@ -196,7 +199,7 @@ class SpikingBuilder(GraphBuilder):
         return self._made(node, replace(given, timed=True, largest=1))
 
     def conv_neuron(self, conv: str, norm: str, neuron: str, x: str, *, pool: str | None = None) -> str:
-        """Convolution, BatchNorm, perhaps a pooling, neuron."""
+        """A convolution, its BatchNorm, a pooling if there is one, and neurons."""
         y = self.conv(conv, [norm], x, neuron=neuron)
         return self.neuron(neuron, y if pool is None else self.max_pool(pool, y))
 
@@ -214,14 +217,14 @@ class SpikingBuilder(GraphBuilder):
         )
 
     def stream(self, name: str, x: str, branch: str) -> str:
-        """The sum of two streams; one of them may be without time."""
+        """The sum of two streams; one of them may lack time."""
         first, second = (x, branch) if self.of(x).timed else (branch, x)
         value = self.of(first)
         quantizer = self._wide(name, value.channels, self._stream_scale)
         return self._made(AddNode(name=name, inputs=(first, second), quantizer=quantizer), value)
 
     def widened(self, x: str) -> str:
-        """Spikes as a stream."""
+        """Spikes converted to a stream."""
         given, name = self.of(x), f"{x}.stream"
         y = f"{x}.wide"
         self.add(
@@ -231,12 +234,12 @@ class SpikingBuilder(GraphBuilder):
         return self._made(RequantizeNode(name=name, inputs=(y,), quantizer=quantizer), replace(given, largest=None))
 
     def real(self, name: str, x: str) -> str:
-        """A stream in bytes, for a layer that reads real values."""
+        """A stream converted to bytes, for a layer that reads real values."""
         quantizer = self.quantizer(QuantizerSpec(name=name, segments=(self.of(x).channels,)))
         return self._made(RequantizeNode(name=name, inputs=(x,), quantizer=quantizer), self.of(x))
 
     def block_sum(self, name: str, x: str, *, heads: int | None = None) -> str:
-        """Over the tokens of a step, or over the channels of each head."""
+        """The sum over the tokens of a time step, or over the channels of each head."""
         given = self.of(x)
         value = replace(given, height=1, width=1) if heads is None else replace(given, channels=heads)
         node = BlockSumNode(
@@ -252,6 +255,7 @@ class SpikingBuilder(GraphBuilder):
     # Attentions
 
     def gate(self, name: str, x: str, gate: str) -> str:
+        """The product of spikes and gating spikes."""
         quantizer = self._whole(name, self.of(x).channels, 1)
         return self._made(GateNode(name=name, inputs=(x, gate), quantizer=quantizer), self.of(x))
 
@@ -266,7 +270,7 @@ class SpikingBuilder(GraphBuilder):
         return found
 
     def spike_attention(self, path: str, q: str, k: str, v: str, *, scale: float) -> str:
-        """What the neurons of the attention at `path` give."""
+        """The spikes of the neurons in the attention at `path`."""
         name, given = f"{path}.attention", self.of(v)
         node = SpikeAttentionNode(
             name=name,
@@ -280,7 +284,7 @@ class SpikingBuilder(GraphBuilder):
         return self.neuron(f"{path}.attn_lif", y, gain=scale)
 
     def self_attention(self, path: str, x: str, pair: str, projection: str) -> str:
-        """Spiking self-attention whose q, k and v are one layer; q and k of one width, v of the projection's."""
+        """Spiking self-attention whose q, k and v are one layer; v has the width that the projection reads."""
         module: Any = self.network.get_submodule(path)
         layer: Any = self.network.get_submodule(f"{pair}.0")
         projected: Any = self.network.get_submodule(f"{projection}.0")
@@ -299,7 +303,7 @@ class SpikingBuilder(GraphBuilder):
         self.head(path, self._made(node, given))
 
     def head_on_stream(self, path: str, neuron: str, x: str) -> None:
-        """The mean over tokens through neurons, the mean of their spikes over time, then the classifier."""
+        """Neurons on the mean over tokens, the mean of their spikes over time, then the classifier."""
         tokens = self.of(x).tokens
         spikes = self.neuron(neuron, self.block_sum("pooled", x), gain=1 / tokens)
         self.head_on_counts(path, spikes)

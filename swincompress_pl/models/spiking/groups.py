@@ -1,8 +1,9 @@
 """The structured pruning groups of spikingjelly's spiking transformers, written down explicitly.
 
-Kinds: "mlp" hidden channels; "conv" channels between the convolutions of stems and down-sampling; "heads" whole heads;
-"qk" dimensions in which q and k (or q and its sum) meet; "v" those that go to the projection; "embed" a residual
-stream. Scales of attention and thresholds stay. Proven by `masked == sliced`, spike for spike, in the tests.
+The kinds are "mlp" (hidden channels), "conv" (channels between the convolutions of stems and down-sampling), "heads"
+(whole heads), "qk" (dimensions in which q and k, or q and its sum, meet), "v" (dimensions that go to the projection)
+and "embed" (a residual stream). Scales of attention and thresholds stay. The tests prove the groups by
+`masked == sliced`, spike for spike.
 """
 
 from __future__ import annotations
@@ -118,8 +119,10 @@ def _mlp(network: nn.Module, path: str, stream: Coupling) -> list[Group]:
 
 
 def staged_groups(network: nn.Module) -> list[Group]:
-    """The groups of spikingjelly's `QKFormer` and `MaxFormer`, the latter for ImageNet and for CIFAR, stage by stage,
-    each followed by its "stage<n>.embed"."""
+    """The groups of spikingjelly's `QKFormer` and `MaxFormer`, stage by stage, each followed by its "stage<n>.embed".
+
+    `MaxFormer` may be the one for ImageNet or for CIFAR.
+    """
     groups: list[Group] = []
     before: Coupling | None = None
     for number in (1, 2, 3):

@@ -1,7 +1,8 @@
-"""A spiking network as an ordinary classifier: one call, one answer, nothing kept.
+"""A spiking network as an ordinary classifier: one call gives one answer, and nothing is kept.
 
-A spiking network keeps membranes from one call to the next and answers once a time step. `without_memory` makes every
-call a fresh start with one answer, so that what evaluates, copies, trains or prunes a network need not know of time.
+A spiking network keeps membrane potentials from one call to the next and answers once per time step. `without_memory`
+makes every call a fresh start with one answer, so that code that evaluates, copies, trains or prunes a network need not
+know about time.
 """
 
 from __future__ import annotations
@@ -15,12 +16,20 @@ from torch import Tensor, nn
 
 
 def without_memory(network: nn.Module) -> nn.Module:
-    """Makes `network` forget between calls, in place, and gives it back; twice is once.
+    """Makes a spiking network forget between calls, in place.
 
-    From then on a call takes images (N, C, H, W), each shown at every time step, or events (N, T, C, H, W), and gives
-    the mean over time, (N, classes). Before and after it the neurons are reset, in training as in evaluation, so that
-    a copy, a checkpoint or another batch never sees membranes. Raises ValueError for a network without neurons and for
-    one in single-step mode.
+    From then on a call takes images (N, C, H, W), each shown at every time step, or events (N, T, C, H, W). It returns
+    the mean over time, (N, classes). The neurons are reset before and after each call, in training and in evaluation,
+    so that a copy, a checkpoint or another batch never sees their membrane potentials. A second call changes nothing.
+
+    Args:
+        network: A network of spikingjelly in multi-step mode.
+
+    Returns:
+        The same network.
+
+    Raises:
+        ValueError: If the network has no neurons, is in single-step mode, or its `T` is not an integer of 1 or more.
     """
     _check_neurons(network)
     if _begin not in network._forward_pre_hooks.values():
@@ -34,7 +43,7 @@ def _check_neurons(network: nn.Module) -> None:
 
     neurons = {name: module for name, module in network.named_modules() if isinstance(module, MemoryModule)}
     if not neurons:
-        raise ValueError(f"{type(network).__name__}: no neuron of spikingjelly in it, so it is not a spiking network")
+        raise ValueError(f"{type(network).__name__}: has no neuron of spikingjelly, so it is not a spiking network")
     steps = getattr(network, "T", 1)
     if not isinstance(steps, int) or steps < 1:
         raise ValueError(f"{type(network).__name__}: T is {steps!r}; a network needs 1 time step or more")
@@ -50,16 +59,16 @@ def check_spiking(network: nn.Module) -> None:
     _check_neurons(network)
     if _begin not in network._forward_pre_hooks.values():
         raise ValueError(
-            f"{type(network).__name__}: it keeps its membranes from one call to the next; make it by create_model, or "
-            "use models.spiking.without_memory(network)"
+            f"{type(network).__name__}: keeps its membrane potentials from one call to the next; make it with "
+            "models.create_model, or use models.without_memory(network)"
         )
 
 
 @contextmanager
 def watching_spikes(network: nn.Module) -> Iterator[dict[str, float]]:
-    """{neuron: spikes a time step and a place, 0 to 1}, in the order of a pass, complete when the context ends.
+    """{neuron layer: spikes per time step and place, 0 to 1}, in the order of a pass, complete when the context ends.
 
-    Over all calls within it; what a neuron gives is taken for its spikes.
+    It counts all calls inside the context, and takes a neuron's output for its spikes.
     """
     from spikingjelly.activation_based.neuron import BaseNode
 
@@ -80,7 +89,7 @@ def watching_spikes(network: nn.Module) -> Iterator[dict[str, float]]:
 
 
 def _begin(network: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Fresh membranes; events (N, T, ...) with time in front, as spikingjelly wants it."""
+    """Resets the neurons, and puts the time of events (N, T, ...) first, as spikingjelly expects."""
     _reset(network)
     images, *rest = inputs
     if not isinstance(images, Tensor) or images.ndim not in (4, 5):
@@ -97,6 +106,6 @@ def _end(network: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
 def _reset(network: nn.Module) -> None:
     from spikingjelly.activation_based import functional
 
-    # not reset_net: its list of all networks that it has seen would be part of what torch.compile guards, and changes
-    # between trace and guard where another network dies
+    # reset_net keeps a list of all networks that it has seen. torch.compile would guard on that list, and the guard
+    # would fail when another network is deleted.
     functional.reset_collected_modules(functional.collect_reset_modules(network))

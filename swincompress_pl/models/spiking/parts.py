@@ -1,4 +1,4 @@
-"""The groups of what spiking families share: MLPs, chains of convolutions, and the kinds of spiking attention."""
+"""The groups that spiking families share: of MLPs, chains of convolutions, and the kinds of spiking attention."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ Layer = tuple[str, str]
 
 
 def resizable(attention: nn.Module) -> type[nn.Module]:
-    """The class that computes the same at any width; UnsupportedNetworkError for an attention that is not known."""
+    """The class that computes the same at any width; an UnsupportedNetworkError for an unknown attention."""
     for known, new_type in _RESIZABLE.items():
         if isinstance(attention, known):
             return new_type
     raise UnsupportedNetworkError(
-        f"{type(attention).__name__}: the pruning groups of this attention are not known; known are "
+        f"{type(attention).__name__}: the pruning groups of this attention are unknown; known are those of "
         f"{', '.join(known.__name__ for known in _RESIZABLE)}"
     )
 
@@ -49,10 +49,10 @@ def hidden_group(network: nn.Module, name: str, kind: str, writer: Layer, *reade
 
 
 def self_attention_groups(network: nn.Module, path: str, *, qkv: Layer, proj: Layer) -> list[Group]:
-    """Heads, dimensions of q and k, and dimensions of v, of an attention with fused rows (q | k | v), each (heads,
-    dimensions), whose products are q with k and v with the projection.
+    """Heads, dimensions of q and k, and dimensions of v of an attention with fused rows (q | k | v).
 
-    Dimensions are removed from all heads at once, as the reshape to heads wants it; the scale stays.
+    Each of q, k and v has rows (heads, dimensions). q meets k, and v meets the projection. Dimensions are removed from
+    all heads at once, as the reshape to heads requires; the scale stays.
     """
     attention: Any = network.get_submodule(path)
     heads: int = attention.num_heads
@@ -81,8 +81,11 @@ def self_attention_groups(network: nn.Module, path: str, *, qkv: Layer, proj: La
 
 
 def qk_attention_groups(network: nn.Module, path: str) -> list[Group]:
-    """QKFormer's attention with rows (q | k). Token attention: q is summed over a head's dimensions, so they are free
-    ("qk"), and k goes to the projection ("v"). Channel attention: q gates k channel by channel, so both go together."""
+    """The groups of QKFormer's attention with rows (q | k).
+
+    Token attention sums q over the dimensions of a head, so these are free ("qk"), and k goes to the projection ("v").
+    Channel attention gates k by q channel by channel, so both are removed together.
+    """
     attention: Any = network.get_submodule(path)
     qk, proj = (f"{path}.qk_conv_bn.0", f"{path}.qk_conv_bn.1"), f"{path}.proj_conv_bn.0"
     heads, k_width = attention.num_heads, width_of(network, proj, axis=1)
@@ -112,8 +115,7 @@ def qk_attention_groups(network: nn.Module, path: str) -> list[Group]:
 
 
 def spike_driven_group(network: nn.Module, path: str) -> Group:
-    """SDT's attention: q, k and v of a channel meet in that channel alone, so all three go with the projection's
-    column."""
+    """The group of SDT's attention; q, k and v meet channel by channel, so all go with the projection's column."""
     coupling = Coupling(network, f"{path}.v", "v", width_of(network, f"{path}.proj_conv", axis=1))
     for name in ("q", "k", "v"):
         coupling.writer(f"{path}.{name}_conv", f"{path}.{name}_bn")

@@ -1,4 +1,4 @@
-"""What timm's Swin Transformers tell pruning and quantization about themselves."""
+"""The adapter of timm's Swin Transformers for pruning and quantization."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ from swincompress_pl.registry import UnsupportedNetworkError, register
 
 
 class SwinAdapter:
-    """Swin v1 for everything; v2 for pruning only (its cosine attention and res-post-norm have no integer form yet)."""
+    """Swin v1 for everything; v2 for pruning only, as its cosine attention and res-post-norm have no integer form."""
 
     family = "timm Swin Transformer"
 
     def groups(self, network: Any) -> list[Group]:
+        """The structured pruning groups; see `swin_groups`."""
         return swin_groups(network)
 
     def segments(self, network: Any) -> list[str]:
-        """Patch embedding, then a stage's patch merging and its blocks."""
+        """The patch embedding, then the patch merging and the blocks of each stage."""
         found = ["patch_embed"]
         for number, stage in enumerate(network.layers.children()):
             if not isinstance(stage.downsample, nn.Identity):
@@ -34,6 +35,7 @@ class SwinAdapter:
         return found
 
     def graph(self, network: Any, preprocessing: Mapping[str, Any]) -> Graph:
+        """The quantizable graph; an UnsupportedNetworkError for a network without an integer form."""
         if type(network) is not SwinTransformer:
             raise UnsupportedNetworkError(
                 f"{type(network).__name__}: no integer form; quantize and export a timm SwinTransformer (v1) or "
@@ -42,6 +44,7 @@ class SwinAdapter:
         return swin_graph(network, preprocessing)
 
     def size_arguments(self, network: Any) -> dict[str, Any]:
+        """The arguments of the constructor that give the network's present size."""
         first = [stage.blocks[0] for stage in network.layers]
         return {
             "img_size": list(network.patch_embed.img_size),

@@ -23,7 +23,7 @@ Size = tuple[int, int]
 
 
 def swin_graph(network: Any, preprocessing: Mapping[str, Any]) -> Graph:
-    """The graph of a SwinTransformer; UnsupportedNetworkError for a variant without an integer form."""
+    """The graph of a SwinTransformer; an UnsupportedNetworkError for a variant without an integer form."""
     build = GraphBuilder(network)
     conv = build.plain("patch_embed.proj", nn.Conv2d)
     height, width = network.patch_embed.img_size
@@ -74,7 +74,7 @@ def swin_graph(network: Any, preprocessing: Mapping[str, Any]) -> Graph:
 
 
 def _patch_merging(build: GraphBuilder, path: str, merging: Any, x: str, size: Size, residual: str) -> tuple[str, Size]:
-    """2 x 2 neighbours side by side, LayerNorm over them, a linear reduction."""
+    """Joins 2 x 2 neighbors, normalizes them together, and reduces them by a linear layer."""
     x = build.gather(f"{path}.gather", x, merging_index(size))
     x = build.layer_norm(f"{path}.norm", x)
     x = build.linear(f"{path}.reduction", x, quantizer=residual)
@@ -111,7 +111,7 @@ def _block(build: GraphBuilder, path: str, block: Any, x: str, size: Size, resid
 
 
 def merging_index(size: Size) -> IndexArray:
-    """(rows, 4): for each output token its four sources in timm's order, -1 where an odd side was padded."""
+    """(rows, 4): the four sources of each output token in timm's order, -1 for the padding of an odd side."""
     height, width = size
     grid = np.full((height + height % 2, width + width % 2), -1, dtype=np.int32)
     grid[:height, :width] = np.arange(height * width).reshape(height, width)
@@ -120,10 +120,11 @@ def merging_index(size: Size) -> IndexArray:
 
 
 def window_indices(size: Size, window: Size, shift: Size) -> tuple[IndexArray, IndexArray, npt.NDArray[np.uint8]]:
-    """(into, back, region): tokens into window order (windows * length, 1) with -1 for padding; the way back
-    (rows, 1); the region label of every window token (windows, length).
+    """The indices (into, back, region) of windows.
 
-    As in timm: roll by -shift, pad at the bottom and right, cut into windows; regions by the three bands of each axis.
+    `into` (windows * length, 1) puts tokens into window order, with -1 for padding; `back` (rows, 1) is the way back;
+    `region` (windows, length) labels the tokens of a window. As in timm, tokens are rolled by -shift, padded at the
+    bottom and right, and cut into windows. The three bands of each axis make the regions.
     """
     height, width = size
     padded = tuple(-(-side // window_side) * window_side for side, window_side in zip(size, window, strict=True))

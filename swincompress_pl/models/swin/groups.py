@@ -26,11 +26,11 @@ _RESIZABLE = f"{ResizableWindowAttention.__module__}:{ResizableWindowAttention._
 def swin_groups(network: nn.Module) -> list[Group]:
     """The groups of a timm `SwinTransformer` or `SwinTransformerV2`.
 
-    In the order of the blocks, e.g. "layers.0.blocks.1.attn.heads", "layers.0.blocks.1.attn.head_dim" and
-    "layers.0.blocks.1.mlp.channels"; then the stages, e.g. "layers.0.embed". A stage whose stream meets a layer that is
-    not timm's own (another norm, another patch embedding, no classifier after the last one) has no "embed"; an
-    attention of Swin v2 that is not timm's own has no "heads" and no "head_dim". Raises UnsupportedNetworkError for
-    another variant.
+    First come the blocks in order, e.g. "layers.0.blocks.1.attn.heads", "layers.0.blocks.1.attn.head_dim" and
+    "layers.0.blocks.1.mlp.channels", then the stages, e.g. "layers.0.embed". A stage has no "embed" if its stream meets
+    a layer that is not timm's own (another norm or patch embedding, or no classifier after the last stage). An
+    attention of Swin v2 that is not timm's own has no "heads" and no "head_dim". Other variants raise
+    UnsupportedNetworkError.
     """
     groups: list[Group] = []
     if isinstance(network, SwinTransformerV2):
@@ -57,7 +57,7 @@ def _is_resizable(block: nn.Module) -> bool:
 
 
 def _attention_v2(path: str, block: nn.Module, block_path: str) -> tuple[Group, Group]:
-    """Cosine attention with a scale a head, a bias from a small MLP, and q, k and v biases that stand alone."""
+    """Cosine attention with a scale per head, a bias from a small MLP, and separate q, k and v biases."""
     attn = part_of(block, block_path, "attn", swin_transformer_v2.WindowAttention)
     parts = AttentionGroups(path, attn, class_swaps=(ClassSwap(module=path, type=_RESIZABLE),))
     biases = () if attn.q_bias is None else ("q_bias", "k_bias", "v_bias")
@@ -110,7 +110,7 @@ def _embed(network: nn.Module, number: int, *, last: bool) -> Group:
 
 
 def _merging_into(stream: Stream, path: str) -> None:
-    """Patch merging as the stage's source; v2 normalises what it gives."""
+    """The patch merging before a stage; v2 normalizes its output."""
     merging = stream.network.get_submodule(path)
     stream.require(type(merging) in (swin_transformer.PatchMerging, swin_transformer_v2.PatchMerging), path)
     stream.writer(f"{path}.reduction")
@@ -120,20 +120,20 @@ def _merging_into(stream: Stream, path: str) -> None:
 
 
 def _merging_from(stream: Stream, stage: str) -> None:
-    """Patch merging as the stage's reader: four neighbours side by side; v1 normalises them."""
+    """The patch merging after a stage, which joins four neighbors; v1 normalizes them."""
     path = f"{stage}.downsample"
     merging = stream.network.get_submodule(path)
     stream.require(type(merging) in (swin_transformer.PatchMerging, swin_transformer_v2.PatchMerging), path)
-    neighbours = tuple(position * stream.units for position in range(4))
+    neighbors = tuple(position * stream.units for position in range(4))
     if type(merging) is swin_transformer.PatchMerging:
-        stream.norm(f"{path}.norm", neighbours, size_of=f"{path}.reduction.weight", axis=1)
-    stream.reader(f"{path}.reduction", neighbours)
+        stream.norm(f"{path}.norm", neighbors, size_of=f"{path}.reduction.weight", axis=1)
+    stream.reader(f"{path}.reduction", neighbors)
     stream.attributes(path, "dim")
     stream.attributes(stage, "dim")
 
 
 def _classifier(stream: Stream) -> None:
-    """Final norm, pooling (which may put average and maximum side by side) and the classifier."""
+    """The final norm, the pooling (which may join average and maximum) and the classifier."""
     stream.norm("norm")
     stream.require(isinstance(stream.network.head, ClassifierHead), "head")
     stream.only("head", {"fc"})

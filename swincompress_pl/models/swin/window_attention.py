@@ -13,14 +13,14 @@ _MAX_LOG_SCALE = math.log(100.0)
 
 
 class ResizableWindowAttention(WindowAttention):
-    """timm's v2 `WindowAttention` whose output need not be as wide as its input; state and function are the same.
+    """timm's v2 `WindowAttention` for an output of another width than its input; state and function are the same.
 
-    timm's forward reshapes the heads to the width of the input, so it cannot lose heads, dimensions of them, or
-    channels of the stream. Pruning exchanges the class of the modules that it cuts for this one.
+    timm's forward reshapes the heads to the width of the input, so it cannot lose heads, dimensions of heads, or
+    channels of the stream. Pruning changes the class of the modules that it cuts to this one.
     """
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """x: (windows, tokens, channels); mask: (windows of an image, tokens, tokens), added to the logits."""
+        """Maps (windows, tokens, channels) to the same; the logits get `mask` (windows per image, tokens, tokens)."""
         windows, tokens, _ = x.shape
         qkv = self._qkv(x).reshape(windows, tokens, 3, self.num_heads, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)

@@ -1,4 +1,4 @@
-"""What timm's Vision Transformers (ViT, DeiT) tell pruning and quantization about themselves."""
+"""The adapter of timm's Vision Transformers (ViT, DeiT) for pruning and quantization."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ class VisionTransformerAdapter:
     family = "timm Vision Transformer"
 
     def groups(self, network: Any) -> list[Group]:
+        """The structured pruning groups; see `vit_groups`."""
         return vit_groups(network)
 
     def uncovered(self, network: Any) -> dict[str, str]:
@@ -27,10 +28,11 @@ class VisionTransformerAdapter:
         return vit_uncovered(network)
 
     def segments(self, network: Any) -> list[str]:
-        """Patch embedding, then the blocks. Position embedding and tokens are added between the two."""
+        """The patch embedding, then the blocks; position embedding and tokens are added between the two."""
         return ["patch_embed", *(f"blocks.{index}" for index, _ in enumerate(network.blocks.children()))]
 
     def graph(self, network: Any, preprocessing: Mapping[str, Any]) -> Graph:
+        """The quantizable graph; an UnsupportedNetworkError for a network without an integer form."""
         if type(network) is not VisionTransformer:
             raise UnsupportedNetworkError(
                 f"{type(network).__name__}: no integer form; quantize and export a plain timm VisionTransformer "
@@ -39,6 +41,7 @@ class VisionTransformerAdapter:
         return vit_graph(network, preprocessing)
 
     def size_arguments(self, network: Any) -> dict[str, Any]:
+        """The arguments of the constructor that give the network's present size."""
         embed = network.patch_embed
         sizes = {"img_size": embed.img_size, "patch_size": embed.patch_size}
         return {name: list(value) for name, value in sizes.items() if value is not None}

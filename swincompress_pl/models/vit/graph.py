@@ -17,7 +17,7 @@ from swincompress_pl.quant.graph.nodes import AddConstantNode, MeanNode, Prepend
 
 
 def vit_graph(network: Any, preprocessing: Mapping[str, Any]) -> Graph:
-    """The graph of a VisionTransformer; UnsupportedNetworkError for a variant without an integer form."""
+    """The graph of a VisionTransformer; an UnsupportedNetworkError for a variant without an integer form."""
     build = GraphBuilder(network)
     _refuse_variants(build, network)
     conv = build.plain("patch_embed.proj", nn.Conv2d)
@@ -63,8 +63,7 @@ def _refuse_variants(build: GraphBuilder, network: Any) -> None:
 
 
 def _embedding(build: GraphBuilder, network: Any, preprocessing: Mapping[str, Any], residual: str) -> str:
-    """Patches, position embedding and prefix tokens; the prefix rows of the embedding are added to their tokens
-    here."""
+    """The patches with position embedding and prefix tokens, which take their rows of the embedding here."""
     covers_prefix = network.pos_embed is not None and not network.no_embed_class
     x = build.pixel_conv("patch_embed.proj", quantizer=residual, mean=preprocessing["mean"], std=preprocessing["std"])
     dropout = build.active("pos_drop")
@@ -117,7 +116,7 @@ def _block(build: GraphBuilder, path: str, block: Any, x: str, residual: str) ->
 
 
 def _pool(build: GraphBuilder, network: Any, x: str) -> str:
-    """Class token: chosen before the norm, which acts on each token alone. Average: after the norm, before fc_norm."""
+    """Selects the class token before the norm, which acts on each token, or averages between norm and fc_norm."""
     dropout = build.active("head_drop")
     tokens = network.num_prefix_tokens + network.patch_embed.num_patches
     norm_path = "norm" if not isinstance(network.norm, nn.Identity) else None

@@ -26,11 +26,11 @@ _TOKENS = ("cls_token", "reg_token", "dist_token", "pos_embed")
 def vit_groups(network: nn.Module) -> list[Group]:
     """The groups of a timm `VisionTransformer` (ViT, DeiT, distilled, with register tokens).
 
-    In the order of the blocks, e.g. "blocks.0.attn.heads", "blocks.0.attn.head_dim" and "blocks.0.mlp.channels"; then
-    "embed". Normed q and k (qk_norm) run their statistics over the dimensions of a head, so there is no "head_dim"
-    then; "embed" is missing where the stream meets something that is not timm's own (RmsNorm, a hybrid patch embedding,
-    attention pooling, no classifier). Raises UnsupportedNetworkError for a variant that is not covered: parallel
-    blocks, differential attention, gated MLPs, a norm over the attention's output or the MLP's hidden channels.
+    First come the blocks in order, e.g. "blocks.0.attn.heads", "blocks.0.attn.head_dim" and "blocks.0.mlp.channels",
+    then "embed". With qk_norm there is no "head_dim", as the statistics run over the dimensions of a head. There is no
+    "embed" if the stream meets something that is not timm's own (RmsNorm, a hybrid patch embedding, attention pooling,
+    no classifier). Other variants raise UnsupportedNetworkError: parallel blocks, differential attention, gated MLPs,
+    and norms over the attention's output or the MLP's hidden channels.
     """
     groups: list[Group] = []
     for path, block in blocks_of(network, Block, ResPostBlock):
@@ -42,7 +42,7 @@ def vit_groups(network: nn.Module) -> list[Group]:
 
 
 def vit_uncovered(network: nn.Module) -> dict[str, str]:
-    """{kind: why there is no group of it}."""
+    """{kind of which there is no group: why}."""
     try:
         _embed(network)
     except NotCoveredError as error:

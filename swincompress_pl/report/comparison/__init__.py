@@ -1,1 +1,1 @@
-"""The engine beside other runtimes: each one in a process of its own, in turns."""
+"""The engine compared with other runtimes, each in a process of its own, in turns."""

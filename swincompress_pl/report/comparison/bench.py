@@ -1,4 +1,4 @@
-"""Measuring an artifact: the engine in a comparison with other runtimes, its answers checked in the same run."""
+"""Measures an artifact: the engine against other runtimes, with its answers checked in the same run."""
 
 from __future__ import annotations
 
@@ -23,10 +23,19 @@ _IMAGES_CHECKED = 2
 
 @dataclass(frozen=True, kw_only=True)
 class Bench:
-    """What a comparison gave; the engine is the first of `results`. ratios: {runtime: its time / the engine's}.
+    """What a comparison gave.
 
-    answers_equal: integer logits of the engine equal the reference's on `images_checked` random images, in this very
-    run.
+    Attributes:
+        file_bytes: Bytes of the artifact.
+        macs: Multiply-accumulates per image.
+        batch: Images per pass.
+        implementation: Name of the kernels that ran.
+        images_checked: Number of random images on which the answers were compared.
+        answers_equal: Whether the integer logits of engine and reference were equal, in this very run.
+        results: One per runner; the engine is the first.
+        ratios: {runtime: its time / the engine's}.
+        operations: Time of each operation of the engine.
+        environment: What `describe_environment` gave.
     """
 
     file_bytes: int
@@ -41,7 +50,7 @@ class Bench:
     environment: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
-        """The figures in JSON types."""
+        """Returns the figures in JSON types."""
         return {
             "file_bytes": self.file_bytes,
             "macs": self.macs,
@@ -67,10 +76,10 @@ def bench_artifact(
     directory: Path,
     on_progress: Progress,
 ) -> Bench:
-    """Compares the artifact `file` with the runtimes named in `against` (`runtimes.RUNTIMES`).
+    """Compares the artifact `file` with the runtimes named in `against`, which are keys of `runtimes.RUNTIMES`.
 
-    directory: for the files that runtimes read. Raises ArtifactError or ProgramError for a bad file, ValueError for an
-    unknown implementation or runtime; a runtime that is missing or fails stands in the results with the reason.
+    `directory` takes the files that runtimes read. A runtime that is missing or fails has the reason in its result.
+    ArtifactError or ProgramError is raised for a bad file, ValueError for an unknown implementation.
     """
     on_progress("checking the engine against the reference", 0, 1)
     engine = accel.load(file, threads=threads, implementation=implementation)
@@ -109,9 +118,9 @@ def compare_engine(
     directory: Path,
     on_progress: Progress | None = None,
 ) -> list[Result]:
-    """The results of the artifact `file` in the engine's implementation, then of the runtimes named in `against`.
+    """The result of the artifact `file` in the engine's implementation, then those of the runtimes in `against`.
 
-    origin: what those rebuild the network from (`runtimes.prepare`). directory: for the files that they read.
+    These rebuild the network from `origin` (see `runtimes.prepare`) and read files in `directory`.
     """
     report = on_progress or (lambda *_: None)
     shape = engine.input_shape
@@ -127,7 +136,7 @@ def compare_engine(
 
 
 def ratios_to(first: Result, others: Sequence[Result]) -> dict[str, Ratio]:
-    """{name: its time / the time of `first`} for those that were measured."""
+    """{name: its time / the time of `first`} of those that were measured."""
     if first.latency is None:
         return {}
     return {other.name: ratio(other.latency, first.latency) for other in others if other.latency is not None}

@@ -1,5 +1,4 @@
-"""Runtimes measured against each other: each in a process of its own, in turns, so that none disturbs or favours
-another."""
+"""Measures runtimes against each other: each in a process of its own, in turns, so that none disturbs another."""
 
 from __future__ import annotations
 
@@ -26,11 +25,19 @@ _LAST_WORDS = 300
 
 @dataclass(frozen=True, kw_only=True)
 class Runner:
-    """What a worker process runs: `runtime` is one of `worker.BUILDERS`.
+    """What a worker process runs.
 
-    image_shape: (height, width, channels). file: artifact or ONNX file. origin: how torch rebuilds the architecture.
-    settings: of OpenVINO, or torch's `precision` ("fp32", "bf16") and `compile`. unavailable: why it cannot run ("not
-    installed"); it then only stands in the table.
+    Attributes:
+        name: Its name in the results.
+        runtime: A key of `worker.BUILDERS`.
+        threads: Number of threads.
+        batch: Images per pass.
+        image_shape: (height, width, channels).
+        file: Artifact or ONNX file.
+        origin: From what torch rebuilds the architecture.
+        implementation: Name of the engine's kernels.
+        settings: Settings of OpenVINO, or `precision` ("fp32", "bf16") and `compile` of torch.
+        unavailable: Why it cannot run, such as "not installed"; it is then listed but not started.
     """
 
     name: str
@@ -45,7 +52,7 @@ class Runner:
     unavailable: str | None = None
 
     def task(self, warm_up: int, turn_ms: float) -> dict[str, Any]:
-        """The worker's first line."""
+        """What the worker reads as its first line."""
         entries = ("runtime", "threads", "batch", "file", "origin", "implementation")
         task = {name: getattr(self, name) for name in entries}
         return task | {
@@ -58,10 +65,16 @@ class Runner:
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """How one runner did; latency is None when it could not run, and `unavailable` says why.
+    """What one runner gave.
 
-    load_ms: from its imported runtime to its first answer. file_bytes: of what it read; of torch, its float32
-    state_dict. logits: its first answer, (batch, classes), on images that are the same for all of a comparison.
+    Attributes:
+        name: Name of the runner.
+        latency: Its times; None if it could not run.
+        peak_rss_bytes: Peak resident memory of its process.
+        load_ms: Time from the imported runtime to the first answer.
+        file_bytes: Bytes of the file that it read; for torch, of the float32 state_dict.
+        logits: Its first answer, (batch, classes), on images that are the same for all runners.
+        unavailable: Why it could not run.
     """
 
     name: str
@@ -73,7 +86,7 @@ class Result:
     unavailable: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """The figures in JSON types, without the logits."""
+        """Returns the figures in JSON types, without the logits."""
         return {
             "name": self.name,
             "latency": None if self.latency is None else self.latency.to_dict(),
@@ -92,15 +105,18 @@ def compare(
     turn_ms: float = 100.0,
     on_progress: Progress | None = None,
 ) -> list[Result]:
-    """Starts every runner, then gives each one turn a round; a sample is the median of a turn of about `turn_ms`.
+    """Starts every runner, then gives each one turn per round; a sample is the median of a turn of about `turn_ms`.
 
-    A runner that fails does not end the comparison: its result says why. on_progress: called with (what, done, total).
-    The k-th samples of all are from the same round, so `latency.ratio` may pair them. Raises ValueError for a repeated
-    name.
+    A runner that fails does not end the comparison: its result says why. `on_progress` is called with (what, done,
+    total). The k-th samples of all runners are from the same round, so `latency.ratio` may pair them. A ValueError is
+    raised for a repeated name.
     """
     names = [runner.name for runner in runners]
     if len(set(names)) != len(names) or rounds < 1 or warm_up < 0:
-        raise ValueError(f"runners {names}, rounds={rounds}, warm_up={warm_up}: names must differ, rounds be 1 or more")
+        raise ValueError(
+            f"runners {names}, rounds={rounds}, warm_up={warm_up}: names must differ, rounds must be 1 or more and "
+            "warm_up 0 or more"
+        )
     report = on_progress or (lambda *_: None)
     total = len(runners) + rounds
     with ExitStack() as stack:
@@ -153,7 +169,7 @@ class _Worker:
             self._errors.close()
 
     def turn(self) -> None:
-        """One more sample, or a failure."""
+        """Takes one more sample, or notes a failure."""
         answer = self._ask("turn")
         if answer is not None:
             self._samples.append(answer["sample_ms"])
@@ -181,7 +197,7 @@ class _Worker:
         environment = os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "PYTHONPATH": path}
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115  (closed in __exit__)
         self._process = subprocess.Popen(
-            # -P: a source tree in the working directory must not stand in for the installed package
+            # -P: a source tree in the working directory must not hide the installed package
             [sys.executable, "-P", "-m", "swincompress_pl.report.comparison.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

@@ -1,4 +1,4 @@
-"""One kernel alone: a layer in every implementation, timed inside an engine and compared with the reference."""
+"""One kernel alone: a layer in every implementation, timed inside an engine and checked against the reference."""
 
 from __future__ import annotations
 
@@ -23,16 +23,25 @@ _LAYER = "layer"
 
 @dataclass(frozen=True, kw_only=True)
 class KernelBench:
-    """The time of one layer in one implementation."""
+    """The time of one layer in one implementation.
+
+    Attributes:
+        implementation: Name of the kernels.
+        macs: Multiply-accumulates per call.
+        latency: Times of the layer.
+        answers_equal: Whether the integers equal those of the specification.
+        peak_gmacs_per_second: What as many threads reach with operands in registers; the best of all rounds.
+    """
 
     implementation: str
     macs: int
     latency: Latency
     answers_equal: bool
-    peak_gmacs_per_second: float  # of as many threads, with operands in registers; the best of the rounds'
+    peak_gmacs_per_second: float
 
     @property
     def gmacs_per_second(self) -> float:
+        """Billions of multiply-accumulates per second."""
         return self.macs / self.latency.median_ms / 1e6
 
     @property
@@ -41,6 +50,7 @@ class KernelBench:
         return self.gmacs_per_second / self.peak_gmacs_per_second
 
     def to_dict(self) -> dict[str, Any]:
+        """Returns the figures in JSON types."""
         return {
             "implementation": self.implementation,
             "macs": self.macs,
@@ -54,10 +64,9 @@ class KernelBench:
 def bench_linear(
     *, rows: int, outputs: int, inputs: int, threads: int = 1, implementation: str | None = None, rounds: int = 20
 ) -> list[KernelBench]:
-    """int8 linear layer with requantization to int8, (rows, inputs) x (outputs, inputs): its time inside the engine's
-    profile.
+    """Times a linear layer from uint8 to int8, (rows, inputs) x (outputs, inputs), inside an engine's profile.
 
-    implementation: one of `accel.implementations()`; None measures all of them, in turns.
+    `implementation` is one of `accel.implementations()`; None measures all of them, in turns.
     """
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (1, rows, 1, inputs), dtype=np.uint8)
@@ -98,15 +107,15 @@ def _engines(program: Program, implementations: Sequence[str], threads: int) -> 
 
 
 def _layer_ms(profile: accel.Profile) -> float:
-    """The time of the layer's step; an engine may join the layer with what follows."""
+    """The time of the layer's step; an engine may join the layer with the next operation."""
     return next(row.time_ms for row in profile if _LAYER in row.operation.split("+"))
 
 
 def linear_program(layer: Mapping[str, npt.NDArray[Any]], *, rows: int) -> Program:
-    """uint8 (rows, 1, K) -> the given linear layer to int8 -> mean over the rows -> linear to one int32 logit.
+    """A Program of images (rows, 1, K): the given linear layer to int8, the mean over the rows, and one int32 logit.
 
-    layer: its weight (N, K), bias, mult and shift. Mean and head are there because a Program ends in logits; they are
-    not timed.
+    `layer` has a weight (N, K), bias, mult and shift. Mean and head are there because a Program must end in logits;
+    they are not timed.
     """
     outputs, inputs = layer["weight"].shape
     tensors = {f"{_LAYER}.{role}": tensor for role, tensor in layer.items()}

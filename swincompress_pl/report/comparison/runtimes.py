@@ -1,4 +1,4 @@
-"""The runtimes that a user would else pick, prepared for the same architecture: torch, onnxruntime, OpenVINO."""
+"""The alternative runtimes, prepared for the same architecture: torch, onnxruntime and OpenVINO."""
 
 from __future__ import annotations
 
@@ -18,16 +18,22 @@ LATENCY_ONLY = (
     "other runtimes run the same architecture with random float weights: their latency counts, their answers do not"
 )
 
-
 _ONNX = ("onnx", "onnxscript")
-# runtime -> packages without which none of its variants runs
+# {runtime: packages that all of its variants need}
 _PACKAGES = {"torch": ("torch",), "onnxruntime": ("onnxruntime", *_ONNX), "openvino": ("openvino", *_ONNX)}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """One way to run a runtime. form: what it reads, a kind of file that `_Forms` makes, or None when it rebuilds the
-    network itself. converter: a package that makes the form, beside those of the runtime."""
+    """One way to run a runtime.
+
+    Attributes:
+        name: Its name in tables.
+        runtime: A key of `worker.BUILDERS`.
+        form: The kind of file that it reads, which `_Forms` makes; None if it rebuilds the network itself.
+        converter: A package that makes the file, in addition to those of the runtime.
+        settings: As in `Runner`.
+    """
 
     name: str
     runtime: str
@@ -37,7 +43,7 @@ class Variant:
 
     @property
     def packages(self) -> tuple[str, ...]:
-        """Those that have to be installed."""
+        """The packages that must be installed."""
         return _PACKAGES[self.runtime] + (() if self.converter is None else (self.converter,))
 
 
@@ -61,7 +67,7 @@ RUNTIMES: dict[str, tuple[Variant, ...]] = {
 
 
 def parse_runtimes(text: str) -> tuple[str, ...]:
-    """The runtimes named in "torch,onnxruntime"; ValueError names an unknown one and lists the choices."""
+    """The runtimes in a list such as "torch,onnxruntime"; a ValueError names an unknown one and lists the choices."""
     names = tuple(name.strip() for name in text.split(",") if name.strip())
     unknown = [name for name in names if name not in RUNTIMES]
     if unknown:
@@ -79,9 +85,9 @@ def prepare(
     directory: Path,
     on_progress: Callable[[str], object] | None = None,
 ) -> dict[int, list[Runner]]:
-    """{number of threads: a runner for every variant of every named runtime}; files are written into `directory` once.
+    """{number of threads: a runner per variant of every named runtime}; files are written into `directory` once.
 
-    origin: `Program.origin`, from which the float architecture is rebuilt with random weights. Without it, or where a
+    The float architecture is rebuilt from `origin`, a `Program.origin`, with random weights. Without it, or if a
     package is missing or a conversion fails, the runner is unavailable and says why.
     """
     forms = _Forms(origin=origin, image_shape=image_shape, batch=batch, directory=directory)
@@ -118,7 +124,7 @@ def _made(variant: Variant, forms: _Forms) -> tuple[str | None, str | None]:
         return None, None
     try:
         return str(forms.file(variant.form)), None
-    except Exception as error:  # a converter's failure belongs into the table, not in the user's face
+    except Exception as error:  # a converter's failure belongs in the table and must not end the comparison
         return (
             None,
             f"conversion failed: {type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}",
@@ -201,7 +207,7 @@ class _Forms:
         return model
 
     def _samples(self) -> list[Any]:
-        """Random images for a calibration, other ones than those of the comparison but alike."""
+        """Random images for a calibration, different from those of the comparison but alike."""
         shape = (self.batch, *self.image_shape)
         return [normalized(random_images(shape, seed)) for seed in (SEED + 1, SEED + 2)]
 
@@ -225,7 +231,7 @@ class _Forms:
 
 @contextlib.contextmanager
 def _quiet() -> Any:
-    """Converters print and log at length; none of it is the user's concern when they succeed."""
+    """Silences converters, which print and log at length even if they succeed."""
     logging.disable(logging.WARNING)
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):

@@ -1,8 +1,8 @@
 """One runner of a comparison in a process of its own: `python -m swincompress_pl.report.comparison.worker`.
 
-Driven by `compare.compare`, it reads one JSON line that says what to run, answers when it is warm (with the time to its
-first answer, the size of what it read and its logits), then answers every further line with the time of one turn. Its
-answers go to the original standard output; whatever libraries print goes to the standard error.
+`compare.compare` drives it. It reads one JSON line that says what to run. When it is warm, it answers with the time to
+its first answer, the size of the file that it read, and its logits. It answers every further line with the time of one
+turn. Its answers go to the original standard output; whatever libraries print goes to the standard error.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import numpy.typing as npt
 from swincompress_pl.report.latency import NANOSECONDS_A_MS, timed_ms
 
 Call = Callable[[], object]
-# A network built by `models.rebuild` right after torch.manual_seed(SEED) has the same weights here as in the parent.
+# A network that `models.rebuild` makes right after torch.manual_seed(SEED) has the same weights here as in the parent.
 SEED = 0
 # How other runtimes' images are normalized, in [0, 1] units.
 PIXEL_MEAN, PIXEL_STD = 0.5, 0.25
@@ -32,8 +32,13 @@ PIXEL_MEAN, PIXEL_STD = 0.5, 0.25
 
 @dataclass(frozen=True, kw_only=True)
 class Loaded:
-    """A runtime ready to run. call: one forward pass; logits: what it gave, as (N, classes) floats; file_bytes: of the
-    file that was read, of torch its float32 state_dict."""
+    """A runtime that is ready to run.
+
+    Attributes:
+        call: Runs one forward pass.
+        logits: Turns what `call` returned into floats (N, classes).
+        file_bytes: Bytes of the file that was read; for torch, of the float32 state_dict.
+    """
 
     call: Call
     logits: Callable[[Any], npt.NDArray[Any]]
@@ -41,14 +46,14 @@ class Loaded:
 
 
 def main() -> None:
-    """Serves one parent until its end of input."""
+    """Serves one parent until the end of the input."""
     answers = _private_output()
     task = json.loads(sys.stdin.readline())
     try:
         loaded, ready = load(task)
         for _ in range(task["warm_up"]):
             loaded.call()
-    except Exception as error:  # every failure of a runtime is the parent's to report, none may end the comparison
+    except Exception as error:  # the parent reports every failure of a runtime, and none may end the comparison
         _send(answers, {"error": f"{type(error).__name__}: {error}"})
         return
     _send(answers, ready)
@@ -57,8 +62,11 @@ def main() -> None:
 
 
 def load(task: Mapping[str, Any]) -> tuple[Loaded, dict[str, Any]]:
-    """The runtime of `task` and what there is to say of it. load_ms: reading or building the network, compiling it and
-    the first answer; imports are done before, since torch's worker needs more of them than a user of torch does."""
+    """The runtime of `task`, and the facts for the parent.
+
+    `load_ms` covers reading or building the network, compiling it, and the first answer. Imports come before, since
+    torch's worker needs more of them than a user of torch.
+    """
     build = BUILDERS[task["runtime"]]
     for module in _IMPORTS[task["runtime"]]:
         importlib.import_module(module)
@@ -73,8 +81,10 @@ def load(task: Mapping[str, Any]) -> tuple[Loaded, dict[str, Any]]:
 
 
 def turn_ms(call: Call, budget_ms: float) -> float:
-    """The median time of one call in a turn: one untimed call to wake caches and threads, then calls until the budget
-    is used."""
+    """The median time of a call in one turn.
+
+    A turn is one untimed call, which wakes caches and threads, and then calls until the budget is used.
+    """
     call()
     taken = [timed_ms(call)]
     while sum(taken) + taken[0] <= budget_ms:
@@ -83,7 +93,7 @@ def turn_ms(call: Call, budget_ms: float) -> float:
 
 
 def peak_rss_bytes() -> int | None:
-    """The peak resident memory of this process. Not getrusage: its figure survives exec and may be the parent's."""
+    """The peak resident memory of this process; getrusage's figure survives exec and may be the parent's."""
     try:
         status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
     except OSError:
@@ -167,25 +177,25 @@ _IMPORTS = {
 
 
 def _file_bytes(file: str) -> int:
-    """Of a file, and of the weights that OpenVINO keeps beside its XML."""
+    """The bytes of a file, and of the weights that OpenVINO keeps beside its XML."""
     path = Path(file)
     weights = path.with_suffix(".bin")
     return path.stat().st_size + (weights.stat().st_size if path.suffix == ".xml" else 0)
 
 
 def random_images(shape: tuple[int, ...], seed: int) -> npt.NDArray[np.uint8]:
-    """(N, H, W, C) pixels of even noise."""
+    """Pixels (N, H, W, C) of uniform noise."""
     return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
 
 
 def normalized(images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-    """(N, H, W, C) pixels as the (N, C, H, W) floats that other runtimes take."""
+    """Pixels (N, H, W, C) as the floats (N, C, H, W) that other runtimes take."""
     real = (images.astype(np.float32) / 255 - PIXEL_MEAN) / PIXEL_STD
     return np.ascontiguousarray(real.transpose(0, 3, 1, 2))
 
 
 def _private_output() -> TextIO:
-    """The original standard output for answers alone; descriptor 1 becomes the standard error."""
+    """The original standard output, for answers only; descriptor 1 becomes the standard error."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     sys.stdout.flush()
     os.dup2(2, 1)

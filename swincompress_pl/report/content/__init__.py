@@ -1,4 +1,4 @@
-"""What a report says, whatever its form."""
+"""What a report says, in whatever format."""
 
 from typing import Any
 

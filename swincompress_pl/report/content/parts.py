@@ -1,4 +1,4 @@
-"""What a report's content is made of: sections with sentences, items, a table and the names of plots."""
+"""The parts of a report's content: sections with sentences, items, a table and the names of plots."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """Plain text; the first column reads from the left, the others are figures. long: a reader need not see it all."""
+    """A table of plain text; the first column is text, the others are figures. A `long` one may be folded."""
 
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
@@ -17,13 +17,13 @@ class Table:
 
     @classmethod
     def of(cls, header: Sequence[str], rows: Iterable[Sequence[str]], *, long: bool = False) -> Table:
-        """From any sequences."""
+        """Makes a table of any sequences."""
         return cls(header=tuple(header), rows=tuple(tuple(row) for row in rows), long=long)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Item:
-    """A line of a list, led by a word or name where it has one; mood: whether it is news that must be seen."""
+    """A line of a list, with an optional lead; `mood` marks good and bad news."""
 
     text: str
     lead: str = ""
@@ -32,7 +32,7 @@ class Item:
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
-    """A part of the report; plots are names of `plots.draw.PLOTS`, shown where they were drawn."""
+    """A part of the report; `plots` are names of `plots.draw.PLOTS`, shown if they were drawn."""
 
     title: str
     text: str = ""
@@ -42,7 +42,7 @@ class Section:
 
 
 class Tile(NamedTuple):
-    """A figure that a reader looks for first, what it is of, and what there is to say of it."""
+    """A figure that a reader looks for first, with its name and a detail."""
 
     what: str
     value: str

@@ -1,4 +1,4 @@
-"""What a report says of a quantized network's diagnosis."""
+"""What a report says about the diagnosis of a quantized network."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from swincompress_pl.report.diagnosis import all_packed_bytes, float_bytes, labe
 
 
 def quantization_sections(data: Mapping[str, Any] | Diagnosis) -> list[Section]:
-    """What a report says of a diagnosis."""
+    """The sections about a diagnosis."""
     known = read_diagnosis(data)
     return [_summary(known), *_costs(known), _scales(known), _bits(known)]
 
@@ -29,8 +29,8 @@ def _summary(known: Diagnosis) -> Section:
         worst = known.costs[0]
         lines.append(("costliest alone", f"{label(worst)}, KL {worst.alone.kl:.3g}"))
     text = (
-        "The signal-to-noise ratio of a quantizer compares its values with the float network's at the same place; its "
-        "own one counts what is rounded and clipped there alone."
+        "The signal-to-noise ratio of a quantizer compares its values with those of the float network at the same "
+        "place. Its own ratio counts only what this quantizer itself rounds and clips."
     )
     items = tuple(Item(lead=lead, text=line) for lead, line in lines)
     return Section(title="Quantization", text=text, items=items, plots=("quantization_error",))
@@ -44,8 +44,8 @@ def _costs(known: Diagnosis) -> list[Section]:
     header = ["quantizer", "bits", *(f"alone: {e}" for e in effect), *(f"all others: {e}" for e in effect)]
     rows = [[label(c), str(c.bits), *_cells(c.alone, labelled), *_cells(c.others, labelled)] for c in known.costs]
     text = (
-        "Each quantizer alone in the float network, and all others without it: what it costs, and what "
-        "leaving it in float would give back."
+        "In the columns 'alone' only this quantizer is active: what it costs. In the columns 'all others' "
+        "everything but this one is quantized: what leaving it in float would give back."
     )
     table = Table.of(header, rows, long=True)
     return [Section(title="What each quantizer costs", text=text, table=table, plots=("quantization_costs",))]
@@ -68,8 +68,8 @@ def _scales(known: Diagnosis) -> Section:
         for e in known.errors
     ]
     text = (
-        "The clip is the largest value that a scale can express; below 1 it cuts the largest values off. Of several "
-        "scales (q, k and v, the rows of a weight) the most clipped one is shown."
+        "The clip is the largest value that a scale can express; a ratio below 1 means that the largest values are cut "
+        "off. If a quantizer has several scales (q, k and v, or the rows of a weight), the most clipped one is shown."
     )
     table = Table.of(header, rows, long=True)
     return Section(title="Scales", text=text, table=table, plots=("quantization_ranges", "quantization_histograms"))
@@ -83,7 +83,9 @@ def _bits(known: Diagnosis) -> Section:
     table = Table.of(("layer", "weight bits", "weights", "packed"), rows, long=True)
     layers = Counter(bits for bits, _ in known.layers.values())
     text = ", ".join(f"{number} at {bits} bits" for bits, number in sorted(layers.items()))
-    return Section(title="Bits a layer", text=f"{len(rows)} layers: {text}.", table=table, plots=("quantization_bits",))
+    return Section(
+        title="Bits per layer", text=f"{len(rows)} layers: {text}.", table=table, plots=("quantization_bits",)
+    )
 
 
 def _effect(effect: Effect, images: int) -> str:

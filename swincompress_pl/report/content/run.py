@@ -1,4 +1,4 @@
-"""What a report says of the run: its stages, comparisons, checks, layers, operations, environment."""
+"""What a report says about the run: its stages, comparisons, checks, layers, operations and environment."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _OPERATIONS_SHOWN = 15
 
 
 def stages(record: RunRecord) -> Section | None:
-    """Before and after, with the notes; these alone where nothing was measured."""
+    """The stages and the notes, or only the notes if nothing was measured."""
     if not record.stages:
         notes = tuple(Item(text=note) for note in record.notes)
         return Section(title="Notes", items=notes) if notes else None
@@ -24,7 +24,7 @@ def stages(record: RunRecord) -> Section | None:
 
     rows = [
         row("parameters", lambda s: count(s.parameters), lambda s: s.parameters),
-        row("MACs an image", lambda s: count(s.macs), lambda s: s.macs),
+        row("MACs per image", lambda s: count(s.macs), lambda s: s.macs),
         *_size_rows(row),
         ["top-1 [95 % interval]", *("-" if s.accuracy is None else str(s.accuracy) for s in record.stages)],
         *_latency_rows(record.stages),
@@ -67,10 +67,10 @@ def _stage_notes(record: RunRecord) -> tuple[Item, ...]:
         lines.append(f"Accuracy is measured on {record.data}.")
     if any(stage.size is not None for stage in record.stages):
         lines.append(
-            "MB are 10^6 bytes. The claim is the file; the other two show what counting non-zeros alone would say."
+            "1 MB is 10^6 bytes. The file is what counts; the other two rows show what counting non-zeros would say."
         )
         indices = "; ".join(f"{stage.name}: {stage.size.index}" for stage in record.stages if stage.size is not None)
-        lines.append(f"How the non-zeros are found again, in tensors: {indices}.")
+        lines.append(f"Index of the non-zeros, in numbers of tensors: {indices}.")
     if any(stage.latency_ms for stage in record.stages):
         lines.append("Latencies are medians with their quartiles, measured in turns.")
     if any(stage.accuracy is not None for stage in record.stages):
@@ -79,7 +79,7 @@ def _stage_notes(record: RunRecord) -> tuple[Item, ...]:
 
 
 def comparisons(record: RunRecord) -> Section | None:
-    """Predictions before and after, image by image."""
+    """The paired comparisons."""
     items = tuple(Item(lead=comparison.name, text=str(comparison.paired)) for comparison in record.comparisons)
     return Section(title="Paired predictions", items=items) if items else None
 
@@ -98,7 +98,7 @@ def checks(record: RunRecord) -> Section | None:
 
 
 def layers(record: RunRecord) -> Section | None:
-    """What is gone of each weight."""
+    """The part of each weight that is removed."""
     if not record.layers:
         return None
     rows = [
@@ -106,7 +106,7 @@ def layers(record: RunRecord) -> Section | None:
         for layer in record.layers
     ]
     table = Table.of(["weight", "values before", "non-zeros after", "gone"], rows, long=True)
-    return Section(title="Sparsity a layer", table=table, plots=("sparsity",))
+    return Section(title="Sparsity per layer", table=table, plots=("sparsity",))
 
 
 def operations(record: RunRecord) -> Section | None:
@@ -128,7 +128,7 @@ def operations(record: RunRecord) -> Section | None:
         for op in slowest
     ]
     return Section(
-        title="Latency a layer",
+        title="Latency per layer",
         text=f"{len(operations)} operations, {total:.3g} ms together; the slowest {len(slowest)}:",
         table=Table.of(["operation", "kind", "ms", "share", "MACs", "GMAC/s"], rows),
         plots=("latency",),

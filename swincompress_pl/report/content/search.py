@@ -1,4 +1,4 @@
-"""What a report says of a pruning search, or of steps without one."""
+"""What a report says about a pruning search, or about steps without one."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from swincompress_pl.report.search import (
 
 
 def search(record: RunRecord) -> Section | None:
-    """What it gave and what it cost."""
+    """What the search gave and what it cost."""
     if record.pruning is None:
         return None
     state = read_search(record.pruning)
@@ -30,7 +30,7 @@ def search(record: RunRecord) -> Section | None:
         ("score on the hold-out", f"{state.baseline_score:.2f} -> {score} points{allowed}"),
         ("parameters", change(state.baseline_parameters, parameters_left(state))),
         *_weights(state),
-        *([("MACs an image", change(state.baseline_macs, macs_left(state)))] if state.baseline_macs else []),
+        *([("MACs per image", change(state.baseline_macs, macs_left(state)))] if state.baseline_macs else []),
         ("search", f"{state.granularity}, {tried}, {kept} kept"),
         ("its end", state.stopped or "not reached: the search goes on"),
         *_scoring(state),
@@ -42,7 +42,7 @@ def search(record: RunRecord) -> Section | None:
 
 
 def _weights(state: SearchState) -> list[tuple[str, str]]:
-    """Single weights are counted among those that could go; units take biases and norms along, so theirs are not."""
+    """The part of the prunable weights that is removed; structured searches also remove biases, so have no such row."""
     if state.granularity == "structured" or not state.baseline_prunable:
         return []
     removed = state.baseline_parameters - parameters_left(state)
@@ -86,7 +86,7 @@ def targets(record: RunRecord) -> Section | None:
 
 
 def steps(record: RunRecord, shown: int | None) -> Section | None:
-    """Each step and its decision; at most the last `shown` ones."""
+    """The last `shown` steps with their decisions; None shows all."""
     steps = record.all_steps()
     if not steps:
         return None
@@ -94,7 +94,7 @@ def steps(record: RunRecord, shown: int | None) -> Section | None:
     rows = [[step.group, str(number), *_step_cells(step)] for number, step in last]
     header = ["target", "step", "round", "kind", "units", "hold-out top-1", "decision", "images", "parameters after"]
     kept = sum(step.accepted for step in steps)
-    rest = f" The last {len(rows)} stand here, all of them in report.json." if len(rows) < len(steps) else ""
+    rest = f" These are the last {len(rows)}; report.json has all of them." if len(rows) < len(steps) else ""
     estimates = any(step.exact is False for step in steps)
     return Section(
         title="Pruning steps",

@@ -9,9 +9,9 @@ from swincompress_pl.report.record import RunRecord
 
 
 def sections(record: RunRecord, *, steps_shown: int | None = None) -> list[Section]:
-    """The report's sections in reading order, only those for which the record has something.
+    """The sections for which the record has data, in reading order.
 
-    steps_shown: at most so many of the last pruning steps, None for all.
+    `steps_shown` limits the pruning steps to the last ones; None shows all.
     """
     found = [
         run.stages(record),

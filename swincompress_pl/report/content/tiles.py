@@ -14,7 +14,7 @@ from swincompress_pl.report.search import macs_left, parameters_left, read_searc
 
 
 def tiles(record: RunRecord) -> list[Tile]:
-    """Of the stages, or else of the search; then of the quantization."""
+    """The tiles of the stages, or else of the search, and then those of the quantization."""
     found = _stage_tiles(record.stages) if record.stages else []
     if not record.stages and record.pruning is not None:
         found = _search_tiles(read_search(record.pruning))
@@ -24,7 +24,7 @@ def tiles(record: RunRecord) -> list[Tile]:
 
 
 def _stage_tiles(stages: Sequence[Stage]) -> list[Tile]:
-    """Of the last stage against the first, what both have."""
+    """What both the first and the last stage have, compared."""
     first, last = stages[0], stages[-1]
     found = []
     if last.accuracy is not None:
@@ -37,7 +37,7 @@ def _stage_tiles(stages: Sequence[Stage]) -> list[Tile]:
     for what, (before, after), show in (
         ("file", sizes, megabytes),
         ("parameters", [first.parameters, last.parameters], count),
-        ("MACs an image", [first.macs, last.macs], count),
+        ("MACs per image", [first.macs, last.macs], count),
     ):
         if last is not first and before and after is not None:
             share = f"{100 * after / before:.1f} % of {first.name}'s {show(before)}"

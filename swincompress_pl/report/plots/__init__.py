@@ -1,4 +1,4 @@
-"""What a report draws: of a run, of the searches, of a quantized network."""
+"""The plots of a report: of a run, of the searches, and of a quantized network."""
 
 from typing import Any
 

@@ -18,28 +18,28 @@ from swincompress_pl.report.record import RunRecord
 
 @dataclass(frozen=True, kw_only=True)
 class Plot:
-    """A drawn plot. name: its file's, without ending, and what a report's sections call it by."""
+    """A drawn plot; `name` is that of its file without extension, and the one that sections refer to."""
 
     name: str
     title: str
     figure: Figure
 
 
-# In the order in which a reader meets them; the names are those of the PNG files.
+# In reading order; the names are those of the PNG files.
 PLOTS = {
     "before_after": "Before and after",
     "accuracy_size": "Accuracy against size",
     "pruning_sparsity": "What the search removed, by round",
     "pruning_accuracy_size": "The search's steps, accuracy against size",
     "pruning_sensitivity": "Sensitivity",
-    "sparsity": "Sparsity a layer",
+    "sparsity": "Sparsity per layer",
     **QUANTIZATION_TITLES,
-    "latency": "Latency a layer",
+    "latency": "Latency per layer",
 }
 
 
 def draw_plots(record: RunRecord) -> list[Plot]:
-    """Draws every plot of `PLOTS` that the record has figures for."""
+    """Draws every plot of `PLOTS` for which the record has data."""
     with style():
         figures: dict[str, Figure | None] = {
             "before_after": before_after(record.stages),
@@ -61,9 +61,9 @@ def draw_plots(record: RunRecord) -> list[Plot]:
 
 
 def save_plots(plots: Sequence[Plot], directory: str | Path) -> dict[str, tuple[str, Path]]:
-    """Writes the plots as PNG files into `directory` (made if need be); {name: (title, file)}.
+    """Writes the plots as PNG files into `directory`, which is made if needed; {name: (title, file)}.
 
-    Files of plots that are not among them go: they are of an earlier record and would contradict this one.
+    Files of other plots are removed: they belong to an earlier record and would contradict this one.
     """
     target = Path(directory)
     target.mkdir(parents=True, exist_ok=True)

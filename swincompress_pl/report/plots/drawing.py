@@ -20,12 +20,12 @@ from matplotlib.figure import Figure
 from swincompress_pl.files import write_file
 
 DPI = 130
-PAGE_WIDTH = 1250  # pixels: a wider drawing would be illegible when it is made to fit, so it scrolls
-# Blue against vermilion: told apart with every common colour blindness, and every pair differs in its mark, too.
+PAGE_WIDTH = 1250  # pixels: a wider drawing would be illegible if it were shrunk to fit, so it scrolls
+# Blue and vermilion can be told apart with every common color blindness; every pair also differs in its mark.
 BASE, BETWEEN, LAST, ALERT, TEXT = "#9aa5b1", "#8db9e0", "#1f6fb2", "#c8553d", "#2b3440"
 EDGE, GRID, EMPTY, PAGE = "#b8c0c8", "#e3e7eb", "#eef1f4", "#ffffff"
 # A page that embeds `inline_svg` defines these, once for light and once for dark.
-CSS_COLOURS = {
+CSS_COLORS = {
     TEXT: "--ink", EDGE: "--edge", GRID: "--grid", EMPTY: "--empty", PAGE: "--page", LAST: "--accent", ALERT: "--alert"
 }  # fmt: skip
 _FONT = "DejaVu Sans"
@@ -47,7 +47,7 @@ _STYLE = {
     "xtick.color": TEXT,
     "ytick.color": TEXT,
     "legend.frameon": False,
-    "svg.fonttype": "none",  # text stays text: small, searchable
+    "svg.fonttype": "none",  # text stays text: small and searchable
     "svg.hashsalt": "swincompress_pl",  # equal figures give equal files
 }
 _SVG, _XLINK = "{http://www.w3.org/2000/svg}", "{http://www.w3.org/1999/xlink}"
@@ -55,23 +55,23 @@ _SVG, _XLINK = "{http://www.w3.org/2000/svg}", "{http://www.w3.org/1999/xlink}"
 
 @contextmanager
 def style() -> Iterator[None]:
-    """The style of all plots, for as long as it lasts; a user's own settings come back afterwards."""
+    """Sets the style of all plots inside the context; the user's own settings come back afterwards."""
     with matplotlib.rc_context(_STYLE):  # type: ignore[arg-type]  # its keys are a Literal type
         yield
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure of width x height inches that belongs to nobody but the caller."""
-    # No pyplot: it would keep global state and choose a backend of its own in a user's session.
+    """An empty figure of width x height inches that pyplot does not know."""
+    # pyplot would keep global state and choose a backend in the user's session.
     figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
 
 def finished(figure: Figure) -> Figure:
-    """The figure laid out and drawn once: ticks come into being at the first drawing, in the style of that time."""
+    """Lays the figure out and draws it once, because ticks are made at the first drawing, in the style of that time."""
     figure.draw_without_rendering()
-    figure.set_layout_engine("none")  # it stays as it is: laying it out again costs as much as drawing it
+    figure.set_layout_engine("none")  # keep the layout: computing it again costs as much as drawing
     return figure
 
 
@@ -90,9 +90,9 @@ def to_rgb(figure: Figure) -> npt.NDArray[np.uint8]:
 
 
 def inline_svg(figure: Figure, *, name: str, label: str) -> str:
-    """The figure as an <svg> element for an HTML page: no namespaces, no links to anywhere, the colours of the page.
+    """The figure as an <svg> element in the colors of an HTML page, without namespaces and outside links.
 
-    name: unique in its page; all ids begin with it. label: what a screen reader says.
+    All ids begin with `name`, which must be unique in the page. A screen reader says `label`.
     """
     buffer = io.StringIO()
     with style():
@@ -105,7 +105,7 @@ def inline_svg(figure: Figure, *, name: str, label: str) -> str:
         element.tag = element.tag.removeprefix(_SVG)
         element.attrib = {key.removeprefix(_XLINK): _local(key, value, name) for key, value in element.attrib.items()}
         if element.tag == "style" and element.text:
-            element.text = _in_page_colours(element.text)
+            element.text = _in_page_colors(element.text)
     width_pt = float(root.attrib.pop("width").removesuffix("pt"))
     root.attrib.pop("height")
     width = width_pt * 4 / 3
@@ -116,32 +116,32 @@ def inline_svg(figure: Figure, *, name: str, label: str) -> str:
 
 
 def _local(key: str, value: str, name: str) -> str:
-    """An attribute's value with ids of this figure alone and colours of the page."""
+    """An attribute's value with ids that are unique to this figure and with colors of the page."""
     if key == "id":
         return f"{name}-{value}"
     if value.startswith("#") and key.endswith("href"):
         return f"#{name}-{value[1:]}"
     value = value.replace("url(#", f"url(#{name}-")
-    return _in_page_colours(value) if key in ("style", "fill", "stroke") else value
+    return _in_page_colors(value) if key in ("style", "fill", "stroke") else value
 
 
-def _in_page_colours(css: str) -> str:
+def _in_page_colors(css: str) -> str:
     # Verdana has the widths of DejaVu Sans, for systems without it.
     css = css.replace(f"'{_FONT}'", f"'{_FONT}', Verdana, sans-serif")
-    return re.sub(r"#[0-9a-f]{6}", lambda found: _page_colour(found), css)
+    return re.sub(r"#[0-9a-f]{6}", lambda found: _page_color(found), css)
 
 
-def _page_colour(found: Any) -> str:
-    colour: str = found.group(0)
-    return f"var({CSS_COLOURS[colour]})" if colour in CSS_COLOURS else colour
+def _page_color(found: Any) -> str:
+    color: str = found.group(0)
+    return f"var({CSS_COLORS[color]})" if color in CSS_COLORS else color
 
 
 def bars(
-    ax: Axes, names: Sequence[str], values: Sequence[float], show: Callable[[float], str], colours: Sequence[str]
+    ax: Axes, names: Sequence[str], values: Sequence[float], show: Callable[[float], str], colors: Sequence[str]
 ) -> None:
-    """Horizontal bars from zero, first on top, each with its value."""
+    """Draws horizontal bars from zero, the first on top, each with its value."""
     places = list(range(len(names)))
-    ax.barh(places, list(values), color=list(colours), height=0.68)
+    ax.barh(places, list(values), color=list(colors), height=0.68)
     ax.set_yticks(places, list(names))
     ax.invert_yaxis()
     largest = max(values) or 1.0

@@ -1,4 +1,4 @@
-"""The plots of a run's layers: what of each is gone, and where the engine's time goes."""
+"""The plots of a run's layers: how much of each is removed, and where the engine's time goes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from swincompress_pl.report.layers import LayerSparsity
 from swincompress_pl.report.operations import OperationTime
 from swincompress_pl.report.plots.drawing import EMPTY, LAST, bars, new_figure
 
-_KIND_COLOURS = (
+_KIND_COLORS = (
     "#1f6fb2",
     "#e08a3c",
     "#4c9a6a",
@@ -27,11 +27,11 @@ _OPERATIONS_SHOWN = 20
 
 
 def layer_sparsities(layers: Sequence[LayerSparsity]) -> Figure | None:
-    """A bar for each weight, the largest ones where there are many; None without any."""
+    """A bar per weight, for the largest weights if there are many; None without any."""
     if not layers:
         return None
     shown = list(layers)
-    title = "Part of each weight that is gone"
+    title = "Part of each weight that is removed"
     if len(shown) > _LAYERS_SHOWN:
         chosen = sorted(layers, key=lambda layer: -layer.weights_before)[:_LAYERS_SHOWN]
         shown = [layer for layer in layers if layer in chosen]
@@ -61,20 +61,20 @@ def operation_latency(operations: Sequence[OperationTime]) -> Figure | None:
     for operation in operations:
         by_kind[operation.kind] = by_kind.get(operation.kind, 0.0) + operation.time_ms
     kinds = sorted(by_kind, key=lambda kind: -by_kind[kind])
-    colours = {kind: _KIND_COLOURS[number % len(_KIND_COLOURS)] for number, kind in enumerate(kinds)}
+    colors = {kind: _KIND_COLORS[number % len(_KIND_COLORS)] for number, kind in enumerate(kinds)}
     total = sum(by_kind.values()) or 1.0
     slowest = sorted(operations, key=lambda operation: -operation.time_ms)[:_OPERATIONS_SHOWN]
     figure = new_figure(11.5, 1.2 + 0.24 * max(len(slowest), len(kinds), 6))
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.35))
     bars(
         left, kinds, [by_kind[kind] for kind in kinds], lambda v: f"{v:.3g} ms, {100 * v / total:.0f} %",
-        [colours[kind] for kind in kinds],
+        [colors[kind] for kind in kinds],
     )  # fmt: skip
     left.set_xlim(0, 1.55 * max(by_kind.values()))
     left.set_title(f"By kind of operation ({total:.3g} ms)")
     bars(
         right, [short(operation.name) for operation in slowest], [operation.time_ms for operation in slowest],
-        lambda v: f"{v:.3g} ms", [colours[operation.kind] for operation in slowest],
+        lambda v: f"{v:.3g} ms", [colors[operation.kind] for operation in slowest],
     )  # fmt: skip
     right.tick_params(axis="y", labelsize=8)
     right.set_title(f"The slowest {len(slowest)} of {len(operations)} operations")
@@ -82,7 +82,7 @@ def operation_latency(operations: Sequence[OperationTime]) -> Figure | None:
 
 
 def short(name: str) -> str:
-    """Of operations that run as one, "a.b.c+a.b.d", the later ones without what they share: "a.b.c+d"."""
+    """Shortens the name of operations that ran as one: "a.b.c+a.b.d" becomes "a.b.c+d"."""
     first, *later = name.split("+")
     path = first.split(".")
     for other in later:

@@ -1,7 +1,7 @@
-"""The plots of a PrimeSVT search: robustness a block or its curve, accuracy against memory, spike rates.
+"""The plots of a PrimeSVT search: robustness or curve of each block, accuracy against memory, spike rates.
 
-Each takes the plain data of `pruning.PrimeSVTResult.to_dict()` and returns a matplotlib Figure that belongs to the
-caller, or None where there is nothing to draw; none touches pyplot.
+Each function takes a `pruning.PrimeSVTResult`, or its plain data. It returns a matplotlib Figure, or None if there is
+nothing to draw. None of them touches pyplot.
 """
 
 from __future__ import annotations
@@ -32,17 +32,23 @@ from swincompress_pl.report.plots.drawing import (
 
 Result = Mapping[str, Any] | PrimeSVTResult
 
-_BAND_COLOURS = (LAST, BETWEEN, BASE)
+_BAND_COLORS = (LAST, BETWEEN, BASE)
 _PHASES = {"target set": ("s", BASE), "robustness": ("^", BETWEEN), "policy": ("o", LAST)}
 _ROW_INCHES = 0.24
 
 
 def primesvt_figures(result: Result, *, rates_after: Mapping[str, float] | None = None) -> dict[str, Figure]:
-    """All plots for which the result has data: {"robustness", "accuracy_memory", "spike_rates"}, in this order; with
-    policy="allocated" "curves" in the place of "robustness".
+    """Draws all plots for which a result of PrimeSVT has data.
 
-    rates_after: {neuron: spike rate} of the pruned network, beside those of the unpruned one.
-    Raises ValueError for data of another version.
+    Args:
+        result: What the search gave, or its plain data.
+        rates_after: Spike rates of the pruned network by neuron layer, 0 to 1, drawn beside those of the unpruned one.
+
+    Returns:
+        Figures by name: "robustness" (or "curves" with the allocated policy), "accuracy_memory", "spike_rates".
+
+    Raises:
+        ValueError: If the data are of another version.
     """
     known = _read(result)
     curves = curves_by_block(known)
@@ -58,7 +64,20 @@ def primesvt_figures(result: Result, *, rates_after: Mapping[str, float] | None 
 def save_primesvt_figures(
     result: Result, folder: Path, *, rates_after: Mapping[str, float] | None = None
 ) -> list[Path]:
-    """Writes each of `primesvt_figures` as primesvt-<name>.png into `folder`, which is made if need be."""
+    """Writes each of `primesvt_figures` as `primesvt-<name>.png`.
+
+    Args:
+        result: What the search gave, or its plain data.
+        folder: Where the files go; it is made if needed.
+        rates_after: Spike rates of the pruned network by neuron layer, 0 to 1.
+
+    Returns:
+        The paths of the files.
+
+    Raises:
+        FileExistsError: If `folder` is a file.
+        ValueError: If the data are of another version.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     files = []
     for name, figure in primesvt_figures(result, rates_after=rates_after).items():
@@ -68,8 +87,7 @@ def save_primesvt_figures(
 
 
 def robustness_by_block(result: Result) -> Figure | None:
-    """A bar for each block, coloured by its band, with the rate that the policy left it at; None where robustness was
-    not measured."""
+    """A bar per block in the color of its band, with its final rate; None if robustness was not measured."""
     known = _read(result)
     blocks = [block for block in known.blocks if block.robustness is not None]
     if not blocks:
@@ -78,9 +96,9 @@ def robustness_by_block(result: Result) -> Figure | None:
         figure = new_figure(7, 1.2 + _ROW_INCHES * len(blocks))
         ax = figure.subplots()
         places = range(len(blocks))
-        colours = [_BAND_COLOURS[min(block.band, len(_BAND_COLOURS) - 1)] for block in blocks]
+        colors = [_BAND_COLORS[min(block.band, len(_BAND_COLORS) - 1)] for block in blocks]
         values = [float(block.robustness or 0) for block in blocks]
-        ax.barh(places, values, color=colours)
+        ax.barh(places, values, color=colors)
         ax.set_yticks(places, [block.name for block in blocks], fontsize=8)
         ax.invert_yaxis()
         for place, block, value in zip(places, blocks, values, strict=True):
@@ -89,14 +107,16 @@ def robustness_by_block(result: Result) -> Figure | None:
                 textcoords="offset points", va="center", fontsize=7.5,
             )  # fmt: skip
         ax.margins(x=0.3)
-        ax.set_xlabel("robustness: percent of the parameters saved a point lost")
+        ax.set_xlabel("robustness: percent of the parameters saved per point lost")
         ax.set_title("Robustness of the blocks, and their pruning rates")
         return finished(figure)
 
 
 def curves_by_block(result: Result) -> Figure | None:
-    """A row for each block: the rates at which it was measured alone, coloured by what it lost, and a bar to where it
-    was left, with what that saves; None where no curve was measured."""
+    """A row per block with what it loses at each rate alone; None if no curve was measured.
+
+    A bar reaches to the rate at which the policy left the block, and a figure says what that saves.
+    """
     known = _read(result)
     if not any(block.curve for block in known.blocks):
         return None
@@ -126,8 +146,10 @@ def curves_by_block(result: Result) -> Figure | None:
 
 
 def accuracy_against_memory(result: Result) -> Figure | None:
-    """Every candidate by what it saves and how it scores, the two constraints, and what was applied; None without
-    candidates."""
+    """Every candidate by what it saves and how it scores; None without candidates.
+
+    The two constraints and the candidate that was applied are marked.
+    """
     known = _read(result)
     if not known.candidates:
         return None
@@ -154,7 +176,7 @@ def accuracy_against_memory(result: Result) -> Figure | None:
 
 
 def spike_rates(before: Mapping[str, float], after: Mapping[str, float] | None = None) -> Figure | None:
-    """The rate of each neuron, in the order of a pass, unpruned and, where given, pruned; None without neurons."""
+    """The rate of each neuron layer, in the order of a pass, unpruned and, if given, pruned; None without neurons."""
     if not before:
         return None
     with style():
@@ -169,19 +191,19 @@ def spike_rates(before: Mapping[str, float], after: Mapping[str, float] | None =
         ax.invert_yaxis()
         ax.set_xlim(left=0)
         ax.grid()
-        ax.set_xlabel("spikes a time step and a place, %")
+        ax.set_xlabel("spikes per time step and place, %")
         ax.set_title("Spike rates of the neurons")
         ax.legend(fontsize=8)
         return finished(figure)
 
 
 def _points(ax: Axes, candidates: list[Candidate]) -> None:
-    for phase, (mark, colour) in _PHASES.items():
-        for accepted, face in ((True, colour), (False, "none")):
+    for phase, (mark, color) in _PHASES.items():
+        for accepted, face in ((True, color), (False, "none")):
             found = [c for c in candidates if (c.phase, c.accepted) == (phase, accepted)]
             if found:
                 ax.plot(
-                    [100 * c.saving for c in found], [c.score for c in found], mark, color=colour, markerfacecolor=face,
+                    [100 * c.saving for c in found], [c.score for c in found], mark, color=color, markerfacecolor=face,
                     markersize=4.5, label=f"{phase}, {'within' if accepted else 'beyond'} ({len(found)})",
                 )  # fmt: skip
 

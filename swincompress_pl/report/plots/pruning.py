@@ -1,4 +1,4 @@
-"""The plots of a pruning search: sparsity a layer by round, accuracy against size, sensitivity.
+"""The plots of a pruning search: sparsity per layer by round, accuracy against size, sensitivity.
 
 Each takes the plain data of `pruning.SearchState.to_dict()` and returns a matplotlib Figure that belongs to the caller,
 or None where there is nothing to draw yet; none touches pyplot.
@@ -34,14 +34,15 @@ _ROWS_ALONE, _ROWS_A_COLUMN = 60, 120
 _LONG_NAME = 32
 _CURVES_NAMED = 6
 _MOST_SENSITIVE = 3
-_CURVE_COLOURS = (LAST, ALERT, "#2a8c6e", "#8a5fb0", "#b8860b", "#4a5560")
+_CURVE_COLORS = (LAST, ALERT, "#2a8c6e", "#8a5fb0", "#b8860b", "#4a5560")
 _MARKS = ("o", "s", "^", "D", "v", "P")
 
 
 def pruning_figures(search: Search, *, tolerance: float | None = None) -> dict[str, Figure]:
     """All plots for which the search has data: {"sparsity", "accuracy_size", "sensitivity"}, in this order.
 
-    tolerance: points, drawn as a line; default what the search's data says. Raises ValueError for bad data.
+    The tolerance, in points, is drawn as a line; by default it is that of the search's data. A ValueError is raised for
+    bad data.
     """
     known = read_search(search)
     drawn = {
@@ -53,7 +54,7 @@ def pruning_figures(search: Search, *, tolerance: float | None = None) -> dict[s
 
 
 def sparsity_by_round(search: Search) -> Figure | None:
-    """A heat map: a row for each target, grouped by kind, a column for each round. None before the first round."""
+    """A heat map with a row per target, grouped by kind, and a column per round; None before the first round."""
     known = read_search(search)
     if not last_round(known) or not known.targets:
         return None
@@ -82,10 +83,10 @@ def sparsity_by_round(search: Search) -> Figure | None:
 
 
 def accuracy_against_size(search: Search, *, tolerance: float | None = None) -> Figure | None:
-    """The score of every step against the size after its decision: kept steps as a line, undone ones as hollow marks.
+    """The score of every step against the size after its decision; None before the first step.
 
-    One panel for the parameters and, where they are known and change, one for the MACs. tolerance: points below the
-    baseline at which a line is drawn; default what the search's data says. None before the first step.
+    Kept steps are a line, undone ones hollow marks. There is a panel for the parameters, and one for the MACs if they
+    are known and change. A line is drawn `tolerance` points below the baseline.
     """
     known = read_search(search)
     if not known.steps:
@@ -94,7 +95,7 @@ def accuracy_against_size(search: Search, *, tolerance: float | None = None) -> 
     panels = [("parameters", known.baseline_parameters, [float(step.parameters) for step in known.steps])]
     macs = [step.macs for step in known.steps if step.macs is not None]
     if known.baseline_macs is not None and len(macs) == len(known.steps) and set(macs) != {known.baseline_macs}:
-        panels.append(("MACs an image", known.baseline_macs, [float(value) for value in macs]))
+        panels.append(("MACs per image", known.baseline_macs, [float(value) for value in macs]))
     with style():
         figure = new_figure(0.6 + 5.4 * len(panels), 4.2)
         axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
@@ -108,10 +109,10 @@ def accuracy_against_size(search: Search, *, tolerance: float | None = None) -> 
 
 
 def sensitivity_curves(search: Search) -> Figure | None:
-    """The score against the part removed of one target alone: a line for each target, a panel for each kind.
+    """The score against the part removed of one target alone; None if nothing was measured.
 
-    Up to six targets of a kind are told apart by colour, mark and name; of more, the three most sensitive ones are
-    named and the others are coloured by their depth in the network. None where nothing was measured.
+    Each kind has a panel, with a line per target. Up to six targets of a kind have a color, a mark and a name each. Of
+    more, the three most sensitive ones are named, and the others are colored by their depth in the network.
     """
     known = read_search(search)
     curves = {name: curve for name in known.targets if (curve := sensitivity_curve(known, name))}
@@ -141,7 +142,7 @@ def sensitivity_curves(search: Search) -> Figure | None:
 
 
 def _heat_map_rows(search: SearchState) -> list[tuple[str, int | None]]:
-    """(label, number of the target); a kind's title has no number, and none precedes the rows of an only kind."""
+    """(label, number of the target) per row; a title of a kind has no number, and a single kind has no title."""
     names = _short_names(list(search.targets))
     kinds = kinds_of(search)
     rows: list[tuple[str, int | None]] = []
@@ -157,15 +158,15 @@ def _heat_map_rows(search: SearchState) -> list[tuple[str, int | None]]:
 
 
 def _heat_map(ax: Axes, rows: Sequence[tuple[str, int | None]], gone: Any, height: int) -> Any:
-    """The rows from the top of a panel that has room for `height`, with the last round's figure at their right."""
+    """Draws the rows from the top of a panel with room for `height` rows, with the last round's figure at the right."""
     rounds = gone.shape[1]
     cells = np.full((len(rows), rounds), np.nan)
     for place, (_, number) in enumerate(rows):
         if number is not None:
             cells[place] = 100 * gone[number]
-    colours = LinearSegmentedColormap.from_list("removed", [EMPTY, "#8db9e0", LAST, "#0a2a4d"])
+    colors = LinearSegmentedColormap.from_list("removed", [EMPTY, "#8db9e0", LAST, "#0a2a4d"])
     image = ax.imshow(
-        np.ma.masked_invalid(cells), cmap=colours, vmin=0, vmax=100, aspect="auto", interpolation="none",
+        np.ma.masked_invalid(cells), cmap=colors, vmin=0, vmax=100, aspect="auto", interpolation="none",
         extent=(0.5, rounds + 0.5, len(rows) - 0.5, -0.5),
     )  # fmt: skip
     lines: Any = {"color": PAGE, "linewidth": 0.7}
@@ -221,7 +222,7 @@ def _trade_off(
 
 
 def _size_axis(ax: Axes, what: str, unit: str, baseline: float, smallest: float) -> None:
-    """The size gets smaller to the right; above stands how much of it is gone."""
+    """An axis on which the size gets smaller to the right; the upper axis shows how much of it is removed."""
     room = 0.05 * (baseline - smallest) or 0.05 * baseline
     ax.set_xlim(baseline + room, smallest - room)
     ax.set_xlabel(f"{what} left{', ' * bool(unit)}{unit} (smaller to the right)")
@@ -235,7 +236,7 @@ def _size_axis(ax: Axes, what: str, unit: str, baseline: float, smallest: float)
 
 
 def _score_range(search: SearchState, tolerance: float | None) -> tuple[float, float]:
-    """Scores to show: all kept ones and the tolerance with room around; far below are only steps that were undone."""
+    """The range of scores that shows all kept steps and the tolerance; undone steps may lie far below it."""
     kept = [search.baseline_score, *(step.score for step in search.steps if step.accepted)]
     low, high = min(kept), max(kept)
     if tolerance is not None:
@@ -256,8 +257,8 @@ def _curves(ax: Axes, curves: Mapping[str, Sequence[tuple[float, float]]], basel
     for number, (name, curve) in enumerate(curves.items()):
         if name not in named:
             ax.plot(*_percent(curve), color=depth(0.25 + 0.57 * number / (len(curves) - 1)), linewidth=1, alpha=0.75)
-    for colour, mark, name in zip(_CURVE_COLOURS, _MARKS, named, strict=False):
-        ax.plot(*_percent(curves[name]), color=colour, marker=mark, markersize=4.5, linewidth=1.8, label=shown[name])
+    for color, mark, name in zip(_CURVE_COLORS, _MARKS, named, strict=False):
+        ax.plot(*_percent(curves[name]), color=color, marker=mark, markersize=4.5, linewidth=1.8, label=shown[name])
     ax.grid()
     heading = None if few else f"the {len(named)} most sensitive; others by depth,\nthe first blue, the last green"
     ax.legend(loc="lower left", fontsize=8, title=heading, title_fontsize=8, alignment="left")
@@ -276,9 +277,9 @@ def _mean_score(curve: Sequence[tuple[float, float]]) -> float:
 
 
 def _short_names(names: Sequence[str]) -> list[str]:
-    """The names without what all of them end with ("weight"), long ones also without what all of them begin with.
+    """Drops the parts between dots with which all names end, and from long names those with which all begin.
 
-    Whole parts between dots go, and every name keeps one.
+    Every name keeps at least one part.
     """
     parts = [name.split(".") for name in names]
     if len(parts) < 2:
@@ -292,7 +293,7 @@ def _short_names(names: Sequence[str]) -> list[str]:
 
 
 def _shared(parts: Sequence[Sequence[str]]) -> int:
-    """How many of their first parts are the same in all."""
+    """The number of first parts that are the same in all names."""
     return sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, zip(*parts, strict=False)))
 
 

@@ -1,7 +1,6 @@
 """The plots of a quantized network: errors, costs, ranges with their clips, values of the worst quantizers, bits.
 
-Each takes a `Diagnosis` and returns a matplotlib Figure that belongs to the caller, or None where there is nothing
-to draw.
+Each function takes a `Diagnosis` and returns a matplotlib Figure, or None if there is nothing to draw.
 """
 
 from __future__ import annotations
@@ -24,11 +23,11 @@ QUANTIZATION_TITLES = {
     "quantization_costs": "What each quantizer costs",
     "quantization_ranges": "Ranges and clips",
     "quantization_histograms": "Values of the worst quantizers",
-    "quantization_bits": "Bits a layer",
+    "quantization_bits": "Bits per layer",
 }
 _ROWS_SHOWN, _COSTS_SHOWN = 60, 30
 _KINDS = {"activation": (LAST, "o"), "weight": ("#e08a3c", "s")}
-_BIT_COLOURS = {8: "#1f6fb2", 7: "#4b8ec6", 6: "#2a8c6e", 5: "#7a9e3a", 4: "#e08a3c", 3: "#c8553d", 2: "#8a2f3d"}
+_BIT_COLORS = {8: "#1f6fb2", 7: "#4b8ec6", 6: "#2a8c6e", 5: "#7a9e3a", 4: "#e08a3c", 3: "#c8553d", 2: "#8a2f3d"}
 
 
 def quantization_figures(data: Mapping[str, Any] | Diagnosis) -> dict[str, Figure]:
@@ -45,7 +44,7 @@ def quantization_figures(data: Mapping[str, Any] | Diagnosis) -> dict[str, Figur
 
 
 def _errors(known: Diagnosis) -> Figure | None:
-    """Signal to noise: of the values (filled) and of the rounding here alone (hollow), the network's order down."""
+    """Signal to noise of the values (filled) and of the rounding here alone (hollow), in the network's order."""
     found = [error for error in known.errors if error.snr_db is not None and error.own_snr_db is not None]
     shown = _worst(found, lambda error: error.snr_db or 0.0)
     if not shown:
@@ -53,13 +52,13 @@ def _errors(known: Diagnosis) -> Figure | None:
     with style():
         figure, ax = _row_figure(shown)
         for place, error in enumerate(shown):
-            colour, mark = _KINDS[error.kind]
+            color, mark = _KINDS[error.kind]
             ends = [error.snr_db or 0.0, error.own_snr_db or 0.0]
-            ax.plot(ends, [place, place], color=colour, linewidth=1, alpha=0.35)
-            ax.plot(ends[1:], [place], mark, markersize=4.5, markerfacecolor="none", markeredgecolor=colour)
-            ax.plot(ends[:1], [place], mark, markersize=4.5, color=colour)
-        for kind, (colour, mark) in _KINDS.items():
-            ax.plot([], [], mark, color=colour, markersize=4.5, label=kind)
+            ax.plot(ends, [place, place], color=color, linewidth=1, alpha=0.35)
+            ax.plot(ends[1:], [place], mark, markersize=4.5, markerfacecolor="none", markeredgecolor=color)
+            ax.plot(ends[:1], [place], mark, markersize=4.5, color=color)
+        for kind, (color, mark) in _KINDS.items():
+            ax.plot([], [], mark, color=color, markersize=4.5, label=kind)
         ax.plot([], [], "o", markerfacecolor="none", markeredgecolor=EDGE, markersize=4.5, label="rounded here alone")
         ax.set_xlabel("signal to noise, dB (more is better)")
         figure.legend(loc="outside lower center", ncols=3, fontsize=9)
@@ -68,7 +67,7 @@ def _errors(known: Diagnosis) -> Figure | None:
 
 
 def _costs(known: Diagnosis) -> Figure | None:
-    """The KL divergence with one quantizer alone, the dearest first."""
+    """The KL divergence with one quantizer alone, the costliest first."""
     shown = known.costs[:_COSTS_SHOWN]
     if not shown:
         return None
@@ -84,12 +83,12 @@ def _costs(known: Diagnosis) -> Figure | None:
             ax.barh([0], [0], color=_KINDS[kind][0], label=kind)
         ax.set_xlabel("KL to the float output, 1/1000 nats, this one alone quantized")
         ax.legend(loc="lower right", fontsize=9)
-        ax.set_title(_of("What each quantizer costs", "dearest", shown, known.costs))
+        ax.set_title(_of("What each quantizer costs", "costliest", shown, known.costs))
         return finished(figure)
 
 
 def _ranges(known: Diagnosis) -> Figure | None:
-    """From the 99.99 percentile to the maximum of every quantizer's magnitudes, in clips."""
+    """The magnitudes at every quantizer, from the 99.99 percentile to the maximum, in multiples of the clip."""
     found = [error for error in known.errors if error.clip_to_max and error.clip_to_p9999]
     shown = _worst(found, lambda error: error.clip_to_max or 0.0)
     if not shown:
@@ -98,13 +97,13 @@ def _ranges(known: Diagnosis) -> Figure | None:
         figure, ax = _row_figure(shown)
         reach = [(1 / (e.clip_to_p9999 or 1), 1 / (e.clip_to_max or 1)) for e in shown]
         for place, (error, (percentile, largest)) in enumerate(zip(shown, reach, strict=True)):
-            colour, mark = _KINDS[error.kind]
-            ax.plot([percentile, largest], [place, place], color=colour, linewidth=1.5, alpha=0.5)
-            ax.plot([percentile], [place], "|", markersize=8, color=colour)
-            ax.plot([largest], [place], mark, markersize=4.5, color=colour)
+            color, mark = _KINDS[error.kind]
+            ax.plot([percentile, largest], [place, place], color=color, linewidth=1.5, alpha=0.5)
+            ax.plot([percentile], [place], "|", markersize=8, color=color)
+            ax.plot([largest], [place], mark, markersize=4.5, color=color)
         ax.axvline(1, color=TEXT, linestyle="--", linewidth=1.2, label="clip")
-        for kind, (colour, mark) in _KINDS.items():
-            ax.plot([], [], mark, color=colour, markersize=4.5, label=f"maximum, {kind}")
+        for kind, (color, mark) in _KINDS.items():
+            ax.plot([], [], mark, color=color, markersize=4.5, label=f"maximum, {kind}")
         ax.plot([], [], "|", color=EDGE, markersize=8, label="99.99 percentile")
         ax.set_xscale("log", base=2)
         ends = [value for pair in reach for value in pair]
@@ -118,7 +117,7 @@ def _ranges(known: Diagnosis) -> Figure | None:
 
 
 def _histograms(known: Diagnosis) -> Figure | None:
-    """Float values in steps, with the ends of the codes."""
+    """Float values in quantization steps, with the first and the last code."""
     if not known.histograms:
         return None
     columns = min(2, len(known.histograms))
@@ -151,14 +150,14 @@ def _histogram(ax: Axes, histogram: Histogram) -> None:
 
 
 def _bits(known: Diagnosis) -> Figure | None:
-    """Bars of the weight bits, first layer on top, with the bytes they take."""
+    """A bar of weight bits per layer, the first layer on top, with the bytes that they take."""
     if not known.layers:
         return None
     with style():
         figure = new_figure(7.4, 1.0 + 0.19 * len(known.layers))
         ax = figure.add_subplot()
         places, widths = range(len(known.layers)), [bits for bits, _ in known.layers.values()]
-        ax.barh(places, widths, color=[_BIT_COLOURS[bits] for bits in widths], height=0.72)
+        ax.barh(places, widths, color=[_BIT_COLORS[bits] for bits in widths], height=0.72)
         for place, (bits, weights) in enumerate(known.layers.values()):
             text = f"{bits}, {megabytes(packed_bytes(bits, weights))}"
             ax.text(bits + 0.1, place, text, va="center", fontsize=7)
@@ -168,12 +167,12 @@ def _bits(known: Diagnosis) -> Figure | None:
         ax.set_xticks(range(0, 9, 2))
         ax.tick_params(axis="y", length=0)
         ax.set_xlabel("weight bits, and their size packed")
-        ax.set_title(f"Bits a layer ({megabytes(all_packed_bytes(known))} together)")
+        ax.set_title(f"Bits per layer ({megabytes(all_packed_bytes(known))} together)")
         return finished(figure)
 
 
 def _worst(errors: Sequence[QuantizationError], key: Any) -> list[QuantizationError]:
-    """As many as a figure has room for, least key first chosen, in the network's order."""
+    """As many as a figure has room for, those with the least key, in the network's order."""
     chosen = {id(error) for error in sorted(errors, key=key)[:_ROWS_SHOWN]}
     return [error for error in errors if id(error) in chosen]
 

@@ -13,10 +13,10 @@ from swincompress_pl.report.record import PruningStep, Stage, runtimes
 
 
 def before_after(stages: Sequence[Stage]) -> Figure | None:
-    """A panel for each figure that any stage has; None where there is none."""
+    """A panel per figure that any stage has; None if there is none."""
     panels: list[tuple[str, list[tuple[Stage, float]], Callable[[float], str]]] = [
         ("Parameters", [(s, s.parameters) for s in stages if s.parameters is not None], lambda v: count(round(v))),
-        ("MACs an image", [(s, s.macs) for s in stages if s.macs is not None], lambda v: count(round(v))),
+        ("MACs per image", [(s, s.macs) for s in stages if s.macs is not None], lambda v: count(round(v))),
         (
             "File on disk",
             [(s, s.size.file_bytes) for s in stages if s.size is not None and s.size.file_bytes is not None],
@@ -35,8 +35,8 @@ def before_after(stages: Sequence[Stage]) -> Figure | None:
     figure.get_layout_engine().set(h_pad=0.12, w_pad=0.08)  # type: ignore[union-attr, call-arg]
     axes = [figure.add_subplot(rows, columns, number + 1) for number in range(total)]
     for ax, (title, pairs, show) in zip(axes, panels, strict=False):
-        colours = _stage_colours(len(pairs))
-        bars(ax, [stage.name for stage, _ in pairs], [value for _, value in pairs], show, colours)
+        colors = _stage_colors(len(pairs))
+        bars(ax, [stage.name for stage, _ in pairs], [value for _, value in pairs], show, colors)
         ax.set_title(title)
     if scored:
         _accuracy_panel(axes[len(panels)], scored)
@@ -47,14 +47,14 @@ def before_after(stages: Sequence[Stage]) -> Figure | None:
 
 def _accuracy_panel(ax: Axes, stages: Sequence[Stage]) -> None:
     names = [stage.name for stage in stages]
-    colours = _stage_colours(len(stages))
+    colors = _stage_colors(len(stages))
     bounds = []
-    for place, (stage, colour) in enumerate(zip(stages, colours, strict=True)):
+    for place, (stage, color) in enumerate(zip(stages, colors, strict=True)):
         assert stage.accuracy is not None
         low, high = stage.accuracy.interval_percent
         bounds += [low, high]
-        ax.plot([low, high], [place, place], color=colour, linewidth=3, alpha=0.55, solid_capstyle="round")
-        ax.plot([stage.accuracy.percent], [place], "o", color=colour, markersize=7)
+        ax.plot([low, high], [place, place], color=color, linewidth=3, alpha=0.55, solid_capstyle="round")
+        ax.plot([stage.accuracy.percent], [place], "o", color=color, markersize=7)
         ax.annotate(
             f"{stage.accuracy.percent:.2f} %", (stage.accuracy.percent, place), (0, 7), textcoords="offset points",
             ha="center", fontsize=9,
@@ -70,7 +70,7 @@ def _accuracy_panel(ax: Axes, stages: Sequence[Stage]) -> None:
 
 
 def _latency_panel(ax: Axes, stages: Sequence[Stage], timed: Sequence[str]) -> None:
-    names, values, errors, colours = [], [], [], []
+    names, values, errors, colors = [], [], [], []
     for runtime in timed:
         for stage in (stage for stage in stages if runtime in stage.latency_ms):
             latency = stage.latency_ms[runtime]
@@ -78,8 +78,8 @@ def _latency_panel(ax: Axes, stages: Sequence[Stage], timed: Sequence[str]) -> N
             names.append(stage.name if stage.name == runtime else f"{stage.name}\n{runtime}")
             values.append(latency.median_ms)
             errors.append((latency.median_ms - low, high - latency.median_ms))
-            colours.append(LAST if "engine" in runtime else BASE)
-    bars(ax, names, values, lambda v: f"{v:.3g} ms", colours)
+            colors.append(LAST if "engine" in runtime else BASE)
+    bars(ax, names, values, lambda v: f"{v:.3g} ms", colors)
     ax.errorbar(
         values, range(len(values)), xerr=list(zip(*errors, strict=True)), fmt="none", ecolor=TEXT, elinewidth=1,
         capsize=2,
@@ -91,7 +91,7 @@ def _latency_panel(ax: Axes, stages: Sequence[Stage], timed: Sequence[str]) -> N
 
 
 def accuracy_size(stages: Sequence[Stage], steps: Sequence[PruningStep]) -> Figure | None:
-    """Steps of a search, and stages with their files; None where neither can be placed."""
+    """A panel with the steps of a search, and one with the stages and their files; None if both are empty."""
     placed = [s for s in stages if s.accuracy is not None and s.size is not None and s.size.file_bytes is not None]
     tried = [s for s in steps if s.accuracy_percent is not None and (s.macs is not None or s.parameters is not None)]
     total = bool(len(placed) > 1) + bool(tried)
@@ -132,15 +132,15 @@ def _trade_off_panel(ax: Axes, stages: Sequence[Stage]) -> None:
         stage.size.file_bytes / 1e6 for stage in stages if stage.size is not None and stage.size.file_bytes is not None
     ]
     apart = 0.018 * max(sizes)
-    for stage, size, colour in zip(stages, sizes, _stage_colours(len(stages)), strict=True):
+    for stage, size, color in zip(stages, sizes, _stage_colors(len(stages)), strict=True):
         assert stage.accuracy is not None
         low, high = stage.accuracy.interval_percent
-        # Stages of (nearly) one size are drawn beside each other, or their intervals would hide one another.
+        # Stages of (nearly) the same size are drawn side by side, or their intervals would hide one another.
         x = size - apart * sum(abs(size - other) < apart for other in sizes[: len(points)])
         y = stage.accuracy.percent
         points.append((x, y))
         ax.errorbar(
-            [x], [y], yerr=[[y - low], [high - y]], fmt="o", color=colour, capsize=3, elinewidth=1.4, markersize=7
+            [x], [y], yerr=[[y - low], [high - y]], fmt="o", color=color, capsize=3, elinewidth=1.4, markersize=7
         )
     ax.set_xlim(1.12 * max(sizes), -0.16 * max(sizes))
     ax.set_xticks([tick for tick in ax.get_xticks() if 0 <= tick <= 1.12 * max(sizes)])
@@ -152,7 +152,7 @@ def _trade_off_panel(ax: Axes, stages: Sequence[Stage]) -> None:
 
 
 def _label_apart(ax: Axes, points: Sequence[tuple[float, float]], names: Sequence[str]) -> None:
-    """Labels right of the points, those of points that lie together under each other and right of all of them."""
+    """Puts labels right of the points; labels of points that lie together are stacked to the right of all of them."""
     (left, right), (bottom, top) = ax.get_xlim(), ax.get_ylim()
     line, near = 0.062 * (top - bottom), 0.12 * abs(left - right)
     placed: list[tuple[float, float]] = []
@@ -164,7 +164,7 @@ def _label_apart(ax: Axes, points: Sequence[tuple[float, float]], names: Sequenc
         ax.annotate(name, (min(cluster), height), (9, 0), textcoords="offset points", fontsize=9, va="center")
 
 
-def _stage_colours(stages: int) -> list[str]:
+def _stage_colors(stages: int) -> list[str]:
     if stages == 1:
         return [LAST]
     return [BASE, *[BETWEEN] * (stages - 2), LAST]
