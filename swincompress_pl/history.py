@@ -63,9 +63,15 @@ def follow_size(network: Any, size: Mapping[str, Any]) -> dict[str, Any]:
     return changed
 
 
-def origin_of(network: Any, history: list[Entry]) -> dict[str, Any]:
-    """Where a Program comes from: what `models.rebuild` needs to build its float network again."""
-    return {"network": creation_of(network), "history": history}
+def origin_of(
+    network: Any, history: list[Entry], attributes: Mapping[str, Mapping[str, Any]] | None = None
+) -> dict[str, Any]:
+    """Where a Program comes from: what `models.rebuild` needs to build its float network again.
+
+    attributes: {module: {attribute: value}} that were changed by hand since the network was created.
+    """
+    changed = {"attributes": {path: dict(values) for path, values in attributes.items()}} if attributes else {}
+    return {"network": creation_of(network), "history": history, **changed}
 
 
 def summarize(entry: Mapping[str, Any]) -> str:

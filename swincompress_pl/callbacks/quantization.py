@@ -20,6 +20,7 @@ from swincompress_pl.callbacks.compatibility import (
     refuse_averaging_before,
     refuse_compiled_module,
     refuse_neighbours,
+    refuse_overlaps,
     refuse_precision,
     refuse_strategy,
     refuse_synchronized_norms,
@@ -263,6 +264,7 @@ class QuantizationAwareTraining(TrainingPass):
         """What can be said of the network alone: that it has an integer form."""
         network = network_of(module, self.model_attribute)
         refuse_other_places(module, self.model_attribute)
+        refuse_overlaps(trainer, module, self, self.model_attribute)
         refuse_synchronized_norms(trainer, network, self.callback_name)
         stated = (self.preprocessing, preprocessing_of_data(trainer))
         if not isinstance(network, QuantizedNetwork) and any(source is not None for source in stated):

@@ -23,6 +23,7 @@ from swincompress_pl.callbacks.compatibility import (
     QUANTIZATION,
     refuse_neighbours,
     refuse_optimizers,
+    refuse_overlaps,
     refuse_precision,
     refuse_sharing,
     refuse_strategy,
@@ -253,6 +254,7 @@ class SearchCallback(TrainingPass, ABC):
         quantized = network is not network_of(module, self.model_attribute)
         refuse_precision(trainer, self.callback_name, QUANTIZATION if quantized else PRUNING)
         refuse_synchronized_norms(trainer, network, self.callback_name)
+        refuse_overlaps(trainer, module, self, self.model_attribute)
         space = self._space(network)
         refuse_masked_integers(trainer, module, self.model_attribute, self.monitor, space.kinds)
         refuse_sharing(module, network, pruned_tensors(network, space), self.model_attribute)

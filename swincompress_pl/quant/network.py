@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from swincompress_pl.history import follow_size, history_of, origin_of
+from swincompress_pl.history import history_of, origin_of
 from swincompress_pl.masks import refuse_filled_masks
 from swincompress_pl.quant.bits import Bits
 from swincompress_pl.quant.full_precision import full_precision, require_float32
@@ -21,7 +21,7 @@ from swincompress_pl.quant.preprocessing import checked_preprocessing, pixels_of
 from swincompress_pl.quant.scale_cut import Kept, ScaleCut, check_fit, cut_scales, undo_cut
 from swincompress_pl.quant.scales import Scales
 from swincompress_pl.quant.twin import TorchTwin
-from swincompress_pl.registry import adapter_for, size_of
+from swincompress_pl.registry import adapter_for, changed_attributes
 from swincompress_pl.spec import Program
 
 METHODS = ("searched", "max", "affine")
@@ -68,7 +68,6 @@ class QuantizedNetwork(nn.Module):
             raise ValueError(f"method is {method!r}; choose one of {', '.join(METHODS)}")
         if isinstance(network, QuantizedNetwork):
             raise ValueError("the network is already quantized; quantize its .network again if you want new scales")
-        follow_size(network, size_of(network))
         self.network = network
         self.preprocessing = checked_preprocessing(preprocessing)
         self.method = method
@@ -220,8 +219,15 @@ class QuantizedNetwork(nn.Module):
             self.fixed_scales(),
             preprocessing=self.preprocessing,
             classes=self.classes,
-            origin=origin_of(self.network, self.compression_history),
+            origin=self._origin(),
         )
+
+    def _origin(self) -> dict[str, Any]:
+        """How the float network is built again, as far as it can be: what is not stored must not look as if it were."""
+        try:
+            return origin_of(self.network, self.compression_history, changed_attributes(self.network))
+        except ValueError:  # changed since it was created, in what no argument says
+            return {"network": None, "history": self.compression_history}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedNetwork:
         """What moves every module moves this; what casts it to another number format leaves it in float32."""
