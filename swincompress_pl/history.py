@@ -1,6 +1,6 @@
 """What was done to a network, as plain data on the network itself: `compression_history`, and how it was created.
 
-The only place that reads and writes the two attributes. An entry of the history is {kind: data}, oldest first; pruning
+The only place that reads and writes these attributes. An entry of the history is {kind: data}, oldest first; pruning
 and quantization append, `checkpoint` puts the entries into a checkpoint and does them again, and a Program carries them
 as its `origin`.
 """
@@ -61,6 +61,17 @@ def follow_size(network: Any, size: Mapping[str, Any]) -> dict[str, Any]:
         set_creation(network, creation["name"], creation["kwargs"] | changed)
         note_size(network, size)
     return changed
+
+
+def note_attributes(network: Any, attributes: Mapping[str, Mapping[str, Any]]) -> None:
+    """Note the plain attributes {module: {attribute: value}} that were changed by hand since `network` was created."""
+    network.changed_attributes = {path: dict(values) for path, values in attributes.items()}
+
+
+def noted_attributes(network: Any) -> dict[str, dict[str, Any]]:
+    """What `note_attributes` noted, empty where it noted nothing."""
+    noted: dict[str, dict[str, Any]] = getattr(network, "changed_attributes", {})
+    return noted
 
 
 def origin_of(

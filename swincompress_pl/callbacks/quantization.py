@@ -26,13 +26,13 @@ from swincompress_pl.callbacks.compatibility import (
     refuse_synchronized_norms,
     wrap_anew,
 )
-from swincompress_pl.callbacks.qat_averaging import renew_averages
 from swincompress_pl.callbacks.qat_distillation import Distillation, refuse_teaching
 from swincompress_pl.callbacks.qat_images import CalibrationImages, preprocessing_of_data
 from swincompress_pl.callbacks.qat_options import checked_epochs, checked_quantization, checked_training
 from swincompress_pl.callbacks.qat_scales import ScaleGroup, read_old_names
 from swincompress_pl.callbacks.random_state import RandomNumbers, rng_states, seeded
 from swincompress_pl.callbacks.training_pass import TrainingPass
+from swincompress_pl.checkpoint.averaging import renew_averages
 from swincompress_pl.checkpoint.holder import has_network, held_by, network_of, put_network, refuse_other_places
 from swincompress_pl.checkpoint.hooks import keep_record
 from swincompress_pl.history import history_of
@@ -160,12 +160,7 @@ class QuantizationAwareTraining(TrainingPass):
             self._check_network(trainer, pl_module)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Take up the random numbers; averages get the form of the network that the checkpoint brought."""
-        quantized = has_network(pl_module, self.model_attribute) and isinstance(
-            network_of(pl_module, self.model_attribute), QuantizedNetwork
-        )
-        if quantized:
-            renew_averages(trainer, pl_module)
+        """Take up the random numbers."""
         read_old_names(checkpoint.get("optimizer_states", ()))
         mine = checkpoint["callbacks"].get(self.state_key)
         if mine is not None and mine.get("version") == _STATE_VERSION:

@@ -7,6 +7,7 @@ from typing import Any
 
 from lightning import LightningModule
 
+from swincompress_pl.checkpoint.averaging import renew_averages
 from swincompress_pl.checkpoint.compiled_keys import masks_as_named_in
 from swincompress_pl.checkpoint.holder import (
     compressed_paths,
@@ -19,7 +20,7 @@ from swincompress_pl.checkpoint.holder import (
 )
 from swincompress_pl.checkpoint.record import UNNAMED, CompressionRecord, NetworkRecord
 from swincompress_pl.checkpoint.restore import restore_from_history
-from swincompress_pl.history import creation_of, history_of
+from swincompress_pl.history import creation_of, history_of, note_attributes
 from swincompress_pl.registry import ChangedAttributes, changed_attributes
 from swincompress_pl.structure import describe, differences, set_attributes
 
@@ -82,9 +83,12 @@ def restore_networks(
                 f"none there; {networks_to_name(module)}, or name the network as it was when the checkpoint was written"
             )
     networks = {path: record for path, record in recorded.items() if has_network(module, path)}
+    before = {path: history_of(network_of(module, path)) for path in networks}
     for path, record in networks.items():
         _restore(module, path, record)
         add_path(module, path)
+    if any(list(record.history) != before[path] for path, record in networks.items()) and module._trainer is not None:
+        renew_averages(module.trainer, module)
     for path, record in networks.items():
         _check(module, path, record)
 
@@ -117,11 +121,12 @@ def _only_path(module: LightningModule, record: NetworkRecord) -> str:
 
 def _restore(module: LightningModule, path: str, record: NetworkRecord) -> None:
     network = network_of(module, path)
+    if record.attributes and creation_of(float_network(network)) is not None:
+        set_attributes(float_network(network), record.attributes)  # first: the graph follows them
+        note_attributes(float_network(network), record.attributes)
     restored = restore_from_history(network, masks_as_named_in(float_network(network), record.history))
     if restored is not network:
         put_network(module, path, restored)
-    if creation_of(float_network(restored)) is not None:
-        set_attributes(float_network(restored), record.attributes)
 
 
 def _check(module: LightningModule, path: str, record: NetworkRecord) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from functools import lru_cache
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from swincompress_pl.history import creation_of, follow_size, history_of
+from swincompress_pl.history import creation_of, follow_size, history_of, note_attributes, noted_attributes
 from swincompress_pl.models.factory import rebuild
 from swincompress_pl.registry import ChangedAttributes, register_comparison, size_of
 from swincompress_pl.structure import Description, describe, differences
@@ -28,8 +29,10 @@ def changes_since_creation(network: nn.Module) -> ChangedAttributes:
     follow_size(network, size_of(network))
     creation = creation_of(network)
     assert creation is not None
-    description, shapes = _expected(json.dumps([creation, history_of(network)]))
-    changed: ChangedAttributes = {}
+    history = history_of(network)
+    # What was pruned after it was changed follows the change.
+    changed: ChangedAttributes = copy.deepcopy(noted_attributes(network)) if history else {}
+    description, shapes = _expected(json.dumps([creation, changed, history]))
     for difference in differences(description, describe(network)):
         if difference.attribute is None:
             raise ValueError(_refusal(creation, difference.module, difference.stored, difference.found))
@@ -38,6 +41,7 @@ def changes_since_creation(network: nn.Module) -> ChangedAttributes:
     for name in [*shapes, *(name for name in present if name not in shapes)]:
         if shapes.get(name) != present.get(name):
             raise ValueError(_refusal(creation, name, shapes.get(name), present.get(name)))
+    note_attributes(network, changed)
     return changed
 
 
@@ -46,9 +50,9 @@ register_comparison(changes_since_creation)
 
 @lru_cache(maxsize=8)
 def _expected(origin: str) -> tuple[Description, Shapes]:
-    """Description and shapes of the network that creation and history (JSON) give; no memory is taken for it."""
-    creation, history = json.loads(origin)
-    built = {"network": creation, "history": history}
+    """Description and shapes of what creation, changed attributes and history (JSON) give; it takes no memory."""
+    creation, attributes, history = json.loads(origin)
+    built = {"network": creation, "attributes": attributes, "history": history}
     with torch.random.fork_rng(devices=[]):
         try:
             with torch.device("meta"):

@@ -95,9 +95,9 @@ def rebuild(origin: Mapping[str, Any]) -> nn.Module:
     if not origin.get("network"):
         raise ValueError("the origin does not say how its network was created; build networks with models.create_model")
     history = [entry for entry in origin.get("history") or [] if "quantize" not in entry]
-    network = restore_from_history(recreate_model(origin["network"]), history)
-    set_attributes(network, origin.get("attributes") or {})
-    return network
+    network = recreate_model(origin["network"])
+    set_attributes(network, origin.get("attributes") or {})  # what is pruned may have been changed before
+    return restore_from_history(network, history)
 
 
 def _builder(name: str, pretrained: bool) -> Callable[..., nn.Module]:
