@@ -99,9 +99,7 @@ def set_attributes(network: nn.Module, attributes: Mapping[str, Mapping[str, Any
     present = describe(network)
     modules = {".".join(p for p in path.split(".") if p != "_orig_mod"): m for path, m in network.named_modules()}
     if not isinstance(attributes, Mapping) or not all(isinstance(each, Mapping) for each in attributes.values()):
-        raise ValueError(
-            "the stored attributes are no {module: {attribute: value}}; the file is damaged"
-        )
+        raise ValueError("the stored attributes are no {module: {attribute: value}}; the file is damaged")
     for path, changed in attributes.items():
         for name, value in changed.items():
             known = present.get(path, {}).get("attributes", {}).get(name, _NOTHING)
