@@ -12,6 +12,7 @@ from typing import Any
 import timm
 from torch import nn
 
+from swincompress_pl.checkpoint.compiled_keys import masks_as_named_in
 from swincompress_pl.checkpoint.restore import restore_from_history
 from swincompress_pl.history import note_size, set_creation
 from swincompress_pl.models.spiking.memory import without_memory
@@ -97,7 +98,7 @@ def rebuild(origin: Mapping[str, Any]) -> nn.Module:
     history = [entry for entry in origin.get("history") or [] if "quantize" not in entry]
     network = recreate_model(origin["network"])
     set_attributes(network, origin.get("attributes") or {})  # what is pruned may have been changed before
-    return restore_from_history(network, history)
+    return restore_from_history(network, masks_as_named_in(network, history))
 
 
 def _builder(name: str, pretrained: bool) -> Callable[..., nn.Module]:
