@@ -31,6 +31,7 @@ from swincompress_pl.callbacks.qat_averaging import renew_averages
 from swincompress_pl.callbacks.qat_distillation import Distillation, refuse_teaching
 from swincompress_pl.callbacks.qat_images import CalibrationImages, preprocessing_of_data
 from swincompress_pl.callbacks.qat_options import (
+    RESUMED_ARGUMENTS,
     checked_epochs,
     checked_quantization,
     checked_training,
