@@ -70,19 +70,21 @@ def checked_training(scale_lr_factor: float, distillation: float, temperature: f
 def refuse_other_form(
     network: QuantizedNetwork, callback_name: str, method: str, bits: Bits, preprocessing: Mapping[str, Any] | None
 ) -> None:
-    """ValueError where a callback's arguments ask for another form than the network has, which is quantized already.
+    """ValueError where a callback asks for other bits or another normalization than the network has, which is quantized
+    already.
 
-    Left at its default an argument asks for nothing, but may have been written down: a warning says what holds.
+    A warning says what holds where nothing that is trained hangs on it: on the method that once found the scales, and
+    on bits left at their default, which may have been written down.
     """
     has = network.preprocessing
-    pairs = [("method", method, network.method, method == "searched"), ("bits", bits, network.bits, bits == Bits())]
+    pairs = [("method", method, network.method, False), ("bits", bits, network.bits, bits != Bits())]
     if preprocessing is not None:
-        pairs += [(f"preprocessing[{key!r}]", preprocessing[key], has[key], False) for key in ("mean", "std")]
-    for name, asked, there, is_default in pairs:
+        pairs += [(f"preprocessing[{key!r}]", preprocessing[key], has[key], True) for key in ("mean", "std")]
+    for name, asked, there, counts in pairs:
         if stored({name: asked}) == stored({name: there}):
             continue
         told = f"{callback_name}: the network is quantized already, with {name}={shown(there)}"
-        if not is_default:
+        if counts:
             raise ValueError(
                 f"{told}, and {name}={shown(asked)} is asked for; give {name}={shown(there)}, or fit its float network "
                 "(.network) instead"
