@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from lightning import LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
@@ -26,11 +27,19 @@ from swincompress_pl.callbacks.compatibility import (
     refuse_synchronized_norms,
     wrap_anew,
 )
+from swincompress_pl.callbacks.finetuning import note_finetuned_groups, restore_finetuned_groups
 from swincompress_pl.callbacks.qat_distillation import Distillation, refuse_teaching
 from swincompress_pl.callbacks.qat_images import CalibrationImages, preprocessing_of_data
-from swincompress_pl.callbacks.qat_options import checked_epochs, checked_quantization, checked_training
+from swincompress_pl.callbacks.qat_options import (
+    RESUMED_ARGUMENTS,
+    checked_epochs,
+    checked_quantization,
+    checked_training,
+    refuse_other_form,
+)
 from swincompress_pl.callbacks.qat_scales import ScaleGroup, read_old_names
 from swincompress_pl.callbacks.random_state import RandomNumbers, rng_states, seeded
+from swincompress_pl.callbacks.resumed_arguments import stored
 from swincompress_pl.callbacks.training_pass import TrainingPass
 from swincompress_pl.checkpoint.averaging import renew_averages
 from swincompress_pl.checkpoint.holder import has_network, held_by, network_of, put_network, refuse_other_places
@@ -121,7 +130,7 @@ class QuantizationAwareTraining(TrainingPass):
         self._found_preprocessing: dict[str, Any] | None = None
         self._network_checked = False
         self.model_attribute = text("model_attribute", model_attribute, "a name or a path, e.g. 'net'")
-        self._scale_group = ScaleGroup(scale_lr_factor)
+        self._scale_group, self._temperature = ScaleGroup(scale_lr_factor), temperature
         self._distillation = Distillation(distillation, temperature) if distillation > 0 else None
         self._teacher_state: Mapping[str, Any] | None = None
         self._resumed = False
@@ -152,6 +161,7 @@ class QuantizationAwareTraining(TrainingPass):
         if stage != "fit":
             return
         self._resumed, self._teacher_state, self._found_preprocessing = False, None, None
+        self._scale_group.place = None
         self._refuse_surroundings(trainer, pl_module)
         if self._distillation is not None:
             refuse_teaching(pl_module)
@@ -160,11 +170,16 @@ class QuantizationAwareTraining(TrainingPass):
             self._check_network(trainer, pl_module)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Take up the random numbers."""
+        """Take up the random numbers, and refuse what a resume cannot change."""
+        quantized = has_network(pl_module, self.model_attribute) and isinstance(
+            network_of(pl_module, self.model_attribute), QuantizedNetwork
+        )
         read_old_names(checkpoint.get("optimizer_states", ()))
         mine = checkpoint["callbacks"].get(self.state_key)
         if mine is not None and mine.get("version") == _STATE_VERSION:
             self._rng.resume(trainer, mine["rng"])
+            if trainer.state.fn == TrainerFn.FITTING and quantized and "arguments" in mine:
+                RESUMED_ARGUMENTS.take_up(self.callback_name, mine["arguments"], stored(self._arguments()))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Get the fit of a network that is quantized already ready, before the optimizer's state is restored."""
@@ -172,6 +187,8 @@ class QuantizationAwareTraining(TrainingPass):
             self._check_network(trainer, pl_module)
         network = network_of(pl_module, self.model_attribute)
         if isinstance(network, QuantizedNetwork):
+            refuse_other_form(network, self.callback_name, self.method, self.bits, self.preprocessing)
+            restore_finetuned_groups(trainer, pl_module)
             if held_by(pl_module, self.model_attribute) is not network:  # torch.compile around a quantized one
                 put_network(pl_module, self.model_attribute, network)
             if self._distillation is not None:
@@ -224,9 +241,15 @@ class QuantizationAwareTraining(TrainingPass):
         super().on_exception(trainer, pl_module, exception)
 
     def state_dict(self) -> dict[str, Any]:
-        """The random numbers' states, and the teacher's weights where there is one."""
+        """The arguments, the random numbers' states, and the teacher's weights where there is one."""
         teacher = {"teacher": None} if self._distillation is None else self._distillation.to_dict()
-        return {"version": _STATE_VERSION, "rng": rng_states(), **teacher}
+        return {
+            "version": _STATE_VERSION,
+            "arguments": stored(self._arguments()),
+            "scale_group": self._scale_group.place,
+            "rng": rng_states(),
+            **teacher,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with the teacher of the fit that wrote `state_dict`."""
@@ -236,8 +259,19 @@ class QuantizationAwareTraining(TrainingPass):
                 "expected"
             )
         self._resumed, self._teacher_state = True, state_dict if state_dict["teacher"] is not None else None
+        self._scale_group.place = state_dict.get("scale_group")
 
     # Mechanism.
+
+    def _arguments(self) -> dict[str, Any]:
+        """What its training hangs on, by name: a resumed fit has the same, or others (`resumed_arguments`)."""
+        alike = ("start_epoch", "calibration_images", "method", "bits", "search", "percentile", "learn_scales")
+        return {
+            **{name: getattr(self, name) for name in (*alike, "freeze_epoch", "model_attribute")},
+            "scale_lr_factor": self._scale_group.lr_factor,
+            "distillation": 0.0 if self._distillation is None else self._distillation.weight,
+            "temperature": self._temperature,
+        }
 
     @property
     def _images(self) -> CalibrationImages:
@@ -305,6 +339,7 @@ class QuantizationAwareTraining(TrainingPass):
             return f"{inside}network.{name.removeprefix(inside).removeprefix('_orig_mod.')}"  # of a compiled network
 
         renew_averages(trainer, module, renamed)
+        note_finetuned_groups(trainer, module)
         return quantized
 
     def _quantized(
@@ -375,8 +410,9 @@ class QuantizationAwareTraining(TrainingPass):
         assert self._distillation is not None
         if self._resumed and self._teacher_state is None:
             raise ValueError(
-                f"distillation={self._distillation.weight}: the checkpoint was written without a teacher and its "
-                "network is quantized already; resume with distillation=0, or from a checkpoint before start_epoch"
+                f"distillation={self._distillation.weight}, and the fit that is resumed had distillation=0: the "
+                "checkpoint was written without a teacher and its network is quantized already; resume with "
+                "distillation=0, or from a checkpoint before start_epoch"
             )
         self._distillation.take_teacher(network.network, self._teacher_state)
         self._teacher_state = None

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from lightning import LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
@@ -32,6 +33,7 @@ from swincompress_pl.callbacks.compatibility import (
 )
 from swincompress_pl.callbacks.loaders import calibration_loaders, holdout_loaders
 from swincompress_pl.callbacks.random_state import RandomNumbers, rng_states, seeded
+from swincompress_pl.callbacks.resumed_arguments import ResumedArguments, stored
 from swincompress_pl.callbacks.scoring import HoldOutReader, Named, images_and_labels, metric_scorer
 from swincompress_pl.callbacks.searched_network import (
     CoupledScales,
@@ -74,6 +76,8 @@ class SearchCallback(TrainingPass, ABC):
     """
 
     callback_name: ClassVar[str]  # also the key of the state, one for subclasses too
+    resumed_arguments: ClassVar[ResumedArguments]
+    config: Any  # the search's, a frozen dataclass
 
     def __init__(
         self,
@@ -160,7 +164,12 @@ class SearchCallback(TrainingPass, ABC):
 
     @abstractmethod
     def _restore(self, stored: dict[str, Any]) -> None:
-        """Take up what `_stored` gave."""
+        """Take up what `_stored` gave; "arguments" are those of the fit before, if it stored any."""
+
+    def _arguments(self) -> dict[str, Any]:
+        """What the search hangs on, by name: a resumed fit has the same, or others (`resumed_arguments`)."""
+        own = ("start_epoch", "monitor", "max_images", "gradient_batches", "model_attribute")
+        return {**vars(self.config), **{name: getattr(self, name) for name in own}}
 
     # Hooks.
 
@@ -221,14 +230,22 @@ class SearchCallback(TrainingPass, ABC):
             note_old_shapes(trainer, pl_module, self._network(pl_module), self.callback_name, exception)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Take up the random numbers where the checkpoint left them."""
+        """Take up the random numbers where the checkpoint left them; refuse arguments that cannot be others by now."""
         mine = checkpoint["callbacks"].get(self.state_key)
         if mine is not None and mine.get("version") == _STATE_VERSION:
             self._rng.resume(trainer, mine["rng"])
+            if trainer.state.fn == TrainerFn.FITTING and mine["last_epoch"] >= 0 and "arguments" in mine:
+                self.resumed_arguments.take_up(self.callback_name, mine["arguments"], stored(self._arguments()))
 
     def state_dict(self) -> dict[str, Any]:
-        """The search so far and the random numbers' states: plain data and tensors."""
-        return {"version": _STATE_VERSION, "last_epoch": self._last_epoch, **self._stored(), "rng": rng_states()}
+        """The search so far, its arguments and the random numbers' states: plain data and tensors."""
+        return {
+            "version": _STATE_VERSION,
+            "last_epoch": self._last_epoch,
+            **self._stored(),
+            "arguments": stored(self._arguments()),
+            "rng": rng_states(),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with the search that `state_dict` wrote."""

@@ -136,6 +136,7 @@ class SearchSession:
         space = search_space(self.config, state.initial_units, self._input_shape)
         targets = space.targets(self.network)
         check_same_targets(state, targets)
+        lock_finished(state, targets, self.config)  # max_sparsity may be another than in the round before
         setup = Setup(
             network=self.network,
             evaluator=self.evaluator,
