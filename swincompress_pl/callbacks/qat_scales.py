@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from lightning import Trainer
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from swincompress_pl.callbacks.compatibility import UNFIT_OPTIMIZERS
+from swincompress_pl.callbacks.random_state import isolated
 from swincompress_pl.quant import QuantizedNetwork
 
 _NAME, _OLD_NAME = "scales.adjustment", "scales.drift"
@@ -64,7 +64,8 @@ class ScaleGroup:
         named = "param_names" in model
         optimizer.add_param_group({"params": [(_NAME, adjustment) if named else adjustment], **own})
         for config in trainer.lr_scheduler_configs:
-            _extend(config.scheduler, optimizer, groups, host, self.lr_factor)
+            for scheduler in nested_schedulers(config.scheduler):
+                _extend(scheduler, optimizer, groups, host, self.lr_factor)
         self._follow(optimizer, host, groups)
 
     def check(self, trainer: Trainer, network: nn.Module) -> None:
@@ -155,18 +156,23 @@ def _steps(optimizer: Optimizer, number: int, value: Tensor) -> bool:
         id(optimizer.state): defaultdict(dict),
     }
     try:
-        with isolate_rng():
+        with isolated():
             copy.deepcopy(optimizer, memo).step()
     except Exception:
         return False
     return True
 
 
-def _extend(scheduler: Any, optimizer: Optimizer, groups: int, host: int, factor: float) -> None:
-    """One more entry in what the scheduler keeps for each group, as for the host."""
+def nested_schedulers(scheduler: Any) -> Iterator[Any]:
+    """Those inside it, and it."""
     for inner in (*getattr(scheduler, "_schedulers", ()), getattr(scheduler, "after_scheduler", None)):
         if inner is not None:
-            _extend(inner, optimizer, groups, host, factor)
+            yield from nested_schedulers(inner)
+    yield scheduler
+
+
+def _extend(scheduler: Any, optimizer: Optimizer, groups: int, host: int, factor: float) -> None:
+    """One more entry in what the scheduler keeps for each group, as for the host."""
     if getattr(scheduler, "optimizer", None) is not optimizer:
         return
     for name in _PER_GROUP:

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -30,8 +29,9 @@ from swincompress_pl.callbacks.qat_distillation import Distillation, refuse_teac
 from swincompress_pl.callbacks.qat_images import CalibrationImages, preprocessing_of_data
 from swincompress_pl.callbacks.qat_options import checked_epochs, checked_quantization, checked_training
 from swincompress_pl.callbacks.qat_scales import ScaleGroup, read_old_names
-from swincompress_pl.callbacks.random_state import RandomNumbers, rng_states, seeded
+from swincompress_pl.callbacks.random_state import RandomNumbers, isolated, rng_states, seeded
 from swincompress_pl.callbacks.training_pass import TrainingPass
+from swincompress_pl.callbacks.whole_change import whole_change
 from swincompress_pl.checkpoint.holder import has_network, held_by, network_of, put_network, refuse_other_places
 from swincompress_pl.checkpoint.hooks import keep_record
 from swincompress_pl.history import history_of
@@ -189,7 +189,7 @@ class QuantizationAwareTraining(TrainingPass):
         network = network_of(pl_module, self.model_attribute)
         self.keep_masks(trainer, network)
         if not isinstance(network, QuantizedNetwork):
-            with isolate_rng():
+            with isolated():
                 # What one rank refuses all refuse, instead of waiting for it; rank 0's answer counts.
                 found = gather_results(
                     lambda: self._images.preprocessing(
@@ -209,7 +209,9 @@ class QuantizationAwareTraining(TrainingPass):
         """Quantize if this is the epoch, and freeze the scales if this is that."""
         network = network_of(module, self.model_attribute)
         if not isinstance(network, QuantizedNetwork) and self.should_quantize(trainer.current_epoch):
-            network = self._exchange(trainer, module, network)
+            followers = (self, self._scale_group, *([] if self._distillation is None else [self._distillation]))
+            with whole_change(trainer, module, self.model_attribute, *followers):
+                network = self._exchange(trainer, module, network)
         if isinstance(network, QuantizedNetwork) and self.should_freeze(trainer.current_epoch):
             _freeze(trainer, network)
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from lightning import Trainer
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.seed import isolate_rng
+
+from swincompress_pl.interrupts import put_back_after
 
 
 def rng_states() -> dict[str, Any]:
@@ -45,13 +47,20 @@ def set_rng_states(states: dict[str, Any]) -> None:
 
 
 @contextmanager
+def isolated() -> Iterator[None]:
+    """Global random numbers for a while, then as they were; after an exception too (not so `isolate_rng`)."""
+    with put_back_after(partial(set_rng_states, rng_states())):
+        yield
+
+
+@contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Global random numbers from `seed` for a while, then as they were.
 
     For images read in the middle of a fit: a resumed fit has drawn the order of its epoch by then, an uninterrupted one
     has not, so what follows must hang on neither.
     """
-    with isolate_rng():
+    with isolated():
         torch.manual_seed(seed)
         np.random.seed(seed)
         random.seed(seed)

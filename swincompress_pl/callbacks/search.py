@@ -11,7 +11,6 @@ from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from lightning import LightningModule, Trainer
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 from swincompress_pl.arguments import batches, integer, optional, require, text
@@ -30,7 +29,7 @@ from swincompress_pl.callbacks.compatibility import (
     wrap_anew,
 )
 from swincompress_pl.callbacks.loaders import calibration_loaders, holdout_loaders
-from swincompress_pl.callbacks.random_state import RandomNumbers, rng_states, seeded
+from swincompress_pl.callbacks.random_state import RandomNumbers, isolated, rng_states, seeded
 from swincompress_pl.callbacks.scoring import HoldOutReader, Named, images_and_labels, metric_scorer
 from swincompress_pl.callbacks.searched_network import (
     CoupledScales,
@@ -42,6 +41,7 @@ from swincompress_pl.callbacks.searched_network import (
 )
 from swincompress_pl.callbacks.training_pass import TrainingPass
 from swincompress_pl.callbacks.validation import ModuleValidation, on_device, validating
+from swincompress_pl.callbacks.whole_change import whole_change
 from swincompress_pl.checkpoint.holder import has_network, network_of
 from swincompress_pl.checkpoint.hooks import keep_record
 from swincompress_pl.pruning import Gradients, HoldOut, collect_gradients
@@ -49,7 +49,7 @@ from swincompress_pl.pruning.evaluation.ranks import share_buffers
 from swincompress_pl.pruning.evaluation.scorer import Scorer, fingerprint_of
 from swincompress_pl.pruning.space import SpaceConfig, check_on_trial
 from swincompress_pl.pruning.structure.apply import AppliedPlan
-from swincompress_pl.pruning.structure.change import Change, revert
+from swincompress_pl.pruning.structure.change import Change
 from swincompress_pl.pruning.structure.optimizer_state import slice_optimizers
 from swincompress_pl.pruning.structure.trial import FirstInputs
 
@@ -150,8 +150,12 @@ class SearchCallback(TrainingPass, ABC):
         return None
 
     @abstractmethod
-    def _take(self, module: LightningModule, outcome: Outcome) -> None:
-        """Everything in the fit has followed: keep what was found, and log it."""
+    def _take(self, outcome: Outcome) -> None:
+        """Everything in the fit has followed: keep what was found."""
+
+    @abstractmethod
+    def _log(self, module: LightningModule, outcome: Outcome) -> None:
+        """Log what was found."""
 
     @abstractmethod
     def _stored(self) -> dict[str, Any]:
@@ -188,7 +192,7 @@ class SearchCallback(TrainingPass, ABC):
         if not self._is_over():
             refuse_averages(trainer, pl_module, self._network(pl_module), self.callback_name)
             self._refuse_optimizers(trainer, pl_module)
-            with isolate_rng(), validating(trainer, pl_module), torch.no_grad():
+            with isolated(), validating(trainer, pl_module), torch.no_grad():
                 self._scorer = self._make_scorer(trainer, pl_module)
                 network, shape = self._network(pl_module), self._input_shape(trainer, pl_module, self._scorer)
                 check_on_trial(network, self._space(network), FirstInputs(), shape)
@@ -200,11 +204,14 @@ class SearchCallback(TrainingPass, ABC):
         epoch = trainer.current_epoch
         if self._is_over() or epoch <= self._last_epoch or not self.should_prune(epoch):
             return
-        # The search must not move the random numbers that shuffling, dropout and augmentation draw.
-        with isolate_rng():
-            outcome = self._search(trainer, module)
-        self._last_epoch = epoch
-        self._take(module, outcome)
+        # The network, what follows it and what is known of the search change together.
+        with whole_change(trainer, module, self.model_attribute, self):
+            # The search must not move the random numbers that shuffling, dropout and augmentation draw.
+            with isolated():
+                outcome = self._search(trainer, module)
+            self._last_epoch = epoch
+            self._take(outcome)
+        self._log(module, outcome)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let go of the hold-out and of the optimizers; say so where nothing was searched."""
@@ -281,12 +288,7 @@ class SearchCallback(TrainingPass, ABC):
     def _follow(self, trainer: Trainer, module: LightningModule, outcome: Outcome, coupled: CoupledScales) -> None:
         """Optimizers, masks, compiled code and DDP go on with what the search made of the network."""
         network, change = self._network(module), outcome.change
-        try:
-            slice_optimizers(trainer.optimizers, coupled.with_scales(change.applied))
-        except BaseException:
-            revert(network, change)
-            coupled.uncut()
-            raise
+        slice_optimizers(trainer.optimizers, coupled.with_scales(change.applied))
         sliced = bool(change.applied.tensors)
         finished = self._finish(network, outcome)
         if finished is not None:

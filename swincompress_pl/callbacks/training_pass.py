@@ -44,8 +44,8 @@ class TrainingPass(KeptMasks):
 
     def _begin_once(self, trainer: Trainer, module: LightningModule) -> None:
         if self._begun_epoch != trainer.current_epoch:
-            self._begun_epoch = trainer.current_epoch
             self._begin_epoch(trainer, module)
+            self._begun_epoch = trainer.current_epoch
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Begin the epoch where Lightning did not say so, and the training pass."""
