@@ -29,7 +29,7 @@ from swincompress_pl.callbacks.qat_distillation import Distillation, refuse_teac
 from swincompress_pl.callbacks.qat_images import CalibrationImages, preprocessing_of_data
 from swincompress_pl.callbacks.qat_options import checked_epochs, checked_quantization, checked_training
 from swincompress_pl.callbacks.qat_scales import ScaleGroup, read_old_names
-from swincompress_pl.callbacks.random_state import RandomNumbers, isolated, rng_states, seeded
+from swincompress_pl.callbacks.random_state import RandomNumbers, isolated, leave_out_unbegun_epoch, seeded
 from swincompress_pl.callbacks.training_pass import TrainingPass
 from swincompress_pl.callbacks.whole_change import whole_change
 from swincompress_pl.checkpoint.holder import has_network, held_by, network_of, put_network, refuse_other_places
@@ -166,12 +166,14 @@ class QuantizationAwareTraining(TrainingPass):
         if quantized:
             renew_averages(trainer, pl_module)
         read_old_names(checkpoint.get("optimizer_states", ()))
+        leave_out_unbegun_epoch(checkpoint)
         mine = checkpoint["callbacks"].get(self.state_key)
         if mine is not None and mine.get("version") == _STATE_VERSION:
             self._rng.resume(trainer, mine["rng"])
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Get the fit of a network that is quantized already ready, before the optimizer's state is restored."""
+        super().on_fit_start(trainer, pl_module)
         if not self._network_checked:
             self._check_network(trainer, pl_module)
         network = network_of(pl_module, self.model_attribute)
@@ -232,7 +234,7 @@ class QuantizationAwareTraining(TrainingPass):
     def state_dict(self) -> dict[str, Any]:
         """The random numbers' states, and the teacher's weights where there is one."""
         teacher = {"teacher": None} if self._distillation is None else self._distillation.to_dict()
-        return {"version": _STATE_VERSION, "rng": rng_states(), **teacher}
+        return {"version": _STATE_VERSION, "rng": self._rng.states(), **teacher}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with the teacher of the fit that wrote `state_dict`."""

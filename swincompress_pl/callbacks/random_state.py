@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -72,16 +72,30 @@ class RandomNumbers:
 
     Twice, because Lightning makes the first epoch's data iterator, which draws, before training starts, and that of
     every other epoch after `on_train_epoch_start`. A checkpoint written after validation resumes at the end of its
-    epoch: its next epoch is not the first of the new fit.
+    epoch: its next epoch is not the first of the new fit. One that an exception had written before the fit's first
+    batch has the numbers of the fit's start: that iterator is made again.
     In a distributed fit only rank 0's numbers are saved, so nothing is set.
     """
 
     def __init__(self) -> None:
         self._states: dict[str, Any] | None = None
+        self._at_start: dict[str, Any] | None = None
         self._first_epoch = -1
 
+    def states(self) -> dict[str, Any]:
+        """For a checkpoint that is written now."""
+        return self._at_start or rng_states()
+
+    def on_fit_start(self) -> None:
+        """Nothing is drawn yet."""
+        self._at_start = rng_states()
+
+    def on_train_batch_start(self) -> None:
+        """The first epoch is under way."""
+        self._at_start = None
+
     def resume(self, trainer: Trainer, states: dict[str, Any]) -> None:
-        """From `on_load_checkpoint`: before anything is drawn."""
+        """From `on_load_checkpoint`, before anything is drawn; `states`: those of the checkpoint."""
         if trainer.state.fn == TrainerFn.FITTING and trainer.world_size == 1:
             self._states = states
             set_rng_states(states)
@@ -95,3 +109,15 @@ class RandomNumbers:
         if self._states is not None and trainer.current_epoch != self._first_epoch:
             set_rng_states(self._states)
         self._states = None
+
+
+def leave_out_unbegun_epoch(checkpoint: Mapping[str, Any]) -> None:
+    """Have a checkpoint that an exception wrote while an epoch began resume as one of the end of the epoch before.
+
+    Lightning counts that epoch as ready and, when it resumes, goes on behind its last batch, which is that of the epoch
+    before: nothing would be trained in it.
+    """
+    progress = checkpoint.get("loops", {}).get("fit_loop", {}).get("epoch_progress", {})
+    for counts in progress.values():
+        if counts["ready"] == counts["started"] + 1 == counts["completed"] + 1:
+            counts["ready"] = counts["started"]

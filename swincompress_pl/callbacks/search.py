@@ -29,7 +29,7 @@ from swincompress_pl.callbacks.compatibility import (
     wrap_anew,
 )
 from swincompress_pl.callbacks.loaders import calibration_loaders, holdout_loaders
-from swincompress_pl.callbacks.random_state import RandomNumbers, isolated, rng_states, seeded
+from swincompress_pl.callbacks.random_state import RandomNumbers, isolated, leave_out_unbegun_epoch, seeded
 from swincompress_pl.callbacks.scoring import HoldOutReader, Named, images_and_labels, metric_scorer
 from swincompress_pl.callbacks.searched_network import (
     CoupledScales,
@@ -182,6 +182,7 @@ class SearchCallback(TrainingPass, ABC):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse what cannot work of a network that was not there before."""
+        super().on_fit_start(trainer, pl_module)
         if not self._network_checked:
             self._check_network(trainer, pl_module)
 
@@ -227,14 +228,15 @@ class SearchCallback(TrainingPass, ABC):
             note_old_shapes(trainer, pl_module, self._network(pl_module), self.callback_name, exception)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Take up the random numbers where the checkpoint left them."""
+        """Take up the random numbers, and the epoch, where the checkpoint left them."""
+        leave_out_unbegun_epoch(checkpoint)
         mine = checkpoint["callbacks"].get(self.state_key)
         if mine is not None and mine.get("version") == _STATE_VERSION:
             self._rng.resume(trainer, mine["rng"])
 
     def state_dict(self) -> dict[str, Any]:
         """The search so far and the random numbers' states: plain data and tensors."""
-        return {"version": _STATE_VERSION, "last_epoch": self._last_epoch, **self._stored(), "rng": rng_states()}
+        return {"version": _STATE_VERSION, "last_epoch": self._last_epoch, **self._stored(), "rng": self._rng.states()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with the search that `state_dict` wrote."""
