@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -23,13 +24,21 @@ _DICTIONARIES = (dict, OrderedDict, defaultdict)
 _LISTS = (list, deque)
 
 
+@dataclass(frozen=True, eq=False)
+class Attributes:
+    """Of `holder`, those with these names alone; for an object whose other attributes are not ours to bring back."""
+
+    holder: object
+    names: tuple[str, ...]
+
+
 class all_or_nothing:  # noqa: N801  # read as a statement: `with all_or_nothing(network):`
     """What changes within the context has changed whole, or, on any exception, is as it was before, to the bit.
 
     objects: those whose attributes change: optimizers, callbacks, and modules with all below them: their classes,
-    modes, hooks, tensors (which ones, not what is in them), `requires_grad` and `grad`. Lists and dictionaries inside
-    count, other objects inside do not. written: modules that change so and whose tensors are written to in place as
-    well; a copy of these is kept meanwhile.
+    modes, hooks, tensors (which ones, not what is in them), `requires_grad` and `grad`; or some `Attributes`. Lists and
+    dictionaries inside count, other objects inside do not. written: modules that change so and whose tensors are
+    written to in place as well; a copy of these is kept meanwhile.
 
     A class and no generator: one that an interrupt leaves suspended would undo the change when it is collected.
     """
@@ -50,16 +59,33 @@ class all_or_nothing:  # noqa: N801  # read as a statement: `with all_or_nothing
 
 
 @contextmanager
-def put_back_after(put_back: Callable[[], None]) -> Iterator[None]:
-    """`put_back` at the end of the context, once more where an exception came on the way there; so it may run twice."""
+def put_back_after(put_back: Callable[[], None], still: Callable[[], bool] = lambda: True) -> Iterator[None]:
+    """`put_back` at the end of the context, once more where an exception came on the way there; so it may run twice.
+
+    still: asked where an interrupt left the context behind, which comes to its end when it is collected, some time
+    later: whether nothing has changed since that `put_back` would undo.
+    """
     try:
         try:
             yield
-        finally:
-            put_back()
+        except GeneratorExit:
+            if still():
+                put_back()
+            raise
+        put_back()
+    except GeneratorExit:
+        raise
     except BaseException:
         put_back()
         raise
+
+
+def unwritten(tensor: Tensor, *, writes: int) -> Callable[[], bool]:
+    """Tells whether nothing was written to `tensor` since now but the next so many writes."""
+    if tensor.is_inference():
+        return lambda: True
+    version = tensor._version + writes
+    return lambda: tensor._version == version
 
 
 def _structure(objects: Iterable[object]) -> list[Callable[[], None]]:
@@ -83,6 +109,11 @@ def _structure(objects: Iterable[object]) -> list[Callable[[], None]]:
             found.append(partial(_renew, value, set(value)))
         elif isinstance(value, Tensor):
             found.append(partial(_follow, value, value.requires_grad, value.grad if value.is_leaf else None))
+        elif isinstance(value, Attributes):
+            own = vars(value.holder)
+            known = {name: own[name] for name in value.names if name in own}
+            found.append(partial(_assign, own, known, value.names))
+            waiting += known.values()
         elif isinstance(value, nn.Module | Optimizer) or id(value) in roots:
             found.append(partial(_reclassify, value, type(value)))
             waiting.append(vars(value))
@@ -94,6 +125,14 @@ def _refill(now: dict[Any, Any], before: dict[Any, Any]) -> None:
     if len(now) != len(before) or any(key is not old or value is not was for (key, value), (old, was) in pairs):
         now.clear()  # and not only what differs: the order counts, in state dicts and among hooks
         now.update(before)
+
+
+def _assign(now: dict[str, Any], before: dict[str, Any], names: Iterable[str]) -> None:
+    for name in names:
+        if name in before:
+            now[name] = before[name]
+        else:
+            now.pop(name, None)
 
 
 def _extend(now: list[Any] | deque[Any], before: list[Any]) -> None:

@@ -211,7 +211,7 @@ class QuantizationAwareTraining(TrainingPass):
         """Quantize if this is the epoch, and freeze the scales if this is that."""
         network = network_of(module, self.model_attribute)
         if not isinstance(network, QuantizedNetwork) and self.should_quantize(trainer.current_epoch):
-            followers = (self, self._scale_group, *([] if self._distillation is None else [self._distillation]))
+            followers = (self._scale_group, *([] if self._distillation is None else [self._distillation]))
             with whole_change(trainer, module, self.model_attribute, *followers):
                 network = self._exchange(trainer, module, network)
         if isinstance(network, QuantizedNetwork) and self.should_freeze(trainer.current_epoch):

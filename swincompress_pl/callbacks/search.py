@@ -44,6 +44,7 @@ from swincompress_pl.callbacks.validation import ModuleValidation, on_device, va
 from swincompress_pl.callbacks.whole_change import whole_change
 from swincompress_pl.checkpoint.holder import has_network, network_of
 from swincompress_pl.checkpoint.hooks import keep_record
+from swincompress_pl.interrupts import Attributes
 from swincompress_pl.pruning import Gradients, HoldOut, collect_gradients
 from swincompress_pl.pruning.evaluation.ranks import share_buffers
 from swincompress_pl.pruning.evaluation.scorer import Scorer, fingerprint_of
@@ -54,6 +55,8 @@ from swincompress_pl.pruning.structure.optimizer_state import slice_optimizers
 from swincompress_pl.pruning.structure.trial import FirstInputs
 
 _STATE_VERSION = 2
+# What a search changes in its callback; whatever else a subclass has is its own.
+_OWN = ("_last_epoch", "_masks", "search_state", "result")
 Config = TypeVar("Config")
 
 
@@ -206,7 +209,7 @@ class SearchCallback(TrainingPass, ABC):
         if self._is_over() or epoch <= self._last_epoch or not self.should_prune(epoch):
             return
         # The network, what follows it and what is known of the search change together.
-        with whole_change(trainer, module, self.model_attribute, self):
+        with whole_change(trainer, module, self.model_attribute, Attributes(self, _OWN)):
             # The search must not move the random numbers that shuffling, dropout and augmentation draw.
             with isolated():
                 outcome = self._search(trainer, module)

@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import WeightAveraging
 
 from swincompress_pl.callbacks.qat_scales import nested_schedulers
 from swincompress_pl.checkpoint.holder import network_of
-from swincompress_pl.interrupts import all_or_nothing
+from swincompress_pl.interrupts import Attributes, all_or_nothing
 
 
 def whole_change(trainer: Trainer, module: LightningModule, model_attribute: str, *others: object) -> all_or_nothing:
@@ -22,7 +22,7 @@ def whole_change(trainer: Trainer, module: LightningModule, model_attribute: str
     return all_or_nothing(
         *others,
         module,
-        trainer,
+        Attributes(trainer, ("_loggers",)),
         trainer.state,
         trainer._logger_connector,
         *trainer.optimizers,

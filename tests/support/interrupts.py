@@ -25,7 +25,7 @@ class Interrupt(KeyboardInterrupt):
     """Ctrl-C at a line."""
 
 
-class _Tracer:
+class Tracer:
     """Counts the lines of the package that run, and raises at the one with the number `at`."""
 
     def __init__(self, files: Sequence[str], at: int | None = None) -> None:
@@ -43,7 +43,7 @@ class _Tracer:
         return self
 
 
-def run_traced(call: Callable[[], Any], tracer: _Tracer) -> Any:
+def run_traced(call: Callable[[], Any], tracer: Tracer) -> Any:
     """What `call` gives while `tracer` watches."""
     before = sys.gettrace()
     sys.settrace(tracer)
@@ -55,7 +55,7 @@ def run_traced(call: Callable[[], Any], tracer: _Tracer) -> Any:
 
 def lines_of(call: Callable[[], Any], files: Sequence[str] = ("",)) -> list[tuple[str, int]]:
     """The lines of the package's `files` (paths that begin so) that `call` runs, each as often as it runs."""
-    tracer = _Tracer(files)
+    tracer = Tracer(files)
     run_traced(call, tracer)
     return tracer.places
 
@@ -78,7 +78,7 @@ def interruptions(places: Sequence[tuple[str, int]], most: int | None = None) ->
 
 def interrupted(call: Callable[[], Any], at: int, files: Sequence[str] = ("",)) -> str | None:
     """Run `call` with an exception at the line with the number `at`; the place, None where it came to its end."""
-    tracer = _Tracer(files, at)
+    tracer = Tracer(files, at)
     try:
         run_traced(call, tracer)
     except Interrupt as interrupt:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from swincompress_pl.interrupts import put_back_after
+from swincompress_pl.interrupts import put_back_after, unwritten
 from swincompress_pl.pruning.structure.apply import stored_tensor
 from swincompress_pl.pruning.structure.groups import Group, NormSlice, Slice, validate_units
 from swincompress_pl.pruning.structure.plan import PruningPlan, find_group
@@ -78,7 +78,7 @@ def _zeroed(network: nn.Module, part: Slice, units: Sequence[int]) -> Iterator[N
     def put_back() -> None:
         tensor.index_copy_(part.axis, index, values)
 
-    with put_back_after(put_back):
+    with put_back_after(put_back, unwritten(tensor, writes=1)):
         with torch.no_grad():
             tensor.index_fill_(part.axis, index, 0.0)
         yield

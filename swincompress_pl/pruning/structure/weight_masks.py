@@ -24,7 +24,7 @@ from torch.utils.hooks import RemovableHandle
 
 from swincompress_pl.evaluation_mode import outside_inference_mode
 from swincompress_pl.history import append_entry, derives_its_history, drop_latest_entry, history_of
-from swincompress_pl.interrupts import all_or_nothing, put_back_after
+from swincompress_pl.interrupts import all_or_nothing, put_back_after, unwritten
 from swincompress_pl.masks import MASK_SUFFIX, is_mask
 from swincompress_pl.masks import masked_parameters as masked_parameters
 
@@ -156,7 +156,7 @@ def temporary_mask(network: nn.Module, name: str, mask: Tensor) -> Iterator[None
     def put_back() -> None:
         parameter.masked_scatter_(gone, values)
 
-    with put_back_after(put_back):
+    with put_back_after(put_back, unwritten(parameter, writes=1)):
         with torch.no_grad():
             _zero(parameter, ~gone)
         yield
