@@ -38,7 +38,8 @@ class all_or_nothing:  # noqa: N801  # read as a statement: `with all_or_nothing
     objects: those whose attributes change: optimizers, callbacks, and modules with all below them: their classes,
     modes, hooks, tensors (which ones, not what is in them), `requires_grad` and `grad`; or some `Attributes`. Lists and
     dictionaries inside count, other objects inside do not. written: modules that change so and whose tensors are
-    written to in place as well; a copy of these is kept meanwhile.
+    written to in place as well; a copy of these is kept meanwhile. So are whether torch records gradients, and its
+    default number format.
 
     A class and no generator: one that an interrupt leaves suspended would undo the change when it is collected.
     """
@@ -49,7 +50,8 @@ class all_or_nothing:  # noqa: N801  # read as a statement: `with all_or_nothing
         self._put_back: list[Callable[[], None]] = []
 
     def __enter__(self) -> None:
-        self._put_back = [*_values(self._written), *_structure(self._objects)]  # a gradient fits its tensor's format
+        # The values first: a gradient fits its tensor's format.
+        self._put_back = [*_values(self._written), *_structure(self._objects), *_settings()]
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         put_back, self._put_back = self._put_back, []
@@ -159,10 +161,25 @@ def _follow(tensor: Tensor, requires_grad: bool, grad: Tensor | None) -> None:
             tensor.grad = grad
 
 
+def _settings() -> list[Callable[[], None]]:
+    """What brings back the settings of torch's that an interrupt on the way out of a context leaves."""
+    gradients, dtype = torch.is_grad_enabled(), torch.get_default_dtype()
+    return [partial(_set_gradients, gradients), partial(torch.set_default_dtype, dtype)]
+
+
+def _set_gradients(recorded: bool) -> None:
+    torch.set_grad_enabled(recorded)
+
+
 def _values(modules: Iterable[nn.Module]) -> list[Callable[[], None]]:
     """What brings the values of parameters and buffers back; each once, however often it is held."""
-    tensors = {id(t): t for module in modules for t in (*module.parameters(), *module.buffers())}
-    return [partial(_write, t, t.detach(), t.detach().clone()) for t in tensors.values() if not _is_fixed(t)]
+    found = {id(t): t for module in modules for t in (*module.parameters(), *module.buffers())}
+    tensors = [tensor for tensor in found.values() if not _is_fixed(tensor)]
+    gradients = [tensor.grad for tensor in tensors if tensor.is_leaf and tensor.grad is not None]
+    return [
+        *(partial(_write, tensor, tensor.detach(), tensor.detach().clone()) for tensor in tensors),
+        *(partial(_write, gradient, gradient.detach(), None) for gradient in gradients),  # a cast casts them as well
+    ]
 
 
 def _is_fixed(tensor: Tensor) -> bool:
@@ -171,8 +188,9 @@ def _is_fixed(tensor: Tensor) -> bool:
 
 
 @torch.no_grad()
-def _write(tensor: Tensor, memory: Tensor, values: Tensor) -> None:
-    """memory: an alias of the tensor from before, in which it had `values`."""
+def _write(tensor: Tensor, memory: Tensor, values: Tensor | None) -> None:
+    """memory: an alias of the tensor from before, in which it had `values`; None where nothing writes them."""
     if tensor.data_ptr() != memory.data_ptr() or tensor.dtype is not memory.dtype or tensor.shape != memory.shape:
         tensor.data = memory  # it was moved, or cast to another number format
-    tensor.copy_(values)
+    if values is not None:
+        tensor.copy_(values)

@@ -389,7 +389,7 @@ def _change_everything(network: nn.Module, optimizer: torch.optim.Optimizer) -> 
     network.kept["list"].append(1)
     network.kept.update(more={"x": 1})
     network.names.add("y")
-    network.head = nn.Linear(16, 2)
+    network.head = nn.utils.skip_init(nn.Linear, 16, 2)
     network.norm.__class__ = type("Other", (nn.LayerNorm,), {})
     network.register_buffer("table", torch.ones(2), persistent=False)
     del network.cls_token

@@ -78,9 +78,8 @@ def interruptions(places: Sequence[tuple[str, int]], most: int | None = None) ->
 
 def interrupted(call: Callable[[], Any], at: int, files: Sequence[str] = ("",)) -> str | None:
     """Run `call` with an exception at the line with the number `at`; the place, None where it came to its end."""
-    tracer = Tracer(files, at)
     try:
-        run_traced(call, tracer)
+        run_traced(call, Tracer(files, at))
     except Interrupt as interrupt:
         return str(interrupt)
     return None
@@ -88,10 +87,11 @@ def interrupted(call: Callable[[], Any], at: int, files: Sequence[str] = ("",)) 
 
 def state_of(*objects: Any) -> Any:
     """Plain data that is equal where modules and optimizers are: classes, attributes, modes, hooks, tensors to the bit,
-    gradients, groups and state; and torch's, NumPy's and Python's random numbers."""
+    gradients, groups and state; and torch's settings, and torch's, NumPy's and Python's random numbers."""
     numpy: Any = np.random.get_state(legacy=True)
     names: dict[int, str] = {}
     found = [_plain(value, names) for value in objects]
+    found += [torch.is_grad_enabled(), torch.get_default_dtype()]
     return [*found, torch.get_rng_state().numpy().tobytes(), numpy[1].tobytes(), numpy[2], random.getstate()]
 
 

@@ -71,16 +71,13 @@ def mask_plan(network: nn.Module, plan: PruningPlan, groups: Iterable[Group] | N
 def _zeroed(network: nn.Module, part: Slice, units: Sequence[int]) -> Iterator[None]:
     tensor = stored_tensor(network, part.tensor)
     index = torch.tensor(part.indices(units), device=tensor.device)
-    with torch.no_grad():
-        values = tensor.index_select(part.axis, index)
+    values = tensor.detach().index_select(part.axis, index)
 
-    @torch.no_grad()
     def put_back() -> None:
-        tensor.index_copy_(part.axis, index, values)
+        tensor.detach().index_copy_(part.axis, index, values)
 
     with put_back_after(put_back, unwritten(tensor, writes=1)):
-        with torch.no_grad():
-            tensor.index_fill_(part.axis, index, 0.0)
+        tensor.detach().index_fill_(part.axis, index, 0.0)
         yield
 
 

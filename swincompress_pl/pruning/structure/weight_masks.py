@@ -149,16 +149,13 @@ def temporary_mask(network: nn.Module, name: str, mask: Tensor) -> Iterator[None
     _check_known(network, name)
     parameter = network.get_parameter(name)
     gone = ~_checked_mask(name, parameter, mask).to(parameter.device)
-    with torch.no_grad():
-        values = parameter[gone]
+    values = parameter.detach()[gone]
 
-    @torch.no_grad()
     def put_back() -> None:
-        parameter.masked_scatter_(gone, values)
+        parameter.detach().masked_scatter_(gone, values)
 
     with put_back_after(put_back, unwritten(parameter, writes=1)):
-        with torch.no_grad():
-            _zero(parameter, ~gone)
+        _zero(parameter.detach(), ~gone)
         yield
 
 
