@@ -16,7 +16,8 @@ PACKAGE = Path(__file__).resolve().parent.parent / "swincompress_pl"
 ALLOWED: dict[str, set[str]] = {
     "registry": set(),
     "history": set(),
-    "evaluation_mode": set(),
+    "interrupts": set(),
+    "evaluation_mode": {"interrupts"},
     "layer_types": set(),
     "files": set(),
     "printable": set(),
@@ -25,12 +26,12 @@ ALLOWED: dict[str, set[str]] = {
     "structure": set(),
     "spec": set(),
     "data": {"files"},
-    "pruning": {"registry", "history", "evaluation_mode", "layer_types", "masks", "arguments", "files"},
-    "quant": {"registry", "history", "evaluation_mode", "layer_types", "masks", "arguments", "spec"},
+    "pruning": {"registry", "history", "interrupts", "evaluation_mode", "layer_types", "masks", "arguments", "files"},
+    "quant": {"registry", "history", "interrupts", "evaluation_mode", "layer_types", "masks", "arguments", "spec"},
     "checkpoint": {"registry", "history", "structure", "pruning", "quant"},
     "models": {"arguments", "registry", "history", "structure", "layer_types", "pruning", "quant", "checkpoint"},
     "accel": {"spec", "files", "printable"},
-    "callbacks": {"arguments", "history", "evaluation_mode", "pruning", "quant", "models", "checkpoint"},
+    "callbacks": {"arguments", "history", "interrupts", "evaluation_mode", "pruning", "quant", "models", "checkpoint"},
     "report": {"evaluation_mode", "spec", "accel", "pruning", "quant", "models", "files", "printable"},
 }
 

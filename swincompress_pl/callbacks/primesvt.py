@@ -181,9 +181,12 @@ class PrimeSVT(SearchCallback):
                 progress=progress,
             )
 
-    def _take(self, module: LightningModule, outcome: Outcome) -> None:
+    def _take(self, outcome: Outcome) -> None:
         assert isinstance(outcome, PrimeSVTResult)
         self.result = outcome
+
+    def _log(self, module: LightningModule, outcome: Outcome) -> None:
+        assert isinstance(outcome, PrimeSVTResult)
         values = {
             "score": outcome.score,
             "baseline": outcome.baseline_score,

@@ -199,12 +199,12 @@ class AdaptiveIterativePruning(SearchCallback):
         assert isinstance(outcome, RoundOutcome)
         return None if outcome.state.stopped is None else finish_search(network, self.config)
 
-    def _take(self, module: LightningModule, outcome: Outcome) -> None:
+    def _take(self, outcome: Outcome) -> None:
         assert isinstance(outcome, RoundOutcome)
         self.search_state = outcome.state
-        self._log(module, outcome)
 
-    def _log(self, module: LightningModule, outcome: RoundOutcome) -> None:
+    def _log(self, module: LightningModule, outcome: Outcome) -> None:
+        assert isinstance(outcome, RoundOutcome)
         state = outcome.state
         last = state.steps[-1] if state.steps else None
         parameters = state.baseline_parameters if last is None else last.parameters

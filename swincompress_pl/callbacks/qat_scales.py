@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 from lightning import Trainer
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from swincompress_pl.callbacks.compatibility import UNFIT_OPTIMIZERS
 from swincompress_pl.callbacks.finetuning import keeps_last_group
+from swincompress_pl.callbacks.random_state import isolated
 from swincompress_pl.quant import QuantizedNetwork
 
 _NAME, _OLD_NAME = "scales.adjustment", "scales.drift"
@@ -166,11 +166,19 @@ def _steps(optimizer: Optimizer, number: int, value: Tensor) -> bool:
         id(optimizer.state): defaultdict(dict),
     }
     try:
-        with isolate_rng():
+        with isolated():
             copy.deepcopy(optimizer, memo).step()
     except Exception:
         return False
     return True
+
+
+def nested_schedulers(scheduler: Any) -> Iterator[Any]:
+    """Those inside it, and it."""
+    for inner in (*getattr(scheduler, "_schedulers", ()), getattr(scheduler, "after_scheduler", None)):
+        if inner is not None:
+            yield from nested_schedulers(inner)
+    yield scheduler
 
 
 def _take_out(adjustment: nn.Parameter, optimizer: Optimizer, schedulers: Sequence[Any]) -> None:
@@ -189,9 +197,7 @@ def _per_group(schedulers: Iterable[Any], optimizer: Optimizer, groups: int) -> 
 
     Set a new list: SequentialLR's is that of the scheduler inside it.
     """
-    for scheduler in schedulers:
-        inner = (*getattr(scheduler, "_schedulers", ()), getattr(scheduler, "after_scheduler", None))
-        yield from _per_group((each for each in inner if each is not None), optimizer, groups)
+    for scheduler in (each for outer in schedulers for each in nested_schedulers(outer)):
         if getattr(scheduler, "optimizer", None) is optimizer:
             for name in _PER_GROUP:
                 entries = vars(scheduler).get(name)

@@ -9,7 +9,6 @@ import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -38,9 +37,10 @@ from swincompress_pl.callbacks.qat_options import (
     refuse_other_form,
 )
 from swincompress_pl.callbacks.qat_scales import ScaleGroup, read_old_names
-from swincompress_pl.callbacks.random_state import RandomNumbers, rng_states, seeded
+from swincompress_pl.callbacks.random_state import RandomNumbers, isolated, leave_out_unbegun_epoch, seeded
 from swincompress_pl.callbacks.resumed_arguments import stored
 from swincompress_pl.callbacks.training_pass import TrainingPass
+from swincompress_pl.callbacks.whole_change import whole_change
 from swincompress_pl.checkpoint.averaging import renew_averages
 from swincompress_pl.checkpoint.holder import has_network, held_by, network_of, put_network, refuse_other_places
 from swincompress_pl.checkpoint.hooks import keep_record
@@ -175,6 +175,7 @@ class QuantizationAwareTraining(TrainingPass):
             network_of(pl_module, self.model_attribute), QuantizedNetwork
         )
         read_old_names(checkpoint.get("optimizer_states", ()))
+        leave_out_unbegun_epoch(checkpoint)
         mine = checkpoint["callbacks"].get(self.state_key)
         if mine is not None and mine.get("version") == _STATE_VERSION:
             self._rng.resume(trainer, mine["rng"])
@@ -183,6 +184,7 @@ class QuantizationAwareTraining(TrainingPass):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Get the fit of a network that is quantized already ready, before the optimizer's state is restored."""
+        super().on_fit_start(trainer, pl_module)
         if not self._network_checked:
             self._check_network(trainer, pl_module)
         network = network_of(pl_module, self.model_attribute)
@@ -202,7 +204,7 @@ class QuantizationAwareTraining(TrainingPass):
         network = network_of(pl_module, self.model_attribute)
         self.keep_masks(trainer, network)
         if not isinstance(network, QuantizedNetwork):
-            with isolate_rng():
+            with isolated():
                 # What one rank refuses all refuse, instead of waiting for it; rank 0's answer counts.
                 found = gather_results(
                     lambda: self._images.preprocessing(
@@ -222,7 +224,9 @@ class QuantizationAwareTraining(TrainingPass):
         """Quantize if this is the epoch, and freeze the scales if this is that."""
         network = network_of(module, self.model_attribute)
         if not isinstance(network, QuantizedNetwork) and self.should_quantize(trainer.current_epoch):
-            network = self._exchange(trainer, module, network)
+            followers = (self._scale_group, *([] if self._distillation is None else [self._distillation]))
+            with whole_change(trainer, module, self.model_attribute, *followers):
+                network = self._exchange(trainer, module, network)
         if isinstance(network, QuantizedNetwork) and self.should_freeze(trainer.current_epoch):
             _freeze(trainer, network)
 
@@ -247,7 +251,7 @@ class QuantizationAwareTraining(TrainingPass):
             "version": _STATE_VERSION,
             "arguments": stored(self._arguments()),
             "scale_group": self._scale_group.place,
-            "rng": rng_states(),
+            "rng": self._rng.states(),
             **teacher,
         }
 

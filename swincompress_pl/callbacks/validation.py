@@ -24,6 +24,7 @@ from torchmetrics import Metric
 from swincompress_pl.callbacks.loaders import leaves
 from swincompress_pl.checkpoint.holder import held_by
 from swincompress_pl.evaluation_mode import evaluation_mode
+from swincompress_pl.interrupts import put_back_after
 from swincompress_pl.pruning.evaluation.ranks import sum_over_ranks
 
 
@@ -250,12 +251,14 @@ def _state_kept(module: LightningModule, network: nn.Module) -> Iterator[None]:
     The network is left out: it is in eval mode, and it is what changes.
     """
     inside = {id(part) for part in network.modules()}
-    restore = [_remembered(part) for part in module.modules() if id(part) not in inside]
-    try:
+    remembered = [_remembered(part) for part in module.modules() if id(part) not in inside]
+
+    def put_back() -> None:
+        for each in remembered:
+            each()
+
+    with put_back_after(put_back):
         yield
-    finally:
-        for put_back in restore:
-            put_back()
 
 
 def _remembered(part: nn.Module) -> Callable[[], None]:

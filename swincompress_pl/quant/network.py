@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from swincompress_pl.history import history_of, origin_of
+from swincompress_pl.interrupts import all_or_nothing
 from swincompress_pl.masks import refuse_filled_masks
 from swincompress_pl.quant.bits import Bits
 from swincompress_pl.quant.full_precision import full_precision, require_float32
@@ -113,32 +114,31 @@ class QuantizedNetwork(nn.Module):
         """Keep the scales of what a cut of `network` kept, exactly as they are: what was removed takes its own along.
 
         kept: {name of a tensor of `network`: {axis: kept indices}}, for all that the cut changed. Learned scales get a
-        new parameter: hand `ScaleCut.adjustment` to the optimizer. Raises ValueError, with the scales as before, where
-        they do not fit the network then.
+        new parameter: hand `ScaleCut.adjustment` to the optimizer. Raises ValueError where they do not fit the network
+        then. Whatever is raised, the scales are as before.
         """
-        cut = cut_scales(self.scales, self.graph, kept)
-        try:
+        with all_or_nothing(self, written=[self.scales]):
+            cut = cut_scales(self.scales, self.graph, kept)
             self.graph = self._present_graph()
             self.scales.retarget(self.graph)
             check_fit(self.scales, self.graph, self.network)
-        except BaseException:
-            self.unfollow(cut)
-            raise
-        self.forget_twin()
-        return cut
+            self.forget_twin()
+            return cut
 
     def unfollow(self, cut: ScaleCut) -> None:
         """Undo the latest `follow`, when the network's own cut is undone."""
-        undo_cut(self.scales, cut)
-        self.graph = cut.graph
-        self.scales.retarget(self.graph)
-        self.forget_twin()
+        with all_or_nothing(self, written=[self.scales]):
+            undo_cut(self.scales, cut)
+            self.graph = cut.graph
+            self.scales.retarget(self.graph)
+            self.forget_twin()
 
     def make_unsigned(self, names: Sequence[str]) -> None:
         """From now on the codes of these quantizers have no sign; ValueError for one that there is not."""
-        self.graph = with_bits(self.graph, self.bits, names)
-        self.scales.retarget(self.graph)
-        self.unsigned = (*self.unsigned, *names)
+        with all_or_nothing(self, written=[self.scales]):
+            self.graph = with_bits(self.graph, self.bits, names)
+            self.scales.retarget(self.graph)
+            self.unsigned = (*self.unsigned, *names)
 
     def learn_scales(self) -> None:
         """From now on scales and weight steps are trained with the weights (`Scales.learn`), from what they are."""

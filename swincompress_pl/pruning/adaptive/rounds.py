@@ -23,10 +23,13 @@ from swincompress_pl.pruning.structure.cost import Cost
 
 
 class CoupledState(Protocol):
-    """What belongs to a network and has to be cut with it, such as the scales of its quantization."""
+    """What belongs to a network and has to be cut with it, such as the scales of its quantization.
+
+    On an exception its attributes, and the modules among them, are brought back with the network (`all_or_nothing`).
+    """
 
     def cut(self, applied: AppliedPlan) -> None:
-        """The network was cut; on an exception the cut is taken back and this is as it was."""
+        """The network was cut."""
         ...
 
     def uncut(self) -> None:
@@ -170,11 +173,7 @@ class Round:
         erred. Should that be beyond the tolerance, the latest steps are given up until it is within."""
         while self.accepted:
             change = self._commit()
-            try:
-                score = self.evaluator.score(self.network)
-            except BaseException:
-                self._revert(change)
-                raise
+            score = self.evaluator.score(self.network)
             if score >= self.floor or self.config.overshoot == "keep":
                 self.state.score = score
                 return change
@@ -186,11 +185,7 @@ class Round:
     def _commit(self) -> Change:
         change = self.space.commit(self.network, self._removal_accepted())
         if self.setup.coupled is not None:
-            try:
-                self.setup.coupled.cut(change.applied)
-            except BaseException:
-                revert(self.network, change)
-                raise
+            self.setup.coupled.cut(change.applied)
         return change
 
     def _revert(self, change: Change) -> None:
