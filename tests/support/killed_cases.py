@@ -10,6 +10,8 @@ import socket
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +84,7 @@ def fit(kind: str, folder: Path, world_size: int, *, every_step: bool = False) -
     module, ours = build(), callbacks()
     torch.manual_seed(7)
     last = folder / "last.ckpt"
-    saving = [ModelCheckpoint(folder, "{epoch}", save_last=True, save_top_k=1, save_on_train_epoch_end=True)]
+    saving = [ModelCheckpoint(folder, "{epoch}", save_last=True, save_top_k=-1, save_on_train_epoch_end=True)]
     if every_step:
         saving.append(ModelCheckpoint(folder / "steps", "{step}", every_n_train_steps=1, save_top_k=1))
     strategy = {"strategy": ddp()} if world_size > 1 else {}
@@ -110,8 +112,21 @@ def _found(callback: Any) -> Any:
     return None if found is None else {**found.to_dict(), "elapsed_s": 0.0, "scoring": {}}
 
 
-def run(folder: Path, world_size: int, work: Callable[[], str], kill_after_s: float | None = None) -> list[str] | None:
-    """What `work` gives on every rank, each a process of one group; None if the group was killed before all had ended.
+@dataclass(frozen=True)
+class Moment:
+    """`delay_s` after the checkpoint of so many epochs is there; of 0 epochs, after the start."""
+
+    epochs: int
+    delay_s: float
+
+
+def checkpoint_of(folder: Path, epochs: int) -> Path:
+    """What `fit` writes after so many epochs."""
+    return folder / f"epoch={epochs - 1}.ckpt"
+
+
+def run(folder: Path, world_size: int, work: Callable[[], str], kill_at: Moment | None = None) -> list[str] | None:
+    """What `work` gives on every rank, each a process; None if they were killed before all had ended.
 
     Raises RuntimeError with the traceback of the first rank that failed.
     """
@@ -121,15 +136,16 @@ def run(folder: Path, world_size: int, work: Callable[[], str], kill_after_s: fl
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    start = time.monotonic()
     processes = [
         _CONTEXT.Process(target=_rank, args=(rank, world_size, port, work, folder)) for rank in range(world_size)
     ]
     for process in processes:
         process.start()
-    limit = start + (PATIENCE_S if kill_after_s is None else kill_after_s)
+    limit, armed = time.monotonic() + PATIENCE_S, kill_at is None
     while any(process.is_alive() for process in processes) and time.monotonic() < limit:
-        time.sleep(0.005)
+        if not armed and kill_at is not None and (not kill_at.epochs or checkpoint_of(folder, kill_at.epochs).exists()):
+            limit, armed = time.monotonic() + kill_at.delay_s, True
+        time.sleep(0.002)
     for process in processes:
         if process.is_alive() and process.pid is not None:
             os.kill(process.pid, signal.SIGKILL)
@@ -137,7 +153,7 @@ def run(folder: Path, world_size: int, work: Callable[[], str], kill_after_s: fl
         process.join()
     for error in sorted(folder.glob("error*")):
         raise RuntimeError(f"{error.name}: {error.read_text()}")
-    if kill_after_s is not None and not all(end.exists() for end in ends):
+    if kill_at is not None and not all(end.exists() for end in ends):
         return None
     return [end.read_text() for end in ends]
 
@@ -163,16 +179,18 @@ class Cell:
         self.kind, self.world_size, self.folder = kind, world_size, folder
         start = time.monotonic()
         self.end = self._run(folder / "whole", False, None)
-        self.seconds = time.monotonic() - start
+        written = [checkpoint_of(folder / "whole", epochs).stat().st_mtime for epochs in range(1, EPOCHS + 1)]
+        begun = time.time() - (time.monotonic() - start)
+        self.parts_s = [later - earlier for earlier, later in pairwise([begun, *written])]
         self.kills_after_a_checkpoint = 0
 
-    def _run(self, folder: Path, every_step: bool, kill_after_s: float | None) -> list[str] | None:
+    def _run(self, folder: Path, every_step: bool, kill_at: Moment | None) -> list[str] | None:
         folder.mkdir(parents=True, exist_ok=True)
         return run(
             folder,
             self.world_size,
             lambda: fit(self.kind, folder, self.world_size, every_step=every_step),
-            kill_after_s,
+            kill_at,
         )
 
     def resumed_equal(self, seed: int, most_kills: int = 2) -> tuple[int, bool]:
@@ -184,7 +202,10 @@ class Cell:
         folder, every_step = self.folder / f"killed-{seed}", bool(seed % 2)
         kills = 0
         while kills < most_kills:
-            found = self._run(folder, every_step, rng.uniform(0.1, 1.0) * self.seconds)
+            done = sum(checkpoint_of(folder, epochs).exists() for epochs in range(1, EPOCHS + 1))
+            epochs = rng.randrange(done, max(done + 1, EPOCHS))
+            part_s = self.parts_s[0 if epochs == done else epochs]  # a resumed fit has its beginning as well
+            found = self._run(folder, every_step, Moment(epochs if epochs > done else 0, rng.uniform(0, part_s)))
             if found is not None:  # it was faster
                 return kills, found == self.end
             kills += 1
