@@ -70,7 +70,7 @@ def append_line(path: str | os.PathLike[str], line: bytes) -> None:
         try:
             while rest:
                 rest = rest[file.write(rest) :]  # less than all where the disk ends in the middle of it
-        except OSError:
+        except BaseException:
             file.truncate(size)
             raise
 

@@ -53,7 +53,8 @@ def attempt():
         try:
             print(name, "code", call())
         except OSError as error:
-            print(name, errno.errorcode[error.errno], "cannot be written" in str(error), str(folder / name) in str(error))
+            told = str(error)
+            print(name, errno.errorcode[error.errno], "cannot be written" in told, str(folder / name) in told)
 """
 NAMES = ("artifact", "cli", "page", "record", "cache", "report")
 
