@@ -345,8 +345,8 @@ def test_a_failing_calibration_ends_every_rank(tmp_path: Path) -> None:
 
     first, second = on_ranks(tmp_path / "ranks", 2, work)
     assert first == ["ValueError", "calibration fails"]
-    assert second[0] == "RuntimeError"
-    assert second[1].startswith("rank 0 failed while quantizing: ValueError")
+    assert second[0] == "RankFailedError"
+    assert second[1].startswith("rank 0 failed while calibrating: ValueError")
 
 
 def test_images_that_do_not_fit_end_every_rank_before_the_first_epoch(tmp_path: Path) -> None:

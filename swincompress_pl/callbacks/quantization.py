@@ -320,7 +320,8 @@ class QuantizationAwareTraining(TrainingPass):
         result: QuantizedNetwork | None = None
         outcome: Any = None
         if trainer.is_global_zero:
-            result = self._calibrated(trainer, module, network, images)
+            with failing_together("calibrating"):
+                result = self._calibrated(trainer, module, network, images)
             scales = {key: value.cpu() for key, value in result.scales.state_dict().items()}
             outcome = (history_of(result)[-1]["quantize"], scales)
         outcome = from_rank_zero(outcome)

@@ -101,7 +101,7 @@ def fit(kind: str, folder: Path, world_size: int, *, every_step: bool = False) -
             [optimizer.state_dict() for optimizer in trainer.optimizers],
             history_of(network_of(module, attribute)),
             [_found(callback) for callback in ours],
-            {name: float(value) for name, value in trainer.callback_metrics.items()},
+            float(trainer.callback_metrics["val/top1"]),  # what PrimeSVT logs, it logs in the epoch of its search
         ]
     )
 
