@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import LBFGS, Optimizer
 
 from swincompress_pl.checkpoint.holder import network_of
+from swincompress_pl.pruning.evaluation.ranks import agree
 
 # They keep lists of parameters, or state under one parameter for all, that follow neither a cut nor a new group (by
 # name: not every build of torch has them).
@@ -224,6 +225,7 @@ def wrap_anew(trainer: Trainer) -> None:
     """Under DDP: wrap the module again, whose parameters are others now. Broadcasts the weights of rank 0."""
     strategy = trainer.strategy
     if isinstance(strategy, DDPStrategy):
+        agree()
         # The old wrapper has to go first: its reducer still hooks the parameters that stayed.
         strategy.model = strategy.lightning_module
         strategy._pl_static_graph_delay_done = False  # the new reducer has its first backward pass before it

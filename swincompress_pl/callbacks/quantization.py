@@ -45,7 +45,7 @@ from swincompress_pl.checkpoint.averaging import renew_averages
 from swincompress_pl.checkpoint.holder import has_network, held_by, network_of, put_network, refuse_other_places
 from swincompress_pl.checkpoint.hooks import keep_record
 from swincompress_pl.history import history_of
-from swincompress_pl.pruning.evaluation.ranks import gather_results
+from swincompress_pl.pruning.evaluation.ranks import failing_together, from_all_ranks, from_rank_zero
 from swincompress_pl.quant import Bits, QuantizedNetwork, SearchOptions, quantize
 from swincompress_pl.quant.folding import refuse_altered
 from swincompress_pl.quant.full_precision import bring_to_float32
@@ -155,6 +155,7 @@ class QuantizationAwareTraining(TrainingPass):
 
     # Hooks.
 
+    @failing_together("checking the fit")
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Have checkpoints say how the network is compressed, and refuse what cannot work."""
         keep_record(pl_module, self.model_attribute)
@@ -182,6 +183,7 @@ class QuantizationAwareTraining(TrainingPass):
             if trainer.state.fn == TrainerFn.FITTING and quantized and "arguments" in mine:
                 RESUMED_ARGUMENTS.take_up(self.callback_name, mine["arguments"], stored(self._arguments()))
 
+    @failing_together("checking the fit")
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Get the fit of a network that is quantized already ready, before the optimizer's state is restored."""
         super().on_fit_start(trainer, pl_module)
@@ -197,6 +199,7 @@ class QuantizationAwareTraining(TrainingPass):
                 self._take_up_teacher(network)
             self._learn(trainer, pl_module, network)
 
+    @failing_together("looking at the images")
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """See the images that will calibrate; have masks kept and the teacher heard; say when this fit ends before
         anything is quantized."""
@@ -205,13 +208,10 @@ class QuantizationAwareTraining(TrainingPass):
         self.keep_masks(trainer, network)
         if not isinstance(network, QuantizedNetwork):
             with isolated():
-                # What one rank refuses all refuse, instead of waiting for it; rank 0's answer counts.
-                found = gather_results(
-                    lambda: self._images.preprocessing(
-                        trainer, pl_module, network, self.preprocessing, method=self.method, bits=self.bits
-                    )
+                found = self._images.preprocessing(
+                    trainer, pl_module, network, self.preprocessing, method=self.method, bits=self.bits
                 )
-            self._found_preprocessing = found[0]
+            self._found_preprocessing = from_rank_zero(found)
         if self._distillation is not None:
             self._distillation.attach(pl_module, self.model_attribute)
         if not isinstance(network, QuantizedNetwork):
@@ -220,14 +220,15 @@ class QuantizationAwareTraining(TrainingPass):
                 self._scale_group.check(trainer, network)
         self._say_what_is_awaited(trainer, network)
 
+    @failing_together("quantizing")
     def _begin_epoch(self, trainer: Trainer, module: LightningModule) -> None:
-        """Quantize if this is the epoch, and freeze the scales if this is that."""
-        network = network_of(module, self.model_attribute)
-        if not isinstance(network, QuantizedNetwork) and self.should_quantize(trainer.current_epoch):
+        """Quantize if this is the epoch, and freeze the scales if this is that; what rank 0 says of it counts."""
+        network, epoch = network_of(module, self.model_attribute), trainer.current_epoch
+        if not isinstance(network, QuantizedNetwork) and from_all_ranks(self.should_quantize(epoch))[0]:
             followers = (self._scale_group, *([] if self._distillation is None else [self._distillation]))
             with whole_change(trainer, module, self.model_attribute, *followers):
                 network = self._exchange(trainer, module, network)
-        if isinstance(network, QuantizedNetwork) and self.should_freeze(trainer.current_epoch):
+        if isinstance(network, QuantizedNetwork) and from_all_ranks(self.should_freeze(epoch))[0]:
             _freeze(trainer, network)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -353,20 +354,13 @@ class QuantizationAwareTraining(TrainingPass):
         if trainer.world_size == 1:
             return self._calibrated(trainer, module, network, images)
         result: QuantizedNetwork | None = None
-        failure: Exception | None = None
         outcome: Any = None
         if trainer.is_global_zero:
-            try:
+            with failing_together("calibrating"):
                 result = self._calibrated(trainer, module, network, images)
-                scales = {key: value.cpu() for key, value in result.scales.state_dict().items()}
-                outcome = (history_of(result)[-1]["quantize"], scales)
-            except Exception as error:  # told to the others, which would wait for ever
-                failure, outcome = error, f"{type(error).__name__}: {error}"
-        outcome = trainer.strategy.broadcast(outcome, src=0)
-        if failure is not None:
-            raise failure
-        if isinstance(outcome, str):
-            raise RuntimeError(f"rank 0 failed while calibrating: {outcome}")
+            scales = {key: value.cpu() for key, value in result.scales.state_dict().items()}
+            outcome = (history_of(result)[-1]["quantize"], scales)
+        outcome = from_rank_zero(outcome)
         if result is None:
             result = QuantizedNetwork(network, **outcome[0])
             bring_to_float32(network)

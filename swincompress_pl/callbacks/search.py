@@ -49,7 +49,7 @@ from swincompress_pl.checkpoint.holder import has_network, network_of
 from swincompress_pl.checkpoint.hooks import keep_record
 from swincompress_pl.interrupts import Attributes
 from swincompress_pl.pruning import Gradients, HoldOut, collect_gradients
-from swincompress_pl.pruning.evaluation.ranks import share_buffers
+from swincompress_pl.pruning.evaluation.ranks import failing_together, from_all_ranks, share_buffers
 from swincompress_pl.pruning.evaluation.scorer import Scorer, fingerprint_of
 from swincompress_pl.pruning.space import SpaceConfig, check_on_trial
 from swincompress_pl.pruning.structure.apply import AppliedPlan
@@ -180,6 +180,7 @@ class SearchCallback(TrainingPass, ABC):
 
     # Hooks.
 
+    @failing_together("checking the fit")
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Have checkpoints say how the network is compressed, and refuse what cannot work."""
         keep_record(pl_module, self.model_attribute)
@@ -193,12 +194,14 @@ class SearchCallback(TrainingPass, ABC):
                 self._last_epoch = -1
                 self._forget()
 
+    @failing_together("checking the fit")
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse what cannot work of a network that was not there before."""
         super().on_fit_start(trainer, pl_module)
         if not self._network_checked:
             self._check_network(trainer, pl_module)
 
+    @failing_together("looking at the hold-out")
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make sure that there is something to score on, before the first epoch is spent; have masks kept."""
         super().on_train_start(trainer, pl_module)
@@ -213,10 +216,11 @@ class SearchCallback(TrainingPass, ABC):
         if self._waits():
             self._start.fit_begins(trainer, self.start_epoch)
 
+    @failing_together("pruning")
     def _begin_epoch(self, trainer: Trainer, module: LightningModule) -> None:
-        """Search if there is a search before this epoch."""
+        """Search if there is a search before this epoch; what rank 0 says of that counts."""
         epoch = trainer.current_epoch
-        if self._is_over() or epoch <= self._last_epoch or not self.should_prune(epoch):
+        if self._is_over() or epoch <= self._last_epoch or not from_all_ranks(self.should_prune(epoch))[0]:
             return
         # The network, what follows it and what is known of the search change together.
         with whole_change(trainer, module, self.model_attribute, Attributes(self, _OWN)):

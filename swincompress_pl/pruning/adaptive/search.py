@@ -34,6 +34,7 @@ from swincompress_pl.pruning.adaptive.rounds import (
 )
 from swincompress_pl.pruning.adaptive.state import SearchState, Step, TargetState
 from swincompress_pl.pruning.criteria import Gradients, needs_gradients
+from swincompress_pl.pruning.evaluation.ranks import failing_together
 from swincompress_pl.pruning.evaluation.scorer import Evaluate, Evaluator, Scorer, as_evaluator
 from swincompress_pl.pruning.space import SearchSpace, StructuredSpace, check_on_trial, search_space
 from swincompress_pl.pruning.structure.apply import AppliedPlan, apply_plan
@@ -96,6 +97,7 @@ class SearchSession:
     """
 
     @outside_inference_mode()
+    @failing_together("beginning the search")
     def __init__(
         self,
         network: nn.Module,
@@ -124,6 +126,7 @@ class SearchSession:
         self.state = state
 
     @outside_inference_mode()
+    @failing_together("pruning")
     def round(
         self,
         *,
@@ -204,7 +207,7 @@ class SearchSession:
             check_on_trial(self.network, config, heard, self._input_shape)
             if 0 < baseline <= 1:
                 warnings.warn(
-                    f"the baseline is {baseline:g} points of 100; does evaluate return a fraction?", stacklevel=6
+                    f"the baseline is {baseline:g} points of 100; does evaluate return a fraction?", stacklevel=7
                 )
             curves = {}
             if config.order == "sensitivity" and config.ranking == "local":

@@ -24,6 +24,7 @@ from swincompress_pl.arguments import optional, path
 from swincompress_pl.evaluation_mode import evaluation_mode, outside_inference_mode, replace_inference_tensors
 from swincompress_pl.interrupts import all_or_nothing
 from swincompress_pl.pruning.criteria import Gradients
+from swincompress_pl.pruning.evaluation.ranks import failing_together
 from swincompress_pl.pruning.evaluation.scorer import Evaluate, Scorer, as_evaluator
 from swincompress_pl.pruning.prime.config import PrimeSVTConfig
 from swincompress_pl.pruning.prime.fingerprint import check_named
@@ -36,6 +37,7 @@ from swincompress_pl.pruning.structure.cost import count_macs, count_parameters
 
 @renamed(memo="evaluation_cache")
 @outside_inference_mode()
+@failing_together("pruning")
 def primesvt(
     network: nn.Module,
     evaluate: Evaluate | Scorer,
@@ -105,5 +107,5 @@ def primesvt(
             change=search.change or Change(applied=nothing_applied()),
         )
         if not result.met:
-            warnings.warn(f"PrimeSVT: {result.summary()}", stacklevel=4)
+            warnings.warn(f"PrimeSVT: {result.summary()}", stacklevel=5)
         return result
