@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from swincompress_pl.interrupts import put_back_after
+
 
 @contextmanager
 def evaluation_mode(network: nn.Module) -> Iterator[None]:
@@ -42,18 +44,19 @@ def on_trial(network: nn.Module, dtype: torch.dtype | None = torch.float64) -> I
     tables = [table for module in network.modules() for table in _tables_of(module)]
     saved = [(table, dict(table)) for table in tables]
     copies: dict[int, Tensor] = {}
-    with torch.inference_mode(False), _random_numbers_kept(network), evaluation_mode(network):
-        try:
-            for table in tables:
-                for name, value in table.items():
-                    if isinstance(value, Tensor):
-                        table[name] = copies.setdefault(id(value), _copy(value, dtype))
-                    elif name == "_compiled_call_impl":
-                        table[name] = None
-            yield
-        finally:
-            for table, before in saved:
-                table.update(before)
+
+    def put_back() -> None:
+        for table, before in saved:
+            table.update(before)
+
+    with torch.inference_mode(False), _random_numbers_kept(network), evaluation_mode(network), put_back_after(put_back):
+        for table in tables:
+            for name, value in table.items():
+                if isinstance(value, Tensor):
+                    table[name] = copies.setdefault(id(value), _copy(value, dtype))
+                elif name == "_compiled_call_impl":
+                    table[name] = None
+        yield
 
 
 def _tables_of(module: nn.Module) -> tuple[dict[str, Any], ...]:
@@ -78,13 +81,14 @@ def _random_numbers_kept(network: nn.Module) -> Iterator[None]:
 def gradients(parameters: Iterable[nn.Parameter], *, wanted: bool) -> Iterator[None]:
     """Sets whether parameters require gradients inside the context, and restores it afterwards."""
     changed = [parameter for parameter in parameters if parameter.requires_grad is not wanted]
-    try:
+
+    def turn(to: bool) -> None:
         for parameter in changed:
-            parameter.requires_grad_(wanted)
+            parameter.requires_grad_(to)
+
+    with put_back_after(lambda: turn(not wanted)):
+        turn(wanted)
         yield
-    finally:
-        for parameter in changed:
-            parameter.requires_grad_(not wanted)
 
 
 @contextmanager
@@ -122,8 +126,10 @@ def _copied(tensor: Tensor) -> Tensor:
 @contextmanager
 def _modes_restored(network: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in network.modules()]
-    try:
-        yield
-    finally:
+
+    def put_back() -> None:
         for module, training in modes:
             module.training = training
+
+    with put_back_after(put_back):
+        yield

@@ -1,4 +1,5 @@
 """The one way in which this package writes a file: as a temporary file beside its place, which is then moved there.
+Lines are appended whole.
 
 After a kill or a full disk, and for readers and other writers at any time, there is the old file or the new one, and
 never a part of one.
@@ -12,14 +13,17 @@ import hashlib
 import os
 import secrets
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from io import FileIO
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
 try:
     import fcntl
 except ImportError:  # Windows: temporary files of a killed writer stay
     fcntl = None  # type: ignore[assignment]
+
+_BLOCK = 4096
 
 
 def write_file(path: str | os.PathLike[str], write: Callable[[BinaryIO], object]) -> Path:
@@ -30,7 +34,7 @@ def write_file(path: str | os.PathLike[str], write: Callable[[BinaryIO], object]
     folder is missing, the disk is full, permission is missing, or something else than a regular file is there.
     """
     destination = Path(os.path.realpath(path))
-    try:
+    with _naming(path):
         mode = _mode_of(destination)
         _remove_leftovers(destination)
         file, temporary = _open_beside(destination)
@@ -47,11 +51,53 @@ def write_file(path: str | os.PathLike[str], write: Callable[[BinaryIO], object]
                 os.replace(temporary, destination)
         finally:
             temporary.unlink(missing_ok=True)
+    return Path(path)
+
+
+def append_line(path: str | os.PathLike[str], line: bytes) -> None:
+    """Adds `line` and its end to the file at `path`, whole or not at all: several processes that do so at once add
+    theirs one after the other.
+
+    A last line without an end is what a killed writer left; it is cut off before.
+
+    Raises OSError naming `path`: no such file, a full disk, no permission.
+    """
+    with _naming(path), open(path, "r+b", buffering=0) as file:
+        _lock(file)
+        size = _whole_lines(file)
+        file.truncate(size)
+        file.seek(size)
+        rest = memoryview(line + b"\n")
+        try:
+            while rest:
+                rest = rest[file.write(rest) :]  # less than all where the disk ends in the middle of it
+        except BaseException:
+            file.truncate(size)
+            raise
+
+
+def _whole_lines(file: FileIO) -> int:
+    """How many bytes the lines of `file` take that have an end."""
+    end = file.seek(0, os.SEEK_END)
+    while end:
+        start = max(0, end - _BLOCK)
+        file.seek(start)
+        found = file.read(end - start).rfind(b"\n")
+        if found >= 0:
+            return start + found + 1
+        end = start
+    return 0
+
+
+@contextlib.contextmanager
+def _naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """An OSError says what could not be written, whatever it was about."""
+    try:
+        yield
     except OSError as error:
         if error.errno is None:
             raise
         raise OSError(error.errno, f"cannot be written: {error.strerror}", str(path)) from error
-    return Path(path)
 
 
 def _mode_of(destination: Path) -> int | None:
@@ -77,12 +123,17 @@ def _open_beside(destination: Path) -> tuple[BinaryIO, Path]:
     while True:
         temporary = destination.with_name(f"{_prefix(destination)}{secrets.token_hex(8)}")
         file = open(temporary, "xb")  # noqa: SIM115  # the caller closes it
-        if fcntl is not None:
-            with contextlib.suppress(OSError):  # on a file system without locks, nothing is taken for a leftover
-                fcntl.flock(file, fcntl.LOCK_EX)
+        _lock(file)
         if temporary.exists():  # a second writer may have taken it for a leftover before it was locked
             return file, temporary
         file.close()
+
+
+def _lock(file: IO[bytes]) -> None:
+    """Until it is closed, whoever locks it waits."""
+    if fcntl is not None:
+        with contextlib.suppress(OSError):  # a file system without locks: nothing is taken for a leftover there
+            fcntl.flock(file, fcntl.LOCK_EX)
 
 
 def _remove_leftovers(destination: Path) -> None:

@@ -65,9 +65,26 @@ def follow_size(network: Any, size: Mapping[str, Any]) -> dict[str, Any]:
     return changed
 
 
-def origin_of(network: Any, history: list[Entry]) -> dict[str, Any]:
-    """The origin of a Program: what `models.rebuild` needs to build its float network again."""
-    return {"network": creation_of(network), "history": history}
+def note_attributes(network: Any, attributes: Mapping[str, Mapping[str, Any]]) -> None:
+    """Note the plain attributes {module: {attribute: value}} that were changed by hand since `network` was created."""
+    network.changed_attributes = {path: dict(values) for path, values in attributes.items()}
+
+
+def noted_attributes(network: Any) -> dict[str, dict[str, Any]]:
+    """What `note_attributes` noted, empty where it noted nothing."""
+    noted: dict[str, dict[str, Any]] = getattr(network, "changed_attributes", {})
+    return noted
+
+
+def origin_of(
+    network: Any, history: list[Entry], attributes: Mapping[str, Mapping[str, Any]] | None = None
+) -> dict[str, Any]:
+    """Where a Program comes from: what `models.rebuild` needs to build its float network again.
+
+    attributes: {module: {attribute: value}} that were changed by hand since the network was created.
+    """
+    changed = {"attributes": {path: dict(values) for path, values in attributes.items()}} if attributes else {}
+    return {"network": creation_of(network), "history": history, **changed}
 
 
 def summarize(entry: Mapping[str, Any]) -> str:

@@ -8,7 +8,7 @@ entry points of the group `swincompress_pl.adapters`. Each entry names a module 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from importlib.metadata import entry_points
 from typing import Any, Protocol, runtime_checkable
@@ -134,7 +134,11 @@ class UnsupportedNetworkError(TypeError):
     """No adapter knows this network, or its adapter does not cover this variant of it."""
 
 
+ChangedAttributes = dict[str, dict[str, Any]]
+"""{module: {attribute: value}}"""
+
 _adapters: dict[type | str, Adapter] = {}
+_comparison: Callable[[Any], ChangedAttributes] | None = None
 _loaded = False
 
 
@@ -195,3 +199,17 @@ def size_of(network: Any) -> dict[str, Any]:
     except UnsupportedNetworkError:
         return {}
     return adapter.size_arguments(network) if isinstance(adapter, ResizableAdapter) else {}
+
+
+def register_comparison(comparison: Callable[[Any], ChangedAttributes]) -> None:
+    """Announce what compares a network with the one that its arguments of creation give; see `changed_attributes`."""
+    global _comparison
+    _comparison = comparison
+
+
+def changed_attributes(network: Any) -> ChangedAttributes:
+    """The plain attributes that were changed by hand on a network of `models.create_model`; empty for another.
+
+    Raises ValueError, naming the module, where the network changed in what no attribute brings back.
+    """
+    return {} if _comparison is None else _comparison(network)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import lzma
-import random
 import re
 import subprocess
 import sys
@@ -15,74 +14,59 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fuzz import verdicts as verdicts_of_mutants
+from support import artifact_verdicts
 from support.artifact_bytes import container, header_of
-from support.artifact_mutants import mutant
+from support.artifact_verdicts import Figures, require_agreement, verdicts
 from support.program_cases import small_program
-from support.spiking_programs import spiking_program
 
 from swincompress_pl import accel, spec
 from swincompress_pl.accel import artifact, storage
 from swincompress_pl.cli.inspect import describe_artifact
 
-READERS: dict[str, Callable[[Path], Any]] = {
-    "load": lambda path: accel.load(path, threads=1),
-    "reference": accel.reference,
-    "inspect": describe_artifact,
-}
-# What an engine alone refuses: activations that only the reference runs, and more memory than an engine may take.
-ENGINE_ONLY = re.compile(r"accel\.reference\(path\) runs this one|bytes; only \d+ are left|; only \d+ are left")
 
-
-def verdicts(path: Path) -> dict[str, str]:
-    """What every reader says: "" or the message of its ArtifactError."""
-    found = {}
-    for name, reader in READERS.items():
-        try:
-            reader(path)
-            found[name] = ""
-        except accel.ArtifactError as error:
-            found[name] = str(error)
+def figures(numbers: range) -> Figures:
+    """Of these mutants; none may make a reader fail, disagree with another, or take more than it may."""
+    found = verdicts_of_mutants.run(numbers)
+    assert found.files == len(numbers)
+    assert found.failures == []
     return found
 
 
-def require_agreement(path: Path, what: str) -> bool:
-    found = verdicts(path)
-    if ENGINE_ONLY.search(found["load"]):
-        del found["load"]
-    assert len({message == "" for message in found.values()}) == 1, (what, found)
-    return found["reference"] == ""
-
-
-def agree(path: Path, numbers: range) -> int:
-    """How many of these mutants are accepted, by all readers."""
-    programs = [small_program(3), small_program(2, channels=7, weight="int3"), spiking_program()]
-    accepted = 0
-    for number in numbers:
-        path.write_bytes(mutant(programs, number))
-        accepted += require_agreement(path, f"mutant {number}")
-    return accepted
-
-
-def test_readers_agree_on_mutants(tmp_path: Path) -> None:
-    assert 10 < agree(tmp_path / "mutant.safetensors", range(400)) < 390
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of the memory from /proc")
+def test_readers_agree_on_mutants() -> None:
+    found = figures(range(600))
+    assert 10 < found.accepted < 590
+    assert 10 < found.by_cpp < 590
 
 
 @pytest.mark.slow
-def test_readers_agree_on_many_mutants(tmp_path: Path) -> None:
-    agree(tmp_path / "mutant.safetensors", range(20_000))
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of the memory from /proc")
+def test_readers_agree_on_many_mutants() -> None:
+    figures(range(1_000_000, 1_020_000))
 
 
-def test_readers_agree_on_damaged_bytes(tmp_path: Path) -> None:
-    rng = random.Random(0)
-    path = tmp_path / "damaged.safetensors"
-    program = small_program(2, channels=7, weight="int3")
-    whole = [artifact.to_bytes(program), artifact.to_bytes(program, "lzma")]
-    for number in range(300):
-        content = bytearray(rng.choice(whole))
-        for _ in range(rng.choice([1, 1, 4])):
-            content[rng.randrange(len(content))] = rng.randrange(256)
-        path.write_bytes(content[: rng.choice([len(content), len(content), rng.randrange(len(content))])])
-        require_agreement(path, f"damage {number}")
+def test_what_is_wrong_with_readers_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reader that accepts anything, one that lets another exception out, and one that takes memory and time."""
+    content, path = artifact.to_bytes(small_program(3)), tmp_path / "model.safetensors"
+
+    def greedy(_: Path) -> None:
+        taken = np.ones(50_000_000)
+        while time.process_time() < start + 1.1:
+            taken += 1
+
+    def add(reader: Callable[[Path], Any], damaged: bytes) -> list[str]:
+        found = Figures()
+        monkeypatch.setitem(artifact_verdicts.READERS, "inspect", reader)
+        found.add(path, damaged, "it")
+        return found.failures
+
+    start = time.process_time()
+    assert add(describe_artifact, content) == []
+    assert ": the readers disagree: " in add(lambda _: None, content[:-1])[0]
+    assert "it: inspect raises ZeroDivisionError: " in add(lambda _: 1 // 0, content)[0]
+    start = time.process_time()
+    assert re.search("it: inspect takes 1.[0-9]+ s and [4-9][0-9][0-9] MB", add(greedy, content)[0])
 
 
 # --- what an artifact may cost

@@ -1,9 +1,17 @@
-"""A fit that is killed (SIGKILL) and resumed ends, to the bit, where an uninterrupted one ends."""
+"""A fit that is killed (SIGKILL) and resumed ends, to the bit, where an uninterrupted one ends.
+
+`python tests/test_callbacks_killed.py 50` kills 50 times, at random moments of every kind of fit.
+"""
 
 from __future__ import annotations
 
 import copy
 import functools
+import logging
+import sys
+import tempfile
+import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +29,7 @@ from support.callback_cases import (
     search_of,
     trained,
 )
+from support.killed_cases import KINDS, Cell
 from support.rank_cases import call_for_kill, killed
 from torch.utils.data import DataLoader
 
@@ -141,3 +150,49 @@ def test_killed_twice(tmp_path: Path, uninterrupted: tuple[Any, Any]) -> None:
     killed(tmp_path / "1", lambda flag: fit(folder, greedy(**options), KilledInEpoch(flag, 1)))
     killed(tmp_path / "2", lambda flag: fit(folder, greedy(**options), KilledInEpoch(flag, 2), ckpt_path=last))
     assert_same_state(resume(folder, options, 2), end)
+
+
+# At random moments
+
+
+CELLS = [(kind, world_size) for kind in KINDS for world_size in (1, 2)]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.parametrize(("kind", "world_size"), CELLS)
+def test_killed_at_a_random_moment(tmp_path: Path, kind: str, world_size: int) -> None:
+    _, equal = Cell(kind, world_size, tmp_path).resumed_equal(CELLS.index((kind, world_size)), most_kills=1)
+    assert equal
+
+
+def kill_at_random(kills: int, folder: Path) -> bool:
+    """So many kills, in turn of every kind; prints the figures of each."""
+    done, fits, all_equal, start = 0, 0, True, time.monotonic()
+    while done < kills:
+        for kind, world_size in CELLS:
+            cell = Cell(kind, world_size, folder / f"{kind}-{world_size}-{fits}")
+            mine, equal = 0, 0
+            for seed in range(fits, fits + REPEATED):
+                killed_so_often, is_equal = cell.resumed_equal(seed)
+                mine, equal = mine + killed_so_often, equal + is_equal
+            fits, done = fits + REPEATED, done + mine
+            all_equal = all_equal and equal == REPEATED
+            print(
+                f"{kind}, {world_size} processes: {mine} kills, {cell.kills_after_a_checkpoint} of them with a "
+                f"checkpoint; {equal} of {REPEATED} fits end equal",
+                flush=True,
+            )
+            if done >= kills:
+                break
+    print(f"{done} kills of {fits} fits in {time.monotonic() - start:.0f} s; all end equal: {all_equal}")
+    return all_equal
+
+
+REPEATED = 4  # fits of a kind that are compared with one that nobody kills
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    with tempfile.TemporaryDirectory() as folder:
+        sys.exit(not kill_at_random(int(sys.argv[1]), Path(folder)))

@@ -193,7 +193,7 @@ def group_of(optimizer: torch.optim.Optimizer, *schedulers: Any, factor: float =
     made = [make(optimizer) for make in schedulers]
     network.learn_scales()
     configs = [SimpleNamespace(scheduler=scheduler) for scheduler in made]
-    run: Any = SimpleNamespace(optimizers=[optimizer], lr_scheduler_configs=configs)
+    run: Any = SimpleNamespace(optimizers=[optimizer], lr_scheduler_configs=configs, callbacks=[])
     ScaleGroup(factor).join(run, network)
     return network, made
 
@@ -239,7 +239,7 @@ def test_scales_given_to_another_group_are_taken_out_of_it() -> None:
     network = quantized_vit()
     network.learn_scales()
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1, weight_decay=1e-2)
-    run: Any = SimpleNamespace(optimizers=[optimizer], lr_scheduler_configs=[])
+    run: Any = SimpleNamespace(optimizers=[optimizer], lr_scheduler_configs=[], callbacks=[])
     ScaleGroup(1.0).join(run, network)
     assert [len(group["params"]) for group in optimizer.param_groups] == [len(list(network.network.parameters())), 1]
 
@@ -247,7 +247,9 @@ def test_scales_given_to_another_group_are_taken_out_of_it() -> None:
 def test_optimizers_without_a_place_are_refused() -> None:
     network = quantized_vit()
     network.learn_scales()
-    run: Any = SimpleNamespace(optimizers=[torch.optim.LBFGS(network.network.parameters())], lr_scheduler_configs=[])
+    run: Any = SimpleNamespace(
+        optimizers=[torch.optim.LBFGS(network.network.parameters())], lr_scheduler_configs=[], callbacks=[]
+    )
     with pytest.raises(ValueError, match="LBFGS takes no group"):
         ScaleGroup(1.0).join(run, network)
     run.optimizers = [torch.optim.SGD(nn.Linear(1, 1).parameters())]

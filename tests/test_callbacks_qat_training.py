@@ -345,7 +345,7 @@ def test_a_failing_calibration_ends_every_rank(tmp_path: Path) -> None:
 
     first, second = on_ranks(tmp_path / "ranks", 2, work)
     assert first == ["ValueError", "calibration fails"]
-    assert second[0] == "RuntimeError"
+    assert second[0] == "RankFailedError"
     assert second[1].startswith("rank 0 failed while calibrating: ValueError")
 
 

@@ -15,7 +15,13 @@ from torch import nn
 
 import swincompress_pl
 from swincompress_pl.checkpoint.hooks import keep_record, restore_from_checkpoint, save_to_checkpoint
-from swincompress_pl.checkpoint.record import CHECKPOINT_KEY, INPUT_KEY, TEACHER_TAKEN_KEY, history_in, read_checkpoint
+from swincompress_pl.checkpoint.record import (
+    CHECKPOINT_KEY,
+    INPUT_KEY,
+    TEACHER_TAKEN_KEY,
+    histories_in,
+    read_checkpoint,
+)
 from swincompress_pl.checkpoint.restore import restore_from_history
 from swincompress_pl.history import history_of, summarize
 from swincompress_pl.models import rebuild
@@ -104,7 +110,7 @@ def test_a_module_without_the_mixin_writes_the_record_with_its_weights(tmp_path:
     trainer = Trainer(logger=False, enable_checkpointing=False, accelerator="cpu", default_root_dir=tmp_path)
     trainer.strategy.connect(module)
     trainer.save_checkpoint(tmp_path / "a.ckpt", weights_only=True)
-    assert history_in(read_checkpoint(tmp_path / "a.ckpt")) == history_of(module.backbone)
+    assert histories_in(read_checkpoint(tmp_path / "a.ckpt")) == {"backbone": history_of(module.backbone)}
 
 
 def test_rebuild_from_an_origin() -> None:
@@ -120,12 +126,12 @@ def test_rebuild_from_an_origin() -> None:
 
 
 def test_a_checkpoint_without_a_record_is_uncompressed() -> None:
-    assert history_in({"state_dict": {}}) == []
+    assert histories_in({"state_dict": {}}) == {}
 
 
 def test_another_version_and_unknown_entries_are_refused() -> None:
-    with pytest.raises(ValueError, match="compression record has version 2, this package reads 1"):
-        history_in({CHECKPOINT_KEY: {"version": 2, "history": []}})
+    with pytest.raises(ValueError, match="compression record has version 3, this package reads 1 and 2"):
+        histories_in({CHECKPOINT_KEY: {"version": 3, "history": []}})
     module = Module()
     with pytest.raises(ValueError, match=r"an entry \['melt'\], this package knows"):
         restore_from_history(module.backbone, [{"melt": {}}])

@@ -28,6 +28,10 @@ from swincompress_pl.quant.preprocessing import (
 )
 
 
+class NoImagesError(ValueError):
+    """The loaders gave no batch."""
+
+
 def network_inputs(validation: ModuleValidation, loaders: Iterable[Iterable[Any]]) -> Iterator[Tensor]:
     """The images that the network gets from each batch: one tensor for each call of it.
 
@@ -40,12 +44,15 @@ def network_inputs(validation: ModuleValidation, loaders: Iterable[Iterable[Any]
 
 
 def first_inputs(validation: ModuleValidation, loaders: Sequence[Iterable[Any]]) -> tuple[Any, list[Tensor]]:
-    """The first batch as its loader gave it (or the part of it that the step takes), and what the network got of it."""
+    """The first batch as its loader gave it (or the part of it that the step takes), and what the network got of it.
+
+    Raises NoImagesError where there is none.
+    """
     for loader in loaders:
         for raw in loader:
             part, step = _taken(validation, raw)
             return part, [call.images for call in step.calls]
-    raise ValueError("there are no images to calibrate on; give the fit training data")
+    raise NoImagesError("there are no images to calibrate on; give the fit training data")
 
 
 def labelled_batches(

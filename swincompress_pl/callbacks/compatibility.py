@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import LBFGS, Optimizer
 
+from swincompress_pl.checkpoint.holder import network_of
+from swincompress_pl.pruning.evaluation.ranks import agree
+
 # They keep lists of parameters, or state under one parameter for all, that follow neither a cut nor a new group (by
 # name: not every build of torch has them).
 UNFIT_OPTIMIZERS = ("ZeroRedundancyOptimizer", "PostLocalSGDOptimizer", "DistributedOptimizer", LBFGS.__name__)
@@ -137,6 +140,24 @@ def refuse_neighbours(trainer: Trainer, callback_name: str, limits: Limits) -> N
                 raise ValueError(f"{type(other).__name__} {reason.format(callback=callback_name)}")
 
 
+def refuse_overlaps(trainer: Trainer, module: LightningModule, callback: Callback, model_attribute: str) -> None:
+    """ValueError for another callback that compresses the same network under another name, one inside it, or one
+    around it: each would change what the other one knows."""
+    network = network_of(module, model_attribute)
+    for other in trainer.callbacks:  # type: ignore[attr-defined]  # set by the trainer
+        path = getattr(other, "model_attribute", None)
+        if other is callback or not hasattr(other, "callback_name") or path is None or path == model_attribute:
+            continue
+        theirs = network_of(module, path)
+        if theirs in set(network.modules()) or network in set(theirs.modules()):
+            relation = "the same network as" if theirs is network else "a part of what is at"
+            inner, outer = (path, model_attribute) if theirs in set(network.modules()) else (model_attribute, path)
+            raise ValueError(
+                f"model_attribute={inner!r} is {relation} {outer!r}, and both are to be compressed; give both "
+                f"callbacks the same model_attribute, that of the network itself"
+            )
+
+
 def refuse_averaging_before(trainer: Trainer, callback: Callback, callback_name: str) -> None:
     """ValueError for a WeightAveraging that stands before `callback`, which quantizes."""
     callbacks = trainer.callbacks  # type: ignore[attr-defined]  # set by the trainer
@@ -204,6 +225,7 @@ def wrap_anew(trainer: Trainer) -> None:
     """Under DDP: wrap the module again, whose parameters are others now. Broadcasts the weights of rank 0."""
     strategy = trainer.strategy
     if isinstance(strategy, DDPStrategy):
+        agree()
         # The old wrapper has to go first: its reducer still hooks the parameters that stayed.
         strategy.model = strategy.lightning_module
         strategy._pl_static_graph_delay_done = False  # the new reducer has its first backward pass before it

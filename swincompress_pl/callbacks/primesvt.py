@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ from torch import nn
 from swincompress_pl._deprecated import renamed
 from swincompress_pl.arguments import optional, path
 from swincompress_pl.callbacks.progress import search_progress
+from swincompress_pl.callbacks.resumed_arguments import ResumedArguments
 from swincompress_pl.callbacks.search import Outcome, SearchCallback, config_of, log_search
 from swincompress_pl.callbacks.searched_network import CoupledScales
 from swincompress_pl.pruning import (
@@ -55,6 +57,19 @@ class PrimeSVT(SearchCallback):
     """
 
     callback_name = "PrimeSVT"
+    config: PrimeSVTConfig
+    resumed_arguments = ResumedArguments(
+        settled=(
+            *(field.name for field in fields(PrimeSVTConfig)),
+            "start_epoch",
+            "monitor",
+            "max_images",
+            "gradient_batches",
+            "model_attribute",
+        ),
+        free=(),
+        because="its one search is over",
+    )
 
     @renamed(
         max_accuracy_drop="tolerance",
@@ -166,9 +181,12 @@ class PrimeSVT(SearchCallback):
                 progress=progress,
             )
 
-    def _take(self, module: LightningModule, outcome: Outcome) -> None:
+    def _take(self, outcome: Outcome) -> None:
         assert isinstance(outcome, PrimeSVTResult)
         self.result = outcome
+
+    def _log(self, module: LightningModule, outcome: Outcome) -> None:
+        assert isinstance(outcome, PrimeSVTResult)
         values = {
             "score": outcome.score,
             "baseline": outcome.baseline_score,

@@ -11,9 +11,11 @@ from torch import nn
 
 from swincompress_pl.arguments import integer
 from swincompress_pl.callbacks.progress import search_progress
+from swincompress_pl.callbacks.resumed_arguments import ResumedArguments
 from swincompress_pl.callbacks.search import Outcome, SearchCallback, config_of, log_search
 from swincompress_pl.callbacks.searched_network import CoupledScales
 from swincompress_pl.pruning import AdaptivePruningConfig, Criterion, SearchSession, SearchState, Step
+from swincompress_pl.pruning.adaptive.limits import LIMITS, take_up_limits
 from swincompress_pl.pruning.adaptive.search import RoundOutcome, finish_search
 from swincompress_pl.pruning.evaluation.scorer import Scorer
 from swincompress_pl.pruning.space import SpaceConfig
@@ -113,6 +115,15 @@ class AdaptiveIterativePruning(SearchCallback):
         self.search_state: SearchState | None = None
 
     callback_name = "AdaptiveIterativePruning"
+    config: AdaptivePruningConfig
+    resumed_arguments = ResumedArguments(
+        settled=(
+            "granularity", "block_shape", "order", "ranking", "shrink", "kinds", "layers", "monitor", "max_images",
+            "model_attribute",
+        ),
+        free=(*LIMITS, "criterion", "start_epoch", "every_n_epochs", "gradient_batches"),
+        because="its search has begun",
+    )  # fmt: skip
 
     # Policy: override these.
 
@@ -150,6 +161,14 @@ class AdaptiveIterativePruning(SearchCallback):
     def _restore(self, stored: dict[str, Any]) -> None:
         search = stored["search"]
         self.search_state = None if search is None else SearchState.from_dict(search)
+        if self.search_state is not None:
+            take_up_limits(self.search_state, stored.get("arguments", {}), self.config)
+
+    def _arguments(self) -> dict[str, Any]:
+        arguments = {**super()._arguments(), "every_n_epochs": self.every_n_epochs}
+        if self.config.granularity != "block":
+            del arguments["block_shape"]
+        return arguments
 
     def _find(
         self,
@@ -180,12 +199,12 @@ class AdaptiveIterativePruning(SearchCallback):
         assert isinstance(outcome, RoundOutcome)
         return None if outcome.state.stopped is None else finish_search(network, self.config)
 
-    def _take(self, module: LightningModule, outcome: Outcome) -> None:
+    def _take(self, outcome: Outcome) -> None:
         assert isinstance(outcome, RoundOutcome)
         self.search_state = outcome.state
-        self._log(module, outcome)
 
-    def _log(self, module: LightningModule, outcome: RoundOutcome) -> None:
+    def _log(self, module: LightningModule, outcome: Outcome) -> None:
+        assert isinstance(outcome, RoundOutcome)
         state = outcome.state
         last = state.steps[-1] if state.steps else None
         parameters = state.baseline_parameters if last is None else last.parameters

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from lightning import LightningModule, Trainer
 from torch import Tensor, nn
 
-from swincompress_pl.callbacks.calibration import first_inputs, network_inputs, normalization
+from swincompress_pl.callbacks.calibration import NoImagesError, first_inputs, network_inputs, normalization
 from swincompress_pl.callbacks.loaders import calibration_loaders, has_validation_data, holdout_loaders
 from swincompress_pl.callbacks.validation import ModuleValidation, validating
 from swincompress_pl.quant import Bits, QuantizedNetwork
@@ -47,8 +47,10 @@ class CalibrationImages:
         with self._step(trainer, module) as (validation, loaders):
             raw, (images, *_) = first_inputs(validation, loaders)
             if has_validation_data(trainer):  # images that no augmentation has changed
-                loaders = holdout_loaders(trainer, self.callback_name)[:1]
-                raw, (images, *_) = first_inputs(validation, loaders)
+                held_out = holdout_loaders(trainer, self.callback_name)[:1]
+                with suppress(NoImagesError):  # one of several ranks may have none
+                    raw, (images, *_) = first_inputs(validation, held_out)
+                    loaders = held_out
             found = normalization(stated, preprocessing_of_data(trainer), network, raw, images, loaders)
             quantized = QuantizedNetwork(network, preprocessing=found, method=method, bits=bits)
             warn_of_silent_hooks(network, quantized.graph)

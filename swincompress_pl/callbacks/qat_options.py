@@ -5,9 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from swincompress_pl.arguments import flag, integer, number, optional
-from swincompress_pl.quant import SearchOptions
+from lightning.pytorch.utilities import rank_zero_warn
+
+from swincompress_pl.arguments import flag, integer, number, optional, shown
+from swincompress_pl.callbacks.resumed_arguments import ResumedArguments, stored
+from swincompress_pl.quant import Bits, QuantizedNetwork, SearchOptions
 from swincompress_pl.quant.quantize import checked_method, checked_percentile, checked_search
+
+RESUMED_ARGUMENTS = ResumedArguments(
+    settled=(
+        "start_epoch", "calibration_images", "method", "bits", "search", "percentile", "learn_scales",
+        "model_attribute",
+    ),
+    free=("scale_lr_factor", "freeze_epoch", "distillation", "temperature"),
+    because="its network is quantized already",
+)  # fmt: skip
 
 
 def checked_epochs(start_epoch: int, freeze_epoch: int | None, learn_scales: bool | None) -> tuple[int, int | None]:
@@ -53,3 +65,28 @@ def checked_training(scale_lr_factor: float, distillation: float, temperature: f
         number("distillation", distillation, lambda weight: 0 <= weight <= 1, "0 (none) to 1"),
         number("temperature", temperature, lambda value: value > 0, "a number above 0"),
     )
+
+
+def refuse_other_form(
+    network: QuantizedNetwork, callback_name: str, method: str, bits: Bits, preprocessing: Mapping[str, Any] | None
+) -> None:
+    """ValueError where a callback asks for other bits or another normalization than the network has, which is quantized
+    already.
+
+    A warning says what holds where nothing that is trained hangs on it: on the method that once found the scales, and
+    on bits left at their default, which may have been written down.
+    """
+    has = network.preprocessing
+    pairs = [("method", method, network.method, False), ("bits", bits, network.bits, bits != Bits())]
+    if preprocessing is not None:
+        pairs += [(f"preprocessing[{key!r}]", preprocessing[key], has[key], True) for key in ("mean", "std")]
+    for name, asked, there, counts in pairs:
+        if stored({name: asked}) == stored({name: there}):
+            continue
+        told = f"{callback_name}: the network is quantized already, with {name}={shown(there)}"
+        if counts:
+            raise ValueError(
+                f"{told}, and {name}={shown(asked)} is asked for; give {name}={shown(there)}, or fit its float network "
+                "(.network) instead"
+            )
+        rank_zero_warn(f"{told}, which stays; {name}={shown(asked)} changes nothing")

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from lightning import Trainer
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from swincompress_pl.callbacks.compatibility import UNFIT_OPTIMIZERS
+from swincompress_pl.callbacks.finetuning import keeps_last_group
+from swincompress_pl.callbacks.random_state import isolated
 from swincompress_pl.quant import QuantizedNetwork
 
 _NAME, _OLD_NAME = "scales.adjustment", "scales.drift"
@@ -32,15 +33,19 @@ _PER_GROUP = (
 
 
 class ScaleGroup:
-    """Puts a network's learned scales into the optimizer that trains its weights, as one group at the end.
+    """Puts a network's learned scales into the optimizer that trains its weights, as one group of their own.
 
     The group has the options of the group that trains the network's first parameter, without weight decay, or of
     another one where that takes matrices only (Muon beside AdamW); its learning rate is `lr_factor` times that group's
-    at every step, whatever sets that: a scheduler, a warm-up by hand.
+    at every step, whatever sets that: a scheduler, a warm-up by hand. It is the last one (the last but one where a
+    callback means its own by the last); in a resumed fit it stands where it stood.
+
+    place: its number, None before there is one.
     """
 
     def __init__(self, lr_factor: float) -> None:
         self.lr_factor = lr_factor
+        self.place: int | None = None
         self._handle: RemovableHandle | None = None
 
     def join(self, trainer: Trainer, network: QuantizedNetwork) -> None:
@@ -51,21 +56,27 @@ class ScaleGroup:
         """
         adjustment = network.scales.adjustment
         assert adjustment is not None
+        schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
         for optimizer in trainer.optimizers:
-            for group in optimizer.param_groups:
-                group["params"] = [parameter for parameter in group["params"] if parameter is not adjustment]
+            _take_out(adjustment, optimizer, schedulers)
         optimizer, host = _host(trainer.optimizers, network.network)
-        groups = len(optimizer.param_groups)
-        model = optimizer.param_groups[host]
+        groups = optimizer.param_groups
+        if self.place is None:
+            self.place = len(groups) - 1 if keeps_last_group(trainer) else len(groups)
+        place = min(self.place, len(groups))
+        model = groups[host]
         own = {key: value for key, value in model.items() if key not in ("params", "param_names")}
         own |= {key: own[key] * self.lr_factor for key in ("lr", "initial_lr", "max_lr", "min_lr") if key in own}
         if "weight_decay" in own:
             own["weight_decay"] = 0.0
         named = "param_names" in model
         optimizer.add_param_group({"params": [(_NAME, adjustment) if named else adjustment], **own})
-        for config in trainer.lr_scheduler_configs:
-            _extend(config.scheduler, optimizer, groups, host, self.lr_factor)
-        self._follow(optimizer, host, groups)
+        groups.insert(place, groups.pop())
+        for scheduler, name, entries in _per_group(schedulers, optimizer, len(groups) - 1):
+            rate = isinstance(entries[host], int | float) and "momentum" not in name
+            entry = entries[host] * self.lr_factor if rate else entries[host]
+            setattr(scheduler, name, [*entries[:place], entry, *entries[place:]])
+        self._follow(optimizer, host + (place <= host), place)
 
     def check(self, trainer: Trainer, network: nn.Module) -> None:
         """ValueError where `join` would raise it later for an optimizer that does not take scales."""
@@ -155,24 +166,40 @@ def _steps(optimizer: Optimizer, number: int, value: Tensor) -> bool:
         id(optimizer.state): defaultdict(dict),
     }
     try:
-        with isolate_rng():
+        with isolated():
             copy.deepcopy(optimizer, memo).step()
     except Exception:
         return False
     return True
 
 
-def _extend(scheduler: Any, optimizer: Optimizer, groups: int, host: int, factor: float) -> None:
-    """One more entry in what the scheduler keeps for each group, as for the host."""
+def nested_schedulers(scheduler: Any) -> Iterator[Any]:
+    """Those inside it, and it."""
     for inner in (*getattr(scheduler, "_schedulers", ()), getattr(scheduler, "after_scheduler", None)):
         if inner is not None:
-            _extend(inner, optimizer, groups, host, factor)
-    if getattr(scheduler, "optimizer", None) is not optimizer:
-        return
-    for name in _PER_GROUP:
-        entries = vars(scheduler).get(name)
-        if isinstance(entries, list) and len(entries) == groups:
-            entry = entries[host]
-            # A new list: SequentialLR's is that of the scheduler inside it.
-            rate = isinstance(entry, int | float) and "momentum" not in name
-            setattr(scheduler, name, [*entries, entry * factor if rate else entry])
+            yield from nested_schedulers(inner)
+    yield scheduler
+
+
+def _take_out(adjustment: nn.Parameter, optimizer: Optimizer, schedulers: Sequence[Any]) -> None:
+    """No group of the optimizer has the scales any more; one that had nothing else goes."""
+    for group in [group for group in optimizer.param_groups if any(each is adjustment for each in group["params"])]:
+        group["params"] = [parameter for parameter in group["params"] if parameter is not adjustment]
+        if not group["params"]:
+            place = next(i for i, each in enumerate(optimizer.param_groups) if each is group)
+            for scheduler, name, entries in _per_group(schedulers, optimizer, len(optimizer.param_groups)):
+                setattr(scheduler, name, [*entries[:place], *entries[place + 1 :]])
+            del optimizer.param_groups[place]
+
+
+def _per_group(schedulers: Iterable[Any], optimizer: Optimizer, groups: int) -> Iterator[tuple[Any, str, list[Any]]]:
+    """What schedulers of the optimizer keep for each of its groups: (scheduler, attribute, entries).
+
+    Set a new list: SequentialLR's is that of the scheduler inside it.
+    """
+    for scheduler in (each for outer in schedulers for each in nested_schedulers(outer)):
+        if getattr(scheduler, "optimizer", None) is optimizer:
+            for name in _PER_GROUP:
+                entries = vars(scheduler).get(name)
+                if isinstance(entries, list) and len(entries) == groups:
+                    yield scheduler, name, entries

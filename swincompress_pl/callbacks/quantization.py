@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from lightning import LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -20,22 +20,32 @@ from swincompress_pl.callbacks.compatibility import (
     refuse_averaging_before,
     refuse_compiled_module,
     refuse_neighbours,
+    refuse_overlaps,
     refuse_precision,
     refuse_strategy,
     refuse_synchronized_norms,
     wrap_anew,
 )
-from swincompress_pl.callbacks.qat_averaging import renew_averages
+from swincompress_pl.callbacks.finetuning import note_finetuned_groups, restore_finetuned_groups
 from swincompress_pl.callbacks.qat_distillation import Distillation, refuse_teaching
 from swincompress_pl.callbacks.qat_images import CalibrationImages, preprocessing_of_data
-from swincompress_pl.callbacks.qat_options import checked_epochs, checked_quantization, checked_training
+from swincompress_pl.callbacks.qat_options import (
+    RESUMED_ARGUMENTS,
+    checked_epochs,
+    checked_quantization,
+    checked_training,
+    refuse_other_form,
+)
 from swincompress_pl.callbacks.qat_scales import ScaleGroup, read_old_names
-from swincompress_pl.callbacks.random_state import RandomNumbers, rng_states, seeded
+from swincompress_pl.callbacks.random_state import RandomNumbers, isolated, leave_out_unbegun_epoch, seeded
+from swincompress_pl.callbacks.resumed_arguments import stored
 from swincompress_pl.callbacks.training_pass import TrainingPass
+from swincompress_pl.callbacks.whole_change import whole_change
+from swincompress_pl.checkpoint.averaging import renew_averages
 from swincompress_pl.checkpoint.holder import has_network, held_by, network_of, put_network, refuse_other_places
 from swincompress_pl.checkpoint.hooks import keep_record
 from swincompress_pl.history import history_of
-from swincompress_pl.pruning.evaluation.ranks import gather_results
+from swincompress_pl.pruning.evaluation.ranks import failing_together, from_all_ranks, from_rank_zero
 from swincompress_pl.quant import Bits, QuantizedNetwork, SearchOptions, quantize
 from swincompress_pl.quant.folding import refuse_altered
 from swincompress_pl.quant.full_precision import bring_to_float32
@@ -120,7 +130,7 @@ class QuantizationAwareTraining(TrainingPass):
         self._found_preprocessing: dict[str, Any] | None = None
         self._network_checked = False
         self.model_attribute = text("model_attribute", model_attribute, "a name or a path, e.g. 'net'")
-        self._scale_group = ScaleGroup(scale_lr_factor)
+        self._scale_group, self._temperature = ScaleGroup(scale_lr_factor), temperature
         self._distillation = Distillation(distillation, temperature) if distillation > 0 else None
         self._teacher_state: Mapping[str, Any] | None = None
         self._resumed = False
@@ -145,12 +155,14 @@ class QuantizationAwareTraining(TrainingPass):
 
     # Hooks.
 
+    @failing_together("checking the fit")
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Have checkpoints say how the network is compressed, and refuse what cannot work."""
         keep_record(pl_module, self.model_attribute)
         if stage != "fit":
             return
         self._resumed, self._teacher_state, self._found_preprocessing = False, None, None
+        self._scale_group.place = None
         self._refuse_surroundings(trainer, pl_module)
         if self._distillation is not None:
             refuse_teaching(pl_module)
@@ -159,29 +171,35 @@ class QuantizationAwareTraining(TrainingPass):
             self._check_network(trainer, pl_module)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Take up the random numbers; averages get the form of the network that the checkpoint brought."""
+        """Take up the random numbers, and refuse what a resume cannot change."""
         quantized = has_network(pl_module, self.model_attribute) and isinstance(
             network_of(pl_module, self.model_attribute), QuantizedNetwork
         )
-        if quantized:
-            renew_averages(trainer, pl_module)
         read_old_names(checkpoint.get("optimizer_states", ()))
+        leave_out_unbegun_epoch(checkpoint)
         mine = checkpoint["callbacks"].get(self.state_key)
         if mine is not None and mine.get("version") == _STATE_VERSION:
             self._rng.resume(trainer, mine["rng"])
+            if trainer.state.fn == TrainerFn.FITTING and quantized and "arguments" in mine:
+                RESUMED_ARGUMENTS.take_up(self.callback_name, mine["arguments"], stored(self._arguments()))
 
+    @failing_together("checking the fit")
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Get the fit of a network that is quantized already ready, before the optimizer's state is restored."""
+        super().on_fit_start(trainer, pl_module)
         if not self._network_checked:
             self._check_network(trainer, pl_module)
         network = network_of(pl_module, self.model_attribute)
         if isinstance(network, QuantizedNetwork):
+            refuse_other_form(network, self.callback_name, self.method, self.bits, self.preprocessing)
+            restore_finetuned_groups(trainer, pl_module)
             if held_by(pl_module, self.model_attribute) is not network:  # torch.compile around a quantized one
                 put_network(pl_module, self.model_attribute, network)
             if self._distillation is not None:
                 self._take_up_teacher(network)
             self._learn(trainer, pl_module, network)
 
+    @failing_together("looking at the images")
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """See the images that will calibrate; have masks kept and the teacher heard; say when this fit ends before
         anything is quantized."""
@@ -189,14 +207,11 @@ class QuantizationAwareTraining(TrainingPass):
         network = network_of(pl_module, self.model_attribute)
         self.keep_masks(trainer, network)
         if not isinstance(network, QuantizedNetwork):
-            with isolate_rng():
-                # What one rank refuses all refuse, instead of waiting for it; rank 0's answer counts.
-                found = gather_results(
-                    lambda: self._images.preprocessing(
-                        trainer, pl_module, network, self.preprocessing, method=self.method, bits=self.bits
-                    )
+            with isolated():
+                found = self._images.preprocessing(
+                    trainer, pl_module, network, self.preprocessing, method=self.method, bits=self.bits
                 )
-            self._found_preprocessing = found[0]
+            self._found_preprocessing = from_rank_zero(found)
         if self._distillation is not None:
             self._distillation.attach(pl_module, self.model_attribute)
         if not isinstance(network, QuantizedNetwork):
@@ -205,12 +220,15 @@ class QuantizationAwareTraining(TrainingPass):
                 self._scale_group.check(trainer, network)
         self._say_what_is_awaited(trainer, network)
 
+    @failing_together("quantizing")
     def _begin_epoch(self, trainer: Trainer, module: LightningModule) -> None:
-        """Quantize if this is the epoch, and freeze the scales if this is that."""
-        network = network_of(module, self.model_attribute)
-        if not isinstance(network, QuantizedNetwork) and self.should_quantize(trainer.current_epoch):
-            network = self._exchange(trainer, module, network)
-        if isinstance(network, QuantizedNetwork) and self.should_freeze(trainer.current_epoch):
+        """Quantize if this is the epoch, and freeze the scales if this is that; what rank 0 says of it counts."""
+        network, epoch = network_of(module, self.model_attribute), trainer.current_epoch
+        if not isinstance(network, QuantizedNetwork) and from_all_ranks(self.should_quantize(epoch))[0]:
+            followers = (self._scale_group, *([] if self._distillation is None else [self._distillation]))
+            with whole_change(trainer, module, self.model_attribute, *followers):
+                network = self._exchange(trainer, module, network)
+        if isinstance(network, QuantizedNetwork) and from_all_ranks(self.should_freeze(epoch))[0]:
             _freeze(trainer, network)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -228,9 +246,15 @@ class QuantizationAwareTraining(TrainingPass):
         super().on_exception(trainer, pl_module, exception)
 
     def state_dict(self) -> dict[str, Any]:
-        """The random numbers' states, and the teacher's weights where there is one."""
+        """The arguments, the random numbers' states, and the teacher's weights where there is one."""
         teacher = {"teacher": None} if self._distillation is None else self._distillation.to_dict()
-        return {"version": _STATE_VERSION, "rng": rng_states(), **teacher}
+        return {
+            "version": _STATE_VERSION,
+            "arguments": stored(self._arguments()),
+            "scale_group": self._scale_group.place,
+            "rng": self._rng.states(),
+            **teacher,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with the teacher of the fit that wrote `state_dict`."""
@@ -240,8 +264,19 @@ class QuantizationAwareTraining(TrainingPass):
                 "expected"
             )
         self._resumed, self._teacher_state = True, state_dict if state_dict["teacher"] is not None else None
+        self._scale_group.place = state_dict.get("scale_group")
 
     # Mechanism.
+
+    def _arguments(self) -> dict[str, Any]:
+        """What its training hangs on, by name: a resumed fit has the same, or others (`resumed_arguments`)."""
+        alike = ("start_epoch", "calibration_images", "method", "bits", "search", "percentile", "learn_scales")
+        return {
+            **{name: getattr(self, name) for name in (*alike, "freeze_epoch", "model_attribute")},
+            "scale_lr_factor": self._scale_group.lr_factor,
+            "distillation": 0.0 if self._distillation is None else self._distillation.weight,
+            "temperature": self._temperature,
+        }
 
     @property
     def _images(self) -> CalibrationImages:
@@ -263,6 +298,7 @@ class QuantizationAwareTraining(TrainingPass):
         """What can be said of the network alone: that it has an integer form."""
         network = network_of(module, self.model_attribute)
         refuse_other_places(module, self.model_attribute)
+        refuse_overlaps(trainer, module, self, self.model_attribute)
         refuse_synchronized_norms(trainer, network, self.callback_name)
         stated = (self.preprocessing, preprocessing_of_data(trainer))
         if not isinstance(network, QuantizedNetwork) and any(source is not None for source in stated):
@@ -308,6 +344,7 @@ class QuantizationAwareTraining(TrainingPass):
             return f"{inside}network.{name.removeprefix(inside).removeprefix('_orig_mod.')}"  # of a compiled network
 
         renew_averages(trainer, module, renamed)
+        note_finetuned_groups(trainer, module)
         return quantized
 
     def _quantized(
@@ -317,20 +354,13 @@ class QuantizationAwareTraining(TrainingPass):
         if trainer.world_size == 1:
             return self._calibrated(trainer, module, network, images)
         result: QuantizedNetwork | None = None
-        failure: Exception | None = None
         outcome: Any = None
         if trainer.is_global_zero:
-            try:
+            with failing_together("calibrating"):
                 result = self._calibrated(trainer, module, network, images)
-                scales = {key: value.cpu() for key, value in result.scales.state_dict().items()}
-                outcome = (history_of(result)[-1]["quantize"], scales)
-            except Exception as error:  # told to the others, which would wait for ever
-                failure, outcome = error, f"{type(error).__name__}: {error}"
-        outcome = trainer.strategy.broadcast(outcome, src=0)
-        if failure is not None:
-            raise failure
-        if isinstance(outcome, str):
-            raise RuntimeError(f"rank 0 failed while calibrating: {outcome}")
+            scales = {key: value.cpu() for key, value in result.scales.state_dict().items()}
+            outcome = (history_of(result)[-1]["quantize"], scales)
+        outcome = from_rank_zero(outcome)
         if result is None:
             result = QuantizedNetwork(network, **outcome[0])
             bring_to_float32(network)
@@ -378,8 +408,9 @@ class QuantizationAwareTraining(TrainingPass):
         assert self._distillation is not None
         if self._resumed and self._teacher_state is None:
             raise ValueError(
-                f"distillation={self._distillation.weight}: the checkpoint was written without a teacher and its "
-                "network is quantized already; resume with distillation=0, or from a checkpoint before start_epoch"
+                f"distillation={self._distillation.weight}, and the fit that is resumed had distillation=0: the "
+                "checkpoint was written without a teacher and its network is quantized already; resume with "
+                "distillation=0, or from a checkpoint before start_epoch"
             )
         self._distillation.take_teacher(network.network, self._teacher_state)
         self._teacher_state = None

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from lightning import Trainer
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.seed import isolate_rng
+
+from swincompress_pl.interrupts import put_back_after
 
 
 def rng_states() -> dict[str, Any]:
@@ -45,13 +47,20 @@ def set_rng_states(states: dict[str, Any]) -> None:
 
 
 @contextmanager
+def isolated() -> Iterator[None]:
+    """Global random numbers for a while, then as they were; after an exception too (not so `isolate_rng`)."""
+    with put_back_after(partial(set_rng_states, rng_states())):
+        yield
+
+
+@contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Global random numbers from `seed` for a while, then as they were.
 
     For images read in the middle of a fit: a resumed fit has drawn the order of its epoch by then, an uninterrupted one
     has not, so what follows must hang on neither.
     """
-    with isolate_rng():
+    with isolated():
         torch.manual_seed(seed)
         np.random.seed(seed)
         random.seed(seed)
@@ -63,16 +72,30 @@ class RandomNumbers:
 
     Twice, because Lightning makes the first epoch's data iterator, which draws, before training starts, and that of
     every other epoch after `on_train_epoch_start`. A checkpoint written after validation resumes at the end of its
-    epoch: its next epoch is not the first of the new fit.
+    epoch: its next epoch is not the first of the new fit. One that an exception had written before the fit's first
+    batch has the numbers of the fit's start: that iterator is made again.
     In a distributed fit only rank 0's numbers are saved, so nothing is set.
     """
 
     def __init__(self) -> None:
         self._states: dict[str, Any] | None = None
+        self._at_start: dict[str, Any] | None = None
         self._first_epoch = -1
 
+    def states(self) -> dict[str, Any]:
+        """For a checkpoint that is written now."""
+        return self._at_start or rng_states()
+
+    def on_fit_start(self) -> None:
+        """Nothing is drawn yet."""
+        self._at_start = rng_states()
+
+    def on_train_batch_start(self) -> None:
+        """The first epoch is under way."""
+        self._at_start = None
+
     def resume(self, trainer: Trainer, states: dict[str, Any]) -> None:
-        """From `on_load_checkpoint`: before anything is drawn."""
+        """From `on_load_checkpoint`, before anything is drawn; `states`: those of the checkpoint."""
         if trainer.state.fn == TrainerFn.FITTING and trainer.world_size == 1:
             self._states = states
             set_rng_states(states)
@@ -86,3 +109,15 @@ class RandomNumbers:
         if self._states is not None and trainer.current_epoch != self._first_epoch:
             set_rng_states(self._states)
         self._states = None
+
+
+def leave_out_unbegun_epoch(checkpoint: Mapping[str, Any]) -> None:
+    """Have a checkpoint that an exception wrote while an epoch began resume as one of the end of the epoch before.
+
+    Lightning counts that epoch as ready and, when it resumes, goes on behind its last batch, which is that of the epoch
+    before: nothing would be trained in it.
+    """
+    progress = checkpoint.get("loops", {}).get("fit_loop", {}).get("epoch_progress", {})
+    for counts in progress.values():
+        if counts["ready"] == counts["started"] + 1 == counts["completed"] + 1:
+            counts["ready"] = counts["started"]

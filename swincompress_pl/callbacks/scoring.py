@@ -23,8 +23,8 @@ from swincompress_pl.callbacks.rows import Rows, cloned
 from swincompress_pl.callbacks.validation import ModuleValidation, on_device
 from swincompress_pl.checkpoint.holder import held_by, network_of
 from swincompress_pl.pruning import HoldOut
-from swincompress_pl.pruning.evaluation.holdout import NETWORK_ALONE
-from swincompress_pl.pruning.evaluation.ranks import world_size
+from swincompress_pl.pruning.evaluation.holdout import NETWORK_ALONE, read_images
+from swincompress_pl.pruning.evaluation.ranks import from_all_ranks, world_size
 from swincompress_pl.pruning.evaluation.scorer import FunctionScorer, Scorer, fingerprint_of, tensor_bytes
 from swincompress_pl.quant import QuantizedNetwork
 
@@ -157,12 +157,9 @@ class HoldOutReader:
         self.validation, self.loaders, self.standing = validation, loaders, standing
         self._max_size_bytes = max_size_bytes
         trainer = validation.trainer
-        self._options: dict[str, Any] = {
-            "max_images": max_images,
-            "max_size_bytes": max_size_bytes,
-            "sharded": world_size() > 1 and all(sampler_over_ranks(each) is not None for each in loaders),
-            "batch_size": _CPU_BATCH if trainer.strategy.root_device.type == "cpu" else _GPU_BATCH,
-        }
+        self._sharded = world_size() > 1 and all(sampler_over_ranks(each) is not None for each in loaders)
+        self._max_images = max_images
+        self._batch_size = _CPU_BATCH if trainer.strategy.root_device.type == "cpu" else _GPU_BATCH
 
     def with_predict(self, predict: Predict) -> HoldOut:
         """Scored by a function of the user's, from the images and labels that a batch begins with."""
@@ -174,7 +171,16 @@ class HoldOutReader:
                     yield _cut(images, left), _cut(labels, left)
 
         run = Named(self._in_precision(predict), lambda: fingerprint_of(predict))
-        return HoldOut.from_batches(batches(), predict=run, **self._options)
+        return HoldOut(*self._read(batches()), predict=run, **self._options)
+
+    def _read(self, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        return read_images(
+            batches, max_images=self._max_images, max_size_bytes=self._max_size_bytes, sharded=self._sharded
+        )
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        return {"sharded": self._sharded, "batch_size": self._batch_size}
 
     def holdout(self, network: nn.Module, predict: Predict) -> HoldOut:
         """Scored by the module's step: by `predict` alone where the step adds nothing to the network's answer.
@@ -182,12 +188,15 @@ class HoldOutReader:
         Raises ValueError where the step gives no classes to count, or does not predict the same as what was made of it.
         """
         with self.validation.without_trace(), self.standing(network):
-            try:
-                return self._direct(network, predict)
-            except _NotDirectError:
-                return self._replayed(network)
+            found = self._read_directly()
+            if all(from_all_ranks(found is not None)):  # true of a rank without images: it does as the others
+                assert found is not None
+                return self._direct(network, predict, *found)
+            return self._replayed(network)
 
-    def _direct(self, network: nn.Module, predict: Predict) -> HoldOut:
+    def _read_directly(self) -> tuple[Tensor, Tensor, list[Seen]] | None:
+        """(images, labels, what the first steps did); None where the step makes more of them than the network's
+        answer."""
         compared: list[Seen] = []
 
         def batches() -> Iterator[tuple[Tensor, Tensor]]:
@@ -199,11 +208,19 @@ class HoldOutReader:
                     compared.append(seen)
                 yield _cut(images, left), _cut(seen.labels, left)
 
+        try:
+            return *self._read(batches()), compared
+        except _NotDirectError:
+            return None
+
+    def _direct(
+        self, network: nn.Module, predict: Predict, images: Tensor, labels: Tensor, compared: list[Seen]
+    ) -> HoldOut:
         run = Named(
             self._in_precision(lambda network, images: two_logits(predict(network, images))),
             partial(_fingerprint_of_network_alone, self.validation),
         )
-        holdout = HoldOut.from_batches(batches(), predict=run, **self._options)
+        holdout = HoldOut(images, labels, predict=run, **self._options)
         for seen in compared:
             self._compare(seen.answer, run(network, seen.step.calls[0].arguments[0]))
         return holdout
@@ -232,14 +249,14 @@ class HoldOutReader:
                 self.validation.begin()
                 return predict(network, numbers)
 
-        collected = list(batches())  # the shape and the digest are known behind it
+        numbers, labels = self._read(batches())
         run = Named(self._in_precision(kept), partial(_fingerprint_of_step, self.validation))
-        holdout = StepHoldOut.from_batches(
-            collected, predict=run, shape=rows.shape, digest=rows.digest(), **self._options
-        )
-        known = torch.cat(answers)
-        backwards = torch.arange(len(known)).flip(0)[:_COMPARED]
-        self._compare(known[backwards.to(known.device)], run(network, backwards))
+        shape = next(filter(None, from_all_ranks(rows.shape)), ())  # a rank without images has that of the others
+        holdout = StepHoldOut(numbers, labels, predict=run, shape=shape, digest=rows.digest(), **self._options)
+        if answers:
+            known = torch.cat(answers)
+            backwards = torch.arange(len(known)).flip(0)[:_COMPARED]
+            self._compare(known[backwards.to(known.device)], run(network, backwards))
         return holdout
 
     def _seen(self, *, sparing: bool) -> Iterator[tuple[Seen, float]]:
@@ -266,8 +283,6 @@ class HoldOutReader:
                 if step.calls and isinstance(step.calls[0].output, Tensor) and first is None:
                     first = step.calls[0].output.detach()
                 yield Seen(batch, step, labels), left
-        if not count:
-            raise ValueError("the hold-out is empty; give it images to score on")
 
     def _in_precision(self, predict: Predict) -> Predict:
         precision = self.validation.trainer.precision_plugin
@@ -420,8 +435,7 @@ class _MetricScoring:
 
     def _value(self, most_batches: int | None = None) -> float:
         with self.validation.without_trace() as logged:
-            if not self.validation.epoch(self.loaders, logged, most_batches):
-                raise ValueError("the hold-out is empty; give it images to score on")
+            self.validation.epoch(self.loaders, logged, most_batches)
             if self.monitor not in logged.entries:
                 raise ValueError(
                     f"monitor={self.monitor!r} is not logged by {type(self.validation.module).__name__}'s validation; "

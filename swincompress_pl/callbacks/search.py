@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from lightning import LightningModule, Trainer
-from lightning.pytorch.utilities.seed import isolate_rng
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from swincompress_pl.arguments import batches, integer, optional, require, text
@@ -23,6 +23,7 @@ from swincompress_pl.callbacks.compatibility import (
     QUANTIZATION,
     refuse_neighbours,
     refuse_optimizers,
+    refuse_overlaps,
     refuse_precision,
     refuse_sharing,
     refuse_strategy,
@@ -30,7 +31,8 @@ from swincompress_pl.callbacks.compatibility import (
     wrap_anew,
 )
 from swincompress_pl.callbacks.loaders import calibration_loaders, holdout_loaders
-from swincompress_pl.callbacks.random_state import RandomNumbers, rng_states, seeded
+from swincompress_pl.callbacks.random_state import RandomNumbers, isolated, leave_out_unbegun_epoch, seeded
+from swincompress_pl.callbacks.resumed_arguments import ResumedArguments, stored
 from swincompress_pl.callbacks.scoring import HoldOutReader, Named, images_and_labels, metric_scorer
 from swincompress_pl.callbacks.searched_network import (
     CoupledScales,
@@ -42,18 +44,22 @@ from swincompress_pl.callbacks.searched_network import (
 )
 from swincompress_pl.callbacks.training_pass import TrainingPass
 from swincompress_pl.callbacks.validation import ModuleValidation, on_device, validating
+from swincompress_pl.callbacks.whole_change import whole_change
 from swincompress_pl.checkpoint.holder import has_network, network_of
 from swincompress_pl.checkpoint.hooks import keep_record
+from swincompress_pl.interrupts import Attributes
 from swincompress_pl.pruning import Gradients, HoldOut, collect_gradients
-from swincompress_pl.pruning.evaluation.ranks import share_buffers
+from swincompress_pl.pruning.evaluation.ranks import failing_together, from_all_ranks, share_buffers
 from swincompress_pl.pruning.evaluation.scorer import Scorer, fingerprint_of
 from swincompress_pl.pruning.space import SpaceConfig, check_on_trial
 from swincompress_pl.pruning.structure.apply import AppliedPlan
-from swincompress_pl.pruning.structure.change import Change, revert
+from swincompress_pl.pruning.structure.change import Change
 from swincompress_pl.pruning.structure.optimizer_state import slice_optimizers
 from swincompress_pl.pruning.structure.trial import FirstInputs
 
 _STATE_VERSION = 2
+# What a search changes in its callback; whatever else a subclass has is its own.
+_OWN = ("_last_epoch", "_masks", "search_state", "result")
 Config = TypeVar("Config")
 
 
@@ -73,6 +79,8 @@ class SearchCallback(TrainingPass, ABC):
     """
 
     callback_name: ClassVar[str]  # also the key of the state, one for subclasses too
+    resumed_arguments: ClassVar[ResumedArguments]
+    config: Any  # the search's, a frozen dataclass
 
     def __init__(
         self,
@@ -150,8 +158,12 @@ class SearchCallback(TrainingPass, ABC):
         return None
 
     @abstractmethod
-    def _take(self, module: LightningModule, outcome: Outcome) -> None:
-        """Everything in the fit has followed: keep what was found, and log it."""
+    def _take(self, outcome: Outcome) -> None:
+        """Everything in the fit has followed: keep what was found."""
+
+    @abstractmethod
+    def _log(self, module: LightningModule, outcome: Outcome) -> None:
+        """Log what was found."""
 
     @abstractmethod
     def _stored(self) -> dict[str, Any]:
@@ -159,10 +171,16 @@ class SearchCallback(TrainingPass, ABC):
 
     @abstractmethod
     def _restore(self, stored: dict[str, Any]) -> None:
-        """Take up what `_stored` gave."""
+        """Take up what `_stored` gave; "arguments" are those of the fit before, if it stored any."""
+
+    def _arguments(self) -> dict[str, Any]:
+        """What the search hangs on, by name: a resumed fit has the same, or others (`resumed_arguments`)."""
+        own = ("start_epoch", "monitor", "max_images", "gradient_batches", "model_attribute")
+        return {**vars(self.config), **{name: getattr(self, name) for name in own}}
 
     # Hooks.
 
+    @failing_together("checking the fit")
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Have checkpoints say how the network is compressed, and refuse what cannot work."""
         keep_record(pl_module, self.model_attribute)
@@ -176,11 +194,14 @@ class SearchCallback(TrainingPass, ABC):
                 self._last_epoch = -1
                 self._forget()
 
+    @failing_together("checking the fit")
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse what cannot work of a network that was not there before."""
+        super().on_fit_start(trainer, pl_module)
         if not self._network_checked:
             self._check_network(trainer, pl_module)
 
+    @failing_together("looking at the hold-out")
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make sure that there is something to score on, before the first epoch is spent; have masks kept."""
         super().on_train_start(trainer, pl_module)
@@ -188,23 +209,27 @@ class SearchCallback(TrainingPass, ABC):
         if not self._is_over():
             refuse_averages(trainer, pl_module, self._network(pl_module), self.callback_name)
             self._refuse_optimizers(trainer, pl_module)
-            with isolate_rng(), validating(trainer, pl_module), torch.no_grad():
+            with isolated(), validating(trainer, pl_module), torch.no_grad():
                 self._scorer = self._make_scorer(trainer, pl_module)
                 network, shape = self._network(pl_module), self._input_shape(trainer, pl_module, self._scorer)
                 check_on_trial(network, self._space(network), FirstInputs(), shape)
         if self._waits():
             self._start.fit_begins(trainer, self.start_epoch)
 
+    @failing_together("pruning")
     def _begin_epoch(self, trainer: Trainer, module: LightningModule) -> None:
-        """Search if there is a search before this epoch."""
+        """Search if there is a search before this epoch; what rank 0 says of that counts."""
         epoch = trainer.current_epoch
-        if self._is_over() or epoch <= self._last_epoch or not self.should_prune(epoch):
+        if self._is_over() or epoch <= self._last_epoch or not from_all_ranks(self.should_prune(epoch))[0]:
             return
-        # The search must not move the random numbers that shuffling, dropout and augmentation draw.
-        with isolate_rng():
-            outcome = self._search(trainer, module)
-        self._last_epoch = epoch
-        self._take(module, outcome)
+        # The network, what follows it and what is known of the search change together.
+        with whole_change(trainer, module, self.model_attribute, Attributes(self, _OWN)):
+            # The search must not move the random numbers that shuffling, dropout and augmentation draw.
+            with isolated():
+                outcome = self._search(trainer, module)
+            self._last_epoch = epoch
+            self._take(outcome)
+        self._log(module, outcome)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let go of the hold-out and of the optimizers; say so where nothing was searched."""
@@ -220,14 +245,24 @@ class SearchCallback(TrainingPass, ABC):
             note_old_shapes(trainer, pl_module, self._network(pl_module), self.callback_name, exception)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Take up the random numbers where the checkpoint left them."""
+        """Take up the random numbers, and the epoch, where the checkpoint left them; refuse arguments that cannot be
+        others by now."""
+        leave_out_unbegun_epoch(checkpoint)
         mine = checkpoint["callbacks"].get(self.state_key)
         if mine is not None and mine.get("version") == _STATE_VERSION:
             self._rng.resume(trainer, mine["rng"])
+            if trainer.state.fn == TrainerFn.FITTING and mine["last_epoch"] >= 0 and "arguments" in mine:
+                self.resumed_arguments.take_up(self.callback_name, mine["arguments"], stored(self._arguments()))
 
     def state_dict(self) -> dict[str, Any]:
-        """The search so far and the random numbers' states: plain data and tensors."""
-        return {"version": _STATE_VERSION, "last_epoch": self._last_epoch, **self._stored(), "rng": rng_states()}
+        """The search so far, its arguments and the random numbers' states: plain data and tensors."""
+        return {
+            "version": _STATE_VERSION,
+            "last_epoch": self._last_epoch,
+            **self._stored(),
+            "arguments": stored(self._arguments()),
+            "rng": self._rng.states(),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with the search that `state_dict` wrote."""
@@ -253,6 +288,7 @@ class SearchCallback(TrainingPass, ABC):
         quantized = network is not network_of(module, self.model_attribute)
         refuse_precision(trainer, self.callback_name, QUANTIZATION if quantized else PRUNING)
         refuse_synchronized_norms(trainer, network, self.callback_name)
+        refuse_overlaps(trainer, module, self, self.model_attribute)
         space = self._space(network)
         refuse_masked_integers(trainer, module, self.model_attribute, self.monitor, space.kinds)
         refuse_sharing(module, network, pruned_tensors(network, space), self.model_attribute)
@@ -281,12 +317,7 @@ class SearchCallback(TrainingPass, ABC):
     def _follow(self, trainer: Trainer, module: LightningModule, outcome: Outcome, coupled: CoupledScales) -> None:
         """Optimizers, masks, compiled code and DDP go on with what the search made of the network."""
         network, change = self._network(module), outcome.change
-        try:
-            slice_optimizers(trainer.optimizers, coupled.with_scales(change.applied))
-        except BaseException:
-            revert(network, change)
-            coupled.uncut()
-            raise
+        slice_optimizers(trainer.optimizers, coupled.with_scales(change.applied))
         sliced = bool(change.applied.tensors)
         finished = self._finish(network, outcome)
         if finished is not None:

@@ -32,6 +32,10 @@ class TrainingPass(KeptMasks):
         """What is due before `trainer.current_epoch`: for subclasses."""
         raise NotImplementedError
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remember the random numbers that a fit begins with."""
+        self._rng.on_fit_start()
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A fit begins, and none of its epochs has."""
         self._rng.on_train_start(trainer)
@@ -44,13 +48,14 @@ class TrainingPass(KeptMasks):
 
     def _begin_once(self, trainer: Trainer, module: LightningModule) -> None:
         if self._begun_epoch != trainer.current_epoch:
-            self._begun_epoch = trainer.current_epoch
             self._begin_epoch(trainer, module)
+            self._begun_epoch = trainer.current_epoch
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Begin the epoch where Lightning did not say so, and the training pass."""
         if batch_idx == 0:
             self._begin_once(trainer, pl_module)
+        self._rng.on_train_batch_start()
         network = network_of(pl_module, self.model_attribute)
         if isinstance(network, QuantizedNetwork):
             network.begin_training_pass()

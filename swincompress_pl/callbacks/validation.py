@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import islice
 from typing import Any
@@ -24,7 +24,8 @@ from torchmetrics import Metric
 from swincompress_pl.callbacks.loaders import leaves
 from swincompress_pl.checkpoint.holder import held_by
 from swincompress_pl.evaluation_mode import evaluation_mode
-from swincompress_pl.pruning.evaluation.ranks import sum_over_ranks
+from swincompress_pl.interrupts import put_back_after
+from swincompress_pl.pruning.evaluation.ranks import from_all_ranks, sum_over_ranks
 
 
 @contextmanager
@@ -107,8 +108,8 @@ class ModuleValidation:
         with self.trainer.precision_plugin.val_step_context():
             return run(images)
 
-    def epoch(self, loaders: Iterable[Iterable[Any]], logged: Logged, most_batches: int | None = None) -> int:
-        """A validation whole, or of `most_batches` of each loader; gives how many batches there were."""
+    def epoch(self, loaders: Iterable[Iterable[Any]], logged: Logged, most_batches: int | None = None) -> None:
+        """A validation whole, or of `most_batches` of each loader; ValueError where a rank has no batch."""
         seen = 0
         self.begin()
         for loader_index, loader in enumerate(loaders):
@@ -119,10 +120,10 @@ class ModuleValidation:
                 self.module.on_validation_batch_end(output, *self._hook_arguments(batch, index, loader_index))
                 seen += 1
         logged.batch = None
+        _refuse_empty(from_all_ranks(seen))
         logged.fill(self.trainer)
         self.module.on_validation_epoch_end()
         self.module.on_validation_end()
-        return seen
 
     def _hook_arguments(self, batch: Any, index: int, loader_index: int) -> tuple[Any, ...]:
         return (batch, index, loader_index) if self.several_loaders else (batch, index)
@@ -211,13 +212,36 @@ class Logged:
         return float(value)
 
     def fill(self, trainer: Trainer) -> None:
-        """Let `trainer.callback_metrics` say what was logged so far, as Lightning does before a validation's end."""
+        """Let `trainer.callback_metrics` say what was logged so far on every rank, as Lightning does before a
+        validation's end."""
         known = trainer._logger_connector._callback_metrics
-        for name, entries in self.entries.items():
+        first, *others = from_all_ranks({name: self._kind(name) for name in self.entries})  # in rank 0's order
+        for name, kind in first.items():
+            if kind is None or any(each.get(name) != kind for each in others):
+                continue
+            entries = self.entries[name]
             if isinstance(entries, Metric):
                 known[name] = torch.as_tensor(entries.compute())
-            elif name not in self._no_mean and all(value.numel() == 1 for value, _ in entries):
+            else:
                 known[name] = torch.tensor(self.value(name), dtype=torch.float32)
+
+    def _kind(self, name: str) -> str | None:
+        """Of what was logged by this name; None for what has no mean over the images."""
+        entries = self.entries[name]
+        if isinstance(entries, Metric):
+            return "metric"
+        return "numbers" if name not in self._no_mean and all(v.numel() == 1 for v, _ in entries) else None
+
+
+def _refuse_empty(batches: Sequence[int]) -> None:
+    """ValueError where a rank has no batch: what it has not logged has no mean over the ranks. batches: of each."""
+    if not any(batches):
+        raise ValueError("the hold-out is empty; give it images to score on")
+    if not all(batches):
+        raise ValueError(
+            f"rank {batches.index(0)} has no images of the hold-out, so a metric over all ranks cannot be computed; "
+            "give every rank a batch, or leave monitor= out"
+        )
 
 
 @contextmanager
@@ -250,12 +274,14 @@ def _state_kept(module: LightningModule, network: nn.Module) -> Iterator[None]:
     The network is left out: it is in eval mode, and it is what changes.
     """
     inside = {id(part) for part in network.modules()}
-    restore = [_remembered(part) for part in module.modules() if id(part) not in inside]
-    try:
+    remembered = [_remembered(part) for part in module.modules() if id(part) not in inside]
+
+    def put_back() -> None:
+        for each in remembered:
+            each()
+
+    with put_back_after(put_back):
         yield
-    finally:
-        for put_back in restore:
-            put_back()
 
 
 def _remembered(part: nn.Module) -> Callable[[], None]:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 _WRAPPER = "_orig_mod"
+_STATES = ("state_dict", "current_model_state")  # the second one beside the first, where Lightning averages
 
 
 def follow_compilation(module: nn.Module, checkpoint: dict[str, Any]) -> None:
@@ -16,14 +17,13 @@ def follow_compilation(module: nn.Module, checkpoint: dict[str, Any]) -> None:
     A checkpoint of a compiled network then loads into a plain one and the reverse, wherever in the module the wrappers
     are. The state dict itself is left as it is; `checkpoint` gets another one.
     """
-    state = checkpoint.get("state_dict")
-    if not state:
-        return
     expected = module.state_dict().keys()
     names = {uncompiled_name(key): key for key in expected}
-    renamed = {key if key in expected else names.get(uncompiled_name(key), key): value for key, value in state.items()}
-    if len(renamed) == len(state) and renamed.keys() != state.keys():  # two would have become one: loading says so
-        checkpoint["state_dict"] = renamed
+    for place in _STATES:
+        state = checkpoint.get(place) or {}
+        renamed = {key if key in expected else names.get(uncompiled_name(key), key): state[key] for key in state}
+        if len(renamed) == len(state) and renamed.keys() != state.keys():  # two would have become one: loading says so
+            checkpoint[place] = renamed
 
 
 def masks_as_named_in(network: nn.Module, history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ from lightning import LightningModule
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
+from swincompress_pl.history import history_of
 from swincompress_pl.quant import QuantizedNetwork
 from swincompress_pl.registry import UnsupportedNetworkError, adapter_for
 
@@ -25,7 +26,7 @@ def held_by(module: LightningModule, model_attribute: str) -> nn.Module:
     if not isinstance(found, nn.Module):
         raise AttributeError(
             f"model_attribute={model_attribute!r}: {type(module).__name__} has no module of that name; "
-            f"{_suggestion(module)}"
+            f"{networks_to_name(module)}"
         )
     return found
 
@@ -38,8 +39,9 @@ def _child(holder: Any, name: str) -> Any:
     return getattr(holder, name, None)
 
 
-def _suggestion(module: LightningModule) -> str:
-    networks = [path for path, child in module.named_modules() if path and _is_supported(child)]
+def networks_to_name(module: LightningModule) -> str:
+    """For errors: the networks that `module` holds, and which to pass."""
+    networks = [path for path, child in module.named_modules() if path and is_supported(child)]
     if networks:
         return f"it holds {', '.join(networks)}. Pass model_attribute={networks[0]!r}"
     children = [name for name, _ in module.named_children()]
@@ -49,7 +51,8 @@ def _suggestion(module: LightningModule) -> str:
     )
 
 
-def _is_supported(child: nn.Module) -> bool:
+def is_supported(child: nn.Module) -> bool:
+    """Whether a family of ours knows the network, quantized or not."""
     if isinstance(child, QuantizedNetwork):
         return True
     try:
@@ -94,6 +97,16 @@ def refuse_other_places(module: LightningModule, model_attribute: str) -> None:
             f"{type(module).__name__} holds the network at {model_attribute!r} and at {others[0]!r} as well; the other "
             "place would keep what is not compressed. Hold it once, and refer to it by a property"
         )
+
+
+def compressed_paths(module: LightningModule) -> list[str]:
+    """Where in `module` networks are that were pruned, masked or quantized, whoever did it."""
+    found: list[str] = []
+    for path, child in module.named_modules():
+        inside = any(path.startswith(f"{outer}.") for outer in found)
+        if path and not inside and history_of(child):
+            found.append(path)
+    return [".".join(name for name in path.split(".") if name != "_orig_mod") for path in found]
 
 
 def float_network(network: nn.Module) -> nn.Module:

@@ -8,118 +8,185 @@ lightning 2.6 it still is the path of the run before.)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from lightning import LightningModule
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from swincompress_pl.checkpoint.compiled_keys import follow_compilation, masks_as_named_in
-from swincompress_pl.checkpoint.holder import float_network, has_network, network_of, put_network
-from swincompress_pl.checkpoint.record import CompressionRecord, history_in, read_checkpoint
-from swincompress_pl.checkpoint.restore import restore_from_history
-from swincompress_pl.history import follow_size, history_of
+from swincompress_pl.checkpoint.compiled_keys import follow_compilation
+from swincompress_pl.checkpoint.holder import has_network, network_of
+from swincompress_pl.checkpoint.networks import add_path, paths_of, record_of, restore_networks
+from swincompress_pl.checkpoint.record import CompressionRecord, read_checkpoint
 from swincompress_pl.pruning.structure.weight_masks import enforce_masks, keep_masks, masked_parameters
 from swincompress_pl.quant import QuantizedNetwork
-from swincompress_pl.registry import size_of
 
 
 class CompressionMixin:
     """For a LightningModule whose checkpoints are to restore a compressed network.
 
     `class Mine(CompressionMixin, LightningModule)`: then `Mine.load_from_checkpoint` rebuilds what was compressed.
-    model_attribute: the attribute that holds the network.
+    model_attribute: the attribute that holds the network, or a path to it. Other networks of the module that are
+    compressed are in the record by themselves.
+
+    Hooks of a class of yours, `on_save_checkpoint` and `on_load_checkpoint`, need not call those of this class: the
+    record is written and read after them. TypeError for a class that names the mixin behind LightningModule.
     """
 
     model_attribute: str = "net"
+    _record_read = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        order = cls.__mro__
+        if LightningModule in order and order.index(LightningModule) < order.index(CompressionMixin):
+            raise TypeError(
+                f"class {cls.__name__}: CompressionMixin stands behind LightningModule, whose hooks hide its own, "
+                f"so that no checkpoint held the record; write class {cls.__name__}(CompressionMixin, ...)"
+            )
+        for name, completed in (("on_save_checkpoint", _with_writing), ("on_load_checkpoint", _with_reading)):
+            hook = getattr(cls, name)
+            if hook is not vars(CompressionMixin)[name] and not hasattr(hook, "_completed"):
+                setattr(cls, name, completed(hook))
 
     def compression_record(self) -> CompressionRecord:
         """What a checkpoint says of the compression; override it to say more."""
         assert isinstance(self, LightningModule)
-        return _record_of(self, self.model_attribute)
+        return record_of(self)
+
+    def _write_record(self, checkpoint: dict[str, Any]) -> None:
+        """Put the record into a checkpoint that is about to be saved; doing it twice changes nothing."""
+        self.compression_record().write(checkpoint)
+
+    def _read_record(self, checkpoint: dict[str, Any]) -> None:
+        """Rebuild what the record of `checkpoint` says, before the weights load."""
+        assert isinstance(self, LightningModule)
+        _prepare_load(self, checkpoint)
 
     def on_train_start(self) -> None:
-        """Keep the zeros of a masked network: no callback has to be there for it."""
+        """Keep the zeros of masked networks: no callback has to be there for it."""
         assert isinstance(self, LightningModule)
         super().on_train_start()  # type: ignore[misc]  # the LightningModule's
-        network = network_of(self, self.model_attribute)
         callbacks = self.trainer.callbacks  # type: ignore[attr-defined]  # set by the trainer
-        if masked_parameters(network) and not any(getattr(callback, "keeps_masks", False) for callback in callbacks):
-            keep_masks(self.trainer.optimizers, network)
+        kept = {other.model_attribute for other in callbacks if getattr(other, "keeps_masks", False)}
+        for path in paths_of(self):
+            network = network_of(self, path)
+            if masked_parameters(network) and path not in kept:
+                keep_masks(self.trainer.optimizers, network)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
         """Fake quantization while the batch is trained on, in a module that is in evaluation too."""
-        assert isinstance(self, LightningModule)
-        network = network_of(self, self.model_attribute)
-        if isinstance(network, QuantizedNetwork):
+        for network in self._quantized():
             network.begin_training_pass()
         skip: int | None = super().on_train_batch_start(batch, batch_idx)  # type: ignore[misc]  # the LightningModule's
-        if skip == -1 and isinstance(network, QuantizedNetwork):
-            network.end_training_pass()
+        if skip == -1:
+            for network in self._quantized():
+                network.end_training_pass()
         return skip
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """The mode that the user left again."""
         assert isinstance(self, LightningModule)
         super().on_train_batch_end(outputs, batch, batch_idx)  # type: ignore[misc]  # the LightningModule's
-        network = network_of(self, self.model_attribute)
-        if isinstance(network, QuantizedNetwork):
+        for network in self._quantized():
             network.end_training_pass()
-        enforce_masks(network)  # whoever stepped, and in how many halves
+        for path in paths_of(self):
+            enforce_masks(network_of(self, path))  # whoever stepped, and in how many halves
+
+    def _quantized(self) -> list[QuantizedNetwork]:
+        assert isinstance(self, LightningModule)
+        networks = [network_of(self, path) for path in paths_of(self)]
+        return [network for network in networks if isinstance(network, QuantizedNetwork)]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the compression record."""
-        assert isinstance(self, LightningModule)
         super().on_save_checkpoint(checkpoint)  # type: ignore[misc]  # the LightningModule's
-        self.compression_record().write(checkpoint)
+        self._write_record(checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Rebuild the compressed network before the weights load."""
-        assert isinstance(self, LightningModule)
+        """Rebuild the compressed networks before the weights load."""
         super().on_load_checkpoint(checkpoint)  # type: ignore[misc]  # the LightningModule's
-        _prepare_load(self, checkpoint, self.model_attribute)
+        self._read_record(checkpoint)
+        self._record_read = True
+
+
+def _with_writing(own: Callable[..., Any]) -> Callable[..., Any]:
+    """A subclass's `on_save_checkpoint`, after which the record is in the checkpoint whatever it did."""
+
+    @functools.wraps(own)
+    def on_save_checkpoint(self: CompressionMixin, checkpoint: dict[str, Any]) -> None:
+        own(self, checkpoint)
+        self._write_record(checkpoint)
+
+    on_save_checkpoint._completed = True  # type: ignore[attr-defined]
+    return on_save_checkpoint
+
+
+def _with_reading(own: Callable[..., Any]) -> Callable[..., Any]:
+    """A subclass's `on_load_checkpoint`, after which the record was read, by itself or now."""
+
+    @functools.wraps(own)
+    def on_load_checkpoint(self: CompressionMixin, checkpoint: dict[str, Any]) -> None:
+        self._record_read = False
+        own(self, checkpoint)
+        if not self._record_read:
+            self._read_record(checkpoint)
+            self._record_read = True
+
+    on_load_checkpoint._completed = True  # type: ignore[attr-defined]
+    return on_load_checkpoint
 
 
 def keep_record(module: LightningModule, model_attribute: str = "net") -> None:
     """From now on, have `module`'s checkpoints carry the record of its network, and bring the network to the
     architecture of any checkpoint that a trainer loads into it.
 
-    For callbacks, in `setup`. Doing it twice, or for a module with the mixin, changes nothing.
+    For callbacks, in `setup`, each with its own network. Doing it twice changes nothing.
     """
     if not has_network(module, model_attribute) and not _may_make_it_later(module):
         network_of(module, model_attribute)  # a wrong name is found now
-    if isinstance(module, CompressionMixin) and module.model_attribute == model_attribute:
-        return
-    for name, first in (("on_save_checkpoint", save_to_checkpoint), ("on_load_checkpoint", _prepare_load)):
-        if not isinstance(vars(module).get(name), _OursFirst):
-            setattr(module, name, _OursFirst(module, model_attribute, first, getattr(module, name)))
+    add_path(module, model_attribute)
+    hooks = (("on_save_checkpoint", _write_record, False), ("on_load_checkpoint", _prepare_load, True))
+    for name, ours, first in hooks:
+        by_class = isinstance(module, CompressionMixin) and name not in vars(module)
+        if not by_class and not isinstance(vars(module).get(name), _WithOurs):
+            setattr(module, name, _WithOurs(module, ours, getattr(module, name), first))
 
 
 def _may_make_it_later(module: LightningModule) -> bool:
     return is_overridden("configure_model", module) or is_overridden("setup", module)
 
 
-class _OursFirst:
-    """A hook of a module with one of ours in front; a class, so that it can be copied and pickled."""
+class _WithOurs:
+    """A hook of a module with one of ours before or behind it; a class, so that it can be copied and pickled.
+
+    The networks are there when the user's hook loads, and the record is there whatever the user's hook saves.
+    """
 
     def __init__(
         self,
         module: LightningModule,
-        model_attribute: str,
-        first: Callable[[LightningModule, dict[str, Any], str], None],
-        then: Callable[[dict[str, Any]], None],
+        ours: Callable[[LightningModule, dict[str, Any]], None],
+        own: Callable[[dict[str, Any]], None],
+        first: bool,
     ) -> None:
-        self.module, self.model_attribute, self.first, self.then = module, model_attribute, first, then
+        self.module, self.ours, self.own, self.first = module, ours, own, first
 
     def __call__(self, checkpoint: dict[str, Any]) -> None:
-        self.first(self.module, checkpoint, self.model_attribute)
-        self.then(checkpoint)
+        if self.first:
+            self.ours(self.module, checkpoint)
+        self.own(checkpoint)
+        if not self.first:
+            self.ours(self.module, checkpoint)
 
 
 def save_to_checkpoint(module: LightningModule, checkpoint: dict[str, Any], model_attribute: str = "net") -> None:
-    """Write the compression record of `module`'s network into `checkpoint`; writing it twice changes nothing."""
-    _record_of(module, model_attribute).write(checkpoint)
+    """Write the compression record of `module`'s networks, the one at `model_attribute` and those that are compressed,
+    into `checkpoint`; writing it twice changes nothing."""
+    add_path(module, model_attribute)
+    _write_record(module, checkpoint)
 
 
 def restore_from_checkpoint(
@@ -127,25 +194,18 @@ def restore_from_checkpoint(
 ) -> None:
     """Bring `module`'s network to the architecture of the checkpoint at `ckpt_path`, without its weights.
 
-    None does nothing. For a callback's `setup` take `keep_record`: `trainer.ckpt_path` is not yet that of the run.
+    None does nothing. Of a checkpoint with several networks each comes to the place that it had. For a callback's
+    `setup` take `keep_record`: `trainer.ckpt_path` is not yet that of the run.
     """
     if ckpt_path is not None:
-        _restore_from(module, read_checkpoint(ckpt_path), model_attribute)
+        restore_networks(module, read_checkpoint(ckpt_path), model_attribute)
+        keep_record(module, model_attribute)
 
 
-def _record_of(module: LightningModule, model_attribute: str) -> CompressionRecord:
-    network = network_of(module, model_attribute)
-    follow_size(float_network(network), size_of(float_network(network)))
-    return CompressionRecord(history=history_of(network))
+def _write_record(module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    record_of(module).write(checkpoint)
 
 
-def _prepare_load(module: LightningModule, checkpoint: dict[str, Any], model_attribute: str) -> None:
-    _restore_from(module, checkpoint, model_attribute)
+def _prepare_load(module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    restore_networks(module, checkpoint)
     follow_compilation(module, checkpoint)
-
-
-def _restore_from(module: LightningModule, checkpoint: Mapping[str, Any], model_attribute: str) -> None:
-    network = network_of(module, model_attribute)
-    restored = restore_from_history(network, masks_as_named_in(float_network(network), history_in(checkpoint)))
-    if restored is not network:
-        put_network(module, model_attribute, restored)

@@ -1,7 +1,9 @@
-"""The compression record: what a checkpoint says of the network's compression, beside the weights.
+"""The compression record: what a checkpoint says of the compression of a module's networks, beside the weights.
 
-It is plain data: `checkpoint["swincompress_pl"] = {"version": 1, "history": [...]}`, the network's history, oldest
-entry first, and, of a `CompressibleClassifier`, two keys of its own. Nothing else reads or writes these keys.
+It is plain data: of a module with one network `checkpoint["swincompress_pl"] = {"version": 1, "history": [...],
+"network": path, ...}`, of one with several {"version": 2, "networks": {path: {"history": [...], ...}}}; and, of a
+`CompressibleClassifier`, two keys of its own. Nothing else reads or writes these keys. Files of version 0.1 say neither
+the path nor the structure.
 """
 
 from __future__ import annotations
@@ -9,30 +11,68 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from swincompress_pl.structure import Description, check_description
+
 CHECKPOINT_KEY = "swincompress_pl"
 RECORD_VERSION = 1
+SEVERAL_NETWORKS_VERSION = 2
 INPUT_KEY = "swincompress_pl_input"
 TEACHER_TAKEN_KEY = "swincompress_pl_teacher_taken"
+UNNAMED = ""
+"""The path of the network in a file that does not say it."""
+_DAMAGED = "the checkpoint's compression record is damaged; take another checkpoint"
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkRecord:
+    """history: what was done to the network (`swincompress_pl.history`), oldest entry first. structure: its
+    description (`swincompress_pl.structure`), None where it is not known. attributes: {module: {attribute: value}},
+    what was changed by hand on a network of `create_model`."""
+
+    history: Sequence[Mapping[str, Any]]
+    structure: Description | None = None
+    attributes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data; what is empty is left out."""
+        more = {"structure": self.structure, "attributes": self.attributes}
+        return copy.deepcopy({"history": list(self.history), **{key: value for key, value in more.items() if value}})
+
+    @classmethod
+    def from_dict(cls, stored: Mapping[str, Any]) -> NetworkRecord:
+        """What `to_dict` gave; ValueError where it is not."""
+        if not isinstance(stored, Mapping) or not isinstance(stored.get("history"), list | tuple):
+            raise ValueError(_DAMAGED)
+        structure, attributes = stored.get("structure"), stored.get("attributes", {})
+        if not isinstance(attributes, Mapping) or not all(isinstance(each, Mapping) for each in attributes.values()):
+            raise ValueError(_DAMAGED)
+        structure = None if structure is None else check_description(structure)
+        return cls(history=list(stored["history"]), structure=structure, attributes=attributes)
 
 
 @dataclass(frozen=True, kw_only=True)
 class CompressionRecord:
-    """history: what was done to the network (`swincompress_pl.history`). input_description, teacher_taken: those of a
+    """networks: {path in the module: what was done to the network there}. input_description, teacher_taken: those of a
     CompressibleClassifier, None of another module."""
 
-    history: Sequence[Mapping[str, Any]]
+    networks: Mapping[str, NetworkRecord]
     input_description: Mapping[str, Any] | None = None
     teacher_taken: bool | None = None
 
     def write(self, checkpoint: dict[str, Any]) -> None:
         """Put a copy into `checkpoint`; doing it twice changes nothing."""
-        checkpoint[CHECKPOINT_KEY] = {"version": RECORD_VERSION, "history": copy.deepcopy(list(self.history))}
+        networks = {path: network.to_dict() for path, network in self.networks.items()}
+        if len(networks) == 1:
+            ((path, network),) = networks.items()
+            checkpoint[CHECKPOINT_KEY] = {"version": RECORD_VERSION, "network": path, **network}
+        else:
+            checkpoint[CHECKPOINT_KEY] = {"version": SEVERAL_NETWORKS_VERSION, "networks": networks}
         if self.input_description is not None:
             checkpoint[INPUT_KEY] = copy.deepcopy(self.input_description)
         if self.teacher_taken is not None:
@@ -40,26 +80,33 @@ class CompressionRecord:
 
     @classmethod
     def read(cls, checkpoint: Mapping[str, Any]) -> CompressionRecord:
-        """What stands in `checkpoint`; ValueError for another version."""
+        """What stands in `checkpoint`; ValueError for another version, or where it is damaged."""
         return cls(
-            history=history_in(checkpoint),
+            networks=_networks_in(checkpoint),
             input_description=copy.deepcopy(checkpoint.get(INPUT_KEY)),
             teacher_taken=checkpoint.get(TEACHER_TAKEN_KEY),
         )
 
 
-def history_in(checkpoint: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The history in a checkpoint's record, empty where there is none; ValueError for another version."""
+def histories_in(checkpoint: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """{path: history} of a checkpoint's record, empty where there is none; ValueError for another version."""
+    return {path: [*map(dict, network.history)] for path, network in _networks_in(checkpoint).items()}
+
+
+def _networks_in(checkpoint: Mapping[str, Any]) -> dict[str, NetworkRecord]:
     record = checkpoint.get(CHECKPOINT_KEY)
     if record is None:
-        return []
-    if not isinstance(record, Mapping) or record.get("version") != RECORD_VERSION:
-        found = record.get("version") if isinstance(record, Mapping) else record
+        return {}
+    version = record.get("version") if isinstance(record, Mapping) else record
+    if version not in (RECORD_VERSION, SEVERAL_NETWORKS_VERSION):
         raise ValueError(
-            f"the checkpoint's compression record has version {found!r}, this package reads {RECORD_VERSION}; update "
-            "swincompress_pl"
+            f"the checkpoint's compression record has version {version!r}, this package reads {RECORD_VERSION} and "
+            f"{SEVERAL_NETWORKS_VERSION}; update swincompress_pl"
         )
-    return list(record["history"])
+    networks = record["networks"] if "networks" in record else {record.get("network", UNNAMED): record}
+    if not isinstance(networks, Mapping) or not all(isinstance(path, str) for path in networks):
+        raise ValueError(_DAMAGED)
+    return {path: NetworkRecord.from_dict(network) for path, network in networks.items()}
 
 
 def read_checkpoint(ckpt_path: str | Path) -> Mapping[str, Any]:

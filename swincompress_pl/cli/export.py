@@ -56,6 +56,10 @@ def main(name: str, arguments: Sequence[str]) -> int:
         "--model-class", type=str, default="swincompress_pl.models.CompressibleClassifier",
         help="class of the LightningModule, if it is your own (with CompressionMixin)",
     )  # fmt: skip
+    command.add_argument(
+        "--model-attribute", type=str, default=None, metavar="PATH",
+        help="where the module holds the network to export, if it holds several: net, model.backbone, ...",
+    )  # fmt: skip
     given = command.parse_args(list(arguments))
     if given.reference_check < 0:
         raise ValueError(f"--reference-check is {given.reference_check}; give 0 or more")
@@ -77,7 +81,8 @@ def _export(given: Any) -> int:
         raise FileNotFoundError(f"{output}: the folder {output.parent} does not exist; make it first")
     _say(f"loading {file}")
     module = load_module(file, given.model_class)
-    network = quantized_network(module, file, is_to_be_quantized=given.quantize is not None)
+    path = network_path(module, file, given.model_attribute, is_to_be_quantized=given.quantize is not None)
+    network = quantized_network(module, path, file, is_to_be_quantized=given.quantize is not None)
     if given.quantize is not None:
         network = _quantize(network, given)
     _say(f"writing {output}")
@@ -107,13 +112,36 @@ def load_module(file: Path, class_path: str) -> LightningModule:
         ) from error
 
 
-def quantized_network(module: LightningModule, file: Path, *, is_to_be_quantized: bool) -> Any:
-    """The network of `module`; ValueError with the remedy when it is float and should not be, or the other way
-    round."""
+def network_path(module: LightningModule, file: Path, given: str | None, *, is_to_be_quantized: bool) -> str:
+    """Where `module` holds the network to export: as given, or the only one that is quantized, or is to be.
+
+    Raises ValueError naming the networks where there are several, or none at the place that was given.
+    """
+    from swincompress_pl.checkpoint.holder import has_network, network_of, networks_to_name
+    from swincompress_pl.checkpoint.networks import paths_of
+    from swincompress_pl.quant import QuantizedNetwork
+
+    if given is not None:
+        if not has_network(module, given):
+            raise ValueError(
+                f"--model-attribute {given}: {type(module).__name__} has no network there; {networks_to_name(module)}"
+            )
+        return given
+    paths = paths_of(module)
+    quantized = [path for path in paths if isinstance(network_of(module, path), QuantizedNetwork)]
+    choice = [path for path in paths if path not in quantized] if is_to_be_quantized else quantized
+    if len(choice) > 1:
+        raise ValueError(f"{file} holds the networks {', '.join(choice)}; name one by --model-attribute")
+    return next(iter([*choice, *paths]), "net")
+
+
+def quantized_network(module: LightningModule, path: str, file: Path, *, is_to_be_quantized: bool) -> Any:
+    """The network at `path` of `module`; ValueError with the remedy when it is float and should not be, or the other
+    way round."""
     from swincompress_pl.checkpoint.holder import network_of
     from swincompress_pl.quant import QuantizedNetwork
 
-    network = network_of(module, getattr(module, "model_attribute", "net"))
+    network = network_of(module, path)
     if isinstance(network, QuantizedNetwork) == is_to_be_quantized:
         if is_to_be_quantized:
             raise ValueError(f"{file} is quantized already; export it without --quantize")

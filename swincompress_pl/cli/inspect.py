@@ -116,12 +116,12 @@ def show_artifact(described: Mapping[str, Any]) -> None:
 def describe_checkpoint(file: Path) -> dict[str, Any]:
     """What a Lightning checkpoint holds, in JSON types. Raises ValueError when it holds more than plain data and
     tensors."""
-    from swincompress_pl.checkpoint.record import history_in, read_checkpoint
+    from swincompress_pl.checkpoint.record import histories_in, read_checkpoint
 
     checkpoint = read_checkpoint(file)
     if not isinstance(checkpoint, Mapping) or "state_dict" not in checkpoint:
         raise ValueError(f"{file} is no Lightning checkpoint: it has no state_dict; pass what the trainer saved")
-    state = checkpoint["state_dict"]
+    state, histories = checkpoint["state_dict"], histories_in(checkpoint)
     return {
         "kind": "checkpoint",
         "file_bytes": file.stat().st_size,
@@ -129,7 +129,8 @@ def describe_checkpoint(file: Path) -> dict[str, Any]:
         "epoch": checkpoint.get("epoch"),
         "global_step": checkpoint.get("global_step"),
         "hyperparameters": _plain(checkpoint.get("hyper_parameters", {})),
-        "history": _plain(history_in(checkpoint)),
+        "history": _plain(next(iter(histories.values()), [])) if len(histories) < 2 else None,
+        "networks": _plain(histories),
         "tensors": len(state),
         "values": sum(tensor.numel() for tensor in state.values() if hasattr(tensor, "numel")),
         "callbacks": sorted(checkpoint.get("callbacks", {})),
@@ -146,17 +147,18 @@ def show_checkpoint(described: Mapping[str, Any]) -> None:
     shown.print(f"{described['tensors']} tensors, {count(described['values'])} values")
     for key, value in described["hyperparameters"].items():
         shown.print(f"  {key}: {value}")
-    _show_history(shown, {"history": described["history"]})
+    for path, history in (described["networks"] or {"": []}).items():
+        _show_history(shown, {"history": history}, path)
     if described["callbacks"]:
         shown.print("callbacks: " + ", ".join(described["callbacks"]))
 
 
-def _show_history(shown: Any, origin: Mapping[str, Any]) -> None:
+def _show_history(shown: Any, origin: Mapping[str, Any], path: str = "") -> None:
     network = origin.get("network")
     if network:
         shown.print(f"network: {network.get('name')} {_pairs(network.get('kwargs', {}))}".rstrip())
     history = origin.get("history") or []
-    shown.print("compression:" + ("" if history else " none"))
+    shown.print("compression" + (f" of {path}" if path else "") + ":" + ("" if history else " none"))
     for number, entry in enumerate(history, 1):
         shown.print(f"  {number}. {summarize(entry)}")
 

@@ -27,6 +27,7 @@ from swincompress_pl.checkpoint.holder import float_network, network_of
 from swincompress_pl.checkpoint.hooks import CompressionMixin
 from swincompress_pl.checkpoint.record import CompressionRecord
 from swincompress_pl.history import creation_of
+from swincompress_pl.models.changes import changes_since_creation
 from swincompress_pl.models.factory import create_model
 from swincompress_pl.models.stored_arguments import is_restoring, restoring, without_sources
 from swincompress_pl.models.training import (
@@ -135,6 +136,8 @@ class CompressibleClassifier(CompressionMixin, LightningModule):
     def setup(self, stage: str) -> None:
         """Take the description of the input from the datamodule, if there is one that describes it."""
         super().setup(stage)
+        if stage == "fit":
+            self._changes()
         data = getattr(self.trainer, "datamodule", None)
         classes = getattr(data, "num_classes", self.num_classes)
         if classes != self.num_classes:
@@ -268,17 +271,27 @@ class CompressibleClassifier(CompressionMixin, LightningModule):
             teacher_taken=self.teacher_taken,
         )
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the compression record; the arguments of the network are those of the size that it has by now."""
-        super().on_save_checkpoint(checkpoint)
+    def _changes(self) -> None:
+        """ValueError where the stored arguments would build another network; a subclass may make it in its own
+        constructor, so that loading has to find out."""
+        try:
+            changes_since_creation(float_network(network_of(self, self.model_attribute)))
+        except ValueError:
+            if type(self) is CompressibleClassifier:
+                raise
+
+    def _write_record(self, checkpoint: dict[str, Any]) -> None:
+        # The arguments of the network are those of the size that it has by now.
+        self._changes()
+        super()._write_record(checkpoint)
         creation = creation_of(float_network(network_of(self, self.model_attribute)))
         saved = checkpoint.get("hyper_parameters")
         if creation is not None and saved is not None:
             saved["model_kwargs"] = {k: v for k, v in creation["kwargs"].items() if k != "num_classes"}
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Rebuild the compressed network; take over the input's description, and the teacher where there is one."""
-        super().on_load_checkpoint(checkpoint)
+    def _read_record(self, checkpoint: dict[str, Any]) -> None:
+        # The input's description too, and the teacher where there is one.
+        super()._read_record(checkpoint)
         record = CompressionRecord.read(checkpoint)
         if not self.input_description:  # a datamodule at hand says more than what was attached long ago
             self.input_description = dict(record.input_description or {})

@@ -12,12 +12,14 @@ from typing import Any
 import timm
 from torch import nn
 
+from swincompress_pl.checkpoint.compiled_keys import masks_as_named_in
 from swincompress_pl.checkpoint.restore import restore_from_history
 from swincompress_pl.history import note_size, set_creation
 from swincompress_pl.models.spiking.memory import without_memory
 from swincompress_pl.models.stored_arguments import checked_creation, storable
 from swincompress_pl.models.weights import load_weights
 from swincompress_pl.registry import size_of
+from swincompress_pl.structure import set_attributes
 
 # Lower-case name -> class of timm, for small inputs that no registered model has.
 _CLASSES: dict[str, type[nn.Module]] = {
@@ -88,12 +90,15 @@ def recreate_model(creation: Mapping[str, Any]) -> nn.Module:
 def rebuild(origin: Mapping[str, Any]) -> nn.Module:
     """The float network, pruned and with random weights, that a Program's `origin` describes.
 
-    origin: {"network": `creation` of the network, "history": entries}; entries of quantization are left out.
+    origin: {"network": `creation` of the network, "history": entries}, and "attributes" that were changed by hand;
+    entries of quantization are left out.
     """
     if not origin.get("network"):
         raise ValueError("the origin does not say how its network was created; build networks with models.create_model")
     history = [entry for entry in origin.get("history") or [] if "quantize" not in entry]
-    return restore_from_history(recreate_model(origin["network"]), history)
+    network = recreate_model(origin["network"])
+    set_attributes(network, origin.get("attributes") or {})  # what is pruned may have been changed before
+    return restore_from_history(network, masks_as_named_in(network, history))
 
 
 def _builder(name: str, pretrained: bool) -> Callable[..., nn.Module]:

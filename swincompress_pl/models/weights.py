@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from swincompress_pl.checkpoint.record import history_in
+from swincompress_pl.checkpoint.record import histories_in
 from swincompress_pl.models.weights_file import is_shard, read_weights_file
 
 # Wrappers that add their name to the names of what they wrap, at any depth.
@@ -86,7 +86,7 @@ def load_weights(network: nn.Module, path: Path) -> None:
 
 
 def _refuse_compressed(content: Any, path: Path) -> None:
-    if isinstance(content, Mapping) and history_in(content):
+    if isinstance(content, Mapping) and any(histories_in(content).values()):
         raise ValueError(
             f"{path}: is a checkpoint of a compressed network, which its tensors alone cannot rebuild; load it with "
             "load_from_checkpoint of its LightningModule (CompressibleClassifier, or yours with CompressionMixin)."

@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from swincompress_pl.arguments import integer
 from swincompress_pl.evaluation_mode import evaluation_mode, gradients
-from swincompress_pl.pruning.evaluation.ranks import world_size
+from swincompress_pl.pruning.evaluation.ranks import agree, failing_together, world_size
 from swincompress_pl.pruning.structure.groups import Group, Slice
 
 
@@ -199,6 +199,7 @@ def collect_gradients(
         # Lightning validates in inference mode, where nothing can be differentiated.
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
+        stack.enter_context(failing_together("collecting gradients"))
         stack.enter_context(_generators_kept(device))
         stack.enter_context(_differentiable_evaluation(network))
         sums = _Sums(parameters)
@@ -242,6 +243,7 @@ class _Sums:
     def reduce_over_ranks(self) -> None:
         if world_size() == 1:
             return
+        agree()
         device = next(iter(self.parameters.values())).device
         counts = torch.tensor([self.batches, self.bad_losses], device=device)
         for tensor in [counts, *self.absolute.values(), *self.squared.values()]:

@@ -6,23 +6,27 @@ import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from swincompress_pl.evaluation_mode import outside_inference_mode, replace_inference_tensors
+from swincompress_pl.interrupts import put_back_after
 
 
 @contextmanager
 def full_precision() -> Iterator[None]:
     """For a while no autocast, no inference mode (its tensors take no gradients), and float32 as torch's default."""
-    default = torch.get_default_dtype()
-    with outside_inference_mode(), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+    default = partial(torch.set_default_dtype, torch.get_default_dtype())
+    with (
+        put_back_after(default),
+        outside_inference_mode(),
+        torch.autocast("cpu", enabled=False),
+        torch.autocast("cuda", enabled=False),
+    ):
         torch.set_default_dtype(torch.float32)
-        try:
-            yield
-        finally:
-            torch.set_default_dtype(default)
+        yield
 
 
 def ordinary(images: Tensor, device: torch.device) -> Tensor:

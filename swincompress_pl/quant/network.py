@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from swincompress_pl.history import follow_size, history_of, origin_of
+from swincompress_pl.history import history_of, origin_of
+from swincompress_pl.interrupts import all_or_nothing
 from swincompress_pl.masks import refuse_filled_masks
 from swincompress_pl.quant.bits import Bits
 from swincompress_pl.quant.full_precision import full_precision, require_float32
@@ -21,7 +22,7 @@ from swincompress_pl.quant.preprocessing import checked_preprocessing, pixels_of
 from swincompress_pl.quant.scale_cut import Kept, ScaleCut, check_fit, cut_scales, undo_cut
 from swincompress_pl.quant.scales import Scales
 from swincompress_pl.quant.twin import TorchTwin
-from swincompress_pl.registry import adapter_for, size_of
+from swincompress_pl.registry import adapter_for, changed_attributes
 from swincompress_pl.spec import Program
 
 METHODS = ("searched", "max", "affine")
@@ -68,7 +69,6 @@ class QuantizedNetwork(nn.Module):
             raise ValueError(f"method is {method!r}; choose one of {', '.join(METHODS)}")
         if isinstance(network, QuantizedNetwork):
             raise ValueError("the network is already quantized; quantize its .network again if you want new scales")
-        follow_size(network, size_of(network))
         self.network = network
         self.preprocessing = checked_preprocessing(preprocessing)
         self.method = method
@@ -114,32 +114,31 @@ class QuantizedNetwork(nn.Module):
         """Keep the scales of what a cut of `network` kept, exactly as they are: what was removed takes its own along.
 
         kept: {name of a tensor of `network`: {axis: kept indices}}, for all that the cut changed. Learned scales get a
-        new parameter: hand `ScaleCut.adjustment` to the optimizer. Raises ValueError, with the scales as before, where
-        they do not fit the network then.
+        new parameter: hand `ScaleCut.adjustment` to the optimizer. Raises ValueError where they do not fit the network
+        then. Whatever is raised, the scales are as before.
         """
-        cut = cut_scales(self.scales, self.graph, kept)
-        try:
+        with all_or_nothing(self, written=[self.scales]):
+            cut = cut_scales(self.scales, self.graph, kept)
             self.graph = self._present_graph()
             self.scales.retarget(self.graph)
             check_fit(self.scales, self.graph, self.network)
-        except BaseException:
-            self.unfollow(cut)
-            raise
-        self.forget_twin()
-        return cut
+            self.forget_twin()
+            return cut
 
     def unfollow(self, cut: ScaleCut) -> None:
         """Undo the latest `follow`, when the network's own cut is undone."""
-        undo_cut(self.scales, cut)
-        self.graph = cut.graph
-        self.scales.retarget(self.graph)
-        self.forget_twin()
+        with all_or_nothing(self, written=[self.scales]):
+            undo_cut(self.scales, cut)
+            self.graph = cut.graph
+            self.scales.retarget(self.graph)
+            self.forget_twin()
 
     def make_unsigned(self, names: Sequence[str]) -> None:
         """From now on the codes of these quantizers have no sign; ValueError for one that there is not."""
-        self.graph = with_bits(self.graph, self.bits, names)
-        self.scales.retarget(self.graph)
-        self.unsigned = (*self.unsigned, *names)
+        with all_or_nothing(self, written=[self.scales]):
+            self.graph = with_bits(self.graph, self.bits, names)
+            self.scales.retarget(self.graph)
+            self.unsigned = (*self.unsigned, *names)
 
     def learn_scales(self) -> None:
         """From now on scales and weight steps are trained with the weights (`Scales.learn`), from what they are."""
@@ -220,8 +219,15 @@ class QuantizedNetwork(nn.Module):
             self.fixed_scales(),
             preprocessing=self.preprocessing,
             classes=self.classes,
-            origin=origin_of(self.network, self.compression_history),
+            origin=self._origin(),
         )
+
+    def _origin(self) -> dict[str, Any]:
+        """How the float network is built again, as far as it can be: what is not stored must not look as if it were."""
+        try:
+            return origin_of(self.network, self.compression_history, changed_attributes(self.network))
+        except ValueError:  # changed since it was created, in what no argument says
+            return {"network": None, "history": self.compression_history}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedNetwork:
         """What moves every module moves this; what casts it to another number format leaves it in float32."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from swincompress_pl._deprecated import renamed, renamed_attributes
 from swincompress_pl.arguments import choice, flag, integer, number, optional, options, shown
 from swincompress_pl.evaluation_mode import evaluation_mode
+from swincompress_pl.interrupts import all_or_nothing
 from swincompress_pl.masks import refuse_filled_masks
 from swincompress_pl.quant.bits import Bits
 from swincompress_pl.quant.calibration import (
@@ -117,7 +118,8 @@ def quantize(
     for a head outside it; `classes` are not its own then.
     progress: True shows bars in the terminal; a function is called with (what is done, steps done, steps in all).
 
-    Warns of hooks on modules of the network, which do not fire from then on. The modules keep their modes.
+    Warns of hooks on modules of the network, which do not fire from then on. The modules keep their modes. Whatever is
+    raised, the network is as it was; a copy of its weights is kept meanwhile.
     Raises ValueError for empty calibration, NaN or infinite values (naming the activation quantizer), an unknown
     method, widths or options that contradict each other, an already quantized network, masked weights that are not 0,
     or a spiking network most of whose neurons are silent (naming the first) or that keeps its membranes between calls;
@@ -129,25 +131,24 @@ def quantize(
     embeddings = flag("embeddings", embeddings)
     refuse_filled_masks(model, "quantize")
     found, assumed = preprocessing_of(model, preprocessing)
-    quantized = with_plain_layers(
-        model, lambda: QuantizedNetwork(model, preprocessing=found, method=method, classes=classes, bits=bits)
-    )
-    if quantized.graph.embeds:
-        _require_wanted(quantized, embeddings)
-    warn_of_silent_hooks(model, quantized.graph)
-    device = next(model.parameters()).device
-    batches = first_images(calibration, calibration_images)
-    images = joined(batches, device)
-    quantized.check_pixels(images)
-    check_fit(batches[0], quantized.preprocessing, assumed=assumed)
-    bring_to_float32(model)
-    check_graph(quantized.graph, model, images)
-    with evaluation_mode(model):
-        try:
+    with all_or_nothing(written=[model]):
+        quantized = with_plain_layers(
+            model, lambda: QuantizedNetwork(model, preprocessing=found, method=method, classes=classes, bits=bits)
+        )
+        if quantized.graph.embeds:
+            _require_wanted(quantized, embeddings)
+        warn_of_silent_hooks(model, quantized.graph)
+        device = next(model.parameters()).device
+        batches = first_images(calibration, calibration_images)
+        images = joined(batches, device)
+        quantized.check_pixels(images)
+        check_fit(batches[0], quantized.preprocessing, assumed=assumed)
+        bring_to_float32(model)
+        check_graph(quantized.graph, model, images)
+        with evaluation_mode(model):
             _find_scales(quantized.eval(), images, found_options, percentile, progress)
-        finally:
             quantized.train()  # as it was made; `model` gets its own modes back after it
-    return quantized
+        return quantized
 
 
 def _find_scales(

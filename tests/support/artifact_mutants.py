@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
+import json
 import random
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
-from support.artifact_bytes import Array, parts, sealed
+from support.artifact_bytes import Array, container, header_of, parts, sealed
 from swincompress_pl import spec
+from swincompress_pl.accel import artifact, storage
 
 VALUES: list[Any] = [
     None, True, False, 0, 1, -1, 2, 3, 255, 256, 2**16, 2**31 - 1, 2**31, 2**32, 2**33, 2**62, 2**63 - 1, 2**63, 2**64,
@@ -75,3 +77,72 @@ def mutant(programs: list[spec.Program], number: int) -> bytes:
         else:
             _change_tensors(rng, tensors)
     return sealed(description, tensors)
+
+
+def damaged(wholes: list[bytes], number: int) -> bytes:
+    """One of these artifacts with bytes changed, or cut off, as `number` says; the checksum is wrong then."""
+    rng = random.Random(number)
+    content = bytearray(rng.choice(wholes))
+    for _ in range(rng.choice([1, 1, 4])):
+        content[rng.randrange(len(content))] = rng.randrange(256)
+    return bytes(content[: rng.choice([len(content), len(content), rng.randrange(len(content))])])
+
+
+def coded_mutant(programs: list[spec.Program], number: int) -> bytes:
+    """A compressed artifact changed as `number` says, behind the coder or before it: what its description says with
+    the right checksum, what it declares of its streams, or coded bytes."""
+    rng = random.Random(number)
+    program = rng.choice(programs)
+    description, tensors = parts(program)
+    roles = {key: role for op in program.operations for role, key in op.tensors.items()}
+    layer = rng.randrange(5)
+    if layer == 0:
+        _change_description(rng, description)
+    elif layer == 1:
+        _change_tensors(rng, tensors)
+    try:
+        streams, entries = storage.compress_tensors(tensors, {key: roles.get(key, "weight") for key in tensors})
+    except storage.StorageError:  # tensors that no stream takes
+        return sealed(description, tensors)
+    content: dict[str, Any] = {"description": description, "storage": {"streams": entries}}
+    if layer == 2:
+        _change_description(rng, content["storage"])
+    plain = json.dumps(content).encode()
+    coder, coded = storage.encode(plain)
+    declaration: dict[str, Any] = {
+        "format": artifact.FORMAT,
+        "version": 2,
+        "sha256": artifact.checksum(description, tensors),
+        "content": {"coder": coder, "size_bytes": len(plain)},
+    }
+    if layer == 3:
+        _change_description(rng, declaration)
+    stored: dict[str, Array] = {"content": coded, **streams}
+    if layer == 4:
+        _change_coded(rng, stored)
+    return container(*header_of(stored, json.dumps(declaration)))
+
+
+def _change_coded(rng: random.Random, stored: dict[str, Array]) -> None:
+    key = rng.choice(sorted(stored))
+    coded = bytearray(stored[key].tobytes())
+    how = rng.randrange(4)
+    if how == 0:
+        for _ in range(rng.choice([1, 3])):
+            coded[rng.randrange(len(coded))] = rng.randrange(256)
+    elif how == 1:
+        del coded[rng.randrange(len(coded)) :]
+    elif how == 2:
+        coded += rng.randbytes(rng.choice([1, 64]))
+    else:
+        stored[key], other = stored[rng.choice(sorted(stored))], stored[key]
+        stored[rng.choice(sorted(stored))] = other
+        return
+    stored[key] = np.frombuffer(bytes(coded), np.uint8)
+
+
+def any_mutant(programs: list[spec.Program], wholes: list[bytes], number: int) -> bytes:
+    """Of every kind in turn: structure and tensors, damaged bytes, coded streams. wholes: artifacts of `programs`."""
+    if number % 4 == 2:
+        return damaged(wholes, number)
+    return coded_mutant(programs, number) if number % 4 == 3 else mutant(programs, number)

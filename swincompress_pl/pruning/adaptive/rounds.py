@@ -11,6 +11,7 @@ from typing import Protocol
 from torch import nn
 
 from swincompress_pl.pruning.adaptive.config import AdaptivePruningConfig
+from swincompress_pl.pruning.adaptive.limits import KEPT_BEYOND, NARROW, NO_SMALLER_STEP, removed_part, why_over
 from swincompress_pl.pruning.adaptive.state import SearchState, Step, TargetState
 from swincompress_pl.pruning.criteria import Gradients
 from swincompress_pl.pruning.evaluation.ranks import from_rank_zero
@@ -22,10 +23,13 @@ from swincompress_pl.pruning.structure.cost import Cost
 
 
 class CoupledState(Protocol):
-    """What belongs to a network and has to be cut with it, such as the scales of its quantization."""
+    """What belongs to a network and has to be cut with it, such as the scales of its quantization.
+
+    On an exception its attributes, and the modules among them, are brought back with the network (`all_or_nothing`).
+    """
 
     def cut(self, applied: AppliedPlan) -> None:
-        """The network was cut; on an exception the cut is taken back and this is as it was."""
+        """The network was cut."""
         ...
 
     def uncut(self) -> None:
@@ -81,7 +85,7 @@ class Round:
         if self._begin():
             with ExitStack() as masks:
                 for target in in_order(targets, self.state, self.config):
-                    if self._target_met() or self._out_of_time():
+                    if self._target_met() or self._out_of_time() or self._out_of_rounds():
                         break
                     if self.state.targets[target.name].locked is None:
                         self._try_step(target, masks)
@@ -100,14 +104,12 @@ class Round:
         self.below_floor = self.state.score < self.floor and self.config.overshoot != "keep"
         return not self.below_floor
 
+    def _out_of_rounds(self) -> bool:
+        """A search that goes on with fewer rounds than it has had already is over without another."""
+        return self.config.max_rounds is not None and self.state.rounds > self.config.max_rounds
+
     def _removed_part(self, cost: Cost) -> float:
-        """The part of the baseline's cost, in the target's measure, that is gone at `cost`."""
-        state = self.state
-        if self.config.target_of == "parameters":
-            return 1 - cost.parameters / state.baseline_parameters
-        if self.config.target_of == "bytes":
-            return 1 - cost.size_bytes / state.baseline_bytes
-        return 0.0 if cost.macs is None else 1 - cost.macs / (state.baseline_macs or cost.macs)
+        return removed_part(self.state, self.config, cost)
 
     def _target_met(self) -> bool:
         return self.config.target is not None and self._removed_part(self.cost) >= self.config.target
@@ -171,11 +173,7 @@ class Round:
         erred. Should that be beyond the tolerance, the latest steps are given up until it is within."""
         while self.accepted:
             change = self._commit()
-            try:
-                score = self.evaluator.score(self.network)
-            except BaseException:
-                self._revert(change)
-                raise
+            score = self.evaluator.score(self.network)
             if score >= self.floor or self.config.overshoot == "keep":
                 self.state.score = score
                 return change
@@ -187,11 +185,7 @@ class Round:
     def _commit(self) -> Change:
         change = self.space.commit(self.network, self._removal_accepted())
         if self.setup.coupled is not None:
-            try:
-                self.setup.coupled.cut(change.applied)
-            except BaseException:
-                revert(self.network, change)
-                raise
+            self.setup.coupled.cut(change.applied)
         return change
 
     def _revert(self, change: Change) -> None:
@@ -209,7 +203,7 @@ class Round:
 
     def _reject(self, target: Target, entry: TargetState, tried: int) -> None:
         if self.config.overshoot == "keep":
-            entry.locked = "the tolerance is exceeded; overshoot='keep' keeps the last step"
+            entry.locked = KEPT_BEYOND
             return
         entry.step /= 2
         # Without training in between the same units would fail again: halve until the step differs.
@@ -218,7 +212,7 @@ class Round:
                 break
             entry.step /= 2
         if entry.step < self.config.min_step:
-            entry.locked = "no smaller step is within the tolerance"
+            entry.locked = NO_SMALLER_STEP
 
     def _record(self, target: Target, after: int, score: float, accepted: bool, images: int, exact: bool) -> None:
         step = Step(
@@ -241,21 +235,9 @@ class Round:
 
     def why_stopped(self) -> str | None:
         """Why the search is over after this round, None while it is not."""
-        config, missed = self.config, ""
         if self.below_floor and not self.setup.retrains:
             return f"{self.state.score:.2f} points are below the tolerance before anything is tried"
-        if config.target is not None:
-            removed = f"{self._removed_part(self.cost):.1%} of the {config.target_of} removed"
-            if self._target_met():
-                return f"target reached: {removed}"
-            missed = f"; {removed}, the target of {config.target:.1%} is not met"
-        if all(entry.locked is not None for entry in self.state.targets.values()):
-            return "every target is locked" + missed
-        if config.max_rounds is not None and self.state.rounds >= config.max_rounds:
-            return f"max_rounds={config.max_rounds} is reached" + missed
-        if self._out_of_time():
-            return f"time_budget_s={config.time_budget_s} is used up" + missed
-        return None
+        return why_over(self.state, self.config, self._removed_part(self.cost), out_of_time=self._out_of_time())
 
 
 def check_same_targets(state: SearchState, targets: Sequence[Target]) -> None:
@@ -301,7 +283,7 @@ def lock_finished(state: SearchState, targets: Sequence[Target], config: Adaptiv
     for target in targets:
         entry = state.targets[target.name]
         if entry.locked is None and units_after_step(target, entry, config) is None:
-            entry.locked = "as narrow as max_sparsity, round_to and its own limits allow"
+            entry.locked = NARROW
 
 
 def widen_tolerance(state: SearchState, targets: Sequence[Target], config: AdaptivePruningConfig) -> None:

@@ -15,11 +15,14 @@ import copy
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 from torch import nn
 
 from swincompress_pl.evaluation_mode import evaluation_mode, outside_inference_mode, replace_inference_tensors
+from swincompress_pl.interrupts import all_or_nothing
 from swincompress_pl.pruning.adaptive.config import AdaptivePruningConfig
 from swincompress_pl.pruning.adaptive.rounds import (
     CoupledState,
@@ -31,10 +34,11 @@ from swincompress_pl.pruning.adaptive.rounds import (
 )
 from swincompress_pl.pruning.adaptive.state import SearchState, Step, TargetState
 from swincompress_pl.pruning.criteria import Gradients, needs_gradients
+from swincompress_pl.pruning.evaluation.ranks import failing_together
 from swincompress_pl.pruning.evaluation.scorer import Evaluate, Evaluator, Scorer, as_evaluator
 from swincompress_pl.pruning.space import SearchSpace, StructuredSpace, check_on_trial, search_space
 from swincompress_pl.pruning.structure.apply import AppliedPlan, apply_plan
-from swincompress_pl.pruning.structure.change import Change, nothing_applied, plan_of_masks, revert
+from swincompress_pl.pruning.structure.change import Change, nothing_applied, plan_of_masks
 from swincompress_pl.pruning.structure.plan import PruningPlan
 from swincompress_pl.pruning.structure.trial import FirstInputs
 from swincompress_pl.pruning.structure.weight_masks import masked_parameters, remove_masks
@@ -93,6 +97,7 @@ class SearchSession:
     """
 
     @outside_inference_mode()
+    @failing_together("beginning the search")
     def __init__(
         self,
         network: nn.Module,
@@ -115,9 +120,13 @@ class SearchSession:
         self.evaluator = as_evaluator(evaluate)
         self._input_shape, self._collect = input_shape, gradients
         self._gradients: Gradients | None = None  # of the network as it stands, where they were needed
-        self.state = self._begun() if state is None else state
+        if state is None:
+            with all_or_nothing(written=[network]):
+                state = self._begun()
+        self.state = state
 
     @outside_inference_mode()
+    @failing_together("pruning")
     def round(
         self,
         *,
@@ -130,12 +139,24 @@ class SearchSession:
         retrains: the weights are trained between rounds, so a step that failed may be tried again in the next one.
         on_step: told of each tried step. coupled: told when what was accepted is cut, before it is scored, and when
         that is taken back. A network that training left below the tolerance is not tried at all: it trains on. On any
-        exception the network and the state are as they were.
+        exception the network, what is coupled to it, and the state are as they were.
         """
+        together = [] if coupled is None else [coupled]
+        try:
+            with all_or_nothing(self, *together, written=[self.network]):
+                return self._round(retrains, on_step, coupled)
+        except BaseException:
+            self.evaluator.network_changed()  # what it scored last is gone
+            raise
+
+    def _round(
+        self, retrains: bool, on_step: Callable[[Step], None] | None, coupled: CoupledState | None
+    ) -> RoundOutcome:
         state = copy.deepcopy(self.state)
         space = search_space(self.config, state.initial_units, self._input_shape)
         targets = space.targets(self.network)
         check_same_targets(state, targets)
+        lock_finished(state, targets, self.config)  # max_sparsity may be another than in the round before
         setup = Setup(
             network=self.network,
             evaluator=self.evaluator,
@@ -186,7 +207,7 @@ class SearchSession:
             check_on_trial(self.network, config, heard, self._input_shape)
             if 0 < baseline <= 1:
                 warnings.warn(
-                    f"the baseline is {baseline:g} points of 100; does evaluate return a fraction?", stacklevel=6
+                    f"the baseline is {baseline:g} points of 100; does evaluate return a fraction?", stacklevel=7
                 )
             curves = {}
             if config.order == "sensitivity" and config.ranking == "local":
@@ -243,27 +264,24 @@ def prune(
     """
     config = config or AdaptivePruningConfig()
     on_step = print if progress is True else progress or None
-    session = SearchSession(network, evaluate, config, input_shape=input_shape, gradients=gradients)
-    changes: list[Change] = []
+    replace_inference_tensors(network)
+    remembered = partial(all_or_nothing, written=[network])
+    whole, each = (remembered, nullcontext) if recover is None else (nullcontext, remembered)
     plan = PruningPlan.identity()
-    try:
+    with whole():
+        session = SearchSession(network, evaluate, config, input_shape=input_shape, gradients=gradients)
         while session.state.stopped is None:
-            outcome = session.round(retrains=recover is not None, on_step=on_step)
+            with each():
+                outcome = session._round(recover is not None, on_step, None)
+                if recover is not None and session.state.stopped is None:
+                    recover(network, outcome.applied)
+                    session.network_changed()
             plan = plan.then(outcome.applied.plan)
-            if recover is None:
-                changes.append(outcome.change)
-            elif session.state.stopped is None:
-                recover(network, outcome.applied)
-                session.network_changed()
         plan = plan.then(session.finish().plan)
-    except BaseException:
-        for earlier in reversed(changes):
-            revert(network, earlier)
-        raise
-    state = session.state
-    assert state.stopped is not None
-    score = state.baseline_score if state.score is None else state.score
-    return PruningResult(plan=plan, score=score, steps=tuple(state.steps), stopped=state.stopped, state=state)
+        state = session.state
+        assert state.stopped is not None
+        score = state.baseline_score if state.score is None else state.score
+        return PruningResult(plan=plan, score=score, steps=tuple(state.steps), stopped=state.stopped, state=state)
 
 
 def measure_sensitivity(
@@ -304,8 +322,9 @@ def finish_search(network: nn.Module, config: AdaptivePruningConfig) -> AppliedP
     if not plan:
         return nothing_applied()
     readers = {s.tensor for g in groups for s in g.consumers()} & masked_parameters(network).keys()
-    remove_masks(network, sorted(readers))
-    return apply_plan(network, plan)
+    with all_or_nothing(network):
+        remove_masks(network, sorted(readers))
+        return apply_plan(network, plan)
 
 
 def _sum(so_far: Mapping[str, float], more: Mapping[str, float]) -> dict[str, float]:

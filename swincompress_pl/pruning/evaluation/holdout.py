@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from swincompress_pl.arguments import flag, integer, number, optional
 from swincompress_pl.pruning.evaluation.prefix_cache import PrefixCache
-from swincompress_pl.pruning.evaluation.ranks import from_rank_zero, gather_results, rank, sum_over_ranks, world_size
+from swincompress_pl.pruning.evaluation.ranks import failing_together, from_all_ranks, gather_results, rank, world_size
 from swincompress_pl.pruning.evaluation.scorer import (
     ROUNDING_POINTS,
     FunctionScorer,
@@ -77,6 +77,7 @@ class HoldOut:
 
     _measured_images = 1  # of the pass that measures what each segment costs
 
+    @failing_together("taking up the hold-out")
     def __init__(
         self,
         images: Tensor,
@@ -98,16 +99,13 @@ class HoldOut:
         _check_images(images, labels)
         if not sharded and world_size() > 1:
             images, labels = images[rank() :: world_size()], labels[rank() :: world_size()]
-        self._images, self._labels = images, labels.cpu().long()
+        self.images, self._images = _over_ranks(images)
+        self._labels = labels.cpu().long()
         self._predict = predict or _run
         self._batch_size, self._seed, self._cache_size_bytes = batch_size, seed, cache_size_bytes
         self._confidence = confidence
         self._parts = look_parts()
         self._deviations = deviations_for(confidence, len(self._parts) - 1)  # the last look is exact
-        (total,) = sum_over_ranks([len(labels)])
-        self.images = int(total)
-        if not self.images:
-            raise ValueError("the hold-out is empty; give it images to score on")
         self.cost = ScoringCost()
         self._last_full: Predictions | None = None
         self._last_score = 0.0
@@ -132,13 +130,11 @@ class HoldOut:
         for all. max_size_bytes: of the kept images, on one rank. More is a ValueError and not a slower way: a hold-out
         that is read anew each time has no order to sample in; `FunctionScorer` is for those. options: of `HoldOut`.
         """
-        most = optional(integer, "max_images", max_images, least=1, wanted="None (all) or 1 or more")
-        max_size_bytes = integer("max_size_bytes", max_size_bytes, least=1)
-        seed, sharded = integer("seed", seed, least=0), flag("sharded", sharded)
-        if sharded and most is not None:
-            most = most // world_size() + (rank() < most % world_size())
-        images, labels = _collect(batches, most, max_size_bytes, seed)
-        return cls(images, labels, sharded=sharded, seed=seed, **options)
+        with failing_together("reading the hold-out"):
+            images, labels = read_images(
+                batches, max_images=max_images, max_size_bytes=max_size_bytes, sharded=sharded, seed=seed
+            )
+            return cls(images, labels, sharded=sharded, seed=seed, **options)
 
     @property
     def fingerprint(self) -> str | None:
@@ -173,12 +169,14 @@ class HoldOut:
         """The shape of one image, without a batch axis."""
         return tuple(self._images.shape[1:])
 
+    @failing_together("scoring")
     def full(self, network: nn.Module) -> float:
         """The accuracy in points, 0 to 100, on all images."""
         score = self._score_all(network)
         self.cost.naive_images += self.images
         return score
 
+    @failing_together("scoring")
     def begin_round(self, network: nn.Module, *, unchanged: bool = False) -> float:
         """Score all images and remember the answers; candidates are compared with them until the next round.
 
@@ -195,6 +193,7 @@ class HoldOut:
                 self._cache.measure(partial(self._predict, network, self._images[: self._measured_images]))
         return self._last_score
 
+    @failing_together("scoring")
     def judge(
         self, network: nn.Module, floor: float, tensors: Sequence[str], *, resolution_points: float | None = None
     ) -> Verdict:
@@ -215,7 +214,7 @@ class HoldOut:
                 tally = add_tallies([each for each, _ in found])
                 forwards += math.fsum(each for _, each in found)
                 if accepted is None:  # a decision stays, whatever more images say
-                    accepted = from_rank_zero(tally.decide(needed, self._deviations))
+                    accepted = from_all_ranks(tally.decide(needed, self._deviations))[0]
                 error_points = 100.0 * math.sqrt(tally.variance) / self.images
                 resolved = accepted is False or resolution_points is None or error_points <= resolution_points
                 if accepted is not None and resolved:
@@ -290,6 +289,34 @@ class HoldOut:
         others = logits.scatter(1, labels[:, None], -math.inf).max(dim=1).values
         margin = (true - others).nan_to_num(0.0).clamp(-_LARGEST_MARGIN, _LARGEST_MARGIN)
         return Predictions((logits.argmax(dim=1) == labels).numpy(), margin.double().numpy())
+
+
+def read_images(
+    batches: Iterable[Any], *, max_images: int | None, max_size_bytes: int, sharded: bool, seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """(images, labels) of this rank, as `HoldOut.from_batches` keeps them; none where no batch has any."""
+    most = optional(integer, "max_images", max_images, least=1, wanted="None (all) or 1 or more")
+    max_size_bytes = integer("max_size_bytes", max_size_bytes, least=1)
+    seed, sharded = integer("seed", seed, least=0), flag("sharded", sharded)
+    if sharded and most is not None:
+        most = most // world_size() + (rank() < most % world_size())
+    return _collect(batches, most, max_size_bytes, seed)
+
+
+def _over_ranks(images: Tensor) -> tuple[int, Tensor]:
+    """How many images all ranks have together, and this rank's; a rank without one has none of the others' shape.
+
+    Raises ValueError, on all, where no rank has an image, or two have them in different shapes.
+    """
+    found = from_all_ranks((len(images), tuple(images.shape[1:])))
+    shapes = {shape: number for number, (count, shape) in reversed(list(enumerate(found))) if count}
+    if not shapes:
+        raise ValueError("the hold-out is empty; give it images to score on")
+    if len(shapes) > 1:
+        told = " and ".join(f"{shape} (rank {number})" for shape, number in sorted(shapes.items(), key=lambda s: s[1]))
+        raise ValueError(f"the ranks' hold-outs have images of different shapes, {told}; bring them to one")
+    (shape,) = shapes
+    return sum(count for count, _ in found), images if len(images) else images.new_zeros((0, *shape))
 
 
 def _run(network: nn.Module, images: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from swincompress_pl.arguments import shown
 from swincompress_pl.evaluation_mode import evaluation_mode as evaluation_mode
-from swincompress_pl.pruning.evaluation.ranks import from_rank_zero
+from swincompress_pl.pruning.evaluation.ranks import failing_together, from_rank_zero
 
 ROUNDING_POINTS = 1e-9  # a score is a quotient of counts: the floor itself is not below the floor
 
@@ -116,6 +116,7 @@ class FunctionScorer:
         """The function's."""
         return fingerprint_of(self._evaluate)
 
+    @failing_together("scoring")
     def full(self, network: nn.Module) -> float:
         with evaluation_mode(network), torch.no_grad():
             value = from_rank_zero(self._evaluate(network))

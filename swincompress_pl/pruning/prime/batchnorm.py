@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import update_bn
 
-from swincompress_pl.pruning.evaluation.ranks import share_buffers
+from swincompress_pl.pruning.evaluation.ranks import from_all_ranks, share_buffers
 
 _LEAST_VARIANCE = 1e-5  # BatchNorm's own epsilon: a channel that was silent does not make a ratio without bounds
 
@@ -49,8 +49,18 @@ class StatisticsCorrection:
     def _estimated(self, calibration: Iterable[Any]) -> dict[str, Tensor]:
         """The statistics on the calibration images; the running ones are left as they are."""
         before, device = batchnorm_state(self._network), next(self._network.parameters()).device
+        seen = 0
+
+        def counted() -> Iterator[Any]:
+            nonlocal seen
+            for batch in calibration:
+                seen += 1
+                yield batch
+
         try:
-            update_bn(calibration, self._network, device=device)
+            update_bn(counted(), self._network, device=device)
+            if before and not from_all_ranks(seen)[0]:  # those of the others do not count
+                raise ValueError("batchnorm='correct': calibration has no batch; give a few of training images")
             share_buffers(self._network)
             self.passes += 1
             return batchnorm_state(self._network)

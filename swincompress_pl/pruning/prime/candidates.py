@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from swincompress_pl.pruning.criteria import Gradients, needs_gradients
-from swincompress_pl.pruning.evaluation.ranks import from_rank_zero, gather_results, rank
+from swincompress_pl.pruning.evaluation.ranks import from_all_ranks, from_rank_zero, rank
 from swincompress_pl.pruning.evaluation.scorer import Evaluator, Verdict
 from swincompress_pl.pruning.prime.batchnorm import StatisticsCorrection, batchnorm_state, restore_batchnorm
 from swincompress_pl.pruning.prime.config import PrimeSVTConfig
@@ -64,10 +64,9 @@ class Candidates:
         self._cache = EvaluationCache()
         if cache_path is not None:
             images = calibration if self.correction.is_active else None
-            ranks = gather_results(lambda: [evaluator.fingerprint, images_digest(images)])
-            gather_results(
-                lambda: self._open(cache_path, ranks) if rank() == 0 else None
-            )  # if it fails, all hear of it
+            ranks = from_all_ranks([evaluator.fingerprint, images_digest(images)])
+            if rank() == 0:
+                self._open(cache_path, ranks)
         self._standing: dict[str, int] | None = None  # the widths that candidates are compared with
         self._last: dict[str, int] | None = None  # the widths judged last
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from swincompress_pl.arguments import as_float, shown
-from swincompress_pl.files import write_file
+from swincompress_pl.files import append_line, write_file
 from swincompress_pl.pruning.evaluation.scorer import Verdict
 
 Widths = Mapping[str, int]
@@ -28,7 +27,7 @@ class EvaluationCache:
 
     The first line names what the verdicts are about. Raises ValueError, and leaves the file as it is, for one that is
     no cache, is about something else, or has an entry that is no verdict. A line at the end of the file that a kill
-    cut off is dropped.
+    cut off is dropped. Several processes may add to one file.
 
     fingerprint: of all that the verdicts hang on. earlier: the same in the words of version 0.1, None where a file of
     that version cannot be taken up. units: {target: its units}.
@@ -55,11 +54,11 @@ class EvaluationCache:
         self._check_header(first, fingerprint, earlier)
         rest = lines.pop() if lines else None
         if rest is None:
-            self._end_line(path)
+            append_line(path, first)
         for number, line in enumerate(lines, 2):
             self._read(line, number)
         if rest:
-            self._mend(rest, len(lines) + 2)
+            self._take_up(rest, len(lines) + 2)
 
     def _check_header(self, line: bytes, fingerprint: str, earlier: str | None) -> None:
         header = _parsed(line)
@@ -92,19 +91,13 @@ class EvaluationCache:
             )
         self._known[_key(entry["widths"])] = Verdict(**entry["verdict"])
 
-    def _mend(self, rest: bytes, number: int) -> None:
-        """The end of the file is a whole line again."""
+    def _take_up(self, rest: bytes, number: int) -> None:
+        """The file's end where no line ends: an entry, or what a kill left of one, which the next entry replaces."""
         assert self._path is not None
         if _parsed(rest) is None and (rest.startswith(_ENTRY) or _ENTRY.startswith(rest)):
-            os.truncate(self._path, self._path.stat().st_size - len(rest))  # another kill here loses nothing
             return
         self._read(rest, number)
-        self._end_line(self._path)
-
-    @staticmethod
-    def _end_line(path: Path) -> None:
-        with path.open("ab") as file:
-            file.write(b"\n")
+        append_line(self._path, rest)
 
     def get(self, widths: Widths) -> Verdict | None:
         """What was found for these widths."""
@@ -114,8 +107,7 @@ class EvaluationCache:
         """Remember `verdict`."""
         self._known[_key(widths)] = verdict
         if self._path is not None:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"widths": dict(widths), "verdict": asdict(verdict)}) + "\n")
+            append_line(self._path, json.dumps({"widths": dict(widths), "verdict": asdict(verdict)}).encode())
 
 
 def _begin(path: Path, fingerprint: str) -> None:

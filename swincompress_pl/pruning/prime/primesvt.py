@@ -22,7 +22,9 @@ from torch import nn
 from swincompress_pl._deprecated import renamed
 from swincompress_pl.arguments import optional, path
 from swincompress_pl.evaluation_mode import evaluation_mode, outside_inference_mode, replace_inference_tensors
+from swincompress_pl.interrupts import all_or_nothing
 from swincompress_pl.pruning.criteria import Gradients
+from swincompress_pl.pruning.evaluation.ranks import failing_together
 from swincompress_pl.pruning.evaluation.scorer import Evaluate, Scorer, as_evaluator
 from swincompress_pl.pruning.prime.config import PrimeSVTConfig
 from swincompress_pl.pruning.prime.fingerprint import check_named
@@ -35,6 +37,7 @@ from swincompress_pl.pruning.structure.cost import count_macs, count_parameters
 
 @renamed(memo="evaluation_cache")
 @outside_inference_mode()
+@failing_together("pruning")
 def primesvt(
     network: nn.Module,
     evaluate: Evaluate | Scorer,
@@ -67,45 +70,42 @@ def primesvt(
     cache_path = optional(path, "evaluation_cache", evaluation_cache)
     if cache_path is not None:
         check_named(evaluator)
-    with evaluation_mode(network):
-        search = Search(
-            network,
-            evaluator,
-            config,
-            calibration=calibration,
-            gradients=gradients,
-            cache_path=cache_path,
-            on_progress=print if progress is True else progress or None,
-        )
-        search.run()
-        macs = None if input_shape is None else count_macs(network, input_shape)
-        parameters = count_parameters(network)
-        try:
+    with all_or_nothing(written=[network]):
+        with evaluation_mode(network):
+            search = Search(
+                network,
+                evaluator,
+                config,
+                calibration=calibration,
+                gradients=gradients,
+                cache_path=cache_path,
+                on_progress=print if progress is True else progress or None,
+            )
+            search.run()
+            macs = None if input_shape is None else count_macs(network, input_shape)
+            parameters = count_parameters(network)
             search.apply()
             macs_after = None if input_shape is None else count_macs(network, input_shape)
-        except BaseException:
-            search.undo()
-            raise
-    result = PrimeSVTResult(
-        config=config.to_dict(),
-        met=search.met,
-        applied=search.applied,
-        within_accuracy=search.within_accuracy,
-        within_memory=search.within_memory,
-        baseline_score=search.baseline,
-        initial_rate=search.initial_rate,
-        target_sets=search.target_sets,
-        blocks=search.blocks,
-        candidates=search.trials.found,
-        spike_rates=search.spike_rates,
-        parameters_before=parameters,
-        parameters_after=count_parameters(network),
-        macs_before=macs,
-        macs_after=macs_after,
-        scoring=search.scoring(),
-        elapsed_s=time.monotonic() - started,
-        change=search.change or Change(applied=nothing_applied()),
-    )
-    if not result.met:
-        warnings.warn(f"PrimeSVT: {result.summary()}", stacklevel=4)
-    return result
+        result = PrimeSVTResult(
+            config=config.to_dict(),
+            met=search.met,
+            applied=search.applied,
+            within_accuracy=search.within_accuracy,
+            within_memory=search.within_memory,
+            baseline_score=search.baseline,
+            initial_rate=search.initial_rate,
+            target_sets=search.target_sets,
+            blocks=search.blocks,
+            candidates=search.trials.found,
+            spike_rates=search.spike_rates,
+            parameters_before=parameters,
+            parameters_after=count_parameters(network),
+            macs_before=macs,
+            macs_after=macs_after,
+            scoring=search.scoring(),
+            elapsed_s=time.monotonic() - started,
+            change=search.change or Change(applied=nothing_applied()),
+        )
+        if not result.met:
+            warnings.warn(f"PrimeSVT: {result.summary()}", stacklevel=5)
+        return result

@@ -183,7 +183,7 @@ def _baseline(network: nn.Module, evaluator: Evaluator) -> tuple[float, dict[str
         baseline = evaluator.score(network)
     rates = _over_ranks(rates)
     if 0 < baseline <= 1:
-        warnings.warn(f"the baseline is {baseline:g} points of 100; does evaluate return a fraction?", stacklevel=6)
+        warnings.warn(f"the baseline is {baseline:g} points of 100; does evaluate return a fraction?", stacklevel=7)
     if not rates:
         raise ValueError(
             f"evaluate gave {baseline:g} points without a pass through the network; it has to score the one it is given"
@@ -199,7 +199,7 @@ def _baseline(network: nn.Module, evaluator: Evaluator) -> tuple[float, dict[str
         warnings.warn(
             f"{len(silent)} of {len(rates)} neurons never spike on the hold-out ({', '.join(silent[:3])}"
             f"{', ...' if silent[3:] else ''}); is the network trained? What only leads to them costs nothing to prune",
-            stacklevel=6,
+            stacklevel=7,
         )
     return baseline, rates
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from swincompress_pl.evaluation_mode import outside_inference_mode
 from swincompress_pl.history import append_entry, drop_latest_entry, history_of
+from swincompress_pl.interrupts import all_or_nothing
 from swincompress_pl.layer_types import LAYERS, alteration, full_name
 from swincompress_pl.pruning.structure.groups import Attribute, ClassSwap, Group, validate_units
 from swincompress_pl.pruning.structure.plan import PruningPlan, find_group
@@ -57,9 +58,9 @@ def apply_plan(network: nn.Module, plan: PruningPlan, *, groups: Iterable[Group]
     `network.compression_history` as {"prune": plan.to_dict()} unless it is empty. An optimizer that was made before
     still holds the old parameters: hand the returned AppliedPlan to `slice_optimizer`.
     groups: those of the network's adapter unless given.
-    Raises ValueError before anything is touched: an unknown group, units out of range, too few units kept, a network of
-    another width than the plan's, a parameter that is shared or computed, an attribute or a class that is not what the
-    group expects.
+    Whatever is raised, the network is as it was. Raises ValueError: an unknown group, units out of range, too few units
+    kept, a network of another width than the plan's, a parameter that is shared or computed, an attribute or a class
+    that is not what the group expects.
     """
     known = {g.name: g for g in (adapter_for(network).groups(network) if groups is None else groups)}
     removed = {name: _removed_units(find_group(known, name), plan) for name in plan.kept}
@@ -71,34 +72,37 @@ def apply_plan(network: nn.Module, plan: PruningPlan, *, groups: Iterable[Group]
     lost = _with_masks(network, _lost_indices(touched, removed))
     tensors = tuple(_slice_tensor(network, name, axes) for name, axes in lost.items())
     attributes = tuple(_new_attributes(network, touched, removed, {t.name: t.new for t in tensors}))
-    for sliced in tensors:
-        put_tensor(network, sliced.name, sliced.new)
-    for module, name, _, value in attributes:
-        write_attribute(network, module, name, value)
-    for module, _, new_class in swapped:
-        network.get_submodule(module).__class__ = new_class
-    if plan:
-        append_entry(network, "prune", plan.to_dict())
-    return AppliedPlan(plan=plan, tensors=tensors, attributes=attributes, swapped=swapped)
+    applied = AppliedPlan(plan=plan, tensors=tensors, attributes=attributes, swapped=swapped)
+    with all_or_nothing(network):
+        for sliced in tensors:
+            put_tensor(network, sliced.name, sliced.new)
+        for module, name, _, value in attributes:
+            write_attribute(network, module, name, value)
+        for module, _, new_class in swapped:
+            network.get_submodule(module).__class__ = new_class
+        if plan:
+            append_entry(network, "prune", plan.to_dict())
+        return applied
 
 
 def revert_plan(network: nn.Module, applied: AppliedPlan) -> None:
     """Undo the latest `apply_plan`: the old tensors come back, with the values that they had then.
 
-    Raises ValueError, before anything is touched, when the network was changed after it.
+    Whatever is raised, the network is as it was. Raises ValueError when it was changed after that plan.
     """
     history = history_of(network)
     if applied.plan and (not history or history[-1] != {"prune": applied.plan.to_dict()}):
         raise ValueError("only the latest plan can be reverted; the network was changed after this one")
-    for sliced in applied.tensors:
-        put_tensor(network, sliced.name, sliced.old)
-    # backwards: two groups of the plan may have changed the same one
-    for module, name, value, _ in reversed(applied.attributes):
-        write_attribute(network, module, name, value)
-    for module, old_class, _ in reversed(applied.swapped):
-        network.get_submodule(module).__class__ = old_class
-    if applied.plan:
-        drop_latest_entry(network)
+    with all_or_nothing(network):
+        for sliced in applied.tensors:
+            put_tensor(network, sliced.name, sliced.old)
+        # backwards: two groups of the plan may have changed the same one
+        for module, name, value, _ in reversed(applied.attributes):
+            write_attribute(network, module, name, value)
+        for module, old_class, _ in reversed(applied.swapped):
+            network.get_submodule(module).__class__ = old_class
+        if applied.plan:
+            drop_latest_entry(network)
 
 
 def _removed_units(group: Group, plan: PruningPlan) -> tuple[int, ...]:

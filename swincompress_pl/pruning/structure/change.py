@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from swincompress_pl.interrupts import all_or_nothing
 from swincompress_pl.pruning.structure.apply import AppliedPlan, revert_plan
 from swincompress_pl.pruning.structure.groups import Group
 from swincompress_pl.pruning.structure.plan import PruningPlan
@@ -41,25 +42,31 @@ def commit_masks(network: nn.Module, masks: Mapping[str, Tensor]) -> Change:
     """Make `masks`, {parameter: True where a weight stays}, last; what was masked before stays so."""
     known = masked_parameters(network)
     new = tuple(name for name in masks if name not in known)
-    if new:
-        register_masks(network, new)
-    known = masked_parameters(network)
-    before = {name: (known[name][0].detach().clone(), known[name][1].clone()) for name in masks}
-    for name, mask in masks.items():
-        set_mask(network, name, mask.to(known[name][1].device) & known[name][1])
-    return Change(applied=nothing_applied(), before=before, registered=new)
+    with all_or_nothing(network, written=_owners(network, masks)):
+        if new:
+            register_masks(network, new)
+        known = masked_parameters(network)
+        before = {name: (known[name][0].detach().clone(), known[name][1].clone()) for name in masks}
+        for name, mask in masks.items():
+            set_mask(network, name, mask.to(known[name][1].device) & known[name][1])
+        return Change(applied=nothing_applied(), before=before, registered=new)
 
 
 def revert(network: nn.Module, change: Change) -> None:
     """Take back the latest `commit`."""
-    revert_plan(network, change.applied)
-    with torch.no_grad():
+    with all_or_nothing(network, written=_owners(network, change.before)), torch.no_grad():
+        revert_plan(network, change.applied)
         for name, (weight, mask) in change.before.items():
             parameter, now = masked_parameters(network)[name]
             parameter.copy_(weight)
             now.copy_(mask)
-    if change.registered:
-        undo_latest_masks(network)
+        if change.registered:
+            undo_latest_masks(network)
+
+
+def _owners(network: nn.Module, names: Iterable[str]) -> list[nn.Module]:
+    """The modules that hold these parameters."""
+    return [network.get_submodule(name.rpartition(".")[0]) for name in names]
 
 
 def gone_units(network: nn.Module, group: Group) -> tuple[int, ...]:

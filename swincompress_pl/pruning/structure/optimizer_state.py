@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
+from swincompress_pl.interrupts import all_or_nothing
 from swincompress_pl.pruning.structure.apply import AppliedPlan, SlicedTensor
 
 
@@ -23,15 +24,16 @@ def slice_optimizer(optimizer: Optimizer, applied: AppliedPlan) -> None:
 
 
 def slice_optimizers(optimizers: Iterable[Optimizer], applied: AppliedPlan) -> None:
-    """`slice_optimizer` for several optimizers: all of them or, on an error, none."""
+    """`slice_optimizer` for several optimizers: all of them or, on any exception, none."""
     changes = {id(t.old): t for t in applied.tensors}
     sliced = [(optimizer, _sliced_state(optimizer, changes)) for optimizer in optimizers]
-    for optimizer, states in sliced:
-        for group in optimizer.param_groups:
-            group["params"] = [changes[id(p)].new if id(p) in changes else p for p in group["params"]]
-        for change, state in states:
-            del optimizer.state[change.old]
-            optimizer.state[change.new] = state
+    with all_or_nothing(*(optimizer for optimizer, _ in sliced)):
+        for optimizer, states in sliced:
+            for group in optimizer.param_groups:
+                group["params"] = [changes[id(p)].new if id(p) in changes else p for p in group["params"]]
+            for change, state in states:
+                del optimizer.state[change.old]
+                optimizer.state[change.new] = state
 
 
 def _sliced_state(optimizer: Optimizer, changes: dict[int, SlicedTensor]) -> list[tuple[SlicedTensor, dict[str, Any]]]:

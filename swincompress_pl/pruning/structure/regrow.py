@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from swincompress_pl.history import drop_latest_entry, history_of
+from swincompress_pl.interrupts import all_or_nothing
 from swincompress_pl.pruning.structure.apply import (
     attribute_value,
     mask_name,
@@ -40,11 +41,12 @@ def regrow_latest_plan(network: nn.Module) -> None:
         group, units = find_group(groups, name), (plan.units or {}).get(name)
         if units is None or group.units != len(kept):
             raise ValueError(f"{name}: the plan does not record the width before it; build a fresh network")
-    for name, kept in plan.kept.items():
-        # Asked for anew each time: an earlier group may have moved the offsets.
-        group = find_group({g.name: g for g in adapter_for(network).groups(network)}, name)
-        _regrow(network, group, kept, (plan.units or {})[name])
-    drop_latest_entry(network)
+    with all_or_nothing(network):
+        for name, kept in plan.kept.items():
+            # Asked for anew each time: an earlier group may have moved the offsets.
+            group = find_group({g.name: g for g in adapter_for(network).groups(network)}, name)
+            _regrow(network, group, kept, (plan.units or {})[name])
+        drop_latest_entry(network)
 
 
 def _regrow(network: nn.Module, group: Group, kept: tuple[int, ...], units: int) -> None:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from swincompress_pl.interrupts import put_back_after, unwritten
 from swincompress_pl.pruning.structure.apply import stored_tensor
 from swincompress_pl.pruning.structure.groups import Group, NormSlice, Slice, validate_units
 from swincompress_pl.pruning.structure.plan import PruningPlan, find_group
@@ -70,14 +71,14 @@ def mask_plan(network: nn.Module, plan: PruningPlan, groups: Iterable[Group] | N
 def _zeroed(network: nn.Module, part: Slice, units: Sequence[int]) -> Iterator[None]:
     tensor = stored_tensor(network, part.tensor)
     index = torch.tensor(part.indices(units), device=tensor.device)
-    with torch.no_grad():
-        values = tensor.index_select(part.axis, index)
-        tensor.index_fill_(part.axis, index, 0.0)
-    try:
+    values = tensor.detach().index_select(part.axis, index)
+
+    def put_back() -> None:
+        tensor.detach().index_copy_(part.axis, index, values)
+
+    with put_back_after(put_back, unwritten(tensor, writes=1)):
+        tensor.detach().index_fill_(part.axis, index, 0.0)
         yield
-    finally:
-        with torch.no_grad():
-            tensor.index_copy_(part.axis, index, values)
 
 
 @contextmanager
@@ -89,13 +90,16 @@ def _narrowed(network: nn.Module, part: NormSlice, units: Sequence[int]) -> Iter
     channels = range(norm.normalized_shape[0]) if before is None else before.tolist()
     gone = set(part.channels(units))
     device = None if norm.weight is None else norm.weight.device
-    norm.kept_channels = torch.tensor([c for c in channels if c not in gone], device=device)
-    norm.__class__ = MaskedLayerNorm
-    try:
-        yield
-    finally:
+    kept = torch.tensor([c for c in channels if c not in gone], device=device)
+
+    def put_back() -> None:
         norm.__class__ = own_type
         if before is None:
-            del norm.kept_channels
+            vars(norm).pop("kept_channels", None)
         else:
             norm.kept_channels = before
+
+    with put_back_after(put_back):
+        norm.kept_channels = kept
+        norm.__class__ = MaskedLayerNorm
+        yield

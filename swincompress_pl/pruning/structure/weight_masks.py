@@ -24,6 +24,7 @@ from torch.utils.hooks import RemovableHandle
 
 from swincompress_pl.evaluation_mode import outside_inference_mode
 from swincompress_pl.history import append_entry, derives_its_history, drop_latest_entry, history_of
+from swincompress_pl.interrupts import all_or_nothing, put_back_after, unwritten
 from swincompress_pl.masks import MASK_SUFFIX, is_mask
 from swincompress_pl.masks import masked_parameters as masked_parameters
 
@@ -42,10 +43,11 @@ def register_masks(network: nn.Module, names: Iterable[str]) -> tuple[str, ...]:
     _check_maskable(network, wanted)
     masked = masked_parameters(network)
     new = tuple(name for name in wanted if name not in masked)
-    _add_masks(network, new)
-    if new:
-        append_entry(network, "mask", list(new))
-    return new
+    with all_or_nothing(network):
+        _add_masks(network, new)
+        if new:
+            append_entry(network, "mask", list(new))
+        return new
 
 
 def remove_masks(network: nn.Module, names: Iterable[str]) -> None:
@@ -56,9 +58,10 @@ def remove_masks(network: nn.Module, names: Iterable[str]) -> None:
     """
     _check_has_history(network)
     gone = tuple(dict.fromkeys(names))
-    _drop_masks(network, gone)
-    if gone:
-        append_entry(network, "unmask", list(gone))
+    with all_or_nothing(network):
+        _drop_masks(network, gone)
+        if gone:
+            append_entry(network, "unmask", list(gone))
 
 
 def undo_latest_masks(network: nn.Module) -> None:
@@ -71,12 +74,13 @@ def undo_latest_masks(network: nn.Module) -> None:
         raise ValueError(f"{type(network).__name__}: the latest entry of its history is none of masks")
     _check_has_history(network)
     (kind, names), *_ = history[-1].items()
-    if kind == "mask":
-        _drop_masks(network, names)
-    else:
-        _check_maskable(network, names)
-        _add_masks(network, names)
-    drop_latest_entry(network)
+    with all_or_nothing(network):
+        if kind == "mask":
+            _drop_masks(network, names)
+        else:
+            _check_maskable(network, names)
+            _add_masks(network, names)
+        drop_latest_entry(network)
 
 
 @torch.no_grad()
@@ -90,8 +94,10 @@ def set_mask(network: nn.Module, name: str, mask: Tensor) -> None:
     if name not in masked:
         raise ValueError(f"{name}: it has no mask; register_masks(network, [{name!r}]) comes first")
     parameter, buffer = masked[name]
-    buffer.copy_(_checked_mask(name, parameter, mask))
-    _zero(parameter, buffer)
+    checked = _checked_mask(name, parameter, mask)
+    with all_or_nothing(written=[network.get_submodule(name.rpartition(".")[0])]):
+        buffer.copy_(checked)
+        _zero(parameter, buffer)
 
 
 @torch.no_grad()
@@ -128,8 +134,9 @@ def keep_masks(optimizers: Optimizer | Iterable[Optimizer], network: nn.Module) 
     def enforce(*_: Any) -> None:
         enforce_masks(network)
 
-    listed = [optimizers] if isinstance(optimizers, Optimizer) else optimizers
-    return MaskKeeper([optimizer.register_step_post_hook(enforce) for optimizer in listed], network)
+    listed = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
+    with all_or_nothing(*listed):
+        return MaskKeeper([optimizer.register_step_post_hook(enforce) for optimizer in listed], network)
 
 
 @contextmanager
@@ -142,14 +149,14 @@ def temporary_mask(network: nn.Module, name: str, mask: Tensor) -> Iterator[None
     _check_known(network, name)
     parameter = network.get_parameter(name)
     gone = ~_checked_mask(name, parameter, mask).to(parameter.device)
-    with torch.no_grad():
-        values = parameter[gone]
-        _zero(parameter, ~gone)
-    try:
+    values = parameter.detach()[gone]
+
+    def put_back() -> None:
+        parameter.detach().masked_scatter_(gone, values)
+
+    with put_back_after(put_back, unwritten(parameter, writes=1)):
+        _zero(parameter.detach(), ~gone)
         yield
-    finally:
-        with torch.no_grad():
-            parameter.masked_scatter_(gone, values)
 
 
 def count_nonzero(network: nn.Module) -> int:

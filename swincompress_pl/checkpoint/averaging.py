@@ -1,4 +1,4 @@
-"""Lightning's averages of weights (EMA, SWA) across the exchange of the network."""
+"""Lightning's averages of weights (EMA, SWA) across a change of the network."""
 
 from __future__ import annotations
 
