@@ -30,9 +30,9 @@ from typing import Any
 import jsonargparse
 import pytest
 import yaml  # type: ignore[import-untyped]
-
 from support.docs_blocks import ROOT, Block, all_blocks, blocks_of, pages
 from support.docs_names import wrong_names
+
 from swincompress_pl import cli
 
 # Pages whose Python takes longer than about ten seconds.
@@ -121,7 +121,7 @@ def test_python_runs(page: str, folder: Path) -> None:
 # Commands
 
 
-class Parsed(Exception):
+class Parsed(Exception):  # noqa: N818  # nothing is wrong
     """The arguments of a command were accepted."""
 
 
@@ -258,7 +258,7 @@ def test_right_names_pass() -> None:
     [
         "swincompress export a.ckpt",
         "swincompress bench model.safetensors --tread 2",
-        "CUDA_VISIBLE_DEVICES=0 torchrun -m swincompress_pl.cli fit -c configs/digits_swin.yaml --trainer.max_epoch_s 3",
+        "CUDA_VISIBLE_DEVICES=0 torchrun -m swincompress_pl.cli fit -c configs/digits_swin.yaml --trainer.epoch_s 3",
         "python -m benchmarks.spiking sped",
     ],
 )
