@@ -15,7 +15,6 @@ import ast
 import contextlib
 import io
 import json
-import os
 import re
 import runpy
 import shlex
@@ -109,9 +108,8 @@ def test_python_runs(page: str, folder: Path) -> None:
                 exec(compile(tree, page, "exec"), namespace)
             printed = stream.getvalue()
         elif block.language in SHELL and block.mark == "run":
-            environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
             command = ["bash", "-e", "-c", block.text]
-            done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+            done = subprocess.run(command, capture_output=True, text=True, timeout=300)
             assert done.returncode == 0, f"{block.place}: {done.stderr}"
             printed = done.stdout
         elif block.mark == "output":
