@@ -39,7 +39,7 @@ SLOW: set[str] = set()
 SHELL = ("bash", "sh", "shell", "console")
 OTHERS = ("", "text", "cmake", "toml", "json", "diff", "bibtex", "mermaid")
 STAND_IN = "configs/digits_swin.yaml"
-TOP_LEVEL = {"seed_everything", "model", "data", "trainer", "optimizer", "lr_scheduler", "ckpt_path"}
+TOP_LEVEL = {"seed_everything", "model", "data", "trainer", "ckpt_path", "weights_only"}
 
 
 def in_page_order(language: str, *, slow: bool) -> list[Any]:
@@ -126,14 +126,24 @@ class Parsed(Exception):  # noqa: N818  # nothing is wrong
 @pytest.fixture
 def parsing_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """Commands end when they have read their arguments."""
-    for parser in (argparse.ArgumentParser, jsonargparse.ArgumentParser):
-        original = parser.parse_args
+    parsing = False  # jsonargparse parses parts of an argument by parsers inside
 
-        def parse(self: Any, *args: Any, original: Any = original, **given: Any) -> None:
-            original(self, *args, **given)
+    def ending(original: Any) -> Any:
+        def parse(self: Any, *args: Any, **given: Any) -> Any:
+            nonlocal parsing
+            if parsing:
+                return original(self, *args, **given)
+            parsing = True
+            try:
+                original(self, *args, **given)
+            finally:
+                parsing = False
             raise Parsed
 
-        monkeypatch.setattr(parser, "parse_args", parse)
+        return parse
+
+    for parser in (argparse.ArgumentParser, jsonargparse.ArgumentParser):
+        monkeypatch.setattr(parser, "parse_args", ending(parser.parse_args))
     monkeypatch.setattr(sys, "argv", list(sys.argv))
     monkeypatch.setattr(cli, "_USER_ERRORS", ())
 
