@@ -56,9 +56,10 @@ def primesvt_figures(result: Result, *, rates_after: Mapping[str, float] | None 
 
 
 def save_primesvt_figures(
-    result: Result, folder: Path, *, rates_after: Mapping[str, float] | None = None
+    result: Result, folder: str | Path, *, rates_after: Mapping[str, float] | None = None
 ) -> list[Path]:
     """Writes each of `primesvt_figures` as primesvt-<name>.png into `folder`, which is made if need be."""
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     files = []
     for name, figure in primesvt_figures(result, rates_after=rates_after).items():
