@@ -70,3 +70,28 @@ def test_what_the_text_refers_to_is_there(name: str) -> None:
         for part in name.split("."):
             path += f".{part}"
             thing = getattr(thing, part) if hasattr(thing, part) else importlib.import_module(path)
+
+
+LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)")
+
+
+def pages_with_links() -> list[Path]:
+    return [*sorted((ROOT / "docs").rglob("*.md")), *ROOT.glob("[RC]*.md"), ROOT / "benchmarks/README.md"]
+
+
+def anchors(page: Path) -> set[str]:
+    """As Python-Markdown's `toc` makes them of headings."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)
+    return {re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower()) for heading in headings}
+
+
+@pytest.mark.parametrize("page", pages_with_links(), ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    for link in LINK.findall(page.read_text(encoding="utf-8")):
+        if re.match(r"\w+:", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), link
+        assert not anchor or target.suffix != ".md" or anchor in anchors(target), link
