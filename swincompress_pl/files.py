@@ -1,6 +1,6 @@
 """The one way in which this package writes a file: as a temporary file beside its place, which is then moved there.
-Lines are appended whole.
 
+Lines are appended whole.
 After a kill or a full disk, and for readers and other writers at any time, there is the old file or the new one, and
 never a part of one.
 """
@@ -55,10 +55,10 @@ def write_file(path: str | os.PathLike[str], write: Callable[[BinaryIO], object]
 
 
 def append_line(path: str | os.PathLike[str], line: bytes) -> None:
-    """Adds `line` and its end to the file at `path`, whole or not at all: several processes that do so at once add
-    theirs one after the other.
+    """Adds `line` and its end to the file at `path`, whole or not at all.
 
-    A last line without an end is what a killed writer left; it is cut off before.
+    Several processes that do so at once add their lines one after the other. A last line without an end is what a
+    killed writer left; it is cut off before.
 
     Raises OSError naming `path`: no such file, a full disk, no permission.
     """

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from timm.layers.attention import Attention
 from timm.layers.layer_scale import LayerScale
+from timm.layers.mlp import GluMlp, SwiGLU
+from timm.layers.patch_embed import PatchEmbed
 from timm.models.vision_transformer import Block
 from torch import nn
 
@@ -39,6 +41,10 @@ def _refuse_variants(build: GraphBuilder, network: Any) -> None:
     )
     build.refuse(not isinstance(network.patch_drop, nn.Identity), "patch_drop_rate > 0; set it to 0")
     build.refuse(
+        not isinstance(network.patch_embed, PatchEmbed),
+        f"patch_embed is {full_name(type(network.patch_embed))}; timm's PatchEmbed, a single convolution, is supported",
+    )
+    build.refuse(
         not isinstance(network.patch_embed.norm, nn.Identity),
         "a norm inside patch_embed; only plain patch embedding is supported",
     )
@@ -53,6 +59,10 @@ def _refuse_variants(build: GraphBuilder, network: Any) -> None:
         )
         build.refuse(
             not plain, f"blocks.{index}.attn has q/k norms, a scale norm, a gate or another type; not supported"
+        )
+        build.refuse(
+            isinstance(block.mlp, GluMlp | SwiGLU),
+            f"blocks.{index}.mlp is {full_name(type(block.mlp))}; a gated MLP is not supported, timm's Mlp is",
         )
         for name in ("ls1", "ls2"):
             scale = getattr(block, name)

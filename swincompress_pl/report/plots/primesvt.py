@@ -62,7 +62,7 @@ def primesvt_figures(result: Result, *, rates_after: Mapping[str, float] | None 
 
 
 def save_primesvt_figures(
-    result: Result, folder: Path, *, rates_after: Mapping[str, float] | None = None
+    result: Result, folder: str | Path, *, rates_after: Mapping[str, float] | None = None
 ) -> list[Path]:
     """Writes each of `primesvt_figures` as `primesvt-<name>.png`.
 
@@ -78,6 +78,7 @@ def save_primesvt_figures(
         FileExistsError: If `folder` is a file.
         ValueError: If the data are of another version.
     """
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     files = []
     for name, figure in primesvt_figures(result, rates_after=rates_after).items():
