@@ -29,7 +29,13 @@ from swincompress_pl.callbacks.qat_distillation import Distillation, refuse_teac
 from swincompress_pl.callbacks.qat_images import CalibrationImages, preprocessing_of_data
 from swincompress_pl.callbacks.qat_options import checked_epochs, checked_quantization, checked_training
 from swincompress_pl.callbacks.qat_scales import ScaleGroup, read_old_names
-from swincompress_pl.callbacks.random_state import RandomNumbers, isolated, leave_out_unbegun_epoch, seeded
+from swincompress_pl.callbacks.random_state import (
+    RandomNumbers,
+    isolated,
+    leave_out_unbegun_epoch,
+    seeded,
+    stored_state,
+)
 from swincompress_pl.callbacks.training_pass import TrainingPass
 from swincompress_pl.callbacks.whole_change import whole_change
 from swincompress_pl.checkpoint.holder import has_network, held_by, network_of, put_network, refuse_other_places
@@ -40,6 +46,7 @@ from swincompress_pl.quant import Bits, QuantizedNetwork, SearchOptions, quantiz
 from swincompress_pl.quant.folding import refuse_altered
 from swincompress_pl.quant.full_precision import bring_to_float32
 from swincompress_pl.quant.preprocessing import checked_preprocessing, find_preprocessing
+from swincompress_pl.stored_data import from_plain, reading
 
 _STATE_VERSION = 1
 
@@ -167,9 +174,9 @@ class QuantizationAwareTraining(TrainingPass):
             renew_averages(trainer, pl_module)
         read_old_names(checkpoint.get("optimizer_states", ()))
         leave_out_unbegun_epoch(checkpoint)
-        mine = checkpoint["callbacks"].get(self.state_key)
-        if mine is not None and mine.get("version") == _STATE_VERSION:
-            self._rng.resume(trainer, mine["rng"])
+        mine = stored_state(checkpoint, self.state_key, _STATE_VERSION)
+        if mine is not None:
+            self._rng.resume(trainer, mine.get("rng"))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Get the fit of a network that is quantized already ready, before the optimizer's state is restored."""
@@ -243,7 +250,9 @@ class QuantizationAwareTraining(TrainingPass):
                 f"the quantization callback's state has version {state_dict.get('version')!r}, {_STATE_VERSION} is "
                 "expected"
             )
-        self._resumed, self._teacher_state = True, state_dict if state_dict["teacher"] is not None else None
+        with reading(f"the state of {self.state_key}"):
+            teacher = from_plain(Mapping[str, Any] | None, state_dict["teacher"], "teacher")
+        self._resumed, self._teacher_state = True, None if teacher is None else state_dict
 
     # Mechanism.
 

@@ -29,7 +29,13 @@ from swincompress_pl.callbacks.compatibility import (
     wrap_anew,
 )
 from swincompress_pl.callbacks.loaders import calibration_loaders, holdout_loaders
-from swincompress_pl.callbacks.random_state import RandomNumbers, isolated, leave_out_unbegun_epoch, seeded
+from swincompress_pl.callbacks.random_state import (
+    RandomNumbers,
+    isolated,
+    leave_out_unbegun_epoch,
+    seeded,
+    stored_state,
+)
 from swincompress_pl.callbacks.scoring import HoldOutReader, Named, images_and_labels, metric_scorer
 from swincompress_pl.callbacks.searched_network import (
     CoupledScales,
@@ -53,6 +59,7 @@ from swincompress_pl.pruning.structure.apply import AppliedPlan
 from swincompress_pl.pruning.structure.change import Change
 from swincompress_pl.pruning.structure.optimizer_state import slice_optimizers
 from swincompress_pl.pruning.structure.trial import FirstInputs
+from swincompress_pl.stored_data import reading
 
 _STATE_VERSION = 2
 # What a search changes in its callback; whatever else a subclass has is its own.
@@ -233,9 +240,9 @@ class SearchCallback(TrainingPass, ABC):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Take up the random numbers, and the epoch, where the checkpoint left them."""
         leave_out_unbegun_epoch(checkpoint)
-        mine = checkpoint["callbacks"].get(self.state_key)
-        if mine is not None and mine.get("version") == _STATE_VERSION:
-            self._rng.resume(trainer, mine["rng"])
+        mine = stored_state(checkpoint, self.state_key, _STATE_VERSION)
+        if mine is not None:
+            self._rng.resume(trainer, mine.get("rng"))
 
     def state_dict(self) -> dict[str, Any]:
         """The search so far and the random numbers' states: plain data and tensors."""
@@ -247,8 +254,10 @@ class SearchCallback(TrainingPass, ABC):
             raise ValueError(
                 f"the pruning callback's state has version {state_dict.get('version')!r}, {_STATE_VERSION} is expected"
             )
-        self._last_epoch = int(state_dict["last_epoch"])
-        self._restore(state_dict)
+        with reading(f"the state of {self.state_key}"):
+            last_epoch = integer("last_epoch", state_dict["last_epoch"], least=-1)
+            self._restore(state_dict)
+        self._last_epoch = last_epoch
 
     # Mechanism.
 

@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from swincompress_pl.checkpoint.compiled_keys import follow_compilation, masks_as_named_in
 from swincompress_pl.checkpoint.holder import float_network, has_network, network_of, put_network
-from swincompress_pl.checkpoint.record import CompressionRecord, history_in, read_checkpoint
+from swincompress_pl.checkpoint.record import CompressionRecord, check_form, history_in, read_checkpoint
 from swincompress_pl.checkpoint.restore import restore_from_history
 from swincompress_pl.history import follow_size, history_of
 from swincompress_pl.pruning.structure.weight_masks import enforce_masks, keep_masks, masked_parameters
@@ -140,6 +140,7 @@ def _record_of(module: LightningModule, model_attribute: str) -> CompressionReco
 
 
 def _prepare_load(module: LightningModule, checkpoint: dict[str, Any], model_attribute: str) -> None:
+    check_form(checkpoint)
     _restore_from(module, checkpoint, model_attribute)
     follow_compilation(module, checkpoint)
 

@@ -15,6 +15,9 @@ from typing import Any
 
 import torch
 
+from swincompress_pl.checkpoint.restore import checked_history
+from swincompress_pl.stored_data import from_plain
+
 CHECKPOINT_KEY = "swincompress_pl"
 RECORD_VERSION = 1
 INPUT_KEY = "swincompress_pl_input"
@@ -43,8 +46,8 @@ class CompressionRecord:
         """What stands in `checkpoint`; ValueError for another version."""
         return cls(
             history=history_in(checkpoint),
-            input_description=copy.deepcopy(checkpoint.get(INPUT_KEY)),
-            teacher_taken=checkpoint.get(TEACHER_TAKEN_KEY),
+            input_description=from_plain(Mapping[str, Any] | None, copy.deepcopy(checkpoint.get(INPUT_KEY)), INPUT_KEY),
+            teacher_taken=from_plain(bool | None, checkpoint.get(TEACHER_TAKEN_KEY), TEACHER_TAKEN_KEY),
         )
 
 
@@ -59,7 +62,13 @@ def history_in(checkpoint: Mapping[str, Any]) -> list[dict[str, Any]]:
             f"the checkpoint's compression record has version {found!r}, this package reads {RECORD_VERSION}; update "
             "swincompress_pl"
         )
-    return list(record["history"])
+    return checked_history(record.get("history"))
+
+
+def check_form(checkpoint: Mapping[str, Any], parts: Sequence[str] = ("state_dict", "callbacks", "loops")) -> None:
+    """ValueError, naming the part, for a checkpoint whose parts are no mappings by name."""
+    for part in parts:
+        from_plain(Mapping[str, Any], checkpoint.get(part, {}), f"the checkpoint's {part}")
 
 
 def read_checkpoint(ckpt_path: str | Path) -> Mapping[str, Any]:
@@ -79,4 +88,6 @@ def read_checkpoint(ckpt_path: str | Path) -> Mapping[str, Any]:
         raise ValueError(
             f"{ckpt_path} is no checkpoint of plain data and tensors, or it is damaged: {reason}"
         ) from error
+    if isinstance(checkpoint, Mapping):
+        check_form(checkpoint, ("state_dict", "callbacks", "hyper_parameters"))
     return checkpoint
