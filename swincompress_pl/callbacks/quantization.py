@@ -37,7 +37,13 @@ from swincompress_pl.callbacks.qat_options import (
     refuse_other_form,
 )
 from swincompress_pl.callbacks.qat_scales import ScaleGroup, read_old_names
-from swincompress_pl.callbacks.random_state import RandomNumbers, isolated, leave_out_unbegun_epoch, seeded
+from swincompress_pl.callbacks.random_state import (
+    RandomNumbers,
+    isolated,
+    leave_out_unbegun_epoch,
+    seeded,
+    stored_state,
+)
 from swincompress_pl.callbacks.resumed_arguments import stored
 from swincompress_pl.callbacks.training_pass import TrainingPass
 from swincompress_pl.callbacks.whole_change import whole_change
@@ -50,6 +56,7 @@ from swincompress_pl.quant import Bits, QuantizedNetwork, SearchOptions, quantiz
 from swincompress_pl.quant.folding import refuse_altered
 from swincompress_pl.quant.full_precision import bring_to_float32
 from swincompress_pl.quant.preprocessing import checked_preprocessing, find_preprocessing
+from swincompress_pl.stored_data import from_plain, reading
 
 _STATE_VERSION = 1
 
@@ -177,9 +184,9 @@ class QuantizationAwareTraining(TrainingPass):
         )
         read_old_names(checkpoint.get("optimizer_states", ()))
         leave_out_unbegun_epoch(checkpoint)
-        mine = checkpoint["callbacks"].get(self.state_key)
-        if mine is not None and mine.get("version") == _STATE_VERSION:
-            self._rng.resume(trainer, mine["rng"])
+        mine = stored_state(checkpoint, self.state_key, _STATE_VERSION)
+        if mine is not None:
+            self._rng.resume(trainer, mine.get("rng"))
             if trainer.state.fn == TrainerFn.FITTING and quantized and "arguments" in mine:
                 RESUMED_ARGUMENTS.take_up(self.callback_name, mine["arguments"], stored(self._arguments()))
 
@@ -263,8 +270,11 @@ class QuantizationAwareTraining(TrainingPass):
                 f"the quantization callback's state has version {state_dict.get('version')!r}, {_STATE_VERSION} is "
                 "expected"
             )
-        self._resumed, self._teacher_state = True, state_dict if state_dict["teacher"] is not None else None
-        self._scale_group.place = state_dict.get("scale_group")
+        with reading(f"the state of {self.state_key}"):
+            teacher = from_plain(Mapping[str, Any] | None, state_dict["teacher"], "teacher")
+            place = from_plain(int | None, state_dict.get("scale_group"), "scale_group")
+        self._resumed, self._teacher_state = True, None if teacher is None else state_dict
+        self._scale_group.place = place
 
     # Mechanism.
 

@@ -14,6 +14,7 @@ from lightning import Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
 from swincompress_pl.interrupts import put_back_after
+from swincompress_pl.stored_data import from_plain, reading
 
 
 def rng_states() -> dict[str, Any]:
@@ -94,11 +95,12 @@ class RandomNumbers:
         """The first epoch is under way."""
         self._at_start = None
 
-    def resume(self, trainer: Trainer, states: dict[str, Any]) -> None:
+    def resume(self, trainer: Trainer, states: Any) -> None:
         """From `on_load_checkpoint`, before anything is drawn; `states`: those of the checkpoint."""
         if trainer.state.fn == TrainerFn.FITTING and trainer.world_size == 1:
             self._states = states
-            set_rng_states(states)
+            with reading("the checkpoint's states of random numbers (rng)"):
+                set_rng_states(states)
 
     def on_train_start(self, trainer: Trainer) -> None:
         """Remember which epoch's iterator exists already."""
@@ -121,3 +123,9 @@ def leave_out_unbegun_epoch(checkpoint: Mapping[str, Any]) -> None:
     for counts in progress.values():
         if counts["ready"] == counts["started"] + 1 == counts["completed"] + 1:
             counts["ready"] = counts["started"]
+
+
+def stored_state(checkpoint: Mapping[str, Any], key: str, version: int) -> Mapping[str, Any] | None:
+    """The state of the callback `key` in a checkpoint; None where there is none, or one of another version."""
+    state = from_plain(Mapping[str, Any] | None, checkpoint["callbacks"].get(key), f"the state of {key}")
+    return None if state is None or state.get("version") != version else state

@@ -15,6 +15,7 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_info
 
 from swincompress_pl.arguments import shown
+from swincompress_pl.stored_data import from_plain
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,11 +29,12 @@ class ResumedArguments:
     free: Collection[str]
     because: str
 
-    def take_up(self, callback_name: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    def take_up(self, callback_name: str, before: Any, now: Mapping[str, Any]) -> None:
         """ValueError for a settled argument that was another `before`; those that take effect are said.
 
-        before: what `stored` gave for the fit that is resumed; now: for this one.
+        before: what `stored` gave for the fit that is resumed, as its checkpoint has it; now: for this one.
         """
+        before = from_plain(Mapping[str, Any], before, f"the arguments in the state of {callback_name}")
         changed = [name for name in before if name in now and before[name] != now[name]]
         for name in changed:
             if name in self.settled:

@@ -31,7 +31,13 @@ from swincompress_pl.callbacks.compatibility import (
     wrap_anew,
 )
 from swincompress_pl.callbacks.loaders import calibration_loaders, holdout_loaders
-from swincompress_pl.callbacks.random_state import RandomNumbers, isolated, leave_out_unbegun_epoch, seeded
+from swincompress_pl.callbacks.random_state import (
+    RandomNumbers,
+    isolated,
+    leave_out_unbegun_epoch,
+    seeded,
+    stored_state,
+)
 from swincompress_pl.callbacks.resumed_arguments import ResumedArguments, stored
 from swincompress_pl.callbacks.scoring import HoldOutReader, Named, images_and_labels, metric_scorer
 from swincompress_pl.callbacks.searched_network import (
@@ -56,6 +62,7 @@ from swincompress_pl.pruning.structure.apply import AppliedPlan
 from swincompress_pl.pruning.structure.change import Change
 from swincompress_pl.pruning.structure.optimizer_state import slice_optimizers
 from swincompress_pl.pruning.structure.trial import FirstInputs
+from swincompress_pl.stored_data import reading
 
 _STATE_VERSION = 2
 # What a search changes in its callback; whatever else a subclass has is its own.
@@ -248,10 +255,11 @@ class SearchCallback(TrainingPass, ABC):
         """Take up the random numbers, and the epoch, where the checkpoint left them; refuse arguments that cannot be
         others by now."""
         leave_out_unbegun_epoch(checkpoint)
-        mine = checkpoint["callbacks"].get(self.state_key)
-        if mine is not None and mine.get("version") == _STATE_VERSION:
-            self._rng.resume(trainer, mine["rng"])
-            if trainer.state.fn == TrainerFn.FITTING and mine["last_epoch"] >= 0 and "arguments" in mine:
+        mine = stored_state(checkpoint, self.state_key, _STATE_VERSION)
+        if mine is not None:
+            self._rng.resume(trainer, mine.get("rng"))
+            begun = integer("last_epoch", mine.get("last_epoch"), least=-1) >= 0
+            if trainer.state.fn == TrainerFn.FITTING and begun and "arguments" in mine:
                 self.resumed_arguments.take_up(self.callback_name, mine["arguments"], stored(self._arguments()))
 
     def state_dict(self) -> dict[str, Any]:
@@ -270,8 +278,10 @@ class SearchCallback(TrainingPass, ABC):
             raise ValueError(
                 f"the pruning callback's state has version {state_dict.get('version')!r}, {_STATE_VERSION} is expected"
             )
-        self._last_epoch = int(state_dict["last_epoch"])
-        self._restore(state_dict)
+        with reading(f"the state of {self.state_key}"):
+            last_epoch = integer("last_epoch", state_dict["last_epoch"], least=-1)
+            self._restore(state_dict)
+        self._last_epoch = last_epoch
 
     # Mechanism.
 

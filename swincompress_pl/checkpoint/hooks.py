@@ -19,7 +19,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from swincompress_pl.checkpoint.compiled_keys import follow_compilation
 from swincompress_pl.checkpoint.holder import has_network, network_of
 from swincompress_pl.checkpoint.networks import add_path, paths_of, record_of, restore_networks
-from swincompress_pl.checkpoint.record import CompressionRecord, read_checkpoint
+from swincompress_pl.checkpoint.record import CompressionRecord, check_form, read_checkpoint
 from swincompress_pl.pruning.structure.weight_masks import enforce_masks, keep_masks, masked_parameters
 from swincompress_pl.quant import QuantizedNetwork
 
@@ -207,5 +207,6 @@ def _write_record(module: LightningModule, checkpoint: dict[str, Any]) -> None:
 
 
 def _prepare_load(module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    check_form(checkpoint)
     restore_networks(module, checkpoint)
     follow_compilation(module, checkpoint)

@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from swincompress_pl.checkpoint.restore import checked_history
+from swincompress_pl.stored_data import from_plain
 from swincompress_pl.structure import Description, check_description
 
 CHECKPOINT_KEY = "swincompress_pl"
@@ -26,7 +28,6 @@ INPUT_KEY = "swincompress_pl_input"
 TEACHER_TAKEN_KEY = "swincompress_pl_teacher_taken"
 UNNAMED = ""
 """The path of the network in a file that does not say it."""
-_DAMAGED = "the checkpoint's compression record is damaged; take another checkpoint"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,13 +48,14 @@ class NetworkRecord:
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> NetworkRecord:
         """What `to_dict` gave; ValueError where it is not."""
-        if not isinstance(stored, Mapping) or not isinstance(stored.get("history"), list | tuple):
-            raise ValueError(_DAMAGED)
-        structure, attributes = stored.get("structure"), stored.get("attributes", {})
-        if not isinstance(attributes, Mapping) or not all(isinstance(each, Mapping) for each in attributes.values()):
-            raise ValueError(_DAMAGED)
-        structure = None if structure is None else check_description(structure)
-        return cls(history=list(stored["history"]), structure=structure, attributes=attributes)
+        stored = from_plain(Mapping[str, Any], stored, "the compression record of a network")
+        attributes = from_plain(dict[str, dict[str, Any]], stored.get("attributes", {}), "the record's attributes")
+        structure = stored.get("structure")
+        return cls(
+            history=checked_history(stored.get("history")),
+            structure=None if structure is None else check_description(structure),
+            attributes=attributes,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,8 +85,8 @@ class CompressionRecord:
         """What stands in `checkpoint`; ValueError for another version, or where it is damaged."""
         return cls(
             networks=_networks_in(checkpoint),
-            input_description=copy.deepcopy(checkpoint.get(INPUT_KEY)),
-            teacher_taken=checkpoint.get(TEACHER_TAKEN_KEY),
+            input_description=from_plain(Mapping[str, Any] | None, copy.deepcopy(checkpoint.get(INPUT_KEY)), INPUT_KEY),
+            teacher_taken=from_plain(bool | None, checkpoint.get(TEACHER_TAKEN_KEY), TEACHER_TAKEN_KEY),
         )
 
 
@@ -104,9 +106,14 @@ def _networks_in(checkpoint: Mapping[str, Any]) -> dict[str, NetworkRecord]:
             f"{SEVERAL_NETWORKS_VERSION}; update swincompress_pl"
         )
     networks = record["networks"] if "networks" in record else {record.get("network", UNNAMED): record}
-    if not isinstance(networks, Mapping) or not all(isinstance(path, str) for path in networks):
-        raise ValueError(_DAMAGED)
+    networks = from_plain(dict[str, Any], networks, "the compression record's networks")
     return {path: NetworkRecord.from_dict(network) for path, network in networks.items()}
+
+
+def check_form(checkpoint: Mapping[str, Any], parts: Sequence[str] = ("state_dict", "callbacks", "loops")) -> None:
+    """ValueError, naming the part, for a checkpoint whose parts are no mappings by name."""
+    for part in parts:
+        from_plain(Mapping[str, Any], checkpoint.get(part, {}), f"the checkpoint's {part}")
 
 
 def read_checkpoint(ckpt_path: str | Path) -> Mapping[str, Any]:
@@ -126,4 +133,6 @@ def read_checkpoint(ckpt_path: str | Path) -> Mapping[str, Any]:
         raise ValueError(
             f"{ckpt_path} is no checkpoint of plain data and tensors, or it is damaged: {reason}"
         ) from error
+    if isinstance(checkpoint, Mapping):
+        check_form(checkpoint, ("state_dict", "callbacks", "hyper_parameters"))
     return checkpoint

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -13,9 +16,11 @@ from swincompress_pl.pruning.structure.apply import apply_plan
 from swincompress_pl.pruning.structure.plan import PruningPlan
 from swincompress_pl.pruning.structure.regrow import regrow_latest_plan
 from swincompress_pl.pruning.structure.weight_masks import register_masks, remove_masks, undo_latest_masks
-from swincompress_pl.quant import QuantizedNetwork
+from swincompress_pl.quant import Bits, QuantizedNetwork
 from swincompress_pl.quant.full_precision import bring_to_float32
+from swincompress_pl.quant.preprocessing import checked_preprocessing
 from swincompress_pl.quant.silent_hooks import warn_of_silent_hooks
+from swincompress_pl.stored_data import from_plain, reading
 
 
 def _replay_prune(network: nn.Module, data: Mapping[str, Any]) -> nn.Module:
@@ -58,6 +63,47 @@ _UNDO: dict[str, Callable[[nn.Module], None]] = {
 }
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Quantization:
+    """The stored arguments of `QuantizedNetwork`."""
+
+    method: str
+    preprocessing: dict[str, Any]
+    classes: list[str] | None = None
+    bits: Any = "W8A8"
+    unsigned: tuple[str, ...] = ()
+    learned_scales: bool = False
+    without_signal: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        Bits.of(self.bits)
+        checked_preprocessing(self.preprocessing)
+
+
+# The same kinds -> what reads the data of an entry; a ValueError for other data.
+_FORMS: dict[str, Callable[[Any], Any]] = {
+    "prune": PruningPlan.from_dict,
+    "mask": partial(from_plain, list[str], name="names"),
+    "unmask": partial(from_plain, list[str], name="names"),
+    "quantize": partial(from_plain, _Quantization, name="arguments"),
+}
+
+
+def checked_history(history: Any) -> list[dict[str, Any]]:
+    """The entries; ValueError, naming the entry, for a history that is none. Of unknown kinds nothing is known."""
+    entries: list[dict[str, Any]] = from_plain(list[dict[str, Any]], history, "the compression record's history")
+    for number, entry in enumerate(entries):
+        for kind, data in entry.items():
+            if kind in _FORMS:
+                with _entry(number, kind):
+                    _FORMS[kind](data)
+    return entries
+
+
+def _entry(number: int, kind: str) -> AbstractContextManager[None]:
+    return reading(f"the compression record's history[{number}] ({kind})")
+
+
 def restore_from_history(network: nn.Module, history: Sequence[Mapping[str, Any]]) -> nn.Module:
     """The network with the history `history`: what `network` has beyond that is undone in shape, what is missing is
     replayed.
@@ -65,6 +111,7 @@ def restore_from_history(network: nn.Module, history: Sequence[Mapping[str, Any]
     Pruning and masks change `network` itself; quantization wraps it, so the result may be another object. Weights and
     masks are not right until those of the checkpoint are loaded.
     """
+    history = checked_history(history)
     for entry in history:
         if len(entry) != 1 or next(iter(entry)) not in _REPLAY:
             raise ValueError(
@@ -81,7 +128,8 @@ def restore_from_history(network: nn.Module, history: Sequence[Mapping[str, Any]
             network = float_network(network)
         else:
             _UNDO[next(iter(entry))](float_network(network))
-    for entry in history[common:]:
+    for number, entry in enumerate(history[common:], common):
         (kind, data), *_ = entry.items()
-        network = _REPLAY[kind](network, data)
+        with _entry(number, kind):
+            network = _REPLAY[kind](network, data)
     return network

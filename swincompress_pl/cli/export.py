@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 # torch and lightning are imported where they are needed: --help and errors of the arguments need not wait for them.
 _METHODS = ("searched", "max")
 _MISMATCH = 1
+_IMAGES = 128
 
 
 def main(name: str, arguments: Sequence[str]) -> int:
@@ -46,12 +47,14 @@ def main(name: str, arguments: Sequence[str]) -> int:
     command.add_argument(
         "--quantize", type=str, default=None, help=f"quantize a float checkpoint: {' or '.join(_METHODS)}"
     )
-    command.add_argument("--bits", type=str, default="W8A8", help="widths for --quantize, e.g. W4A8")
+    command.add_argument("--bits", type=str, default=None, help="widths for --quantize, e.g. W4A8; W8A8 unless given")
     command.add_argument(
         "--data", type=str, default=None, help="YAML config whose `data` gives the images for --quantize"
     )
     command.add_argument("--data-root", type=str, default=None, help="replaces the `root` of that data")
-    command.add_argument("--images", type=int, default=128, help="how many images --quantize looks at")
+    command.add_argument(
+        "--images", type=int, default=None, help="how many images --quantize looks at; 128 unless given"
+    )
     command.add_argument(
         "--model-class", type=str, default="swincompress_pl.models.CompressibleClassifier",
         help="class of the LightningModule, if it is your own (with CompressionMixin)",
@@ -61,15 +64,30 @@ def main(name: str, arguments: Sequence[str]) -> int:
         help="where the module holds the network to export, if it holds several: net, model.backbone, ...",
     )  # fmt: skip
     given = command.parse_args(list(arguments))
+    _check_options(given)
+    return _export(given)
+
+
+def _check_options(given: Any) -> None:
+    """ValueError, by name, for options that contradict each other, or would be ignored."""
     if given.reference_check < 0:
         raise ValueError(f"--reference-check is {given.reference_check}; give 0 or more")
     if (given.quantize is None) != (given.data is None):
         raise ValueError("--quantize and --data go together: scales are found on the training images of a data config")
-    if given.quantize is None and given.bits != "W8A8":
-        raise ValueError(f"--bits {given.bits} goes with --quantize: a quantized checkpoint has its widths")
+    of_quantize = {"--bits": given.bits, "--images": given.images, "--data-root": given.data_root}
+    ignored = [f"{option} {value}" for option, value in of_quantize.items() if value is not None]
+    if given.quantize is None and ignored:
+        raise ValueError(
+            f"{' and '.join(ignored)} goes with --quantize: a quantized checkpoint has its widths and scales; leave it "
+            "out, or quantize a float checkpoint with --quantize and --data"
+        )
     if given.quantize is not None and given.quantize not in _METHODS:
         raise ValueError(f"--quantize is {given.quantize!r}; choose {' or '.join(_METHODS)}")
-    return _export(given)
+    if given.images is not None and given.images < 1:
+        raise ValueError(f"--images is {given.images}; give 1 or more")
+    for option, file in (("the checkpoint", given.checkpoint), ("--data", given.data)):
+        if file is not None and Path(given.output).resolve() == Path(file).resolve():
+            raise ValueError(f"--output {given.output} is {option} itself, which it would replace; name another file")
 
 
 def _export(given: Any) -> int:
@@ -77,6 +95,8 @@ def _export(given: Any) -> int:
     if not is_checkpoint(file):
         raise ValueError(f"{file} is no Lightning checkpoint; an artifact needs no export")
     output = Path(given.output)
+    if output.is_dir():
+        raise ValueError(f"--output {output} is a directory; name a file in it")
     if not output.parent.is_dir():
         raise FileNotFoundError(f"{output}: the folder {output.parent} does not exist; make it first")
     _say(f"loading {file}")
@@ -159,10 +179,11 @@ def _quantize(network: nn.Module, given: Any) -> QuantizedNetwork:
     if not hasattr(data, "calibration_dataloader"):
         raise ValueError(f"{given.data}: {type(data).__name__} has no calibration_dataloader; use swincompress_pl.data")
     preprocessing = data.preprocessing.to_dict()
-    _say(f"quantizing on {given.images} images")
+    images, bits = given.images or _IMAGES, given.bits or "W8A8"
+    _say(f"quantizing on {images} images")
     return quant.quantize(
-        network, data.calibration_dataloader(given.images), method=given.quantize, bits=given.bits,
-        preprocessing=preprocessing, calibration_images=given.images, classes=data.class_names, progress=True,
+        network, data.calibration_dataloader(images), method=given.quantize, bits=bits,
+        preprocessing=preprocessing, calibration_images=images, classes=data.class_names, progress=True,
     )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from swincompress_pl.printable import printable_data
 from swincompress_pl.report.content.numbers import count, megabytes
 from swincompress_pl.report.sizes import program_parameters, program_size
 from swincompress_pl.spec import Cost, Program, costs
+
+_MAX_DEPTH = 20  # of what a checkpoint holds beside its tensors, for people
 
 
 def main(name: str, arguments: Sequence[str]) -> int:
@@ -167,10 +170,13 @@ def _pairs(values: Mapping[str, Any]) -> str:
     return ", ".join(f"{key} {value}" for key, value in values.items()) or "not described"
 
 
-def _plain(value: Any) -> Any:
-    """JSON types only; anything else as its text."""
+def _plain(value: Any, depth: int = 0) -> Any:
+    """JSON types only; anything else, and numbers that JSON does not have, as its text."""
+    if depth > _MAX_DEPTH and isinstance(value, Mapping | list | tuple):
+        return "..."
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): _plain(item, depth + 1) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return value if value is None or isinstance(value, str | int | float | bool) else str(value)
+        return [_plain(item, depth + 1) for item in value]
+    known = value is None or isinstance(value, str | int | bool) or (isinstance(value, float) and math.isfinite(value))
+    return value if known else str(value)

@@ -39,6 +39,7 @@ from swincompress_pl.models.training import (
     distillation_loss,
     warmup_cosine,
 )
+from swincompress_pl.stored_data import from_plain, reading
 
 Batch = tuple[Tensor, Tensor]  # (N, 3, H, W) float, (N,) int64
 
@@ -72,6 +73,7 @@ class CompressibleClassifier(CompressionMixin, LightningModule):
         super().__init__()
         num_classes = integer("num_classes", num_classes, least=2)
         label_smoothing = number("label_smoothing", label_smoothing, lambda x: 0 <= x < 1, "0 or more and below 1")
+        model_kwargs = from_plain(dict[str, Any] | None, model_kwargs, "model_kwargs")
         if "num_classes" in (model_kwargs or {}):
             raise ValueError("model_kwargs holds num_classes; give it as the argument num_classes only.")
         self.optimization = as_config(OptimizationConfig, optimization)
@@ -108,7 +110,7 @@ class CompressibleClassifier(CompressionMixin, LightningModule):
     @_restricted_classmethod
     def load_from_checkpoint(cls, *args: Any, **kwargs: Any) -> Self:  # noqa: N805  # a class method of Lightning's
         """As for every LightningModule, without fetching initial weights, whatever the stored arguments say."""
-        with restoring():
+        with restoring(), reading("the checkpoint's hyper_parameters", passing=(ValueError, RuntimeError)):
             return super().load_from_checkpoint(*args, **kwargs)
 
     def _create_metrics(self) -> None:

@@ -6,19 +6,22 @@ import difflib
 import importlib
 import math
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import timm
 from torch import nn
 
+from swincompress_pl.arguments import text
 from swincompress_pl.checkpoint.compiled_keys import masks_as_named_in
 from swincompress_pl.checkpoint.restore import restore_from_history
 from swincompress_pl.history import note_size, set_creation
 from swincompress_pl.models.spiking.memory import without_memory
-from swincompress_pl.models.stored_arguments import checked_creation, storable
+from swincompress_pl.models.stored_arguments import checked_creation, is_restoring, restoring, storable
 from swincompress_pl.models.weights import load_weights
 from swincompress_pl.registry import size_of
+from swincompress_pl.stored_data import reading
 from swincompress_pl.structure import set_attributes
 
 # Lower-case name -> class of timm, for small inputs that no registered model has.
@@ -72,8 +75,10 @@ def create_model(
     """
     if pretrained and checkpoint_path is not None:
         raise ValueError(f"{name}: pretrained=True and checkpoint_path={checkpoint_path} are both given; choose one.")
+    name = text("name", name, "the name of a model")
     recorded = storable(name, kwargs)
-    network = _builder(name, pretrained)(**kwargs)
+    with reading(f"{name}: the stored arguments") if is_restoring() else nullcontext():
+        network = _builder(name, pretrained)(**kwargs)
     if checkpoint_path is not None:
         load_weights(network, Path(checkpoint_path))
     set_creation(network, name, recorded)
@@ -84,7 +89,8 @@ def create_model(
 def recreate_model(creation: Mapping[str, Any]) -> nn.Module:
     """The network that `network.creation` describes, with fresh weights; nothing is fetched and no file is read."""
     name, kwargs = checked_creation(creation)
-    return create_model(name, **kwargs)
+    with restoring():
+        return create_model(name, **kwargs)
 
 
 def rebuild(origin: Mapping[str, Any]) -> nn.Module:

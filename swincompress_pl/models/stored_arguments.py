@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+from swincompress_pl.arguments import shown
+
 # Arguments that only say where weights come from, and how they are taken from there.
 _SOURCES = {
     "pretrained",
@@ -52,6 +54,7 @@ _PLACE = re.compile(
 )
 _NAME = re.compile(r"[\w.+-]{0,64}", re.ASCII)  # "layernorm", "avg": no URL, no path, no "owner/name" of a hub
 _MAX_DEPTH = 8
+_MOST, _MOST_BLOCKS = 1 << 20, 1000  # in an argument: of whatever, and of blocks (`depth`, `depths`)
 
 _restoring: ContextVar[bool] = ContextVar("_restoring", default=False)
 
@@ -138,11 +141,14 @@ def _as_data(name: str, key: Any, value: Any) -> Any:
             f"{name}: argument {key}={reprlib.repr(value)} is not JSON data ({error}), so no checkpoint could rebuild "
             "the network; pass numbers, strings, lists (timm takes layers by name, e.g. norm_layer='layernorm')."
         ) from error
-    _check_strings(name, key, data)
+    _check_values(name, key, data)
     return data
 
 
-def _check_strings(name: str, key: str, data: Any, depth: int = 0) -> None:
+def _check_values(name: str, key: str, data: Any, depth: int = 0) -> None:
+    most = _MOST_BLOCKS if "depth" in key else _MOST
+    if isinstance(data, int | float) and abs(data) > most:
+        raise ValueError(f"{name}: argument {key} holds {shown(data)}; no network is built with more than {most:,}")
     if depth > _MAX_DEPTH:
         raise ValueError(f"{name}: argument {key} is nested deeper than {_MAX_DEPTH} lists; no network takes that")
     if isinstance(data, str) and not _NAME.fullmatch(data):
@@ -156,7 +162,7 @@ def _check_strings(name: str, key: str, data: Any, depth: int = 0) -> None:
                 raise ValueError(
                     f"{name}: argument {key} holds {inner!r}, which names a place, not a part of a network"
                 )
-            _check_strings(name, key, part, depth + 1)
+            _check_values(name, key, part, depth + 1)
     if isinstance(data, list):
         for part in data:
-            _check_strings(name, key, part, depth + 1)
+            _check_values(name, key, part, depth + 1)

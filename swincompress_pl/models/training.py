@@ -134,6 +134,7 @@ def _set(config: object, fields: Mapping[str, Any]) -> None:
 def as_config(kind: type[Config], value: Config | Mapping[str, Any]) -> Config:
     """A config from plain data, such as a checkpoint's hyperparameters; a ValueError names unknown options."""
     if not isinstance(value, Mapping):
+        require(kind.__name__, value, isinstance(value, kind), "a mapping of its options, or one of it")
         return value
     known = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]  # all three are dataclasses
     unknown = sorted(value.keys() - set(known))

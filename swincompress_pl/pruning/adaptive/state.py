@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from swincompress_pl.arguments import integer, require
+from swincompress_pl.stored_data import from_plain
+
 STATE_VERSION = 2
 
 
@@ -71,7 +74,7 @@ class SearchState:
     score: float | None = None
     steps: list[Step] = field(default_factory=list)
     sensitivity: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
-    scoring: dict[str, Any] = field(default_factory=dict)
+    scoring: dict[str, float] = field(default_factory=dict)
     elapsed_s: float = 0.0
     stopped: str | None = None
 
@@ -83,14 +86,17 @@ class SearchState:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> SearchState:
-        """The state that `to_dict` wrote; ValueError for another version."""
+        """The state that `to_dict` wrote; ValueError for another version, or naming what is not as it was written."""
+        require("search", data, isinstance(data, Mapping), "a mapping")
         if data.get("version") != STATE_VERSION:
             raise ValueError(
                 f"a search state of version {STATE_VERSION} is expected, not {data.get('version')!r}; it was written "
                 "by another version of swincompress_pl: begin a new search"
             )
-        fields = {key: value for key, value in data.items() if key != "version"}
-        fields["targets"] = {name: TargetState(**entry) for name, entry in fields["targets"].items()}
-        fields["steps"] = [Step(**row) for row in fields["steps"]]
-        fields["sensitivity"] = {name: [(p, s) for p, s in curve] for name, curve in fields["sensitivity"].items()}
-        return cls(**fields)
+        state: SearchState = from_plain(cls, {key: value for key, value in data.items() if key != "version"}, "search")
+        for name in ("baseline_parameters", "baseline_prunable", "baseline_bytes"):
+            integer(f"search.{name}", getattr(state, name), least=1)
+        for name, curve in state.sensitivity.items():
+            parts = [part for part, _ in curve[1:]]
+            require(f"search.sensitivity[{name!r}]", curve, bool(curve) and min(parts, default=1) > 0, "parts above 0")
+        return state

@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from swincompress_pl.arguments import integer, number, require
 from swincompress_pl.pruning.prime.config import current_settings
 from swincompress_pl.pruning.structure.change import Change, nothing_applied
 from swincompress_pl.pruning.structure.plan import PruningPlan
+from swincompress_pl.stored_data import from_plain, reading
 
 _STATE_VERSION = 2
 _READABLE = (1, 2)  # version 1 had other names in `config`
@@ -160,27 +162,22 @@ class PrimeSVTResult:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> PrimeSVTResult:
-        """What `to_dict` wrote, without a `change`; ValueError for another version."""
+        """What `to_dict` wrote, without a `change`; ValueError for another version, or naming what is not as it was
+        written."""
+        require("result", data, isinstance(data, Mapping), "a mapping")
         if data.get("version") not in _READABLE:
             raise ValueError(
                 f"a PrimeSVT result of version {_STATE_VERSION} is expected, not {data.get('version')!r}; it was "
                 "written by another version of swincompress_pl: search anew"
             )
-        fields = {key: value for key, value in data.items() if key != "version"}
-        for key in ("applied", "within_accuracy", "within_memory"):
-            fields[key] = None if fields[key] is None else Candidate(**fields[key])
-        fields["config"] = current_settings(fields["config"])
-        fields["candidates"] = [Candidate(**entry) for entry in fields["candidates"]]
-        fields["target_sets"] = [
-            TargetSet(**{**entry, "accepted_rates": tuple(entry["accepted_rates"])}) for entry in fields["target_sets"]
-        ]
-        fields["blocks"] = [_block(entry) for entry in fields["blocks"]]
-        return cls(**fields)
-
-
-def _block(entry: Mapping[str, Any]) -> BlockState:
-    curve = tuple(CurvePoint(**point) for point in entry.get("curve", ()))
-    return BlockState(**{**entry, "layers": tuple(entry["layers"]), "curve": curve})
+        fields = {key: value for key, value in data.items() if key not in ("version", "change")}
+        with reading("result.config"):
+            fields["config"] = current_settings(fields.get("config", {}))
+            for name in ("tolerance", "min_memory_saving"):
+                number(name, fields["config"][name], lambda _: True, "a finite number")
+        result: PrimeSVTResult = from_plain(cls, fields, "result")
+        integer("result.parameters_before", result.parameters_before, least=1)
+        return result
 
 
 def _told(candidate: Candidate | None, baseline: float) -> str:

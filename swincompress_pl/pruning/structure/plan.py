@@ -8,6 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 from swincompress_pl.pruning.structure.groups import Group, validate_units
+from swincompress_pl.stored_data import from_plain
 
 PLAN_VERSION = 1
 
@@ -97,7 +98,7 @@ class PruningPlan:
             raise ValueError(
                 "a pruning plan needs 'groups': {name: {'kept': [...], 'units': n}}; the stored one is damaged"
             )
-        kept = {name: tuple(g["kept"]) for name, g in groups.items()}
+        kept = {name: from_plain(tuple[int, ...], g["kept"], f"groups[{name!r}].kept") for name, g in groups.items()}
         return cls(kept, {name: g["units"] for name, g in groups.items() if g.get("units") is not None})
 
 
