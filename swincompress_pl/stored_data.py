@@ -1,5 +1,7 @@
-"""Plain data of a file read by the types that it was written from: what is missing, odd or of another type is a
-ValueError that names the place, and never whatever the code behind it raises.
+"""Plain data of a file, read by the types that it was written from.
+
+What is missing, odd or of another type is a ValueError that names the place, and never whatever the code behind it
+raises.
 """
 
 from __future__ import annotations
