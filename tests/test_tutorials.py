@@ -27,7 +27,7 @@ TIME = re.compile(r"[\d.]+(?= (?:ms|s|microseconds)\b)")
 # How far a number may lie from the page's: a part of it, or so much of its own unit (points, images, a last digit).
 RELATIVE, ABSOLUTE = 0.1, 2.0
 # Sums in the order of AVX2 on every x86 CPU, so that a run repeats where the versions of torch and NumPy do.
-SAME_SUMS = {"ATEN_CPU_CAPABILITY": "avx2", "MKL_CBWR": "AVX2", "ONEDNN_MAX_CPU_ISA": "AVX2", "OMP_NUM_THREADS": "2"}
+SAME_SUMS = {"ATEN_CPU_CAPABILITY": "avx2", "MKL_CBWR": "AVX2", "ONEDNN_MAX_CPU_ISA": "AVX2", "OMP_NUM_THREADS": "1"}
 
 
 def text_of(page: str) -> str:
