@@ -3,6 +3,9 @@
 The events are made here: a bar that moves left, right, up or down, seen by a sensor with two polarities.
 
     $ python examples/events.py
+float: 100.0%; engine: 100.0% of 200 recordings (4, 32, 32, 2)
+spike rates of 12 layers of neurons: 0.021 to 0.440
+per recording: 145,791 synaptic operations, 1,523,840 MACs of the shapes
 """
 
 from __future__ import annotations

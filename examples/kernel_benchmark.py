@@ -1,6 +1,9 @@
 """Time the int8 kernel of the C++ engine on one linear layer beside torch and NumPy, and compare its integers.
 
 $ python examples/kernel_benchmark.py
+(197, 384) x (384, 1536), avx512_vnni, 1 thread(s)
+equal to the specification in NumPy: True; mean error against float: 0.0073
+...
 """
 
 from __future__ import annotations

@@ -2,6 +2,11 @@
 
 $ python examples/own_module.py
 $ python examples/numpy_inference.py runs/own_module/model.safetensors
+Engine(27 operations, images (32, 32, 3), 10 classes, implementation='avx512_vnni', threads=2)
+270 of 300 images right
+one image: 1,157,952 MACs; the longest of 21 steps is patch_embed.proj
+...
+torch was not imported
 """
 
 from __future__ import annotations

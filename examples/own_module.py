@@ -1,6 +1,7 @@
 """Compress the network of a LightningModule of your own: prune it, train it in integers, keep the best, export it.
 
 $ python examples/own_module.py
+validated: 90.00%, the engine: 270 of 300 images, 90.00%
 """
 
 from __future__ import annotations

@@ -1,6 +1,11 @@
 """Compress a network in a plain PyTorch loop: prune single weights, fine-tune, quantize, fine-tune, save, reload.
 
 $ python examples/plain_pytorch.py
+float: 97.50% of 360 test images
+pruned, 114,250 -> 51,987: 95.56% of 360 test images
+fine-tuned: 96.94% of 360 test images
+int8, fine-tuned: 97.22% of 360 test images
+reloaded, in the engine: 97.22%
 """
 
 import argparse
