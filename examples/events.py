@@ -67,9 +67,8 @@ def main() -> None:
     as_counts = {"mean": (0.0, 0.0), "std": (1 / 255, 1 / 255), "time_steps": T, "height": SIZE, "width": SIZE}
     quantized = quantize(network, [frames[:32]], preprocessing=as_counts, classes=list(DIRECTIONS))
     engine = accel.load(accel.export(quantized.eval(), given.output / "model.safetensors"))
-    top1 = float((engine(counts).argmax(1) == labels).mean())
+    top1 = (engine(counts).argmax(1) == labels).mean()
     print(f"float: {float_top1:.1%}; engine: {top1:.1%} of {len(labels)} recordings {engine.input_shape}")
-
     profile = engine.profile(counts[:8])
     rates = [row.spike_rate for row in profile if row.spike_rate is not None]
     print(f"spike rates of {len(rates)} layers of neurons: {min(rates):.3f} to {max(rates):.3f}")

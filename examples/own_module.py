@@ -36,8 +36,7 @@ class DigitClassifier(CompressionMixin, LightningModule):  # the mixin makes loa
         return self.backbone(images)
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        images, labels = batch
-        return cross_entropy(self(images), labels)
+        return cross_entropy(self(batch[0]), batch[1])
 
     def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
         images, labels = batch

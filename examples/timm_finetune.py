@@ -1,6 +1,9 @@
 """Fine-tune a timm network on a folder of images, quantize it with its own normalization, and classify a file.
 
 $ python examples/timm_finetune.py
+float: 92.00% of 300 images
+int8: 92.00% of 300 images
+runs/timm_finetune/val/digit 7/7.png: digit 7
 """
 
 from __future__ import annotations
@@ -51,7 +54,7 @@ def main() -> None:
     names = sorted(train.reader.class_to_idx, key=train.reader.class_to_idx.get)
 
     epochs, batches = 1 if given.quick else 40, DataLoader(train, batch_size=64, shuffle=True)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=0.05)
+    optimizer = torch.optim.AdamW(network.parameters(), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=epochs * len(batches))
     for _ in range(epochs):
         for images, labels in batches:
@@ -60,13 +63,11 @@ def main() -> None:
             optimizer.zero_grad()
             schedule.step()
 
-    network.eval()
-    quantized = quantize(network, batches, preprocessing=normalization, classes=names).eval()
+    quantized = quantize(network.eval(), batches, preprocessing=normalization, classes=names).eval()
     images, labels = next(iter(DataLoader(val, batch_size=len(val))))
     for name, model in (("float", network), ("int8", quantized)):
         with torch.no_grad():
             print(f"{name}: {(model(images).argmax(1) == labels).float().mean():.2%} of {len(labels)} images")
-
     engine = accel.load(accel.export(quantized, given.output / "model.safetensors"))
     prepare = Preprocessing(height=32, width=32, resize=32, **normalization)
     file = given.output / "val" / "digit 7" / "7.png"
