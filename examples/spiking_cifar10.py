@@ -3,10 +3,11 @@
 CIFAR-10 as folders (train|test/<class>/*.jpg) from `--data`, or from the archive cifar10_jpeg.tar.xz in the folder that
 SWINCOMPRESS_DATA names; without either, scikit-learn's digits.
 
-    $ python examples/spiking_cifar10.py
+$ env -u SWINCOMPRESS_DATA python examples/spiking_cifar10.py
+PrimeSVT: 31.44% of the parameters saved at 92.22 points, unpruned 92.22; both constraints are met
+test: 89.17% in torch, 89.17% in the engine
+per image: 1,693,497 synaptic operations, 15,845,856 MACs of the shapes
 """
-
-from __future__ import annotations
 
 import argparse
 import os
@@ -70,8 +71,7 @@ def main() -> None:
     engine = accel.load(accel.export(module, given.output / "model.safetensors"))
     right = [(engine(pixels).argmax(1) == labels) for pixels, labels in data.uint8_batches("test")]
     print(f"test: {tested['test/top1']:.2%} in torch, {np.concatenate(right).mean():.2%} in the engine")
-    (pixels, _), *_ = data.uint8_batches("test")
-    profile = engine.profile(pixels[:8])
+    profile = engine.profile(next(data.uint8_batches("test"))[0][:8])
     print(f"per image: {profile.sops // 8:,} synaptic operations, {profile.macs // 8:,} MACs of the shapes")
 
 
