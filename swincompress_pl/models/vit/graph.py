@@ -34,7 +34,10 @@ def vit_graph(network: Any, preprocessing: Mapping[str, Any]) -> Graph:
 
 
 def _refuse_variants(build: GraphBuilder, network: Any) -> None:
-    build.refuse(network.dynamic_img_size, "dynamic_img_size=True; the engine needs one image size")
+    build.refuse(
+        network.dynamic_img_size,
+        "dynamic_img_size=True; the engine needs one image size: create it with dynamic_img_size=False",
+    )
     build.refuse(network.attn_pool is not None, f"global_pool={network.global_pool!r}; use 'token' or 'avg'")
     build.refuse(
         network.global_pool not in ("token", "avg"), f"global_pool={network.global_pool!r}; use 'token' or 'avg'"
