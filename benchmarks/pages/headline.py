@@ -22,7 +22,7 @@ def draw(sources: Sources, theme: Theme) -> Figure:
     names = by_time(two)
     colors = [theme.ours if name == ENGINE else theme.others for name in names]
     figure = canvas(
-        10.4, 4.3, theme=theme,
+        10.4, 3.7, theme=theme,
         title="Swin-T, one image: time and memory by runtime (shorter is better)",
         subtitle=(
             f"{cpu(figures['environment'])}, 2 cores, 224 x 224, batch 1, random weights. Medians of {rounds(figures)} "
