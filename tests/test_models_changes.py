@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.utils.prune
 from lightning import LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from support.callback_cases import greedy, make_trainer, vit
@@ -274,3 +275,15 @@ def test_an_artifact_s_origin_has_the_changes_or_no_network(tmp_path: Path) -> N
 def test_stored_attributes_that_the_network_does_not_have_are_refused(attributes: Any) -> None:
     with pytest.raises(ValueError, match="damaged"):
         set_attributes(vit(), attributes)
+
+
+def test_weights_that_torch_computes_are_those_of_their_names() -> None:
+    network = create_model("VisionTransformer", num_classes=3, **VIT)
+    torch.nn.utils.prune.l1_unstructured(network.blocks[0].mlp.fc1, "weight", amount=0.5)
+    torch.nn.utils.parametrizations.weight_norm(network.blocks[1].mlp.fc1)
+    assert changes_since_creation(network) == {}
+    torch.nn.utils.prune.l1_unstructured(network.blocks[1].mlp.fc2, "weight", amount=0.5)
+    network.blocks[1].mlp.fc2.weight_mask = network.blocks[1].mlp.fc2.weight_mask[:, :8]
+    del network.blocks[1].mlp.fc2.weight
+    with pytest.raises(ValueError, match=r"blocks.1.mlp.fc2.weight is not there"):
+        changes_since_creation(network)

@@ -176,7 +176,7 @@ def test_a_figure_becomes_pixels_and_an_element_without_links() -> None:
     [
         ({"version": 1}, "version 2 is expected, not 1"),
         ({"version": None}, "version 2 is expected, not None"),
-        ({"steps": [{"round": 1}]}, "incomplete or ill-typed"),
+        ({"steps": [{"round": 1}]}, r"search.steps\[0\]: target, kind, .* missing"),
         ({"targets": {}}, "step 1 is of 'blocks.0.heads', which is not a target"),
         ({"scoring": {"images_scored": 9, "image_forwards": 1.0}}, "scoring has no decisions, naive_images"),
         ({"sensitivity": {"other": [[0.0, 1.0]]}}, "sensitivity of 'other'"),
@@ -191,7 +191,7 @@ def test_bad_data_is_named(change: dict[str, Any], message: str) -> None:
 def test_a_score_that_is_no_number_is_named() -> None:
     data = search_data()
     data["steps"][2]["score"] = float("nan")
-    with pytest.raises(ValueError, match=r"step 3 \(blocks.0.heads\): the score nan"):
+    with pytest.raises(ValueError, match=r"search.steps\[2\].score=nan: it has to be a finite number"):
         read_search(data)
 
 

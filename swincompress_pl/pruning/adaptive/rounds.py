@@ -266,7 +266,7 @@ def in_order(targets: Sequence[Target], state: SearchState, config: AdaptivePrun
 
 def _loss_a_part(curve: Sequence[tuple[float, float]]) -> float:
     """Points lost a part removed, averaged over the measured levels."""
-    losses = [(curve[0][1] - score) / part for part, score in curve[1:]]
+    losses = [(curve[0][1] - score) / part for part, score in curve if part > 0]
     return sum(losses) / len(losses) if losses else 0.0
 
 

@@ -97,6 +97,6 @@ class SearchState:
         for name in ("baseline_parameters", "baseline_prunable", "baseline_bytes"):
             integer(f"search.{name}", getattr(state, name), least=1)
         for name, curve in state.sensitivity.items():
-            parts = [part for part, _ in curve[1:]]
-            require(f"search.sensitivity[{name!r}]", curve, bool(curve) and min(parts, default=1) > 0, "parts above 0")
+            is_curve = bool(curve) and all(0 <= part <= 1 for part, _ in curve)
+            require(f"search.sensitivity[{name!r}]", curve, is_curve, "pairs of a part, 0 to 1, and a score")
         return state
