@@ -229,7 +229,7 @@ STATES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "a step": (lambda s: s["targets"]["a"].update(step="x"), r"search.targets\['a'\].step='x': it has to be a finite"),
     "not finite": (lambda s: s.update(baseline_score=float("nan")), "search.baseline_score=nan"),
     "nothing": (lambda s: s.update(baseline_parameters=0), "search.baseline_parameters=0: it has to be 1 or more"),
-    "a part of 0": (lambda s: s.update(sensitivity={"a": [[0, 1], [0, 1]]}), r"sensitivity\['a'\].*parts above 0"),
+    "a part of 2": (lambda s: s.update(sensitivity={"a": [[0, 1], [2, 1]]}), r"sensitivity\['a'\].*a part, 0 to 1"),
     "a pair": (
         lambda s: s.update(sensitivity={"a": [[0]]}),
         r"sensitivity\['a'\]\[0\]=\[0\]: it has to be a list of 2",
