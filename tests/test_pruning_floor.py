@@ -16,7 +16,7 @@ FLOOR = BASELINE - TOLERANCE
 
 
 def scripted(*wanted: float) -> Callable[[nn.Module], float]:
-    """Gives these scores, one a call, and the last again and again."""
+    """Gives these scores, one per call, and then the last one again."""
     found = itertools.chain(wanted, itertools.repeat(wanted[-1]))
     return lambda network: next(found)
 

@@ -63,7 +63,7 @@ class AdaptiveIterativePruning(SearchCallback):
     its float baseline, so that what quantization loses counts; one begun after it has a quantized baseline.
 
     One device or DDP; FSDP and DeepSpeed, EMA and SWA are refused by name. Compiled networks (`torch.compile`) are
-    compiled anew after a shrink.
+    compiled again after a shrink.
 
     Example: `Trainer(callbacks=[AdaptiveIterativePruning(tolerance=1.0, start_epoch=5, every_n_epochs=2, target=0.4)])`
     """

@@ -147,7 +147,7 @@ class SearchCallback(TrainingPass, ABC):
 
     @abstractmethod
     def _forget(self) -> None:
-        """Begin anew: what is known is of another fit."""
+        """Begin again: what is known is of another fit."""
 
     @abstractmethod
     def _find(

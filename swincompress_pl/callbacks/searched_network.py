@@ -39,7 +39,7 @@ def standing(module: LightningModule, model_attribute: str, network: nn.Module) 
 
 
 class _Rounded(nn.Module):
-    """A quantized network's fake quantization in either mode: integers would be made anew for every candidate."""
+    """A quantized network's fake quantization in either mode: integers would be made again for every candidate."""
 
     def __init__(self, quantized: QuantizedNetwork) -> None:
         super().__init__()

@@ -121,7 +121,7 @@ def restore_from_history(network: nn.Module, history: Sequence[Mapping[str, Any]
     common = 0
     while common < min(len(done), len(history)) and done[common] == history[common]:
         common += 1
-    if common < len(done):  # scales do not grow again: what was quantized before that is quantized anew
+    if common < len(done):  # scales do not grow again: what was quantized before that is quantized again
         common = min([common, *(number for number, entry in enumerate(done) if "quantize" in entry)])
     for entry in reversed(done[common:]):
         if "quantize" in entry:

@@ -132,7 +132,7 @@ def main(name: str, arguments: Sequence[str]) -> int:
 
 @contextmanager
 def _without_news() -> Iterator[None]:
-    """What Lightning says of each of the short fits is not told; warnings are."""
+    """Hides what Lightning says of each short fit, but not its warnings."""
     news = logging.getLogger("lightning.pytorch")
     level = news.level
     news.setLevel(logging.WARNING)

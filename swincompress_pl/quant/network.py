@@ -250,7 +250,7 @@ class QuantizedNetwork(nn.Module):
         return self
 
     def train(self, mode: bool = True) -> QuantizedNetwork:
-        """As for every module; and the twin is built anew, see `forget_twin`."""
+        """As for every module; and the twin is built again, see `forget_twin`."""
         self.forget_twin()
         return super().train(mode)
 
@@ -271,7 +271,7 @@ class QuantizedNetwork(nn.Module):
         self.training = self.network.training
 
     def forget_twin(self) -> None:
-        """Build the twin anew at its next use: for weights written through `.data`, as averaging callbacks do, which
+        """Build the twin again at its next use: for weights written through `.data`, as averaging callbacks do, which
         no version counter shows."""
         self._twin = None
 

@@ -128,7 +128,7 @@ class HoldOut:
 
         max_images: keep so many over all ranks, the classes in proportion, chosen by `seed` from all that come; None
         for all. max_size_bytes: of the kept images, on one rank. More is a ValueError and not a slower way: a hold-out
-        that is read anew each time has no order to sample in; `FunctionScorer` is for those. options: of `HoldOut`.
+        that is read from its start each time has no order to sample in: give a `FunctionScorer`. options: of `HoldOut`.
         """
         with failing_together("reading the hold-out"):
             images, labels = read_images(
@@ -381,7 +381,7 @@ def _collect(batches: Iterable[Any], most: int | None, max_size_bytes: int, seed
             raise ValueError(
                 f"the hold-out takes more than max_size_bytes={max_size_bytes}, {image.nbytes} an image; keep "
                 f"max_images={max_size_bytes // image.nbytes}, allow more bytes, or use FunctionScorer(evaluate) with "
-                "a function that reads the images anew each time"
+                "a function that reads the images again each time"
             )
     if not kept:
         return torch.zeros(0), torch.zeros(0, dtype=torch.long)

@@ -168,7 +168,7 @@ class PrimeSVTResult:
         if data.get("version") not in _READABLE:
             raise ValueError(
                 f"a PrimeSVT result of version {_STATE_VERSION} is expected, not {data.get('version')!r}; it was "
-                "written by another version of swincompress_pl: search anew"
+                "written by another version of swincompress_pl: search again"
             )
         fields = {key: value for key, value in data.items() if key not in ("version", "change")}
         with reading("result.config"):

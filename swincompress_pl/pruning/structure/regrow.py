@@ -43,7 +43,7 @@ def regrow_latest_plan(network: nn.Module) -> None:
             raise ValueError(f"{name}: the plan does not record the width before it; build a fresh network")
     with all_or_nothing(network):
         for name, kept in plan.kept.items():
-            # Asked for anew each time: an earlier group may have moved the offsets.
+            # Asked for again each time: an earlier group may have moved the offsets.
             group = find_group({g.name: g for g in adapter_for(network).groups(network)}, name)
             _regrow(network, group, kept, (plan.units or {})[name])
         drop_latest_entry(network)
