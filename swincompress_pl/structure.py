@@ -54,12 +54,17 @@ class Difference:
         return f"{_shown(where)[1:-1]} is {_shown(self.stored)} there and {_shown(self.found)} here"
 
 
+def uncompiled_name(name: str) -> str:
+    """The name that a weight or module has where nothing is compiled (`torch.compile` puts a prefix into it)."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
 def describe(network: nn.Module) -> Description:
     """The description of `network`, compiled or not."""
     described: Description = {}
     for path, module in network.named_modules(remove_duplicate=False):
         if type(module).__name__ != "OptimizedModule":  # torch.compile's
-            described[".".join(part for part in path.split(".") if part != "_orig_mod")] = _entry(module)
+            described[uncompiled_name(path)] = _entry(module)
     return described
 
 
@@ -97,7 +102,7 @@ def set_attributes(network: nn.Module, attributes: Mapping[str, Mapping[str, Any
     ValueError for what is no plain attribute of that module already, or has a value of another type.
     """
     present = describe(network)
-    modules = {".".join(p for p in path.split(".") if p != "_orig_mod"): m for path, m in network.named_modules()}
+    modules = {uncompiled_name(path): module for path, module in network.named_modules()}
     if not isinstance(attributes, Mapping) or not all(isinstance(each, Mapping) for each in attributes.values()):
         raise ValueError("the stored attributes are no {module: {attribute: value}}; the file is damaged")
     for path, changed in attributes.items():

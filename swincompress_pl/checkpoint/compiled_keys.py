@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import nn
 
-_WRAPPER = "_orig_mod"
+from swincompress_pl.structure import uncompiled_name
+
 _STATES = ("state_dict", "current_model_state")  # the second one beside the first, where Lightning averages
 
 
@@ -36,8 +37,3 @@ def masks_as_named_in(network: nn.Module, history: Sequence[Mapping[str, Any]]) 
         return [names.get(uncompiled_name(name), name) for name in data]
 
     return [{kind: renamed(kind, data) for kind, data in entry.items()} for entry in history]
-
-
-def uncompiled_name(name: str) -> str:
-    """The name that a weight has where nothing is compiled."""
-    return ".".join(part for part in name.split(".") if part != _WRAPPER)

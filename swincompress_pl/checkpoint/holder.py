@@ -12,6 +12,7 @@ from torch import nn
 from swincompress_pl.history import history_of
 from swincompress_pl.quant import QuantizedNetwork
 from swincompress_pl.registry import UnsupportedNetworkError, adapter_for
+from swincompress_pl.structure import uncompiled_name
 
 
 def held_by(module: LightningModule, model_attribute: str) -> nn.Module:
@@ -106,7 +107,7 @@ def compressed_paths(module: LightningModule) -> list[str]:
         inside = any(path.startswith(f"{outer}.") for outer in found)
         if path and not inside and history_of(child):
             found.append(path)
-    return [".".join(name for name in path.split(".") if name != "_orig_mod") for path in found]
+    return [uncompiled_name(path) for path in found]
 
 
 def float_network(network: nn.Module) -> nn.Module:

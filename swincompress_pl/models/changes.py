@@ -13,7 +13,7 @@ from torch import nn
 from swincompress_pl.history import creation_of, follow_size, history_of, note_attributes, noted_attributes
 from swincompress_pl.models.factory import rebuild
 from swincompress_pl.registry import ChangedAttributes, register_comparison, size_of
-from swincompress_pl.structure import Description, describe, differences
+from swincompress_pl.structure import Description, describe, differences, uncompiled_name
 
 Shapes = dict[str, list[int]]
 
@@ -63,8 +63,7 @@ def _expected(origin: str) -> tuple[Description, Shapes]:
 
 
 def _shapes(network: nn.Module) -> Shapes:
-    names = (".".join(part for part in name.split(".") if part != "_orig_mod") for name in network.state_dict())
-    return {name: list(value.shape) for name, value in zip(names, network.state_dict().values(), strict=True)}
+    return {uncompiled_name(name): list(value.shape) for name, value in network.state_dict().items()}
 
 
 def _with_computed(network: nn.Module, present: Shapes, expected: Shapes) -> Shapes:
@@ -72,7 +71,7 @@ def _with_computed(network: nn.Module, present: Shapes, expected: Shapes) -> Sha
 
     These have their own names, in the place of the tensors that they are computed from.
     """
-    modules = {".".join(p for p in path.split(".") if p != "_orig_mod"): each for path, each in network.named_modules()}
+    modules = {uncompiled_name(path): each for path, each in network.named_modules()}
     computed: Shapes = {}
     for name in expected.keys() - present.keys():
         owner, _, attribute = name.rpartition(".")
