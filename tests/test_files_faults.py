@@ -136,6 +136,45 @@ def test_a_full_file_system(tmp_path: Path) -> None:
     assert_refused(lines, "ENOSPC")
 
 
+CHECKPOINT = """
+import os
+from support.callback_cases import make_trainer
+from swincompress_pl.models import CompressibleClassifier
+folder.mkdir()
+sizes = {"img_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4}
+module = CompressibleClassifier("VisionTransformer", 3, model_kwargs=sizes)
+trainer = make_trainer(folder, 1)
+trainer.strategy.connect(module)
+file = folder / "last.ckpt"
+trainer.save_checkpoint(file)
+before = file.read_bytes()
+with open(folder / "rest", "wb", buffering=0) as rest:
+    try:
+        while True:
+            rest.write(bytes(4096))
+    except OSError:
+        pass
+module.net.blocks[0].mlp.fc1.weight.data.add_(1)
+try:
+    trainer.save_checkpoint(file)
+    print("saved")
+except OSError as error:
+    print(errno.errorcode[error.errno])
+print("same", file.read_bytes() == before)
+(folder / "rest").unlink()
+trainer.save_checkpoint(file)
+print("same", file.read_bytes() == before)
+"""
+
+
+def test_a_checkpoint_on_a_full_file_system(tmp_path: Path) -> None:
+    """Lightning's own writing, where its temporary files are on the same file system."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = (f"mount -t tmpfs -o size=1m none {disk}", f"export TMPDIR={disk}")
+    assert run(CHECKPOINT, disk / "files", *mounted)[-3:] == ["ENOSPC", "same True", "same False"]
+
+
 def test_a_read_only_file_system(old: Path) -> None:
     before = content(old)
     lines = run("attempt()", old, f"mount --bind {old} {old}", f"mount -o remount,ro,bind {old}")
