@@ -297,7 +297,7 @@ def test_an_interrupted_search_leaves_the_network_as_it_was(name: str) -> None:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", SEARCHES)
 def test_a_search_that_is_interrupted_anywhere_leaves_the_network_as_it_was(name: str) -> None:
-    """At 150 of its thousand lines and more; None instead is all of them, ten minutes each."""
+    """At 150 of its thousand lines and more; None instead is all of them, minutes each."""
     _interrupt_search(name, 150)
 
 
