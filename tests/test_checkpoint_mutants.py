@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from swincompress_pl.arguments import number
 from swincompress_pl.callbacks import PrimeSVT, QuantizationAwareTraining
 from swincompress_pl.checkpoint.hooks import restore_from_checkpoint
+from swincompress_pl.checkpoint.record import histories_in
 from swincompress_pl.checkpoint.restore import checked_history
 from swincompress_pl.cli import export, inspect
 from swincompress_pl.models import CompressibleClassifier
@@ -211,6 +212,19 @@ def test_an_entry_that_is_none_is_named(case: str) -> None:
     history, message = ENTRIES[case]
     with pytest.raises(ValueError, match=message):
         checked_history(history)
+
+
+@pytest.mark.parametrize("path", [3, ["x"], {"x": 1}, {}, torch.zeros(2)])
+def test_a_record_of_a_network_without_a_path_is_named(path: Any) -> None:
+    record = {"version": 1, "network": path, "history": []}
+    with pytest.raises(ValueError, match="the compression record's network=.*: it has to be of type str"):
+        histories_in({"swincompress_pl": record})
+
+
+@pytest.mark.parametrize("version", [None, 3, "1", True, [1], torch.ones(2)])
+def test_a_record_of_another_version_is_refused(version: Any) -> None:
+    with pytest.raises(ValueError, match="the checkpoint's compression record has version .*, this package reads 1"):
+        histories_in({"swincompress_pl": {"version": version, "history": []}})
 
 
 def _state() -> dict[str, Any]:

@@ -100,13 +100,15 @@ def _networks_in(checkpoint: Mapping[str, Any]) -> dict[str, NetworkRecord]:
     if record is None:
         return {}
     version = record.get("version") if isinstance(record, Mapping) else record
-    if version not in (RECORD_VERSION, SEVERAL_NETWORKS_VERSION):
+    if type(version) is not int or version not in (RECORD_VERSION, SEVERAL_NETWORKS_VERSION):
         raise ValueError(
             f"the checkpoint's compression record has version {version!r}, this package reads {RECORD_VERSION} and "
             f"{SEVERAL_NETWORKS_VERSION}; update swincompress_pl"
         )
-    networks = record["networks"] if "networks" in record else {record.get("network", UNNAMED): record}
-    networks = from_plain(dict[str, Any], networks, "the compression record's networks")
+    if "networks" in record:
+        networks = from_plain(dict[str, Any], record["networks"], "the compression record's networks")
+    else:
+        networks = {from_plain(str, record.get("network", UNNAMED), "the compression record's network"): record}
     return {path: NetworkRecord.from_dict(network) for path, network in networks.items()}
 
 
