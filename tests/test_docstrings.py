@@ -21,6 +21,7 @@ PACKAGE = "swincompress_pl"
 # {room: its public names; None for those in __all__}
 ROOMS: dict[str, tuple[str, ...] | None] = {
     "accel": None,
+    "callbacks": None,
     "data": None,
     "demo": ("run", "Schedule"),
     "models": None,
@@ -30,7 +31,7 @@ ROOMS: dict[str, tuple[str, ...] | None] = {
     "spec": None,
 }
 # Modules of these rooms, or behind their names, that are not finished yet.
-UNFINISHED = ("accel.artifact", "accel.functions", "checkpoint", "models.classifier", "models.factory")
+UNFINISHED = ("accel.artifact", "accel.functions")
 
 ENTRY = re.compile(r"(\*{0,2}\w+)(?: \([^)]*\))?: \S")
 ERROR = re.compile(r"(?:\w+\.)*(\w+): \S")
