@@ -117,7 +117,7 @@ def set_attributes(network: nn.Module, attributes: Mapping[str, Mapping[str, Any
             known = present.get(path, {}).get("attributes", {}).get(name, _NOTHING)
             if known is _NOTHING or not _same_kind(value, known):
                 raise ValueError(
-                    f"the stored attribute {_shown(f'{path}.{name}')}={_shown(value)} is none that "
+                    f"the stored attribute {_shown(f'{path}.{name}')}={_shown(value)} is not one that "
                     f"{type(network).__name__} has; the file is damaged, or of another version of its library"
                 )
             old = getattr(modules[path], name)

@@ -36,7 +36,7 @@ class PrimeSVT(SearchCallback):
 
     See `pruning.primesvt` for the search. The epochs that follow fine-tune what is left. The optimizer's state is cut
     with the weights, and with the granularity "filter" zeros stay zeros. If both constraints cannot be met, a warning
-    says so, and `prefer` decides what is applied.
+    says so, and `prefer` decides what is applied, if anything.
 
     The hold-out is the datamodule's `holdout_dataloader()`, or else the trainer's validation data. It is scored as in
     `AdaptiveIterativePruning`. The callback logs pruning/score, pruning/baseline, pruning/saving, pruning/parameters,
@@ -76,8 +76,8 @@ class PrimeSVT(SearchCallback):
             no file.
         monitor: Name of a metric to score by; see `AdaptiveIterativePruning`.
         max_images: Number of images to score on; None for all. Not with `monitor`.
-        holdout_size_bytes: Largest size of the hold-out, which is kept in the device's memory, in bytes. The default is
-            4 GiB.
+        holdout_size_bytes: Largest size of the hold-out, which is kept in each device's memory, in bytes. The default
+            is 4 GiB.
         gradient_batches: Number of batches for criteria that need gradients, and for `batchnorm="correct"`; 1 or more.
         calibration_dataloader: Source of these batches; see `AdaptiveIterativePruning`.
         model_attribute: Where the LightningModule holds the network: "net", or a path such as "model.backbone" or
@@ -90,7 +90,7 @@ class PrimeSVT(SearchCallback):
     Raises:
         ValueError: If an argument is out of range or contradicts another one; when the fit begins, if the network, its
             optimizer, the data, the strategy, the precision or another callback does not go with pruning; when the
-            search begins, if the network does not spike.
+            search begins, if the network does not spike, or no rates up to `max_sparsity` save `min_memory_saving`.
         TypeError: If `config` and an argument that it replaces are both given.
         AttributeError: When the fit begins, if the module has no network at `model_attribute`.
         UnsupportedNetworkError: When the fit begins, if no adapter covers the network.

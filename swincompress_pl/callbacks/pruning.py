@@ -87,7 +87,7 @@ class AdaptiveIterativePruning(SearchCallback):
             images as a decision needs.
         max_images: Number of images to score on, 1 or more, with the classes in proportion; None for all. Not
             with `monitor`.
-        holdout_size_bytes: Largest size of the hold-out, which is kept in the device's memory, in bytes; a larger one
+        holdout_size_bytes: Largest size of the hold-out, which is kept in each device's memory, in bytes; a larger one
             is refused. The default is 4 GiB.
         gradient_batches: Number of batches for criteria that need gradients, 1 or more.
         calibration_dataloader: Source of these batches, in the form that `validation_step` takes: a loader, or a

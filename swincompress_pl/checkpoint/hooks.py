@@ -129,7 +129,8 @@ class CompressionMixin:
             checkpoint: The checkpoint that is about to be saved.
 
         Raises:
-            ValueError: If the network was changed by hand in a way that the record cannot hold.
+            ValueError: In a CompressibleClassifier, if its network was changed in a way that no record can hold.
+            AttributeError: If the module has no network at `model_attribute`.
         """
         super().on_save_checkpoint(checkpoint)  # type: ignore[misc]  # the LightningModule's
         self._write_record(checkpoint)
