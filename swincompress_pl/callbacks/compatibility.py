@@ -149,7 +149,7 @@ def refuse_neighbours(trainer: Trainer, callback_name: str, limits: Limits) -> N
 def refuse_overlaps(trainer: Trainer, module: LightningModule, callback: Callback, model_attribute: str) -> None:
     """Raises a ValueError for a second callback that compresses the same network under another name, or a part of it.
 
-    Each would change the network behind the other one's back.
+    Each would change the network without the other one's knowledge.
     """
     network = network_of(module, model_attribute)
     for other in trainer.callbacks:  # type: ignore[attr-defined]  # set by the trainer
