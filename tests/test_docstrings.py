@@ -22,6 +22,11 @@ PACKAGE = "swincompress_pl"
 ROOMS: dict[str, tuple[str, ...] | None] = {
     "accel": None,
     "callbacks": None,
+    "checkpoint.holder": ("held_by", "network_of"),
+    "checkpoint.hooks": ("keep_record", "restore_from_checkpoint", "save_to_checkpoint"),
+    "checkpoint.networks": ("restore_networks",),
+    "checkpoint.record": ("CompressionRecord", "NetworkRecord", "histories_in", "read_checkpoint"),
+    "checkpoint.restore": ("restore_from_history",),
     "data": None,
     "demo": ("run", "Schedule"),
     "models": None,

@@ -80,7 +80,18 @@ def has_network(module: LightningModule, model_attribute: str) -> bool:
 
 
 def network_of(module: LightningModule, model_attribute: str) -> nn.Module:
-    """The network that `module` holds, without the wrapper of `torch.compile`; see `held_by`."""
+    """The network that a module holds, without the wrapper of `torch.compile`.
+
+    Args:
+        module: The module that holds it.
+        model_attribute: Its name or path; see `held_by`.
+
+    Returns:
+        The network.
+
+    Raises:
+        AttributeError: If there is no module of that name.
+    """
     network = held_by(module, model_attribute)
     inner = getattr(network, "_orig_mod", network)
     assert isinstance(inner, nn.Module)

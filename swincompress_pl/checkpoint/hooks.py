@@ -177,10 +177,16 @@ def _with_reading(own: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def keep_record(module: LightningModule, model_attribute: str = "net") -> None:
-    """Makes `module`'s checkpoints record its network, and restore it when a trainer loads them.
+    """Makes a module's checkpoints record its network, and restore it when a trainer loads them.
 
-    Callbacks call it in `setup`, each for its own network. A second call changes nothing. Raises an AttributeError if
-    the module has no network at `model_attribute`, and no hook that could make it later.
+    Callbacks call it in `setup`, each for its own network. A second call changes nothing.
+
+    Args:
+        module: The module that holds the network.
+        model_attribute: Where it holds it.
+
+    Raises:
+        AttributeError: If there is no network at `model_attribute`, and no hook that could make it later.
     """
     if not has_network(module, model_attribute) and not _may_make_it_later(module):
         network_of(module, model_attribute)  # raises for a wrong name
@@ -220,9 +226,15 @@ class _WithOurs:
 
 
 def save_to_checkpoint(module: LightningModule, checkpoint: dict[str, Any], model_attribute: str = "net") -> None:
-    """Writes the compression record of `module`'s networks into `checkpoint`; a second call changes nothing.
+    """Writes the compression record of a module's networks into a checkpoint; a second call changes nothing.
 
-    It covers the network at `model_attribute` and all that are compressed.
+    Args:
+        module: The module that holds the networks.
+        checkpoint: The checkpoint that is about to be saved.
+        model_attribute: Where the module holds a network. Its record is written, and those of all compressed networks.
+
+    Raises:
+        AttributeError: If there is no network at `model_attribute`.
     """
     add_path(module, model_attribute)
     _write_record(module, checkpoint)

@@ -45,13 +45,23 @@ class NetworkRecord:
     attributes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the fields as plain data, without empty ones."""
+        """Returns the fields as plain data; an empty structure or attributes are left out."""
         more = {"structure": self.structure, "attributes": self.attributes}
         return copy.deepcopy({"history": list(self.history), **{key: value for key, value in more.items() if value}})
 
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> NetworkRecord:
-        """Rebuilds what `to_dict` returned; raises a ValueError for other data."""
+        """Rebuilds what `to_dict` returned.
+
+        Args:
+            stored: The data, from a file.
+
+        Returns:
+            The record of the network.
+
+        Raises:
+            ValueError: If the data are damaged.
+        """
         stored = from_plain(Mapping[str, Any], stored, "the compression record of a network")
         attributes = from_plain(dict[str, dict[str, Any]], stored.get("attributes", {}), "the record's attributes")
         structure = stored.get("structure")
@@ -77,7 +87,11 @@ class CompressionRecord:
     teacher_taken: bool | None = None
 
     def write(self, checkpoint: dict[str, Any]) -> None:
-        """Puts a copy of the record into `checkpoint`; a second call changes nothing."""
+        """Puts a copy of the record into a checkpoint; a second call changes nothing.
+
+        Args:
+            checkpoint: The checkpoint that is about to be saved.
+        """
         networks = {path: network.to_dict() for path, network in self.networks.items()}
         if len(networks) == 1:
             ((path, network),) = networks.items()
@@ -91,7 +105,17 @@ class CompressionRecord:
 
     @classmethod
     def read(cls, checkpoint: Mapping[str, Any]) -> CompressionRecord:
-        """Reads the record of `checkpoint`; raises a ValueError if it is damaged or of another version."""
+        """Reads the record of a checkpoint.
+
+        Args:
+            checkpoint: The checkpoint.
+
+        Returns:
+            The record, without networks if the checkpoint has none.
+
+        Raises:
+            ValueError: If the record is damaged, or of an unknown version.
+        """
         return cls(
             networks=_networks_in(checkpoint),
             input_description=from_plain(Mapping[str, Any] | None, copy.deepcopy(checkpoint.get(INPUT_KEY)), INPUT_KEY),
@@ -100,7 +124,17 @@ class CompressionRecord:
 
 
 def histories_in(checkpoint: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """{path: history} of a checkpoint's record, empty without one; raises a ValueError for another version."""
+    """The histories in a checkpoint's record.
+
+    Args:
+        checkpoint: The checkpoint.
+
+    Returns:
+        {path of a network: its history}, empty without a record.
+
+    Raises:
+        ValueError: If the record is damaged, or of an unknown version.
+    """
     return {path: [*map(dict, network.history)] for path, network in _networks_in(checkpoint).items()}
 
 
