@@ -1,8 +1,7 @@
-"""The one way in which this package writes a file: as a temporary file beside its place, which is then moved there.
+"""Writes files so that there is never a part of one: as a temporary file beside its place, which is then moved there.
 
-Lines are appended whole.
-After a kill or a full disk, and for readers and other writers at any time, there is the old file or the new one, and
-never a part of one.
+After a kill or a full disk, and for readers and other writers at any time, there is the old file or the new one. Lines
+are appended whole. All files of this package are written by this module.
 """
 
 from __future__ import annotations
@@ -55,12 +54,11 @@ def write_file(path: str | os.PathLike[str], write: Callable[[BinaryIO], object]
 
 
 def append_line(path: str | os.PathLike[str], line: bytes) -> None:
-    """Adds `line` and its end to the file at `path`, whole or not at all.
+    """Adds `line` and a line break to the file at `path`, whole or not at all.
 
-    Several processes that do so at once add their lines one after the other. A last line without an end is what a
-    killed writer left; it is cut off before.
-
-    Raises OSError naming `path`: no such file, a full disk, no permission.
+    Several processes that do so at once add their lines one after the other. A last line without a line break is what a
+    killed writer left; it is removed first. An OSError names `path` if the file is missing, the disk is full, or
+    permission is missing.
     """
     with _naming(path), open(path, "r+b", buffering=0) as file:
         _lock(file)
@@ -77,7 +75,7 @@ def append_line(path: str | os.PathLike[str], line: bytes) -> None:
 
 
 def _whole_lines(file: FileIO) -> int:
-    """How many bytes the lines of `file` take that have an end."""
+    """The size in bytes of the lines of `file` that end with a line break."""
     end = file.seek(0, os.SEEK_END)
     while end:
         start = max(0, end - _BLOCK)
@@ -91,7 +89,7 @@ def _whole_lines(file: FileIO) -> int:
 
 @contextlib.contextmanager
 def _naming(path: str | os.PathLike[str]) -> Iterator[None]:
-    """An OSError says what could not be written, whatever it was about."""
+    """Lets an OSError name the path that could not be written, whatever file it was about."""
     try:
         yield
     except OSError as error:
@@ -101,14 +99,14 @@ def _naming(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def _mode_of(destination: Path) -> int | None:
-    """The permissions of the file that is there; None if there is none."""
+    """The permissions of the file at `destination`; None if there is none."""
     try:
         found = destination.stat()
     except FileNotFoundError:
         return None
     if stat.S_ISDIR(found.st_mode):
         raise IsADirectoryError(errno.EISDIR, "a folder is there; name a file")
-    if not stat.S_ISREG(found.st_mode):  # replacing /dev/null, say, would break it for everybody
+    if not stat.S_ISREG(found.st_mode):  # replacing /dev/null, for one, would break it for everybody
         raise FileExistsError(errno.EEXIST, "what is there is not a regular file; name another path")
     return stat.S_IMODE(found.st_mode)
 
@@ -130,7 +128,7 @@ def _open_beside(destination: Path) -> tuple[BinaryIO, Path]:
 
 
 def _lock(file: IO[bytes]) -> None:
-    """Until it is closed, whoever locks it waits."""
+    """Locks `file` until it is closed."""
     if fcntl is not None:
         with contextlib.suppress(OSError):  # a file system without locks: nothing is taken for a leftover there
             fcntl.flock(file, fcntl.LOCK_EX)

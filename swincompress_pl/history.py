@@ -66,12 +66,12 @@ def follow_size(network: Any, size: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def note_attributes(network: Any, attributes: Mapping[str, Mapping[str, Any]]) -> None:
-    """Note the plain attributes {module: {attribute: value}} that were changed by hand since `network` was created."""
+    """Records the plain attributes {module: {attribute: value}} changed by hand since `network` was created."""
     network.changed_attributes = {path: dict(values) for path, values in attributes.items()}
 
 
 def noted_attributes(network: Any) -> dict[str, dict[str, Any]]:
-    """What `note_attributes` noted, empty where it noted nothing."""
+    """What `note_attributes` recorded; empty if nothing was."""
     noted: dict[str, dict[str, Any]] = getattr(network, "changed_attributes", {})
     return noted
 
@@ -81,7 +81,7 @@ def origin_of(
 ) -> dict[str, Any]:
     """Where a Program comes from: what `models.rebuild` needs to build its float network again.
 
-    attributes: {module: {attribute: value}} that were changed by hand since the network was created.
+    `attributes` are {module: {attribute: value}}, changed by hand since the network was created.
     """
     changed = {"attributes": {path: dict(values) for path, values in attributes.items()}} if attributes else {}
     return {"network": creation_of(network), "history": history, **changed}

@@ -1,8 +1,8 @@
-"""Changes that an exception undoes, wherever it comes: an error in the middle, or Ctrl-C between any two lines.
+"""Undoes changes on any exception, wherever it comes: an error in the middle, or Ctrl-C between any two lines.
 
-Nothing here waits for the end of a change or holds signals back. What is going to change is remembered first; an
-exception brings it back whole, so that there is no line at which a change is half done. Only a second exception while
-the first one's way back is under way is not provided for.
+Nothing here waits for the end of a change, or holds signals back. What is going to change is remembered first. An
+exception restores all of it, so that no line leaves a change half done. A second exception, while the first one is
+being handled, is not covered.
 """
 
 from __future__ import annotations
@@ -26,22 +26,31 @@ _LISTS = (list, deque)
 
 @dataclass(frozen=True, eq=False)
 class Attributes:
-    """Of `holder`, those with these names alone; for an object whose other attributes are not ours to bring back."""
+    """Some attributes of an object, whose other attributes must not be restored.
+
+    Attributes:
+        holder: The object.
+        names: The names of the attributes.
+    """
 
     holder: object
     names: tuple[str, ...]
 
 
 class all_or_nothing:  # noqa: N801  # read as a statement: `with all_or_nothing(network):`
-    """What changes within the context has changed whole, or, on any exception, is as it was before, to the bit.
+    """Makes all changes inside the context, or, on any exception, none: then everything is as before, to the bit.
 
-    objects: those whose attributes change: optimizers, callbacks, and modules with all below them: their classes,
-    modes, hooks, tensors (which ones, not what is in them), `requires_grad` and `grad`; or some `Attributes`. Lists and
-    dictionaries inside count, other objects inside do not. written: modules that change so and whose tensors are
-    written to in place as well; a copy of these is kept meanwhile. So are whether torch records gradients, and its
-    default number format.
+    Whether torch records gradients, and its default dtype, are restored too.
 
-    A class and no generator: one that an interrupt leaves suspended would undo the change when it is collected.
+    It is a class and not a generator, because a generator that an interrupt leaves suspended would undo the change when
+    it is collected.
+
+    Args:
+        *objects: The objects whose attributes change: optimizers, callbacks, modules with all modules inside, or some
+            `Attributes`. Of modules these are classes, modes, hooks, tensors (which ones, but not their values),
+            `requires_grad` and `grad`. Lists and dictionaries inside count; other objects inside do not.
+        written: Modules that change so, and whose tensors are also written to in place. A copy of their tensors is kept
+            meanwhile.
     """
 
     def __init__(self, *objects: object, written: Iterable[nn.Module] = ()) -> None:
@@ -50,7 +59,7 @@ class all_or_nothing:  # noqa: N801  # read as a statement: `with all_or_nothing
         self._put_back: list[Callable[[], None]] = []
 
     def __enter__(self) -> None:
-        # The values first: a gradient fits its tensor's format.
+        # The values first, because a gradient has the dtype of its tensor.
         self._put_back = [*_values(self._written), *_structure(self._objects), *_settings()]
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
@@ -62,10 +71,10 @@ class all_or_nothing:  # noqa: N801  # read as a statement: `with all_or_nothing
 
 @contextmanager
 def put_back_after(put_back: Callable[[], None], still: Callable[[], bool] = lambda: True) -> Iterator[None]:
-    """`put_back` at the end of the context, once more where an exception came on the way there; so it may run twice.
+    """Calls `put_back` at the end of the context, and once more if an exception interrupts that; so it may run twice.
 
-    still: asked where an interrupt left the context behind, which comes to its end when it is collected, some time
-    later: whether nothing has changed since that `put_back` would undo.
+    An interrupt may leave the context suspended, to end when it is collected, some time later. Then `put_back` runs
+    only if `still()` says that nothing has changed since that it would undo.
     """
     try:
         try:
@@ -83,7 +92,7 @@ def put_back_after(put_back: Callable[[], None], still: Callable[[], bool] = lam
 
 
 def unwritten(tensor: Tensor, *, writes: int) -> Callable[[], bool]:
-    """Tells whether nothing was written to `tensor` since now but the next so many writes."""
+    """Returns a function that tells whether nothing but the next `writes` writes has changed `tensor` since now."""
     if tensor.is_inference():
         return lambda: True
     version = tensor._version + writes
@@ -91,10 +100,10 @@ def unwritten(tensor: Tensor, *, writes: int) -> Callable[[], bool]:
 
 
 def _structure(objects: Iterable[object]) -> list[Callable[[], None]]:
-    """What brings attributes, and the lists and dictionaries in them, back to what they are now."""
+    """Functions that restore attributes, and the lists and dictionaries in them, to their present state."""
     found: list[Callable[[], None]] = []
     waiting: list[Any] = [*objects]
-    seen: dict[int, object] = {}  # holds what it knows: a number may be used again
+    seen: dict[int, object] = {}  # keeps the objects alive, so that no id is used again
     roots = {id(each) for each in waiting}
     while waiting:
         value = waiting.pop()
@@ -125,7 +134,7 @@ def _structure(objects: Iterable[object]) -> list[Callable[[], None]]:
 def _refill(now: dict[Any, Any], before: dict[Any, Any]) -> None:
     pairs = zip(now.items(), before.items(), strict=True)
     if len(now) != len(before) or any(key is not old or value is not was for (key, value), (old, was) in pairs):
-        now.clear()  # and not only what differs: the order counts, in state dicts and among hooks
+        now.clear()  # all, and not only what differs: the order counts, in state dicts and among hooks
         now.update(before)
 
 
@@ -162,7 +171,7 @@ def _follow(tensor: Tensor, requires_grad: bool, grad: Tensor | None) -> None:
 
 
 def _settings() -> list[Callable[[], None]]:
-    """What brings back the settings of torch's that an interrupt on the way out of a context leaves."""
+    """Functions that restore settings of torch, which an interrupt at the end of a context may leave changed."""
     gradients, dtype = torch.is_grad_enabled(), torch.get_default_dtype()
     return [partial(_set_gradients, gradients), partial(torch.set_default_dtype, dtype)]
 
@@ -172,7 +181,7 @@ def _set_gradients(recorded: bool) -> None:
 
 
 def _values(modules: Iterable[nn.Module]) -> list[Callable[[], None]]:
-    """What brings the values of parameters and buffers back; each once, however often it is held."""
+    """Functions that restore the values of parameters and buffers, one per tensor."""
     found = {id(t): t for module in modules for t in (*module.parameters(), *module.buffers())}
     tensors = [tensor for tensor in found.values() if not _is_fixed(tensor)]
     gradients = [tensor.grad for tensor in tensors if tensor.is_leaf and tensor.grad is not None]
@@ -183,14 +192,14 @@ def _values(modules: Iterable[nn.Module]) -> list[Callable[[], None]]:
 
 
 def _is_fixed(tensor: Tensor) -> bool:
-    """Whether nothing writes to it: it has no values yet, or is of inference mode."""
+    """Whether nothing writes to the tensor, because it has no values yet or was made in inference mode."""
     return is_lazy(tensor) or tensor.is_inference()
 
 
 @torch.no_grad()
 def _write(tensor: Tensor, memory: Tensor, values: Tensor | None) -> None:
-    """memory: an alias of the tensor from before, in which it had `values`; None where nothing writes them."""
+    """Restores a tensor: its former `memory`, an alias, and the `values` in it; None if nothing writes to them."""
     if tensor.data_ptr() != memory.data_ptr() or tensor.dtype is not memory.dtype or tensor.shape != memory.shape:
-        tensor.data = memory  # it was moved, or cast to another number format
+        tensor.data = memory  # it was moved, or cast to another dtype
     if values is not None:
         tensor.copy_(values)

@@ -1,7 +1,7 @@
-"""Plain data of a file, read by the types that it was written from.
+"""Reads plain data of a file as the types that it was written from.
 
-What is missing, odd or of another type is a ValueError that names the place, and never whatever the code behind it
-raises.
+If something is missing, unknown or of another type, a ValueError names the place. No other error of the code behind it
+comes out.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from swincompress_pl.arguments import flag, integer, number, require, shown
 
 @contextmanager
 def reading(what: str, *, passing: tuple[type[Exception], ...] = ()) -> Iterator[None]:
-    """Whatever goes wrong inside with the stored `what` is a ValueError that names it.
+    """Turns errors inside the context into a ValueError that names the stored `what`.
 
-    Errors of types of their own (UnsupportedNetworkError, say) and of files pass, and those that are `passing`.
+    Errors of files, warnings, and subclasses of ValueError and TypeError such as UnsupportedNetworkError pass
+    unchanged. So do errors of the types in `passing`.
     """
     try:
         yield
@@ -35,9 +36,9 @@ def reading(what: str, *, passing: tuple[type[Exception], ...] = ()) -> Iterator
 
 
 def from_plain(kind: Any, value: Any, name: str) -> Any:
-    """`value` as a `kind`: a dataclass, or a list, tuple or mapping of kinds, bool, int, float, str, None or Any.
+    """Reads `value` as a `kind`: a dataclass, a list, tuple or mapping of kinds, bool, int, float, str, None or Any.
 
-    Numbers are finite. Raises ValueError, naming the place behind `name`, for anything else.
+    Numbers have to be finite. Raises a ValueError, which names the place inside `name`, for anything else.
     """
     if kind is Any:
         return value

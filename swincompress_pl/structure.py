@@ -1,9 +1,9 @@
-"""What a network computes beyond its tensors, as plain data: classes and plain attributes of its modules.
+"""Describes what a network computes beyond its tensors, as plain data: classes and plain attributes of its modules.
 
-A state dict says nothing of it, so two networks with the same keys can compute different things: `global_pool`, an
-`eps`, another activation. `describe` writes it down, `differences` names what differs between two descriptions.
-Left out is what does not change an answer in evaluation (dropout, momentum, gradient checkpointing, fused kernels) and
-what the shapes of the tensors say already.
+A state dict does not tell these, so two networks with the same keys can compute different things: by `global_pool`, an
+`eps`, or another activation. `describe` makes the description, and `differences` compares two of them. Left out is what
+does not change an answer in evaluation (dropout, momentum, gradient checkpointing, fused kernels), and what the shapes
+of the tensors show anyway.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _LIBRARIES = ("torch.", "timm.", "spikingjelly.", "swincompress_pl.")
 _NEUTRAL = "Identity"
 _TRAINING_ONLY = {"training", "momentum", "inplace", "detach_reset", "alpha", "weight_init_mode", "fix_init"}
 _NUMERICS_ONLY = {"fused_attn", "grad_checkpointing", "backend", "store_v_seq"}
-# A tensor of another shape does not load, or somebody means it to be left out.
+# A tensor of another shape does not load, unless somebody leaves it out on purpose.
 _SHAPES = {
     "num_classes",
     "in_features",
@@ -42,7 +42,14 @@ _NOTHING = object()
 
 @dataclass(frozen=True)
 class Difference:
-    """attribute: None where the class of the module differs; then stored and found are names of classes."""
+    """A module that differs between two descriptions.
+
+    Attributes:
+        module: Its path.
+        attribute: The attribute that differs; None if the class does.
+        stored: The value, or the name of the class, in the stored description.
+        found: The same in the description that was found.
+    """
 
     module: str
     attribute: str | None
@@ -55,12 +62,12 @@ class Difference:
 
 
 def uncompiled_name(name: str) -> str:
-    """The name that a weight or module has where nothing is compiled (`torch.compile` puts a prefix into it)."""
+    """The name of a weight or module without the prefixes that `torch.compile` puts into it."""
     return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
 def describe(network: nn.Module) -> Description:
-    """The description of `network`, compiled or not."""
+    """Returns the description of `network`, which is the same if parts of it are compiled."""
     described: Description = {}
     for path, module in network.named_modules(remove_duplicate=False):
         if type(module).__name__ != "OptimizedModule":  # torch.compile's
@@ -69,10 +76,10 @@ def describe(network: nn.Module) -> Description:
 
 
 def differences(stored: Mapping[str, Any], found: Mapping[str, Any]) -> Iterator[Difference]:
-    """What two descriptions say differently.
+    """Yields what differs between two descriptions.
 
-    Modules whose tensors have other names are passed over with all that is in them: their keys do not load. So is an
-    attribute that only one of the two has, as other versions of a library have others.
+    Modules whose tensors have other names are passed over with all modules inside, because their keys do not load.
+    Attributes that only one of the two has are passed over too, because they depend on the version of a library.
     """
     passed: set[str] = set()
     for path in [*stored, *(path for path in found if path not in stored)]:
@@ -97,20 +104,20 @@ def differences(stored: Mapping[str, Any], found: Mapping[str, Any]) -> Iterator
 
 
 def set_attributes(network: nn.Module, attributes: Mapping[str, Mapping[str, Any]]) -> None:
-    """Give modules of `network` the plain attributes {module: {attribute: value}}.
+    """Sets the plain attributes {module: {attribute: value}} of modules of `network`.
 
-    ValueError for what is no plain attribute of that module already, or has a value of another type.
+    Raises a ValueError if a module does not have such a plain attribute, or its value is of another type.
     """
     present = describe(network)
     modules = {uncompiled_name(path): module for path, module in network.named_modules()}
     if not isinstance(attributes, Mapping) or not all(isinstance(each, Mapping) for each in attributes.values()):
-        raise ValueError("the stored attributes are no {module: {attribute: value}}; the file is damaged")
+        raise ValueError("the stored attributes are not {module: {attribute: value}}; the file is damaged")
     for path, changed in attributes.items():
         for name, value in changed.items():
             known = present.get(path, {}).get("attributes", {}).get(name, _NOTHING)
             if known is _NOTHING or not _same_kind(value, known):
                 raise ValueError(
-                    f"the stored attribute {_shown(f'{path}.{name}')}={_shown(value)} is none that "
+                    f"the stored attribute {_shown(f'{path}.{name}')}={_shown(value)} is not one that "
                     f"{type(network).__name__} has; the file is damaged, or of another version of its library"
                 )
             old = getattr(modules[path], name)
@@ -118,7 +125,7 @@ def set_attributes(network: nn.Module, attributes: Mapping[str, Mapping[str, Any
 
 
 def check_description(described: Any) -> Description:
-    """`described`, as a file gave it; ValueError where it is no description."""
+    """Returns a description that was read from a file; raises a ValueError if it is none."""
     if not isinstance(described, Mapping) or not all(
         isinstance(path, str)
         and isinstance(entry, Mapping)
@@ -127,7 +134,7 @@ def check_description(described: Any) -> Description:
         and isinstance(entry.get("attributes"), Mapping)
         for path, entry in described.items()
     ):
-        raise ValueError("the stored description of the network is none; the file is damaged")
+        raise ValueError("the stored description of the network is not a description; the file is damaged")
     return dict(described)
 
 
@@ -141,10 +148,10 @@ def _entry(module: nn.Module) -> dict[str, Any]:
 
 
 def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """The plain attributes that shape an answer.
+    """Yields the plain attributes that may change an answer.
 
-    Of a class of the user's own: strings, and what the constructors of its bases in a library set. Another number may
-    be a counter.
+    For a class of the user these are strings, and attributes that the constructors of its bases in a library set.
+    Other numbers may be counters.
     """
     own = not f"{type(module).__module__}.".startswith(_LIBRARIES)
     known = _set_by_libraries(type(module)) if own else set()
@@ -163,7 +170,7 @@ def _set_by_libraries(kind: type) -> set[str]:
 
 
 def _plain(value: Any) -> Any:
-    """The value as files hold it, `_NOTHING` for what is no plain data."""
+    """The value as files hold it; `_NOTHING` if it is not plain data."""
     if isinstance(value, enum.Enum):
         value = value.value
     if isinstance(value, np.generic):

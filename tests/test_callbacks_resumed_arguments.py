@@ -167,7 +167,7 @@ def test_a_tolerance_below_what_is_lost_is_said(tmp_path: Path, caplog: pytest.L
     assert (state.tolerance, state.rounds) == (1.0, 3)
     assert not [step for step in state.steps if step.round == 3]
     assert "tolerance=1.0 (it was 100.0)" in caplog.text
-    assert "it stands below the tolerance, so nothing was tried" in caplog.text
+    assert "the score is below the tolerance already, so nothing was tried" in caplog.text
 
 
 def test_epochs_take_effect(tmp_path: Path) -> None:

@@ -153,7 +153,7 @@ def test_a_file_of_one_network_reads_as_before_and_one_of_version_0_1_loads(tmp_
     torch.save(checkpoint | {CHECKPOINT_KEY: {"version": 1, "history": record["history"]}}, old)
     assert equal(Mixed.load_from_checkpoint(old), module)
     assert equal(validated(Two(), old, greedy(model_attribute="a")), module)
-    with pytest.raises(ValueError, match=r"does not say of which network.*'a', 'b' to choose from"):
+    with pytest.raises(ValueError, match=r"does not say which network.*'a', 'b' to choose from"):
         validated(Two(), old, greedy(model_attribute="a"), qat(model_attribute="b"))
 
 

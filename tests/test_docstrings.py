@@ -21,6 +21,12 @@ PACKAGE = "swincompress_pl"
 # {room: its public names; None for those in __all__}
 ROOMS: dict[str, tuple[str, ...] | None] = {
     "accel": None,
+    "callbacks": None,
+    "checkpoint.holder": ("held_by", "network_of"),
+    "checkpoint.hooks": ("keep_record", "restore_from_checkpoint", "save_to_checkpoint"),
+    "checkpoint.networks": ("restore_networks",),
+    "checkpoint.record": ("CompressionRecord", "NetworkRecord", "histories_in", "read_checkpoint"),
+    "checkpoint.restore": ("restore_from_history",),
     "data": None,
     "demo": ("run", "Schedule"),
     "models": None,
@@ -30,7 +36,7 @@ ROOMS: dict[str, tuple[str, ...] | None] = {
     "spec": None,
 }
 # Modules of these rooms, or behind their names, that are not finished yet.
-UNFINISHED = ("accel.artifact", "accel.functions", "checkpoint", "models.classifier", "models.factory")
+UNFINISHED = ("accel.artifact", "accel.functions")
 
 ENTRY = re.compile(r"(\*{0,2}\w+)(?: \([^)]*\))?: \S")
 ERROR = re.compile(r"(?:\w+\.)*(\w+): \S")

@@ -163,7 +163,7 @@ def test_preprocessing_of_a_timm_network_is_a_preprocessing() -> None:
     fields = preprocessing_for(create_model("swin_tiny_patch4_window7_224"))
     assert Preprocessing.from_dict(fields).to_dict() == fields
     assert fields["resize"] == 248
-    with pytest.raises(ValueError, match="SwinTransformer: brings no preprocessing"):
+    with pytest.raises(ValueError, match="SwinTransformer: has no preprocessing"):
         preprocessing_for(tiny_swin())
     squashed = create_model("vit_tiny_patch16_224")
     squashed.pretrained_cfg = {**squashed.pretrained_cfg, "crop_mode": "squash"}  # type: ignore[dict-item,assignment]

@@ -1,4 +1,4 @@
-"""Lightning callbacks: when a network is pruned and quantized. What happens then is in `pruning` and `quant`."""
+"""Lightning callbacks that prune and quantize a network in a fit. The rooms `pruning` and `quant` do the work."""
 
 from swincompress_pl.callbacks.checkpoint import CompressedCheckpoint
 from swincompress_pl.callbacks.primesvt import PrimeSVT

@@ -1,7 +1,7 @@
-"""What a validation step gives to the network, and what it makes of the network's answer.
+"""Finds out what a validation step gives to the network, and what it makes of the network's answer.
 
-A step is watched while it runs: the calls of the network by a hook on it, and outside of those calls the functions that
-turn logits into predictions (`argmax`, `topk`, ...) or compare them with labels (`cross_entropy`, torchmetrics).
+A step is watched while it runs. A hook notes the calls of the network. Outside of those calls, the functions are noted
+that turn logits into predictions (`argmax`, `topk`, ...) or compare them with labels (`cross_entropy`, torchmetrics).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _LABEL_KEYS = ("label", "labels", "target", "targets", "y", "class", "cls")
 
 @dataclass
 class Call:
-    """One call of the network: what it got, and what it gave (None while it runs)."""
+    """One call of the network: its arguments, and its output (None while it runs)."""
 
     arguments: tuple[Any, ...]
     options: dict[str, Any]
@@ -39,7 +39,7 @@ class Call:
 
     @property
     def images(self) -> Tensor:
-        """The first tensor that it got; TypeError where there is none."""
+        """The first tensor among the arguments; a TypeError if there is none."""
         for leaf in leaves([*self.arguments, *self.options.values()]):
             if isinstance(leaf, Tensor):
                 return leaf
@@ -50,10 +50,15 @@ class Call:
 class Step:
     """A step that was watched.
 
-    calls: of the network, in order. part: the first call of a part of it from outside (`net.forward_features(...)`).
-    predicted: what `argmax` and its like were taken of. scored: (logits, targets) of
-    losses. targets: integers that predictions were compared with. answered: what the module's `forward` gave.
-    classifies: whether the network's own answer may be logits. error: what ended the step early.
+    Attributes:
+        calls: The calls of the network, in order.
+        part: The first call of a part of the network from outside, such as `net.forward_features(...)`.
+        predicted: The tensors that `argmax` and similar functions were applied to.
+        scored: (logits, targets) of losses.
+        targets: Integers that predictions were compared with.
+        answered: What the module's `forward` returned.
+        classifies: Whether the network's own answer may be logits.
+        error: The error that ended the step early.
     """
 
     calls: list[Call] = field(default_factory=list)
@@ -67,13 +72,15 @@ class Step:
 
     @property
     def answered_calls(self) -> bool:
-        """Whether the network was called, and took what it got."""
+        """Whether the network was called, and each call returned."""
         return bool(self.calls) and all(call.output is not None for call in self.calls)
 
     def answer(self, count: int) -> Tensor | None:
-        """(N, classes) what the step's predictions are the largest of, for `count` images: what `argmax` or `topk` got
-        last, a loss, the module's `forward`, the network; one logit z counts as the two logits (0, z). None where
-        nothing of this form was seen."""
+        """The logits (N, classes) of `count` images that the step predicts with; None if none of this form were seen.
+
+        They are taken from the first of these that has any: what `argmax` or `topk` got last, a loss, the module's
+        `forward`, the network. One logit z counts as the two logits (0, z).
+        """
         outputs = [call.output for call in self.calls if self.classifies and isinstance(call.output, Tensor)]
         for found in (self.predicted, [logits for logits, _ in self.scored], self.answered, outputs):
             for logits in reversed(found):
@@ -85,8 +92,10 @@ class Step:
         return None
 
     def labels(self, batch: Any) -> Tensor | None:
-        """(N,) the class of each image: what predictions or logits were compared with, or else the one vector of whole
-        numbers in the batch; None where that is not known."""
+        """The class of each image (N,); None if it is not known.
+
+        It is what predictions or logits were compared with, or else the only vector of whole numbers in the batch.
+        """
         seen = [target for _, target in self.scored] + self.targets
         for target in seen:
             if target.ndim == 1 and len(target) and _is_whole(target):
@@ -96,7 +105,7 @@ class Step:
         return _labels_in(batch)
 
     def soft_labels(self, batch: Any) -> Tensor | None:
-        """`labels`, or (N, classes) probabilities where a loss was told such, or the batch's second tensor is such."""
+        """Probabilities (N, classes) that a loss got, or else `labels`, or else the only such matrix in the batch."""
         for _, target in self.scored:
             if target.ndim == 2 and target.is_floating_point() and target.shape[1] >= 2:
                 return target
@@ -109,7 +118,7 @@ class Step:
 
 
 def two_logits(logits: Tensor) -> Tensor:
-    """One logit z per image, (N,) or (N, 1), as the two logits (0, z); (N, classes) as they are."""
+    """One logit z per image, (N,) or (N, 1), as the two logits (0, z); logits (N, classes) as they are."""
     if logits.numel() != len(logits):
         return logits
     flat = logits.reshape(-1, 1)
@@ -144,14 +153,14 @@ def _is_label(value: Any) -> bool:
 
 @contextmanager
 def watched(module: nn.Module, held: nn.Module) -> Iterator[Step]:
-    """What a step of `module` does with the network that it holds as `held`."""
+    """Watches what a step of `module` does with the network that it holds as `held`."""
     inner = getattr(held, "_orig_mod", held)
     step = Step(classifies=getattr(inner, "num_classes", None) != 0)  # timm's: 0 of a network that ends in features
     mode = _Watch(step)
     with ExitStack() as stack:
         for handle in (
-            # In front of hooks that change what forward gets (spiking networks turn time to the front): what is noted
-            # is what another call takes.
+            # Before hooks that change the arguments of forward, as spiking networks move time to the front: what is
+            # noted can then be passed to another call.
             held.register_forward_pre_hook(mode.before, with_kwargs=True, prepend=True),
             held.register_forward_hook(mode.after, with_kwargs=True),
             module.register_forward_hook(lambda _, __, output: _keep(step.answered, output)),
@@ -167,7 +176,7 @@ def watched(module: nn.Module, held: nn.Module) -> Iterator[Step]:
 
 
 class _Watch(TorchFunctionMode):
-    """Sees the functions that a step calls outside of its network."""
+    """Notes the functions that a step calls outside of its network."""
 
     def __init__(self, step: Step) -> None:
         super().__init__()

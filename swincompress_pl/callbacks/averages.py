@@ -1,9 +1,9 @@
-"""Averages of a user's own (timm's ModelEmaV3, torch's AveragedModel, a copy that a callback updates) beside a change
-of the network, which they cannot follow: refused by name before anything is changed.
+"""Refuses averages of the network that cannot follow a change of it, by name and before anything is changed.
 
-A copy is a network of the same type whose parameters have the same names and are other tensors. It is an average, and
-not a teacher, where its name or its class's says so (ema, swa, average, shadow, momentum, ...), where an object that
-holds it has a method `update` or `update_parameters`, or where its owner has a method for it (`update_teacher`).
+Such averages are the user's own: timm's ModelEmaV3, torch's AveragedModel, a copy that a callback updates. A copy is a
+network of the same type whose parameters have the same names and are other tensors. A copy is an average, and not a
+teacher, in one of three cases. Its name or that of its class says so (ema, swa, average, shadow, momentum, ...). An
+object that holds it has a method `update` or `update_parameters`. Or its owner has a method for it (`update_teacher`).
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from swincompress_pl.callbacks.training_pass import TrainingPass
 
 _AVERAGING = frozenset({"ema", "swa", "avg", "average", "averaged", "averaging", "polyak", "shadow", "momentum"})
 _UPDATES = ("update", "update_parameters")
-# Their `update` is that of a mapping, or takes images; a copied LightningModule may have one of any meaning.
+# Their `update` is that of a mapping, or takes images; that of a copied LightningModule may mean anything.
 _OTHER_UPDATES = (nn.ModuleDict, nn.ParameterDict, Mapping, Metric, LightningModule)
-# Words that say nothing of an attribute when a method has them too.
+# Words that do not connect a method with an attribute, though the names of both have them.
 _COMMON = frozenset({"net", "network", "model", "module", "backbone", "update", "student"})
 
 
 @dataclass(frozen=True)
 class _Copy:
-    """Of the network: who owns it, the path of attributes to it, the objects on that path, the copied network."""
+    """A copy of the network: its owner, the path of attributes to it, the objects on that path, and the copy itself."""
 
     owner: Any
     path: str
@@ -42,7 +42,7 @@ class _Copy:
         return f"{type(self.owner).__name__}.{self.path}"
 
     def is_average(self) -> bool:
-        """By the rule that stands on top of this file."""
+        """Whether the rule at the top of this file makes it an average."""
         named = [holder for holder in self.holders if not isinstance(holder, (LightningModule, type(self.network)))]
         named += [self.owner] if isinstance(self.owner, Callback) else []
         words = _words(self.path).union(*(_words(type(holder).__name__) for holder in named))
@@ -54,13 +54,13 @@ class _Copy:
 
 
 def refuse_averages(trainer: Trainer, module: LightningModule, network: nn.Module, callback_name: str) -> None:
-    """ValueError for a copy of `network` that a callback or the module keeps up to date by itself."""
+    """Raises a ValueError for a copy of `network` that a callback or the module averages."""
     for copy in _copies(trainer, module, network):
         if copy.is_average():
             raise ValueError(
                 f"{copy.place} holds a copy of {type(network).__name__} that is an average of it; it cannot follow "
                 f"when {callback_name} changes the shapes or the names of the parameters. Beside pruning, average in a "
-                "later fit, of the pruned checkpoint; beside quantization, take Lightning's WeightAveraging or "
+                "later fit, of the pruned checkpoint; beside quantization, use Lightning's WeightAveraging or "
                 "EMAWeightAveraging and put it after the callback"
             )
 
@@ -68,14 +68,14 @@ def refuse_averages(trainer: Trainer, module: LightningModule, network: nn.Modul
 def note_old_shapes(
     trainer: Trainer, module: LightningModule, network: nn.Module, callback_name: str, exception: BaseException
 ) -> None:
-    """Have an error in a fit whose network was cut say which copies of it have the shapes of before."""
+    """Adds a note to an error in a fit whose network was cut: which copies still have the old shapes."""
     if isinstance(exception, RuntimeError):
         shapes = [parameter.shape for parameter in network.parameters()]
         for copy in _copies(trainer, module, network):
             if [parameter.shape for parameter in copy.network.parameters()] != shapes:
                 exception.add_note(
-                    f"{callback_name} has cut the network in this fit, and {copy.place} is a copy with the shapes of "
-                    "before. If it is updated from the network, do that in a later fit, of the pruned checkpoint"
+                    f"{callback_name} has cut the network in this fit, and {copy.place} is a copy with the old shapes. "
+                    "If it is updated from the network, do that in a later fit, of the pruned checkpoint"
                 )
 
 
@@ -91,8 +91,10 @@ def _copies(trainer: Trainer, module: LightningModule, network: nn.Module) -> It
 
 
 def _held_by(owner: Any) -> Iterator[tuple[str, list[Any]]]:
-    """The modules in an owner's attributes, and one level further in objects and containers: the path to each, and the
-    objects on it."""
+    """The path to each module in an owner's attributes, and the objects on the path.
+
+    Objects and containers in the attributes are searched one level deep.
+    """
     for name, value in _attributes(owner):
         if isinstance(value, nn.Module):
             yield name, [value]
@@ -103,7 +105,7 @@ def _held_by(owner: Any) -> Iterator[tuple[str, list[Any]]]:
 
 
 def _copies_in(owner: Any, path: str, holders: list[Any], network: nn.Module) -> Iterator[_Copy]:
-    """The copy in the last of the holders; beside the network itself, where it is held with others."""
+    """The copy in the last of the holders. If that holds the network too, the copies are looked for in its children."""
     holder: nn.Module = holders[-1]
     if any(inner is network for inner in holder.modules()):
         for name, child in holder.named_children() if holder is not network else ():
@@ -127,7 +129,7 @@ def _attributes(holder: Any) -> list[tuple[str, Any]]:
 
 
 def _copy_in(holder: nn.Module, network: nn.Module) -> nn.Module | None:
-    """The copy of `network` in a module: same type, same names of parameters, other tensors."""
+    """The copy of `network` in a module: the same type and names of parameters, with other tensors."""
     live = dict(network.named_parameters())
     for inner in holder.modules():
         if type(inner) is type(network):
@@ -142,5 +144,5 @@ def _updates_itself(holder: Any) -> bool:
 
 
 def _words(name: str) -> set[str]:
-    """The words of a name: "ModelEmaV3" and "model_ema.module" have "ema"."""
+    """The words of a name: both "ModelEmaV3" and "model_ema.module" have "ema"."""
     return {word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)}

@@ -1,4 +1,4 @@
-"""Fits that end before the epoch that a callback waits for: told when they begin, or else when they end."""
+"""Warns of fits that end before the epoch that a callback waits for, at the beginning if possible, else at the end."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 
 class AwaitedEpoch:
-    """Says once per fit that it does not reach an epoch.
+    """Warns once per fit that it does not reach an epoch.
 
-    name: of the callback's argument that gives the epoch. consequence: of that, e.g. "nothing is pruned".
+    Args:
+        name: Name of the callback's argument that gives the epoch.
+        consequence: What follows, such as "nothing is pruned".
     """
 
     def __init__(self, name: str, consequence: str) -> None:
@@ -17,7 +19,7 @@ class AwaitedEpoch:
         self._told = False
 
     def fit_begins(self, trainer: Trainer, epoch: int) -> None:
-        """Say so where `max_epochs` does, before anything is spent."""
+        """Warns if `max_epochs` already excludes the epoch."""
         self._told = trainer.max_epochs is not None and 0 <= trainer.max_epochs <= epoch
         if self._told:
             rank_zero_warn(
@@ -25,15 +27,15 @@ class AwaitedEpoch:
             )
 
     def fit_ends(self, trainer: Trainer, epoch: int) -> None:
-        """Say so where something else ended the fit (max_steps, max_time, EarlyStopping), and it was not said before.
+        """Warns if something else ended the fit (max_steps, max_time, EarlyStopping), and no warning came before.
 
-        Call it where what was awaited did not happen.
+        Call it only if what was awaited did not happen.
         """
         done = trainer.current_epoch
         if not self._told and done <= epoch:
             rank_zero_warn(
                 f"the fit ended after {done} epochs, before {self.name}={epoch}: {self.consequence}. Choose an earlier "
-                "one, or let the fit go on (max_epochs, max_steps, max_time, EarlyStopping)"
+                "epoch, or let the fit go on (max_epochs, max_steps, max_time, EarlyStopping)"
             )
         elif not self._told:
             rank_zero_warn(f"the fit ended after {done} epochs, none of which was chosen: {self.consequence}")

@@ -1,7 +1,7 @@
-"""The images of calibration and of gradients: what the module's own step gives to its network.
+"""The images for calibration and gradients: what the module's own step gives to its network.
 
-`validation_step` is run on training batches for it, never `training_step`, which steps by itself under manual
-optimization. Where training batches have another form than it takes, it is run on their parts (those of a
+`validation_step` runs on training batches for this, never `training_step`, which makes optimizer steps under manual
+optimization. If training batches have a form that it does not take, it runs on their parts (those of a
 `CombinedLoader`), or the user says where the images are (`calibration_dataloader`).
 """
 
@@ -33,9 +33,9 @@ class NoImagesError(ValueError):
 
 
 def network_inputs(validation: ModuleValidation, loaders: Iterable[Iterable[Any]]) -> Iterator[Tensor]:
-    """The images that the network gets from each batch: one tensor for each call of it.
+    """Yields the images that the network gets from each batch: one tensor for each call of it.
 
-    Raises ValueError where the validation step does not take the batches, naming `calibration_dataloader`.
+    A ValueError says so if the validation step does not take the batches, and names `calibration_dataloader`.
     """
     for loader in loaders:
         for raw in loader:
@@ -44,9 +44,9 @@ def network_inputs(validation: ModuleValidation, loaders: Iterable[Iterable[Any]
 
 
 def first_inputs(validation: ModuleValidation, loaders: Sequence[Iterable[Any]]) -> tuple[Any, list[Tensor]]:
-    """The first batch as its loader gave it (or the part of it that the step takes), and what the network got of it.
+    """The first batch, or the part of it that the step takes, as its loader gave it; and what the network got of it.
 
-    Raises NoImagesError where there is none.
+    Raises a NoImagesError if there is no batch.
     """
     for loader in loaders:
         for raw in loader:
@@ -58,7 +58,7 @@ def first_inputs(validation: ModuleValidation, loaders: Sequence[Iterable[Any]])
 def labelled_batches(
     validation: ModuleValidation, loaders: Iterable[Iterable[Any]], most_batches: int
 ) -> Iterator[tuple[tuple[Any, int], Tensor]]:
-    """((batch as a step gets it, N), (N,) classes or (N, classes) probabilities) of up to so many training batches."""
+    """Yields ((batch for a step, N), classes (N,) or probabilities (N, classes)) of the first training batches."""
     batches = (raw for loader in loaders for raw in loader)
     for raw in islice(batches, most_batches):
         part, step = _taken(validation, raw, whole=False)
@@ -66,20 +66,20 @@ def labelled_batches(
         labels = step.soft_labels(batch)
         if labels is None:
             raise ValueError(
-                f"{_name(validation)}: training batches ({described(raw)}) have no labels of one class for each "
-                "image; pass calibration_dataloader= with batches of the form that validation_step takes, or a "
-                "criterion without gradients (criterion='magnitude')"
+                f"{_name(validation)}: training batches ({described(raw)}) have no labels with one class per image; "
+                "pass calibration_dataloader= with batches of the form that validation_step takes, or a criterion "
+                "without gradients (criterion='magnitude')"
             )
         yield (batch, len(labels)), labels
 
 
 def answer_of(validation: ModuleValidation, batch: Any, count: int) -> Tensor:
-    """(N, classes) what the module's step makes of the network's answer, with its gradient."""
+    """The logits (N, classes) that the module's step makes of the network's answer, with their gradient."""
     step = _attempt(validation, batch)
     answer = step.scored[-1][0] if step.scored else step.answer(count)
     if answer is None or answer.ndim != 2:
         raise ValueError(
-            f"{_name(validation)}: validation_step makes no logits (N, classes) of a training batch "
+            f"{_name(validation)}: validation_step computes no logits (N, classes) from a training batch "
             f"({described(batch)}){_ended(step)}; pass calibration_dataloader= with batches of the form that it takes"
         )
     sums_to_one = bool((answer >= 0).all()) and torch.allclose(answer.sum(1), answer.new_ones(len(answer)), atol=1e-3)
@@ -87,8 +87,10 @@ def answer_of(validation: ModuleValidation, batch: Any, count: int) -> Tensor:
 
 
 def _taken(validation: ModuleValidation, raw: Any, *, whole: bool = True) -> tuple[Any, Step]:
-    """The batch, or the first part of it, on which the validation step calls the network; whole: and not only modules
-    inside it."""
+    """The batch, or the first part of it, on which the validation step calls the network, and that step.
+
+    With `whole`, a step that calls only modules inside the network is an error.
+    """
     failures = []
     for part in (raw, *_parts(raw)):
         try:
@@ -109,8 +111,8 @@ def _taken(validation: ModuleValidation, raw: Any, *, whole: bool = True) -> tup
             "it does not call the network" if step.error is None else f"{type(step.error).__name__}: {step.error}"
         )
     raise ValueError(
-        f"{_name(validation)}.validation_step does not take the training batches ({described(raw)}), so nothing says "
-        f"which images {validation.model_attribute} is to be calibrated on: {failures[0]}. Pass "
+        f"{_name(validation)}.validation_step does not take the training batches ({described(raw)}), so the images to "
+        f"calibrate {validation.model_attribute} on are not known: {failures[0]}. Pass "
         "calibration_dataloader= to the callback (a loader, or a function of the number of images), or give the "
         "datamodule a calibration_dataloader(images), with batches of the form that validation_step takes"
     )
@@ -123,7 +125,7 @@ def _parts(raw: Any) -> list[Any]:
 
 
 def _attempt(validation: ModuleValidation, batch: Any) -> Step:
-    """Watch a step that may fail behind the network: labels of training may have another form (mixed, or none)."""
+    """Watches a step that may fail after the network: labels of training may have another form (mixed, or none)."""
     with watched(validation.module, held_by(validation.module, validation.model_attribute)) as step:
         try:
             validation.step(batch, 0, 0)
@@ -143,10 +145,21 @@ def _name(validation: ModuleValidation) -> str:
 def normalization(
     given: Any, of_data: Any, network: nn.Module, raw: Any, images: Tensor, loaders: Sequence[Iterable[Any]]
 ) -> dict[str, Any]:
-    """How the network's images are normalized: as stated, or as found out, or as assumed where the images agree.
+    """How the network's images are normalized: as stated, or as found, or as assumed if the images agree.
 
-    given: the callback's argument; of_data: the datamodule's `preprocessing`. raw: a batch as its loader gave it;
-    images: what the network got of it. Raises ValueError where nothing fits.
+    Args:
+        given: The callback's argument.
+        of_data: The datamodule's `preprocessing`.
+        network: The network, which may state a normalization too.
+        raw: A batch as its loader gave it.
+        images: What the network got of this batch.
+        loaders: The loaders, whose datasets may have a Normalize.
+
+    Returns:
+        Mean and std per channel, and what else is known of the images.
+
+    Raises:
+        ValueError: If nothing fits.
     """
     images = _before_a_cast(raw, images)
     if given is not None or of_data is not None:
@@ -161,17 +174,17 @@ def normalization(
         return {**_size_of(images), **own, **found}
     if not own:
         raise ValueError(
-            "nothing says how the images are normalized, and they do not tell: no pixels of the loader become what the "
-            "network gets by a mean and std per channel, no dataset has a Normalize, and the images are not all of "
-            "0 to 255. Pass preprocessing={'mean': (...), 'std': (...)} in [0, 1] units, as the network's images have "
-            "it; integers begin at pixels"
+            "nothing says how the images are normalized, and they do not tell: no mean and std per channel leads from "
+            "the loader's pixels to what the network gets, no dataset has a Normalize, and the images do not cover the "
+            "values 0 to 255. Pass preprocessing={'mean': (...), 'std': (...)} in [0, 1] units, as the images have "
+            "it; the integer network reads raw pixels"
         )
     check_fit(images, checked_preprocessing(own), assumed=getattr(network, "preprocessing", None) is None)
     return own
 
 
 def _before_a_cast(raw: Any, images: Tensor) -> Tensor:
-    """The loader's own tensor where the network's is that in another number format, which shows no pixels any more."""
+    """The loader's own tensor if `images` are a cast of it, which may no longer show pixels; else `images`."""
     for leaf in leaves(raw):
         if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.shape == images.shape:
             on_device = leaf.to(images.device)
@@ -181,7 +194,7 @@ def _before_a_cast(raw: Any, images: Tensor) -> Tensor:
 
 
 def _found(raw: Any, images: Tensor, loaders: Sequence[Iterable[Any]]) -> dict[str, Any] | None:
-    """mean and std from the loader's pixels, or from a Normalize in a dataset's transforms."""
+    """Mean and std from the loader's pixels, or from a Normalize in a dataset's transforms; None if neither fits."""
     for leaf in leaves(raw):
         if isinstance(leaf, Tensor) and leaf.ndim >= 4:
             between = normalization_between(leaf, images)
@@ -198,7 +211,7 @@ def _found(raw: Any, images: Tensor, loaders: Sequence[Iterable[Any]]) -> dict[s
 
 
 def _stated_by(network: nn.Module) -> dict[str, Any]:
-    """What a network says of its images: mean and std, their size, how they are cut; {} where it says nothing."""
+    """What a network states about its images: mean and std, size, crop; {} if it states nothing."""
     try:
         return find_preprocessing(
             None, getattr(network, "preprocessing", None), getattr(network, "pretrained_cfg", None)
@@ -208,6 +221,6 @@ def _stated_by(network: nn.Module) -> dict[str, Any]:
 
 
 def _size_of(images: Tensor) -> dict[str, Any]:
-    """The size of the images, for networks that do not know it."""
+    """The size of the images, for networks that do not state it."""
     size = {"height": images.shape[-2], "width": images.shape[-1]}
     return {**size, "time_steps": images.shape[1]} if images.ndim == 5 else size

@@ -1,4 +1,4 @@
-"""The best checkpoint of a compressed network."""
+"""Saves the best checkpoint of a compressed network."""
 
 from __future__ import annotations
 
@@ -17,13 +17,22 @@ from swincompress_pl.quant import QuantizedNetwork
 
 
 class CompressedCheckpoint(ModelCheckpoint):
-    """A `ModelCheckpoint` that waits until the network is compressed, so that "best" is the best of what will be
-    exported.
+    """A `ModelCheckpoint` that waits until the network is compressed.
 
-    Takes the arguments of ModelCheckpoint. A float epoch before quantization usually scores higher and would otherwise
-    be kept. Beside `QuantizationAwareTraining` it waits until the network is quantized; in a fit that only prunes,
-    until the first round has removed something. A fit in which it saved nothing for that reason ends with a warning.
-    model_attribute: the attribute of the LightningModule that holds the network.
+    So "best" is the best of what will be exported: a float epoch before quantization usually scores higher, and would
+    otherwise be kept. Beside `QuantizationAwareTraining` it waits until the network is quantized. In a fit that only
+    prunes, it waits until the first round has removed something. If it saved nothing for that reason, the fit ends with
+    a warning.
+
+    Args:
+        *args: Positional arguments of `ModelCheckpoint`.
+        model_attribute: Where the LightningModule holds the network: "net", or a path such as "model.backbone" or
+            "nets.0".
+        **kwargs: Keyword arguments of `ModelCheckpoint`.
+
+    Raises:
+        AttributeError: When the fit begins, if the module has no network at `model_attribute`.
+        MisconfigurationException: If `ModelCheckpoint` refuses its arguments.
     """
 
     def __init__(self, *args: Any, model_attribute: str = "net", **kwargs: Any) -> None:
@@ -31,12 +40,12 @@ class CompressedCheckpoint(ModelCheckpoint):
         self.model_attribute = model_attribute
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Have checkpoints say how the network is compressed; fail early where there is no such network."""
+        """Makes checkpoints record how the network is compressed; a missing network is an error here."""
         super().setup(trainer, pl_module, stage)
         keep_record(pl_module, self.model_attribute)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say so where it waits for what does not come."""
+        """Warns if nothing in this fit compresses the network."""
         super().on_train_start(trainer, pl_module)
         compressing = self._beside(trainer, QuantizationAwareTraining, SearchCallback)
         if not compressing and not self._is_compressed(trainer):
@@ -46,7 +55,7 @@ class CompressedCheckpoint(ModelCheckpoint):
             )
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Say so where it waited to the end."""
+        """Warns if it waited to the end."""
         super().teardown(trainer, pl_module, stage)
         if stage == "fit" and not self._is_compressed(trainer):
             missing = "quantized" if self._beside(trainer, QuantizationAwareTraining) else "compressed"
@@ -56,14 +65,14 @@ class CompressedCheckpoint(ModelCheckpoint):
         return not self._is_compressed(trainer) or super()._should_skip_saving_checkpoint(trainer)
 
     def _is_compressed(self, trainer: Trainer) -> bool:
-        """As far as this fit goes: quantized where it quantizes, else changed in any way."""
+        """Whether the network is quantized, in a fit that quantizes it, or else changed in any way."""
         network = network_of(trainer.lightning_module, self.model_attribute)
         if self._beside(trainer, QuantizationAwareTraining):
             return isinstance(network, QuantizedNetwork)
         return bool(history_of(network))
 
     def _beside(self, trainer: Trainer, *kinds: type[Callback]) -> bool:
-        """Whether a callback of these kinds stands beside this one, for the same network."""
+        """Whether the trainer has a callback of these kinds for the same network."""
         callbacks = trainer.callbacks  # type: ignore[attr-defined]  # set by the trainer
         beside = [other for other in callbacks if isinstance(other, kinds)]
         return any(getattr(other, "model_attribute", None) == self.model_attribute for other in beside)

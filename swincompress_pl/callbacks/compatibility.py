@@ -1,6 +1,6 @@
-"""What may stand beside a callback that changes the network in the middle of a fit, and what may not.
+"""Refuses what does not go with a callback that changes the network in the middle of a fit.
 
-Each kind of change says in its `Limits` what it cannot have and why; the functions refuse it, with the remedy.
+The `Limits` of each kind of change say what it does not go with, and why. The errors name the remedy.
 """
 
 from __future__ import annotations
@@ -19,19 +19,24 @@ from torch.optim import LBFGS, Optimizer
 from swincompress_pl.checkpoint.holder import network_of
 from swincompress_pl.pruning.evaluation.ranks import agree
 
-# They keep lists of parameters, or state under one parameter for all, that follow neither a cut nor a new group (by
-# name: not every build of torch has them).
+# They keep lists of parameters, or one state for all parameters, which follow neither a cut nor a new group. They are
+# known by name because not every build of torch has them.
 UNFIT_OPTIMIZERS = ("ZeroRedundancyOptimizer", "PostLocalSGDOptimizer", "DistributedOptimizer", LBFGS.__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What a change of the network cannot have beside it: the ends of the errors' sentences.
+    """What does not go with a change of the network, mostly as ends of the errors' sentences.
 
-    {callback}, {strategy} and {state} stand for the names of the callback, the strategy and the state's type.
-    shards: under a strategy that holds shards of the parameters. processes: of weights that come back from spawned
-    processes. comm_state: of DDP's ddp_comm_state. precisions: of the trainer, in which it works; other_precisions:
-    of the rest. neighbours: of Lightning callbacks, after their name.
+    In them, {callback}, {strategy} and {state} stand for the names of the callback, the strategy and the state's type.
+
+    Attributes:
+        shards: Why not under a strategy that holds shards of the parameters.
+        processes: What is wrong with weights that come back from spawned processes.
+        comm_state: Why not with DDP's `ddp_comm_state`.
+        precisions: The trainer's precisions in which it works.
+        other_precisions: What is wrong with the others.
+        neighbours: Lightning callbacks that do not go with it, and why.
     """
 
     shards: str
@@ -51,10 +56,10 @@ PRUNING = Limits(
     "first (Trainer(devices=1) or strategy='ddp'), then fit the pruned checkpoint with your strategy and without this "
     "callback",
     processes="have other shapes than the module here",
-    comm_state="cannot shrink a model whose {strategy} has a ddp_comm_state ({state}): it keeps what has the old "
+    comm_state="cannot shrink a model whose {strategy} has a ddp_comm_state ({state}), which keeps tensors of the old "
     "shapes. Leave it out of this fit",
     precisions=("32-true", "64-true", "16-true", "bf16-true", "16-mixed", "bf16-mixed"),
-    other_precisions="other layers in the place of the network's, which no group of it names; prune in 'bf16-mixed' or "
+    other_precisions="other layers in place of the network's, which belong to no group; prune in 'bf16-mixed' or "
     "'32-true', then fit the pruned checkpoint without this callback",
     neighbours={
         WeightAveraging: _COPY,
@@ -72,9 +77,9 @@ QUANTIZATION = Limits(
     other_precisions="weights of another type: scales and weights are float32 until they are rounded to integers; use "
     "'bf16-mixed', '16-mixed' or '32-true'",
     neighbours={
-        StochasticWeightAveraging: "keeps a copy of the model that knows no scales, and its own learning rates; "
+        StochasticWeightAveraging: "keeps a copy of the model without scales, and its own learning rates; "
         "average with lightning's WeightAveraging (the same average) or EMAWeightAveraging instead",
-        ModelPruning: "replaces weights by masked ones, which no quantizer of ours sees; prune with "
+        ModelPruning: "replaces weights by masked ones, which the quantizers do not see; prune with "
         "AdaptiveIterativePruning(granularity='weight')",
     },
 )
@@ -83,8 +88,7 @@ _REPLACING_PLUGINS = ("BitsandbytesPrecision", "TransformerEnginePrecision")
 
 
 def refuse_strategy(trainer: Trainer, callback_name: str, limits: Limits) -> None:
-    """ValueError for strategies that hold shards of the parameters or cannot hand them back; one device and DDP are
-    fine."""
+    """Raises a ValueError for other strategies than one device and DDP, spawned processes and a `ddp_comm_state`."""
     strategy = trainer.strategy
     name = type(strategy).__name__
     if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
@@ -100,7 +104,7 @@ def refuse_strategy(trainer: Trainer, callback_name: str, limits: Limits) -> Non
 
 
 def refuse_precision(trainer: Trainer, callback_name: str, limits: Limits) -> None:
-    """ValueError for a precision in which the network cannot be trained and changed."""
+    """Raises a ValueError for a precision in which the network cannot be trained and changed."""
     plugin = type(trainer.precision_plugin).__name__
     if plugin in _REPLACING_PLUGINS or trainer.precision not in limits.precisions:
         named = f"the precision plugin {plugin}" if plugin in _REPLACING_PLUGINS else f"precision={trainer.precision!r}"
@@ -108,32 +112,34 @@ def refuse_precision(trainer: Trainer, callback_name: str, limits: Limits) -> No
 
 
 def refuse_compiled_module(module: LightningModule) -> None:
-    """ValueError for a LightningModule that is compiled as a whole, beside a network that will be quantized."""
+    """Raises a ValueError for a LightningModule that is compiled as a whole, if its network will be quantized."""
     if getattr(module, "_compiler_ctx", None) is not None:
         raise ValueError(
             f"{type(module).__name__} is compiled as a whole, but evaluation after quantization is integer arithmetic "
-            "that torch.compile does not see through. Compile the network alone (module.net = "
-            "torch.compile(module.net)): its training goes on compiled"
+            "that torch.compile cannot trace. Compile the network alone (module.net = torch.compile(module.net)): its "
+            "training stays compiled"
         )
 
 
 def refuse_synchronized_norms(trainer: Trainer, network: nn.Module, callback_name: str) -> None:
-    """ValueError where Lightning would put SyncBatchNorm in the place of the network's BatchNorms: a quantized network
-    would go on normalizing by each process's batch, and spikingjelly's, over (T, N, C, H, W), would lose their step
-    mode for good and take the images for channels."""
+    """Raises a ValueError if Lightning would replace the network's BatchNorms by SyncBatchNorms.
+
+    A quantized network would go on normalizing by each process's batch. BatchNorms of spikingjelly, over
+    (T, N, C, H, W), would lose their step mode for good and take the images for channels.
+    """
     sync = getattr(trainer.strategy, "_layer_sync", None)
     norms = [name for name, module in network.named_modules() if isinstance(module, _BatchNorm)]
     if sync is not None and norms:
         raise ValueError(
             f"{callback_name} beside Trainer(sync_batchnorm=True): {type(sync).__name__} would replace the "
-            f"{len(norms)} BatchNorms of {type(network).__name__} ({norms[0]}, ...) by others, which know no time "
-            "steps and which no integers follow. Leave it out: every process normalizes by its own images at all time "
-            "steps, rank 0's statistics are kept; give the processes larger batches where theirs are too small"
+            f"{len(norms)} BatchNorms of {type(network).__name__} ({norms[0]}, ...) by others, which have neither time "
+            "steps nor an integer form. Leave it out: each process then normalizes by its own images at all time "
+            "steps, and rank 0's statistics are kept. Give the processes larger batches if theirs are too small"
         )
 
 
 def refuse_neighbours(trainer: Trainer, callback_name: str, limits: Limits) -> None:
-    """ValueError for callbacks that keep a copy of the weights or replace them."""
+    """Raises a ValueError for callbacks that keep a copy of the weights or replace them."""
     for other in trainer.callbacks:  # type: ignore[attr-defined]  # set by the trainer
         for kind, reason in limits.neighbours.items():
             if isinstance(other, kind):
@@ -141,8 +147,10 @@ def refuse_neighbours(trainer: Trainer, callback_name: str, limits: Limits) -> N
 
 
 def refuse_overlaps(trainer: Trainer, module: LightningModule, callback: Callback, model_attribute: str) -> None:
-    """ValueError for another callback that compresses the same network under another name, one inside it, or one
-    around it: each would change what the other one knows."""
+    """Raises a ValueError for a second callback that compresses the same network under another name, or a part of it.
+
+    Each would change the network without the other one's knowledge.
+    """
     network = network_of(module, model_attribute)
     for other in trainer.callbacks:  # type: ignore[attr-defined]  # set by the trainer
         path = getattr(other, "model_attribute", None)
@@ -159,7 +167,7 @@ def refuse_overlaps(trainer: Trainer, module: LightningModule, callback: Callbac
 
 
 def refuse_averaging_before(trainer: Trainer, callback: Callback, callback_name: str) -> None:
-    """ValueError for a WeightAveraging that stands before `callback`, which quantizes."""
+    """Raises a ValueError for a WeightAveraging that comes before `callback`, which quantizes."""
     callbacks = trainer.callbacks  # type: ignore[attr-defined]  # set by the trainer
     for place, other in enumerate(callbacks):
         if isinstance(other, WeightAveraging) and callback in callbacks[place:]:
@@ -171,9 +179,9 @@ def refuse_averaging_before(trainer: Trainer, callback: Callback, callback_name:
 
 
 def refuse_sharing(module: LightningModule, network: nn.Module, tensors: Collection[str], model_attribute: str) -> None:
-    """ValueError where one of the parameters `tensors` of the network has a second place, in the network or outside it.
+    """Raises a ValueError if one of the network's parameters `tensors` has a second place, inside it or outside.
 
-    A cut would leave that place behind with the old shape, a mask would prune it unasked.
+    A cut would leave that place with the old shape, and a mask would prune it too.
     """
     places: dict[int, list[str]] = {}
     for path, holder in network.named_modules(remove_duplicate=False):
@@ -193,7 +201,7 @@ def refuse_sharing(module: LightningModule, network: nn.Module, tensors: Collect
 
 
 def refuse_optimizers(optimizers: Iterable[Optimizer], network: nn.Module, tensors: Collection[str]) -> None:
-    """ValueError for an optimizer whose state cannot be cut with the parameters `tensors` of the network."""
+    """Raises a ValueError for an optimizer whose state cannot be cut with the network's parameters `tensors`."""
     watched = {id(p): (name, p) for name, p in network.named_parameters() if name in tensors}
     for optimizer in optimizers:
         name = type(optimizer).__name__
@@ -215,14 +223,14 @@ def refuse_optimizers(optimizers: Iterable[Optimizer], network: nn.Module, tenso
 
 
 def _can_be_cut(value: object, parameter: Tensor) -> bool:
-    """As `slice_optimizers` sees it, which is told too late: after a round was searched."""
+    """The rule of `slice_optimizers`, whose error would come too late: after a round of the search."""
     if isinstance(value, Tensor):
         return value.numel() <= 1 or value.shape == parameter.shape
     return value is None or isinstance(value, int | float | bool | str)
 
 
 def wrap_anew(trainer: Trainer) -> None:
-    """Under DDP: wrap the module again, whose parameters are others now. Broadcasts the weights of rank 0."""
+    """Under DDP, wraps the module again because its parameters are others now; rank 0's weights are broadcast."""
     strategy = trainer.strategy
     if isinstance(strategy, DDPStrategy):
         agree()

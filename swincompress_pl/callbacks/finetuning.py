@@ -1,4 +1,4 @@
-"""Lightning's BaseFinetuning beside an exchange of the network: it keeps the names of the parameters of each group."""
+"""Lightning's BaseFinetuning, which keeps the parameters' names of each group, beside a change of the network."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ from lightning.pytorch.callbacks import BackboneFinetuning, BaseFinetuning
 
 
 def restore_finetuned_groups(trainer: Trainer, module: LightningModule) -> None:
-    """Have groups that were added before a resume be there now, wherever the callback stands. Doing it again changes
-    nothing."""
+    """Brings back the groups that were added before a resume, wherever the callback stands; may be called twice."""
     for callback in _finetuning(trainer):
         callback.on_fit_start(trainer, module)
 
 
 def note_finetuned_groups(trainer: Trainer, module: LightningModule) -> None:
-    """Have the callbacks know the groups of the optimizers as they are now: other names, and one more."""
+    """Tells the callbacks the present groups of the optimizers: the names have changed, and there is one group more."""
     names = {parameter: name for name, parameter in module.named_parameters()}
     for callback in _finetuning(trainer):
         for number, optimizer in enumerate(trainer.optimizers):
@@ -26,7 +25,7 @@ def note_finetuned_groups(trainer: Trainer, module: LightningModule) -> None:
 
 
 def keeps_last_group(trainer: Trainer) -> bool:
-    """Whether a callback sets the learning rate of an optimizer's last group, and means its own."""
+    """Whether a callback sets the learning rate of an optimizer's last group, which it takes for its own."""
     return any(isinstance(callback, BackboneFinetuning) for callback in _finetuning(trainer))
 
 

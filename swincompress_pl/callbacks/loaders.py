@@ -1,7 +1,8 @@
-"""Which batches a search scores on and calibration sees, read so that the fit's own data do not notice.
+"""Finds the batches that a search scores on and that calibration uses, and reads them without disturbing the fit.
 
-A second iterator of a training loader moves what the trainer's own one hangs on: persistent workers, the generator or
-the position of a sampler, the state of a dataset. So a copy is read in which these are copied, and the data are not.
+A second iterator of a training loader would move what the trainer's own iterator depends on: persistent workers, the
+generator or position of a sampler, the state of a dataset. So a copy is read, in which these are copied and the data
+are not.
 """
 
 from __future__ import annotations
@@ -28,15 +29,15 @@ _DEPTH = 6  # of datasets, transforms and lists inside each other
 def holdout_loaders(trainer: Trainer, callback_name: str) -> list[Iterable[Any]]:
     """The datamodule's `holdout_dataloader()`, or else the trainer's validation data up to its `limit_val_batches`.
 
-    Loaders of another `CombinedLoader` mode than "sequential" are one loader, whose batches hold one of each. Raises
-    ValueError where there is nothing to score on.
+    Loaders in a `CombinedLoader` of another mode than "sequential" count as one loader, whose batches hold one of each.
+    Raises a ValueError if there is nothing to score on.
     """
     source = getattr(trainer.datamodule, "holdout_dataloader", None)  # type: ignore[attr-defined]  # set by the trainer
     if callable(source):
         return [undisturbed(each) for each in as_list(source())]
     loop = trainer.fit_loop.epoch_loop.val_loop
     if trainer.val_dataloaders is None and trainer.enable_validation:
-        # Lightning asks for them at the first epoch that validates, or a sanity check before (none after a resume).
+        # Lightning makes them for the first epoch that validates, or for the sanity check (none after a resume).
         loop.setup_data()
     combined = loop._combined_loader
     if combined is None:
@@ -64,10 +65,11 @@ def _has_validation_batches(trainer: Trainer) -> bool:
 
 
 def calibration_loaders(trainer: Trainer, given: Any, images: int) -> list[Iterable[Any]]:
-    """Where calibration and gradients get their images: `given` (a loader, or a function of the number of images), or
-    else the datamodule's `calibration_dataloader(images)`, or else the training data up to its `limit_train_batches`.
+    """The loaders of the images for calibration and gradients.
 
-    Raises ValueError where there are none.
+    These are `given` (a loader, or a function of the number of images), or else the datamodule's
+    `calibration_dataloader(images)`, or else the training data up to its `limit_train_batches`. Raises a ValueError if
+    there are none.
     """
     module_of_data = trainer.datamodule  # type: ignore[attr-defined]  # set by the trainer
     source = getattr(module_of_data, "calibration_dataloader", None) if given is None else given
@@ -84,7 +86,7 @@ def calibration_loaders(trainer: Trainer, given: Any, images: int) -> list[Itera
 
 
 def as_list(loaders: Any) -> list[Iterable[Any]]:
-    """The loaders of a loader, or of a list or dictionary of some."""
+    """One loader, or a list or dictionary of loaders, as a list."""
     if isinstance(loaders, Mapping):
         return list(loaders.values())
     return list(loaders) if isinstance(loaders, list | tuple) else [loaders]
@@ -101,7 +103,7 @@ class Limited:
 
 
 def limited(loader: Iterable[Any], limit: float) -> Iterable[Any]:
-    """`loader` up to `limit` batches, itself where it has no more."""
+    """The first `limit` batches of `loader`, or `loader` itself if it has no more."""
     return Limited(loader, int(limit)) if limit < _length(loader) else loader
 
 
@@ -113,7 +115,7 @@ def _length(loader: Iterable[Any]) -> float:
 
 
 def sampler_over_ranks(loader: Iterable[Any]) -> DistributedSampler[Any] | None:
-    """The sampler that gives each rank images of its own, as Lightning puts it into validation data under DDP."""
+    """The sampler, if any, that gives each rank its own images, as Lightning adds it to validation data under DDP."""
     loader = loader.loader if isinstance(loader, Limited | Undisturbed) else loader
     loader = loader.loader if isinstance(loader, Undisturbed) else loader
     if not isinstance(loader, DataLoader):
@@ -125,8 +127,10 @@ def sampler_over_ranks(loader: Iterable[Any]) -> DistributedSampler[Any] | None:
 
 
 def without_padding(loader: Iterable[Any]) -> Iterator[tuple[Any, float]]:
-    """The batches, and how many of the images that are still to come are none that a `DistributedSampler` repeats at
-    the end to give every rank as many."""
+    """Yields each batch with the number of images, from its first one on, that count; infinite if all do.
+
+    A `DistributedSampler` repeats images at the end, to give every rank the same number. These do not count.
+    """
     sampler = sampler_over_ranks(loader)
     if sampler is None or sampler.drop_last:
         yield from ((batch, math.inf) for batch in loader)
@@ -138,12 +142,12 @@ def without_padding(loader: Iterable[Any]) -> Iterator[tuple[Any, float]]:
 
 
 def images_in(batch: Any) -> int:
-    """How many images a batch holds: the length of its first tensor; 0 where it has none."""
+    """The number of images in a batch: the length of its first tensor; 0 if it has none."""
     return next((len(leaf) for leaf in leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim), 0)
 
 
 def leaves(batch: Any) -> Iterator[Any]:
-    """What a batch holds in its tuples, lists, dictionaries and dataclasses, in order."""
+    """Yields what a batch holds in its tuples, lists, dictionaries and dataclasses, in order."""
     if is_record(batch):
         batch = fields_of(batch)
     if isinstance(batch, Mapping):
@@ -162,12 +166,12 @@ def is_record(batch: Any) -> bool:
 
 
 def fields_of(record: Any) -> dict[str, Any]:
-    """The entries of a dataclass, as they are."""
+    """The entries of a dataclass, not copied."""
     return {entry.name: getattr(record, entry.name) for entry in dataclasses.fields(record)}
 
 
 def described(batch: Any) -> str:
-    """The form of a batch, for people."""
+    """The form of a batch, for messages."""
     shapes = [f"{str(leaf.dtype)[6:]} {tuple(leaf.shape)}" for leaf in leaves(batch) if isinstance(leaf, Tensor)]
     named = fields_of(batch) if is_record(batch) else batch
     keys = f" with {', '.join(map(str, named))}" if isinstance(named, Mapping) else ""
@@ -175,7 +179,7 @@ def described(batch: Any) -> str:
 
 
 class Undisturbed:
-    """A loader of which each pass reads a fresh copy."""
+    """A loader, each pass over which reads a fresh copy."""
 
     def __init__(self, loader: Iterable[Any]) -> None:
         self.loader = loader
@@ -191,9 +195,9 @@ class Undisturbed:
 
 
 def undisturbed(loader: Iterable[Any]) -> Iterable[Any]:
-    """`loader` to be read beside the fit: DataLoaders, and what Lightning makes of several, are copied for it.
+    """Makes `loader` readable beside the fit: a DataLoader or CombinedLoader is copied at each pass.
 
-    Raises ValueError for a stream that can be read only once.
+    Raises a ValueError for a stream that can be read only once.
     """
     if isinstance(loader, DataLoader):
         _refuse_one_pass(loader)
@@ -210,8 +214,8 @@ def _refuse_one_pass(loader: DataLoader[Any]) -> None:
         if isinstance(value, Iterator):
             raise ValueError(
                 f"{type(loader.dataset).__name__}.{name} is a {type(value).__name__}, which can be read only once: "
-                "images for calibration would be missing in training. Pass calibration_dataloader= with images of its "
-                "own (a datamodule's holdout_dataloader() for what is scored), or make the iterator in __iter__"
+                "images for calibration would be missing in training. Pass calibration_dataloader= with other images "
+                "(for scoring, give the datamodule a holdout_dataloader()), or make the iterator in __iter__"
             )
 
 
@@ -227,13 +231,13 @@ def _copied(loader: Any) -> Iterable[Any]:
     dataset = loader.dataset if loader.num_workers else _with_own_state(loader.dataset)  # workers have their own
     names = ("sampler", "batch_sampler", "generator")
     state = _deep(tuple(vars(loader).get(name) for name in names), {id(loader.dataset): dataset})
-    # A DataLoader lets nobody change these, so that a running iterator is not contradicted; this one has none.
+    # A DataLoader forbids changing these, for the sake of a running iterator; this one has none.
     vars(result).update(zip(names, state, strict=True), dataset=dataset, _iterator=None, persistent_workers=False)
     return result
 
 
 def _deep(values: tuple[Any, ...], known: dict[int, Any]) -> tuple[Any, ...]:
-    """Deep copies that know the objects of these ids by what is given; shallow ones where that cannot be."""
+    """Deep copies, with `known` as the memo; shallow ones if a deep copy fails."""
     try:
         return copy.deepcopy(values, known)
     except Exception:  # a sampler may hold anything
@@ -241,7 +245,7 @@ def _deep(values: tuple[Any, ...], known: dict[int, Any]) -> tuple[Any, ...]:
 
 
 def _with_own_state(value: Any, depth: int = _DEPTH) -> Any:
-    """A copy of a dataset or transform with random generators and counters of its own, but the same data."""
+    """A copy of a dataset or transform, with its own random generators and counters but the same data."""
     if isinstance(value, _GENERATORS):
         return copy.deepcopy(value)
     if depth == 0 or isinstance(value, Tensor | np.ndarray | torch.nn.Module | type) or value is None:
@@ -258,13 +262,13 @@ def _with_own_state(value: Any, depth: int = _DEPTH) -> Any:
             mine = _with_own_state(part, depth - 1)
             if mine is not part:
                 vars(result)[name] = mine
-    except Exception:  # handles and foreign objects that let nobody copy them are shared
+    except Exception:  # handles and foreign objects that cannot be copied are shared
         return value
     return result
 
 
 def transforms_of(loaders: Sequence[Iterable[Any]]) -> Iterator[Any]:
-    """The transforms in the datasets of these loaders, those inside others as well."""
+    """Yields the transforms in the datasets of these loaders, nested ones too."""
     for loader in loaders:
         while isinstance(loader, Limited | Undisturbed):
             loader = loader.loader

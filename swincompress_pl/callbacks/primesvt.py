@@ -1,4 +1,4 @@
-"""PrimeSVT before an epoch of a fit, which then trains what is left."""
+"""PrimeSVT as a callback: it prunes before an epoch of a fit, which then trains what is left."""
 
 from __future__ import annotations
 
@@ -32,28 +32,68 @@ from swincompress_pl.pruning.space import SpaceConfig
 
 
 class PrimeSVT(SearchCallback):
-    """Prunes the spiking `module.<model_attribute>` once, in a single shot, before epoch `start_epoch`.
+    """Prunes a spiking network once, in a single shot, before an epoch of a fit (PrimeSVT, arXiv 2606.03428).
 
-    PrimeSVT (arXiv 2606.03428): see `pruning.primesvt`. The epochs that follow fine-tune what is left, with the
-    optimizer's state cut along; with granularity "filter" zeros stay zeros.
+    See `pruning.primesvt` for the search. The epochs that follow fine-tune what is left. The optimizer's state is cut
+    with the weights, and with the granularity "filter" zeros stay zeros. If both constraints cannot be met, a warning
+    says so, and `prefer` decides what is applied, if anything.
 
-    tolerance: accuracy that may be lost in points on the hold-out, above 0 and at most 100. min_memory_saving: part of
-    all parameters, 0 to below 1. granularity: "structured" (units go physically) or "filter" (zeros in every filter).
-    policy, blocks, prefer, rates, min_block_share, max_sparsity, round_to, kinds, layers, criterion, batchnorm: see
-    `pruning.PrimeSVTConfig`.
-    config: all settings of the search at once, in the place of those above, e.g. `PrimeSVTConfig.paper()`.
-    start_epoch: 0 is for a network with trained weights. evaluation_cache: a file that keeps every verdict, so that a
-    search that was killed goes on where it was. on_progress: override it for a display of one's own.
-    monitor, max_images, holdout_size_bytes, gradient_batches, calibration_dataloader, model_attribute: as in
-    `AdaptiveIterativePruning`; gradient_batches are also those on which `batchnorm="correct"` corrects the statistics.
+    The hold-out is the datamodule's `holdout_dataloader()`, or else the trainer's validation data. It is scored as in
+    `AdaptiveIterativePruning`. The callback logs pruning/score, pruning/baseline, pruning/saving, pruning/parameters,
+    pruning/images_scored and pruning/macs.
 
-    The hold-out is the datamodule's `holdout_dataloader()`, or else the trainer's validation data. Logs pruning/score,
-    pruning/baseline, pruning/saving, pruning/parameters, pruning/images_scored and pruning/macs to every logger.
-    `result` is what was found (`PrimeSVTResult`); it is in the checkpoint. Where the constraints cannot both be met, a
-    warning says so and `prefer` decides what is applied.
-    One device or DDP; FSDP and DeepSpeed, EMA and SWA are refused by name.
+    It runs on one device or under DDP. FSDP, DeepSpeed, EMA and SWA are refused by name.
 
-    Example: `Trainer(callbacks=[PrimeSVT(tolerance=3.0, min_memory_saving=0.25)])`
+    Example:
+        `Trainer(callbacks=[PrimeSVT(tolerance=3.0, min_memory_saving=0.25)])`
+
+    Args:
+        tolerance: Accuracy that may be lost on the hold-out, in points, above 0 and at most 100.
+        min_memory_saving: Part of all parameters that has to go, 0 or more and below 1.
+        granularity: "structured" cuts units out of the tensors; "filter" makes the weakest input channels of each
+            filter zero.
+        policy: What chooses the rates: "allocated", "prioritized" (the paper's), or one of them with its settings
+            (`pruning.AllocatedPolicy`, `pruning.PrioritizedPolicy`).
+        blocks: "layer" has one rate per layer, "block" (the paper's) one rate for all layers of a block.
+        prefer: What is applied if no candidate meets both constraints. "accuracy" takes the largest saving within
+            `tolerance`, "memory" the best accuracy that saves `min_memory_saving`.
+        rates: Parts of a layer's units that are tried.
+        min_block_share: A block with less than this part of an average block's parameters stays at the initial rate. 0
+            (the paper's) raises all blocks.
+        max_sparsity: Part of a layer's units that may go, above 0 and below 1.
+        round_to: Widths other than numbers of heads become multiples of it, 1 or more.
+        kinds: Kinds of groups to prune, only for "structured"; None for all that the network has except "heads" and
+            "embed".
+        layers: Patterns (as of `fnmatch`) of the names to prune; None for all.
+        criterion: What decides which units go first: a name in `pruning.CRITERIA`, or a function as
+            `pruning.Criterion` describes it. "magnitude" is the paper's L2 norm.
+        batchnorm: "keep" leaves running statistics as they are; "correct" adapts them for each candidate, by what
+            pruning changes of them on calibration images.
+        config: All of the settings above at once, in place of the arguments from `tolerance` to `batchnorm`, such as
+            `PrimeSVTConfig.paper()`.
+        start_epoch: Epoch before which the search runs, 0 or more. 0 is for a network with trained weights.
+        evaluation_cache: File that keeps each verdict, so that a search that was killed goes on where it was; None for
+            no file.
+        monitor: Name of a metric to score by; see `AdaptiveIterativePruning`.
+        max_images: Number of images to score on; None for all. Not with `monitor`.
+        holdout_size_bytes: Largest size of the hold-out, which is kept in each device's memory, in bytes. The default
+            is 4 GiB.
+        gradient_batches: Number of batches for criteria that need gradients, and for `batchnorm="correct"`; 1 or more.
+        calibration_dataloader: Source of these batches; see `AdaptiveIterativePruning`.
+        model_attribute: Where the LightningModule holds the network: "net", or a path such as "model.backbone" or
+            "nets.0".
+
+    Attributes:
+        config: The settings of the search.
+        result: What the search found, as a `pruning.PrimeSVTResult`; None before. A checkpoint holds it.
+
+    Raises:
+        ValueError: If an argument is out of range or contradicts another one; when the fit begins, if the network, its
+            optimizer, the data, the strategy, the precision or another callback does not go with pruning; when the
+            search begins, if the network does not spike, or no rates up to `max_sparsity` save `min_memory_saving`.
+        TypeError: If `config` and an argument that it replaces are both given.
+        AttributeError: When the fit begins, if the module has no network at `model_attribute`.
+        UnsupportedNetworkError: When the fit begins, if no adapter covers the network.
     """
 
     callback_name = "PrimeSVT"
@@ -123,16 +163,28 @@ class PrimeSVT(SearchCallback):
         if self.evaluation_cache is not None and self._predicts_itself and fingerprint_of(self.predict) is None:
             raise ValueError(
                 f"evaluation_cache: nothing tells {type(self).__name__}.predict from another predict; give it a name "
-                "that changes whenever it predicts otherwise, below its definition: predict.fingerprint = 'version 1'"
+                "that changes whenever its answers change, below its definition: predict.fingerprint = 'version 1'"
             )
         self.result: PrimeSVTResult | None = None
 
     def should_prune(self, epoch: int) -> bool:
-        """Whether the search runs before `epoch` (it may be over already)."""
+        """Decides whether the search runs before an epoch. Override it for another moment.
+
+        Args:
+            epoch: The epoch, counted from 0.
+
+        Returns:
+            Whether it does; once the search is over, the answer has no effect.
+        """
         return epoch >= self.start_epoch
 
     def on_progress(self, trainer: Trainer, progress: PrimeProgress) -> None:
-        """Called after each candidate, for a display of one's own; does nothing."""
+        """Does nothing; is called after each candidate, for a display of your own.
+
+        Args:
+            trainer: The trainer of the fit.
+            progress: The candidate, and how far the search is.
+        """
 
     def _space(self, network: nn.Module) -> SpaceConfig:
         return self.config.space(network)

@@ -1,4 +1,4 @@
-"""A bar for the search that stands beside Lightning's own."""
+"""Shows the progress of a search, in a bar beside Lightning's own."""
 
 from __future__ import annotations
 
@@ -14,16 +14,23 @@ from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from lightning.pytorch.utilities import rank_zero_info
 
 ReportProgress = Callable[[str, int], None]
-"""(what was just tried, how many tries there are at most)"""
+"""(what was just tried, the largest number of tries)"""
 _EVERY_S = 10.0
 
 
 @contextmanager
 def search_progress(trainer: Trainer, description: str, total: int | None) -> Iterator[ReportProgress]:
-    """Shows the tries of a search: a bar in the trainer's progress bar (rich or tqdm), else a line now and then.
+    """Shows the tries of a search: as a bar beside the trainer's (rich or tqdm), else as a line now and then.
 
-    total: how many tries there are, None where that is not known before the first. The bar goes when the context ends,
-    also by an exception.
+    The bar disappears when the context ends, also by an exception.
+
+    Args:
+        trainer: The trainer of the fit.
+        description: What the bar says.
+        total: The largest number of tries; None if it is not known before the first.
+
+    Yields:
+        The function to call after each try.
     """
     bar = trainer.progress_bar_callback
     if isinstance(bar, RichProgressBar) and bar.is_enabled and trainer.is_global_zero and bar.progress is not None:
@@ -70,7 +77,7 @@ def _tqdm_bar(bar: TQDMProgressBar, description: str, total: int | None) -> Iter
         line.total = total
         line.set_postfix_str(text, refresh=False)
         line.update(1)
-        line.refresh()  # tqdm leaves out what follows within 0.1 s; a step is worth being seen
+        line.refresh()  # tqdm leaves out what follows within 0.1 s, but every step is to be seen
 
     try:
         yield report_progress
@@ -79,7 +86,7 @@ def _tqdm_bar(bar: TQDMProgressBar, description: str, total: int | None) -> Iter
 
 
 class _Lines:
-    """A line every ten seconds."""
+    """Logs a line every ten seconds."""
 
     def __init__(self, description: str) -> None:
         self._description, self._tried, self._last = description, 0, time.monotonic()

@@ -23,49 +23,89 @@ from swincompress_pl.pruning.structure.apply import AppliedPlan
 
 
 class AdaptiveIterativePruning(SearchCallback):
-    """Prunes `module.<model_attribute>` between epochs, as far as the accuracy on a hold-out allows.
+    """Prunes a network between the epochs of a fit, as far as the accuracy on a hold-out allows.
 
-    Before each chosen epoch one round of the search runs: every group or layer is tried in turn, what costs no more
-    than `tolerance` goes, the optimizer's state is cut with it, and the epoch trains what is left. A round stands
-    before its epoch, so that the epoch's checkpoint and validation see the network after its recovery, and a kill in
-    the middle of a round loses that round only.
-
-    tolerance: accuracy that may be lost in points, above 0 and at most 100, against the network before the first round.
-    granularity: "structured" (whole heads, channels, ...; removed physically), "weight", n of m like "2:4", or "block"
-        (masks: buffers `weight_mask` beside weights that stay zero).
-    first_tolerance, block_shape, step, min_step, max_sparsity, round_to, order, ranking, overshoot, shrink, kinds,
-        layers, criterion, target, target_of, max_rounds, time_budget_s: how the search goes, see
-        `pruning.AdaptivePruningConfig`.
-    start_epoch, every_n_epochs: rounds run before epochs start_epoch, start_epoch + every_n_epochs, ...; 0 is for a
-        network with trained weights. Override `should_prune` for another policy.
-    monitor: score by a metric that the module's validation logs, a fraction between 0 and 1, over the whole hold-out;
-        default: by top-1 of what the module's validation_step predicts, on as few images as a decision needs.
-    max_images: score on a subset of so many images, balanced over the classes; None for all.
-    holdout_size_bytes: the hold-out is kept in the device's memory; a larger one is refused (default 4 GiB).
-    gradient_batches: for criteria that need gradients, taken from `calibration_dataloader`.
-    calibration_dataloader: a loader, or a function of the number of images that gives one, with batches of the form
-        that validation_step takes; default: the datamodule's `calibration_dataloader(images)`, or the training data.
-    model_attribute: where the LightningModule holds the network: "net", or a path like "model.backbone", "nets.0".
-    config: all settings of the search at once, in the place of the arguments from `tolerance` to `time_budget_s`.
+    One round of the search (after Cai and Liu, DOI 10.13700/j.bh.1001-5965.2024.0222) runs before each chosen epoch. It
+    tries to narrow each group or layer in turn, and keeps what costs no more than `tolerance`. The optimizer's state is
+    cut with the weights, and the epoch trains what is left. So the epoch's validation and checkpoint see the network
+    after its recovery, and a kill during a round loses that round only.
 
     The hold-out is the datamodule's `holdout_dataloader()`, or else the trainer's validation data. The module's own
-    validation_step is run on it, with its hooks and after its transfer, so that images are seen and answers counted as
-    the module has it: normalization on the device, a head outside of the network, several crops. The step leaves no
-    trace (metrics, loggers, attributes); `training_step` is never called. Logs pruning/score, pruning/baseline,
-    pruning/parameters, pruning/sparsity (of the prunable weights), pruning/active_targets, pruning/images_scored and
-    pruning/macs to every logger. The search and the states
-    of the random number generators are in the checkpoint: a resumed fit goes on with the same architecture, search and
-    random numbers.
+    `validation_step` runs on it, with its hooks and after its transfer to the device. So images and answers are those
+    of the module, also with normalization on the device, a head outside the network or several crops. The step leaves
+    no trace in metrics, loggers or attributes, and `training_step` is never called for scoring.
 
-    Once the network is quantized (`QuantizationAwareTraining` in the same fit, or before it) the search goes on: it
-    cuts or masks the float weights, the scales of what stays are kept as they are, and what is scored is the rounded
-    network. The tolerance is against the network before the first round: a search begun before the quantization keeps
-    its float baseline, so that what quantization loses counts; one begun after it has a quantized baseline.
+    The callback logs pruning/score, pruning/baseline, pruning/parameters, pruning/sparsity (of the prunable weights),
+    pruning/active_targets, pruning/images_scored and, once a step was tried, pruning/macs. A checkpoint holds the
+    search and the states of the random number generators: a resumed fit goes on with the same architecture and search,
+    and in a single process with the same random numbers.
 
-    One device or DDP; FSDP and DeepSpeed, EMA and SWA are refused by name. Compiled networks (`torch.compile`) are
-    compiled again after a shrink.
+    Once `QuantizationAwareTraining` has quantized the network, in the same fit or before it, the search goes on. It
+    cuts or masks the float weights, keeps the scales of what stays, and scores the rounded network. A search that began
+    before the quantization keeps its float baseline, so that what quantization loses counts against the tolerance. One
+    that began after it has a quantized baseline.
 
-    Example: `Trainer(callbacks=[AdaptiveIterativePruning(tolerance=1.0, start_epoch=5, every_n_epochs=2, target=0.4)])`
+    It runs on one device or under DDP. FSDP, DeepSpeed, EMA and SWA are refused by name. A compiled network
+    (`torch.compile`) is compiled again after a shrink.
+
+    Example:
+        `Trainer(callbacks=[AdaptiveIterativePruning(tolerance=1.0, start_epoch=5, every_n_epochs=2, target=0.4)])`
+
+    Args:
+        tolerance: Accuracy that may be lost against the network before the first round, in points, above 0 and at most
+            100.
+        first_tolerance: Tolerance to begin with, in points, at most `tolerance`. Whenever every target is locked, it
+            doubles, up to `tolerance`. None begins with `tolerance`.
+        granularity: What is removed. "structured" cuts whole units (heads, channels, ...) out of the tensors. "weight",
+            n of m such as "2:4", "block" and "filter" mask weights: these stay zero, beside buffers `weight_mask`.
+        block_shape: Rows and columns of a block, for the granularity "block".
+        step: Part of a target's original units that its first step removes, above 0 and at most 1. Each rejection
+            halves it.
+        min_step: A target whose step falls below it is locked; above 0 and at most `step`.
+        max_sparsity: Part of a target's original units that may go, above 0 and below 1.
+        round_to: Widths other than numbers of heads become multiples of it, 1 or more. Only for "structured".
+        order: Order of the targets. "fixed" is the network's own, "size" begins with the most weights, and
+            "sensitivity" with the least loss of accuracy, which is measured once before the first round.
+        ranking: "local" narrows one target after the other; "global" removes the lowest scores of all targets together.
+        overshoot: "rollback" undoes a step beyond the tolerance; "keep" keeps it and locks the target.
+        shrink: "round" cuts at the end of each round; "end" masks until the search is over. Only for "structured".
+        kinds: Kinds of groups to prune: "heads", "mlp", "head_dim", "embed", and in spiking networks also "conv", "qk"
+            and "v".
+        layers: Patterns (as of `fnmatch`) of the names to prune; None for all.
+        criterion: What decides which units or weights go first: a name in `pruning.CRITERIA`, or a function as
+            `pruning.Criterion` describes it.
+        target: Part of the cost after whose removal the search ends, above 0 and below 1; None for no such end.
+        target_of: The cost that `target` refers to: "macs", "parameters" or "bytes".
+        max_rounds: Number of rounds after which the search ends, 1 or more; None for no such end.
+        time_budget_s: Seconds of searching after which the search ends, above 0; None for no such end.
+        config: All of the settings above at once, in place of the arguments from `tolerance` to `time_budget_s`.
+        start_epoch: Epoch before which the first round runs, 0 or more. 0 is for a network with trained weights.
+        every_n_epochs: Number of epochs from one round to the next, 1 or more. Override `should_prune` for another
+            schedule.
+        monitor: Name of a metric that the module's validation logs, a fraction between 0 and 1, to score by over the
+            whole hold-out. None scores by the top-1 accuracy of what `validation_step` predicts, on as few
+            images as a decision needs.
+        max_images: Number of images to score on, 1 or more, with the classes in proportion; None for all. Not
+            with `monitor`.
+        holdout_size_bytes: Largest size of the hold-out, which is kept in each device's memory, in bytes; a larger one
+            is refused. The default is 4 GiB.
+        gradient_batches: Number of batches for criteria that need gradients, 1 or more.
+        calibration_dataloader: Source of these batches, in the form that `validation_step` takes: a loader, or a
+            function that takes a number of images and returns a loader. None stands for the datamodule's
+            `calibration_dataloader(images)`, or else the training data.
+        model_attribute: Where the LightningModule holds the network: "net", or a path such as "model.backbone" or
+            "nets.0".
+
+    Attributes:
+        config: The settings of the search.
+        search_state: The search so far; None before its first round.
+
+    Raises:
+        ValueError: If an argument is out of range or contradicts another one; when the fit begins, if the network, its
+            optimizer, the data, the strategy, the precision or another callback does not go with pruning.
+        TypeError: If `config` and an argument that it replaces are both given.
+        AttributeError: When the fit begins, if the module has no network at `model_attribute`.
+        UnsupportedNetworkError: When the fit begins, if no adapter covers the network.
     """
 
     def __init__(
@@ -128,16 +168,28 @@ class AdaptiveIterativePruning(SearchCallback):
     # Policy: override these.
 
     def should_prune(self, epoch: int) -> bool:
-        """Whether a round runs before `epoch` (the search may be over already)."""
+        """Decides whether a round runs before an epoch. Override it for another schedule.
+
+        Args:
+            epoch: The epoch, counted from 0.
+
+        Returns:
+            Whether it does; once the search is over, the answer has no effect.
+        """
         return epoch >= self.start_epoch and (epoch - self.start_epoch) % self.every_n_epochs == 0
 
     def on_step(self, trainer: Trainer, step: Step) -> None:
-        """Called after each tried step, for a display of one's own; does nothing."""
+        """Does nothing; is called after each tried step, for a display of your own.
+
+        Args:
+            trainer: The trainer of the fit.
+            step: What was tried, and whether it was kept.
+        """
 
     # The search.
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say so when the fit ends before a search that slices only at its own end."""
+        """Warns if the fit ends before a search that slices only at its own end."""
         state = self.search_state
         if self.config.shrink == "end" and state is not None and state.stopped is None:
             rank_zero_warn(
@@ -221,7 +273,7 @@ class AdaptiveIterativePruning(SearchCallback):
         log_search(module, values)
         accepted = f"{sum(s.accepted for s in outcome.steps)} of {len(outcome.steps)} steps kept"
         if not outcome.steps:
-            accepted = "it stands below the tolerance, so nothing was tried"
+            accepted = "the score is below the tolerance already, so nothing was tried"
         rank_zero_info(
             f"pruning round {state.rounds}: {values['score']:.2f} points, unpruned {state.baseline_score:.2f}; "
             f"{values['sparsity']:.1%} of the prunable weights removed; {accepted}"

@@ -1,4 +1,4 @@
-"""Distillation of the float network into the quantized one, for any LightningModule."""
+"""Distills the float network into the quantized one, in any LightningModule."""
 
 from __future__ import annotations
 
@@ -19,11 +19,16 @@ from swincompress_pl.quant import QuantizedNetwork
 
 
 class Distillation:
-    """A module's training loss becomes (1 - weight) * its own + weight * T^2 KL(teacher || student); of features, for a
-    head outside the network, weight * their relative squared error.
+    """Adds a teacher to the training loss of a module.
 
-    The teacher sees the very images that `training_step` gives to the network (mixed, augmented), so nothing of the
-    module has to be known but the attribute that holds the network. weight: above 0, at most 1; temperature T: above 0.
+    The loss becomes (1 - weight) * the module's own + weight * T^2 KL(teacher || student). For a network that ends in
+    features, with a head outside it, their relative squared error replaces T^2 KL. The teacher sees the same images
+    that `training_step` gives to the network (mixed, augmented). So nothing of the module has to be known but the
+    attribute that holds the network.
+
+    Args:
+        weight: Weight of the teacher, above 0 and at most 1.
+        temperature: Temperature T of both softmaxes, above 0.
     """
 
     def __init__(self, weight: float, temperature: float) -> None:
@@ -32,8 +37,12 @@ class Distillation:
         self._module: LightningModule | None = None
 
     def take_teacher(self, network: nn.Module, saved: Mapping[str, Any] | None = None) -> None:
-        """Make a frozen copy of the float network the teacher; saved: what `to_dict` gave of an earlier one, which may
-        have been wider than the network is by now."""
+        """Makes a frozen copy of the float network the teacher.
+
+        Args:
+            network: The float network.
+            saved: What `to_dict` returned for an earlier teacher, which may be wider than the network is by now.
+        """
         teacher = copy.deepcopy(network).requires_grad_(False).eval()
         if saved is not None:
             if saved.get("teacher_history") is not None:
@@ -42,13 +51,13 @@ class Distillation:
         self.teacher = teacher
 
     def to_dict(self) -> dict[str, Any]:
-        """The teacher as plain data and tensors, None where there is none yet."""
+        """Returns the teacher as plain data and tensors; the entries are None if there is no teacher yet."""
         if self.teacher is None:
             return {"teacher": None, "teacher_history": None}
         return {"teacher": self.teacher.state_dict(), "teacher_history": history_of(self.teacher)}
 
     def attach(self, module: LightningModule, model_attribute: str) -> None:
-        """From now on `module.training_step` gives the joint loss, once the network is quantized."""
+        """Lets `module.training_step` return the joint loss from now on, once the network is quantized."""
         self.detach()
         step = module.training_step
 
@@ -70,7 +79,7 @@ class Distillation:
         self._module = module
 
     def detach(self) -> None:
-        """Give the module its own `training_step` back."""
+        """Gives the module its own `training_step` back."""
         if self._module is not None:
             vars(self._module).pop("training_step", None)
             self._module = None
@@ -81,8 +90,8 @@ class Distillation:
         if not seen or not isinstance(loss, Tensor):
             raise ValueError(
                 f"distillation: {type(module).__name__}.training_step "
-                + ("gives no loss" if seen else "does not call the network with gradients")
-                + "; return the loss of logits that the network gives, or pass distillation=0"
+                + ("returns no loss" if seen else "does not call the network with gradients")
+                + "; return a loss of the network's logits, or pass distillation=0"
             )
         taught = torch.stack([self._loss(images, logits, embeds=embeds) for images, logits in seen]).mean()
         module.log("qat/distillation", taught.detach(), on_step=False, on_epoch=True, batch_size=len(seen[0][0]))
@@ -93,13 +102,13 @@ class Distillation:
         assert self.teacher is not None
         with torch.no_grad():
             taught: Tensor = self.teacher(images.to(next(self.teacher.parameters()).dtype))
-        if embeds:  # features have no classes; in the unit of their own mean square
+        if embeds:  # features have no classes; the error is relative to their mean square
             return (logits.float() - taught.float()).square().mean() / taught.float().square().mean()
         return distillation_loss(logits.float(), taught.float(), self.temperature)
 
 
 def refuse_teaching(module: LightningModule) -> None:
-    """ValueError for a module whose loss takes no distillation, or has one already."""
+    """Raises a ValueError for a module whose loss takes no distillation, or that distills already."""
     if not module.automatic_optimization:
         raise ValueError(
             f"distillation: {type(module).__name__} optimizes by hand, so nothing can be added to its loss; add the "
@@ -107,6 +116,6 @@ def refuse_teaching(module: LightningModule) -> None:
         )
     if getattr(module, "distillation", None) is not None and getattr(module, "teacher", None) is not None:
         raise ValueError(
-            f"{type(module).__name__} has a DistillationConfig and distils already, also into the quantized network; "
+            f"{type(module).__name__} has a DistillationConfig and distills already, also into the quantized network; "
             "leave the callback's distillation at 0"
         )

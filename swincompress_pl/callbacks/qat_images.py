@@ -1,4 +1,4 @@
-"""The images that quantization in a fit calibrates on, looked at when the fit begins and collected when it is time."""
+"""The images that a fit calibrates on: checked when the fit begins, and collected when the network is quantized."""
 
 from __future__ import annotations
 
@@ -21,8 +21,14 @@ from swincompress_pl.quant.silent_hooks import warn_of_silent_hooks
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationImages:
-    """What the module's validation step gives to its network for the batches of `calibration_dataloader` (None: see
-    `calibration_loaders`), up to `count` images. callback_name: of errors."""
+    """The images that the module's validation step gives to its network.
+
+    Attributes:
+        calibration_dataloader: Source of the batches; see `calibration_loaders`.
+        count: Number of images to collect; the last batch is kept whole.
+        model_attribute: Where the module holds the network.
+        callback_name: Name of the callback, for errors.
+    """
 
     calibration_dataloader: Any
     count: int
@@ -39,16 +45,17 @@ class CalibrationImages:
         method: str,
         bits: Bits,
     ) -> dict[str, Any]:
-        """How the images are normalized: as the callback's argument `stated` or the datamodule says, or found out.
+        """How the images are normalized: as the callback's argument `stated` or the datamodule says, or as found.
 
-        Raises what would else come at start_epoch, or at the first validation of integers: training batches that the
-        step does not take, images of another size or normalization, a network that is not its graph.
+        It raises the errors that would otherwise come at start_epoch, or at the first validation in integers: for
+        training batches that the step does not take, for images of another size or normalization, and for a network
+        that computes something else than its graph.
         """
         with self._step(trainer, module) as (validation, loaders):
             raw, (images, *_) = first_inputs(validation, loaders)
             if has_validation_data(trainer):  # images that no augmentation has changed
                 held_out = holdout_loaders(trainer, self.callback_name)[:1]
-                with suppress(NoImagesError):  # one of several ranks may have none
+                with suppress(NoImagesError):  # a rank may have none
                     raw, (images, *_) = first_inputs(validation, held_out)
                     loaders = held_out
             found = normalization(stated, preprocessing_of_data(trainer), network, raw, images, loaders)
@@ -73,7 +80,7 @@ class CalibrationImages:
     def _step(
         self, trainer: Trainer, module: LightningModule
     ) -> Iterator[tuple[ModuleValidation, list[Iterable[Any]]]]:
-        """The module's validation without a trace, and the loaders whose images calibrate."""
+        """The module's validation, which leaves no trace, and the loaders of the images."""
         loaders = calibration_loaders(trainer, self.calibration_dataloader, self.count)
         validation = ModuleValidation(trainer, module, self.model_attribute)
         with validating(trainer, module), torch.no_grad(), validation.without_trace():
@@ -82,5 +89,5 @@ class CalibrationImages:
 
 
 def preprocessing_of_data(trainer: Trainer) -> Any:
-    """The datamodule's `preprocessing`, None where it says nothing."""
+    """The datamodule's `preprocessing`; None if it has none."""
     return getattr(getattr(trainer, "datamodule", None), "preprocessing", None)

@@ -1,4 +1,4 @@
-"""The options of quantization-aware training, checked when the callback is made."""
+"""Checks the options of quantization-aware training when the callback is made."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ RESUMED_ARGUMENTS = ResumedArguments(
 
 
 def checked_epochs(start_epoch: int, freeze_epoch: int | None, learn_scales: bool | None) -> tuple[int, int | None]:
-    """Both; ValueError for epochs before the fit, or a freeze that comes too early."""
+    """Returns both epochs. Raises a ValueError for negative epochs, and for a freeze that comes too early."""
     start = integer("start_epoch", start_epoch, least=0)
     freeze = optional(integer, "freeze_epoch", freeze_epoch, wanted="None, or an integer after start_epoch")
     if freeze is None:
         return start, None
     if learn_scales is False:
-        raise ValueError(f"freeze_epoch={freeze} goes with learned scales; leave it out or learn_scales=True")
+        raise ValueError(f"freeze_epoch={freeze} goes with learned scales; leave it out, or give learn_scales=True")
     if freeze <= start:
         raise ValueError(
             f"freeze_epoch={freeze} is not after start_epoch={start}: no scale would be learned; choose a "
@@ -44,7 +44,7 @@ def checked_quantization(
     percentile: float | None,
     learn_scales: bool | None,
 ) -> tuple[str, SearchOptions | None, float | None, bool]:
-    """All four; ValueError for what `quant.quantize` would refuse later, in the middle of a fit."""
+    """Returns all four. Raises a ValueError for what `quant.quantize` would refuse later, in the middle of a fit."""
     method = checked_method(method)
     learned = optional(flag, "learn_scales", learn_scales)
     if method == "affine" and learned:
@@ -58,7 +58,7 @@ def checked_quantization(
 
 
 def checked_training(scale_lr_factor: float, distillation: float, temperature: float) -> tuple[float, float, float]:
-    """All three; ValueError for factors out of range."""
+    """Returns all three. Raises a ValueError for values out of range."""
     positive = "above 0; learn_scales=False keeps the scales"
     return (
         number("scale_lr_factor", scale_lr_factor, lambda factor: factor > 0, positive),
@@ -70,11 +70,10 @@ def checked_training(scale_lr_factor: float, distillation: float, temperature: f
 def refuse_other_form(
     network: QuantizedNetwork, callback_name: str, method: str, bits: Bits, preprocessing: Mapping[str, Any] | None
 ) -> None:
-    """ValueError where a callback asks for other bits or another normalization than the network has, which is quantized
-    already.
+    """Raises a ValueError if a callback asks for other bits or another normalization than a quantized network has.
 
-    A warning says what holds where nothing that is trained hangs on it: on the method that once found the scales, and
-    on bits left at their default, which may have been written down.
+    Another method is only warned of: it once found the scales, and training does not depend on it. Bits that equal the
+    default are only warned of too, because they may have been left out.
     """
     has = network.preprocessing
     pairs = [("method", method, network.method, False), ("bits", bits, network.bits, bits != Bits())]

@@ -1,4 +1,4 @@
-"""Learned scales in the optimizers of a fit: a parameter group of their own."""
+"""Puts learned scales into the optimizers of a fit, as a parameter group of their own."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from swincompress_pl.callbacks.random_state import isolated
 from swincompress_pl.quant import QuantizedNetwork
 
 _NAME, _OLD_NAME = "scales.adjustment", "scales.drift"
-# What schedulers (torch's, timm's) keep for every parameter group, in their order.
+# What schedulers of torch and timm keep for every parameter group, in the order of the groups.
 _PER_GROUP = (
     "base_lrs",
     "_last_lr",
@@ -35,12 +35,16 @@ _PER_GROUP = (
 class ScaleGroup:
     """Puts a network's learned scales into the optimizer that trains its weights, as one group of their own.
 
-    The group has the options of the group that trains the network's first parameter, without weight decay, or of
-    another one where that takes matrices only (Muon beside AdamW); its learning rate is `lr_factor` times that group's
-    at every step, whatever sets that: a scheduler, a warm-up by hand. It is the last one (the last but one where a
-    callback means its own by the last); in a resumed fit it stands where it stood.
+    The group has the options of a host group, without weight decay. The host is the group that trains the network's
+    first parameter, or another one if that takes matrices only (Muon beside AdamW). At every step the learning rate is
+    `lr_factor` times that of the host, whatever sets it: a scheduler, or a warm-up by hand. The group is the last one,
+    or the last but one if a callback takes the last one for its own. In a resumed fit it keeps its number.
 
-    place: its number, None before there is one.
+    Args:
+        lr_factor: Learning rate of the scales, as a multiple of that of the host group; above 0.
+
+    Attributes:
+        place: Number of the group; None before there is one.
     """
 
     def __init__(self, lr_factor: float) -> None:
@@ -49,10 +53,10 @@ class ScaleGroup:
         self._handle: RemovableHandle | None = None
 
     def join(self, trainer: Trainer, network: QuantizedNetwork) -> None:
-        """Do it; what `configure_optimizers` may have done with the scales is undone first.
+        """Adds the group, after taking the scales out of the groups that `configure_optimizers` may have put them in.
 
-        Before optimizer states are restored: a checkpoint's optimizer has the group. Raises ValueError where no
-        optimizer trains the network, or none takes the scales.
+        Call it before the states of optimizers are restored, as a checkpoint's optimizer has the group. Raises a
+        ValueError if no optimizer trains the network, or none takes the scales.
         """
         adjustment = network.scales.adjustment
         assert adjustment is not None
@@ -79,28 +83,28 @@ class ScaleGroup:
         self._follow(optimizer, host + (place <= host), place)
 
     def check(self, trainer: Trainer, network: nn.Module) -> None:
-        """ValueError where `join` would raise it later for an optimizer that does not take scales."""
-        if _places(trainer.optimizers, network):  # else a callback may still bring them, when it thaws the network
+        """Raises the ValueError that `join` would raise later, for optimizers that do not take scales."""
+        if _places(trainer.optimizers, network):  # else a callback may still add them, when it unfreezes the network
             _host(trainer.optimizers, network)
 
     def _follow(self, optimizer: Optimizer, host: int, own: int) -> None:
         self.leave()
 
         def follow(stepped: Optimizer, *_: Any) -> None:
-            # By number: restoring an optimizer's state replaces its groups.
+            # By number, because restoring an optimizer's state replaces its groups.
             stepped.param_groups[own]["lr"] = stepped.param_groups[host]["lr"] * self.lr_factor
 
         self._handle = optimizer.register_step_pre_hook(follow)
 
     def leave(self) -> None:
-        """Let go of the optimizer, which keeps the group."""
+        """Lets go of the optimizer, which keeps the group."""
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
 
 
 def read_old_names(optimizer_states: Iterable[dict[str, Any]]) -> None:
-    """Give the learned scales the name of now, where version 0.1 named them in the states of optimizers."""
+    """Renames the learned scales in the states of optimizers, where version 0.1 gave them another name."""
     for state in optimizer_states:
         for group in state.get("param_groups", ()):
             if "param_names" in group:
@@ -108,8 +112,10 @@ def read_old_names(optimizer_states: Iterable[dict[str, Any]]) -> None:
 
 
 def _host(optimizers: Sequence[Optimizer], network: nn.Module) -> tuple[Optimizer, int]:
-    """The optimizer and the number of its group that take the scales: those that train the first parameter of `network`
-    that any trains, or else, where these take no vector, the next that do."""
+    """The optimizer, and the number of its group, that take the scales.
+
+    These are the ones that train the first trained parameter of `network`, or the next ones that take vectors.
+    """
     own = _places(optimizers, network)
     if not own:
         raise ValueError(
@@ -121,15 +127,15 @@ def _host(optimizers: Sequence[Optimizer], network: nn.Module) -> tuple[Optimize
         if _takes_scales(optimizer, number):
             return optimizer, number
     name = type(own[0][0]).__name__
-    fault = "takes no group of parameters in the middle of a fit" if name in UNFIT_OPTIMIZERS else "steps no vectors"
+    fault = "takes no new group in the middle of a fit" if name in UNFIT_OPTIMIZERS else "steps no vectors"
     raise ValueError(
-        f"{name} {fault}, so it cannot train the learned scales, which are a vector; use AdamW or SGD, also beside it "
-        "for the other parameters, or pass learn_scales=False"
+        f"{name} {fault}, so it cannot train the learned scales, which are a vector; use AdamW or SGD, instead or "
+        "beside it for some parameters, or pass learn_scales=False"
     )
 
 
 def _places(optimizers: Iterable[Optimizer], network: nn.Module) -> list[tuple[Optimizer, int]]:
-    """The optimizers and groups that train parameters of `network`, in the order of these."""
+    """The optimizers and numbers of groups that train parameters of `network`, in the order of the parameters."""
     place = {
         id(parameter): (optimizer, number)
         for optimizer in optimizers
@@ -141,9 +147,10 @@ def _places(optimizers: Iterable[Optimizer], network: nn.Module) -> list[tuple[O
 
 
 def _takes_scales(optimizer: Optimizer, number: int) -> bool:
-    """Whether a group of the optimizer steps a vector as it steps a matrix. Muon's, for one, do not.
+    """Whether a group of the optimizer steps a vector as it steps a matrix; Muon's groups do not.
 
-    A wrapper (Lookahead, SAM) does what the optimizer inside it does; what cannot be tried out is taken to.
+    A wrapper (Lookahead, SAM) does what the optimizer inside it does. An optimizer that cannot be tried out counts as
+    one that does.
     """
     if type(optimizer).__name__ in UNFIT_OPTIMIZERS:
         return False
@@ -156,11 +163,11 @@ def _takes_scales(optimizer: Optimizer, number: int) -> bool:
 
 
 def _steps(optimizer: Optimizer, number: int, value: Tensor) -> bool:
-    """Whether a copy of the optimizer, with this parameter alone and no state, makes a step."""
+    """Whether a copy of the optimizer makes a step, with one parameter of this value and no state."""
     parameter = nn.Parameter(value)
     parameter.grad = torch.ones_like(value)
     options = {key: v for key, v in optimizer.param_groups[number].items() if key not in ("params", "param_names")}
-    # What a copy finds here it does not copy: neither the network's parameters nor their state.
+    # What the memo holds is not copied: neither the network's parameters nor their state.
     memo: dict[int, Any] = {
         id(optimizer.param_groups): [{**options, "params": [parameter]}],
         id(optimizer.state): defaultdict(dict),
@@ -174,7 +181,7 @@ def _steps(optimizer: Optimizer, number: int, value: Tensor) -> bool:
 
 
 def nested_schedulers(scheduler: Any) -> Iterator[Any]:
-    """Those inside it, and it."""
+    """Yields the schedulers inside a scheduler, and then itself."""
     for inner in (*getattr(scheduler, "_schedulers", ()), getattr(scheduler, "after_scheduler", None)):
         if inner is not None:
             yield from nested_schedulers(inner)
@@ -182,7 +189,7 @@ def nested_schedulers(scheduler: Any) -> Iterator[Any]:
 
 
 def _take_out(adjustment: nn.Parameter, optimizer: Optimizer, schedulers: Sequence[Any]) -> None:
-    """No group of the optimizer has the scales any more; one that had nothing else goes."""
+    """Takes the scales out of the optimizer's groups, and removes groups that had nothing else."""
     for group in [group for group in optimizer.param_groups if any(each is adjustment for each in group["params"])]:
         group["params"] = [parameter for parameter in group["params"] if parameter is not adjustment]
         if not group["params"]:
@@ -193,9 +200,9 @@ def _take_out(adjustment: nn.Parameter, optimizer: Optimizer, schedulers: Sequen
 
 
 def _per_group(schedulers: Iterable[Any], optimizer: Optimizer, groups: int) -> Iterator[tuple[Any, str, list[Any]]]:
-    """What schedulers of the optimizer keep for each of its groups: (scheduler, attribute, entries).
+    """Yields (scheduler, attribute, entries) for what schedulers of the optimizer keep per group.
 
-    Set a new list: SequentialLR's is that of the scheduler inside it.
+    To change the entries, set a new list, because SequentialLR shares its list with the scheduler inside it.
     """
     for scheduler in (each for outer in schedulers for each in nested_schedulers(outer)):
         if getattr(scheduler, "optimizer", None) is optimizer:

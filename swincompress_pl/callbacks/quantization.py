@@ -1,4 +1,4 @@
-"""Quantization-aware training from a chosen epoch of a fit on."""
+"""Quantization-aware training, from a chosen epoch of a fit on."""
 
 from __future__ import annotations
 
@@ -62,47 +62,68 @@ _STATE_VERSION = 1
 
 
 class QuantizationAwareTraining(TrainingPass):
-    """Quantizes `module.<model_attribute>` at the start of an epoch and trains on with fake quantization.
+    """Quantizes a network at the start of an epoch, and trains on with fake quantization.
 
-    From then on the attribute holds a `quant.QuantizedNetwork`: training sees rounded values with straight-through
-    gradients, validation and test see the integers of the engine. Its float weights are the same parameters as before,
+    From then on the module holds a `quant.QuantizedNetwork`. Training sees rounded values with straight-through
+    gradients; validation and test see the integers of the engine. The float weights are the same parameters as before,
     so the optimizer and its state stay.
 
-    start_epoch: the epoch before which the network is quantized; 0 for a network with trained weights.
-    calibration_images, method, bits, search, percentile: see `quant.quantize`; bits "W8A8", "W4A8", ... or `Bits`.
-    learn_scales: train the scales too (LSQ, arXiv 1902.08153), in a parameter group of their own without weight decay;
-        else they stay as calibrated. Not with method "affine".
-    scale_lr_factor: their learning rate, as a multiple of the network's first group's; above 0.
-    freeze_epoch: from this epoch on, after start_epoch, learned scales stay as they are; None: never.
-    distillation, temperature: the loss becomes (1 - distillation) * the module's own + distillation * T^2 KL(teacher ||
-        student) with the float network of just before quantization as the teacher; 0 to 1. The teacher is in the
-        callback's state, so that checkpoints grow by the float weights. A module that is quantized before the fit
-        teaches with its float weights of then. Not for manual optimization, nor for a CompressibleClassifier with a
-        DistillationConfig, which goes on with the teacher that it has.
-    preprocessing: {"mean": ..., "std": ...} of the images; default: the datamodule's `preprocessing`, or what is found
-        out when the fit begins: from a loader's raw pixels and what the network gets of them, from a Normalize in a
-        dataset's transforms, or from the images themselves; or the network's own, if the images fit it.
-    calibration_dataloader: a loader, or a function of the number of images that gives one, with batches of the form
-        that validation_step takes; default: the datamodule's `calibration_dataloader(images)`, or the training data.
-    model_attribute: where the LightningModule holds the network: "net", or a path like "model.backbone", "nets.0".
+    The images for calibration are what the module's own `validation_step` gives to the network, after its hooks and its
+    transfer to the device. What does not fit ends the fit before its first epoch: batches of another form than
+    `validation_step` takes, or images of another size or normalization.
 
-    The images are what the module's own validation_step gives to the network: after its hooks and its transfer, and
-    whatever it does to them itself. What does not fit (batches of another form than validation_step takes, images of
-    another size or normalization) ends the fit before its first epoch. The random numbers' states are in the
-    checkpoint: a fit that is resumed at an epoch's end goes on as an uninterrupted one would. Masks of pruned weights
-    are kept; a pruning search beside it goes on on the quantized network.
+    A checkpoint holds the states of the random number generators: in a single process, a fit that is resumed at the end
+    of an epoch goes on as an uninterrupted one would. Masks of pruned weights are kept. A pruning search beside it goes
+    on with the quantized network. Modes, frozen layers and gradient checkpointing stay as they are. A module in
+    `eval()` is trained in it: without dropout, and with fixed statistics.
 
-    One device or DDP (rank 0 calibrates for all; BatchNorms normalize by each rank's own batch, and rank 0's running
-    statistics are evaluated and kept, as in DDP of floats); mixed precision. Lightning's WeightAveraging and
-    EMAWeightAveraging go with it and have to stand after it: weights and learned scales are averaged and evaluated as
-    integers. The training of a compiled network goes on compiled, likewise; evaluation, in integers, is not. FSDP,
-    DeepSpeed, StochasticWeightAveraging and averages of one's own, true half and double precision, synchronized
-    BatchNorms and a LightningModule compiled as a whole are refused by name.
+    It runs on one device or under DDP, in float32 or in mixed precision. Under DDP, rank 0 calibrates for all ranks.
+    BatchNorms normalize by each rank's own batch, and rank 0's running statistics are evaluated and kept, as in DDP
+    without quantization.
 
-    Modes, frozen layers and gradient checkpointing are kept. A module that is in `eval()` is trained so: without
-    dropout, with fixed statistics.
+    Lightning's WeightAveraging and EMAWeightAveraging work if they come after it among the callbacks: weights and
+    learned scales are averaged, and evaluated as integers. The training of a compiled network stays compiled; its
+    evaluation, in integers, is not. FSDP, DeepSpeed, StochasticWeightAveraging, other averages, true half and double
+    precision, synchronized BatchNorms and a LightningModule that is compiled as a whole are refused by name.
 
-    Example: `Trainer(max_epochs=10, callbacks=[QuantizationAwareTraining(start_epoch=6, bits="W4A8")])`
+    Example:
+        `Trainer(max_epochs=10, callbacks=[QuantizationAwareTraining(start_epoch=6, bits="W4A8")])`
+
+    Args:
+        start_epoch: Epoch before which the network is quantized, 0 or more. 0 is for a network with trained weights.
+        calibration_images: Number of images to calibrate on, 1 or more.
+        method: "searched", "max" or "affine"; see `quant.quantize`.
+        bits: Widths such as "W8A8" or "W4A8", or a `quant.Bits` or its fields.
+        search: Options of the method "searched", a `quant.SearchOptions` or its fields; None for the defaults.
+        percentile: Percentile of an activation's magnitudes at which it is clipped, instead of their maximum; see
+            `quant.quantize`. None for the maximum.
+        learn_scales: Whether the scales are trained too (LSQ, arXiv 1902.08153), in a parameter group of their own
+            without weight decay; else they stay as calibrated. None stands for True, and for False with the method
+            "affine", whose scales cannot be trained.
+        scale_lr_factor: Learning rate of the scales, as a multiple of that of the network's first parameter group;
+            above 0.
+        freeze_epoch: Epoch, after `start_epoch`, from which learned scales stay as they are; None for never.
+        distillation: Weight w of a teacher, the float network just before quantization, 0 to 1. The loss becomes
+            (1 - w) * the module's own + w * T^2 KL(teacher || student). 0 is without a teacher.
+            Not for manual optimization, nor for a CompressibleClassifier with a DistillationConfig, which keeps its own
+            teacher. For a network that was quantized before the fit, its float weights at that moment teach. A
+            checkpoint holds the teacher, and grows by the float weights.
+        temperature: Temperature T of the distillation, above 0.
+        preprocessing: {"mean": ..., "std": ...} of the images, one number per channel, in [0, 1] units. None stands for
+            the datamodule's `preprocessing`, or else for the first that is found when the fit begins: from a loader's
+            raw pixels and what the network gets of them, from a Normalize in a dataset's transforms, from the network's
+            own if the images fit it, or from the images themselves.
+        calibration_dataloader: Source of the images, in the form that `validation_step` takes: a loader, or a function
+            that takes a number of images and returns a loader. None stands for the datamodule's
+            `calibration_dataloader(images)`, or else the training data.
+        model_attribute: Where the LightningModule holds the network: "net", or a path such as "model.backbone" or
+            "nets.0".
+
+    Raises:
+        ValueError: If an argument is out of range or contradicts another one; when the fit begins, if the network, its
+            optimizer, the data, the strategy, the precision or another callback does not go with quantization.
+        AttributeError: When the fit begins, if the module has no network at `model_attribute`.
+        UnsupportedNetworkError: When the fit begins, if the network has no integer form.
     """
 
     callback_name = "QuantizationAwareTraining"  # also the key of the state, one for subclasses too
@@ -147,24 +168,38 @@ class QuantizationAwareTraining(TrainingPass):
 
     @property
     def state_key(self) -> str:
-        """One key for subclasses and options: a checkpoint of one goes on with the other."""
+        """The same key for subclasses and all options, so that each takes up the checkpoints of the others."""
         return self.callback_name
 
     # Policy: override these.
 
     def should_quantize(self, epoch: int) -> bool:
-        """Whether the network is to be quantized before `epoch` (it happens once)."""
+        """Decides whether the network is quantized before an epoch. Override it for another moment.
+
+        Args:
+            epoch: The epoch, counted from 0.
+
+        Returns:
+            Whether it is; the network is quantized once, so a later answer has no effect.
+        """
         return epoch >= self.start_epoch
 
     def should_freeze(self, epoch: int) -> bool:
-        """Whether learned scales stay as they are in `epoch`."""
+        """Decides whether learned scales stay as they are in an epoch. Override it for another moment.
+
+        Args:
+            epoch: The epoch, counted from 0.
+
+        Returns:
+            Whether they do; once they are frozen, they stay so.
+        """
         return not self.learn_scales or (self.freeze_epoch is not None and epoch >= self.freeze_epoch)
 
     # Hooks.
 
     @failing_together("checking the fit")
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Have checkpoints say how the network is compressed, and refuse what cannot work."""
+        """Makes checkpoints record how the network is compressed, and refuses what cannot work."""
         keep_record(pl_module, self.model_attribute)
         if stage != "fit":
             return
@@ -178,7 +213,7 @@ class QuantizationAwareTraining(TrainingPass):
             self._check_network(trainer, pl_module)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Take up the random numbers, and refuse what a resume cannot change."""
+        """Takes up the random numbers, and refuses arguments that a resumed fit cannot change."""
         quantized = has_network(pl_module, self.model_attribute) and isinstance(
             network_of(pl_module, self.model_attribute), QuantizedNetwork
         )
@@ -192,7 +227,7 @@ class QuantizationAwareTraining(TrainingPass):
 
     @failing_together("checking the fit")
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Get the fit of a network that is quantized already ready, before the optimizer's state is restored."""
+        """Prepares the fit of a network that is already quantized, before the optimizer's state is restored."""
         super().on_fit_start(trainer, pl_module)
         if not self._network_checked:
             self._check_network(trainer, pl_module)
@@ -208,8 +243,10 @@ class QuantizationAwareTraining(TrainingPass):
 
     @failing_together("looking at the images")
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """See the images that will calibrate; have masks kept and the teacher heard; say when this fit ends before
-        anything is quantized."""
+        """Checks the images for calibration, and starts to keep masks and to distill.
+
+        It warns if the fit will end before anything is quantized.
+        """
         super().on_train_start(trainer, pl_module)
         network = network_of(pl_module, self.model_attribute)
         self.keep_masks(trainer, network)
@@ -229,7 +266,7 @@ class QuantizationAwareTraining(TrainingPass):
 
     @failing_together("quantizing")
     def _begin_epoch(self, trainer: Trainer, module: LightningModule) -> None:
-        """Quantize if this is the epoch, and freeze the scales if this is that; what rank 0 says of it counts."""
+        """Quantizes the network, and freezes its scales, if this is the epoch; rank 0 decides for all."""
         network, epoch = network_of(module, self.model_attribute), trainer.current_epoch
         if not isinstance(network, QuantizedNetwork) and from_all_ranks(self.should_quantize(epoch))[0]:
             followers = (self._scale_group, *([] if self._distillation is None else [self._distillation]))
@@ -239,7 +276,7 @@ class QuantizationAwareTraining(TrainingPass):
             _freeze(trainer, network)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Let go of the module and the optimizers; say what this fit did not come to."""
+        """Lets go of the module and the optimizers, and warns of what this fit did not reach."""
         self._let_go()
         network = network_of(pl_module, self.model_attribute)
         if stage == "fit":
@@ -248,12 +285,12 @@ class QuantizationAwareTraining(TrainingPass):
             network.forget_twin()  # an averaging callback may have written its average behind autograd's back
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """The same: Lightning tears nothing down after an exception."""
+        """Lets go as well, because Lightning calls no `teardown` after an exception."""
         self._let_go()
         super().on_exception(trainer, pl_module, exception)
 
     def state_dict(self) -> dict[str, Any]:
-        """The arguments, the random numbers' states, and the teacher's weights where there is one."""
+        """Returns the arguments, the states of the random numbers, and the weights of the teacher if there is one."""
         teacher = {"teacher": None} if self._distillation is None else self._distillation.to_dict()
         return {
             "version": _STATE_VERSION,
@@ -264,7 +301,7 @@ class QuantizationAwareTraining(TrainingPass):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with the teacher of the fit that wrote `state_dict`."""
+        """Takes up the teacher of the fit that wrote `state_dict`."""
         if state_dict.get("version") != _STATE_VERSION:
             raise ValueError(
                 f"the quantization callback's state has version {state_dict.get('version')!r}, {_STATE_VERSION} is "
@@ -279,7 +316,7 @@ class QuantizationAwareTraining(TrainingPass):
     # Mechanism.
 
     def _arguments(self) -> dict[str, Any]:
-        """What its training hangs on, by name: a resumed fit has the same, or others (`resumed_arguments`)."""
+        """The arguments that a resumed fit is compared with, by name; see `resumed_arguments`."""
         alike = ("start_epoch", "calibration_images", "method", "bits", "search", "percentile", "learn_scales")
         return {
             **{name: getattr(self, name) for name in (*alike, "freeze_epoch", "model_attribute")},
@@ -305,7 +342,7 @@ class QuantizationAwareTraining(TrainingPass):
         refuse_neighbours(trainer, self.callback_name, QUANTIZATION)
 
     def _check_network(self, trainer: Trainer, module: LightningModule) -> None:
-        """What can be said of the network alone: that it has an integer form."""
+        """Refuses a network that has no integer form, before any image is seen."""
         network = network_of(module, self.model_attribute)
         refuse_other_places(module, self.model_attribute)
         refuse_overlaps(trainer, module, self, self.model_attribute)
@@ -328,7 +365,7 @@ class QuantizationAwareTraining(TrainingPass):
             self._freezing.fit_ends(trainer, self.freeze_epoch)
 
     def _exchange(self, trainer: Trainer, module: LightningModule, network: nn.Module) -> QuantizedNetwork:
-        """The quantized network takes the place of the float one; optimizer, averages and DDP follow."""
+        """Replaces the float network by the quantized one; optimizer, averages and DDP follow."""
         refuse_averages(trainer, module, network, self.callback_name)  # made since the fit began
         rank_zero_info(
             f"quantizing {self.model_attribute} ({self.method}, {self.bits}) on {self.calibration_images} images"
@@ -360,7 +397,7 @@ class QuantizationAwareTraining(TrainingPass):
     def _quantized(
         self, trainer: Trainer, module: LightningModule, network: nn.Module, images: list[Tensor]
     ) -> QuantizedNetwork:
-        """Quantized by rank 0, and as it says on the others."""
+        """The network as rank 0 has quantized it, on every rank."""
         if trainer.world_size == 1:
             return self._calibrated(trainer, module, network, images)
         result: QuantizedNetwork | None = None
@@ -396,7 +433,7 @@ class QuantizationAwareTraining(TrainingPass):
         )
 
     def _learn(self, trainer: Trainer, module: LightningModule, network: QuantizedNetwork) -> None:
-        """Learned scales of a network that was quantized before this fit, or before it was resumed."""
+        """Prepares the learned scales of a network that was quantized before this fit, or before it was resumed."""
         if not self.learn_scales:
             if network.scales.adjustment is not None:
                 _freeze(trainer, network)
@@ -418,8 +455,8 @@ class QuantizationAwareTraining(TrainingPass):
         assert self._distillation is not None
         if self._resumed and self._teacher_state is None:
             raise ValueError(
-                f"distillation={self._distillation.weight}, and the fit that is resumed had distillation=0: the "
-                "checkpoint was written without a teacher and its network is quantized already; resume with "
+                f"distillation={self._distillation.weight}, but the fit that is resumed had distillation=0: its "
+                "checkpoint has no teacher, and its network is quantized already; resume with "
                 "distillation=0, or from a checkpoint before start_epoch"
             )
         self._distillation.take_teacher(network.network, self._teacher_state)
@@ -433,7 +470,7 @@ class QuantizationAwareTraining(TrainingPass):
 
 
 def _cast_state(optimizers: Sequence[Optimizer], formats: Mapping[nn.Parameter, torch.dtype]) -> None:
-    """What optimizers keep in a parameter's number format follows it to another; formats: those before."""
+    """Casts the state of optimizers that had the dtype of its parameter, given in `formats`, to the present one."""
     for optimizer in optimizers:
         for parameter in formats.keys() & optimizer.state.keys():
             state, old = optimizer.state[parameter], formats[parameter]
@@ -443,7 +480,7 @@ def _cast_state(optimizers: Sequence[Optimizer], formats: Mapping[nn.Parameter, 
 
 
 def _freeze(trainer: Trainer, network: QuantizedNetwork) -> None:
-    """The learned scales are not trained from now on; DDP must not wait for their gradients."""
+    """Stops training the learned scales; DDP is wrapped again, as it must not wait for their gradients."""
     adjustment = network.scales.adjustment
     if adjustment is not None and adjustment.requires_grad:
         adjustment.requires_grad_(False)

@@ -18,7 +18,7 @@ from swincompress_pl.stored_data import from_plain, reading
 
 
 def rng_states() -> dict[str, Any]:
-    """The states of torch's, NumPy's and Python's global generators as tensors and plain data (weights_only loads)."""
+    """The states of the global generators of torch, NumPy and Python, as data that `weights_only=True` loads."""
     numpy: Any = np.random.get_state(legacy=True)  # a tuple; annotated as a dictionary too
     name, keys, position, has_gauss, gauss = numpy
     version, state, gauss_next = random.getstate()
@@ -37,7 +37,7 @@ def rng_states() -> dict[str, Any]:
 
 
 def set_rng_states(states: dict[str, Any]) -> None:
-    """Set what `rng_states` gave; a different number of CUDA devices leaves those generators alone."""
+    """Sets what `rng_states` returned; the generators of CUDA only if the number of devices is the same."""
     torch.set_rng_state(states["torch"].cpu())
     if torch.cuda.is_available() and len(states["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all([state.cpu() for state in states["cuda"]])
@@ -49,17 +49,17 @@ def set_rng_states(states: dict[str, Any]) -> None:
 
 @contextmanager
 def isolated() -> Iterator[None]:
-    """Global random numbers for a while, then as they were; after an exception too (not so `isolate_rng`)."""
+    """Restores the global random numbers after the context, even after an exception, unlike `isolate_rng`."""
     with put_back_after(partial(set_rng_states, rng_states())):
         yield
 
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Global random numbers from `seed` for a while, then as they were.
+    """Seeds the global random numbers inside the context, and restores them afterwards.
 
-    For images read in the middle of a fit: a resumed fit has drawn the order of its epoch by then, an uninterrupted one
-    has not, so what follows must hang on neither.
+    It is for images that are read in the middle of a fit. A resumed fit has drawn the order of its epoch by then, and
+    an uninterrupted one has not, so the images must not depend on the state of the generators.
     """
     with isolated():
         torch.manual_seed(seed)
@@ -71,10 +71,11 @@ def seeded(seed: int) -> Iterator[None]:
 class RandomNumbers:
     """Sets a resumed fit's generators so that it draws what an uninterrupted one would have drawn.
 
-    Twice, because Lightning makes the first epoch's data iterator, which draws, before training starts, and that of
-    every other epoch after `on_train_epoch_start`. A checkpoint written after validation resumes at the end of its
-    epoch: its next epoch is not the first of the new fit. One that an exception had written before the fit's first
-    batch has the numbers of the fit's start: that iterator is made again.
+    They are set twice, because an epoch's data iterator draws from them. Lightning makes that of the first epoch before
+    training starts, and those of later epochs after `on_train_epoch_start`. A checkpoint written after validation
+    resumes at the end of its epoch, so its next epoch is not the first of the new fit. A checkpoint that an exception
+    wrote before the fit's first batch has the numbers of the fit's start, because that iterator is made again.
+
     In a distributed fit only rank 0's numbers are saved, so nothing is set.
     """
 
@@ -84,40 +85,40 @@ class RandomNumbers:
         self._first_epoch = -1
 
     def states(self) -> dict[str, Any]:
-        """For a checkpoint that is written now."""
+        """Returns the states for a checkpoint that is written now."""
         return self._at_start or rng_states()
 
     def on_fit_start(self) -> None:
-        """Nothing is drawn yet."""
+        """Remembers the states, as nothing is drawn yet."""
         self._at_start = rng_states()
 
     def on_train_batch_start(self) -> None:
-        """The first epoch is under way."""
+        """Forgets the states of the start, as the first epoch is under way."""
         self._at_start = None
 
     def resume(self, trainer: Trainer, states: Any) -> None:
-        """From `on_load_checkpoint`, before anything is drawn; `states`: those of the checkpoint."""
+        """Sets the states of a checkpoint; call it in `on_load_checkpoint`, before anything is drawn."""
         if trainer.state.fn == TrainerFn.FITTING and trainer.world_size == 1:
             self._states = states
             with reading("the checkpoint's states of random numbers (rng)"):
                 set_rng_states(states)
 
     def on_train_start(self, trainer: Trainer) -> None:
-        """Remember which epoch's iterator exists already."""
+        """Remembers which epoch's iterator exists already."""
         self._first_epoch = trainer.current_epoch
 
     def on_train_epoch_start(self, trainer: Trainer) -> None:
-        """Set the states again where the iterator is still to be made."""
+        """Sets the states again if the iterator is still to be made."""
         if self._states is not None and trainer.current_epoch != self._first_epoch:
             set_rng_states(self._states)
         self._states = None
 
 
 def leave_out_unbegun_epoch(checkpoint: Mapping[str, Any]) -> None:
-    """Have a checkpoint that an exception wrote while an epoch began resume as one of the end of the epoch before.
+    """Lets a checkpoint that an exception wrote while an epoch began resume at the end of the epoch before.
 
-    Lightning counts that epoch as ready and, when it resumes, goes on behind its last batch, which is that of the epoch
-    before: nothing would be trained in it.
+    Lightning counts that epoch as ready and resumes after its last batch, which is the last batch of the epoch before.
+    So nothing would be trained in it.
     """
     progress = checkpoint.get("loops", {}).get("fit_loop", {}).get("epoch_progress", {})
     for counts in progress.values():
@@ -126,6 +127,6 @@ def leave_out_unbegun_epoch(checkpoint: Mapping[str, Any]) -> None:
 
 
 def stored_state(checkpoint: Mapping[str, Any], key: str, version: int) -> Mapping[str, Any] | None:
-    """The state of the callback `key` in a checkpoint; None where there is none, or one of another version."""
+    """The state of the callback `key` in a checkpoint; None if there is none, or one of another version."""
     state = from_plain(Mapping[str, Any] | None, checkpoint["callbacks"].get(key), f"the state of {key}")
     return None if state is None or state.get("version") != version else state

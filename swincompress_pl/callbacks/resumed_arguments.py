@@ -1,8 +1,8 @@
-"""What becomes of a callback's arguments in a fit that is resumed by another script: each takes effect, or is refused.
+"""Compares a callback's arguments with those of the fit that is resumed: each change takes effect, or is refused.
 
-What has shaped the network or the search (a granularity, bits) cannot be changed any more; limits (a tolerance, a
-number of rounds) can. Before anything has happened every argument may be another. The arguments stand in the callback's
-state; files of versions that did not store them are taken as they are.
+What has shaped the network or the search (a granularity, bits) cannot change any more; limits (a tolerance, a number of
+rounds) can. Before the callback has changed the network, every argument may change. The arguments are in the callback's
+state. Files of versions that did not store them are not compared.
 """
 
 from __future__ import annotations
@@ -20,9 +20,12 @@ from swincompress_pl.stored_data import from_plain
 
 @dataclass(frozen=True, kw_only=True)
 class ResumedArguments:
-    """Which arguments of a callback are settled once it has changed the network, and which go on being free.
+    """Which arguments of a callback are settled once it has changed the network, and which stay free.
 
-    Every argument stands in one of the two. because: what has settled them, after "and".
+    Attributes:
+        settled: Names of arguments that a resumed fit must not change.
+        free: Names of all other arguments.
+        because: What has settled them, as a clause for the message, after "and".
     """
 
     settled: Collection[str]
@@ -30,9 +33,15 @@ class ResumedArguments:
     because: str
 
     def take_up(self, callback_name: str, before: Any, now: Mapping[str, Any]) -> None:
-        """ValueError for a settled argument that was another `before`; those that take effect are said.
+        """Refuses a change of a settled argument, and logs changes of free ones.
 
-        before: what `stored` gave for the fit that is resumed, as its checkpoint has it; now: for this one.
+        Args:
+            callback_name: Name of the callback, for messages.
+            before: The arguments of the fit that is resumed, from its checkpoint, as `stored` returned them.
+            now: The present arguments, as `stored` returns them.
+
+        Raises:
+            ValueError: If a settled argument has changed; the message shows both values.
         """
         before = from_plain(Mapping[str, Any], before, f"the arguments in the state of {callback_name}")
         changed = [name for name in before if name in now and before[name] != now[name]]
@@ -40,8 +49,8 @@ class ResumedArguments:
             if name in self.settled:
                 raise ValueError(
                     f"{callback_name}: {name}={shown(now[name])}, but the fit that is resumed had "
-                    f"{name}={shown(before[name])}, and {self.because}. Resume with the old value, or from a "
-                    "checkpoint of before"
+                    f"{name}={shown(before[name])}, and {self.because}. Resume with the old value, or from an "
+                    "earlier checkpoint"
                 )
         if changed:
             told = ", ".join(f"{name}={shown(now[name])} (it was {shown(before[name])})" for name in changed)
@@ -49,7 +58,7 @@ class ResumedArguments:
 
 
 def stored(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments as data that a checkpoint holds and weights_only loads: functions are their names."""
+    """The arguments as plain data for a checkpoint, loaded with `weights_only=True`; functions become their names."""
     return {name: _plain(value) for name, value in arguments.items()}
 
 

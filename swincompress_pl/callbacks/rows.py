@@ -1,4 +1,4 @@
-"""Batches of any form, kept so that other batches can be made of their images."""
+"""Keeps batches of any form, so that other batches can be made of their images."""
 
 from __future__ import annotations
 
@@ -16,8 +16,14 @@ from swincompress_pl.callbacks.loaders import fields_of, is_record, leaves
 class Rows:
     """Images of kept batches, numbered in the order in which they came.
 
-    A tensor, list or tuple in a batch with as many entries as it has images is taken apart; what else is there has to
-    be the same in all batches. shape: of what the network got, without a batch axis, for whoever wants to know.
+    A tensor, list or tuple in a batch is taken apart if it has one entry per image. Everything else has to be the same
+    in all batches.
+
+    Args:
+        max_size_bytes: Largest size of all kept batches.
+
+    Attributes:
+        shape: Shape of one image as the network gets it, set by the caller; () until then.
     """
 
     def __init__(self, max_size_bytes: int) -> None:
@@ -27,7 +33,10 @@ class Rows:
         self._places: list[tuple[int, int]] = []  # of each image: its batch, its row in there
 
     def add(self, batch: Any, count: int) -> Tensor:
-        """Keep a batch of `count` images; gives their numbers (count,). ValueError where they take too much memory."""
+        """Keeps a batch of `count` images, and returns their numbers (count,).
+
+        Raises a ValueError if the kept batches take too much memory.
+        """
         first = len(self._places)
         self._size_bytes += sum(leaf.nbytes for leaf in leaves(batch) if isinstance(leaf, Tensor))
         if self._size_bytes > self._max_size_bytes:
@@ -41,12 +50,12 @@ class Rows:
         return torch.arange(first, first + count)
 
     def batch(self, numbers: Sequence[int]) -> Any:
-        """A batch of these images, of the form of those that were kept; ValueError where they cannot be joined."""
+        """A batch of these images, in the form of the kept batches; a ValueError if they cannot be joined."""
         places = [self._places[number] for number in numbers]
         return self._joined(lambda batch: batch, places, "batch")
 
     def _joined(self, part: Callable[[Any], Any], places: Sequence[tuple[int, int]], name: str) -> Any:
-        """What `part` takes out of a batch, for the images at these places."""
+        """What `part` takes out of a batch, joined for the images at these places."""
         first_batch, count = self._batches[places[0][0]]
         value = part(first_batch)
         if isinstance(value, Tensor):
@@ -73,13 +82,13 @@ class Rows:
             other = part(self._batches[batch][0])
             if not (torch.equal(value, other) if isinstance(value, Tensor) else value is other or value == other):
                 raise ValueError(
-                    f"{name} of the validation batches is {type(value).__name__} and has no entry for each image, but "
+                    f"{name} of the validation batches is {type(value).__name__} without one entry per image, and it "
                     "differs from batch to batch, so batches cannot be taken apart for scoring; pass monitor= with a "
                     "metric that your validation_step logs"
                 )
 
     def digest(self) -> str:
-        """Tells these images from others': of the first and the last batch."""
+        """A digest of the first and the last batch, which tells these images from others."""
         result = hashlib.sha256(repr(self.shape).encode())
         for batch, _ in self._batches[:1] + self._batches[-1:]:
             for leaf in leaves(batch):
@@ -89,7 +98,7 @@ class Rows:
 
 
 def cloned(batch: Any) -> Any:
-    """`batch` with tensors of its own: a step may change what it gets."""
+    """A copy of `batch` with its own tensors, as a step may change what it gets."""
     if isinstance(batch, Tensor):
         return batch.clone()
     if is_record(batch):

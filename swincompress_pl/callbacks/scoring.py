@@ -1,8 +1,8 @@
-"""What a search inside a trainer scores networks with: the module's own answers on a hold-out, or a metric it logs.
+"""Scores networks for a search inside a trainer: by the module's own answers on a hold-out, or by a metric it logs.
 
-The hold-out is what the module's validation step gives to the network, and a network's score is what the step makes of
-the network's answer. Where it makes nothing of it (the usual case) the network alone is run, on images kept as it got
-them; else the step is run again for each candidate, on kept batches, and what it predicts is counted.
+The hold-out is what the module's validation step gives to the network, and the score counts what the step predicts.
+Usually the step predicts with the network's answer as it is. Then the network alone runs, on images that are kept as it
+got them. Otherwise the step runs again for each candidate, on kept batches.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from swincompress_pl.pruning.evaluation.ranks import from_all_ranks, world_size
 from swincompress_pl.pruning.evaluation.scorer import FunctionScorer, Scorer, fingerprint_of, tensor_bytes
 from swincompress_pl.quant import QuantizedNetwork
 
-_CPU_BATCH, _GPU_BATCH = 64, 256  # a decision is taken after whole batches: not larger than the device needs
-_COMPARED = 64  # images on which the step and the scorer have to predict the same; behind them the network is not run
-_SAME_METRIC = 1e-4  # sums on a GPU may come in another order
+_CPU_BATCH, _GPU_BATCH = 64, 256  # decisions come after whole batches, so no larger than the device needs
+_COMPARED = 64  # images on which step and scorer have to predict the same; for later ones the network is not run
+_SAME_METRIC = 1e-4  # sums on a GPU may be in another order
 _REMEDY = (
     "pass monitor= with a metric that your validation_step logs (a fraction between 0 and 1), or override "
     "predict(module, network, images)"
@@ -38,12 +38,12 @@ _REMEDY = (
 
 Predict = Callable[[nn.Module, Tensor], Tensor]
 Standing = Callable[[nn.Module], AbstractContextManager[None]]
-"""While it lasts, the module's network gives what is scored: its floats, or its rounded values and not its integers."""
+"""A context in which the module's network returns what is scored: its float or rounded values, never its integers."""
 
 
 @dataclass(frozen=True)
 class Seen:
-    """A batch as a step got it, what the step did, and the class of each image."""
+    """A batch as a step got it, what the step did, and the class of each image (N,)."""
 
     batch: Any
     step: Step
@@ -51,14 +51,14 @@ class Seen:
 
     @property
     def images(self) -> Tensor:
-        """What the network got first."""
+        """The images of the network's first call."""
         call = self.step.calls[0] if self.step.calls else self.step.part
         assert call is not None  # run_step looks at that
         return call.images
 
     @property
     def answer(self) -> Tensor:
-        """(N, classes) what the step predicts with."""
+        """The logits (N, classes) that the step predicts with."""
         found = self.step.answer(len(self.labels))
         if found is None:
             shapes = [tuple(call.output.shape) for call in self.step.calls if isinstance(call.output, Tensor)]
@@ -80,7 +80,7 @@ class Seen:
 
 
 def _is_same_ranking(answer: Tensor, output: Tensor) -> bool:
-    """Whether `answer` is the network's output, perhaps as (logarithms of) probabilities."""
+    """Whether `answer` is the network's output, perhaps as probabilities or their logarithms."""
     if answer is output:
         return True
     if output.numel() == len(answer):
@@ -92,29 +92,30 @@ def _is_same_ranking(answer: Tensor, output: Tensor) -> bool:
 
 
 class Named:
-    """A function with a fingerprint (see `FunctionScorer`) that is looked up when it is asked for, since modules
-    train."""
+    """A function whose fingerprint (see `FunctionScorer`) is computed when it is asked for, because modules train."""
 
     def __init__(self, run: Callable[..., Any], fingerprint: Callable[[], str | None]) -> None:
         self._run, self._fingerprint = run, fingerprint
 
     def __call__(self, *arguments: Any) -> Any:
+        """Calls the function."""
         return self._run(*arguments)
 
     @property
     def fingerprint(self) -> str | None:
+        """The present fingerprint; None if nothing names the function."""
         return self._fingerprint()
 
 
 def _fingerprint_of_network_alone(validation: ModuleValidation) -> str:
-    """Of a step that predicts with the network's answer as it is."""
+    """The fingerprint of a step that predicts with the network's answer as it is."""
     precision = str(validation.trainer.precision)
     quantized = isinstance(network_of(validation.module, validation.model_attribute), QuantizedNetwork)
     return NETWORK_ALONE if precision == "32-true" and not quantized else _fingerprint_of_step(validation)
 
 
 def _fingerprint_of_step(validation: ModuleValidation) -> str:
-    """Of the module by its class and its state: what its code does is for its owner to know."""
+    """The fingerprint of the module by its class and state; its code is not looked at."""
     kind = type(validation.module)
     digest = hashlib.sha256(f"{kind.__module__}.{kind.__qualname__} {validation.trainer.precision}".encode())
     for name, value in validation.module.state_dict().items():
@@ -124,7 +125,7 @@ def _fingerprint_of_step(validation: ModuleValidation) -> str:
 
 
 class StepHoldOut(HoldOut):
-    """A hold-out whose images are numbers of rows, for a step that makes more of an image than the network's answer."""
+    """A hold-out whose images are numbers of `Rows`, for a step that does more than return the network's answer."""
 
     _measured_images = 2  # a step may squeeze a batch of one
 
@@ -134,11 +135,13 @@ class StepHoldOut(HoldOut):
 
     @property
     def fingerprint(self) -> str | None:
+        """That of a hold-out, with the digest of the kept batches."""
         found = super().fingerprint
         return None if found is None else f"{found} {self._digest}"
 
     @property
     def image_shape(self) -> tuple[int, ...]:
+        """Shape of one image as the network gets it."""
         return self._shape
 
 
@@ -162,7 +165,7 @@ class HoldOutReader:
         self._batch_size = _CPU_BATCH if trainer.strategy.root_device.type == "cpu" else _GPU_BATCH
 
     def with_predict(self, predict: Predict) -> HoldOut:
-        """Scored by a function of the user's, from the images and labels that a batch begins with."""
+        """A hold-out that is scored by the user's `predict`, on the images and labels that a batch begins with."""
 
         def batches() -> Iterator[tuple[Tensor, Tensor]]:
             for loader_index, loader in enumerate(self.loaders):
@@ -183,20 +186,19 @@ class HoldOutReader:
         return {"sharded": self._sharded, "batch_size": self._batch_size}
 
     def holdout(self, network: nn.Module, predict: Predict) -> HoldOut:
-        """Scored by the module's step: by `predict` alone where the step adds nothing to the network's answer.
+        """A hold-out that is scored by the module's step, or by `predict` alone if the step adds nothing to it.
 
-        Raises ValueError where the step gives no classes to count, or does not predict the same as what was made of it.
+        Raises a ValueError if the step gives no classes to count, or if the scorer and the step predict differently.
         """
         with self.validation.without_trace(), self.standing(network):
             found = self._read_directly()
-            if all(from_all_ranks(found is not None)):  # true of a rank without images: it does as the others
+            if all(from_all_ranks(found is not None)):  # a rank without images does as the others
                 assert found is not None
                 return self._direct(network, predict, *found)
             return self._replayed(network)
 
     def _read_directly(self) -> tuple[Tensor, Tensor, list[Seen]] | None:
-        """(images, labels, what the first steps did); None where the step makes more of them than the network's
-        answer."""
+        """Images, labels, and what the first steps did; None if the step does more than return the network's answer."""
         compared: list[Seen] = []
 
         def batches() -> Iterator[tuple[Tensor, Tensor]]:
@@ -260,8 +262,10 @@ class HoldOutReader:
         return holdout
 
     def _seen(self, *, sparing: bool) -> Iterator[tuple[Seen, float]]:
-        """What the step does with each batch, and how many of its images count. sparing: where the network's answer is
-        not needed any more, it is not run."""
+        """Yields what the step does with each batch, and how many of its images count.
+
+        With `sparing`, the network is not run once its answer is no longer needed.
+        """
         self.validation.begin()
         first: Tensor | None = None
         count = 0
@@ -269,7 +273,7 @@ class HoldOutReader:
             for index, (raw, left) in enumerate(without_padding(loader)):
                 batch = on_device(self.validation.trainer, raw, loader_index)
                 put_in = first if sparing and count >= _COMPARED else None
-                given = batch if sparing else cloned(batch)  # what is kept is what the step got
+                given = batch if sparing else cloned(batch)  # `batch` is kept as the step got it
                 try:
                     step = run_step(self.validation, given, index, loader_index, put_in=put_in)
                 except (TypeError, KeyError, IndexError, AttributeError, RuntimeError, ValueError) as error:
@@ -294,12 +298,12 @@ class HoldOutReader:
         return predicted
 
     def _compare(self, answer: Tensor, scored: Tensor) -> None:
-        """ValueError where the scorer predicts others than the step did for the same images."""
+        """Raises a ValueError if the scorer predicts other classes than the step did for the same images."""
         step, scorer = answer.detach().float().cpu(), scored.detach().float().cpu()
         if step.shape == scorer.shape:
             predicted = scorer.argmax(1)
             gap = step.max(1).values - step.gather(1, predicted[:, None])[:, 0]
-            # Other batches add up in another order, in bfloat16 visibly; what is nearly a tie may fall either way.
+            # Batches of another size sum in another order, visibly so in bfloat16: near-ties may fall either way.
             far = (gap > 0.02 * (step.max(1).values - step.min(1).values)).nonzero().flatten().tolist()
             if not far:
                 return
@@ -314,14 +318,17 @@ class HoldOutReader:
 
 
 class _NotDirectError(Exception):
-    """The step makes more of a batch than its network's answer."""
+    """The step does more than return the network's answer."""
 
 
 def run_step(
     validation: ModuleValidation, batch: Any, index: int = 0, loader_index: int = 0, *, put_in: Tensor | None = None
 ) -> Step:
-    """Watch a step on a batch that is on the device. put_in: rows of an answer, repeated in the place of running the
-    network. Raises what the step raises, and ValueError where it never calls the network."""
+    """Watches a step on a batch that is on the device.
+
+    With `put_in`, its rows are repeated as the network's answer, and the network does not run. Raises what the step
+    raises, and a ValueError if it never calls the network.
+    """
     held = held_by(validation.module, validation.model_attribute)
     with watched(validation.module, held) as step:
         if put_in is None:
@@ -343,7 +350,7 @@ def _repeated(answer: Tensor, count: int) -> Tensor:
 
 @contextmanager
 def answering(held: nn.Module, answer: Callable[..., Any]) -> Iterator[None]:
-    """While it lasts, `held(...)` gives what `answer(...)` does."""
+    """Lets `held(...)` return what `answer(...)` does, inside the context."""
     mine = vars(held)
     own: dict[str, Any] = {name: mine[name] for name in ("forward", "_compiled_call_impl") if name in mine}
     mine.update(forward=answer, _compiled_call_impl=None)
@@ -360,11 +367,11 @@ def _cut(rows: Tensor, left: float) -> Tensor:
 
 
 def images_and_labels(batch: Any) -> tuple[Tensor, Tensor]:
-    """What a batch begins with, for a `predict` of a user's own."""
+    """The images and labels that a batch begins with, for the user's own `predict`."""
     if isinstance(batch, list | tuple) and len(batch) >= 2 and all(isinstance(part, Tensor) for part in batch[:2]):
         return batch[0], batch[1]
     raise TypeError(
-        f"the hold-out gave a {type(batch).__name__}; with a predict() of your own batches are (images, labels, ...). "
+        f"the hold-out gave a {type(batch).__name__}, but for your own predict() batches are (images, labels, ...). "
         "Give the datamodule a holdout_dataloader() that yields such pairs, or use monitor= with a metric that your "
         "validation_step logs"
     )
@@ -389,8 +396,8 @@ def _no_labels(validation: ModuleValidation, batch: Any) -> str:
 def metric_scorer(validation: ModuleValidation, monitor: str, loaders: list[Iterable[Any]]) -> Scorer:
     """Scores by what the module's validation logs as `monitor`, a fraction between 0 and 1, over the whole hold-out.
 
-    Raises ValueError at once, after a batch, where the module does not log it (listing what it logs), there are no
-    images, or the same batch gives another value the second time.
+    It is tried out twice on the first batch. Raises a ValueError if the module does not log it (the message lists what
+    it logs), if there are no images, or if the second value differs from the first.
     """
     scoring = _MetricScoring(validation, monitor, loaders)
     one, other = scoring.try_out(), scoring.try_out()
@@ -407,7 +414,7 @@ class _MetricScoring:
         self.validation, self.monitor, self.loaders = validation, monitor, loaders
 
     def fingerprint(self) -> str:
-        """Of the metric, the module and the hold-out."""
+        """Returns the fingerprint of the metric, the module and the hold-out."""
         return f"{self.monitor} of {_fingerprint_of_step(self.validation)} on {self._data_digest}"
 
     @cached_property
@@ -420,11 +427,11 @@ class _MetricScoring:
         return digest.hexdigest()
 
     def try_out(self) -> float:
-        """The metric of one batch."""
+        """Returns the metric of the first batch of each loader."""
         return self._value(most_batches=1)
 
     def score(self, network: nn.Module) -> float:
-        """`monitor` in points, over all images of all ranks."""
+        """The metric in points, over all images of all ranks."""
         value = self._value()
         if value > 1.0:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""What pruning callbacks share: a search on a hold-out before an epoch, and the rest of the fit that follows it."""
+"""What the pruning callbacks share: a search on a hold-out before an epoch, which the rest of the fit follows."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ from swincompress_pl.pruning.structure.trial import FirstInputs
 from swincompress_pl.stored_data import reading
 
 _STATE_VERSION = 2
-# What a search changes in its callback; whatever else a subclass has is its own.
+# The attributes of a callback that a search changes.
 _OWN = ("_last_epoch", "_masks", "search_state", "result")
 Config = TypeVar("Config")
 
@@ -75,17 +75,17 @@ class Outcome(Protocol):
 
     @property
     def change(self) -> Change:
-        """To the network."""
+        """What it changed in the network."""
         ...
 
 
 class SearchCallback(TrainingPass, ABC):
-    """Runs a search before some epochs of a fit; those that derive from it say which search and when.
+    """Runs a search before some epochs of a fit; subclasses say which search, and when.
 
-    The options are those of `AdaptiveIterativePruning` of the same names; raises ValueError for bad ones.
+    The arguments are those of `AdaptiveIterativePruning` with the same names.
     """
 
-    callback_name: ClassVar[str]  # also the key of the state, one for subclasses too
+    callback_name: ClassVar[str]  # also the key of the state, the same for subclasses of a callback
     resumed_arguments: ClassVar[ResumedArguments]
     config: Any  # the search's, a frozen dataclass
 
@@ -122,24 +122,36 @@ class SearchCallback(TrainingPass, ABC):
 
     @property
     def state_key(self) -> str:
+        """The same key for subclasses and all options, so that each takes up the checkpoints of the others."""
         return self.callback_name
 
     # Policy: override these.
 
     @abstractmethod
     def should_prune(self, epoch: int) -> bool:
-        """Whether a search runs before `epoch` (it may be over already)."""
+        """Decides whether a search runs before an epoch; once it is over, the answer has no effect."""
 
     def predict(self, module: LightningModule, network: nn.Module, images: Tensor) -> Tensor:
-        """The logits (N, classes) that are scored; override it where the network alone does not see ready images."""
+        """Returns the logits that are scored. Override it to score something else than `validation_step` predicts.
+
+        An override is called with the images that a batch begins with, and replaces `validation_step` in scoring.
+
+        Args:
+            module: The LightningModule.
+            network: The network to score, which may be a candidate.
+            images: Images on the device, (N, ...).
+
+        Returns:
+            Logits (N, classes).
+        """
         logits: Tensor = network(images)
         return logits
 
-    # The search: those that derive from this class give these.
+    # The search: subclasses define these.
 
     @abstractmethod
     def _space(self, network: nn.Module) -> SpaceConfig:
-        """What may be removed."""
+        """What may be removed from the network."""
 
     @abstractmethod
     def _is_over(self) -> bool:
@@ -147,7 +159,7 @@ class SearchCallback(TrainingPass, ABC):
 
     @abstractmethod
     def _forget(self) -> None:
-        """Begin again: what is known is of another fit."""
+        """Forgets what is known, as it is of another fit."""
 
     @abstractmethod
     def _find(
@@ -158,19 +170,19 @@ class SearchCallback(TrainingPass, ABC):
         shape: tuple[int, ...] | None,
         coupled: CoupledScales,
     ) -> Outcome:
-        """Search, and change the network."""
+        """Searches, and changes the network."""
 
     def _finish(self, network: nn.Module, outcome: Outcome) -> AppliedPlan | None:
-        """What is sliced once more when the search is over."""
+        """Slices what is left to slice when the search is over, and returns it; None if nothing is."""
         return None
 
     @abstractmethod
     def _take(self, outcome: Outcome) -> None:
-        """Everything in the fit has followed: keep what was found."""
+        """Keeps what was found, once everything in the fit has followed."""
 
     @abstractmethod
     def _log(self, module: LightningModule, outcome: Outcome) -> None:
-        """Log what was found."""
+        """Logs what was found."""
 
     @abstractmethod
     def _stored(self) -> dict[str, Any]:
@@ -178,10 +190,10 @@ class SearchCallback(TrainingPass, ABC):
 
     @abstractmethod
     def _restore(self, stored: dict[str, Any]) -> None:
-        """Take up what `_stored` gave; "arguments" are those of the fit before, if it stored any."""
+        """Takes up what `_stored` returned; "arguments" are those of the fit before, if it stored any."""
 
     def _arguments(self) -> dict[str, Any]:
-        """What the search hangs on, by name: a resumed fit has the same, or others (`resumed_arguments`)."""
+        """The arguments that a resumed fit is compared with, by name; see `resumed_arguments`."""
         own = ("start_epoch", "monitor", "max_images", "gradient_batches", "model_attribute")
         return {**vars(self.config), **{name: getattr(self, name) for name in own}}
 
@@ -189,7 +201,7 @@ class SearchCallback(TrainingPass, ABC):
 
     @failing_together("checking the fit")
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Have checkpoints say how the network is compressed, and refuse what cannot work."""
+        """Makes checkpoints record how the network is compressed, and refuses what cannot work."""
         keep_record(pl_module, self.model_attribute)
         if stage == "fit":
             refuse_strategy(trainer, self.callback_name, PRUNING)
@@ -203,14 +215,14 @@ class SearchCallback(TrainingPass, ABC):
 
     @failing_together("checking the fit")
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse what cannot work of a network that was not there before."""
+        """Checks a network that did not exist at `setup`."""
         super().on_fit_start(trainer, pl_module)
         if not self._network_checked:
             self._check_network(trainer, pl_module)
 
     @failing_together("looking at the hold-out")
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Make sure that there is something to score on, before the first epoch is spent; have masks kept."""
+        """Checks the hold-out before the first epoch is spent, and starts to keep masks."""
         super().on_train_start(trainer, pl_module)
         self.keep_masks(trainer, self._network(pl_module))
         if not self._is_over():
@@ -225,11 +237,11 @@ class SearchCallback(TrainingPass, ABC):
 
     @failing_together("pruning")
     def _begin_epoch(self, trainer: Trainer, module: LightningModule) -> None:
-        """Search if there is a search before this epoch; what rank 0 says of that counts."""
+        """Searches if a search is due before this epoch; rank 0 decides for all."""
         epoch = trainer.current_epoch
         if self._is_over() or epoch <= self._last_epoch or not from_all_ranks(self.should_prune(epoch))[0]:
             return
-        # The network, what follows it and what is known of the search change together.
+        # The network, what follows it and the state of the search change together.
         with whole_change(trainer, module, self.model_attribute, Attributes(self, _OWN)):
             # The search must not move the random numbers that shuffling, dropout and augmentation draw.
             with isolated():
@@ -239,21 +251,20 @@ class SearchCallback(TrainingPass, ABC):
         self._log(module, outcome)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Let go of the hold-out and of the optimizers; say so where nothing was searched."""
+        """Lets go of the hold-out and the optimizers, and warns if no search has run."""
         self._let_go()
         if stage == "fit" and self._waits():
             self._start.fit_ends(trainer, self.start_epoch)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """The same: Lightning tears nothing down after an exception."""
+        """Lets go as well, because Lightning calls no `teardown` after an exception."""
         self._let_go()
         super().on_exception(trainer, pl_module, exception)
         if self._last_epoch >= 0:
             note_old_shapes(trainer, pl_module, self._network(pl_module), self.callback_name, exception)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Take up the random numbers, and the epoch, where the checkpoint left them; refuse arguments that cannot be
-        others by now."""
+        """Takes up the random numbers, and refuses arguments that a resumed fit cannot change."""
         leave_out_unbegun_epoch(checkpoint)
         mine = stored_state(checkpoint, self.state_key, _STATE_VERSION)
         if mine is not None:
@@ -263,7 +274,7 @@ class SearchCallback(TrainingPass, ABC):
                 self.resumed_arguments.take_up(self.callback_name, mine["arguments"], stored(self._arguments()))
 
     def state_dict(self) -> dict[str, Any]:
-        """The search so far, its arguments and the random numbers' states: plain data and tensors."""
+        """Returns the search so far, its arguments and the states of the random numbers, as plain data and tensors."""
         return {
             "version": _STATE_VERSION,
             "last_epoch": self._last_epoch,
@@ -273,7 +284,7 @@ class SearchCallback(TrainingPass, ABC):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with the search that `state_dict` wrote."""
+        """Takes up the search of the fit that wrote `state_dict`."""
         if state_dict.get("version") != _STATE_VERSION:
             raise ValueError(
                 f"the pruning callback's state has version {state_dict.get('version')!r}, {_STATE_VERSION} is expected"
@@ -325,7 +336,7 @@ class SearchCallback(TrainingPass, ABC):
         return outcome
 
     def _follow(self, trainer: Trainer, module: LightningModule, outcome: Outcome, coupled: CoupledScales) -> None:
-        """Optimizers, masks, compiled code and DDP go on with what the search made of the network."""
+        """Lets optimizers, masks, compiled code and DDP follow what the search made of the network."""
         network, change = self._network(module), outcome.change
         slice_optimizers(trainer.optimizers, coupled.with_scales(change.applied))
         sliced = bool(change.applied.tensors)
@@ -336,7 +347,7 @@ class SearchCallback(TrainingPass, ABC):
             sliced = sliced or bool(finished.tensors)
         self.keep_masks(trainer, self._network(module))
         if sliced:
-            # Compiled code knows the old shapes; without a reset each shrink counts against the recompile limit.
+            # Compiled code has the old shapes; without a reset each shrink counts against the recompile limit.
             torch.compiler.reset()
         if sliced or change.registered:
             wrap_anew(trainer)
@@ -364,11 +375,11 @@ class SearchCallback(TrainingPass, ABC):
 
     @property
     def _predicts_itself(self) -> bool:
-        """Whether a subclass says by itself what an image's logits are."""
+        """Whether a subclass overrides `predict`."""
         return getattr(self.predict, "__func__", None) is not SearchCallback.predict
 
     def _input_shape(self, trainer: Trainer, module: LightningModule, scorer: Scorer) -> tuple[int, ...]:
-        """Of one image with its batch axis, as the network gets it."""
+        """The shape of one image with its batch axis, as the network gets it."""
         if isinstance(scorer, HoldOut):
             return (1, *scorer.image_shape)
         loaders = holdout_loaders(trainer, self.callback_name)
@@ -382,7 +393,7 @@ class SearchCallback(TrainingPass, ABC):
         return self.predict(module, scored_network(module, self.model_attribute, network), images)
 
     def _gradients(self, trainer: Trainer, module: LightningModule, network: nn.Module) -> Gradients:
-        """Of the training batches' loss, by the logits that the module's step makes of the network's answer."""
+        """The gradients of the training batches' loss, through the logits of the module's step."""
         loaders = calibration_loaders(trainer, self.calibration_dataloader, 64 * self.gradient_batches)
         validation = self._validation(trainer, module)
         with torch.enable_grad(), seeded(trainer.current_epoch):
@@ -404,7 +415,7 @@ class SearchCallback(TrainingPass, ABC):
                 )
 
     def _calibration_images(self, trainer: Trainer, module: LightningModule) -> list[Tensor]:
-        """What the network gets of `gradient_batches` training batches."""
+        """What the network gets from `gradient_batches` training batches."""
         loaders = calibration_loaders(trainer, self.calibration_dataloader, 64 * self.gradient_batches)
         validation = self._validation(trainer, module)
         with seeded(trainer.current_epoch), validation.without_trace():
@@ -413,15 +424,15 @@ class SearchCallback(TrainingPass, ABC):
 
 
 def log_search(module: LightningModule, values: Mapping[str, float]) -> None:
-    """Log what a search found, {name: value}, as pruning/<name>."""
-    # All ranks have the same values; the reduction only tells Lightning so, that every rank may monitor them.
+    """Logs what a search found, {name: value}, as `pruning/<name>`."""
+    # All ranks have the same values; the reduction only lets Lightning know, so that every rank may monitor them.
     module.log_dict({f"pruning/{name}": value for name, value in values.items()}, sync_dist=True, reduce_fx="max")
 
 
 def config_of(kind: type[Config], config: Config | None, arguments: Mapping[str, Any]) -> Config:
-    """`config`, or one of a callback's `arguments`, by the names of its fields; TypeError where both say something.
+    """Returns `config`, or makes one of a callback's `arguments` with the names of its fields.
 
-    The arguments' defaults are those of the fields (a test holds that).
+    Raises a TypeError if both are given: if an argument differs from its default, which is that of the field.
     """
     settings = {field.name: arguments[field.name] for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
     if config is None:

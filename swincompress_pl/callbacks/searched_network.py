@@ -1,4 +1,4 @@
-"""The network that a pruning search sees in a module: the one it holds, or the float weights of a quantized one."""
+"""The network that a pruning search sees in a module: the one it holds, or the float one in a quantized one."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from swincompress_pl.quant.scale_cut import ScaleCut
 
 
 def searched_network(module: LightningModule, model_attribute: str) -> nn.Module:
-    """Where groups, weights and masks are: the network, or the `network` inside a `QuantizedNetwork`."""
+    """The network that has the groups, weights and masks: the held one, or the `network` of a `QuantizedNetwork`."""
     return float_network(network_of(module, model_attribute))
 
 
 def scored_network(module: LightningModule, model_attribute: str, network: nn.Module) -> nn.Module:
-    """What gives the logits of the searched `network`: itself, or its rounded values where it is quantized."""
+    """What computes the logits of the searched `network`: itself, or fake quantization if it is quantized."""
     held = network_of(module, model_attribute)
     return _Rounded(held) if isinstance(held, QuantizedNetwork) and held.network is network else network
 
 
 @contextmanager
 def standing(module: LightningModule, model_attribute: str, network: nn.Module) -> Iterator[None]:
-    """While it lasts, what `module` calls as its network is `scored_network`: eager, and rounded where quantized."""
+    """Lets `module` call `scored_network` as its network inside the context: eager, and rounded if quantized."""
     held = held_by(module, model_attribute)
     scored = scored_network(module, model_attribute, network)
     with answering(held, held.forward if scored is held else scored):
@@ -39,7 +39,7 @@ def standing(module: LightningModule, model_attribute: str, network: nn.Module) 
 
 
 class _Rounded(nn.Module):
-    """A quantized network's fake quantization in either mode: integers would be made again for every candidate."""
+    """Fake quantization in either mode, because integers would be made again for every candidate."""
 
     def __init__(self, quantized: QuantizedNetwork) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class _Rounded(nn.Module):
 
 
 class CoupledScales:
-    """Cuts the scales of a quantized network with its weights, and takes that back; for a float network nothing."""
+    """Cuts the scales of a quantized network with its weights, and undoes that; does nothing for a float network."""
 
     def __init__(self, module: LightningModule, model_attribute: str) -> None:
         network = network_of(module, model_attribute)
@@ -66,13 +66,13 @@ class CoupledScales:
         self._cuts.append(cut)
 
     def uncut(self) -> None:
-        """See `pruning.adaptive.rounds.CoupledState`; nothing where nothing was cut."""
+        """See `pruning.adaptive.rounds.CoupledState`; does nothing if nothing was cut."""
         latest = self._cuts.pop() if self._cuts else None
         if latest is not None and self._quantized is not None:
             self._quantized.unfollow(latest)
 
     def with_scales(self, applied: AppliedPlan) -> AppliedPlan:
-        """The latest cut with that of the learned scales, for the optimizers."""
+        """The latest cut `applied`, with that of the learned scales, for the optimizers."""
         latest = self._cuts[-1] if self._cuts else None
         if latest is None or latest.adjustment is None:
             return applied
@@ -82,7 +82,7 @@ class CoupledScales:
 
 
 def pruned_tensors(network: nn.Module, space: SpaceConfig) -> set[str]:
-    """The names of the parameters that a search may cut or mask; ValueError where the space is empty."""
+    """The names of the parameters that a search may cut or mask; a ValueError if there are none."""
     found = local_space(space)
     names = {target.name for target in found.targets(network)}
     if not isinstance(found, StructuredSpace):
@@ -94,7 +94,7 @@ def pruned_tensors(network: nn.Module, space: SpaceConfig) -> set[str]:
 def refuse_masked_integers(
     trainer: Trainer, module: LightningModule, model_attribute: str, monitor: str | None, kinds: Collection[str]
 ) -> None:
-    """ValueError for a search that would score integers while LayerNorms are masked on trial: they know no masks."""
+    """Raises a ValueError for a search that would score integers with masked LayerNorms, which integers do not have."""
     quantizers = [
         other
         for other in trainer.callbacks  # type: ignore[attr-defined]  # set by the trainer
@@ -104,6 +104,6 @@ def refuse_masked_integers(
     if monitor is not None and "embed" in kinds and quantized:
         raise ValueError(
             f"monitor={monitor!r} with kinds={tuple(kinds)}: the validation of a quantized network runs in integers, "
-            "whose LayerNorms do not leave out the channels of the kind 'embed' that are tried. Leave monitor out (the "
-            "search scores top-1 itself), or 'embed', or prune in a fit before"
+            "whose LayerNorms cannot leave out the channels that the kind 'embed' tries. Leave monitor out (the search "
+            "scores top-1 itself), or 'embed', or prune in an earlier fit"
         )

@@ -1,4 +1,4 @@
-"""What callbacks that change a network do in each epoch and batch: begin the epoch once, and train what is there."""
+"""What callbacks that change a network do in each epoch and batch: begin the epoch once, and simulate integers."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from swincompress_pl.quant import QuantizedNetwork
 
 
 class TrainingPass(KeptMasks):
-    """Begins each epoch once, and has the quantized network of a fit simulate its integers while a batch is trained on,
-    in `eval()` too.
+    """Begins each epoch once, and lets a quantized network simulate its integers while a batch is trained on.
 
-    Lightning keeps the modes that it finds, so a module that was evaluated before its fit is trained in `eval()`:
-    without dropout, with fixed statistics. Integers would give it no gradients. The modes themselves stay.
+    The network does so in `eval()` too. Lightning keeps the modes that it finds, so a module that was evaluated before
+    its fit is trained in `eval()`: without dropout, and with fixed statistics. Integers would give it no gradients. The
+    modes stay as they are.
 
-    After a resume from a checkpoint that was written behind the last batch of an epoch, Lightning calls no
-    `on_train_epoch_start` for the next one; that begins with its first batch then.
+    If a fit resumes from a checkpoint that was written after the last batch of an epoch, Lightning does not call
+    `on_train_epoch_start` for the next epoch. That epoch then begins with its first batch.
     """
 
     model_attribute: str
@@ -29,20 +29,20 @@ class TrainingPass(KeptMasks):
     _in_training_pass: QuantizedNetwork | None = None
 
     def _begin_epoch(self, trainer: Trainer, module: LightningModule) -> None:
-        """What is due before `trainer.current_epoch`: for subclasses."""
+        """Does what is due before `trainer.current_epoch`, in subclasses."""
         raise NotImplementedError
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Remember the random numbers that a fit begins with."""
+        """Remembers the random numbers that a fit begins with."""
         self._rng.on_fit_start()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """A fit begins, and none of its epochs has."""
+        """Notes that no epoch has begun yet."""
         self._rng.on_train_start(trainer)
         self._begun_epoch = -1
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin the epoch."""
+        """Begins the epoch."""
         self._rng.on_train_epoch_start(trainer)
         self._begin_once(trainer, pl_module)
 
@@ -52,7 +52,7 @@ class TrainingPass(KeptMasks):
             self._begun_epoch = trainer.current_epoch
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Begin the epoch where Lightning did not say so, and the training pass."""
+        """Begins the epoch if it has not begun, and the training pass."""
         if batch_idx == 0:
             self._begin_once(trainer, pl_module)
         self._rng.on_train_batch_start()
@@ -64,17 +64,17 @@ class TrainingPass(KeptMasks):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """End it."""
+        """Ends the training pass."""
         self._end_training_pass()
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """End it where a batch was skipped with the rest of its epoch."""
+        """Ends the training pass, if a batch was skipped with the rest of its epoch."""
         self._end_training_pass()
         super().on_train_epoch_end(trainer, pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """End it where a batch failed."""
+        """Ends the training pass, if a batch failed."""
         self._end_training_pass()
 
     def _end_training_pass(self) -> None:

@@ -1,6 +1,6 @@
-"""The module's own validation, run for its answers: on batches as the trainer hands them over, and without a trace.
+"""Runs the module's own validation for its answers, on batches as the trainer passes them, and without a trace.
 
-`training_step` is never called: under manual optimization it steps.
+`training_step` is never called, because it makes optimizer steps under manual optimization.
 """
 
 from __future__ import annotations
@@ -30,8 +30,10 @@ from swincompress_pl.pruning.evaluation.ranks import from_all_ranks, sum_over_ra
 
 @contextmanager
 def validating(trainer: Trainer, module: LightningModule) -> Iterator[None]:
-    """The trainer in the validating stage and the module in eval mode for a while, so that the hooks and what stands
-    beside the network do what they do in validation."""
+    """Puts the trainer in the validating stage and the module in eval mode, inside the context.
+
+    So hooks, and modules beside the network, do what they do in validation.
+    """
     stage = trainer.state.stage
     trainer.validating = True
     try:
@@ -42,7 +44,7 @@ def validating(trainer: Trainer, module: LightningModule) -> Iterator[None]:
 
 
 def on_device(trainer: Trainer, batch: Any, loader_index: int = 0) -> Any:
-    """A batch as a step gets it: in the trainer's precision, on its device, after the module's hooks."""
+    """A batch as a step gets it: in the trainer's precision, on its device, and after the module's hooks."""
     batch = trainer.precision_plugin.convert_input(batch)
     batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=loader_index)
     return trainer.strategy.batch_to_device(batch, dataloader_idx=loader_index)
@@ -51,7 +53,11 @@ def on_device(trainer: Trainer, batch: Any, loader_index: int = 0) -> Any:
 class ModuleValidation:
     """`module.validation_step` and the hooks around it.
 
-    several_loaders: whether the step is told of which loader a batch is.
+    Args:
+        trainer: The trainer of the fit.
+        module: The module whose validation runs.
+        model_attribute: Where the module holds the network.
+        several_loaders: Whether the step and its hooks get the index of a batch's loader.
     """
 
     def __init__(
@@ -64,8 +70,11 @@ class ModuleValidation:
 
     @contextmanager
     def without_trace(self) -> Iterator[Logged]:
-        """What the module logs is collected and not logged, what it writes to loggers by itself is lost; metrics,
-        buffers and plain attributes of the module and of what stands beside the network are afterwards as they were."""
+        """Collects what the module logs, and keeps the rest of its state.
+
+        Nothing reaches the loggers. Metrics, buffers and plain attributes of the module, and of the modules beside the
+        network, are afterwards as they were.
+        """
         logged = Logged(self.several_loaders)
         module = self.module
         network = held_by(module, self.model_attribute)
@@ -77,19 +86,23 @@ class ModuleValidation:
                 del module.log, module.log_dict
 
     def begin(self) -> None:
-        """The hooks before the first batch."""
+        """Runs the hooks before the first batch."""
         self.module.on_validation_start()
         self.module.on_validation_epoch_start()
 
     def begin_beside_training(self) -> None:
-        """The same in a fit that may never validate: a hook that cannot run then is left out. If the step needs what
-        it would have made, the step says so."""
+        """Runs these hooks in a fit that may never validate, and ignores their errors.
+
+        If the step needs what they would have made, it raises an error of its own.
+        """
         with suppress(Exception):
             self.begin()
 
     def step(self, batch: Any, index: int, loader_index: int) -> Any:
-        """One step and the hook before it, on a batch as `on_device` gives it; of a module without a validation step,
-        its `forward` or else the network alone, on the batch's first images."""
+        """Runs one step and the hook before it, on a batch as `on_device` returns it.
+
+        For a module without a validation step, its `forward` runs on the batch's first images, or else the network.
+        """
         if not self.has_step:
             return self._forward(batch)
         self.module.on_validation_batch_start(*self._hook_arguments(batch, index, loader_index))
@@ -109,7 +122,7 @@ class ModuleValidation:
             return run(images)
 
     def epoch(self, loaders: Iterable[Iterable[Any]], logged: Logged, most_batches: int | None = None) -> None:
-        """A validation whole, or of `most_batches` of each loader; ValueError where a rank has no batch."""
+        """Runs a whole validation, or `most_batches` of each loader. A rank without a batch is a ValueError."""
         seen = 0
         self.begin()
         for loader_index, loader in enumerate(loaders):
@@ -133,7 +146,7 @@ class ModuleValidation:
         step, several = self.module.validation_step, self.several_loaders
         if is_param_in_hook_signature(step, "dataloader_iter", explicit=True):
             raise ValueError(
-                f"{type(self.module).__name__}.validation_step takes dataloader_iter, so nothing can show it the "
+                f"{type(self.module).__name__}.validation_step takes dataloader_iter, so it cannot be given the "
                 "batches that a search scores on; take (batch, batch_idx)"
             )
         if is_param_in_hook_signature(step, "dataloader_idx", explicit=not several, min_args=3 if several else None):
@@ -142,11 +155,11 @@ class ModuleValidation:
 
 
 class Logged:
-    """What a module logged: {name: [(value, images), ...]}, or a `Metric` that has seen it all."""
+    """What a module logged: {name: [(value, number of images), ...]}, or a `Metric` that has seen all batches."""
 
     def __init__(self, several_loaders: bool) -> None:
         self.entries: dict[str, list[tuple[Tensor, int]] | Metric] = {}
-        self.batch: Any = None  # the one at hand, None at the end of the epoch
+        self.batch: Any = None  # the present one, None at the end of the epoch
         self.loader_index = 0
         self._several_loaders = several_loaders
         self._no_mean: dict[str, Any] = {}  # names that are logged with another reduction than the mean
@@ -161,7 +174,7 @@ class Logged:
         add_dataloader_idx: bool = True,
         **__: Any,
     ) -> None:
-        """Stands for `LightningModule.log`."""
+        """Takes the place of `LightningModule.log`."""
         self._log(name, value, batch_size, reduce_fx)
         if self._several_loaders and add_dataloader_idx and self.batch is not None:
             self._log(f"{name}/dataloader_idx_{self.loader_index}", value, batch_size, reduce_fx)
@@ -180,19 +193,18 @@ class Logged:
         entries.append((torch.as_tensor(value).detach().double(), batch_size))
 
     def log_dict(self, dictionary: Mapping[str, Any], *_: Any, **options: Any) -> None:
-        """Stands for `LightningModule.log_dict`."""
+        """Takes the place of `LightningModule.log_dict`."""
         for name, value in dictionary.items():
             self.log(name, value, **options)
 
     def value(self, name: str) -> float:
-        """The mean over the images of all ranks; ValueError for what is no single number."""
+        """The mean over the images of all ranks; a ValueError if the values are not single numbers."""
         entries = self.entries[name]
         if isinstance(entries, Metric):
             return self._single(name, entries.compute())  # torchmetrics sums over the ranks itself
         if name in self._no_mean:
             raise ValueError(
-                f"monitor={name!r} is logged with reduce_fx={self._no_mean[name]!r}; only a mean can be followed by "
-                "pruning"
+                f"monitor={name!r} is logged with reduce_fx={self._no_mean[name]!r}, but pruning can only follow a mean"
             )
         total, weight = sum_over_ranks(
             [
@@ -212,8 +224,7 @@ class Logged:
         return float(value)
 
     def fill(self, trainer: Trainer) -> None:
-        """Let `trainer.callback_metrics` say what was logged so far on every rank, as Lightning does before a
-        validation's end."""
+        """Puts what all ranks have logged into `trainer.callback_metrics`, as Lightning does before validation ends."""
         known = trainer._logger_connector._callback_metrics
         first, *others = from_all_ranks({name: self._kind(name) for name in self.entries})  # in rank 0's order
         for name, kind in first.items():
@@ -226,7 +237,7 @@ class Logged:
                 known[name] = torch.tensor(self.value(name), dtype=torch.float32)
 
     def _kind(self, name: str) -> str | None:
-        """Of what was logged by this name; None for what has no mean over the images."""
+        """The kind of what was logged by this name; None if it has no mean over the images."""
         entries = self.entries[name]
         if isinstance(entries, Metric):
             return "metric"
@@ -234,7 +245,7 @@ class Logged:
 
 
 def _refuse_empty(batches: Sequence[int]) -> None:
-    """ValueError where a rank has no batch: what it has not logged has no mean over the ranks. batches: of each."""
+    """Raises a ValueError if a rank has no batch, given their numbers: it has logged nothing to take a mean of."""
     if not any(batches):
         raise ValueError("the hold-out is empty; give it images to score on")
     if not all(batches):
@@ -246,7 +257,7 @@ def _refuse_empty(batches: Sequence[int]) -> None:
 
 @contextmanager
 def _metrics_kept(trainer: Trainer) -> Iterator[None]:
-    """`trainer.callback_metrics` is afterwards what it was."""
+    """Restores `trainer.callback_metrics` after the context."""
     connector = trainer._logger_connector
     kept = connector._callback_metrics
     connector._callback_metrics = dict(kept)
@@ -258,7 +269,7 @@ def _metrics_kept(trainer: Trainer) -> Iterator[None]:
 
 @contextmanager
 def _loggers_silent(trainer: Trainer) -> Iterator[None]:
-    """Loggers that take everything and keep nothing, for modules that write to `self.logger.experiment`."""
+    """Replaces the loggers by dummies inside the context, for modules that write to `self.logger.experiment`."""
     loggers = trainer.loggers
     trainer.loggers = [DummyLogger() for _ in loggers]
     try:
@@ -269,9 +280,9 @@ def _loggers_silent(trainer: Trainer) -> Iterator[None]:
 
 @contextmanager
 def _state_kept(module: LightningModule, network: nn.Module) -> Iterator[None]:
-    """What `module` knows beside its parameters is afterwards as it was: metrics, buffers, numbers, lists.
+    """Restores the state of `module` besides its parameters after the context: metrics, buffers, numbers, lists.
 
-    The network is left out: it is in eval mode, and it is what changes.
+    The network is left out, because it is in eval mode, and is what a search changes.
     """
     inside = {id(part) for part in network.modules()}
     remembered = [_remembered(part) for part in module.modules() if id(part) not in inside]
@@ -285,7 +296,7 @@ def _state_kept(module: LightningModule, network: nn.Module) -> Iterator[None]:
 
 
 def _remembered(part: nn.Module) -> Callable[[], None]:
-    """A function that brings `part` back to what it is now."""
+    """Returns a function that restores `part` to its present state."""
     own = vars(part)
     names = _metric_state(part) if isinstance(part, Metric) else {name for name in own if not name.startswith("_")}
     undo = [_kept(own[name]) for name in sorted(names & own.keys())]
@@ -313,7 +324,7 @@ def _metric_state(metric: Metric) -> set[str]:
 
 
 def _kept(value: Any) -> Callable[[], None]:
-    """A function that brings a value which may be changed in place back to what it is now, what it holds included."""
+    """Returns a function that restores a value, and what it holds, after changes in place."""
     if isinstance(value, Tensor) and not value.requires_grad:
         copied, version = value.detach().clone(), _version(value)
 
@@ -341,7 +352,7 @@ def _kept(value: Any) -> Callable[[], None]:
 
 
 def _is_plain_holder(value: Any) -> bool:
-    """Whether `value` is an object of nothing but data, like an average with its sum and count."""
+    """Whether `value` is an object that holds nothing but data, such as an average with its sum and count."""
     data = getattr(value, "__dict__", None)
     if isinstance(value, type | nn.Module) or callable(value) or not isinstance(data, dict) or not data:
         return False

@@ -1,4 +1,4 @@
-"""A change of the network in the middle of a fit, with all that follows it, as one step that an exception undoes."""
+"""Changes the network in the middle of a fit, and all that follows it, in one step that an exception undoes."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from swincompress_pl.interrupts import Attributes, all_or_nothing
 
 
 def whole_change(trainer: Trainer, module: LightningModule, model_attribute: str, *others: object) -> all_or_nothing:
-    """The network at `model_attribute`, the module that holds it, optimizers, schedulers, Lightning's averages, the
-    trainer's stage and loggers, and `others` (of a callback) change within the context together, or not at all.
+    """Lets the network and all that follows it change together inside the context, or not at all.
 
-    So a checkpoint that is written because of an exception (`OnExceptionCheckpoint`) is that of a fit before it.
+    That includes the module that holds it, optimizers, schedulers, Lightning's averages, the trainer's stage and
+    loggers, and `others`, which belong to a callback. So a checkpoint that is written because of an exception
+    (`OnExceptionCheckpoint`) has the state before the change.
     """
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]  # set by the trainer
     return all_or_nothing(

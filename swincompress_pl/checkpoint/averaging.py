@@ -1,4 +1,4 @@
-"""Lightning's averages of weights (EMA, SWA) across a change of the network."""
+"""Keeps Lightning's averages of weights (EMA, SWA) across a change of the network."""
 
 from __future__ import annotations
 
@@ -9,10 +9,14 @@ from lightning.pytorch.callbacks import WeightAveraging
 
 
 def renew_averages(trainer: Trainer, module: LightningModule, rename: Callable[[str], str] = lambda name: name) -> None:
-    """Give every WeightAveraging callback a copy of `module` as it is now, with what it has averaged so far.
+    """Gives every WeightAveraging callback a copy of `module` as it is now, with what it has averaged so far.
 
-    rename: from the module's names of parameters before to those now. What is new, the scales, starts with its present
-    value. Does nothing outside of a fit.
+    New parameters, the scales, start with their present values. It does nothing outside of a fit.
+
+    Args:
+        trainer: The trainer, whose callbacks are searched.
+        module: The module after the change.
+        rename: Maps the former name of a parameter of `module` to the present one.
     """
     for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set by the trainer
         if not isinstance(callback, WeightAveraging) or callback._average_model is None:

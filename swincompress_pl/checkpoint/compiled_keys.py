@@ -9,26 +9,26 @@ from torch import nn
 
 from swincompress_pl.structure import uncompiled_name
 
-_STATES = ("state_dict", "current_model_state")  # the second one beside the first, where Lightning averages
+_STATES = ("state_dict", "current_model_state")  # the second one beside the first, if Lightning averages
 
 
 def follow_compilation(module: nn.Module, checkpoint: dict[str, Any]) -> None:
-    """Name the weights of `checkpoint` as `module` does, where only `torch.compile`'s wrappers make them differ.
+    """Renames the weights of `checkpoint` as `module` names them, if only wrappers of `torch.compile` differ.
 
-    A checkpoint of a compiled network then loads into a plain one and the reverse, wherever in the module the wrappers
-    are. The state dict itself is left as it is; `checkpoint` gets another one.
+    So a checkpoint of a compiled network loads into a plain one and vice versa, wherever in the module the wrappers
+    are. The state dict itself does not change; `checkpoint` gets another one.
     """
     expected = module.state_dict().keys()
     names = {uncompiled_name(key): key for key in expected}
     for place in _STATES:
         state = checkpoint.get(place) or {}
         renamed = {key if key in expected else names.get(uncompiled_name(key), key): state[key] for key in state}
-        if len(renamed) == len(state) and renamed.keys() != state.keys():  # two would have become one: loading says so
+        if len(renamed) == len(state) and renamed.keys() != state.keys():  # else two became one: loading says so
             checkpoint[place] = renamed
 
 
 def masks_as_named_in(network: nn.Module, history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """`history` with the masked weights as `network` names them, whose parts may be compiled or not."""
+    """`history` with masked weights as `network` names them, whose parts may be compiled or not."""
     names = {uncompiled_name(name): name for name, _ in network.named_parameters()}
 
     def renamed(kind: str, data: Any) -> Any:

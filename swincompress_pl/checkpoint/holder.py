@@ -1,4 +1,4 @@
-"""Where a LightningModule holds its network, compiled or not, and how another one takes its place."""
+"""Finds the network that a LightningModule holds, compiled or not, and puts another one in its place."""
 
 from __future__ import annotations
 
@@ -16,10 +16,17 @@ from swincompress_pl.structure import uncompiled_name
 
 
 def held_by(module: LightningModule, model_attribute: str) -> nn.Module:
-    """What stands at `model_attribute`: the network, or `torch.compile`'s wrapper of it.
+    """The network at `model_attribute`, or the wrapper of `torch.compile` around it.
 
-    model_attribute: "net", or a path: "model.backbone", "nets.0" for a place in an nn.ModuleList. Raises AttributeError
-    naming the networks that would do.
+    Args:
+        module: The module that holds it.
+        model_attribute: Its name, such as "net", or a path, such as "model.backbone" or, in an nn.ModuleList, "nets.0".
+
+    Returns:
+        The network or its wrapper.
+
+    Raises:
+        AttributeError: If there is no module of that name; the message lists the networks to name.
     """
     found: Any = module
     for name in model_attribute.split("."):
@@ -41,7 +48,7 @@ def _child(holder: Any, name: str) -> Any:
 
 
 def networks_to_name(module: LightningModule) -> str:
-    """For errors: the networks that `module` holds, and which to pass."""
+    """The networks that `module` holds and which one to pass, for errors."""
     networks = [path for path, child in module.named_modules() if path and is_supported(child)]
     if networks:
         return f"it holds {', '.join(networks)}. Pass model_attribute={networks[0]!r}"
@@ -53,7 +60,7 @@ def networks_to_name(module: LightningModule) -> str:
 
 
 def is_supported(child: nn.Module) -> bool:
-    """Whether a family of ours knows the network, quantized or not."""
+    """Whether an adapter knows the network, quantized or not."""
     if isinstance(child, QuantizedNetwork):
         return True
     try:
@@ -64,7 +71,7 @@ def is_supported(child: nn.Module) -> bool:
 
 
 def has_network(module: LightningModule, model_attribute: str) -> bool:
-    """Whether the network is there yet: `configure_model` and `setup` make one only when a trainer runs."""
+    """Whether the network exists yet; `configure_model` and `setup` make one only when a trainer runs."""
     try:
         held_by(module, model_attribute)
     except AttributeError:
@@ -73,7 +80,18 @@ def has_network(module: LightningModule, model_attribute: str) -> bool:
 
 
 def network_of(module: LightningModule, model_attribute: str) -> nn.Module:
-    """The network that `module` holds; a compiled one (`torch.compile`) is unwrapped. See `held_by`."""
+    """The network that a module holds, without the wrapper of `torch.compile`.
+
+    Args:
+        module: The module that holds it.
+        model_attribute: Its name or path; see `held_by`.
+
+    Returns:
+        The network.
+
+    Raises:
+        AttributeError: If there is no module of that name.
+    """
     network = held_by(module, model_attribute)
     inner = getattr(network, "_orig_mod", network)
     assert isinstance(inner, nn.Module)
@@ -81,9 +99,9 @@ def network_of(module: LightningModule, model_attribute: str) -> nn.Module:
 
 
 def refuse_other_places(module: LightningModule, model_attribute: str) -> None:
-    """ValueError for a network that the module holds in a second place, or where Lightning does not see it.
+    """Raises a ValueError for a network that the module holds in a second place, or that Lightning does not see.
 
-    An exchange would leave the second place with the old network.
+    When the network is replaced, the second place would keep the old one.
     """
     network = network_of(module, model_attribute)
     paths = [path for path, child in module.named_modules(remove_duplicate=False) if child is network]
@@ -101,7 +119,7 @@ def refuse_other_places(module: LightningModule, model_attribute: str) -> None:
 
 
 def compressed_paths(module: LightningModule) -> list[str]:
-    """Where in `module` networks are that were pruned, masked or quantized, whoever did it."""
+    """The paths of the networks in `module` that were pruned, masked or quantized, by a callback or not."""
     found: list[str] = []
     for path, child in module.named_modules():
         inside = any(path.startswith(f"{outer}.") for outer in found)
@@ -111,14 +129,15 @@ def compressed_paths(module: LightningModule) -> list[str]:
 
 
 def float_network(network: nn.Module) -> nn.Module:
-    """Where pruning and masks act: the network, or the one with the float weights in a quantized one."""
+    """The network that pruning and masks act on: `network`, or the float network in a quantized one."""
     return network.network if isinstance(network, QuantizedNetwork) else network
 
 
 def put_network(module: LightningModule, model_attribute: str, network: nn.Module) -> None:
-    """Put `network` in the place of the one that `module` holds, compiled where that is compiled.
+    """Replaces the network that `module` holds by `network`, which is compiled if the old one is.
 
-    Of a quantized network the training is compiled; where that cannot be, a warning says so and it goes on uncompiled.
+    Of a quantized network only the training is compiled. If that is not possible, a warning says that it trains
+    uncompiled.
     """
     held = held_by(module, model_attribute)
     compiled, compiler = _compiler_of(held)
@@ -138,13 +157,13 @@ def put_network(module: LightningModule, model_attribute: str, network: nn.Modul
 
 
 def _compiler_of(held: nn.Module) -> tuple[bool, Callable[[Any], Any] | None]:
-    """Whether `held` is compiled, by `torch.compile(held)` or `held.compile()`, and what compiles another likewise."""
+    """Whether `held` is compiled (`torch.compile(held)`, `held.compile()`), and what compiles another network alike."""
     if isinstance(held, QuantizedNetwork):
         return held.compiler is not None, held.compiler
     if hasattr(held, "_orig_mod"):
         return True, getattr(held, "dynamo_ctx", None)
     call = held._compiled_call_impl
     cells = [cell.cell_contents for cell in getattr(call, "__closure__", None) or ()]
-    # torch has no public way from a compiled function to what compiled it.
+    # torch has no public way to get from a compiled function to its compiler.
     found = (each for each in cells if any(base.__name__ == "_TorchDynamoContext" for base in type(each).__mro__))
     return call is not None, next(found, None)

@@ -1,9 +1,9 @@
-"""The compression record in a LightningModule's hooks: written with the weights, and restored before they load.
+"""Writes the compression record in a LightningModule's hooks, and restores networks from it before weights load.
 
-There is one restore path, `LightningModule.on_load_checkpoint`, which runs for `load_from_checkpoint` and, in a
-trainer, before the weights are loaded and the optimizers are made. `CompressionMixin` brings it; a callback adds it to
-a module without the mixin by `keep_record` in its `setup`. (A look at `trainer.ckpt_path` in `setup` does not do: in
-lightning 2.6 it still is the path of the run before.)
+Networks are restored in one place, `LightningModule.on_load_checkpoint`. It runs for `load_from_checkpoint` and, in a
+trainer, before the weights are loaded and the optimizers are made. `CompressionMixin` brings this hook. A callback adds
+it to a module without the mixin, with `keep_record` in its `setup`. (`trainer.ckpt_path` is of no use in `setup`: in
+Lightning 2.6 it is still the path of the previous run.)
 """
 
 from __future__ import annotations
@@ -25,14 +25,18 @@ from swincompress_pl.quant import QuantizedNetwork
 
 
 class CompressionMixin:
-    """For a LightningModule whose checkpoints are to restore a compressed network.
+    """Makes a LightningModule's checkpoints restore its compressed networks.
 
-    `class Mine(CompressionMixin, LightningModule)`: then `Mine.load_from_checkpoint` rebuilds what was compressed.
-    model_attribute: the attribute that holds the network, or a path to it. Other networks of the module that are
-    compressed are in the record by themselves.
+    With `class Mine(CompressionMixin, LightningModule)`, `Mine.load_from_checkpoint` rebuilds what was compressed. Your
+    own `on_save_checkpoint` and `on_load_checkpoint` need not call those of this class: the record is written and read
+    after them. The mixin also keeps masked weights at 0 in a fit, and lets a quantized network train in `eval()`.
 
-    Hooks of a class of yours, `on_save_checkpoint` and `on_load_checkpoint`, need not call those of this class: the
-    record is written and read after them. TypeError for a class that names the mixin behind LightningModule.
+    Attributes:
+        model_attribute: Where the module holds the network: "net", or a path such as "model.backbone" or "nets.0".
+            Other compressed networks of the module are recorded too.
+
+    Raises:
+        TypeError: If a class names the mixin after LightningModule.
     """
 
     model_attribute: str = "net"
@@ -44,7 +48,7 @@ class CompressionMixin:
         if LightningModule in order and order.index(LightningModule) < order.index(CompressionMixin):
             raise TypeError(
                 f"class {cls.__name__}: CompressionMixin stands behind LightningModule, whose hooks hide its own, "
-                f"so that no checkpoint held the record; write class {cls.__name__}(CompressionMixin, ...)"
+                f"so no checkpoint would hold the record; write class {cls.__name__}(CompressionMixin, ...)"
             )
         for name, completed in (("on_save_checkpoint", _with_writing), ("on_load_checkpoint", _with_reading)):
             hook = getattr(cls, name)
@@ -52,21 +56,25 @@ class CompressionMixin:
                 setattr(cls, name, completed(hook))
 
     def compression_record(self) -> CompressionRecord:
-        """What a checkpoint says of the compression; override it to say more."""
+        """What a checkpoint says about the compression. Override it to say more.
+
+        Returns:
+            The histories of the module's networks.
+        """
         assert isinstance(self, LightningModule)
         return record_of(self)
 
     def _write_record(self, checkpoint: dict[str, Any]) -> None:
-        """Put the record into a checkpoint that is about to be saved; doing it twice changes nothing."""
+        """Puts the record into a checkpoint that is about to be saved; a second call changes nothing."""
         self.compression_record().write(checkpoint)
 
     def _read_record(self, checkpoint: dict[str, Any]) -> None:
-        """Rebuild what the record of `checkpoint` says, before the weights load."""
+        """Rebuilds what the record of `checkpoint` says, before the weights are loaded."""
         assert isinstance(self, LightningModule)
         _prepare_load(self, checkpoint)
 
     def on_train_start(self) -> None:
-        """Keep the zeros of masked networks: no callback has to be there for it."""
+        """Starts to keep masked weights at 0, unless a callback does so."""
         assert isinstance(self, LightningModule)
         super().on_train_start()  # type: ignore[misc]  # the LightningModule's
         callbacks = self.trainer.callbacks  # type: ignore[attr-defined]  # set by the trainer
@@ -77,7 +85,15 @@ class CompressionMixin:
                 keep_masks(self.trainer.optimizers, network)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
-        """Fake quantization while the batch is trained on, in a module that is in evaluation too."""
+        """Lets quantized networks simulate their integers while the batch is trained on, in `eval()` too.
+
+        Args:
+            batch: The batch.
+            batch_idx: Number of the batch in its epoch.
+
+        Returns:
+            What the LightningModule's own hook returns; -1 skips the rest of the epoch.
+        """
         for network in self._quantized():
             network.begin_training_pass()
         skip: int | None = super().on_train_batch_start(batch, batch_idx)  # type: ignore[misc]  # the LightningModule's
@@ -87,7 +103,13 @@ class CompressionMixin:
         return skip
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """The mode that the user left again."""
+        """Ends the simulation of integers.
+
+        Args:
+            outputs: What `training_step` returned.
+            batch: The batch.
+            batch_idx: Number of the batch in its epoch.
+        """
         assert isinstance(self, LightningModule)
         super().on_train_batch_end(outputs, batch, batch_idx)  # type: ignore[misc]  # the LightningModule's
         for network in self._quantized():
@@ -101,19 +123,34 @@ class CompressionMixin:
         return [network for network in networks if isinstance(network, QuantizedNetwork)]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the compression record."""
+        """Adds the compression record to a checkpoint.
+
+        Args:
+            checkpoint: The checkpoint that is about to be saved.
+
+        Raises:
+            ValueError: In a CompressibleClassifier, if its network was changed in a way that no record can hold.
+            AttributeError: If the module has no network at `model_attribute`.
+        """
         super().on_save_checkpoint(checkpoint)  # type: ignore[misc]  # the LightningModule's
         self._write_record(checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Rebuild the compressed networks before the weights load."""
+        """Rebuilds the compressed networks before the weights are loaded.
+
+        Args:
+            checkpoint: The checkpoint.
+
+        Raises:
+            ValueError: If the record is damaged, of an unknown version, or of another network than the module's.
+        """
         super().on_load_checkpoint(checkpoint)  # type: ignore[misc]  # the LightningModule's
         self._read_record(checkpoint)
         self._record_read = True
 
 
 def _with_writing(own: Callable[..., Any]) -> Callable[..., Any]:
-    """A subclass's `on_save_checkpoint`, after which the record is in the checkpoint whatever it did."""
+    """A subclass's `on_save_checkpoint`, with the record written after it."""
 
     @functools.wraps(own)
     def on_save_checkpoint(self: CompressionMixin, checkpoint: dict[str, Any]) -> None:
@@ -125,7 +162,7 @@ def _with_writing(own: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _with_reading(own: Callable[..., Any]) -> Callable[..., Any]:
-    """A subclass's `on_load_checkpoint`, after which the record was read, by itself or now."""
+    """A subclass's `on_load_checkpoint`, with the record read after it, unless it was read in it."""
 
     @functools.wraps(own)
     def on_load_checkpoint(self: CompressionMixin, checkpoint: dict[str, Any]) -> None:
@@ -140,13 +177,19 @@ def _with_reading(own: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def keep_record(module: LightningModule, model_attribute: str = "net") -> None:
-    """From now on, have `module`'s checkpoints carry the record of its network, and bring the network to the
-    architecture of any checkpoint that a trainer loads into it.
+    """Makes a module's checkpoints record its network, and restore it when a trainer loads them.
 
-    For callbacks, in `setup`, each with its own network. Doing it twice changes nothing.
+    Callbacks call it in `setup`, each for its own network. A second call changes nothing.
+
+    Args:
+        module: The module that holds the network.
+        model_attribute: Where it holds it.
+
+    Raises:
+        AttributeError: If there is no network at `model_attribute`, and no hook that could make it later.
     """
     if not has_network(module, model_attribute) and not _may_make_it_later(module):
-        network_of(module, model_attribute)  # a wrong name is found now
+        network_of(module, model_attribute)  # raises for a wrong name
     add_path(module, model_attribute)
     hooks = (("on_save_checkpoint", _write_record, False), ("on_load_checkpoint", _prepare_load, True))
     for name, ours, first in hooks:
@@ -160,9 +203,9 @@ def _may_make_it_later(module: LightningModule) -> bool:
 
 
 class _WithOurs:
-    """A hook of a module with one of ours before or behind it; a class, so that it can be copied and pickled.
+    """A hook of a module with one of this package before or after it; a class, so that it can be copied and pickled.
 
-    The networks are there when the user's hook loads, and the record is there whatever the user's hook saves.
+    The networks are restored before the user's hook loads, and the record is written after the user's hook saves.
     """
 
     def __init__(
@@ -183,8 +226,16 @@ class _WithOurs:
 
 
 def save_to_checkpoint(module: LightningModule, checkpoint: dict[str, Any], model_attribute: str = "net") -> None:
-    """Write the compression record of `module`'s networks, the one at `model_attribute` and those that are compressed,
-    into `checkpoint`; writing it twice changes nothing."""
+    """Writes the compression record of a module's networks into a checkpoint; a second call changes nothing.
+
+    Args:
+        module: The module that holds the networks.
+        checkpoint: The checkpoint that is about to be saved.
+        model_attribute: Where the module holds a network. Its record is written, and those of all compressed networks.
+
+    Raises:
+        AttributeError: If there is no network at `model_attribute`.
+    """
     add_path(module, model_attribute)
     _write_record(module, checkpoint)
 
@@ -192,10 +243,20 @@ def save_to_checkpoint(module: LightningModule, checkpoint: dict[str, Any], mode
 def restore_from_checkpoint(
     module: LightningModule, ckpt_path: str | Path | None, model_attribute: str = "net"
 ) -> None:
-    """Bring `module`'s network to the architecture of the checkpoint at `ckpt_path`, without its weights.
+    """Gives `module`'s network the architecture that it has in a checkpoint, without the weights.
 
-    None does nothing. Of a checkpoint with several networks each comes to the place that it had. For a callback's
-    `setup` take `keep_record`: `trainer.ckpt_path` is not yet that of the run.
+    In a callback's `setup` call `keep_record` instead, because `trainer.ckpt_path` is not yet that of the run.
+
+    Args:
+        module: The module that holds the network.
+        ckpt_path: The checkpoint; None does nothing.
+        model_attribute: Where the module holds the network. If the checkpoint has several networks, each comes to its
+            own place.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is not a checkpoint of plain data and tensors, or its record is damaged, of an unknown
+            version, or of another network.
     """
     if ckpt_path is not None:
         restore_networks(module, read_checkpoint(ckpt_path), model_attribute)

@@ -1,4 +1,4 @@
-"""The networks of a module and the records of them: which there are, what is written of each, what is restored."""
+"""The networks of a module and their records: which there are, what is written and what is restored."""
 
 from __future__ import annotations
 
@@ -28,8 +28,10 @@ _PATHS = "_compressed_networks"
 
 
 def paths_of(module: LightningModule) -> list[str]:
-    """Where the networks are whose record `module` keeps: CompressionMixin's first, then as callbacks and checkpoints
-    named them."""
+    """The paths of the networks whose record `module` keeps.
+
+    That of CompressionMixin comes first, then those that callbacks and checkpoints named.
+    """
     own = getattr(module, "model_attribute", None)  # CompressionMixin's
     named: list[str] = vars(module).get(_PATHS, [])
     if not isinstance(own, str) or (named and not has_network(module, own)):
@@ -38,13 +40,13 @@ def paths_of(module: LightningModule) -> list[str]:
 
 
 def add_path(module: LightningModule, model_attribute: str) -> None:
-    """From now on keep the record of the network at `model_attribute` too."""
+    """Adds the network at `model_attribute` to those whose record is kept."""
     if model_attribute not in paths_of(module):
         vars(module)[_PATHS] = [*vars(module).get(_PATHS, []), model_attribute]
 
 
 def record_of(module: LightningModule) -> CompressionRecord:
-    """What is to be said of the networks of `module`: those at its paths, and all that are compressed."""
+    """The record of the networks of `module`: those at its paths, and all that are compressed."""
     paths = dict.fromkeys([*paths_of(module), *compressed_paths(module)])
     return CompressionRecord(networks={path: _network_record(module, path) for path in paths})
 
@@ -62,18 +64,23 @@ def _network_record(module: LightningModule, path: str) -> NetworkRecord:
 def _changed(network: Any) -> ChangedAttributes:
     try:
         return changed_attributes(network)
-    except ValueError:  # beyond attributes: loading compares the structure with that of the network it finds
+    except ValueError:  # more than attributes: loading compares the structure
         return {}
 
 
 def restore_networks(
     module: LightningModule, checkpoint: Mapping[str, Any], model_attribute: str | None = None
 ) -> None:
-    """Bring the networks of `module` to the architecture that the record in `checkpoint` says.
+    """Gives the networks of `module` the architecture that the record in `checkpoint` says.
 
-    model_attribute: where the network goes of a record with one; by default where it was. Raises ValueError for a
-    record of a network that the module does not hold, and where a network computes something else than the recorded
-    one though its keys are the same.
+    Args:
+        module: The module.
+        checkpoint: The checkpoint with the record.
+        model_attribute: Where to put the network of a record with one network; None for its recorded place.
+
+    Raises:
+        ValueError: If the module does not hold a recorded network, or holds one with the same keys that computes
+            something else.
     """
     recorded = _recorded(module, checkpoint, model_attribute)
     for path, record in recorded.items():
@@ -96,10 +103,10 @@ def restore_networks(
 def _recorded(
     module: LightningModule, checkpoint: Mapping[str, Any], model_attribute: str | None
 ) -> dict[str, NetworkRecord]:
-    """{path: record} of all networks that are to be restored, those included that were not compressed yet."""
+    """{path: record} of all networks to restore, including those that were not compressed yet."""
     recorded = dict(CompressionRecord.read(checkpoint).networks)
     plain = NetworkRecord(history=[])
-    if not recorded:  # written before there was anything of ours
+    if not recorded:  # written without this package
         return dict.fromkeys([model_attribute] if model_attribute else paths_of(module), plain)
     if len(recorded) == 1 and (model_attribute or UNNAMED in recorded):
         (only,) = recorded.values()
@@ -108,11 +115,11 @@ def _recorded(
 
 
 def _only_path(module: LightningModule, record: NetworkRecord) -> str:
-    """The path of a network whose record does not say it, from a file of version 0.1."""
+    """The path of a network whose record does not name one, as in files of version 0.1."""
     paths = paths_of(module)
     if len(paths) > 1 and record.history:
         raise ValueError(
-            f"the checkpoint's compression record does not say of which network it is (it was written by version 0.1), "
+            f"the checkpoint's compression record does not say which network it is of (it was written by version 0.1), "
             f"and {type(module).__name__} has {', '.join(map(repr, paths))} to choose from; load it with the callbacks "
             "of that network alone"
         )

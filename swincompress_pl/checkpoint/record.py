@@ -1,9 +1,9 @@
-"""The compression record: what a checkpoint says of the compression of a module's networks, beside the weights.
+"""The compression record: what a checkpoint says about the compression of a module's networks, beside the weights.
 
-It is plain data: of a module with one network `checkpoint["swincompress_pl"] = {"version": 1, "history": [...],
-"network": path, ...}`, of one with several {"version": 2, "networks": {path: {"history": [...], ...}}}; and, of a
-`CompressibleClassifier`, two keys of its own. Nothing else reads or writes these keys. Files of version 0.1 say neither
-the path nor the structure.
+It is plain data under `checkpoint["swincompress_pl"]`. A module with one network has {"version": 1, "history": [...],
+"network": path, ...}; a module with several has {"version": 2, "networks": {path: {"history": [...], ...}}}. A
+`CompressibleClassifier` adds two keys of its own. No other module reads or writes these keys. Files of version 0.1 have
+neither the path nor the structure.
 """
 
 from __future__ import annotations
@@ -27,27 +27,41 @@ SEVERAL_NETWORKS_VERSION = 2
 INPUT_KEY = "swincompress_pl_input"
 TEACHER_TAKEN_KEY = "swincompress_pl_teacher_taken"
 UNNAMED = ""
-"""The path of the network in a file that does not say it."""
+"""The path of the network in a file that does not name one."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkRecord:
-    """history: what was done to the network (`swincompress_pl.history`), oldest entry first. structure: its
-    description (`swincompress_pl.structure`), None where it is not known. attributes: {module: {attribute: value}},
-    what was changed by hand on a network of `create_model`."""
+    """What was done to one network.
+
+    Attributes:
+        history: The entries of its history, the oldest first; see `swincompress_pl.history`.
+        structure: Its description, see `swincompress_pl.structure`; None if it is not known.
+        attributes: {module: {attribute: value}} changed by hand on a network of `create_model`.
+    """
 
     history: Sequence[Mapping[str, Any]]
     structure: Description | None = None
     attributes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data; what is empty is left out."""
+        """Returns the fields as plain data; an empty structure or attributes are left out."""
         more = {"structure": self.structure, "attributes": self.attributes}
         return copy.deepcopy({"history": list(self.history), **{key: value for key, value in more.items() if value}})
 
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> NetworkRecord:
-        """What `to_dict` gave; ValueError where it is not."""
+        """Rebuilds what `to_dict` returned.
+
+        Args:
+            stored: The data, from a file.
+
+        Returns:
+            The record of the network.
+
+        Raises:
+            ValueError: If the data are damaged.
+        """
         stored = from_plain(Mapping[str, Any], stored, "the compression record of a network")
         attributes = from_plain(dict[str, dict[str, Any]], stored.get("attributes", {}), "the record's attributes")
         structure = stored.get("structure")
@@ -60,15 +74,24 @@ class NetworkRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class CompressionRecord:
-    """networks: {path in the module: what was done to the network there}. input_description, teacher_taken: those of a
-    CompressibleClassifier, None of another module."""
+    """What a checkpoint says about the compression of a module.
+
+    Attributes:
+        networks: {path in the module: what was done to the network there}.
+        input_description: That of a CompressibleClassifier; None for another module.
+        teacher_taken: That of a CompressibleClassifier; None for another module.
+    """
 
     networks: Mapping[str, NetworkRecord]
     input_description: Mapping[str, Any] | None = None
     teacher_taken: bool | None = None
 
     def write(self, checkpoint: dict[str, Any]) -> None:
-        """Put a copy into `checkpoint`; doing it twice changes nothing."""
+        """Puts a copy of the record into a checkpoint; a second call changes nothing.
+
+        Args:
+            checkpoint: The checkpoint that is about to be saved.
+        """
         networks = {path: network.to_dict() for path, network in self.networks.items()}
         if len(networks) == 1:
             ((path, network),) = networks.items()
@@ -82,7 +105,17 @@ class CompressionRecord:
 
     @classmethod
     def read(cls, checkpoint: Mapping[str, Any]) -> CompressionRecord:
-        """What stands in `checkpoint`; ValueError for another version, or where it is damaged."""
+        """Reads the record of a checkpoint.
+
+        Args:
+            checkpoint: The checkpoint.
+
+        Returns:
+            The record, without networks if the checkpoint has none.
+
+        Raises:
+            ValueError: If the record is damaged, or of an unknown version.
+        """
         return cls(
             networks=_networks_in(checkpoint),
             input_description=from_plain(Mapping[str, Any] | None, copy.deepcopy(checkpoint.get(INPUT_KEY)), INPUT_KEY),
@@ -91,7 +124,17 @@ class CompressionRecord:
 
 
 def histories_in(checkpoint: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """{path: history} of a checkpoint's record, empty where there is none; ValueError for another version."""
+    """The histories in a checkpoint's record.
+
+    Args:
+        checkpoint: The checkpoint.
+
+    Returns:
+        {path of a network: its history}, empty without a record.
+
+    Raises:
+        ValueError: If the record is damaged, or of an unknown version.
+    """
     return {path: [*map(dict, network.history)] for path, network in _networks_in(checkpoint).items()}
 
 
@@ -113,15 +156,23 @@ def _networks_in(checkpoint: Mapping[str, Any]) -> dict[str, NetworkRecord]:
 
 
 def check_form(checkpoint: Mapping[str, Any], parts: Sequence[str] = ("state_dict", "callbacks", "loops")) -> None:
-    """ValueError, naming the part, for a checkpoint whose parts are no mappings by name."""
+    """Raises a ValueError, which names the part, if a part of a checkpoint is not a mapping with string keys."""
     for part in parts:
         from_plain(Mapping[str, Any], checkpoint.get(part, {}), f"the checkpoint's {part}")
 
 
 def read_checkpoint(ckpt_path: str | Path) -> Mapping[str, Any]:
-    """A checkpoint, without running any code that it may hold; its tensors are mapped and read when they are used.
+    """Reads a checkpoint without running code from it; its tensors are memory-mapped.
 
-    Raises ValueError where it holds more than tensors and plain data, or is damaged.
+    Args:
+        ckpt_path: The file.
+
+    Returns:
+        The checkpoint, on the CPU.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it holds more than tensors and plain data, or is damaged.
     """
     try:
         checkpoint: Mapping[str, Any] = torch.load(ckpt_path, map_location="cpu", weights_only=True, mmap=True)

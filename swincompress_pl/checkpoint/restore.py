@@ -1,4 +1,4 @@
-"""The entries of a history, done again to a network or undone on it."""
+"""Replays the entries of a history on a network, or undoes them."""
 
 from __future__ import annotations
 
@@ -48,14 +48,14 @@ def _replay_unmask(network: nn.Module, names: Sequence[str]) -> nn.Module:
     return network
 
 
-# Kind of a history's entry -> how it is done again to a network; gives the network that takes its place.
+# {kind of entry: function that replays it on a network and returns the network that takes its place}
 _REPLAY: dict[str, Callable[[nn.Module, Any], nn.Module]] = {
     "prune": _replay_prune,
     "mask": _replay_mask,
     "unmask": _replay_unmask,
     "quantize": _replay_quantize,
 }
-# The same kinds -> how the latest entry is undone, in shapes and names of the state dict; quantization is unwrapped.
+# {kind of entry: function that undoes the latest one, in the state dict's names and shapes}; quantization is unwrapped
 _UNDO: dict[str, Callable[[nn.Module], None]] = {
     "prune": regrow_latest_plan,
     "mask": undo_latest_masks,
@@ -80,7 +80,7 @@ class _Quantization:
         checked_preprocessing(self.preprocessing)
 
 
-# The same kinds -> what reads the data of an entry; a ValueError for other data.
+# {kind of entry: function that raises a ValueError for data that is none of it}
 _FORMS: dict[str, Callable[[Any], Any]] = {
     "prune": PruningPlan.from_dict,
     "mask": partial(from_plain, list[str], name="names"),
@@ -90,7 +90,7 @@ _FORMS: dict[str, Callable[[Any], Any]] = {
 
 
 def checked_history(history: Any) -> list[dict[str, Any]]:
-    """The entries; ValueError, naming the entry, for a history that is none. Of unknown kinds nothing is known."""
+    """The entries; raises a ValueError, which names the entry, for damaged data. Entries of unknown kinds pass."""
     entries: list[dict[str, Any]] = from_plain(list[dict[str, Any]], history, "the compression record's history")
     for number, entry in enumerate(entries):
         for kind, data in entry.items():
@@ -105,11 +105,20 @@ def _entry(number: int, kind: str) -> AbstractContextManager[None]:
 
 
 def restore_from_history(network: nn.Module, history: Sequence[Mapping[str, Any]]) -> nn.Module:
-    """The network with the history `history`: what `network` has beyond that is undone in shape, what is missing is
-    replayed.
+    """Gives a network the history `history`: entries that it has beyond are undone, and missing ones are replayed.
 
-    Pruning and masks change `network` itself; quantization wraps it, so the result may be another object. Weights and
-    masks are not right until those of the checkpoint are loaded.
+    Undoing restores shapes and names only. Pruning and masks change `network` itself; quantization wraps it, so the
+    result may be another object. Weights and masks are not right until those of the checkpoint are loaded.
+
+    Args:
+        network: The network.
+        history: The entries that it is to have, the oldest first.
+
+    Returns:
+        The network with this history.
+
+    Raises:
+        ValueError: If an entry is damaged, of an unknown kind, or does not fit the network.
     """
     history = checked_history(history)
     for entry in history:
@@ -121,7 +130,7 @@ def restore_from_history(network: nn.Module, history: Sequence[Mapping[str, Any]
     common = 0
     while common < min(len(done), len(history)) and done[common] == history[common]:
         common += 1
-    if common < len(done):  # scales do not grow again: what was quantized before that is quantized again
+    if common < len(done):  # cut scales do not grow back: quantization is undone and replayed
         common = min([common, *(number for number, entry in enumerate(done) if "quantize" in entry)])
     for entry in reversed(done[common:]):
         if "quantize" in entry:

@@ -45,18 +45,35 @@ Batch = tuple[Tensor, Tensor]  # (N, 3, H, W) float, (N,) int64
 
 
 class CompressibleClassifier(CompressionMixin, LightningModule):
-    """Trains the network `net` as a classifier; what compresses it are callbacks, what restores it is CompressionMixin.
+    """Trains a network as a classifier. Callbacks compress it, and CompressionMixin restores it.
 
-    model, model_kwargs, checkpoint_path: as `create_model` takes them (`pretrained` goes into model_kwargs).
-    num_classes >= 2. label_smoothing: 0 to below 1. A checkpoint holds plain data and tensors only and needs nothing
-    else to be loaded again: neither the initial weights nor the data. `distillation` puts the teacher's weights into
-    it too, so that a resumed fit has the same teacher; load with `distillation=None` to leave them behind.
+    A checkpoint holds only plain data and tensors. Loading it needs nothing else: neither the initial weights nor the
+    data. The module logs train/loss, val/loss, val/top1, test/loss, test/top1 and, with more than 5 classes, val/top5
+    and test/top5.
 
-    `net` may be replaced or change its parameters at any time (pruning, quantization): nothing of it is held elsewhere.
-    `input_description`: {"preprocessing": fields of data.Preprocessing, "class_names": [...]} of the data it was last
-    attached to, kept in checkpoints; {} before.
+    Args:
+        model: Name of the network; see `create_model`.
+        num_classes: Number of classes, 2 or more.
+        model_kwargs: Other arguments of `create_model`, such as `pretrained` or those of the network, as plain data.
+        checkpoint_path: File with initial weights; see `create_model`.
+        optimization: Options of AdamW and its schedule.
+        label_smoothing: Part of each label that is spread over all classes, 0 or more and below 1.
+        mixing: Options of Mixup and CutMix; the default mixes nothing.
+        distillation: Options of the distillation from the uncompressed network; None for no teacher. Checkpoints then
+            hold the teacher's weights too, so that a resumed fit has the same teacher. Load one with
+            `distillation=None` to leave them out.
 
-    Logs train/loss, {val,test}/{loss,top1} and, with more than 5 classes, top5.
+    Attributes:
+        net: The network. It may be replaced, or change its parameters, at any time (pruning, quantization).
+        input_description: {"preprocessing": fields of `data.Preprocessing`, "class_names": list} of the data that the
+            module was last attached to; {} before. Checkpoints hold it.
+        teacher: The network that teaches, a frozen copy of `net`; None without distillation.
+        teacher_taken: Whether the teacher was taken, so that its loss counts.
+
+    Raises:
+        ValueError: If an argument is out of range, or `create_model` refuses one.
+        TypeError: If the network does not take the `model_kwargs`.
+        FileNotFoundError: If there is no file at `checkpoint_path`.
     """
 
     def __init__(
@@ -109,7 +126,18 @@ class CompressibleClassifier(CompressionMixin, LightningModule):
 
     @_restricted_classmethod
     def load_from_checkpoint(cls, *args: Any, **kwargs: Any) -> Self:  # noqa: N805  # a class method of Lightning's
-        """As for every LightningModule, without fetching initial weights, whatever the stored arguments say."""
+        """Loads a checkpoint as any LightningModule does, and never fetches initial weights.
+
+        Args:
+            *args: Positional arguments of `LightningModule.load_from_checkpoint`.
+            **kwargs: Keyword arguments of it.
+
+        Returns:
+            The module, with its network compressed as it was.
+
+        Raises:
+            ValueError: If the checkpoint's arguments or its record of the compression are damaged or unknown.
+        """
         with restoring(), reading("the checkpoint's hyper_parameters", passing=(ValueError, RuntimeError)):
             return super().load_from_checkpoint(*args, **kwargs)
 
@@ -122,8 +150,8 @@ class CompressibleClassifier(CompressionMixin, LightningModule):
         self.test_metrics = self.val_metrics.clone(prefix="test/")
 
     def _create_teacher(self) -> None:
-        # A module from the start, with the uncompressed shapes whatever becomes of `net`: then Lightning saves it,
-        # restores it and moves it between devices, and a resume has the very same teacher.
+        # A module from the start, with the uncompressed shapes whatever becomes of `net`. So Lightning saves, restores
+        # and moves it, and a resumed fit has the same teacher.
         self.teacher: nn.Module | None = None
         self.teacher_taken = False
         self._teacher_untrained = False
@@ -131,12 +159,27 @@ class CompressibleClassifier(CompressionMixin, LightningModule):
             self.teacher = copy.deepcopy(self.net).requires_grad_(False).eval()
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, 3, H, W) float normalized -> (N, num_classes) logits."""
+        """Runs the network.
+
+        Args:
+            x: Normalized images (N, 3, H, W).
+
+        Returns:
+            Logits (N, num_classes).
+        """
         logits: Tensor = self.net(x)
         return logits
 
     def setup(self, stage: str) -> None:
-        """Take the description of the input from the datamodule, if there is one that describes it."""
+        """Takes the description of the input from the datamodule, if there is one that describes it.
+
+        Args:
+            stage: "fit", "validate", "test" or "predict".
+
+        Raises:
+            ValueError: If the data has another number of classes, or the network was changed in a way that no
+                checkpoint could rebuild.
+        """
         super().setup(stage)
         if stage == "fit":
             self._changes()
@@ -151,21 +194,32 @@ class CompressibleClassifier(CompressionMixin, LightningModule):
                 "preprocessing": data.preprocessing.to_dict(),
                 "class_names": list(data.class_names),
             }
-        # Here, and not when the epoch starts: callbacks may compress before that. On a resume this is preliminary:
-        # Lightning loads the checkpoint, and with it the teacher, after `setup`.
+        # Here, and not when the epoch starts, because callbacks may compress before that. On a resume this is
+        # preliminary: Lightning loads the checkpoint, and with it the teacher, after `setup`.
         starts_now = stage == "fit" and self.distillation is not None and self.distillation.start_epoch == 0
         if starts_now and not self.teacher_taken and self._fits_teacher():
             self.take_teacher()
 
     def train(self, mode: bool = True) -> CompressibleClassifier:
-        """As for every module, but the teacher stays in evaluation."""
+        """Sets the mode as for any module, but leaves the teacher in evaluation.
+
+        Args:
+            mode: True for training, False for evaluation.
+
+        Returns:
+            The module itself.
+        """
         super().train(mode)
         if self.teacher is not None:
             self.teacher.eval()
         return self
 
     def on_train_epoch_start(self) -> None:
-        """Take the teacher when its epoch has come; raises ValueError where it would have nothing to teach."""
+        """Takes the teacher when its epoch has come.
+
+        Raises:
+            ValueError: If the teacher has its random initial weights, or the network is compressed already.
+        """
         super().on_train_epoch_start()
         if self.distillation is None or self.current_epoch < self.distillation.start_epoch:
             return
@@ -178,7 +232,11 @@ class CompressibleClassifier(CompressionMixin, LightningModule):
             )
 
     def take_teacher(self) -> None:
-        """Make the network as it is now the teacher; raises ValueError where it is compressed already."""
+        """Makes the network as it is now the teacher.
+
+        Raises:
+            ValueError: If there is no distillation, or the network is compressed already.
+        """
         if self.teacher is None:
             raise ValueError("take_teacher: there is no teacher; construct the classifier with a DistillationConfig.")
         if not self._fits_teacher():
@@ -197,7 +255,15 @@ class CompressibleClassifier(CompressionMixin, LightningModule):
         return now.keys() == initial.keys() and all(now[key].shape == initial[key].shape for key in now)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The loss of one batch, logged as train/loss."""
+        """Computes the loss of one batch, and logs it as train/loss.
+
+        Args:
+            batch: Normalized images (N, 3, H, W), and their classes (N,).
+            batch_idx: Number of the batch in its epoch, which decides how it is mixed.
+
+        Returns:
+            The loss, a scalar.
+        """
         images, targets = self._mix(*batch, batch_idx) if self.mixing.enabled else batch
         logits = self(images)
         smoothing = 0.0 if self.mixing.enabled else self.label_smoothing  # Mixup smooths its targets itself
@@ -228,11 +294,21 @@ class CompressibleClassifier(CompressionMixin, LightningModule):
         return mixed
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Log val/loss and the accuracies of one batch."""
+        """Logs val/loss and the accuracies of one batch.
+
+        Args:
+            batch: Normalized images (N, 3, H, W), and their classes (N,).
+            batch_idx: Number of the batch; not used.
+        """
         self._evaluate(batch, "val", self.val_metrics)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Log test/loss and the accuracies of one batch."""
+        """Logs test/loss and the accuracies of one batch.
+
+        Args:
+            batch: Normalized images (N, 3, H, W), and their classes (N,).
+            batch_idx: Number of the batch; not used.
+        """
         self._evaluate(batch, "test", self.test_metrics)
 
     def _evaluate(self, batch: Batch, stage: str, metrics: MetricCollection) -> None:
@@ -244,7 +320,14 @@ class CompressibleClassifier(CompressionMixin, LightningModule):
         self.log_dict(metrics, prog_bar=True, batch_size=len(images))
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """AdamW over the parameters that `net` has now, scheduled per step."""
+        """Makes AdamW over the present parameters of `net`, with a schedule per step.
+
+        Returns:
+            The optimizer and its schedule, as Lightning takes them.
+
+        Raises:
+            ValueError: If the Trainer has no end (neither max_epochs nor max_steps).
+        """
         config = self.optimization
         optimizer = torch.optim.AdamW(decay_groups(self.net, config.weight_decay), lr=config.lr, betas=config.betas)
         steps = self.trainer.estimated_stepping_batches
@@ -254,8 +337,8 @@ class CompressibleClassifier(CompressionMixin, LightningModule):
         steps_per_epoch = steps / epochs if epochs is not None and epochs > 0 else self._steps_per_epoch()
         warmup_steps = min(round(config.warmup_epochs * steps_per_epoch), int(steps))
 
-        # A function and not an object: LambdaLR saves objects, and a resume with more epochs would get the old
-        # schedule back.
+        # A function and not an object, because LambdaLR saves objects: a resume with more epochs would get the old
+        # schedule.
         def factor(step: int) -> float:
             return warmup_cosine(step, int(steps), warmup_steps, floor=config.min_lr / config.lr)
 
@@ -266,7 +349,11 @@ class CompressibleClassifier(CompressionMixin, LightningModule):
         return float(self.trainer.num_training_batches) / self.trainer.accumulate_grad_batches
 
     def compression_record(self) -> CompressionRecord:
-        """The history of the network, the description of the input, and whether there is a teacher yet."""
+        """What a checkpoint says about the compression.
+
+        Returns:
+            The history of the network, the description of the input, and whether the teacher was taken.
+        """
         return dataclasses.replace(
             super().compression_record(),
             input_description=self.input_description,
@@ -274,8 +361,10 @@ class CompressibleClassifier(CompressionMixin, LightningModule):
         )
 
     def _changes(self) -> None:
-        """ValueError where the stored arguments would build another network; a subclass may make it in its own
-        constructor, so that loading has to find out."""
+        """Raises a ValueError if the stored arguments would build another network.
+
+        A subclass may make its network in its own constructor, so only loading can find out there.
+        """
         try:
             changes_since_creation(float_network(network_of(self, self.model_attribute)))
         except ValueError:
@@ -283,7 +372,7 @@ class CompressibleClassifier(CompressionMixin, LightningModule):
                 raise
 
     def _write_record(self, checkpoint: dict[str, Any]) -> None:
-        # The arguments of the network are those of the size that it has by now.
+        # `_changes` updates the arguments of the network to its present size.
         self._changes()
         super()._write_record(checkpoint)
         creation = creation_of(float_network(network_of(self, self.model_attribute)))
@@ -292,10 +381,10 @@ class CompressibleClassifier(CompressionMixin, LightningModule):
             saved["model_kwargs"] = {k: v for k, v in creation["kwargs"].items() if k != "num_classes"}
 
     def _read_record(self, checkpoint: dict[str, Any]) -> None:
-        # The input's description too, and the teacher where there is one.
+        # It also reads the description of the input, and the teacher if there is one.
         super()._read_record(checkpoint)
         record = CompressionRecord.read(checkpoint)
-        if not self.input_description:  # a datamodule at hand says more than what was attached long ago
+        if not self.input_description:  # a datamodule that is attached now counts more than an earlier one
             self.input_description = dict(record.input_description or {})
         state = checkpoint["state_dict"]
         saved = [key for key in state if key.startswith("teacher.")]
@@ -312,7 +401,7 @@ class CompressibleClassifier(CompressionMixin, LightningModule):
 
 @contextmanager
 def _seeded_numpy(entropy: list[int]) -> Iterator[None]:
-    """NumPy's global generator, which timm's Mixup uses, starts from `entropy` inside and is unchanged afterwards."""
+    """Seeds NumPy's global generator, which timm's Mixup uses, inside the context, and restores it afterwards."""
     state = np.random.get_state()
     np.random.seed(np.random.SeedSequence(entropy).generate_state(4))
     try:

@@ -1,4 +1,4 @@
-"""Networks by name: timm's, two of timm's classes with free arguments, spikingjelly's builders, Meta-SpikeFormer."""
+"""Networks by name: models and two classes of timm, models and classes of spikingjelly, and Meta-SpikeFormer."""
 
 from __future__ import annotations
 
@@ -58,20 +58,37 @@ _SPIKING_CLASSES = {name.lower(): name for name in _SPIKING if not name.islower(
 def create_model(
     name: str, *, pretrained: bool = False, checkpoint_path: str | Path | None = None, **kwargs: Any
 ) -> nn.Module:
-    """A network by name, with `kwargs` for its constructor; it remembers them as `network.creation`.
+    """Makes a network by name.
 
-    name: a model of timm ("swin_tiny_patch4_window7_224", with a tag or not), "SwinTransformer" or
-    "VisionTransformer" (any case, or "swin", "vit") with the arguments of timm's class, a builder of spikingjelly
-    ("spikformer_ti", ...), one of `meta_spikeformer` ("meta_spikeformer_8_256", ...), or a spiking class, "Spikformer",
-    "QKFormer", "SpikeDrivenTransformer", "MaxFormer" or "MetaSpikeFormer" (any case) with its own arguments; spiking
-    networks forget between calls and answer once (`models.without_memory`).
-    pretrained: timm's published weights (a download). checkpoint_path: weights in a file instead, safetensors, torch or
-    sharded (`weights_file.read_weights_file`), of this network alone or in a checkpoint (`weights.load_weights`).
-    `network.creation` is {"name": str, "kwargs": JSON data}: with it and a state dict the network can be built again.
-    What only says where weights come from (`pretrained_cfg_overlay={"file": ...}`, `cache_dir`) is not in it.
+    The network remembers its arguments as `network.creation`, {"name": str, "kwargs": JSON data}. With these and a
+    state dict it can be built again. Arguments that only say where weights come from are left out
+    (`pretrained_cfg_overlay={"file": ...}`, `cache_dir`). Spiking networks forget between calls and answer once per
+    call; see `models.without_memory`.
 
-    Raises ValueError for an unknown name (with the closest known ones), for arguments that are not JSON data, and for
-    weights that do not fit or are not finite; TypeError for arguments that the network does not take.
+    Args:
+        name: One of these:
+
+            - a model of timm, with a tag or without, such as "swin_tiny_patch4_window7_224";
+            - "SwinTransformer" ("swin") or "VisionTransformer" ("vit"), in any case, with the arguments of timm's
+              class;
+            - a model of spikingjelly, such as "spikformer_ti", or of `meta_spikeformer`, such as
+              "meta_spikeformer_8_256";
+            - a spiking class, "Spikformer", "QKFormer", "SpikeDrivenTransformer", "MaxFormer" or "MetaSpikeFormer", in
+              any case, with its own arguments.
+        pretrained: Whether to download the published weights of a timm model.
+        checkpoint_path: File with weights to load instead: safetensors, torch or sharded, with this network alone or
+            inside a checkpoint. None for random weights.
+        **kwargs: Arguments of the network, as JSON-able data.
+
+    Returns:
+        The network, in training mode.
+
+    Raises:
+        ValueError: If the name is unknown (the message lists the closest known ones), an argument is not JSON-able
+            data, `pretrained` has no published weights or stands beside `checkpoint_path`, or the weights of the file
+            do not fit or are not finite.
+        TypeError: If the network does not take an argument.
+        FileNotFoundError: If there is no file at `checkpoint_path`.
     """
     if pretrained and checkpoint_path is not None:
         raise ValueError(f"{name}: pretrained=True and checkpoint_path={checkpoint_path} are both given; choose one.")
@@ -87,23 +104,30 @@ def create_model(
 
 
 def recreate_model(creation: Mapping[str, Any]) -> nn.Module:
-    """The network that `network.creation` describes, with fresh weights; nothing is fetched and no file is read."""
+    """Makes the network that `network.creation` describes, with random weights; nothing is fetched, no file is read."""
     name, kwargs = checked_creation(creation)
     with restoring():
         return create_model(name, **kwargs)
 
 
 def rebuild(origin: Mapping[str, Any]) -> nn.Module:
-    """The float network, pruned and with random weights, that a Program's `origin` describes.
+    """Rebuilds the float network that a Program's `origin` describes: pruned, and with random weights.
 
-    origin: {"network": `creation` of the network, "history": entries}, and "attributes" that were changed by hand;
-    entries of quantization are left out.
+    Args:
+        origin: {"network": `creation` of the network, "history": entries, "attributes": those changed by hand}. Entries
+            of quantization in the history are passed over.
+
+    Returns:
+        The network.
+
+    Raises:
+        ValueError: If the origin does not say how its network was created, or an entry is damaged or unknown.
     """
     if not origin.get("network"):
         raise ValueError("the origin does not say how its network was created; build networks with models.create_model")
     history = [entry for entry in origin.get("history") or [] if "quantize" not in entry]
     network = recreate_model(origin["network"])
-    set_attributes(network, origin.get("attributes") or {})  # what is pruned may have been changed before
+    set_attributes(network, origin.get("attributes") or {})  # before pruning, which follows the changes
     return restore_from_history(network, masks_as_named_in(network, history))
 
 
@@ -125,7 +149,7 @@ def _builder(name: str, pretrained: bool) -> Callable[..., nn.Module]:
 
 
 def _spiking_builder(name: str) -> Callable[..., nn.Module]:
-    # Imported on use: spikingjelly takes seconds to import and most networks do not spike.
+    # Imported on use, because spikingjelly takes seconds to import and most networks do not spike.
     builder: Callable[..., nn.Module] = getattr(importlib.import_module(_SPIKING[name]), name)
     return lambda **kwargs: without_memory(builder(**kwargs))
 
@@ -146,15 +170,23 @@ def _unknown(name: str) -> str:
 
 
 def preprocessing_for(network: nn.Module) -> dict[str, Any]:
-    """How timm says that images are prepared for `network`, as the fields of `swincompress_pl.data.Preprocessing`.
+    """How timm prepares images for a network.
 
-    Raises ValueError where the network brings no such description (timm's classes built directly, spiking networks),
-    or asks for something that Preprocessing has no word for: another crop mode, another interpolation.
+    Args:
+        network: A model of timm, with its `pretrained_cfg`.
+
+    Returns:
+        The fields of `data.Preprocessing`: sizes in pixels, mean and std in [0, 1] units.
+
+    Raises:
+        ValueError: If the network has no such description (timm's classes built directly, spiking networks), or needs a
+            crop mode or an interpolation that Preprocessing does not have.
     """
     described = getattr(network, "pretrained_cfg", None)
     if not described:
         raise ValueError(
-            f"{type(network).__name__}: brings no preprocessing; take it from the data (datamodule.preprocessing)."
+            f"{type(network).__name__}: has no preprocessing of its own; take that of the data "
+            "(datamodule.preprocessing)."
         )
     resolved: dict[str, Any] = timm.data.config.resolve_data_config(model=network)  # type: ignore[no-untyped-call]
     if resolved["crop_mode"] != "center" or resolved["interpolation"] not in ("bicubic", "bilinear"):

@@ -1,7 +1,7 @@
 """Arguments of a network as checkpoints and artifacts store them: plain data, and nothing that could be fetched.
 
-A network that is built again gets its weights from the file that stores the arguments. So where its first weights came
-from is not stored, and not followed where a file says it.
+A network that is built again gets its weights from the file that stores the arguments. So the source of its first
+weights is not stored, and is ignored, with a warning, if a file names one.
 """
 
 from __future__ import annotations
@@ -54,24 +54,24 @@ _PLACE = re.compile(
 )
 _NAME = re.compile(r"[\w.+-]{0,64}", re.ASCII)  # "layernorm", "avg": no URL, no path, no "owner/name" of a hub
 _MAX_DEPTH = 8
-_MOST, _MOST_BLOCKS = 1 << 20, 1000  # in an argument: of whatever, and of blocks (`depth`, `depths`)
+_MOST, _MOST_BLOCKS = 1 << 20, 1000  # limits of the numbers in an argument, and in one for blocks (`depth`, `depths`)
 
 _restoring: ContextVar[bool] = ContextVar("_restoring", default=False)
 
 
 def storable(name: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """`kwargs` of the network `name` as JSON data, without what only gives it its first weights.
+    """The arguments of the network `name` as JSON data, without those that only give its first weights.
 
-    Raises ValueError, naming the argument, for what is no plain data or could name a place.
+    Raises a ValueError that names the argument if one is not plain data, or could name a place.
     """
     kept, _ = _split(kwargs)
     return {key: _as_data(name, key, value) for key, value in kept.items()}
 
 
 def checked_creation(creation: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Name and arguments of a stored `network.creation`; what names a source of weights is left out, with a warning.
+    """The name and arguments of a stored `network.creation`; sources of weights are left out, with a warning.
 
-    Raises ValueError, naming the argument, for what is no plain data or could name a place.
+    Raises a ValueError that names the argument if one is not plain data, or could name a place.
     """
     name = creation.get("name") if isinstance(creation, Mapping) else None
     kwargs = creation.get("kwargs") if isinstance(creation, Mapping) else None
@@ -84,7 +84,7 @@ def checked_creation(creation: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
 
 
 def without_sources(name: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Stored arguments of the network `name` as they may be given to it; see `checked_creation`."""
+    """The stored arguments of the network `name` that it may be given; see `checked_creation`."""
     kept, left_out = _split(kwargs)
     checked = {key: _as_data(name, key, value) for key, value in kept.items()}
     if left_out:
@@ -99,7 +99,7 @@ def without_sources(name: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def restoring() -> Iterator[None]:
-    """Inside, a classifier is made of stored arguments: its weights come from the checkpoint that stores them."""
+    """A context in which classifiers are made of stored arguments, with weights from the checkpoint."""
     token = _restoring.set(True)
     try:
         yield
@@ -108,12 +108,12 @@ def restoring() -> Iterator[None]:
 
 
 def is_restoring() -> bool:
-    """Whether a classifier is made of stored arguments now."""
+    """Whether `restoring` is in effect."""
     return _restoring.get()
 
 
 def _split(kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What shapes the network, and what only says where weights come from."""
+    """Splits arguments into those that shape the network, and those that only say where weights come from."""
     kept: dict[str, Any] = {}
     sources: dict[str, Any] = {}
     for key, value in kwargs.items():
