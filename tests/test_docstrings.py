@@ -22,6 +22,9 @@ PACKAGE = "swincompress_pl"
 # {room: its public names; None for those in __all__}
 ROOMS: dict[str, tuple[str, ...] | None] = {
     "accel": None,
+    "cli": ("main",),
+    "cli.estimate": ("EstimateCLI", "Part", "measure"),
+    "cli.train": ("CompressionCLI", "command_line"),
     "data": None,
     "demo": ("run", "Schedule"),
     "models": None,
