@@ -64,12 +64,13 @@ class Schedule:
 
     Attributes:
         float_epochs: Epochs of the fit in float, above 0.
-        quantize_epoch: Epoch of the second fit from which on the network is quantized; pruning comes before.
+        quantize_epoch: Epoch of the second fit from which the network is quantized; pruning comes before.
         epochs: Epochs of the second fit, above `quantize_epoch`.
-        target: Part of the multiply-accumulates to remove, if the tolerance allows it.
+        target: Part of the multiply-accumulates to remove, if the tolerance allows it, in (0, 1). Only the model "swin"
+            uses it.
 
     Raises:
-        ValueError: If the epochs are not in this order.
+        ValueError: If `float_epochs` is not above 0, or `quantize_epoch` is not between 0 and `epochs`.
     """
 
     float_epochs: int = 60
@@ -155,7 +156,7 @@ class PrunedSnapshot(Callback):
     """Keeps a copy of the network between pruning and quantization.
 
     Attributes:
-        quantize_epoch: Epoch from which on the network is quantized.
+        quantize_epoch: Epoch from which the network is quantized.
         network: The copy, in eval mode; None before.
     """
 
@@ -184,13 +185,14 @@ def run(
         model: "swin", which is pruned round by round, or "spikformer", a spiking network, which PrimeSVT prunes.
         seed: Decides the splits and all random numbers.
         threads: Threads of training and measurement; None for as many as torch uses.
-        schedule: Other numbers of epochs than those of the model.
+        schedule: Epochs of the two fits; None for those of the model.
 
     Returns:
         The path of the report, `output`/report.md.
 
     Raises:
-        ValueError: If the model is unknown.
+        ValueError: If the model is unknown, or the seed is below 0.
+        FileExistsError: If `output` is a file.
     """
     if model not in MODELS:
         raise ValueError(f"model is {model!r}; choose one of {', '.join(MODELS)}")
@@ -362,7 +364,7 @@ def _measure(
 
 
 def _torch_stage(record: RunRecord, test: _TestImages, name: str, network: nn.Module, size: Size) -> Predictions:
-    """Measures a network as a stage of the record; returns its predictions."""
+    """Measures a network, and adds it to the record as a stage; returns its predictions."""
     with torch.inference_mode():
         predictions: Predictions = network(test.inputs).argmax(1).numpy()
     floats = network.network if isinstance(network, QuantizedNetwork) else network
@@ -377,7 +379,7 @@ def _torch_stage(record: RunRecord, test: _TestImages, name: str, network: nn.Mo
 
 
 def _latency(record: RunRecord, network: nn.Module, artifact: Path, threads: int) -> None:
-    """Compares the engine with the uncompressed network; random weights do, as the time does not depend on them."""
+    """Compares the engine's latency with that of the uncompressed network, which has random weights there."""
     engine = accel.load(artifact, threads=threads)
     origin = origin_of(network, [])
     with tempfile.TemporaryDirectory() as scratch:

@@ -47,7 +47,7 @@ Criterion = Callable[[str, Tensor, Gradients | None], Tensor]
 """(parameter name, weight, gradients of the network or None) -> saliency: the weight's shape, finite, 0 or more.
 
 A function that reads the gradients says so with an attribute: `mine.needs_gradients = True`. A function whose scores
-estimate the gain in loss says so with `mine.estimates_loss = True`.
+estimate how far the loss rises says so with `mine.estimates_loss = True`.
 """
 
 
@@ -67,10 +67,10 @@ def taylor(name: str, weight: Tensor, gradients: Gradients | None) -> Tensor:
 
 
 def fisher(name: str, weight: Tensor, gradients: Gradients | None) -> Tensor:
-    """w^2 * mean(g^2) / 2: the gain in loss to second order, with the empirical Fisher for the Hessian's diagonal.
+    """w^2 * mean(g^2) / 2: how far the loss rises, to second order, if w is set to 0.
 
-    See LeCun et al., Optimal Brain Damage, 1990, and Theis et al., arXiv 1801.05787. g is the mean gradient of a batch,
-    so only scores from batches of the same size can be compared.
+    The diagonal of the empirical Fisher stands for that of the Hessian (LeCun et al., Optimal Brain Damage, 1990; Theis
+    et al., arXiv 1801.05787). g is the mean gradient of a batch, so compare only scores from batches of one size.
     """
     return weight.double().square() * _statistics(gradients, "fisher").squared[name] / 2
 
@@ -103,7 +103,7 @@ def needs_gradients(criterion: str | Criterion) -> bool:
 
 
 def estimates_loss(criterion: str | Criterion) -> bool:
-    """Whether a unit's score estimates how much the loss gains without it, so that it may be divided by its cost.
+    """Whether a unit's score estimates how far the loss rises without it, so that it may be divided by its cost.
 
     Both Fisher criteria estimate that. "taylor" does not: it adds up absolute values, which makes large units look
     important. A function of the user says so with `mine.estimates_loss = True`.

@@ -28,9 +28,9 @@ class AdaptivePruningConfig(SpaceConfig):
         max_sparsity: Part of a target's original units that may go, above 0 and below 1.
         round_to: Kept widths, except those of heads, are multiples of it, so that kernels stay fast; 1 or more. Only
             for "structured".
-        order: "fixed" takes the targets in the order of the network, "size" those with most weights first, and
-            "sensitivity" those that cost least accuracy first, measured once before the first round. A global ranking
-            has only one target, so the order does not matter there.
+        order: "fixed" takes the targets in the order of the network, and "size" those with most weights first.
+            "sensitivity" takes those first that cost least accuracy, measured once before the first round. A global
+            ranking has only one target, so the order does not matter there.
         ranking: "local" narrows one target after the other (round-robin). "global" takes the lowest scores of all
             together; n of m and "filter" are rules per layer and do not allow it.
         overshoot: "rollback" undoes a step beyond the tolerance. "keep" keeps it and locks the target, as the paper
@@ -43,7 +43,7 @@ class AdaptivePruningConfig(SpaceConfig):
         criterion: A name in `pruning.CRITERIA`, or a function (`pruning.Criterion`).
         target: Part of the cost to remove, above 0 and below 1; the search ends when it is reached. None for no target.
         target_of: Cost that `target` counts: "macs", "parameters" or "bytes" (four per parameter, and a bit per
-            element of a masked weight). MACs have no target with granularities other than "structured".
+            element of a masked weight). A target in MACs is only for "structured".
         max_rounds: The search ends after this number of rounds, 1 or more; None for no limit.
         time_budget_s: The search ends after this number of seconds of searching, without training; None for no limit.
 

@@ -1,4 +1,4 @@
-"""When a search is over, and how it goes on under other limits than those it began with."""
+"""When a search is over, and how it continues under other limits than those it began with."""
 
 from __future__ import annotations
 
@@ -65,11 +65,11 @@ def why_over(state: SearchState, config: AdaptivePruningConfig, removed: float, 
 
 
 def take_up_limits(state: SearchState, before: Mapping[str, Any], config: AdaptivePruningConfig) -> None:
-    """Lets a search go on under the limits of `config`; `before` has the fields, by name, of its config so far.
+    """Lets a search continue under the limits of `config`; `before` has the fields, by name, of its config so far.
 
     Targets that only an old limit had locked are unlocked: by a wider tolerance, a smaller min_step, or another
-    max_sparsity, round_to or overshoot. A search that was over goes on, whatever ended it, if no new limit ends it. A
-    new first_tolerance is the tolerance from now on, and is doubled up to `tolerance` as usual.
+    max_sparsity, round_to or overshoot. A search that was over continues, whatever ended it, if no new limit ends it.
+    A new first_tolerance is the tolerance from now on, and is doubled up to `tolerance` as usual.
     """
     changed = {name for name in LIMITS if name in before and before[name] != getattr(config, name)}
     if not changed:

@@ -42,7 +42,7 @@ def run_round(
     progress: Callable[[Step], None] | None = None,
     follower: CoupledState | None = None,
 ) -> RoundOutcome:
-    """Runs a round of a `SearchSession` that goes on from a copy of `state`.
+    """Runs a round of a `SearchSession` that continues from a copy of `state`.
 
     With `unchanged`, the network is the one that the scorer last scored in full, and is not scored again.
     """

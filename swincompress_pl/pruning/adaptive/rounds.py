@@ -114,7 +114,7 @@ class Round:
         return not self.below_floor
 
     def _out_of_rounds(self) -> bool:
-        """Whether a search that goes on with a smaller `max_rounds` has had more rounds already."""
+        """Whether a search that continues with a smaller `max_rounds` has had more rounds already."""
         return self.config.max_rounds is not None and self.state.rounds > self.config.max_rounds
 
     def _removed_part(self, cost: Cost) -> float:

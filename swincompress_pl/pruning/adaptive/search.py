@@ -105,7 +105,7 @@ class SearchSession:
         config: What the search prunes, how far and in which steps.
         input_shape: As for `prune`.
         gradients: As for `prune`.
-        state: The state of a search to go on with. None begins a new search: it scores the baseline and, if the order
+        state: The state of a search to continue. None begins a new search: it scores the baseline and, if the order
             asks for it, measures the sensitivity of each target.
 
     Attributes:
@@ -315,6 +315,7 @@ def prune(
     Raises:
         ValueError: If the config needs an `input_shape` or `gradients`, nothing matches its kinds or layers, the
             network cannot be cut as its groups say, or a score is not an accuracy in points.
+        TypeError: If `evaluate` is neither a scorer nor a function.
         UnsupportedNetworkError: If the network has no adapter, or its adapter does not cover this variant.
         RankFailedError: If another process of a distributed run failed.
     """

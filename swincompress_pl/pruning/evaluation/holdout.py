@@ -164,9 +164,9 @@ class HoldOut:
 
     @property
     def fingerprint(self) -> str | None:
-        """A text that identifies this rank's images and labels, and how they decide.
+        """A string that identifies this rank's images and labels, and how they decide.
 
-        None if `predict` has no attribute `fingerprint`, a text that identifies the function.
+        None if `predict` has no attribute `fingerprint`, a string that identifies the function.
         """
         predict = "" if self._predict is _run else fingerprint_of(self._predict)
         if predict is None:
@@ -462,7 +462,7 @@ def _rows(batches: Iterable[Any]) -> Iterator[tuple[Tensor, int]]:
             isinstance(batch, list | tuple) and len(batch) >= 2 and all(isinstance(part, Tensor) for part in batch[:2])
         ):
             raise TypeError(
-                f"the hold-out gave a {type(batch).__name__}; batches (images, labels, ...) of tensors are expected"
+                f"the hold-out has a batch of type {type(batch).__name__}; tensors (images, labels, ...) are expected"
             )
         images, labels = batch[0], batch[1]
         _check_images(images, labels)

@@ -113,7 +113,7 @@ class FunctionScorer:
 
     Its scores are always exact, and the size of the hold-out is unknown. The function must not change the weights. In
     a distributed run each rank calls it, and rank 0's value counts. An attribute `fingerprint` of the function
-    identifies it where scores are kept: a text that changes whenever the function scores in another way.
+    identifies it where scores are kept: a string that changes whenever the function scores in another way.
     """
 
     images = 0
@@ -180,7 +180,7 @@ class Evaluator:
 
     @property
     def fingerprint(self) -> object:
-        """A text that identifies what scores; None if it is unknown."""
+        """A string that identifies what scores; None if it is unknown."""
         return fingerprint_of(self._scorer)
 
     @property
@@ -233,10 +233,10 @@ def as_evaluator(evaluate: Evaluate | Scorer | Evaluator) -> Evaluator:
 
 
 def fingerprint_of(scores: object) -> str | None:
-    """The attribute `fingerprint`, a text that identifies a scorer or a function; None without one."""
+    """The attribute `fingerprint`, a string that identifies a scorer or a function; None without one."""
     found = getattr(scores, "fingerprint", None)
     if found is not None and (not isinstance(found, str) or not found):
-        raise ValueError(f"fingerprint={shown(found)}: it has to be a text, e.g. 'top-1 on my hold-out, version 1'")
+        raise ValueError(f"fingerprint={shown(found)}: it has to be a string, e.g. 'top-1 on my hold-out, version 1'")
     return found
 
 

@@ -1,11 +1,11 @@
 """Decides whether the accuracy on a whole hold-out reaches a floor, from as few of its images as possible.
 
-The network that a round begins with, the reference, was scored on every image. A candidate's answers differ from it on
-few images, mostly where the reference had a small margin (true logit minus the best other one). So the images are put
-into strata by this margin, a candidate is scored on a few of each, and the number of unseen images that change from
-right to wrong or back is estimated. The estimate is stratified sampling from a finite population (Cochran, Sampling
-Techniques, 3rd ed., 5.3 and 5.5). The test looks several times, and the allowed error is shared among the looks
-(Bonferroni). Everything here is counting with NumPy; nothing runs a network.
+The network that a round begins with, the reference, was scored on every image. A candidate's answers differ on few
+images, mostly where the reference had a small margin (true logit minus the best other one). So the images are put
+into strata by this margin, and a candidate is scored on a few of each. From these it is estimated how many unseen
+answers change from right to wrong or back. The estimate is stratified sampling from a finite population (Cochran,
+Sampling Techniques, 3rd ed., 5.3 and 5.5). The test looks several times, and the allowed error is shared among the
+looks (Bonferroni). Everything here is counting with NumPy; nothing runs a network.
 """
 
 from __future__ import annotations

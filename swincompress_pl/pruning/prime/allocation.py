@@ -2,8 +2,8 @@
 
 Alg. 1 of the paper gives all blocks one rate, the highest that is acceptable together, and Alg. 4 raises each block as
 far as the constraint allows. So a block that hardly saves anything has already spent accuracy, and the first block that
-is raised may spend all that is left. Here each block is measured alone at several rates, and the steps of all blocks
-are taken in the order of what they save per point lost, as a knapsack is filled.
+is raised may spend all that is left. Here each block is measured alone at several rates. The steps of all blocks are
+taken in the order of what they save per point lost, as a knapsack is filled.
 """
 
 from __future__ import annotations

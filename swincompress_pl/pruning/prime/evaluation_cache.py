@@ -1,4 +1,4 @@
-"""Verdicts that outlive the process, so that a killed search goes on where it was."""
+"""Verdicts that outlive the process, so that a killed search continues where it stopped."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class EvaluationCache:
 
     Args:
         path: The file; None for memory only.
-        fingerprint: A text that identifies everything that the verdicts depend on.
+        fingerprint: A string that identifies everything that the verdicts depend on.
         earlier: The fingerprint of version 0.1; None if a file of that version cannot be used.
         units: Maps a target to its number of units.
 

@@ -1,4 +1,4 @@
-"""A text that identifies everything that a verdict of PrimeSVT depends on; an evaluation cache is about one."""
+"""A string that identifies everything that a verdict of PrimeSVT depends on; an evaluation cache is about one."""
 
 from __future__ import annotations
 

@@ -64,20 +64,21 @@ def primesvt(
         calibration: Batches (images, ...) for `batchnorm="correct"`. It is read more than once, so give a list or a
             loader.
         gradients: (network) -> Gradients, made by `collect_gradients`; for the criteria that need them.
-        evaluation_cache: File that keeps every verdict, so that a killed search goes on where it was. It is only for
-            the same network, hold-out, calibration images and accuracy constraint. A function that scores needs a name
-            for it, `evaluate.fingerprint = "..."`: a text that changes whenever the function scores in another way. The
-            `predict` of a `HoldOut` needs one too.
+        evaluation_cache: File that keeps every verdict, so that a killed search continues where it stopped. It is only
+            for the same network, hold-out, calibration images and accuracy constraint. A function that scores needs a
+            name for it, `evaluate.fingerprint = "..."`: a string that changes whenever the function scores in another
+            way. The `predict` of a `HoldOut` needs one too.
         progress: True prints a line for each candidate; a function is called with a `PrimeProgress`.
 
     Returns:
         What was found and applied.
 
     Raises:
-        ValueError: If the network does not spike, is not in multi-step mode, keeps its membranes between calls, or no
-            neuron behind its stem (the first segment) spikes on the hold-out; if not even `max_sparsity` on every layer
-            saves what is asked for; if the config needs `calibration` or `gradients`; if the evaluation cache is about
-            something else or damaged; or if a score is not an accuracy in points.
+        ValueError: If the network is not a spiking one, is not in multi-step mode, or keeps its membranes between
+            calls, or if no neuron behind its stem (the first segment) spikes on the hold-out. Also if not even
+            `max_sparsity` on every layer saves what is asked for, the config needs `calibration` or `gradients`, the
+            evaluation cache is about something else or damaged, or a score is not an accuracy in points.
+        TypeError: If `evaluate` is neither a scorer nor a function.
         UnsupportedNetworkError: If the network has no adapter, or its adapter does not cover this variant.
         RankFailedError: If another process of a distributed run failed.
     """

@@ -299,7 +299,7 @@ def _slice_tensor(network: nn.Module, name: str, lost: Mapping[int, set[int]]) -
     new = cut.slice(old.detach())
     if isinstance(old, nn.Parameter):
         new = nn.Parameter(new, requires_grad=old.requires_grad)
-        new.__dict__.update(old.__dict__)  # marks that users and libraries hang on parameters
+        new.__dict__.update(old.__dict__)  # attributes that users and libraries set on parameters
         if old.grad is not None:
             new.grad = cut.slice(old.grad)
     return SlicedTensor(name=name, old=old, new=new, kept=kept)

@@ -13,11 +13,11 @@ from swincompress_pl.pruning.structure.apply import AppliedPlan, SlicedTensor
 
 
 def slice_optimizer(optimizer: Optimizer, applied: AppliedPlan) -> None:
-    """Makes an optimizer go on with the parameters that `apply_plan` put in the place of the old ones.
+    """Replaces an optimizer's parameters by the sliced ones of `apply_plan`, and slices its state.
 
-    Its state (exp_avg, exp_avg_sq, max_exp_avg_sq, momentum_buffer, whatever has the parameter's old shape) is sliced
-    with the plan's indices. Step counts, learning rates and parameter groups stay. This is right for optimizers that
-    work element by element, such as SGD, Adam, AdamW, RMSprop, Adagrad and Lion.
+    State of the parameter's old shape (exp_avg, exp_avg_sq, max_exp_avg_sq, momentum_buffer) is sliced with the plan's
+    indices. Step counts, learning rates and parameter groups stay. This is right for optimizers that work element by
+    element, such as SGD, Adam, AdamW, RMSprop, Adagrad and Lion.
 
     Args:
         optimizer: The optimizer, made before the slicing.

@@ -63,7 +63,7 @@ def _regrow(network: nn.Module, group: Group, kept: tuple[int, ...], units: int)
         new = _spread(old.detach(), axis, sources, fill=0)
         if isinstance(old, nn.Parameter):
             new = nn.Parameter(new, requires_grad=old.requires_grad)
-            new.__dict__.update(old.__dict__)  # marks that users and libraries hang on parameters
+            new.__dict__.update(old.__dict__)  # attributes that users and libraries set on parameters
         put_tensor(network, name, new)
     for a in group.attributes:
         if a.value is None:

@@ -35,8 +35,8 @@ def register_masks(network: nn.Module, names: Iterable[str]) -> tuple[str, ...]:
     """Gives parameters masks that keep everything; returns the names of those that had none before.
 
     They are appended to `network.compression_history` as {"mask": [...]}. Parameters that have a mask keep it as it is.
-    Raises ValueError, and changes nothing, if a parameter is unknown, shared by two places, or has a buffer of the
-    mask's name that is not a mask, or if the network wraps another and keeps no history of its own.
+    Raises ValueError, and changes nothing, if a parameter is unknown or shared by two places, or its mask's name is
+    taken. The same holds if the network wraps another and keeps no history of its own.
     """
     _check_has_history(network)
     wanted = tuple(dict.fromkeys(names))
