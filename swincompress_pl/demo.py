@@ -364,7 +364,7 @@ def _measure(
 
 
 def _torch_stage(record: RunRecord, test: _TestImages, name: str, network: nn.Module, size: Size) -> Predictions:
-    """Measures a network, and adds it to the record as a stage; returns its predictions."""
+    """Measures a network as a stage of the record; returns its predictions."""
     with torch.inference_mode():
         predictions: Predictions = network(test.inputs).argmax(1).numpy()
     floats = network.network if isinstance(network, QuantizedNetwork) else network
@@ -379,7 +379,7 @@ def _torch_stage(record: RunRecord, test: _TestImages, name: str, network: nn.Mo
 
 
 def _latency(record: RunRecord, network: nn.Module, artifact: Path, threads: int) -> None:
-    """Compares the engine's latency with that of the uncompressed network, which has random weights there."""
+    """Compares the engine with the uncompressed network; random weights do, as the time does not depend on them."""
     engine = accel.load(artifact, threads=threads)
     origin = origin_of(network, [])
     with tempfile.TemporaryDirectory() as scratch:

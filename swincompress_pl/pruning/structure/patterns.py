@@ -214,8 +214,8 @@ class FilterChannels(Pattern):
 def parse_granularity(granularity: str, *, block_shape: tuple[int, int] = (8, 8)) -> Pattern:
     """The pattern of a granularity.
 
-    They are "weight", "n:m" with 1 <= n < m (n of m stay), "block" of (outputs, inputs), and "filter" (input channels
-    of each filter). Raises ValueError for any other name; "structured" removes whole units and has no pattern.
+    Granularities are "weight", "n:m" with 1 <= n < m (n of m stay), "block" of (outputs, inputs), and "filter" (input
+    channels of each filter). Raises ValueError for any other name; "structured" removes whole units and has no pattern.
     """
     if granularity == "weight":
         return SingleWeights()
