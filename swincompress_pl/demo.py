@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import tempfile
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -17,13 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import lightning
-import numpy as np
-import numpy.typing as npt
 import torch
 from lightning import Callback, LightningModule, Trainer
 from rich.console import Console
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
 from swincompress_pl import accel
 from swincompress_pl.callbacks import (
@@ -33,28 +30,11 @@ from swincompress_pl.callbacks import (
     QuantizationAwareTraining,
 )
 from swincompress_pl.data import Digits, ShiftRotate
-from swincompress_pl.history import origin_of
 from swincompress_pl.models import CompressibleClassifier, DistillationConfig, OptimizationConfig
-from swincompress_pl.pruning import count_macs
 from swincompress_pl.quant import QuantizedNetwork
-from swincompress_pl.report import (
-    Accuracy,
-    PairedComparison,
-    RunRecord,
-    Size,
-    describe_environment,
-    layer_sparsity,
-    network_size,
-    program_macs,
-    program_parameters,
-    program_size,
-    write_report,
-)
-from swincompress_pl.report.comparison.bench import ENGINE, compare_engine
-from swincompress_pl.report.comparison.compare import Result
-from swincompress_pl.report.operations import operation_times
+from swincompress_pl.report import RunRecord, describe_environment, write_report
+from swincompress_pl.report.stages import TestImages, measure_latency, measure_run
 
-Predictions = npt.NDArray[np.int64]
 IMAGE = (1, 3, 32, 32)
 
 
@@ -219,9 +199,10 @@ def run(
     record = _new_record(chosen, compressed, threads)
     before = _network(chosen, data, weights).net.eval()
     networks = {"float": before, "pruned": compressed.pruned}
-    _measure(record, _TestImages.of(data), networks, module.net, artifact, threads)
+    test = TestImages.of(data.uint8_batches("test"), data.preprocessing.normalize)
+    measure_run(record, test, networks=networks, quantized=module.net, artifact=artifact, threads=threads)
     console.print("[bold]3. Latency[/] beside the uncompressed network in torch and onnxruntime (where installed)")
-    _latency(record, before, artifact, threads)
+    measure_latency(record, before, artifact, threads)
     report = write_report(record, directory)
     _summary(console, record, report)
     return report
@@ -312,92 +293,6 @@ def _compress(model: DemoModel, data: Digits, plan: Schedule, directory: Path, w
     if isinstance(pruning, PrimeSVT) and pruning.result is not None:
         return replace(found, notes=[f"PrimeSVT, on the hold-out, before fine-tuning: {pruning.result.summary()}."])
     return found
-
-
-@dataclass(frozen=True, kw_only=True)
-class _TestImages:
-    """The test images as uint8 pixels (N, H, W, C) and as inputs of a network, and their labels (N,)."""
-
-    pixels: npt.NDArray[np.uint8]
-    inputs: Tensor
-    labels: Predictions
-
-    @classmethod
-    def of(cls, data: Digits) -> _TestImages:
-        pixels, labels = (np.concatenate(parts) for parts in zip(*data.uint8_batches("test"), strict=True))
-        return cls(pixels=pixels, inputs=data.preprocessing.normalize(torch.from_numpy(pixels)), labels=labels)
-
-
-def _measure(
-    record: RunRecord,
-    test: _TestImages,
-    networks: Mapping[str, nn.Module],
-    quantized: QuantizedNetwork,
-    artifact: Path,
-    threads: int,
-) -> None:
-    """Measures the stages on the test images, and compares the engine's integers with the reference's."""
-    engine = accel.load(artifact, threads=threads)
-    size = program_size(engine.program, file=artifact)
-    predictions = {
-        name: _torch_stage(record, test, name, network, network_size(network)) for name, network in networks.items()
-    }
-    _torch_stage(record, test, "quantized", quantized, size)
-    logits = engine.run_integer(test.pixels)
-    after = logits.argmax(1)
-    record.add_stage(
-        "engine",
-        parameters=program_parameters(engine.program),
-        macs=program_macs(engine.program),
-        size=size,
-        accuracy=Accuracy.of(after, test.labels),
-    )
-    with torch.inference_mode():
-        twin = quantized.integer_logits(torch.from_numpy(test.pixels)).numpy()
-    expected = accel.reference(artifact).run_integer(test.pixels)
-    count = f"{len(logits)} test images"
-    record.add_check("engine == NumPy reference, integer logits", np.array_equal(logits, expected), count)
-    record.add_check("torch twin == engine, integer logits", np.array_equal(twin, logits), count)
-    record.add_comparison("engine against float", PairedComparison.of(predictions["float"], after, test.labels))
-    record.layers.extend(layer_sparsity(networks["float"], quantized.network))
-    record.operations.extend(operation_times(engine.profile(test.pixels[:1])))
-
-
-def _torch_stage(record: RunRecord, test: _TestImages, name: str, network: nn.Module, size: Size) -> Predictions:
-    """Measures a network as a stage of the record; returns its predictions."""
-    with torch.inference_mode():
-        predictions: Predictions = network(test.inputs).argmax(1).numpy()
-    floats = network.network if isinstance(network, QuantizedNetwork) else network
-    record.add_stage(
-        name,
-        parameters=sum(parameter.numel() for parameter in floats.parameters()),
-        macs=count_macs(floats, IMAGE),
-        size=size,
-        accuracy=Accuracy.of(predictions, test.labels),
-    )
-    return predictions
-
-
-def _latency(record: RunRecord, network: nn.Module, artifact: Path, threads: int) -> None:
-    """Compares the engine with the uncompressed network; random weights do, as the time does not depend on them."""
-    engine = accel.load(artifact, threads=threads)
-    origin = origin_of(network, [])
-    with tempfile.TemporaryDirectory() as scratch:
-        results = compare_engine(
-            engine, artifact, against=("torch", "onnxruntime"), origin=origin, threads=threads, directory=Path(scratch)
-        )
-    _add_latencies(record, {result.name: result for result in results})
-
-
-def _add_latencies(record: RunRecord, results: dict[str, Result]) -> None:
-    measured = {name: result.latency for name, result in results.items() if result.latency is not None}
-    of_stage = {"engine": {ENGINE}, "float": set(measured) - {ENGINE}}
-    for number, stage in enumerate(record.stages):
-        latencies = {name: measured[name] for name in of_stage.get(stage.name, set()) if name in measured}
-        record.stages[number] = type(stage)(**{**vars(stage), "latency_ms": latencies})
-    for name, result in results.items():
-        if result.latency is None:
-            record.notes.append(f"{name} was not measured: {result.unavailable}")
 
 
 def _summary(console: Console, record: RunRecord, report: Path) -> None:

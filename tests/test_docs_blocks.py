@@ -1,7 +1,7 @@
 """Every block of README.md and docs/: Python runs, commands and configs are parsed, C++ is compiled.
 
 A page's Python runs in order in one namespace, in an empty folder; a block with a title is written there as a file. The
-comment on the line before a block says otherwise:
+comment on the line before a block says otherwise (tests/test_tutorials.py runs the tutorials):
 
     <!-- not run: needs two GPUs -->    only parsed, and its names and arguments looked up
     <!-- run -->                        before commands: they are run, too
@@ -42,10 +42,12 @@ STAND_IN = "configs/digits_swin.yaml"
 TOP_LEVEL = {"seed_everything", "model", "data", "trainer", "ckpt_path", "weights_only"}
 
 
-def in_page_order(language: str, *, slow: bool) -> list[Any]:
+def in_page_order(language: str, *, runs: bool) -> list[Any]:
     marks = [pytest.mark.slow]
     found = [page for page in pages() if any(block.language == language for block in blocks_of(page))]
-    return [pytest.param(page, marks=marks if page in SLOW and slow else [], id=page) for page in found]
+    if runs:
+        found = [page for page in found if not page.startswith("docs/tutorials/")]
+    return [pytest.param(page, marks=marks if page in SLOW and runs else [], id=page) for page in found]
 
 
 def place(block: Block) -> str:
@@ -87,7 +89,7 @@ def test_reasons_are_given() -> None:
 # Python
 
 
-@pytest.mark.parametrize("page", in_page_order("python", slow=False))
+@pytest.mark.parametrize("page", in_page_order("python", runs=False))
 def test_names_and_arguments_are_there(page: str) -> None:
     known: dict[str, Any] = {}
     for block in blocks_of(page):
@@ -95,7 +97,7 @@ def test_names_and_arguments_are_there(page: str) -> None:
             assert not list(wrong_names(block.text, known)), block.place
 
 
-@pytest.mark.parametrize("page", in_page_order("python", slow=True))
+@pytest.mark.parametrize("page", in_page_order("python", runs=True))
 def test_python_runs(page: str, folder: Path) -> None:
     write_files(page, folder)
     namespace: dict[str, Any] = {"__name__": "__main__"}

@@ -63,7 +63,7 @@ ALLOWED: dict[str, set[str]] = {
         "models",
         "checkpoint",
     },
-    "report": {"evaluation_mode", "spec", "accel", "pruning", "quant", "models", "files", "printable"},
+    "report": {"history", "evaluation_mode", "spec", "accel", "pruning", "quant", "models", "files", "printable"},
 }
 
 

@@ -1,0 +1,1 @@
+"""The reports of docs/gallery: two of the demo, DeiT-Tiny and a spiking network."""
