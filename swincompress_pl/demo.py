@@ -44,12 +44,13 @@ class Schedule:
 
     Attributes:
         float_epochs: Epochs of the fit in float, above 0.
-        quantize_epoch: Epoch of the second fit from which on the network is quantized; pruning comes before.
+        quantize_epoch: Epoch of the second fit from which the network is quantized; pruning comes before.
         epochs: Epochs of the second fit, above `quantize_epoch`.
-        target: Part of the multiply-accumulates to remove, if the tolerance allows it.
+        target: Part of the multiply-accumulates to remove, if the tolerance allows it, in (0, 1). Only the model "swin"
+            uses it.
 
     Raises:
-        ValueError: If the epochs are not in this order.
+        ValueError: If `float_epochs` is not above 0, or `quantize_epoch` is not between 0 and `epochs`.
     """
 
     float_epochs: int = 60
@@ -135,7 +136,7 @@ class PrunedSnapshot(Callback):
     """Keeps a copy of the network between pruning and quantization.
 
     Attributes:
-        quantize_epoch: Epoch from which on the network is quantized.
+        quantize_epoch: Epoch from which the network is quantized.
         network: The copy, in eval mode; None before.
     """
 
@@ -164,13 +165,14 @@ def run(
         model: "swin", which is pruned round by round, or "spikformer", a spiking network, which PrimeSVT prunes.
         seed: Decides the splits and all random numbers.
         threads: Threads of training and measurement; None for as many as torch uses.
-        schedule: Other numbers of epochs than those of the model.
+        schedule: Epochs of the two fits; None for those of the model.
 
     Returns:
         The path of the report, `output`/report.md.
 
     Raises:
-        ValueError: If the model is unknown.
+        ValueError: If the model is unknown, or the seed is below 0.
+        FileExistsError: If `output` is a file.
     """
     if model not in MODELS:
         raise ValueError(f"model is {model!r}; choose one of {', '.join(MODELS)}")

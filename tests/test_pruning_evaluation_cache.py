@@ -63,7 +63,7 @@ def test_a_function_has_a_name_and_another_one_is_told_from_it(tmp_path: Path) -
         _refused(file, r"nothing tells this `evaluate` .* evaluate\.fingerprint = ", anonymous)
     assert not file.exists()
     for bad in (3, "", b"name"):
-        _refused(file, "fingerprint=.*: it has to be a text", _law(5.0, bad))  # type: ignore[arg-type]
+        _refused(file, "fingerprint=.*: it has to be a string", _law(5.0, bad))  # type: ignore[arg-type]
     first = _shot(file, _law(5.0, "loses 5"))
     again = _shot(file, _law(5.0, "loses 5"))
     assert (again.scoring["evaluations"], again.saving) == (0, first.saving)

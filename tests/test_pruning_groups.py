@@ -241,7 +241,7 @@ def test_masked_norm_is_the_sliced_one() -> None:
     assert type(layer) is nn.LayerNorm
     assert torch.equal(masked[..., kept], small(x[..., kept]))
     assert not masked[..., [1, 4]].any()
-    with pytest.raises(ValueError, match="g: all 3 units are masked; norm needs one at least"):
+    with pytest.raises(ValueError, match="g: all 3 units are masked; norm needs at least one"):
         mask_units(network, group, [0, 1, 2]).__enter__()
     wrong = nn.ModuleDict({"norm": nn.BatchNorm1d(6)})
     with pytest.raises(ValueError, match="norm is a BatchNorm1d; only a LayerNorm can be masked"):

@@ -253,7 +253,7 @@ def test_a_hold_out_that_is_too_large_is_refused_with_what_would_fit() -> None:
         (lambda: HoldOut(IMAGES, LABELS[id(VIT)], confidence=math.nan), ValueError, "confidence=nan"),
         (lambda: HoldOut(IMAGES, LABELS[id(VIT)], cache_size_bytes=-1), ValueError, "cache_size_bytes=-1"),
         (lambda: HoldOut.from_batches([], max_images=0), ValueError, "max_images=0"),
-        (lambda: HoldOut.from_batches([IMAGES]), TypeError, "gave a Tensor; batches"),
+        (lambda: HoldOut.from_batches([IMAGES]), TypeError, "has a batch of type Tensor; tensors"),
     ],
 )
 def test_bad_input_is_refused(make: Callable[[], object], error: type[Exception], text: str) -> None:

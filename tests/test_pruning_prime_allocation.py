@@ -195,7 +195,7 @@ def test_what_only_the_papers_policy_reads_is_a_setting_of_that_policy(options: 
     stored = PrimeSVTConfig(policy=PrioritizedPolicy(**options)).to_dict()["policy"]
     assert (stored["name"], stored[name]) == ("prioritized", list(value) if isinstance(value, tuple) else value)
     for make in (PrimeSVTConfig, PrimeSVT):  # version 0.1 had them beside the policy's name
-        with pytest.raises(ValueError, match=f"{name}: a setting of policy='prioritized'"):
+        with pytest.raises(ValueError, match=f"{name}: not a setting of policy='allocated', but of 'prioritized'"):
             make(**options)
         with pytest.warns(DeprecationWarning, match=rf"\({name}=...\) is the name of version 0.1 .*; use policy="):
             made = make(policy="prioritized", **options)

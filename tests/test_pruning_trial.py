@@ -80,7 +80,7 @@ def test_a_group_that_forgets_a_tensor_is_named() -> None:
 def test_an_activation_over_all_channels_is_named_by_its_group() -> None:
     network = vit()
     network.blocks[1].mlp.act = nn.Softmax(-1)
-    with pytest.raises(ValueError, match=r"blocks\.1\.mlp\.channels: cut, the network gives something else"):
+    with pytest.raises(ValueError, match=r"blocks\.1\.mlp\.channels: the sliced network differs from the one with"):
         search(network)
     assert network.blocks[0].mlp.fc1.out_features == 128
 

@@ -126,7 +126,7 @@ def test_undoing_takes_the_history_back_step_by_step() -> None:
     assert (set(masked_parameters(network)), history_of(network)) == (set(NAMES), [{"mask": list(NAMES)}])
     undo_latest_masks(network)
     assert (masked_parameters(network), history_of(network)) == ({}, [])
-    with pytest.raises(ValueError, match="VisionTransformer: the latest entry of its history is none of masks"):
+    with pytest.raises(ValueError, match="VisionTransformer: the latest entry of its history is not about masks"):
         undo_latest_masks(network)
 
 

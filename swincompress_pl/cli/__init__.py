@@ -1,6 +1,6 @@
-"""The command `swincompress`: finds the sub-command, imports only what that one needs, turns user errors into one line.
+"""The command `swincompress`: finds the sub-command, imports only what it needs, turns user errors into one line.
 
-Exit codes: 0 done; 1 a check of the command itself failed; 2 the user's input was wrong; 130 interrupted.
+The exit codes are 0 (done), 1 (a check of the command failed), 2 (the user's input was wrong) and 130 (interrupted).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from swincompress_pl.registry import UnsupportedNetworkError
 PROGRAM = "swincompress"
 USER_ERROR = 2
 _INTERRUPTED = 130
-# What a user can put right; anything else is a defect and keeps its traceback.
+# What a user can correct. Anything else is a defect and keeps its traceback.
 _USER_ERRORS = (ValueError, OSError, ImportError, UnsupportedNetworkError)
 
 
@@ -26,7 +26,15 @@ class Command(Protocol):
     """A module of this package: one sub-command, or several that share their arguments."""
 
     def main(self, name: str, arguments: Sequence[str]) -> int:
-        """Runs sub-command `name`; returns the exit code."""
+        """Runs a sub-command.
+
+        Args:
+            name: Name of the sub-command.
+            arguments: The arguments that follow it.
+
+        Returns:
+            The exit code.
+        """
         ...
 
 
@@ -63,7 +71,14 @@ example:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line `arguments` (default: the process's own); returns the exit code."""
+    """Runs the command `swincompress`.
+
+    Args:
+        arguments: The arguments that follow the program's name; None for those of the process.
+
+    Returns:
+        The exit code: 0 done, 1 a check of the command failed, 2 the user's input was wrong, 130 interrupted.
+    """
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
     given = [argument for argument in given if argument != "--debug"]
@@ -86,7 +101,7 @@ def _run(name: str, arguments: list[str], debug: bool) -> int:
     except KeyboardInterrupt:
         return _INTERRUPTED
     except BrokenPipeError:
-        # The reader (head, less) went away; keep Python from complaining about it at exit.
+        # The reader (head, less) has ended; this keeps Python from complaining about it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:

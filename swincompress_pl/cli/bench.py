@@ -24,7 +24,7 @@ _MISMATCH = 1
 
 
 def main(name: str, arguments: Sequence[str]) -> int:
-    """Measures an artifact or a kernel; returns 0, or 1 when the engine's answers differ from the reference's."""
+    """Measures an artifact or a kernel; returns 0, or 1 if the engine's answers differ from the reference's."""
     given = _arguments(name, arguments)
     if (given.file is None) == (given.kernel is None):
         raise ValueError("give either an artifact or --kernel, e.g. `swincompress bench model.safetensors`")
@@ -37,19 +37,20 @@ def main(name: str, arguments: Sequence[str]) -> int:
 def _arguments(name: str, arguments: Sequence[str]) -> Namespace:
     command = parser(
         name,
-        "Measures an artifact on the integer engine, alone or against other runtimes on the same architecture, each in "
-        "a process of its own and in turns; or one kernel. Engine and reference are compared in the same run.",
+        "Measures an artifact on the integer engine, alone or against other runtimes on the same architecture, or one "
+        "kernel. Each runtime has a process of its own, and they take turns. The engine's answers are compared with "
+        "the reference's in the same run.",
         "swincompress bench model.safetensors --threads 2",
         "swincompress bench model.safetensors --against torch,onnxruntime,openvino --json",
         "swincompress bench --kernel linear --shape 3136,384,96",
     )
     command.add_argument("file", nargs="?", type=str, default=None, help="artifact that `swincompress export` wrote")
-    command.add_argument("--threads", type=int, default=None, help="threads of every runtime; all cores if left out")
-    command.add_argument("--batch", type=int, default=1, help="images a call")
-    command.add_argument("--against", type=str, default="", help=f"of {', '.join(RUNTIMES)}, separated by commas")
+    command.add_argument("--threads", type=int, default=None, help="threads; default: all cores, 1 with --kernel")
+    command.add_argument("--batch", type=int, default=1, help="images per call")
+    command.add_argument("--against", type=str, default="", help=f"comma-separated: {', '.join(RUNTIMES)}")
     command.add_argument("--implementation", type=str, default=None, help="force one of the engine's implementations")
-    command.add_argument("--rounds", type=int, default=10, help="samples of each runtime")
-    command.add_argument("--operations", action="store_true", help="also the time of every operation")
+    command.add_argument("--rounds", type=int, default=10, help="samples of each runtime; at least 20 with --kernel")
+    command.add_argument("--operations", action="store_true", help="also show the time of every operation")
     command.add_argument("--kernel", type=str, default=None, help=f"measure a kernel instead: {', '.join(KERNELS)}")
     command.add_argument("--shape", type=str, default="3136,384,96", help="M,N,K of the kernel: rows, outputs, inputs")
     command.add_argument("--json", action="store_true", help="print JSON")
@@ -85,7 +86,7 @@ def _bench_artifact(given: Namespace) -> int:
 def _show(outcome: Bench, file: Path) -> None:
     shown = console()
     shown.print(
-        f"{file.name}: {count(outcome.macs)} MACs an image, {megabytes(outcome.file_bytes)}, batch {outcome.batch}"
+        f"{file.name}: {count(outcome.macs)} MACs per image, {megabytes(outcome.file_bytes)}, batch {outcome.batch}"
     )
     shown.print(
         f"{outcome.environment['cpu']}, threads {outcome.environment['threads']}, "

@@ -1,4 +1,4 @@
-"""What the sub-commands share: their parser, their types of arguments, their progress."""
+"""What the sub-commands share: the parser, checks of arguments, output and progress."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class HelpFormatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
 
 
 def parser(name: str, description: str, *examples: str) -> ArgumentParser:
-    """A parser for `swincompress name` whose --help ends in examples; it exits with code 2 on wrong arguments."""
+    """A parser for `swincompress name` whose --help ends with examples; it exits with code 2 on wrong arguments."""
     return ArgumentParser(
         prog=f"{PROGRAM} {name}",
         description=textwrap.fill(description, 100),
@@ -39,7 +39,7 @@ def epilog(*examples: str) -> str:
 
 
 def integers(text: str, option: str, *, count: int | None = None) -> list[int]:
-    """The positive integers in "1,2"; ValueError naming the option. count: how many there must be."""
+    """The positive integers in "1,2"; a ValueError names the option. `count` is how many there must be."""
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdigit() and int(part) > 0 for part in parts) or (count is not None and len(parts) != count):
         expected = (
@@ -50,7 +50,7 @@ def integers(text: str, option: str, *, count: int | None = None) -> list[int]:
 
 
 def existing_file(path: str) -> Path:
-    """The path of a file that is there; FileNotFoundError otherwise."""
+    """The path of a file; a FileNotFoundError if there is none."""
     file = Path(path)
     if file.is_dir():
         raise FileNotFoundError(f"{file} is a directory; name a file")
@@ -60,19 +60,19 @@ def existing_file(path: str) -> Path:
 
 
 def is_checkpoint(file: Path) -> bool:
-    """Whether `file` is a torch checkpoint (a ZIP archive) and not an artifact."""
+    """Whether a file is a torch checkpoint (a ZIP archive) and not an artifact."""
     with file.open("rb") as stream:
         return stream.read(4) == b"PK\x03\x04"
 
 
 def print_json(value: Any) -> None:
-    """A JSON document on the standard output."""
+    """Prints a JSON document to the standard output."""
     json.dump(value, sys.stdout, indent=1, allow_nan=False)
     sys.stdout.write("\n")
 
 
 def console() -> Console:
-    """For tables and text on the standard output; lines are not broken when it is no terminal."""
+    """A console for tables and text on the standard output; unless it is a terminal, lines are not wrapped."""
     shown = Console(highlight=False, markup=False, soft_wrap=True)
     if not shown.is_terminal:
         shown = Console(highlight=False, markup=False, soft_wrap=True, width=200)
@@ -80,14 +80,16 @@ def console() -> Console:
 
 
 class ReportProgress(Protocol):
-    """Reports progress: what is being done, and of how many steps how many are done."""
+    """Shows progress."""
 
-    def __call__(self, what: str, done: int, total: int) -> None: ...
+    def __call__(self, what: str, done: int, total: int) -> None:
+        """Says what is being done, and how many of its steps are done."""
+        ...
 
 
 @contextmanager
 def progress() -> Iterator[ReportProgress]:
-    """A progress bar on the standard error that vanishes at the end; plain lines where that is no terminal."""
+    """Shows a progress bar on the standard error until the context ends, or plain lines if it is not a terminal."""
     errors = Console(stderr=True)
     if not errors.is_terminal:
         yield _Lines()
@@ -108,7 +110,7 @@ def progress() -> Iterator[ReportProgress]:
 
 
 class _Lines:
-    """Progress without a terminal: a line whenever another thing begins, and not for every round of it."""
+    """Progress without a terminal: one line when something else begins, and none for its single steps."""
 
     def __init__(self) -> None:
         self._shown = ""

@@ -13,18 +13,18 @@ def main(name: str, arguments: Sequence[str]) -> int:
     command = parser(
         name,
         "Trains a small Swin (or Spikformer) on scikit-learn's digits, prunes it, quantizes it, exports it, runs it in "
-        "integers and writes a report: a few minutes on two cores. Nothing is downloaded.",
+        "integers and writes a report. This takes a few minutes on two cores. Nothing is downloaded.",
         "swincompress demo --output runs/demo --threads 2",
     )
     command.add_argument(
-        "--output", type=str, default="runs/demo", help="directory of the report, the checkpoint and the artifact"
+        "--output", type=str, default="runs/demo", help="directory for the report, the checkpoint and the artifact"
     )
     command.add_argument(
-        "--model", default="swin", choices=("swin", "spikformer"), help="the network; spikformer is a spiking one"
+        "--model", default="swin", choices=("swin", "spikformer"), help="network; spikformer is a spiking one"
     )
     command.add_argument("--seed", type=int, default=0, help="seed of weights, order and augmentation")
     command.add_argument(
-        "--threads", type=int, default=None, help="threads of training and measurement; all cores if left out"
+        "--threads", type=int, default=None, help="threads of training and measurement; default: as many as torch uses"
     )
     given = command.parse_args(list(arguments))
     if given.threads is not None and given.threads < 1:

@@ -1,4 +1,4 @@
-"""`swincompress estimate`: what a fit will cost, from parts of it that are measured."""
+"""`swincompress estimate`: what a fit will cost, computed from measured parts of it."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ from swincompress_pl.report.content.numbers import megabytes
 
 _DESCRIPTION = (
     "Measures a few batches of training and validation, a search on a few of its targets, and the exchange to "
-    "integers, and says what the whole fit will cost. Nothing is written, and no weights are kept."
+    "integers. From these it computes what the whole fit will cost. Nothing is written, and no weights are kept."
 )
 _EXAMPLES = (
     "swincompress estimate -c configs/digits_swin.yaml",
-    "swincompress estimate -c configs/swin_tiny_imagenet.yaml --data.root IMAGENET --devices 8",
+    "swincompress estimate -c configs/swin_tiny_imagenet.yaml --data.root imagenet --devices 8",
 )
 _NOTE = (
-    "One device was measured; for several, times are divided by their number, and what devices tell each other is not "
-    "counted. Networks get faster as they are pruned and targets drop out of a search, so that a search takes at most "
-    "what is given. Memory is what this process needed, without the workers that load data."
+    "One device was measured. For several, times are divided by their number; communication between devices is not "
+    "counted. Networks get faster as they are pruned, and targets drop out of a search, so the time given for a search "
+    "is an upper bound. Memory is what this process needed, without the workers that load data."
 )
 
 
@@ -52,9 +52,9 @@ class Part:
     """One kind of work in a fit.
 
     Attributes:
-        name: What it is.
+        name: What it is, such as "pruning round".
         times: How often it is done.
-        seconds: How long it takes each time.
+        seconds: Seconds each time, on one device.
         detail: What the time was computed from.
     """
 
@@ -65,34 +65,45 @@ class Part:
 
     @property
     def total_s(self) -> float:
-        """Seconds in all."""
+        """The seconds of all times together, on one device."""
         return self.times * self.seconds
 
 
 class EstimateCLI(CompressionCLI):
-    """The command line of `fit`; it makes model, data and trainer, the latter on one device, and stops there."""
+    """The command line of `fit`, which only makes model, data and a trainer on one device, and runs nothing."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Adds the options of `estimate`, and those of `fit` that a stored config holds."""
+        """Adds the options of `estimate`, and those of `fit` that a stored config may hold.
+
+        Args:
+            parser: The parser of the command.
+        """
         super().add_arguments_to_parser(parser)
         parser.add_argument(
-            "--batches", type=PositiveInt, default=20, help="batches of training and validation to measure"
+            "--batches", type=PositiveInt, default=20, help="batches of training and of validation to measure"
         )
         parser.add_argument(
-            "--devices", type=PositiveInt | None, default=None, help="of the fit; default: the config's"
+            "--devices", type=PositiveInt | None, default=None, help="devices of the fit; default: the config's"
         )
         parser.add_argument("--json", action="store_true", help="print JSON")
         parser.add_argument(
-            "--ckpt_path", type=str | None, default=None, help="refused: an estimate is for a whole fit"
+            "--ckpt_path", type=str | None, default=None, help="refused: an estimate is for a fit from its beginning"
         )
-        parser.add_argument("--weights_only", type=bool | None, default=None, help="without a meaning here")
+        parser.add_argument("--weights_only", type=bool | None, default=None, help="has no effect here")
 
     def instantiate_trainer(self, **settings: Any) -> Trainer:
-        """A Trainer with the config's settings, but on one device."""
+        """Makes a trainer with the settings of the config, but on one device.
+
+        Args:
+            **settings: Settings that replace those of the config.
+
+        Returns:
+            The trainer.
+        """
         return super().instantiate_trainer(**settings, devices=1, num_nodes=1, strategy="auto")
 
     def devices(self) -> int:
-        """How many devices the fit is to have."""
+        """Returns the number of devices that the fit will have, on all nodes."""
         if self.config.devices is not None:
             return int(self.config.devices)
         asked, nodes = self.config.trainer.devices, int(self.config.trainer.num_nodes)
@@ -104,7 +115,7 @@ class EstimateCLI(CompressionCLI):
 
 
 def main(name: str, arguments: Sequence[str]) -> int:
-    """Measures and prints; returns 0."""
+    """Measures and prints the estimate; returns 0."""
     options = {"prog": f"{PROGRAM} {name}", "description": _DESCRIPTION, "epilog": epilog(*_EXAMPLES)}
     sys.argv[1:] = arguments  # where Lightning reads them
     cli = command_line(
@@ -132,7 +143,7 @@ def main(name: str, arguments: Sequence[str]) -> int:
 
 @contextmanager
 def _without_news() -> Iterator[None]:
-    """Hides what Lightning says of each short fit, but not its warnings."""
+    """Hides Lightning's messages about each short fit, but not its warnings."""
     news = logging.getLogger("lightning.pytorch")
     level = news.level
     news.setLevel(logging.WARNING)
@@ -150,14 +161,20 @@ def measure(
     *,
     batches: int,
 ) -> list[Part]:
-    """The parts of the fit that `trainer` would do, each measured on one device.
+    """Measures the parts of the fit that a trainer would do, each on one device.
 
     Args:
         trainer: Has the callbacks and the number of epochs; it is not used to fit.
-        make_trainer: Makes trainers like it, but for the settings that are given by name.
-        module: Stays as it is; copies are trained.
-        data: The datamodule, if there is one.
-        batches: How many batches of training and of validation are measured.
+        make_trainer: Makes trainers like it, except for the settings that are given by name.
+        module: The module; copies are trained, and it stays as it is.
+        data: The datamodule, or None.
+        batches: Number of batches of training and of validation to measure, 1 or more.
+
+    Returns:
+        The parts of the fit.
+
+    Raises:
+        ValueError: If the fit has no end, or the length of an epoch is unknown.
     """
 
     def quiet(callbacks: list[Callback], **settings: Any) -> Trainer:
@@ -182,7 +199,7 @@ def measure(
     return parts
 
 
-# Nothing is written or shown, and what changes the network is measured by itself.
+# Nothing is written or shown, and what changes the network is measured separately.
 _QUIET: Mapping[str, Any] = {
     "max_steps": -1,
     "logger": False,
@@ -202,7 +219,7 @@ _NOT_MEASURED_WITH = (
 
 
 def _epochs(trainer: Trainer, epoch: EpochTime) -> int:
-    """How many epochs `trainer` would train."""
+    """The number of epochs that `trainer` would train."""
     limits = [trainer.max_epochs] if trainer.max_epochs is not None and trainer.max_epochs >= 0 else []
     if trainer.max_steps >= 0:
         steps = math.ceil(epoch.training_batches / trainer.accumulate_grad_batches)
@@ -225,7 +242,7 @@ def _of_epochs(name: str, count: int, trainer: Trainer, epoch: EpochTime) -> lis
 
 
 def _validations(trainer: Trainer, epoch: EpochTime) -> float:
-    """Passes of validation per epoch."""
+    """The number of passes of validation per epoch."""
     interval = trainer.val_check_interval
     per_epoch = 1 / interval if isinstance(interval, float) else epoch.training_batches / interval
     every = trainer.check_val_every_n_epoch

@@ -28,7 +28,7 @@ _IMAGES = 128
 
 
 def main(name: str, arguments: Sequence[str]) -> int:
-    """Writes a checkpoint as an artifact; returns 0, or 1 when a check finds different integers."""
+    """Writes a checkpoint as an artifact; returns 0, or 1 if a check finds different integers."""
     command = parser(
         name,
         "Writes the quantized network of a Lightning checkpoint as one safetensors file for the integer engine, and "
@@ -38,30 +38,28 @@ def main(name: str, arguments: Sequence[str]) -> int:
     )
     command.add_argument("checkpoint", type=str, help="Lightning checkpoint of a CompressibleClassifier")
     command.add_argument(
-        "-o", "--output", type=str, required=True, help="artifact to write; an old one is replaced at the end"
+        "-o", "--output", type=str, required=True, help="artifact to write; a complete one replaces an old one"
     )
-    command.add_argument("--compression", choices=("lzma",), default=None, help="entropy-code the artifact, losslessly")
+    command.add_argument("--compression", choices=("lzma",), default=None, help="code the artifact without loss")
     command.add_argument(
-        "--reference-check", type=int, default=2, metavar="N", help="compare the integers of N images; 0: none"
+        "--reference-check", type=int, default=2, metavar="N", help="compare integers on N images; 0 for none"
     )
     command.add_argument(
         "--quantize", type=str, default=None, help=f"quantize a float checkpoint: {' or '.join(_METHODS)}"
     )
-    command.add_argument("--bits", type=str, default=None, help="widths for --quantize, e.g. W4A8; W8A8 unless given")
+    command.add_argument("--bits", type=str, default=None, help="bit widths for --quantize, e.g. W4A8; default: W8A8")
     command.add_argument(
-        "--data", type=str, default=None, help="YAML config whose `data` gives the images for --quantize"
+        "--data", type=str, default=None, help="YAML config whose `data` has the images for --quantize"
     )
     command.add_argument("--data-root", type=str, default=None, help="replaces the `root` of that data")
-    command.add_argument(
-        "--images", type=int, default=None, help="how many images --quantize looks at; 128 unless given"
-    )
+    command.add_argument("--images", type=int, default=None, help="number of images for --quantize; default: 128")
     command.add_argument(
         "--model-class", type=str, default="swincompress_pl.models.CompressibleClassifier",
         help="class of the LightningModule, if it is your own (with CompressionMixin)",
     )  # fmt: skip
     command.add_argument(
         "--model-attribute", type=str, default=None, metavar="PATH",
-        help="where the module holds the network to export, if it holds several: net, model.backbone, ...",
+        help="where the module holds the network to export, if it holds several, e.g. net or model.backbone",
     )  # fmt: skip
     given = command.parse_args(list(arguments))
     _check_options(given)
@@ -69,7 +67,7 @@ def main(name: str, arguments: Sequence[str]) -> int:
 
 
 def _check_options(given: Any) -> None:
-    """ValueError, by name, for options that contradict each other, or would be ignored."""
+    """Raises ValueError for options that contradict each other or would be ignored."""
     if given.reference_check < 0:
         raise ValueError(f"--reference-check is {given.reference_check}; give 0 or more")
     if (given.quantize is None) != (given.data is None):
@@ -112,7 +110,7 @@ def _export(given: Any) -> int:
 
 
 def load_module(file: Path, class_path: str) -> LightningModule:
-    """The LightningModule of a checkpoint. Raises ValueError when the class or the checkpoint does not fit."""
+    """Loads the LightningModule of a checkpoint; a ValueError if the class or the checkpoint does not fit."""
     from lightning.pytorch import LightningModule
 
     try:
@@ -133,9 +131,9 @@ def load_module(file: Path, class_path: str) -> LightningModule:
 
 
 def network_path(module: LightningModule, file: Path, given: str | None, *, is_to_be_quantized: bool) -> str:
-    """Where `module` holds the network to export: as given, or the only one that is quantized, or is to be.
+    """Where `module` holds the network to export: as given, or the only one that is quantized or is to be.
 
-    Raises ValueError naming the networks where there are several, or none at the place that was given.
+    Raises ValueError, naming the networks, if there are several, or none at the given place.
     """
     from swincompress_pl.checkpoint.holder import has_network, network_of, networks_to_name
     from swincompress_pl.checkpoint.networks import paths_of
@@ -156,8 +154,7 @@ def network_path(module: LightningModule, file: Path, given: str | None, *, is_t
 
 
 def quantized_network(module: LightningModule, path: str, file: Path, *, is_to_be_quantized: bool) -> Any:
-    """The network at `path` of `module`; ValueError with the remedy when it is float and should not be, or the other
-    way round."""
+    """The network at `path` of `module`; a ValueError if it is float and should not be, or the other way round."""
     from swincompress_pl.checkpoint.holder import network_of
     from swincompress_pl.quant import QuantizedNetwork
 
@@ -188,7 +185,7 @@ def _quantize(network: nn.Module, given: Any) -> QuantizedNetwork:
 
 
 def load_data(config: Path, root: str | None) -> Any:
-    """The datamodule that the `data` block of a YAML config describes; `root` replaces its root."""
+    """The datamodule that the `data` block of a YAML config describes; `root`, if given, replaces its root."""
     from lightning.pytorch import LightningDataModule
 
     try:
@@ -204,18 +201,18 @@ def load_data(config: Path, root: str | None) -> Any:
     try:
         return factory.instantiate_classes(factory.parse_object({"data": block})).data
     except Exception as error:
-        # jsonargparse raises an error type of its own and some of the constructor's; all of them are about this block
+        # jsonargparse raises its own type of error, and those of the constructor; all of them are about this block
         raise ValueError(f"{config}: `data` is not accepted: {error}") from error
 
 
 def _check(network: QuantizedNetwork, file: Path, images: int) -> int:
-    """Compares twin, reference and engine on random pixels; prints the verdict."""
+    """Compares torch, reference and engine on random pixels, and prints the verdict; returns 0 or 1."""
     import torch
 
     reference = accel.reference(file)
     runs: dict[str, Callable[[Any], Any]] = {"torch": lambda x: network.integer_logits(torch.from_numpy(x)).numpy()}
     narrow = network.bits.activations < 8
-    if not narrow:  # narrower activations run in the reference only
+    if not narrow:  # the engine runs 8-bit activations only
         engine = accel.load(file)
         runs[f"engine ({engine.implementation})"] = engine.run_integer
     rng = np.random.default_rng(0)

@@ -17,15 +17,15 @@ from swincompress_pl.report.content.numbers import count, megabytes
 from swincompress_pl.report.sizes import program_parameters, program_size
 from swincompress_pl.spec import Cost, Program, costs
 
-_MAX_DEPTH = 20  # of what a checkpoint holds beside its tensors, for people
+_MAX_DEPTH = 20  # of nested data in a checkpoint; what is deeper is not shown
 
 
 def main(name: str, arguments: Sequence[str]) -> int:
     """Shows an artifact or a checkpoint; returns 0."""
     command = parser(
         name,
-        "Shows what a file holds. Of an artifact: its input, classes, operations with shapes, MACs, bytes and proven "
-        "bounds. Of a checkpoint: hyperparameters, the history of its compression, parameters.",
+        "Shows what a file holds. For an artifact: its input, classes, operations with shapes, MACs, bytes and proven "
+        "bounds. For a checkpoint: hyperparameters, the history of its compression, parameters.",
         "swincompress inspect model.safetensors",
         "swincompress inspect runs/digits/best.ckpt --json",
     )
@@ -45,7 +45,7 @@ def main(name: str, arguments: Sequence[str]) -> int:
 
 
 def describe_artifact(file: Path) -> dict[str, Any]:
-    """What an artifact holds, in JSON types. Raises ArtifactError for a bad one: counting its costs proves it."""
+    """What an artifact holds, in JSON types; raises ArtifactError for a bad one, as counting its costs checks it."""
 
     def with_costs(content: bytes) -> tuple[Program, list[Cost]]:
         program = artifact.unproved_program(content)
@@ -81,7 +81,7 @@ def describe_artifact(file: Path) -> dict[str, Any]:
 
 
 def show_artifact(described: Mapping[str, Any]) -> None:
-    """The description of an artifact for people."""
+    """Prints the description of an artifact."""
     shown, given = console(), described["input"]
     shown.print(
         f"artifact of specification version {described['norm_version']}, {megabytes(described['file_bytes'])} on disk"
@@ -93,7 +93,7 @@ def show_artifact(described: Mapping[str, Any]) -> None:
     more = "; ..." if classes and len(classes) > 5 else ""
     shown.print("classes: " + ("not named" if classes is None else f"{len(classes)}: {'; '.join(classes[:5])}{more}"))
     shown.print(f"logits: int32, one step is {described['logit_scale']:.6g}")
-    shown.print(f"parameters: {count(described['parameters'])}; MACs an image: {count(described['macs'])}")
+    shown.print(f"parameters: {count(described['parameters'])}; MACs per image: {count(described['macs'])}")
     size = described["size"]
     shown.print(
         f"bytes: {megabytes(size['nonzero_bytes'])} of non-zeros, {megabytes(size['indexed_bytes'])} with index "
@@ -117,8 +117,10 @@ def show_artifact(described: Mapping[str, Any]) -> None:
 
 
 def describe_checkpoint(file: Path) -> dict[str, Any]:
-    """What a Lightning checkpoint holds, in JSON types. Raises ValueError when it holds more than plain data and
-    tensors."""
+    """What a Lightning checkpoint holds, in JSON types.
+
+    Raises ValueError if it is not a Lightning checkpoint, or holds more than plain data and tensors.
+    """
     from swincompress_pl.checkpoint.record import histories_in, read_checkpoint
 
     checkpoint = read_checkpoint(file)
@@ -141,7 +143,7 @@ def describe_checkpoint(file: Path) -> dict[str, Any]:
 
 
 def show_checkpoint(described: Mapping[str, Any]) -> None:
-    """The description of a checkpoint for people."""
+    """Prints the description of a checkpoint."""
     shown = console()
     shown.print(
         f"checkpoint of Lightning {described['lightning_version']}, {megabytes(described['file_bytes'])}, "
@@ -171,7 +173,7 @@ def _pairs(values: Mapping[str, Any]) -> str:
 
 
 def _plain(value: Any, depth: int = 0) -> Any:
-    """JSON types only; anything else, and numbers that JSON does not have, as its text."""
+    """`value` in JSON types; anything else, and numbers that JSON does not have, becomes text."""
     if depth > _MAX_DEPTH and isinstance(value, Mapping | list | tuple):
         return "..."
     if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""Parts of a fit, measured: a few batches of an epoch, a search on a few targets, the exchange to integers."""
+"""Measures parts of a fit: a few batches of an epoch, a search on a few targets, the exchange to integers."""
 
 from __future__ import annotations
 
@@ -22,27 +22,27 @@ from swincompress_pl.callbacks import AdaptiveIterativePruning, PrimeSVT, Quanti
 from swincompress_pl.callbacks.searched_network import searched_network
 from swincompress_pl.pruning.space import local_space
 
-# The first batches of a loader wait for its workers and for the allocators; they are not counted.
+# The first batches of a loader wait for its workers and for the allocators, so they are not counted.
 _WARM_UP = 3
-# A search is measured on so many of its targets, spread evenly over the depth of the network.
+# A search is measured on this number of its targets, spread evenly over the depth of the network.
 _TARGETS = 6
-# A fit of one epoch that does not validate, but has its validation data: they are the hold-out of a search.
+# A fit of one epoch without validation. It keeps its validation data, which are the hold-out of a search.
 _NO_VALIDATION: Mapping[str, Any] = {"max_epochs": 1, "check_val_every_n_epoch": 2, "val_check_interval": 1.0}
 
 Search = AdaptiveIterativePruning | PrimeSVT
 MakeTrainer = Callable[..., Trainer]
-"""A Trainer with the settings of the config, but for those given by name."""
+"""Makes a trainer with the settings of the config, except for those given by name."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EpochTime:
-    """An epoch's training and one pass of validation, from the median of a few batches of each.
+    """The durations of an epoch's training and of one pass of validation, from the medians of a few batches.
 
     Attributes:
         training_s: Seconds for all training batches.
         validation_s: Seconds for all validation batches; 0 without any.
-        training_batches: Batches in an epoch.
-        validation_batches: Batches in a pass of validation.
+        training_batches: Number of batches in an epoch.
+        validation_batches: Number of batches in a pass of validation.
     """
 
     training_s: float
@@ -53,13 +53,13 @@ class EpochTime:
 
 @dataclass(frozen=True, kw_only=True)
 class SearchTime:
-    """A search, or one round of it, from a search on a few targets.
+    """The duration of a search, or of one round of it, from a search on a few targets.
 
     Attributes:
-        fixed_s: Seconds that do not depend on the number of targets: the hold-out is read, and scored as a whole.
+        fixed_s: Seconds that do not depend on the number of targets, for reading and scoring the whole hold-out.
         target_s: Seconds per target.
-        targets: Targets of the whole search.
-        measured: Targets that were tried.
+        targets: Number of targets of the whole search.
+        measured: Number of targets that were tried.
     """
 
     fixed_s: float
@@ -69,12 +69,12 @@ class SearchTime:
 
     @property
     def total_s(self) -> float:
-        """Seconds for all targets."""
+        """The seconds for all targets."""
         return self.fixed_s + self.target_s * self.targets
 
 
 class _Clock(Callback):
-    """When batches end; it stops the fit after enough of them."""
+    """Notes when batches end, and stops the fit after enough of them."""
 
     def __init__(self, batches: int) -> None:
         self._batches = batches
@@ -112,7 +112,7 @@ class _Clock(Callback):
 
 
 class _Enough(Exception):  # noqa: N818 - no error
-    """What was to be measured has been."""
+    """Ends a fit when everything was measured."""
 
 
 def measure_epoch(
@@ -123,7 +123,7 @@ def measure_epoch(
     batches: int,
     callbacks: Sequence[Callback] = (),
 ) -> EpochTime:
-    """Train and validate `batches` batches of each on a copy of `module`; see `EpochTime`."""
+    """Trains and validates a copy of `module` on `batches` batches each."""
     clock = _Clock(batches)
     module = copy.deepcopy(module)
     with _stopped_early():
@@ -147,7 +147,7 @@ def measure_exchange(
     *,
     batches: int,
 ) -> tuple[float, EpochTime]:
-    """Seconds of the exchange to integers, and an epoch of the quantized network."""
+    """Measures the seconds of the exchange to integers, and an epoch of the quantized network."""
     now = _from_the_start(quantizer)
     spent: list[float] = []
     _timed(now, "_begin_epoch", spent)
@@ -161,7 +161,7 @@ def measure_search(
     data: LightningDataModule | None,
     search: Search,
 ) -> SearchTime:
-    """Search on a few targets of a copy of `module`; see `SearchTime`."""
+    """Searches on a few targets of a copy of `module`."""
     now, module = _from_the_start(search), copy.deepcopy(module)
     network = searched_network(module, search.model_attribute)
     names = [target.name for target in local_space(now._space(network)).targets(network)]
@@ -172,7 +172,7 @@ def measure_search(
     _timed(now, "_begin_epoch", spent)
     with _stopped_early():
         make_trainer(callbacks=[now, _Clock(1)], **_NO_VALIDATION).fit(module, datamodule=copy.deepcopy(data))
-    # Between the first step and the last there is one step less than there are steps.
+    # There is one interval less than there are steps.
     trying_s = (steps[-1] - steps[0]) * len(steps) / (len(steps) - 1) if len(steps) > 1 else 0.0
     return SearchTime(
         fixed_s=max(0.0, spent[0] - trying_s), target_s=trying_s / chosen, targets=len(names), measured=chosen
@@ -180,7 +180,7 @@ def measure_search(
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most that this process had at once: on a GPU what torch allocated there, else its resident memory."""
+    """The largest memory of this process so far: on a GPU what torch allocated there, else its resident memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
@@ -200,13 +200,13 @@ def _from_the_start(callback: Compressing) -> Compressing:
 
 
 def _restricted(search: Search, names: Sequence[str]) -> int:
-    """Have `search` try a few of the targets `names`, one round; how many."""
+    """Restricts `search` to one round on a few of the targets `names`; returns how many."""
     chosen = names
-    if len(names) > _TARGETS:  # a search by global ranking has one
+    if len(names) > _TARGETS:
         chosen = [names[round(place * (len(names) - 1) / (_TARGETS - 1))] for place in range(_TARGETS)]
     if isinstance(search, PrimeSVT):
         search.evaluation_cache = None
-        # A few layers cannot save what all have to.
+        # A few layers alone cannot save what is asked of all.
         search.config = dataclasses.replace(search.config, layers=tuple(chosen), min_memory_saving=0.0)
     else:
         search.config = dataclasses.replace(search.config, layers=tuple(chosen), max_rounds=1, target=None)
@@ -214,7 +214,7 @@ def _restricted(search: Search, names: Sequence[str]) -> int:
 
 
 def _timed(owner: Any, name: str, spent: list[float]) -> None:
-    """Have the method `name` of `owner` note in `spent` how many seconds each call took."""
+    """Makes the method `name` of `owner` note in `spent` how many seconds each call took."""
     method = getattr(owner, name)
 
     def timed(*arguments: Any) -> Any:
@@ -239,7 +239,7 @@ def _now() -> float:
 
 
 def _per_batch(times: Sequence[float]) -> float:
-    """The median of the intervals between `times`, without the first ones where there are enough; 0 without any."""
+    """The median of the intervals between `times`, without the first ones if there are enough; 0 without any."""
     intervals = [after - before for before, after in pairwise(times)]
     later = intervals[_WARM_UP:] if len(intervals) > 2 * _WARM_UP else intervals[1:] or intervals
     return statistics.median(later) if later else 0.0

@@ -11,10 +11,10 @@ def main(name: str, arguments: Sequence[str]) -> int:
     """Renders a run's report again; returns 0."""
     command = parser(
         name,
-        "Renders report.md, report.html and the plots again from the report.json of a run.",
+        "Renders report.md, report.html and the plots of a run again from its report.json.",
         "swincompress report runs/demo",
     )
-    command.add_argument("run_dir", type=str, help="directory that holds report.json")
+    command.add_argument("run_dir", type=str, help="directory that holds a report.json")
     given = command.parse_args(list(arguments))
     from swincompress_pl.report import render_report
 

@@ -36,20 +36,24 @@ _EXAMPLES = {
 
 
 class CompressionCLI(LightningCLI):
-    """Any LightningModule, by default CompressibleClassifier, with any LightningDataModule."""
+    """Lightning's command line for any LightningModule, by default CompressibleClassifier, and any datamodule."""
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Three of Lightning's four: a compressed classifier has no predict step."""
+        """Returns three of Lightning's four sub-commands: a compressed classifier has no predict step."""
         known = LightningCLI.subcommands()
         return {name: known[name] for name in _EXAMPLES}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Makes CompressibleClassifier the default."""
+        """Makes CompressibleClassifier the default.
+
+        Args:
+            parser: The parser of a sub-command.
+        """
         parser.set_defaults({"model": {"class_path": _DEFAULT_MODEL}})
 
     def instantiate_classes(self) -> None:
-        """Makes the classes; with a checkpoint, Lightning takes the model's arguments from it."""
+        """Makes model, data and trainer; with a checkpoint, Lightning takes the model's arguments from it."""
         checkpoint = self.config[self.config.subcommand].get("ckpt_path") if self.config.get("subcommand") else None
         with restoring() if checkpoint and Path(checkpoint).is_file() else nullcontext():
             super().instantiate_classes()
@@ -66,13 +70,13 @@ CLI = TypeVar("CLI", bound=CompressionCLI)
 
 @functools.cache
 def _read_old_names() -> None:
-    """From now on, once per process, configs are read by the names of this version."""
+    """Translates names of version 0.1 in all configs that are read from now on; done once per process."""
     load = get_loader("yaml")
     set_loader("yaml", lambda text: _by_current_names(load(text)), exceptions=(yaml.YAMLError,))
 
 
 def _by_current_names(config: Any) -> Any:
-    """A config, or a part of one, with the arguments of our callbacks by the names of this version."""
+    """A config, or a part of one, with the arguments of our callbacks under their present names."""
     if isinstance(config, list):
         return [_by_current_names(part) for part in config]
     if not isinstance(config, dict):
@@ -87,7 +91,7 @@ def _by_current_names(config: Any) -> Any:
 
 def main(name: str, arguments: Sequence[str]) -> int:
     """Runs Lightning's command line; returns 0."""
-    # Lightning reads sys.argv, and starts further processes of a DDP run with it.
+    # Lightning reads sys.argv, and starts the other processes of a DDP run with it.
     sys.argv[1:] = [name, *arguments]
     options: dict[str, Any] = {each: {"epilog": epilog(*examples)} for each, examples in _EXAMPLES.items()}
     command_line(CompressionCLI, parser_kwargs={"prog": PROGRAM, "formatter_class": HelpFormatter, **options})
@@ -95,7 +99,15 @@ def main(name: str, arguments: Sequence[str]) -> int:
 
 
 def command_line(kind: type[CLI], **options: Any) -> CLI:
-    """Lightning's command line for our models, data and callbacks; `options` are those of LightningCLI."""
+    """Runs Lightning's command line for our models, data and callbacks.
+
+    Args:
+        kind: The class of the command line.
+        **options: Arguments of LightningCLI.
+
+    Returns:
+        The command line, with the objects that it has made.
+    """
     _read_old_names()
     return kind(
         LightningModule,

@@ -1,12 +1,12 @@
-"""Pruning: what to cut (groups, patterns), in which order (criteria), and two searches for how much of each.
+"""Pruning: what can be removed, in which order, and two searches for how much of it.
 
     from swincompress_pl.pruning import AdaptivePruningConfig, HoldOut, prune
     holdout = HoldOut.from_batches(loader)
     result = prune(network, holdout, AdaptivePruningConfig(tolerance=1.0), input_shape=(1, 3, 224, 224))
 
-`network` needs an adapter (`swincompress_pl.models` brings those of timm's Swin and ViT and of spiking transformers);
-nothing here knows a family or Lightning. Rooms, lower ones first: `structure`, `evaluation`, `criteria`, `space`, and
-the searches `adaptive` and `prime`.
+`network` needs an adapter. `swincompress_pl.models` has those of timm's Swin and ViT and of spiking transformers.
+Nothing here knows a particular family, or Lightning. The rooms, lower ones first, are `structure`, `evaluation`,
+`criteria`, `space`, and the searches `adaptive` and `prime`.
 """
 
 from swincompress_pl._deprecated import find_old_name

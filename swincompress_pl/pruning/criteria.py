@@ -1,9 +1,9 @@
 """How much a weight matters, and from that how much a unit does.
 
-A criterion gives the *saliency* of every weight of a parameter, 0 or more; what is not worth keeping is low. A unit's
-score is the sum over everything that it owns, so all granularities (units, single weights, n:m, blocks) share the
-criteria. Two of them look at the weights alone ("l1", "magnitude" = "l2"), two also at gradients of the loss
-(`collect_gradients`): "taylor" and "fisher".
+A criterion gives the *saliency* of every weight of a parameter. It is 0 or more, and low for what is not worth keeping.
+A unit's score is the sum over everything that it owns, so all granularities (units, single weights, n:m, blocks) share
+the criteria. "l1" and "magnitude" (also called "l2") look at the weights alone. "taylor", "fisher" and "layer_fisher"
+also look at gradients of the loss (`collect_gradients`).
 """
 
 from __future__ import annotations
@@ -30,8 +30,12 @@ from swincompress_pl.pruning.structure.groups import Group, Slice
 class Gradients:
     """Statistics of the loss's gradient g over some batches, for every parameter of a network.
 
-    absolute: {parameter name: mean of |g|}. squared: {parameter name: mean of g^2}. Both over the batches, float32, of
-    the parameter's shape and on its device. batches: how many, those of all ranks together.
+    The tensors are float32, of the parameter's shape, and on its device.
+
+    Attributes:
+        absolute: Maps a parameter name to the mean of |g| over the batches.
+        squared: Maps a parameter name to the mean of g^2 over the batches.
+        batches: Number of batches, those of all ranks together.
     """
 
     absolute: Mapping[str, Tensor]
@@ -42,7 +46,8 @@ class Gradients:
 Criterion = Callable[[str, Tensor, Gradients | None], Tensor]
 """(parameter name, weight, gradients of the network or None) -> saliency: the weight's shape, finite, 0 or more.
 
-A function that reads the gradients says so with an attribute: `mine.needs_gradients = True`.
+A function that reads the gradients says so with an attribute: `mine.needs_gradients = True`. A function whose scores
+estimate how far the loss rises says so with `mine.estimates_loss = True`.
 """
 
 
@@ -52,27 +57,30 @@ def l1(name: str, weight: Tensor, gradients: Gradients | None) -> Tensor:
 
 
 def magnitude(name: str, weight: Tensor, gradients: Gradients | None) -> Tensor:
-    """w^2; scores are its root, so that a unit has the L2 norm of what it owns."""
+    """w^2. A unit's score is the root of the sum: the L2 norm of what it owns."""
     return weight.double().square()
 
 
 def taylor(name: str, weight: Tensor, gradients: Gradients | None) -> Tensor:
-    """|w| * mean|g|: how far the loss moves, to first order, when w is set to 0 (Molchanov et al., CVPR 2019)."""
+    """|w| * mean|g|: how far the loss moves, to first order, if w is set to 0 (Molchanov et al., CVPR 2019)."""
     return weight.double().abs() * _statistics(gradients, "taylor").absolute[name]
 
 
 def fisher(name: str, weight: Tensor, gradients: Gradients | None) -> Tensor:
-    """w^2 * mean(g^2) / 2: the same to second order, the Hessian's diagonal taken for that of the empirical Fisher.
+    """w^2 * mean(g^2) / 2: how far the loss rises, to second order, if w is set to 0.
 
-    LeCun et al., Optimal Brain Damage, 1990; Theis et al., arXiv 1801.05787. g is a batch's mean gradient: compare only
-    scores from batches of one size.
+    The diagonal of the empirical Fisher stands for that of the Hessian (LeCun et al., Optimal Brain Damage, 1990; Theis
+    et al., arXiv 1801.05787). g is the mean gradient of a batch, so compare only scores from batches of one size.
     """
     return weight.double().square() * _statistics(gradients, "fisher").squared[name] / 2
 
 
 def layer_fisher(name: str, weight: Tensor, gradients: Gradients | None) -> Tensor:
-    """`fisher` with mean(g^2) averaged over the whole parameter: magnitudes, compared between layers by what the loss
-    feels of each. Steadier than `fisher` for single weights, whose own g^2 a few batches estimate badly."""
+    """`fisher` with mean(g^2) averaged over the whole parameter.
+
+    Inside a layer it ranks by magnitude, and between layers by how much the loss depends on each. It is steadier than
+    `fisher` for single weights, because a few batches estimate the g^2 of a single weight badly.
+    """
     squared = _statistics(gradients, "layer_fisher").squared[name]
     return weight.double().square() * squared.double().mean() / 2
 
@@ -95,21 +103,30 @@ def needs_gradients(criterion: str | Criterion) -> bool:
 
 
 def estimates_loss(criterion: str | Criterion) -> bool:
-    """Whether a unit's score is what the loss gains without it, so that it may be divided by what the unit costs.
+    """Whether a unit's score estimates how far the loss rises without it, so that it may be divided by its cost.
 
-    Both Fisher criteria are; "taylor" adds up absolute values, which is none: large units look dear. A function of
-    one's own says so with `mine.estimates_loss = True`.
+    Both Fisher criteria estimate that. "taylor" does not: it adds up absolute values, which makes large units look
+    important. A function of the user says so with `mine.estimates_loss = True`.
     """
     found = _find(criterion)
     return found in (fisher, layer_fisher) or bool(getattr(found, "estimates_loss", False))
 
 
 def saliency(network: nn.Module, name: str, criterion: str | Criterion, gradients: Gradients | None = None) -> Tensor:
-    """The checked saliency of the parameter `name`: float64, its shape, on its device.
+    """Computes and checks the saliency of one parameter.
 
-    criterion: a name in `CRITERIA` or a function. gradients: needed by some criteria (`needs_gradients`).
-    Raises ValueError naming the parameter and the criterion: no such parameter or criterion, missing gradients or those
-    of another shape, a saliency of a wrong shape, below 0 or not finite.
+    Args:
+        network: The network that holds the parameter.
+        name: Name of the parameter, dotted.
+        criterion: A name in `CRITERIA`, or a function.
+        gradients: Statistics for the criteria that need them (`needs_gradients`).
+
+    Returns:
+        The saliency: float64, of the parameter's shape, on its device.
+
+    Raises:
+        ValueError: If the parameter or the criterion is unknown, gradients are missing or of another shape, or the
+            saliency has a wrong shape, is below 0 or is not finite.
     """
     parameter = dict(network.named_parameters(remove_duplicate=False)).get(name)
     if parameter is None:
@@ -125,11 +142,23 @@ def unit_scores(
     *,
     normalize: bool | None = None,
 ) -> Tensor:
-    """The score of each unit of `group`: (units,) float32 on the CPU; the lowest are removed first.
+    """Scores each unit of a group; the lowest are removed first.
 
-    It is the sum of the saliency over everything that the unit owns (buffers carry none), its root for "magnitude".
-    normalize: divide by the group's mean, so that groups can be compared. By default only for criteria without
-    gradients: those with them are in units of the loss and comparable as they are. Raises ValueError as `saliency`.
+    A score is the sum of the saliency over all parameters that the unit owns, for "magnitude" the root of that sum.
+
+    Args:
+        network: The network of the group.
+        group: The group.
+        criterion: A name in `CRITERIA`, or a function.
+        gradients: Statistics for the criteria that need them.
+        normalize: Whether to divide by the group's mean, so that groups can be compared. None does so only for criteria
+            without gradients: the others are in units of the loss, and can be compared as they are.
+
+    Returns:
+        The scores (units,), float32, on the CPU.
+
+    Raises:
+        ValueError: As for `saliency`.
     """
     parameters = dict(network.named_parameters(remove_duplicate=False))
     slices: dict[str, list[Slice]] = {}
@@ -158,11 +187,23 @@ def weight_scores(
     *,
     normalize: bool | None = None,
 ) -> Tensor:
-    """The score of each weight of the parameter `name`: float32, its shape, on its device.
+    """Scores each weight of a parameter; the lowest are removed first.
 
-    It is the saliency, divided (normalize, see `unit_scores`) by its mean over the layer, so that sums over blocks are
-    right for every criterion; by "magnitude" layers are compared by |w| over their root mean square. What is masked
-    (saliency 0) does not count in the mean, as removed units do not. Raises ValueError as `saliency`.
+    A score is the saliency, divided by its mean over the layer if `normalize` asks for it. With "magnitude", layers are
+    then compared by (|w| / root mean square)^2. Masked weights (saliency 0) do not count in the mean.
+
+    Args:
+        network: The network that holds the parameter.
+        name: Name of the parameter, dotted.
+        criterion: A name in `CRITERIA`, or a function.
+        gradients: Statistics for the criteria that need them.
+        normalize: As for `unit_scores`.
+
+    Returns:
+        The scores: float32, of the parameter's shape, on its device.
+
+    Raises:
+        ValueError: As for `saliency`.
     """
     scores = saliency(network, name, criterion, gradients)
     if _normalizes(criterion, normalize):
@@ -171,7 +212,7 @@ def weight_scores(
 
 
 def lowest_units(scores: Tensor, count: int) -> tuple[int, ...]:
-    """The `count` units with the lowest score, sorted by index; of equal scores the lower index goes first."""
+    """The `count` units with the lowest scores, sorted by index; of equal scores the lower index is taken."""
     order = torch.argsort(scores, stable=True)
     return tuple(sorted(order[:count].tolist()))
 
@@ -184,13 +225,27 @@ def collect_gradients(
     max_batches: int = 8,
     predict: Callable[[Any], Any] | None = None,
 ) -> Gradients:
-    """The gradient statistics of all parameters, frozen ones too, over the first `max_batches` batches.
+    """Collects statistics of the gradients of all parameters, frozen ones too.
 
-    batches: pairs (inputs, targets), tensors are moved to the network's device; training data, not the hold-out that
-    decides. loss: (outputs, targets) -> scalar. predict: inputs -> outputs, instead of calling the network.
-    The network is in eval mode meanwhile; afterwards modes, `requires_grad`, `.grad` and the global random generators
-    are as they were. With several processes (torch.distributed) all call this, and all get the mean over all ranks.
-    Raises ValueError for no batches, batches that are no pairs, and a loss or gradient that is not finite or missing.
+    The network is in eval mode meanwhile. Afterwards its modes, `requires_grad`, `.grad` and the global random
+    generators are as they were. With torch.distributed, all processes have to call this, and all get the mean over all
+    ranks.
+
+    Args:
+        network: The network.
+        batches: Pairs (inputs, targets) of training data; do not use the hold-out that decides. Tensors are moved to
+            the network's device.
+        loss: (outputs, targets) -> scalar. The default is the cross entropy of logits (N, classes).
+        max_batches: How many batches are read from the beginning, 1 or more.
+        predict: inputs -> outputs, called in the place of the network.
+
+    Returns:
+        The statistics of every floating-point parameter.
+
+    Raises:
+        ValueError: If `max_batches` is below 1, there are no batches, a batch is not a pair, the loss carries no
+            gradient, or the loss or a gradient is not finite.
+        RankFailedError: If another process of a distributed run failed.
     """
     max_batches = integer("max_batches", max_batches, least=1)
     parameters = {name: p for name, p in network.named_parameters() if p.is_floating_point()}
@@ -212,7 +267,10 @@ def collect_gradients(
 
 
 class _Sums:
-    """The sums of |g| and g^2 so far. What went wrong is kept until all ranks know: none must wait for another."""
+    """The sums of |g| and g^2 so far.
+
+    A loss that is not finite is counted and raised only after the exchange, so that no rank waits for another.
+    """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
         self.parameters = parameters
@@ -222,11 +280,11 @@ class _Sums:
         self.batches, self.bad_losses = 0, 0
 
     def add(self, loss: Tensor) -> bool:
-        """Adds the gradient of a batch's loss; False when the loss is not finite."""
+        """Adds the gradient of a batch's loss; returns False if the loss is not finite."""
         if not loss.requires_grad:
             raise ValueError(
                 "the loss carries no gradient; a quantized network in eval mode gives none (collect from its "
-                ".network), nor does a predict under no_grad"
+                ".network), and neither does a predict under no_grad"
             )
         if not bool(torch.isfinite(loss)):
             self.bad_losses += 1
@@ -241,6 +299,7 @@ class _Sums:
         return True
 
     def reduce_over_ranks(self) -> None:
+        """Adds up the sums of all ranks."""
         if world_size() == 1:
             return
         agree()
@@ -272,7 +331,7 @@ class _Sums:
 
 @contextmanager
 def _differentiable_evaluation(network: nn.Module) -> Iterator[None]:
-    """Eval mode with every floating-point parameter differentiable; then all as it was."""
+    """Eval mode with every floating-point parameter differentiable inside the context."""
     parameters = [parameter for parameter in network.parameters() if parameter.is_floating_point()]
     with evaluation_mode(network), gradients(parameters, wanted=True):
         yield
@@ -280,7 +339,7 @@ def _differentiable_evaluation(network: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _generators_kept(device: torch.device) -> Iterator[None]:
-    """The global random generators are afterwards as before: iterating over a DataLoader draws from them."""
+    """Restores the global random generators afterwards, because iterating over a DataLoader draws from them."""
     states = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):

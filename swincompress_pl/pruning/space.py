@@ -1,8 +1,9 @@
-"""What a search may remove, for both searches: units of structured groups, or single weights; and what is left then.
+"""What a search may remove: units of structured groups, or single weights.
 
-A search space tells its targets, chooses what goes (the lowest scores), masks it for a trial and makes it last. Two
-there are: `StructuredSpace` (units, sliced away) and `WeightSpace` (weights, n:m, blocks, filters: masks that stay
-zero). `GlobalSpace` lays either over the whole network, so that one step takes the least of all layers together.
+A search space lists its targets, chooses what goes (the lowest scores), masks it for a trial, and makes it permanent.
+There are two: `StructuredSpace` slices units away, and `WeightSpace` keeps weights, n:m, blocks or filters at zero by
+masks. `GlobalSpace` treats the whole network as a single target of either, so that one step takes the lowest scores of
+all layers together.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from swincompress_pl.pruning.structure.weight_masks import masked_parameters, te
 from swincompress_pl.registry import ExplainingAdapter, adapter_for
 
 Removal = Mapping[str, Any]
-"""What is gone, in total, of each group (unit indices) or of each parameter (a mask, True where a weight stays)."""
+"""All that is gone: the unit indices of each group, or the mask of each parameter, True where a weight stays."""
 
 WHOLE_NETWORK = "network"
 _PER_MILLE = 1000
@@ -52,17 +53,18 @@ _SMALL_TOLERANCE_POINTS = 0.1
 class SpaceConfig:
     """What may be removed, and how much of it: the settings that both searches have in common.
 
-    granularity: "structured" (units of the network's groups), "weight" (single weights), n of m like "2:4", "block"
-        (blocks of block_shape = rows, columns), or "filter" (input channels, for each filter its own).
-    kinds: the kinds of groups: "heads", "mlp", "head_dim", "embed", of spiking networks also "conv", "qk", "v".
-    layers: patterns (fnmatch) of the names to prune, None for all. criterion: a name in `pruning.CRITERIA` or a
-        function (see `pruning.Criterion`).
-    max_sparsity: part of a target's original units that may go, above 0 and below 1.
-    round_to: kept widths (not heads) are multiples of it, so that kernels stay fast. Structured only.
-    shrink: "round" slices what is made to last, "end" masks it. Structured only.
-    ranking: "local" has every group or layer for a target, "global" the whole network for one.
-    target_of: the measure of what a search is to save; in a global ranking scores that estimate the loss are divided
-        by what the unit costs in it.
+    Attributes:
+        granularity: "structured" (units of the network's groups), "weight" (single weights), n of m such as "2:4",
+            "block", or "filter" (input channels, chosen for each filter alone).
+        block_shape: (outputs, inputs) of a block; only for "block".
+        kinds: Kinds of groups to prune; only for "structured".
+        layers: Patterns (fnmatch) of the names to prune; None for all.
+        criterion: A name in `pruning.CRITERIA`, or a function (`pruning.Criterion`).
+        max_sparsity: Part of a target's original units that may go, in (0, 1).
+        round_to: Kept widths, except those of heads, are multiples of it; only for "structured".
+        shrink: "round" slices what is removed for good, "end" masks it; only for "structured".
+        ranking: "local" makes every group or layer a target, "global" makes the whole network one target.
+        target_of: What a search is to save. With "macs", a global ranking prices units in MACs (see `GlobalSpace`).
     """
 
     granularity: str = "structured"
@@ -78,7 +80,7 @@ class SpaceConfig:
 
 
 def checked_tolerance(tolerance: float, *, example: float = 1.0, stacklevel: int = 4) -> float:
-    """`tolerance`; ValueError where it is none in points, and a warning of one that looks like a fraction."""
+    """Checks a tolerance in points: a ValueError outside (0, 100], a warning if it looks like a fraction."""
     wanted = f"in points, above 0 and at most 100, e.g. {example}"
     tolerance = arguments.number("tolerance", tolerance, lambda points: 0 < points <= 100, wanted)
     if tolerance < _SMALL_TOLERANCE_POINTS:
@@ -91,7 +93,7 @@ def checked_tolerance(tolerance: float, *, example: float = 1.0, stacklevel: int
 
 
 def check_criterion(criterion: str | Criterion) -> None:
-    """Raise ValueError for a criterion that there is not."""
+    """Raises ValueError for an unknown criterion."""
     known = callable(criterion) or (isinstance(criterion, str) and criterion in CRITERIA)
     arguments.require("criterion", criterion, known, f"one of {', '.join(CRITERIA)}, or a function")
 
@@ -100,9 +102,16 @@ def check_criterion(criterion: str | Criterion) -> None:
 class Target:
     """What one step narrows.
 
-    initial_units: how many it had before the search; units: how many it has now, `min_units` of which have to stay;
-    widths are multiples of `granule`. weights: how many weights its initial units owned together. tensors: the
-    parameters that masking it changes. members: the targets that a global target stands for.
+    Attributes:
+        name: Name of the group, or of the parameter.
+        kind: Kind of the group, "weight" or "global".
+        units: Present number of units.
+        initial_units: Number of units before the search.
+        min_units: Number of units that have to stay.
+        granule: Widths are multiples of it.
+        weights: Number of weights that the initial units owned together.
+        tensors: Names of the parameters that masking it changes.
+        members: The targets that a global target stands for.
     """
 
     name: str
@@ -116,7 +125,7 @@ class Target:
     members: tuple[Target, ...] = ()
 
     def least_units(self, max_sparsity: float) -> int:
-        """How narrow it may become: a multiple of `granule`, at least `min_units`."""
+        """The smallest width that `max_sparsity`, `granule` and `min_units` allow."""
         allowed = math.ceil(self.initial_units * (1 - max_sparsity) / self.granule - 1e-9) * self.granule
         return max(allowed, self.min_units, self.granule)
 
@@ -131,7 +140,7 @@ class SearchSpace(Protocol):
         ...
 
     def removal(self, network: nn.Module, target: Target, keep: int, gradients: Gradients | None) -> Removal:
-        """What is gone of a target's members when `keep` units stay: the lowest scores go first, as rank 0 sees it."""
+        """What is gone of a target if `keep` units stay: the lowest scores go first, as rank 0 computes them."""
         ...
 
     def masked(self, network: nn.Module, removal: Removal) -> AbstractContextManager[Any]:
@@ -139,17 +148,19 @@ class SearchSpace(Protocol):
         ...
 
     def commit(self, network: nn.Module, removal: Removal) -> Change:
-        """Make `removal` last."""
+        """Removes it for good."""
         ...
 
     def costs(self, network: nn.Module, input_shape: Sequence[int] | None) -> CostTracker:
-        """What the network costs without what a removal takes."""
+        """Counts what the network costs after a removal."""
         ...
 
 
 def local_space(config: SpaceConfig, initial_units: Mapping[str, int] | None = None) -> StructuredSpace | WeightSpace:
-    """The space of `config` with a target for every group or layer; initial_units: the widths before the search, where
-    it has begun."""
+    """The space of `config` with a target for every group or layer.
+
+    `initial_units` are the widths before the search, if it has begun already.
+    """
     if config.granularity == "structured":
         return StructuredSpace(config, initial_units)
     return WeightSpace(config, parse_granularity(config.granularity, block_shape=config.block_shape))
@@ -160,9 +171,9 @@ def search_space(
     initial_units: Mapping[str, int] | None = None,
     input_shape: Sequence[int] | None = None,
 ) -> StructuredSpace | WeightSpace | GlobalSpace:
-    """The space that `config` asks for, see `local_space`.
+    """The space that `config` asks for; see `local_space`.
 
-    input_shape: of one input with its batch axis; with it a global ranking knows what a unit costs in MACs.
+    `input_shape` is that of one input with its batch axis. A global ranking needs it to know what a unit costs in MACs.
     """
     local = local_space(config, initial_units)
     return GlobalSpace(local, input_shape) if config.ranking == "global" else local
@@ -171,10 +182,10 @@ def search_space(
 def check_on_trial(
     network: nn.Module, config: SpaceConfig, heard: FirstInputs, input_shape: Sequence[int] | None
 ) -> None:
-    """Raises ValueError where units cannot be cut as the groups say (`check_cuts`).
+    """Raises ValueError if units cannot be cut as the groups say (`check_cuts`).
 
-    heard: of the network while it was scored. Where that did not call it, input_shape says how images look; where
-    neither is known there is nothing to run. Masks of weights change no shape, and need no trial.
+    `heard` has the inputs of the network while it was scored. If scoring did not call it, images are made of
+    `input_shape`; without either, nothing is checked. Masks of weights change no shape, and need no trial.
     """
     arguments = heard.or_random(network, input_shape)
     if config.granularity == "structured" and arguments is not None:
@@ -182,13 +193,13 @@ def check_on_trial(
 
 
 class StructuredSpace:
-    """Whole units of the network's groups, removed physically at once or, with `shrink="end"`, masked until the end."""
+    """Whole units of the network's groups, sliced away at once or, with `shrink="end"`, masked until the end."""
 
     def __init__(self, config: SpaceConfig, initial_units: Mapping[str, int] | None = None) -> None:
         self.config, self.initial_units = config, initial_units or {}
 
     def groups(self, network: nn.Module) -> list[Group]:
-        """The groups of the kinds and names in the config; ValueError for a kind or a name that matches none."""
+        """The groups of the kinds and names in the config; a ValueError for a kind or a pattern that matches none."""
         adapter = adapter_for(network)
         groups: list[Group] = adapter.groups(network)
         kinds = sorted({g.kind for g in groups})
@@ -204,6 +215,7 @@ class StructuredSpace:
         return [g for g in chosen if g.name in names]
 
     def targets(self, network: nn.Module) -> list[Target]:
+        """One target per group."""
         shapes = {name: p.shape for name, p in network.named_parameters()}
         found = []
         groups = self.groups(network)
@@ -225,7 +237,7 @@ class StructuredSpace:
         return found
 
     def scores(self, network: nn.Module, target: Target, gradients: Gradients | None) -> Tensor:
-        """(units,) of the group; units that are masked already count as gone: below every other."""
+        """The scores of the group's units; those that are masked already score below all others."""
         group = self._group(network, target)
         scores = unit_scores(network, group, self.config.criterion, gradients)
         gone = list(gone_units(network, group))
@@ -233,22 +245,24 @@ class StructuredSpace:
         return scores
 
     def removal(self, network: nn.Module, target: Target, keep: int, gradients: Gradients | None) -> Removal:
+        """See `SearchSpace.removal`."""
         return from_rank_zero(self.lowest(self.scores(network, target, gradients), target, keep))
 
     def lowest(self, scores: Tensor, target: Target, keep: int) -> Removal:
-        """What is gone when the `keep` units of `target` with the highest `scores` stay."""
+        """What is gone if the `keep` units of `target` with the highest `scores` stay."""
         return {target.name: lowest_units(scores, len(scores) - keep)}
 
     def kept(self, target: Target, units: int) -> int:
-        """How much stays where `units` do, as `CostTracker` counts it."""
+        """What stays if `units` stay, as `CostTracker` counts it: units."""
         return units
 
     def scores_of_kept(self, network: nn.Module, target: Target, gradients: Gradients | None) -> Tensor:
-        """(target.units,) float64: the scores of the units that are still there."""
+        """The scores (target.units,), float64, of the units that are still there."""
         scores = self.scores(network, target, gradients).double()
         return scores[scores >= 0]
 
     def masked(self, network: nn.Module, removal: Removal) -> AbstractContextManager[Any]:
+        """See `SearchSpace.masked`."""
         groups = {g.name: g for g in self.groups(network)}
         with ExitStack() as stack:
             for name, units in removal.items():
@@ -256,6 +270,7 @@ class StructuredSpace:
             return stack.pop_all()
 
     def commit(self, network: nn.Module, removal: Removal) -> Change:
+        """Slices the network; with `shrink="end"` registers masks instead."""
         groups = self.groups(network)
         if self.config.shrink == "end":
             masks = consumer_masks(network, {g.name: g for g in groups}, removal)
@@ -263,6 +278,7 @@ class StructuredSpace:
         return Change(applied=apply_plan(network, PruningPlan.removing(groups, removal)))
 
     def costs(self, network: nn.Module, input_shape: Sequence[int] | None) -> CostTracker:
+        """See `SearchSpace.costs`."""
         return CostTracker(network, self.groups(network), input_shape)
 
     def _group(self, network: nn.Module, target: Target) -> Group:
@@ -270,7 +286,7 @@ class StructuredSpace:
 
 
 class WeightSpace:
-    """Single weights of the linear layers in the network's segments, by a pattern; their masks stay with the network.
+    """Weights of the linear layers and convolutions in the network's segments, divided by a pattern and kept at zero.
 
     The layer that reads the pixels (patch embedding) and the head are left alone, as in the paper.
     """
@@ -279,6 +295,7 @@ class WeightSpace:
         self.config, self.pattern = config, pattern
 
     def targets(self, network: nn.Module) -> list[Target]:
+        """One target per layer."""
         parameters = dict(network.named_parameters(remove_duplicate=False))  # a shared one is refused by its own name
         prunable = prunable_weights(network)
         if not prunable:
@@ -312,7 +329,7 @@ class WeightSpace:
         return found
 
     def scores(self, network: nn.Module, target: Target, gradients: Gradients | None) -> Tensor:
-        """Of the parameter's shape; masked weights count as gone: below every other."""
+        """The scores of the parameter's weights; those that are masked already score below all others."""
         scores = weight_scores(network, target.name, self.config.criterion, gradients)
         masks = masked_parameters(network)
         if target.name in masks:
@@ -320,41 +337,45 @@ class WeightSpace:
         return scores
 
     def removal(self, network: nn.Module, target: Target, keep: int, gradients: Gradients | None) -> Removal:
+        """See `SearchSpace.removal`."""
         return from_rank_zero(self.lowest(self.scores(network, target, gradients), target, keep))
 
     def lowest(self, scores: Tensor, target: Target, keep: int) -> Removal:
-        """What is gone when the `keep` units of `target` with the highest `scores` stay."""
+        """What is gone if the `keep` units of `target` with the highest `scores` stay."""
         return {target.name: self.pattern.keep_mask(scores, keep)}
 
     def kept(self, target: Target, units: int) -> int:
-        """How much stays where `units` do, as `CostTracker` counts it: weights."""
+        """What stays if `units` stay, as `CostTracker` counts it: weights."""
         return target.weights // target.initial_units * units
 
     def scores_of_kept(self, network: nn.Module, target: Target, gradients: Gradients | None) -> Tensor:
-        """(target.units,) float64: the scores of the units that are still there."""
+        """The scores (target.units,), float64, of the units that are still there."""
         scores = self.pattern.unit_scores(self.scores(network, target, gradients)).double().cpu()
         return scores[scores >= 0]
 
     def masked(self, network: nn.Module, removal: Removal) -> AbstractContextManager[Any]:
+        """See `SearchSpace.masked`."""
         with ExitStack() as stack:
             for name, mask in removal.items():
                 stack.enter_context(temporary_mask(network, name, mask))
             return stack.pop_all()
 
     def commit(self, network: nn.Module, removal: Removal) -> Change:
+        """Registers masks."""
         return commit_masks(network, removal)
 
     def costs(self, network: nn.Module, input_shape: Sequence[int] | None) -> CostTracker:
+        """See `SearchSpace.costs`."""
         return CostTracker(network, None, input_shape)
 
 
 class GlobalSpace:
-    """One target, the whole network in per mille of its prunable weights: a step takes the lowest scores anywhere.
+    """The whole network as one target, in per mille of its prunable weights: a step takes the lowest scores anywhere.
 
-    Scores that estimate the loss (`estimates_loss`: the Fisher criteria) are divided by what the unit costs: in MACs
-    where they are the target's measure and `input_shape` is known, else in parameters. So a step takes what saves most
-    for the loss, the order in which a knapsack is filled. Other scores stay as they are. Every member keeps what
-    `max_sparsity`, `round_to` and its own limits ask for, so a step may remove less than its share.
+    Scores that estimate the loss (`estimates_loss`, the Fisher criteria) are divided by what the unit costs. So a step
+    takes what saves most per loss, in the order in which a knapsack is filled. The cost of a structured unit is in MACs
+    if `target_of` is "macs" and `input_shape` is known; any other cost is in parameters. Other scores stay as they are.
+    Every member keeps what `max_sparsity`, `round_to` and its own limits ask for, so a step may remove less than asked.
     """
 
     def __init__(self, local: StructuredSpace | WeightSpace, input_shape: Sequence[int] | None = None) -> None:
@@ -362,6 +383,7 @@ class GlobalSpace:
         self._known_prices: list[float] = []
 
     def targets(self, network: nn.Module) -> list[Target]:
+        """One target for the whole network, with the targets of the local space as its members."""
         members = tuple(self.local.targets(network))
         return [
             Target(
@@ -376,6 +398,7 @@ class GlobalSpace:
         ]
 
     def removal(self, network: nn.Module, target: Target, keep: int, gradients: Gradients | None) -> Removal:
+        """See `SearchSpace.removal`; `keep` is in per mille."""
         removal: dict[str, Any] = {}
         for member, width in zip(target.members, self._widths(network, target, keep, gradients), strict=True):
             if width < member.units:
@@ -384,10 +407,10 @@ class GlobalSpace:
         return from_rank_zero(removal)
 
     def _widths(self, network: nn.Module, target: Target, keep: int, gradients: Gradients | None) -> list[int]:
-        """The members' widths when the lowest (target.units - keep) per mille of all original weights go, together."""
+        """The members' widths if together they lose the lowest (target.units - keep) per mille of all weights."""
         scores = [self.local.scores_of_kept(network, m, gradients) for m in target.members]
         if estimates_loss(self.config.criterion):
-            # A space lives as long as a round, in which nothing is sliced.
+            # A space lives for one round, in which nothing is sliced.
             self._known_prices = prices = self._known_prices or self._prices(network, target.members)
             scores = [each / price for each, price in zip(scores, prices, strict=True)]
         owners = torch.cat([torch.full((len(s),), i) for i, s in enumerate(scores)])
@@ -403,7 +426,7 @@ class GlobalSpace:
         return widths
 
     def _prices(self, network: nn.Module, members: Sequence[Target]) -> list[float]:
-        """What a unit of each member costs: MACs or parameters, of the network as it stands."""
+        """What a unit of each member costs in the present network, in MACs or parameters."""
         structured = isinstance(self.local, StructuredSpace)
         if not structured or self.config.target_of != "macs" or self.input_shape is None:
             return [m.weights / m.initial_units for m in members]
@@ -419,18 +442,23 @@ class GlobalSpace:
         return prices
 
     def masked(self, network: nn.Module, removal: Removal) -> AbstractContextManager[Any]:
+        """See `SearchSpace.masked`."""
         return self.local.masked(network, removal)
 
     def commit(self, network: nn.Module, removal: Removal) -> Change:
+        """See `SearchSpace.commit`."""
         return self.local.commit(network, removal)
 
     def costs(self, network: nn.Module, input_shape: Sequence[int] | None) -> CostTracker:
+        """See `SearchSpace.costs`."""
         return self.local.costs(network, input_shape)
 
 
 def prunable_weights(network: nn.Module) -> list[str]:
-    """The weights of the linear layers, in spiking networks of the convolutions, inside the network's segments, the
-    layer that reads the pixels apart."""
+    """The weights of linear layers and convolutions inside the network's segments, without the one that reads pixels.
+
+    The latter is the first of them.
+    """
     segments = adapter_for(network).segments(network)
     return [
         f"{name}.weight"
@@ -441,13 +469,13 @@ def prunable_weights(network: nn.Module) -> list[str]:
 
 
 def _owned(shapes: Mapping[str, torch.Size], group: Group) -> int:
-    """How many parameter elements the units of `group` own."""
+    """The number of parameter elements that the units of `group` own."""
     parts = [(shapes[s.tensor], s) for s in group.slices if s.tensor in shapes]
     return sum(math.prod(shape) // shape[s.axis] * s.width * len(s.offsets) * group.units for shape, s in parts)
 
 
 def _matching(names: Sequence[str], patterns: Sequence[str] | None) -> list[str]:
-    """The names that any pattern matches (all without patterns); ValueError for a pattern that matches none."""
+    """The names that any pattern matches, all for None; a ValueError for a pattern that matches none."""
     if patterns is None:
         return list(names)
     for pattern in patterns:

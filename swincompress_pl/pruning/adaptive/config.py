@@ -1,4 +1,4 @@
-"""The settings of the adaptive iterative (round-robin) search, checked once."""
+"""The settings of the adaptive iterative (round-robin) search, checked when they are given."""
 
 from __future__ import annotations
 
@@ -14,28 +14,41 @@ from swincompress_pl.pruning.structure.patterns import parse_granularity
 class AdaptivePruningConfig(SpaceConfig):
     """What the search prunes, how far and in which steps.
 
-    tolerance: accuracy that may be lost against the baseline, in points, above 0 and at most 100.
-    first_tolerance: the tolerance to begin with, doubled up to `tolerance` whenever every target is locked; None for
-        `tolerance` from the start. A wide tolerance lets the first targets spend it on steps that others would give
-        cheaper; beginning narrow takes what is cheap everywhere first, for more rounds.
-    granularity: "structured" (units of the network's groups), "weight" (single weights), n of m like "2:4", "block"
-        (blocks of block_shape = rows, columns), or "filter" (input channels, for each filter its own).
-    step: part of a target's original units that a first step removes; halved at each rejection until it is below
-        min_step, then the target is locked. Steps are rounded to whole heads, to multiples of round_to elsewhere.
-    max_sparsity: part of a target's original units that may go, above 0 and below 1.
-    round_to: kept widths (not heads) are multiples of it, so that kernels stay fast. Structured only.
-    order: "fixed" is the network's own, "size" the target with most weights first, "sensitivity" the one that costs
-        least accuracy first, measured once before the first round.
-    ranking: "local" narrows one target after the other (round-robin); "global" takes the lowest scores of all together.
-    overshoot: "rollback" undoes a step beyond the tolerance; "keep" keeps it and locks the target, as the paper seems
-        to.
-    shrink: "round" slices at the end of every round, "end" masks until the search is over. Structured only.
-    kinds: the kinds of groups to prune: "heads", "mlp", "head_dim", "embed", of spiking networks also "conv", "qk",
-        "v". layers: patterns (fnmatch) of the names to prune, None for all. criterion: a name in `pruning.CRITERIA`
-        or a function (see `pruning.Criterion`).
-    target: a second stopping rule: the part of the cost (target_of: "macs", "parameters" or "bytes") to remove, between
-        0 and 1. max_rounds, time_budget_s: the search ends after so many rounds, or so many seconds of searching.
-    Raises ValueError, naming the field, for anything else and for fields that contradict each other.
+    Attributes:
+        tolerance: Accuracy that may be lost against the baseline, in points, above 0 and at most 100.
+        first_tolerance: Tolerance to begin with, above 0 and at most `tolerance`. It is doubled up to `tolerance`
+            whenever every target is locked. A narrow one takes what is cheap everywhere first, and needs more rounds.
+            None begins with `tolerance`.
+        granularity: "structured" (units of the network's groups), "weight" (single weights), n of m such as "2:4",
+            "block", or "filter" (input channels, chosen for each filter alone).
+        block_shape: (outputs, inputs) of a block, each 1 or more; only for "block".
+        step: Part of a target's original units that the first step removes, above 0 and at most 1. Each rejection
+            halves it. Steps are rounded to whole units, or to multiples of `round_to` where that applies.
+        min_step: A target is locked once its step is smaller than this. Above 0 and at most `step`.
+        max_sparsity: Part of a target's original units that may go, above 0 and below 1.
+        round_to: Kept widths, except those of heads, are multiples of it, so that kernels stay fast; 1 or more. Only
+            for "structured".
+        order: "fixed" takes the targets in the order of the network, and "size" those with most weights first.
+            "sensitivity" takes those first that cost least accuracy, measured once before the first round. A global
+            ranking has only one target, so the order does not matter there.
+        ranking: "local" narrows one target after the other (round-robin). "global" takes the lowest scores of all
+            together; n of m and "filter" are rules per layer and do not allow it.
+        overshoot: "rollback" undoes a step beyond the tolerance. "keep" keeps it and locks the target, as the paper
+            seems to do.
+        shrink: "round" slices at the end of every round; "end" masks units, and slices when the search is over. Only
+            for "structured", and "end" not with the kinds "embed", "head_dim" and "qk".
+        kinds: Kinds of groups to prune: "heads", "mlp", "head_dim" and "embed"; in spiking networks also "conv", "qk"
+            and "v". Only for "structured".
+        layers: Patterns (fnmatch) of the names to prune; None for all.
+        criterion: A name in `pruning.CRITERIA`, or a function (`pruning.Criterion`).
+        target: Part of the cost to remove, above 0 and below 1; the search ends when it is reached. None for no target.
+        target_of: Cost that `target` counts: "macs", "parameters" or "bytes" (four per parameter, and a bit per
+            element of a masked weight). A target in MACs is only for "structured".
+        max_rounds: The search ends after this number of rounds, 1 or more; None for no limit.
+        time_budget_s: The search ends after this number of seconds of searching, without training; None for no limit.
+
+    Raises:
+        ValueError: If a field is outside its range, or fields contradict each other; the message names the field.
     """
 
     tolerance: float = 1.0

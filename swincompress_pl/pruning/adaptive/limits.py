@@ -1,4 +1,4 @@
-"""When a search is over, and a search that goes on under other limits than those it was begun with."""
+"""When a search is over, and how it continues under other limits than those it began with."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ LIMITS = (
     "tolerance", "first_tolerance", "step", "min_step", "max_sparsity", "round_to", "overshoot", "target", "target_of",
     "max_rounds", "time_budget_s",
 )  # fmt: skip
-"""The fields of a config that a search may go on with other values of."""
+"""The fields of a config that may change while a search is under way."""
 
 
 class Costs(Protocol):
-    """What a network costs: a `Cost`, or a `Step` that says it."""
+    """What a network costs: a `Cost` or a `Step`."""
 
     @property
     def parameters(self) -> int:
-        """All, but those that a mask makes zero."""
+        """The number of parameters, without those that a mask makes zero."""
         ...
 
     @property
     def macs(self) -> int | None:
-        """Of one image, None where no input shape was given."""
+        """MACs per image; None if no input shape was given."""
         ...
 
     @property
     def size_bytes(self) -> int:
-        """Of the weights."""
+        """The bytes of the weights."""
         ...
 
 
 def removed_part(state: SearchState, config: AdaptivePruningConfig, cost: Costs) -> float:
-    """The part of the baseline's cost, in the target's measure, that is gone at `cost`."""
+    """The part of the baseline's cost that is gone, in the measure of the target; 0 if MACs are not counted."""
     if config.target_of == "parameters":
         return 1 - cost.parameters / state.baseline_parameters
     if config.target_of == "bytes":
@@ -48,7 +48,7 @@ def removed_part(state: SearchState, config: AdaptivePruningConfig, cost: Costs)
 
 
 def why_over(state: SearchState, config: AdaptivePruningConfig, removed: float, *, out_of_time: bool) -> str | None:
-    """Why a search is over, None while it is not. removed: the part of the target's measure that is gone."""
+    """Why a search is over; None while it is not. `removed` is what `removed_part` gives."""
     missed = ""
     if config.target is not None:
         told = f"{removed:.1%} of the {config.target_of} removed"
@@ -65,11 +65,11 @@ def why_over(state: SearchState, config: AdaptivePruningConfig, removed: float, 
 
 
 def take_up_limits(state: SearchState, before: Mapping[str, Any], config: AdaptivePruningConfig) -> None:
-    """Have `state` go on under the limits of `config`; before: the fields, by name, of the config that it had so far.
+    """Lets a search continue under the limits of `config`; `before` has the fields, by name, of its config so far.
 
-    What only an old limit had locked is open again: by a wider tolerance, a smaller min_step, another max_sparsity,
-    round_to or overshoot. So is a search that was over, whatever ended it, if none of the new limits ends it. A new
-    first_tolerance is the tolerance from now on, doubled up to `tolerance` as ever.
+    Targets that only an old limit had locked are unlocked: by a wider tolerance, a smaller min_step, or another
+    max_sparsity, round_to or overshoot. A search that was over continues, whatever ended it, if no new limit ends it.
+    A new first_tolerance is the tolerance from now on, and is doubled up to `tolerance` as usual.
     """
     changed = {name for name in LIMITS if name in before and before[name] != getattr(config, name)}
     if not changed:

@@ -1,4 +1,7 @@
-"""`begin_search` and `run_round` of version 0.1, on the session that has taken their place; gone in version 0.3."""
+"""`begin_search` and `run_round` of version 0.1, which use the `SearchSession` that replaced them.
+
+Version 0.3 will remove them.
+"""
 
 from __future__ import annotations
 
@@ -39,9 +42,9 @@ def run_round(
     progress: Callable[[Step], None] | None = None,
     follower: CoupledState | None = None,
 ) -> RoundOutcome:
-    """A round of a `SearchSession` that goes on from `state`, which itself is not changed.
+    """Runs a round of a `SearchSession` that continues from a copy of `state`.
 
-    unchanged: the network is the one that the scorer last scored in full, so it need not do so again.
+    With `unchanged`, the network is the one that the scorer last scored in full, and is not scored again.
     """
     session = SearchSession(
         network, evaluate, config, input_shape=input_shape, gradients=gradients, state=copy.deepcopy(state)

@@ -1,4 +1,4 @@
-"""One round of the search at work, and the rules of its steps."""
+"""One round of the search, and the rules of its steps."""
 
 from __future__ import annotations
 
@@ -25,24 +25,32 @@ from swincompress_pl.pruning.structure.cost import Cost
 class CoupledState(Protocol):
     """What belongs to a network and has to be cut with it, such as the scales of its quantization.
 
-    On an exception its attributes, and the modules among them, are brought back with the network (`all_or_nothing`).
+    An exception restores its attributes, including modules among them, together with the network (`all_or_nothing`).
     """
 
     def cut(self, applied: AppliedPlan) -> None:
-        """The network was cut."""
+        """Called after the network was cut."""
         ...
 
     def uncut(self) -> None:
-        """The latest cut was taken back."""
+        """Called after the latest cut was undone."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """What a round works with, and does not change, but for the network.
+    """What a round works with; of this it changes only the network and what is coupled to it.
 
-    gradients: of the network as it stands, for the criteria that need them. retrains: the weights are trained between
-    rounds, so a step that failed may be tried again. on_step: told of each tried step. coupled: cut with the network.
+    Attributes:
+        network: The network to prune.
+        evaluator: Scores the network.
+        config: The settings of the search.
+        space: The search space.
+        input_shape: Shape of one input with its batch axis; None if MACs are not counted.
+        gradients: Statistics of the present network, for the criteria that need them.
+        retrains: Whether the weights are trained between rounds, so that a failed step may be tried again.
+        on_step: Called with each tried step.
+        coupled: Cut together with the network.
     """
 
     network: nn.Module
@@ -58,7 +66,7 @@ class Setup:
 
 @dataclass(frozen=True, kw_only=True)
 class Accepted:
-    """An accepted step: its target as it was, what is gone of it, and what the network cost before."""
+    """An accepted step: its target before, what is gone of it, and what the network cost before."""
 
     target: Target
     removal: Removal
@@ -66,7 +74,7 @@ class Accepted:
 
 
 class Round:
-    """One round at work: what was accepted and the steps so far. `state` is changed as it goes."""
+    """One round under way: what was accepted and the steps so far. It changes `state` as it goes."""
 
     def __init__(self, setup: Setup, state: SearchState) -> None:
         self.setup, self.state = setup, state
@@ -81,7 +89,7 @@ class Round:
         self._started = time.monotonic()
 
     def run(self, targets: Sequence[Target]) -> Change:
-        """Try one step on every active one of `targets` in turn, then make what was accepted last."""
+        """Tries one step on every active target in turn, then removes for good what was accepted."""
         if self._begin():
             with ExitStack() as masks:
                 for target in in_order(targets, self.state, self.config):
@@ -92,6 +100,7 @@ class Round:
         return self._commit_accepted()
 
     def seconds(self) -> float:
+        """The duration of the round so far."""
         return time.monotonic() - self._started
 
     def _out_of_time(self) -> bool:
@@ -99,13 +108,13 @@ class Round:
         return budget is not None and bool(from_rank_zero(self.state.elapsed_s + self.seconds() >= budget))
 
     def _begin(self) -> bool:
-        """Score the network as it stands; False when training left it below the tolerance."""
+        """Scores the present network; returns False if training left it below the tolerance."""
         self.state.score = self.evaluator.compare_with(self.network)
         self.below_floor = self.state.score < self.floor and self.config.overshoot != "keep"
         return not self.below_floor
 
     def _out_of_rounds(self) -> bool:
-        """A search that goes on with fewer rounds than it has had already is over without another."""
+        """Whether a search that continues with a smaller `max_rounds` has had more rounds already."""
         return self.config.max_rounds is not None and self.state.rounds > self.config.max_rounds
 
     def _removed_part(self, cost: Cost) -> float:
@@ -115,7 +124,7 @@ class Round:
         return self.config.target is not None and self._removed_part(self.cost) >= self.config.target
 
     def _try_step(self, target: Target, masks: ExitStack) -> None:
-        """Mask a step of `target` and score it; keep the mask on `masks` if the step is accepted."""
+        """Masks a step of a target and scores it; keeps the mask on `masks` if the step is accepted."""
         entry = self.state.targets[target.name]
         before, after = entry.units, units_after_step(target, entry, self.config)
         assert after is not None  # such targets were locked before the round
@@ -140,8 +149,10 @@ class Round:
         self._record(target, after, verdict.score, accepted, verdict.images, verdict.exact)
 
     def _removal(self, target: Target, after: int) -> tuple[int, Removal, Cost | None]:
-        """What a step to `after` units removes, or a smaller one where that is beyond the search's target already; with
-        what the network then costs, where that had to be known."""
+        """The width after a step, what the step removes, and the cost of the network then, None if it is not known.
+
+        The step goes to `after` units, or only as far as the target of the search needs.
+        """
         setup = self.setup
 
         def at(keep: int) -> Removal:
@@ -165,12 +176,15 @@ class Round:
         return {name: gone for each in self.accepted.values() for name, gone in each.removal.items()}
 
     def _cost_with(self, removal: Removal) -> Cost:
-        """What the network costs without `removal` and what was accepted before."""
+        """The cost of the network without `removal` and without what was accepted before."""
         return self.costs.after({**self._removal_accepted(), **removal})
 
     def _commit_accepted(self) -> Change:
-        """Make the accepted steps last and score the whole hold-out: sampling, or sums in another order, may have
-        erred. Should that be beyond the tolerance, the latest steps are given up until it is within."""
+        """Removes for good what was accepted, and scores the whole hold-out.
+
+        Decisions by sampling, or sums in another order, may have been wrong. If the score is below the tolerance, the
+        latest steps are given up until it is not.
+        """
         while self.accepted:
             change = self._commit()
             score = self.evaluator.score(self.network)
@@ -234,13 +248,14 @@ class Round:
             self.setup.on_step(step)
 
     def why_stopped(self) -> str | None:
-        """Why the search is over after this round, None while it is not."""
+        """Why the search is over after this round; None if it is not."""
         if self.below_floor and not self.setup.retrains:
             return f"{self.state.score:.2f} points are below the tolerance before anything is tried"
         return why_over(self.state, self.config, self._removed_part(self.cost), out_of_time=self._out_of_time())
 
 
 def check_same_targets(state: SearchState, targets: Sequence[Target]) -> None:
+    """Raises ValueError if the network does not have the targets, and their widths, of the state."""
     names = {t.name for t in targets}
     if names != set(state.targets):
         different = sorted(names ^ set(state.targets))[:4]
@@ -257,6 +272,7 @@ def check_same_targets(state: SearchState, targets: Sequence[Target]) -> None:
 
 
 def in_order(targets: Sequence[Target], state: SearchState, config: AdaptivePruningConfig) -> list[Target]:
+    """The targets in the order in which a round tries them."""
     if config.order == "fixed":
         return list(targets)
     if config.order == "size":
@@ -265,13 +281,13 @@ def in_order(targets: Sequence[Target], state: SearchState, config: AdaptivePrun
 
 
 def _loss_a_part(curve: Sequence[tuple[float, float]]) -> float:
-    """Points lost a part removed, averaged over the measured levels."""
+    """Points lost per part removed, averaged over the measured levels."""
     losses = [(curve[0][1] - score) / part for part, score in curve if part > 0]
     return sum(losses) / len(losses) if losses else 0.0
 
 
 def units_after_step(target: Target, entry: TargetState, config: AdaptivePruningConfig) -> int | None:
-    """The width after the next step, None when the target is as narrow as it may be."""
+    """The width after the next step; None if the target is as narrow as it may be."""
     least = target.least_units(config.max_sparsity)
     if entry.units <= least:
         return None
@@ -280,6 +296,7 @@ def units_after_step(target: Target, entry: TargetState, config: AdaptivePruning
 
 
 def lock_finished(state: SearchState, targets: Sequence[Target], config: AdaptivePruningConfig) -> None:
+    """Locks the targets that are as narrow as they may be."""
     for target in targets:
         entry = state.targets[target.name]
         if entry.locked is None and units_after_step(target, entry, config) is None:
@@ -287,7 +304,7 @@ def lock_finished(state: SearchState, targets: Sequence[Target], config: Adaptiv
 
 
 def widen_tolerance(state: SearchState, targets: Sequence[Target], config: AdaptivePruningConfig) -> None:
-    """When nothing more is to be had within a tolerance that is not yet the last, double it and begin again."""
+    """Doubles the tolerance and unlocks all targets once every one is locked, up to the final tolerance."""
     if state.tolerance >= config.tolerance or any(entry.locked is None for entry in state.targets.values()):
         return
     state.tolerance = min(2 * state.tolerance, config.tolerance)

@@ -1,12 +1,11 @@
-"""Adaptive iterative pruning: round-robin over groups or layers, a step each, kept only where the accuracy allows it.
+"""Adaptive iterative pruning: one step per group or layer in turn, kept only if the accuracy allows it.
 
-After Cai & Liu (DOI 10.13700/j.bh.1001-5965.2024.0222). A round tries one step on every active target in turn: what
-has the lowest scores is masked and the network is scored; within the tolerance of the baseline it stays masked,
-otherwise it comes back and the target's step is halved. At the end of a round everything accepted is made to last and
-the whole hold-out is scored; should that be beyond the tolerance, the latest steps are given up until it is within.
+After Cai & Liu (DOI 10.13700/j.bh.1001-5965.2024.0222). A round tries one step on every active target in turn. It masks
+what has the lowest scores, and scores the network. Within the tolerance of the baseline, the step stays masked;
+otherwise it is undone and the target's step is halved. At the end of a round, everything accepted is removed for good,
+and the whole hold-out is scored. If that score is below the tolerance, the latest steps are given up until it is not.
 
-Nothing here knows Lightning: `prune` is the whole loop, a `SearchSession` one round after another for those who train
-in between.
+Nothing here knows Lightning. `prune` is the whole loop, and a `SearchSession` runs single rounds with training between.
 """
 
 from __future__ import annotations
@@ -49,7 +48,13 @@ CollectGradients = Callable[[nn.Module], Gradients]
 
 @dataclass(frozen=True, kw_only=True)
 class RoundOutcome:
-    """One finished round: what was changed, the steps tried, and the state for the next round."""
+    """One finished round.
+
+    Attributes:
+        change: What was changed in the network.
+        steps: The steps that were tried.
+        state: The state for the next round.
+    """
 
     change: Change
     steps: tuple[Step, ...]
@@ -57,7 +62,7 @@ class RoundOutcome:
 
     @property
     def applied(self) -> AppliedPlan:
-        """What was sliced, for `slice_optimizer`."""
+        """What was sliced, for `slice_optimizer`; empty if only masks were set."""
         return self.change.applied
 
 
@@ -65,9 +70,12 @@ class RoundOutcome:
 class PruningResult:
     """A finished search.
 
-    plan: what was sliced, from the original network to the final one; empty for masks.
-    score, baseline_score: accuracy in points on the hold-out that decided.
-    steps: every tried step in order. stopped: why the search ended, and whether a target was met.
+    Attributes:
+        plan: The units that stay, from the original network to the final one; empty for masks of weights.
+        score: Accuracy of the network that the last round left, in points on the hold-out that decided.
+        steps: Every tried step in order.
+        stopped: Why the search ended, and whether its target was met.
+        state: The state after the last round, with the costs of the network before, and of scoring.
     """
 
     plan: PruningPlan
@@ -78,12 +86,12 @@ class PruningResult:
 
     @property
     def baseline_score(self) -> float:
-        """The accuracy before pruning, in points."""
+        """The accuracy before pruning, in points on the hold-out."""
         return self.state.baseline_score
 
 
 class SearchSession:
-    """A search on `network`, round by round.
+    """A search on a network, round by round.
 
         session = SearchSession(network, holdout, config, input_shape=(1, 3, 224, 224))
         while session.state.stopped is None:
@@ -91,9 +99,23 @@ class SearchSession:
             ...  # train; slice_optimizer(optimizer, outcome.applied) comes first
         session.finish()
 
-    evaluate, input_shape, gradients: as for `prune`. state: that of a search to go on with; without one a new search
-    begins: the baseline is scored, and each target's sensitivity if the order asks for it. Raises ValueError where
-    what the config asks for is not given, or the state is of another network or other settings.
+    Args:
+        network: The network; rounds change it in place.
+        evaluate: As for `prune`.
+        config: What the search prunes, how far and in which steps.
+        input_shape: As for `prune`.
+        gradients: As for `prune`.
+        state: The state of a search to continue. None begins a new search: it scores the baseline and, if the order
+            asks for it, measures the sensitivity of each target.
+
+    Attributes:
+        state: Where the search stands; `state.stopped` is None until it is over.
+
+    Raises:
+        ValueError: If the config needs an `input_shape` or `gradients`, nothing matches its kinds or layers, the
+            network cannot be cut as its groups say, or the score is not an accuracy in points.
+        UnsupportedNetworkError: If the network has no adapter, or its adapter does not cover this variant.
+        RankFailedError: If another process of a distributed run failed.
     """
 
     @outside_inference_mode()
@@ -119,7 +141,7 @@ class SearchSession:
         self.network, self.config = network, config
         self.evaluator = as_evaluator(evaluate)
         self._input_shape, self._collect = input_shape, gradients
-        self._gradients: Gradients | None = None  # of the network as it stands, where they were needed
+        self._gradients: Gradients | None = None  # of the present network, if they were needed
         if state is None:
             with all_or_nothing(written=[network]):
                 state = self._begun()
@@ -134,12 +156,24 @@ class SearchSession:
         on_step: Callable[[Step], None] | None = None,
         coupled: CoupledState | None = None,
     ) -> RoundOutcome:
-        """Try one step on every active target in turn, then make what was accepted last.
+        """Tries one step on every active target in turn, then removes for good what was accepted.
 
-        retrains: the weights are trained between rounds, so a step that failed may be tried again in the next one.
-        on_step: told of each tried step. coupled: told when what was accepted is cut, before it is scored, and when
-        that is taken back. A network that training left below the tolerance is not tried at all: it trains on. On any
-        exception the network, what is coupled to it, and the state are as they were.
+        If training left the network below the tolerance, nothing is tried, so that it can train on. On any exception
+        the network, what is coupled to it, and the state are as before the round.
+
+        Args:
+            retrains: Whether the weights are trained between rounds. If so, a step that failed may be tried again.
+            on_step: Called with each tried step.
+            coupled: Something to cut together with the network. Its `cut` is called before the cut network is scored,
+                and its `uncut` if the cut is undone.
+
+        Returns:
+            What the round changed, its steps, and the state after it.
+
+        Raises:
+            ValueError: If the network, or what the config makes its targets, is not what the state is about, or the
+                score is not an accuracy in points.
+            RankFailedError: If another process of a distributed run failed.
         """
         together = [] if coupled is None else [coupled]
         try:
@@ -156,7 +190,7 @@ class SearchSession:
         space = search_space(self.config, state.initial_units, self._input_shape)
         targets = space.targets(self.network)
         check_same_targets(state, targets)
-        lock_finished(state, targets, self.config)  # max_sparsity may be another than in the round before
+        lock_finished(state, targets, self.config)  # max_sparsity may have changed since the last round
         setup = Setup(
             network=self.network,
             evaluator=self.evaluator,
@@ -185,13 +219,17 @@ class SearchSession:
         return RoundOutcome(change=change, steps=tuple(work.steps), state=state)
 
     def network_changed(self) -> None:
-        """The network was trained: what is known of it is forgotten."""
+        """Forgets scores and gradients of the network; call it after training."""
         self._gradients = None
         self.evaluator.network_changed()
 
     @outside_inference_mode()
     def finish(self) -> AppliedPlan:
-        """With `shrink="end"`: slice away what the masks have taken, and the masks of those weights with it."""
+        """Slices away, with `shrink="end"`, the units that are masked, and removes their masks.
+
+        Returns:
+            What was sliced, for `slice_optimizer`; empty with `shrink="round"` and for masks of weights.
+        """
         return finish_search(self.network, self.config)
 
     def _begun(self) -> SearchState:
@@ -250,17 +288,36 @@ def prune(
     gradients: CollectGradients | None = None,
     progress: bool | Callable[[Step], None] = False,
 ) -> PruningResult:
-    """Prune `network` in place, round by round, until all is locked, a target is met, or rounds or time are used up.
+    """Prunes a network in place, standard or spiking, as far as its accuracy on a hold-out allows.
 
-    evaluate: a `HoldOut` (few images a decision), or a function (network) -> accuracy in points, 0 to 100, on a
-        hold-out; called in eval mode with masks in place.
-    input_shape: of one input with its batch axis, e.g. (1, 3, 224, 224); needed for a target in MACs.
-    recover: (network, what was just cut) -> None, fine-tuning between rounds; use `slice_optimizer` on its optimizer,
-        and `keep_masks` for granularities other than "structured".
-    gradients: (network) -> Gradients, e.g. with `collect_gradients`; for the criteria that need them.
-    progress: True prints a line for each tried step; a function is called with it.
-    Whatever is raised (by evaluate, by progress, an interrupt), the network is left as it was before; with `recover`,
-    which trains, as it was before the round that failed.
+    The search (Cai & Liu, DOI 10.13700/j.bh.1001-5965.2024.0222) goes round by round. It ends when every target is
+    locked, `config.target` is met, or the rounds or the time are used up.
+
+    On any exception (of `evaluate`, of `progress`, or an interrupt) the network is left as it was before the search.
+    With `recover`, which trains, it is left as it was before the round that failed.
+
+    Args:
+        network: The network; its family needs an adapter.
+        evaluate: A `HoldOut`, which decides on few images, or a function (network) -> accuracy in points, 0 to 100, on
+            a hold-out. The function is called in eval mode with masks in place, and must not change the weights.
+        config: What to prune, how far and in which steps; None for the defaults.
+        input_shape: Shape of one input with its batch axis, such as (1, 3, 224, 224). A target in MACs needs it;
+            without it MACs are not counted.
+        recover: (network, what was just cut) -> None, for fine-tuning between rounds. It is not called after the last
+            round, so train the result once more. Use `slice_optimizer` on its optimizer, and `keep_masks` if masks are
+            set (granularities other than "structured", and `shrink="end"`).
+        gradients: (network) -> Gradients, made by `collect_gradients`; for the criteria that need them.
+        progress: True prints a line for each tried step; a function is called with the step.
+
+    Returns:
+        The plan, the scores, and every tried step.
+
+    Raises:
+        ValueError: If the config needs an `input_shape` or `gradients`, nothing matches its kinds or layers, the
+            network cannot be cut as its groups say, or a score is not an accuracy in points.
+        TypeError: If `evaluate` is neither a scorer nor a function.
+        UnsupportedNetworkError: If the network has no adapter, or its adapter does not cover this variant.
+        RankFailedError: If another process of a distributed run failed.
     """
     config = config or AdaptivePruningConfig()
     on_step = print if progress is True else progress or None
@@ -292,9 +349,9 @@ def measure_sensitivity(
     gradients: Gradients | None = None,
     levels: Sequence[float] = SENSITIVITY_LEVELS,
 ) -> dict[str, list[tuple[float, float]]]:
-    """{target: [(part removed, accuracy in points), ...]} with each target narrowed alone.
+    """Measures {target: [(part removed, accuracy in points), ...]} with each target narrowed alone.
 
-    The scores are as exact as it takes to tell whether they are above `floor`. The network is left as it was.
+    The scores are as exact as is needed to tell whether they are above `floor`. The network is left as it was.
     """
     evaluator = as_evaluator(evaluate)
     curves: dict[str, list[tuple[float, float]]] = {}
@@ -314,7 +371,7 @@ def measure_sensitivity(
 
 
 def finish_search(network: nn.Module, config: AdaptivePruningConfig) -> AppliedPlan:
-    """With `shrink="end"`: slice away what the masks have taken, and the masks of those weights with it."""
+    """Slices away, with `shrink="end"`, the units that are masked, and removes their masks."""
     if config.shrink != "end":
         return nothing_applied()
     groups = StructuredSpace(config).groups(network)

@@ -14,11 +14,21 @@ STATE_VERSION = 2
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """One tried step: a row of the search's history.
+    """One tried step: a row of the search's history. `str(step)` describes it in one line.
 
-    score: accuracy in points with the step taken, an estimate unless `exact`; images: how many were scored for it.
-    parameters (those that are not zero by a mask), macs, size_bytes: of the network after the decision (macs: None
-    where no input shape was given). units_after is what was tried, also where it was not accepted.
+    Attributes:
+        round: Number of the round, from 1.
+        target: Name of the group or layer that was narrowed; "network" with a global ranking.
+        kind: Kind of the group, "weight", or "global".
+        units_before: Width of the target before the step; in per mille of all weights with a global ranking.
+        units_after: Width that was tried, even if it was not accepted.
+        score: Accuracy in points with the step taken, an estimate unless `exact`.
+        accepted: Whether the step stayed.
+        parameters: Parameters of the network after the decision, without those that a mask makes zero.
+        size_bytes: Four bytes per parameter, and a bit per element of a masked weight, after the decision.
+        macs: MACs of a forward pass after the decision; None if no input shape was given.
+        images: Number of images that were scored; 0 if a function scores.
+        exact: Whether the score is of the whole hold-out.
     """
 
     round: int
@@ -41,7 +51,15 @@ class Step:
 
 @dataclass(kw_only=True)
 class TargetState:
-    """Where one target stands: original and present width, the next step as a part of the original, why locked."""
+    """Where one target stands.
+
+    Attributes:
+        kind: Kind of the group, "weight", or "global".
+        initial_units: Width before the search.
+        units: Present width.
+        step: Size of the next step as a part of `initial_units`.
+        locked: Why no step is tried any more; None while the target is active.
+    """
 
     kind: str
     initial_units: int
@@ -52,13 +70,26 @@ class TargetState:
 
 @dataclass(kw_only=True)
 class SearchState:
-    """Where a search stands after some rounds; `stopped` says why it is over, None while it is not.
+    """Where a search stands after some rounds.
 
-    baseline_*: of the network before the first round; baseline_prunable: the weights that the targets own.
-    tolerance: in points, of the present rounds (`first_tolerance` makes it grow).
-    score: of the network after the last round, over the whole hold-out. initial_units: of every group or layer.
-    sensitivity: {target: [(part removed, score in points), ...]}, each alone, where it was measured.
-    scoring: what scoring cost so far (`ScoringCost`). elapsed_s: time spent searching.
+    Attributes:
+        granularity: Granularity of the search's config.
+        baseline_score: Accuracy before the first round, in points on the whole hold-out.
+        baseline_parameters: Parameters before the first round.
+        baseline_prunable: Number of weights that the targets own together.
+        baseline_bytes: Bytes of the weights before the first round, four per parameter.
+        baseline_macs: MACs of a forward pass before the first round; None if no input shape was given.
+        tolerance: Present tolerance in points; with a `first_tolerance` it grows.
+        targets: Maps the name of a target to where it stands.
+        initial_units: Maps the name of a group or layer to its width before the search.
+        rounds: Number of rounds so far.
+        score: Accuracy after the last round, in points on the whole hold-out; None before the first round.
+        steps: Every tried step in order.
+        sensitivity: Maps a target to points (part removed, accuracy in points) with this target narrowed alone. Empty
+            unless the order of a local ranking is "sensitivity".
+        scoring: What scoring has cost so far, in numbers of images and decisions.
+        elapsed_s: Seconds spent searching, without training between rounds.
+        stopped: Why the search is over; None while it is not.
     """
 
     granularity: str
@@ -79,14 +110,24 @@ class SearchState:
     stopped: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """The state in JSON types."""
+        """Returns the state in JSON types; `from_dict` is the inverse."""
         plain = asdict(self)
         plain["sensitivity"] = {name: [list(point) for point in curve] for name, curve in self.sensitivity.items()}
         return {"version": STATE_VERSION, **plain}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> SearchState:
-        """The state that `to_dict` wrote; ValueError for another version, or naming what is not as it was written."""
+        """Rebuilds a state.
+
+        Args:
+            data: What `to_dict` gave, also after a way through JSON.
+
+        Returns:
+            The state.
+
+        Raises:
+            ValueError: If the state is of another version or damaged; the message names the entry.
+        """
         require("search", data, isinstance(data, Mapping), "a mapping")
         if data.get("version") != STATE_VERSION:
             raise ValueError(

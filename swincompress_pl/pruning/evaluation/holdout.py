@@ -1,12 +1,12 @@
-"""Images held out of the training set, and how networks do on them.
+"""Images held out of the training set, and the accuracy of networks on them.
 
     holdout = HoldOut(images, labels)                         # or HoldOut.from_batches(loader, max_images=10_000)
     score = holdout.begin_round(network)                      # points, 0 to 100, on every image
     with mask_units(network, group, units):
         verdict = holdout.judge(network, score - 1.0, [s.tensor for s in group.slices])
 
-`judge` answers from as few images as the question needs (`sequential.py`) and begins each pass at the first segment
-that the candidate changes (`prefix_cache.py`).
+`judge` answers from as few images as the question needs (`sequential_test.py`), and begins each pass at the first
+segment that the candidate changes (`prefix_cache.py`).
 """
 
 from __future__ import annotations
@@ -51,28 +51,39 @@ __all__ = ["FunctionScorer", "HoldOut", "Predict", "Scorer", "ScoringCost", "Ver
 Predict = Callable[[nn.Module, Tensor], Tensor]
 """(network, images) -> logits (N, classes): moves the images to the network's device and runs it in its precision."""
 
-NETWORK_ALONE = "network(images)"  # the fingerprint of a predict that gives the network's answer as it is
+NETWORK_ALONE = "network(images)"  # the fingerprint of a predict that returns the network's output as it is
 _LARGEST_MARGIN = 1e4
 _GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 class HoldOut:
-    """Images and labels in memory, and what is known of the networks scored on them: a `Scorer`.
+    """Images and labels in memory that score networks: what `prune` and `primesvt` take as `evaluate`.
 
-    images: (N, ...), as `predict` takes them; labels: (N,) integers. predict: (network, images) -> logits (N, classes);
-    without it the network is run on the images, moved to its device.
-    batch_size: images a pass. confidence: how sure a decision has to be that was not taken on all images, 0.5 to 1;
-    1.0 scores on until the answer is certain. seed: of the order of the images.
-    cache_size_bytes: of activations kept between candidates, 0 for none.
-    sharded: in a distributed run each rank brings images of its own; else all bring the same and each scores its share.
+    A decision is the one that all N images would give, except for at most about 1 - `confidence` of those where the
+    candidate is close to the floor. This assumes that answers with a larger margin change more rarely. A change that
+    flips a few answers whatever their margin, and leaves the others alone, can stay unnoticed.
 
-    A decision is the one that all N images would give, except for at most about 1 - confidence of those where the
-    candidate lies close to the floor. That supposes that an answer changes the more seldom the larger its margin was: a
-    change that turns a few images upside down whatever their margin, and leaves the others alone, can escape.
-    Slicing ends a round: call `begin_round` after it. All ranks have to make the same calls.
+    Slicing the network ends a round: call `begin_round` after it. In a distributed run all ranks have to make the same
+    calls.
 
-    Raises ValueError where there are no images, or images and labels do not fit; and while scoring, for NaN logits and
-    for labels that the logits do not have.
+    Args:
+        images: The images (N, ...), as `predict` takes them.
+        labels: The classes (N,), integers from 0.
+        predict: (network, images) -> logits (N, classes). None runs the network on the images, moved to its device.
+        batch_size: Images per pass, 1 or more.
+        confidence: How sure a decision on part of the images has to be, 0.5 to 1; 1.0 scores until it is certain.
+        seed: Decides the order of the images, 0 or more.
+        cache_size_bytes: Most bytes of activations that are kept between candidates; 0 for none.
+        sharded: Whether each rank of a distributed run has images of its own. Otherwise all ranks have the same images,
+            and each scores its share.
+
+    Attributes:
+        images: The number of images of all ranks.
+        cost: What scoring has cost so far.
+
+    Raises:
+        ValueError: If an argument is outside its range, there are no images, or images and labels do not fit.
+        RankFailedError: If another process of a distributed run failed.
     """
 
     _measured_images = 1  # of the pass that measures what each segment costs
@@ -124,11 +135,26 @@ class HoldOut:
         seed: int = 0,
         **options: Any,
     ) -> HoldOut:
-        """From batches (images, labels, ...), e.g. a DataLoader, read once.
+        """Makes a hold-out of the images of a loader, which is read once.
 
-        max_images: keep so many over all ranks, the classes in proportion, chosen by `seed` from all that come; None
-        for all. max_size_bytes: of the kept images, on one rank. More is a ValueError and not a slower way: a hold-out
-        that is read from its start each time has no order to sample in: give a `FunctionScorer`. options: of `HoldOut`.
+        Args:
+            batches: Batches (images, labels, ...), such as a DataLoader.
+            max_images: Number of images to keep over all ranks, chosen by `seed` with the classes in proportion; None
+                for all.
+            max_size_bytes: Most bytes of the kept images on one rank. For a hold-out that does not fit into memory, let
+                a function score.
+            sharded: As for `HoldOut`.
+            seed: Decides which images are kept, and their order; 0 or more.
+            **options: Other arguments of `HoldOut`.
+
+        Returns:
+            The hold-out.
+
+        Raises:
+            ValueError: If an argument is outside its range, there are no images, they take too many bytes, or images
+                and labels do not fit.
+            TypeError: If a batch is not a list or tuple that begins with two tensors.
+            RankFailedError: If another process of a distributed run failed.
         """
         with failing_together("reading the hold-out"):
             images, labels = read_images(
@@ -138,8 +164,10 @@ class HoldOut:
 
     @property
     def fingerprint(self) -> str | None:
-        """Tells this rank's images and labels, and how they decide, from others; None for a predict that has no
-        attribute `fingerprint`, a text that tells it from other functions."""
+        """A string that identifies this rank's images and labels, and how they decide.
+
+        None if `predict` has no attribute `fingerprint`, a string that identifies the function.
+        """
         predict = "" if self._predict is _run else fingerprint_of(self._predict)
         if predict is None:
             return None
@@ -155,7 +183,7 @@ class HoldOut:
 
     @property
     def earlier_fingerprint(self) -> str | None:
-        """What version 0.1 said of it: of all labels and of the first and the last image; nothing of a predict."""
+        """The fingerprint of version 0.1, made of all labels and of the first and the last image."""
         if self._predict is not _run and fingerprint_of(self._predict) != NETWORK_ALONE:
             return None
         digest = hashlib.sha256(repr(tuple(self._images.shape)).encode())
@@ -171,16 +199,36 @@ class HoldOut:
 
     @failing_together("scoring")
     def full(self, network: nn.Module) -> float:
-        """The accuracy in points, 0 to 100, on all images."""
+        """Scores a network on all images.
+
+        Args:
+            network: The network; it is left as it was.
+
+        Returns:
+            The accuracy in points, 0 to 100.
+
+        Raises:
+            ValueError: If the output is not logits (N, classes) without NaN, or has no class of some label.
+            RankFailedError: If another process of a distributed run failed.
+        """
         score = self._score_all(network)
         self.cost.naive_images += self.images
         return score
 
     @failing_together("scoring")
     def begin_round(self, network: nn.Module, *, unchanged: bool = False) -> float:
-        """Score all images and remember the answers; candidates are compared with them until the next round.
+        """Scores a network on all images; candidates are compared with it until the next round.
 
-        unchanged: `network` is the one that `full` scored last; its answers are used again.
+        Args:
+            network: The network that candidates will be made from.
+            unchanged: Whether it is the network that `full` scored last; if so, its answers are used again.
+
+        Returns:
+            The accuracy in points, 0 to 100.
+
+        Raises:
+            ValueError: As for `full`.
+            RankFailedError: If another process of a distributed run failed.
         """
         if not unchanged or self._last_full is None:
             self._score_all(network)
@@ -197,11 +245,23 @@ class HoldOut:
     def judge(
         self, network: nn.Module, floor: float, tensors: Sequence[str], *, resolution_points: float | None = None
     ) -> Verdict:
-        """Whether the accuracy on all images is at least `floor` points, from as few of them as that takes.
+        """Decides whether the accuracy on all images is at least `floor`, on as few images as possible.
 
-        tensors: the parameters, by name, in which the network differs from the one accepted last in this round; none
-        named: it may differ anywhere. resolution_points: for scores that are compared with others; to an accepted
-        candidate images are added until the standard error of its score is no larger.
+        Args:
+            network: The candidate.
+            floor: The least accuracy in points.
+            tensors: Names of the parameters in which the candidate differs from the network that was accepted last in
+                this round. If it is empty, it may differ anywhere.
+            resolution_points: Largest standard error of the score of an accepted candidate, in points; images are added
+                until it is reached. None for scores that are not compared with others.
+
+        Returns:
+            The decision and the score.
+
+        Raises:
+            RuntimeError: If no round has begun.
+            ValueError: As for `full`; or if `floor` is NaN or a name is unknown.
+            RankFailedError: If another process of a distributed run failed.
         """
         if self._standing is None or self._cache is None:
             raise RuntimeError("judge: there is nothing to compare with; call begin_round(network) first")
@@ -213,7 +273,7 @@ class HoldOut:
                 found = gather_results(partial(self._score_part, network, trial, part, depth))
                 tally = add_tallies([each for each, _ in found])
                 forwards += math.fsum(each for _, each in found)
-                if accepted is None:  # a decision stays, whatever more images say
+                if accepted is None:  # once made, a decision stays
                     accepted = from_all_ranks(tally.decide(needed, self._deviations))[0]
                 error_points = 100.0 * math.sqrt(tally.variance) / self.images
                 resolved = accepted is False or resolution_points is None or error_points <= resolution_points
@@ -231,7 +291,14 @@ class HoldOut:
         return Verdict(score=score, accepted=accepted, images=tally.seen, exact=exact, error_points=error_points)
 
     def accept(self, tensors: Sequence[str]) -> None:
-        """The change judged last stays: later candidates of the round contain it."""
+        """Keeps the change that was judged last: later candidates of the round contain it.
+
+        Args:
+            tensors: Names of the parameters that it changes, as for `judge`.
+
+        Raises:
+            RuntimeError: If no candidate was judged since the last one was accepted.
+        """
         if self._trial is None or self._standing is None or self._cache is None:
             raise RuntimeError("accept: no candidate was judged since the last one was accepted; call judge first")
         self._cache.drop_behind(self._cache.depth(tensors))
@@ -239,7 +306,7 @@ class HoldOut:
         self._trial = None
 
     def _score_part(self, network: nn.Module, trial: Trial, part: float, depth: int) -> tuple[Tally, float]:
-        """Score batches until `part` of this rank's images are seen; with the passes an image that it took."""
+        """Scores batches until `part` of this rank's images are seen; returns the tally and the passes it took."""
         assert self._cache is not None
         assert self._standing is not None
         forwards, wanted = 0.0, math.ceil(part * len(self._labels))
@@ -254,7 +321,7 @@ class HoldOut:
         return trial.tally(), forwards
 
     def _score_all(self, network: nn.Module) -> float:
-        """Score this rank's images in the order in which they came, and remember the answers."""
+        """Scores this rank's images in their own order, and remembers the answers."""
         found: list[Predictions] = []
 
         def score() -> int:
@@ -274,7 +341,7 @@ class HoldOut:
         return self._last_score
 
     def _answer(self, network: nn.Module, images: Tensor) -> Predictions:
-        """What the network says about the images of these numbers."""
+        """The answers of a network for the images with these numbers."""
         labels = self._labels[images]
         logits = self._predict(network, self._images[images.to(self._images.device)])
         _check_logits(logits, labels, network)
@@ -294,7 +361,7 @@ class HoldOut:
 def read_images(
     batches: Iterable[Any], *, max_images: int | None, max_size_bytes: int, sharded: bool, seed: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """(images, labels) of this rank, as `HoldOut.from_batches` keeps them; none where no batch has any."""
+    """(images, labels) of this rank, as `HoldOut.from_batches` keeps them; empty if no batch has any."""
     most = optional(integer, "max_images", max_images, least=1, wanted="None (all) or 1 or more")
     max_size_bytes = integer("max_size_bytes", max_size_bytes, least=1)
     seed, sharded = integer("seed", seed, least=0), flag("sharded", sharded)
@@ -304,9 +371,9 @@ def read_images(
 
 
 def _over_ranks(images: Tensor) -> tuple[int, Tensor]:
-    """How many images all ranks have together, and this rank's; a rank without one has none of the others' shape.
+    """The number of images of all ranks, and the images of this one; without any, an empty tensor of the right shape.
 
-    Raises ValueError, on all, where no rank has an image, or two have them in different shapes.
+    Raises ValueError on all ranks if none has an image, or two have images of different shapes.
     """
     found = from_all_ranks((len(images), tuple(images.shape[1:])))
     shapes = {shape: number for number, (count, shape) in reversed(list(enumerate(found))) if count}
@@ -326,7 +393,7 @@ def _run(network: nn.Module, images: Tensor) -> Tensor:
 
 
 def _needed(floor: float, images: int) -> int:
-    """The least number of right answers whose score is not below the floor; `images` + 1 when even all are too few."""
+    """The least number of right answers whose score is not below the floor; `images` + 1 if all are too few."""
     if math.isnan(floor):
         raise ValueError("floor=nan: an accuracy in points is expected; was the baseline scored?")
     needed = math.floor(min(max(floor, 0.0), 100.0) * images / 100)
@@ -364,7 +431,7 @@ def _check_logits(logits: object, labels: Tensor, network: nn.Module) -> None:
 
 
 def _collect(batches: Iterable[Any], most: int | None, max_size_bytes: int, seed: int) -> tuple[Tensor, Tensor]:
-    """The images and labels of `batches`, or `most` of them with the classes in proportion, in the order they came."""
+    """The images and labels of `batches`, or `most` of them with the classes in proportion, in their own order."""
     kept: list[tuple[float, int, Tensor, int]] = []  # a heap of (-key, place, image, label): the largest key on top
     keys: dict[int, float] = {}
     size_bytes = 0
@@ -379,7 +446,7 @@ def _collect(batches: Iterable[Any], most: int | None, max_size_bytes: int, seed
             heapq.heapreplace(kept, (-keys[label], place, image.clone(), label))
         if size_bytes > max_size_bytes:
             raise ValueError(
-                f"the hold-out takes more than max_size_bytes={max_size_bytes}, {image.nbytes} an image; keep "
+                f"the hold-out takes more than max_size_bytes={max_size_bytes}, {image.nbytes} per image; keep "
                 f"max_images={max_size_bytes // image.nbytes}, allow more bytes, or use FunctionScorer(evaluate) with "
                 "a function that reads the images again each time"
             )
@@ -395,7 +462,7 @@ def _rows(batches: Iterable[Any]) -> Iterator[tuple[Tensor, int]]:
             isinstance(batch, list | tuple) and len(batch) >= 2 and all(isinstance(part, Tensor) for part in batch[:2])
         ):
             raise TypeError(
-                f"the hold-out gave a {type(batch).__name__}; batches (images, labels, ...) of tensors are expected"
+                f"the hold-out has a batch of type {type(batch).__name__}; tensors (images, labels, ...) are expected"
             )
         images, labels = batch[0], batch[1]
         _check_images(images, labels)

@@ -1,9 +1,9 @@
-"""A forward pass that begins in the middle: from kept inputs of the first segment that a candidate changes.
+"""A forward pass that begins in the middle, with the kept input of the first segment that a candidate changes.
 
-The segments (`adapter.segments(network)`) run one after the other, each on the one tensor that the previous gave. Where
-a candidate differs from the network only in segment k and deeper, the input of segment k is what it was. To begin
-there, the segments before k give an empty tensor of the right shape for the time of the call, and segment k is handed
-the kept input. What runs is the same code on the same numbers, so the result is the same to the bit.
+The segments (`adapter.segments(network)`) run one after the other, each on the one tensor that the previous returned.
+If a candidate differs from the network only from segment k on, the input of segment k is the same as before. To begin
+there, the segments before k return a placeholder of the right shape during the call, and segment k gets the kept input.
+The same code runs on the same numbers, so the result is equal bit by bit.
 """
 
 from __future__ import annotations
@@ -23,11 +23,14 @@ T = TypeVar("T")
 
 
 class PrefixCache:
-    """Inputs of the segments of `network`, kept for each batch of images, up to `size_bytes` in all.
+    """Inputs of the segments of a network, kept for each batch of images, up to `size_bytes` in all.
 
-    The batches and the network stay the same for the life of a cache, apart from changes that are tried and taken back
-    (`run`) and those that stay (`drop_behind`). off: why nothing is kept, None while the cache works. A network without
-    segments, with forward hooks on its modules, compiled, or that does not run every segment once is run as it is.
+    The batches and the network stay the same for the life of a cache, except for changes that are tried and undone
+    (`run`), and changes that stay (`drop_behind`). Some networks always run as a whole: those without segments, with
+    forward hooks on their modules, compiled, or with a segment that does not run exactly once.
+
+    Attributes:
+        off: Why nothing is kept; None while the cache works.
     """
 
     def __init__(self, network: nn.Module, *, size_bytes: int) -> None:
@@ -51,7 +54,7 @@ class PrefixCache:
         self._part_before = [0.0] * len(names)
         if len(names) < 2:
             return self._turn_off("fewer than two segments, or size_bytes=0")
-        # hooks of the network itself see what they always see: the images and the answer
+        # hooks of the network itself see the images and the output as always
         if any(m._forward_hooks or m._forward_pre_hooks for m in self.network.modules() if m is not self.network):
             return self._turn_off("the network's modules have forward hooks, which have to see a whole pass")
         if any(getattr(m, "_compiled_call_impl", None) is not None for m in self.network.modules()):
@@ -66,11 +69,11 @@ class PrefixCache:
         self.used_bytes = 0
 
     def measure(self, forward: Callable[[], object]) -> None:
-        """Count the multiply-accumulates before each segment in one pass, e.g. of a single image."""
+        """Counts the multiply-accumulates before each segment in one pass, such as one of a single image."""
         if self.off is not None:
             return
         before: dict[int, int] = {}
-        # products of attention one by one: not every torch counts its fused kernel on a CPU
+        # products of attention one by one, because not every version of torch counts its fused kernel on a CPU
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, ExitStack() as hooks:
 
             def note(number: int) -> None:
@@ -81,14 +84,14 @@ class PrefixCache:
                 hooks.callback(handle.remove)
             forward()
             total = max(1, counter.get_total_flops())
-        if len(before) < len(self._segments):  # a quantized network computes its modules' functions by itself
+        if len(before) < len(self._segments):  # a quantized network does not call its modules
             return self._turn_off("a pass does not run every segment")
         self._part_before = [before.get(number, 0) / total for number in range(len(self._segments))]
 
     def depth(self, tensors: Sequence[str]) -> int:
-        """The first segment that a change of `tensors` (names of parameters and buffers) touches.
+        """The first segment that a change of `tensors` (names of parameters and buffers) affects.
 
-        0, the whole network, where one of them lies outside the segments, or none is named.
+        It is 0, the whole network, if one of them lies outside the segments, or none is named.
         """
         if self.off is not None or not tensors:
             return 0
@@ -98,7 +101,7 @@ class PrefixCache:
         return min(self._first_segment[name] for name in tensors)
 
     def run(self, batch: int, depth: int, forward: Callable[[], T]) -> tuple[T, float]:
-        """`forward()`, one pass over the images of `batch`, of a network that is changed from segment `depth` on.
+        """Calls `forward()`, a pass over the images of `batch` of a network that is changed from segment `depth` on.
 
         Returns its result and the part of a whole pass that it took. Leaves the network as it was.
         """
@@ -120,7 +123,7 @@ class PrefixCache:
         return result, 1.0 - self._part_before[start]
 
     def drop_behind(self, depth: int) -> None:
-        """A change from segment `depth` on stays: forget the inputs of the segments behind it."""
+        """Forgets the inputs of the segments behind `depth`, because a change from there on stays."""
         for kept in self._inputs.values():
             for number in [n for n in kept if n > depth]:
                 self.used_bytes -= _size_bytes(kept.pop(number))
@@ -132,7 +135,7 @@ class PrefixCache:
         return problem is None
 
     def _keep(self, batch: int, start: int, depth: int, seen: _Recorder) -> None:
-        """Keep the inputs, the deepest first: a search in order of depth needs no other."""
+        """Keeps the inputs, the deepest first: a search in order of depth needs no others."""
         kept = self._inputs.setdefault(batch, {})
         for number in range(depth, start, -1):
             tensor = seen.inputs[number][0]
@@ -153,7 +156,7 @@ class _Recorder:
     """The inputs and outputs of watched modules in one pass."""
 
     def __init__(self) -> None:
-        self.inputs: dict[int, tuple[Tensor, int]] = {}  # with the version, which changes by work in place
+        self.inputs: dict[int, tuple[Tensor, int]] = {}  # with the version, which changes made in place increase
         self.outputs: dict[int, Tensor] = {}
         self._calls: dict[int, int] = {}
         self._odd: set[int] = set()
@@ -184,19 +187,21 @@ class _Recorder:
                 handle.remove()
 
     def problem(self, numbers: range) -> str | None:
-        """Why what was seen cannot be used, None when it can."""
+        """Why what was seen cannot be used; None if it can."""
         if any(self._calls.get(number) != 1 for number in numbers):
             return "a segment does not run exactly once in a pass"
         if self._odd:
-            return "a segment does not take one tensor and give one"
+            return "a segment does not take one tensor and return one"
         if any(tensor._version != version for tensor, version in self.inputs.values()):
             return "a segment changes its input in place"
         return None
 
 
 def _first_segments(network: nn.Module, names: Sequence[str]) -> dict[str, int]:
-    """For each parameter and buffer by name the first segment that reads it, 0 if something outside may; a shared
-    tensor has several names."""
+    """Maps the name of a parameter or buffer to the first segment that reads it; 0 if something outside may.
+
+    A shared tensor has several names.
+    """
     named = [
         *network.named_parameters(remove_duplicate=False),
         *network.named_buffers(remove_duplicate=False),
@@ -211,7 +216,7 @@ def _first_segments(network: nn.Module, names: Sequence[str]) -> dict[str, int]:
 
 @contextmanager
 def _instead(module: nn.Module, output: Tensor) -> Iterator[None]:
-    """`module(...)` gives `output` without computing, for a while."""
+    """Inside the context, `module(...)` returns `output` without computing."""
     own = module.__dict__.get("forward")
     module.__dict__["forward"] = lambda *_, **__: output
     try:
@@ -224,7 +229,7 @@ def _instead(module: nn.Module, output: Tensor) -> Iterator[None]:
 
 @contextmanager
 def _given(module: nn.Module, tensor: Tensor) -> Iterator[None]:
-    """`module(...)` gets `tensor` as its input, for a while."""
+    """Inside the context, `module(...)` gets `tensor` as its input."""
     handle = module.register_forward_pre_hook(lambda _, __: (tensor,))
     try:
         yield
@@ -233,7 +238,7 @@ def _given(module: nn.Module, tensor: Tensor) -> Iterator[None]:
 
 
 def _placeholder(tensor: Tensor) -> Tensor:
-    """A tensor of the same shape, type and device in the memory of one number."""
+    """A tensor of the same shape, type and device that takes the memory of a single number."""
     return torch.zeros((), dtype=tensor.dtype, device=tensor.device).expand(tensor.shape)
 
 

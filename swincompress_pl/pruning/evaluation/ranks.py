@@ -1,11 +1,11 @@
-"""What the processes of a distributed run tell each other while a search runs; in a single process nothing.
+"""What the processes of a distributed run tell each other during a search; in a single process, nothing.
 
 All ranks have to make the same calls in the same order. Python objects are sent, so counts stay integers, and sums are
-taken in the order of the ranks: every rank gets the same bits.
+taken in the order of the ranks, so every rank gets the same bits.
 
-A rank that fails tells the others: inside `failing_together` its failure takes the place of what it would have brought
-to the next exchange, so that all end there and none waits for a collective's time limit. For that every collective in
-there is an exchange of this file, or stands behind one (`agree`).
+A rank that fails tells the others. Inside `failing_together`, its failure replaces what it would have brought to the
+next exchange, so that all ranks end there and none waits for the time limit of a collective. For that, every collective
+in there is an exchange of this file, or comes after one (`agree`).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class RankFailedError(RuntimeError):
 
 
 class _Section:
-    """The outermost `failing_together` at work. over: the others have been told of a failure, or cannot be any more."""
+    """The outermost `failing_together` under way; `over` says that the others know of a failure, or cannot be told."""
 
     def __init__(self) -> None:
         self.depth, self.over, self.failed_while = 0, False, ""
@@ -37,22 +37,23 @@ _section = _Section()
 
 
 def world_size() -> int:
-    """How many processes take part; 1 when torch.distributed is not initialised."""
+    """The number of processes; 1 if torch.distributed is not initialized."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """The number of this process, 0 when it is alone."""
+    """The number of this process; 0 if it is alone."""
     return dist.get_rank() if world_size() > 1 else 0
 
 
 @contextmanager
 def failing_together(doing: str) -> Iterator[None]:
-    """What one rank raises in here ends it on every rank: the others raise `RankFailedError`, which says what it was.
+    """If one rank raises inside the context, every other rank raises a `RankFailedError` that names the reason.
 
-    They hear of it at their next exchange, or at the end, where all wait for each other. doing: of the message. Inside
-    another one this one only says what is being done. An interrupt is told too, but not one between the halves of an
-    exchange: whoever waits there ends with the connection, when the interrupted process does.
+    The others hear of it at their next exchange, or at the end of the context, where all wait for each other. `doing`
+    says in the message what was being done; a context inside another one does nothing else. An interrupt is told too,
+    unless it comes in the middle of an exchange. A rank that waits there ends when the interrupted process closes the
+    connection.
     """
     if world_size() == 1:
         yield
@@ -75,24 +76,24 @@ def failing_together(doing: str) -> Iterator[None]:
 
 
 def _tell(problem: str) -> None:
-    """What this rank raises counts, whatever becomes of telling it."""
+    """Tells the other ranks of a failure; an error while telling it is ignored."""
     try:
         _exchange(None, problem)
-    except Exception:  # the others are gone, or failed too
+    except Exception:  # the others have ended or failed too, and the error of this rank is raised anyway
         return
 
 
 def agree() -> None:
-    """All ranks have come so far and are well: to be called before a collective that is not of this file."""
+    """Waits until all ranks are here and well; call it before a collective that is not of this file."""
     if world_size() > 1:
         _exchange(None)
 
 
 def _exchange(value: Any, problem: str | None = None) -> list[Any]:
-    """`value` of every rank; RankFailedError where one brings a problem instead."""
+    """The values of all ranks; a RankFailedError if one brings a problem instead."""
     if _section.depth and _section.over:
-        raise RankFailedError("the ranks have failed before, and none waits for the others any more")
-    content = pickle.dumps((value, problem))  # what cannot be sent fails here, where it can still be told
+        raise RankFailedError("the ranks have failed before, and no longer wait for each other")
+    content = pickle.dumps((value, problem))  # what cannot be pickled fails here, where the others can still be told
     heard: list[Any] = [None] * world_size()
     with _under_way():
         dist.all_gather_object(heard, content)
@@ -106,31 +107,31 @@ def _exchange(value: Any, problem: str | None = None) -> list[Any]:
 
 @contextmanager
 def _under_way() -> Iterator[None]:
-    """A collective: where it breaks off, the ranks are no longer at the same place."""
+    """A collective under way; if it is interrupted, the ranks are no longer at the same place."""
     before, _section.over = _section.over, True
     yield
     _section.over = before
 
 
 def from_all_ranks(value: T) -> list[T]:
-    """`value` of every rank, in their order."""
+    """The values of all ranks, in their order."""
     return [value] if world_size() == 1 else _exchange(value)
 
 
 def gather_results(compute: Callable[[], T]) -> list[T]:
-    """What `compute()` gives on every rank, in their order. When it fails on one, every rank raises, so none waits."""
+    """The results of `compute()` on all ranks, in their order. If it fails on one, every rank raises."""
     with failing_together("scoring"):
         return from_all_ranks(compute())
 
 
 def sum_over_ranks(numbers: Sequence[float]) -> list[float]:
-    """The sums, place by place, of the numbers that the ranks bring; integers stay integers."""
+    """The element-wise sums of the numbers of all ranks; integers stay integers."""
     columns = list(zip(*from_all_ranks(list(numbers)), strict=True))
     return [sum(c) if all(isinstance(n, int) for n in c) else math.fsum(c) for c in columns]
 
 
 def from_rank_zero(value: T) -> T:
-    """`value` as rank 0 has it."""
+    """The value of rank 0."""
     if world_size() == 1:
         return value
     box = [pickle.dumps(value) if rank() == 0 else None]
@@ -143,8 +144,11 @@ def from_rank_zero(value: T) -> T:
 
 
 def share_buffers(network: nn.Module) -> None:
-    """Rank 0's buffers for all: the running statistics of a BatchNorm are those of each rank's own last batch, but a
-    candidate has to be the same network wherever its images are."""
+    """Gives rank 0's buffers to all ranks.
+
+    A BatchNorm's running statistics come from each rank's own batches, but a candidate has to be the same network on
+    every rank.
+    """
     if world_size() > 1:
         agree()
         with _under_way():

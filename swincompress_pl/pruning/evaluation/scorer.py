@@ -1,7 +1,7 @@
-"""The two questions of a search: what a network scores, and whether a candidate scores at least so much.
+"""The two questions of a search: what a network scores, and whether a candidate's score reaches a floor.
 
-A `Scorer` answers them: a `HoldOut`, or a function of the user's. `Evaluator` is what a search talks to: it knows as
-well which network was scored last, so that none is scored twice.
+A `Scorer` answers them, a `HoldOut` or a function of the user. A search asks an `Evaluator`, which also knows which
+network was scored last, so that none is scored twice.
 """
 
 from __future__ import annotations
@@ -24,8 +24,12 @@ ROUNDING_POINTS = 1e-9  # a score is a quotient of counts: the floor itself is n
 class Verdict:
     """The answer about one candidate.
 
-    score: its accuracy in points, an estimate unless `exact`. accepted: at least the floor. images: how many it was
-    scored on. exact: on all of them. error_points: the standard error of the score, 0 where it is exact.
+    Attributes:
+        score: Accuracy in points, 0 to 100, an estimate unless `exact`.
+        accepted: Whether the accuracy is at least the floor.
+        images: Number of images that it was scored on; 0 if a function scores.
+        exact: Whether it was scored on the whole hold-out.
+        error_points: Standard error of the score in points; 0 if it is exact.
     """
 
     score: float
@@ -39,9 +43,12 @@ class Verdict:
 class ScoringCost:
     """What scoring has cost, over all ranks.
 
-    images_scored: images that a network was run on. image_forwards: whole forward passes an image that this took; a
-    pass that begins at a later segment counts as its part of the multiply-accumulates. naive_images: what scoring every
-    image at each decision and each full score would have taken. decisions: candidates judged.
+    Attributes:
+        images_scored: Number of images that a network was run on.
+        image_forwards: Number of forward passes of single images. A pass that begins at a later segment counts as its
+            part of the multiply-accumulates.
+        naive_images: Number of images if every decision and every full score took the whole hold-out.
+        decisions: Number of candidates that were judged.
     """
 
     images_scored: int = 0
@@ -53,7 +60,7 @@ class ScoringCost:
         return ScoringCost(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
 
     def to_dict(self) -> dict[str, float]:
-        """Plain numbers."""
+        """Returns the numbers by name."""
         return asdict(self)
 
     @classmethod
@@ -63,13 +70,16 @@ class ScoringCost:
 
 
 class Scorer(Protocol):
-    """What a search asks about its candidates. Networks are left as they were; torch's random numbers are not used."""
+    """What a search asks about its candidates.
+
+    A scorer leaves networks as they were, and does not use torch's random numbers.
+    """
 
     cost: ScoringCost
 
     @property
     def images(self) -> int:
-        """The size of the hold-out, 0 where that is unknown."""
+        """The size of the hold-out; 0 if it is unknown."""
         ...
 
     def full(self, network: nn.Module) -> float:
@@ -77,31 +87,33 @@ class Scorer(Protocol):
         ...
 
     def begin_round(self, network: nn.Module, *, unchanged: bool = False) -> float:
-        """`full`, remembered as what the round's candidates are compared with. unchanged: the network is the one that
-        was last scored in full; that score is used again."""
+        """Scores the network that the candidates of the round are compared with.
+
+        With `unchanged`, it is the network that was last scored in full, and that score is used again.
+        """
         ...
 
     def judge(
         self, network: nn.Module, floor: float, tensors: Sequence[str], *, resolution_points: float | None = None
     ) -> Verdict:
-        """Whether the accuracy on the whole hold-out is at least `floor` points.
+        """Decides whether the accuracy on the whole hold-out is at least `floor` points.
 
-        tensors: the parameters, by name, in which the network differs from the one accepted last in this round.
-        resolution_points: for scores that are compared with others, the standard error of an accepted candidate's.
+        `tensors` names the parameters in which the network differs from the one accepted last in this round.
+        `resolution_points` is the largest standard error of an accepted candidate's score; None for any.
         """
         ...
 
     def accept(self, tensors: Sequence[str]) -> None:
-        """The change judged last stays."""
+        """Keeps the change that was judged last."""
         ...
 
 
 class FunctionScorer:
-    """Scores with a function of the user's, network -> accuracy in points; always exact, the hold-out's size unknown.
+    """Scores with a function of the user, network -> accuracy in points.
 
-    The function has to leave the weights alone. In a distributed run each rank calls it, and rank 0's value counts.
-    What it is cannot be seen from outside; an attribute `fingerprint`, a text that changes whenever the function scores
-    otherwise, tells it from others wherever scores are kept.
+    Its scores are always exact, and the size of the hold-out is unknown. The function must not change the weights. In
+    a distributed run each rank calls it, and rank 0's value counts. An attribute `fingerprint` of the function
+    identifies it where scores are kept: a string that changes whenever the function scores in another way.
     """
 
     images = 0
@@ -113,65 +125,67 @@ class FunctionScorer:
 
     @property
     def fingerprint(self) -> str | None:
-        """The function's."""
+        """The fingerprint of the function; None without one."""
         return fingerprint_of(self._evaluate)
 
     @failing_together("scoring")
     def full(self, network: nn.Module) -> float:
+        """See `Scorer.full`."""
         with evaluation_mode(network), torch.no_grad():
             value = from_rank_zero(self._evaluate(network))
         self._score = checked_score(value, f"this {type(network).__name__}")
         return self._score
 
     def begin_round(self, network: nn.Module, *, unchanged: bool = False) -> float:
+        """See `Scorer.begin_round`."""
         return self._score if unchanged and self._score is not None else self.full(network)
 
     def judge(
         self, network: nn.Module, floor: float, tensors: Sequence[str], *, resolution_points: float | None = None
     ) -> Verdict:
+        """See `Scorer.judge`."""
         kept = self._score
         score = self.full(network)
-        self._score = kept  # a candidate is not what the round goes on from
+        self._score = kept  # the next candidates are not compared with this one
         self.cost.decisions += 1
         return Verdict(score=score, accepted=score >= floor - ROUNDING_POINTS, images=0, exact=True)
 
     def accept(self, tensors: Sequence[str]) -> None:
-        """Nothing to remember."""
+        """Does nothing."""
 
 
 Evaluate = Callable[[nn.Module], float]
-"""The accuracy of a network on a hold-out in points, 0 to 100; it must leave the weights alone."""
+"""(network) -> accuracy on a hold-out in points, 0 to 100; it must not change the weights."""
 
 
 def as_scorer(evaluate: Evaluate | Scorer) -> Scorer:
-    """A scorer as it is, a function as one that scores everything each time."""
+    """Returns a scorer as it is, and wraps a function in a `FunctionScorer`."""
     return cast(Scorer, evaluate) if hasattr(evaluate, "judge") else FunctionScorer(evaluate)
 
 
 class Evaluator:
-    """Asks a scorer for one search, and remembers what is known already.
+    """Asks a scorer for one search, and remembers which network was scored last.
 
-    The search says when the network has changed since it was last scored (`network_changed`): by training, or by a cut
-    that was taken back.
+    The search calls `network_changed` if the network has changed since then: by training, or because a cut was undone.
     """
 
     def __init__(self, evaluate: Evaluate | Scorer) -> None:
         self._scorer = as_scorer(evaluate)
-        self._is_latest = False  # the scorer's last full score is of the network as it stands
+        self._is_latest = False  # whether the scorer's last full score is of the present network
 
     @property
     def images(self) -> int:
-        """The size of the hold-out, 0 where that is unknown."""
+        """The size of the hold-out; 0 if it is unknown."""
         return self._scorer.images
 
     @property
     def fingerprint(self) -> object:
-        """Tells what scores from others, None where that is unknown."""
+        """A string that identifies what scores; None if it is unknown."""
         return fingerprint_of(self._scorer)
 
     @property
     def earlier_fingerprint(self) -> str | None:
-        """What version 0.1 said of a hold-out, None where that is too little."""
+        """The fingerprint of version 0.1; None if there was none for this scorer."""
         return getattr(self._scorer, "earlier_fingerprint", None)
 
     def score(self, network: nn.Module) -> float:
@@ -187,53 +201,53 @@ class Evaluator:
         return self._scorer.judge(network, floor, tensors, resolution_points=resolution_points)
 
     def compare_with(self, network: nn.Module) -> float:
-        """From now on candidates are compared with `network`; its score."""
+        """Scores the network that candidates are compared with from now on."""
         score = self._scorer.begin_round(network, unchanged=self._is_latest)
         self._is_latest = True
         return score
 
     def keep(self, tensors: Sequence[str]) -> None:
-        """The candidate asked about last is part of what is compared with."""
+        """Keeps the change that was judged last: later candidates contain it."""
         self._scorer.accept(tensors)
 
     def network_changed(self) -> None:
-        """The network is another one than that which was last scored in full."""
+        """Says that the network is not the one that was last scored in full."""
         self._is_latest = False
 
     def network_unchanged(self) -> None:
-        """The network is the one that the scorer last scored in full, for another search."""
+        """Says that the network is the one that the scorer last scored in full, for another search."""
         self._is_latest = True
 
     def spent(self) -> dict[str, float]:
-        """What scoring has cost (`ScoringCost`), the scorer's earlier searches included."""
+        """What scoring has cost (`ScoringCost`), including earlier searches with this scorer."""
         return self._scorer.cost.to_dict()
 
     def spent_since(self, before: Mapping[str, float]) -> dict[str, float]:
-        """What scoring has cost since `spent` gave `before`."""
+        """What scoring has cost since `spent` returned `before`."""
         return {key: value - before[key] for key, value in self.spent().items()}
 
 
 def as_evaluator(evaluate: Evaluate | Scorer | Evaluator) -> Evaluator:
-    """An evaluator as it is, one of anything else that scores."""
+    """Returns an evaluator as it is, and wraps anything else that scores."""
     return evaluate if isinstance(evaluate, Evaluator) else Evaluator(evaluate)
 
 
 def fingerprint_of(scores: object) -> str | None:
-    """The text by which a scorer or a function is told from others: its attribute `fingerprint`, None without one."""
+    """The attribute `fingerprint`, a string that identifies a scorer or a function; None without one."""
     found = getattr(scores, "fingerprint", None)
     if found is not None and (not isinstance(found, str) or not found):
-        raise ValueError(f"fingerprint={shown(found)}: it has to be a text, e.g. 'top-1 on my hold-out, version 1'")
+        raise ValueError(f"fingerprint={shown(found)}: it has to be a string, e.g. 'top-1 on my hold-out, version 1'")
     return found
 
 
 def tensor_bytes(tensor: Tensor) -> bytes:
-    """The values of a tensor of any type on any device."""
+    """The bytes of a tensor of any type on any device."""
     plain: bytes = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
     return plain
 
 
 def checked_score(value: object, what: str) -> float:
-    """`value` as a float; ValueError when it is no accuracy in points."""
+    """`value` as a float; a ValueError if it is not an accuracy in points."""
     score = float(value)  # type: ignore[arg-type]  # a zero-dimensional tensor is welcome
     if not 0 <= score <= 100:
         raise ValueError(

@@ -1,11 +1,11 @@
-"""Is the accuracy over a whole hold-out at least so high? Answered from as few of its images as the question allows.
+"""Decides whether the accuracy on a whole hold-out reaches a floor, from as few of its images as possible.
 
-The network that a round begins with, the reference, was scored on every image. A candidate differs from it in few
-images, and those lie where the reference was close to tipping. So the images are put into strata by the reference's
-margin (true logit minus the best other one), a candidate is scored on a few of each, and what is estimated is how many
-of the unseen images change from right to wrong or back. The estimate is stratified sampling from a finite population
-(Cochran, Sampling Techniques, 3rd ed., 5.3 and 5.5); the test is looked at a few times with the allowed error shared
-out among the looks (Bonferroni). Everything here is counting with NumPy; nothing runs a network.
+The network that a round begins with, the reference, was scored on every image. A candidate's answers differ on few
+images, mostly where the reference had a small margin (true logit minus the best other one). So the images are put
+into strata by this margin, and a candidate is scored on a few of each. From these it is estimated how many unseen
+answers change from right to wrong or back. The estimate is stratified sampling from a finite population (Cochran,
+Sampling Techniques, 3rd ed., 5.3 and 5.5). The test looks several times, and the allowed error is shared among the
+looks (Bonferroni). Everything here is counting with NumPy; nothing runs a network.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ Indices = npt.NDArray[np.int64]
 Margins = npt.NDArray[np.float64]
 Flags = npt.NDArray[np.bool_]
 
-# Chosen on replayed searches over CIFAR-10 with a Swin: few strata, so that the doubt about each counts seldom.
+# Chosen on replayed searches on CIFAR-10 with a Swin: with few strata, the doubt about each rarely matters.
 _STRATA = 5
 _FIRST_LOOK = 1 / 32  # part of the hold-out in the pilot, which every candidate sees
 _LEAST_PILOT = 8  # images of a stratum in the pilot
 _LOOK_GROWTH = 1.3
-_PRIOR_IMAGES = 64.0  # weight of what the margins let expect, in images
-_DOUBT = 1e-3  # rate of changed answers that is reckoned with where none was seen
-_LEAST_DOUBT = 1e-8  # the same for a candidate that shifts nothing: what was not seen is never settled
-_TAIL_PART = 0.1  # of the seen images, the largest shifts, which the tail beyond them is read from
-# Before so many are seen (reckoned as equally weighted ones, Kish), nothing is read from it: a twentieth of the images
-# that behaves otherwise escapes 192 with a probability of 0.95 ** 192 = 5e-5, but 64 with 4 %.
+_PRIOR_IMAGES = 64.0  # weight of the rate that the margins predict, in images
+_DOUBT = 1e-3  # assumed rate of changed answers where none was seen
+_LEAST_DOUBT = 1e-8  # the same for a candidate that shifts nothing: what was not seen is never certain
+_TAIL_PART = 0.1  # part of the seen images, those with the largest shifts, from which the tail is estimated
+# The tail is not estimated from fewer images (as a number of equally weighted ones, after Kish). If a twentieth of the
+# images behaves in another way, 192 images miss it with a probability of 0.95 ** 192 = 5e-5, but 64 images with 4 %.
 _TAIL_SEEN = 192
-_FEW_CHANGES = 0.25  # expected among the unseen, below which changes are counted one by one
-_TAIL_CAUTION = 4.0  # the tail is taken to be so many times as long as it looks
+_FEW_CHANGES = 0.25  # expected number of changes among the unseen below which they are counted one by one
+_TAIL_CAUTION = 4.0  # the tail is assumed to be this many times as long as it looks
 _LEAST_MARGIN = 1e-6
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a network says about images, in their order: right or wrong, and by which margin."""
+    """A network's answers for images, in their order: whether each is right, and its margin."""
 
     correct: Flags
     margin: Margins
@@ -54,11 +54,13 @@ class Predictions:
 
 @dataclass(frozen=True)
 class Order:
-    """The hold-out cut into batches that candidates are scored on, whole and in order, for as long as a round lasts.
+    """The hold-out divided into batches, which candidates of a round are scored on whole and in order.
 
-    stratum: the stratum of each image, 0 for the smallest margins. batches: the images of each batch.
-    pilot: how many of the batches come first for every candidate, drawn from all strata in proportion.
-    pure: for each stratum the numbers of its own batches, in the order in which they are used.
+    Attributes:
+        stratum: The stratum of each image, 0 for the smallest margins.
+        batches: The images of each batch.
+        pilot: Number of batches that come first for every candidate, drawn from all strata in proportion.
+        pure: For each stratum, the numbers of its own batches in the order in which they are used.
     """
 
     stratum: Indices
@@ -68,10 +70,10 @@ class Order:
 
 
 def make_order(reference: Predictions, labels: Indices, *, batch_size: int, seed: int) -> Order:
-    """Strata by the absolute margin; within a stratum random, with the classes in proportion throughout.
+    """Makes strata by the absolute margin; the order inside a stratum is random, with the classes in proportion.
 
-    The same arguments give the same order. The strata are halves: the half with the largest margins, the next quarter,
-    and so on, as far as the smallest still holds two batches.
+    The same arguments give the same order. The strata are the half with the largest margins, the next quarter, and so
+    on, as long as the smallest holds two batches.
     """
     count = len(labels)
     by_margin = np.argsort(np.abs(reference.margin), kind="stable")
@@ -97,7 +99,7 @@ def make_order(reference: Predictions, labels: Indices, *, batch_size: int, seed
 
 
 def _mixed(images: Indices, labels: Indices, rng: np.random.Generator) -> Indices:
-    """`images` in random order, such that every beginning of it has the classes in about their proportion."""
+    """`images` in a random order of which every beginning has the classes in about their proportion."""
     shuffled = rng.permutation(images)
     place = np.empty(len(shuffled))
     for label in np.unique(labels[shuffled]):
@@ -112,11 +114,16 @@ def _cut(images: Indices, batch_size: int) -> list[Indices]:
 
 @dataclass(frozen=True)
 class Tally:
-    """What is known of a candidate: counts and the estimate for all images. Tallies of separate shards add up.
+    """What is known of a candidate: counts, and the estimate for all images. Tallies of separate shards add up.
 
-    images, seen, correct: how many there are, were scored, and were right among those. estimate: right ones among all.
-    variance: of the estimate. settled: right ones among all if no answer changed where it was not looked at.
-    unseen_changes: how many answers are expected to change there.
+    Attributes:
+        images: Number of all images.
+        seen: Number of images that were scored.
+        correct: Number of right answers among those.
+        estimate: Estimated number of right answers among all images.
+        variance: Variance of the estimate.
+        settled: Number of right answers among all images if no unseen answer changes.
+        unseen_changes: Expected number of unseen answers that change.
     """
 
     images: int
@@ -128,12 +135,13 @@ class Tally:
     unseen_changes: float
 
     def decide(self, needed: int, deviations: float) -> bool | None:
-        """Whether at least `needed` of all images are right; None while that is open.
+        """Whether at least `needed` of all images are right; None while that is undecided.
 
-        Certain when what is unseen cannot change the answer; else when `needed` lies `deviations` standard deviations
-        from the estimate, and the answer's side of the integers next to it. Where hardly any answer changes, the normal
-        distribution is a bad guide and a count of exactly `needed` would never be settled: there the answer stands when
-        as many changes as would turn it are no likelier, as a Poisson count, than such a deviation.
+        It is certain once the unseen images cannot change the answer. Otherwise it is decided once `needed`, or for a
+        rejection `needed` - 1, is at least `deviations` standard deviations away from the estimate. If hardly any
+        answer changes, the normal distribution fits badly, and a count of exactly `needed` would never be decided. Then
+        the answer stands once the number of changes that would turn it is, as a Poisson count, no likelier than such a
+        deviation.
         """
         if self.correct >= needed:
             return True
@@ -165,7 +173,7 @@ def add_tallies(tallies: Sequence[Tally]) -> Tally:
 
 
 def look_parts() -> list[float]:
-    """After which parts of the images the answer is looked at: from the pilot up to all."""
+    """The parts of the images after which the test looks: from the pilot up to all."""
     parts = [_FIRST_LOOK]
     while parts[-1] * _LOOK_GROWTH < 1:
         parts.append(parts[-1] * _LOOK_GROWTH)
@@ -173,7 +181,7 @@ def look_parts() -> list[float]:
 
 
 def deviations_for(confidence: float, number_of_looks: int) -> float:
-    """Standard deviations that a decision at one look has to keep, for an error of 1 - `confidence` over all looks."""
+    """Standard deviations that a decision needs at each look, for an error of 1 - `confidence` over all looks."""
     if confidence >= 1:
         return math.inf
     # of the lower tail: 1 minus a probability below 1e-16 would be 1
@@ -182,10 +190,13 @@ def deviations_for(confidence: float, number_of_looks: int) -> float:
 
 @dataclass(frozen=True)
 class Link:
-    """One accepted network against the one accepted before it, in one stratum.
+    """One accepted network compared with the one accepted before it, in one stratum.
 
-    seen: on how many images, the first ones in the order. changes: more right answers there. flips: changed answers.
-    rate: of changed answers, as it was estimated.
+    Attributes:
+        seen: Number of images on which they were compared, the first ones in the order.
+        changes: Gain in right answers there.
+        flips: Number of changed answers there.
+        rate: Estimated rate of changed answers.
     """
 
     seen: int
@@ -195,12 +206,12 @@ class Link:
 
 
 class Standing:
-    """What is known of the network as it stands in a round, on one shard.
+    """What is known of the present network of a round, on one shard.
 
-    latest: the newest answer known for each image. All are of the reference at first; an accepted candidate brings its
-    own for the images that it was scored on, always the first ones of each stratum. So the accuracy now is the
-    reference's, plus for each link of `chains` the changes that it brought, which are known for the first `seen` images
-    of a stratum and estimated from them for the rest (double sampling, Cochran 12.2, a phase for each link).
+    `latest` has the newest known answer for each image. At first all are of the reference. An accepted candidate
+    replaces those of the images that it was scored on, which are always the first ones of each stratum. So the present
+    accuracy is the reference's, plus the changes of each link of `chains`. They are known for the first `seen` images
+    of a stratum, and estimated from those for the rest (double sampling, Cochran 12.2, with one phase per link).
     """
 
     def __init__(self, order: Order, reference: Predictions) -> None:
@@ -210,7 +221,7 @@ class Standing:
         self.chains: list[list[Link]] = [[] for _ in order.pure]
 
     def accept(self, trial: Trial) -> None:
-        """The candidate of `trial` is the network from now on."""
+        """Makes the candidate of `trial` the present network."""
         self.chains = [trial.chain(stratum) for stratum in range(len(self.chains))]
         for batch, found in trial.found.items():
             images = self.order.batches[batch]
@@ -219,7 +230,7 @@ class Standing:
 
 
 class Trial:
-    """One candidate on one shard: which batches to score next, and what the scored ones say."""
+    """One candidate on one shard: which batches to score next, and what the scored ones tell."""
 
     def __init__(self, standing: Standing) -> None:
         self._standing, self._order = standing, standing.order
@@ -236,11 +247,11 @@ class Trial:
 
     @property
     def seen(self) -> int:
-        """How many images were scored."""
+        """The number of images that were scored."""
         return int(self._seen.sum())
 
     def next_batch(self) -> int | None:
-        """The number of the batch that narrows the estimate most for its size; None when all were scored."""
+        """The number of the batch that narrows the estimate most for its size; None if all were scored."""
         if self._pilots < self._order.pilot:
             self._pilots += 1
             return self._pilots - 1
@@ -252,9 +263,10 @@ class Trial:
         return self._order.pure[best][self._next[best] - 1]
 
     def _gain(self, stratum: int) -> float:
-        """The variance that the next batches of a stratum take away, an image, as far ahead as is best; -1: none left.
+        """The variance per image that the next batches of a stratum take away, as far ahead as is best.
 
-        Up to the next link of the chain only the candidate's own part shrinks, beyond it the link's as well.
+        It is -1 if no batch is left. Up to the next link of the chain only the candidate's own part of the variance
+        shrinks; beyond it the link's part shrinks as well.
         """
         ahead = self._order.pure[stratum][self._next[stratum] :]
         if not ahead:
@@ -271,7 +283,7 @@ class Trial:
         return max((variance(seen) - variance(stop)) / (stop - seen) for stop in stops if stop > seen)
 
     def add(self, batch: int, found: Predictions) -> None:
-        """What the candidate says about the images of `batch`."""
+        """Adds the candidate's answers for the images of `batch`."""
         self.found[batch] = found
         images = self._order.batches[batch]
         stratum, count = self._order.stratum[images], len(self._sizes)
@@ -286,7 +298,8 @@ class Trial:
     def chain(self, stratum: int) -> list[Link]:
         """The links from the round's reference to the candidate, each seen on fewer images than the one before it.
 
-        Links that the candidate was scored as far as are its own: it was seen directly against what came before them.
+        Links that were seen on no more images than the candidate are merged into its own, because it was compared
+        directly with what came before them.
         """
         seen = int(self._seen[stratum])
         before = [link for link in self._standing.chains[stratum] if link.seen > seen]
@@ -297,7 +310,7 @@ class Trial:
         return [*before, Link(seen, changes, int(self._flips[stratum]) + flips, rate)]
 
     def tally(self) -> Tally:
-        """The estimate from what was scored so far: exact, with variance 0, when that is everything."""
+        """The estimate from what was scored so far; exact, with variance 0, if that is everything."""
         correct = sum(int(found.correct.sum()) for found in self.found.values())
         if self.found:
             self._estimate_rates()
@@ -312,12 +325,12 @@ class Trial:
         return Tally(int(self._sizes.sum()), self.seen, correct, estimate, variance, settled, unseen_changes)
 
     def _estimate_rates(self) -> None:
-        """The rate of changed answers in each stratum: what was counted, drawn towards what the margins let expect.
+        """Estimates the rate of changed answers in each stratum: the counted one, drawn towards a predicted one.
 
-        An unseen image of margin m is expected to change as often as the seen images, of all strata, shifted towards
-        the other answer by m or more. Beyond what was seen it may change once in a thousand, or less often where the
-        shifts are so small that Chebyshev's inequality, mean(shift^2) / m^2, says so, or their tail (`_tail_beyond`).
-        The expected rate counts as much as `_PRIOR_IMAGES` scored images.
+        An unseen image of margin m is expected to change as often as seen images, of all strata, shifted towards the
+        other answer by m or more. Beyond the largest seen shift it is expected to change once in a thousand times. It
+        changes more rarely if Chebyshev's inequality, mean(shift^2) / m^2, or the tail of the shifts (`_tail_beyond`)
+        says so. The prediction counts as much as `_PRIOR_IMAGES` scored images.
         """
         images = np.concatenate([self._order.batches[batch] for batch in self.found])
         shifts = np.concatenate(self._shifts)
@@ -329,7 +342,7 @@ class Trial:
         tail = above[np.searchsorted(shifts[ascending], margins)]
         beyond = float(weights @ shifts**2) / margins**2 + _LEAST_DOUBT
         if 1 / float(weights @ weights) >= _TAIL_SEEN:
-            # the longer of two tails: with weights few images of the large strata say nearly all, without they say less
+            # the longer of two tails: weighted, few images of the large strata dominate; unweighted, they do not
             alike = np.full(len(shifts), 1 / len(shifts))
             tails = (_tail_beyond(shifts, share, margins) for share in (weights, alike))
             beyond = np.minimum(beyond, np.maximum(*tails) + _LEAST_DOUBT)
@@ -340,10 +353,10 @@ class Trial:
 
 
 def _tail_beyond(shifts: Margins, weights: Margins, margins: Margins) -> Margins:
-    """How often a shift passes each of `margins`, by an exponential tail through the largest of `shifts`.
+    """How often a shift exceeds each of `margins`, by an exponential tail fitted to the largest of `shifts`.
 
-    Peaks over a threshold: excesses over a high one are about exponential where the tail is no heavier (Pickands,
-    Annals of Statistics 3, 1975). The mean excess is taken `_TAIL_CAUTION` times as large as it is.
+    This is the peaks-over-threshold method: excesses over a high threshold are about exponential unless the tail is
+    heavier (Pickands, Annals of Statistics 3, 1975). The mean excess is taken `_TAIL_CAUTION` times as large as it is.
     """
     largest = np.argsort(-shifts, kind="stable")[: math.ceil(len(shifts) * _TAIL_PART)]
     threshold, part = shifts[largest[-1]], weights[largest]
@@ -355,5 +368,5 @@ def _tail_beyond(shifts: Margins, weights: Margins, margins: Margins) -> Margins
 
 
 def _spread(size: int, seen: int) -> float:
-    """Variance of the estimated number of changes among the unseen, in units of a single image's variance."""
+    """The variance of the estimated number of changes among the unseen, in units of a single image's variance."""
     return (size - seen) * size / max(seen, 0.5)

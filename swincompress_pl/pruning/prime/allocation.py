@@ -1,9 +1,9 @@
-"""Another policy than PrimeSVT's: rates from what each block costs alone, as a knapsack is filled (primesvt.md).
+"""The policy "allocated", which is not the paper's: rates from what each block costs alone (primesvt.md).
 
-Alg. 1 gives all blocks one rate, the highest that they stand together, and Alg. 4 raises them from there, each as far
-as the constraint lets it: a block that hardly saves has spent its part of the accuracy before, and the first that is
-raised may spend all that is left. Here the accuracy that a block costs is measured alone, at several rates, and the
-steps of all blocks are taken in the order of what they save a point lost.
+Alg. 1 of the paper gives all blocks one rate, the highest that is acceptable together, and Alg. 4 raises each block as
+far as the constraint allows. So a block that hardly saves anything has already spent accuracy, and the first block that
+is raised may spend all that is left. Here each block is measured alone at several rates. The steps of all blocks are
+taken in the order of what they save per point lost, as a knapsack is filled.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _PARTS = (1.0, 0.5, 0.25, 0.125)  # of a step, tried in turn where it does not f
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """Raise `block` to `rate`; efficiency: saved a point lost, both in points, from the block's step before."""
+    """Raises `block` to `rate`; `efficiency` is points saved per point lost since the block's step before."""
 
     block: str
     rate: float
@@ -28,9 +28,9 @@ class Step:
 
 
 def steps_by_efficiency(curves: Mapping[str, Sequence[CurvePoint]]) -> list[Step]:
-    """The steps of all blocks, the most saved a point lost first; those of one block by rising rate.
+    """The steps of all blocks, sorted by what they save per point lost; those of a block have rising rates.
 
-    A block's steps are the concave hull of its curve, so what it could reach better in one longer step is one.
+    The steps of a block are the concave hull of its curve, so steps that are more efficient together are one step.
     """
     steps = []
     for block, curve in curves.items():
@@ -47,8 +47,11 @@ def _efficiency(before: CurvePoint, after: CurvePoint) -> float:
 
 
 def allocate(trials: Trials) -> list[BlockState]:
-    """The blocks with their rates: measure the curves, take as many steps as the constraint allows together, then of
-    the others what still fits, one by one."""
+    """Finds the rates of all blocks.
+
+    It measures the curves, takes as many of the best steps as the constraint allows together, and then, one by one,
+    what still fits of the others.
+    """
     blocks = trials.into_blocks(list(trials.candidates.targets.values()), rate=0.0)
     curves = _measure(trials, blocks)
     steps = steps_by_efficiency(curves)
@@ -58,14 +61,14 @@ def allocate(trials: Trials) -> list[BlockState]:
 
 
 def _measured(block: BlockState, curve: tuple[CurvePoint, ...]) -> BlockState:
-    """With its curve, and the robustness of the block alone at the highest measured rate up to its own."""
+    """Adds its curve, and the robustness of the block alone at the highest measured rate up to its own."""
     found = [point for point in curve if point.rate <= block.rate]
     robustness = found[-1].saving / (found[-1].drop + LEAST_DROP) if found else None
     return replace(block, curve=curve, robustness=robustness)
 
 
 def _measure(trials: Trials, blocks: Sequence[BlockState]) -> dict[str, list[CurvePoint]]:
-    """{block: its points}, of blocks worth the trouble; a curve ends where the block alone costs too much."""
+    """Maps each block that is large enough to its points; a curve ends where the block alone costs too much."""
     config, curves = trials.config, dict[str, list[CurvePoint]]()
     worthy = trials.worthy(blocks)
     rates = sorted({*config.rates, config.max_sparsity})
@@ -73,7 +76,7 @@ def _measure(trials: Trials, blocks: Sequence[BlockState]) -> dict[str, list[Cur
         curves[block.name], last = [], dict[str, int]()
         for count, rate in enumerate(rates):
             widths = trials.widths_of([replace(block, rate=rate)])
-            if widths == last:  # rounding
+            if widths == last:  # after rounding
                 continue
             last = widths
             found = trials.judge(
@@ -88,12 +91,12 @@ def _measure(trials: Trials, blocks: Sequence[BlockState]) -> dict[str, list[Cur
 
 
 def _at(blocks: Sequence[BlockState], steps: Sequence[Step]) -> list[BlockState]:
-    rates = {step.block: step.rate for step in steps}  # of a block, the last is the highest
+    rates = {step.block: step.rate for step in steps}  # the last step of a block has the highest rate
     return [replace(block, rate=rates.get(block.name, block.rate)) for block in blocks]
 
 
 def _most_together(trials: Trials, blocks: Sequence[BlockState], steps: Sequence[Step]) -> int:
-    """How many of the first steps the constraint allows together, by bisection: fewer lose less."""
+    """The number of first steps that the constraint allows together, by bisection: fewer steps lose less."""
     most, refused, base = 0, len(steps) + 1, dict[str, int]()
     tries, number = math.ceil(math.log2(len(steps) + 1)), 0
     while refused - most > 1:
@@ -109,8 +112,10 @@ def _most_together(trials: Trials, blocks: Sequence[BlockState], steps: Sequence
 
 
 def _add_what_fits(trials: Trials, blocks: list[BlockState], steps: Sequence[Step]) -> list[BlockState]:
-    """Raise one block after another by its next step, in this order, or by half of it, a quarter, ...; one that was
-    refused has no further steps."""
+    """Raises one block after another by its next step, or by half of it, a quarter or an eighth.
+
+    A block whose step did not fit whole gets no further steps.
+    """
     done = set[str]()
     for number, step in enumerate(steps, start=1):
         if step.block in done:
@@ -128,7 +133,7 @@ def _add_what_fits(trials: Trials, blocks: list[BlockState], steps: Sequence[Ste
 
 
 def _raised(trials: Trials, blocks: list[BlockState], step: Step, done: int, total: int) -> list[BlockState] | None:
-    """The blocks with the step done, None where it changes nothing or the constraint does not allow it."""
+    """The blocks after a step; None if it changes nothing or the constraint does not allow it."""
     raised = _at(blocks, [step])
     base, widths = trials.widths_of(blocks), trials.widths_of(raised)
     if widths == base:

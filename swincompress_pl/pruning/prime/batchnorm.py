@@ -12,14 +12,18 @@ from torch.optim.swa_utils import update_bn
 
 from swincompress_pl.pruning.evaluation.ranks import from_all_ranks, share_buffers
 
-_LEAST_VARIANCE = 1e-5  # BatchNorm's own epsilon: a channel that was silent does not make a ratio without bounds
+_LEAST_VARIANCE = 1e-5  # BatchNorm's own epsilon, which bounds the ratio for a channel that was silent
 
 
 class StatisticsCorrection:
-    """Corrects the statistics of `network` for what is pruned of it by the time of the call.
+    """Corrects the statistics of a network for what is pruned at the time of a call.
 
-    calibration: batches (images, ...), gone through again for each correction; None: the statistics are kept, and
-    nothing is done. passes: how often the batches were gone through.
+    Args:
+        network: The network before pruning.
+        calibration: Batches (images, ...), which each correction reads again. None leaves the statistics alone.
+
+    Attributes:
+        passes: How often the batches were read.
     """
 
     def __init__(self, network: nn.Module, calibration: Iterable[Any] | None) -> None:
@@ -33,8 +37,11 @@ class StatisticsCorrection:
         return self._calibration is not None
 
     def correct(self) -> None:
-        """The mean by the difference to the unpruned network's on the same images, the variance by the ratio: what sets
-        these few images apart from those of the training cancels, and the unpruned network stays as it is."""
+        """Corrects the mean by its difference to the unpruned network's on the same images, the variance by the ratio.
+
+        So the difference between these few images and the training images cancels, and a network of which nothing is
+        pruned does not change.
+        """
         if self._calibration is None:
             return
         trained, pruned = batchnorm_state(self._network), self._estimated(self._calibration)
@@ -59,7 +66,7 @@ class StatisticsCorrection:
 
         try:
             update_bn(counted(), self._network, device=device)
-            if before and not from_all_ranks(seen)[0]:  # those of the others do not count
+            if before and not from_all_ranks(seen)[0]:  # rank 0's buffers are shared; the other ranks' do not count
                 raise ValueError("batchnorm='correct': calibration has no batch; give a few of training images")
             share_buffers(self._network)
             self.passes += 1
@@ -69,12 +76,12 @@ class StatisticsCorrection:
 
 
 def batchnorm_state(network: nn.Module) -> dict[str, Tensor]:
-    """{name: a copy} of the running statistics of every BatchNorm."""
+    """Copies of the running statistics of every BatchNorm, by name."""
     return {name: buffer.clone() for name, buffer in _statistics(network)}
 
 
 def restore_batchnorm(network: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Set the running statistics that `batchnorm_state` gave."""
+    """Restores the running statistics that `batchnorm_state` returned."""
     with torch.no_grad():
         for name, buffer in _statistics(network):
             buffer.copy_(state[name])

@@ -1,4 +1,4 @@
-"""The candidates of PrimeSVT: what each saves, and how it scores."""
+"""The candidates of PrimeSVT: what each saves, and what it scores."""
 
 from __future__ import annotations
 
@@ -26,10 +26,16 @@ from swincompress_pl.pruning.structure.weight_masks import masked_parameters
 
 
 class Candidates:
-    """Makes candidates of `network`, which stays as it is but for the time of a context or a call.
+    """Makes candidates of a network, which is changed only inside a context or a call.
 
-    floor: the least accuracy in points. calibration: batches (images, ...) on which BatchNorm's statistics are
-    corrected, where the config asks for it. cache_path: a file that keeps every verdict as it falls.
+    Args:
+        network: The network.
+        evaluator: Scores candidates.
+        config: The settings of the search.
+        floor: The least accuracy in points.
+        calibration: Batches (images, ...) on which BatchNorm's statistics are corrected, if the config asks for it.
+        gradients: Collects gradients, for the criteria that need them.
+        cache_path: File that keeps every verdict; None for none.
     """
 
     def __init__(
@@ -54,7 +60,7 @@ class Candidates:
         self._space = local_space(config.space(network))
         self.targets = {target.name: target for target in self._space.targets(network)}
         statistics = gradients(network) if gradients is not None and needs_gradients(config.criterion) else None
-        # Of the unpruned network: cuts of any depth nest.
+        # All of the unpruned network, so that a smaller cut is part of a larger one.
         self._scores = {
             name: from_rank_zero(self._space.scores(network, target, statistics))
             for name, target in self.targets.items()
@@ -80,7 +86,7 @@ class Candidates:
         )
 
     def widths(self, rates: Mapping[str, float]) -> dict[str, int]:
-        """The widths at these rates, {target: part of its units to remove}, as near as `round_to` allows."""
+        """The widths at rates {target: part of its units to remove}, as near to them as `round_to` allows."""
         widths = {}
         for name, rate in rates.items():
             target = self.targets[name]
@@ -90,7 +96,7 @@ class Candidates:
         return widths
 
     def saving(self, widths: Widths) -> float:
-        """The part of all parameters that is removed, or zero by a mask."""
+        """The part of all parameters that is removed or masked."""
         kept = {name: self._space.kept(self.targets[name], width) for name, width in widths.items()}
         return (self._parameters - self._costs.parameters(kept)) / self._parameters
 
@@ -103,10 +109,10 @@ class Candidates:
         label: str,
         resolution_points: float | None = None,
     ) -> Candidate:
-        """Whether the network so narrowed meets the accuracy constraint.
+        """Decides whether the network at these widths meets the accuracy constraint.
 
-        base: narrower nowhere; the candidate is compared with the network so narrowed. resolution_points: for scores
-        that are compared with others, the standard error of an accepted candidate's.
+        The candidate is compared with the network at the widths `base`, which are nowhere narrower.
+        `resolution_points` is the largest standard error of an accepted candidate's score; None for any.
         """
         known = from_rank_zero(self._cache.get(widths))
         finest = math.inf if resolution_points is None else resolution_points
@@ -136,13 +142,13 @@ class Candidates:
         return verdict
 
     def accept(self, widths: dict[str, int], base: dict[str, int]) -> None:
-        """Candidates to come have `widths` for their base; what was run for the last one is kept where it was that."""
+        """Says that later candidates have `widths` as their base; reuses the answers if they were judged last."""
         if self._standing == base and self._last == widths:
             self._evaluator.keep(self._changed(widths, base))
             self._standing = dict(widths)
 
     def _changed(self, widths: Widths, base: Widths) -> list[str]:
-        """The tensors in which two candidates differ; none named is anywhere, as corrected statistics do."""
+        """The tensors in which two candidates differ; empty for anywhere, as with corrected statistics."""
         if self.correction.is_active:
             return []
         changed = [name for name in widths if widths[name] != base.get(name)]
@@ -150,7 +156,7 @@ class Candidates:
 
     @contextmanager
     def masked(self, widths: Widths) -> Iterator[None]:
-        """The network computes as if so narrowed, with statistics corrected where the config asks for it."""
+        """Inside the context, the network computes as if narrowed, with corrected statistics if the config says so."""
         with self._space.masked(self.network, self._removal(widths)):
             before = batchnorm_state(self.network)
             try:
@@ -161,7 +167,7 @@ class Candidates:
                 restore_batchnorm(self.network, before)
 
     def commit(self, widths: Widths) -> Change:
-        """Make it last: slice the network, or register masks."""
+        """Narrows the network for good: slices it, or registers masks."""
         self._standing = self._last = None
         self._evaluator.network_changed()
         removal = self._removal(widths)

@@ -1,4 +1,4 @@
-"""The settings of PrimeSVT, checked once: constraints, what may go, and the policy that chooses the rates."""
+"""The settings of PrimeSVT: constraints, what may go, and the policy that chooses the rates."""
 
 from __future__ import annotations
 
@@ -14,16 +14,20 @@ from swincompress_pl.pruning.criteria import Criterion
 from swincompress_pl.pruning.space import SpaceConfig, check_criterion, checked_tolerance
 from swincompress_pl.registry import adapter_for
 
-WHOLE_UNITS = ("heads", "embed")  # kinds that a default leaves alone: they overlap the others, or reach everywhere
+WHOLE_UNITS = ("heads", "embed")  # kinds that the default leaves alone: they overlap others, or reach everywhere
 
 
 @dataclass(frozen=True, kw_only=True)
 class AllocatedPolicy:
-    """Each block's rate from what it costs alone at each of the config's `rates`; all layers are the target set.
+    """Takes each block's rate from what the block costs alone at each of the config's `rates`, on all layers.
 
-    resolution_points: standard error to which the accuracies of the curves are estimated; None for a fifteenth of the
-        tolerance, at least 0.2. Only the order of the steps depends on the curves, so what does not count against all
-        that may be lost is not resolved.
+    Attributes:
+        resolution_points: Standard error to which the accuracies of these curves are estimated, in points, above 0.
+            Only the order of the steps depends on the curves, so they need not be exact. None for a fifteenth of the
+            tolerance, and at least 0.2.
+
+    Raises:
+        ValueError: If `resolution_points` is not above 0.
     """
 
     resolution_points: float | None = None
@@ -35,18 +39,27 @@ class AllocatedPolicy:
 
 @dataclass(frozen=True, kw_only=True)
 class PrioritizedPolicy:
-    """The paper's: a uniform rate for a set of layers (Alg. 1), then raises from there, by robustness (Alg. 3 and 4).
+    """The paper's policy: a uniform rate for a set of layers (Alg. 1), raised by robustness (Alg. 3 and 4).
 
-    order: in which blocks are raised: "robustness", the most robust first and by more, or "size", the largest first
-        and all by the largest increment.
-    target_sets: parts of the layers, the largest first, that Alg. 1 chooses from.
-    theta: width of a band of robustness, in percent saved a point lost. increments: of the rate, for the best band, the
-        next, ...; the last for all others. A refused one is followed by the next smaller.
-    frozen: what becomes of the blocks whose increment is 0.0: "last" raises them, banded among themselves, when no
-        other gains; "never" leaves them at the initial rate (the paper), which ends the search early wherever one
-        block costs nothing and so leaves all others in the last band.
-    benefit_resolution_points, robustness_resolution_points: standard errors to which accuracies are estimated that are
-        averaged over the rates of a set (Alg. 1) and that tell the blocks apart (Alg. 3).
+    Attributes:
+        order: Order in which blocks are raised. "robustness" takes the most robust first, and raises them by more.
+            "size" takes the largest first, and raises all by the largest increment.
+        target_sets: Parts of the layers that Alg. 1 chooses from, each above 0 and at most 1; a part is made of the
+            largest layers.
+        theta: Width of a band of robustness, in points saved per point lost, above 0.
+        increments: Increments of the rate for the best band, the next, and so on; the last is for all other bands.
+            Falling, below 1 and at least 0, the first above 0. A block whose increment is refused gets the next
+            smaller one.
+        frozen: What happens to blocks whose increment is 0.0. "last" raises them when no other block gains, in bands of
+            their own. "never", as in the paper, leaves them at the initial rate. If a block costs nothing, that ends
+            the search early, because all others are then in the last band.
+        benefit_resolution_points: Standard error, in points, of the accuracies that Alg. 1 averages over the rates of a
+            set; above 0.
+        robustness_resolution_points: Standard error, in points, of the accuracies by which Alg. 3 compares the blocks;
+            above 0.
+
+    Raises:
+        ValueError: If a field is outside its range; the message names the field.
     """
 
     order: Literal["robustness", "size"] = "robustness"
@@ -94,7 +107,7 @@ POLICIES: dict[str, type[Policy]] = {"allocated": AllocatedPolicy, "prioritized"
 
 
 def _old_policy(policy: Any, settings: Mapping[str, Any]) -> Any:
-    """The policy that settings of version 0.1, which stood beside its name, describe."""
+    """The policy that the settings of version 0.1 describe, which were given beside its name."""
     settings = {name: value for name, value in settings.items() if value is not None}
     if policy in (None, "allocated"):
         resolution, defaults = settings.pop("robustness_resolution_points", None), PrioritizedPolicy()
@@ -102,8 +115,8 @@ def _old_policy(policy: Any, settings: Mapping[str, Any]) -> Any:
         wrong = [name for name, value in as_fields.items() if value != getattr(defaults, name)]
         if wrong:
             raise ValueError(
-                f"{', '.join(wrong)}: a setting of policy='prioritized' (Alg. 1, 3, 4 of the paper), and "
-                "policy='allocated'; give policy=PrioritizedPolicy(...), or leave it out"
+                f"{', '.join(wrong)}: not a setting of policy='allocated', but of 'prioritized' (Alg. 1, 3 and 4 of "
+                f"the paper); give policy=PrioritizedPolicy({wrong[0]}=...), or leave it out"
             )
         return AllocatedPolicy(resolution_points=resolution)
     return PrioritizedPolicy(**settings)
@@ -130,26 +143,34 @@ with_old_policy_settings = gathered(
 class PrimeSVTConfig:
     """What PrimeSVT (arXiv 2606.03428) prunes, under which constraints; `PrimeSVTConfig.paper()` is the paper's search.
 
-    tolerance: accuracy that may be lost in points against the network before, above 0 and at most 100.
-    min_memory_saving: part of all parameters that has to go, 0 to below 1.
-    granularity: "structured" removes units of the network's groups physically; "filter" makes the weakest input
-        channels of every filter zero, for each filter its own (Alg. 2), so shapes stay and the saving is a count of
-        zeros.
-    policy: how the rates are chosen: "allocated", "prioritized" (the paper), or one of them with settings of its own
-        (`AllocatedPolicy`, `PrioritizedPolicy`).
-    blocks: "layer" has a rate for each layer, "block" (the paper) one for all layers of a block.
-    prefer: what is applied where no candidate meets both constraints: the largest saving within "accuracy", or the best
-        accuracy within "memory".
-    rates: parts of a layer's units that are tried, for each alone or uniformly on a target set.
-    min_block_share: a block with a smaller part of an average block's parameters stays at the initial rate: raising it
-        costs accuracy and evaluations for next to nothing. 0 (the paper) raises all.
-    max_sparsity: no layer goes beyond it, above 0 and below 1.
-    round_to: kept widths (not heads) are multiples of it. kinds: of groups, only with "structured"; None for all that
-        the network has but "heads" and "embed". layers: patterns (fnmatch) of the names to prune, None for all.
-    criterion: a name in `pruning.CRITERIA` or a function; "magnitude" is the paper's L2 norm.
-    batchnorm: "keep" the running statistics, or "correct" them for every candidate by what pruning changes of them on
-        calibration images.
-    Raises ValueError, naming the field, for anything else and for fields that contradict each other.
+    Attributes:
+        tolerance: Accuracy that may be lost against the unpruned network, in points, above 0 and at most 100.
+        min_memory_saving: Part of all parameters that has to go, from 0 to below `max_sparsity`.
+        granularity: "structured" removes units of the network's groups physically. "filter" sets the weakest input
+            channels of every filter to zero, chosen for each filter alone (Alg. 2). Shapes stay then, and the saving
+            counts zeros.
+        policy: How the rates are chosen: "allocated", "prioritized" (the paper), or an `AllocatedPolicy` or
+            `PrioritizedPolicy` with other settings.
+        blocks: "layer" has one rate per layer; "block" (the paper) has one rate for all layers of a block.
+        prefer: What is applied if no candidate meets both constraints. "accuracy" is the largest saving within the
+            tolerance, "memory" is the best accuracy of those that save enough.
+        rates: Parts of a layer's units that are tried, above 0 and at most `max_sparsity`. The policy "allocated" tries
+            them on each block alone, "prioritized" on all layers of a target set.
+        min_block_share: A block with less than this part of an average block's parameters stays at the initial rate,
+            because raising it saves next to nothing; with the policy "allocated" that rate is 0. From 0 (the paper),
+            which raises all, to below 1.
+        max_sparsity: Largest rate of a layer, above 0 and below 1.
+        round_to: Kept widths, except those of heads, are multiples of it; 1 or more. Only for "structured".
+        kinds: Kinds of groups to prune; None for all that the network has, except "heads" and "embed". Only for
+            "structured".
+        layers: Patterns (fnmatch) of the names to prune; None for all.
+        criterion: A name in `pruning.CRITERIA`, or a function (`pruning.Criterion`). "magnitude" is the paper's L2
+            norm.
+        batchnorm: "keep" leaves the running statistics as they are. "correct" changes them for every candidate by what
+            pruning changes on calibration images.
+
+    Raises:
+        ValueError: If a field is outside its range, or fields contradict each other; the message names the field.
     """
 
     tolerance: float = 3.0
@@ -169,7 +190,17 @@ class PrimeSVTConfig:
 
     @classmethod
     def paper(cls, **settings: Any) -> PrimeSVTConfig:
-        """The paper's search, whole; settings: fields in which it is to differ."""
+        """Makes the settings of the paper's search.
+
+        Args:
+            **settings: Fields that are to differ from it.
+
+        Returns:
+            The config.
+
+        Raises:
+            ValueError: If a field is outside its range, or fields contradict each other.
+        """
         paper: dict[str, Any] = {
             "granularity": "filter",
             "policy": PrioritizedPolicy(frozen="never"),
@@ -220,8 +251,10 @@ class PrimeSVTConfig:
             )
 
     def resolution_points(self) -> dict[str, float]:
-        """{phase: standard error to which a score is estimated}, where scores are compared with others, and not only
-        with the floor."""
+        """Returns the standard error, in points, to which scores are estimated in each phase.
+
+        Phases that only compare scores with the floor are left out.
+        """
         if isinstance(self.policy, PrioritizedPolicy):
             return {
                 "target set": self.policy.benefit_resolution_points,
@@ -231,7 +264,17 @@ class PrimeSVTConfig:
         return {"robustness": self.policy.resolution_points or max(0.2, self.tolerance / 15)}
 
     def space(self, network: nn.Module) -> SpaceConfig:
-        """What may be removed of `network`."""
+        """Makes the settings of the search space.
+
+        Args:
+            network: The network to prune.
+
+        Returns:
+            What may be removed of it.
+
+        Raises:
+            UnsupportedNetworkError: If the network has no adapter, or its adapter does not cover this variant.
+        """
         common: dict[str, Any] = {
             "layers": self.layers, "criterion": self.criterion, "max_sparsity": self.max_sparsity,
         }  # fmt: skip
@@ -244,7 +287,7 @@ class PrimeSVTConfig:
         return SpaceConfig(granularity="structured", kinds=tuple(kinds), round_to=self.round_to, **common)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields in JSON types; a function is its name, a policy its fields with its `name`."""
+        """Returns the fields in JSON types; a function becomes its name, and a policy its fields with a `name`."""
         plain = _as_lists(asdict(self))
         if callable(self.criterion):
             plain["criterion"] = getattr(self.criterion, "__qualname__", repr(self.criterion))
@@ -265,7 +308,7 @@ def _as_lists(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def current_settings(stored: Mapping[str, Any]) -> dict[str, Any]:
-    """What `to_dict` gives today for what it gave in version 0.1; the fields of today's as they are."""
+    """Stored settings under their present names; those of version 0.1 are translated."""
     plain = dict(stored)
     if "max_accuracy_drop" not in plain:
         return plain
@@ -273,7 +316,7 @@ def current_settings(stored: Mapping[str, Any]) -> dict[str, Any]:
     plain["max_sparsity"] = plain.pop("max_rate")
     plain["granularity"] = {"group": "structured", "paper": "filter"}[plain.pop("mode")]
     plain["batchnorm"] = {"reestimate": "correct"}.get(plain["batchnorm"], plain["batchnorm"])
-    name = plain.pop("policy", "prioritized")  # the only one that the first of that version had
+    name = plain.pop("policy", "prioritized")  # at first, version 0.1 had no other
     of_policy = {key: plain.pop(key) for key in PrioritizedPolicy.__dataclass_fields__ if key in plain}
     if name == "allocated":
         of_policy = {"resolution_points": of_policy["robustness_resolution_points"]}

@@ -1,4 +1,4 @@
-"""Verdicts that outlive the process, so that a killed search goes on where it was."""
+"""Verdicts that outlive the process, so that a killed search continues where it stopped."""
 
 from __future__ import annotations
 
@@ -15,22 +15,28 @@ from swincompress_pl.files import append_line, write_file
 from swincompress_pl.pruning.evaluation.scorer import Verdict
 
 Widths = Mapping[str, int]
-"""{target: units that stay}; a target that is not named keeps all."""
+"""{target: units that stay}; a target that is not named keeps all of its units."""
 
 _VERSION = 2
 _OF_0_1 = 1
-_ENTRY = b'{"widths": '  # an entry's beginning
+_ENTRY = b'{"widths": '  # how an entry begins
 
 
 class EvaluationCache:
-    """Verdicts by widths: in memory, and in a file of JSON lines to which each is added as it falls.
+    """Verdicts by widths, in memory and in a file of JSON lines to which each verdict is added at once.
 
-    The first line names what the verdicts are about. Raises ValueError, and leaves the file as it is, for one that is
-    no cache, is about something else, or has an entry that is no verdict. A line at the end of the file that a kill
-    cut off is dropped. Several processes may add to one file.
+    The first line says what the verdicts are about. A last line that a kill cut off is dropped. Several processes may
+    add to one file.
 
-    fingerprint: of all that the verdicts hang on. earlier: the same in the words of version 0.1, None where a file of
-    that version cannot be taken up. units: {target: its units}.
+    Args:
+        path: The file; None for memory only.
+        fingerprint: A string that identifies everything that the verdicts depend on.
+        earlier: The fingerprint of version 0.1; None if a file of that version cannot be used.
+        units: Maps a target to its number of units.
+
+    Raises:
+        ValueError: If the file is not a cache, is about something else, or has an entry that is not a verdict. The file
+            is left as it is.
     """
 
     def __init__(
@@ -70,15 +76,15 @@ class EvaluationCache:
         if header["version"] == _OF_0_1 and header["about"] == earlier:
             warnings.warn(
                 f"evaluation_cache={str(self._path)!r} is of version 0.1, which did not note all that its verdicts "
-                "hang on: of the hold-out the labels and the first and the last image are compared. If anything else "
-                "of it has changed since, remove the file",
+                "depend on. Of the hold-out, only the labels and the first and last image are compared. If anything "
+                "else of it has changed since then, remove the file",
                 stacklevel=2,
             )
         elif header != {"version": _VERSION, "about": fingerprint}:
             raise ValueError(
                 f"evaluation_cache={str(self._path)!r} is about another network, hold-out or constraint (another "
-                "`evaluate` or predict, other calibration images, scores or options of them count as well); give "
-                "another path, or remove it"
+                "`evaluate` or predict, other calibration images, unit scores or options count as well); give another "
+                "path, or remove the file"
             )
 
     def _read(self, line: bytes, number: int) -> None:
@@ -92,7 +98,7 @@ class EvaluationCache:
         self._known[_key(entry["widths"])] = Verdict(**entry["verdict"])
 
     def _take_up(self, rest: bytes, number: int) -> None:
-        """The file's end where no line ends: an entry, or what a kill left of one, which the next entry replaces."""
+        """Reads an unfinished last line: an entry, or what a kill left of one, which the next entry replaces."""
         assert self._path is not None
         if _parsed(rest) is None and (rest.startswith(_ENTRY) or _ENTRY.startswith(rest)):
             return
@@ -100,25 +106,25 @@ class EvaluationCache:
         append_line(self._path, rest)
 
     def get(self, widths: Widths) -> Verdict | None:
-        """What was found for these widths."""
+        """The verdict for these widths; None if it is unknown."""
         return self._known.get(_key(widths))
 
     def put(self, widths: Widths, verdict: Verdict) -> None:
-        """Remember `verdict`."""
+        """Keeps a verdict."""
         self._known[_key(widths)] = verdict
         if self._path is not None:
             append_line(self._path, json.dumps({"widths": dict(widths), "verdict": asdict(verdict)}).encode())
 
 
 def _begin(path: Path, fingerprint: str) -> None:
-    """A new file, with its header or not there at all."""
+    """Makes a new file with its header; if that fails, there is no file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     first = (json.dumps({"version": _VERSION, "about": fingerprint}) + "\n").encode()
     write_file(path, lambda file: file.write(first))
 
 
 def _parsed(line: bytes) -> Any:
-    """What the JSON says, None where it is none."""
+    """The value of a line of JSON; None if it is not JSON."""
     try:
         return json.loads(line.decode("utf-8"))
     except (ValueError, RecursionError):
@@ -126,7 +132,7 @@ def _parsed(line: bytes) -> Any:
 
 
 def _problem(entry: Any, units: Mapping[str, int]) -> str:
-    """What is wrong with an entry; empty where nothing is."""
+    """What is wrong with an entry; empty if nothing is."""
     if not isinstance(entry, dict) or entry.keys() != {"widths", "verdict"}:
         return "it is no JSON of widths and a verdict"
     widths, verdict = entry["widths"], entry["verdict"]

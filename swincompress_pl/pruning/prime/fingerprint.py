@@ -1,4 +1,4 @@
-"""All that a verdict of PrimeSVT hangs on, as a text: a cache of evaluations is about one of these."""
+"""A string that identifies everything that a verdict of PrimeSVT depends on; an evaluation cache is about one."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _ADDRESS = re.compile(r"0x[0-9a-fA-F]+")
 
 
 def check_named(evaluator: Evaluator) -> None:
-    """ValueError where nothing tells what scores the networks from another that does."""
+    """Raises ValueError if nothing identifies what scores the networks."""
     if evaluator.fingerprint is None:
         raise ValueError(
             "evaluation_cache= keeps verdicts for later searches, and nothing tells this `evaluate` (or this predict "
-            "of a HoldOut) from another; give it a name that changes whenever it scores otherwise: "
+            "of a HoldOut) from another; give it a name that changes whenever it scores in another way: "
             "evaluate.fingerprint = 'top-1 on my hold-out, version 1'"
         )
 
@@ -38,10 +38,10 @@ def fingerprint(
     ranks: Iterable[list[object]],
     floor: float,
 ) -> str:
-    """Of the network as it computes, what a width of a target means, what scores it and from which score on.
+    """Identifies the network, what the widths of its targets mean, what scores it, and the floor.
 
-    scores: say which units go first, whatever the criterion is called and its gradients were. ranks: each
-    process's scorer and calibration images.
+    `scores` say which units go first, whatever the criterion and its gradients were. `ranks` has each process's scorer
+    and calibration images.
     """
     digest = hashlib.sha256()
     for name, tensor in [*network.named_parameters(), *network.named_buffers()]:
@@ -62,7 +62,7 @@ def fingerprint(
 
 
 def images_digest(batches: Iterable[Any] | None) -> str | None:
-    """Of the images that batches have, in whatever order they come; None for none."""
+    """Identifies the images of batches, in any order; None without batches."""
     if batches is None:
         return None
     found = []
@@ -80,7 +80,7 @@ def fingerprint_of_0_1(
     scores: Mapping[str, Tensor],
     evaluator: Evaluator,
 ) -> str | None:
-    """What version 0.1 wrote; None where it said less than tells one search from another."""
+    """The fingerprint of version 0.1; None if it does not tell one search from another."""
     if config.batchnorm != "keep" or evaluator.earlier_fingerprint is None:
         return None
     digest = hashlib.sha256()

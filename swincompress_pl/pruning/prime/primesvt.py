@@ -1,12 +1,12 @@
 """PrimeSVT: memory-aware structured pruning of spiking vision transformers in a single shot (arXiv 2606.03428).
 
-What saves most within an accuracy constraint is applied. No training: that comes after, e.g. by the callback of the
-same name. The default policy, "allocated", measures what each layer costs alone and allocates the rates from that
-(`allocation.py`); the paper's, "prioritized", stands in `prioritized.py`.
+It applies what saves most within an accuracy constraint. It does not train; the callback of the same name does that
+afterwards. The default policy, "allocated", measures what each layer costs alone, and allocates the rates from that
+(`allocation.py`). The paper's policy, "prioritized", is in `prioritized.py`.
 
-Decided where the paper is silent (primesvt.md): accuracies and savings are in points, robustness is that of the
-whole network with one block at twice the rate, a block's increment only ever falls, and one that was refused the
-smallest is done.
+Where the paper is silent, this was decided (primesvt.md). Accuracies and savings are in points. Robustness is that of
+the whole network with one block at twice the rate. A block's increment only falls, and a block whose smallest increment
+was refused is done.
 """
 
 from __future__ import annotations
@@ -49,21 +49,38 @@ def primesvt(
     evaluation_cache: str | Path | None = None,
     progress: bool | Callable[[PrimeProgress], None] = False,
 ) -> PrimeSVTResult:
-    """Prune the spiking `network` in place, in a single shot, as far as the constraints allow.
+    """Prunes a spiking network in place, in a single shot, as far as the constraints allow (arXiv 2606.03428).
 
-    evaluate: a `HoldOut` of training images (few images a decision), or a function (network) -> accuracy in points.
-    input_shape: of one input with its batch axis; with it MACs are counted. calibration: batches (images, ...) for
-    `batchnorm="correct"`. gradients: as for `prune`, for the criteria that need them.
-    evaluation_cache: a file in which every verdict is kept, so that a killed search goes on where it was; for the same
-    network, hold-out, calibration images and accuracy constraint only. What scores has to be known by a name: a
-    function by `evaluate.fingerprint = "..."`, a text of yours that changes whenever the function scores otherwise; so
-    has the `predict` of a `HoldOut`.
-    progress: True prints a line for each candidate; a function is called with a `PrimeProgress`.
+    If no candidate meets both constraints, `result.met` is False, a warning says so, and `config.prefer` decides which
+    alternative is applied. If that alternative does not exist, nothing is pruned. On any exception the network is left
+    as it was.
 
-    Where both constraints cannot be met, `result.met` is False and `config.prefer` says which alternative is applied;
-    nothing is where that one does not exist. Raises ValueError for a network that does not spike, not in multi-step
-    mode, with membranes that are kept between calls, or without a single spike on the hold-out; and where not even
-    `max_sparsity` on every layer saves what is asked for. Whatever is raised, the network is left as it was.
+    Args:
+        network: A spiking network; its family needs an adapter.
+        evaluate: A `HoldOut` of training images, which decides on few of them, or a function (network) -> accuracy in
+            points, 0 to 100.
+        config: What to prune under which constraints; None for the defaults.
+        input_shape: Shape of one input with its batch axis; without it MACs are not counted.
+        calibration: Batches (images, ...) for `batchnorm="correct"`. It is read more than once, so give a list or a
+            loader.
+        gradients: (network) -> Gradients, made by `collect_gradients`; for the criteria that need them.
+        evaluation_cache: File that keeps every verdict, so that a killed search continues where it stopped. It is only
+            for the same network, hold-out, calibration images and accuracy constraint. A function that scores needs a
+            name for it, `evaluate.fingerprint = "..."`: a string that changes whenever the function scores in another
+            way. The `predict` of a `HoldOut` needs one too.
+        progress: True prints a line for each candidate; a function is called with a `PrimeProgress`.
+
+    Returns:
+        What was found and applied.
+
+    Raises:
+        ValueError: If the network is not a spiking one, is not in multi-step mode, or keeps its membranes between
+            calls, or if no neuron behind its stem (the first segment) spikes on the hold-out. Also if not even
+            `max_sparsity` on every layer saves what is asked for, the config needs `calibration` or `gradients`, the
+            evaluation cache is about something else or damaged, or a score is not an accuracy in points.
+        TypeError: If `evaluate` is neither a scorer nor a function.
+        UnsupportedNetworkError: If the network has no adapter, or its adapter does not cover this variant.
+        RankFailedError: If another process of a distributed run failed.
     """
     replace_inference_tensors(network)
     started, config, evaluator = time.monotonic(), config or PrimeSVTConfig(), as_evaluator(evaluate)

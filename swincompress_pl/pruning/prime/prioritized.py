@@ -1,5 +1,8 @@
-"""The paper's policy: a set of layers and a rate that all of them stand (Alg. 1), how robust each block is (Alg. 3),
-then each block's rate raised as far as the constraint allows, the robust ones first and by more (Alg. 4)."""
+"""The paper's policy.
+
+Alg. 1 finds a set of layers, and a rate that is acceptable for all of them together. Alg. 3 measures how robust each
+block is. Alg. 4 raises each block's rate as far as the constraint allows, the robust ones first and by more.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from swincompress_pl.pruning.space import Target
 
 
 class Prioritized:
-    """The policy at work; `blocks`, `target_sets` and `initial_rate` are what it has come to."""
+    """The policy under way; `blocks`, `target_sets` and `initial_rate` are its results."""
 
     def __init__(self, trials: Trials, policy: PrioritizedPolicy) -> None:
         self._trials, self._policy, self._config = trials, policy, trials.config
@@ -24,7 +27,7 @@ class Prioritized:
         self._tries = 0
 
     def run(self) -> None:
-        """All three phases; without blocks where no rate was acceptable for any set of layers."""
+        """Runs all three phases; there are no blocks if no rate was acceptable for any set of layers."""
         layers = self._choose_target_set()
         if not layers:
             return
@@ -38,7 +41,7 @@ class Prioritized:
     # Alg. 1
 
     def _choose_target_set(self) -> list[Target]:
-        """The layers of the set with the highest benefit; sets the initial rate. Empty where no rate was acceptable."""
+        """The layers of the set with the highest benefit, empty if no rate was acceptable; sets the initial rate."""
         trials, rates = self._trials, sorted(self._config.rates)
         by_size = sorted(trials.candidates.targets.values(), key=lambda target: -target.weights)
         chosen: list[Target] = []
@@ -67,7 +70,7 @@ class Prioritized:
     # Alg. 3
 
     def _measure_robustness(self) -> None:
-        """Each block at twice the rate; sorts the blocks, the most robust first."""
+        """Tries each block at twice the rate, and sorts the blocks, the most robust first."""
         trials = self._trials
         base = trials.widths_of(self.blocks)
         rate = min(2 * self.initial_rate, self._config.max_sparsity)
@@ -87,17 +90,19 @@ class Prioritized:
     # Alg. 4
 
     def _raise_rates(self) -> None:
-        """Raise the blocks until none gains, by their bands; then those whose increment is 0, banded among themselves,
-        unless `frozen` keeps them."""
+        """Raises the blocks by their bands until none gains.
+
+        Then, unless `frozen` forbids it, it raises those whose increment is 0, in bands of their own.
+        """
         waiting = [block.name for block in self._trials.worthy(self.blocks)]
         while waiting:
             increments = self._band(waiting)
             self._raise_in_turn({name: steps for name, steps in increments.items() if steps})
-            # the first of a banding has an increment above 0, so there are fewer each time
+            # the most robust block has an increment above 0, so fewer wait each time
             waiting = [name for name, steps in increments.items() if not steps and self._policy.frozen == "last"]
 
     def _band(self, names: Sequence[str]) -> dict[str, tuple[float, ...]]:
-        """Put these blocks into bands below the most robust of them: {name: the increments above 0, falling}."""
+        """Puts these blocks into bands below the most robust of them; returns {name: increments above 0, falling}."""
         banded, increments = [block for block in self.blocks if block.name in names], self._policy.increments
         if self._policy.order == "robustness":
             best, last, theta = _robustness(banded[0]), len(increments) - 1, self._policy.theta
@@ -107,9 +112,10 @@ class Prioritized:
         return {block.name: tuple(step for step in increments[block.band :] if step > 0) for block in banded}
 
     def _raise_in_turn(self, steps: dict[str, tuple[float, ...]]) -> None:
-        """Raise each block by its first increment, the next where that is refused, until none gains.
+        """Raises each block by its first increment, or by the next if that is refused, until none gains.
 
-        Until a raise is refused, all of a turn are tried at once: what they lose together, fewer of them do not.
+        Until a raise is refused, all blocks of a turn are raised at once: if all together are acceptable, fewer of them
+        are assumed to be.
         """
         while self._raise_together(steps):
             pass
@@ -124,7 +130,7 @@ class Prioritized:
                     steps[block.name] = steps[block.name][1:]
 
     def _raise_together(self, steps: Mapping[str, tuple[float, ...]]) -> bool:
-        """Raise every block by its increment; whether that was accepted, and any could be raised."""
+        """Raises every block by its increment; returns False if none could be raised or it was refused."""
         raises = {
             number: steps[block.name][0]
             for number, block in enumerate(self.blocks)
@@ -133,7 +139,7 @@ class Prioritized:
         return bool(raises) and self._raise(raises, f"{len(raises)} blocks raised, the last at {{rate:.0%}}", steps)
 
     def _raise(self, raises: Mapping[int, float], label: str, steps: Mapping[str, tuple[float, ...]]) -> bool:
-        """Raise some blocks, {number: by how much}, if that is within the accuracy."""
+        """Raises some blocks, {number: by how much}; returns False, and raises none, if that was refused."""
         trials, before, plans = self._trials, self.blocks, 0
         widths_before, raised = trials.widths_of(before), list(before)
         for number, step in raises.items():
@@ -155,7 +161,7 @@ class Prioritized:
         return True
 
     def _steps_left(self, steps: Mapping[str, tuple[float, ...]]) -> int:
-        """How many steps are left at most, all being accepted at their present increment."""
+        """The largest number of steps that are left, if all are accepted at their present increment."""
         total = 0
         for block in self.blocks:
             if steps.get(block.name):

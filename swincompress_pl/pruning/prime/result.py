@@ -18,14 +18,22 @@ _READABLE = (1, 2)  # version 1 had other names in `config`
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """One way to prune, and how it does.
+    """One way to prune, and its verdict. `str(candidate)` describes it in one line.
 
-    phase: "target set", "robustness" or "policy"; label: what was tried, for people. widths: {target: units that stay},
-    the narrowed ones. saving: part of all parameters that it removes. score: accuracy in points on the hold-out, an
-    estimate with a standard error of `error_points` unless `exact`; images: how many it took. accepted: within the
-    accuracy constraint. remembered: the verdict was known already, nothing was run. stands_for: how many candidates of
-    the plain algorithm it replaces. block, rate: the one block that differs from what the candidate was compared with,
-    None where several do, and its rate.
+    Attributes:
+        phase: "target set", "robustness" or "policy".
+        label: What was tried, for people.
+        widths: Maps a narrowed target to the number of units that stay.
+        saving: Part of all parameters that it removes, 0 to 1.
+        score: Accuracy in points on the hold-out, an estimate unless `exact`.
+        accepted: Whether it is within the accuracy constraint.
+        images: Number of images that were scored; 0 if a function scores.
+        exact: Whether the score is of the whole hold-out.
+        error_points: Standard error of the score in points; 0 if it is exact.
+        remembered: Whether the verdict was known already, so that nothing was run.
+        stands_for: Number of candidates of the plain algorithm that it replaces.
+        block: The only block that differs from what the candidate was compared with; None if several do.
+        rate: The rate of that block. With several blocks, that of the block raised last, or None.
     """
 
     phase: str
@@ -43,7 +51,7 @@ class Candidate:
     rate: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields in JSON types."""
+        """Returns the fields in JSON types."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -53,8 +61,14 @@ class Candidate:
 
 @dataclass(frozen=True, kw_only=True)
 class TargetSet:
-    """Alg. 1's account of one set: the `part` largest layers, the rates that met the constraint, and what they are
-    worth, the mean accuracy plus the mean saving, both in points; None where no rate did."""
+    """What Alg. 1 found for one set of layers.
+
+    Attributes:
+        part: Part of the layers, the largest ones.
+        layers: Number of layers.
+        accepted_rates: Rates that met the accuracy constraint.
+        benefit: Mean accuracy plus mean saving at these rates, both in points; None if no rate met the constraint.
+    """
 
     part: float
     layers: int
@@ -64,7 +78,13 @@ class TargetSet:
 
 @dataclass(frozen=True, kw_only=True)
 class CurvePoint:
-    """A block alone at `rate`: what it saves of all parameters, and what it loses on the hold-out, both in points."""
+    """A block that alone is pruned.
+
+    Attributes:
+        rate: Part of its units that goes.
+        saving: What it saves of all parameters, in points.
+        drop: What it loses on the hold-out, in points.
+    """
 
     rate: float
     saving: float
@@ -73,12 +93,19 @@ class CurvePoint:
 
 @dataclass(frozen=True, kw_only=True)
 class BlockState:
-    """One block: its layers, what they hold of all parameters, and how the policy treated it.
+    """One block: its layers, and what the policy made of it.
 
-    robustness: saving / (accuracy drop + 0.001), both in points, of the network with this block at twice the initial
-    rate; with the policy "allocated" of the network with this block alone, at the highest rate measured up to `rate`;
-    None where it was not measured. band: 0 for the most robust. rate: where the policy left it.
-    curve: with the policy "allocated" the block alone at rising rates, as far as the accuracy constraint allows.
+    Attributes:
+        name: Name of the layer, or of the block.
+        layers: Names of its targets.
+        parameters_part: Part of all parameters that the units of its layers own.
+        robustness: saving / (accuracy drop + 0.001), both in points, of the network with this block at twice the
+            initial rate. With the policy "allocated", of the network with this block alone at the highest measured rate
+            up to `rate`. None if it was not measured.
+        band: Band of robustness, 0 for the most robust; 0 if the policy uses no bands.
+        rate: Rate at which the policy left it.
+        curve: The block alone at rising rates, as far as the accuracy constraint allows; empty with the policy
+            "prioritized".
     """
 
     name: str
@@ -94,15 +121,30 @@ class BlockState:
 class PrimeSVTResult:
     """What a search found and applied.
 
-    met: the applied candidate keeps both constraints. applied: None where nothing was pruned. within_accuracy,
-    within_memory: the two alternatives, the largest saving within the accuracy constraint and the best accuracy within
-    that of memory; None where there is none, equal to `applied` or not. Their scores are of the whole hold-out.
-    baseline_score: in points. spike_rates: of the unpruned network, a neuron, on the hold-out.
-    parameters_*: the network's, with those that a mask makes zero. scoring: what it cost (`ScoringCost`), with
-    `candidates` (tried), `plans` (different ones), `evaluations` (that were run in this process), `remembered`
-    (verdicts that were known), `batchnorm_passes` over the calibration images, `holdout_images`, and
-    `naive_image_forwards` (what a whole pass over the hold-out for each candidate, or each plan `_distinct`, takes).
-    change: what was done to the network, for optimizers and `revert`; not part of the stored state.
+    Attributes:
+        config: The settings in JSON types.
+        met: Whether the applied candidate meets both constraints.
+        applied: The candidate that was applied; None if nothing was pruned.
+        within_accuracy: The candidate with the largest saving within the accuracy constraint; None if there is none.
+        within_memory: The candidate with the best accuracy within the memory constraint; None if there is none. The
+            scores of this, `applied` and `within_accuracy` are of the whole hold-out.
+        baseline_score: Accuracy of the unpruned network, in points on the hold-out.
+        initial_rate: Uniform rate that Alg. 1 chose; 0.0 with the policy "allocated".
+        target_sets: What Alg. 1 found for each set of layers; empty with the policy "allocated".
+        blocks: The blocks, with the rates at which the policy left them.
+        candidates: Every candidate that was tried, in order.
+        spike_rates: Maps a neuron layer of the unpruned network to its spikes per time step and neuron on the
+            hold-out.
+        parameters_before: Parameters of the network before.
+        parameters_after: Parameters of the network afterwards, including those that a mask makes zero.
+        macs_before: MACs of a forward pass before; None if no input shape was given.
+        macs_after: MACs of a forward pass afterwards; None if no input shape was given.
+        scoring: What the search cost: the numbers of `ScoringCost`; `candidates` that were tried; different `plans`
+            among them; `evaluations` that were run in this process; verdicts that were `remembered`; `batchnorm_passes`
+            over the calibration images; `holdout_images`; and `naive_image_forwards`, the passes if every candidate (in
+            `naive_image_forwards_distinct` every plan) took the whole hold-out.
+        elapsed_s: Duration of the search in seconds.
+        change: What was changed in the network, for optimizers; `to_dict` leaves it out.
     """
 
     config: dict[str, Any]
@@ -126,21 +168,21 @@ class PrimeSVTResult:
 
     @property
     def plan(self) -> PruningPlan:
-        """What was sliced; empty with granularity "filter", whose zeros are masks."""
+        """The units that stay, of what was sliced; empty with granularity "filter", whose zeros are masks."""
         return self.change.applied.plan
 
     @property
     def score(self) -> float:
-        """The accuracy of the network as it was left, in points on the hold-out."""
+        """The accuracy of the network that the search left, in points on the hold-out."""
         return self.baseline_score if self.applied is None else self.applied.score
 
     @property
     def saving(self) -> float:
-        """The part of all parameters that is gone, or zero."""
+        """The part of all parameters that was removed or masked, 0 to 1."""
         return 0.0 if self.applied is None else self.applied.saving
 
     def summary(self) -> str:
-        """What was found, in a sentence or two."""
+        """Returns one or two sentences about what was found."""
         drop, least = self.config["tolerance"], self.config["min_memory_saving"]
         if self.met:
             return f"{_told(self.applied, self.baseline_score)}; both constraints are met"
@@ -152,7 +194,7 @@ class PrimeSVTResult:
         return "; ".join(found)
 
     def to_dict(self) -> dict[str, Any]:
-        """All but `change`, in JSON types."""
+        """Returns all fields but `change` in JSON types; `from_dict` is the inverse."""
         plain = {key: value for key, value in vars(self).items() if key != "change"}
         for key in ("applied", "within_accuracy", "within_memory"):
             plain[key] = None if plain[key] is None else plain[key].to_dict()
@@ -162,8 +204,17 @@ class PrimeSVTResult:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> PrimeSVTResult:
-        """What `to_dict` wrote, without a `change`; ValueError for another version, or naming what is not as it was
-        written."""
+        """Rebuilds a result, with an empty `change`.
+
+        Args:
+            data: What `to_dict` gave, also after a way through JSON.
+
+        Returns:
+            The result.
+
+        Raises:
+            ValueError: If the data are of another version or damaged; the message names the entry.
+        """
         require("result", data, isinstance(data, Mapping), "a mapping")
         if data.get("version") not in _READABLE:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""PrimeSVT's search: the baseline, a policy that tries candidates, and the selection among them."""
+"""PrimeSVT's search: the baseline, a policy that tries candidates, and the choice among them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from swincompress_pl.registry import SpikingAdapter, adapter_for
 
 
 class Search:
-    """One search at work: `run` tries candidates, `apply` leaves the best in the network."""
+    """One search: `run` tries candidates, and `apply` leaves the best in the network."""
 
     def __init__(
         self,
@@ -69,7 +69,7 @@ class Search:
         self.change: Change | None = None
 
     def _refuse_impossible(self) -> None:
-        """ValueError where no candidate could save what is asked for."""
+        """Raises ValueError if no candidate could save what is asked for."""
         config, targets = self.config, self.candidates.targets
         saving = self.candidates.saving(self.candidates.widths(dict.fromkeys(targets, config.max_sparsity)))
         if saving < config.min_memory_saving:
@@ -80,7 +80,7 @@ class Search:
             )
 
     def run(self) -> None:
-        """Let the policy try candidates; what it tried is in `trials.found`."""
+        """Lets the policy try candidates; what it tried is in `trials.found`."""
         if not isinstance(self.config.policy, PrioritizedPolicy):
             self.blocks = allocate(self.trials)
             return
@@ -89,7 +89,7 @@ class Search:
         self.blocks, self.target_sets, self.initial_rate = policy.blocks, policy.target_sets, policy.initial_rate
 
     def apply(self) -> None:
-        """Apply the best candidate that holds on the whole hold-out; `met` and the alternatives say what it is."""
+        """Applies the best candidate that holds on the whole hold-out; sets `met` and the alternatives."""
         self.within_accuracy = self._apply_within_accuracy()
         saving = 0.0 if self.within_accuracy is None else self.within_accuracy.saving
         self.met = self.within_accuracy is not None and saving >= self.config.min_memory_saving
@@ -104,7 +104,7 @@ class Search:
             self._commit(self.applied)
 
     def _apply_within_accuracy(self) -> Candidate | None:
-        """The largest saving first, until one is within the constraint on all images; it is applied."""
+        """Applies the first candidate within the constraint on all images, the largest saving first."""
         for candidate in self._distinct(lambda each: each.accepted, lambda each: (-each.saving, -each.score)):
             exact = self._scored(candidate)
             if exact.accepted:
@@ -113,7 +113,7 @@ class Search:
         return None
 
     def _score_within_memory(self) -> Candidate | None:
-        """The best accuracy of those that save enough, on all images; nothing is applied."""
+        """The best accuracy of those that save enough, scored on all images; nothing stays applied."""
         least = self.config.min_memory_saving
         for candidate in self._distinct(lambda each: each.saving >= least, lambda each: (-each.score, -each.saving)):
             exact = self._scored(candidate)
@@ -128,7 +128,7 @@ class Search:
         return sorted(plans.values(), key=order)
 
     def _scored(self, candidate: Candidate) -> Candidate:
-        """Applies it; the candidate as the whole hold-out sees it."""
+        """Applies a candidate, and returns it with its score on the whole hold-out."""
         self._commit(candidate)
         score = self.evaluator.score(self.network)
         return replace(
@@ -146,7 +146,7 @@ class Search:
         self.change = self.candidates.commit(candidate.widths)
 
     def undo(self) -> None:
-        """Take back what was applied, if anything was."""
+        """Undoes what was applied, if anything was."""
         if self.change is not None:
             revert(self.network, self.change)
             restore_batchnorm(self.network, self._batchnorm)
@@ -171,7 +171,7 @@ class Search:
 
 
 def _baseline(network: nn.Module, evaluator: Evaluator) -> tuple[float, dict[str, float]]:
-    """Score the unpruned network and watch it spike; ValueError where it is no network that spikes."""
+    """Scores the unpruned network and counts its spikes; a ValueError if it does not spike."""
     adapter = adapter_for(network)
     if not isinstance(adapter, SpikingAdapter):
         raise ValueError(
@@ -192,19 +192,19 @@ def _baseline(network: nn.Module, evaluator: Evaluator) -> tuple[float, dict[str
     silent = [name for name, rate in rates.items() if not rate]
     if not any(rate for name, rate in rates.items() if not name.startswith(f"{stem}.")):
         raise ValueError(
-            f"{type(network).__name__}: not one of its {len(rates)} neurons behind {stem} spikes on the hold-out, so "
-            "the logits say nothing about the images; train the network, or give it its trained BatchNorm statistics"
+            f"{type(network).__name__}: none of its neurons behind {stem} spikes on the hold-out, so the logits say "
+            "nothing about the images; train the network, or give it its trained BatchNorm statistics"
         )
     if silent:
         warnings.warn(
             f"{len(silent)} of {len(rates)} neurons never spike on the hold-out ({', '.join(silent[:3])}"
-            f"{', ...' if silent[3:] else ''}); is the network trained? What only leads to them costs nothing to prune",
+            f"{', ...' if silent[3:] else ''}); is the network trained? What leads only to them costs nothing to prune",
             stacklevel=7,
         )
     return baseline, rates
 
 
 def _over_ranks(rates: dict[str, float]) -> dict[str, float]:
-    """The mean over the ranks that had images; their shards are of one size, but for an image."""
+    """The mean over the ranks that had images; their shards differ by at most one image."""
     shards = [shard for shard in from_all_ranks(rates) if shard]
     return {name: math.fsum(shard[name] for shard in shards) / len(shards) for name in (shards[0] if shards else {})}

@@ -13,13 +13,21 @@ from swincompress_pl.pruning.prime.result import BlockState, Candidate
 from swincompress_pl.pruning.space import Target
 from swincompress_pl.registry import adapter_for
 
-LEAST_DROP = 0.001  # of the paper: robustness is saving / (drop + 0.001)
+LEAST_DROP = 0.001  # in points; from the paper: robustness is saving / (drop + 0.001)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PrimeProgress:
-    """How far a search is: `done` of at most `total` candidates of `phase`; left_s: the seconds that they may take at
-    most, as far as those done so far tell; None before the first."""
+    """How far a search is. `str(progress)` describes it in one line.
+
+    Attributes:
+        phase: "target set", "robustness" or "policy".
+        done: Number of candidates of this phase so far.
+        total: Largest number of candidates that the phase can have.
+        candidate: The candidate tried last.
+        left_s: Most seconds that the rest of the phase may take, estimated from the candidates so far; None before any
+            was run.
+    """
 
     phase: str
     done: int
@@ -33,7 +41,7 @@ class PrimeProgress:
 
 
 class Trials:
-    """Tries candidates and keeps what was found; `baseline`: the unpruned network's score in points."""
+    """Tries candidates and keeps them in `found`; `baseline` is the unpruned network's score in points."""
 
     def __init__(
         self,
@@ -61,11 +69,11 @@ class Trials:
         rate: float | None = None,
         stands_for: int | None = None,
     ) -> Candidate:
-        """Try the network at these widths, against that at those of `base`; kept in `found`, and progress told.
+        """Tries the network at these widths, compared with that at `base`; keeps the candidate and tells progress.
 
-        block, rate: the one block that differs from those of `base`, where it is one, and its rate.
-        stands_for: how many candidates of the plain algorithm it replaces where it is accepted; it tries them one by
-        one, and would not have tried what is refused.
+        `block` and `rate` are of the only block that differs from `base`; None if several do. `stands_for` is the
+        number of candidates of the plain algorithm that this one replaces if it is accepted. The algorithm tries them
+        one by one, and would not have tried what is refused.
         """
         started, resolution = time.monotonic(), self._resolution_points.get(phase)
         try:
@@ -86,12 +94,12 @@ class Trials:
         return found
 
     def accept(self, widths: dict[str, int], base: dict[str, int]) -> None:
-        """Candidates to come have `widths` for their base."""
+        """Says that later candidates have `widths` as their base."""
         self.candidates.accept(widths, base)
 
     @property
     def num_evaluations(self) -> int:
-        """How many candidates were run in this process."""
+        """The number of candidates that were run in this process."""
         return sum(not each.remembered for each in self.found)
 
     def widths_of(self, blocks: Sequence[BlockState]) -> dict[str, int]:
@@ -99,7 +107,7 @@ class Trials:
         return self.candidates.widths({layer: block.rate for block in blocks for layer in block.layers})
 
     def into_blocks(self, layers: Sequence[Target], rate: float) -> list[BlockState]:
-        """The layers by block, in the order of the network, at `rate`."""
+        """The blocks of some layers, in the order of the network, all at `rate`."""
         network, targets = self.candidates.network, self.candidates.targets
         segments = adapter_for(network).segments(network)
         order = {name: number for number, name in enumerate(targets)}
@@ -121,7 +129,7 @@ class Trials:
         ]
 
     def worthy(self, blocks: Sequence[BlockState]) -> list[BlockState]:
-        """Those that hold enough parameters to be raised (`min_block_share`)."""
+        """The blocks that have enough parameters to be raised (`min_block_share`)."""
         mean = math.fsum(block.parameters_part for block in blocks) / len(blocks)
         least = self.config.min_block_share * mean
         return [block for block in blocks if block.parameters_part >= least]

@@ -1,4 +1,4 @@
-"""Physical slicing: a plan becomes smaller tensors, and the network's attributes and, where needed, classes follow."""
+"""Physical slicing: a plan makes tensors smaller; the network's attributes and, where needed, classes follow."""
 
 from __future__ import annotations
 
@@ -21,7 +21,14 @@ from swincompress_pl.registry import adapter_for
 
 @dataclass(frozen=True, kw_only=True)
 class SlicedTensor:
-    """One tensor that a plan replaced: `new` is `old` with only the kept indices along each listed axis."""
+    """A tensor that a plan replaced.
+
+    Attributes:
+        name: Name of the parameter or buffer, dotted.
+        old: The tensor before.
+        new: `old` with only the kept indices.
+        kept: Pairs (axis, the indices that stay along it).
+    """
 
     name: str
     old: Tensor
@@ -29,7 +36,7 @@ class SlicedTensor:
     kept: tuple[tuple[int, Tensor], ...]
 
     def slice(self, tensor: Tensor) -> Tensor:
-        """`tensor`, of the old shape, cut the same way (for gradients and optimizer state)."""
+        """Cuts another tensor of the old shape in the same way, such as a gradient or an optimizer's state."""
         for axis, index in self.kept:
             tensor = tensor.index_select(axis, index.to(tensor.device))
         return tensor
@@ -37,7 +44,14 @@ class SlicedTensor:
 
 @dataclass(frozen=True, kw_only=True)
 class AppliedPlan:
-    """What `apply_plan` did: enough to slice optimizers (`slice_optimizer`) and to go back (`revert_plan`)."""
+    """What `apply_plan` did: enough to slice optimizers (`slice_optimizer`) and to undo it (`revert_plan`).
+
+    Attributes:
+        plan: The plan.
+        tensors: The tensors that were replaced.
+        attributes: (module, name, value before, value after) of the attributes that were set.
+        swapped: (module, class before, class after) of the modules that got another class.
+    """
 
     plan: PruningPlan
     tensors: tuple[SlicedTensor, ...]
@@ -45,22 +59,32 @@ class AppliedPlan:
     swapped: tuple[tuple[str, type[nn.Module], type[nn.Module]], ...] = ()  # module, class before, class after
 
     def replacement(self, parameter: Tensor) -> SlicedTensor | None:
-        """The change made to `parameter`, or None when it was left alone."""
+        """The change made to a parameter, which is the one before; None if it was left alone."""
         return next((t for t in self.tensors if t.old is parameter), None)
 
 
 @outside_inference_mode()
 def apply_plan(network: nn.Module, plan: PruningPlan, *, groups: Iterable[Group] | None = None) -> AppliedPlan:
-    """Remove from `network`, physically and in place, the units that `plan` does not keep.
+    """Removes from a network, physically and in place, the units that a plan does not keep.
 
-    The sliced parameters are new `nn.Parameter`s of the same dtype, device and `requires_grad`, with their gradients
-    sliced; a buffer `<parameter>_mask` beside a parameter is cut with it. The plan is appended to
-    `network.compression_history` as {"prune": plan.to_dict()} unless it is empty. An optimizer that was made before
-    still holds the old parameters: hand the returned AppliedPlan to `slice_optimizer`.
-    groups: those of the network's adapter unless given.
-    Whatever is raised, the network is as it was. Raises ValueError: an unknown group, units out of range, too few units
-    kept, a network of another width than the plan's, a parameter that is shared or computed, an attribute or a class
-    that is not what the group expects.
+    The sliced parameters are new `nn.Parameter`s of the same dtype, device and `requires_grad`, with sliced gradients.
+    A buffer `<parameter>_mask` beside a parameter is cut with it. The plan is appended to `network.compression_history`
+    as `{"prune": plan.to_dict()}` unless it is empty. An optimizer that was made before still holds the old parameters:
+    give it and the result to `slice_optimizer`. On any exception the network is left as it was.
+
+    Args:
+        network: The network.
+        plan: The units that stay.
+        groups: The groups of the network; None for those of its adapter.
+
+    Returns:
+        What was changed.
+
+    Raises:
+        ValueError: If a group is unknown, units are out of range, fewer than `min_units` stay, the plan is for a
+            network of another width, a parameter is shared or computed, units are masked by an open context, or an
+            attribute or a class is not what the group expects.
+        UnsupportedNetworkError: If the network has no adapter and `groups` is None.
     """
     known = {g.name: g for g in (adapter_for(network).groups(network) if groups is None else groups)}
     removed = {name: _removed_units(find_group(known, name), plan) for name in plan.kept}
@@ -86,9 +110,9 @@ def apply_plan(network: nn.Module, plan: PruningPlan, *, groups: Iterable[Group]
 
 
 def revert_plan(network: nn.Module, applied: AppliedPlan) -> None:
-    """Undo the latest `apply_plan`: the old tensors come back, with the values that they had then.
+    """Undoes the latest `apply_plan`: the old tensors come back, with the values that they had then.
 
-    Whatever is raised, the network is as it was. Raises ValueError when it was changed after that plan.
+    On any exception the network is left as it was. A ValueError says that it was changed after that plan.
     """
     history = history_of(network)
     if applied.plan and (not history or history[-1] != {"prune": applied.plan.to_dict()}):
@@ -119,7 +143,7 @@ def _removed_units(group: Group, plan: PruningPlan) -> tuple[int, ...]:
 
 
 def _check_slots(network: nn.Module, groups: Iterable[Group]) -> None:
-    """Every tensor exists, belongs to one place only, and is long enough for the group's indices."""
+    """Raises ValueError unless every tensor exists, is used once, and is long enough for the group's indices."""
     owners: dict[int, list[str]] = {}
     tensors: dict[str, Tensor] = {}
     for path, module in network.named_modules(remove_duplicate=False):
@@ -149,7 +173,7 @@ def _check_slots(network: nn.Module, groups: Iterable[Group]) -> None:
 
 
 def check_layers(network: nn.Module, tensors: Iterable[str]) -> None:
-    """Raises ValueError for a layer that owns one of these tensors and does not plainly compute what its class does."""
+    """Raises ValueError for an owner of these tensors that does not compute what its class says; see `alteration`."""
     for path in dict.fromkeys(name.rpartition(".")[0] for name in tensors):
         layer = network.get_submodule(path)
         reason = alteration(layer) if isinstance(layer, LAYERS) else None
@@ -158,7 +182,7 @@ def check_layers(network: nn.Module, tensors: Iterable[str]) -> None:
 
 
 def _holder(network: nn.Module, module: str, name: str) -> tuple[Any, Any]:
-    """The object that holds the attribute and its key there: `name` may lead through lists and dictionaries."""
+    """The object that holds the attribute, and its key there; `name` may lead through lists and dictionaries."""
     holder: Any = network.get_submodule(module)
     *path, leaf = name.split(".")
     for step in path:
@@ -171,7 +195,7 @@ def _key(holder: Any, step: str) -> str | int:
 
 
 def read_attribute(network: nn.Module, module: str, name: str) -> Any:
-    """The value at `module` and `name` (see `Attribute`); None where there is none."""
+    """The value at `module` and `name` (see `Attribute`); None if there is none."""
     try:
         holder, key = _holder(network, module, name)
         return getattr(holder, key) if isinstance(holder, nn.Module) else holder[key]
@@ -180,7 +204,7 @@ def read_attribute(network: nn.Module, module: str, name: str) -> Any:
 
 
 def write_attribute(network: nn.Module, module: str, name: str, value: Any) -> None:
-    """Set what `read_attribute` reads."""
+    """Sets what `read_attribute` reads."""
     holder, key = _holder(network, module, name)
     if isinstance(holder, nn.Module):
         setattr(holder, key, value)
@@ -189,7 +213,7 @@ def write_attribute(network: nn.Module, module: str, name: str, value: Any) -> N
 
 
 def attribute_value(network: nn.Module, attribute: Attribute, width: int) -> int | tuple[int]:
-    """What `attribute` has to be at `width`: an integer, or a tuple of one where it is one now."""
+    """The value of an attribute at a width: an integer, or a tuple of one integer if it is such a tuple now."""
     if attribute.value is not None:
         return attribute.value
     present = read_attribute(network, attribute.module, attribute.name)
@@ -228,7 +252,7 @@ def _new_class(network: nn.Module, swap: ClassSwap) -> tuple[str, type[nn.Module
 
 
 def _lost_indices(groups: Iterable[Group], removed: Mapping[str, tuple[int, ...]]) -> dict[str, dict[int, set[int]]]:
-    """{tensor: {axis: indices to remove}}; groups that meet in a tensor are cut at once."""
+    """{tensor: {axis: indices to remove}}; groups that share a tensor are cut together."""
     lost: dict[str, dict[int, set[int]]] = {}
     for group in groups:
         for part in group.slices:
@@ -237,12 +261,12 @@ def _lost_indices(groups: Iterable[Group], removed: Mapping[str, tuple[int, ...]
 
 
 def _with_masks(network: nn.Module, lost: dict[str, dict[int, set[int]]]) -> dict[str, dict[int, set[int]]]:
-    """`lost` with the mask of each tensor that has one beside it."""
+    """Adds to `lost` the masks of its tensors."""
     return lost | {mask: axes for name, axes in lost.items() if (mask := mask_name(network, name)) is not None}
 
 
 def mask_name(network: nn.Module, name: str) -> str | None:
-    """The name of the buffer that masks the single weights of the parameter `name`, None where there is none."""
+    """The name of the buffer that masks the weights of a parameter; None if there is none."""
     path, _, leaf = name.rpartition(".")
     module = network.get_submodule(path)
     mask = module._buffers.get(f"{leaf}_mask")
@@ -250,7 +274,7 @@ def mask_name(network: nn.Module, name: str) -> str | None:
 
 
 def stored_tensor(network: nn.Module, name: str) -> Tensor:
-    """The parameter or buffer `name`; ValueError where a parametrization computes it or there is none."""
+    """The parameter or buffer `name`; a ValueError if a parametrization computes it or there is none."""
     path, _, leaf = name.rpartition(".")
     module = network.get_submodule(path)
     tensor = module._parameters.get(leaf, module._buffers.get(leaf))
@@ -260,7 +284,7 @@ def stored_tensor(network: nn.Module, name: str) -> Tensor:
 
 
 def put_tensor(network: nn.Module, name: str, tensor: Tensor) -> None:
-    """Put `tensor` in the place of the parameter or buffer `name`."""
+    """Replaces the parameter or buffer `name`."""
     path, _, leaf = name.rpartition(".")
     setattr(network.get_submodule(path), leaf, tensor)
 
@@ -275,7 +299,7 @@ def _slice_tensor(network: nn.Module, name: str, lost: Mapping[int, set[int]]) -
     new = cut.slice(old.detach())
     if isinstance(old, nn.Parameter):
         new = nn.Parameter(new, requires_grad=old.requires_grad)
-        new.__dict__.update(old.__dict__)  # marks that users and libraries hang on parameters
+        new.__dict__.update(old.__dict__)  # attributes that users and libraries set on parameters
         if old.grad is not None:
             new.grad = cut.slice(old.grad)
     return SlicedTensor(name=name, old=old, new=new, kept=kept)

@@ -1,4 +1,4 @@
-"""What a search made of a network: slices or masks made to last, and the way back."""
+"""What a search changed in a network, slices or masks, and how to undo it."""
 
 from __future__ import annotations
 
@@ -22,10 +22,12 @@ from swincompress_pl.pruning.structure.weight_masks import (
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
-    """What a round made of the network, with what is needed to take it back.
+    """What a round changed in the network, with what is needed to undo it.
 
-    applied: the slices, empty where nothing was sliced; for the optimizers. before: {parameter: (weight, mask)} as they
-    were. registered: parameters that got their mask now.
+    Attributes:
+        applied: The slices, for the optimizers; empty if nothing was sliced.
+        before: Maps a masked parameter to its weight and mask before.
+        registered: Names of the parameters that had no mask before.
     """
 
     applied: AppliedPlan
@@ -39,7 +41,7 @@ def nothing_applied() -> AppliedPlan:
 
 
 def commit_masks(network: nn.Module, masks: Mapping[str, Tensor]) -> Change:
-    """Make `masks`, {parameter: True where a weight stays}, last; what was masked before stays so."""
+    """Sets `masks`, {parameter: True where a weight stays}, for good; what was masked before stays masked."""
     known = masked_parameters(network)
     new = tuple(name for name in masks if name not in known)
     with all_or_nothing(network, written=_owners(network, masks)):
@@ -53,7 +55,7 @@ def commit_masks(network: nn.Module, masks: Mapping[str, Tensor]) -> Change:
 
 
 def revert(network: nn.Module, change: Change) -> None:
-    """Take back the latest `commit`."""
+    """Undoes the latest change."""
     with all_or_nothing(network, written=_owners(network, change.before)), torch.no_grad():
         revert_plan(network, change.applied)
         for name, (weight, mask) in change.before.items():
@@ -70,7 +72,7 @@ def _owners(network: nn.Module, names: Iterable[str]) -> list[nn.Module]:
 
 
 def gone_units(network: nn.Module, group: Group) -> tuple[int, ...]:
-    """The units of `group` that masks have taken already (`shrink="end"`)."""
+    """The units of `group` that are masked already (`shrink="end"`)."""
     masks = masked_parameters(network)
     gone: set[int] | None = None
     for part in group.consumers():
@@ -83,7 +85,7 @@ def gone_units(network: nn.Module, group: Group) -> tuple[int, ...]:
 
 
 def plan_of_masks(network: nn.Module, groups: Sequence[Group]) -> PruningPlan:
-    """The plan that slices away every unit that masks have taken."""
+    """The plan that slices away every masked unit."""
     removed = {g.name: gone_units(network, g) for g in groups}
     return PruningPlan.removing(groups, {name: units for name, units in removed.items() if units})
 
@@ -91,7 +93,7 @@ def plan_of_masks(network: nn.Module, groups: Sequence[Group]) -> PruningPlan:
 def consumer_masks(
     network: nn.Module, groups: Mapping[str, Group], removal: Mapping[str, Iterable[int]]
 ) -> dict[str, Tensor]:
-    """Masks that take the units of `removal` out of what reads them."""
+    """The masks, {parameter: True where a weight stays}, of what reads the units of `removal`."""
     masks: dict[str, Tensor] = {}
     for name, units in removal.items():
         for part in groups[name].consumers():

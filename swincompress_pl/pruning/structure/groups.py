@@ -1,8 +1,8 @@
 """What can be cut: a structured group as plain data.
 
-A group is a set of interchangeable units (the heads of one attention, the hidden channels of one MLP) together with
-every tensor index that belongs to each unit. Removing a unit means removing all of its indices at once. Example, the
-heads of a ViT block with two heads of 16 channels:
+A group is a set of interchangeable units, such as the heads of one attention or the hidden channels of one MLP. It has
+every tensor index that belongs to each unit; removing a unit removes all of its indices at once. As an example, these
+are the heads of a ViT block with two heads of 16 channels:
 
     Group(name="blocks.0.attn.heads", kind="heads", units=2,
           slices=(Slice(tensor="blocks.0.attn.qkv.weight", axis=0, width=16, offsets=(0, 32, 64)),  # q, k and v rows
@@ -10,10 +10,10 @@ heads of a ViT block with two heads of 16 channels:
                   Slice(tensor="blocks.0.attn.proj.weight", axis=1, width=16, consumer=True)),
           attributes=(Attribute(module="blocks.0.attn", name="num_heads"), ...))
 
-Two things go beyond tensors and integers: a LayerNorm that the units go through (`NormSlice`), and a module whose class
-has to be exchanged before its width may differ from what its forward assumes (`ClassSwap`).
+Two things go beyond tensors and integers. A LayerNorm that the units go through is a `NormSlice`. A module that needs
+another class before its width may differ from what its forward assumes is a `ClassSwap`.
 
-Groups are written down by the adapter of each family (`swincompress_pl.models`), never guessed from a trace.
+The adapter of each family (`swincompress_pl.models`) defines its groups; they are never guessed from a trace.
 """
 
 from __future__ import annotations
@@ -29,11 +29,18 @@ from swincompress_pl._deprecated import renamed
 class Slice:
     """The indices along one axis of one tensor that belong to each unit of a group.
 
-    tensor: name of a parameter or buffer, dotted, from the network. axis: its axis.
-    Unit u owns the indices `offset + u * width + [0, width)` for each offset, e.g. offsets (0, D, 2 * D) for q, k and
-    v.
-    consumer: these indices are zero while the unit is masked. The consumers of a group together remove a unit exactly:
-    usually the columns that read it, for a dimension of the heads its q and k rows as well.
+    Unit u owns the indices `offset + u * width + [0, width)` for each offset.
+
+    Attributes:
+        tensor: Name of a parameter or buffer of the network, dotted.
+        axis: The axis, 0 or more.
+        width: Indices per unit and offset, 1 or more.
+        offsets: Index at which unit 0 begins, one for each repetition, such as (0, D, 2 * D) for q, k and v.
+        consumer: Whether these indices are zero while the unit is masked. The consumers of a group together remove a
+            unit exactly. Usually they are the columns that read it; for "head_dim" they include the q and k rows.
+
+    Raises:
+        ValueError: If `axis`, `width` or an offset is out of range.
     """
 
     tensor: str
@@ -51,22 +58,25 @@ class Slice:
             )
 
     def indices(self, units: Iterable[int]) -> list[int]:
-        """The indices along `axis` that `units` own, sorted."""
+        """The sorted indices along `axis` that `units` own."""
         starts = [offset + unit * self.width for offset in self.offsets for unit in units]
         return sorted(start + i for start in starts for i in range(self.width))
 
     def end(self, units: int) -> int:
-        """One past the highest index that any of `units` units owns."""
+        """One more than the highest index, for a group of this number of units."""
         return max(self.offsets) + units * self.width
 
 
 @dataclass(frozen=True, kw_only=True)
 class NormSlice:
-    """A LayerNorm over the last axis that a group's units go through: unit u is its channel `offset + u` for each
-    offset.
+    """A LayerNorm over the last axis that a group's units go through.
 
-    module: its name, dotted. While units are masked its statistics run over the other channels and the masked ones give
-    0, as if it were sliced. Its weight and bias are cut by slices of their own.
+    Unit u is its channel `offset + u` for each offset. While units are masked, its statistics are those of the other
+    channels, and the masked channels are 0, as if it were sliced. Its weight and bias have slices of their own.
+
+    Attributes:
+        module: Name of the LayerNorm, dotted.
+        offsets: Channel of unit 0, one for each repetition.
     """
 
     module: str
@@ -76,7 +86,7 @@ class NormSlice:
         object.__setattr__(self, "offsets", tuple(self.offsets))
 
     def channels(self, units: Iterable[int]) -> list[int]:
-        """The channels that are `units`, sorted."""
+        """The sorted channels of `units`."""
         return sorted(offset + unit for offset in self.offsets for unit in units)
 
 
@@ -84,7 +94,9 @@ class NormSlice:
 class ClassSwap:
     """A module that gets another class when units are removed: one that computes the same at any width.
 
-    module: its name, dotted. type: the class, "package.module:Class"; a subclass of the present one that adds no state.
+    Attributes:
+        module: Name of the module, dotted.
+        type: The class, as "package.module:Class"; a subclass of the present one that adds no state.
     """
 
     module: str
@@ -93,12 +105,15 @@ class ClassSwap:
 
 @dataclass(frozen=True, kw_only=True)
 class Attribute:
-    """An attribute of a module that has to follow when units are removed: an integer, or a tuple of one.
+    """An attribute of a module that has to change when units are removed: an integer, or a tuple of one integer.
 
-    Without `size_of` its value is the number of units (`num_heads`); with it, the length of that tensor's `axis`
-    (`out_features`), which stays right when two groups cut the same tensor. With `value` it is set to that constant
-    (`fused_attn` to False), whatever it was.
-    name: may lead through lists and dictionaries, e.g. "feature_info.0.num_chs".
+    Attributes:
+        module: Name of the module, dotted.
+        name: Name of the attribute. It may lead through lists and dictionaries, as in "feature_info.0.num_chs".
+        size_of: Name of a tensor: the attribute is the length of its `axis`, such as `out_features`. This stays right
+            if two groups cut the same tensor. None for the number of units, such as `num_heads`.
+        axis: Axis of that tensor.
+        value: Constant to set in any case, such as False for `fused_attn`; None for a width.
     """
 
     module: str
@@ -119,11 +134,23 @@ class Attribute:
 class Group:
     """Units that can be removed from a network, with everything that is coupled to them.
 
-    name: unique in the network and stable under pruning. kind: "heads", "head_dim" (a dimension of every head of an
-    attention), "mlp" (hidden channels) or "embed" (a channel of a residual stream).
-    units: how many the network has now. min_units: how many have to stay, at least one.
-    norms: LayerNorms that the units go through. class_swaps: modules that cannot change width as they are.
-    The data can be printed (`str(group)`), stored (`to_dict`, JSON types only) and read back (`from_dict`).
+    `str(group)` lists the data.
+
+    Attributes:
+        name: Name, unique in the network and stable under pruning.
+        kind: "heads", "head_dim" (a dimension of every head of an attention), "mlp" (hidden channels) or "embed" (a
+            channel of a residual stream). Spiking networks also have "conv" (channels between convolutions), "qk"
+            (dimensions in which q and k meet) and "v" (dimensions that go to the projection).
+        units: Number of units that the network has now.
+        slices: Tensor indices that the units own.
+        attributes: Attributes of modules that follow the width.
+        min_units: Number of units that have to stay, 1 or more.
+        norms: LayerNorms that the units go through.
+        class_swaps: Modules that cannot change width with their present class.
+
+    Raises:
+        ValueError: If `units` or `min_units` is out of range, or neither a slice is marked as consumer nor a norm is
+            given, so that no unit could be masked.
     """
 
     name: str
@@ -149,22 +176,37 @@ class Group:
             )
 
     def consumers(self) -> tuple[Slice, ...]:
-        """The slices whose indices are zero while a unit is masked."""
+        """Returns the slices whose indices are zero while a unit is masked."""
         return tuple(s for s in self.slices if s.consumer)
 
     def masked_parameters(self) -> tuple[str, ...]:
-        """The names of the parameters at which a masked network differs: those of the consumers, and the weights of the
-        norms, whose statistics run over fewer channels. Nothing before the first of them computes anything else."""
+        """Returns the names of the parameters at which a masked network differs.
+
+        They are the tensors of the consumers, and the weights of the norms. What runs before the first of them computes
+        the same as without a mask.
+        """
         names = [s.tensor for s in self.consumers()] + [f"{norm.module}.weight" for norm in self.norms]
         return tuple(dict.fromkeys(names))
 
     def to_dict(self) -> dict[str, Any]:
-        """The group in JSON types."""
+        """Returns the group in JSON types; `from_dict` is the inverse."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Group:
-        """The group that `to_dict` wrote, also after a way through JSON (lists for tuples)."""
+        """Rebuilds a group.
+
+        Args:
+            data: What `to_dict` gave, also after a way through JSON (lists for tuples).
+
+        Returns:
+            The group.
+
+        Raises:
+            KeyError: If `slices` is missing.
+            TypeError: If another entry is missing or unknown.
+            ValueError: If an entry is out of range.
+        """
         fields = dict(data)
         fields["slices"] = tuple(Slice(**s) for s in fields["slices"])
         fields["attributes"] = tuple(Attribute(**a) for a in fields.get("attributes", ()))
@@ -175,7 +217,7 @@ class Group:
 
     def __str__(self) -> str:
         rows = [
-            f"  {s.tensor} axis {s.axis}: {s.width} a unit at "
+            f"  {s.tensor} axis {s.axis}: {s.width} per unit at "
             f"{', '.join(map(str, s.offsets))}{' (consumer)' * s.consumer}"
             for s in self.slices
         ]
@@ -186,7 +228,7 @@ class Group:
 
 
 def validate_units(group: Group, units: Iterable[int], what: str) -> tuple[int, ...]:
-    """`units` as a sorted tuple; ValueError, naming the group, for repeated units or ones that it does not have."""
+    """`units` as a sorted tuple; a ValueError for repeated units, or units that the group does not have."""
     chosen = tuple(sorted(units))
     if len(set(chosen)) != len(chosen):
         raise ValueError(f"{group.name}: {what} repeat a unit: {_shorten(chosen)}")

@@ -13,18 +13,24 @@ from swincompress_pl.pruning.structure.apply import AppliedPlan, SlicedTensor
 
 
 def slice_optimizer(optimizer: Optimizer, applied: AppliedPlan) -> None:
-    """Make `optimizer` go on with the parameters that `apply_plan` put in place of the old ones.
+    """Replaces an optimizer's parameters by the sliced ones of `apply_plan`, and slices its state.
 
-    Its state (exp_avg, exp_avg_sq, max_exp_avg_sq, momentum_buffer: whatever has the parameter's old shape) is sliced
-    with the plan's indices; step counts, learning rates and parameter groups stay. Right for optimizers that work
-    element by element (SGD, Adam, AdamW, RMSprop, Adagrad, Lion, ...). Raises ValueError, before anything is touched,
-    naming a state that has another shape (Adafactor's factors, LBFGS's history).
+    State of the parameter's old shape (exp_avg, exp_avg_sq, max_exp_avg_sq, momentum_buffer) is sliced with the plan's
+    indices. Step counts, learning rates and parameter groups stay. This is right for optimizers that work element by
+    element, such as SGD, Adam, AdamW, RMSprop, Adagrad and Lion.
+
+    Args:
+        optimizer: The optimizer, made before the slicing.
+        applied: What `apply_plan` returned, or the `applied` of a round.
+
+    Raises:
+        ValueError: If a state has another shape (Adafactor's factors, LBFGS's history); nothing is changed then.
     """
     slice_optimizers([optimizer], applied)
 
 
 def slice_optimizers(optimizers: Iterable[Optimizer], applied: AppliedPlan) -> None:
-    """`slice_optimizer` for several optimizers: all of them or, on any exception, none."""
+    """`slice_optimizer` for several optimizers; on any exception none of them is changed."""
     changes = {id(t.old): t for t in applied.tensors}
     sliced = [(optimizer, _sliced_state(optimizer, changes)) for optimizer in optimizers]
     with all_or_nothing(*(optimizer for optimizer, _ in sliced)):

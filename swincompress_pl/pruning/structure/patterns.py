@@ -1,15 +1,14 @@
-"""Which weights of a matrix may go alone and which only together: single weights, n of m, blocks, channels of filters.
+"""Which weights of a matrix can only go together: single weights, n of m, blocks, channels of filters.
 
-A pattern divides the weights of a layer, seen as (rows, columns) = (outputs, inputs * ...), into units and keeps those
-with the highest saliency. `units(shape)` says how many there are, `keep_mask(saliency, keep)` which weights stay:
+A pattern divides the weights of a layer, seen as (rows, columns) = (outputs, inputs * ...), into units, and keeps those
+with the highest saliency. `units(shape)` counts them, and `keep_mask(saliency, keep)` says which weights stay:
 
     parse_granularity("weight")                      a unit is one weight
     parse_granularity("2:4")                         4 units: the best, second, ... of each 4 consecutive input weights
     parse_granularity("block", block_shape=(8, 8))   a unit is a block of 8 outputs by 8 inputs
-    parse_granularity("filter")                      a unit is the weakest, next, ... input channel of every filter
+    parse_granularity("filter")                      a unit is the best, second, ... input channel of every filter
 
-Of equal units the one with the lower index goes first, so a mask that keeps fewer is part of one that keeps
-more.
+Of equal units the one with the lower index goes first, so what a mask keeps is also kept by every mask that keeps more.
 """
 
 from __future__ import annotations
@@ -25,32 +24,32 @@ from torch import Tensor
 
 
 class Pattern(ABC):
-    """How the weights of a layer are divided into units; a frozen value."""
+    """How the weights of a layer are divided into units."""
 
     @property
     def min_units(self) -> int:
-        """How many units have to stay."""
+        """The number of units that have to stay."""
         return 1
 
     @abstractmethod
     def units(self, shape: Sequence[int]) -> int:
-        """How many units a weight of `shape` has."""
+        """The number of units of a weight."""
 
     @abstractmethod
     def check(self, name: str, shape: Sequence[int]) -> None:
-        """Raise ValueError, naming the layer, for a weight of a shape that the pattern does not divide."""
+        """Raises ValueError, naming the layer, for a shape that the pattern does not divide."""
 
     @abstractmethod
     def unit_scores(self, saliency: Tensor) -> Tensor:
-        """What each unit is worth, the sum over its weights: saliency of the weight's shape -> (units,) float64."""
+        """The score of each unit, the sum over its weights: saliency of the weight's shape -> (units,) float64."""
 
     @abstractmethod
     def _kept(self, saliency: Tensor, keep: int) -> Tensor: ...
 
     def keep_mask(self, saliency: Tensor, keep: int) -> Tensor:
-        """Which weights stay when the `keep` best units do: bool, True where kept, of the saliency's shape and device.
+        """The weights of the `keep` best units: bool, True where kept, of the saliency's shape and device.
 
-        saliency: of a weight, finite. keep: `min_units` to `units(shape)`. Raises ValueError for anything else.
+        Raises ValueError unless the saliency is finite, and `keep` is between `min_units` and `units(shape)`.
         """
         self.check("saliency", saliency.shape)
         units = self.units(saliency.shape)
@@ -68,13 +67,16 @@ class SingleWeights(Pattern):
     """Unstructured: every weight is a unit."""
 
     def units(self, shape: Sequence[int]) -> int:
+        """See `Pattern.units`."""
         return math.prod(shape)
 
     def check(self, name: str, shape: Sequence[int]) -> None:
+        """See `Pattern.check`."""
         if not math.prod(shape):
             raise ValueError(f"{name}: a weight of shape {tuple(shape)} is empty; leave the layer out")
 
     def unit_scores(self, saliency: Tensor) -> Tensor:
+        """See `Pattern.unit_scores`."""
         return saliency.flatten().double()
 
     def _kept(self, saliency: Tensor, keep: int) -> Tensor:
@@ -86,7 +88,7 @@ class SingleWeights(Pattern):
 
 @dataclass(frozen=True)
 class NOfM(Pattern):
-    """n weights stay of every m consecutive input weights; 1 <= n < m.
+    """Of every m consecutive input weights, n stay; 1 <= n < m.
 
     The m units are the ranks inside a group of m: keeping k of them keeps the k best of each group.
     """
@@ -100,12 +102,15 @@ class NOfM(Pattern):
 
     @property
     def min_units(self) -> int:
+        """The number of units that have to stay: n."""
         return self.n
 
     def units(self, shape: Sequence[int]) -> int:
+        """See `Pattern.units`."""
         return self.m
 
     def check(self, name: str, shape: Sequence[int]) -> None:
+        """See `Pattern.check`."""
         _, columns = _matrix(name, shape, str(self))
         if columns % self.m:
             raise ValueError(
@@ -114,6 +119,7 @@ class NOfM(Pattern):
             )
 
     def unit_scores(self, saliency: Tensor) -> Tensor:
+        """See `Pattern.unit_scores`."""
         return self._groups(saliency).double().sort(dim=1, descending=True).values.sum(0)
 
     def _kept(self, saliency: Tensor, keep: int) -> Tensor:
@@ -135,7 +141,7 @@ class NOfM(Pattern):
 
 @dataclass(frozen=True)
 class Blocks(Pattern):
-    """Blocks of `rows` outputs by `columns` inputs; a block's saliency is the sum of its weights'."""
+    """Blocks of `rows` outputs by `columns` inputs; the score of a block is the sum over its weights."""
 
     rows: int
     columns: int
@@ -145,9 +151,11 @@ class Blocks(Pattern):
             raise ValueError(f"block_shape=({self.rows}, {self.columns}): both have to be 1 or more, e.g. (8, 8)")
 
     def units(self, shape: Sequence[int]) -> int:
+        """See `Pattern.units`."""
         return shape[0] // self.rows * (math.prod(shape[1:]) // self.columns)
 
     def check(self, name: str, shape: Sequence[int]) -> None:
+        """See `Pattern.check`."""
         rows, columns = _matrix(name, shape, str(self))
         if rows % self.rows or columns % self.columns:
             raise ValueError(
@@ -156,6 +164,7 @@ class Blocks(Pattern):
             )
 
     def unit_scores(self, saliency: Tensor) -> Tensor:
+        """See `Pattern.unit_scores`."""
         rows, columns = saliency.shape[0], math.prod(saliency.shape[1:])
         blocks = saliency.reshape(rows // self.rows, self.rows, columns // self.columns, self.columns)
         return blocks.sum((1, 3), dtype=torch.float64).flatten()
@@ -170,19 +179,23 @@ class Blocks(Pattern):
 
 @dataclass(frozen=True)
 class FilterChannels(Pattern):
-    """Every filter (output) keeps as many input channels, its own best ones: PrimeSVT's filter pruning (arXiv
-    2606.03428, Alg. 2). A channel of a filter is its whole kernel, so in a linear layer it is one weight.
+    """Every filter (output) keeps the same number of input channels, chosen for itself.
 
-    The units are the ranks inside a filter: keeping k of them keeps the k best channels of each.
+    This is PrimeSVT's filter pruning (arXiv 2606.03428, Alg. 2). A channel of a filter is its whole kernel, so in a
+    linear layer it is one weight. The units are the ranks inside a filter: keeping k of them keeps the k best channels
+    of each.
     """
 
     def units(self, shape: Sequence[int]) -> int:
+        """See `Pattern.units`."""
         return shape[1]
 
     def check(self, name: str, shape: Sequence[int]) -> None:
+        """See `Pattern.check`."""
         _matrix(name, shape, str(self))
 
     def unit_scores(self, saliency: Tensor) -> Tensor:
+        """See `Pattern.unit_scores`."""
         return self._channels(saliency).sort(dim=1, descending=True).values.sum(0)
 
     def _kept(self, saliency: Tensor, keep: int) -> Tensor:
@@ -199,10 +212,10 @@ class FilterChannels(Pattern):
 
 
 def parse_granularity(granularity: str, *, block_shape: tuple[int, int] = (8, 8)) -> Pattern:
-    """The pattern of a granularity: "weight", "n:m" with 1 <= n < m (n of m stay), "block" (outputs, inputs), or
-    "filter" (input channels of each filter).
+    """The pattern of a granularity.
 
-    Raises ValueError, listing the choices, for any other name; "structured" removes whole units and has no pattern.
+    Granularities are "weight", "n:m" with 1 <= n < m (n of m stay), "block" of (outputs, inputs), and "filter" (input
+    channels of each filter). Raises ValueError for any other name; "structured" removes whole units and has no pattern.
     """
     if granularity == "weight":
         return SingleWeights()
@@ -229,7 +242,7 @@ def _matrix(name: str, shape: Sequence[int], pattern: str) -> tuple[int, int]:
 
 
 def _highest(values: Tensor, keep: int) -> Tensor:
-    """(N,) -> bool: the `keep` highest, 1 <= keep < N; of equal values the lower index is left out first."""
+    """A mask (N,) of the `keep` highest values, 1 <= keep < N; of equal values the lower index is left out."""
     removed = values.numel() - keep
     threshold = values.kthvalue(removed).values
     kept = values > threshold

@@ -1,4 +1,4 @@
-"""Which units stay: names and integers, replayable on a fresh network of the same architecture."""
+"""Which units stay: names and integers, which can be applied to another network of the same architecture."""
 
 from __future__ import annotations
 
@@ -17,9 +17,15 @@ PLAN_VERSION = 1
 class PruningPlan:
     """The unit indices that stay in each group; a group that is not named keeps all of its units.
 
-    kept: {group name: kept unit indices}, each sorted, without repeats and not empty.
-    units: {group name: units before pruning}, optional; where given, `apply_plan` refuses a network of another width.
-    Raises ValueError for anything else. `PruningPlan.identity()` is the plan that removes nothing.
+    A plan is true if it names any group.
+
+    Attributes:
+        kept: Maps a group's name to the unit indices that stay, sorted, without repeats and not empty.
+        units: Maps a group's name to its number of units before pruning. `apply_plan` refuses a network of another
+            width. None, or a group left out, for any width.
+
+    Raises:
+        ValueError: If indices are empty, unsorted, repeated or out of range, or `units` has a group that `kept` lacks.
     """
 
     kept: Mapping[str, tuple[int, ...]]
@@ -47,12 +53,23 @@ class PruningPlan:
 
     @classmethod
     def identity(cls) -> PruningPlan:
-        """The plan that removes nothing."""
+        """Returns the plan that removes nothing."""
         return cls({})
 
     @classmethod
     def removing(cls, groups: Iterable[Group], removed: Mapping[str, Iterable[int]]) -> PruningPlan:
-        """The plan that removes the units in `removed`, {group name: unit indices}, from `groups`."""
+        """Makes the plan that removes some units.
+
+        Args:
+            groups: The groups of the network.
+            removed: Maps a group's name to the unit indices to remove.
+
+        Returns:
+            The plan; groups of which nothing is removed are not in it.
+
+        Raises:
+            ValueError: If a group is unknown, or units are repeated, out of range, or all of the group's.
+        """
         by_name = {group.name: group for group in groups}
         kept, units = {}, {}
         for name, indices in removed.items():
@@ -64,7 +81,17 @@ class PruningPlan:
         return cls(kept, units)
 
     def then(self, later: PruningPlan) -> PruningPlan:
-        """One plan that does what this plan and, on the network it leaves, `later` do."""
+        """Joins two plans into one.
+
+        Args:
+            later: A plan for the network that this plan leaves.
+
+        Returns:
+            The plan that does what both do one after the other.
+
+        Raises:
+            ValueError: If the later plan keeps a unit that this one removed.
+        """
         kept, units = dict(self.kept), dict(self.units or {})
         for name, indices in later.kept.items():
             if name not in kept:
@@ -80,14 +107,27 @@ class PruningPlan:
         return PruningPlan(kept, units)
 
     def to_dict(self) -> dict[str, Any]:
-        """The plan in JSON types: {"version": 1, "groups": {name: {"kept": [...], "units": n or None}}}."""
+        """Returns the plan in JSON types; `from_dict` is the inverse.
+
+        The form is `{"version": 1, "groups": {name: {"kept": [...], "units": n or None}}}`.
+        """
         units = self.units or {}
         groups = {name: {"kept": list(kept), "units": units.get(name)} for name, kept in self.kept.items()}
         return {"version": PLAN_VERSION, "groups": groups}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> PruningPlan:
-        """The plan that `to_dict` wrote; ValueError for another version or a malformed one."""
+        """Rebuilds a plan.
+
+        Args:
+            data: What `to_dict` gave, also after a way through JSON.
+
+        Returns:
+            The plan.
+
+        Raises:
+            ValueError: If the plan is of another version or damaged.
+        """
         if not isinstance(data, Mapping) or data.get("version") != PLAN_VERSION:
             found = data.get("version") if isinstance(data, Mapping) else type(data).__name__
             raise ValueError(
@@ -103,7 +143,7 @@ class PruningPlan:
 
 
 def find_group(groups: Mapping[str, Group], name: str) -> Group:
-    """`groups[name]`, or a ValueError that names the group and lists those there are."""
+    """`groups[name]`; a ValueError that lists the known groups if there is none."""
     if name not in groups:
         known = ", ".join(list(groups)[:6]) + (", ..." if len(groups) > 6 else "")
         raise ValueError(f"{name!r} is no pruning group of this network; its {len(groups)} groups are {known}")

@@ -1,4 +1,4 @@
-"""Back to the shapes before a plan: what a checkpoint that is less pruned than the network in memory needs."""
+"""Back to the shapes before a plan, for a checkpoint that is less pruned than the network in memory."""
 
 from __future__ import annotations
 
@@ -22,13 +22,14 @@ from swincompress_pl.registry import adapter_for
 
 
 def regrow_latest_plan(network: nn.Module) -> None:
-    """Undo, in shapes, the latest entry of the network's history; the removed units come back with all weights zero.
+    """Undoes the shapes of the latest plan in the network's history; the removed units come back as zeros.
 
-    The network is ready for the weights of a less pruned checkpoint. Until then it computes the same as before, unless
-    the plan narrowed a residual stream ("embed"): its LayerNorms run over the zeros, too. A mask of single weights
-    keeps what comes back. What the plan set to a constant (`fused_attn`) and the classes that it exchanged stay: they
-    are right at every width. Unlike `revert_plan` it needs nothing but the history.
-    Raises ValueError, before anything is touched, when the entry is no pruning plan with its units recorded.
+    The network is then ready for the weights of a less pruned checkpoint. Until then it computes the same as before,
+    unless the plan narrowed a residual stream ("embed"), whose LayerNorms then include the zeros. Masks of single
+    weights keep what comes back. Constants that the plan set (`fused_attn`) and classes that it swapped stay, because
+    they are right at every width. Unlike `revert_plan`, it needs nothing but the history.
+
+    Raises ValueError, and changes nothing, if the latest entry is not a pruning plan with its units recorded.
     """
     history = history_of(network)
     if not history or "prune" not in history[-1]:
@@ -43,7 +44,7 @@ def regrow_latest_plan(network: nn.Module) -> None:
             raise ValueError(f"{name}: the plan does not record the width before it; build a fresh network")
     with all_or_nothing(network):
         for name, kept in plan.kept.items():
-            # Asked for again each time: an earlier group may have moved the offsets.
+            # The groups are made again each time, because an earlier group may have moved the offsets.
             group = find_group({g.name: g for g in adapter_for(network).groups(network)}, name)
             _regrow(network, group, kept, (plan.units or {})[name])
         drop_latest_entry(network)
@@ -62,7 +63,7 @@ def _regrow(network: nn.Module, group: Group, kept: tuple[int, ...], units: int)
         new = _spread(old.detach(), axis, sources, fill=0)
         if isinstance(old, nn.Parameter):
             new = nn.Parameter(new, requires_grad=old.requires_grad)
-            new.__dict__.update(old.__dict__)  # marks that users and libraries hang on parameters
+            new.__dict__.update(old.__dict__)  # attributes that users and libraries set on parameters
         put_tensor(network, name, new)
     for a in group.attributes:
         if a.value is None:
@@ -78,7 +79,7 @@ def _spread(old: Tensor, axis: int, sources: list[int | None], fill: float) -> T
 
 
 def _source_indices(parts: Iterable[Slice], length: int, kept: tuple[int, ...], units: int) -> list[int | None]:
-    """For each index of the grown axis the present one that goes there, or None for a unit that comes back."""
+    """For each index of the grown axis, the present index that moves there; None for a unit that comes back."""
     position = {unit: i for i, unit in enumerate(kept)}
     sources: list[int | None] = []
     done = 0

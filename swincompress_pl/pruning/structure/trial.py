@@ -1,4 +1,4 @@
-"""Whether a network can be cut as its groups say, found out before anything is: masked == sliced, on a few images."""
+"""Checks, before anything is cut, that a network can be cut as its groups say: masked == sliced on a trial image."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from swincompress_pl.pruning.structure.unit_masks import mask_plan
 BOUND = 1e-5
 """The largest relative error between a masked and a sliced network, both in float64."""
 
-_IMAGES = 1  # that a cut goes wrong does not hang on what is shown
+_IMAGES = 1  # whether a cut goes wrong does not depend on the image
 _REMEDY = (
-    "Pruning cuts the layers that the network's family is made of, and nothing beside them: take what was added or "
-    "replaced out, merge it into a plain layer, or leave the group out (kinds=, layers=)"
+    "Pruning cuts the layers that the network's family is made of, and nothing beside them: remove what was added or "
+    "replaced, merge it into a plain layer, or leave the group out (kinds=, layers=)"
 )
 
 
 class FirstInputs:
-    """What a network is called with first, cut to a few images: positional arguments, None before a call."""
+    """The positional arguments of a network's first call, cut to one image; `arguments` is None before a call."""
 
     def __init__(self) -> None:
         self.arguments: tuple[Any, ...] | None = None
 
     @contextmanager
     def of(self, network: nn.Module) -> Iterator[None]:
-        """Listens to `network` for a while; not to one that is compiled in place, which a hook would compile again."""
+        """Listens to a network inside the context, unless it is compiled in place: a hook would compile it again."""
         if network._compiled_call_impl is not None:
             yield
             return
@@ -51,8 +51,10 @@ class FirstInputs:
             self.arguments = tuple(a[:_IMAGES].detach() if isinstance(a, Tensor) else a for a in arguments)
 
     def or_random(self, network: nn.Module, shape: Sequence[int] | None) -> tuple[Any, ...] | None:
-        """What was heard, or random images where nothing was and their shape is known; None where there is neither, or
-        `network` does not take them alone."""
+        """What was heard, or else random images of a known shape.
+
+        None if there is neither, or the network does not take these arguments alone.
+        """
         arguments, like = self.arguments, next(network.parameters())
         if arguments is None and shape is not None:
             images = torch.randn(_IMAGES, *shape[1:], generator=torch.Generator().manual_seed(0))
@@ -62,16 +64,16 @@ class FirstInputs:
         try:
             with on_trial(network, None), torch.no_grad():
                 network(*_as(arguments, None))
-        except Exception:  # whatever a network raises for images that are prepared for it elsewhere
+        except Exception:  # a network may raise anything for images that other code has to prepare
             return None
         return arguments
 
 
 def check_cuts(network: nn.Module, groups: Sequence[Group], arguments: tuple[Any, ...]) -> None:
-    """Raises ValueError, naming group and module, unless a network without units is the one in which they are masked.
+    """Raises ValueError, naming group and module, unless the network computes the same sliced and masked.
 
-    One unit of each group goes on trial, with all others at once; the network is left as it was. arguments: what the
-    network is called with.
+    On trial, one unit of each group goes, of all groups together. The network is called with `arguments`, and left as
+    it was.
     """
     narrowed = [group for group in groups if group.units > group.min_units]
     complaint = _complaint(network, narrowed, arguments) if narrowed else None
@@ -85,12 +87,12 @@ def check_cuts(network: nn.Module, groups: Sequence[Group], arguments: tuple[Any
 
 
 def _complaint(network: nn.Module, groups: Sequence[Group], arguments: tuple[Any, ...]) -> str | None:
-    """What is wrong with the network without a unit of each group; None: nothing."""
+    """What is wrong with the network without a unit of each group; None if nothing is."""
     plan = PruningPlan.removing(groups, {group.name: [group.units - 1] for group in groups})
     try:
         masked = _masked(network, plan, groups, arguments, torch.float64)
         dtype: torch.dtype | None = torch.float64
-    except (RuntimeError, TypeError):  # something in it is of a type of its own
+    except (RuntimeError, TypeError):  # something in it cannot compute in float64
         masked, dtype = _masked(network, plan, groups, arguments, None), None
     inside: list[str] = []
     with on_trial(network, dtype), torch.no_grad():
@@ -108,7 +110,7 @@ def _complaint(network: nn.Module, groups: Sequence[Group], arguments: tuple[Any
         return None
     peculiar = [path for path, module in network.named_modules() if any(_reasons(network, module))]
     where = f"; it may be {_named(network, peculiar)}" if peculiar else ""
-    return f"cut, the network gives something else than with the unit masked (relative error {distance:.2g}){where}"
+    return f"the sliced network differs from the one with the unit masked (relative error {distance:.2g}){where}"
 
 
 def _masked(
@@ -133,7 +135,7 @@ def _as(arguments: tuple[Any, ...], dtype: torch.dtype | None) -> tuple[Any, ...
 
 
 def _distance(masked: Any, sliced: Any) -> float:
-    """The largest relative error of the tensors that two calls gave."""
+    """The largest relative error between the tensors that two calls gave."""
     pairs = list(zip(tree_flatten(masked)[0], tree_flatten(sliced)[0], strict=True))
     tensors = [(a, b) for a, b in pairs if isinstance(a, Tensor) and isinstance(b, Tensor)]
     if any(a.shape != b.shape for a, b in tensors):
@@ -144,7 +146,7 @@ def _distance(masked: Any, sliced: Any) -> float:
 
 @contextmanager
 def _entered(network: nn.Module, inside: list[str]) -> Iterator[None]:
-    """Keeps the paths of the modules whose forward has begun and not ended in `inside`, the innermost last."""
+    """Keeps in `inside` the paths of the modules whose forward has begun and not ended, the innermost last."""
     with ExitStack() as hooks:
         for path, module in network.named_modules():
             begin = module.register_forward_pre_hook(lambda _module, _inputs, path=path: inside.append(path))

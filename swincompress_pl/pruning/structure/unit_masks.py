@@ -1,6 +1,6 @@
-"""Removing units without changing a shape, for as long as a context lasts.
+"""Masks units inside a context: they are removed without a change of shapes.
 
-The consumers' weights are zero, and the LayerNorms that the units go through normalise over the other channels.
+The consumers' weights are zero, and the LayerNorms that the units go through normalize over the other channels.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ from swincompress_pl.registry import adapter_for
 class MaskedLayerNorm(nn.LayerNorm):
     """A LayerNorm over the last axis that computes as if sliced to `kept_channels`, and gives 0 in the others.
 
-    A LayerNorm becomes one, with its state untouched, while channels of it are masked.
+    A LayerNorm has this class, and its own state, while some of its channels are masked.
     """
 
     kept_channels: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
+        """Normalizes the kept channels of x (..., channels); returns a tensor of the same shape."""
         kept = self.kept_channels.to(x.device)
         weight, bias = (None if t is None else t.index_select(0, kept) for t in (self.weight, self.bias))
         normed = F.layer_norm(x.index_select(-1, kept), (len(kept),), weight, bias, self.eps)
@@ -36,11 +37,11 @@ class MaskedLayerNorm(nn.LayerNorm):
 
 @contextmanager
 def mask_units(network: nn.Module, group: Group, units: Iterable[int]) -> Iterator[None]:
-    """Within the context `network` computes as if `units` of `group` were removed; after it, it is as it was.
+    """Inside the context, a network computes as if `units` of `group` were removed.
 
-    The weights come back to the bit. Contexts nest: leave them in the reverse order. The weights must not be trained
-    inside, or the change is lost. Raises ValueError for units that the group does not have, for a weight that is
-    computed by a parametrization, and where a LayerNorm would have no channel left.
+    Afterwards the weights are restored bit by bit. Contexts nest: leave them in reverse order. Do not train the weights
+    inside, or the change is lost. Raises ValueError if the group does not have the units, a parametrization computes a
+    weight, or a LayerNorm would have no channel left.
     """
     gone = validate_units(group, units, "the masked units")
     with ExitStack() as stack:
@@ -48,7 +49,7 @@ def mask_units(network: nn.Module, group: Group, units: Iterable[int]) -> Iterat
             stack.enter_context(_zeroed(network, consumer, gone))
         for norm in group.norms if gone else ():
             if len(gone) == group.units:
-                raise ValueError(f"{group.name}: all {group.units} units are masked; {norm.module} needs one at least")
+                raise ValueError(f"{group.name}: all {group.units} units are masked; {norm.module} needs at least one")
             stack.enter_context(_narrowed(network, norm, gone))
         yield
 
