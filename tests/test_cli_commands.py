@@ -133,6 +133,8 @@ def test_help_imports_nothing_heavy() -> None:
         (["report", "gone"], "no record of a run there"),
         (["inspect", "gone.safetensors"], "gone.safetensors: there is no such file"),
         (["bench"], "give either an artifact or --kernel"),
+        (["bench", "--kernel", "linear", "--batch", "2", "--operations"], "--batch, --operations: only for an "),
+        (["bench", "model.safetensors", "--shape", "8,8,8"], "--shape: only for --kernel; leave it out"),
         (["bench", "--kernel", "conv3d"], "unknown kernel 'conv3d'; kernels are linear"),
         (["bench", "--kernel", "linear", "--shape", "8,8"], "--shape is '8,8'; give 3 positive integers"),
         (["bench", "--kernel", "linear", "--implementation", "nope"], "'nope' is unknown"),

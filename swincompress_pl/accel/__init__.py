@@ -76,10 +76,11 @@ def _quantized_in(model: Any) -> Any:
     if found:
         return modules[next(iter(found.values()))]
     held = [f"model.{path} ({type(module).__name__})" for path, module in modules.items() if "." not in path]
-    looked = f"; none of its {len(modules)} modules has to_program(): {', '.join(held[:6])}" if held else ""
+    looked = f" None of its {len(modules)} modules has to_program(): {', '.join(held[:6])}." if held else ""
     raise TypeError(
-        f"{type(model).__name__} is not quantized{looked}. export takes a spec.Program, a model with to_program(), or "
-        "one that holds such a model; quantize it first: accel.export(quant.quantize(network, calibration), path)"
+        f"{type(model).__name__} is not quantized; quantize it first: "
+        "accel.export(quant.quantize(network, calibration), path). export takes a spec.Program, a model with "
+        f"to_program(), or one that holds such a model.{looked}"
     )
 
 

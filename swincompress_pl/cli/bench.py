@@ -21,6 +21,11 @@ from swincompress_pl.report.operations import OperationTime
 
 KERNELS = ("linear",)
 _MISMATCH = 1
+# Options without a meaning for the other kind of measurement; they are None or False unless they were given.
+_OF_ARTIFACTS = ("batch", "against", "operations")
+_OF_KERNELS = ("shape",)
+_SHAPE = "3136,384,96"
+_ROUNDS, _KERNEL_ROUNDS = 10, 20
 
 
 def main(name: str, arguments: Sequence[str]) -> int:
@@ -28,6 +33,11 @@ def main(name: str, arguments: Sequence[str]) -> int:
     given = _arguments(name, arguments)
     if (given.file is None) == (given.kernel is None):
         raise ValueError("give either an artifact or --kernel, e.g. `swincompress bench model.safetensors`")
+    of_the_other = _OF_ARTIFACTS if given.kernel is not None else _OF_KERNELS
+    unread = [f"--{option}" for option in of_the_other if getattr(given, option) not in (None, False)]
+    if unread:
+        what = "an artifact, and --kernel measures none" if given.kernel is not None else "--kernel"
+        raise ValueError(f"{', '.join(unread)}: only for {what}; leave it out")
     for option in ("threads", "batch", "rounds"):
         if getattr(given, option) is not None and getattr(given, option) < 1:
             raise ValueError(f"--{option} is {getattr(given, option)}; give 1 or more")
@@ -46,13 +56,20 @@ def _arguments(name: str, arguments: Sequence[str]) -> Namespace:
     )
     command.add_argument("file", nargs="?", type=str, default=None, help="artifact that `swincompress export` wrote")
     command.add_argument("--threads", type=int, default=None, help="threads; default: all cores, 1 with --kernel")
-    command.add_argument("--batch", type=int, default=1, help="images per call")
-    command.add_argument("--against", type=str, default="", help=f"comma-separated: {', '.join(RUNTIMES)}")
+    command.add_argument("--batch", type=int, default=None, help="images per call; default: 1")
+    command.add_argument("--against", type=str, default=None, help=f"comma-separated: {', '.join(RUNTIMES)}")
     command.add_argument("--implementation", type=str, default=None, help="force one of the engine's implementations")
-    command.add_argument("--rounds", type=int, default=10, help="samples of each runtime; at least 20 with --kernel")
+    command.add_argument(
+        "--rounds",
+        type=int,
+        default=None,
+        help=f"samples of each runtime; default: {_ROUNDS}, {_KERNEL_ROUNDS} with --kernel",
+    )
     command.add_argument("--operations", action="store_true", help="also show the time of every operation")
     command.add_argument("--kernel", type=str, default=None, help=f"measure a kernel instead: {', '.join(KERNELS)}")
-    command.add_argument("--shape", type=str, default="3136,384,96", help="M,N,K of the kernel: rows, outputs, inputs")
+    command.add_argument(
+        "--shape", type=str, default=None, help=f"M,N,K of the kernel: rows, outputs, inputs; default: {_SHAPE}"
+    )
     command.add_argument("--json", action="store_true", help="print JSON")
     return command.parse_args(list(arguments))
 
@@ -63,15 +80,15 @@ def _bench_artifact(given: Namespace) -> int:
         raise ValueError(
             f"{file} is a checkpoint; write it as an artifact first: `swincompress export {file} -o model.safetensors`"
         )
-    others = parse_runtimes(given.against)
+    others = parse_runtimes(given.against or "")
     with tempfile.TemporaryDirectory() as directory, progress() as on_progress:
         outcome = bench_artifact(
             file,
             threads=given.threads or available_cores(),
-            batch=given.batch,
+            batch=given.batch or 1,
             against=others,
             implementation=given.implementation,
-            rounds=given.rounds,
+            rounds=given.rounds or _ROUNDS,
             operations=given.operations,
             directory=Path(directory),
             on_progress=on_progress,
@@ -145,10 +162,10 @@ def _show_operations(operations: Sequence[OperationTime]) -> None:
 def _bench_kernel(given: Namespace) -> int:
     if given.kernel not in KERNELS:
         raise ValueError(f"unknown kernel {given.kernel!r}; kernels are {', '.join(KERNELS)}")
-    rows, outputs, inputs = integers(given.shape, "--shape", count=3)
+    rows, outputs, inputs = integers(given.shape or _SHAPE, "--shape", count=3)
     outcomes = bench_linear(
         rows=rows, outputs=outputs, inputs=inputs, threads=given.threads or 1, implementation=given.implementation,
-        rounds=max(given.rounds, 20),
+        rounds=given.rounds or _KERNEL_ROUNDS,
     )  # fmt: skip
     if given.json:
         print_json([outcome.to_dict() for outcome in outcomes])
