@@ -59,7 +59,7 @@ def _extracted(archive: Path, folder: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def imagenet_mini(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An ImageNet-style tree of 1,000 images in train (one a class) and 600 in val (332 classes)."""
+    """An ImageNet-style tree of 1,000 images in train (one per class) and 600 in val (332 classes)."""
     return _extracted(shared_data / "imagenet_mini.tar", tmp_path_factory.mktemp("imagenet_mini"))
 
 

@@ -286,7 +286,7 @@ def test_an_altered_payload_is_refused(narrow: spec.Program, compression: str | 
 
 
 def rewrite(path: Path, change: Any) -> None:
-    """Writes the packed artifact anew with another storage, its checksum right."""
+    """Writes the packed artifact again with another storage and a correct checksum."""
     metadata = metadata_of(path)
     metadata["storage"] = change(metadata["storage"])
     save_file(load_file(path), path, {artifact.METADATA_KEY: json.dumps(metadata)})

@@ -28,7 +28,7 @@ pytestmark = [
 
 
 class Data(LightningDataModule):
-    """8 images a step in all; every rank validates and calibrates on all images."""
+    """8 images per step in all; every rank validates and calibrates on all images."""
 
     def __init__(self, rank: int, world_size: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The ImageNet recipes run end to end on a small part of ImageNet, shortened to two batches an epoch."""
+"""The ImageNet recipes run end to end on a small part of ImageNet, shortened to two batches per epoch."""
 
 from __future__ import annotations
 

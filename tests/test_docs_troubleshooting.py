@@ -22,7 +22,7 @@ def headings() -> list[str]:
 
 @cache
 def messages() -> str:
-    """Every text of the package's source, one a line, with a mark where a value is put in."""
+    """Every text of the package's source, one per line, with a mark where a value is put in."""
     return "\n".join(text for texts in (_of_python(), _of_cpp()) for text in texts)
 
 

@@ -82,9 +82,9 @@ def test_more_allowed_never_saves_less_and_cheap_layers_go_first() -> None:
         result = _searched(drop, granularity="filter")
         assert result.baseline_score - result.score <= drop
         rates = {block.name: block.rate for block in result.blocks}
-        dear = [rate for name, rate in rates.items() if name.startswith("patch_embed")]
+        costly = [rate for name, rate in rates.items() if name.startswith("patch_embed")]
         cheap = [rate for name, rate in rates.items() if name.startswith("blocks.1")]
-        assert min(cheap) >= max(dear)
+        assert min(cheap) >= max(costly)
         savings.append(result.saving)
         assert result.saving >= _searched(drop, granularity="filter", **{**QUICK, "blocks": "layer"}).saving
     assert savings == sorted(savings)

@@ -129,7 +129,7 @@ def test_a_programs_size_counts_zeros_of_weights_only(tmp_path: Path) -> None:
         nonzero_bytes=30 + whole, indexed_bytes=30 + 8 + whole, index="4 dense, 1 by 1-bit mask", file_bytes=321
     )
     assert program_size(program()).file_bytes is None
-    assert program_size(program(largest=7)).nonzero_bytes == 15 + whole  # four bits a weight
+    assert program_size(program(largest=7)).nonzero_bytes == 15 + whole  # four bits per weight
 
 
 def test_parameters_and_macs_of_a_program() -> None:

@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the benchmark and writes batches.json and batches.md; returns 1 when the two ways give other integers."""
     command = ArgumentParser(prog="python -m benchmarks.engine.batches", description=main.__doc__)
     command.add_argument("--model", type=str, default="swin_tiny_patch4_window7_224", help="names for create_model")
-    command.add_argument("--batch", type=int, default=8, help="images a call")
+    command.add_argument("--batch", type=int, default=8, help="images per call")
     command.add_argument("--threads", type=str, default="1,2", help="numbers of threads")
     command.add_argument("--rounds", type=int, default=25, help="samples of each way")
     command.add_argument("--output", type=str, default=str(_RESULTS), help="directory of the results")

@@ -13,7 +13,7 @@ _UNKNOWN = object()
 
 
 def wrong_names(source: str, known: dict[str, Any]) -> Iterator[str]:
-    """What is not there, a line each. known: names that earlier blocks imported; those of this one are added.
+    """What is not there, a line for each. known: names that earlier blocks imported; those of this one are added.
 
     Raises SyntaxError for what is no Python.
     """
