@@ -117,7 +117,7 @@ def test_tensorboard_gets_each_round_once(tmp_path: Path) -> None:
     events = accumulator.EventAccumulator(logger.log_dir, size_guidance={"images": 0}).Reload()
     assert set(events.Tags()["images"]) == {f"pruning/{name}" for name in ("sparsity", "accuracy_size", "sensitivity")}
     images = events.Images("pruning/sparsity")
-    assert [image.step for image in images] == [2, 6]  # two steps an epoch
+    assert [image.step for image in images] == [2, 6]  # two steps per epoch
     assert images[0].encoded_image_string.startswith(b"\x89PNG")
 
 

@@ -48,7 +48,9 @@ def _arguments(arguments: Sequence[str] | None) -> Namespace:
         "--model", type=str, default="swin_tiny_patch4_window7_224", help="names for create_model, separated by commas"
     )
     command.add_argument("--threads", type=str, default="1,2", help="numbers of threads, one race each")
-    command.add_argument("--batch", type=str, default="1", help="numbers of images per call, with a results file for each")
+    command.add_argument(
+        "--batch", type=str, default="1", help="numbers of images per call, with a results file for each"
+    )
     command.add_argument("--against", type=str, default="torch,onnxruntime,openvino", help="peers")
     command.add_argument("--rounds", type=int, default=15, help="samples of each runtime")
     command.add_argument("--turn-ms", type=float, default=300.0, help="time of one runtime's turn in a round")

@@ -160,7 +160,7 @@ def requantize_case(rng: np.random.Generator) -> SpikingCase:
 
 
 def grouped_conv_case(rng: np.random.Generator) -> SpikingCase:
-    """A convolution with time steps, with groups, down to one channel a group."""
+    """A convolution with time steps, with groups, down to one channel per group."""
     kernel = [int(v) for v in rng.integers(1, 5, 2)]
     size = [int(rng.integers(k, k + 6)) for k in kernel]
     padding = [int(rng.integers(0, k)) for k in kernel]
