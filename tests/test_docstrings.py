@@ -30,7 +30,7 @@ ROOMS: dict[str, tuple[str, ...] | None] = {
     "spec": None,
 }
 # Modules of these rooms, or behind their names, that are not finished yet.
-UNFINISHED = ("accel.artifact", "accel.functions", "checkpoint", "models.classifier", "models.factory")
+UNFINISHED = ("checkpoint", "models.classifier", "models.factory")
 
 ENTRY = re.compile(r"(\*{0,2}\w+)(?: \([^)]*\))?: \S")
 ERROR = re.compile(r"(?:\w+\.)*(\w+): \S")
