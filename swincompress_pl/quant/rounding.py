@@ -34,9 +34,19 @@ Values = Sequence[dict[str, Tensor]]
 
 @dataclass(frozen=True, kw_only=True)
 class Learning:
-    """iterations: of Adam on each block, after its second-order rounding; 0 for that alone. batch_images: of one
-    iteration. lr: in steps of the weights' grid. sensitive: the errors of a block's outputs count by how much the
-    network's answers hang on them (their mean squared gradient, as BRECQ's, but averaged over the images)."""
+    """How the rounding "learned" trains each block, after its second-order rounding.
+
+    Attributes:
+        iterations: Iterations of Adam per block; 0 leaves the second-order rounding as it is.
+        batch_images: Images per iteration.
+        lr: Learning rate, in steps of the weights' grid, above 0.
+        sensitive: Whether the errors of a block's outputs are weighted by how much the network's answers depend on
+            them. The weight is the mean squared gradient as in BRECQ, but averaged over the images.
+        seed: Seed of the choice of images.
+
+    Raises:
+        ValueError: If a field is outside its range; the message names it.
+    """
 
     iterations: int = 200
     batch_images: int = 16
