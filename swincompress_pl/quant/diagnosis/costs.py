@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from swincompress_pl._deprecated import renamed
-from swincompress_pl.arguments import integer
 from swincompress_pl.evaluation_mode import standing_still
-from swincompress_pl.quant.diagnosis.errors import Key, checked_labels, first_nodes, require_classes
+from swincompress_pl.quant.diagnosis.errors import Key, checked_count, checked_labels, first_nodes, require_classes
 from swincompress_pl.quant.full_precision import full_precision
 from swincompress_pl.quant.graph import Delegating, QuantizerSpec, Run, WeightedNode, float_logits
 from swincompress_pl.quant.network import QuantizedNetwork
@@ -102,7 +101,7 @@ def quantizer_costs(
             not an integer of 1 or more.
     """
     labels = checked_labels(quantized, images, labels)
-    batch_size = integer("batch_size", batch_size, least=1)
+    batch_size = checked_count("batch_size", batch_size, least=1)
     require_classes(quantized)
     with standing_still(quantized), torch.no_grad():
         return measure_costs(quantized, images.float(), labels, batch_size=batch_size, progress=progress)

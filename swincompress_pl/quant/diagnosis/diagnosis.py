@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from swincompress_pl._deprecated import renamed
-from swincompress_pl.arguments import integer as checked_integer
 from swincompress_pl.evaluation_mode import standing_still
 from swincompress_pl.quant.diagnosis.costs import Effect, QuantizerCost, cost_table, effect, measure_costs
 from swincompress_pl.quant.diagnosis.errors import (
     Histogram,
     QuantizationError,
+    checked_count,
     checked_labels,
     error_table,
     measure_errors,
@@ -142,8 +142,8 @@ def diagnose(
             `histograms` is not an integer in its range.
     """
     labels = checked_labels(quantized, images, labels)
-    batch_size = checked_integer("batch_size", batch_size, least=1)
-    histograms = checked_integer("histograms", histograms, least=0)
+    batch_size = checked_count("batch_size", batch_size, least=1)
+    histograms = checked_count("histograms", histograms, least=0)
     require_classes(quantized)
     images = images.float()
     with standing_still(quantized), torch.no_grad():

@@ -111,7 +111,7 @@ def quantization_errors(
         ValueError: If the images do not fit the network, or `batch_size` is not an integer of 1 or more.
     """
     checked_labels(quantized, images, None)
-    batch_size = integer("batch_size", batch_size, least=1)
+    batch_size = checked_count("batch_size", batch_size, least=1)
     with standing_still(quantized), torch.no_grad():
         return measure_errors(quantized, images.float().split(batch_size), progress)[0]
 
@@ -157,6 +157,11 @@ def checked_labels(quantized: QuantizedNetwork, images: Tensor, labels: Tensor |
     if tuple(labels.shape) != (len(images),) or labels.is_floating_point():
         raise ValueError(f"labels is {labels.dtype} {tuple(labels.shape)}; give one class number for each image")
     return labels.to(images.device)
+
+
+def checked_count(name: str, value: int, *, least: int) -> int:
+    """`value` as an integer of at least `least`; a ValueError that names it is raised for anything else."""
+    return integer(name, value, least=least)
 
 
 def require_classes(quantized: QuantizedNetwork) -> None:
