@@ -217,13 +217,13 @@ def test_an_entry_that_is_none_is_named(case: str) -> None:
 @pytest.mark.parametrize("path", [3, ["x"], {"x": 1}, {}, torch.zeros(2)])
 def test_a_record_of_a_network_without_a_path_is_named(path: Any) -> None:
     record = {"version": 1, "network": path, "history": []}
-    with pytest.raises(ValueError, match="the compression record's network=.*: it has to be of type str"):
+    with pytest.raises(ValueError, match=r"the compression record's network=.*: it has to be of type str"):
         histories_in({"swincompress_pl": record})
 
 
 @pytest.mark.parametrize("version", [None, 3, "1", True, [1], torch.ones(2)])
 def test_a_record_of_another_version_is_refused(version: Any) -> None:
-    with pytest.raises(ValueError, match="the checkpoint's compression record has version .*, this package reads 1"):
+    with pytest.raises(ValueError, match=r"the checkpoint's compression record has version .*, this package reads 1"):
         histories_in({"swincompress_pl": {"version": version, "history": []}})
 
 
