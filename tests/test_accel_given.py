@@ -86,7 +86,7 @@ def test_export_of_none_says_where_it_looked(tmp_path: Path) -> None:
 
 def test_load_of_something_else(tmp_path: Path) -> None:
     torch.save({"state_dict": {}}, tmp_path / "fit.ckpt")
-    with pytest.raises(accel.ArtifactError, match=r"fit\.ckpt.*checkpoint of torch.*load_from_checkpoint"):
+    with pytest.raises(accel.ArtifactError, match=r"fit\.ckpt.*PyTorch checkpoint.*load_from_checkpoint"):
         accel.load(tmp_path / "fit.ckpt")
     with pytest.raises(FileNotFoundError, match="a folder"):
         accel.load(tmp_path)

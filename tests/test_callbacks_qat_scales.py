@@ -150,7 +150,7 @@ def test_what_is_learned_is_what_is_exported() -> None:
         lambda: network.scales.step(node),
         lambda: network.scales.activation_quantizer(next(iter(network.graph.quantizers.values()))),
     ):
-        with pytest.raises(RuntimeError, match=r"as calibrated; read QuantizedNetwork\.fixed_scales"):
+        with pytest.raises(RuntimeError, match=r"these are the calibrated ones; read QuantizedNetwork\.fixed_scales"):
             read()
 
 

@@ -222,3 +222,29 @@ def test_a_diagnosis_is_read_again() -> None:
     assert Diagnosis.from_dict(json.loads(json.dumps(found.to_dict()))) == found
     with pytest.raises(ValueError, match=r"version 1 is expected, not 0; pass what quant\.diagnose"):
         Diagnosis.from_dict({**found.to_dict(), "version": 0})
+
+
+@pytest.mark.parametrize("measure", [diagnose, quantizer_costs, quantization_errors])
+@pytest.mark.parametrize("batch_size", [0, -1, 2.5, "8", None])
+def test_a_batch_size_that_is_none_is_refused_by_name(measure: Any, batch_size: Any) -> None:
+    quantized, images = quantized_and_images()
+    with pytest.raises(ValueError, match=r"^batch_size=.*1 or more, an integer"):
+        measure(quantized, images, batch_size=batch_size)
+
+
+@pytest.mark.parametrize("histograms", [-1, 0.5, "all", None])
+def test_a_number_of_histograms_that_is_none_is_refused_by_name(histograms: Any) -> None:
+    quantized, images = quantized_and_images()
+    with pytest.raises(ValueError, match=r"^histograms=.*0 or more, an integer"):
+        diagnose(quantized, images, costs=False, histograms=histograms)
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 32, 32), (1, 3, 40, 32), (1, 1, 32, 32)])
+@pytest.mark.parametrize("mode", [True, False])
+def test_images_of_another_shape_are_refused_by_their_shape_in_both_modes(shape: tuple[int, ...], mode: bool) -> None:
+    quantized, _ = quantized_and_images()
+    with pytest.raises(ValueError, match=r"images have shape \(1, .*this network takes \(N, 3, "):
+        quantized.train(mode)(torch.zeros(shape))
+    for refuse in (quantized.pixels, quantized.check_pixels, lambda images: diagnose(quantized, images)):
+        with pytest.raises(ValueError, match="images have shape"):
+            refuse(torch.zeros(shape))

@@ -68,7 +68,7 @@ def test_adapters_everywhere_are_folded_with_one_message() -> None:
         put(network, path, Wrapped)
     with torch.no_grad():
         expected = network(images(32))
-    with pytest.warns(UserWarning, match=rf"{len(paths)} in all") as caught:
+    with pytest.warns(UserWarning, match=rf"{len(paths)} in total") as caught:
         quantized = quantize(network, [images(32)], method="max", preprocessing=PREPROCESSING)
     assert len(caught) == 1
     torch.testing.assert_close(float_logits(quantized.graph, network, images(32)), expected, rtol=1e-4, atol=1e-5)

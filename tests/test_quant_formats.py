@@ -46,7 +46,7 @@ def test_a_network_of_another_format_is_quantized_in_float32(
 ) -> None:
     network, images, expected = in_format(dtype)
     parameters = list(network.parameters())
-    with pytest.warns(UserWarning, match=f"VisionTransformer holds {dtype}; it is brought to float32 in place"):
+    with pytest.warns(UserWarning, match=f"VisionTransformer holds {dtype}; it is converted to float32 in place"):
         quantized = quantize(network, [images], preprocessing=PREPROCESSING, **options).eval()  # type: ignore[arg-type]
     assert all(one is other for one, other in zip(network.parameters(), parameters, strict=True))
     found = quantized(images)
@@ -62,7 +62,7 @@ def test_layers_of_several_formats_and_images_of_another() -> None:
     for module in network.modules():
         if isinstance(module, nn.LayerNorm):
             module.float()
-    with pytest.warns(UserWarning, match="brought to float32"):
+    with pytest.warns(UserWarning, match="converted to float32"):
         quantized = quantize(network, [images.double()], preprocessing=PREPROCESSING).eval()
     assert (quantized(images.half()) - expected).norm() < 0.1 * expected.norm()
 
@@ -160,7 +160,7 @@ def test_a_record_restores_a_network_of_another_format() -> None:
     network, _, images = network_and_images("vit")
     quantized = quantize(network, [images], preprocessing=PREPROCESSING).eval()
     fresh = create_model(NETWORKS["vit"][0], num_classes=7, **NETWORKS["vit"][1]).bfloat16()
-    with pytest.warns(UserWarning, match="brought to float32"):
+    with pytest.warns(UserWarning, match="converted to float32"):
         restored = restore_from_history(fresh, quantized.compression_history)
     restored.load_state_dict(quantized.state_dict())
     assert torch.equal(restored.eval()(images), quantized(images))
@@ -187,7 +187,7 @@ class CastDouble(Cast):
 
 
 @pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning")
-@pytest.mark.filterwarnings("ignore:.*brought to float32")
+@pytest.mark.filterwarnings("ignore:.*converted to float32")
 @pytest.mark.parametrize("module", [Cast, CastDouble])
 def test_the_optimizer_goes_on_with_a_network_of_another_format(module: type[Cast], tmp_path: Path) -> None:
     fitted = module()

@@ -187,7 +187,7 @@ def test_mixed_precision_fills_bits_that_quantize_takes(first_and_last: int | No
 def test_refusals_name_the_remedy() -> None:
     network, images = network_and_images(count=4)
     for budget in ({}, {"size_bytes": 100, "size_part": 0.5}, {"size_bytes": 0}, {"size_part": float("nan")}):
-        with pytest.raises(ValueError, match="give one positive of size_bytes, size_part, bit_operations"):
+        with pytest.raises(ValueError, match="give one of size_bytes, size_part, bit_operations, above 0"):
             mixed_precision(network, [images], **budget)
     with pytest.raises(ValueError, match=r"least size of these widths is \d+ bytes, of \d+ in float32"):
         mixed_precision(network, [images], size_part=0.1, preprocessing=PREPROCESSING)
@@ -205,7 +205,7 @@ def test_bad_tables_and_sizes_are_refused() -> None:
         table_of([[float("nan")]], [1])
     with pytest.raises(ValueError, match="widths are 2 to 8"):
         LayerSensitivity(name="x", weights=1, macs=1, loss={9: 0.0})
-    with pytest.raises(ValueError, match="each layer has one name"):
+    with pytest.raises(ValueError, match="each with a name of its own"):
         Sensitivity(layers=())
     table = table_of([[1.0, 0.0]], [8])
     with pytest.raises(ValueError, match="the size of l0 at 6 bits is None"):

@@ -177,7 +177,7 @@ def test_bad_calibration_is_refused(calibration: Any, error: type[Exception], me
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"method": "magic"}, "method='magic' is not available; there is 'searched', 'max', 'affine'"),
+        ({"method": "magic"}, "method='magic' is not available; choose one of 'searched', 'max', 'affine'"),
         ({"method": "max", "search": {"equalize": True}}, "search options go with method 'searched', not 'max'"),
         ({"search": {"balanced": True}}, "search has no option balanced; there are equalize"),
         ({"search": {"rounding": "up"}}, "search: rounding='up': it has to be one of nearest, second_order, learned"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -152,3 +152,13 @@ def test_quantize_looks_at_its_images() -> None:
     network.preprocessing = {"mean": [0.0] * 3, "std": [1.0] * 3}
     assert preprocessing_of(network)[1] is False
     assert quantize(network, [pixels() / 255], method="max").preprocessing["std"] == [1.0] * 3
+
+
+@pytest.mark.parametrize("stated", [5, "imagenet", (0.5, 0.25), [{"mean": 0.5}]])
+def test_what_is_no_mapping_is_refused_beside_the_networks_own(stated: Any) -> None:
+    class Network:
+        pretrained_cfg: ClassVar[dict[str, Any]] = {"mean": (0.5,) * 3, "std": (0.25,) * 3}
+
+    with pytest.raises(ValueError, match="must be a mapping with 'mean' and 'std'"):
+        preprocessing_of(Network(), stated)
+    assert preprocessing_of(Network()) == (Network.pretrained_cfg, True)

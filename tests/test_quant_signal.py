@@ -78,7 +78,7 @@ def test_scales_are_sound_whatever_the_signal_is(name: str, options: dict[str, A
 def test_layers_without_a_signal_are_named(name: str) -> None:
     network, images = changed(name)
     first = "blocks.0.mlp.fc1" if name == "a dead MLP" else "patch_embed.proj"
-    with pytest.warns(UserWarning, match=rf"{SILENT[name]} of 10 layers have no influence .* {first} the first"):
+    with pytest.warns(UserWarning, match=rf"{SILENT[name]} of 10 layers have no influence .* the first is {first}"):
         quantized = quantize(network, [images], preprocessing=PREPROCESSING).eval()
     diagnosis = diagnose(quantized, images, costs=False)
     assert diagnosis.without_signal == quantized.without_signal

@@ -1,11 +1,13 @@
 """The artifact: a Program as one safetensors file, with a versioned and checksummed description, and no pickle.
 
-The header's metadata has one key, METADATA_KEY, that holds a JSON object: `format`, `version`, `description`
+The header's metadata has one key, METADATA_KEY, which holds a JSON object: `format`, `version`, `description`
 (`Program.describe()`) and `sha256` over the description and all tensors as they are in memory. Version 2 adds
-`storage`, which says how they lie in the file: weights below 8 bits are packed, maps of biases are folded, and a
-compressed artifact has streams (`storage.py`) and keeps description and storage in one more, `content`. A file that
-needs none of these stays version 1. Files are read in C++ (csrc/reader.h), compressed ones after they are decoded here.
-Files are written beside their destination and renamed, so that an interrupted export leaves the old file as it was.
+`storage`, which says how the tensors lie in the file: weights below 8 bits are packed, and maps of biases are folded. A
+compressed artifact consists of streams (`storage.py`), and one more stream, `content`, holds description and storage. A
+file that needs none of these is of version 1.
+
+C++ reads the files (csrc/reader.h); compressed ones are decoded here first. A file is written beside its destination
+and then renamed, so that an interrupted export leaves the old file as it was.
 """
 
 from __future__ import annotations
@@ -33,12 +35,14 @@ FORMAT = "swincompress_pl.program"
 METADATA_KEY = "swincompress_pl"
 _CONTENT = "content"
 _CODES = {"int8": "I8", "uint8": "U8", "int16": "I16", "int32": "I32", "int64": "I64"}
-# As in C++ (csrc/json.h, csrc/safetensors.h); and what a description may decode to, beside so many times its stream.
+# The limits of the C++ reader (csrc/json.h, csrc/safetensors.h), and two for compressed files: a description may always
+# decode to the free bytes, and beyond them to so many times the size of its stream.
 _JSON_BYTES_MAX, _JSON_VALUES_MAX, _JSON_BYTES_FREE, _JSON_RATIO_MAX = 2**24, 2**20, 2**20, 64
-_JSON_TEXT = re.compile(rb'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)', re.DOTALL)  # to the end where it has none: linear time
+# A JSON string. One without an end reaches to the end of the text, so that the search takes linear time.
+_JSON_TEXT = re.compile(rb'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)', re.DOTALL)
 _MESSAGE_MAX = 2000
 _CHECKPOINT_HINT = (
-    ". It looks like a checkpoint of torch: load that into its module (load_from_checkpoint) and export the module"
+    ". It looks like a PyTorch checkpoint: load it into its module (load_from_checkpoint) and export the module"
 )
 
 Tensors = Mapping[str, npt.NDArray[Any]]
@@ -46,7 +50,7 @@ Result = TypeVar("Result")
 
 
 class ArtifactError(ValueError):
-    """A file is not an artifact that this package can run; the message names the file, the fault and the remedy."""
+    """A file is not an artifact that this package can run, or a Program cannot be written as one."""
 
 
 def _json(data: Any) -> str:
@@ -54,7 +58,7 @@ def _json(data: Any) -> str:
 
 
 def checksum(description: Mapping[str, Any], tensors: Tensors) -> str:
-    """SHA-256 over the description and every tensor's name, type, shape and bytes."""
+    """The SHA-256 over the description and every tensor's name, type, shape and bytes, in hexadecimal digits."""
     digest = hashlib.sha256(_json(description).encode())
     for key in sorted(tensors):
         tensor = tensors[key]
@@ -64,14 +68,18 @@ def checksum(description: Mapping[str, Any], tensors: Tensors) -> str:
 
 
 def require_compression(compression: str | None) -> None:
-    """Raises ValueError unless `compression` is None or a known one."""
+    """Raises a ValueError unless `compression` is None or known."""
     if compression is not None and compression not in storage.COMPRESSIONS:
         known = ", ".join(map(repr, storage.COMPRESSIONS))
         raise ValueError(f"compression is {compression!r}; choose None or {known}")
 
 
 def to_bytes(program: spec.Program, compression: str | None = None) -> bytes:
-    """The artifact's bytes: the same Program and compression always give the same bytes."""
+    """The artifact's bytes, which are always the same for the same Program and compression.
+
+    A ValueError is raised for an unknown compression, a spec.ProgramError for a Program that breaks a rule, and an
+    ArtifactError for one that cannot be written.
+    """
     require_compression(compression)
     spec.check(program)
     used = {key for op in program.operations for key in op.tensors.values()}
@@ -119,7 +127,10 @@ def _compressed(
 
 
 def write(program: spec.Program, path: str | os.PathLike[str], compression: str | None = None) -> Path:
-    """Writes the artifact and returns its path; a failure at any point leaves a previous file untouched."""
+    """Writes the artifact and returns its path; a failure at any point leaves a previous file untouched.
+
+    A FileNotFoundError is raised if the folder does not exist; the other errors are those of `to_bytes`.
+    """
     destination = Path(path)
     content = to_bytes(program, compression)
     if not destination.parent.is_dir():
@@ -128,7 +139,7 @@ def write(program: spec.Program, path: str | os.PathLike[str], compression: str 
 
 
 def _decoded(content: bytes) -> bytes:
-    """A compressed artifact, whose container is known to be whole, as the version 1 of it."""
+    """The bytes of a compressed artifact as one of version 1; the container has been checked."""
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
     metadata = json.loads(header["__metadata__"][METADATA_KEY])
     try:
@@ -140,10 +151,10 @@ def _decoded(content: bytes) -> bytes:
 
 
 def _container(tensors: Tensors, text: str) -> bytes:
-    """A safetensors file of which the parts are copied once."""
+    """The bytes of a safetensors file; each part is copied once."""
     entries: dict[str, Any] = {"__metadata__": {METADATA_KEY: text}}
     parts, end = [], 0
-    for key in sorted(tensors, key=lambda key: -tensors[key].itemsize):  # so that all lie at even addresses
+    for key in sorted(tensors, key=lambda key: -tensors[key].itemsize):  # so that all are aligned
         tensor = tensors[key]
         parts.append(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data)
         offsets = [end, end := end + tensor.nbytes]
@@ -154,7 +165,7 @@ def _container(tensors: Tensors, text: str) -> bytes:
 
 
 def _restored(declared: Any, stored: dict[str, npt.NDArray[Any]]) -> tuple[Any, dict[str, npt.NDArray[Any]]]:
-    """(description, tensors) of a compressed artifact; StorageError where its parts do not fit."""
+    """(description, tensors) of a compressed artifact; a StorageError if its parts do not fit together."""
     if not isinstance(declared, dict) or _CONTENT not in stored:
         raise storage.StorageError("it has no description")
     content = _parsed(declared, stored.pop(_CONTENT))
@@ -165,7 +176,7 @@ def _restored(declared: Any, stored: dict[str, npt.NDArray[Any]]) -> tuple[Any, 
 
 
 def _parsed(declared: Mapping[str, Any], coded: npt.NDArray[Any]) -> Any:
-    """The JSON of a compressed artifact, of which nothing is made before it is known to be of a sound size."""
+    """The JSON of a compressed artifact; its size is checked before anything is made of it."""
     size_bytes = declared.get("size_bytes")
     limit = min(_JSON_BYTES_MAX, _JSON_BYTES_FREE + _JSON_RATIO_MAX * coded.size)
     if type(size_bytes) is not int or size_bytes > limit:
@@ -181,9 +192,10 @@ def _parsed(declared: Mapping[str, Any], coded: npt.NDArray[Any]) -> Any:
 
 
 def through(path: str | os.PathLike[str], reader: Callable[[bytes], Result]) -> Result:
-    """`reader` on the bytes of an artifact, decoded where that is compressed.
+    """What `reader` returns for the bytes of an artifact, which are decoded first if it is compressed.
 
-    Raises FileNotFoundError; the ValueErrors of `reader` become ArtifactErrors that name the file.
+    A FileNotFoundError is raised if there is no such file; a ValueError of `reader` becomes an ArtifactError that names
+    the file.
     """
     source = Path(path)
     if not source.is_file():
@@ -197,19 +209,19 @@ def through(path: str | os.PathLike[str], reader: Callable[[bytes], Result]) -> 
 
 
 def _told(error: Exception) -> str:
-    """The message, which may quote the file, fit for a terminal."""
+    """The message of an error, made safe for a terminal, since it may quote the file."""
     text = str(error)
     return printable(text if len(text) <= _MESSAGE_MAX else f"{text[:_MESSAGE_MAX]} ...")
 
 
 def _is_checkpoint(source: Path) -> bool:
-    """Whether it begins as what torch.save writes."""
+    """Whether the file begins like one of torch.save."""
     with open(source, "rb") as file:
         return file.read(4) == b"PK\x03\x04"
 
 
 def from_bytes(content: bytes, reader: Callable[[bytes], Result]) -> Result:
-    """`reader` on an artifact's bytes, decoded where they are compressed."""
+    """What `reader` returns for an artifact's bytes, which are decoded first if they are compressed."""
     try:
         return reader(content)
     except CodedError:
@@ -218,22 +230,23 @@ def from_bytes(content: bytes, reader: Callable[[bytes], Result]) -> Result:
 
 
 def unproved_program(content: bytes) -> spec.Program:
-    """The Program of an artifact's bytes, by the C++ reader: format, version and checksum are right.
+    """The Program of an artifact's bytes, from the C++ reader, which checks format, version and checksum.
 
-    Raises CodedError for a compressed one and ValueError for what is none. The rules of the specification are not
-    proved.
+    The rules of the specification are not checked. A CodedError is raised for a compressed artifact, and a ValueError
+    for bytes that are not an artifact.
     """
     description, tensors = read_artifact(content)
     try:
         return spec.Program.from_description(json.loads(description), tensors)
-    except ValueError as error:  # such as a logit_scale that is no number
+    except ValueError as error:  # such as a logit_scale that is not a number
         raise spec.ProgramError(str(error)) from error
 
 
 def read(path: str | os.PathLike[str]) -> spec.Program:
-    """The Program of an artifact, checked: format, version, checksum, then every rule of the specification.
+    """The Program of an artifact; format, version, checksum and then every rule of the specification are checked.
 
-    Raises FileNotFoundError, or ArtifactError naming the file and what is wrong with it.
+    A FileNotFoundError is raised if there is no such file, and an ArtifactError that names the file and its fault
+    otherwise.
     """
 
     def proved(content: bytes) -> spec.Program:

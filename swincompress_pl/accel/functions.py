@@ -1,11 +1,8 @@
-"""Single quantized operations on NumPy arrays, for those who want one kernel and no network.
+"""Single quantized operations on NumPy arrays, without a network around them.
 
-Each is one operation of the specification (`spec.md`) and equals it to the bit on every implementation;
-C-contiguous arrays are read where they lie. An engine is made for every call, which proves the bounds and packs the
-weights again: `export_layer` keeps a layer's. All take `implementation`, one of `implementations()` (None: the best, or
-what SWINCOMPRESS_IMPLEMENTATION says), and `threads` in [1, 256] (None: all CPUs). Signed values lie in [-127, 127],
-[-32767, 32767] and so on, without the lowest. Errors name the argument: TypeError for an array of another type,
-ValueError for all else, among it spec.ProgramError for a bound of the specification.
+Each is one operation of the specification (`spec.md`), and every implementation gives the same bits. Every call makes
+an engine, which checks the bounds and packs the weights again; `export_layer` does so once for a layer. C-contiguous
+arrays are not copied. Signed types leave out their lowest value, so int8 values lie in [-127, 127].
 """
 
 from __future__ import annotations
@@ -23,7 +20,7 @@ from swincompress_pl.spec.lowering import TABLE_CODES, layer_norm_integers, tabl
 
 FloatArray = npt.NDArray[np.floating]
 Scale = float | FloatArray
-_REAL_MAX = 1e30  # of scales and parameters, and its inverse the least scale: then no float below overflows
+_REAL_MAX = 1e30  # bounds scales and parameters, and its inverse bounds scales from below, so that no float overflows
 _FACTOR_MAX = 2.0**21 - 1  # of `spec.multiplier`
 
 
@@ -37,12 +34,25 @@ def linear(
     implementation: str | None = None,
     threads: int | None = 1,
 ) -> IntArray:
-    """round((x weight^T + bias) * scale), saturated to `dtype`.
+    """Runs a linear layer: round((x weight^T + bias) * scale), saturated to `dtype`.
 
-    x: (..., K) int8 or uint8; weight: (M, K) int8; bias: (M,) int32 in the accumulator's unit, which is input scale
-    times weight scale. scale: input scale times weight scale over output scale, one number or (M,), positive and below
-    2**21; it is rounded to 22 bits, and below 2**-31 to 0. dtype: int8, uint8, int16 or int32 -> (..., M). The weights
-    must prove that no sum reaches 2**31.
+    Args:
+        x: Integers, int8 or uint8, (..., K).
+        weight: Weights, int8, (M, K).
+        bias: Biases, int32, (M,), in steps of input scale times weight scale; None for zeros.
+        scale: Input scale times weight scale over output scale: one number, or (M,) for one per output channel, in
+            `[1e-30, 2**21 - 1)`. It is rounded to 22 significant bits; one below about `2**-31` becomes 0.
+        dtype: Type of the result: "int8", "uint8", "int16" or "int32".
+        implementation: One of `implementations()`; None for the best, or for what SWINCOMPRESS_IMPLEMENTATION says.
+        threads: Number of threads, 1 to 256; None for all CPUs.
+
+    Returns:
+        Integers of type `dtype`, (..., M).
+
+    Raises:
+        TypeError: If an array is of another type, or `threads` is not an integer.
+        ValueError: If a shape, a value or an option does not fit; the message names the argument.
+        spec.ProgramError: If a sum of these weights and biases could reach `2**31`.
     """
     x, weight = _integers(x, "x", "int8", "uint8"), _integers(weight, "weight", "int8")
     _require_dtype(dtype, "int8", "uint8", "int16", "int32")
@@ -67,11 +77,27 @@ def matmul(
     implementation: str | None = None,
     threads: int | None = 1,
 ) -> IntArray:
-    """The matrix product a b: the exact int32 sums without `scale`, else round(a b * scale) saturated to `dtype`.
+    """Multiplies matrices: round(a b * scale), saturated to `dtype`, or the exact int32 sums without a scale.
 
-    a: (..., M, K) int8 or uint8; b: (..., K, N) int8; the axes before broadcast as in np.matmul. scale: one number or
-    (N,), as in `linear`. dtype: int8 (the default), uint8, int16 or int32 with a scale; int32 without -> (..., M, N).
-    b must prove that no sum reaches 2**31. Each matrix of b is transposed and packed in every call.
+    Every call transposes and packs each matrix of `b`.
+
+    Args:
+        a: Integers, int8 or uint8, (..., M, K).
+        b: Integers, int8, (..., K, N). The leading axes of `a` and `b` broadcast as in `numpy.matmul`.
+        scale: Scale of `a` times scale of `b` over output scale: one number, or (N,) for one per column, in
+            `[1e-30, 2**21 - 1)`; None for the exact sums.
+        dtype: Type of the result: "int8", "uint8", "int16" or "int32"; None for "int8" with a scale and "int32"
+            without, where it is the only choice.
+        implementation: One of `implementations()`; None for the best, or for what SWINCOMPRESS_IMPLEMENTATION says.
+        threads: Number of threads, 1 to 256; None for all CPUs.
+
+    Returns:
+        Integers of type `dtype`, (..., M, N).
+
+    Raises:
+        TypeError: If an array is of another type, or `threads` is not an integer.
+        ValueError: If a shape, a value or an option does not fit; the message names the argument.
+        spec.ProgramError: If a sum with this `b` could reach `2**31`.
     """
     a, b = _integers(a, "a", "int8", "uint8"), _integers(b, "b", "int8")
     if a.ndim < 2 or b.ndim < 2 or a.shape[-1] != b.shape[-2] or 0 in b.shape[-2:]:
@@ -95,11 +121,11 @@ def matmul(
 
     result = np.empty((*batch, rows, outputs), dtype)
     if result.size == 0:
-        product(np.zeros((0, depth), a.dtype), np.zeros((depth, outputs), np.int8))  # for the options' errors
+        product(np.zeros((0, depth), a.dtype), np.zeros((depth, outputs), np.int8))  # raises errors of the options
         return result
     spread = np.broadcast_to(a, (*batch, rows, depth))
     for index in np.ndindex(b.shape[:-2]):
-        # an axis along which b repeats is taken whole: one packing serves it
+        # `a` is taken whole along an axis where b repeats, so that b is packed once for it
         picked = (slice(None) if size == 1 else at for at, size in zip(index, b.shape[:-2], strict=True))
         place = (..., *picked, slice(None), slice(None))
         result[place] = product(np.ascontiguousarray(spread[place]), b[index])
@@ -107,11 +133,24 @@ def matmul(
 
 
 def softmax(x: IntArray, *, scale: float, implementation: str | None = None, threads: int | None = 1) -> IntArray:
-    """round(255 * softmax(x * scale)) over the last axis.
+    """Computes the softmax over the last axis, in units of 1/255.
 
-    x: (..., C) int8, uint8, int16 or int32, C in [1, 2**16]; scale: the real value of one step of it, positive and
-    below 45,426 -> (..., C) uint8 probabilities in units of 1/255. Exponentials have 32 steps an octave and 16 bits, so
-    a probability is off by at most 2/255 + C/65280; a row need not sum to 255.
+    Exponentials have 32 steps per octave and 16 bits, so a probability is off by at most 2/255 + C/65280. The values of
+    a row need not sum to 255.
+
+    Args:
+        x: Integers, int8, uint8, int16 or int32, (..., C), with C in [1, 65536].
+        scale: Real value of one step of `x`, at least 1e-30 and below 45,426.
+        implementation: One of `implementations()`; None for the best, or for what SWINCOMPRESS_IMPLEMENTATION says.
+        threads: Number of threads, 1 to 256; None for all CPUs.
+
+    Returns:
+        Probabilities in units of 1/255, uint8, (..., C).
+
+    Raises:
+        TypeError: If `x` is of another type, or `threads` is not an integer.
+        ValueError: If a shape, a value or an option does not fit; the message names the argument.
+        spec.ProgramError: If a row has more than 65536 values.
     """
     x = _rows(_integers(x, "x", "int8", "uint8", "int16", "int32"))
     steps = EXP_STEPS * math.log2(math.e)
@@ -131,11 +170,27 @@ def layernorm(
     implementation: str | None = None,
     threads: int | None = 1,
 ) -> IntArray:
-    """LayerNorm over the last axis: round((weight * (x - mean) / sqrt(variance + eps) + bias) / output_scale).
+    """Normalizes the last axis: round((weight * (x - mean) / sqrt(variance + eps) + bias) / output_scale).
 
-    x: (..., C) int8 or int16 in steps of input_scale, C in [1, 4096]; weight, bias: (C,) real, None: 1 and 0. eps is
-    added to the variance of the real values. output_scale: one number or (C,), so that each channel may have its own.
-    dtype: int8 or int16 -> (..., C), saturated.
+    Args:
+        x: Integers, int8 or int16, (..., C), in steps of `input_scale`, with C in [1, 4096].
+        weight: Real factors (C,), at most 1e30 in magnitude; None for ones.
+        bias: Real offsets (C,), at most 1e30 in magnitude; None for zeros.
+        eps: What is added to the variance of the real values, 0 to 1e30.
+        input_scale: Real value of one step of `x`, in `[1e-30, 1e30)`.
+        output_scale: Real value of one step of the result: one number, or (C,) for one per channel, in
+            `[1e-30, 1e30)`.
+        dtype: Type of the result: "int8" or "int16".
+        implementation: One of `implementations()`; None for the best, or for what SWINCOMPRESS_IMPLEMENTATION says.
+        threads: Number of threads, 1 to 256; None for all CPUs.
+
+    Returns:
+        Integers of type `dtype`, (..., C), saturated.
+
+    Raises:
+        TypeError: If `x` is of another type, or `threads` is not an integer.
+        ValueError: If a shape, a value or an option does not fit, or a parameter is too large for these scales.
+        spec.ProgramError: If a row has more than 4096 values.
     """
     x = _rows(_integers(x, "x", "int8", "int16"))
     _require_dtype(dtype, "int8", "int16")
@@ -161,9 +216,24 @@ def gelu(
     implementation: str | None = None,
     threads: int | None = 1,
 ) -> IntArray:
-    """round(gelu(x * input_scale) / output_scale), saturated to `dtype`: the exact GELU, by erf, as 256 numbers.
+    """Computes round(gelu(x * input_scale) / output_scale), saturated to `dtype`, by a table of 256 values.
 
-    x: int8 of any shape; dtype: int8, uint8 or int16 -> the shape of x.
+    The GELU is the exact one, with the error function.
+
+    Args:
+        x: Integers, int8, of any shape.
+        input_scale: Real value of one step of `x`, in `[1e-30, 1e30)`.
+        output_scale: Real value of one step of the result, in `[1e-30, 1e30)`.
+        dtype: Type of the result: "int8", "uint8" or "int16".
+        implementation: One of `implementations()`; None for the best, or for what SWINCOMPRESS_IMPLEMENTATION says.
+        threads: Number of threads, 1 to 256; None for all CPUs.
+
+    Returns:
+        Integers of type `dtype`, of the shape of `x`.
+
+    Raises:
+        TypeError: If `x` is of another type, or `threads` is not an integer.
+        ValueError: If a value or an option does not fit; the message names the argument.
     """
     x = _integers(x, "x", "int8")
     _require_dtype(dtype, "int8", "uint8", "int16")
@@ -184,7 +254,7 @@ def _run(
     attributes: Mapping[str, int],
     tensors: Mapping[str, IntArray] | None = None,
 ) -> IntArray:
-    """One operation on the rows of x (..., C), as one image: so that threads share all of them. name: in errors."""
+    """Runs one operation on the rows of x (..., C) as one image, so that threads share them; `name` is for errors."""
     tensors = tensors or {}
     op = spec.Operation(
         kind=kind,
@@ -203,7 +273,7 @@ def _run(
 
 
 def _integers(given: IntArray, name: str, *dtypes: str) -> IntArray:
-    """C-contiguous and aligned, not copied where it already is."""
+    """The array, checked, C-contiguous and aligned; it is copied only if it is not."""
     array = np.asarray(given)
     if array.dtype not in [np.dtype(dtype) for dtype in dtypes]:
         raise TypeError(f"{name} is {array.dtype}; it must be {' or '.join(dtypes)}: quantize it first")
@@ -231,7 +301,7 @@ def _one_scale(scale: float, name: str, below: float = _REAL_MAX) -> float:
 
 
 def _scales(scale: Scale, name: str, channels: int, below: float = _REAL_MAX) -> npt.NDArray[np.float64]:
-    """() or (channels,), each in [1e-30, below)."""
+    """The scales as an array, () or (channels,), each checked to lie in [1e-30, below)."""
     values = np.asarray(scale, dtype=np.float64)
     if values.shape not in ((), (channels,)):
         raise ValueError(f"{name} has shape {values.shape}; it must be one number or ({channels},)")
@@ -250,7 +320,7 @@ def _factors(scale: Scale, channels: int) -> dict[str, IntArray]:
 def _parameter(given: FloatArray | None, name: str, channels: int, default: float) -> npt.NDArray[np.float64]:
     values = np.full(channels, default) if given is None else np.asarray(given, dtype=np.float64)
     if values.shape != (channels,):
-        raise ValueError(f"{name} has shape {values.shape}; it must be ({channels},), one a channel of x")
+        raise ValueError(f"{name} has shape {values.shape}; it must be ({channels},), one value per channel of x")
     if not (np.abs(values) <= _REAL_MAX).all():
         raise ValueError(f"{name} holds NaN, infinite or huge values (beyond 1e30); train or load the layer first")
     return values

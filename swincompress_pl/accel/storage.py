@@ -1,10 +1,12 @@
-"""How tensors lie in an artifact: int8 weights in the bits that their values need, maps of biases without the rows and
-columns that repeat; or all tensors in coded streams.
+"""How tensors lie in an artifact: packed and folded, or in coded streams; all forms are lossless.
 
-All are lossless. Packing keeps the low bits of each value (two's complement), the first value in the highest bits,
-zeros after the last. A stream holds every tensor of one role, type and width, packed to 2, 4 or 8 bits so that the
-coder sees whole values, wider integers as byte planes, lowest first. What a file declares is checked before anything is
-allocated for it. Packed and folded tensors are read back in C++ (csrc/storage.cpp), streams here.
+Packed int8 weights take only the bits that their values need, and folded maps of biases leave out rows and columns that
+repeat. Packing keeps the low bits of each value (two's complement), with the first value in the highest bits and zeros
+after the last. A stream holds all tensors of one role, type and width. Their values are packed to 2, 4 or 8 bits, so
+that the coder sees whole values; wider integers become byte planes, the lowest first.
+
+What a file declares is checked before memory is allocated for it. C++ reads packed and folded tensors
+(csrc/storage.cpp); streams are read here.
 """
 
 from __future__ import annotations
@@ -27,23 +29,31 @@ Bytes = npt.NDArray[np.uint8]
 COMPRESSIONS = ("lzma",)
 _TYPES = ("int8", "uint8", "int16", "int32", "int64")
 _AXES_MAX = 8
-# Tensors may decode to this much in memory, and beyond it to so many times their stream: far more than weights need.
+# Tensors may always decode to the free bytes, and beyond them to so many times their streams: far more than weights do.
 _DECODED_BYTES_FREE = 2**24
 _DECODED_RATIO_MAX = 128
 
-# Weights are noise with a skewed histogram: no context of neighbouring bytes and no alignment is the best setting of
-# lc, lp and pb (spec.md, section 11). The dictionary is fixed here, not read from a file: it bounds the decoder.
+# Weights are noise with a skewed histogram, so settings without a context of neighboring bytes and without alignment
+# (lc, lp and pb) are best (spec.md, section 11). The dictionary's size is fixed here, so that it bounds the decoder.
 _LZMA_FILTERS: list[dict[str, Any]] = [
     {"id": lzma.FILTER_LZMA2, "preset": 6, "lc": 0, "lp": 0, "pb": 0, "dict_size": 2**20}
 ]
 
 
 class StorageError(ValueError):
-    """Stored bytes contradict what is declared about them."""
+    """The stored bytes contradict what the file declares about them."""
 
 
 def weight_bits(tensor: Tensor) -> int:
-    """Bits of the narrowest signed type that holds an int8 tensor of rank >= 2, in [2, 8]; 8 for any other tensor."""
+    """Returns the bits that the values of a tensor need.
+
+    Args:
+        tensor: A tensor of a Program.
+
+    Returns:
+        The width of the narrowest signed type that holds all values of an int8 tensor with two or more axes, 2 to 8; 8
+        for any other tensor.
+    """
     if tensor.dtype != np.int8 or tensor.ndim < 2 or tensor.size == 0:
         return 8
     largest = int(np.abs(tensor.astype(np.int16)).max())
@@ -51,13 +61,13 @@ def weight_bits(tensor: Tensor) -> int:
 
 
 def pack(tensor: Tensor, bits: int) -> Bytes:
-    """The low `bits` of every int8 value, one after another -> (ceil(size * bits / 8),) uint8."""
+    """The low `bits` of every int8 value, one after another: uint8, (ceil(size * bits / 8),)."""
     codes = np.ascontiguousarray(tensor).reshape(-1, 1).view(np.uint8)
     return np.packbits(np.unpackbits(codes, axis=1)[:, 8 - bits :])
 
 
 def unpack(packed: Bytes, bits: int, shape: tuple[int, ...]) -> npt.NDArray[np.int8]:
-    """The inverse of `pack`. Raises StorageError where the length or the padding does not fit."""
+    """The inverse of `pack`; a StorageError is raised if the length or the padding does not fit."""
     count = math.prod(shape)
     if packed.dtype != np.uint8 or packed.ndim != 1 or packed.size != (count * bits + 7) // 8:
         raise StorageError(f"{packed.size} bytes do not hold {count} values of {bits} bits")
@@ -70,14 +80,14 @@ def unpack(packed: Bytes, bits: int, shape: tuple[int, ...]) -> npt.NDArray[np.i
 
 
 def pack_tensors(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(tensors to store, {key: [bits, shape]} of those that were packed)."""
+    """(the tensors to store, {key: [bits, shape]} for those that were packed)."""
     widths = {key: weight_bits(tensor) for key, tensor in tensors.items()}
     packed = {key: [bits, list(tensors[key].shape)] for key, bits in widths.items() if bits < 8}
     return {key: pack(t, widths[key]) if key in packed else t for key, t in tensors.items()}, packed
 
 
 def fold_maps(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(tensors to store, {key: [which row each is, which column each is]} of the int32 maps (H, W, C) among them).
+    """(the tensors to store, {key: [number of each row, number of each column]} for the folded int32 maps (H, W, C)).
 
     A convolution's map of biases has few different rows and columns: those near the border, and one for all others.
     """
@@ -93,7 +103,7 @@ def fold_maps(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[st
 
 
 def _distinct(slices: Tensor) -> tuple[list[int], list[int]]:
-    """(where each different slice comes first, which of these every slice is)."""
+    """(the index at which each different slice occurs first, the number of each slice among the different ones)."""
     numbers: dict[bytes, int] = {}
     first: list[int] = []
     which: list[int] = []
@@ -114,7 +124,7 @@ def _shape(key: str, sizes: Any) -> tuple[int, ...]:
     return tuple(sizes)
 
 
-# --- coders: bytes to fewer bytes -------------------------------------------------------------------------------------
+# Coders, from bytes to fewer bytes
 
 
 def _encode_lzma(data: bytes) -> bytes:
@@ -124,7 +134,7 @@ def _encode_lzma(data: bytes) -> bytes:
 def _decode_lzma(coded: bytes, size_bytes: int) -> bytes:
     decoder = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=_LZMA_FILTERS)
     try:
-        data = decoder.decompress(coded, size_bytes + 1)  # one more than due shows a stream that is too long
+        data = decoder.decompress(coded, size_bytes + 1)  # one byte more than due reveals a stream that is too long
     except lzma.LZMAError as error:
         raise StorageError(f"LZMA stream: {error}") from error
     if not decoder.eof or decoder.unused_data:
@@ -156,14 +166,20 @@ _CODERS: dict[str, tuple[Callable[[bytes], bytes], Callable[[bytes, int], bytes]
 
 
 def encode(data: bytes) -> tuple[str, Bytes]:
-    """(coder, coded): the shortest that the coders give; order-0 Huffman often beats LZMA on weights."""
+    """(name of the coder, coded bytes) for the coder that gives the fewest bytes.
+
+    Order-0 Huffman codes are often shorter than LZMA on weights.
+    """
     coded = {name: coder[0](data) for name, coder in _CODERS.items()}
     best = min(coded, key=lambda name: len(coded[name]))
     return best, np.frombuffer(coded[best], np.uint8)
 
 
 def decode(coder: Any, coded: Tensor, size_bytes: Any) -> bytes:
-    """The `size_bytes` that `encode` was given. Raises StorageError for another length, before it grows beyond it."""
+    """The inverse of `encode`; a StorageError is raised if the stream does not hold exactly `size_bytes`.
+
+    No more than that is decoded, so a false declaration costs no memory.
+    """
     if not isinstance(coder, str) or coder not in _CODERS:
         raise StorageError(f"coder {coder!r} is unknown")
     if type(size_bytes) is not int or size_bytes < 0 or coded.dtype != np.uint8 or coded.ndim != 1:
@@ -176,18 +192,18 @@ def decode(coder: Any, coded: Tensor, size_bytes: Any) -> bytes:
 
 
 def require_bounded(decoded_bytes: int, coded_bytes: int) -> None:
-    """Raises StorageError for more decoded bytes than any network has in so few coded ones."""
+    """Raises a StorageError if the coded bytes declare more decoded ones than any network has in so few."""
     limit = _DECODED_BYTES_FREE + _DECODED_RATIO_MAX * coded_bytes
     if decoded_bytes > limit:
         raise StorageError(f"{coded_bytes} coded bytes declare {decoded_bytes}; at most {limit} are accepted")
 
 
-# --- streams: tensors of one kind in one coded run --------------------------------------------------------------------
+# Streams: tensors of one kind, coded together
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Stream:
-    """Tensors (key, shape) of one type, `bits` a value, one after another."""
+    """Tensors (key, shape) of one type, one after another, with `bits` per value."""
 
     coder: str
     dtype: str
@@ -205,7 +221,7 @@ class _Stream:
 
     @property
     def memory_bytes(self) -> int:
-        """Of the tensors in memory, where every value has a whole byte or more."""
+        """The size of the tensors in memory, where every value has a whole byte or more."""
         return self.values * np.dtype(self.dtype).itemsize
 
     def entry(self) -> dict[str, Any]:
@@ -224,7 +240,7 @@ def _stream(entry: Any) -> _Stream:
     if any(len(key) > NAME_BYTES_MAX for key, _ in members):
         raise StorageError(f"a tensor name of more than {NAME_BYTES_MAX} bytes")
     if type(bits) is not int or (bits != 8 * np.dtype(dtype).itemsize and (dtype != "int8" or bits not in (2, 4))):
-        raise StorageError(f"a stream of {dtype} in {bits!r} bits a value")
+        raise StorageError(f"a stream of {dtype} in {bits!r} bits per value")
     return _Stream(coder=coder, dtype=dtype, bits=bits, tensors=members)
 
 
@@ -248,7 +264,7 @@ def _values(data: bytes, stream: _Stream) -> Tensor:
 def compress_tensors(
     tensors: Mapping[str, Tensor], roles: Mapping[str, str]
 ) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-    """(streams to store by name, what each holds). roles: "weight", "bias", ... of each key."""
+    """(the streams to store, by name, and what each holds); `roles` has "weight", "bias", ... for each key."""
     groups: dict[tuple[str, str, int], list[str]] = {}
     for key in sorted(tensors):
         bits = weight_bits(tensors[key])
@@ -266,7 +282,7 @@ def compress_tensors(
 
 
 def decompress_tensors(stored: Mapping[str, Tensor], entries: Any) -> dict[str, Tensor]:
-    """The inverse of `compress_tensors`; StorageError for what does not fit, before memory is taken for it."""
+    """The inverse of `compress_tensors`; a StorageError is raised, before memory is taken, for what does not fit."""
     if not isinstance(entries, list) or set(stored) != {f"stream{number}" for number in range(len(entries))}:
         raise StorageError("its streams are not those that it declares")
     streams = [_stream(entry) for entry in entries]

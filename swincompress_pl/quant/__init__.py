@@ -1,6 +1,6 @@
-"""Quantization: scales for every value of a network, trained or searched, and its exact integer form.
+"""Quantization: scales for every value of a network, searched or trained, and its exact integer form.
 
-`quantize` makes a `QuantizedNetwork`; adapters describe a family with `GraphBuilder` and the node types of
+`quantize` returns a `QuantizedNetwork`. Adapters describe a family of networks with `GraphBuilder` and the nodes of
 `quant.graph.nodes`.
 """
 

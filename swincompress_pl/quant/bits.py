@@ -1,4 +1,4 @@
-"""How many bits weights and activations get: one width for all, exceptions by name, and what stays at eight."""
+"""How many bits weights and activations get: one width for all, and others for some layers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _SPELLING = re.compile(r"w(\d+)a(\d+)", re.IGNORECASE)
 
 
 def checked_width(name: str, width: Any) -> int:
-    """`width` as an int, of any integer type; ValueError naming it for what is no width."""
+    """`width` as an int, from any integer type; a ValueError that shows it is raised if it is not a width."""
     found = as_float(width)
     if found is None or found not in WIDTHS:
         raise ValueError(f"{name} is {shown(width)} bits; widths are integers from {WIDTHS[0]} to {WIDTHS[-1]}")
@@ -23,12 +23,19 @@ def checked_width(name: str, width: Any) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Bits:
-    """Widths in bits, 2 to 8.
+    """The widths of a quantized network, each 2 to 8 bits.
 
-    weights: of all linear layers and convolutions. activations: of every operand of a product (inputs of linear layers,
-    q, k and v); the input of GELU stays at 8, since its table costs the same, and the residual stream at 16.
-    first_and_last: of both in the first layer, which reads pixels, and in the classifier. layers: the weight bits of
-    single layers, by module path; they go before everything else.
+    The input of GELU stays at 8 bits, because its table costs the same. The residual stream stays at 16 bits.
+
+    Attributes:
+        weights: Width of the weights of linear layers and convolutions.
+        activations: Width of every operand of a product: inputs of linear layers, q, k and v.
+        first_and_last: Width of the weights of the first layer, which reads pixels, and of the classifier; also of the
+            classifier's input.
+        layers: Weight widths of single layers, by module path. They count before the other fields.
+
+    Raises:
+        ValueError: If a width is not an integer from 2 to 8, or `layers` is not a mapping.
     """
 
     weights: int = 8
@@ -46,14 +53,24 @@ class Bits:
 
     @classmethod
     def of(cls, bits: Bits | str | Mapping[str, Any]) -> Bits:
-        """From "W4A8", from what `to_dict` gave, or as it is; ValueError for anything else."""
+        """Converts any spelling of widths to `Bits`.
+
+        Args:
+            bits: A `Bits`, a text such as "W4A8" (4-bit weights, 8-bit activations), or a mapping of the fields.
+
+        Returns:
+            The widths.
+
+        Raises:
+            ValueError: If `bits` is something else, or a width is not an integer from 2 to 8.
+        """
         if isinstance(bits, Bits):
             return bits
         if isinstance(bits, Mapping):
             unknown = [shown(key).strip("'") for key in bits if key not in cls.__dataclass_fields__]
             if unknown:
                 raise ValueError(
-                    f"bits has unknown entries {', '.join(unknown)}; {', '.join(cls.__dataclass_fields__)}"
+                    f"bits has unknown entries {', '.join(unknown)}; there are {', '.join(cls.__dataclass_fields__)}"
                 )
             return cls(**bits)
         match = _SPELLING.fullmatch(bits) if isinstance(bits, str) else None
@@ -62,11 +79,19 @@ class Bits:
         return cls(weights=int(match[1]), activations=int(match[2]))
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields in JSON types."""
+        """Returns the fields in JSON types; `of` is the inverse."""
         return asdict(self)
 
     def of_layer(self, name: str, *, outer: bool) -> int:
-        """The weight bits of a layer. outer: it is the first or the last one."""
+        """Returns the width of the weights of a layer.
+
+        Args:
+            name: Name of the layer, its module path.
+            outer: Whether it is the first or the last layer.
+
+        Returns:
+            The width in bits.
+        """
         return self.layers.get(name, self.first_and_last if outer else self.weights)
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""What calibration sees of a float network: ranges of quantized values, and samples of layers with sensitivities."""
+"""What calibration measures in a float network: ranges of values, and samples of layers with sensitivities."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from swincompress_pl.quant.full_precision import ordinary
 from swincompress_pl.quant.graph import Graph, Node, Passthrough, QuantizerSpec, Run, WeightedNode
 from swincompress_pl.quant.probe import Probe
 
-# Images that are calibrated on together: at most so many, and so few that what a backward pass keeps stays below this.
+# How many images are calibrated on together at most, and how many bytes a backward pass may keep for them.
 _IMAGES_TOGETHER, _BYTES_TOGETHER = 8, 1 << 30
-# Values of a quantizer that a percentile is taken from: of a micro-batch, and of all.
+# How many values of a quantizer are sampled for a percentile: per micro-batch, and in total.
 _VALUES_PER_BATCH, _VALUES = 1 << 14, 1 << 18
-# The weight of the errors of an output without sensitivity beside others, whose largest is about 1.
+# The weight of the errors of an output without sensitivity. The largest weight of the others is about 1.
 _UNHEARD = 2.0**-20
 
 
 def first_images(calibration: Iterable[Any], limit: int) -> list[Tensor]:
-    """The first `limit` images of an iterable of batches (images, or a sequence or mapping that starts with them).
+    """The first `limit` images of an iterable of batches, each a tensor of images or a sequence that starts with one.
 
-    Raises TypeError for batches of another form and ValueError for none at all, naming what was found.
+    A TypeError that names what was found is raised for batches of another form, and a ValueError if there are none.
     """
     batches: list[Tensor] = []
     count = 0
@@ -49,7 +49,7 @@ def first_images(calibration: Iterable[Any], limit: int) -> list[Tensor]:
 
 
 def joined(batches: Sequence[Tensor], device: torch.device) -> Tensor:
-    """All images in one tensor, in float32; ValueError for images of several sizes."""
+    """All images in one tensor, in float32; a ValueError is raised for images of several sizes."""
     shapes = sorted({tuple(batch.shape[1:]) for batch in batches})
     if len(shapes) > 1:
         raise ValueError(f"calibration has images of {shapes[0]} and {shapes[1]}; give images of one size")
@@ -57,16 +57,19 @@ def joined(batches: Sequence[Tensor], device: torch.device) -> Tensor:
 
 
 def micro_batches(graph: Graph, network: nn.Module, images: Tensor) -> list[Tensor]:
-    """`images` in parts of a size that hangs on the graph alone; the network is in eval mode.
+    """`images` in parts, whose size depends only on the graph; the network must be in eval mode.
 
-    What is sampled from them, and the memory that it takes, are then the same whatever the batches of the caller were.
+    So the samples from them, and the memory that they take, do not depend on the batches of the caller.
     """
     each = bytes_of_backward(graph, network, images[:1])
     return list(images.split(max(1, min(_IMAGES_TOGETHER, _BYTES_TOGETHER // each))))
 
 
 def bytes_of_backward(graph: Graph, network: nn.Module, image: Tensor) -> int:
-    """About what the network keeps of each image for a backward pass, at least 1: what two keep more than one does."""
+    """About how many bytes the network keeps per image for a backward pass, at least 1.
+
+    This is the difference between two images and one.
+    """
 
     def kept_of(images: Tensor) -> int:
         sizes: list[int] = []
@@ -85,7 +88,7 @@ def bytes_of_backward(graph: Graph, network: nn.Module, image: Tensor) -> int:
 
 @dataclass
 class Ranges:
-    """Extremes of one quantizer's values over all calibration images, per channel (C,), and some of its rows (R, C)."""
+    """The extremes (C,) of one quantizer's values over all calibration images, per channel, and some rows (R, C)."""
 
     low: Tensor
     high: Tensor
@@ -93,11 +96,11 @@ class Ranges:
 
     @property
     def magnitude(self) -> Tensor:
-        """(C,) the largest magnitude."""
+        """The largest magnitude of each channel, (C,)."""
         return torch.maximum(self.low.abs(), self.high.abs())
 
     def clip(self, percentile: float | None) -> Tensor:
-        """(C,) the magnitude, at most a percentile of the magnitudes of the sampled values; None: no less than that."""
+        """The magnitude of each channel, (C,), at most the percentile of the sampled magnitudes unless that is None."""
         if percentile is None:
             return self.magnitude
         values = self.rows.abs().flatten().sort().values
@@ -105,13 +108,13 @@ class Ranges:
         return self.magnitude.clamp(max=max(float(values[rank]), torch.finfo(values.dtype).tiny))
 
     def bounds(self, percentile: float | None) -> tuple[Tensor, Tensor]:
-        """(C,) least and (C,) largest value, neither further from 0 than `clip`."""
+        """The least and the largest value of each channel, (C,) each, neither further from 0 than `clip`."""
         clip = self.clip(percentile)
         return self.low.clamp(min=-clip), self.high.clamp(max=clip)
 
 
 class RangeObserver(Passthrough):
-    """Keeps the true extremes of quantized values, where an outlier of one pixel counts, and a sample of rows."""
+    """Keeps the true extremes of the values, where an outlier of one pixel counts, and a sample of rows."""
 
     def __init__(self, *, values_per_batch: int, seed: int = 0) -> None:
         self.ranges: dict[str, Ranges] = {}
@@ -119,6 +122,7 @@ class RangeObserver(Passthrough):
         self._generator = torch.Generator().manual_seed(seed)
 
     def activation(self, spec: QuantizerSpec, x: Tensor) -> Tensor:
+        """Observes a value; a ValueError that names its quantizer is raised for NaN or infinite values."""
         rows = x.reshape(-1, x.shape[-1])
         low, high = rows.amin(0), rows.amax(0)
         if not (torch.isfinite(low).all() and torch.isfinite(high).all()):
@@ -143,54 +147,54 @@ class RangeObserver(Passthrough):
 
 @dataclass
 class LayerSample:
-    """Rows of one weighted layer: inputs (R, K) and the sensitivity of the loss to each output (R, M)."""
+    """Sampled rows of one weighted layer: inputs (R, K), and the sensitivity of the loss to each output (R, M)."""
 
     inputs: list[Tensor] = field(default_factory=list)
     sensitivity: list[Tensor] = field(default_factory=list)
 
     @property
     def rows(self) -> tuple[Tensor, Tensor]:
-        """The inputs, and what the errors of each output are weighted with: `usable` sensitivities."""
+        """The inputs, and the weights of the errors of each output: `usable` sensitivities."""
         return torch.cat(self.inputs), usable(torch.cat(self.sensitivity))
 
     @property
     def has_signal(self) -> bool:
-        """Whether the sensitivities say anything: there is one that is not 0, and all are finite."""
+        """Whether the sensitivities tell anything: at least one is not 0, and all are finite."""
         return any(bool(part.any()) for part in self.sensitivity) and all(
             bool(torch.isfinite(part).all()) for part in self.sensitivity
         )
 
 
 def without_signal(samples: Mapping[str, LayerSample]) -> tuple[str, ...]:
-    """The layers whose sensitivities say nothing, with a warning that names the first."""
+    """The layers whose sensitivities tell nothing; if there are any, a warning names the first one."""
     silent = tuple(name for name, sample in samples.items() if not sample.has_signal)
     if silent:
         warnings.warn(
             f"{len(silent)} of {len(samples)} layers have no influence on the network's answers on the calibration "
-            f"images, {silent[0]} the first of them: what rounding them costs is not seen, and only their own error "
-            "decides on their scales. Is the network trained, and do the images differ?",
+            f"images; the first is {silent[0]}. So the search cannot see what rounding them costs, and minimizes their "
+            "own errors. Is the network trained, and do the images differ?",
             stacklevel=2,
         )
     return silent
 
 
 def usable(sensitivity: Tensor) -> Tensor:
-    """The sensitivities (R, M) as weights whose squares neither vanish nor overflow: times a power of two, which leaves
-    every comparison of errors as it is.
+    """The sensitivities (R, M) as weights of errors, whose squares neither vanish nor overflow.
 
-    An output that nothing says anything about weighs all its rows alike, and next to nothing beside others. Where that
-    are all outputs, or a value is not finite, every error counts as it is.
+    They are multiplied by a power of two, which does not change the comparison of errors. An output without
+    sensitivities gets the same tiny weight in all rows. If all outputs have none, or a value is not finite, all weights
+    are 1.
     """
     largest = sensitivity.abs().max()
     if not (torch.isfinite(largest) and largest > 0):
         return torch.ones_like(sensitivity)
-    half, odd = divmod(-math.frexp(float(largest))[1], 2)  # in two steps, neither of which leaves float32
+    half, odd = divmod(-math.frexp(float(largest))[1], 2)  # two factors, neither of which leaves the range of float32
     scaled = sensitivity * 2.0**half * 2.0 ** (half + odd)
     return torch.where(scaled.any(0), scaled, _UNHEARD)
 
 
 class LayerSampler(Passthrough):
-    """Samples `rows_per_batch` random rows of every weighted layer, and their output gradients once they arrive."""
+    """Samples `rows_per_batch` random rows of every weighted layer, and later the gradients of their outputs."""
 
     def __init__(self, network: nn.Module, *, rows_per_batch: int, seed: int = 0) -> None:
         self.network, self.rows_per_batch = network, rows_per_batch
@@ -198,6 +202,7 @@ class LayerSampler(Passthrough):
         self._generator = torch.Generator().manual_seed(seed)
 
     def output(self, node: Node, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        """Samples a layer's input, and registers a hook for the gradient of its output."""
         if not isinstance(node, WeightedNode):
             return
         sample = self.samples.setdefault(node.name, LayerSample())
@@ -211,8 +216,7 @@ class LayerSampler(Passthrough):
 def observe(
     graph: Graph, network: nn.Module, batches: Sequence[Tensor], *, percentile: float | None = None
 ) -> dict[str, Ranges]:
-    """Extremes of every quantizer's values over the batches; with some of the values where a percentile asks for
-    them."""
+    """The extremes of every quantizer's values over the batches, and some of the values if a percentile needs them."""
     sampled = 0 if percentile is None else min(_VALUES_PER_BATCH, _VALUES // len(batches))
     observer = RangeObserver(values_per_batch=sampled)
     with torch.no_grad():
@@ -224,9 +228,9 @@ def observe(
 def sample_layers(
     graph: Graph, network: nn.Module, batches: Sequence[Tensor], *, rows: int, seed: int = 0
 ) -> dict[str, LayerSample]:
-    """Inputs and output sensitivities of every weighted layer, about `rows` rows each.
+    """The inputs and output sensitivities of every weighted layer, about `rows` rows each.
 
-    The sensitivity is the gradient of a `Probe`. Source: the objective of PTQ4ViT (arXiv 2111.12293) with a Hutchinson
+    The sensitivity is the gradient of a `Probe`. Source: the objective of PTQ4ViT (arXiv 2111.12293), with a Hutchinson
     estimate.
     """
     sampler = LayerSampler(network, rows_per_batch=max(1, rows // len(batches)), seed=seed)

@@ -1,7 +1,7 @@
-"""Whether a graph computes what its network does: both are run in float and compared where they have modules in common.
+"""Whether a graph computes what its network does: both run in float, and are compared at the modules that both have.
 
-A graph is written from the modules of a family as they are published. A hook, a patched forward, a subclass or an
-adapter beside a layer changes the network and not the graph; the integers would be those of another network.
+A graph is written for the modules of a family as they are published. A hook, a patched forward, a subclass or an
+adapter beside a layer changes the network and not the graph. The integers would then be those of another network.
 """
 
 from __future__ import annotations
@@ -28,24 +28,32 @@ BOUND = 1e-4
 
 _IMAGES = 2
 _REMEDY = (
-    "Quantization follows what the modules of the family compute: take the hook, the patch or the subclass away, fold "
-    "it into the weights, or register an adapter whose graph has it"
+    "Quantization follows what the modules of the family compute: remove the hook, the patch or the subclass, fold it "
+    "into the weights, or register an adapter whose graph has it"
 )
-# A value as numbers that do not depend on its layout: how many there are; mean, mean magnitude, RMS, maximum, minimum.
+# Figures of a value that do not depend on its layout: its size; and mean, mean magnitude, RMS, maximum, minimum.
 _Print = tuple[int, Tensor]
 _SINGLE = (LinearNode, LayerNormNode, ActivationNode, PixelConvNode, ConvNormNode, NeuronNode, MaxPoolNode)
 
 
 def check_graph(graph: Graph, network: nn.Module, images: Tensor | None = None) -> None:
-    """Raises UnsupportedNetworkError unless `graph` computes what `network` does, in evaluation.
+    """Checks that a graph computes what its network does in eval mode. The network is left as it was.
 
-    images: normalized, as the network takes them, a few of which are used; None: random ones. Compared are the logits
-    and what goes into and comes out of the modules that the graph names, with a relative error of at most `BOUND`, and
-    which parameters the two depend on. The error names the first module that differs. The network is left as it was.
+    The logits, the inputs and outputs of the modules that the graph names, and the parameters on which both depend are
+    compared.
+
+    Args:
+        graph: The graph.
+        network: The network that it describes.
+        images: Normalized images as the network takes them, of which a few are used; None for random ones.
+
+    Raises:
+        UnsupportedNetworkError: If the two differ by a relative error above `BOUND`, or in their parameters. The
+            message names the first module that differs.
     """
     device = next(network.parameters()).device
     images = _random_images(graph) if images is None else images[:_IMAGES]
-    # Spikes flip where rounding does, and GPUs and half precision round coarsely.
+    # Rounding can flip spikes, and GPUs and half precision round coarsely, so the comparison runs in float64.
     dtypes = (None,) if device.type == "mps" else (torch.float64, None)
     for dtype in dtypes:
         try:
@@ -72,7 +80,7 @@ def _compare(graph: Graph, network: nn.Module, images: Tensor, bound: float) -> 
     theirs, ours = _NetworkPrints(), _GraphPrints()
     with torch.no_grad():
         with _without_hooks(network):
-            found = Run(_in_evaluation(graph), network, ours)(images)  # first: it says what images it takes
+            found = Run(_in_evaluation(graph), network, ours)(images)  # first, as it names the right shape of images
         with theirs.watching(graph, network):
             expected = network(images)
     _check_activations(graph, network, bound)
@@ -80,11 +88,11 @@ def _compare(graph: Graph, network: nn.Module, images: Tensor, bound: float) -> 
     if not isinstance(expected, Tensor) or expected.flatten(1).shape != found.shape:
         shown = tuple(expected.shape) if isinstance(expected, Tensor) else full_name(type(expected))
         raise UnsupportedNetworkError(
-            f"{name}: it gives {shown} where its graph gives logits {tuple(found.shape)}; quantize the network that "
-            f"gives logits (N, classes). {_REMEDY}"
+            f"{name}: it returns {shown} where its graph gives logits {tuple(found.shape)}; quantize the network that "
+            f"returns logits (N, classes). {_REMEDY}"
         )
     if not expected.isfinite().all():
-        return  # calibration tells where NaN and infinite values begin
+        return  # calibration finds where NaN and infinite values begin
     difference = _first_difference(graph, theirs, ours, bound)
     error = _relative(found, expected.flatten(1))
     if difference is None and error > bound:
@@ -98,7 +106,7 @@ def _compare(graph: Graph, network: nn.Module, images: Tensor, bound: float) -> 
 
 
 def _in_evaluation(graph: Graph) -> Graph:
-    """As integers compute it: what stands where dropout does is left out."""
+    """The graph as integers compute it, without the modules in the places of dropout."""
 
     def bare(node: Node) -> Node:
         node = replace(node, regularizers=())
@@ -109,7 +117,7 @@ def _in_evaluation(graph: Graph) -> Graph:
 
 @contextmanager
 def _without_hooks(network: nn.Module) -> Iterator[None]:
-    """Integers know no hooks; some nodes run the module itself."""
+    """Removes the hooks for a while, which integers do not have; some nodes run the module itself."""
     tables = [
         table for module in network.modules() for table in (module._forward_hooks, module._forward_pre_hooks) if table
     ]
@@ -124,13 +132,13 @@ def _without_hooks(network: nn.Module) -> Iterator[None]:
 
 
 def _relative(a: Tensor, b: Tensor) -> float:
-    """The largest difference of any image, relative to its values."""
+    """The largest error of any image, relative to the size of its values."""
     size = b.norm(dim=1)
     error = (a - b).norm(dim=1)
     return float(torch.where(error > 0, error / size, 0.0).max())
 
 
-# What modules and nodes see
+# What modules and nodes read and give
 
 
 def _print(x: Any) -> _Print | None:
@@ -144,7 +152,7 @@ def _print(x: Any) -> _Print | None:
 
 
 def _joined(prints: Sequence[_Print | None]) -> _Print | None:
-    """Of the parts of a value that makes several ways, as one."""
+    """The figures of a whole value from those of its parts, which go different ways; None if one is unknown."""
     known = [entry for entry in prints if entry is not None]
     if len(known) < len(prints):
         return None
@@ -157,7 +165,7 @@ def _joined(prints: Sequence[_Print | None]) -> _Print | None:
 
 
 def _distance(a: _Print | None, b: _Print | None) -> float | None:
-    """The relative error between two values; None where they are not the same ones, or not finite."""
+    """The relative error between two values; None if they have different sizes or are not finite."""
     if a is None or b is None or a[0] != b[0]:
         return None
     first, second = a[1].double().cpu(), b[1].double().cpu()
@@ -168,7 +176,7 @@ def _distance(a: _Print | None, b: _Print | None) -> float | None:
 
 @dataclass
 class _NetworkPrints:
-    """What goes into and comes out of modules in a pass of the network, of those that run once."""
+    """The inputs and outputs of modules in a pass of the network; only those of modules that run once are used."""
 
     calls: dict[str, list[tuple[_Print | None, _Print | None]]] = field(default_factory=dict)
 
@@ -199,7 +207,7 @@ class _NetworkPrints:
 
 
 class _GraphPrints(Passthrough):
-    """The same of a pass of the graph, for every pair of modules; of several nodes, where each does a part."""
+    """The same for a pass of the graph, by the modules of a node; several nodes may each compute a part of a module."""
 
     def __init__(self) -> None:
         self.reads: dict[tuple[str, ...], list[_Print | None]] = {}
@@ -214,7 +222,7 @@ class _GraphPrints(Passthrough):
 
 
 def _modules_of(node: Node) -> tuple[str, ...]:
-    """The module that reads what the node reads and the one that gives what it gives; () for other nodes."""
+    """The module that has the node's input and the one that has its output; () for nodes without such modules."""
     if not isinstance(node, _SINGLE):
         return ()
     gives = node.module
@@ -225,13 +233,16 @@ def _modules_of(node: Node) -> tuple[str, ...]:
     return node.module, gives
 
 
-# Where they part
+# Where network and graph begin to differ
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Difference:
-    """`at` reads something else ("": the logits are something else), though the module `after` was still right; or, if
-    `inside`, it reads what it should and gives something else."""
+    """Where a graph begins to differ from its network.
+
+    The module `after` was still right, and `at` reads something else; with "" for it the logits differ. If `inside` is
+    set, `at` reads the right value and gives another one.
+    """
 
     after: str
     at: str
@@ -239,7 +250,7 @@ class _Difference:
     inside: bool = False
 
     def where(self, network: nn.Module) -> str:
-        """In words, with the modules that are likely to blame."""
+        """The difference in words, with the modules that are likely to cause it."""
         if self.inside:
             return f"first in {_named(network, [self.at])}{_reasons(network, [self.at])}"
         before, behind = _ancestors(self.after), _ancestors(self.at)
@@ -254,7 +265,7 @@ class _Difference:
 
 
 def _ancestors(path: str) -> list[str]:
-    """What holds the module at `path`, the closest first, the network ("") last."""
+    """The modules that contain the one at `path`, the closest first, and the network ("") last."""
     found = []
     while path:
         path = path.rpartition(".")[0]
@@ -288,11 +299,11 @@ def _first_difference(graph: Graph, theirs: _NetworkPrints, ours: _GraphPrints, 
     return None
 
 
-# What a graph cannot say by its values
+# What the values of a graph do not show
 
 
 def _check_activations(graph: Graph, network: nn.Module, bound: float) -> None:
-    """Activations become tables: each has to be a function of one value, whatever stands beside it."""
+    """Raises an error for activations that do not map each value alone, because they become tables."""
     like = next(network.parameters())
     values = torch.linspace(-4, 4, 17, dtype=like.dtype, device=like.device)
     for node in graph.nodes:
@@ -309,13 +320,16 @@ def _check_activations(graph: Graph, network: nn.Module, bound: float) -> None:
             holds = False
         if not holds:
             raise UnsupportedNetworkError(
-                f"{type(network).__name__}: {_named(network, [node.module])} is no function of one value at a time, so "
-                "no table of its values can stand for it; use an elementwise activation, e.g. nn.GELU"
+                f"{type(network).__name__}: {_named(network, [node.module])} does not map each value alone, so it "
+                "cannot become a table of values; use an elementwise activation, e.g. nn.GELU"
             )
 
 
 def _check_parameters(graph: Graph, network: nn.Module, image: Tensor) -> None:
-    """What the network is trained by and its graph is not would be lost in training: a fresh adapter gives 0 still."""
+    """Raises an error for parameters that the network uses and its graph does not.
+
+    Values do not show all of them: a new adapter, for example, still adds 0.
+    """
     with torch.enable_grad():
         used = _parameters_behind(network(image), network)
         followed = _parameters_behind(Run(_in_evaluation(graph), network, Passthrough())(image), network)
@@ -329,7 +343,7 @@ def _check_parameters(graph: Graph, network: nn.Module, image: Tensor) -> None:
 
 
 def _parameters_behind(output: Tensor, network: nn.Module) -> dict[str, None]:
-    """The names of the parameters that `output` was computed from, in the order of the network."""
+    """The names of the parameters from which `output` was computed, in the order of the network."""
     names = {id(parameter): name for name, parameter in network.named_parameters()}
     found: set[str] = set()
     known, waiting = set(), [output.grad_fn]

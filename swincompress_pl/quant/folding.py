@@ -1,8 +1,8 @@
-"""Layers whose weight is computed, or that something was added to, exchanged for the plain layers that they equal.
+"""Exchanges layers with computed weights, and layers with additions, for the plain layers that compute the same.
 
-What torch's own utilities compute (parametrizations, pruning masks, weight and spectral norms) is made last by them.
-Whatever else stands in the place of an nn.Linear (an adapter, a wrapper, a replaced forward) is probed: a map that is
-affine, with no regard to other rows, is what an nn.Linear with its values at 0 and at the unit vectors computes.
+The utilities of torch make permanent what they compute (parametrizations, pruning masks, weight and spectral norms).
+Any other module in the place of an nn.Linear (an adapter, a wrapper, a replaced forward) is probed. If it is an affine
+map of each row alone, its values at 0 and at the unit vectors are the bias and the weight of an equal nn.Linear.
 """
 
 from __future__ import annotations
@@ -23,15 +23,16 @@ from swincompress_pl.quant.graph.builder import AlteredLayerError
 from swincompress_pl.registry import UnsupportedNetworkError, adapter_for
 
 Built = TypeVar("Built")
-# How far the values of a map may be from those of the nn.Linear that it is taken for, relative to the largest.
+# How far the values of a map may be from those of the nn.Linear that replaces it, relative to the largest value.
 _AFFINE_ERROR = 1e-6
 _PROBE_SCALES = (1.0, 30.0)
 
 
 def with_plain_layers(network: nn.Module, build: Callable[[], Built]) -> Built:
-    """What `build` gives; layers that keep it from doing so are exchanged in `network`, where that is exact.
+    """What `build` returns; layers that keep it from doing so are exchanged in `network` if that is exact.
 
-    A warning names those that were. Raises UnsupportedNetworkError, naming the layer, where it cannot be exact.
+    A warning names the layers that were exchanged. An UnsupportedNetworkError that names the layer is raised if it
+    cannot be exact.
     """
     folded: dict[str, str] = {}
     try:
@@ -48,20 +49,22 @@ def with_plain_layers(network: nn.Module, build: Callable[[], Built]) -> Built:
         if folded:
             listed = ", ".join(f"{path or 'the network itself'} ({kind})" for path, kind in list(folded.items())[:4])
             warnings.warn(
-                f"{type(network).__name__}: plain layers that compute the same replaced what stood in the "
-                f"network at {listed}{f', ... ({len(folded)} in all)' if len(folded) > 4 else ''}",
+                f"{type(network).__name__}: plain layers that compute the same replaced the layers of the network at "
+                f"{listed}{f', ... ({len(folded)} in total)' if len(folded) > 4 else ''}",
                 stacklevel=4,
             )
 
 
 def refuse_altered(network: nn.Module, preprocessing: Mapping[str, Any]) -> None:
-    """Raises UnsupportedNetworkError for a network that `quantize` would fold layers of: where an optimizer holds their
-    parameters, that is for the user to do."""
+    """Raises an UnsupportedNetworkError for a network with layers that `quantize` would fold.
+
+    If an optimizer holds their parameters, the user has to fold them.
+    """
     adapter_for(network).graph(network, preprocessing)
 
 
 def _fold(network: nn.Module, path: str, error: UnsupportedNetworkError) -> str:
-    """Put the plain layer at `path`; the class that was there. Raises `error`, with the reason, where there is none."""
+    """Puts a plain layer at `path` and returns the class that was there; raises `error` if there is no plain layer."""
     layer = network.get_submodule(path)
     kind, mode = full_name(type(layer)), layer.training
     with torch.inference_mode(False), torch.no_grad(), evaluation_mode(layer):
@@ -72,15 +75,17 @@ def _fold(network: nn.Module, path: str, error: UnsupportedNetworkError) -> str:
             raise error
         plain = _as_linear(layer)
     if plain is None:
-        raise UnsupportedNetworkError(f"{error}. It is no affine map of each token alone, so no nn.Linear equals it")
+        raise UnsupportedNetworkError(
+            f"{error}. It is not an affine map of each token alone, so no nn.Linear equals it"
+        )
     parent, _, name = path.rpartition(".")
     setattr(network.get_submodule(parent), name, plain.train(mode))
     return kind
 
 
 def _make_last(layer: nn.Module) -> None:
-    """Turn tensors that torch's utilities compute into parameters."""
-    with torch.enable_grad():  # they leave parameters where what they compute has a gradient
+    """Turns tensors that torch's utilities compute into parameters."""
+    with torch.enable_grad():  # the utilities leave a parameter only if what they compute has a gradient
         _remove_parametrizations(layer)
     for hook in list(layer._forward_pre_hooks.values()):
         if isinstance(hook, prune.BasePruningMethod):
@@ -97,13 +102,13 @@ def _remove_parametrizations(layer: nn.Module) -> None:
         for name in list(layer.parametrizations):  # type: ignore[arg-type]
             parametrize.remove_parametrizations(layer, name, leave_parametrized=True)
             left = getattr(layer, name)
-            if not isinstance(left, nn.Parameter):  # what was computed without gradients is left as a mere tensor
+            if not isinstance(left, nn.Parameter):  # what was computed without gradients is left as a plain tensor
                 delattr(layer, name)
                 layer.register_parameter(name, nn.Parameter(left.detach(), requires_grad=False))
 
 
 def _as_linear(layer: nn.Module) -> nn.Linear | None:
-    """The nn.Linear that computes what `layer` does in evaluation; None where none does."""
+    """The nn.Linear that computes what `layer` does in eval mode; None if there is none."""
     own = list(layer.parameters())
     if not own:
         return None
@@ -128,7 +133,7 @@ def _has_bias(layer: nn.Module) -> bool:
 
 
 def _affine(layer: nn.Module, width: int, like: Tensor) -> tuple[Tensor, Tensor] | None:
-    """(weight, bias) of what `layer` does with every row of `width` values; None where that is not affine."""
+    """(weight, bias) of what `layer` does with each row of `width` values; None if that is not affine."""
     generator = torch.Generator().manual_seed(0)
     units = torch.eye(width, dtype=torch.float64)
     probes = [torch.randn(2, 5, width, generator=generator, dtype=torch.float64) * scale for scale in _PROBE_SCALES]
@@ -145,7 +150,7 @@ def _affine(layer: nn.Module, width: int, like: Tensor) -> tuple[Tensor, Tensor]
 
 
 def _answers(layer: nn.Module, probes: Sequence[Tensor], device: torch.device) -> list[Tensor] | None:
-    """What `layer` gives for `probes`, in float64; None where it cannot read them."""
+    """What `layer` returns for `probes`, in float64; None if it cannot read them."""
     try:
         with on_trial(layer), torch.no_grad():
             answers = [layer(probe.to(device)) for probe in probes]

@@ -1,4 +1,4 @@
-"""Ordinary float32 tensors, whatever number format, autocast or inference mode surrounds a call."""
+"""Ordinary float32 tensors, whatever default type, autocast or inference mode surrounds a call."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from swincompress_pl.interrupts import put_back_after
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """For a while no autocast, no inference mode (its tensors take no gradients), and float32 as torch's default."""
+    """Inside the context: no autocast, no inference mode (its tensors take no gradients), float32 as the default."""
     default = partial(torch.set_default_dtype, torch.get_default_dtype())
     with (
         put_back_after(default),
@@ -30,15 +30,15 @@ def full_precision() -> Iterator[None]:
 
 
 def ordinary(images: Tensor, device: torch.device) -> Tensor:
-    """The images in float32 on a device, and none of inference mode."""
+    """The images in float32 on a device, copied if they were made in inference mode."""
     images = images.to(device, torch.float32)
     return images.clone() if images.is_inference() else images
 
 
 def bring_to_float32(network: nn.Module) -> None:
-    """Every parameter and buffer to float32, in place, with a warning that says from what.
+    """Converts all parameters and buffers to float32, in place; a warning names the formats that they had.
 
-    Parameters keep their identity, so that an optimizer goes on with them; only tensors made in inference mode are
+    Parameters keep their identity, so an optimizer continues with them. Only tensors made in inference mode are
     replaced by copies.
     """
     replace_inference_tensors(network)
@@ -46,14 +46,14 @@ def bring_to_float32(network: nn.Module) -> None:
     if others:
         network.float()
         warnings.warn(
-            f"{type(network).__name__} holds {', '.join(others)}; it is brought to float32 in place, the format that "
-            "quantization keeps weights and scales in. Images of any floating type are taken",
+            f"{type(network).__name__} holds {', '.join(others)}; it is converted to float32 in place, the format in "
+            "which quantization keeps weights and scales. Images may have any floating type",
             stacklevel=2,
         )
 
 
 def float32_network(network: nn.Module) -> nn.Module:
-    """The network itself where it is in float32, else a copy that is."""
+    """The network itself if it is in float32, otherwise a copy that is."""
     if not _other_formats(network) and not any(tensor.is_inference() for tensor in network.parameters()):
         return network
     network = copy.deepcopy(network)
@@ -67,11 +67,11 @@ def _other_formats(network: nn.Module) -> list[str]:
 
 
 def require_float32(network: nn.Module) -> None:
-    """TypeError naming the first parameter or buffer that was cast to another type."""
+    """Raises a TypeError that names the first parameter or buffer of another floating type."""
     for kind in (network.named_parameters(), network.named_buffers()):
         for name, tensor in kind:
             if tensor.is_floating_point() and tensor.dtype is not torch.float32:
                 raise TypeError(
-                    f"{name} is {tensor.dtype}; a QuantizedNetwork computes with float32 weights and scales: bring it "
-                    "back with quantized.float()"
+                    f"{name} is {tensor.dtype}; a QuantizedNetwork computes with float32 weights and scales: convert "
+                    "it with quantized.float()"
                 )

@@ -1,4 +1,4 @@
-"""Gradient checkpointing of the fake-quantized pass: where the network asks for it, block by block."""
+"""Gradient checkpointing of the fake-quantized pass, block by block, where the network asks for it."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from torch.utils.checkpoint import checkpoint
 
 from swincompress_pl.quant.graph import Run, WeightedNode
 
-# timm's flag, set by `set_grad_checkpointing`, and that of transformers.
+# The flag of timm, which `set_grad_checkpointing` sets, and that of transformers.
 _FLAGS = ("grad_checkpointing", "gradient_checkpointing")
 
 
 def checkpointed_paths(network: nn.Module) -> list[str]:
-    """The modules of `network` that say that their blocks are to be checkpointed; "" is the network itself."""
+    """The modules of `network` whose blocks are to be checkpointed; "" is the network itself."""
     return [
         path
         for path, module in network.named_modules()
@@ -27,14 +27,14 @@ def checkpointed_paths(network: nn.Module) -> list[str]:
 
 
 class CheckpointedRun(Run):
-    """A pass that keeps what goes from block to block and computes what lies inside again for the gradients, in those
-    blocks where the network has gradient checkpointing switched on; else it is a `Run`.
+    """A `Run` with gradient checkpointing in the blocks where the network has it switched on.
 
-    Results and gradients are those of a `Run`: random numbers are replayed, and statistics of BatchNorms are updated
-    once.
+    These blocks keep only their inputs, and compute the values inside again for the gradients. Results and gradients
+    are those of a `Run`: random numbers are replayed, and statistics of BatchNorms are updated once.
     """
 
     def walk(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Runs all nodes, with checkpoints if gradients are on."""
         paths = checkpointed_paths(self.network) if torch.is_grad_enabled() else []
         if not paths:
             return super().walk(values)
@@ -69,8 +69,10 @@ class CheckpointedRun(Run):
 
 
 class _Statistics(AbstractContextManager[None]):
-    """While it lasts, BatchNorms have the running statistics that they have now, in copies: weights are folded with
-    them as in the first pass, and the second one does not update them again."""
+    """Gives BatchNorms copies of the running statistics that they have when it is made.
+
+    So the second pass folds weights with the statistics of the first one, and does not update them again.
+    """
 
     def __init__(self, norms: Sequence[nn.Module]) -> None:
         self._now = [(norm, {name: _copy(buffer) for name, buffer in norm._buffers.items()}) for norm in norms]

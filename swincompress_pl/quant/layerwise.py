@@ -1,4 +1,4 @@
-"""Walks the graph and searches the scales around every weighted layer, one layer after the other."""
+"""Walks through the graph and searches the scales around each weighted layer, one layer after another."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from swincompress_pl.quant.search import LayerProblem, best_centered_scale, best
 
 
 class LayerwiseSearch:
-    """bounds: (C,) least and largest value of every quantizer's channels, from which candidates begin. samples:
-    consumed layer by layer.
+    """The search for the scales of a calibrated network, with the switches of `SearchOptions`.
 
-    The switches are those of `SearchOptions`.
+    `bounds` has the least and the largest value of the channels of each quantizer, (C,) each, from which the candidates
+    start. `samples` are removed layer by layer.
     """
 
     def __init__(
@@ -41,13 +41,14 @@ class LayerwiseSearch:
         }
 
     def run(self, *, progress: Progress) -> None:
+        """Searches the scales of all layers."""
         for node in track(self.quantized.graph.weighted_nodes, "searching scales", progress):
             self._layer(node)
             self._output(node)
             del self.samples[node.name]
 
     def _layer(self, node: WeightedNode) -> None:
-        """Input scale (with its ratios and sign) and weight steps of one layer; then its bias."""
+        """Finds the input scale of a layer, with ratios and sign, and its weight steps; then corrects its bias."""
         scales, spec = self.quantized.scales, self.quantized.graph.spec_of(node.inputs[0])
         problem = self._problem(node, spec)
         without = self._without_sign(node, problem, spec)
@@ -103,8 +104,10 @@ class LayerwiseSearch:
     def _without_sign(
         self, node: WeightedNode, problem: LayerProblem, spec: QuantizerSpec | None
     ) -> LayerProblem | None:
-        """The same with codes from 0 to 2 q_max + 1 for the output of a non-linearity plus a constant: none of them is
-        then spent on values below the least, and GELU's steps halve. None where that cannot be."""
+        """The same problem with codes from 0 to 2 q_max + 1, for the output of a non-linearity plus a constant.
+
+        No code is then spent on values below the least one, and GELU's steps halve. None if the codes need a sign.
+        """
         if spec is None or not (self.center and spec.can_center and spec.signed) or problem.magnitude is None:
             return None
         if not isinstance(source(self.quantized.graph, node.inputs[0]), ActivationNode):
@@ -115,7 +118,7 @@ class LayerwiseSearch:
         return replace(problem, signed=False, q_max=2 * problem.q_max + 1, centering=centering, magnitude=magnitude)
 
     def _output(self, node: WeightedNode) -> None:
-        """The output's scales, where no linear layer reads it: each segment by the error of its own values."""
+        """Finds the scales of an output that no linear layer reads, each segment by the error of its own values."""
         spec = self.quantized.graph.spec_of(node.output)
         if spec is None or not spec.searched or node.output in self._linear_inputs:
             return
@@ -143,7 +146,7 @@ class LayerwiseSearch:
 
 
 def source(graph: Graph, value: str) -> Node:
-    """The node that made a value, chains of gathers left out. KeyError for the image."""
+    """The node that made a value, before any gathers; a KeyError is raised for the image."""
     makers = {node.output: node for node in graph.nodes}
     node = makers[value]
     while isinstance(node, GatherNode):

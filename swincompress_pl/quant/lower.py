@@ -1,4 +1,4 @@
-"""From a graph with scales to an integer Program."""
+"""Lowers a graph with scales to an integer Program."""
 
 from __future__ import annotations
 
@@ -18,16 +18,18 @@ from swincompress_pl.spec import InputDescription, Program
 
 
 class ScaledLowering(Lowering):
-    """With the scales and steps of `scales`, whose values are those that count (`Scales.fixed`)."""
+    """A lowering with the scales and steps of `scales`, which must be fixed (`Scales.fixed`)."""
 
     def __init__(self, graph: Graph, network: nn.Module, scales: Scales) -> None:
         super().__init__(graph, network)
         self._scales = scales
 
     def segment_scales(self, value: str) -> FloatArray:
+        """The scales of a value's segments, (segments,)."""
         return to_array(self._scales.activation_quantizer(self.spec(value)).checked_scale())
 
     def ratios(self, value: str) -> FloatArray:
+        """The ratios of a value's channels to its scale, (C,) or (1,)."""
         ratios = self._equalization(value)
         return np.ones(1) if ratios is None else to_array(ratios)
 
@@ -36,15 +38,18 @@ class ScaledLowering(Lowering):
         return self._scales.activation_quantizer(spec).equalization if spec is not None and spec.equalized else None
 
     def centering(self, value: str) -> FloatArray:
+        """The constant that the codes of a value include, (C,) or (1,)."""
         spec = self.graph.spec_of(value)
         if spec is None or not spec.can_center:
             return np.zeros(1)
         return to_array(self._scales.activation_quantizer(spec).centering)
 
     def scales(self, value: str) -> FloatArray:
+        """The scale of every channel of a value, (C,)."""
         return to_array(self._scales.activation_quantizer(self.spec(value)).channel_scales())
 
     def weight(self, node: WeightedNode) -> tuple[npt.NDArray[np.int8], FloatArray]:
+        """The integer weight of a layer and its steps (M,)."""
         folded = node.folded_weight(self.network, self._equalization(node.inputs[0]))
         step, q_max = self._scales.step(node), self._scales.weight_quantizer(node).q_max
         weight_q = quantize_weight(folded, step, q_max).to("cpu", torch.int8).numpy()
@@ -61,9 +66,10 @@ def lower(
     classes: tuple[str, ...] | None = None,
     origin: Mapping[str, Any] | None = None,
 ) -> Program:
-    """The integer Program of a network; what runs or writes it (twin, engine, artifact) proves its bounds first.
+    """The integer Program of a network; whatever runs or writes it (twin, engine, artifact) checks its bounds first.
 
-    Raises ValueError naming the node for scales that are missing, not finite or contradictory, and for NaN weights.
+    A ValueError that names the node is raised for scales that are missing, not finite or contradictory, and for weights
+    that are not finite.
     """
     lowering = ScaledLowering(graph, network, scales)
     for node in graph.nodes:

@@ -1,6 +1,7 @@
-"""Mixed precision: the weight bits of every layer that cost the output least, within a budget of bytes or operations.
+"""Mixed precision: the weight widths of all layers that cost the output least, within a budget of bytes or operations.
 
-Choosing one width a layer is a multiple-choice knapsack, solved exactly by HiGHS (`scipy.optimize.milp`).
+The choice of one width per layer is a multiple-choice knapsack problem. HiGHS (`scipy.optimize.milp`) solves it
+exactly.
 """
 
 from __future__ import annotations
@@ -18,18 +19,28 @@ from swincompress_pl.quant.bits import Bits
 from swincompress_pl.quant.progress import Progress
 from swincompress_pl.quant.sensitivity import LayerSensitivity, Sensitivity, measure_sensitivity
 
-# Losses handed to the solver go up to this, far above its absolute gap of 1e-6; each narrower bit costs a tie-break.
+# The largest loss that the solver sees, far above its absolute gap of 1e-6; and the cost of each bit less, for ties.
 _LARGEST_LOSS, _TIE_BREAK = 1e4, 1e-5
 
 
 def allocate(table: Sensitivity, sizes: Mapping[str, Mapping[int, int]], budget: int) -> Bits:
-    """The widths of least predicted loss whose sizes add up to at most `budget`.
+    """Finds the widths of least predicted loss whose sizes add up to at most `budget`.
 
-    sizes: {layer: {width: size}} in the unit of the budget, e.g. `table.sizes_bytes()` or `table.bit_operations()`; the
-    sizes of fixed layers count. Among equal losses (within 1e-9 of the largest) the widest widths are taken, and only
-    layers at another width than the widest are named in the result.
+    Among widths of equal loss (within 1e-9 of the largest loss) the widest are taken.
 
-    Raises ValueError for a budget below the least reachable size, naming that, and for sizes that do not fit the table.
+    Args:
+        table: The losses, from `measure_sensitivity`.
+        sizes: Maps each layer to {width: size}, in the unit of the budget, such as `table.sizes_bytes()` or
+            `table.bit_operations()`. Layers with one width count as well.
+        budget: The largest sum of the sizes.
+
+    Returns:
+        The widths. Its `layers` names only the layers whose width differs from the other fields.
+
+    Raises:
+        ValueError: If the budget is below the least size that can be reached, which the message tells, or if a size is
+            missing or not an integer of 0 or more.
+        RuntimeError: If the solver fails.
     """
     choices = [(layer, width, _size(sizes, layer.name, width)) for layer in table.layers for width in layer.loss]
     least = sum(min(size for layer, _, size in choices if layer is one) for one in table.layers)
@@ -42,7 +53,7 @@ def allocate(table: Sensitivity, sizes: Mapping[str, Mapping[int, int]], budget:
         excess = sum(size for _, _, size in chosen) - budget
         if excess <= 0:
             break
-        room -= excess  # the solver keeps bounds within a tolerance only: nothing may come of it
+        room -= excess  # the solver keeps bounds only within a tolerance, which must not exceed the budget
     outer = (table.layers[0].name, table.layers[-1].name)
     first_and_last = 8 if table.first_and_last is None else table.first_and_last
     usual = {layer.name: first_and_last if layer.name in outer else widest for layer, _, _ in chosen}
@@ -70,21 +81,43 @@ def mixed_precision(
     seed: int = 0,
     progress: Progress = False,
 ) -> Bits:
-    """The bits of every layer for `quantize(model, calibration, bits=...)`: least predicted loss within one budget.
+    """Chooses the weight width of every layer, with least predicted loss within one budget.
 
-    The budget is one of: size_bytes, of all packed weights; size_part, the same as a part of their float32 bytes (0.125
-    is what 4 bits everywhere take); bit_operations, MACs of an image x weight bits. first_and_last: bits of the first
-    layer and the classifier, which count in the budget; None: they are chosen, too. `calibration` is read here and
-    again by `quantize`: pass a list or a loader, not an iterator. The others are those of `measure_sensitivity`; the
-    engine packs every width and computes in 8 bits, so (4, 8) or (4, 6, 8) are common widths.
+    The result goes to `quantize(model, calibration, bits=...)`. Give one of `size_bytes`, `size_part` and
+    `bit_operations`. The engine packs weights of every width and computes in 8 bits, so narrow weights save memory and
+    not time.
 
-    Raises ValueError for none or several budgets, and for one that cannot be reached, naming the least that can.
+    Args:
+        model: A float network with an adapter, or a `QuantizedNetwork`, whose float weights are measured.
+        calibration: Batches as in `quantize`. They are read here and again by `quantize`, so pass a list or a loader
+            and not an iterator.
+        size_bytes: Budget for the bytes of all packed weights.
+        size_part: The same budget as a part of the weights' float32 bytes; 4 bits everywhere take 0.125.
+        bit_operations: Budget for the sum over all layers of the MACs per image times weight bits.
+        widths: The widths to choose from, 2 to 8 bits.
+        activations: Width of the activations, 2 to 8 bits.
+        first_and_last: Width of the first layer and the classifier, which counts in the budget; None to choose it, too.
+        preprocessing: Mapping with "mean" and "std", as in `quantize`; ignored for a `QuantizedNetwork`, which has its
+            own.
+        calibration_images: How many images of `calibration` are used, the first ones.
+        seed: Seed of the sampling.
+        progress: As in `quantize`.
+
+    Returns:
+        The widths.
+
+    Raises:
+        UnsupportedNetworkError: If the network has no adapter or no integer form.
+        TypeError: If a calibration batch has another form.
+        ValueError: If there is no budget, or several, or one that cannot be reached, in which case the message tells
+            the least that can be; and as in `measure_sensitivity`.
+        RuntimeError: If the solver fails.
     """
     given = {"size_bytes": size_bytes, "size_part": size_part, "bit_operations": bit_operations}
     named = {name: value for name, value in given.items() if value is not None}
     if len(named) != 1 or not all(0 < (as_float(value) or 0) < math.inf for value in named.values()):
         raise ValueError(
-            f"the budget is {shown(named) if named else 'missing'}; give one positive of {', '.join(given)}"
+            f"the budget is {shown(named) if named else 'missing'}; give one of {', '.join(given)}, above 0"
         )
     table = measure_sensitivity(
         model,
@@ -104,7 +137,7 @@ def mixed_precision(
     try:
         return allocate(table, table.sizes_bytes(), budget)
     except ValueError as error:
-        raise ValueError(f"{error} bytes, of {float_bytes} in float32; more bytes, or narrower widths") from error
+        raise ValueError(f"{error} bytes, of {float_bytes} in float32; allow more bytes, or narrower widths") from error
 
 
 def _size(sizes: Mapping[str, Mapping[int, int]], name: str, width: int) -> int:
@@ -117,7 +150,7 @@ def _size(sizes: Mapping[str, Mapping[int, int]], name: str, width: int) -> int:
 def _solve(
     table: Sensitivity, choices: Sequence[tuple[LayerSensitivity, int, int]], budget: int
 ) -> list[tuple[LayerSensitivity, int, int]]:
-    """One choice a layer, of least loss, with sizes of at most `budget` up to the solver's tolerance."""
+    """One choice per layer, of least loss, with sizes of at most `budget` up to the solver's tolerance."""
     from scipy.optimize import Bounds, LinearConstraint, milp
 
     widest = max(width for _, width, _ in choices)
@@ -126,7 +159,7 @@ def _solve(
     loss = loss + _TIE_BREAK * np.array([widest - width for _, width, _ in choices])
     one_each = np.array([[layer is one for layer, _, _ in choices] for one in table.layers], dtype=float)
     sizes = np.array([float(size) for _, _, size in choices])
-    unit = max(float(budget), 1.0) / 1e4  # a row of moderate numbers, well above the tolerance of 1e-6
+    unit = max(float(budget), 1.0) / 1e4  # makes the row's numbers moderate, well above the tolerance of 1e-6
     found = milp(
         loss,
         integrality=np.ones(len(choices)),

@@ -30,22 +30,34 @@ _CHECKED_IMAGES = 32
 
 
 class QuantizedNetwork(nn.Module):
-    """`network` run in integers of up to 8 bits. Takes and returns what `network` does: normalized float (N, C, H, W)
-    -> float logits (N, classes).
+    """A network with scales for its values and weights, which runs in integers of 2 to 8 bits.
 
-    train(): float fake quantization with straight-through gradients; `network` keeps the float master weights.
-    eval(): the integer Program in its torch twin, on the pixels that the input was normalized from (rounded to uint8),
-    so a validation reports exactly what the engine gives. Logits there carry no gradient.
+    `quantize` makes it; the constructor alone leaves the scales empty. It takes and returns what the network does:
+    normalized float images (N, C, H, W) to float logits (N, classes).
 
-    preprocessing: mapping with "mean" and "std" (per channel, [0, 1] units) of the normalization; stored in the
-    artifact whole. method "affine" is a simulation in both modes and has no Program. bits: see `Bits`; unsigned: names
-    of activation quantizers whose codes have no sign. learned_scales: as after `learn_scales`. without_signal: layers
-    that had no influence on the answers when the scales were searched.
+    In training mode, values are rounded in floats with straight-through gradients, and `network` keeps the float
+    weights. In eval mode it runs the integer Program in torch, on the pixels that the input was normalized from,
+    rounded to uint8. So a validation reports exactly what the engine gives. The logits then have no gradient. The
+    method "affine" is a simulation in both modes and has no Program.
 
-    Weights and scales are float32 and stay so: what casts a module (`half()`, `to(torch.bfloat16)`) moves this one only
-    (`quantize` brings a network of another number format to float32). Images of any floating type are taken, and
-    logits are float32. A network without a classifier gives its features, in the type of the images, for the head
-    outside it.
+    Weights and scales are float32 and stay so: a cast (`half()`, `to(torch.bfloat16)`) changes none of them, which a
+    warning says. Images may have any floating type, and logits are float32. A network without a classifier gives its
+    features, in the type of the images, for the head outside it.
+
+    Args:
+        network: The float network. It is wrapped, not copied.
+        preprocessing: Mapping with "mean" and "std" of the normalization, per channel and for pixels in [0, 1]. The
+            artifact stores all of it.
+        method: "searched", "max" or "affine", as in `quantize`.
+        classes: Names of the classes in the order of the logits, for the artifact; None for none.
+        bits: The widths: a text such as "W4A8", a `Bits`, or a mapping of its fields.
+        unsigned: Names of the activation quantizers whose codes have no sign.
+        learned_scales: Whether scales are trained, as after `learn_scales`.
+        without_signal: Names of the layers that had no influence on the answers when the scales were searched.
+
+    Raises:
+        UnsupportedNetworkError: If the network has no adapter or no integer form.
+        ValueError: If the method is unknown, the network is already quantized, or another argument does not fit.
     """
 
     _told = False  # that compiled training does no gradient checkpointing
@@ -88,8 +100,10 @@ class QuantizedNetwork(nn.Module):
 
     @property
     def compression_history(self) -> list[dict[str, Any]]:
-        """What was done to the network, in order, as data that `checkpoint.restore` replays; what came after the entry
-        of quantization was done to `network`, with the scales following."""
+        """What was done to the network, in order, as data that `checkpoint.restore` replays.
+
+        What comes after the entry of quantization was done to `network`, and the scales were changed with it.
+        """
         classes = None if self.classes is None else list(self.classes)
         quantized: dict[str, Any] = {
             "method": self.method,
@@ -106,16 +120,24 @@ class QuantizedNetwork(nn.Module):
         return [*history[: self._entries_before], {"quantize": quantized}, *history[self._entries_before :]]
 
     def _present_graph(self) -> Graph:
-        """The graph at the network's present widths."""
+        """The graph of the network as it is now, at the widths of `bits`."""
         graph = adapter_for(self.network).graph(self.network, self.preprocessing)
         return with_bits(graph, self.bits, self.unsigned)
 
     def follow(self, kept: Kept) -> ScaleCut:
-        """Keep the scales of what a cut of `network` kept, exactly as they are: what was removed takes its own along.
+        """Cuts the scales after units were cut from `network`, and keeps the others exactly as they are.
 
-        kept: {name of a tensor of `network`: {axis: kept indices}}, for all that the cut changed. Learned scales get a
-        new parameter: hand `ScaleCut.adjustment` to the optimizer. Raises ValueError where they do not fit the network
-        then. Whatever is raised, the scales are as before.
+        Learned scales get a new parameter; hand `ScaleCut.adjustment` to the optimizer. If anything is raised, the
+        scales are as before.
+
+        Args:
+            kept: Maps the name of each tensor of `network` that was cut to {axis: indices that were kept}.
+
+        Returns:
+            What `unfollow` needs.
+
+        Raises:
+            ValueError: If the scales then do not fit the network; the message names the layer.
         """
         with all_or_nothing(self, written=[self.scales]):
             cut = cut_scales(self.scales, self.graph, kept)
@@ -126,7 +148,11 @@ class QuantizedNetwork(nn.Module):
             return cut
 
     def unfollow(self, cut: ScaleCut) -> None:
-        """Undo the latest `follow`, when the network's own cut is undone."""
+        """Undoes the latest `follow`, after the cut of the network was undone.
+
+        Args:
+            cut: What `follow` returned.
+        """
         with all_or_nothing(self, written=[self.scales]):
             undo_cut(self.scales, cut)
             self.graph = cut.graph
@@ -134,28 +160,51 @@ class QuantizedNetwork(nn.Module):
             self.forget_twin()
 
     def make_unsigned(self, names: Sequence[str]) -> None:
-        """From now on the codes of these quantizers have no sign; ValueError for one that there is not."""
+        """Takes the sign from the codes of some activation quantizers.
+
+        Args:
+            names: Names of the quantizers.
+
+        Raises:
+            ValueError: If the network has no such quantizer, or its sign cannot go.
+        """
         with all_or_nothing(self, written=[self.scales]):
             self.graph = with_bits(self.graph, self.bits, names)
             self.scales.retarget(self.graph)
             self.unsigned = (*self.unsigned, *names)
 
     def learn_scales(self) -> None:
-        """From now on scales and weight steps are trained with the weights (`Scales.learn`), from what they are."""
+        """Makes scales and weight steps trainable, starting at their present values.
+
+        Raises:
+            ValueError: If the method is "affine".
+        """
         self.scales.learn()
 
     def fixed_scales(self) -> Scales:
-        """The scales that the integers use now: `scales` itself, or a copy with what was learned written into it."""
+        """Returns the scales that the integers use now: `scales`, or a copy with the learned values."""
         return self.scales.fixed(self.graph, self.network)
 
     def forward(self, images: Tensor) -> Tensor:
+        """Computes the logits: by fake quantization in training mode, by integers in eval mode.
+
+        Args:
+            images: Normalized float images (N, C, H, W), or events (N, T, C, H, W).
+
+        Returns:
+            The logits (N, classes), float32; or the features, in the type of the images.
+
+        Raises:
+            TypeError: If a weight or a scale is not float32.
+            ValueError: If the images have another shape, or in eval mode cannot be pixels.
+        """
         answers = self._answers(images)
         return answers.to(images.dtype) if self.graph.embeds else answers
 
     def _answers(self, images: Tensor) -> Tensor:
         if self.training and self._compiled is not None:
             self._tell_of_checkpointing()
-            # Learned scales are computed before it, where what is wrong with them can be raised.
+            # Learned scales are computed outside of the compiled part, which could not raise errors about them.
             require_float32(self)
             return self._compiled(Run(self.graph, self.network, self.scales.quantizer()), images.float())
         if self.training or self.method == "affine":
@@ -163,17 +212,46 @@ class QuantizedNetwork(nn.Module):
         return self.integer_logits(self.pixels(images)).to(torch.float32) * self.twin().program.logit_scale
 
     def fake_quantized(self, images: Tensor) -> Tensor:
-        """The float simulation, whatever the mode; with gradient checkpointing where `network` has it on."""
+        """Computes the logits by the float simulation, whatever the mode.
+
+        Gradient checkpointing works where `network` has it on.
+
+        Args:
+            images: Normalized float images (N, C, H, W), or events (N, T, C, H, W).
+
+        Returns:
+            The logits (N, classes), or the features, float32.
+
+        Raises:
+            TypeError: If a weight or a scale is not float32.
+            ValueError: If the images have another shape than the network takes.
+        """
         require_float32(self)
         return CheckpointedRun(self.graph, self.network, self.scales.quantizer())(images.float())
 
     def compile(self, *args: Any, **options: Any) -> None:
-        """As `nn.Module.compile`, for the fake quantization of training alone: evaluation is integer arithmetic that
-        gains nothing by it. Copies are not compiled. Raises ValueError for method "affine"."""
+        """Compiles the fake quantization of training, with the arguments of `torch.compile`.
+
+        Evaluation is integer arithmetic that would not gain anything by it. Copies of the network are not compiled.
+
+        Args:
+            *args: As in `torch.compile`.
+            **options: As in `torch.compile`.
+
+        Raises:
+            ValueError: If the method is "affine".
+        """
         self.compile_with(torch.compile(*args, **options))
 
     def compile_with(self, compiler: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-        """`compile` with a compiler that there is already: a function of the function to compile."""
+        """Compiles the fake quantization of training with a given compiler.
+
+        Args:
+            compiler: A function that takes a function and returns the compiled one.
+
+        Raises:
+            ValueError: If the method is "affine".
+        """
         if self.method == "affine":
             raise ValueError("method 'affine' has operators that torch.compile does not trace; train it uncompiled")
         self.compiler, self._compiled = compiler, compiler(_run)
@@ -188,22 +266,59 @@ class QuantizedNetwork(nn.Module):
         self._told = True
 
     def integer_logits(self, pixels: Tensor) -> Tensor:
-        """uint8 (N, H, W, C) -> int32 logits (N, classes), as reference and engine give them."""
+        """Computes the logits in integers, as the reference and the engine do.
+
+        Args:
+            pixels: uint8 pixels (N, H, W, C), or counts of events (N, T, H, W, C).
+
+        Returns:
+            int32 logits (N, classes).
+
+        Raises:
+            ValueError: If the pixels have another type, shape or device, the network has no scales, or the method is
+                "affine".
+        """
         return self.twin()(pixels)
 
     def pixels(self, images: Tensor) -> Tensor:
-        """The uint8 pixels (N, H, W, C) of normalized images (N, C, H, W), rounded, with time behind the batch where
-        there is any; ValueError if they cannot be pixels."""
+        """Computes the pixels that images were normalized from.
+
+        Args:
+            images: Normalized float images (N, C, H, W), or events (N, T, C, H, W).
+
+        Returns:
+            uint8 pixels (N, H, W, C), or counts of events (N, T, H, W, C), rounded.
+
+        Raises:
+            ValueError: If the images have another shape, cannot be pixels with this mean and std, or hold NaN.
+        """
+        self.graph.check_images(images)
         return pixels_of(images, self.preprocessing, events=self.graph.time_steps is not None)
 
     def check_pixels(self, images: Tensor) -> None:
-        """ValueError where normalized images cannot be pixels, as `pixels` says; some of them at a time."""
+        """Checks that images can be pixels with this mean and std, some of them at a time.
+
+        Args:
+            images: Normalized float images (N, C, H, W), or events (N, T, C, H, W).
+
+        Raises:
+            ValueError: If they cannot, or have another shape.
+        """
         for part in images.split(_CHECKED_IMAGES):
             self.pixels(part)
 
     @full_precision()
     def to_program(self) -> Program:
-        """The integer Program with the present weights and scales; ValueError where masked weights are not 0."""
+        """Makes the integer Program with the present weights and scales.
+
+        Returns:
+            The Program, which `accel.export` writes.
+
+        Raises:
+            TypeError: If a weight or a scale is not float32.
+            ValueError: If the method is "affine", masked weights are not 0, or a weight or a scale is not finite or
+                does not fit the integers.
+        """
         refuse_filled_masks(self.network, "export")
         return self._lowered()
 
@@ -223,14 +338,14 @@ class QuantizedNetwork(nn.Module):
         )
 
     def _origin(self) -> dict[str, Any]:
-        """How the float network is built again, as far as it can be: what is not stored must not look as if it were."""
+        """How the float network can be built again, or the history alone if it cannot."""
         try:
             return origin_of(self.network, self.compression_history, changed_attributes(self.network))
         except ValueError:  # changed since it was created, in what no argument says
             return {"network": None, "history": self.compression_history}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedNetwork:
-        """What moves every module moves this; what casts it to another number format leaves it in float32."""
+        """Moves the module as any other, but keeps it in float32 when it is cast to another format."""
         refused: set[torch.dtype] = set()
 
         def moved(tensor: Tensor) -> Tensor:
@@ -250,33 +365,53 @@ class QuantizedNetwork(nn.Module):
         return self
 
     def train(self, mode: bool = True) -> QuantizedNetwork:
-        """As for every module; and the twin is built again, see `forget_twin`."""
+        """Sets the mode, as for every module; the integers are made again when they are next used.
+
+        Args:
+            mode: True for training mode, False for eval mode.
+
+        Returns:
+            The network itself.
+        """
         self.forget_twin()
         return super().train(mode)
 
     def begin_training_pass(self) -> None:
-        """Fake quantization until `end_training_pass`, whatever the mode: a module that is trained in `eval()`, without
-        dropout and with fixed statistics, needs gradients. `network` and its children stay in their modes."""
+        """Switches to fake quantization until `end_training_pass`, whatever the mode.
+
+        A module that is trained in `eval()`, without dropout and with fixed statistics, needs gradients. `network` and
+        its children keep their modes.
+        """
         if self._mode_before is None:
             self._mode_before, self.training = self.training, True
 
     def end_training_pass(self) -> None:
-        """The mode of before `begin_training_pass` again."""
+        """Returns to the mode from before `begin_training_pass`."""
         if self._mode_before is not None:
             self.training, self._mode_before = self._mode_before, None
 
     def keep_mode(self) -> None:
-        """Take over the mode of `network`, which keeps it, and so do its children."""
+        """Takes over the mode of `network`, whose children keep theirs."""
         self.scales.train(self.network.training)
         self.training = self.network.training
 
     def forget_twin(self) -> None:
-        """Build the twin again at its next use: for weights written through `.data`, as averaging callbacks do, which
-        no version counter shows."""
+        """Makes the integers again when they are next used.
+
+        This is for weights that were written through `.data`, as averaging callbacks do, which no version counter
+        shows.
+        """
         self._twin = None
 
     def twin(self) -> TorchTwin:
-        """The torch twin of the present weights; rebuilt when a weight or scale has changed."""
+        """Makes the torch twin of the present weights and scales, and keeps it until one of them changes.
+
+        Returns:
+            The twin, which runs the integer Program on the network's device.
+
+        Raises:
+            ValueError: If the network has no Program, as in `to_program`.
+        """
         tensors = [*self.parameters(), *self.buffers()]
         key = tuple((id(t), t._version, t.data_ptr(), t.device) for t in tensors)
         if self._twin is None or self._twin[0] != key:
@@ -284,7 +419,7 @@ class QuantizedNetwork(nn.Module):
         return self._twin[1]
 
     def __getstate__(self) -> dict[str, Any]:
-        # copies build their own
+        # copies make their own
         return {**self.__dict__, "_twin": None, "compiler": None, "_compiled": None}
 
 
@@ -293,7 +428,7 @@ def _run(run: Run, images: Tensor) -> Tensor:
 
 
 def _take_up_signs(quantized: QuantizedNetwork, _: Any) -> None:
-    """What was loaded may have other quantizers without a sign, beside those that never had one."""
+    """Takes over which codes have no sign from a state dict that was loaded."""
     graph = adapter_for(quantized.network).graph(quantized.network, quantized.preprocessing)
     loaded = [name for name in quantized.scales.unsigned if graph.quantizers[name].signed]
     if set(loaded) != set(quantized.unsigned):

@@ -1,7 +1,7 @@
-"""How images are normalized: what says so, whether given images fit it, and what can be found out from them.
+"""How images are normalized: where it is stated, whether given images fit it, and what the images themselves tell.
 
-The engine takes raw pixels, the network normalized ones: `(pixel / 255 - mean) / std` per channel. A wrong mean or
-deviation gives no error anywhere, only wrong answers, so what is stated or assumed is compared with the images.
+The engine takes raw pixels, and the network takes normalized ones, `(pixel / 255 - mean) / std` per channel. A wrong
+mean or std causes no error anywhere, only wrong answers. So what is stated or assumed is compared with the images.
 """
 
 from __future__ import annotations
@@ -17,20 +17,28 @@ from torch import Tensor
 
 from swincompress_pl.arguments import as_float, shown
 
-# How far values may lie outside [0, 255] pixels: rounding; and what sharp edges give when images were resized after
-# they were normalized (bicubic overshoot), in pixels and as a share of all values.
+# How far values may lie outside [0, 255]: by rounding; and by bicubic overshoot at sharp edges, if images were resized
+# after they were normalized, in pixel steps and as a share of all values.
 _SLACK, _OVERSHOOT, _OVERSHOOT_SHARE = 2.0, 64.0, 0.05
-# How near to a whole pixel value most values have to be (half precision may have been between), and how many are most;
-# and how near all have to be where mean and std are taken from them.
+# How near to a whole pixel value most values have to be (half precision may have rounded them), and which share is
+# "most"; and how near all values have to be if mean and std are derived from them.
 _NEAR, _WHOLE_SHARE, _WHOLE = 0.125, 0.9, 0.02
 _LEVELS = 256
 _SPAN_SHARE = 0.6  # resized images cover most of the range
 
 
 def find_preprocessing(*sources: Any) -> dict[str, Any]:
-    """The plain data of the first source that says how images are normalized (a mapping, or an object with `to_dict`).
+    """Finds the first source that says how images are normalized.
 
-    Raises ValueError where none does; the sources that are None are passed over.
+    Args:
+        *sources: Mappings with "mean" and "std", objects with `to_dict` such as `data.Preprocessing`, or anything else,
+            which is passed over.
+
+    Returns:
+        The plain data of the source.
+
+    Raises:
+        ValueError: If no source says it.
     """
     for source in sources:
         as_dict: Any = source.to_dict() if hasattr(source, "to_dict") else source
@@ -42,17 +50,37 @@ def find_preprocessing(*sources: Any) -> dict[str, Any]:
 
 
 def preprocessing_of(network: Any, given: Any = None) -> tuple[dict[str, Any], bool]:
-    """How a network's images are normalized, and whether that is only assumed: its defaults, because nobody said more.
+    """Finds how a network's images are normalized.
 
-    given: what a caller says, which counts most; then `network.preprocessing`, then timm's `pretrained_cfg`.
+    Args:
+        network: The network. Its `preprocessing` counts if `given` says nothing, and then timm's `pretrained_cfg`.
+        given: What the caller says; None for nothing.
+
+    Returns:
+        The preprocessing as plain data, and whether it is only assumed, because it comes from `pretrained_cfg`.
+
+    Raises:
+        ValueError: If nothing says it, or `given` is not a mapping and has no `to_dict`.
     """
+    if given is not None and not (isinstance(given, Mapping) or hasattr(given, "to_dict")):
+        raise ValueError(f"preprocessing is {shown(given)}; it must be a mapping with 'mean' and 'std'")
     stated = (given, getattr(network, "preprocessing", None))
     found = find_preprocessing(*stated, getattr(network, "pretrained_cfg", None))
     return found, all(source is None for source in stated)
 
 
 def checked_preprocessing(preprocessing: Mapping[str, Any]) -> dict[str, Any]:
-    """A plain copy; ValueError naming what is missing or out of range."""
+    """Checks a preprocessing.
+
+    Args:
+        preprocessing: Mapping with "mean" and "std", one number per channel for pixels in [0, 1].
+
+    Returns:
+        A copy with lists in place of tuples.
+
+    Raises:
+        ValueError: If mean or std is missing or out of range; the message names it.
+    """
     if not isinstance(preprocessing, Mapping):
         raise ValueError(f"preprocessing is {shown(preprocessing)}; it must be a mapping with 'mean' and 'std'")
     for key in ("mean", "std"):
@@ -70,7 +98,7 @@ def checked_preprocessing(preprocessing: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def real_pixels(images: Tensor, preprocessing: Mapping[str, Any]) -> Tensor:
-    """Normalized images (N, ..., C, H, W) in pixel steps, not rounded; float32."""
+    """Normalized images (N, ..., C, H, W) in pixel steps, float32 and not rounded."""
     mean, std = (
         torch.tensor(preprocessing[key], device=images.device, dtype=torch.float32)[:, None, None]
         for key in ("mean", "std")
@@ -81,7 +109,7 @@ def real_pixels(images: Tensor, preprocessing: Mapping[str, Any]) -> Tensor:
 def pixels_of(images: Tensor, preprocessing: Mapping[str, Any], *, events: bool = False) -> Tensor:
     """The uint8 pixels (N, ..., H, W, C) of normalized images (N, ..., C, H, W), rounded.
 
-    What resizing added beyond black and white is cut off. Raises ValueError for values that cannot be pixels.
+    Overshoot of resizing beyond black and white is cut off. A ValueError is raised for values that cannot be pixels.
     """
     real = real_pixels(images, preprocessing)
     low, high = (real.min().item(), real.max().item()) if real.numel() else (0.0, 0.0)
@@ -107,11 +135,18 @@ def _out_of_range(low: float, high: float, preprocessing: Mapping[str, Any], *, 
 
 
 def check_fit(images: Tensor, preprocessing: Mapping[str, Any], *, assumed: bool) -> None:
-    """Look whether normalized images (N, ..., C, H, W) are pixels of this mean and deviation.
+    """Checks whether normalized images are 8-bit pixels with this mean and std.
 
-    assumed: nobody stated them, they are the network's defaults. Raises ValueError where images of 8 bits, or of a part
-    of the range, do not fit what was assumed; where it was stated that is a warning. Images that were resized after
-    they were normalized have values between the pixels', which is a warning too.
+    It warns of images that do not fit a stated preprocessing, and of values between whole pixels, as in images that
+    were resized after they were normalized.
+
+    Args:
+        images: Normalized float images (N, ..., C, H, W).
+        preprocessing: Mapping with "mean" and "std".
+        assumed: Whether nobody stated them, so that they are the network's defaults.
+
+    Raises:
+        ValueError: If the images look normalized in another way than was assumed.
     """
     found = _PixelFit.of(images, preprocessing)
     if found.whole_share >= _WHOLE_SHARE:
@@ -141,8 +176,16 @@ def check_fit(images: Tensor, preprocessing: Mapping[str, Any], *, assumed: bool
 
 
 def fits(images: Tensor, preprocessing: Mapping[str, Any], *, resized: bool = False) -> bool:
-    """Whether most values of normalized images (N, ..., C, H, W) are whole pixel values of this mean and deviation;
-    resized: or could be what resizing makes of such."""
+    """Tells whether normalized images are pixels with this mean and std.
+
+    Args:
+        images: Normalized float images (N, ..., C, H, W).
+        preprocessing: Mapping with "mean" and "std".
+        resized: Whether images that were resized after they were normalized count, too.
+
+    Returns:
+        Whether most values are whole pixel values in range, or could come from resizing.
+    """
     found = _PixelFit.of(images, preprocessing)
     reach = _OVERSHOOT if resized else _SLACK
     whole = found.whole_share >= _WHOLE_SHARE or (resized and not found.looks_normalized_otherwise)
@@ -151,8 +194,11 @@ def fits(images: Tensor, preprocessing: Mapping[str, Any], *, resized: bool = Fa
 
 @dataclass(frozen=True)
 class _PixelFit:
-    """whole_share: of the values, near a whole pixel value; 1 where the images' precision cannot tell. low, high: in
-    pixels. levels: the most different values of a channel."""
+    """How images look in pixel steps.
+
+    `whole_share` is the share of values near a whole pixel value, or 1 if the precision of the images cannot tell it.
+    `low` and `high` are the extremes, and `levels` is the largest number of different values in a channel.
+    """
 
     whole_share: float
     low: float
@@ -178,10 +224,15 @@ class _PixelFit:
 
 
 def normalization_between(raw: Tensor, images: Tensor) -> dict[str, list[float]] | None:
-    """mean and std that turn the pixels `raw` into the network's input `images` (N, C, H, W), None where none do.
+    """Finds the mean and std that turn a loader's pixels into the network's input.
 
-    raw: the same images as a loader gave them, uint8 or whole pixel values in 0 .. 255 or [0, 1], channels first or
-    last.
+    Args:
+        raw: The images as the loader returned them: uint8, or whole pixel values from 0 to 255 or divided by 255,
+            channels first or last.
+        images: The same images as the network takes them, (N, C, H, W).
+
+    Returns:
+        The preprocessing {"mean": ..., "std": ...}; None if none fits.
     """
     pixels = _as_pixels(raw)
     if pixels is None or images.ndim < 4:
@@ -198,7 +249,7 @@ def normalization_between(raw: Tensor, images: Tensor) -> dict[str, list[float]]
 
 
 def _line(x: Tensor, y: Tensor) -> tuple[float, float] | None:
-    """(slope, offset) of y over x where all points lie on it."""
+    """(slope, offset) of y over x if all points lie on one rising line, otherwise None."""
     centred = x - x.mean()
     spread = float(centred.square().sum())
     if spread == 0:
@@ -210,16 +261,22 @@ def _line(x: Tensor, y: Tensor) -> tuple[float, float] | None:
 
 
 def normalization_in(images: Tensor) -> dict[str, list[float]] | None:
-    """mean and std of images (N, ..., C, H, W) that were 8-bit pixels from black to white, None where they do not tell.
+    """Derives mean and std from images that were 8-bit pixels from black to white.
 
-    The values of every channel have to lie on a grid of 256 steps, of which the first and the last are there.
+    The values of every channel have to lie on a grid of 256 steps, and the first and the last step have to occur.
+
+    Args:
+        images: Normalized float images (N, ..., C, H, W).
+
+    Returns:
+        The preprocessing {"mean": ..., "std": ...}; None if the images do not tell it.
     """
     found = [_grid(channel) for channel in _by_channel(_few(images).double())] if images.numel() else []
     return _normalization([line for line in found if line is not None], len(found))
 
 
 def _grid(values: Tensor) -> tuple[float, float] | None:
-    """(slope, offset) of values over the pixels 0 to 255 where the first and the last are there, and enough between."""
+    """(slope, offset) of values over the pixels 0 to 255, if the first, the last and enough others occur."""
     levels = values.unique()
     if not bool(torch.isfinite(levels).all()):
         return None
@@ -227,13 +284,13 @@ def _grid(values: Tensor) -> tuple[float, float] | None:
     offset = float(levels[0])
     if slope <= 0 or not bool(((levels - offset) / slope - ((levels - offset) / slope).round()).abs().max() < _WHOLE):
         return None
-    # Steps of one pixel have to be there, or it could as well be another grid.
+    # Steps of one pixel have to occur; otherwise it could be another grid.
     neighbours = levels.diff().min() / slope
     return (slope, offset) if len(levels) >= 32 and float(neighbours) < 1.5 else None
 
 
 def _normalization(lines: Sequence[tuple[float, float]], channels: int) -> dict[str, list[float]] | None:
-    """mean and std from (slope, offset) per channel, where all are known and in range."""
+    """The mean and std that follow from (slope, offset) per channel, if all are known and in range."""
     if len(lines) < channels or not lines:
         return None
     std = [1 / (255 * slope) for slope, _ in lines]
@@ -244,13 +301,13 @@ def _normalization(lines: Sequence[tuple[float, float]], channels: int) -> dict[
 
 
 def _tidy(value: float) -> float:
-    """The nearest short number: what was written in a configuration, and not what float32 made of it."""
+    """The nearest short number, as written in a configuration before float32 rounded it."""
     short = next((round(value, digits) for digits in (1, 2, 3, 4) if abs(round(value, digits) - value) < 2e-6), value)
     return abs(min(max(short, 0.0), 1.0))  # and not -0.0
 
 
 def _as_pixels(raw: Tensor) -> Tensor | None:
-    """float64 pixel values 0 .. 255 of what a loader gave, None where it gave something else."""
+    """The pixel values 0 to 255, float64, of what a loader returned; None if these are not pixels."""
     if raw.dtype == torch.uint8:
         return raw.double()
     if not raw.is_floating_point() or not raw.numel():
@@ -269,5 +326,5 @@ def _by_channel(images: Tensor) -> tuple[Tensor, ...]:
 
 
 def _few(images: Tensor) -> Tensor:
-    """The first eight: enough to see how they are normalized."""
+    """The first eight images, which are enough to see how they are normalized."""
     return images[:8]

@@ -1,4 +1,4 @@
-"""What the sensitivity of a network's output is measured with: a number whose gradient has the output's curvature."""
+"""The measure of a network's sensitivity: a random number whose gradient has the curvature of the loss."""
 
 from __future__ import annotations
 
@@ -9,20 +9,28 @@ from torch import Tensor, nn
 
 from swincompress_pl.quant.graph import Graph, float_logits
 
-# Between the two likeliest classes, in nats, for the median image. Surer answers leave the others no probability that
-# float32 could differentiate, or one image all that counts; they are softened to this.
+# The largest difference between the two likeliest classes, in nats, for the median image. Surer answers are softened to
+# it: they would leave the other classes no probability that float32 can differentiate, or let a single image dominate.
 _SURE_MARGIN = 16.0
 
 
 class Probe:
-    """A random number of the network's answers; the square of its gradient has the diagonal of the Gauss-Newton matrix
-    of a divergence from the float answers as its expectation (the gradient of that itself is zero there).
+    """A random function of the network's answers whose squared gradient estimates a curvature.
 
-    Classes: sum_k r_k sqrt(p_k) log p_k with random signs r, for the KL divergence. The probabilities p are softened by
-    one temperature for all images where the network is so sure of most that they would vanish. Embeddings, and a
-    single logit, of which nobody knows whether it is a probability's: sum_k r_k z_k, for the squared error.
+    The expectation of the square is the diagonal of the Gauss-Newton matrix of a divergence from the float answers. The
+    gradient of the divergence itself is zero there.
 
-    answers: (N, K) of the float network, all images. Raises ValueError where they are not finite.
+    For classes, the function is sum_k r_k sqrt(p_k) log p_k with random signs r, and the divergence is that of Kullback
+    and Leibler. If the network is so sure of most images that probabilities would vanish, one temperature softens all
+    of them. For embeddings, and for a single logit, it is sum_k r_k z_k, for the squared error.
+
+    Args:
+        answers: The float network's answers (N, K) for all images.
+        classes: Whether they are logits of classes.
+        seed: Seed of the signs.
+
+    Raises:
+        ValueError: If an answer is not finite.
     """
 
     def __init__(self, answers: Tensor, *, classes: bool, seed: int) -> None:
@@ -37,12 +45,12 @@ class Probe:
 
     @classmethod
     def of(cls, graph: Graph, network: nn.Module, batches: Sequence[Tensor], *, seed: int) -> Probe:
-        """For a network and the images that it will be probed on."""
+        """The probe for a network and the images with which it will be used."""
         answers = torch.cat([float_logits(graph, network, images) for images in batches])
         return cls(answers, classes=not graph.embeds, seed=seed)
 
     def __call__(self, answers: Tensor) -> Tensor:
-        """answers: (N, K), differentiable. The sum over all images."""
+        """The sum of the function over all images, for differentiable answers (N, K)."""
         sign = torch.randint(0, 2, answers.shape, generator=self._signs).to(answers.device) * 2 - 1
         if not self._classes:
             return (answers.float() * sign).sum()

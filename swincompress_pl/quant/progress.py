@@ -1,4 +1,4 @@
-"""How far a long call is: a bar in the terminal, or a function of the caller's."""
+"""The progress of a long call: a bar in the terminal, or a function of the caller."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import TypeVar
 from rich import progress as rich_progress
 
 Progress = bool | Callable[[str, int, int], object]
-"""True: a bar in the terminal. A function: called with (what is done, steps done, steps in all) before each step and at
-the end of each kind of step. False: nothing."""
+"""True shows bars in the terminal, and False shows nothing. A function is called with the name of the step, the steps
+done and the steps in total, before each step and at the end of each kind of step."""
 
 T = TypeVar("T")
 
 
 def track(items: Sequence[T], what: str, progress: Progress) -> Iterator[T]:
-    """The items one after the other, with `progress` shown or told."""
+    """Yields the items and reports the progress."""
     if not callable(progress):
         yield from rich_progress.track(items, what, transient=True, disable=not progress)
         return

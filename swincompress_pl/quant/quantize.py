@@ -1,4 +1,4 @@
-"""Post-training quantization: from a float network and some images to a QuantizedNetwork."""
+"""Post-training quantization: from a float network and some images to a `QuantizedNetwork`."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ from swincompress_pl.quant.search import max_step
 from swincompress_pl.quant.silent_hooks import warn_of_silent_hooks
 from swincompress_pl.registry import UnsupportedNetworkError
 
-# 16-bit values and logits keep the true maximum and leave room above it: a bit there is free, clipping is not.
+# 16-bit values and logits keep the true maximum and leave room above it: a bit costs nothing there, but clipping does.
 HEADROOM = 2.0
-# Bias must stay below 2**30 accumulator steps at export; keep two bits of distance.
+# A bias must stay below 2**30 accumulator steps at export; two bits of distance are kept.
 _BIAS_STEPS = 2.0**28
 _DEAD_ROW_STEPS = 256.0
 ROUNDINGS = ("nearest", "second_order", "learned")
@@ -51,15 +51,28 @@ ROUNDINGS = ("nearest", "second_order", "learned")
 @renamed_attributes(balance="equalize", shift="center")
 @dataclass(frozen=True, kw_only=True)
 class SearchOptions:
-    """What "searched" does beyond a clip for every scale; each can be switched off or on alone.
+    """What the method "searched" does in addition to its search for scales.
 
-    equalize: per-channel ranges of LayerNorm outputs, folded away (in the manner of RepQ-ViT, arXiv 2212.08254).
-    center: codes of LayerNorm's outputs and of GELU's input and output that stand for the value plus a constant, where
-    the error is smaller so; biases and GELU's table absorb it, and GELU's output needs no sign.
-    bias_correction: each layer's bias takes up the mean error of its output. rounding: "nearest", "second_order" or
-    "learned", both block by block with biases corrected (`rounding.py`); learning: the details of the last. These write
+    Each option can be switched on or off alone. `bias_correction` and the roundings "second_order" and "learned" write
     to the network's own parameters.
-    rows: sampled rows a layer. seed: of the sampling.
+
+    Attributes:
+        equalize: Whether the channels of a LayerNorm output get ranges of their own. The layers around it absorb the
+            ratios, so they cost nothing when the network runs. Source: RepQ-ViT (arXiv 2212.08254), with more ratios.
+        center: Whether the codes of LayerNorm's outputs and of GELU's input and output may stand for the value plus a
+            constant, where that makes the error smaller. Biases and GELU's table absorb the constant, and the codes of
+            GELU's output then need no sign.
+        bias_correction: Whether each layer's bias takes up the mean error of its output. Source: Nagel et al. (arXiv
+            1906.04721).
+        rounding: How weights are rounded: "nearest" rounds each alone. "second_order" takes the other weights of the
+            layer into account (GPTQ, arXiv 2210.17323). "learned" then trains the rounding of each block against its
+            float output (in the manner of BRECQ, arXiv 2102.05426). The last two also correct the biases.
+        learning: The details of "learned": a `Learning`, or a mapping of its fields.
+        rows: Number of sampled rows per layer that the search measures errors on.
+        seed: Seed of the sampling.
+
+    Raises:
+        ValueError: If a field is outside its range; the message names it.
     """
 
     equalize: bool = True
@@ -100,30 +113,46 @@ def quantize(
     embeddings: bool = False,
     progress: Progress = False,
 ) -> QuantizedNetwork:
-    """Quantizes a supported network to integers without training.
+    """Quantizes a network to integers without training.
 
-    model: a network with an adapter (timm Swin or ViT), in any mode; it is wrapped, not copied. Its weights stay, but
-    for the search options that say otherwise.
-    calibration: batches as the network takes them, normalized float (N, C, H, W), alone or first in a tuple; the first
-    `calibration_images` images are used, a few at a time whatever the batches' size. A network in another number
-    format than float32 is brought to float32, in place.
-    method: "searched" (scales searched under the Gauss-Newton error), "max" (symmetric, clipped at the maximum),
-    "affine" (min-max with offset; a simulation for comparison that cannot be exported).
-    bits: "W8A8", "W4A8", ..., or `Bits`. percentile: where the clip of an activation begins ("searched") or stays
-    ("max"): a percentile of its magnitudes, e.g. 99.99, instead of their maximum. search: `SearchOptions`, for
-    "searched" only.
-    preprocessing: mapping with "mean" and "std" of the images; default: the network's own (`network.preprocessing`, or
-    timm's `pretrained_cfg`). classes: names for the artifact.
-    embeddings: True takes a network without a classifier (num_classes=0), too: its integers are the pooled features,
-    for a head outside it; `classes` are not its own then.
-    progress: True shows bars in the terminal; a function is called with (what is done, steps done, steps in all).
+    The network is wrapped, not copied. Its weights stay as they are, except for the search options that say otherwise
+    and for layers that are folded into plain ones, which a warning names. If anything is raised, the network is as it
+    was before; a copy of its weights is kept for this. Hooks on its modules do not fire once it is quantized, which a
+    warning says.
 
-    Warns of hooks on modules of the network, which do not fire from then on. The modules keep their modes. Whatever is
-    raised, the network is as it was; a copy of its weights is kept meanwhile.
-    Raises ValueError for empty calibration, NaN or infinite values (naming the activation quantizer), an unknown
-    method, widths or options that contradict each other, an already quantized network, masked weights that are not 0,
-    or a spiking network most of whose neurons are silent (naming the first) or that keeps its membranes between calls;
-    UnsupportedNetworkError for a network without an integer form.
+    Args:
+        model: A network with an adapter and an integer form (timm's ViT, DeiT and Swin v1, spiking transformers), in
+            any mode. If it holds tensors of another format than float32, it is converted in place, with a warning.
+        calibration: Batches as the network takes them: normalized float images (N, C, H, W), or events (N, T, C, H, W),
+            alone or first in a tuple. The batch size has no influence on the result or on the memory of calibration.
+        method: How scales are found. "searched" minimizes a Gauss-Newton estimate of the loss (in the manner of
+            PTQ4ViT, arXiv 2111.12293). "max" puts the maximum at the largest code. "affine" uses minimum and maximum
+            with a zero-point; it is a simulation for comparison, which cannot be exported.
+        bits: The widths: a text such as "W8A8" or "W4A8", a `Bits`, or a mapping of its fields.
+        preprocessing: Mapping with "mean" and "std" of the normalization, per channel and for pixels in [0, 1]; None
+            for the network's own: `model.preprocessing`, or else timm's `pretrained_cfg`.
+        calibration_images: How many images of `calibration` are used, the first ones.
+        percentile: Percentile of an activation's magnitudes, above 50 and at most 100, that takes the place of their
+            maximum, such as 99.99. With "searched" the search begins there, and "max" clips there. None for the
+            maximum.
+        search: Options of the method "searched": a `SearchOptions`, or a mapping of its fields; None for the defaults.
+        classes: Names of the classes in the order of the logits, for the artifact.
+        embeddings: Whether a network without a classifier (`num_classes=0`) is accepted. Its integers are the pooled
+            features, for a head outside the network, and `classes` is ignored.
+        progress: True shows bars in the terminal. A function is called with the name of the step, the steps done and
+            the steps in total.
+
+    Returns:
+        The quantized network around `model`, in training mode; call `eval()` for the integers.
+
+    Raises:
+        UnsupportedNetworkError: If the network has no adapter or no integer form, has no classifier without
+            `embeddings=True`, or computes something else than its graph. The message names the module.
+        TypeError: If a calibration batch has another form.
+        ValueError: If an argument is outside its range, or options contradict each other; if the network is already
+            quantized or its masked weights are not 0; if calibration is empty, has NaN or infinite values or images of
+            several sizes, or does not fit the preprocessing; or if a spiking network keeps its membrane potentials
+            between calls, or most of its neurons never spike.
     """
     found_options = checked_search(checked_method(method), search)
     percentile = checked_percentile(method, percentile)
@@ -147,7 +176,7 @@ def quantize(
         check_graph(quantized.graph, model, images)
         with evaluation_mode(model):
             _find_scales(quantized.eval(), images, found_options, percentile, progress)
-            quantized.train()  # as it was made; `model` gets its own modes back after it
+            quantized.train()  # as it was made; the context then restores the modes of `model`
         return quantized
 
 
@@ -158,7 +187,7 @@ def _find_scales(
     percentile: float | None,
     progress: Progress,
 ) -> None:
-    """Calibrates; with options, searches and rounds as they say."""
+    """Calibrates the network and, if there are options, searches and rounds as they say."""
     batches = micro_batches(quantized.graph, quantized.network, images)
     ranges = observe(quantized.graph, quantized.network, batches, percentile=percentile)
     _require_spikes(quantized.graph, ranges)
@@ -185,7 +214,7 @@ def _find_scales(
 
 
 def _require_spikes(graph: Graph, ranges: Mapping[str, Ranges]) -> None:
-    """Raises ValueError for a spiking network most of whose neurons are silent."""
+    """Raises a ValueError if most neurons of a spiking network are silent."""
     neurons = [node for node in graph.nodes if isinstance(node, NeuronNode)]
     silent = [node.module for node in neurons if not ranges[node.output].magnitude.any()]
     if 2 * len(silent) > len(neurons):
@@ -196,25 +225,25 @@ def _require_spikes(graph: Graph, ranges: Mapping[str, Ranges]) -> None:
 
 
 def _require_wanted(quantized: QuantizedNetwork, embeddings: bool) -> None:
-    """UnsupportedNetworkError for embeddings that nobody asked for: who takes them for logits gets no classes."""
+    """Raises an UnsupportedNetworkError for embeddings that nobody asked for, which could be taken for logits."""
     if not embeddings:
         raise UnsupportedNetworkError(
             f"{type(quantized.network).__name__}: {quantized.graph.nodes[-1].name} is Identity, so it has no classes; "
-            "pass embeddings=True where a head outside it reads its features, or make it with num_classes > 0"
+            "pass embeddings=True if a head outside it reads its features, or make it with num_classes > 0"
         )
     quantized.classes = None
 
 
 def checked_method(method: str) -> str:
-    """`method`; ValueError for one that there is not."""
+    """`method`; a ValueError is raised for an unknown one."""
     known = isinstance(method, str) and method in METHODS
     if not known:
-        raise ValueError(f"method={shown(method)} is not available; there is {', '.join(map(repr, METHODS))}")
+        raise ValueError(f"method={shown(method)} is not available; choose one of {', '.join(map(repr, METHODS))}")
     return method
 
 
 def checked_percentile(method: str, percentile: float | None) -> float | None:
-    """`percentile`; ValueError where it is none, or does not go with the method."""
+    """`percentile`; a ValueError is raised if it is out of range or does not go with the method."""
     wanted = "above 50 and at most 100, e.g. 99.99, with method 'searched' or 'max'"
     found = optional(number, "percentile", percentile, lambda value: 50 < value <= 100, wanted)
     if found is not None and method == "affine":
@@ -223,7 +252,7 @@ def checked_percentile(method: str, percentile: float | None) -> float | None:
 
 
 def checked_search(method: str, search: SearchOptions | Mapping[str, Any] | None) -> SearchOptions | None:
-    """The options of method "searched", None for the others; ValueError for bad ones."""
+    """The options of the method "searched", None for the other methods; a ValueError is raised for bad ones."""
     if search is not None and method != "searched":
         raise ValueError(f"search options go with method 'searched', not {method!r}")
     if method != "searched":
@@ -235,7 +264,7 @@ def checked_search(method: str, search: SearchOptions | Mapping[str, Any] | None
 
 
 def _set_ranges(quantized: QuantizedNetwork, ranges: Mapping[str, Ranges], clips: Mapping[str, Tensor]) -> None:
-    """The starting point, and the end of the methods without search: everything at its clip."""
+    """Puts every scale at its clip: where the search starts, and the result of the methods without a search."""
     for spec in quantized.graph.quantizers.values():
         if spec.fixed_scale is not None:
             continue
@@ -268,7 +297,7 @@ def _set_affine(scale: Tensor, zero_point: Tensor, low: Tensor, high: Tensor, bi
 
 
 def _secure_steps(quantized: QuantizedNetwork) -> None:
-    """Steps that int32 accumulators can carry: room for the bias, and a unit for rows without weights."""
+    """Raises steps so that int32 accumulators hold the biases, and gives rows without weights a step."""
     for node in quantized.graph.weighted_nodes:
         scale = quantized.scales.weight_quantizer(node)
         if scale.affine:

@@ -1,12 +1,15 @@
-"""Rounding weights with regard to each other instead of each to its nearest, block by block.
+"""Rounds weights with regard to each other, block by block, instead of each to its nearest value.
 
-The network is cut into blocks between which only the residual stream passes. In order, each block sees what the
-quantized blocks before it give. First every layer in turn is rounded by second-order compensation (GPTQ, arXiv
-2210.17323: the error of a column is spread over the columns that are not rounded yet), then the rounding of all weights
-of the block is learned together, towards what the float network gives there (as BRECQ, arXiv 2102.05426, does with
-AdaRound's choice between two neighbours; here a straight-through gradient moves the weights, which may go further).
-What comes out stands in the network's own weights, so that rounding to nearest finds it again. Weights that are exactly
-0, as pruned ones are, stay 0.
+The network is cut into blocks between which only the residual stream passes. In order, each block reads what the
+quantized blocks before it give.
+
+First each layer is rounded by second-order compensation (GPTQ, arXiv 2210.17323), which spreads the error of a column
+over the columns that are not rounded yet. Then the rounding of all weights of the block is learned together, against
+the float network's output of the block. BRECQ (arXiv 2102.05426) does so with AdaRound's choice between two neighbors.
+Here a straight-through gradient moves the weights, which may go further.
+
+The result is written to the network's own weights, so that rounding to nearest finds it again. Weights that are exactly
+0, such as pruned ones, stay 0.
 """
 
 from __future__ import annotations
@@ -27,16 +30,26 @@ from swincompress_pl.quant.progress import Progress, track
 from swincompress_pl.quant.scales import Scales
 from swincompress_pl.spec import INPUT_VALUE
 
-_DAMPING = 0.1  # of the mean diagonal: rows of a few images say little about most directions
+_DAMPING = 0.1  # as a part of the mean diagonal, because the rows of a few images tell little about most directions
 Values = Sequence[dict[str, Tensor]]
 """The live values of each batch."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Learning:
-    """iterations: of Adam on each block, after its second-order rounding; 0 for that alone. batch_images: of one
-    iteration. lr: in steps of the weights' grid. sensitive: the errors of a block's outputs count by how much the
-    network's answers hang on them (their mean squared gradient, as BRECQ's, but averaged over the images)."""
+    """How the rounding "learned" trains each block, after its second-order rounding.
+
+    Attributes:
+        iterations: Iterations of Adam per block; 0 leaves the second-order rounding as it is.
+        batch_images: Images per iteration.
+        lr: Learning rate, in steps of the weights' grid, above 0.
+        sensitive: Whether the errors of a block's outputs are weighted by how much the network's answers depend on
+            them. The weight is the mean squared gradient as in BRECQ, but averaged over the images.
+        seed: Seed of the choice of images.
+
+    Raises:
+        ValueError: If a field is outside its range; the message names it.
+    """
 
     iterations: int = 200
     batch_images: int = 16
@@ -60,10 +73,10 @@ class Learning:
 def round_blocks(
     quantized: QuantizedNetwork, batches: Sequence[Tensor], learning: Learning, *, progress: Progress = False
 ) -> None:
-    """Rounds all weights of a calibrated network in eval mode; biases take up the mean error that is left.
+    """Rounds all weights of a calibrated network in eval mode; the biases take up the remaining mean error.
 
-    batches: normalized images (N, C, H, W), on the network's device. The values between two blocks are kept for all
-    images at a time, twice for learning.
+    `batches` are normalized images (N, C, H, W) on the network's device. The values between two blocks are kept for all
+    images, and for learning also those of the float network.
     """
     graph, network = quantized.graph, quantized.network
     integer = Run(graph, network, quantized.scales)
@@ -80,13 +93,13 @@ def round_blocks(
         if float_run is not None:
             wanted = [float_run.advance(values, numbers) for values in wanted]
             rates = _rates(nodes, integer, learning.lr)
-            if rates:  # the end of a network without a classifier has no parameters
+            if rates:  # the last block of a network without a classifier has no parameters
                 _learn(_Block(integer, numbers, given, wanted, importance), rates, learning)
         given = [integer.advance(values, numbers) for values in given]
 
 
 class _Watch(Delegating):
-    """A quantizer that keeps the rows which go into one layer."""
+    """A quantizer that keeps the rows that one layer reads."""
 
     def __init__(self, inner: Quantizer, node: WeightedNode, network: nn.Module) -> None:
         super().__init__(inner)
@@ -99,7 +112,7 @@ class _Watch(Delegating):
 
 
 def _rows(node: WeightedNode, run: Run, values: dict[str, Tensor], numbers: range) -> Tensor:
-    """(R, K) what goes into `node` when its block runs on `values`."""
+    """The rows (R, K) that `node` reads when its block runs on `values`."""
     watch = _Watch(run.quantizer, node, run.network)
     upto = next(n for n in numbers if run.graph.nodes[n] is node)
     Run(run.graph, run.network, watch).advance(values, range(numbers.start, upto + 1))
@@ -107,10 +120,10 @@ def _rows(node: WeightedNode, run: Run, values: dict[str, Tensor], numbers: rang
 
 
 def _compensate(node: WeightedNode, numbers: range, integer: Run, given: Values) -> None:
-    """Second-order rounding of one layer for the inputs it gets; its bias takes up the mean error.
+    """Rounds one layer by second order for the inputs that it gets; its bias takes up the mean error.
 
-    Neither is asked to make good what the layers before did wrong: fitted to a few images, that cost DeiT-Tiny more on
-    others than it gained.
+    Neither tries to correct errors of the layers before. Fitted to a few images, that cost DeiT-Tiny more on other
+    images than it gained.
     """
     scales = integer.quantizer
     assert isinstance(scales, Scales)
@@ -136,11 +149,11 @@ def _compensate(node: WeightedNode, numbers: range, integer: Run, given: Values)
 
 
 def second_order_rounding(weight: Tensor, step: Tensor, gram: Tensor, q_max: int) -> Tensor:
-    """(..., M, K) multiples of `step` (..., M) within +-q_max steps, near `weight` in the metric of `gram`; float64.
+    """The multiples (..., M, K) of `step` (..., M), within +-q_max steps, near `weight` by the metric of `gram`.
 
-    gram: (..., K, K) positive definite: the sum of x x^T over the inputs. Columns go in order of their diagonal,
-    largest first; what rounding one of them costs is spread over the others through the Cholesky factor of the inverse.
-    Weights that are exactly 0 stay 0 and pass on what was spread over them.
+    All are float64. `gram` (..., K, K) is the sum of x x^T over the inputs, positive definite. Columns are rounded in
+    the order of its diagonal, the largest first. The error of a column is spread over the columns after it by the
+    Cholesky factor of the inverse. Weights that are exactly 0 stay 0 and pass on what was spread over them.
     """
     order = torch.argsort(gram.diagonal(dim1=-2, dim2=-1), dim=-1, descending=True)
     columns = order[..., None, :].expand_as(weight)
@@ -159,9 +172,9 @@ def second_order_rounding(weight: Tensor, step: Tensor, gram: Tensor, q_max: int
 
 
 def _sensitivities(run: Run, batches: Sequence[Tensor], seed: int) -> dict[str, Tensor]:
-    """{what a block gives: (1, rows, C) the mean square of the loss's gradient there over all images, 1 on average}.
+    """{output of a block: the mean square (1, rows, C) of the loss's gradient over all images, relative to the mean}.
 
-    The gradient is that of a `Probe`; squares of small ones need float64. Where it says nothing all is 1.
+    The gradient is that of a `Probe`. Squares of small gradients need float64. If it tells nothing, all are 1.
     """
     probe = Probe.of(run.graph, run.network, batches, seed=seed)
     total: dict[str, Tensor] = {}
@@ -184,9 +197,10 @@ def _relative(squares: Tensor) -> Tensor:
 
 
 class _Block:
-    """A block of the integer network, beside what the float one gives for the same images.
+    """A block of the integer network, together with the float network's output for the same images.
 
-    given, wanted: the live values before the block and after it, one each; importance: of `_sensitivities`.
+    `given` and `wanted` have the one value before the block and the one after it; `importance` is that of
+    `_sensitivities`.
     """
 
     def __init__(
@@ -198,7 +212,7 @@ class _Block:
         self.images = sum(len(values[self._start]) for values in given)
 
     def total_error(self) -> float:
-        """Over all images."""
+        """The error over all images."""
         pairs = zip(self._given, self._wanted, strict=True)
         return sum(float(self._errors(values, wanted[self._end]).sum()) for values, wanted in pairs)
 
@@ -212,14 +226,16 @@ class _Block:
 
 
 def _picked(values: Values, name: str, images: Tensor) -> Tensor:
-    """Some images of a value; all batches but the last are of one size."""
+    """Some images of a value; all batches except the last one have the same size."""
     size = len(values[0][name])
     return torch.stack([values[image // size][name][image % size] for image in images.tolist()])
 
 
 def _rates(nodes: Sequence[WeightedNode], integer: Run, lr: float) -> dict[nn.Parameter, float]:
-    """{weight or bias: `lr` steps of its layer's grid}; a layer may stand in several nodes, each with some of its rows,
-    so each parameter is named once."""
+    """{weight or bias: `lr` steps of its layer's grid}.
+
+    A layer may belong to several nodes, each with some of its rows; so the mapping names each parameter once.
+    """
     scales, network = integer.quantizer, integer.network
     assert isinstance(scales, Scales)
     rates: dict[nn.Parameter, float] = {}
@@ -231,7 +247,7 @@ def _rates(nodes: Sequence[WeightedNode], integer: Run, lr: float) -> dict[nn.Pa
 
 @contextmanager
 def _trainable(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """They take gradients; afterwards only those that did before, and none has one."""
+    """Lets parameters take gradients inside the context; afterwards all is as before, and none has a gradient."""
     required = [parameter.requires_grad for parameter in parameters]
     try:
         for parameter in parameters:
@@ -244,15 +260,15 @@ def _trainable(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
 
 
 def _learn(block: _Block, rates: Mapping[nn.Parameter, float], learning: Learning) -> None:
-    """Lets the weights and biases of a block move, rounded with a straight-through gradient, towards what is wanted.
+    """Trains the weights and biases of a block, rounded with a straight-through gradient, against the wanted output.
 
-    A step of Adam moves a weight by about `lr` of its grid's step at most, so what comes out is another rounding and
-    not another network. Where the error over all images is no less afterwards, the weights stay as they were.
+    A step of Adam moves a weight by at most about `lr` of its grid's step, so the result is another rounding and not
+    another network. If the error over all images is not smaller afterwards, the weights stay as they were.
     """
     parameters = list(rates)
     generator = torch.Generator().manual_seed(learning.seed)
     before, error = [p.clone() for p in parameters], block.total_error()
-    pruned = [p == 0 if p.ndim > 1 else None for p in parameters]  # a bias of 0 is none that was pruned
+    pruned = [p == 0 if p.ndim > 1 else None for p in parameters]  # a bias of 0 was not pruned
     with _trainable(parameters):
         adam = torch.optim.Adam([{"params": [p], "lr": rate} for p, rate in rates.items()])
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam, learning.iterations)

@@ -1,4 +1,4 @@
-"""Scales that follow when units are removed from the network below them."""
+"""Cuts scales when units are removed from the network to which they belong."""
 
 from __future__ import annotations
 
@@ -19,10 +19,13 @@ Kept = Mapping[str, Mapping[int, Tensor]]
 @renamed_attributes(drift="adjustment")
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ScaleCut:
-    """What a cut replaced in the scales, enough to go back (`QuantizedNetwork.unfollow`).
+    """What a cut replaced in the scales, so that `QuantizedNetwork.unfollow` can undo it.
 
-    graph: the graph before it. buffers: (module, name, tensor before). adjustment: the parameter of learned scales
-    before and after it and the indices kept, for the optimizers; None where it stayed.
+    Attributes:
+        graph: The graph before the cut.
+        buffers: The module, the name and the former tensor of each buffer.
+        adjustment: For the optimizers, the parameter of learned scales before and after the cut, and the indices that
+            were kept; None if it did not change.
     """
 
     graph: Graph
@@ -31,10 +34,10 @@ class ScaleCut:
 
 
 def cut_scales(scales: Scales, graph: Graph, kept: Kept) -> ScaleCut:
-    """Keep the scales of what a cut kept, exactly as they are.
+    """Cuts the scales of removed units, and keeps the others exactly as they are; `graph` is the one before the cut.
 
-    Rows of a weight have a step each; columns that read equalized values have a ratio and a centering each. A
-    quantizer's scale stays: it belongs to all channels together. graph: the one before the cut.
+    Each row of a weight has a step, and each column that reads equalized values has a ratio and a centering. A
+    quantizer's scale stays, because it belongs to all channels together.
     """
     places: dict[tuple[nn.Module, str], Tensor] = {}
     rows: dict[str, Tensor] = {}
@@ -57,7 +60,7 @@ def cut_scales(scales: Scales, graph: Graph, kept: Kept) -> ScaleCut:
 
 
 def undo_cut(scales: Scales, cut: ScaleCut) -> None:
-    """The scales from before `cut`, the latest one."""
+    """Restores the scales from before the latest cut."""
     for module, name, tensor in cut.buffers:
         setattr(module, name, tensor)
     if cut.adjustment is not None:
@@ -65,7 +68,7 @@ def undo_cut(scales: Scales, cut: ScaleCut) -> None:
 
 
 def _cut_adjustment(scales: Scales, rows: Mapping[str, Tensor]) -> tuple[nn.Parameter, nn.Parameter, Tensor] | None:
-    """The learned scales' parameter with the entries of the kept rows alone; not yet in its place."""
+    """The former parameter of the learned scales, the new one with only the kept rows, and their indices."""
     old = scales.adjustment
     if old is None or not rows:
         return None
@@ -76,14 +79,14 @@ def _cut_adjustment(scales: Scales, rows: Mapping[str, Tensor]) -> tuple[nn.Para
         start += len(values)
     index = torch.cat(parts)
     new = nn.Parameter(old.detach().index_select(0, index), requires_grad=old.requires_grad)
-    new.__dict__.update(old.__dict__)  # marks that users and libraries hang on parameters
+    new.__dict__.update(old.__dict__)  # attributes that users and libraries set on parameters
     if old.grad is not None:
         new.grad = old.grad.index_select(0, index)
     return old, new, index
 
 
 def check_fit(scales: Scales, graph: Graph, network: nn.Module) -> None:
-    """ValueError, naming the layer, for scales that are not as wide as the network."""
+    """Raises a ValueError that names the layer if scales are not as wide as the network."""
     for node in graph.weighted_nodes:
         weight, step = node.folded_weight(network, None), scales.weight_quantizer(node).step
         spec = graph.spec_of(node.inputs[0])
@@ -92,6 +95,6 @@ def check_fit(scales: Scales, graph: Graph, network: nn.Module) -> None:
         expected = weight.shape[0] if ratios is None else tuple(weight.shape[:2])
         if wide != expected:
             raise ValueError(
-                f"{node.name}: the layer is {tuple(weight.shape)}, its scales are made for {wide}; cut the network and "
-                "its scales together: QuantizedNetwork.follow takes what pruning.apply_plan gave"
+                f"{node.name}: the layer is {tuple(weight.shape)}, but its scales are made for {wide}; cut the network "
+                "and its scales together: QuantizedNetwork.follow takes what pruning.apply_plan returned"
             )

@@ -1,4 +1,4 @@
-"""All scales of a graph: calibrated, learned, and as the integers use them."""
+"""All scales of a graph: the calibrated ones, the learned ones, and those that the integers use."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from swincompress_pl._deprecated import find_old_name, renamed_attributes
 from swincompress_pl.quant.graph import Graph, Passthrough, Quantizer, QuantizerSpec, WeightedNode
 from swincompress_pl.quant.quantizers import ActivationQuantizer, WeightQuantizer
 
-# A bias of 2**30 accumulator steps is refused at export; learned steps stay twice as large as that asks for.
+# Export refuses a bias of 2**30 accumulator steps, so learned steps stay twice as large as that demands.
 _BIAS_STEPS = 2.0**29
 
 
@@ -22,12 +22,12 @@ def _key(name: str) -> str:
     return name.replace(".", "/")  # module names may not contain dots
 
 
-# Keys of version 0.1 in a state dict, and what they are now.
+# Keys of version 0.1 in a state dict, and their present names.
 _OLD_PARTS = {"sites": "activations", "balance": "equalization", "shift": "centering", "drift": "adjustment"}
 
 
 def _present_key(key: str) -> str:
-    """A key of `Scales.state_dict()` as this version spells it. Names of layers have no dots, but other characters."""
+    """A key of `Scales.state_dict()` as this version spells it. The names of layers in it have no dots."""
     kind, *inner = key.split(".")
     last = [*inner[:-1], _OLD_PARTS.get(inner[-1], inner[-1])] if inner and kind in ("sites", "activations") else inner
     return ".".join([_OLD_PARTS.get(kind, kind), *last])
@@ -39,16 +39,16 @@ def weight_key(node: WeightedNode) -> str:
 
 
 class _Adjusted(torch.autograd.Function):
-    """base * (a + sqrt(a^2 + 1)) for an adjustment a, which is sinh(log(scale / base)): positive for every a, `base`
-    itself at 0, and made of operations that round alike on every device (as an exponential would not).
+    """The scale base * (a + sqrt(a^2 + 1)) for an adjustment a = sinh(log(scale / base)).
 
-    Its gradient is divided by base^2, so that a step of plain gradient descent on `adjustment` moves the scale as far
-    as LSQ's step on the scale itself does, while Adam moves all scales by the same part of themselves.
+    It is positive for every a, and `base` at 0. Its operations round alike on all devices, which an exponential would
+    not. The gradient is divided by base^2. So a step of plain gradient descent on `a` moves the scale as far as a step
+    of LSQ on the scale itself, while Adam moves all scales by the same part of themselves.
     """
 
     @staticmethod
     def forward(ctx: Any, adjustment: Tensor, base: Tensor) -> Tensor:
-        """adjustment, base: (scales,)."""
+        """The scales for `adjustment` and `base`, all (scales,)."""
         wide = adjustment.double()
         root = (wide * wide + 1).sqrt()
         ctx.save_for_backward((1 + wide / root) / base)
@@ -57,7 +57,7 @@ class _Adjusted(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        """Of the adjustment alone: base is fixed."""
+        """The gradient of the adjustment only, since `base` is fixed."""
         (factor,) = ctx.saved_tensors
         return (gradient * factor).to(gradient.dtype), None
 
@@ -73,8 +73,15 @@ class _Adjusted(torch.autograd.Function):
 class Scales(Passthrough, nn.Module):
     """All scales of a graph; `quantizer()` fake-quantizes activations and weights with them.
 
-    weight_bits: {layer: width of its weights}. adjustment: the one parameter of learned scales, (scales,), after
-    `learn`: how far each of the searched activation scales and of the weights' steps has moved from the calibrated one.
+    Args:
+        graph: The graph.
+        network: The network that it describes.
+        weight_bits: Maps each layer to the width of its weights.
+        affine: Whether the quantizers have zero-points.
+
+    Attributes:
+        adjustment: The only parameter of learned scales, (scales,), after `learn`; before, None. It tells how far each
+            searched activation scale and each weight step has moved from its calibrated value.
     """
 
     adjustment: nn.Parameter | None
@@ -107,7 +114,7 @@ class Scales(Passthrough, nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def retarget(self, graph: Graph) -> None:
-        """The same scales for a graph whose quantizers differ in width or sign."""
+        """Takes over the widths and signs of the quantizers of another graph; the scales stay."""
         for spec in graph.quantizers.values():
             if spec.fixed_scale is None:
                 scale = self.calibrated_quantizer(spec)
@@ -115,18 +122,18 @@ class Scales(Passthrough, nn.Module):
                 scale.signed.fill_(spec.signed)
 
     def activation_quantizer(self, spec: QuantizerSpec) -> ActivationQuantizer:
-        """The quantizer of this spec; RuntimeError where scales are learned, see `fixed`."""
+        """The quantizer of a spec; a RuntimeError is raised if scales are learned, see `fixed`."""
         self._check_fixed()
         return self.calibrated_quantizer(spec)
 
     def _check_fixed(self) -> None:
         if self.adjustment is not None:
             raise RuntimeError(
-                "the scales are learned, and here they are as calibrated; read QuantizedNetwork.fixed_scales()"
+                "the scales are learned, and these are the calibrated ones; read QuantizedNetwork.fixed_scales()"
             )
 
     def calibrated_quantizer(self, spec: QuantizerSpec) -> ActivationQuantizer:
-        """The quantizer of this spec, as calibrated where scales are learned; a fixed one is no part of the state."""
+        """The quantizer of a spec, with the calibrated scale; one with a fixed scale is not part of the state."""
         if spec.fixed_scale is not None:
             return ActivationQuantizer(spec, affine=False).to(next(self.buffers()).device)
         module = self.activations[_key(spec.name)]
@@ -134,13 +141,16 @@ class Scales(Passthrough, nn.Module):
         return module
 
     def weight_quantizer(self, node: WeightedNode) -> WeightQuantizer:
-        """The width and the calibrated steps of a layer; `step` gives those that count."""
+        """The width and the calibrated steps of a layer; `step` returns those that are in use."""
         module = self.weights[_key(node.name)]
         assert isinstance(module, WeightQuantizer)
         return module
 
     def step(self, node: WeightedNode) -> Tensor:
-        """(M,) the steps of a layer; RuntimeError where scales are learned, see `fixed`."""
+        """The steps of a layer, (M,).
+
+        A RuntimeError is raised if scales are learned, see `fixed`, and a ValueError if the steps are missing.
+        """
         self._check_fixed()
         step = self.weight_quantizer(node).step
         if not (torch.isfinite(step).all() and (step > 0).all()):
@@ -151,22 +161,23 @@ class Scales(Passthrough, nn.Module):
 
     @property
     def unsigned(self) -> tuple[str, ...]:
-        """The names of the activation quantizers whose codes have no sign, as a loaded state dict says."""
+        """The names of the activation quantizers whose codes have no sign, as in a loaded state dict."""
         modules = (module for module in self.activations.values() if isinstance(module, ActivationQuantizer))
         return tuple(module.spec.name for module in modules if not module.signed)
 
     @property
     def equalizations(self) -> dict[str, Tensor]:
+        """The ratios (C,) of the channels, for each equalized quantizer by name."""
         modules = (module for module in self.activations.values() if isinstance(module, ActivationQuantizer))
         return {module.spec.name: module.equalization for module in modules if module.spec.equalized}
 
     # Learned scales
 
     def learn(self) -> None:
-        """From now on the activation scales of up to 8 bits and the steps of weights are trained: `adjustment`, from 0.
+        """Makes activation scales of up to 8 bits and weight steps trainable, by `adjustment`, which starts at 0.
 
-        Wider ones keep theirs (rounding costs nothing there), and so do the ratios of equalized ones. Doing it twice
-        changes nothing. Raises ValueError for affine scales.
+        Wider scales stay fixed, because their rounding costs nothing, and so do the ratios of equalized quantizers. A
+        second call changes nothing. A ValueError is raised for affine scales.
         """
         if self.affine:
             raise ValueError("method 'affine' has zero-points, which are not learned; use 'searched' or 'max'")
@@ -175,7 +186,7 @@ class Scales(Passthrough, nn.Module):
             self.adjustment = nn.Parameter(torch.zeros_like(calibrated))
 
     def present(self) -> dict[str, Tensor]:
-        """The learned scales by `activations.<key>` and `weights.<key>`, differentiable; empty where none are."""
+        """The learned scales by `activations.<key>` and `weights.<key>`, differentiable; empty if none are learned."""
         if self.adjustment is None:
             return {}
         calibrated = self.calibrated()
@@ -191,7 +202,7 @@ class Scales(Passthrough, nn.Module):
         return dict(zip(calibrated, values.split([len(value) for value in calibrated.values()]), strict=True))
 
     def calibrated(self) -> dict[str, Tensor]:
-        """What `adjustment` moves, as it was calibrated, in its order."""
+        """The calibrated values of the scales that `adjustment` moves, in its order."""
         activations = {
             f"activations.{key}": m.scale
             for key, m in self.activations.items()
@@ -202,13 +213,13 @@ class Scales(Passthrough, nn.Module):
 
     @torch.no_grad()
     def fixed(self, graph: Graph, network: nn.Module) -> Scales:
-        """The same with what was learned written into every `scale` and `step`; itself where nothing is learned.
+        """A copy with the learned values in every `scale` and `step`, or these scales if none are learned.
 
-        Steps are raised where the layer's bias would not fit the accumulator.
+        Steps are raised if the layer's bias would not fit the accumulator.
         """
         if self.adjustment is None:
             return self
-        # Not a copy of the module: a parameter that is part of an autograd graph could not be copied.
+        # The module is not copied as a whole, because a parameter that is part of an autograd graph cannot be copied.
         result = copy.copy(self)
         result._modules = {name: copy.deepcopy(module) for name, module in self._modules.items()}
         result._parameters = {"adjustment": None}
@@ -226,23 +237,25 @@ class Scales(Passthrough, nn.Module):
         return result
 
     def quantizer(self) -> Quantizer:
-        """What fake-quantizes one pass."""
+        """The quantizer for one pass."""
         return self if self.adjustment is None else _LearnedScales(self, self.present())
 
     # Quantizer
     def activation(self, spec: QuantizerSpec, x: Tensor) -> Tensor:
+        """Fake-quantizes a value."""
         if spec.bits > 16 or spec.fixed_scale is not None:
-            return x  # 2**20 steps to the largest logit, or whole numbers: nothing to learn from
+            return x  # rounding to whole numbers, or to 2**20 steps of logits, would teach nothing
         result: Tensor = self.activation_quantizer(spec)(x)
         return result
 
     def weight(self, node: WeightedNode, weight: Tensor) -> Tensor:
+        """Fake-quantizes a folded weight."""
         result: Tensor = self.weight_quantizer(node)(weight)
         return result
 
 
 class _LearnedScales(Passthrough):
-    """A Quantizer for one pass, with the present values of the learned scales."""
+    """The quantizer for one pass, with the present values of the learned scales."""
 
     def __init__(self, scales: Scales, present: Mapping[str, Tensor]) -> None:
         self._scales, self._present = scales, present

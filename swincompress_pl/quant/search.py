@@ -1,8 +1,8 @@
-"""The search for symmetric scales that cost the network's output least.
+"""The search for the symmetric scales that cost the network's output least.
 
-Source: the searched scale of the Swin compression paper (methods.md 1b), decided after PTQ4ViT (arXiv
-2111.12293): candidates between 1 % and 120 % of the maximum, alternating between a layer's weights and its input,
-under a diagonal Gauss-Newton error.
+Source: the searched scale of the Swin compression paper (methods.md, 1b), in the manner of PTQ4ViT (arXiv 2111.12293).
+The candidates lie between 1 % and 120 % of the maximum. The search alternates between a layer's weights and its input,
+and minimizes a diagonal Gauss-Newton error.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 SPACING = 1.19 / 100
 CANDIDATES = torch.tensor([0.01 + i * SPACING for i in range(101)], dtype=torch.float32)
-# Every fourth candidate is tried, then the neighbours of the best: the error hardly jumps in between.
+# Every fourth candidate is tried, then the neighbors of the best one, because the error hardly jumps between them.
 _STRIDE = 4
 _NEIGHBOURS = [offset * SPACING for offset in range(1 - _STRIDE, _STRIDE) if offset]
 ROUNDS = 3
@@ -26,18 +26,18 @@ _COARSE = (1.0, 0.8, 0.6, 0.45, 0.3)
 
 
 def fake_quantize(x: Tensor, scale: Tensor, q_max: int, *, signed: bool = True) -> Tensor:
-    """Nearest multiple of `scale` within the code range; one fused pass, since the search makes hundreds."""
+    """The nearest multiples of `scale` within the range of codes, in one fused pass, as the search needs hundreds."""
     zero = torch.zeros((), dtype=torch.int32, device=x.device)
     return torch.fake_quantize_per_tensor_affine(x, scale.to(x), zero, -q_max if signed else 0, q_max)
 
 
 def max_step(weight: Tensor, q_max: int = 127) -> Tensor:
-    """(M,) the step that puts each row's largest weight at code `q_max`; 0 for a row of zeros."""
+    """The steps (M,) that put the largest weight of each row at the code `q_max`; 0 for a row of zeros."""
     return weight.flatten(1).abs().amax(1) / q_max
 
 
 def best_factor(error: Callable[[float], Tensor]) -> float:
-    """The candidate of least error: among every fourth, then among the neighbours of the best of them."""
+    """The candidate of least error among every fourth, and then among the neighbors of the best of these."""
     coarse = [float(factor) for factor in CANDIDATES[::_STRIDE]]
     centre = _widest_of_least(error, coarse)
     fine = [centre, *(factor for offset in _NEIGHBOURS if (factor := centre + offset) >= float(CANDIDATES[0]))]
@@ -45,7 +45,7 @@ def best_factor(error: Callable[[float], Tensor]) -> float:
 
 
 def _widest_of_least(error: Callable[[float], Tensor], factors: Sequence[float]) -> float:
-    """Of candidates with the same error, as where nothing is at stake, the widest range clips least."""
+    """The factor of least error; among equal errors, the widest range, which clips least."""
     errors = torch.stack([error(factor) for factor in factors]).nan_to_num(nan=torch.inf)
     least = (errors == errors.min()).tolist()
     return max(factor for factor, is_least in zip(factors, least, strict=True) if is_least)
@@ -53,11 +53,11 @@ def _widest_of_least(error: Callable[[float], Tensor], factors: Sequence[float])
 
 @dataclass(kw_only=True)
 class LayerProblem:
-    """One layer's scales to find: x (R, K) inputs, weight (M, K), sensitivity (R, M) of its output.
+    """The search for the scales of one layer: inputs `x` (R, K), `weight` (M, K), `sensitivity` (R, M) of its output.
 
-    `q_max`, `signed` and `magnitude` describe the input's quantizer; magnitude None: the input is exact (pixels).
-    centering: (K,) or (1,), what its codes stand for beyond the values; magnitude is that of the sum. weight_q_max:
-    largest code of the weights. step: (M,) of weights that are exact at it; None: it is searched.
+    `q_max`, `signed` and `magnitude` describe the input's quantizer; without a magnitude the input is exact (pixels).
+    `centering`, (K,) or (1,), is the constant in its codes, and `magnitude` is that of the sum. `weight_q_max` is the
+    largest code of the weights. `step` (M,) has the steps at which weights are exact; with None they are searched.
     """
 
     x: Tensor
@@ -74,15 +74,17 @@ class LayerProblem:
         self.target = self.x @ self.weight.T
 
     def error(self, x: Tensor, weight: Tensor) -> Tensor:
-        """(M,) mean squared output error of every channel, weighted by sensitivity."""
+        """The mean squared error of every output channel, weighted by sensitivity, (M,)."""
         return ((x @ weight.T - self.target) * self.sensitivity).square_().mean(0)
 
     def quantized_weight(self, step: Tensor) -> Tensor:
+        """The weight, rounded at these steps."""
         safe = torch.where(step > 0, step, 1.0)
         zero = torch.zeros_like(safe, dtype=torch.int32)
         return torch.fake_quantize_per_channel_affine(self.weight, safe, zero, 0, -self.weight_q_max, self.weight_q_max)
 
     def quantized_input(self, scale: float) -> Tensor:
+        """The input, rounded at this scale."""
         if self.centering is None:
             return fake_quantize(self.x, torch.tensor(scale), self.q_max, signed=self.signed)
         return (
@@ -90,6 +92,7 @@ class LayerProblem:
         )
 
     def best_step(self, x: Tensor) -> Tensor:
+        """The steps (M,) of least error for the inputs `x`."""
         if self.step is not None:
             return self.step
         largest = self.weight.abs().amax(1) / (self.weight_q_max + 0.5)
@@ -98,7 +101,7 @@ class LayerProblem:
         def attempt(tried: Tensor) -> None:
             nonlocal best, factor
             error = self.error(x, self.quantized_weight(largest * tried))
-            better = (error < best) | ((error == best) & (tried > factor))  # of equal ones the widest
+            better = (error < best) | ((error == best) & (tried > factor))  # among equal errors, the widest
             best, factor = torch.where(better, error, best), torch.where(better, tried, factor)
 
         for candidate in CANDIDATES[::_STRIDE]:
@@ -109,12 +112,13 @@ class LayerProblem:
         return largest * factor
 
     def best_scale(self, weight: Tensor) -> float:
+        """The input scale of least error for the rounded `weight`."""
         assert self.magnitude is not None
         largest = self.magnitude / (self.q_max + 0.5)
         return largest * best_factor(lambda factor: self.error(self.quantized_input(largest * factor), weight).sum())
 
     def solve(self) -> tuple[float | None, Tensor]:
-        """(input scale, step (M,)), each chosen with the other fixed, three rounds."""
+        """(input scale, steps (M,)), each chosen in three rounds with the other fixed; no scale for an exact input."""
         step = max_step(self.weight, self.weight_q_max)
         if self.magnitude is None:
             return None, self.best_step(self.x)
@@ -125,7 +129,7 @@ class LayerProblem:
         return scale, step
 
     def coarse_error(self) -> float:
-        """The error of the better of a few clips at maximal weight steps: to compare equalizations cheaply."""
+        """The least error of a few clips, with weight steps by the maximum: a cheap way to compare equalizations."""
         assert self.magnitude is not None
         weight = self.quantized_weight(max_step(self.weight, self.weight_q_max))
         scales = [self.magnitude / self.q_max * factor for factor in _COARSE]
@@ -142,20 +146,19 @@ def best_equalization(
     q_max: int = 127,
     weight_q_max: int = 127,
 ) -> tuple[Tensor, Tensor]:
-    """(K,) ratios of the input channels to the quantizer's scale, at most 1, and (K,) what is added to each before
-    rounding.
+    """The ratios (K,) of the input channels to the quantizer's scale, and what is added to each before rounding, (K,).
 
-    bounds: (K,) least and (K,) largest values. A channel with ratio r is divided by r before rounding and its weight
-    column multiplied by it: outlier channels of a LayerNorm output then no longer set everyone's step. With `center`
-    channels may also be centred. Ratios are chosen among powers of the channels' reach (in the manner of RepQ-ViT,
-    arXiv 2212.08254, which puts both into LayerNorm's affine).
+    `bounds` are the least and the largest values, (K,) each. A channel with the ratio r, at most 1, is divided by r
+    before rounding, and its column of the weight is multiplied by r. So outlier channels of a LayerNorm output no
+    longer set the step of all channels. With `center`, channels may also be centered. Ratios are chosen among powers of
+    the channels' reach. Source: RepQ-ViT (arXiv 2212.08254), which puts both into LayerNorm's affine.
     """
     low, high = bounds
     found: list[tuple[float, Tensor, Tensor]] = []
     largest = torch.maximum(high, -low).max()
     for middle in [torch.zeros_like(low), *([(low + high) / 2] if center else [])]:
         reach = torch.maximum(high - middle, middle - low)
-        if reach.max() <= largest / 16:  # nothing, or nothing but a constant, which needs no tiny steps
+        if reach.max() <= largest / 16:  # the channels are constant, so they need no tiny steps
             continue
         relative = (reach / reach.max()).clamp(min=2.0**-10)
         for exponent in EQUALIZATION_EXPONENTS:
@@ -177,8 +180,7 @@ def best_equalization(
 
 
 def best_value_scale(values: Tensor, sensitivity: Tensor, *, q_max: int, signed: bool, magnitude: float) -> float:
-    """The scale of values that feed no linear layer (q, k, v, the input of GELU): least weighted error of the
-    values."""
+    """The scale of least weighted error of values that no linear layer reads (q, k, v, the input of GELU)."""
     largest = magnitude / (q_max + 0.5)
 
     def error(factor: float) -> Tensor:
@@ -193,8 +195,8 @@ def best_centered_scale(
 ) -> tuple[float, float]:
     """(scale, centering) of values whose codes from -q_max to q_max may stand for the value plus a constant.
 
-    bounds: least and largest value. One end of the range is searched after the other, twice, for the least weighted
-    error.
+    `bounds` are the least and the largest value. Both ends of the range are searched in turn, twice, for the least
+    weighted error.
     """
     low, high = bounds
 
@@ -210,7 +212,7 @@ def best_centered_scale(
         rounded = fake_quantize(values + centering, torch.tensor(scale), q_max) - centering
         return float(((rounded - values) / unit * sensitivity).square_().mean())
 
-    factors = [float(factor) for factor in CANDIDATES[10::3].flip(0)]  # of equal ones the widest
+    factors = [float(factor) for factor in CANDIDATES[10::3].flip(0)]  # among equal errors, the widest comes first
     top, bottom = high, low
     for _ in range(2):
         top = min((high * factor for factor in factors), key=lambda end: error(bottom, end)) if high > 0 else high

@@ -1,8 +1,8 @@
-"""What rounding the weights of one layer to so many bits costs the network's output.
+"""What it costs the network's output to round the weights of one layer to a number of bits.
 
-The loss of a layer at a width is the Gauss-Newton estimate of the KL divergence to the float output, 1/2 dW' F dW with
-the Fisher matrix F of the layer's weights; the losses of layers add up (to second order, as far as their errors are
-independent). Source of the form: HAWQ-V3 (arXiv 2011.10680), which has the trace of the Hessian for F.
+The loss of a layer at a width is the Gauss-Newton estimate of the KL divergence to the float output, 1/2 dW' F dW, with
+the Fisher matrix F of the layer's weights. The losses of several layers add up, to second order and as far as their
+errors are independent. Source of the form: HAWQ-V3 (arXiv 2011.10680), which uses the trace of the Hessian for F.
 """
 
 from __future__ import annotations
@@ -37,13 +37,23 @@ from swincompress_pl.quant.progress import Progress, track
 from swincompress_pl.quant.search import LayerProblem, best_equalization
 from swincompress_pl.quant.text_table import text_table
 
-# Independent draws of the Fisher matrix; the error of an estimate from n of them is sqrt(2 / n) of it.
+# The number of independent draws of the Fisher matrix. The relative error of an estimate from n draws is sqrt(2 / n).
 _PROBES = 64
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerSensitivity:
-    """One layer: its number of weights, its MACs for one image, and {width in bits: loss in nats an image}."""
+    """What the widths of one layer cost.
+
+    Attributes:
+        name: Name of the layer, its module path.
+        weights: Its number of weights.
+        macs: Its multiply-accumulates for one image.
+        loss: Maps a width in bits to the predicted KL divergence, in nats per image, with only this layer rounded.
+
+    Raises:
+        ValueError: If a width is not 2 to 8, or a loss is negative or not finite.
+    """
 
     name: str
     weights: int
@@ -59,16 +69,28 @@ class LayerSensitivity:
             raise ValueError(f"{self.name}: a loss of {bad[0]}; losses are finite and at least 0. Check its weights")
 
     def size_bytes(self, width: int) -> int:
-        """Bytes of the packed weights."""
+        """Returns the bytes of the packed weights at a width.
+
+        Args:
+            width: Width in bits.
+
+        Returns:
+            The number of bytes.
+        """
         return (self.weights * width + 7) // 8
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sensitivity:
-    """What `measure_sensitivity` found: every weighted layer in the network's order.
+    """What `measure_sensitivity` found, for every linear layer and convolution; `str(table)` is a table of the losses.
 
-    activations: their bits. first_and_last: the bits to which the outer layers are fixed, None: they are free. A layer
-    with one width is fixed.
+    Attributes:
+        layers: The layers in the network's order. A layer with one width is fixed to it.
+        activations: Width of the activations, in bits.
+        first_and_last: Width to which the first and the last layer are fixed, in bits; None if they are free.
+
+    Raises:
+        ValueError: If there are no layers, or two of one name.
     """
 
     layers: tuple[LayerSensitivity, ...]
@@ -78,26 +100,50 @@ class Sensitivity:
     def __post_init__(self) -> None:
         names = [layer.name for layer in self.layers]
         if not names or len(set(names)) != len(names):
-            raise ValueError(f"sensitivity of {len(names)} layers, {len(set(names))} names; each layer has one name")
+            raise ValueError(
+                f"sensitivity has {len(names)} layers with {len(set(names))} names; give at least one layer, each with "
+                "a name of its own"
+            )
 
     def sizes_bytes(self) -> dict[str, dict[int, int]]:
-        """{layer: {width: bytes of its packed weights}}; steps and biases, which no width changes, are not in it."""
+        """Returns {layer: {width: bytes of its packed weights}}, without steps and biases, which have one width."""
         return {layer.name: {width: layer.size_bytes(width) for width in layer.loss} for layer in self.layers}
 
     def bit_operations(self) -> dict[str, dict[int, int]]:
-        """{layer: {width: MACs of an image x weight bits}}."""
+        """Returns {layer: {width: MACs per image times weight bits}}."""
         return {layer.name: {width: layer.macs * width for width in layer.loss} for layer in self.layers}
 
     def loss_of(self, bits: Bits) -> float:
-        """The predicted KL divergence in nats, for widths that were measured; KeyError for another."""
+        """Predicts the loss of a choice of widths.
+
+        Args:
+            bits: The widths; each must have been measured, or a KeyError is raised.
+
+        Returns:
+            The predicted KL divergence to the float output, in nats per image.
+        """
         return sum(layer.loss[width] for layer, width in self._chosen(bits))
 
     def size_bytes_of(self, bits: Bits) -> int:
-        """Bytes of all packed weights."""
+        """Counts the bytes of all packed weights.
+
+        Args:
+            bits: The widths.
+
+        Returns:
+            The number of bytes.
+        """
         return sum(layer.size_bytes(width) for layer, width in self._chosen(bits))
 
     def bit_operations_of(self, bits: Bits) -> int:
-        """MACs of an image x weight bits, of all layers."""
+        """Counts the bit operations of all layers.
+
+        Args:
+            bits: The widths.
+
+        Returns:
+            The sum over the layers of MACs per image times weight bits.
+        """
         return sum(layer.macs * width for layer, width in self._chosen(bits))
 
     def _chosen(self, bits: Bits) -> list[tuple[LayerSensitivity, int]]:
@@ -105,7 +151,7 @@ class Sensitivity:
         return [(layer, bits.of_layer(layer.name, outer=layer.name in ends)) for layer in self.layers]
 
     def to_dict(self) -> dict[str, Any]:
-        """The table in JSON types."""
+        """Returns the table in JSON types; `from_dict` is the inverse."""
         layers = [
             {"name": layer.name, "weights": layer.weights, "macs": layer.macs}
             | {"loss": {str(width): loss for width, loss in layer.loss.items()}}
@@ -115,7 +161,14 @@ class Sensitivity:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Sensitivity:
-        """The inverse of `to_dict`."""
+        """Restores a table; the inverse of `to_dict`.
+
+        Args:
+            data: What `to_dict` returned.
+
+        Returns:
+            The table.
+        """
         layers = [
             LayerSensitivity(**{**layer, "loss": {int(width): loss for width, loss in layer["loss"].items()}})
             for layer in data["layers"]
@@ -147,16 +200,35 @@ def measure_sensitivity(
     seed: int = 0,
     progress: Progress = False,
 ) -> Sensitivity:
-    """What rounding the weights of one layer alone to each of `widths` bits costs, in nats of KL to the float output.
+    """Measures what it costs to round the weights of one layer alone, for each layer and each width.
 
-    model: a float network with an adapter, or a QuantizedNetwork, whose float weights are measured then. The weights
-    take the steps that `quantize` would search. calibration, preprocessing, calibration_images, progress: as in
-    `quantize`. first_and_last: the first layer and the classifier are measured at this width alone, which fixes them
-    there; None: at `widths`. rows: sampled rows a layer, for the search of the steps (fewer than in `quantize`: the
-    losses need no fine steps).
+    The cost is an estimate of the KL divergence to the float output, in nats per image. The weights take the steps for
+    which `quantize` would search. The loss of a wider width is never above that of a narrower one, whose step it could
+    use. The network stays as it is.
 
-    A wider layer is never worse than a narrower one: it could use that one's step. Raises ValueError for widths outside
-    2 to 8 and for calibration without images.
+    Args:
+        model: A float network with an adapter, or a `QuantizedNetwork`, whose float weights are measured.
+        calibration: Batches as in `quantize`.
+        widths: The widths to measure, 2 to 8 bits.
+        activations: Width of the activations, 2 to 8 bits; the search for steps scales its inputs accordingly.
+        first_and_last: The one width at which the first layer and the classifier are measured, which fixes them to it;
+            None measures them at `widths`.
+        preprocessing: Mapping with "mean" and "std", as in `quantize`; ignored for a `QuantizedNetwork`, which has its
+            own.
+        calibration_images: How many images of `calibration` are used, the first ones.
+        rows: Number of sampled rows per layer for the search for steps. It is smaller than in `quantize`, because the
+            losses need no fine steps.
+        seed: Seed of the sampling.
+        progress: As in `quantize`.
+
+    Returns:
+        The losses of all layers.
+
+    Raises:
+        UnsupportedNetworkError: If the network has no adapter or no integer form.
+        TypeError: If a calibration batch has another form.
+        ValueError: If an argument is outside its range; or if calibration is empty, has NaN or infinite values or
+            images of several sizes, or does not fit the preprocessing.
     """
     widths = _checked_widths(widths)
     calibration_images = integer("calibration_images", calibration_images, least=1)
@@ -204,7 +276,7 @@ def _changes(
     seed: int,
     progress: Progress,
 ) -> dict[tuple[str, int], Tensor]:
-    """{(layer, width): (M, K...) what rounding at the searched steps changes in its weight}."""
+    """{(layer, width): the change (M, K...) of the weight when it is rounded at the searched steps}."""
     ranges = observe(graph, network, batches)
     samples = sample_layers(graph, network, batches, rows=rows, seed=seed)
     without_signal(samples)
@@ -228,7 +300,10 @@ def _change(
     q_max: int,
     input_q_max: int,
 ) -> Tensor:
-    """bounds: (K,) least and (K,) largest values of an input whose channels get ratios."""
+    """The change of one weight.
+
+    `bounds` are the least and the largest values, (K,) each, of an input whose channels get ratios.
+    """
     x, sensitivity = sample.rows
     float_weight = node.folded_weight(network, None)
     weight, ratios = float_weight.flatten(1), torch.ones(())
@@ -250,7 +325,7 @@ def _change(
 
 
 class _Leaves(Passthrough):
-    """The float network, with a leaf for every weight to take its gradient."""
+    """The float network, with a leaf tensor for every weight that takes its gradient."""
 
     def __init__(self) -> None:
         self.weights: dict[str, Tensor] = {}
@@ -260,7 +335,7 @@ class _Leaves(Passthrough):
 
 
 class _Outputs(Passthrough):
-    """Counts the values of every layer's output."""
+    """The float network; counts the values of every layer's output."""
 
     def __init__(self) -> None:
         self.values: dict[str, int] = {}
@@ -278,11 +353,11 @@ def _fisher_losses(
     seed: int,
     progress: Progress,
 ) -> dict[tuple[str, int], float]:
-    """1/2 dW' F dW a layer and width, nats an image.
+    """1/2 dW' F dW per layer and width, in nats per image.
 
-    One probe is the gradient of sum_k r_k sqrt(p_k) log p_k over some images, with random signs r: the square of its
-    product with dW has dW' F dW of these images as its expectation. Unlike a sum over single outputs this sees that
-    the errors of all tokens come from one weight and add up.
+    One probe is the gradient of sum_k r_k sqrt(p_k) log p_k over some images, with random signs r. The expectation of
+    the square of its product with dW is the dW' F dW of these images. In contrast to a sum over single outputs, this
+    takes into account that the errors of all tokens come from one weight and add up.
     """
     images, probe = torch.cat(list(batches)), Probe.of(graph, network, batches, seed=seed + 2)
     parts = images.split(max(1, min(len(batches[0]), len(images) // _PROBES)))
@@ -299,7 +374,7 @@ def _fisher_losses(
 
 
 def _macs(graph: Graph, network: nn.Module, image: Tensor) -> dict[str, int]:
-    """{layer: MACs of one image}."""
+    """{layer: MACs for one image}."""
     outputs = _Outputs()
     with torch.no_grad():
         Run(graph, network, outputs)(image)

@@ -1,4 +1,4 @@
-"""Hooks of a user's that a quantized network does not call: it computes from the weights of its layers itself."""
+"""Finds hooks of the user that a quantized network does not call, since it computes with the weights itself."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from swincompress_pl.quant.graph import Graph, Node
 from swincompress_pl.quant.graph.nodes import ActivationNode, AttentionNode, LayerNormNode
 
 _KINDS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-# Hooks that compute weights, which the graph has its own say about, and ours.
+# Modules with hooks that are not the user's: those that compute weights, which the graph deals with, and our own.
 _NOT_THE_USERS = ("torch.nn.utils", "swincompress_pl")
 
 
 def warn_of_silent_hooks(network: nn.Module, graph: Graph, *, stacklevel: int = 2) -> None:
-    """A warning that names the modules of `network` whose hooks no longer fire when it is quantized."""
+    """Warns of hooks that do not fire once `network` is quantized, and names their modules."""
     hooked = hooked_modules(network)
     called = {path for node in graph.nodes for path in _called(node)}
     never, in_training = [p for p in hooked if p not in called], [p for p in hooked if p in called]
@@ -34,7 +34,7 @@ def warn_of_silent_hooks(network: nn.Module, graph: Graph, *, stacklevel: int = 
 
 
 def hooked_modules(network: nn.Module) -> list[str]:
-    """The modules of `network` that have hooks of a user's, forward or backward; the network itself is '(itself)'."""
+    """The modules of `network` with forward or backward hooks of the user; the network itself is "(itself)"."""
     return [path or "(itself)" for path, module in network.named_modules() if any(map(_is_users, _hooks_of(module)))]
 
 
@@ -50,7 +50,7 @@ def _is_users(hook: Any) -> bool:
 
 
 def _called(node: Node) -> Collection[str]:
-    """The modules that a node calls when it simulates integers in training."""
+    """The modules that a node calls in the fake quantization of training."""
     called = [*node.regularizers]
     if isinstance(node, LayerNormNode | ActivationNode):
         called.append(node.module)

@@ -1,4 +1,4 @@
-"""Figures as a table for a terminal."""
+"""Formats figures as a table for a terminal."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def show(value: float | None, form: str) -> str:
 
 
 def text_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Aligned columns for a terminal, also valid Markdown; the first column is text, the others are figures."""
+    """A table with aligned columns, also valid Markdown; the first column is text, and the others are figures."""
     body = [list(header), *map(list, rows)]
     widths = [max(3, *(len(row[column]) for row in body)) for column in range(len(header))]
     rule = ["-" * width if column == 0 else "-" * (width - 1) + ":" for column, width in enumerate(widths)]

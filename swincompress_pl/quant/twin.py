@@ -1,9 +1,8 @@
-"""The torch twin: runs a Program with torch operations and gives the specification's integers, bit for bit, on any
-device.
+"""The torch twin: runs a Program with torch and gives the specification's integers, bit for bit, on any device.
 
-Every floating-point product below is exact: its integer partial sums stay under the 24 or 53 bits that float32 and
-float64 hold, as the bounds that `spec.check` proved say. Autocast, TF32 and Winograd would break that, so autocast is
-off here and float32 products are left only where TF32 cannot enter.
+Every floating-point product here is exact: its integer partial sums stay below the 24 or 53 bits that float32 and
+float64 hold, by the bounds that `spec.check` has proved. Autocast, TF32 and Winograd would break this. So autocast is
+off here, and float32 products are used only where TF32 cannot be.
 """
 
 from __future__ import annotations
@@ -38,14 +37,14 @@ _CACHED_VALUES = 1 << 15
 
 @dataclass(frozen=True)
 class _Types:
-    """What an operation reads and writes, as types of the specification: a tensor only tells its storage."""
+    """The specification's types of what an operation reads and writes; a tensor tells only how it is stored."""
 
     inputs: tuple[str, ...]
     output: str
 
     @property
     def reach(self) -> int:
-        """Largest magnitude in the first input."""
+        """The largest magnitude that the first input can have."""
         return LIMITS[self.inputs[0]][1]
 
 
@@ -59,7 +58,7 @@ def _shift_right_rounded(values: Tensor, shift: Tensor | int) -> Tensor:
 
 
 def _requantize(accumulator: Tensor, mult: Tensor, shift: Tensor, dtype: str, bias: Tensor | None = None) -> Tensor:
-    """(..., M) accumulators, plus bias (M,), times mult / 2**shift of each channel, rounded and saturated."""
+    """Accumulators (..., M), plus bias (M,), times mult / 2**shift per channel, rounded and saturated."""
     mult, shift = mult.long(), shift.long()
     half = torch.bitwise_left_shift(torch.ones_like(shift), shift - 1)
     start = half if bias is None else bias.long() * mult + half
@@ -72,7 +71,7 @@ def _requantize(accumulator: Tensor, mult: Tensor, shift: Tensor, dtype: str, bi
 
 
 def _by_rows(function: Callable[[Tensor], Tensor], x: Tensor, dtype: torch.dtype) -> Tensor:
-    """function(x) for one that treats each row (last axis) alone, on so many rows at a time as a CPU's cache holds."""
+    """function(x), for a function of each row (last axis) alone, on as many rows at a time as a CPU's cache holds."""
     rows = x.reshape(-1, x.shape[-1])
     result = torch.empty(rows.shape, dtype=dtype, device=x.device)
     count = max(1, _CACHED_VALUES // x.shape[-1]) if x.device.type == "cpu" else max(1, len(rows))
@@ -82,7 +81,10 @@ def _by_rows(function: Callable[[Tensor], Tensor], x: Tensor, dtype: torch.dtype
 
 
 def _matmul(a: Tensor, b: Tensor, bound: int) -> Tensor:
-    """Exact integer product, |partial sums| <= bound < 2**53. float32 on the CPU below 2**24, float64 otherwise."""
+    """The exact product of integers whose partial sums are at most `bound` < 2**53 in magnitude.
+
+    It uses float32 on a CPU below 2**24, and float64 otherwise.
+    """
     floating = torch.float32 if bound < _FLOAT32_EXACT and a.device.type == "cpu" else torch.float64
     return torch.matmul(a.to(floating), b.to(floating)).to(torch.int64 if bound >= ACCUMULATOR_BOUND else torch.int32)
 
@@ -93,23 +95,28 @@ def _largest_products() -> tuple[Tensor, Tensor, int]:
     x, weight = (
         torch.from_numpy(rng.choice(codes, (256, 256)).astype(np.int8)) for codes in ([-128, 127], [-127, 127])
     )
-    for matrix in (x, weight):  # rows of one sign, too: their sums are the largest
+    for matrix in (x, weight):  # also rows of one sign, whose sums are the largest
         matrix[:2] = torch.tensor([int(matrix.min()), 127], dtype=torch.int8)[:, None]
     return x, weight.t(), 128 * 127 * 256
 
 
 @functools.cache
 def _int_mm_is_exact() -> bool:
-    """Whether `torch._int_mm` gives true sums on this CPU; a kernel may add pairs of products in 16 bits, where they
-    saturate."""
+    """Whether `torch._int_mm` gives the right sums on this CPU.
+
+    A kernel may add pairs of products in 16 bits, where they saturate.
+    """
     x, weight, bound = _largest_products()
     return torch.equal(torch._int_mm(x, weight), _matmul(x, weight, bound))
 
 
 @functools.cache
 def _int_mm_pays() -> bool:
-    """Whether `torch._int_mm` is exact and faster than floats: without instructions for it (VNNI) it is a plain loop,
-    ten to thirty times slower. Both ways give the same integers, so that a measurement may decide."""
+    """Whether `torch._int_mm` is exact and faster than floats.
+
+    Without instructions for it (VNNI) it is a plain loop, ten to thirty times slower. Both ways give the same integers,
+    so a measurement may decide.
+    """
     x, weight, bound = _largest_products()
     return _int_mm_is_exact() and (
         _least_seconds(lambda: torch._int_mm(x, weight)) < _least_seconds(lambda: _matmul(x, weight, bound))
@@ -121,11 +128,11 @@ def _least_seconds(function: Callable[[], object]) -> float:
 
 
 def _linear_accumulator(x: Tensor, weight: Tensor, reach: int) -> Tensor:
-    """x (rows, K) int8 or uint8, |x| <= reach, times weight (M, K) int8, transposed -> (rows, M) int32."""
+    """The int32 product (rows, M) of x (rows, K), int8 or uint8 with |x| <= reach, and weight (M, K), transposed."""
     if x.device.type == "cpu" and x.shape[0] > 16 and x.shape[1] % 8 == 0 and _int_mm_pays():
         if reach <= 127:
             return torch._int_mm(x.contiguous().view(torch.int8), weight.t())
-        # bytes less 128 are int8; what that takes away is 128 times the sum of each row of the weight
+        # a byte minus 128 is an int8; 128 times the sum of each row of the weight makes up for it
         centred = torch._int_mm((x.contiguous() ^ 128).view(torch.int8), weight.t())
         return centred + 128 * weight.sum(1, dtype=torch.int32)
     return _matmul(x, weight.t(), reach * int(weight.abs().sum(1, dtype=torch.int64).max()))
@@ -149,13 +156,16 @@ def _run_conv2d(x: list[Tensor], t: Mapping[str, Tensor], a: Mapping[str, Any], 
         accumulator = _linear_accumulator(columns, weight.flatten(1), types.reach)
     else:
         accumulator = _grouped_accumulator(fields.unflatten(3, (groups, -1)), weight, types.reach)
-    accumulator = accumulator.reshape(batch, height, width, -1) + t["bias"]  # which may differ from place to place
+    accumulator = accumulator.reshape(batch, height, width, -1) + t["bias"]  # may differ from place to place
     out = _requantize(accumulator, t["mult"], t["shift"], types.output)
     return out.reshape(*x[0].shape[:-3], *out.shape[1:])
 
 
 def _grouped_accumulator(fields: Tensor, weight: Tensor, reach: int) -> Tensor:
-    """fields (N, Ho, Wo, groups, C / groups, kh, kw), weight (M, kh, kw, C / groups) -> (N * Ho * Wo, M) int32."""
+    """The accumulators (N * Ho * Wo, M) of a convolution with groups.
+
+    `fields` is (N, Ho, Wo, groups, C / groups, kh, kw) and `weight` is (M, kh, kw, C / groups).
+    """
     groups = fields.shape[3]
     columns = fields.permute(3, 0, 1, 2, 5, 6, 4).reshape(groups, -1, weight[0].numel())
     rows = weight.reshape(groups, -1, weight[0].numel())
@@ -199,7 +209,7 @@ def _run_table(x: list[Tensor], t: Mapping[str, Tensor], a: Mapping[str, Any], t
 
 def _run_add(x: list[Tensor], t: Mapping[str, Tensor], a: Mapping[str, Any], types: _Types) -> Tensor:
     wide = x[0].long() if types.output == "int32" else x[0].int()
-    other = x[1]  # whose rows repeat where they are fewer
+    other = x[1]  # its rows repeat if they are fewer
     return _saturate(wide.reshape(len(other), -1, *other.shape[1:]) + other[:, None], types.output).reshape(x[0].shape)
 
 
@@ -302,28 +312,51 @@ _RUN: dict[str, Callable[[list[Tensor], Mapping[str, Tensor], Mapping[str, Any],
 def run_operation(
     op: Operation, inputs: list[Tensor], tensors: Mapping[str, Tensor], input_types: Sequence[str] | None = None
 ) -> Tensor:
-    """One operation of the specification on torch tensors; `tensors` by role.
+    """Runs one operation of the specification on torch tensors.
 
-    input_types: the specification's types of the inputs; None takes the full range of what holds them.
+    Args:
+        op: The operation.
+        inputs: The values that it reads.
+        tensors: Its tensors by role.
+        input_types: The specification's types of the inputs; None for the full range of the tensors' types.
+
+    Returns:
+        The value that it writes.
     """
     given = [str(x.dtype).removeprefix("torch.") for x in inputs] if input_types is None else input_types
     return _RUN[op.kind](inputs, tensors, op.attributes, _Types(inputs=tuple(given), output=op.dtype))
 
 
 class TorchTwin:
-    """A checked Program with its tensors on one device. Call with uint8 (N, H, W, C) -> int32 logits (N, classes)."""
+    """A checked Program with its tensors on one device.
+
+    Args:
+        program: The Program; a spec.ProgramError is raised if it breaks a rule.
+        device: The device.
+    """
 
     def __init__(self, program: Program, device: torch.device) -> None:
         values = check(program)
         self.program = program
         self._types = {name: value.dtype for name, value in values.items()}
-        # the Program's arrays may be read-only; torch wants its own copy
+        # the Program's arrays may be read-only, so torch gets a copy
         moved = {key: torch.from_numpy(np.array(tensor)).to(device) for key, tensor in program.tensors.items()}
-        self.device = torch.empty(0, device=device).device  # with its number
+        self.device = torch.empty(0, device=device).device  # with its index
         self._steps = [(op, {role: moved[key] for role, key in op.tensors.items()}) for op in program.operations]
         self._last_use = {name: number for number, op in enumerate(program.operations) for name in op.inputs}
 
     def __call__(self, images: Tensor) -> Tensor:
+        """Runs the Program.
+
+        Args:
+            images: uint8 pixels (N, H, W, C), or counts of events (N, T, H, W, C), on the twin's device.
+
+        Returns:
+            int32 logits (N, classes).
+
+        Raises:
+            ValueError: If the images have another type, shape or device.
+        """
         if images.dtype != torch.uint8 or tuple(images.shape[1:]) != self.program.input.value.shape:
             expected = ", ".join(map(str, self.program.input.value.shape))
             raise ValueError(f"images are {images.dtype} {tuple(images.shape)}; expected uint8 (N, {expected})")

@@ -15,7 +15,7 @@ _HALF = 2 ** (DECAY_BITS - 1)
 
 
 def lif(x: Tensor, tensors: Mapping[str, Tensor], attributes: Mapping[str, Any]) -> Tensor:
-    """x: (N, T, rows..., C) int32, or without T where `repeated` -> (N, T, rows..., C) uint8 spikes."""
+    """The spikes (N, T, rows..., C), uint8, for currents (N, T, rows..., C), int32, or without T if `repeated`."""
     fraction_bits, steps, repeated = attributes["fraction_bits"], attributes["steps"], attributes["repeated"]
     threshold, reset = tensors["threshold"], tensors["reset"]
     shape = (x.shape[0], steps, *x.shape[1:]) if repeated else x.shape
@@ -40,7 +40,7 @@ def lif(x: Tensor, tensors: Mapping[str, Tensor], attributes: Mapping[str, Any])
 
 
 def _charged(membrane: Tensor, current: Tensor, reset: Tensor, attributes: Mapping[str, Any]) -> Tensor:
-    """int32 throughout but for the product with a decay that is no power of two."""
+    """The charged membranes, in int32, except for the product with a decay that is not one half."""
     pulled = reset - membrane
     if attributes["input_decay"]:
         pulled = pulled + current
@@ -52,7 +52,7 @@ def _charged(membrane: Tensor, current: Tensor, reset: Tensor, attributes: Mappi
 
 
 def max_pool(x: Tensor, attributes: Mapping[str, Any]) -> Tensor:
-    """x: (N, H, W, C) or (N, T, H, W, C) of any integer type."""
+    """The maxima of x (N, H, W, C), or (N, T, H, W, C), of any integer type."""
     (kh, kw), (sh, sw), (ph, pw) = attributes["kernel"], attributes["stride"], attributes["padding"]
     images = x.reshape(-1, *x.shape[-3:])
     padded = torch.nn.functional.pad(images, (0, 0, pw, pw, ph, ph), value=torch.iinfo(x.dtype).min)
@@ -67,21 +67,21 @@ def max_pool(x: Tensor, attributes: Mapping[str, Any]) -> Tensor:
 
 
 def block_sum(x: Tensor, attributes: Mapping[str, Any], dtype: str) -> Tensor:
-    """x: (N, R, C) -> (N, rows, channels), in int64 before it is narrowed."""
+    """The sums (N, rows, channels) of x (N, R, C), in int64, clamped to the range of `dtype`."""
     rows, channels = attributes["rows"], attributes["channels"]
     blocks = x.reshape(x.shape[0], rows, -1, channels, x.shape[-1] // channels)
     return blocks.sum(dim=(2, 4), dtype=torch.int64).clamp(*LIMITS[dtype])
 
 
 def multiply(a: Tensor, b: Tensor) -> Tensor:
-    """a: (N, R, C), b: (N, R / r, C / c), uint8; the checker has proved that no product leaves a byte."""
+    """The product of a (N, R, C) and b (N, R / r, C / c), uint8; `spec.check` has proved that it fits a byte."""
     batch, rows, channels = b.shape
     blocks = a.reshape(batch, rows, -1, channels, a.shape[-1] // channels)
     return (blocks * b[:, :, None, :, None]).reshape(a.shape)
 
 
 def spike_attention(q: Tensor, k: Tensor, v: Tensor, attributes: Mapping[str, Any]) -> Tensor:
-    """(N, windows * L, channels) each, uint8 -> int32 like v. float64 holds every sum of an int32 count."""
+    """The int32 counts q (k^T v), of the shape of v, for uint8 (N, windows * L, channels); float64 holds all sums."""
     windows, heads = attributes["windows"], attributes["heads"]
     batch, rows, _ = q.shape
     q64, k64, v64 = (x.reshape(batch, windows, rows // windows, heads, -1).transpose(2, 3).double() for x in (q, k, v))

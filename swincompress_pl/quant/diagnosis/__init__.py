@@ -1,4 +1,4 @@
-"""What quantization costs, and where: errors and costs of each quantizer, and all that is known of a network."""
+"""What quantization costs, and where: the errors and the costs of each quantizer, and a summary of a network."""
 
 from swincompress_pl.quant.diagnosis.costs import Effect, QuantizerCost, cost_table, quantizer_costs
 from swincompress_pl.quant.diagnosis.diagnosis import Diagnosis, diagnose

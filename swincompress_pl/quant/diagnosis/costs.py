@@ -1,4 +1,4 @@
-"""What each quantizer costs: each one alone, and all but each one, against the float network."""
+"""What each quantizer costs compared with the float network: each one alone, and all of them but one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from swincompress_pl._deprecated import renamed
 from swincompress_pl.evaluation_mode import standing_still
-from swincompress_pl.quant.diagnosis.errors import Key, checked_labels, first_nodes, require_classes
+from swincompress_pl.quant.diagnosis.errors import Key, checked_count, checked_labels, first_nodes, require_classes
 from swincompress_pl.quant.full_precision import full_precision
 from swincompress_pl.quant.graph import Delegating, QuantizerSpec, Run, WeightedNode, float_logits
 from swincompress_pl.quant.network import QuantizedNetwork
@@ -23,8 +23,13 @@ from swincompress_pl.spec import INPUT_VALUE
 
 @dataclass(frozen=True, kw_only=True)
 class Effect:
-    """A quantized network against the float one: mean KL divergence in nats, agreement of predictions and, with labels,
-    top-1, both in percent."""
+    """How a quantized network differs from the float one on some images.
+
+    Attributes:
+        kl: Mean KL divergence from the float network's classes, in nats.
+        agreement_percent: Share of images with the same predicted class, in percent.
+        top1_percent: Top-1 accuracy of the quantized network, in percent; None without labels.
+    """
 
     kl: float
     agreement_percent: float
@@ -33,9 +38,14 @@ class Effect:
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizerCost:
-    """What one activation quantizer (kind "activation") or one layer's weights ("weight") cost.
+    """What one activation quantizer, or the weights of one layer, cost.
 
-    alone: only this one quantized. others: everything but this one quantized.
+    Attributes:
+        name: Name of the quantizer, or of the layer.
+        kind: "activation" or "weight".
+        bits: Its width.
+        alone: The effect if only this one is quantized.
+        others: The effect if everything but this one is quantized.
     """
 
     name: str
@@ -45,12 +55,19 @@ class QuantizerCost:
     others: Effect
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields in JSON types."""
+        """Returns the fields in JSON types; `from_dict` is the inverse."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> QuantizerCost:
-        """What `to_dict` wrote."""
+        """Restores a cost; the inverse of `to_dict`.
+
+        Args:
+            data: What `to_dict` returned.
+
+        Returns:
+            The cost.
+        """
         return cls(**{**data, "alone": Effect(**data["alone"]), "others": Effect(**data["others"])})
 
 
@@ -64,20 +81,41 @@ def quantizer_costs(
     batch_size: int = 32,
     progress: Progress = False,
 ) -> list[QuantizerCost]:
-    """What every activation quantizer of up to 16 bits and every weight costs, the largest KL divergence alone first.
+    """Measures what every activation quantizer of up to 16 bits and every layer's weights cost.
 
-    images: normalized float (N, C, H, W). labels: (N,) classes, for top-1. batch_size: images at a time. progress: as
-    in `quantize`. It takes about as many passes over the images as there are quantizers. Raises ValueError for images
-    or labels that do not fit.
+    This takes about as many passes over the images as there are quantizers.
+
+    Args:
+        quantized: What `quantize` returned.
+        images: Normalized float images (N, C, H, W), at least one, on the network's device.
+        labels: Class numbers (N,), integers, for top-1; None for none.
+        batch_size: Number of images per pass.
+        progress: As in `quantize`.
+
+    Returns:
+        The costs, with the largest KL divergence alone first.
+
+    Raises:
+        TypeError: If the network is not quantized.
+        ValueError: If images or labels do not fit the network, it gives features instead of classes, or `batch_size` is
+            not an integer of 1 or more.
     """
     labels = checked_labels(quantized, images, labels)
+    batch_size = checked_count("batch_size", batch_size, least=1)
     require_classes(quantized)
     with standing_still(quantized), torch.no_grad():
         return measure_costs(quantized, images.float(), labels, batch_size=batch_size, progress=progress)
 
 
 def cost_table(costs: Sequence[QuantizerCost]) -> str:
-    """`quantizer_costs` for a terminal; "" for none."""
+    """Formats costs as a table for a terminal, which is also valid Markdown.
+
+    Args:
+        costs: What `quantizer_costs` returned.
+
+    Returns:
+        The table; "" if there are no costs.
+    """
     labelled = any(cost.alone.top1_percent is not None for cost in costs)
     header = ["quantizer", "kind", "bits", "alone: KL", "agreement"] + ["top-1"] * labelled
     header += ["all others: KL", "agreement"] + ["top-1"] * labelled
@@ -91,12 +129,13 @@ def _cells(effect: Effect, labelled: bool) -> list[str]:
 
 
 def divergence(float_logits: Tensor, logits: Tensor) -> Tensor:
-    """(N,) KL divergence of every image's classes from the float ones, in nats, at least 0."""
+    """The KL divergence of each image's classes from the float ones, (N,), in nats, at least 0."""
     expected, found = float_logits.double().log_softmax(-1), logits.double().log_softmax(-1)
     return (expected.exp() * (expected - found)).sum(-1).clamp(min=0)
 
 
 def effect(expected: Tensor, logits: Tensor, labels: Tensor | None) -> Effect:
+    """The effect of quantization, from float logits, quantized logits and labels."""
     same = logits.argmax(1) == expected.argmax(1)
     return Effect(
         kl=float(divergence(expected, logits).mean()),
@@ -106,7 +145,7 @@ def effect(expected: Tensor, logits: Tensor, labels: Tensor | None) -> Effect:
 
 
 class _Only(Delegating):
-    """Quantizes one value or weight, or everything but that one; None: nothing, or everything."""
+    """Quantizes only one value or weight, or everything but that one; with None, nothing or everything."""
 
     def __init__(self, scales: Scales, key: Key | None, *, others: bool = False) -> None:
         super().__init__(scales)
@@ -125,7 +164,10 @@ class _Only(Delegating):
 def measure_costs(
     quantized: QuantizedNetwork, images: Tensor, labels: Tensor | None, *, batch_size: int, progress: Progress
 ) -> list[QuantizerCost]:
-    """A run with one quantizer apart shares everything before that one with the float or the whole quantized run."""
+    """The costs of all quantizers.
+
+    What comes before a quantizer is the same as in the float run, or in the quantized one, and is computed only once.
+    """
     graph, network = quantized.graph, quantized.network
     scales = quantized.scales.fixed(graph, network)
     end = len(graph.nodes)

@@ -1,8 +1,9 @@
-"""Which quantizer costs the most accuracy: each one quantized alone, all but each one, and how well its scale fits.
+"""Which quantizer costs the most accuracy: each quantized alone, all but each one, and how well its scale fits.
 
-All of it looks at the float simulation (`fake_quantized`), where single quantizers can be switched; only the
-predictions of the whole network in a `Diagnosis` are the integer specification's. The float network is the one inside
-the quantized network, with what bias correction, learned rounding or training wrote into its parameters.
+Single quantizers can be switched only in the float simulation (`fake_quantized`), so all of this is measured there. In
+a `Diagnosis`, only the effect and the predictions of the whole network are also those of the integers. The float
+network is the one inside the quantized network, with what bias correction, learned rounding or training wrote into its
+parameters.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from swincompress_pl.quant.diagnosis.costs import Effect, QuantizerCost, cost_ta
 from swincompress_pl.quant.diagnosis.errors import (
     Histogram,
     QuantizationError,
+    checked_count,
     checked_labels,
     error_table,
     measure_errors,
@@ -35,12 +37,23 @@ DIAGNOSIS_VERSION = 1
 
 @dataclass(frozen=True, kw_only=True)
 class Diagnosis:
-    """Everything that a report on one quantized network shows; plain data through `to_dict`.
+    """Everything that a report on one quantized network shows; `str(diagnosis)` has its tables.
 
-    simulated: the float simulation against the float network; integer: the specification, None for method "affine".
-    paired: counts of right and wrong predictions before and after (integers, or the simulation where there are none),
-    None without labels. layers: {layer: (weight bits, number of weights)}. without_signal: layers that had no influence
-    on the answers in calibration, so that the search for their scales minded their own errors alone.
+    Attributes:
+        method: Method of quantization, such as "searched".
+        bits: The widths as a text, such as "W8A8".
+        images: Number of images.
+        simulated: The effect of the float simulation.
+        integer: The effect of the integers; None for the method "affine", which has none.
+        paired: Numbers of images with right and wrong predictions before and after quantization ("both_right",
+            "right_to_wrong", "wrong_to_right", "both_wrong"), and with the same prediction ("same_predictions"). They
+            are those of the integers, or of the simulation for "affine". None without labels.
+        layers: Maps each layer to its weight bits and its number of weights.
+        errors: The errors of all quantizers, in the network's order.
+        costs: The costs of all quantizers, the largest first; empty if they were not measured.
+        histograms: Histograms of the costliest quantizers, or of those with the largest error.
+        without_signal: Layers that had no influence on the answers in calibration. The search for their scales
+            minimized their own errors.
     """
 
     method: str
@@ -56,13 +69,23 @@ class Diagnosis:
     without_signal: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields in JSON types, with a version."""
+        """Returns the fields in JSON types, with a version; `from_dict` is the inverse."""
         layers = [{"name": name, "bits": bits, "weights": count} for name, (bits, count) in self.layers.items()]
         return {"version": DIAGNOSIS_VERSION, **asdict(self), "layers": layers}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Diagnosis:
-        """The diagnosis that `to_dict` wrote; ValueError for another version."""
+        """Restores a diagnosis; the inverse of `to_dict`.
+
+        Args:
+            data: What `to_dict` returned.
+
+        Returns:
+            The diagnosis.
+
+        Raises:
+            ValueError: If `data` has another version.
+        """
         if data.get("version") != DIAGNOSIS_VERSION:
             raise ValueError(
                 f"a diagnosis of version {DIAGNOSIS_VERSION} is expected, not {data.get('version')!r}; pass what "
@@ -97,14 +120,30 @@ def diagnose(
     batch_size: int = 32,
     progress: Progress = False,
 ) -> Diagnosis:
-    """Everything known about a quantized network on some images.
+    """Measures what quantization does to a network on some images, as a whole and for each quantizer.
 
-    images: normalized float (N, C, H, W). labels: (N,) classes. costs: also `quantizer_costs`, which takes about as
-    many passes over the images as there are quantizers. histograms: of so many quantizers, the costliest ones (with
-    costs) or those of most error. batch_size: images at a time. progress: as in `quantize`.
-    Raises ValueError for images or labels that do not fit.
+    Args:
+        quantized: What `quantize` returned.
+        images: Normalized float images (N, C, H, W), at least one, on the network's device.
+        labels: Class numbers (N,), integers, for top-1; None for none.
+        costs: Whether to measure `quantizer_costs`, too, which takes about as many passes over the images as there are
+            quantizers.
+        histograms: For how many quantizers to make histograms: the costliest ones, or without costs those with the
+            largest error.
+        batch_size: Number of images per pass.
+        progress: As in `quantize`.
+
+    Returns:
+        The diagnosis.
+
+    Raises:
+        TypeError: If the network is not quantized.
+        ValueError: If images or labels do not fit the network, it gives features instead of classes, or `batch_size` or
+            `histograms` is not an integer in its range.
     """
     labels = checked_labels(quantized, images, labels)
+    batch_size = checked_count("batch_size", batch_size, least=1)
+    histograms = checked_count("histograms", histograms, least=0)
     require_classes(quantized)
     images = images.float()
     with standing_still(quantized), torch.no_grad():

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from swincompress_pl._deprecated import renamed
+from swincompress_pl.arguments import integer
 from swincompress_pl.evaluation_mode import standing_still
 from swincompress_pl.quant.full_precision import full_precision
 from swincompress_pl.quant.graph import Delegating, Passthrough, QuantizerSpec, Run, WeightedNode
@@ -19,7 +20,7 @@ from swincompress_pl.quant.quantizers import affine_range
 from swincompress_pl.quant.scales import Scales
 from swincompress_pl.quant.text_table import show, text_table
 
-# Quantizers of more bits than this have no scale that anything could gain from.
+# Quantizers of more bits than this have no error that a better scale could reduce.
 _WIDEST = 16
 _PERCENTILE = 99.99
 _SAMPLED_VALUES = 1 << 17
@@ -29,13 +30,24 @@ Key = tuple[str, str]  # ("activation", name of a quantizer) or ("weight", name 
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizationError:
-    """How far quantized values lie from the float ones, and how the scale fits; None: nothing to compare, or exact.
+    """How far the values of one quantizer, or of one layer's weights, lie from the float ones, and how the scale fits.
 
-    snr_db: against the float network at the same place, all errors before it included. own_snr_db: rounding and
-    clipping here alone. clipped_percent: of the values. used_codes: of `codes` that there are. clip_to_max,
-    clip_to_p9999: the largest value that the scale can express, over the largest and over the 99.99 percentile of the
-    magnitudes (of a sample): below 1 it clips them. Of several scales (q, k and v, the rows of a weight) the most
-    clipped one counts.
+    If a quantizer has several scales (q, k and v, the rows of a weight), the most clipped one counts.
+
+    Attributes:
+        name: Name of the quantizer, or of the layer.
+        kind: "activation" or "weight".
+        bits: Its width.
+        signed: Whether its codes have a sign.
+        snr_db: Signal-to-noise ratio in decibels against the float network at the same place, with all errors before
+            it; None if there is no signal or no noise.
+        own_snr_db: The same for the rounding and clipping of this quantizer alone.
+        clipped_percent: Share of the values that are clipped, in percent.
+        used_codes: Number of different codes that occur.
+        codes: Number of codes that there are.
+        clip_to_max: The largest value that the scale can express over the largest magnitude; below 1 it clips. None
+            for the method "affine", or if all values are 0.
+        clip_to_p9999: The same over the 99.99th percentile of the magnitudes of a sample.
     """
 
     name: str
@@ -51,13 +63,23 @@ class QuantizationError:
     clip_to_p9999: float | None
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields in JSON types."""
+        """Returns the fields in JSON types."""
         return asdict(self)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Histogram:
-    """Float values in units of the step, in equal bins from `low` to `high`; codes reach from clip_low to clip_high."""
+    """A histogram of the float values of one quantizer or layer, in steps of its scale.
+
+    Attributes:
+        name: Name of the quantizer, or of the layer.
+        kind: "activation" or "weight".
+        low: Where the first bin begins, in steps.
+        high: Where the last bin ends, in steps.
+        counts: Number of values in each bin; all bins are equally wide.
+        clip_low: The least code.
+        clip_high: The largest code.
+    """
 
     name: str
     kind: str
@@ -73,19 +95,36 @@ class Histogram:
 def quantization_errors(
     quantized: QuantizedNetwork, images: Tensor, *, batch_size: int = 32, progress: Progress = False
 ) -> list[QuantizationError]:
-    """The error and the fit of every activation quantizer of up to 16 bits, in the network's order, and of every weight
-    after its input.
+    """Measures the errors of every activation quantizer of up to 16 bits and of every layer's weights.
 
-    images: normalized float (N, C, H, W). batch_size: images at a time. progress: as in `quantize`. Raises ValueError
-    for images that do not fit.
+    Args:
+        quantized: What `quantize` returned.
+        images: Normalized float images (N, C, H, W), at least one, on the network's device.
+        batch_size: Number of images per pass.
+        progress: As in `quantize`.
+
+    Returns:
+        The errors in the network's order, the weights of a layer before the quantizer of its output.
+
+    Raises:
+        TypeError: If the network is not quantized.
+        ValueError: If the images do not fit the network, or `batch_size` is not an integer of 1 or more.
     """
     checked_labels(quantized, images, None)
+    batch_size = checked_count("batch_size", batch_size, least=1)
     with standing_still(quantized), torch.no_grad():
         return measure_errors(quantized, images.float().split(batch_size), progress)[0]
 
 
 def error_table(errors: Sequence[QuantizationError]) -> str:
-    """`quantization_errors` for a terminal; "" for none."""
+    """Formats errors as a table for a terminal, which is also valid Markdown.
+
+    Args:
+        errors: What `quantization_errors` returned.
+
+    Returns:
+        The table; "" if there are no errors.
+    """
     header = ["quantizer", "kind", "bits", "SNR, dB", "own SNR, dB", "clipped", "codes used"]
     header += ["clip / max", "clip / p99.99"]
     rows = [
@@ -106,7 +145,7 @@ def error_table(errors: Sequence[QuantizationError]) -> str:
 
 
 def checked_labels(quantized: QuantizedNetwork, images: Tensor, labels: Tensor | None) -> Tensor | None:
-    """The labels where the images are; TypeError or ValueError for what does not fit."""
+    """The labels on the images' device; a TypeError or ValueError is raised for what does not fit."""
     if not isinstance(quantized, QuantizedNetwork):
         raise TypeError(f"{type(quantized).__name__} is not quantized; pass what quant.quantize gives")
     if not isinstance(images, Tensor) or images.ndim != 4 or not images.is_floating_point() or not len(images):
@@ -120,17 +159,22 @@ def checked_labels(quantized: QuantizedNetwork, images: Tensor, labels: Tensor |
     return labels.to(images.device)
 
 
+def checked_count(name: str, value: int, *, least: int) -> int:
+    """`value` as an integer of at least `least`; a ValueError that names it is raised for anything else."""
+    return integer(name, value, least=least)
+
+
 def require_classes(quantized: QuantizedNetwork) -> None:
-    """ValueError for a network that gives features: what they cost is for the head outside it to say."""
+    """Raises a ValueError for a network that gives features, whose cost depends on the head outside it."""
     if quantized.graph.embeds:
         raise ValueError(
-            f"{type(quantized.network).__name__} gives features, and no classes whose divergence could be measured; "
+            f"{type(quantized.network).__name__} gives features and not classes, so no divergence can be measured; "
             "use quantization_errors"
         )
 
 
 def first_nodes(quantized: QuantizedNetwork) -> dict[Key, int]:
-    """{quantizer or weight: number of the first node that it acts on}, in the network's order."""
+    """{quantizer or weight: index of the first node that it acts on}, in the network's order."""
     first: dict[Key, int] = {}
     for number, node in enumerate(quantized.graph.nodes):
         if isinstance(node, WeightedNode):
@@ -141,7 +185,7 @@ def first_nodes(quantized: QuantizedNetwork) -> dict[Key, int]:
 
 
 def decibels(signal: float, noise: float) -> float | None:
-    """10 log10 of signal to noise power; None where there is no noise, or no signal."""
+    """10 log10 of signal to noise power; None if there is no noise or no signal."""
     return 10 * float(torch.tensor(signal / noise, dtype=torch.float64).log10()) if signal > 0 and noise > 0 else None
 
 
@@ -157,7 +201,11 @@ class Tally:
         self.sample: list[Tensor] = []
 
     def add(self, expected: Tensor, before: Tensor, after: Tensor, expected_steps: Tensor, steps: Tensor) -> None:
-        """expected: float network; before, after: quantized network around the rounding here; *_steps: in steps."""
+        """Adds the values of some images.
+
+        `expected` are those of the float network, `before` and `after` those of the quantized network on both sides of
+        the rounding here. `expected_steps` and `steps` are `expected` and `before` in steps of the scale.
+        """
         pairs = {"signal": expected, "noise": after - expected, "own_signal": before, "own_noise": after - before}
         for name, value in pairs.items():
             self.sums[name] += float(value.double().square().sum())
@@ -170,6 +218,7 @@ class Tally:
         self.sample.append(expected_steps.flatten()[::stride].float().cpu())
 
     def histogram(self, key: Key) -> Histogram:
+        """The histogram of the sample, for the quantizer or weight `key`."""
         values = torch.cat(self.sample)
         low, high = float(values.min()), float(values.max())
         high = high if high > low else low + 1.0
@@ -179,6 +228,7 @@ class Tally:
         )
 
     def error(self, key: Key, *, bits: int, symmetric: bool) -> QuantizationError:
+        """The error that the sums give, for the quantizer or weight `key`."""
         magnitudes = torch.cat(self.sample).abs().sort().values
         percentile = float(magnitudes[min(len(magnitudes) - 1, int(len(magnitudes) * _PERCENTILE / 100))])
         return QuantizationError(
@@ -197,7 +247,7 @@ class Tally:
 
 
 class _Kept(Passthrough):
-    """The float network; keeps the quantized values, in order."""
+    """The float network; keeps the values that would be quantized, in order."""
 
     def __init__(self) -> None:
         self.values: list[Tensor] = []
@@ -208,7 +258,7 @@ class _Kept(Passthrough):
 
 
 class _Compared(Delegating):
-    """The quantized network; tallies every value against the float values, in the same order."""
+    """The quantized network; compares every value with the float ones, which come in the same order."""
 
     def __init__(self, scales: Scales, expected: Iterable[Tensor], tallies: dict[Key, Tally], samples: int) -> None:
         super().__init__(scales)
@@ -233,7 +283,7 @@ class _Compared(Delegating):
 def measure_errors(
     quantized: QuantizedNetwork, parts: Sequence[Tensor], progress: Progress = False
 ) -> tuple[list[QuantizationError], dict[Key, Tally]]:
-    """The errors in the network's order, a weight before the quantizer that it writes to; and what they come from."""
+    """The errors in the network's order, a weight before the quantizer of its output, and the sums behind them."""
     tallies: dict[Key, Tally] = {}
     scales = quantized.scales.fixed(quantized.graph, quantized.network)
     samples = max(1, _SAMPLED_VALUES // len(parts))

@@ -1,4 +1,4 @@
-"""Small pieces that the adapters build their graphs from: the transformer block halves that Swin and ViT share."""
+"""The pieces from which adapters build their graphs: layers, and the halves of a transformer block."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ Layer = TypeVar("Layer", bound=nn.Module)
 
 
 class AlteredLayerError(UnsupportedNetworkError):
-    """The layer at `path` is not plainly the `wanted` one that the graph computes."""
+    """The layer at `path` is not a plain one of the class `wanted`, which the graph computes."""
 
     def __init__(self, message: str, *, path: str, wanted: type[nn.Module]) -> None:
         super().__init__(message)
@@ -49,7 +49,13 @@ class AlteredLayerError(UnsupportedNetworkError):
 
 @renamed_attributes(site="quantizer")
 class GraphBuilder:
-    """Gathers nodes and quantizer specs; every method appends nodes and returns the name of the value they make."""
+    """Gathers nodes and quantizer specs for a graph.
+
+    The methods that add layers append nodes, and return the name of the value that the last one makes.
+
+    Args:
+        network: The network.
+    """
 
     def __init__(self, network: nn.Module) -> None:
         self.network = network
@@ -57,6 +63,20 @@ class GraphBuilder:
         self._specs: list[QuantizerSpec] = []
 
     def graph(self, *, height: int, width: int, channels: int, time_steps: int | None = None) -> Graph:
+        """Makes the graph of what was gathered.
+
+        Args:
+            height: Height of the images, in pixels.
+            width: Width of the images, in pixels.
+            channels: Channels of the images, or polarities of events.
+            time_steps: Number of time steps of events; None for images.
+
+        Returns:
+            The graph. Its quantizers can center wherever all makers and readers of their values absorb a constant.
+
+        Raises:
+            ValueError: If two different quantizers have the same name, or the nodes contradict each other.
+        """
         return _with_centering(
             Graph(
                 quantizers=collect_specs(self._specs),
@@ -69,18 +89,50 @@ class GraphBuilder:
         )
 
     def quantizer(self, spec: QuantizerSpec) -> str:
+        """Declares a quantizer.
+
+        Args:
+            spec: The quantizer.
+
+        Returns:
+            Its name.
+        """
         self._specs.append(spec)
         return spec.name
 
     def residual(self, name: str, channels: int) -> str:
+        """Declares the quantizer of a residual stream, with 16 bits.
+
+        Args:
+            name: Its name.
+            channels: Width of the stream.
+
+        Returns:
+            Its name.
+        """
         return self.quantizer(residual_spec(name, channels))
 
     def add(self, node: Node) -> str:
+        """Appends a node.
+
+        Args:
+            node: The node.
+
+        Returns:
+            The name of its output.
+        """
         self.nodes.append(node)
         return node.output
 
     def active(self, *paths: str) -> tuple[str, ...]:
-        """Those of the given dropout-like modules that do something in training."""
+        """Selects the dropout-like modules that do something in training.
+
+        Args:
+            *paths: Paths of modules.
+
+        Returns:
+            The paths whose module is not an `nn.Identity`.
+        """
         return tuple(path for path in paths if not isinstance(self.network.get_submodule(path), nn.Identity))
 
     @renamed(site="quantizer")
@@ -93,6 +145,22 @@ class GraphBuilder:
         std: Sequence[float],
         regularizers: tuple[str, ...] = (),
     ) -> str:
+        """Adds the convolution that reads the pixels, such as a patch embedding.
+
+        Args:
+            path: Path of the nn.Conv2d; it must have no padding, groups or dilation.
+            quantizer: Name of the quantizer of its output.
+            mean: Mean of the images per channel, for pixels in [0, 1].
+            std: Standard deviation of the images per channel.
+            regularizers: Paths of modules that act on the output in training.
+
+        Returns:
+            The name of the output, (N, rows, channels).
+
+        Raises:
+            UnsupportedNetworkError: If the layer is another one, or not a plain one.
+            ValueError: If `mean` or `std` has another length than the image has channels.
+        """
         conv = self.plain(path, nn.Conv2d)
         plain = (conv.groups, *conv.dilation, *_pair(conv.padding)) == (1, 1, 1, 0, 0)
         self.refuse(
@@ -114,7 +182,21 @@ class GraphBuilder:
 
     @renamed(site="quantizer")
     def layer_norm(self, path: str, x: str, *, quantizer: str | None = None, regularizers: tuple[str, ...] = ()) -> str:
-        """LayerNorm; by default into an equalized int8 quantizer of its own, for the linear layer that follows."""
+        """Adds a LayerNorm.
+
+        Args:
+            path: Path of the nn.LayerNorm.
+            x: Name of the value that it reads.
+            quantizer: Name of the quantizer of its output; None for an equalized 8-bit one of its own, for the linear
+                layer that follows.
+            regularizers: Paths of modules that act on the output in training.
+
+        Returns:
+            The name of the output.
+
+        Raises:
+            UnsupportedNetworkError: If the layer is another one, or not a plain one.
+        """
         norm = self.plain(path, nn.LayerNorm)
         if quantizer is None:
             quantizer = self.quantizer(QuantizerSpec(name=path, segments=(norm.normalized_shape[0],), equalized=True))
@@ -126,6 +208,21 @@ class GraphBuilder:
     def linear(
         self, path: str, x: str, *, quantizer: str, layer_scale: str | None = None, regularizers: tuple[str, ...] = ()
     ) -> str:
+        """Adds a linear layer.
+
+        Args:
+            path: Path of the nn.Linear.
+            x: Name of the value that it reads.
+            quantizer: Name of the quantizer of its output.
+            layer_scale: Path of a parameter (M,) that multiplies the output; None for none.
+            regularizers: Paths of modules that act on the output in training.
+
+        Returns:
+            The name of the output.
+
+        Raises:
+            UnsupportedNetworkError: If the layer is another one, or not a plain one.
+        """
         self.plain(path, nn.Linear)
         return self.add(
             LinearNode(
@@ -139,6 +236,17 @@ class GraphBuilder:
         )
 
     def gather(self, name: str, x: str, index: IndexArray) -> str:
+        """Adds a rearrangement of tokens, such as a window partition.
+
+        Args:
+            name: Name of the node and of its output.
+            x: Name of the value that it reads.
+            index: Numbers (rows, joined) of the tokens that each new token joins along its channels; -1 is a token of
+                zeros.
+
+        Returns:
+            The name of the output.
+        """
         return self.add(GatherNode(name=name, inputs=(x,), index=np.ascontiguousarray(index, dtype=np.int32)))
 
     def attention(
@@ -152,7 +260,24 @@ class GraphBuilder:
         bias_index: IndexArray | None = None,
         region: npt.NDArray[np.uint8] | None = None,
     ) -> str:
-        """qkv, attention inside windows; x and the result in window order."""
+        """Adds the layer `qkv` and multi-head attention inside windows, without the projection behind it.
+
+        Args:
+            path: Path of the attention module, which has `qkv`, `num_heads` and `scale`.
+            x: Name of the value that it reads, with its tokens in the order of the windows.
+            head_dim: Channels per head.
+            heads: Number of heads.
+            windows: Number of windows; 1 for attention between all tokens.
+            bias_index: Rows (length, length) of the module's `relative_position_bias_table` to add to the logits; None
+                for no bias.
+            region: Labels (windows, length); tokens attend only to tokens with their own label. None for no mask.
+
+        Returns:
+            The name of the output, in the order of the windows.
+
+        Raises:
+            UnsupportedNetworkError: If `qkv` is not a plain nn.Linear.
+        """
         width = heads * head_dim
         qkv_quantizer = self.quantizer(QuantizerSpec(name=f"{path}.qkv", segments=(width, width, width)))
         qkv = self.linear(f"{path}.qkv", x, quantizer=qkv_quantizer)
@@ -173,7 +298,22 @@ class GraphBuilder:
         )
 
     def mlp(self, block: str, x: str, *, norm: str, residual: str, layer_scale: str | None, drop_path: str) -> str:
-        """x + fc2(act(fc1(norm(x))))."""
+        """Adds the MLP of a block with its residual connection: x + fc2(act(fc1(norm(x)))).
+
+        Args:
+            block: Path of the block; the MLP is its `mlp`.
+            x: Name of the value that it reads.
+            norm: Path of the LayerNorm.
+            residual: Name of the quantizer of the residual stream.
+            layer_scale: Path of a parameter that multiplies the output of fc2; None for none.
+            drop_path: Path of the module of stochastic depth.
+
+        Returns:
+            The name of the sum.
+
+        Raises:
+            UnsupportedNetworkError: If the MLP is another one, or its layers are not plain ones.
+        """
         path = f"{block}.mlp"
         mlp = self.network.get_submodule(path)
         plain = all(isinstance(getattr(mlp, name, None), nn.Module) for name in ("fc1", "act", "fc2"))
@@ -202,10 +342,33 @@ class GraphBuilder:
         return self.residual_add(f"{block}.add2", x, y, residual)
 
     def residual_add(self, name: str, x: str, branch: str, residual: str) -> str:
+        """Adds a branch to the residual stream.
+
+        Args:
+            name: Name of the node and of its output.
+            x: Name of the stream's value.
+            branch: Name of the branch's value, in the unit of the stream.
+            residual: Name of the quantizer of the stream.
+
+        Returns:
+            The name of the sum.
+        """
         return self.add(AddNode(name=name, inputs=(x, branch), quantizer=residual))
 
     def head(self, path: str, x: str) -> str:
-        """The classifier: an nn.Linear, or an nn.Sequential of one and dropout."""
+        """Adds the end of the network.
+
+        Args:
+            path: Path of the classifier: an nn.Linear, an nn.Sequential of one and dropout, or an nn.Identity for a
+                network that gives features.
+            x: Name of the value that it reads.
+
+        Returns:
+            The name of the logits or features.
+
+        Raises:
+            UnsupportedNetworkError: If the classifier is another layer.
+        """
         layer = self.network.get_submodule(path)
         if type(layer) is nn.Identity:
             return self._embedding(path, x)
@@ -226,9 +389,19 @@ class GraphBuilder:
         return self.linear(path, x, quantizer=quantizer, regularizers=regularizers)
 
     def plain(self, path: str, wanted: type[Layer], *, or_else: str = "") -> Layer:
-        """The `wanted` layer at `path`; AlteredLayerError for one that does not plainly compute what that does.
+        """Finds a layer, and makes sure that it computes what its class does.
 
-        or_else: what else may stand there, for the message.
+        Args:
+            path: Path of the layer.
+            wanted: The class that it must have.
+            or_else: What else may stand there, for the message.
+
+        Returns:
+            The layer.
+
+        Raises:
+            AlteredLayerError: If the layer is of another class, or has a computed weight, a replaced method, a forward
+                of its own or more parameters. This is an UnsupportedNetworkError.
         """
         layer = self.network.get_submodule(path)
         reason = alteration(layer) if isinstance(layer, wanted) else f"an nn.{wanted.__name__}{or_else} is needed there"
@@ -249,15 +422,24 @@ class GraphBuilder:
         return self.add(EmbeddingNode(name=path, inputs=(x,), quantizer=quantizer, module=path, channels=channels))
 
     def refuse(self, condition: bool, message: str) -> None:
+        """Refuses the network if a condition holds.
+
+        Args:
+            condition: Whether to refuse it.
+            message: What is wrong; the name of the network's class is put in front.
+
+        Raises:
+            UnsupportedNetworkError: If the condition holds.
+        """
         if condition:
             raise UnsupportedNetworkError(f"{type(self.network).__name__}: {message}")
 
 
 def _with_centering(graph: Graph) -> Graph:
-    """`graph` whose quantizers can center where all makers and readers absorb a constant."""
+    """`graph` with quantizers that can center if all makers and readers of their values absorb a constant."""
     fixed = {spec.name for spec in graph.quantizers.values() if not spec.searched}
     for node in graph.nodes:
-        # A padded gather brings rows of code 0, which have to mean 0; one that joins rows makes other channels.
+        # A padded gather adds rows of code 0, which have to mean 0, and one that joins rows changes the channels.
         moves = isinstance(node, GatherNode) and node.index.shape[1] == 1 and not node.pads
         for kinds, values in ((_ADDING, (node.output,)), (_SUBTRACTING, node.inputs)):
             found = [spec for value in values if (spec := graph.spec_of(value)) is not None]

@@ -1,9 +1,9 @@
-"""Convolutions of spiking networks with the BatchNorms behind them, as one graph node; see `nodes.py`.
+"""Convolutions of spiking networks with the BatchNorms after them, as one graph node; see `nodes.py`.
 
-Values are channels-last: (N, H, W, C) before the first neuron, (N, T, H, W, C) behind it. BatchNorms are folded into
-the layer before them on their running statistics. In training they normalize by the batch and keep those up to date, as
-everywhere in torch, unless they are in `eval()`: the weight is rounded as it will be folded and unfolded again before
-(as Krishnamoorthi, arXiv 1806.08342, folds; the correction there is left out).
+Values are channels-last: (N, H, W, C) before the first neuron, and (N, T, H, W, C) after it. BatchNorms are folded into
+the layer before them, with their running statistics. In training, unless they are in `eval()`, they normalize by the
+batch and update these statistics, as elsewhere in torch. The weight is then folded, rounded, and unfolded again before
+the convolution. Source of the folding: Krishnamoorthi (arXiv 1806.08342), without the correction there.
 """
 
 from __future__ import annotations
@@ -21,23 +21,24 @@ from swincompress_pl.quant.graph.neurons import Neuron
 from swincompress_pl.spec.spiking import CURRENT_MAX
 
 FRACTION_BITS_MAX = 8
-# Thresholds are whole numbers of a step over this, a power of two that is no more than any layer's fraction.
+# A threshold is a whole number of steps over this, a power of two that is not above the fraction of any layer.
 _THRESHOLD_FRACTION = 8
-# How far training may raise a bias, or bring it above the threshold, before the steps have to be calibrated again.
+# By what factor training may raise a bias, or lift it above the threshold, before the steps need another calibration.
 _BIAS_HEADROOM = 16
-# A multiplier of 2**21 and a shift of 21: the accumulator as it is.
+# A multiplier of 2**21 and a shift of 21 leave the accumulator as it is.
 _AS_IT_IS = (2**21, 21)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConvNormNode(WeightedNode):
-    """A convolution (nn.Conv1d with kernel 1, nn.Conv2d) at `module` and the BatchNorms behind it, as one layer.
+    """The convolution at `module` (nn.Conv2d, or nn.Conv1d with kernel 1) and the BatchNorms after it, as one layer.
 
-    rows: the output channels first to last of a layer whose parts go different ways (q | k | v). neuron: the module of
-    the neurons that read its output as a current, in the unit that its weights have; None: it is in that of
-    its own quantizer.
-    mean, std: of the images, for the layer that reads them. border: a BatchNorm before a layer without padding; it is
-    padded by one with what that makes of a zero. size: (H, W) of what the layer reads; None: of the images.
+    `norms` are the paths of the BatchNorms. `rows` is the range of output channels that this node computes, for a layer
+    whose parts go different ways (q | k | v). `neuron` is the module of the neurons that read the output as a current,
+    in the unit of the weights; with None, the output has the unit of its own quantizer. `mean` and `std` are those of
+    the images, for the layer that reads them. `border` is a BatchNorm before a layer without padding, whose input is
+    padded by one pixel with the value that the BatchNorm makes of 0. `size` is the (H, W) of the layer's input; with
+    None it is that of the images.
     """
 
     norms: tuple[str, ...]
@@ -58,7 +59,7 @@ class ConvNormNode(WeightedNode):
         return [network.get_submodule(path) for path in self.norms]
 
     def _factor_and_offset(self, network: nn.Module) -> tuple[Tensor, Tensor]:
-        """(M,) of the BatchNorms together."""
+        """The factor and the offset of all BatchNorms together, (M,) each."""
         factor: Tensor | None = None
         offset: Tensor | None = None
         for norm in self._norms(network):
@@ -72,40 +73,44 @@ class ConvNormNode(WeightedNode):
         return factor, offset
 
     def _deviation(self, weight: Tensor) -> Tensor:
-        """(C, 1, 1) of the images in pixel steps; 1 behind the first layer."""
+        """The standard deviation of the images in pixel steps, (C, 1, 1); 1 after the first layer."""
         if self.std is None:
             return torch.ones((), dtype=weight.dtype, device=weight.device)
         return torch.tensor(self.std, dtype=weight.dtype, device=weight.device)[:, None, None] * 255
 
     def folded_weight(self, network: nn.Module, equalization: Tensor | None) -> Tensor:
+        """The weight (M, C / groups, kh, kw), with the factor of the BatchNorms."""
         weight = self._conv(network).weight
         square = weight[..., None] if weight.ndim == 3 else weight
         factor, _ = self._factor_and_offset(network)
         return self._rows(square * factor[:, None, None, None]) / self._deviation(weight)
 
     def folded_bias(self, network: nn.Module) -> Tensor:
+        """The bias (M,), with factor and offset of the BatchNorms."""
         factor, offset = self._factor_and_offset(network)
         bias = self._conv(network).bias
         return self._rows(offset if bias is None else bias * factor + offset)
 
     def set_folded_weight(self, network: nn.Module, folded: Tensor, equalization: Tensor | None) -> None:
+        """Writes the weight; channels whose factor is 0 stay as they are."""
         factor = self._rows(self._factor_and_offset(network)[0])[:, None, None, None]
         weight = self._rows(self._conv(network).weight)
         real = folded * self._deviation(weight)
         weight.copy_(torch.where(factor == 0, weight.reshape(real.shape), real / factor).reshape(weight.shape))
 
     def add_to_bias(self, network: nn.Module, change: Tensor) -> None:
+        """Adds to the bias of the last BatchNorm, or of the convolution if there is none."""
         if self.norms:
             self._rows(parameter(network, f"{self.norms[-1]}.bias")).add_(change)
         elif self._conv(network).bias is not None:
             self._rows(self._conv(network).bias).add_(change)
 
     def _channels_last(self, x: Tensor) -> Tensor:
-        """The input; images come as every network takes them, (N, C, H, W)."""
+        """The input with channels last; images come as every network takes them, (N, C, H, W)."""
         return x if self.mean is None else x.movedim(-3, -1)
 
     def geometry(self, network: nn.Module) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int], int]:
-        """(kernel, stride, padding, groups)"""
+        """Kernel, stride, padding and groups of the convolution."""
         conv = self._conv(network)
         if conv.weight.ndim == 3:
             return (1, 1), (1, 1), (0, 0), conv.groups
@@ -113,7 +118,7 @@ class ConvNormNode(WeightedNode):
         return tuple(conv.kernel_size), tuple(conv.stride), padding, conv.groups
 
     def _border(self, network: nn.Module) -> Tensor:
-        """(C,) or (): what lies around an image."""
+        """The value with which images are padded, (C,) or ()."""
         if self.border is None:
             weight: Tensor = self._conv(network).weight
             return weight.new_zeros(())
@@ -122,13 +127,14 @@ class ConvNormNode(WeightedNode):
         return border.detach()
 
     def _padded(self, network: nn.Module, x: Tensor) -> Tensor:
-        """(B, H + 2 ph, W + 2 pw, C) the images of a value, and what lies around them."""
+        """The images of a value, padded: (B, H + 2 ph, W + 2 pw, C)."""
         _, _, (high, wide), _ = self.geometry(network)
         x = self._channels_last(x)
         border = self._border(network)
         return F.pad(x.reshape(-1, *x.shape[-3:]) - border, (0, 0, wide, wide, high, high)) + border
 
     def forward(self, run: Run, *inputs: Tensor) -> Tensor:
+        """Maps (..., H, W, C), or images (N, C, H, W), to (..., H', W', M)."""
         x, norms = inputs[0], self._norms(run.network)
         _, stride, _, groups = self.geometry(run.network)
         weight = run.weight(self) * self._deviation(x)
@@ -137,8 +143,8 @@ class ConvNormNode(WeightedNode):
         if by_batch:
             factor = self._rows(self._factor_and_offset(run.network)[0])[:, None, None, None]
             weight = weight / torch.where(factor == 0, 1, factor)
-        # A copy to channels first: on channels last, backward passes of torch 2.15 on a CPU give wrong gradients
-        # (double precision, 3 channels) or write beyond their memory (1 x 1 with stride 2, 4 to 8 channels).
+        # The images are copied to channels first. With channels last, backward passes of torch 2.15 on a CPU give wrong
+        # gradients (double precision, 3 channels) or write beyond their memory (1 x 1, stride 2, 4 to 8 channels).
         images = self._padded(run.network, x).permute(0, 3, 1, 2).contiguous()
         y = F.conv2d(images, weight, bias, stride, groups=groups)
         for norm in norms if by_batch else ():
@@ -151,8 +157,10 @@ class ConvNormNode(WeightedNode):
         return None if bias is None else self._rows(bias)
 
     def _normalized(self, norm: Any, y: Tensor) -> Tensor:
-        """(B, M, H, W) by the batch, with the running statistics of these rows updated; by those if `norm` is in
-        evaluation."""
+        """Normalizes (B, M, H, W) by the batch and updates the running statistics of these rows.
+
+        If `norm` is in eval mode, it normalizes by the running statistics.
+        """
         if norm.training and (self.rows is None or self.rows[0] == 0):
             norm.num_batches_tracked.add_(1)
         momentum = 1 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
@@ -160,15 +168,20 @@ class ConvNormNode(WeightedNode):
         return F.batch_norm(y, mean, variance, scale, shift, norm.training, momentum, norm.eps)
 
     def groups(self, network: nn.Module) -> int:
+        """The groups of the convolution."""
         return int(self._conv(network).groups)
 
     def grid(self, network: nn.Module, step: Tensor, equalization: Tensor | None) -> float:
+        """The step of the convolution's own weight, for a typical channel."""
         factor = self._rows(self._factor_and_offset(network)[0]).abs()
         return float((step * self._deviation(step).mean() / torch.where(factor == 0, 1, factor)).median())
 
     def settled_step(self, network: nn.Module, step: Tensor, in_scale: float) -> Tensor:
-        """Such that the threshold is a whole number of them, a fraction included that every neuron has; and not below
-        what threshold and bias, with that fraction, can count. Weights that are smaller move no membrane."""
+        """The nearest steps of which the threshold is a whole number, counted in fractions that every neuron has.
+
+        They are large enough for the neuron to count threshold and bias in these fractions. Smaller weights would not
+        change a membrane potential.
+        """
         if self.neuron is None:
             return step
         threshold = Neuron.of(self.neuron, network.get_submodule(self.neuron)).threshold / in_scale
@@ -179,7 +192,7 @@ class ConvNormNode(WeightedNode):
         return threshold / torch.round(threshold / step).clamp(min=1)
 
     def search_weight(self, network: nn.Module) -> Tensor:
-        """(M, K) over the inputs of all groups, zeros where a channel is of another."""
+        """The weight (M, K) over the inputs of all groups, with zeros for inputs of another group."""
         weight = self.folded_weight(network, None)
         groups = self.groups(network)
         if groups == 1:
@@ -191,7 +204,7 @@ class ConvNormNode(WeightedNode):
         return whole.reshape(len(weight), groups * depth, *weight.shape[2:]).flatten(1)
 
     def sampled_rows(self, network: nn.Module, x: Tensor, index: Tensor) -> Tensor:
-        """(R, K) the receptive fields at these output positions, in pixel steps for the first layer."""
+        """The receptive fields (R, K) at these output positions, in pixel steps for the first layer."""
         kernel, stride, _, _ = self.geometry(network)
         fields = self._padded(network, x).unfold(1, kernel[0], stride[0]).unfold(2, kernel[1], stride[1])
         height, width = fields.shape[1:3]
@@ -199,13 +212,17 @@ class ConvNormNode(WeightedNode):
         return (picked * self._deviation(x)).flatten(1)
 
     def input_rows(self, network: nn.Module, x: Tensor) -> Tensor:
+        """The receptive fields (B, rows, K), in pixel steps for the first layer."""
         kernel, stride, _, _ = self.geometry(network)
         images = self._padded(network, x).permute(0, 3, 1, 2) * self._deviation(x)
         return F.unfold(images, kernel, stride=stride).transpose(1, 2)
 
     def _bias_map(self, lowering: Lowering, weight_q: Any, step: FloatArray) -> FloatArray:
-        """(H, W, M), or (M,), the bias with what the integers leave out: the mean of the images, taken off wherever a
-        pixel is, or the border, added wherever none is. Both act on the weights as they are rounded."""
+        """The bias (H, W, M), or (M,), with what the integers leave out.
+
+        That is the mean of the images, which is subtracted wherever there is a pixel, or the border, which is added
+        wherever there is none. Both are multiplied by the rounded weights.
+        """
         network, weight = lowering.network, torch.from_numpy(weight_q).double()
         bias = to_array(self.folded_bias(network))
         if self.mean is None and self.border is None:
@@ -223,6 +240,7 @@ class ConvNormNode(WeightedNode):
         return (lowering.graph.height, lowering.graph.width) if self.size is None else self.size
 
     def lower(self, lowering: Lowering) -> None:
+        """Writes a `linear` or a `conv2d` operation."""
         weight_q, step = lowering.weight(self)
         network = lowering.network
         kernel, stride, padding, groups = self.geometry(network)

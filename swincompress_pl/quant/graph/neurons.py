@@ -1,4 +1,4 @@
-"""spikingjelly's neurons as the integer specification knows them: one recurrence, with the numbers of each kind."""
+"""spikingjelly's neurons in the terms of the integer specification: one recurrence, with the numbers of each kind."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from swincompress_pl.registry import UnsupportedNetworkError
 
 @dataclass(frozen=True, kw_only=True)
 class Neuron:
-    """v = v + (reset - v + current) * decay, or v + (reset - v) * decay + current where the input does not decay;
-    a spike where v >= threshold, then v - threshold (soft_reset) or reset.
+    """The recurrence of a neuron's membrane potential v, in the units of its current.
 
-    decay: 1 / tau, 0 for a neuron without leak; a tensor where it is learned. All in the units of the current.
+    At each time step v becomes v + (reset - v + current) * decay, or v + (reset - v) * decay + current if the input
+    does not decay. The neuron spikes if v >= threshold; then v becomes v - threshold (`soft_reset`) or reset. The decay
+    is 1 / tau, or 0 for a neuron without leak; it is a tensor if it is learned.
     """
 
     threshold: float
@@ -29,8 +30,11 @@ class Neuron:
 
     @classmethod
     def of(cls, name: str, module: nn.Module) -> Neuron:
-        """What `module`, called `name` in errors, does. UnsupportedNetworkError for another kind than IFNode, LIFNode
-        and ParametricLIFNode, for spikes that are not 0 or 1, and for a threshold, reset value or tau out of range."""
+        """The recurrence of the neuron `module`, which messages call `name`.
+
+        An UnsupportedNetworkError is raised for a neuron that is not an IFNode, LIFNode or ParametricLIFNode, for
+        spikes that are not 0 or 1, and for a threshold, reset value or tau that is out of range.
+        """
         from spikingjelly.activation_based import neuron
 
         node: Any = module
@@ -54,8 +58,8 @@ class Neuron:
             raise UnsupportedNetworkError(f"{name} has v_reset={node.v_reset}; it has to be finite, or None")
         if not getattr(node.surrogate_function, "spiking", True):
             raise UnsupportedNetworkError(
-                f"{name}: {type(node.surrogate_function).__name__}(spiking=False) gives real numbers for spikes; only "
-                "0 and 1 have an integer form, set spiking=True"
+                f"{name}: {type(node.surrogate_function).__name__}(spiking=False) gives real numbers instead of "
+                "spikes; only 0 and 1 have an integer form: set spiking=True"
             )
         return cls(
             threshold=float(node.v_threshold),
@@ -66,12 +70,12 @@ class Neuron:
         )
 
 
-# Charges above threshold and what a spike is for each: 0 below it, 1 from it on.
+# Charges above the threshold for which the spikes are checked: they have to be 0 below it, and 1 from it on.
 _PROBES = (-10.0, -1.0, -1e-6, 0.0, 1e-6, 1.0, 10.0)
 
 
 def require_plain_neuron(name: str, module: nn.Module) -> None:
-    """UnsupportedNetworkError for a neuron that does not hand on 0 and 1, or one of whose methods was replaced."""
+    """Raises an UnsupportedNetworkError for a neuron with other spikes than 0 and 1, or with a replaced method."""
     node: Any = module
     reason = alteration(module)
     if reason is not None:
@@ -87,8 +91,11 @@ def require_plain_neuron(name: str, module: nn.Module) -> None:
 
 
 def spikes(module: nn.Module, neuron: Neuron, currents: Tensor, steps: int, *, repeated: bool) -> Tensor:
-    """Currents (N, T, ...), or (N, ...) `repeated` at every step, to spikes (N, T, ...), with the surrogate gradient
-    of `module` in training and in evaluation; membranes begin at the reset value and are forgotten."""
+    """The spikes (N, T, ...) for currents (N, T, ...), or for currents (N, ...) that are `repeated` at every step.
+
+    They have the surrogate gradient of `module`, in training and in evaluation. Membrane potentials begin at the reset
+    value and are not kept.
+    """
     node: Any = module
     membrane = torch.full_like(currents if repeated else currents[:, 0], neuron.reset)
     found = []

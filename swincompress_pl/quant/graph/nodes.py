@@ -1,7 +1,7 @@
-"""The kinds of graph node: for each, its float computation and its integer form.
+"""The kinds of graph nodes: for each, its float computation and its integer form.
 
-`forward` is what calibration and training see; `lower` writes the operation of the specification
-(`swincompress_pl.spec`) with the same meaning. They stand side by side so that a change of one meets the other.
+`forward` is what calibration and training run. `lower` writes the operation of the specification
+(`swincompress_pl.spec`) that means the same. They stand side by side, so that nobody changes only one of them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from swincompress_pl.spec.lowering import TABLE_CODES, layer_norm_integers, tabl
 @renamed(site="quantizer")
 @dataclass(frozen=True, kw_only=True)
 class LinearNode(WeightedNode):
-    """nn.Linear at `module`; `layer_scale`, a per-channel factor on its output, is folded into weight and bias."""
+    """The nn.Linear at `module`; `layer_scale`, a factor per output channel, is folded into weight and bias."""
 
     layer_scale: str | None = None
 
@@ -33,6 +33,7 @@ class LinearNode(WeightedNode):
         return None if self.layer_scale is None else parameter(network, self.layer_scale)
 
     def folded_weight(self, network: nn.Module, equalization: Tensor | None) -> Tensor:
+        """The weight (M, K), with layer scale and ratios."""
         weight = parameter(network, f"{self.module}.weight")
         gamma = self._gamma(network)
         if gamma is not None:
@@ -40,32 +41,38 @@ class LinearNode(WeightedNode):
         return weight if equalization is None else weight * equalization
 
     def folded_bias(self, network: nn.Module) -> Tensor | None:
+        """The bias (M,), with the layer scale."""
         bias: Tensor | None = getattr(network.get_submodule(self.module), "bias", None)
         gamma = self._gamma(network)
         return bias if bias is None or gamma is None else bias * gamma
 
     def set_folded_weight(self, network: nn.Module, folded: Tensor, equalization: Tensor | None) -> None:
+        """Writes the weight; rows whose layer scale is 0 stay as they are."""
         weight, gamma = parameter(network, f"{self.module}.weight"), self._gamma(network)
         unfolded = folded if equalization is None else folded / equalization
         weight.copy_(unfolded if gamma is None else torch.where(gamma == 0, weight.T, unfolded.T / gamma).T)
 
     def add_to_bias(self, network: nn.Module, change: Tensor) -> None:
+        """Adds to the bias; entries whose layer scale is 0 stay as they are."""
         bias, gamma = getattr(network.get_submodule(self.module), "bias", None), self._gamma(network)
         if bias is not None:
             bias += change if gamma is None else torch.where(gamma == 0, 0.0, change / gamma)
 
     def input_rows(self, network: nn.Module, x: Tensor) -> Tensor:
+        """The tokens, (N, rows, K)."""
         return x.reshape(x.shape[0], -1, x.shape[-1])
 
     def forward(self, run: Run, *inputs: Tensor) -> Tensor:
+        """Maps (..., K) to (..., M)."""
         return F.linear(inputs[0], run.weight(self), self.folded_bias(run.network))
 
     def lower(self, lowering: Lowering) -> None:
+        """Writes a `linear` operation."""
         weight_q, step = lowering.weight(self)
         unit = step * lowering.scalar_scale(self.inputs[0])
         bias = self.folded_bias(lowering.network)
         real_bias = np.zeros(len(step)) if bias is None else to_array(bias)
-        # The input's codes stand for more than its values: what that adds, with the weights as rounded, is taken off.
+        # The input's codes include a constant. What it adds to the output, with the rounded weights, is subtracted.
         added = lowering.centering(self.inputs[0]) / lowering.ratios(self.inputs[0])
         real_bias = real_bias - (weight_q * added).sum(1) * step + lowering.centering(self.output)
         lowering.emit(
@@ -82,36 +89,42 @@ class LinearNode(WeightedNode):
 
 @dataclass(frozen=True, kw_only=True)
 class EmbeddingNode(LinearNode):
-    """nn.Identity at `module`, the end of a network without a classifier: a product with the identity matrix turns the
-    codes of the features into integers of one scale. The matrix is no parameter and exact at its steps."""
+    """The nn.Identity at `module`, the end of a network without a classifier.
+
+    A product with the identity matrix turns the codes of the features into integers of one scale. The matrix is not a
+    parameter, and it is exact at its steps.
+    """
 
     channels: int
 
     def folded_weight(self, network: nn.Module, equalization: Tensor | None) -> Tensor:
+        """The identity matrix (C, C), with the ratios."""
         identity = torch.eye(self.channels, device=next(network.parameters()).device)
         return identity if equalization is None else identity * equalization
 
     def folded_bias(self, network: nn.Module) -> Tensor | None:
+        """No bias."""
         return None
 
     def set_folded_weight(self, network: nn.Module, folded: Tensor, equalization: Tensor | None) -> None:
-        """Nothing to learn or to round."""
+        """Does nothing, because there is nothing to learn or to round."""
 
     def add_to_bias(self, network: nn.Module, change: Tensor) -> None:
-        """No bias."""
+        """Does nothing, because there is no bias."""
 
     def exact_step(self, weight: Tensor, q_max: int) -> Tensor | None:
+        """The steps that put the diagonal at the largest code."""
         return weight.diagonal() / q_max
 
 
 @renamed(site="quantizer")
 @dataclass(frozen=True, kw_only=True)
 class PixelConvNode(WeightedNode):
-    """nn.Conv2d over the image. Integers see raw pixels: mean and deviation are folded into weights and bias.
+    """The nn.Conv2d at `module` that reads the image, with `mean` and `std` per channel for pixels in [0, 1].
 
-    The mean is folded with the *quantized* weights, so that their rounding errors act on centred pixels only.
-    mean, std: per input channel, in [0, 1] units. The convolution has no padding (a padded border would see another
-    mean).
+    Integers read raw pixels, so mean and standard deviation are folded into weights and bias. The mean is folded with
+    the *quantized* weights, so that their rounding errors act only on centered pixels. The convolution has no padding,
+    because the mean of a padded border would be another one.
     """
 
     mean: tuple[float, ...]
@@ -123,35 +136,42 @@ class PixelConvNode(WeightedNode):
         return conv
 
     def _deviation(self, network: nn.Module) -> Tensor:
-        """(C, 1, 1) standard deviation in pixel steps."""
+        """The standard deviation in pixel steps, (C, 1, 1)."""
         weight = self._conv(network).weight
         return torch.tensor(self.std, dtype=weight.dtype, device=weight.device)[:, None, None] * 255
 
     def folded_weight(self, network: nn.Module, equalization: Tensor | None) -> Tensor:
+        """The weight (M, C, kh, kw) for centered pixels."""
         return self._conv(network).weight / self._deviation(network)
 
     def folded_bias(self, network: nn.Module) -> Tensor | None:
+        """The bias (M,), without the mean."""
         return self._conv(network).bias
 
     def set_folded_weight(self, network: nn.Module, folded: Tensor, equalization: Tensor | None) -> None:
+        """Writes the weight."""
         self._conv(network).weight.copy_(folded * self._deviation(network))
 
     def add_to_bias(self, network: nn.Module, change: Tensor) -> None:
+        """Adds to the bias."""
         bias = self._conv(network).bias
         if bias is not None:
             bias += change
 
     def input_rows(self, network: nn.Module, x: Tensor) -> Tensor:
+        """The receptive fields, (N, rows, C kh kw), in pixel steps."""
         conv = self._conv(network)
-        pixels = x * self._deviation(network)  # centred, in pixel steps
+        pixels = x * self._deviation(network)  # centered, in pixel steps
         return F.unfold(pixels, conv.kernel_size, stride=conv.stride).transpose(1, 2)
 
     def forward(self, run: Run, *inputs: Tensor) -> Tensor:
+        """Maps images (N, C, H, W) to tokens (N, rows, M)."""
         conv = self._conv(run.network)
         weight = run.weight(self) * self._deviation(run.network)
         return F.conv2d(inputs[0], weight, conv.bias, conv.stride).flatten(2).transpose(1, 2)
 
     def lower(self, lowering: Lowering) -> None:
+        """Writes a `conv2d` operation."""
         conv = self._conv(lowering.network)
         weight_q, unit = lowering.weight(self)
         mean = np.asarray(self.mean, dtype=np.float64) * 255
@@ -177,7 +197,7 @@ class PixelConvNode(WeightedNode):
 @renamed(site="quantizer")
 @dataclass(frozen=True, kw_only=True)
 class LayerNormNode(Node):
-    """nn.LayerNorm at `module`; the output's per-channel ratios are folded into gain and offset."""
+    """The nn.LayerNorm at `module`; the ratios of the output's channels are folded into gain and offset."""
 
     module: str
 
@@ -187,10 +207,12 @@ class LayerNormNode(Node):
         return norm
 
     def forward(self, run: Run, *inputs: Tensor) -> Tensor:
-        result: Tensor = self._norm(run.network)(inputs[0])  # the module, which pruning may have masked on trial
+        """Normalizes the channels of (N, rows, C)."""
+        result: Tensor = self._norm(run.network)(inputs[0])  # the module itself, as pruning may have masked it on trial
         return result
 
     def lower(self, lowering: Lowering) -> None:
+        """Writes a `layer_norm` operation."""
         norm = self._norm(lowering.network)
         scales = lowering.scales(self.output)
         channels = len(scales)
@@ -208,15 +230,17 @@ class LayerNormNode(Node):
 @renamed(site="quantizer")
 @dataclass(frozen=True, kw_only=True)
 class ActivationNode(Node):
-    """An elementwise function, the module at `module`, as a table over the 255 codes of its input."""
+    """The elementwise function at `module`, as a table over the codes of its input."""
 
     module: str
 
     def forward(self, run: Run, *inputs: Tensor) -> Tensor:
+        """Maps each value alone."""
         result: Tensor = run.network.get_submodule(self.module)(inputs[0])
         return result
 
     def lower(self, lowering: Lowering) -> None:
+        """Writes a `table` operation."""
         codes = torch.from_numpy(TABLE_CODES)
         function = lowering.network.get_submodule(self.module)
         (centering_in,), (centering_out,) = lowering.centering(self.inputs[0]), lowering.centering(self.output)
@@ -228,20 +252,22 @@ class ActivationNode(Node):
 @renamed(site="quantizer")
 @dataclass(frozen=True, kw_only=True)
 class AddNode(Node):
-    """The residual sum; both sides are already in the stream's unit. The second may lack the axis of time."""
+    """The residual sum of two values that have the stream's unit; the second may lack the axis of time."""
 
     def forward(self, run: Run, *inputs: Tensor) -> Tensor:
+        """Adds the second input to the first one."""
         stream, branch = inputs
         return stream + (branch if branch.ndim == stream.ndim else branch.unsqueeze(1))
 
     def lower(self, lowering: Lowering) -> None:
+        """Writes an `add` operation."""
         lowering.emit(self, "add")
 
 
 @renamed(site="quantizer")
 @dataclass(frozen=True, kw_only=True)
 class AddConstantNode(Node):
-    """Adds the rows `first:` of the parameter (1, R, C) at `parameter`: the position embedding of the patches."""
+    """Adds the rows from `first` on of a parameter (1, R, C), such as the position embedding of the patches."""
 
     parameter: str
     first: int = 0
@@ -250,9 +276,11 @@ class AddConstantNode(Node):
         return parameter(network, self.parameter)[0, self.first :]
 
     def forward(self, run: Run, *inputs: Tensor) -> Tensor:
+        """Adds the rows to (N, rows, C)."""
         return inputs[0] + self._rows(run.network)
 
     def lower(self, lowering: Lowering) -> None:
+        """Writes an `add_constant` operation."""
         lowering.emit(
             self, "add_constant", tensors={"constant": lowering.constant(self, to_array(self._rows(lowering.network)))}
         )
@@ -261,7 +289,7 @@ class AddConstantNode(Node):
 @renamed(site="quantizer")
 @dataclass(frozen=True, kw_only=True)
 class PrependNode(Node):
-    """Constant tokens in front: parameters (1, R, C), plus the first rows of `position` where it covers them."""
+    """Puts constant tokens in front: the `parameters` (1, R, C), plus the first rows of the parameter `position`."""
 
     parameters: tuple[str, ...]
     position: str | None = None
@@ -271,10 +299,12 @@ class PrependNode(Node):
         return rows if self.position is None else rows + parameter(network, self.position)[0, : len(rows)]
 
     def forward(self, run: Run, *inputs: Tensor) -> Tensor:
+        """Maps (N, rows, C) to more rows."""
         rows = self._rows(run.network)
         return torch.cat([rows.expand(inputs[0].shape[0], -1, -1), inputs[0]], dim=1)
 
     def lower(self, lowering: Lowering) -> None:
+        """Writes a `prepend` operation."""
         rows = lowering.constant(self, to_array(self._rows(lowering.network)))
         lowering.emit(self, "prepend", attributes={"rows": len(rows)}, tensors={"rows": rows})
 
@@ -282,22 +312,23 @@ class PrependNode(Node):
 @renamed(site="quantizer")
 @dataclass(frozen=True, kw_only=True, eq=False)
 class GatherNode(Node):
-    """Tokens moved by index (rows, joined): window partition and its reverse, patch merging, choice of a token."""
+    """Moves tokens by an index (rows, joined): window partition and its reverse, patch merging, choice of a token."""
 
     index: npt.NDArray[np.int32]
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        # Code that torch.compile traces cannot look into arrays.
+        # Code that torch.compile traces cannot look into NumPy arrays.
         object.__setattr__(self, "_pads", bool((self.index < 0).any()))
 
     @property
     def pads(self) -> bool:
-        """Whether rows of zeros (index -1) are among what it gives."""
+        """Whether rows of zeros (index -1) are among the output's."""
         pads: bool = self._pads  # type: ignore[attr-defined]
         return pads
 
     def forward(self, run: Run, *inputs: Tensor) -> Tensor:
+        """Maps (N, rows, C) to the rows of the index, (N, rows, joined C)."""
         x = inputs[0]
         index = torch.from_numpy(self.index).to(x.device)
         if self.pads:
@@ -306,6 +337,7 @@ class GatherNode(Node):
         return x[:, index.flatten()].reshape(x.shape[0], index.shape[0], -1)
 
     def lower(self, lowering: Lowering) -> None:
+        """Writes a `gather` operation."""
         index = self.index
         lowering.emit(
             self, "gather", attributes={"rows": index.shape[0], "joined": index.shape[1]}, tensors={"index": index}
@@ -315,14 +347,16 @@ class GatherNode(Node):
 @renamed(site="quantizer")
 @dataclass(frozen=True, kw_only=True)
 class MeanNode(Node):
-    """The mean over tokens, and time steps where there are any: one sum and one requantization."""
+    """The mean over all `rows`, tokens and time steps, as one sum and one requantization."""
 
     rows: int
 
     def forward(self, run: Run, *inputs: Tensor) -> Tensor:
+        """Maps (N, ..., C) to (N, C)."""
         return inputs[0].flatten(1, -2).mean(dim=1)
 
     def lower(self, lowering: Lowering) -> None:
+        """Writes a `mean` operation."""
         factor = lowering.scales(self.inputs[0]) / (self.rows * lowering.scales(self.output))
         lowering.emit(self, "mean", tensors=lowering.requantization(factor))
 
@@ -332,8 +366,9 @@ class MeanNode(Node):
 class AttentionNode(Node):
     """Multi-head attention inside windows, from q | k | v in one matrix.
 
-    The module at `module` gives num_heads, scale and, with `bias_index`, relative_position_bias_table (T, heads).
-    region: (windows, length) labels; tokens see only their own region. `dropout`: path of the attention dropout.
+    The module at `module` has `num_heads`, `scale` and, with `bias_index` (length, length), the table
+    `relative_position_bias_table` (T, heads). `region` has labels (windows, length); tokens attend only to tokens of
+    their own region. `dropout` is the path of the attention dropout.
     """
 
     module: str
@@ -349,6 +384,7 @@ class AttentionNode(Node):
         return int(module.num_heads), float(module.scale)
 
     def forward(self, run: Run, *inputs: Tensor) -> Tensor:
+        """Maps q | k | v (N, rows, heads (2 qk_dim + v_dim)) to (N, rows, heads v_dim)."""
         heads, scale = self._heads_and_scale(run.network)
         x = inputs[0]
         batch, rows, _ = x.shape
@@ -372,6 +408,7 @@ class AttentionNode(Node):
         return attended
 
     def lower(self, lowering: Lowering) -> None:
+        """Writes an `attention` operation."""
         heads, scale = self._heads_and_scale(lowering.network)
         q_scale, k_scale, v_scale = lowering.segment_scales(self.inputs[0])
         logit_unit = q_scale * k_scale * scale

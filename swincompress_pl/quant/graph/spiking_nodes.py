@@ -1,6 +1,6 @@
-"""The kinds of graph node of spiking networks; see `nodes.py`.
+"""The kinds of graph nodes of spiking networks; see `nodes.py`.
 
-Values are channels-last: (N, H, W, C) before the first neuron, (N, T, H, W, C) behind it.
+Values are channels-last: (N, H, W, C) before the first neuron, and (N, T, H, W, C) after it.
 """
 
 from __future__ import annotations
@@ -23,8 +23,11 @@ from swincompress_pl.spec.spiking import CURRENT_MAX, DECAY_BITS, THRESHOLD_MAX
 
 @dataclass(frozen=True, kw_only=True)
 class NeuronNode(Node):
-    """The neurons of `module`. gain: of what they read, before it is a current (the scale of an attention, one over a
-    number of tokens). repeated: what they read has no time; they see it at every step."""
+    """The neurons at `module`, over `steps` time steps.
+
+    Their input is multiplied by `gain` to become a current; it is the scale of an attention, or one over a number of
+    tokens. With `repeated` the input has no time steps, and the neurons read it at every step.
+    """
 
     module: str
     steps: int
@@ -32,11 +35,13 @@ class NeuronNode(Node):
     gain: float = 1.0
 
     def forward(self, run: Run, *inputs: Tensor) -> Tensor:
+        """Maps values (N, T, ..., C), or (N, ..., C) if repeated, to spikes (N, T, ..., C)."""
         module = run.network.get_submodule(self.module)
         currents = inputs[0] if self.gain == 1.0 else inputs[0] * self.gain
         return spikes(module, Neuron.of(self.module, module), currents, self.steps, repeated=self.repeated)
 
     def lower(self, lowering: Lowering) -> None:
+        """Writes a `lif` operation; a ValueError is raised for currents or parameters that leave its ranges."""
         neuron = Neuron.of(self.module, lowering.network.get_submodule(self.module))
         current = lowering.current(self.inputs[0])
         bits = min(FRACTION_BITS_MAX, math.floor(math.log2(CURRENT_MAX / max(current.reach, 1))))
@@ -59,13 +64,13 @@ class NeuronNode(Node):
         )
 
     def _in_units(self, neuron: Neuron, current: Current, unit: FloatArray) -> dict[str, npt.NDArray[np.int32]]:
-        """(C,) threshold, reset and bias in whole units of each channel; ValueError where they leave their ranges."""
+        """Threshold, reset and bias, (C,) each, in whole units of each channel; a ValueError outside their ranges."""
         threshold = np.rint(neuron.threshold / unit)
         if not ((threshold >= 1) & (threshold <= THRESHOLD_MAX)).all():
             worst = int(np.argmax(np.abs(np.log(unit))))
             raise ValueError(
-                f"channel {worst} has a unit of {unit[worst]:.3g} under a threshold of {neuron.threshold:g}, which is "
-                "no whole number up to 2**28 of it; recalibrate, or prune the channel"
+                f"channel {worst} has a unit of {unit[worst]:.3g}, of which the threshold of {neuron.threshold:g} is "
+                "not a whole number from 1 to 2**28; recalibrate, or prune the channel"
             )
         reset = np.rint(neuron.reset / unit)
         if (np.abs(reset) > THRESHOLD_MAX).any():
@@ -85,21 +90,22 @@ class NeuronNode(Node):
         return {role: values.astype(np.int32) for role, values in whole.items()}
 
     def _decay(self, neuron: Neuron) -> int:
-        """1 / tau in fixed point; ValueError outside 0 to 1."""
+        """The decay 1 / tau in fixed point; a ValueError is raised outside 0 to 1."""
         rate = float(torch.as_tensor(neuron.decay).detach())
         if not 0 <= rate <= 1:
-            raise ValueError(f"1 / tau is {rate}; it has to be in [0, 1], the learned w of the neuron a number")
+            raise ValueError(f"1 / tau is {rate}; it has to be in [0, 1]. Check the learned w of the neuron")
         decay: int = round(rate * 2**DECAY_BITS)
         return decay
 
 
 @dataclass(frozen=True, kw_only=True)
 class MaxPoolNode(Node):
-    """nn.MaxPool2d at `module`, on currents, streams or spikes."""
+    """The nn.MaxPool2d at `module`, on currents, streams or spikes."""
 
     module: str
 
     def forward(self, run: Run, *inputs: Tensor) -> Tensor:
+        """Maps (..., H, W, C) to fewer rows and columns."""
         x = inputs[0]
         pool: Any = run.network.get_submodule(self.module)
         images = x.reshape(-1, *x.shape[-3:]).permute(0, 3, 1, 2)
@@ -107,6 +113,7 @@ class MaxPoolNode(Node):
         return y.reshape(*x.shape[:-3], *y.shape[1:])
 
     def lower(self, lowering: Lowering) -> None:
+        """Writes a `max_pool` operation."""
         pool: Any = lowering.network.get_submodule(self.module)
         pairs = {
             key: [value, value] if isinstance(value, int) else list(value)
@@ -118,9 +125,9 @@ class MaxPoolNode(Node):
 
 @dataclass(frozen=True, kw_only=True)
 class SpikeAttentionNode(Node):
-    """q (k^T v) of spikes, in counts; the module at `module` gives num_heads. Channels: head, then dimension.
+    """The counts q (k^T v) of spikes, per time step with `tokens` tokens.
 
-    tokens: of a time step.
+    The module at `module` has `num_heads`. Channels are ordered by head, then dimension.
     """
 
     module: str
@@ -128,6 +135,7 @@ class SpikeAttentionNode(Node):
     tokens: int
 
     def forward(self, run: Run, *inputs: Tensor) -> Tensor:
+        """Maps q, k and v, each (N, T, ..., C), to counts of the shape of v."""
         module: Any = run.network.get_submodule(self.module)
         heads, shape = int(module.num_heads), inputs[2].shape
         q, k, v = (x.reshape(*x.shape[:2], -1, heads, x.shape[-1] // heads).transpose(2, 3) for x in inputs)
@@ -135,6 +143,7 @@ class SpikeAttentionNode(Node):
         return attended
 
     def lower(self, lowering: Lowering) -> None:
+        """Writes a `spike_attention` operation."""
         heads: Any = lowering.network.get_submodule(self.module).num_heads
         q, v = lowering.spec(self.inputs[0]), lowering.spec(self.inputs[2])
         lowering.counted(self.output, v.channels, reach=self.tokens * q.channels / heads)
@@ -143,9 +152,10 @@ class SpikeAttentionNode(Node):
 
 @dataclass(frozen=True, kw_only=True)
 class BlockSumNode(Node):
-    """Sums over all tokens of a step (`over` "tokens"), or over the channels of each of `groups` heads ("channels").
+    """Sums over all tokens of a time step (`over="tokens"`), or over the channels of each head (`over="channels"`).
 
-    rows: of the integer result, time steps times tokens that are left.
+    `rows` is the number of rows of the integer result, time steps times tokens that are left, and `groups` is its
+    number of channels.
     """
 
     over: str
@@ -153,6 +163,7 @@ class BlockSumNode(Node):
     groups: int
 
     def forward(self, run: Run, *inputs: Tensor) -> Tensor:
+        """Maps (N, T, H, W, C) to (N, T, 1, 1, C), or to (N, T, H, W, groups)."""
         x = inputs[0]
         if self.over == "tokens":
             return x.sum(dim=(2, 3), keepdim=True)
@@ -160,48 +171,55 @@ class BlockSumNode(Node):
         return by_head
 
     def lower(self, lowering: Lowering) -> None:
+        """Writes a `block_sum` operation."""
         spec = lowering.spec(self.inputs[0])
         unit = lowering.scales(self.inputs[0])[: self.groups]
-        reach = float(CURRENT_MAX) if spec.bits > 8 else 2.0**16  # of counts; fraction bits are all that hangs on it
+        reach = float(CURRENT_MAX) if spec.bits > 8 else 2.0**16  # for counts; only the fraction bits depend on it
         lowering.currents[self.output] = Current(unit=unit, bias=np.zeros(len(unit)), reach=reach)
         lowering.emit(self, "block_sum", attributes={"rows": self.rows, "channels": self.groups})
 
 
 @dataclass(frozen=True, kw_only=True)
 class GateNode(Node):
-    """Spikes times spikes; the second has one for all tokens of a step, or one for all channels of a head."""
+    """Spikes times spikes; the second input has one spike for all tokens of a step, or for all channels of a head."""
 
     def forward(self, run: Run, *inputs: Tensor) -> Tensor:
+        """Multiplies the first input by the second one, repeated to its shape."""
         x, gate = inputs
         if gate.shape[-1] != x.shape[-1]:
             gate = gate.repeat_interleave(x.shape[-1] // gate.shape[-1], dim=-1)
         return x * gate
 
     def lower(self, lowering: Lowering) -> None:
+        """Writes a `multiply` operation."""
         lowering.emit(self, "multiply")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RequantizeNode(Node):
-    """A stream in the unit of another quantizer."""
+    """A stream, converted to the unit of another quantizer."""
 
     def forward(self, run: Run, *inputs: Tensor) -> Tensor:
+        """The input as it is."""
         return inputs[0]
 
     def lower(self, lowering: Lowering) -> None:
+        """Writes a `requantize` operation."""
         factor = lowering.scales(self.inputs[0]) / lowering.scales(self.output)
         lowering.emit(self, "requantize", tensors=lowering.requantization(factor))
 
 
 @dataclass(frozen=True, kw_only=True)
 class WidenNode(Node):
-    """Spikes as int32, before they join a stream; rows: time steps times tokens."""
+    """Spikes as int32, before they join a stream; `rows` is time steps times tokens."""
 
     rows: int
 
     def forward(self, run: Run, *inputs: Tensor) -> Tensor:
+        """The input as it is."""
         return inputs[0]
 
     def lower(self, lowering: Lowering) -> None:
+        """Writes a `block_sum` operation over blocks of one value."""
         channels = lowering.spec(self.inputs[0]).channels
         lowering.emit(self, "block_sum", attributes={"rows": self.rows, "channels": channels})

@@ -1,4 +1,4 @@
-"""A graph at the widths that `Bits` says."""
+"""A graph at the widths of `Bits`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from swincompress_pl.quant.graph.quantizer_spec import QuantizerSpec
 
 
 def weight_bits(graph: Graph, bits: Bits) -> dict[str, int]:
-    """{layer: the bits of its weights}."""
+    """{layer: the width of its weights}."""
     nodes = graph.weighted_nodes
     return {node.name: bits.of_layer(node.name, outer=node in (nodes[0], nodes[-1])) for node in nodes}
 
@@ -19,7 +19,7 @@ def weight_bits(graph: Graph, bits: Bits) -> dict[str, int]:
 def with_bits(graph: Graph, bits: Bits, unsigned: Collection[str] = ()) -> Graph:
     """`graph` with its 8-bit quantizers at the widths of `bits`, and those named in `unsigned` without a sign.
 
-    Raises ValueError for a layer or a quantizer that the graph does not have, or a sign that cannot go.
+    A ValueError is raised for a layer or a quantizer that the graph does not have, or a sign that cannot go.
     """
     layers = {node.name for node in graph.weighted_nodes}
     unknown = sorted(set(bits.layers) - layers)
@@ -37,5 +37,5 @@ def with_bits(graph: Graph, bits: Bits, unsigned: Collection[str] = ()) -> Graph
         set(unsigned) - {name for name, spec in graph.quantizers.items() if spec.searched and not spec.equalized}
     )
     if lost:
-        raise ValueError(f"unsigned names {lost[0]!r}, which is no 8-bit activation quantizer of its own scale")
+        raise ValueError(f"unsigned names {lost[0]!r}, which is not an 8-bit activation quantizer with its own scale")
     return replace(graph, quantizers={name: adapted(spec) for name, spec in graph.quantizers.items()})
