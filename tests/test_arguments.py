@@ -15,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from swincompress_pl import arguments
+from swincompress_pl import arguments, prune
 from swincompress_pl.callbacks import AdaptiveIterativePruning, PrimeSVT, QuantizationAwareTraining
+from swincompress_pl.models import create_model
 from swincompress_pl.models.training import DistillationConfig, MixingConfig, OptimizationConfig
 from swincompress_pl.pruning import (
     AdaptivePruningConfig,
@@ -26,7 +27,7 @@ from swincompress_pl.pruning import (
     PrioritizedPolicy,
     collect_gradients,
 )
-from swincompress_pl.quant import Bits, SearchOptions
+from swincompress_pl.quant import Bits, QuantizedNetwork, SearchOptions
 from swincompress_pl.quant.rounding import Learning
 
 
@@ -191,6 +192,13 @@ def test_others_at_their_calls() -> None:
                 _from_batches(**{name: bad})
     with pytest.raises(ValueError, match="config=3: it has to be of type AdaptivePruningConfig"):
         AdaptiveIterativePruning(config=3)  # type: ignore[arg-type]
+    network = create_model("vit", img_size=16, patch_size=8, embed_dim=16, depth=1, num_heads=2, num_classes=3)
+    for bad in (5, [1, 2, 3], []):
+        with pytest.raises(ValueError, match="classes=.*: it has to be a list of the classes' names"):
+            QuantizedNetwork(network, preprocessing={"mean": [0.5], "std": [0.5]}, classes=bad)
+    for bad in (None, 3, "x"):
+        with pytest.raises(TypeError, match=f"what scores is a {type(bad).__name__}; give a HoldOut, or a function"):
+            prune(network, bad)
 
 
 @settings(max_examples=200)

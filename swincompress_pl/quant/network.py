@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from swincompress_pl.arguments import names, optional
 from swincompress_pl.history import history_of, origin_of
 from swincompress_pl.interrupts import all_or_nothing
 from swincompress_pl.masks import refuse_filled_masks
@@ -84,7 +85,7 @@ class QuantizedNetwork(nn.Module):
         self.network = network
         self.preprocessing = checked_preprocessing(preprocessing)
         self.method = method
-        self.classes = None if classes is None else tuple(classes)
+        self.classes = optional(names, "classes", classes, "a list of the classes' names")
         self.bits, self.unsigned, self.without_signal = Bits.of(bits), tuple(unsigned), tuple(without_signal)
         self.graph = self._present_graph()
         self.scales = Scales(self.graph, network, weight_bits(self.graph, self.bits), affine=method == "affine")

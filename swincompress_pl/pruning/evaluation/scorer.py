@@ -160,7 +160,14 @@ Evaluate = Callable[[nn.Module], float]
 
 def as_scorer(evaluate: Evaluate | Scorer) -> Scorer:
     """Returns a scorer as it is, and wraps a function in a `FunctionScorer`."""
-    return cast(Scorer, evaluate) if hasattr(evaluate, "judge") else FunctionScorer(evaluate)
+    if hasattr(evaluate, "judge"):
+        return cast(Scorer, evaluate)
+    if not callable(evaluate):
+        raise TypeError(
+            f"what scores is a {type(evaluate).__name__}; give a HoldOut, or a function that takes the network and "
+            "returns its accuracy in points"
+        )
+    return FunctionScorer(evaluate)
 
 
 class Evaluator:
