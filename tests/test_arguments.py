@@ -194,7 +194,7 @@ def test_others_at_their_calls() -> None:
         AdaptiveIterativePruning(config=3)  # type: ignore[arg-type]
     network = create_model("vit", img_size=16, patch_size=8, embed_dim=16, depth=1, num_heads=2, num_classes=3)
     for bad in (5, [1, 2, 3], []):
-        with pytest.raises(ValueError, match="classes=.*: it has to be a list of the classes' names"):
+        with pytest.raises(ValueError, match=r"classes=.*: it has to be a list of the classes' names"):
             QuantizedNetwork(network, preprocessing={"mean": [0.5], "std": [0.5]}, classes=bad)
     for bad in (None, 3, "x"):
         with pytest.raises(TypeError, match=f"what scores is a {type(bad).__name__}; give a HoldOut, or a function"):
