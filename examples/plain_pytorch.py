@@ -15,8 +15,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
-from swincompress_pl import accel
-from swincompress_pl.checkpoint.restore import restore_from_history
+from swincompress_pl import accel, load_network, save_network
 from swincompress_pl.data import Digits
 from swincompress_pl.models import create_model
 from swincompress_pl.pruning import AdaptivePruningConfig, HoldOut, keep_masks, prune
@@ -66,10 +65,8 @@ def main() -> None:
     train(quantized, batches, epochs=1 if quick else 5, lr=1e-4)
     print("int8, fine-tuned:", top1(quantized, test))
 
-    torch.save({"history": quantized.compression_history, "weights": quantized.state_dict()}, "plain_pytorch.pt")
-    saved = torch.load("plain_pytorch.pt", weights_only=True)  # in another process, say
-    again = restore_from_history(new_network(), saved["history"])
-    again.load_state_dict(saved["weights"])
+    save_network(quantized, "plain_pytorch.ckpt")
+    again = load_network(new_network(), "plain_pytorch.ckpt")  # in another process, say
     engine = accel.load(accel.export(again, "plain_pytorch.safetensors"))
     right = [engine(pixels).argmax(1) == labels for pixels, labels in data.uint8_batches("test")]
     print(f"reloaded, in the engine: {sum(map(sum, right)) / sum(map(len, right)):.2%}")

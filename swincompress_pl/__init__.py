@@ -17,13 +17,22 @@ from swincompress_pl._deprecated import install as _find_old_modules
 
 if TYPE_CHECKING:
     from swincompress_pl.accel import export, load
+    from swincompress_pl.checkpoint.plain import load_network, save_network
     from swincompress_pl.pruning import primesvt, prune
     from swincompress_pl.quant import quantize
 
 __version__ = "0.1.0"
-__all__ = ["export", "load", "primesvt", "prune", "quantize"]
+__all__ = ["export", "load", "load_network", "primesvt", "prune", "quantize", "save_network"]
 
-_ROOM_OF = {"export": "accel", "load": "accel", "primesvt": "pruning", "prune": "pruning", "quantize": "quant"}
+_ROOM_OF = {
+    "export": "accel",
+    "load": "accel",
+    "load_network": "checkpoint.plain",
+    "primesvt": "pruning",
+    "prune": "pruning",
+    "quantize": "quant",
+    "save_network": "checkpoint.plain",
+}
 _ROOMS = ("accel", "callbacks", "checkpoint", "data", "models", "pruning", "quant", "report", "spec")
 
 _find_old_modules()

@@ -26,6 +26,7 @@ ROOMS: dict[str, tuple[str, ...] | None] = {
     "checkpoint.holder": ("held_by", "network_of"),
     "checkpoint.hooks": ("keep_record", "restore_from_checkpoint", "save_to_checkpoint"),
     "checkpoint.networks": ("restore_networks",),
+    "checkpoint.plain": ("load_network", "save_network"),
     "checkpoint.record": ("CompressionRecord", "NetworkRecord", "histories_in", "read_checkpoint"),
     "checkpoint.restore": ("restore_from_history",),
     "cli": ("main",),

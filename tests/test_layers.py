@@ -39,7 +39,7 @@ ALLOWED: dict[str, set[str]] = {
         "files",
     },
     "quant": {"registry", "history", "interrupts", "evaluation_mode", "layer_types", "masks", "arguments", "spec"},
-    "checkpoint": {"stored_data", "registry", "history", "structure", "pruning", "quant"},
+    "checkpoint": {"files", "interrupts", "stored_data", "registry", "history", "structure", "pruning", "quant"},
     "models": {
         "arguments",
         "stored_data",

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lightning import LightningModule
+from torch import nn
 
 from swincompress_pl.checkpoint.averaging import renew_averages
 from swincompress_pl.checkpoint.compiled_keys import masks_as_named_in
@@ -48,16 +49,16 @@ def add_path(module: LightningModule, model_attribute: str) -> None:
 def record_of(module: LightningModule) -> CompressionRecord:
     """The record of the networks of `module`: those at its paths, and all that are compressed."""
     paths = dict.fromkeys([*paths_of(module), *compressed_paths(module)])
-    return CompressionRecord(networks={path: _network_record(module, path) for path in paths})
+    return CompressionRecord(networks={path: record_of_network(network_of(module, path)) for path in paths})
 
 
-def _network_record(module: LightningModule, path: str) -> NetworkRecord:
-    held = network_of(module, path)
-    network = float_network(held)
+def record_of_network(network: nn.Module) -> NetworkRecord:
+    """What was done to a network, and what its state dict does not say."""
+    inner = float_network(network)
     return NetworkRecord(
-        history=history_of(held),
-        structure=describe(network) if is_supported(held) else None,
-        attributes=_changed(network),
+        history=history_of(network),
+        structure=describe(inner) if is_supported(network) else None,
+        attributes=_changed(inner),
     )
 
 
@@ -128,22 +129,35 @@ def _only_path(module: LightningModule, record: NetworkRecord) -> str:
 
 def _restore(module: LightningModule, path: str, record: NetworkRecord) -> None:
     network = network_of(module, path)
-    if record.attributes and creation_of(float_network(network)) is not None:
-        set_attributes(float_network(network), record.attributes)  # first: the graph follows them
-        note_attributes(float_network(network), record.attributes)
-    restored = restore_from_history(network, masks_as_named_in(float_network(network), record.history))
+    restored = restored_network(network, record)
     if restored is not network:
         put_network(module, path, restored)
 
 
+def restored_network(network: nn.Module, record: NetworkRecord) -> nn.Module:
+    """Gives a network the architecture of a record; quantization wraps it, so the result may be another object."""
+    inner = float_network(network)
+    if record.attributes and creation_of(inner) is not None:
+        set_attributes(inner, record.attributes)  # first: the graph follows them
+        note_attributes(inner, record.attributes)
+    return restore_from_history(network, masks_as_named_in(inner, record.history))
+
+
 def _check(module: LightningModule, path: str, record: NetworkRecord) -> None:
-    if record.structure is None:
-        return
-    found = list(differences(record.structure, describe(float_network(network_of(module, path)))))
-    if found:
-        more = f", and {len(found) - 1} more" if len(found) > 1 else ""
+    found = difference_from(network_of(module, path), record)
+    if found is not None:
         raise ValueError(
             f"the checkpoint's network at {path!r} computes something else than that of this {type(module).__name__}, "
-            f"though their weights have the same names: {found[0]}{more}. Make the network as it was when it was "
+            f"though their weights have the same names: {found}. Make the network as it was when it was "
             "saved, and change it after it is loaded"
         )
+
+
+def difference_from(network: nn.Module, record: NetworkRecord) -> str | None:
+    """What a network computes otherwise than the recorded one, as far as it is known; None for nothing."""
+    if record.structure is None:
+        return None
+    found = list(differences(record.structure, describe(float_network(network))))
+    if not found:
+        return None
+    return f"{found[0]}, and {len(found) - 1} more" if len(found) > 1 else str(found[0])

@@ -9,6 +9,7 @@ neither the path nor the structure.
 from __future__ import annotations
 
 import copy
+import errno
 import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -181,7 +182,9 @@ def read_checkpoint(ckpt_path: str | Path) -> Mapping[str, Any]:
             f"{ckpt_path} holds more than tensors and plain data, so it is not read; save plain hyperparameters, or "
             f"allow the types with torch.serialization.add_safe_globals. {error}"
         ) from error
-    except (RuntimeError, EOFError) as error:
+    except (RuntimeError, EOFError, OSError) as error:
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # else nothing can be mapped
+            raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
             f"{ckpt_path} is no checkpoint of plain data and tensors, or it is damaged: {reason}"
