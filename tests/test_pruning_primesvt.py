@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from support.prime_cases import (
+    ALLOCATED,
     PAPERS,
     QUICK,
     SHAPE,
@@ -269,6 +270,25 @@ def test_both_alternatives_are_reported_where_both_constraints_cannot_be_met(pre
     assert result.applied == (accuracy if prefer == "accuracy" else memory)
     assert result.score == evaluate(network)
     assert f"{memory.saving:.2%} of the parameters saved at {memory.score:.2f} points" in result.summary()
+
+
+@pytest.mark.parametrize("options", [QUICK, ALLOCATED], ids=["prioritized", "allocated"])
+@pytest.mark.parametrize("least", [0.3, 0.45])
+def test_enough_is_saved_at_the_least_loss_where_that_is_preferred(options: dict[str, Any], least: float) -> None:
+    """Both policies stop at the accuracy, long before this saving."""
+    network, images = network_of(), torch.randn(1, 3, SIZE_PX, SIZE_PX)
+    evaluate = by_zeros({"patch_embed": 100.0, "blocks.0": 90.0, "blocks.1": 80.0}, images)
+    config = prime_config(tolerance=0.5, min_memory_saving=least, prefer="memory", granularity="filter", **options)
+    before = sum(parameter.numel() for parameter in network.parameters())
+    with pytest.warns(UserWarning, match="no candidate keeps both constraints"):
+        result = primesvt(network, evaluate, config)
+    memory = result.within_memory
+    assert memory is not None
+    assert result.applied == memory
+    assert least <= memory.saving < least + 0.1, "and not much more"
+    assert memory.score == evaluate(network) < evaluate(network_of()) - 0.5
+    assert (1 - least) * before >= sum(int(parameter.count_nonzero()) for parameter in network.parameters())
+    assert memory.score == max(each.score for each in result.candidates if each.saving >= least)
 
 
 def test_nothing_is_applied_where_nothing_is_acceptable() -> None:

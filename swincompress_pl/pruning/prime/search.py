@@ -18,6 +18,7 @@ from swincompress_pl.pruning.prime.allocation import allocate
 from swincompress_pl.pruning.prime.batchnorm import batchnorm_state, restore_batchnorm
 from swincompress_pl.pruning.prime.candidates import Candidates
 from swincompress_pl.pruning.prime.config import PrimeSVTConfig, PrioritizedPolicy
+from swincompress_pl.pruning.prime.memory import try_within_memory
 from swincompress_pl.pruning.prime.prioritized import Prioritized
 from swincompress_pl.pruning.prime.result import BlockState, Candidate, TargetSet
 from swincompress_pl.pruning.prime.trials import PrimeProgress, Trials
@@ -115,11 +116,14 @@ class Search:
     def _score_within_memory(self) -> Candidate | None:
         """The best accuracy of those that save enough, scored on all images; nothing stays applied."""
         least = self.config.min_memory_saving
-        for candidate in self._distinct(lambda each: each.saving >= least, lambda each: (-each.score, -each.saving)):
-            exact = self._scored(candidate)
-            self.undo()
-            return exact
-        return None
+        found = self._distinct(lambda each: each.saving >= least, lambda each: (-each.score, -each.saving))[:1]
+        exact = [self._scored_and_undone(each) for each in found or try_within_memory(self.trials, self.blocks)]
+        return max(exact, key=lambda each: (each.score, each.saving), default=None)
+
+    def _scored_and_undone(self, candidate: Candidate) -> Candidate:
+        exact = self._scored(candidate)
+        self.undo()
+        return exact
 
     def _distinct(
         self, wanted: Callable[[Candidate], bool], order: Callable[[Candidate], tuple[float, float]]
