@@ -24,6 +24,7 @@ _SLACK, _OVERSHOOT, _OVERSHOOT_SHARE = 2.0, 64.0, 0.05
 # and how near all have to be where mean and std are taken from them.
 _NEAR, _WHOLE_SHARE, _WHOLE = 0.125, 0.9, 0.02
 _LEVELS = 256
+LOOKED_AT = 32  # images, enough to see how they are normalized
 _SPAN_SHARE = 0.6  # resized images cover most of the range
 
 
@@ -269,5 +270,4 @@ def _by_channel(images: Tensor) -> tuple[Tensor, ...]:
 
 
 def _few(images: Tensor) -> Tensor:
-    """The first eight: enough to see how they are normalized."""
-    return images[:8]
+    return images[:LOOKED_AT]
