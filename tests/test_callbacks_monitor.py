@@ -226,7 +226,9 @@ def test_a_metric_that_is_not_a_mean_is_refused(tmp_path: Path) -> None:
         def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
             self.log("val/top1", self.right(batch).mean() / 3, reduce_fx="sum")
 
-    with pytest.raises(ValueError, match="val/top1' is logged with reduce_fx='sum'; only a mean"):
+    with pytest.raises(
+        ValueError, match="val/top1' is logged with reduce_fx='sum', but pruning can only follow a mean"
+    ):
         make_trainer(tmp_path, 1, greedy(monitor="val/top1")).fit(Sums(), loader(), loader())
 
 
