@@ -265,9 +265,16 @@ def test_the_holdout_is_read_once(tmp_path: Path) -> None:
     make_trainer(tmp_path, 2, greedy(kinds=("heads",))).fit(Plain(), datamodule=Data())
     assert Loader.passes == 1
     module = Plain()
-    with pytest.raises(ValueError, match=r"more than max_size_bytes=1000.*keep max_images"):
+    with pytest.raises(ValueError, match=r"more than holdout_size_bytes=1000, 3072.*smaller images.*monitor="):
         make_trainer(tmp_path, 1, greedy(holdout_size_bytes=1000)).fit(module, datamodule=Data())
     assert "train" not in module.stages  # refused before the first batch
+    with pytest.raises(
+        ValueError, match=r"more than holdout_size_bytes=10000, 3072.*Allow more.*max_images=3, or pass"
+    ):
+        make_trainer(tmp_path, 1, greedy(holdout_size_bytes=10_000)).fit(module, datamodule=Data())
+    make_trainer(tmp_path, 1, greedy(holdout_size_bytes=10_000, max_images=3, max_rounds=1)).fit(
+        module, datamodule=Data()
+    )
 
 
 def test_a_second_fit_begins_a_new_search(tmp_path: Path) -> None:

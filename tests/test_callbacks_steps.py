@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from swincompress_pl.callbacks import AdaptiveIterativePruning, QuantizationAwareTraining
 from swincompress_pl.callbacks.answers import watched
 from swincompress_pl.callbacks.rows import Rows
+from swincompress_pl.callbacks.scoring import images_and_labels
 from swincompress_pl.checkpoint.holder import network_of
 from swincompress_pl.models import create_model
 from swincompress_pl.quant import QuantizedNetwork
@@ -498,3 +500,9 @@ def test_batches_of_any_form_are_taken_apart_and_joined() -> None:
         rows.batch([0, 7])
     with pytest.raises(ValueError, match="holdout_size_bytes=8"):
         Rows(8).add(batch(0), 3)
+
+
+@pytest.mark.parametrize("batch", [{"image": torch.zeros(1)}, [torch.zeros(1)], torch.zeros(2, 1), OrderedDict()])
+def test_a_batch_that_predict_does_not_take_is_named_by_its_type(batch: Any) -> None:
+    with pytest.raises(TypeError, match=rf"a batch of type {type(batch).__name__}; for your own predict\(\), tensors"):
+        images_and_labels(batch)

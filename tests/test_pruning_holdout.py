@@ -18,7 +18,7 @@ from support.rank_cases import on_ranks
 from timm.models import SwinTransformer, VisionTransformer
 from torch import Tensor, nn
 
-from swincompress_pl.pruning.evaluation.holdout import FunctionScorer, HoldOut, ScoringCost, _needed
+from swincompress_pl.pruning.evaluation.holdout import FunctionScorer, HoldOut, ScoringCost, TooLargeError, _needed
 from swincompress_pl.pruning.evaluation.ranks import from_rank_zero, gather_results, rank, sum_over_ranks, world_size
 from swincompress_pl.pruning.structure.unit_masks import mask_units
 from swincompress_pl.registry import adapter_for
@@ -237,6 +237,9 @@ def test_a_hold_out_that_is_too_large_is_refused_with_what_would_fit() -> None:
         HoldOut.from_batches(_batches(IMAGES, LABELS[id(VIT)], 64), max_size_bytes=40_000)
     kept = HoldOut.from_batches(_batches(IMAGES, LABELS[id(VIT)], 64), max_size_bytes=40_000, max_images=52)
     assert kept.images == 52
+    with pytest.raises(ValueError, match=r"max_size_bytes=5, \d+ per image; allow more"):  # not one fits
+        HoldOut.from_batches(_batches(IMAGES, LABELS[id(VIT)], 64), max_size_bytes=5)
+    assert TooLargeError(40_000, 768, ranks=2).max_images == 104  # each rank has its own
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,9 @@ optimization. If training batches have a form that it does not take, it runs on 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -15,10 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from swincompress_pl.callbacks.answers import Step, watched
-from swincompress_pl.callbacks.loaders import described, leaves, transforms_of
+from swincompress_pl.callbacks.loaders import described, given_loaders, leaves, sampler_over_ranks
+from swincompress_pl.callbacks.normalizations import Held, normalizations_in
 from swincompress_pl.callbacks.validation import ModuleValidation, on_device
 from swincompress_pl.checkpoint.holder import held_by
+from swincompress_pl.pruning.evaluation.ranks import from_all_ranks, from_rank_zero, rank, world_size
 from swincompress_pl.quant.preprocessing import (
+    LOOKED_AT,
     check_fit,
     checked_preprocessing,
     find_preprocessing,
@@ -142,8 +147,58 @@ def _name(validation: ModuleValidation) -> str:
     return type(validation.module).__name__
 
 
+@dataclass(frozen=True)
+class Sample:
+    """Some images, to see how they are normalized.
+
+    Attributes:
+        images: What the network got, (N, ..., C, H, W).
+        raw: Tensors of the same images as the loaders gave them.
+    """
+
+    images: Tensor
+    raw: tuple[Tensor, ...]
+
+
+def sample_of_all_ranks(validation: ModuleValidation, loaders: Sequence[Iterable[Any]]) -> Sample | None:
+    """The first images of the loaders, the same on all ranks and in a single process; None if there are none.
+
+    If each rank has images of its own, each brings its share of them. Otherwise they are those of rank 0.
+    """
+    sharded = any(from_all_ranks(any(sampler_over_ranks(each) is not None for each in loaders)))
+    share = math.ceil(LOOKED_AT / world_size()) if sharded else LOOKED_AT
+    mine = _first_images(validation, loaders, share) if sharded or rank() == 0 else []
+    found = [part for parts in from_all_ranks(mine) for part in parts]
+    alike = [part for part in found if _form(part) == _form(found[0])]
+    if not alike:
+        return None
+    return Sample(
+        torch.cat([part.images for part in alike]),
+        tuple(torch.cat(tensors) for tensors in zip(*(part.raw for part in alike), strict=True)),
+    )
+
+
+def _first_images(validation: ModuleValidation, loaders: Sequence[Iterable[Any]], count: int) -> list[Sample]:
+    """The first `count` images, one sample per batch."""
+    found: list[Sample] = []
+    for raw in (raw for loader in loaders for raw in loader):
+        part, step = _taken(validation, raw)
+        images = _before_a_cast(part, step.calls[0].images)
+        tensors = [leaf for leaf in leaves(part) if isinstance(leaf, Tensor) and leaf.ndim >= 4]
+        kept = tuple(leaf[:count].cpu() for leaf in tensors if len(leaf) == len(images))
+        found.append(Sample(images[:count].detach().cpu(), kept))
+        count -= len(images)
+        if count <= 0:
+            break
+    return found
+
+
+def _form(sample: Sample) -> list[Any]:
+    return [(each.dtype, each.shape[1:]) for each in (sample.images, *sample.raw)]
+
+
 def normalization(
-    given: Any, of_data: Any, network: nn.Module, raw: Any, images: Tensor, loaders: Sequence[Iterable[Any]]
+    given: Any, of_data: Any, network: nn.Module, sample: Sample, loaders: Sequence[Any]
 ) -> dict[str, Any]:
     """How the network's images are normalized: as stated, or as found, or as assumed if the images agree.
 
@@ -151,36 +206,61 @@ def normalization(
         given: The callback's argument.
         of_data: The datamodule's `preprocessing`.
         network: The network, which may state a normalization too.
-        raw: A batch as its loader gave it.
-        images: What the network got of this batch.
-        loaders: The loaders, whose datasets may have a Normalize.
+        sample: Images of the loaders.
+        loaders: The loaders, which may hold a normalization, in their datasets for example.
 
     Returns:
         Mean and std per channel, and what else is known of the images.
 
     Raises:
-        ValueError: If nothing fits.
+        ValueError: If nothing fits, or several that a loader holds do.
     """
-    images = _before_a_cast(raw, images)
+    images = sample.images
     if given is not None or of_data is not None:
         stated = find_preprocessing(given, of_data)
         check_fit(images, checked_preprocessing(stated), assumed=False)
         return stated
     own = _stated_by(network)
-    found = _found(raw, images, loaders)
+    held = from_rank_zero(normalizations_in(given_loaders(loaders), images.shape[-3]))
+    found = _between(sample) or _fitting(images, held)
     if found is None and not (own and fits(images, own)):
         found = normalization_in(images)
     if found is not None:
         return {**_size_of(images), **own, **found}
     if not own:
-        raise ValueError(
-            "nothing says how the images are normalized, and they do not tell: no mean and std per channel leads from "
-            "the loader's pixels to what the network gets, no dataset has a Normalize, and the images do not cover the "
-            "values 0 to 255. Pass preprocessing={'mean': (...), 'std': (...)} in [0, 1] units, as the images have "
-            "it; the integer network reads raw pixels"
-        )
+        raise ValueError(_nothing_says(loaders, held, len(images)))
     check_fit(images, checked_preprocessing(own), assumed=getattr(network, "preprocessing", None) is None)
     return own
+
+
+def _between(sample: Sample) -> dict[str, Any] | None:
+    """Mean and std that lead from a loader's pixels to what the network gets; None if none do."""
+    return next(filter(None, (normalization_between(raw, sample.images) for raw in sample.raw)), None)
+
+
+def _fitting(images: Tensor, held: Sequence[Held]) -> dict[str, Any] | None:
+    """The one of these normalizations that fits the images; None if none does, a ValueError if several do."""
+    fitting = [each for each in held if fits(images, each.preprocessing)]
+    fitting = fitting or [each for each in held if fits(images, each.preprocessing, resized=True)]
+    if len(fitting) > 1:
+        raise ValueError(
+            f"the images fit several normalizations: {' and '.join(map(str, fitting))}. Pass the right "
+            "one as preprocessing={'mean': (...), 'std': (...)} in [0, 1] units"
+        )
+    return fitting[0].preprocessing if fitting else None
+
+
+def _nothing_says(loaders: Sequence[Any], held: Sequence[Held], count: int) -> str:
+    datasets = [type(getattr(loader, "dataset", loader)).__name__ for loader in given_loaders(loaders)]
+    names = ", ".join(dict.fromkeys(datasets))
+    seen = f" ({', '.join(map(str, held[:4]))} do not fit)" if held else ""
+    return (
+        "nothing says how the images are normalized, and they do not tell: no mean and std per channel leads from the "
+        f"loader's pixels to what the network gets, no attribute of the dataset ({names}), its "
+        f" transforms or its loader is a mean and std that fit{seen}, and the first {count} images do not cover the "
+        "values 0 to 255. Pass preprocessing={'mean': (...), 'std': (...)} in [0, 1] units, as the images have it; the "
+        "integer network reads raw pixels"
+    )
 
 
 def _before_a_cast(raw: Any, images: Tensor) -> Tensor:
@@ -191,23 +271,6 @@ def _before_a_cast(raw: Any, images: Tensor) -> Tensor:
             if leaf.dtype != images.dtype and torch.equal(on_device.to(images.dtype), images):
                 return on_device
     return images
-
-
-def _found(raw: Any, images: Tensor, loaders: Sequence[Iterable[Any]]) -> dict[str, Any] | None:
-    """Mean and std from the loader's pixels, or from a Normalize in a dataset's transforms; None if neither fits."""
-    for leaf in leaves(raw):
-        if isinstance(leaf, Tensor) and leaf.ndim >= 4:
-            between = normalization_between(leaf, images)
-            if between is not None:
-                return between
-    for transform in transforms_of(loaders):
-        mean, std = getattr(transform, "mean", None), getattr(transform, "std", None)
-        if mean is None or std is None:
-            continue
-        stated = {"mean": torch.as_tensor(mean).flatten().tolist(), "std": torch.as_tensor(std).flatten().tolist()}
-        if len(stated["mean"]) == len(stated["std"]) == images.shape[-3] and fits(images, stated, resized=True):
-            return stated
-    return None
 
 
 def _stated_by(network: nn.Module) -> dict[str, Any]:

@@ -213,9 +213,9 @@ def _refuse_one_pass(loader: DataLoader[Any]) -> None:
     for name, value in vars(loader.dataset).items():
         if isinstance(value, Iterator):
             raise ValueError(
-                f"{type(loader.dataset).__name__}.{name} is a {type(value).__name__}, which can be read only once: "
-                "images for calibration would be missing in training. Pass calibration_dataloader= with other images "
-                "(for scoring, give the datamodule a holdout_dataloader()), or make the iterator in __iter__"
+                f"{type(loader.dataset).__name__}.{name} is of type {type(value).__name__}, which can be read only "
+                "once: images for calibration would be missing in training. Pass calibration_dataloader= with other "
+                "images (for scoring, give the datamodule a holdout_dataloader()), or make the iterator in __iter__"
             )
 
 
@@ -267,22 +267,11 @@ def _with_own_state(value: Any, depth: int = _DEPTH) -> Any:
     return result
 
 
-def transforms_of(loaders: Sequence[Iterable[Any]]) -> Iterator[Any]:
-    """Yields the transforms in the datasets of these loaders, nested ones too."""
+def given_loaders(loaders: Sequence[Iterable[Any]]) -> list[Any]:
+    """The loaders as the user made them, those in a `CombinedLoader` one by one."""
+    found: list[Any] = []
     for loader in loaders:
         while isinstance(loader, Limited | Undisturbed):
             loader = loader.loader
-        for each in loader.flattened if isinstance(loader, CombinedLoader) else [loader]:
-            yield from _transforms(getattr(each, "dataset", None))
-
-
-def _transforms(value: Any, depth: int = _DEPTH) -> Iterator[Any]:
-    if value is None or depth == 0:
-        return
-    for name in ("dataset", "datasets", "transform", "transforms"):
-        part = getattr(value, name, None)
-        for each in part if isinstance(part, list | tuple) else [part]:
-            if each is not None:
-                if not isinstance(each, Dataset):
-                    yield each
-                yield from _transforms(each, depth - 1)
+        found += loader.flattened if isinstance(loader, CombinedLoader) else [loader]
+    return found

@@ -74,7 +74,8 @@ class PrimeSVT(SearchCallback):
         start_epoch: Epoch before which the search runs, 0 or more. 0 is for a network with trained weights.
         evaluation_cache: File that keeps each verdict, so that a search that was killed goes on where it was; None for
             no file.
-        monitor: Name of a metric to score by; see `AdaptiveIterativePruning`.
+        monitor: Name of a metric to score by, a fraction between 0 and 1 that grows as the network gets better; see
+            `AdaptiveIterativePruning`.
         max_images: Number of images to score on; None for all. Not with `monitor`.
         holdout_size_bytes: Largest size of the hold-out, which is kept in each device's memory, in bytes. The default
             is 4 GiB.
@@ -88,8 +89,10 @@ class PrimeSVT(SearchCallback):
         result: What the search found, as a `pruning.PrimeSVTResult`; None before. A checkpoint holds it.
 
     Raises:
-        ValueError: If an argument is out of range or contradicts another one; when the fit begins, if the network, its
-            optimizer, the data, the strategy, the precision or another callback does not go with pruning; when the
+        ValueError: If an argument is out of range or contradicts another one, or `monitor` has the name of a loss or an
+            error; when the fit begins, if the network, its optimizer, the data, the strategy, the precision or another
+            callback does not go with pruning, if `monitor` is not between 0 and 1, or if another callback or a
+            scheduler monitors the same name with mode="min"; when the
             search begins, if the network does not spike, or no rates up to `max_sparsity` save `min_memory_saving`.
         TypeError: If `config` and an argument that it replaces are both given.
         AttributeError: When the fit begins, if the module has no network at `model_attribute`.

@@ -82,9 +82,9 @@ class AdaptiveIterativePruning(SearchCallback):
         start_epoch: Epoch before which the first round runs, 0 or more. 0 is for a network with trained weights.
         every_n_epochs: Number of epochs from one round to the next, 1 or more. Override `should_prune` for another
             schedule.
-        monitor: Name of a metric that the module's validation logs, a fraction between 0 and 1, to score by over the
-            whole hold-out. None scores by the top-1 accuracy of what `validation_step` predicts, on as few
-            images as a decision needs.
+        monitor: Name of a metric that the module's validation logs, to score by over the whole hold-out. It has to be a
+            fraction between 0 and 1 that grows as the network gets better, such as an accuracy. None scores by the
+            top-1 accuracy of what `validation_step` predicts, on as few images as a decision needs.
         max_images: Number of images to score on, 1 or more, with the classes in proportion; None for all. Not
             with `monitor`.
         holdout_size_bytes: Largest size of the hold-out, which is kept in each device's memory, in bytes; a larger one
@@ -101,8 +101,10 @@ class AdaptiveIterativePruning(SearchCallback):
         search_state: The search so far; None before its first round.
 
     Raises:
-        ValueError: If an argument is out of range or contradicts another one; when the fit begins, if the network, its
-            optimizer, the data, the strategy, the precision or another callback does not go with pruning.
+        ValueError: If an argument is out of range or contradicts another one, or `monitor` has the name of a loss or an
+            error; when the fit begins, if the network, its optimizer, the data, the strategy, the precision or another
+            callback does not go with pruning, if `monitor` is not between 0 and 1, or if another callback or a
+            scheduler monitors the same name with mode="min".
         TypeError: If `config` and an argument that it replaces are both given.
         AttributeError: When the fit begins, if the module has no network at `model_attribute`.
         UnsupportedNetworkError: When the fit begins, if no adapter covers the network.

@@ -11,7 +11,13 @@ import torch
 from lightning import LightningModule, Trainer
 from torch import Tensor, nn
 
-from swincompress_pl.callbacks.calibration import NoImagesError, first_inputs, network_inputs, normalization
+from swincompress_pl.callbacks.calibration import (
+    NoImagesError,
+    first_inputs,
+    network_inputs,
+    normalization,
+    sample_of_all_ranks,
+)
 from swincompress_pl.callbacks.loaders import calibration_loaders, has_validation_data, holdout_loaders
 from swincompress_pl.callbacks.validation import ModuleValidation, validating
 from swincompress_pl.quant import Bits, QuantizedNetwork
@@ -52,13 +58,18 @@ class CalibrationImages:
         that computes something else than its graph.
         """
         with self._step(trainer, module) as (validation, loaders):
-            raw, (images, *_) = first_inputs(validation, loaders)
+            _, (images, *_) = first_inputs(validation, loaders)
+            held_out: list[Iterable[Any]] = []
             if has_validation_data(trainer):  # images that no augmentation has changed
                 held_out = holdout_loaders(trainer, self.callback_name)[:1]
                 with suppress(NoImagesError):  # a rank may have none
-                    raw, (images, *_) = first_inputs(validation, held_out)
-                    loaders = held_out
-            found = normalization(stated, preprocessing_of_data(trainer), network, raw, images, loaders)
+                    _, (images, *_) = first_inputs(validation, held_out)
+            sample, source = sample_of_all_ranks(validation, held_out), held_out
+            if sample is None:
+                sample, source = sample_of_all_ranks(validation, loaders), loaders
+            if sample is None:
+                raise NoImagesError("there are no images to calibrate on; give the fit training data")
+            found = normalization(stated, preprocessing_of_data(trainer), network, sample, source)
             quantized = QuantizedNetwork(network, preprocessing=found, method=method, bits=bits)
             warn_of_silent_hooks(network, quantized.graph)
             quantized.graph.check_images(images)

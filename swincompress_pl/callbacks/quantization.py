@@ -111,8 +111,9 @@ class QuantizationAwareTraining(TrainingPass):
         temperature: Temperature T of the distillation, above 0.
         preprocessing: {"mean": ..., "std": ...} of the images, one number per channel, in [0, 1] units. None stands for
             the datamodule's `preprocessing`, or else for the first that is found when the fit begins: from a loader's
-            raw pixels and what the network gets of them, from a Normalize in a dataset's transforms, from the network's
-            own if the images fit it, or from the images themselves.
+            raw pixels and what the network gets of them, from a mean and std that a dataset or its transforms hold in
+            any attribute if the images fit them, from the network's own if the images fit it, or from the images
+            themselves. The first 32 images are looked at, under DDP the same ones on all ranks.
         calibration_dataloader: Source of the images, in the form that `validation_step` takes: a loader, or a function
             that takes a number of images and returns a loader. None stands for the datamodule's
             `calibration_dataloader(images)`, or else the training data.
@@ -121,7 +122,8 @@ class QuantizationAwareTraining(TrainingPass):
 
     Raises:
         ValueError: If an argument is out of range or contradicts another one; when the fit begins, if the network, its
-            optimizer, the data, the strategy, the precision or another callback does not go with quantization.
+            optimizer, the data, the strategy, the precision or another callback does not go with quantization, or if
+            nothing says how the images are normalized.
         AttributeError: When the fit begins, if the module has no network at `model_attribute`.
         UnsupportedNetworkError: When the fit begins, if the network has no integer form.
     """

@@ -23,7 +23,7 @@ from swincompress_pl.callbacks.rows import Rows, cloned
 from swincompress_pl.callbacks.validation import ModuleValidation, on_device
 from swincompress_pl.checkpoint.holder import held_by, network_of
 from swincompress_pl.pruning import HoldOut
-from swincompress_pl.pruning.evaluation.holdout import NETWORK_ALONE, read_images
+from swincompress_pl.pruning.evaluation.holdout import NETWORK_ALONE, TooLargeError, read_images
 from swincompress_pl.pruning.evaluation.ranks import from_all_ranks, world_size
 from swincompress_pl.pruning.evaluation.scorer import FunctionScorer, Scorer, fingerprint_of, tensor_bytes
 from swincompress_pl.quant import QuantizedNetwork
@@ -177,9 +177,17 @@ class HoldOutReader:
         return HoldOut(*self._read(batches()), predict=run, **self._options)
 
     def _read(self, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        return read_images(
-            batches, max_images=self._max_images, max_size_bytes=self._max_size_bytes, sharded=self._sharded
-        )
+        try:
+            return read_images(
+                batches, max_images=self._max_images, max_size_bytes=self._max_size_bytes, sharded=self._sharded
+            )
+        except TooLargeError as error:
+            fewer = f"max_images={error.max_images}" if error.max_images else "smaller images"
+            raise ValueError(
+                f"the hold-out takes more than holdout_size_bytes={self._max_size_bytes}, {error.image_size_bytes} "
+                f"bytes per image: the images are kept in memory. Allow more with holdout_size_bytes=, score on fewer "
+                f"with {fewer}, or pass monitor= with a metric that your validation_step logs, which keeps no images"
+            ) from None
 
     @property
     def _options(self) -> dict[str, Any]:
@@ -371,9 +379,9 @@ def images_and_labels(batch: Any) -> tuple[Tensor, Tensor]:
     if isinstance(batch, list | tuple) and len(batch) >= 2 and all(isinstance(part, Tensor) for part in batch[:2]):
         return batch[0], batch[1]
     raise TypeError(
-        f"the hold-out gave a {type(batch).__name__}, but for your own predict() batches are (images, labels, ...). "
-        "Give the datamodule a holdout_dataloader() that yields such pairs, or use monitor= with a metric that your "
-        "validation_step logs"
+        f"the hold-out has a batch of type {type(batch).__name__}; for your own predict(), tensors (images, labels, "
+        "...) are expected. Give the datamodule a holdout_dataloader() that yields such batches, or use monitor= with "
+        "a metric that your validation_step logs"
     )
 
 
@@ -397,7 +405,7 @@ def metric_scorer(validation: ModuleValidation, monitor: str, loaders: list[Iter
     """Scores by what the module's validation logs as `monitor`, a fraction between 0 and 1, over the whole hold-out.
 
     It is tried out twice on the first batch. Raises a ValueError if the module does not log it (the message lists what
-    it logs), if there are no images, or if the second value differs from the first.
+    it logs), if there are no images, if the second value differs from the first, or if it is no such fraction.
     """
     scoring = _MetricScoring(validation, monitor, loaders)
     one, other = scoring.try_out(), scoring.try_out()
@@ -406,6 +414,8 @@ def metric_scorer(validation: ModuleValidation, monitor: str, loaders: list[Iter
             f"monitor={monitor!r} is {one} and then {other} for the same network and the same first batch; a search "
             "would follow chance. Is something random in evaluation (dropout, sampling, augmentation), or remembered?"
         )
+    if any(from_all_ranks(not 0 <= one <= 1)):
+        scoring.score()  # a few images may give what all do not, such as NaN or a negative correlation
     return FunctionScorer(Named(scoring.score, scoring.fingerprint))
 
 
@@ -430,13 +440,14 @@ class _MetricScoring:
         """Returns the metric of the first batch of each loader."""
         return self._value(most_batches=1)
 
-    def score(self, network: nn.Module) -> float:
-        """The metric in points, over all images of all ranks."""
+    def score(self, network: nn.Module | None = None) -> float:
+        """The metric in points, over all images of all ranks; the module holds the network."""
         value = self._value()
-        if value > 1.0:
+        if not 0 <= value <= 1:  # NaN is neither
             raise ValueError(
                 f"monitor={self.monitor!r} is {value}: a fraction between 0 and 1 is expected, so that the tolerance "
-                "in points has a meaning; log an accuracy as torchmetrics gives it"
+                "in points has a meaning; log a metric that grows as the network gets better, such as an accuracy as "
+                "torchmetrics gives it, and no loss (NaN: look for NaN weights)"
             )
         return 100.0 * value
 

@@ -31,6 +31,7 @@ from swincompress_pl.callbacks.compatibility import (
     wrap_anew,
 )
 from swincompress_pl.callbacks.loaders import calibration_loaders, holdout_loaders
+from swincompress_pl.callbacks.monitored import refuse_minimized, refuse_shrinking_name
 from swincompress_pl.callbacks.random_state import (
     RandomNumbers,
     isolated,
@@ -102,6 +103,8 @@ class SearchCallback(TrainingPass, ABC):
     ) -> None:
         self.start_epoch = integer("start_epoch", start_epoch, least=0)
         self.monitor = optional(text, "monitor", monitor, "None, or the name of a logged metric")
+        if self.monitor is not None:
+            refuse_shrinking_name(self.monitor)
         wanted = "None (all), or 1 or more, an integer"
         self.max_images = optional(integer, "max_images", max_images, least=1, wanted=wanted)
         if self.monitor is not None and self.max_images is not None:
@@ -206,6 +209,7 @@ class SearchCallback(TrainingPass, ABC):
         if stage == "fit":
             refuse_strategy(trainer, self.callback_name, PRUNING)
             refuse_neighbours(trainer, self.callback_name, PRUNING)
+            self._refuse_minimized(trainer)
             self._network_checked = has_network(pl_module, self.model_attribute)
             if self._network_checked:  # else configure_model or setup makes it
                 self._check_network(trainer, pl_module)
@@ -226,6 +230,7 @@ class SearchCallback(TrainingPass, ABC):
         super().on_train_start(trainer, pl_module)
         self.keep_masks(trainer, self._network(pl_module))
         if not self._is_over():
+            self._refuse_minimized(trainer)  # by schedulers, which the trainer has now
             refuse_averages(trainer, pl_module, self._network(pl_module), self.callback_name)
             self._refuse_optimizers(trainer, pl_module)
             with isolated(), validating(trainer, pl_module), torch.no_grad():
@@ -313,6 +318,10 @@ class SearchCallback(TrainingPass, ABC):
         space = self._space(network)
         refuse_masked_integers(trainer, module, self.model_attribute, self.monitor, space.kinds)
         refuse_sharing(module, network, pruned_tensors(network, space), self.model_attribute)
+
+    def _refuse_minimized(self, trainer: Trainer) -> None:
+        if self.monitor is not None:
+            refuse_minimized(self.monitor, trainer)
 
     def _refuse_optimizers(self, trainer: Trainer, module: LightningModule) -> None:
         network = self._network(module)

@@ -24,6 +24,7 @@ _SLACK, _OVERSHOOT, _OVERSHOOT_SHARE = 2.0, 64.0, 0.05
 # "most"; and how near all values have to be if mean and std are derived from them.
 _NEAR, _WHOLE_SHARE, _WHOLE = 0.125, 0.9, 0.02
 _LEVELS = 256
+LOOKED_AT = 32  # images, enough to see how they are normalized
 _SPAN_SHARE = 0.6  # resized images cover most of the range
 
 
@@ -326,5 +327,5 @@ def _by_channel(images: Tensor) -> tuple[Tensor, ...]:
 
 
 def _few(images: Tensor) -> Tensor:
-    """The first eight images, which are enough to see how they are normalized."""
-    return images[:8]
+    """Some images, which are enough to see how they are normalized."""
+    return images[:LOOKED_AT]

@@ -358,6 +358,23 @@ class HoldOut:
         return Predictions((logits.argmax(dim=1) == labels).numpy(), margin.double().numpy())
 
 
+class TooLargeError(ValueError):
+    """The images take more than `max_size_bytes`.
+
+    Attributes:
+        image_size_bytes: Bytes of one image.
+        max_images: Number of images over all ranks that do not; 0 if not even one does.
+    """
+
+    def __init__(self, max_size_bytes: int, image_size_bytes: int, ranks: int) -> None:
+        self.image_size_bytes, self.max_images = image_size_bytes, ranks * (max_size_bytes // image_size_bytes)
+        fewer = f"keep max_images={self.max_images}, " if self.max_images else ""
+        super().__init__(
+            f"the hold-out takes more than max_size_bytes={max_size_bytes}, {image_size_bytes} per image; {fewer}allow "
+            "more bytes, or use FunctionScorer(evaluate) with a function that reads the images again each time"
+        )
+
+
 def read_images(
     batches: Iterable[Any], *, max_images: int | None, max_size_bytes: int, sharded: bool, seed: int = 0
 ) -> tuple[Tensor, Tensor]:
@@ -367,7 +384,7 @@ def read_images(
     seed, sharded = integer("seed", seed, least=0), flag("sharded", sharded)
     if sharded and most is not None:
         most = most // world_size() + (rank() < most % world_size())
-    return _collect(batches, most, max_size_bytes, seed)
+    return _collect(batches, most, max_size_bytes, seed, ranks=world_size() if sharded else 1)
 
 
 def _over_ranks(images: Tensor) -> tuple[int, Tensor]:
@@ -430,8 +447,13 @@ def _check_logits(logits: object, labels: Tensor, network: nn.Module) -> None:
         )
 
 
-def _collect(batches: Iterable[Any], most: int | None, max_size_bytes: int, seed: int) -> tuple[Tensor, Tensor]:
-    """The images and labels of `batches`, or `most` of them with the classes in proportion, in their own order."""
+def _collect(
+    batches: Iterable[Any], most: int | None, max_size_bytes: int, seed: int, *, ranks: int
+) -> tuple[Tensor, Tensor]:
+    """The images and labels of `batches`, or `most` of them with the classes in proportion, in their own order.
+
+    `ranks` is the number of ranks that have as many images of their own, for the error.
+    """
     kept: list[tuple[float, int, Tensor, int]] = []  # a heap of (-key, place, image, label): the largest key on top
     keys: dict[int, float] = {}
     size_bytes = 0
@@ -445,11 +467,7 @@ def _collect(batches: Iterable[Any], most: int | None, max_size_bytes: int, seed
         elif most and -kept[0][0] > keys[label]:
             heapq.heapreplace(kept, (-keys[label], place, image.clone(), label))
         if size_bytes > max_size_bytes:
-            raise ValueError(
-                f"the hold-out takes more than max_size_bytes={max_size_bytes}, {image.nbytes} per image; keep "
-                f"max_images={max_size_bytes // image.nbytes}, allow more bytes, or use FunctionScorer(evaluate) with "
-                "a function that reads the images again each time"
-            )
+            raise TooLargeError(max_size_bytes, image.nbytes, ranks)
     if not kept:
         return torch.zeros(0), torch.zeros(0, dtype=torch.long)
     kept.sort(key=lambda entry: entry[1])
