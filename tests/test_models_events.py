@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from argparse import Namespace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,6 +16,7 @@ from support.callback_cases import make_trainer
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from swincompress_pl.callbacks import PrimeSVT, QuantizationAwareTraining
+from swincompress_pl.cli import export
 from swincompress_pl.data import Preprocessing
 from swincompress_pl.models import CompressibleClassifier
 from swincompress_pl.report import spiking_cost
@@ -170,3 +172,15 @@ def test_what_a_datamodule_does_not_say_is_left_out(
 def test_a_wrong_description_of_the_input_is_refused(preprocessing: Any, message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"the datamodule Counts: {message}"):
         make_trainer(tmp_path, 1).validate(classifier(), datamodule=Counts(preprocessing=preprocessing))
+
+
+def test_export_quantizes_on_a_datamodule_with_a_mapping(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    data = Counts(preprocessing=EVENTS)
+    data.calibration_dataloader = lambda images: data.train_dataloader()
+    monkeypatch.setattr(export, "load_data", lambda config, root: data)
+    config = tmp_path / "data.yaml"
+    config.touch()
+    given = Namespace(data=str(config), data_root=None, images=4, bits=None, quantize="max")
+    quantized = export._quantize(classifier().net, given)
+    assert quantized.to_program().time_steps == T
+    assert quantized.classes is None
