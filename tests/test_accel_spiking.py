@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -124,6 +125,37 @@ def test_whole_programs_have_one_answer(tmp_path: Path, steps: int, events: bool
     assert all(0 < rate < 1 for rate in rates), rates
     assert len({tuple(row) for row in logits}) > 1
     assert np.array_equal(logits, np.concatenate([run(program, image[None]) for image in images]))
+
+
+@pytest.mark.parametrize(
+    ("change", "remedy"),
+    [
+        (lambda x: np.moveaxis(x, 1, 0), r"Time steps come second: pass np.moveaxis\(images, 0, 1\)$"),
+        (
+            lambda x: np.moveaxis(np.moveaxis(x, 1, 0), -1, 2),
+            r"Time steps come second: pass np.moveaxis\(images, \(0, 2\), \(1, -1\)\)",
+        ),
+        (lambda x: np.moveaxis(x, 1, 0)[:, :, :-1], r"pass np.moveaxis\(images, 0, 1\), and resize them"),
+        (lambda x: np.moveaxis(x, -1, 2), r"channels first: pass np.moveaxis\(images, -3, -1\)"),
+        (lambda x: x[:, :1], "It takes 2 time steps, not 1: quantize and export again for 1"),
+        (lambda x: x[:, :1, :-1], "Time steps come second, and it takes 2 of them"),
+        (lambda x: x[:, :, :-1], "; resize them"),
+    ],
+)
+def test_events_with_axes_in_another_order_are_refused(change: Any, remedy: str) -> None:
+    program = spiking_program(3, steps=2, events=True)
+    images = pictures(np.random.default_rng(0), 5, program.input.value.shape)
+    for engine in (accel.Engine(program), accel.ReferenceEngine(program)):
+        with pytest.raises(ValueError, match=remedy):
+            engine(change(images))
+
+
+def test_the_remedies_for_the_order_of_axes_work() -> None:
+    engine = accel.Engine(spiking_program(3, steps=2, events=True))
+    images = pictures(np.random.default_rng(0), 5, engine.input_shape)
+    swapped = np.moveaxis(images, 1, 0)
+    assert np.array_equal(engine(np.moveaxis(swapped, 0, 1)), engine(images))
+    assert np.array_equal(engine(np.moveaxis(np.moveaxis(swapped, -1, 2), (0, 2), (1, -1))), engine(images))
 
 
 @pytest.mark.parametrize("width", [32, 36, 64, 100, 104])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from argparse import Namespace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -10,10 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lightning import LightningDataModule
 from support.callback_cases import make_trainer
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
-from swincompress_pl.callbacks import PrimeSVT
+from swincompress_pl.callbacks import PrimeSVT, QuantizationAwareTraining
+from swincompress_pl.cli import export
+from swincompress_pl.data import Preprocessing
 from swincompress_pl.models import CompressibleClassifier
 from swincompress_pl.report import spiking_cost
 
@@ -102,3 +106,81 @@ def test_a_fit_on_events_prunes_and_is_restored(events: Dataset[Any], tmp_path: 
     loaded = CompressibleClassifier.load_from_checkpoint(tmp_path / "last.ckpt").eval()
     with torch.no_grad():
         assert torch.equal(loaded(batch), module.eval()(batch))
+
+
+EVENTS = {"mean": (0.0, 0.0), "std": (1 / 255, 1 / 255), "height": SIZE_PX, "width": SIZE_PX, "time_steps": T}
+
+
+class Counts(LightningDataModule):
+    """Counts of events; subclasses and tests say how they are described."""
+
+    def __init__(self, **attributes: Any) -> None:
+        super().__init__()
+        vars(self).update(attributes)
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        frames = torch.randint(0, 6, (4, T, 2, SIZE_PX, SIZE_PX), generator=torch.Generator().manual_seed(0)).float()
+        return DataLoader(TensorDataset(frames, torch.arange(4) % CLASSES), batch_size=4)
+
+    val_dataloader = train_dataloader
+
+
+def test_a_datamodule_describes_events_by_a_mapping(tmp_path: Path) -> None:
+    module = classifier()
+    data = Counts(preprocessing=EVENTS, class_names=("a", "b", "c", "d"))
+    trainer = make_trainer(tmp_path, 1, QuantizationAwareTraining(start_epoch=0, method="max"))
+    trainer.fit(module, datamodule=data)
+    described = {**EVENTS, "mean": [0.0, 0.0], "std": [1 / 255, 1 / 255]}
+    assert module.input_description == {"preprocessing": described, "class_names": ["a", "b", "c", "d"]}
+    assert module.net.to_program().time_steps == T
+    assert module.net.classes == ("a", "b", "c", "d")
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    loaded = CompressibleClassifier.load_from_checkpoint(tmp_path / "last.ckpt")
+    assert loaded.input_description == module.input_description
+
+
+@pytest.mark.parametrize(
+    ("attributes", "description"),
+    [
+        ({}, {}),
+        ({"preprocessing": None, "class_names": ["a"]}, {}),
+        ({"preprocessing": {"mean": [0], "std": [1]}}, {"preprocessing": {"mean": [0.0], "std": [1.0]}}),
+        ({"preprocessing": Preprocessing(), "class_names": None}, {"preprocessing": Preprocessing().to_dict()}),
+    ],
+)
+def test_what_a_datamodule_does_not_say_is_left_out(
+    attributes: dict[str, Any], description: dict[str, Any], tmp_path: Path
+) -> None:
+    module = classifier()
+    make_trainer(tmp_path, 1).validate(module, datamodule=Counts(**attributes), verbose=False)
+    assert module.input_description == description
+
+
+@pytest.mark.parametrize(
+    ("preprocessing", "message"),
+    [
+        ({**EVENTS, "mean": (0.0,)}, r"preprocessing\['mean'\] has length 1 and preprocessing\['std'\] has length 2"),
+        ({"mean": (0.0, 0.0)}, r"preprocessing\['std'\] is None"),
+        ({**EVENTS, "std": (255.0, 255.0)}, r"preprocessing\['std'\] is .*; it is given in \[0, 1\] units"),
+        ({**EVENTS, "timesteps": 3}, "preprocessing has unknown keys: 'timesteps'; there are mean, std, .*time_steps"),
+        ({**EVENTS, "time_steps": 0}, r"preprocessing\['time_steps'\]=0: it has to be 1 or more, an integer"),
+        ({**EVENTS, "height": "32"}, r"preprocessing\['height'\]='32': it has to be 1 or more, an integer"),
+        ({**EVENTS, "interpolation": 3}, r"preprocessing\['interpolation'\]=3: it has to be a name"),
+        (len, r"preprocessing is <built-in function len>; it must be a mapping with 'mean' and 'std'"),
+    ],
+)
+def test_a_wrong_description_of_the_input_is_refused(preprocessing: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"the datamodule Counts: {message}"):
+        make_trainer(tmp_path, 1).validate(classifier(), datamodule=Counts(preprocessing=preprocessing))
+
+
+def test_export_quantizes_on_a_datamodule_with_a_mapping(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    data = Counts(preprocessing=EVENTS)
+    data.calibration_dataloader = lambda images: data.train_dataloader()
+    monkeypatch.setattr(export, "load_data", lambda config, root: data)
+    config = tmp_path / "data.yaml"
+    config.touch()
+    given = Namespace(data=str(config), data_root=None, images=4, bits=None, quantize="max")
+    quantized = export._quantize(classifier().net, given)
+    assert quantized.to_program().time_steps == T
+    assert quantized.classes is None

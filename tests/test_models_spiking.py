@@ -87,6 +87,7 @@ def test_a_compiled_network_does_not_depend_on_other_networks() -> None:
 
 def test_events_have_time_behind_the_batch() -> None:
     network, _ = lively(FAMILIES["sdt"], 0, trained_statistics=True)
+    network.T = 3
     events = torch.randn(2, 3, 3, SIZE_PX, SIZE_PX, dtype=torch.float64)  # N, T, C, H, W
     plain = FAMILIES["sdt"]().double().eval()
     plain.load_state_dict(network.state_dict())
@@ -94,7 +95,29 @@ def test_events_have_time_behind_the_batch() -> None:
         assert torch.equal(network(events), plain(events.transpose(0, 1)))
         functional.reset_net(plain)
         images = events[:, 0]
-        assert torch.equal(network(images), network(images[:, None].expand(-1, 2, -1, -1, -1)))
+        assert torch.equal(network(images), network(images[:, None].expand(-1, 3, -1, -1, -1)))
+
+
+@pytest.mark.parametrize("name", ["spikformer", "sdt", "qkformer", "maxformer", "meta-spikeformer"])
+def test_events_in_the_order_of_spikingjelly_are_refused(name: str) -> None:
+    network = without_memory(FAMILIES[name]()).eval()
+    events = torch.zeros(2, 5, 3, SIZE_PX, SIZE_PX)  # T, N, C, H, W
+    message = r"images have shape \(2, 5, 3, .*takes \(N, 2, C, H, W\).*pass images.transpose\(0, 1\)"
+    with torch.no_grad(), pytest.raises(ValueError, match=message):
+        network(events)
+    with torch.no_grad():
+        expected = network(events.transpose(0, 1))
+        network.T = 5
+        assert network(events).shape == (2, 5)  # two recordings of five steps
+    assert expected.shape == (5, 5)
+
+
+def test_any_number_of_time_steps_goes_where_the_network_states_none() -> None:
+    network = FAMILIES["sdt"]()
+    whole = nn.Sequential(network)  # T is an attribute of the inner network only
+    without_memory(whole)
+    with torch.no_grad():
+        assert whole.eval()(torch.zeros(2, 4, 3, SIZE_PX, SIZE_PX)).shape == (2, 5)
 
 
 def test_twice_is_once() -> None:

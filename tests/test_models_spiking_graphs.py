@@ -287,8 +287,9 @@ def assert_one_answer(network: Any, pixels: Tensor) -> None:
 
 @pytest.mark.parametrize("name", ["spikformer", "sdt", "maxformer"])
 def test_events_go_in_as_counts(name: str) -> None:
-    """(N, T, C, H, W) counts, as spikingjelly's datasets give frames, T other than the network's own."""
+    """(N, T, C, H, W) counts, as spikingjelly's datasets give frames, T other than the network was created with."""
     network, _ = lively(lambda: FAMILIES[name](in_channels=2), 6, trained_statistics=False)  # type: ignore[call-arg]
+    network.T = 3
     torch.manual_seed(0)
     events = torch.randint(0, 6, (3, 3, 2, SIZE_PX, SIZE_PX)).double()
     counts = {"mean": [0.0, 0.0], "std": [1 / 255] * 2, "height": SIZE_PX, "width": SIZE_PX, "time_steps": 3}
@@ -303,6 +304,10 @@ def test_events_go_in_as_counts(name: str) -> None:
     assert_one_answer(network, pixels)
     with pytest.raises(ValueError, match=r"this network takes \(N, 3, 2, 32, 32\)"):
         network.train()(events[:, :2].float())
+    order = r"shape \(3, 2, 2, .*the time steps second. .*pass images.transpose\(0, 1\); if they have 2 time steps"
+    for refusing in (network.train(), network.eval(), network.pixels):
+        with pytest.raises(ValueError, match=order):
+            refusing(events[:2].transpose(0, 1).float())
 
 
 def test_what_has_no_integer_form_is_refused() -> None:

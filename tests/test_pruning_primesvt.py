@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -270,6 +271,7 @@ def test_both_alternatives_are_reported_where_both_constraints_cannot_be_met(pre
     assert result.applied == (accuracy if prefer == "accuracy" else memory)
     assert result.score == evaluate(network)
     assert f"{memory.saving:.2%} of the parameters saved at {memory.score:.2f} points" in result.summary()
+    assert result.summary().endswith(f"; applied: within the {prefer}")
 
 
 @pytest.mark.parametrize("options", [QUICK, ALLOCATED], ids=["prioritized", "allocated"])
@@ -299,11 +301,24 @@ def test_nothing_is_applied_where_nothing_is_acceptable() -> None:
         tried(images)
         return 90.0 if same_state(before, state_of(tried)) else 10.0
 
-    with pytest.warns(UserWarning, match="within the accuracy: none; within the memory: .* at 10.00 points"):
+    found = "within the accuracy: none; within the memory: .* at 10.00 points"
+    with pytest.warns(UserWarning, match=f"{found}.*; nothing is pruned, as prefer='accuracy' found none"):
         result = primesvt(network, brittle, prime_config(min_memory_saving=0.1, **QUICK))
     assert (result.applied, result.within_accuracy, result.initial_rate, result.blocks) == (None, None, 0.0, [])
     assert (result.score, result.saving, result.met) == (90.0, 0.0, False)
     assert same_state(before, state_of(network))
+
+
+def test_the_summary_says_which_alternative_found_none() -> None:
+    network = network_of()
+    result = primesvt(network, holdout_of(network), prime_config(tolerance=30, min_memory_saving=0.0, **QUICK))
+    assert "applied" not in result.summary()  # both constraints are met
+    config = {**result.config, "prefer": "memory"}
+    nothing = replace(result, met=False, applied=None, within_memory=None, config=config)
+    assert nothing.summary().endswith("within the memory: none; nothing is pruned, as prefer='memory' found none")
+    stored = {**nothing.to_dict(), "config": {**config, "prefer": "speed"}}
+    with pytest.raises(ValueError, match="prefer='speed': it has to be one of accuracy, memory"):
+        PrimeSVTResult.from_dict(stored)
 
 
 class KilledError(Exception):

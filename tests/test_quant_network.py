@@ -191,6 +191,10 @@ def test_bad_calibration_is_refused(calibration: Any, error: type[Exception], me
         ({"preprocessing": {"mean": [0.5] * 3}}, "preprocessing\\['std'\\]"),
         ({"preprocessing": {"mean": [127.0] * 3, "std": [64.0] * 3}}, "in \\[0, 1\\] units"),
         ({"preprocessing": {"mean": [0.5], "std": [0.5]}}, "1 means for the 3 input channels"),
+        (
+            {"preprocessing": {"mean": [0.5] * 3, "std": [0.5]}},
+            "'mean'. has length 3 and .*'std'. has length 1",
+        ),
     ],
 )
 def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:

@@ -14,6 +14,7 @@ from support.spiking_cases import FAMILIES, SIZE_PX, lively, spikes_of
 
 from swincompress_pl.models import create_model
 from swincompress_pl.pruning import PrimeSVTResult, count_macs, primesvt
+from swincompress_pl.quant import QuantizedNetwork
 from swincompress_pl.report import SpikingCost, primesvt_figures, save_primesvt_figures, spiking_cost
 
 
@@ -46,6 +47,11 @@ def test_costs_of_what_cannot_be_counted_are_refused() -> None:
         spiking_cost(network, images[0])
     with pytest.raises(ValueError, match="so it is not a spiking network"):
         spiking_cost(create_model("vit_tiny_patch16_224", num_classes=3), torch.zeros(1, 3, 224, 224))
+    size = {"mean": [0.5] * 3, "std": [0.5] * 3, "height": SIZE_PX, "width": SIZE_PX}
+    quantized = QuantizedNetwork(network.float(), preprocessing=size)
+    with pytest.raises(ValueError, match=r"pass the float network \(quantized.network\), or use engine.profile"):
+        spiking_cost(quantized, images.float())
+    assert spiking_cost(quantized.network, images.float()).sops > 0
 
 
 @pytest.fixture(scope="module")

@@ -175,12 +175,12 @@ def _quantize(network: nn.Module, given: Any) -> QuantizedNetwork:
     data = load_data(existing_file(given.data), given.data_root)
     if not hasattr(data, "calibration_dataloader"):
         raise ValueError(f"{given.data}: {type(data).__name__} has no calibration_dataloader; use swincompress_pl.data")
-    preprocessing = data.preprocessing.to_dict()
+    preprocessing, classes = getattr(data, "preprocessing", None), getattr(data, "class_names", None)
     images, bits = given.images or _IMAGES, given.bits or "W8A8"
     _say(f"quantizing on {images} images")
     return quant.quantize(
         network, data.calibration_dataloader(images), method=given.quantize, bits=bits,
-        preprocessing=preprocessing, calibration_images=images, classes=data.class_names, progress=True,
+        preprocessing=preprocessing, calibration_images=images, classes=classes, progress=True,
     )  # fmt: skip
 
 

@@ -39,6 +39,7 @@ from swincompress_pl.models.training import (
     distillation_loss,
     warmup_cosine,
 )
+from swincompress_pl.quant.preprocessing import described_preprocessing
 from swincompress_pl.stored_data import from_plain, reading
 
 Batch = tuple[Tensor, Tensor]  # (N, 3, H, W) float, (N,) int64
@@ -65,8 +66,8 @@ class CompressibleClassifier(CompressionMixin, LightningModule):
 
     Attributes:
         net: The network. It may be replaced, or change its parameters, at any time (pruning, quantization).
-        input_description: {"preprocessing": fields of `data.Preprocessing`, "class_names": list} of the data that the
-            module was last attached to; {} before. Checkpoints hold it.
+        input_description: {"preprocessing": mapping, "class_names": list} of the data that the module was last attached
+            to, without class_names if the data names none; {} before. Checkpoints hold it.
         teacher: The network that teaches, a frozen copy of `net`; None without distillation.
         teacher_taken: Whether the teacher was taken, so that its loss counts.
 
@@ -177,8 +178,8 @@ class CompressibleClassifier(CompressionMixin, LightningModule):
             stage: "fit", "validate", "test" or "predict".
 
         Raises:
-            ValueError: If the data has another number of classes, or the network was changed in a way that no
-                checkpoint could rebuild.
+            ValueError: If the data has another number of classes or an invalid `preprocessing`, or the network was
+                changed in a way that no checkpoint could rebuild.
         """
         super().setup(stage)
         if stage == "fit":
@@ -189,11 +190,8 @@ class CompressibleClassifier(CompressionMixin, LightningModule):
             raise ValueError(
                 f"the data has {classes} classes, the model num_classes={self.num_classes}; make them equal."
             )
-        if data is not None and hasattr(data, "preprocessing"):
-            self.input_description = {
-                "preprocessing": data.preprocessing.to_dict(),
-                "class_names": list(data.class_names),
-            }
+        if getattr(data, "preprocessing", None) is not None:
+            self.input_description = _description_of(data)
         # Here, and not when the epoch starts, because callbacks may compress before that. On a resume this is
         # preliminary: Lightning loads the checkpoint, and with it the teacher, after `setup`.
         starts_now = stage == "fit" and self.distillation is not None and self.distillation.start_epoch == 0
@@ -408,3 +406,13 @@ def _seeded_numpy(entropy: list[int]) -> Iterator[None]:
         yield
     finally:
         np.random.set_state(state)
+
+
+def _description_of(data: Any) -> dict[str, Any]:
+    """What a datamodule with a `preprocessing` says about the network's input."""
+    try:
+        description: dict[str, Any] = {"preprocessing": described_preprocessing(data.preprocessing)}
+    except ValueError as error:
+        raise ValueError(f"the datamodule {type(data).__name__}: {error}") from error
+    names = getattr(data, "class_names", None)
+    return description if names is None else description | {"class_names": list(names)}

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swincompress_pl.arguments import as_float, shown
+from swincompress_pl.arguments import as_float, integer, shown, text
 
 # How far values may lie outside [0, 255]: by rounding; and by bicubic overshoot at sharp edges, if images were resized
 # after they were normalized, in pixel steps and as a share of all values.
@@ -26,6 +26,7 @@ _NEAR, _WHOLE_SHARE, _WHOLE = 0.125, 0.9, 0.02
 _LEVELS = 256
 LOOKED_AT = 32  # images, enough to see how they are normalized
 _SPAN_SHARE = 0.6  # resized images cover most of the range
+_SIZES = ("height", "width", "resize", "time_steps")  # the other known keys, but "interpolation"
 
 
 def find_preprocessing(*sources: Any) -> dict[str, Any]:
@@ -80,7 +81,7 @@ def checked_preprocessing(preprocessing: Mapping[str, Any]) -> dict[str, Any]:
         A copy with lists in place of tuples.
 
     Raises:
-        ValueError: If mean or std is missing or out of range; the message names it.
+        ValueError: If mean or std is missing or out of range, or they have different lengths; the message names it.
     """
     if not isinstance(preprocessing, Mapping):
         raise ValueError(f"preprocessing is {shown(preprocessing)}; it must be a mapping with 'mean' and 'std'")
@@ -95,7 +96,43 @@ def checked_preprocessing(preprocessing: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError(
                 f"preprocessing[{key!r}] is {values!r}; it is given in [0, 1] units (pixel / 255), std above 0"
             )
+    means, stds = len(preprocessing["mean"]), len(preprocessing["std"])
+    if means != stds:
+        raise ValueError(
+            f"preprocessing['mean'] has length {means} and preprocessing['std'] has length {stds}; each lists one "
+            "number per image channel"
+        )
     return {key: list(value) if isinstance(value, tuple) else value for key, value in preprocessing.items()}
+
+
+def described_preprocessing(preprocessing: Any) -> dict[str, Any]:
+    """Checks the preprocessing that a datamodule describes.
+
+    Args:
+        preprocessing: Object with `to_dict`, such as `data.Preprocessing`, or a mapping with "mean" and "std", one
+            number per channel for pixels in [0, 1]. The mapping may hold the other fields of `data.Preprocessing`, and
+            "time_steps".
+
+    Returns:
+        The plain data.
+
+    Raises:
+        ValueError: If it is neither, or a key is missing, unknown or has a value out of range; the message names it.
+    """
+    if not isinstance(preprocessing, Mapping) and hasattr(preprocessing, "to_dict"):
+        return dict(preprocessing.to_dict())
+    plain = checked_preprocessing(preprocessing)
+    known = ("mean", "std", "interpolation", *_SIZES)
+    unknown = [shown(key) for key in plain if key not in known]
+    if unknown:
+        raise ValueError(f"preprocessing has unknown keys: {', '.join(unknown)}; there are {', '.join(known)}")
+    for key, value in plain.items():
+        if key in ("mean", "std"):
+            plain[key] = [float(each) for each in value]
+        elif value is not None:
+            name = f"preprocessing[{key!r}]"
+            plain[key] = integer(name, value, least=1) if key in _SIZES else text(name, value, "a name")
+    return plain
 
 
 def real_pixels(images: Tensor, preprocessing: Mapping[str, Any]) -> Tensor:

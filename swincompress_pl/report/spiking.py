@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from swincompress_pl.evaluation_mode import evaluation_mode
 from swincompress_pl.models.spiking.memory import check_spiking, watching_spikes
 from swincompress_pl.pruning import count_macs
+from swincompress_pl.quant import QuantizedNetwork
 from swincompress_pl.report.plain import Plain
 
 _FLOAT_BYTES = 4
@@ -63,10 +64,16 @@ def spiking_cost(network: nn.Module, images: Tensor) -> SpikingCost:
         The cost per image.
 
     Raises:
-        ValueError: If the network does not spike, keeps its state between calls, or `images` has another shape.
+        ValueError: If the network does not spike, keeps its state between calls or is a `QuantizedNetwork`, or if
+            `images` has another shape.
     """
     from spikingjelly.activation_based.op_counter import estimate_simple_energy
 
+    if isinstance(network, QuantizedNetwork):
+        raise ValueError(
+            "spiking_cost counts the operations of a float network, and this is a QuantizedNetwork; pass the float "
+            "network (quantized.network), or use engine.profile of the exported artifact"
+        )
     check_spiking(network)
     if images.ndim not in (4, 5) or not len(images):
         raise ValueError(

@@ -166,9 +166,24 @@ def _remedy(found: tuple[int, ...], shape: tuple[int, ...]) -> str:
         one = "images[..., None]"
         given = one if channels == 1 else f"np.repeat({one}, {channels}, axis=-1), the same in every channel"
         return f". They have no axis of channels: pass {given}"
+    if len(found) == 5 and len(shape) == 4 and found[1] != shape[0]:
+        return _time_remedy(found, shape)
     if len(found) == len(shape) + 1 and found[-1] == channels:
         return "; resize them"
     return ""
+
+
+def _time_remedy(found: tuple[int, ...], shape: tuple[int, ...]) -> str:
+    """The remedy for events whose second axis is not that of the time steps."""
+    time_steps, height, width, channels = shape
+    first, fits = found[0] == time_steps, found[2:] == shape[1:]
+    if first and found[2:] == (channels, height, width):
+        return ". Time steps come second: pass np.moveaxis(images, (0, 2), (1, -1)), which puts the channels last, too"
+    if first and found[-1] == channels:
+        return f". Time steps come second: pass np.moveaxis(images, 0, 1){'' if fits else ', and resize them'}"
+    if fits:
+        return f". It takes {time_steps} time steps, not {found[1]}: quantize and export again for {found[1]}"
+    return f". Time steps come second, and it takes {time_steps} of them"
 
 
 def steps(program: Program, images: npt.NDArray[np.uint8]) -> Iterator[tuple[Operation, IntArray]]:

@@ -22,6 +22,9 @@ def without_memory(network: nn.Module) -> nn.Module:
     the mean over time, (N, classes). The neurons are reset before and after each call, in training and in evaluation,
     so that a copy, a checkpoint or another batch never sees their membrane potentials. A second call changes nothing.
 
+    Events need as many time steps as the network's `T`, if it has one; otherwise a call raises a ValueError. No weight
+    depends on `T`, so set `network.T` for another number.
+
     Args:
         network: A network of spikingjelly in multi-step mode.
 
@@ -95,7 +98,21 @@ def _begin(network: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     if not isinstance(images, Tensor) or images.ndim not in (4, 5):
         found = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
         raise ValueError(f"{type(network).__name__}: takes images (N, C, H, W) or events (N, T, C, H, W), not {found}")
-    return (images.transpose(0, 1) if images.ndim == 5 else images, *rest)
+    if images.ndim == 4:
+        return inputs
+    _check_time_steps(network, images)
+    return (images.transpose(0, 1), *rest)
+
+
+def _check_time_steps(network: nn.Module, events: Tensor) -> None:
+    """Raises a ValueError if events are not (N, T, ...) with the T of the network, as in spikingjelly's own order."""
+    steps, found = getattr(network, "T", None), events.shape[1]
+    if isinstance(steps, int) and found != steps:
+        raise ValueError(
+            f"{type(network).__name__}: images have shape {tuple(events.shape)}; this network takes "
+            f"(N, {steps}, C, H, W), the time steps second. If they are in spikingjelly's order (T, N, C, H, W), pass "
+            f"images.transpose(0, 1); if they have {found} time steps, set network.T = {found}"
+        )
 
 
 def _end(network: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:

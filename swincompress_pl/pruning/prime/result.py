@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from swincompress_pl.arguments import integer, number, require
+from swincompress_pl.arguments import choice, integer, number, require
 from swincompress_pl.pruning.prime.config import current_settings
 from swincompress_pl.pruning.structure.change import Change, nothing_applied
 from swincompress_pl.pruning.structure.plan import PruningPlan
@@ -182,7 +182,7 @@ class PrimeSVTResult:
         return 0.0 if self.applied is None else self.applied.saving
 
     def summary(self) -> str:
-        """Returns one or two sentences about what was found."""
+        """Returns one or two sentences about what was found, and what of it is applied."""
         drop, least = self.config["tolerance"], self.config["min_memory_saving"]
         if self.met:
             return f"{_told(self.applied, self.baseline_score)}; both constraints are met"
@@ -190,6 +190,9 @@ class PrimeSVTResult:
             f"no candidate keeps both constraints, at most {drop:g} points lost and at least {least:.1%} saved",
             f"within the accuracy: {_told(self.within_accuracy, self.baseline_score)}",
             f"within the memory: {_told(self.within_memory, self.baseline_score)}",
+            f"nothing is pruned, as prefer={self.config['prefer']!r} found none"
+            if self.applied is None
+            else f"applied: within the {self.config['prefer']}",
         ]
         return "; ".join(found)
 
@@ -226,6 +229,7 @@ class PrimeSVTResult:
             fields["config"] = current_settings(fields.get("config", {}))
             for name in ("tolerance", "min_memory_saving"):
                 number(name, fields["config"][name], lambda _: True, "a finite number")
+            choice("prefer", fields["config"]["prefer"], ("accuracy", "memory"))
         result: PrimeSVTResult = from_plain(cls, fields, "result")
         integer("result.parameters_before", result.parameters_before, least=1)
         return result

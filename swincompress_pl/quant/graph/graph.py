@@ -404,7 +404,17 @@ class Graph:
         if tuple(images.shape[1:]) != expected:
             raise ValueError(
                 f"images have shape {tuple(images.shape)}; this network takes (N, {', '.join(map(str, expected))})"
+                f"{self._time_remedy(tuple(images.shape))}"
             )
+
+    def _time_remedy(self, found: tuple[int, ...]) -> str:
+        """What to do about events whose second axis is not that of the time steps."""
+        if self.time_steps is None or len(found) != 5 or found[1] == self.time_steps:
+            return ""
+        return (
+            ", the time steps second. If they are in spikingjelly's order (T, N, C, H, W), pass "
+            f"images.transpose(0, 1); if they have {found[1]} time steps, quantize the float network for {found[1]}"
+        )
 
     @property
     def weighted_nodes(self) -> tuple[WeightedNode, ...]:
