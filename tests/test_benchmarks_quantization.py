@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -188,3 +189,24 @@ def test_the_report_names_the_gpu(place: subjects.Place, tmp_path: Path) -> None
     assert ", GPU X, torch" not in page_of(report.write(out, tmp_path))
     file.write_text(json.dumps(entry | {"place": {"device": "GPU X", "precision": "32-true"}}))
     assert "threads, GPU X, torch" in page_of(report.write(out, tmp_path))
+
+
+def test_the_help_says_what_the_data_folder_holds(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "1000")
+    monkeypatch.setattr(sys, "argv", ["benchmarks.quantization", "run", "--help"])
+    with pytest.raises(SystemExit):
+        main.main()
+    shown = capsys.readouterr().out
+    assert subjects.DATA_HELP in shown
+    assert subjects.CACHE_HELP in shown
+
+
+def test_the_help_names_every_file_of_the_data_folder() -> None:
+    how_to = (Path(__file__).resolve().parent.parent / "docs/how-to/repeat_a_figure.md").read_text("utf-8")
+    table = how_to.partition("| file in `DATA` |")[2].partition("\n\n")[0]
+    named = {row.split("|")[1] for row in table.splitlines()[2:]}
+    files = {word for cell in named for word in re.findall(r"`([\w.]+/?)`", cell)}
+    assert len(files) == 7
+    assert all(file in subjects.DATA_HELP for file in files)

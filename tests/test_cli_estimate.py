@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +13,9 @@ import pytest
 import yaml  # type: ignore[import-untyped]
 from lightning import Trainer
 
-from swincompress_pl.cli import USER_ERROR, estimate, main
+from swincompress_pl.cli import USER_ERROR, estimate, main, measured_fit
 from swincompress_pl.cli.measured_fit import EpochTime, SearchTime
+from swincompress_pl.cli.signals import EndedBySignal, ended_by_signals
 
 CALLBACKS = "swincompress_pl.callbacks"
 
@@ -42,8 +46,17 @@ def test_the_parts_of_a_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     file = config(tmp_path, rounds, quantizer, keeper, max_epochs=12, check_val_every_n_epoch=3)
 
     assert main(["estimate", "-c", file, "--batches", "2", "--devices", "2", "--json"]) == 0
-    given = json.loads(capsys.readouterr().out)
+    shown = capsys.readouterr()
+    given = json.loads(shown.out)
 
+    assert [line for line in shown.err.splitlines() if line.startswith("measuring: ")] == [
+        "measuring: training, 2 batches",
+        "measuring: validation, 2 batches",
+        "measuring: a search on 2 of 2 targets",
+        "measuring: the exchange to integers on 8 images",
+        "measuring: training in integers, 2 batches",
+        "measuring: validation in integers, 2 batches",
+    ]
     assert {part["name"]: part["times"] for part in given["parts"]} == {
         "training epoch, float": 9,
         "validation, float": 3,
@@ -104,3 +117,63 @@ def test_epochs_and_validations(settings: dict[str, Any], epochs: int, validatio
 
 def test_a_search_costs_its_beginning_and_its_targets() -> None:
     assert SearchTime(fixed_s=2.0, target_s=0.5, targets=10, measured=4).total_s == 7.0
+
+
+# What is being measured -> how often the clock is read in it before the signal comes.
+MOMENTS = {"training,": 1, "validation,": 2, "a search": 3, "the exchange": 1, "training in": 2}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("part", MOMENTS)
+def test_a_signal_ends_it_at_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, part: str, number: int
+) -> None:
+    search = callback("AdaptiveIterativePruning", start_epoch=0, round_to=1, step=0.3)
+    quantizer = callback("QuantizationAwareTraining", start_epoch=1, calibration_images=8, method="max")
+    said: list[str] = []
+    readings: list[int] = []
+    read, handlers = measured_fit._now, [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+
+    def now() -> float:
+        if said and said[-1].startswith(part):
+            readings.append(1)
+            if len(readings) == MOMENTS[part]:
+                os.kill(os.getpid(), number)
+        return read()
+
+    monkeypatch.setattr(estimate, "_say", said.append)
+    monkeypatch.setattr(measured_fit, "_now", now)
+    file = config(tmp_path, search, quantizer, max_epochs=2)
+    assert main(["estimate", "-c", file, "--batches", "2", "--json"]) == 128 + number
+    shown = capsys.readouterr()
+    name = signal.Signals(number).name
+    assert shown.out == ""
+    assert [line for line in shown.err.splitlines() if "swincompress" in line] == [
+        f"swincompress: estimate: ended by {name}; nothing was written"
+    ]
+    assert len(readings) == MOMENTS[part]  # nothing went on
+    assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+
+def test_a_worker_of_a_loader_is_interrupted_as_usual(monkeypatch: pytest.MonkeyPatch) -> None:
+    with ended_by_signals(), monkeypatch.context() as patch:
+        parent = os.getpid()
+        patch.setattr(os, "getpid", lambda: parent + 1)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(parent, signal.SIGINT)
+        patch.undo()
+        with pytest.raises(EndedBySignal):
+            os.kill(parent, signal.SIGINT)
+
+
+def test_other_threads_leave_signals_alone() -> None:
+    before, found = signal.getsignal(signal.SIGTERM), list[Any]()
+
+    def run() -> None:
+        with ended_by_signals():
+            found.append(signal.getsignal(signal.SIGTERM))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert found == [before]

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from swincompress_pl import accel
+from swincompress_pl import accel, models
 from swincompress_pl.report.comparison import runtimes
 from swincompress_pl.report.comparison.bench import bench_artifact
 from swincompress_pl.report.comparison.compare import Runner, compare
 from swincompress_pl.report.comparison.kernels import bench_linear, linear_program
 from swincompress_pl.report.comparison.runtimes import RUNTIMES, parse_runtimes, prepare
-from swincompress_pl.report.comparison.worker import SEED, turn_ms
+from swincompress_pl.report.comparison.worker import SEED, load, normalized, turn_ms
 
 SHAPE = (4, 1, 8)
 
@@ -142,3 +144,47 @@ def test_a_failed_conversion_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(runtimes, "installed_version", lambda package: "1")
     origin: dict[str, object] = {"network": {"name": "no such network", "kwargs": {}}, "history": []}
     assert all("conversion failed: " in (c.unavailable or "") for c in prepared(origin, tmp_path))
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 6, 3), (2, 5, 4, 6, 2)])
+def test_channels_go_before_the_sides_of_an_image(shape: tuple[int, ...]) -> None:
+    images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    given = normalized(images)
+    assert given.flags.c_contiguous
+    for channel in range(shape[-1]):
+        assert np.allclose(given[..., channel, :, :], (images[..., channel] / 255 - 0.5) / 0.25, atol=1e-6)
+
+
+EVENTS_SHAPE = (3, 32, 32, 2)
+
+
+def events_origin() -> dict[str, object]:
+    size = {"T": 4, "in_channels": 2, "embed_dims": 8, "num_heads": 2, "depths": 1, "pooling_stat": "0011"}
+    network: Any = models.create_model("SpikeDrivenTransformer", num_classes=5, **size)
+    return {"network": network.creation, "history": []}
+
+
+def test_torch_takes_events(tmp_path: Path) -> None:
+    (torch_runner,) = prepare(
+        ["torch"], origin=events_origin(), image_shape=EVENTS_SHAPE, threads=(1,), batch=2, directory=tmp_path
+    )[1]
+    assert torch_runner.unavailable is None
+    _, ready = load(torch_runner.task(warm_up=0, turn_ms=1.0))
+    assert np.shape(ready["logits"]) == (2, 5)
+
+
+def test_the_network_of_events_is_converted_with_frames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The conversion itself takes long, so only what the converter is given is looked at: the network runs on it."""
+    answers = []
+
+    def export(network: Any, given: tuple[torch.Tensor], path: Path, **_: Any) -> None:
+        assert given[0].shape == (2, 3, 2, 32, 32)
+        answers.append(network(*given).shape)
+
+    monkeypatch.setattr(torch.onnx, "export", export)
+    monkeypatch.setattr(runtimes, "installed_version", lambda package: "1")
+    runners = prepare(
+        ["openvino"], origin=events_origin(), image_shape=EVENTS_SHAPE, threads=(1,), batch=2, directory=tmp_path
+    )[1]
+    assert runners[0].unavailable is None
+    assert answers == [(2, 5)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..pruning.subjects import Place
+from ..pruning.subjects import CACHE_HELP, DATA_HELP, Place
 from .pages import GALLERY, render, shoot
 from .runs import RUNS
 
@@ -17,10 +17,8 @@ def main() -> None:
     run = commands.add_parser("run", help="run compressions and write their records and pages")
     run.set_defaults(command=_run)
     run.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(RUNS)}; all if left out")
-    run.add_argument(
-        "--data", type=Path, required=True, help="folder of images and weights, as for the pruning benchmark"
-    )
-    run.add_argument("--cache", type=Path, required=True, help="folder of decoded images")
+    run.add_argument("--data", type=Path, required=True, help=DATA_HELP)
+    run.add_argument("--cache", type=Path, required=True, help=CACHE_HELP)
     again = commands.add_parser("render", help="write the pages again from the committed records")
     again.set_defaults(command=_render)
     shots = commands.add_parser("shoot", help="take pictures of the pages with Chromium")

@@ -29,7 +29,7 @@ def page(sources: Sources) -> str:
             "## How the pages are made",
             "`python -m benchmarks.pages` writes them from the JSON in `benchmarks/results`: figures are not typed in. "
             "A test compares the committed pages with what the command writes. `benchmarks/README.md` says how each "
-            "benchmark is run.",
+            "benchmark is run, and [Repeat a figure](../how-to/repeat_a_figure.md) how one figure is measured again.",
         ]
     )
 

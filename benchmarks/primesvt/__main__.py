@@ -13,7 +13,7 @@ import torch
 
 from swincompress_pl.report.plain import write_text
 
-from ..pruning.subjects import Place
+from ..pruning.subjects import CACHE_HELP, CIFAR_HELP, Place
 from .subjects import SUBJECTS
 
 if TYPE_CHECKING:
@@ -34,8 +34,8 @@ def main() -> None:
     run.add_argument("--seed", type=int, default=0, help="of the fine-tuning: others than 0 repeat what 0 has tuned")
     run.add_argument("--list", action="store_true", help="only say which there are")
     for command in (train, run):
-        command.add_argument("--data", type=Path, required=True, help="the folder with cifar10_jpeg.tar.xz")
-        command.add_argument("--cache", type=Path, required=True, help="of decoded images")
+        command.add_argument("--data", type=Path, required=True, help=CIFAR_HELP)
+        command.add_argument("--cache", type=Path, required=True, help=CACHE_HELP)
         command.add_argument("--out", type=Path, required=True, help="of checkpoints and results")
         command.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
         command.add_argument("--precision", default="32-true")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from . import jobs, runner
-from .subjects import Place
+from .subjects import CACHE_HELP, DATA_HELP, Place
 
 _RESULTS = Path(__file__).resolve().parent.parent / "results"
 
@@ -165,8 +165,8 @@ _OPTIONS_OF = {
 }
 _OPTIONS: dict[str, dict[str, Any]] = {
     "out": {"type": Path, "required": True, "help": "folder of the results, one small file per job"},
-    "data": {"type": Path, "default": Path("."), "help": "folder with the images and the weights"},
-    "cache": {"type": Path, "help": "folder of the decoded images; default: OUT/cache"},
+    "data": {"type": Path, "default": Path("."), "help": f"{DATA_HELP}; default: this folder"},
+    "cache": {"type": Path, "help": f"{CACHE_HELP}; default: OUT/cache"},
     "sets": {"default": "cifar10,imagenet_mini", "help": "image sets, separated by commas"},
     "filter": {"nargs": "*", "default": [], "help": "patterns of the names of jobs (fnmatch); default: all"},
     "jobs": {"type": int, "default": 1, "help": "processes at a time"},

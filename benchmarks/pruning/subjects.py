@@ -98,6 +98,15 @@ _DIGITS_NETWORK = {
 }  # fmt: skip
 
 
+# The help of options.
+CIFAR_HELP = "folder that holds cifar10_jpeg.tar.xz or cifar10/"
+DATA_HELP = (
+    f"{CIFAR_HELP}, swin_cifar10.safetensors, imagenet_mini.tar or imagenet_mini/, imagenet_wnid_to_index.json and "
+    "deit_tiny_patch16_224.safetensors; the files of a network that does not run may be missing"
+)
+CACHE_HELP = "folder of decoded images, made where it is missing"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Place:
     """Where a job works. data: the folder with images and weights; cache: of decoded images; device, precision: of

@@ -27,7 +27,7 @@ from benchmarks.pages import write_pages
 from benchmarks.pruning import runner
 from benchmarks.pruning.__main__ import overrides
 from benchmarks.pruning.jobs import chosen, result_file
-from benchmarks.pruning.subjects import Place
+from benchmarks.pruning.subjects import CACHE_HELP, DATA_HELP, Place
 from swincompress_pl.models import create_model
 from swincompress_pl.quant import quantize
 from swincompress_pl.report import describe_environment
@@ -67,8 +67,8 @@ def _arguments() -> argparse.Namespace:
 
 
 def _add_run_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--data", type=Path, required=True)
-    command.add_argument("--cache", type=Path, help="folder of decoded images; default: OUT/cache")
+    command.add_argument("--data", type=Path, required=True, help=DATA_HELP)
+    command.add_argument("--cache", type=Path, help=f"{CACHE_HELP}; default: OUT/cache")
     command.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="of all but the C++ engine")
     command.add_argument("--precision", default="32-true", help="of the Trainer where a job fine-tunes")
     command.add_argument("--jobs", type=int, default=1, help="processes at a time")

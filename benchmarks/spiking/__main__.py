@@ -16,7 +16,7 @@ from swincompress_pl.report import describe_environment
 from swincompress_pl.report.plain import write_text
 
 from ..primesvt.subjects import SUBJECTS
-from ..pruning.subjects import Place
+from ..pruning.subjects import CACHE_HELP, CIFAR_HELP, Place
 from .exact import BUILDERS
 
 
@@ -43,8 +43,8 @@ def main() -> None:
     accuracy.add_argument("--bits", default="W8A8,W4A8", help="widths; `float` is the control, with --tuned")
     accuracy.add_argument("--tuned", action="store_true", help="after fine-tuning, by the recipe of its subject")
     accuracy.add_argument("--rounding", default="nearest", choices=ROUNDINGS, help="of the weights, without --tuned")
-    accuracy.add_argument("--data", type=Path, required=True, help="the folder with cifar10_jpeg.tar.xz")
-    accuracy.add_argument("--cache", type=Path, required=True, help="of decoded images")
+    accuracy.add_argument("--data", type=Path, required=True, help=CIFAR_HELP)
+    accuracy.add_argument("--cache", type=Path, required=True, help=CACHE_HELP)
     accuracy.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="of training; the engine has none")
     report = commands.add_parser("report", help="write benchmarks/results/spiking.json and its pages")
     report.set_defaults(command=_report)

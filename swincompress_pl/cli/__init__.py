@@ -1,6 +1,7 @@
 """The command `swincompress`: finds the sub-command, imports only what it needs, turns user errors into one line.
 
-The exit codes are 0 (done), 1 (a check of the command failed), 2 (the user's input was wrong) and 130 (interrupted).
+The exit codes are 0 (done), 1 (a check of the command failed), 2 (the user's input was wrong), 130 (interrupted) and,
+of `estimate`, 143 (terminated).
 """
 
 from __future__ import annotations
@@ -77,7 +78,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: The arguments that follow the program's name; None for those of the process.
 
     Returns:
-        The exit code: 0 done, 1 a check of the command failed, 2 the user's input was wrong, 130 interrupted.
+        The exit code: 0 done, 1 a check of the command failed, 2 the user's input was wrong, 130 interrupted, and 143 a
+        terminated `estimate`.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given

@@ -24,11 +24,13 @@ from swincompress_pl.cli.common import HelpFormatter, console, epilog, print_jso
 from swincompress_pl.cli.measured_fit import (
     EpochTime,
     MakeTrainer,
+    Progress,
     measure_epoch,
     measure_exchange,
     measure_search,
     peak_memory_bytes,
 )
+from swincompress_pl.cli.signals import EndedBySignal, ended_by_signals
 from swincompress_pl.cli.train import CompressionCLI, command_line
 from swincompress_pl.report.content.numbers import megabytes
 
@@ -115,7 +117,16 @@ class EstimateCLI(CompressionCLI):
 
 
 def main(name: str, arguments: Sequence[str]) -> int:
-    """Measures and prints the estimate; returns 0."""
+    """Measures and prints the estimate; returns 0, or 128 plus the number of the signal that ended it."""
+    try:
+        with ended_by_signals():
+            return _estimate(name, arguments)
+    except EndedBySignal as ending:
+        print(f"{PROGRAM}: {name}: ended by {ending.name}; nothing was written", file=sys.stderr)
+        return ending.exit_code
+
+
+def _estimate(name: str, arguments: Sequence[str]) -> int:
     options = {"prog": f"{PROGRAM} {name}", "description": _DESCRIPTION, "epilog": epilog(*_EXAMPLES)}
     sys.argv[1:] = arguments  # where Lightning reads them
     cli = command_line(
@@ -130,7 +141,9 @@ def main(name: str, arguments: Sequence[str]) -> int:
         )
     devices = cli.devices()
     with _without_news():
-        parts = measure(cli.trainer, cli.instantiate_trainer, cli.model, cli.datamodule, batches=cli.config.batches)
+        parts = measure(
+            cli.trainer, cli.instantiate_trainer, cli.model, cli.datamodule, batches=cli.config.batches, on_part=_say
+        )
     memory_bytes = peak_memory_bytes(cli.trainer.strategy.root_device)
     if cli.config.json:
         rows = [asdict(part) | {"total_s": part.total_s / devices} for part in parts]
@@ -139,6 +152,11 @@ def main(name: str, arguments: Sequence[str]) -> int:
     else:
         _show(parts, devices, memory_bytes)
     return 0
+
+
+def _say(what: str) -> None:
+    """Says what is measured, where it is not in the way of the estimate."""
+    print(f"measuring: {what}", file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -160,6 +178,7 @@ def measure(
     data: LightningDataModule | None,
     *,
     batches: int,
+    on_part: Progress,
 ) -> list[Part]:
     """Measures the parts of the fit that a trainer would do, each on one device.
 
@@ -169,6 +188,7 @@ def measure(
         module: The module; copies are trained, and it stays as it is.
         data: The datamodule, or None.
         batches: Number of batches of training and of validation to measure, 1 or more.
+        on_part: Called with what is measured next.
 
     Returns:
         The parts of the fit.
@@ -182,17 +202,18 @@ def measure(
 
     callbacks = trainer.callbacks  # type: ignore[attr-defined]  # set by the trainer
     beside = [each for each in callbacks if not isinstance(each, _NOT_MEASURED_WITH)]
-    epoch = measure_epoch(quiet, module, data, batches=batches, callbacks=copy.deepcopy(beside))
+    beside = copy.deepcopy(beside)
+    epoch = measure_epoch(quiet, module, data, batches=batches, on_part=on_part, callbacks=beside)
     epochs = _epochs(trainer, epoch)
     quantizers = [each for each in callbacks if isinstance(each, QuantizationAwareTraining)]
     parts: list[Part] = []
     for search in callbacks:
         if isinstance(search, AdaptiveIterativePruning | PrimeSVT):
-            parts += _search(search, epochs, quiet, module, data)
+            parts += _search(search, epochs, quiet, module, data, on_part)
     quantized = [number for number in range(epochs) if any(each.should_quantize(number) for each in quantizers)]
     parts = [*_of_epochs("float", epochs - len(quantized), trainer, epoch), *parts]
     if quantized:
-        exchange_s, later = measure_exchange(quiet, module, data, quantizers[0], batches=batches)
+        exchange_s, later = measure_exchange(quiet, module, data, quantizers[0], batches=batches, on_part=on_part)
         images = f"{quantizers[0].calibration_images} images, method {quantizers[0].method!r}"
         parts.append(Part(name="exchange to integers", times=1, seconds=exchange_s, detail=images))
         parts += _of_epochs("quantized", len(quantized), trainer, later)
@@ -255,6 +276,7 @@ def _search(
     make_trainer: MakeTrainer,
     module: LightningModule,
     data: LightningDataModule | None,
+    on_part: Progress,
 ) -> list[Part]:
     times = sum(search.should_prune(number) for number in range(epochs))
     name = "pruning round"
@@ -264,7 +286,7 @@ def _search(
         times = min(times, search.config.max_rounds)
     if not times:
         return []
-    found = measure_search(make_trainer, module, data, search)
+    found = measure_search(make_trainer, module, data, search, on_part=on_part)
     detail = f"{found.targets} targets, {found.measured} measured"
     return [Part(name=name, times=times, seconds=found.total_s, detail=detail)]
 

@@ -32,6 +32,8 @@ _NO_VALIDATION: Mapping[str, Any] = {"max_epochs": 1, "check_val_every_n_epoch":
 Search = AdaptiveIterativePruning | PrimeSVT
 MakeTrainer = Callable[..., Trainer]
 """Makes a trainer with the settings of the config, except for those given by name."""
+Progress = Callable[[str], object]
+"""Is told what is measured next, such as "validation, 20 batches"."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,16 +76,18 @@ class SearchTime:
 
 
 class _Clock(Callback):
-    """Notes when batches end, and stops the fit after enough of them."""
+    """Says what is measured, notes when batches end, and stops the fit after enough of them."""
 
-    def __init__(self, batches: int) -> None:
+    def __init__(self, batches: int, on_part: Progress, form: str = "") -> None:
         self._batches = batches
+        self._on_part, self._form = on_part, form
         self.training: list[float] = []
         self.validation: list[float] = []
         self.full_training = self.full_validation = 0
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.full_training = _finite(trainer.num_training_batches, "train")
+        self._say("training", self.full_training)
         self.training.append(_now())
 
     def on_train_batch_end(
@@ -95,6 +99,7 @@ class _Clock(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.full_validation = sum(_finite(count, "val") for count in _as_list(trainer.num_val_batches))
+        self._say("validation", self.full_validation)
         self.validation.append(_now())
 
     def on_validation_batch_end(
@@ -110,6 +115,10 @@ class _Clock(Callback):
         if len(self.validation) > self._batches:
             raise _Enough
 
+    def _say(self, what: str, full: int) -> None:
+        count = min(self._batches, full)
+        self._on_part(f"{what}{self._form}, {count} {'batch' if count == 1 else 'batches'}")
+
 
 class _Enough(Exception):  # noqa: N818 - no error
     """Ends a fit when everything was measured."""
@@ -121,10 +130,12 @@ def measure_epoch(
     data: LightningDataModule | None,
     *,
     batches: int,
+    on_part: Progress,
     callbacks: Sequence[Callback] = (),
+    form: str = "",
 ) -> EpochTime:
-    """Trains and validates a copy of `module` on `batches` batches each."""
-    clock = _Clock(batches)
+    """Trains and validates a copy of `module` on `batches` batches each; `form` tells `on_part` what kind it is."""
+    clock = _Clock(batches, on_part, form)
     module = copy.deepcopy(module)
     with _stopped_early():
         make_trainer(callbacks=[*callbacks, clock], **_NO_VALIDATION).fit(module, datamodule=copy.deepcopy(data))
@@ -146,12 +157,16 @@ def measure_exchange(
     quantizer: QuantizationAwareTraining,
     *,
     batches: int,
+    on_part: Progress,
 ) -> tuple[float, EpochTime]:
     """Measures the seconds of the exchange to integers, and an epoch of the quantized network."""
     now = _from_the_start(quantizer)
     spent: list[float] = []
     _timed(now, "_begin_epoch", spent)
-    epoch = measure_epoch(make_trainer, module, data, batches=batches, callbacks=[now])
+    on_part(f"the exchange to integers on {quantizer.calibration_images} images")
+    epoch = measure_epoch(
+        make_trainer, module, data, batches=batches, on_part=on_part, callbacks=[now], form=" in integers"
+    )
     return max(spent), epoch
 
 
@@ -160,6 +175,8 @@ def measure_search(
     module: LightningModule,
     data: LightningDataModule | None,
     search: Search,
+    *,
+    on_part: Progress,
 ) -> SearchTime:
     """Searches on a few targets of a copy of `module`."""
     now, module = _from_the_start(search), copy.deepcopy(module)
@@ -170,8 +187,11 @@ def measure_search(
         if hasattr(now, hook):
             setattr(now, hook, lambda *_: steps.append(_now()))
     _timed(now, "_begin_epoch", spent)
+    on_part(f"a search on {chosen} of {len(names)} targets")
     with _stopped_early():
-        make_trainer(callbacks=[now, _Clock(1)], **_NO_VALIDATION).fit(module, datamodule=copy.deepcopy(data))
+        make_trainer(callbacks=[now, _Clock(1, lambda _: None)], **_NO_VALIDATION).fit(
+            module, datamodule=copy.deepcopy(data)
+        )
     # There is one interval less than there are steps.
     trying_s = (steps[-1] - steps[0]) * len(steps) / (len(steps) - 1) if len(steps) > 1 else 0.0
     return SearchTime(

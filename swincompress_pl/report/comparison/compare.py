@@ -32,7 +32,7 @@ class Runner:
         runtime: A key of `worker.BUILDERS`.
         threads: Number of threads.
         batch: Images per pass.
-        image_shape: (height, width, channels).
+        image_shape: (height, width, channels), or (time steps, height, width, channels) of events.
         file: Artifact or ONNX file.
         origin: From what torch rebuilds the architecture.
         implementation: Name of the engine's kernels.

@@ -158,12 +158,12 @@ class _Forms:
 
         from swincompress_pl import models
 
-        height, width, channels = self.image_shape
+        *time_steps, height, width, channels = self.image_shape
         assert self.origin is not None
         torch.manual_seed(SEED)
         network = models.rebuild(self.origin).eval()
         path = self.directory / "network.onnx"
-        images = torch.zeros(self.batch, channels, height, width)
+        images = torch.zeros(self.batch, *time_steps, channels, height, width)
         torch.onnx.export(network, (images,), path, dynamo=True, external_data=False, verbose=False)
         return path
 

@@ -184,14 +184,14 @@ def _file_bytes(file: str) -> int:
 
 
 def random_images(shape: tuple[int, ...], seed: int) -> npt.NDArray[np.uint8]:
-    """Pixels (N, H, W, C) of uniform noise."""
+    """Pixels (N, H, W, C), or counts of events (N, T, H, W, C), of uniform noise."""
     return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
 
 
 def normalized(images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-    """Pixels (N, H, W, C) as the floats (N, C, H, W) that other runtimes take."""
+    """Images (N, H, W, C) as the floats (N, C, H, W) that other runtimes take; (N, T, H, W, C) as (N, T, C, H, W)."""
     real = (images.astype(np.float32) / 255 - PIXEL_MEAN) / PIXEL_STD
-    return np.ascontiguousarray(real.transpose(0, 3, 1, 2))
+    return np.ascontiguousarray(np.moveaxis(real, -1, -3))
 
 
 def _private_output() -> TextIO:
