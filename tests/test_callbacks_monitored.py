@@ -74,6 +74,11 @@ def test_a_callback_that_takes_less_for_better_is_named(tmp_path: Path, watcher:
     assert fit(tmp_path, module, watcher(monitor="pruning/parameters", mode="min")).search_state is not None
 
 
+def test_a_checkpoint_that_keeps_every_epoch_needs_no_mode(tmp_path: Path) -> None:
+    every = ModelCheckpoint(dirpath=tmp_path / "every", monitor="val/quality", save_top_k=-1)
+    assert fit(tmp_path, Logs(0.5), every).search_state is not None
+
+
 def test_a_scheduler_that_takes_less_for_better_is_named(tmp_path: Path) -> None:
     module = Logs(0.5, mode="min")
     with pytest.raises(ValueError, match=r"monitored by ReduceLROnPlateau with mode='min'.*mode='max'"):

@@ -51,7 +51,8 @@ def _minimizing(monitor: str, trainer: Trainer) -> Iterator[str]:
     ]
     watchers += [(config.scheduler, config.monitor) for config in trainer.lr_scheduler_configs]
     for watcher, watched in watchers:
-        if watched == monitor and getattr(watcher, "mode", None) == "min":
+        ranks = getattr(watcher, "save_top_k", 1) not in (-1, 0)  # a checkpoint callback that does not, needs no mode
+        if watched == monitor and ranks and getattr(watcher, "mode", None) == "min":
             yield type(watcher).__name__
 
 
