@@ -250,7 +250,7 @@ def test_optimizers_without_a_place_are_refused() -> None:
     run: Any = SimpleNamespace(
         optimizers=[torch.optim.LBFGS(network.network.parameters())], lr_scheduler_configs=[], callbacks=[]
     )
-    with pytest.raises(ValueError, match="LBFGS takes no group"):
+    with pytest.raises(ValueError, match="LBFGS takes no new group"):
         ScaleGroup(1.0).join(run, network)
     run.optimizers = [torch.optim.SGD(nn.Linear(1, 1).parameters())]
     with pytest.raises(ValueError, match=r"no optimizer trains a parameter.*learn_scales=False"):

@@ -343,7 +343,7 @@ def test_a_teacher_takes_effect_or_names_both_values(tmp_path: Path) -> None:
     integers(tmp_path, 2, distillation=0.5)
     for options in ({"distillation": 0.9, "temperature": 3.0}, {"distillation": 0.2}, {}):
         integers(tmp_path, 3, resume=True, **options)
-    with pytest.raises(ValueError, match=r"distillation=0\.3, and the fit that is resumed had distillation=0"):
+    with pytest.raises(ValueError, match=r"distillation=0\.3, but the fit that is resumed had distillation=0"):
         integers(tmp_path, 4, resume=True, distillation=0.3)
 
 

@@ -296,7 +296,7 @@ def test_an_error_of_a_copy_with_old_shapes_names_it(tmp_path: Path) -> None:
 
     with pytest.raises(RuntimeError, match="must match") as failure:
         make_trainer(tmp_path, 1, greedy()).fit(Slow(), narrow_loader(), narrow_loader())
-    assert "Slow.second is a copy with the shapes of before" in failure.value.__notes__[0]
+    assert "Slow.second is a copy with the old shapes" in failure.value.__notes__[0]
 
 
 # Precisions
