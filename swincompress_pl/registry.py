@@ -208,8 +208,15 @@ def register_comparison(comparison: Callable[[Any], ChangedAttributes]) -> None:
 
 
 def changed_attributes(network: Any) -> ChangedAttributes:
-    """The plain attributes that were changed by hand on a network of `models.create_model`; empty for another.
+    """Finds the plain attributes that were changed by hand on a network of `models.create_model`.
 
-    Raises ValueError, naming the module, where the network changed in what no attribute brings back.
+    Args:
+        network: The network.
+
+    Returns:
+        {module: {attribute: value}}; empty for another network.
+
+    Raises:
+        ValueError: If the network changed in what no attribute brings back. The message names the module.
     """
     return {} if _comparison is None else _comparison(network)

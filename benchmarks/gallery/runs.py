@@ -27,6 +27,7 @@ from ..pruning.subjects import Place, subject, trainer
 _DIAGNOSED_IMAGES = 32
 _CHECKED_IMAGES = 16
 _COSTED_IMAGES = 64
+_HOLDOUT_IMAGES = 2000  # of 5,000
 _TEST_IMAGES = 2000  # at most; networks in float and the torch twin take long
 _QUANTIZE_EPOCH, _EPOCHS = 4, 6
 
@@ -77,7 +78,12 @@ def spikformer_cifar10(place: Place) -> RunRecord:
     pruned = copy.deepcopy(network)
     calibration = [images for images, _ in data.calibration_dataloader(128)]
     config = PrimeSVTConfig(tolerance=2.0, min_memory_saving=0.2)
-    result = primesvt(pruned, HoldOut.from_batches(data.holdout_dataloader()), config, calibration=calibration)
+    result = primesvt(
+        pruned,
+        HoldOut.from_batches(data.holdout_dataloader(), max_images=_HOLDOUT_IMAGES),
+        config,
+        calibration=calibration,
+    )
     preprocessing = CIFAR10_PREPROCESSING.to_dict()
     quantized = quantize(copy.deepcopy(pruned), calibration, preprocessing=preprocessing).eval()
     record = _record(
