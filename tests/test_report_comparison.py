@@ -159,7 +159,7 @@ EVENTS_SHAPE = (3, 32, 32, 2)
 
 
 def events_origin() -> dict[str, object]:
-    size = {"T": EVENTS_SHAPE[0], "in_channels": 2, "embed_dims": 8, "num_heads": 2, "depths": 1, "pooling_stat": "0011"}
+    size = {"T": 3, "in_channels": 2, "embed_dims": 8, "num_heads": 2, "depths": 1, "pooling_stat": "0011"}
     network: Any = models.create_model("SpikeDrivenTransformer", num_classes=5, **size)
     return {"network": network.creation, "history": []}
 
