@@ -18,6 +18,7 @@ from swincompress_pl.cli.measured_fit import EpochTime, SearchTime
 from swincompress_pl.cli.signals import EndedBySignal, ended_by_signals
 
 CALLBACKS = "swincompress_pl.callbacks"
+DEEPER = ("--model.model_kwargs.depths", "[4]")
 
 
 def config(tmp_path: Path, *callbacks: dict[str, Any], **trainer: Any) -> str:
@@ -117,6 +118,24 @@ def test_epochs_and_validations(settings: dict[str, Any], epochs: int, validatio
 
 def test_a_search_costs_its_beginning_and_its_targets() -> None:
     assert SearchTime(fixed_s=2.0, target_s=0.5, targets=10, measured=4).total_s == 7.0
+
+
+@pytest.mark.parametrize(("limit_s", "tried"), [(1e9, [6, 8]), (0.0, [6])])
+def test_a_quick_search_is_measured_as_a_whole(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    limit_s: float,
+    tried: list[int],
+) -> None:
+    monkeypatch.setattr(measured_fit, "_WHOLE_SEARCH_S", limit_s)
+    file = config(tmp_path, callback("AdaptiveIterativePruning", round_to=1, step=0.3, start_epoch=0), max_epochs=1)
+    assert main(["estimate", "-c", file, "--batches", "1", "--json", *DEEPER]) == 0
+    shown = capsys.readouterr()
+    searches = [line for line in shown.err.splitlines() if "a search" in line]
+    assert searches == [f"measuring: a search on {count} of 8 targets" for count in tried]
+    (search,) = [part for part in json.loads(shown.out)["parts"] if part["name"] == "pruning round"]
+    assert search["detail"] == f"8 targets, {tried[-1]} measured"
 
 
 # What is being measured -> how often the clock is read in it before the signal comes.
