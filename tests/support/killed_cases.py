@@ -95,13 +95,15 @@ def fit(kind: str, folder: Path, world_size: int, *, every_step: bool = False) -
         DataLoader(images(), 16),
         ckpt_path=last if last.exists() else None,
     )
+    # A fit that was killed behind its last epoch has nothing left to validate, so the score is taken again.
+    (score,) = trainer.validate(module, DataLoader(images(), 16), verbose=False)
     return digest(
         [
             dict(module.state_dict()),
             [optimizer.state_dict() for optimizer in trainer.optimizers],
             history_of(network_of(module, attribute)),
             [_found(callback) for callback in ours],
-            float(trainer.callback_metrics["val/top1"]),  # what PrimeSVT logs, it logs in the epoch of its search
+            float(score["val/top1"]),  # what PrimeSVT logs, it logs in the epoch of its search
         ]
     )
 
