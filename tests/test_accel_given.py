@@ -165,3 +165,20 @@ def test_engines_say_what_is_wrong(engine: accel.Engine, pixels: Any, name: str)
     make, kind, words = REFUSED[name]
     with pytest.raises(kind, match=words):
         engine(make(pixels))
+
+
+@pytest.mark.parametrize(
+    ("mode", "size", "remedy"),
+    [
+        ("RGB", (16, 16), r"pass a list: \[picture\]"),
+        ("L", (16, 16), r"pass a list: \[picture\.convert\('RGB'\)\]"),
+        ("RGBA", (40, 30), r"pass a list: \[picture\.convert\('RGB'\)\.resize\(\(16, 16\)\)\]"),
+    ],
+)
+def test_a_single_picture_is_named_and_its_remedy_works(
+    engine: accel.Engine, mode: str, size: tuple[int, int], remedy: str
+) -> None:
+    picture = Image.new(mode, size)
+    with pytest.raises(ValueError, match=rf"one PIL image of {mode}, .*; {remedy}"):
+        engine(picture)
+    assert engine([picture.convert("RGB").resize((16, 16))]).shape == (1, engine.num_classes)

@@ -14,7 +14,7 @@ from timm.models import VisionTransformer
 from torch import nn
 
 import swincompress_pl
-from swincompress_pl.checkpoint.hooks import keep_record, restore_from_checkpoint, save_to_checkpoint
+from swincompress_pl.checkpoint.hooks import CompressionMixin, keep_record, restore_from_checkpoint, save_to_checkpoint
 from swincompress_pl.checkpoint.record import (
     CHECKPOINT_KEY,
     INPUT_KEY,
@@ -111,6 +111,31 @@ def test_a_module_without_the_mixin_writes_the_record_with_its_weights(tmp_path:
     trainer.strategy.connect(module)
     trainer.save_checkpoint(tmp_path / "a.ckpt", weights_only=True)
     assert histories_in(read_checkpoint(tmp_path / "a.ckpt")) == {"backbone": history_of(module.backbone)}
+
+
+class WithMixin(CompressionMixin, Module):
+    model_attribute = "backbone"
+
+
+def test_a_module_without_the_mixin_is_told_how_its_checkpoints_load(
+    tmp_path: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    module = _pruned()
+    with caplog.at_level("INFO"):
+        keep_record(module, "backbone")
+        keep_record(module, "backbone")
+    assert [record.message.split(":")[0] for record in caplog.records] == ["Module has no CompressionMixin"]
+    checkpoint = {"state_dict": module.state_dict(), "pytorch-lightning_version": "2.5.0"}
+    module.on_save_checkpoint(checkpoint)
+    torch.save(checkpoint, tmp_path / "a.ckpt")
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        Module.load_from_checkpoint(tmp_path / "a.ckpt", weights_only=True)
+    loaded = WithMixin.load_from_checkpoint(tmp_path / "a.ckpt", weights_only=True)  # as the message promises
+    assert history_of(loaded.backbone) == history_of(module.backbone)
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        keep_record(loaded, "backbone")
+    assert not caplog.records
 
 
 def test_rebuild_from_an_origin() -> None:

@@ -21,6 +21,7 @@ ALLOWED: dict[str, set[str]] = {
     "layer_types": set(),
     "files": set(),
     "printable": set(),
+    "summaries": {"printable"},
     "masks": set(),
     "arguments": set(),
     "structure": set(),
@@ -37,8 +38,19 @@ ALLOWED: dict[str, set[str]] = {
         "arguments",
         "stored_data",
         "files",
+        "summaries",
     },
-    "quant": {"registry", "history", "interrupts", "evaluation_mode", "layer_types", "masks", "arguments", "spec"},
+    "quant": {
+        "registry",
+        "history",
+        "interrupts",
+        "evaluation_mode",
+        "layer_types",
+        "masks",
+        "arguments",
+        "spec",
+        "summaries",
+    },
     "checkpoint": {"files", "interrupts", "stored_data", "registry", "history", "structure", "pruning", "quant"},
     "models": {
         "arguments",
@@ -51,7 +63,7 @@ ALLOWED: dict[str, set[str]] = {
         "quant",
         "checkpoint",
     },
-    "accel": {"spec", "files", "printable"},
+    "accel": {"spec", "files", "printable", "summaries"},
     "callbacks": {
         "arguments",
         "stored_data",
@@ -63,7 +75,18 @@ ALLOWED: dict[str, set[str]] = {
         "models",
         "checkpoint",
     },
-    "report": {"history", "evaluation_mode", "spec", "accel", "pruning", "quant", "models", "files", "printable"},
+    "report": {
+        "history",
+        "evaluation_mode",
+        "spec",
+        "accel",
+        "pruning",
+        "quant",
+        "models",
+        "files",
+        "printable",
+        "summaries",
+    },
 }
 
 

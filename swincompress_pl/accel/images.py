@@ -18,8 +18,26 @@ def as_images(taken: spec.InputDescription, images: Any) -> Images:
     A TypeError for other types and a ValueError for another shape name the remedy.
     """
     array = _stacked(taken, images) if isinstance(images, list | tuple) else _array(taken, images, "images are")
+    if _is_picture(images):
+        raise ValueError(f"images are one PIL image of {images.mode}, {images.size}; {_picture_remedy(taken, images)}")
     spec.reference.check_images(taken, array)
     return array
+
+
+def _is_picture(images: Any) -> bool:
+    """Whether this is an image of PIL, which is not imported here."""
+    return type(images).__module__.partition(".")[0] == "PIL" and hasattr(images, "mode")
+
+
+def _picture_remedy(taken: spec.InputDescription, picture: Any) -> str:
+    """What to pass instead of a picture; events have none."""
+    if taken.time_steps is not None:
+        return f"pass events (N, {_listed(taken)})"
+    mode = {1: "L", 3: "RGB"}.get(taken.channels)
+    converted = "picture" if picture.mode == mode else f"picture.convert({mode!r})"
+    size = (taken.width, taken.height)
+    resized = converted if picture.size == size else f"{converted}.resize({size})"
+    return f"pass a list: [{resized}]"
 
 
 def _stacked(taken: spec.InputDescription, images: list[Any] | tuple[Any, ...]) -> Images:

@@ -72,8 +72,8 @@ class QuantizedLayer:
     """
 
     operation: spec.Operation
-    tensors: dict[str, npt.NDArray[Any]]
-    weight_scale: npt.NDArray[np.float64]
+    tensors: dict[str, npt.NDArray[Any]] = field(repr=False)
+    weight_scale: npt.NDArray[np.float64] = field(repr=False)
     input_scale: float
     output_scale: float
     implementation: str

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ import numpy as np
 from swincompress_pl import spec
 from swincompress_pl.printable import printable
 from swincompress_pl.spec.kinds import KINDS
+from swincompress_pl.summaries import Tabulated
 
 Counts = tuple[int, int, int]  # spikes, places of neurons, synaptic operations
 _COLUMNS = (9, 6, 9, 7, 5, 9, 9, 6)  # widths of the table's columns
@@ -54,7 +55,7 @@ class ProfileRow:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Profile:
+class Profile(Tabulated):
     """The times of an engine's steps, in order of execution; `str(profile)` is a table.
 
     A profile has a length, and its rows can be iterated over and indexed.
@@ -69,7 +70,7 @@ class Profile:
             small numbers at a time instead of two, and it skips zeros.
     """
 
-    rows: tuple[ProfileRow, ...]
+    rows: tuple[ProfileRow, ...] = field(repr=False)
     implementation: str
     threads: int
     images: int

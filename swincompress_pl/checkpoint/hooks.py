@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning import LightningModule
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from swincompress_pl.checkpoint.compiled_keys import follow_compilation
@@ -191,11 +192,28 @@ def keep_record(module: LightningModule, model_attribute: str = "net") -> None:
     if not has_network(module, model_attribute) and not _may_make_it_later(module):
         network_of(module, model_attribute)  # raises for a wrong name
     add_path(module, model_attribute)
+    _say_who_loads(module)
     hooks = (("on_save_checkpoint", _write_record, False), ("on_load_checkpoint", _prepare_load, True))
     for name, ours, first in hooks:
         by_class = isinstance(module, CompressionMixin) and name not in vars(module)
         if not by_class and not isinstance(vars(module).get(name), _WithOurs):
             setattr(module, name, _WithOurs(module, ours, getattr(module, name), first))
+
+
+def _say_who_loads(module: LightningModule) -> None:
+    """Says once per module without the mixin that its checkpoints resume, and what `load_from_checkpoint` wants.
+
+    It has to be said here: in `load_from_checkpoint` of such a class nothing of this package runs.
+    """
+    if isinstance(module, CompressionMixin) or isinstance(vars(module).get("on_load_checkpoint"), _WithOurs):
+        return
+    name = type(module).__name__
+    rank_zero_info(
+        f"{name} has no CompressionMixin: a trainer with this callback resumes from its checkpoints, but "
+        f"{name}.load_from_checkpoint will not rebuild a compressed network. For that write "
+        f"class {name}(CompressionMixin, LightningModule), with CompressionMixin from swincompress_pl.models; "
+        "checkpoints that are written before load with it too"
+    )
 
 
 def _may_make_it_later(module: LightningModule) -> bool:

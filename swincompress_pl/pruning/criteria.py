@@ -11,7 +11,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
@@ -38,8 +38,8 @@ class Gradients:
         batches: Number of batches, those of all ranks together.
     """
 
-    absolute: Mapping[str, Tensor]
-    squared: Mapping[str, Tensor]
+    absolute: Mapping[str, Tensor] = field(repr=False)
+    squared: Mapping[str, Tensor] = field(repr=False)
     batches: int
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ from swincompress_pl.quant.probe import Probe
 from swincompress_pl.quant.progress import Progress, track
 from swincompress_pl.quant.search import LayerProblem, best_equalization
 from swincompress_pl.quant.text_table import text_table
+from swincompress_pl.summaries import Tabulated
 
 # The number of independent draws of the Fisher matrix. The relative error of an estimate from n draws is sqrt(2 / n).
 _PROBES = 64
@@ -81,7 +82,7 @@ class LayerSensitivity:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sensitivity:
+class Sensitivity(Tabulated):
     """What `measure_sensitivity` found, for every linear layer and convolution; `str(table)` is a table of the losses.
 
     Attributes:
@@ -93,7 +94,7 @@ class Sensitivity:
         ValueError: If there are no layers, or two of one name.
     """
 
-    layers: tuple[LayerSensitivity, ...]
+    layers: tuple[LayerSensitivity, ...] = field(repr=False)
     activations: int = 8
     first_and_last: int | None = 8
 

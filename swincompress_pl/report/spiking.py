@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -12,12 +12,13 @@ from swincompress_pl.models.spiking.memory import check_spiking, watching_spikes
 from swincompress_pl.pruning import count_macs
 from swincompress_pl.quant import QuantizedNetwork
 from swincompress_pl.report.plain import Plain
+from swincompress_pl.summaries import Summarized
 
 _FLOAT_BYTES = 4
 
 
 @dataclass(frozen=True, kw_only=True)
-class SpikingCost(Plain):
+class SpikingCost(Summarized, Plain):
     """What one image costs with all its time steps: the mean over the images that were counted.
 
     The operations are those that spikingjelly's `op_counter` counts. The energies are those of its simple model (45 nm,
@@ -45,7 +46,19 @@ class SpikingCost(Plain):
     sops: float
     energy_compute_pj: float
     energy_memory_pj: float
-    spike_rates: dict[str, float]
+    spike_rates: dict[str, float] = field(repr=False)
+
+    def facts(self) -> list[tuple[str, str]]:
+        """Returns the cost of an image in the units that people compare."""
+        compute, memory = self.energy_compute_pj / 1e6, self.energy_memory_pj / 1e6
+        operations = {"SOPs": self.sops, "ACs": self.acs, "MACs": self.macs}
+        return [
+            ("parameters", f"{self.parameters:,}, of which {self.nonzero:,} are not zero"),
+            ("dense MACs", f"{self.dense_macs / 1e6:,.3f} M"),
+            ("operations", ", ".join(f"{number / 1e6:,.3f} M {name}" for name, number in operations.items())),
+            ("energy, estimated", f"{compute:,.2f} uJ compute, {memory:,.2f} uJ memory"),
+            ("spike rate", f"{self.spike_rate:.1%}, the mean of {len(self.spike_rates)} neuron layers"),
+        ]
 
     @property
     def spike_rate(self) -> float:

@@ -175,7 +175,7 @@ class InputDescription:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Program:
     """A network in integers. `spec.check` proves it; construction proves nothing.
 
@@ -204,6 +204,11 @@ class Program:
             type(self),
             given | {"tensors": dict(self.tensors)},
         )  # a proxy can be neither pickled nor copied
+
+    def __repr__(self) -> str:
+        taken = f"{self.input.value.dtype} {self.input.value.shape}"
+        size_bytes = sum(tensor.nbytes for tensor in self.tensors.values())
+        return f"Program({len(self.operations)} operations, input {taken}, {size_bytes:,} bytes of tensors)"
 
     def describe(self) -> dict[str, Any]:
         """Returns everything but the tensors as JSON-able data; `Program.from_description` is the inverse."""

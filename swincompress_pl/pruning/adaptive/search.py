@@ -15,7 +15,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 from torch import nn
@@ -41,6 +41,7 @@ from swincompress_pl.pruning.structure.change import Change, nothing_applied, pl
 from swincompress_pl.pruning.structure.plan import PruningPlan
 from swincompress_pl.pruning.structure.trial import FirstInputs
 from swincompress_pl.pruning.structure.weight_masks import masked_parameters, remove_masks
+from swincompress_pl.summaries import Summarized
 
 SENSITIVITY_LEVELS = (0.125, 0.25, 0.5)
 CollectGradients = Callable[[nn.Module], Gradients]
@@ -57,7 +58,7 @@ class RoundOutcome:
     """
 
     change: Change
-    steps: tuple[Step, ...]
+    steps: tuple[Step, ...] = field(repr=False)
     state: SearchState
 
     @property
@@ -67,8 +68,8 @@ class RoundOutcome:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PruningResult:
-    """A finished search.
+class PruningResult(Summarized):
+    """A finished search. `str(result)` is its summary, and a notebook shows a table.
 
     Attributes:
         plan: The units that stay, from the original network to the final one; empty for masks of weights.
@@ -80,9 +81,13 @@ class PruningResult:
 
     plan: PruningPlan
     score: float
-    steps: tuple[Step, ...]
+    steps: tuple[Step, ...] = field(repr=False)
     stopped: str
-    state: SearchState
+    state: SearchState = field(repr=False)
+
+    def facts(self) -> list[tuple[str, str]]:
+        """Returns what the search removed, at which score, and why it ended."""
+        return self.state.facts()
 
     @property
     def baseline_score(self) -> float:

@@ -8,6 +8,7 @@ from typing import Any
 
 from swincompress_pl.arguments import integer, require
 from swincompress_pl.stored_data import from_plain
+from swincompress_pl.summaries import Summarized, removed
 
 STATE_VERSION = 2
 
@@ -69,8 +70,8 @@ class TargetState:
 
 
 @dataclass(kw_only=True)
-class SearchState:
-    """Where a search stands after some rounds.
+class SearchState(Summarized):
+    """Where a search stands after some rounds. `str(state)` is its summary, and a notebook shows a table.
 
     Attributes:
         granularity: Granularity of the search's config.
@@ -99,15 +100,30 @@ class SearchState:
     baseline_bytes: int
     baseline_macs: int | None
     tolerance: float
-    targets: dict[str, TargetState]
-    initial_units: dict[str, int]
+    targets: dict[str, TargetState] = field(repr=False)
+    initial_units: dict[str, int] = field(repr=False)
     rounds: int = 0
     score: float | None = None
-    steps: list[Step] = field(default_factory=list)
-    sensitivity: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
-    scoring: dict[str, float] = field(default_factory=dict)
+    steps: list[Step] = field(default_factory=list, repr=False)
+    sensitivity: dict[str, list[tuple[float, float]]] = field(default_factory=dict, repr=False)
+    scoring: dict[str, float] = field(default_factory=dict, repr=False)
     elapsed_s: float = 0.0
     stopped: str | None = None
+
+    def facts(self) -> list[tuple[str, str]]:
+        """Returns what the search removed so far, at which score, and why it ended."""
+        kept = sum(step.accepted for step in self.steps)
+        last = self.steps[-1] if self.steps else None
+        parameters = last.parameters if last else self.baseline_parameters
+        macs = last.macs if last else self.baseline_macs
+        score = "not scored yet" if self.score is None else f"{self.score:.2f}"
+        return [
+            ("score on the hold-out", f"{score} points, unpruned {self.baseline_score:.2f}"),
+            ("parameters", removed(self.baseline_parameters, parameters)),
+            *([("MACs", removed(self.baseline_macs, macs))] if self.baseline_macs and macs is not None else []),
+            ("steps", f"{kept} of {len(self.steps)} kept, in {self.rounds} rounds"),
+            ("its end", self.stopped or "not reached"),
+        ]
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the state in JSON types; `from_dict` is the inverse."""

@@ -11,6 +11,7 @@ from swincompress_pl.pruning.prime.config import current_settings
 from swincompress_pl.pruning.structure.change import Change, nothing_applied
 from swincompress_pl.pruning.structure.plan import PruningPlan
 from swincompress_pl.stored_data import from_plain, reading
+from swincompress_pl.summaries import Summarized, removed
 
 _STATE_VERSION = 2
 _READABLE = (1, 2)  # version 1 had other names in `config`
@@ -38,7 +39,7 @@ class Candidate:
 
     phase: str
     label: str
-    widths: dict[str, int]
+    widths: dict[str, int] = field(repr=False)
     saving: float
     score: float
     accepted: bool
@@ -118,8 +119,8 @@ class BlockState:
 
 
 @dataclass(kw_only=True)
-class PrimeSVTResult:
-    """What a search found and applied.
+class PrimeSVTResult(Summarized):
+    """What a search found and applied. `str(result)` is its summary, and a notebook shows a table.
 
     Attributes:
         config: The settings in JSON types.
@@ -147,24 +148,36 @@ class PrimeSVTResult:
         change: What was changed in the network, for optimizers; `to_dict` leaves it out.
     """
 
-    config: dict[str, Any]
+    config: dict[str, Any] = field(repr=False)
     met: bool
     applied: Candidate | None
     within_accuracy: Candidate | None
     within_memory: Candidate | None
     baseline_score: float
     initial_rate: float
-    target_sets: list[TargetSet]
-    blocks: list[BlockState]
-    candidates: list[Candidate]
-    spike_rates: dict[str, float]
+    target_sets: list[TargetSet] = field(repr=False)
+    blocks: list[BlockState] = field(repr=False)
+    candidates: list[Candidate] = field(repr=False)
+    spike_rates: dict[str, float] = field(repr=False)
     parameters_before: int
     parameters_after: int
     macs_before: int | None
     macs_after: int | None
-    scoring: dict[str, float] = field(default_factory=dict)
+    scoring: dict[str, float] = field(default_factory=dict, repr=False)
     elapsed_s: float = 0.0
-    change: Change = field(default_factory=lambda: Change(applied=nothing_applied()))
+    change: Change = field(default_factory=lambda: Change(applied=nothing_applied()), repr=False)
+
+    def facts(self) -> list[tuple[str, str]]:
+        """Returns what was removed, at which score, and whether the constraints are met."""
+        left = 1 - self.saving  # masks leave the number of parameters as it is
+        parameters = round(self.parameters_before * left)
+        return [
+            ("score on the hold-out", f"{self.score:.2f} points, unpruned {self.baseline_score:.2f}"),
+            ("parameters", removed(self.parameters_before, parameters)),
+            *([("MACs", removed(self.macs_before, self.macs_after))] if self.macs_before and self.macs_after else []),
+            ("candidates tried", f"{len(self.candidates)} in {self.elapsed_s:.3g} s"),
+            ("verdict", self.summary()),
+        ]
 
     @property
     def plan(self) -> PruningPlan:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -31,9 +31,9 @@ class SlicedTensor:
     """
 
     name: str
-    old: Tensor
-    new: Tensor
-    kept: tuple[tuple[int, Tensor], ...]
+    old: Tensor = field(repr=False)
+    new: Tensor = field(repr=False)
+    kept: tuple[tuple[int, Tensor], ...] = field(repr=False)
 
     def slice(self, tensor: Tensor) -> Tensor:
         """Cuts another tensor of the old shape in the same way, such as a gradient or an optimizer's state."""
@@ -54,9 +54,10 @@ class AppliedPlan:
     """
 
     plan: PruningPlan
-    tensors: tuple[SlicedTensor, ...]
-    attributes: tuple[tuple[str, str, Any, Any], ...]  # module, name, value before, value after
-    swapped: tuple[tuple[str, type[nn.Module], type[nn.Module]], ...] = ()  # module, class before, class after
+    tensors: tuple[SlicedTensor, ...] = field(repr=False)
+    attributes: tuple[tuple[str, str, Any, Any], ...] = field(repr=False)  # module, name, value before, value after
+    # module, class before, class after
+    swapped: tuple[tuple[str, type[nn.Module], type[nn.Module]], ...] = field(default=(), repr=False)
 
     def replacement(self, parameter: Tensor) -> SlicedTensor | None:
         """The change made to a parameter, which is the one before; None if it was left alone."""

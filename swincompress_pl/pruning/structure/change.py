@@ -31,8 +31,8 @@ class Change:
     """
 
     applied: AppliedPlan
-    before: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    registered: tuple[str, ...] = ()
+    before: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+    registered: tuple[str, ...] = field(default=(), repr=False)
 
 
 def nothing_applied() -> AppliedPlan:

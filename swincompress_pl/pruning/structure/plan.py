@@ -13,7 +13,7 @@ from swincompress_pl.stored_data import from_plain
 PLAN_VERSION = 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PruningPlan:
     """The unit indices that stay in each group; a group that is not named keeps all of its units.
 
@@ -46,6 +46,11 @@ class PruningPlan:
 
     def __hash__(self) -> int:
         return hash(tuple(sorted(self.kept.items())))
+
+    def __repr__(self) -> str:
+        units, stay = self.units or {}, sum(map(len, self.kept.values()))
+        before = f" of {sum(units.values()):,}" if self.kept.keys() == units.keys() else ""
+        return f"PruningPlan({len(self.kept)} groups, {stay:,}{before} units stay)"
 
     def __bool__(self) -> bool:
         """Whether any group is named."""

@@ -35,6 +35,10 @@ class Effect:
     agreement_percent: float
     top1_percent: float | None = None
 
+    def __str__(self) -> str:
+        top1 = "" if self.top1_percent is None else f", top-1 {self.top1_percent:.2f} %"
+        return f"{self.agreement_percent:.2f} % same predictions as in float, KL {self.kl:.3g}{top1}"
+
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizerCost:

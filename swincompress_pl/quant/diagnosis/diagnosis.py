@@ -9,7 +9,7 @@ parameters.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -31,13 +31,16 @@ from swincompress_pl.quant.full_precision import full_precision
 from swincompress_pl.quant.graph import float_logits
 from swincompress_pl.quant.network import QuantizedNetwork
 from swincompress_pl.quant.progress import Progress
+from swincompress_pl.summaries import Summarized
 
 DIAGNOSIS_VERSION = 1
 
 
 @dataclass(frozen=True, kw_only=True)
-class Diagnosis:
-    """Everything that a report on one quantized network shows; `str(diagnosis)` has its tables.
+class Diagnosis(Summarized):
+    """Everything that a report on one quantized network shows.
+
+    `str(diagnosis)` has its tables, `diagnosis.summary()` a few lines, which a notebook shows.
 
     Attributes:
         method: Method of quantization, such as "searched".
@@ -62,11 +65,24 @@ class Diagnosis:
     simulated: Effect
     integer: Effect | None
     paired: Mapping[str, int] | None
-    layers: Mapping[str, tuple[int, int]]
-    errors: tuple[QuantizationError, ...]
-    costs: tuple[QuantizerCost, ...]
-    histograms: tuple[Histogram, ...]
+    layers: Mapping[str, tuple[int, int]] = field(repr=False)
+    errors: tuple[QuantizationError, ...] = field(repr=False)
+    costs: tuple[QuantizerCost, ...] = field(repr=False)
+    histograms: tuple[Histogram, ...] = field(repr=False)
     without_signal: tuple[str, ...] = ()
+
+    def facts(self) -> list[tuple[str, str]]:
+        """Returns what quantization did to the answers, and what costs most."""
+        found = [("quantized", f"{self.method}, {self.bits}, {len(self.layers)} layers")]
+        if self.integer is not None:
+            found.append(("integers", f"{self.integer} ({self.images:,} images)"))
+        found.append(("float simulation", f"{self.simulated} ({self.images:,} images)"))
+        if self.costs:
+            worst = self.costs[0]
+            found.append(("costliest alone", f"{worst.kind} {worst.name}, {worst.bits} bits: {worst.alone}"))
+        if self.without_signal:
+            found.append(("without influence in calibration", ", ".join(self.without_signal)))
+        return found
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the fields in JSON types, with a version; `from_dict` is the inverse."""
