@@ -53,9 +53,9 @@ class Schedule:
         ValueError: If `float_epochs` is not above 0, or `quantize_epoch` is not between 0 and `epochs`.
     """
 
-    float_epochs: int = 60
-    quantize_epoch: int = 18
-    epochs: int = 24
+    float_epochs: int = 28
+    quantize_epoch: int = 11
+    epochs: int = 15
     target: float = 0.45
 
     def __post_init__(self) -> None:
@@ -183,7 +183,7 @@ def run(
     threads = threads or torch.get_num_threads()
     torch.set_num_threads(threads)
 
-    data = Digits(seed=seed, augmentation=ShiftRotate(shift_px=4, rotation_deg=10.0))
+    data = Digits(seed=seed, augmentation=ShiftRotate(shift_px=2, rotation_deg=10.0))
     lightning.seed_everything(seed, verbose=False)
     console.print(
         f"[bold]1. Train[/] a {chosen.title} on {data.num_classes} digits, {plan.float_epochs} epochs in float"
