@@ -18,15 +18,23 @@ def short(message: str) -> str:
     Returns:
         The message, on several lines if it had several.
     """
+    text = _without_unions(message)
+    text = re.sub(r"\n *- Expected a path but .* not accessible or invalid\n *- ", "\n", text)
+    text = re.sub(r"Problem with given class_path '([^']+)':", r"\1:", text)
+    return re.sub(r'Parser key "([^"]+)":', r"\1:", text)
+
+
+def _without_unions(message: str) -> str:
     lines = message.split("\n")
-    for place, line in enumerate(lines):
+    for place, line in enumerate(lines[:-1]):
         start = line.find(_UNION)
         if start >= 0:
-            errors, given, after = _union(lines[place + 1 :], " " * start)
-            told = list(dict.fromkeys(short(error) for error in errors))
+            rest = lines[place + 1 :]
+            errors, given, after = _union(rest, " " * (len(rest[0]) - len(rest[0].lstrip())))
+            told = list(dict.fromkeys(_without_unions(error) for error in errors))
             told = [error for error in told if not _TYPE_ONLY.match(error)] or _of_types(told, given)
             return "\n".join([*lines[:place], line[:start] + "; or ".join(told), *after])
-    return re.sub(r'Parser key "([^"]+)":', r"\1:", re.sub(r"Problem with given class_path '([^']+)':", r"\1:", message))
+    return message
 
 
 def _union(lines: list[str], indent: str) -> tuple[list[str], str, list[str]]:

@@ -12,7 +12,9 @@ from typing import Any, TypeVar
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from swincompress_pl.callbacks.termination import TERMINATED
 from swincompress_pl.cli import PROGRAM
 from swincompress_pl.cli.common import HelpFormatter, epilog
 from swincompress_pl.cli.parsing import OneLineParser, read_configs
@@ -75,11 +77,15 @@ CLI = TypeVar("CLI", bound=CompressionCLI)
 
 
 def main(name: str, arguments: Sequence[str]) -> int:
-    """Runs Lightning's command line; returns 0."""
+    """Runs Lightning's command line; returns 0, or 143 if SIGTERM ended it."""
     # Lightning reads sys.argv, and starts the other processes of a DDP run with it.
     sys.argv[1:] = [name, *arguments]
     options: dict[str, Any] = {each: {"epilog": epilog(*examples)} for each, examples in _EXAMPLES.items()}
-    command_line(CompressionCLI, parser_kwargs={"prog": PROGRAM, "formatter_class": HelpFormatter, **options})
+    try:
+        command_line(CompressionCLI, parser_kwargs={"prog": PROGRAM, "formatter_class": HelpFormatter, **options})
+    except SIGTERMException:
+        print(f"{PROGRAM}: {name}: ended by SIGTERM", file=sys.stderr)
+        return TERMINATED
     return 0
 
 
