@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 from lightning import Trainer
-from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 TERMINATED = 128 + signal.SIGTERM

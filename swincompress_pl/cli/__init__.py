@@ -120,7 +120,11 @@ def _is_user_error(error: Exception) -> bool:
 
 def _one_line(error: Exception) -> str:
     text = printable(" ".join(short(str(error)).split()))
-    return text or type(error).__name__
+    if text and not text.endswith(":"):
+        return text
+    while error.__cause__ is not None and isinstance(error.__cause__, Exception):  # an error without words
+        error = error.__cause__
+    return f"{text} {type(error).__name__}".strip()
 
 
 def _fail(message: str) -> int:

@@ -37,8 +37,8 @@ def main(name: str, arguments: Sequence[str]) -> int:
     command = parser(
         name,
         "Prints a script that completes commands, options and files in bash or zsh.",
-        'swincompress completion bash >> ~/.bash_completion',
-        'swincompress completion zsh >> ~/.zshrc',
+        "swincompress completion bash >> ~/.bash_completion",
+        "swincompress completion zsh >> ~/.zshrc",
     )
     command.add_argument("shell", choices=("bash", "zsh"), help="the shell that will read the script")
     sys.stdout.write(script(command.parse_args(list(arguments)).shell))

@@ -62,6 +62,8 @@ def check(name: str, arguments: Sequence[str]) -> None:
         else:
             _check_option(name, option, appended)
         appended = appended or option.removesuffix("+") == "--trainer.callbacks"
+    if checkpoint is not None and name == "estimate":
+        raise ValueError(f"ckpt_path={checkpoint[0]!r}: an estimate is for a fit from its beginning; leave it out")
     if checkpoint is not None:
         _check_checkpoint(*checkpoint)
 
@@ -88,7 +90,7 @@ def _check_option(command: str, option: str, appended: bool) -> None:
         return
     argument, _, part = rest.partition(".")
     if name == "trainer" and argument and trainer_arguments() and argument not in {*trainer_arguments(), "help"}:
-        known = [f"--trainer.{each}" for each in trainer_arguments()]
+        known = tuple(f"--trainer.{each}" for each in trainer_arguments())
         raise ValueError(f"unknown option {option}{_meant(option, known)}; see swincompress {command} --help")
     if name == "trainer" and argument == "callbacks" and part and not appended:
         raise ValueError(f"{option}: {_CALLBACKS.format(name=part)}")

@@ -67,7 +67,7 @@ def _of_class(part: dict[str, Any], class_path: Any, folder: Path, working: Path
 def _absolute(name: str, value: str, folder: Path, working: Path) -> str:
     path = Path(value).expanduser()
     if "://" in value or path.is_absolute():
-        return value
+        return value if "://" in value else str(path)
     if not (folder / path).exists() and (working / path).exists():
         warnings.warn(
             f"{name}: {value} is not in {folder}, the folder of the config, but in the working directory, and taken "
@@ -106,4 +106,8 @@ def _class_of(class_path: Any) -> type | None:
 
 
 def _below(kind: type) -> list[type]:
-    return [kind, *(each for below in kind.__subclasses__() for each in _below(below))]
+    found = [kind]
+    each: type
+    for each in kind.__subclasses__():
+        found += _below(each)
+    return found

@@ -52,9 +52,9 @@ class CompressionCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Makes paths of weights and data absolute, so that the config that Lightning stores is good anywhere."""
-        config = self.config.get(self.config.subcommand) if self.config.get("subcommand") else self.config
+        config: Any = self.config[self.config.subcommand] if self.config.get("subcommand") else self.config
         for part in (config.get("model"), config.get("data")):
-            arguments = part.get("init_args") if part else None
+            arguments: Any = part.get("init_args") if part else None
             for name in path_arguments(part.class_path) if arguments else ():
                 value = arguments.get(name)
                 if isinstance(value, str | Path) and "://" not in str(value):

@@ -15,8 +15,8 @@ from swincompress_pl.data.preprocessing import Preprocessing
 from swincompress_pl.data.progress import with_progress
 
 _LAYOUT = (
-    "expected <root>/train/<class>/*.jpg and <root>/val/<class>/*.jpg, where the folders of classes are ImageNet's wnids "
-    "or have names of your own."
+    "expected <root>/train/<class>/*.jpg and <root>/val/<class>/*.jpg, where the folders of classes are ImageNet's "
+    "wnids or have names of your own."
 )
 
 
@@ -108,8 +108,8 @@ class ImageNetFolder(ImageClassificationData):
             known = ", ".join(listed[:5]) + (f" and {len(listed) - 5} others" if len(listed) > 5 else "")
             remedy = f"add {unknown[0]!r} to train or class_index"
         return (
-            f"{root / unknown[0]}: {unknown[0]!r} is not a class of the index ({len(unknown)} such folders); the classes "
-            f"are {known}. Rename or remove it, or {remedy}."
+            f"{root / unknown[0]}: {unknown[0]!r} is not a class of the index ({len(unknown)} such folders); the "
+            f"classes are {known}. Rename or remove it, or {remedy}."
         )
 
 

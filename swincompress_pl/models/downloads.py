@@ -10,8 +10,8 @@ import timm
 from lightning.pytorch.utilities import rank_zero_info
 
 _REMEDY = (
-    "to use a file instead, give checkpoint_path (in a config or on the command line --model.checkpoint_path FILE, with "
-    "--model.model_kwargs.pretrained false)"
+    "to use a file instead, give checkpoint_path (in a config or on the command line --model.checkpoint_path FILE, "
+    "with --model.model_kwargs.pretrained false)"
 )
 
 
@@ -43,7 +43,7 @@ def _source(name: str, kwargs: Mapping[str, Any]) -> str | None:
     overlay = told if isinstance(told, Mapping) else {}
     if "pretrained_cfg" in kwargs or overlay.get("file") or overlay.get("state_dict"):
         return None
-    published = timm.models.get_pretrained_cfg(name)  # type: ignore[attr-defined]
+    published = timm.models.get_pretrained_cfg(name)
     hub = overlay.get("hf_hub_id", getattr(published, "hf_hub_id", None))
     address = overlay.get("url", getattr(published, "url", None))
     if hub:

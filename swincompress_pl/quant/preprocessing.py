@@ -91,7 +91,9 @@ def checked_preprocessing(preprocessing: Mapping[str, Any]) -> dict[str, Any]:
         listed = [as_float(value) for value in values] if isinstance(values, list | tuple) else []
         finite = [value for value in listed if value is not None and math.isfinite(value)]
         if not listed or len(finite) < len(listed):
-            raise ValueError(f"preprocessing[{key!r}] is {values!r}; it must list one number per image channel{_EVENTS}")
+            raise ValueError(
+                f"preprocessing[{key!r}] is {values!r}; it must list one number per image channel{_EVENTS}"
+            )
         low, high = min(finite), max(finite)
         if not (low >= 0 and high <= 1) or (key == "std" and low <= 0):
             raise ValueError(
