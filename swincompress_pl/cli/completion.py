@@ -25,9 +25,10 @@ _{program}() {{
         COMPREPLY=($(compgen -W "$options" -- "$word"))
     else
         COMPREPLY=($(compgen -f -- "$word"))
+        [[ -n $BASH_VERSION ]] && compopt -o filenames 2> /dev/null  # a folder ends with a slash
     fi
 }}
-complete -o filenames -o bashdefault -F _{program} {program}
+complete -o bashdefault -F _{program} {program}
 """
 _ZSH = "autoload -U +X compinit bashcompinit && compinit && bashcompinit\n"
 
