@@ -28,8 +28,8 @@ SHORT = {
     "--trainer.log_every_n_steps": 1,
     "--trainer.accelerator": "cpu",
     "--trainer.enable_progress_bar": "false",
-    "--data.batch_size": 4,
-    "--data.holdout": 8,
+    "--data.batch_size": 2,
+    "--data.holdout": 4,
     "--data.num_workers": 0,
 }
 IMAGES = 24  # of each split
