@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import json
 import os
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -103,9 +104,11 @@ def test_foreign_descriptions_are_refused(path: Path) -> None:
 
 
 def test_other_versions_are_refused(path: Path) -> None:
-    rewrite(path, {**metadata_of(path), "version": 3})
-    with pytest.raises(ArtifactError, match="artifact version 3; this package reads versions 1 and 2"):
-        accel.load(path)
+    for version in (4, 0, -1, 2**63, "1", 1.0, None):
+        rewrite(path, {**metadata_of(path), "version": version})
+        message = f"artifact version {json.dumps(version)}; this package reads versions 1 to 3: update it, or export"
+        with pytest.raises(ArtifactError, match=re.escape(message)):
+            accel.load(path)
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support.docs_blocks import blocks_of
-from support.program_cases import operation_cases, small_program
+from support.program_cases import masked, operation_cases, small_program
 from support.spiking_programs import spiking_cases, spiking_program
 
 from swincompress_pl import accel, spec
@@ -72,6 +72,8 @@ def with_bias_map() -> spec.Program:
 PROGRAMS: dict[str, tuple[Callable[..., spec.Program], dict[str, Any], str | None]] = {
     "plain": (small_program, {}, None),
     "packed": (small_program, {"weight": "int4"}, None),
+    "sparse": (lambda: masked(small_program(channels=24), 0.5), {}, None),
+    "sparse, narrow": (lambda: masked(small_program(channels=24, weight="int5"), 0.5), {}, None),
     "folded": (with_bias_map, {}, None),
     "events": (spiking_program, {"events": True}, None),
     "compressed": (small_program, {}, "lzma"),
@@ -93,8 +95,8 @@ def test_the_reader_reads_what_export_writes(form: str, read: Reader, tmp_path: 
     program = make(**options)
     path = accel.export(program, tmp_path / "model.safetensors", compression=compression)
     stored = metadata(path).get("storage", {})
-    assert metadata(path)["version"] == (1 if form in ("plain", "events") else 2)
-    assert form not in ("packed", "folded") or form in stored
+    assert metadata(path)["version"] == (1 if form in ("plain", "events") else 3 if "sparse" in form else 2)
+    assert form not in ("packed", "sparse", "folded") or form in stored
     description, tensors = read(path)
     assert description == json.loads(json.dumps(program.describe()))
     assert tensors.keys() == program.tensors.keys()

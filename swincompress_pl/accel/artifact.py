@@ -2,9 +2,12 @@
 
 The header's metadata has one key, METADATA_KEY, which holds a JSON object: `format`, `version`, `description`
 (`Program.describe()`) and `sha256` over the description and all tensors as they are in memory. Version 2 adds
-`storage`, which says how the tensors lie in the file: weights below 8 bits are packed, and maps of biases are folded. A
-compressed artifact consists of streams (`storage.py`), and one more stream, `content`, holds description and storage. A
-file that needs none of these is of version 1.
+`storage`, which says how the tensors lie in the file: weights below 8 bits are packed, and maps of biases are folded.
+Version 3 also has sparse weights: a bitmap of the nonzeros, and their values. A file that needs none of these is of
+version 1.
+
+A compressed artifact is of version 2. It consists of streams (`storage.py`), and one more stream, `content`, holds
+description and storage.
 
 C++ reads the files (csrc/reader.h); compressed ones are decoded here first. A file is written beside its destination
 and then renamed, so that an interrupted export leaves the old file as it was.
@@ -106,12 +109,13 @@ def to_bytes(program: spec.Program, compression: str | None = None) -> bytes:
 
 
 def _packed(description: dict[str, Any], tensors: Tensors) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
-    stored, packed = storage.pack_tensors(tensors)
+    stored, layout = storage.pack_tensors(tensors)
     stored, folded = storage.fold_maps(stored)
-    layout = {name: entries for name, entries in (("packed", packed), ("folded", folded)) if entries}
+    if folded:
+        layout["folded"] = folded
     if not layout:
         return stored, {"version": 1, "description": description}
-    return stored, {"version": 2, "description": description, "storage": layout}
+    return stored, {"version": 3 if "sparse" in layout else 2, "description": description, "storage": layout}
 
 
 def _compressed(

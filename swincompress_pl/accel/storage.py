@@ -1,11 +1,11 @@
-"""How tensors lie in an artifact: packed and folded, or in coded streams; all forms are lossless.
+"""How tensors lie in an artifact: packed, sparse and folded, or in coded streams; all forms are lossless.
 
-Packed int8 weights take only the bits that their values need, and folded maps of biases leave out rows and columns that
-repeat. Packing keeps the low bits of each value (two's complement), with the first value in the highest bits and zeros
-after the last. A stream holds all tensors of one role, type and width. Their values are packed to 2, 4 or 8 bits, so
+Packed int8 weights take only the bits that their values need. Sparse ones are a bitmap of the nonzeros, and these,
+packed. Folded maps of biases leave out rows and columns that repeat. Packing keeps the low bits of each value (two's
+complement), with the first value in the highest bits and zeros after the last. A stream holds all tensors of one role, type and width. Their values are packed to 2, 4 or 8 bits, so
 that the coder sees whole values; wider integers become byte planes, the lowest first.
 
-What a file declares is checked before memory is allocated for it. C++ reads packed and folded tensors
+What a file declares is checked before memory is allocated for it. C++ reads packed, sparse and folded tensors
 (csrc/storage.cpp); streams are read here.
 """
 
@@ -29,6 +29,7 @@ Bytes = npt.NDArray[np.uint8]
 COMPRESSIONS = ("lzma",)
 _TYPES = ("int8", "uint8", "int16", "int32", "int64")
 _AXES_MAX = 8
+_SPARSE_GAIN_BYTES = 64  # a sparse tensor has to save what its entry in the header takes
 # Tensors may always decode to the free bytes, and beyond them to so many times their streams: far more than weights do.
 _DECODED_BYTES_FREE = 2**24
 _DECODED_RATIO_MAX = 128
@@ -54,10 +55,14 @@ def weight_bits(tensor: Tensor) -> int:
         The width of the narrowest signed type that holds all values of an int8 tensor with two or more axes, 2 to 8; 8
         for any other tensor.
     """
-    if tensor.dtype != np.int8 or tensor.ndim < 2 or tensor.size == 0:
+    if not _is_weight(tensor):
         return 8
     largest = int(np.abs(tensor.astype(np.int16)).max())
     return min(max(largest.bit_length() + 1, 2), 8)
+
+
+def _is_weight(tensor: Tensor) -> bool:
+    return tensor.dtype == np.int8 and tensor.ndim >= 2 and tensor.size > 0
 
 
 def pack(tensor: Tensor, bits: int) -> Bytes:
@@ -79,11 +84,32 @@ def unpack(packed: Bytes, bits: int, shape: tuple[int, ...]) -> npt.NDArray[np.i
     return values
 
 
-def pack_tensors(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(the tensors to store, {key: [bits, shape]} for those that were packed)."""
-    widths = {key: weight_bits(tensor) for key, tensor in tensors.items()}
-    packed = {key: [bits, list(tensors[key].shape)] for key, bits in widths.items() if bits < 8}
-    return {key: pack(t, widths[key]) if key in packed else t for key, t in tensors.items()}, packed
+def pack_sparse(tensor: Tensor, bits: int) -> Bytes:
+    """A bit per int8 value, set where it is not 0, and behind these bytes `pack` of the values that are not 0."""
+    values = np.ascontiguousarray(tensor).reshape(-1)
+    nonzero = values != 0
+    return np.concatenate([np.packbits(nonzero), pack(values[nonzero], bits)])
+
+
+def pack_tensors(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
+    """(the tensors to store, {"packed": {key: [bits, shape]}, "sparse": likewise}), where a form has any."""
+    stored: dict[str, Tensor] = {}
+    layout: dict[str, dict[str, Any]] = {}
+    for key, tensor in tensors.items():
+        bits = weight_bits(tensor)
+        if _is_weight(tensor) and _sparse_bytes(tensor, bits) + _SPARSE_GAIN_BYTES <= (tensor.size * bits + 7) // 8:
+            form, stored[key] = "sparse", pack_sparse(tensor, bits)
+        elif bits < 8:
+            form, stored[key] = "packed", pack(tensor, bits)
+        else:
+            stored[key] = tensor
+            continue
+        layout.setdefault(form, {})[key] = [bits, list(tensor.shape)]
+    return stored, layout
+
+
+def _sparse_bytes(tensor: Tensor, bits: int) -> int:
+    return (tensor.size + 7) // 8 + (int(np.count_nonzero(tensor)) * bits + 7) // 8
 
 
 def fold_maps(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:

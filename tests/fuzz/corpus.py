@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from support.program_cases import integers, small_program
+from support.program_cases import integers, masked, small_program
 from support.spiking_programs import _Builder
 
 from swincompress_pl import accel, spec
+from swincompress_pl.accel import storage
 
 
 def folded_program() -> spec.Program:
@@ -131,6 +132,8 @@ def programs() -> dict[str, spec.Program]:
     return {
         "mlp": mlp_program("int8"),
         "packed": mlp_program("int4"),
+        "sparse": masked(mlp_program("int8"), 0.6),
+        "sparse_packed": masked(mlp_program("int5"), 0.6),
         "stream": stream_program(),
         "attention": attention_program(),
         "neurons": neuron_program((4, 5, 3), 1),
@@ -142,6 +145,7 @@ def programs() -> dict[str, spec.Program]:
 
 
 def write(folder: Path) -> list[Path]:
+    storage._SPARSE_GAIN_BYTES = 0  # these tensors are small
     return [accel.export(program, folder / f"{name}.safetensors") for name, program in programs().items()]
 
 

@@ -212,6 +212,7 @@ void seal(Parts& parts) {
         for (const auto& [key, tensor] : parts.tensors)
             if (artifact.tensors[key].bytes() != static_cast<Size>(tensor.bytes.size())) return;
         if (layout != nullptr && layout->find("packed") != nullptr) unpack_tensors(artifact, *layout->find("packed"));
+        if (layout != nullptr && layout->find("sparse") != nullptr) restore_sparse(artifact, *layout->find("sparse"));
         if (layout != nullptr && layout->find("folded") != nullptr) unfold_maps(artifact, *layout->find("folded"));
         if (description != nullptr)
             set_member(parts.content, "sha256", text_value(artifact_checksum(*description, artifact.tensors)));

@@ -38,7 +38,7 @@ def described(description: Any, tensors: Mapping[str, Array], layout: Any = None
     content = {"format": artifact.FORMAT, "version": 1, "description": description}
     content["sha256"] = artifact.checksum(description, tensors)
     if layout is not None:
-        content |= {"version": 2, "storage": layout}
+        content |= {"version": 3 if "sparse" in layout else 2, "storage": layout}
     return json.dumps(content)
 
 

@@ -79,6 +79,20 @@ def mutant(programs: list[spec.Program], number: int) -> bytes:
     return sealed(description, tensors)
 
 
+def stored_mutant(programs: list[spec.Program], number: int) -> bytes:
+    """The artifact of one of `programs`, with what it says of its storage changed, or the bytes stored; the checksum
+    is that of the Program."""
+    rng = random.Random(number)
+    description, tensors = parts(rng.choice(programs))
+    stored, layout = storage.pack_tensors(tensors)
+    layout = json.loads(json.dumps(layout or {"packed": {}}))
+    if rng.random() < 0.5:
+        _change_description(rng, layout)
+    else:
+        _change_tensors(rng, stored)
+    return sealed(description, tensors, stored, layout)
+
+
 def damaged(wholes: list[bytes], number: int) -> bytes:
     """One of these artifacts with bytes changed, or cut off, as `number` says; the checksum is wrong then."""
     rng = random.Random(number)
@@ -142,7 +156,10 @@ def _change_coded(rng: random.Random, stored: dict[str, Array]) -> None:
 
 
 def any_mutant(programs: list[spec.Program], wholes: list[bytes], number: int) -> bytes:
-    """Of every kind in turn: structure and tensors, damaged bytes, coded streams. wholes: artifacts of `programs`."""
+    """Of every kind in turn: structure and tensors, storage, damaged bytes, coded streams. wholes: artifacts of
+    `programs`."""
+    if number % 8 == 0:
+        return stored_mutant(programs, number)
     if number % 4 == 2:
         return damaged(wholes, number)
     return coded_mutant(programs, number) if number % 4 == 3 else mutant(programs, number)

@@ -7,6 +7,7 @@ with every kind of operation, built by hand so that it depends on no adapter.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -193,6 +194,14 @@ def operation_cases(count: int, seed: int = 0) -> Iterator[Case]:
     rng = np.random.default_rng(seed)
     for number in range(count):
         yield MAKERS[number % len(MAKERS)](rng, bool(rng.random() < 0.2))
+
+
+def masked(program: Program, share: float, seed: int = 0) -> Program:
+    """The Program with this share of its weights set to 0, at random."""
+    rng = np.random.default_rng(seed)
+    weights = {op.tensors["weight"] for op in program.operations if "weight" in op.tensors}
+    kept = {key: program.tensors[key] * (rng.random(program.tensors[key].shape) >= share) for key in sorted(weights)}
+    return replace(program, tensors={**program.tensors, **{key: t.astype(np.int8) for key, t in kept.items()}})
 
 
 def small_program(

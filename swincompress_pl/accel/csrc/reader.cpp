@@ -8,6 +8,7 @@ namespace {
 
 constexpr const char* kFormat = "swincompress_pl.program";
 constexpr const char* kMetadataKey = "swincompress_pl";
+constexpr Size kVersionMax = 3;
 
 Json parse_metadata(const std::string& text) {
     Json content;
@@ -22,14 +23,14 @@ Json parse_metadata(const std::string& text) {
     return content;
 }
 
-// 1 or 2.
+// 1 to kVersionMax.
 Size parse_version(const Json& content) {
     const Json* version = content.find("version");
     const auto number = version == nullptr ? std::nullopt : version->integer();
-    if (number == 1 || number == 2) return *number;
+    if (number && *number >= 1 && *number <= kVersionMax) return *number;
     throw ArtifactError("artifact version " + (version == nullptr ? "none" : json_text(*version)) +
-                        "; this package reads versions 1 and 2: export the model again with this package, or install "
-                        "the package that wrote it");
+                        "; this package reads versions 1 to " + std::to_string(kVersionMax) +
+                        ": update it, or export the model again with it");
 }
 
 // A borrowed tensor may lie anywhere: int32 at an odd address is moved.
@@ -44,13 +45,14 @@ void align(Artifact& artifact) {
     }
 }
 
-void restore(Artifact& artifact, const Json& content) {
-    const Json* layout = content.find("storage");
+// `layout` is what a version from 2 on says of its storage.
+void restore(Artifact& artifact, const Json* layout, Size version) {
     if (layout == nullptr || layout->members.empty()) throw damaged("it does not say how its tensors are stored");
-    for (const JsonMember& member : layout->members)
-        if (member.key != "packed" && member.key != "folded")
+    for (const JsonMember& form : layout->members)
+        if (form.key != "packed" && form.key != "folded" && (form.key != "sparse" || version < 3))
             throw damaged("it does not say how its tensors are stored");
     if (const Json* packed = layout->find("packed")) unpack_tensors(artifact, *packed);
+    if (const Json* sparse = layout->find("sparse")) restore_sparse(artifact, *sparse);
     if (const Json* folded = layout->find("folded")) unfold_maps(artifact, *folded);
 }
 
@@ -77,7 +79,7 @@ Artifact read_artifact(const std::byte* bytes, std::size_t size) {
         throw CodedError("an entropy-coded artifact, which only Python decodes; export it without compression");
     Artifact artifact{{}, std::move(container.tensors), {}};
     align(artifact);
-    if (version == 2) restore(artifact, content);
+    if (version > 1) restore(artifact, content.find("storage"), version);
     Json* description = content.find("description");
     const Json* sha256 = content.find("sha256");
     const bool whole = description != nullptr && description->is(Json::Kind::object) && sha256 != nullptr;

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cstring>
 
+#include "expand.h"
+
 namespace swincompress {
 namespace {
 
@@ -28,37 +30,69 @@ std::vector<Size> parse_shape(const std::string& key, const Json& sizes) {
     throw damaged("tensor " + json_text(key) + " has shape " + json_text(sizes));
 }
 
-// Two's complement of `bits`, the first value in the highest bits of a byte.
-void unpack(const std::uint8_t* from, int bits, Size count, std::int8_t* to) {
-    std::uint32_t window = 0;
-    int held = 0;
-    const std::uint32_t sign = 1u << (bits - 1), mask = 2 * sign - 1;
-    for (Size i = 0; i < count; ++i) {
-        if (held < bits) {
-            window = window << 8 | *from++;
-            held += 8;
-        }
-        held -= bits;
-        const std::uint32_t code = window >> held & mask;
-        to[i] = static_cast<std::int8_t>(static_cast<std::int32_t>(code ^ sign) - static_cast<std::int32_t>(sign));
-    }
-    if ((window & ((1u << held) - 1)) != 0) throw damaged("padding bits are set");
+struct Narrow {
+    Tensor& tensor;  // as it is stored
+    int bits;
+    std::vector<Size> shape;
+    Size count;
+};
+
+// `entry` is [bits, shape]; the number of bits is at most `bits_max`.
+Narrow parse_narrow(Artifact& artifact, const std::string& key, const Json& entry, Size bits_max, const char* what) {
+    Tensor& tensor = tensor_of(artifact, key, what);
+    const bool pair = entry.is(Json::Kind::list) && entry.items.size() == 2;
+    const Size bits = pair ? entry.items[0].integer().value_or(0) : 0;
+    if (bits < 2 || bits > bits_max)
+        throw damaged(std::string("entry of ") + what + " " + json_text(key) + " is wrong");
+    std::vector<Size> shape = parse_shape(key, entry.items[1]);
+    const Size count = element_count(shape);
+    return {tensor, static_cast<int>(bits), std::move(shape), count};
+}
+
+Size stored_bytes(const Tensor& tensor) {
+    return tensor.type == Type::uint8 && tensor.shape.size() == 1 ? tensor.shape[0] : -1;
+}
+
+Size packed_bytes(Size count, int bits) { return (count * bits + 7) / 8; }
+
+void require_padding(const std::uint8_t* from, Size bits) {
+    if (bits % 8 != 0 && (from[bits / 8] & 0xFF >> bits % 8) != 0) throw damaged("padding bits are set");
+}
+
+// Replaces the stored tensor by one of int8, which `expand` fills.
+template <typename Expand>
+void replace(Artifact& artifact, Narrow& narrow, const Expand& expand) {
+    Buffer& values = artifact.owned.emplace_back(narrow.count);
+    expand(reinterpret_cast<std::int8_t*>(values.data()));
+    narrow.tensor = {Type::int8, std::move(narrow.shape), values.data()};
 }
 
 void unpack_one(Artifact& artifact, const std::string& key, const Json& entry) {
-    Tensor& tensor = tensor_of(artifact, key, "packed tensor");
-    const bool pair = entry.is(Json::Kind::list) && entry.items.size() == 2;
-    const Size bits = pair ? entry.items[0].integer().value_or(0) : 0;
-    if (bits < 2 || bits > 7) throw damaged("entry of packed tensor " + json_text(key) + " is wrong");
-    const std::vector<Size> shape = parse_shape(key, entry.items[1]);
-    const Size count = element_count(shape);
-    if (tensor.type != Type::uint8 || tensor.shape.size() != 1 || tensor.shape[0] != (count * bits + 7) / 8)
-        throw damaged("the bytes of " + json_text(key) + " do not hold " + std::to_string(count) + " values of " +
-                      std::to_string(bits) + " bits");
-    Buffer& values = artifact.owned.emplace_back(count);
-    unpack(static_cast<const std::uint8_t*>(tensor.data), static_cast<int>(bits), count,
-           reinterpret_cast<std::int8_t*>(values.data()));
-    tensor = {Type::int8, shape, values.data()};
+    Narrow narrow = parse_narrow(artifact, key, entry, 7, "packed tensor");
+    if (stored_bytes(narrow.tensor) != packed_bytes(narrow.count, narrow.bits))
+        throw damaged("the bytes of " + json_text(key) + " do not hold " + std::to_string(narrow.count) +
+                      " values of " + std::to_string(narrow.bits) + " bits");
+    const auto* from = static_cast<const std::uint8_t*>(narrow.tensor.data);
+    require_padding(from, narrow.count * narrow.bits);
+    replace(artifact, narrow, [&](std::int8_t* to) { expand_packed(from, narrow.bits, narrow.count, to); });
+}
+
+void restore_one(Artifact& artifact, const std::string& key, const Json& entry) {
+    Narrow narrow = parse_narrow(artifact, key, entry, 8, "sparse tensor");
+    const Size bytes = stored_bytes(narrow.tensor), bitmap_bytes = packed_bytes(narrow.count, 1);
+    if (bytes < bitmap_bytes)
+        throw damaged("the bytes of " + json_text(key) + " do not hold a bitmap of " + std::to_string(narrow.count) +
+                      " values");
+    const auto* bitmap = static_cast<const std::uint8_t*>(narrow.tensor.data);
+    const auto* from = bitmap + bitmap_bytes;
+    require_padding(bitmap, narrow.count);
+    const Size ones = count_ones(bitmap, bitmap_bytes), from_bytes = bytes - bitmap_bytes;
+    if (from_bytes != packed_bytes(ones, narrow.bits))
+        throw damaged("the bytes of " + json_text(key) + " do not hold the " + std::to_string(ones) + " values of " +
+                      std::to_string(narrow.bits) + " bits that its bitmap has");
+    require_padding(from, ones * narrow.bits);
+    replace(artifact, narrow,
+            [&](std::int8_t* to) { expand_sparse(bitmap, narrow.count, from, from_bytes, narrow.bits, to); });
 }
 
 // Numbers of slices, each below `size`.
@@ -107,6 +141,11 @@ void unfold(Artifact& artifact, const Unfolded& map) {
 void unpack_tensors(Artifact& artifact, const Json& packed) {
     if (!packed.is(Json::Kind::object)) throw damaged("its list of packed tensors is not a mapping");
     for (const JsonMember& member : packed.members) unpack_one(artifact, member.key, member.value);
+}
+
+void restore_sparse(Artifact& artifact, const Json& sparse) {
+    if (!sparse.is(Json::Kind::object)) throw damaged("its list of sparse tensors is not a mapping");
+    for (const JsonMember& member : sparse.members) restore_one(artifact, member.key, member.value);
 }
 
 void unfold_maps(Artifact& artifact, const Json& folded) {

@@ -1,5 +1,5 @@
-// How tensors are stored in an artifact (spec.md, section 11): narrow weights in few bits, and maps of biases by their
-// distinct rows and columns.
+// How tensors are stored in an artifact (spec.md, section 11): narrow weights in few bits, weights with many zeros by
+// their nonzeros, and maps of biases by their distinct rows and columns.
 #pragma once
 
 #include "reader.h"
@@ -8,6 +8,9 @@ namespace swincompress {
 
 // Unpacks the tensors listed in `packed`, {key: [bits, shape]}. Throws ArtifactError.
 void unpack_tensors(Artifact& artifact, const Json& packed);
+
+// Restores the tensors listed in `sparse`, {key: [bits, shape]}.
+void restore_sparse(Artifact& artifact, const Json& sparse);
 
 // Unfolds the maps listed in `folded`, {key: [stored row of every row, stored column of every column]}.
 void unfold_maps(Artifact& artifact, const Json& folded);
