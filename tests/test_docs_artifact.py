@@ -160,4 +160,4 @@ def test_limits_are_the_programs() -> None:
     assert (PREPARED_BYTES_FREE, PREPARED_RATIO_MAX) == (64 * 2**20, 8)
     assert (storage._DECODED_BYTES_FREE, storage._DECODED_RATIO_MAX, storage._AXES_MAX) == (16 * 2**20, 128, 8)
     assert (artifact._JSON_BYTES_FREE, artifact._JSON_RATIO_MAX) == (2**20, 64)
-    assert (artifact._JSON_BYTES_MAX, artifact._JSON_VALUES_MAX) == (16 * 2**20, 2**20)
+    assert artifact._JSON_BYTES_MAX == 16 * 2**20

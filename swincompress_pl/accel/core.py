@@ -127,3 +127,11 @@ def read_artifact(content: bytes) -> tuple[str, dict[str, npt.NDArray[Any]]]:
     The rules of the specification are not checked. Raises CodedError and ValueError as `artifact_engine`.
     """
     return _core.read(content)
+
+
+def parse_content(content: bytes) -> tuple[str | None, str | None]:
+    """(description, storage) of the decoded content of an entropy-coded artifact, each as JSON, None where it lacks it.
+
+    Numbers stay as they are written. Raises ValueError for what the reader of headers does not accept as JSON.
+    """
+    return _core.parse_content(content)

@@ -2,8 +2,10 @@
 
 Packed int8 weights take only the bits that their values need. Sparse ones are a bitmap of the nonzeros, and these,
 packed. Folded maps of biases leave out rows and columns that repeat. Packing keeps the low bits of each value (two's
-complement), with the first value in the highest bits and zeros after the last. A stream holds all tensors of one role, type and width. Their values are packed to 2, 4 or 8 bits, so
-that the coder sees whole values; wider integers become byte planes, the lowest first.
+complement), with the first value in the highest bits and zeros after the last.
+
+A stream holds all tensors of one role, type and width. Their values are packed to 2, 4 or 8 bits, so that the coder
+sees whole values; wider integers become byte planes, the lowest first.
 
 What a file declares is checked before memory is allocated for it. C++ reads packed, sparse and folded tensors
 (csrc/storage.cpp); streams are read here.
@@ -255,10 +257,16 @@ class _Stream:
         return {"coder": self.coder, "dtype": self.dtype, "bits": self.bits, "tensors": tensors}
 
 
+def _listed(given: Any) -> list[Any]:
+    if not isinstance(given, list):
+        raise TypeError(f"{given!r} is not a list")
+    return given
+
+
 def _stream(entry: Any) -> _Stream:
     try:
         coder, dtype, bits, tensors = (entry[key] for key in ("coder", "dtype", "bits", "tensors"))
-        members = tuple((key, _shape(key, sizes)) for key, sizes in tensors)
+        members = tuple((key, _shape(key, sizes)) for key, sizes in _listed(tensors))
     except (KeyError, TypeError, ValueError) as error:
         raise StorageError(f"a stream's declaration is wrong: {error!r}") from error
     if dtype not in _TYPES or not all(isinstance(key, str) for key, _ in members):

@@ -124,6 +124,18 @@ std::pair<std::string, py::dict> read_content(const py::bytes& content) {
     return {json_text(artifact.description), tensors};
 }
 
+// (description, storage) of a compressed artifact's content, each as JSON; None where there is none.
+std::pair<std::optional<std::string>, std::optional<std::string>> parse_content(const py::bytes& content) {
+    const auto [bytes, size] = bytes_of(content);
+    const GilRelease release;
+    const Json parsed = parse_json({reinterpret_cast<const char*>(bytes), size});
+    const auto part = [&](const char* key) {
+        const Json* found = parsed.find(key);
+        return found == nullptr ? std::nullopt : std::make_optional(json_text(*found));
+    };
+    return {part("description"), part("storage")};
+}
+
 // Keeps `array` and the arrays whose memory it shows from being resized, which would free what is being read. NumPy
 // refuses to resize while there are weak references, even with refcheck=False. Other owners of memory (bytearray, mmap)
 // refuse it themselves while an array shows it.
@@ -244,6 +256,7 @@ PYBIND11_MODULE(_core, module) {
     py::register_exception<CodedError>(module, "CodedError", PyExc_ValueError);
     module.def("load", &load, py::arg("content"), py::arg("implementation"), py::arg("threads"));
     module.def("read", &read_content, py::arg("content"));
+    module.def("parse_content", &parse_content, py::arg("content"));
     py::class_<Executor>(module, "Engine")
         .def(py::init(&make_engine), py::arg("inputs"), py::arg("operations"), py::arg("implementation") = "",
              py::arg("threads") = 1)

@@ -1,5 +1,7 @@
 #include "reader.h"
 
+#include "coded.h"
+#include "coders.h"
 #include "sha256.h"
 #include "storage.h"
 
@@ -75,17 +77,22 @@ Artifact read_artifact(const std::byte* bytes, std::size_t size) {
     Json content = parse_metadata(container.metadata);
     container.metadata = {};
     const Size version = parse_version(content);
-    if (version == 2 && content.find("content") != nullptr)
-        throw CodedError("an entropy-coded artifact, which only Python decodes; export it without compression");
+    const Json* coded = version == 2 ? content.find("content") : nullptr;
+    if (coded != nullptr && missing_coders() != nullptr)
+        throw CodedError(std::string("an entropy-coded artifact, and this library is built without ") +
+                         missing_coders() + "; build it with -DSWINCOMPRESS_LZMA=ON, or export without compression");
     Artifact artifact{{}, std::move(container.tensors), {}};
     align(artifact);
-    if (version > 1) restore(artifact, content.find("storage"), version);
-    Json* description = content.find("description");
+    if (coded != nullptr) {
+        artifact.description = decode_artifact(artifact, *coded);
+    } else {
+        if (version > 1) restore(artifact, content.find("storage"), version);
+        if (Json* description = content.find("description")) artifact.description = std::move(*description);
+    }
     const Json* sha256 = content.find("sha256");
-    const bool whole = description != nullptr && description->is(Json::Kind::object) && sha256 != nullptr;
-    if (!whole || !sha256->says(artifact_checksum(*description, artifact.tensors)))
+    const bool whole = artifact.description.is(Json::Kind::object) && sha256 != nullptr;
+    if (!whole || !sha256->says(artifact_checksum(artifact.description, artifact.tensors)))
         throw ArtifactError("altered after it was written (its checksum differs); copy or export it again");
-    artifact.description = std::move(*description);
     return artifact;
 }
 

@@ -11,7 +11,7 @@
 
 namespace swincompress {
 
-// The bytes are an entropy-coded artifact, which only Python decodes.
+// The bytes are an entropy-coded artifact, and this build lacks the coders. Python has them, and decodes it then.
 struct CodedError : ArtifactError {
     using ArtifactError::ArtifactError;
 };

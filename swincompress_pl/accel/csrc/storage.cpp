@@ -19,17 +19,6 @@ Tensor& tensor_of(Artifact& artifact, const std::string& key, const char* what) 
     return found->second;
 }
 
-std::vector<Size> parse_shape(const std::string& key, const Json& sizes) {
-    std::vector<Size> shape;
-    const bool listed = sizes.is(Json::Kind::list) && !sizes.items.empty() && sizes.items.size() <= kAxesMax;
-    for (const Json& size : sizes.items) shape.push_back(listed ? size.integer().value_or(0) : 0);
-    try {
-        if (listed && element_count(shape) > 0) return shape;
-    } catch (const std::invalid_argument&) {
-    }
-    throw damaged("tensor " + json_text(key) + " has shape " + json_text(sizes));
-}
-
 struct Narrow {
     Tensor& tensor;  // as it is stored
     int bits;
@@ -54,10 +43,6 @@ Size stored_bytes(const Tensor& tensor) {
 }
 
 Size packed_bytes(Size count, int bits) { return (count * bits + 7) / 8; }
-
-void require_padding(const std::uint8_t* from, Size bits) {
-    if (bits % 8 != 0 && (from[bits / 8] & 0xFF >> bits % 8) != 0) throw damaged("padding bits are set");
-}
 
 // Replaces the stored tensor by one of int8, which `expand` fills.
 template <typename Expand>
@@ -137,6 +122,21 @@ void unfold(Artifact& artifact, const Unfolded& map) {
 }
 
 }  // namespace
+
+std::vector<Size> parse_shape(const std::string& key, const Json& sizes) {
+    std::vector<Size> shape;
+    const bool listed = sizes.is(Json::Kind::list) && !sizes.items.empty() && sizes.items.size() <= kAxesMax;
+    for (const Json& size : sizes.items) shape.push_back(listed ? size.integer().value_or(0) : 0);
+    try {
+        if (listed && element_count(shape) > 0) return shape;
+    } catch (const std::invalid_argument&) {
+    }
+    throw damaged("tensor " + json_text(key) + " has shape " + json_text(sizes));
+}
+
+void require_padding(const std::uint8_t* from, Size bits) {
+    if (bits % 8 != 0 && (from[bits / 8] & 0xFF >> bits % 8) != 0) throw damaged("padding bits are set");
+}
 
 void unpack_tensors(Artifact& artifact, const Json& packed) {
     if (!packed.is(Json::Kind::object)) throw damaged("its list of packed tensors is not a mapping");

@@ -6,6 +6,12 @@
 
 namespace swincompress {
 
+// The shape of tensor `key` as a list of sizes. Throws ArtifactError.
+std::vector<Size> parse_shape(const std::string& key, const Json& sizes);
+
+// Throws ArtifactError unless the bits behind the first `bits` of their last byte are 0.
+void require_padding(const std::uint8_t* from, Size bits);
+
 // Unpacks the tensors listed in `packed`, {key: [bits, shape]}. Throws ArtifactError.
 void unpack_tensors(Artifact& artifact, const Json& packed);
 

@@ -4,8 +4,8 @@
 //     std::vector<std::uint8_t> image = ...;  // height x width x channels, channels last, raw pixels 0 to 255
 //     std::vector<float> logits = engine.run(image);
 //
-// swincompress_pl.accel.export writes artifacts; it must be called without `compression`. The logits are the same bits
-// on every CPU, with every implementation and any number of threads.
+// swincompress_pl.accel.export writes artifacts. Those of compression="lzma" need a library that was built where liblzma
+// and zlib were found. The logits are the same bits on every CPU, with every implementation and any number of threads.
 #pragma once
 
 #include <cstddef>
