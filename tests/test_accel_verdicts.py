@@ -113,8 +113,8 @@ EVIL: dict[str, tuple[Callable[[], bytes], str]] = {
     "quotes": (lambda: coded(b'"' + b'\\"' * 2**19), "not JSON"),
     "digits": (lambda: coded(b'{"x":' + b"1" * 2**20 + b"}"), "does not say how its tensors are stored"),
     "digits of bits": (lambda: coded(b'{"storage":{"streams":' + b"1" * 2**20 + b"}}"), "truncated or damaged"),
-    "twice": (lambda: coded(b'{"storage":{},"storage":{"streams":[]}}'), "not JSON: key \"storage\" is given twice"),
-    "name": (lambda: coded(one_stream("n" * 2**20), {"stream0": bytes(64)}), "name of more than 1024 bytes"),
+    "twice": (lambda: coded(b'{"storage":{},"storage":{"streams":[]}}'), 'not JSON: key "storage" is given twice'),
+    "name": (lambda: coded(one_stream("n" * 2**20), {"stream0": bytes(64)}), "name of (more than 1024|1048576) bytes"),
     "zeros": (lambda: coded(one_stream(size=2**26), {"stream0": bytes(2**26)}), "coded bytes declare 67108864"),
     "zeros of 2 bits": (
         lambda: coded(one_stream(size=2**26, bits=2), {"stream0": bytes(2**24)}),

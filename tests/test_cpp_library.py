@@ -3,19 +3,25 @@ fuzzer of artifacts, which must pass, and must find what is planted."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
-from support.program_cases import small_program
+from support.artifact_mutants import any_mutant, coded_mutant
+from support.program_cases import masked, small_program
 from support.spiking_programs import spiking_program
 from support.whole_programs import images_of, vit_program
+from test_accel_verdicts import EVIL
 
 from swincompress_pl import accel, spec
+from swincompress_pl.accel import artifact
 
 ROOT = Path(__file__).parent.parent
 pytestmark = [
@@ -31,6 +37,12 @@ find_package(swincompress_engine REQUIRED)
 add_executable(classify classify.cpp)
 target_link_libraries(classify PRIVATE swincompress::engine)
 """
+READER = """
+add_executable(read_artifacts read_artifacts.cpp)
+target_link_libraries(read_artifacts PRIVATE swincompress::engine)
+"""
+CODERS = all(Path("/usr/include", header).exists() for header in ("lzma.h", "zlib.h"))
+needs_coders = pytest.mark.skipif(not CODERS, reason="needs liblzma-dev and zlib1g-dev")
 
 
 def run(*command: str | Path, **options: object) -> subprocess.CompletedProcess[str]:
@@ -42,19 +54,34 @@ def cmake(*arguments: str | Path) -> None:
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 
+@dataclass(frozen=True)
+class Built:
+    """Programs, built against the installed library and nothing else of this tree."""
+
+    build: Path  # of the library
+    classify: Path
+    read_artifacts: Path
+
+
 @pytest.fixture(scope="module")
-def classify(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The example, built against the installed library and nothing else of this tree."""
+def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
     build, prefix, user = (tmp_path_factory.mktemp(name) for name in ("build", "prefix", "user"))
-    cmake("-S", ROOT, "-B", build, "-DSWINCOMPRESS_PYTHON=OFF", "-DSWINCOMPRESS_WERROR=ON")
+    with_coders = f"-DSWINCOMPRESS_LZMA={'ON' if CODERS else 'OFF'}"
+    cmake("-S", ROOT, "-B", build, "-DSWINCOMPRESS_PYTHON=OFF", "-DSWINCOMPRESS_WERROR=ON", with_coders)
     cmake("--build", build, "-j2")
     cmake("--install", build, "--prefix", prefix)
     assert [path.name for path in (prefix / "include").rglob("*.h")] == ["engine.h"]
-    (user / "CMakeLists.txt").write_text(CONSUMER)
+    (user / "CMakeLists.txt").write_text(CONSUMER + READER)
     shutil.copy(ROOT / "examples" / "classify.cpp", user)
+    shutil.copy(ROOT / "tests" / "cpp" / "read_artifacts.cpp", user)
     cmake("-S", user, "-B", user / "build", f"-DCMAKE_PREFIX_PATH={prefix}")
     cmake("--build", user / "build")
-    return user / "build" / "classify"
+    return Built(build, user / "build" / "classify", user / "build" / "read_artifacts")
+
+
+@pytest.fixture(scope="module")
+def classify(built: Built) -> Path:
+    return built.classify
 
 
 def test_the_sources_can_be_a_subdirectory(tmp_path: Path) -> None:
@@ -92,7 +119,6 @@ def test_the_example_prints_what_python_answers(make: object, classify: Path, tm
 def test_the_example_says_what_is_wrong(classify: Path, tmp_path: Path) -> None:
     program = small_program()
     path = accel.export(program, tmp_path / "model.safetensors")
-    coded = accel.export(program, tmp_path / "coded.safetensors", "lzma")
     image = tmp_path / "image.raw"
     image.write_bytes(images_of(program, 1).tobytes())
     short, wide, other = tmp_path / "short.raw", tmp_path / "wide.ppm", tmp_path / "other.bin"
@@ -109,12 +135,136 @@ def test_the_example_says_what_is_wrong(classify: Path, tmp_path: Path) -> None:
         ((tmp_path / "no.safetensors", image), "no.safetensors: no such file"),
         ((tmp_path, image), f"{tmp_path}: "),
         ((other, image), "other.bin: not a safetensors file"),
-        ((coded, image), "which only Python decodes; export it without compression"),
     ]:
         done = run(classify, *arguments)
         assert done.returncode == 1
         assert message in done.stderr, (message, done.stderr)
     assert run(classify).returncode == 2
+
+
+# --- forms of files ---------------------------------------------------------------------------------------------------
+
+
+def pattern(program: spec.Program, count: int) -> np.ndarray:
+    """The images of read_artifacts."""
+    shape = (count, *program.input.value.shape)
+    return (37 * np.arange(np.prod(shape)) + 11).astype(np.uint8).reshape(shape)
+
+
+def logits_of(built: Built, paths: list[Path]) -> list[str]:
+    done = run(built.read_artifacts, "logits", *paths)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def forms() -> dict[str, spec.Program]:
+    return {
+        "plain": small_program(),
+        "packed": small_program(1, weight="int4"),
+        "sparse": masked(small_program(2, channels=32), 0.54),
+        "narrow": masked(small_program(3, channels=32, weight="int4"), 0.54),
+        "spikes": spiking_program(),
+        "events": spiking_program(events=True),
+        "vit": vit_program(),
+    }
+
+
+@needs_coders
+def test_every_form_gives_the_same_logits(built: Built, tmp_path: Path) -> None:
+    programs = forms()
+    paths = {
+        (name, how): accel.export(program, tmp_path / f"{name}-{how}.safetensors", how)
+        for name, program in programs.items()
+        for how in (None, "lzma")
+    }
+    for (name, how), found in zip(paths, logits_of(built, list(paths.values())), strict=True):
+        expected = spec.run(programs[name], pattern(programs[name], 2))
+        assert found.split() == [str(logit) for logit in expected.ravel()], (name, how)
+
+
+@needs_coders
+def test_the_library_accepts_what_python_accepts(built: Built, tmp_path: Path) -> None:
+    """Compressed artifacts with a change, most of them behind the coders, and other mutants."""
+    programs = [small_program(3), masked(small_program(2, channels=16, weight="int3"), 0.5), spiking_program()]
+    wholes = [artifact.to_bytes(program, how) for program in programs for how in (None, "lzma")]
+    paths = []
+    for number in range(800):
+        paths.append(tmp_path / f"{number}.safetensors")
+        make = coded_mutant(programs, number) if number % 4 else any_mutant(programs, wholes, number)
+        paths[-1].write_bytes(make)
+    accepted = 0
+    for path, found in zip(paths, logits_of(built, paths), strict=True):
+        expected = "refused:"
+        with contextlib.suppress(accel.ArtifactError):
+            engine = accel.load(path, threads=1)
+            logits = engine.run_integer(pattern(engine.program, 2))
+            expected = " ".join(map(str, logits.ravel()))
+            accepted += 1
+        assert found.startswith(expected), path.name
+    assert 50 < accepted < 700
+
+
+@needs_coders
+@pytest.mark.parametrize("name", EVIL)
+def test_bombs_are_refused(name: str, built: Built, tmp_path: Path) -> None:
+    make, message = EVIL[name]
+    (tmp_path / "evil.safetensors").write_bytes(make())
+    limited = f"ulimit -v 400000; exec {built.read_artifacts} logits {tmp_path / 'evil.safetensors'}"
+    (found,) = run("bash", "-c", limited).stdout.splitlines()
+    assert re.search(f"refused: .*({message})", found)
+
+
+@pytest.mark.parametrize(("setting", "missing"), [("OFF", "liblzma and zlib"), ("AUTO", "zlib")])
+def test_a_library_without_coders_refuses_by_name(setting: str, missing: str, built: Built, tmp_path: Path) -> None:
+    if setting == "AUTO" and not CODERS:
+        pytest.skip("needs liblzma-dev")
+    build = built.build  # is installed: only what knows of the coders is compiled again
+    cmake("-S", ROOT, "-B", build, f"-DSWINCOMPRESS_LZMA={setting}", "-DCMAKE_DISABLE_FIND_PACKAGE_ZLIB=ON")
+    cmake("--build", build, "-j2", "--target", "classify")
+    program = small_program()
+    coded = accel.export(program, tmp_path / "coded.safetensors", "lzma")
+    (tmp_path / "image.raw").write_bytes(images_of(program, 1).tobytes())
+    done = run(build / "classify", coded, tmp_path / "image.raw")
+    assert done.returncode == 1
+    assert (
+        f"an entropy-coded artifact, and this library is built without {missing}; build it with "
+        "-DSWINCOMPRESS_LZMA=ON, or export without compression"
+    ) in done.stderr
+    plain = accel.export(program, tmp_path / "plain.safetensors")
+    assert run(build / "classify", plain, tmp_path / "image.raw").returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["PYTHON=OFF", "LZMA=maybe"], "SWINCOMPRESS_LZMA is maybe; it must be ON, OFF or AUTO"),
+        (["PYTHON=ON", "LZMA=ON"], "SWINCOMPRESS_LZMA=ON is for SWINCOMPRESS_PYTHON=OFF"),
+        (["PYTHON=OFF", "LZMA=ON"], "these are not found: liblzma;zlib; install their development files"),
+    ],
+)
+def test_wrong_settings_are_refused(settings: list[str], message: str, tmp_path: Path) -> None:
+    switches = [f"-DSWINCOMPRESS_{setting}" for setting in settings]
+    hidden = [f"-DCMAKE_DISABLE_FIND_PACKAGE_{name}=ON" for name in ("LibLZMA", "ZLIB")]
+    done = run("cmake", "-S", ROOT, "-B", tmp_path, *switches, *hidden)
+    assert done.returncode != 0
+    assert message in " ".join(done.stderr.split())
+
+
+@pytest.mark.parametrize("make", [small_program, vit_program, spiking_program])
+def test_the_profile_has_pythons_rows(make: object, built: Built, tmp_path: Path) -> None:
+    program: spec.Program = make()  # type: ignore[operator]
+    path = accel.export(program, tmp_path / "model.safetensors")
+    done = run(built.read_artifacts, "profile", path, "3")
+    lines = [line.split("\t") for line in done.stdout.splitlines()]
+    expected = accel.load(path, threads=1).profile(pattern(program, 3), repeats=1)
+    found = [(name, kind, int(macs), int(size)) for name, kind, _, macs, size in lines[:-3]]
+    assert found == [(row.operation, row.kind, row.macs, row.bytes) for row in expected]
+    assert all(int(line[2]) > 0 for line in lines[:-3])
+    assert [line[0] for line in lines[-3:]] == [
+        "refused: repeats is 0; it must be at least 1",
+        "refused: repeats is -3; it must be at least 1",
+        "refused: profile needs at least one image, got none",
+    ]
 
 
 # --- the fuzzer -------------------------------------------------------------------------------------------------------
@@ -131,7 +281,8 @@ def fuzzing(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, list[
     switches = [f"-DSWINCOMPRESS_{switch}" for switch in ("PYTHON=OFF", "FUZZ=ON", "SANITIZE=ON")]
     cmake("-S", sources, "-B", build, *switches, "-DCMAKE_BUILD_TYPE=Debug", "-DCMAKE_CXX_FLAGS_DEBUG=-O1")
     cmake("--build", build, "-j2", "--target", "fuzz_artifacts")
-    done = run(sys.executable, ROOT / "tests" / "fuzz" / "corpus.py", corpus)
+    coded = ["--coded"] if CODERS else []
+    done = run(sys.executable, ROOT / "tests" / "fuzz" / "corpus.py", corpus, *coded)
     assert done.returncode == 0, done.stderr
     return sources, build, [Path(line) for line in done.stdout.split()]
 

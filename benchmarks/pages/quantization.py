@@ -9,9 +9,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from ..quantization import report
-from ..quantization.jobs import BITS, Job
+from ..quantization.jobs import BITS, FORMS, Job
 from .sources import Sources, result_of
-from .text import command, document, picture, short_cpu, table
+from .text import command, cpu, document, picture, short_cpu, table
 from .theme import Drawing, Theme, canvas
 
 _DEIT = Job(network="deit_tiny")
@@ -21,9 +21,11 @@ _TITLES = {_SWIN: "small Swin", _PRUNED: "small Swin, pruned", _DEIT: "DeiT-Tiny
 _SECOND_ORDER, _FOR_THE_LOSS = "searched, second order", "searched, learned for the loss"
 _COMMAND = "python -m benchmarks.quantization run --out runs/quantization --data DATA"
 _COMPRESSED = (
-    "The second size is that after lossless entropy coding: `swincompress export --compression lzma`. The Python "
-    "engine reads both kinds of files. The C++ library reads the plain ones and refuses those that are coded."
+    "The second size is that after lossless entropy coding: `swincompress export --compression lzma`. These files are "
+    "from before plain files had sparse weights; [Files](#files) has the sizes of today. Python reads all of them, and "
+    "so does the C++ library where liblzma and zlib are installed; elsewhere it refuses those that are coded."
 )
+_SIZES = "python -m benchmarks.quantization sizes --out runs/sizes --data DATA --reader build/cpp/read_artifacts"
 
 
 def page(sources: Sources) -> str:
@@ -41,6 +43,8 @@ def page(sources: Sources) -> str:
             _COMPRESSED,
             "Torch twin, NumPy reference and, with 8-bit activations, the C++ engine give identical integer logits. "
             f"{_checked_images(results)} images per network are compared in the same run.",
+            "## Files",
+            *_files(sources.sizes, results),
             "## 4 and 6 bits, without training",
             *_narrow(results),
             "## After fine-tuning",
@@ -71,6 +75,30 @@ def _eight_bits(results: Mapping[str, Any]) -> str:
             ]
         )
     return table(["network and images", "float", "int8, integers throughout", "file", "LZMA file", "CPU, commit"], rows)
+
+
+def _files(sizes: Mapping[str, Any], results: Mapping[str, Any]) -> list[str]:
+    rows = []
+    for row in sizes["rows"]:
+        job, forms = Job(**row["job"]), row["forms"]
+        whole = result_of(results, Job(network=job.network).name)["file_bytes"]
+        cells = [f"{100 * forms[form]['file_bytes'] / whole:.1f} %" for form in FORMS]
+        for language in ("python_ms", "cpp_ms"):
+            cells.append(" / ".join(f"{forms[form][language]:.1f}" for form in FORMS))
+        zeros = 100 * (1 - row["nonzero"] / row["weights"])
+        rows.append([_TITLES[Job(network=job.network, pruned=job.pruned)], str(job.bits), f"{zeros:.0f} %", *cells])
+    header = ["network", "bits", "zeros", "packed", "plain file", "LZMA file", "load, ms: Python", "load, ms: C++"]
+    return [
+        "Scales are searched, nothing is trained. `packed` is what a plain file was before it had sparse weights: all "
+        "weights in as many bits as they need. A plain file has a bitmap and the nonzeros of a weight where that is "
+        "smaller, and every reader reads it. Sizes are parts of the float32 file of the whole network, zeros a part of "
+        "the integer weights. Load times are those of the three files in this order: the file is read, proved and made "
+        f"ready, with one thread, the median of {sizes['rounds']} loads in turns. All give the same logits in Python "
+        "and C++.",
+        table(header, rows),
+        f"{cpu(sizes['environment'])}, commit {sizes['environment']['commit'][:7]}.",
+        command(_SIZES, "a download"),
+    ]
 
 
 def _narrow(results: Mapping[str, Any]) -> list[str]:

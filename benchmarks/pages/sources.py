@@ -25,6 +25,11 @@ class Sources:
         return self._read("quantization.json")
 
     @cached_property
+    def sizes(self) -> dict[str, Any]:
+        """Rows of sizes and load times of artifacts, and where they were measured."""
+        return self._read("sizes.json")
+
+    @cached_property
     def pruning(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """(rows and other figures, jobs)."""
         return pruning_report.read(self._existing("pruning.json"))

@@ -5,6 +5,7 @@
         [--device cuda --jobs 12 --budget-s 500]
     python -m benchmarks.quantization pack --out runs/quantization --file results.jsonl   (and unpack)
     python -m benchmarks.quantization cost --model swin_tiny_patch4_window7_224
+    python -m benchmarks.quantization sizes --out runs/sizes --data DATA --reader build/cpp/read_artifacts
     python -m benchmarks.quantization report --out runs/quantization
 
 DATA: as in benchmarks/pruning/images.py. A job is one file of results; `run` skips what is there. Every job has a
@@ -33,6 +34,7 @@ from swincompress_pl.quant import quantize
 from swincompress_pl.report import describe_environment
 from swincompress_pl.report.plain import write_text
 
+from . import sizes
 from .jobs import all_jobs
 from .report import write
 from .work import CALIBRATION_IMAGES
@@ -63,6 +65,13 @@ def _arguments() -> argparse.Namespace:
     cost = commands.add_parser("cost", help="time and memory of quantizing with random weights and images")
     cost.add_argument("--model", required=True)
     cost.add_argument("--out", type=Path, help="folder of the results; default: it is printed only")
+    command = commands.add_parser("sizes", help="sizes of files and how long they load, of all forms")
+    command.add_argument("--out", type=Path, required=True, help="folder of the artifacts; those that are there stay")
+    command.add_argument("--data", type=Path, required=True, help=DATA_HELP)
+    command.add_argument("--cache", type=Path, help=f"{CACHE_HELP}; default: OUT/cache")
+    command.add_argument(
+        "--reader", type=Path, required=True, help="read_artifacts, of a build with -DSWINCOMPRESS_TESTS=ON"
+    )
     return parser.parse_args()
 
 
@@ -114,6 +123,11 @@ def _unpack(given: argparse.Namespace) -> None:
     print(runner.unpack(given.file, given.out), "results new in", given.out)
 
 
+def _sizes(given: argparse.Namespace) -> None:
+    place = Place(data=given.data, cache=given.cache or given.out / "cache", device="cpu", precision="32-true")
+    print(sizes.write(given.out, place, given.reader.resolve(), RESULTS), *write_pages(["quantization"]), sep="\n")
+
+
 def _print_cost(given: argparse.Namespace) -> None:
     found = json.dumps(_cost(given.model))
     print(found)
@@ -154,6 +168,7 @@ def _validation_seconds(network: nn.Module, quantized: nn.Module, images: Tensor
 
 _COMMANDS = {
     "list": _list, "run": _run, "report": _report, "pack": _pack, "unpack": _unpack, "cost": _print_cost,
+    "sizes": _sizes,
 }  # fmt: skip
 
 

@@ -37,6 +37,7 @@ WAYS: dict[str, dict[str, Any]] = {
         "spare": True,
     },
 }
+FORMS = ("packed", "plain", "lzma")  # of a file; packed: plain, but without sparse weights
 _TABLE = ("affine", "max", "searched", "searched, second order")
 _SWITCHES = (
     "percentile", "searched, no balance", "searched, no shift", "searched, bias corrected", "searched, learned",

@@ -75,8 +75,9 @@ _INTRODUCTION = (
     "with their 95 % interval, and the share of predictions that stay the same. After fine-tuning, the float network "
     "is a control: it is fine-tuned by the same recipe with the same teacher (the given float network), and masks are "
     "kept.\n\n"
-    "`file %` is the artifact as `export` writes it, with weights packed, as a part of the float32 file of the whole "
-    "network. `LZMA file %` is the artifact after lossless entropy coding (`export --compression lzma`). `s` is the "
+    "`file %` is the artifact with weights packed, as a part of the float32 file of the whole network; it was written "
+    "before plain files had sparse weights. `LZMA file %` is the artifact after lossless entropy coding (`export "
+    "--compression lzma`). `s` is the "
     "wall time of quantizing or of the fit; other work ran beside some of them. The command `cost` measures the time "
     "alone."
 )

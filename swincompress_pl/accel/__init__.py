@@ -113,8 +113,9 @@ def export(model: Any, path: str | os.PathLike[str], compression: str | None = N
         model: A `spec.Program`, an object with `to_program()` such as `quant.quantize` returns, or an object that holds
             one such network, such as a LightningModule with it in `net`.
         path: The file; its folder must exist.
-        compression: None packs weights of fewer than 8 bits. "lzma" also codes each kind of tensor losslessly, by LZMA
-            or by Huffman codes, whichever is smaller. `load` reads both; the C++ library reads only the former.
+        compression: None packs weights of fewer than 8 bits, and stores those with many zeros as a bitmap and the
+            nonzeros. "lzma" codes each kind of tensor losslessly, by LZMA or by Huffman codes, whichever is smaller.
+            `load` reads both; the C++ library reads the latter only where it is built with liblzma and zlib.
 
     Returns:
         The path of the file.

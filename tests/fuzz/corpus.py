@@ -1,6 +1,8 @@
 """Writes the small artifacts that the fuzzer changes, with every kind of operation:
 
-python tests/fuzz/corpus.py FOLDER
+python tests/fuzz/corpus.py FOLDER [--coded]
+
+--coded: compressed ones too, for a build that reads them.
 """
 
 from __future__ import annotations
@@ -144,11 +146,14 @@ def programs() -> dict[str, spec.Program]:
     }
 
 
-def write(folder: Path) -> list[Path]:
+def write(folder: Path, coded: bool) -> list[Path]:
     storage._SPARSE_GAIN_BYTES = 0  # these tensors are small
-    return [accel.export(program, folder / f"{name}.safetensors") for name, program in programs().items()]
+    paths = [accel.export(program, folder / f"{name}.safetensors") for name, program in programs().items()]
+    if coded:
+        paths.append(accel.export(mlp_program("int4"), folder / "coded.safetensors", "lzma"))
+    return paths
 
 
 if __name__ == "__main__":
-    for path in write(Path(sys.argv[1])):
+    for path in write(Path(sys.argv[1]), "--coded" in sys.argv):
         print(path)

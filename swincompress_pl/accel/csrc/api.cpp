@@ -21,6 +21,13 @@ std::vector<char> read_file(const std::string& path) {
     return bytes;
 }
 
+// Of one or more times; of an even number, the middle between the two in the middle. They are sorted by it.
+std::int64_t median(std::vector<Size>& times) {
+    std::sort(times.begin(), times.end());
+    const std::size_t upper = times.size() / 2, lower = (times.size() - 1) / 2;
+    return times[lower] + (times[upper] - times[lower]) / 2;
+}
+
 }  // namespace
 
 struct Engine::State {
@@ -92,6 +99,33 @@ void Engine::run_integer(const std::uint8_t* images, std::size_t count, std::int
     } catch (const std::runtime_error& error) {  // the threads could not be started
         throw Error(error.what());
     }
+}
+
+std::vector<ProfileRow> Engine::profile(const std::uint8_t* images, std::size_t count, int repeats) {
+    if (count < 1) throw Error("profile needs at least one image, got none");
+    if (repeats < 1) throw Error("repeats is " + std::to_string(repeats) + "; it must be at least 1");
+    Executor& executor = *state_->model.executor;
+    const std::vector<StepCost>& costs = state_->model.costs;
+    std::vector<std::vector<Size>> times(costs.size());
+    std::vector<std::int32_t> logits(count * class_count());
+    for (int repeat = 0; repeat < repeats; ++repeat) {
+        std::vector<Size> ns(costs.size(), 0);
+        try {
+            executor.run({reinterpret_cast<const std::byte*>(images)}, reinterpret_cast<std::byte*>(logits.data()),
+                         static_cast<Size>(count), {&ns, nullptr, nullptr});
+        } catch (const std::runtime_error& error) {  // the threads could not be started
+            throw Error(error.what());
+        }
+        for (std::size_t step = 0; step < ns.size(); ++step) times[step].push_back(ns[step]);
+    }
+    std::vector<ProfileRow> rows;
+    const auto batch = static_cast<std::int64_t>(count);
+    for (std::size_t step = 0; step < costs.size(); ++step) {
+        const StepCost& cost = costs[step];
+        rows.push_back({cost.operation, cost.kind, median(times[step]), batch * cost.macs,
+                        batch * cost.image_bytes + cost.tensor_bytes});
+    }
+    return rows;
 }
 
 }  // namespace swincompress

@@ -8,14 +8,25 @@ namespace swincompress {
 namespace {
 
 // A word holds eight values, the first in its highest byte.
+std::uint64_t swapped(std::uint64_t word) {
+    return __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__ ? __builtin_bswap64(word) : word;
+}
+
 std::uint64_t load_big(const std::uint8_t* from) {
     std::uint64_t word = 0;
-    for (int i = 0; i < 8; ++i) word = word << 8 | from[i];
-    return word;
+    std::memcpy(&word, from, 8);
+    return swapped(word);
 }
 
 void store_big(std::uint64_t word, std::int8_t* to) {
-    for (int i = 0; i < 8; ++i) to[i] = static_cast<std::int8_t>(static_cast<std::uint8_t>(word >> (56 - 8 * i)));
+    word = swapped(word);
+    std::memcpy(to, &word, 8);
+}
+
+void store_first(std::uint64_t word, Size values, std::int8_t* to) {
+    std::int8_t all[8];
+    store_big(word, all);
+    std::memcpy(to, all, static_cast<std::size_t>(values));
 }
 
 constexpr std::uint64_t lane(int number) { return std::uint64_t{0xFF} << (56 - 8 * number); }
@@ -24,7 +35,7 @@ constexpr std::uint64_t lane(int number) { return std::uint64_t{0xFF} << (56 - 8
 // some by one. A mask has the lanes that they arrive at; no value moves onto one that stays.
 struct Spread {
     std::uint64_t by_four = 0, by_two = 0, by_one = 0, kept = 0;
-    int ones = 0;
+    std::size_t ones = 0;
 };
 
 constexpr std::array<Spread, 256> make_spreads() {
@@ -33,7 +44,7 @@ constexpr std::array<Spread, 256> make_spreads() {
         Spread& spread = spreads[static_cast<std::size_t>(byte)];
         for (int to = 0; to < 8; ++to) {
             if ((byte >> (7 - to) & 1) == 0) continue;
-            const int from = spread.ones++, by = to - from;
+            const int from = static_cast<int>(spread.ones++), by = to - from;
             if ((by & 4) != 0) spread.by_four |= lane(from + 4);
             if ((by & 2) != 0) spread.by_two |= lane(from + (by & 4) + 2);
             if ((by & 1) != 0) spread.by_one |= lane(to);
@@ -46,9 +57,9 @@ constexpr std::array<Spread, 256> make_spreads() {
 constexpr std::array<Spread, 256> kSpreads = make_spreads();
 
 std::uint64_t spread_word(std::uint64_t word, const Spread& spread) {
-    word = (word & ~spread.by_four) | (word >> 32 & spread.by_four);
-    word = (word & ~spread.by_two) | (word >> 16 & spread.by_two);
-    word = (word & ~spread.by_one) | (word >> 8 & spread.by_one);
+    word ^= (word ^ word >> 32) & spread.by_four;
+    word ^= (word ^ word >> 16) & spread.by_two;
+    word ^= (word ^ word >> 8) & spread.by_one;
     return word & spread.kept;
 }
 
@@ -56,19 +67,20 @@ std::uint64_t spread_word(std::uint64_t word, const Spread& spread) {
 template <int kBits>
 class PackedValues {
 public:
-    PackedValues(const std::uint8_t* from, Size bytes) : from_(from), bytes_(bytes) {}
+    PackedValues(const std::uint8_t* from, Size bytes) : from_(from), bytes_(static_cast<std::size_t>(bytes)) {}
 
     // Eight values from bit `at` on, each in a byte; beyond the last one their bits are 0.
-    std::uint64_t word(Size at) const {
-        const Size byte = at / 8;
+    std::uint64_t word(std::size_t at) const {
+        const std::size_t byte = at / 8;
         std::uint64_t window = 0;
         if (bytes_ - byte >= 8) {
             window = load_big(from_ + byte);
         } else {
             std::uint8_t last[8] = {};
-            std::memcpy(last, from_ + byte, static_cast<std::size_t>(bytes_ - byte));
+            std::memcpy(last, from_ + byte, bytes_ - byte);
             window = load_big(last);
         }
+        if constexpr (kBits == 8) return window;
         return to_bytes(window << (at % 8) >> (64 - 8 * kBits));
     }
 
@@ -88,44 +100,37 @@ private:
 
     // The eight fields in the low bits of a word, as signed bytes.
     static std::uint64_t to_bytes(std::uint64_t word) {
-        if constexpr (kBits < 8) {
-            word = halve(halve(halve(word, 4 * kBits, 64), 2 * kBits, 32), kBits, 16);
-            constexpr std::uint64_t sign = low(1, 8) << (kBits - 1), top = low(1, 8) << 7;
-            // flipping the sign adds 2^(kBits - 1); the top bits keep a byte's borrow from its neighbor
-            word = (((word ^ sign) | top) - sign) ^ top;
-        }
-        return word;
+        word = halve(halve(halve(word, 4 * kBits, 64), 2 * kBits, 32), kBits, 16);
+        constexpr std::uint64_t sign = low(1, 8) << (kBits - 1), top = low(1, 8) << 7;
+        // flipping the sign adds 2^(kBits - 1); the top bits keep a byte's borrow from its neighbor
+        return (((word ^ sign) | top) - sign) ^ top;
     }
 
     const std::uint8_t* from_;
-    Size bytes_;
+    std::size_t bytes_;
 };
 
 template <int kBits>
 void expand_dense(const std::uint8_t* from, Size count, std::int8_t* to) {
     const PackedValues<kBits> values(from, (count * kBits + 7) / 8);
+    std::size_t at = 0;
     Size i = 0;
-    for (; i + 8 <= count; i += 8) store_big(values.word(i * kBits), to + i);
-    std::int8_t last[8];
-    if (i == count) return;
-    store_big(values.word(i * kBits), last);
-    std::memcpy(to + i, last, static_cast<std::size_t>(count - i));
+    for (; i + 8 <= count; i += 8, at += 8 * kBits) store_big(values.word(at), to + i);
+    store_first(values.word(at), count - i, to + i);
 }
 
 template <int kBits>
 void expand_nonzero(const std::uint8_t* bitmap, Size count, const std::uint8_t* from, Size from_bytes,
                     std::int8_t* to) {
     const PackedValues<kBits> values(from, from_bytes);
-    Size i = 0, at = 0;
+    std::size_t at = 0;
+    Size i = 0;
     for (; i + 8 <= count; i += 8) {
-        const Spread& spread = kSpreads[bitmap[i / 8]];
+        const Spread& spread = kSpreads[*bitmap++];
         store_big(spread_word(values.word(at), spread), to + i);
         at += kBits * spread.ones;
     }
-    if (i == count) return;
-    std::int8_t last[8];
-    store_big(spread_word(values.word(at), kSpreads[bitmap[i / 8]]), last);
-    std::memcpy(to + i, last, static_cast<std::size_t>(count - i));
+    if (i < count) store_first(spread_word(values.word(at), kSpreads[*bitmap]), count - i, to + i);
 }
 
 // Calls `expand` with the number of bits as a constant.
@@ -155,7 +160,7 @@ void expand_sparse(const std::uint8_t* bitmap, Size count, const std::uint8_t* f
 
 Size count_ones(const std::uint8_t* from, Size bytes) {
     Size ones = 0;
-    for (Size i = 0; i < bytes; ++i) ones += kSpreads[from[i]].ones;
+    for (Size i = 0; i < bytes; ++i) ones += static_cast<Size>(kSpreads[from[i]].ones);
     return ones;
 }
 

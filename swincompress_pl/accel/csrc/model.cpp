@@ -28,7 +28,8 @@ Model load_model(const std::byte* bytes, std::size_t size, const Kernels& kernel
         std::make_unique<Executor>(std::vector<Value>{program.input}, program.operations, kernels, resources);
     const Plan& plan = executor->plan();
     require_logits(plan.value(plan.result()), program);
-    return {std::move(executor), program.input, program.logit_scale, std::move(program.classes)};
+    std::vector<StepCost> costs = step_costs(plan, program.operations);
+    return {std::move(executor), program.input, program.logit_scale, std::move(program.classes), std::move(costs)};
 }
 
 }  // namespace swincompress

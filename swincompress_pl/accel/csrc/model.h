@@ -1,6 +1,7 @@
 // An artifact that is ready to run: what both the public header and Python load.
 #pragma once
 
+#include "costs.h"
 #include "executor.h"
 #include "reader.h"
 
@@ -13,6 +14,7 @@ struct Model {
     Value input;
     double logit_scale;
     std::optional<std::vector<std::string>> classes;
+    std::vector<StepCost> costs;  // of the executor's steps
 
     Size class_count() const { return executor->plan().value(executor->plan().result()).channels(); }
 };

@@ -4,8 +4,9 @@
 //     std::vector<std::uint8_t> image = ...;  // height x width x channels, channels last, raw pixels 0 to 255
 //     std::vector<float> logits = engine.run(image);
 //
-// swincompress_pl.accel.export writes artifacts. Those of compression="lzma" need a library that was built where liblzma
-// and zlib were found. The logits are the same bits on every CPU, with every implementation and any number of threads.
+// swincompress_pl.accel.export writes artifacts. Those of compression="lzma" need a library that was built where
+// liblzma and zlib were found. The logits are the same bits on every CPU, with every implementation and any number of
+// threads.
 #pragma once
 
 #include <cstddef>
@@ -34,6 +35,16 @@ struct Options {
     std::string implementation;
     // An artifact that needs more bytes than this, besides its own and those of the caller's arrays, is refused.
     std::int64_t memory_bytes_max = std::int64_t{1} << 32;
+};
+
+// One step of an engine, for a whole batch. A step may cover several operations that run as one; then "+" joins their
+// names and kinds.
+struct ProfileRow {
+    std::string operation;
+    std::string kind;      // such as "linear"
+    std::int64_t time_ns;  // the median over the repeats
+    std::int64_t macs;     // multiply-accumulates
+    std::int64_t bytes;    // read and written, values and tensors, each counted once
 };
 
 // Names of the kernel implementations that this CPU can run, the best first.
@@ -73,6 +84,10 @@ public:
     void run(const std::uint8_t* images, std::size_t count, float* logits);
     // The integers behind the logits.
     void run_integer(const std::uint8_t* images, std::size_t count, std::int32_t* logits);
+
+    // Times every step, in order of execution. Names are as the artifact has them: escape what you print of a file that
+    // is not yours. Throws Error if `count` or `repeats` is below 1.
+    std::vector<ProfileRow> profile(const std::uint8_t* images, std::size_t count, int repeats = 10);
 
 private:
     struct State;
