@@ -14,11 +14,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.artifact_bombs import EVIL
 from support.artifact_mutants import any_mutant, coded_mutant
 from support.program_cases import masked, small_program
 from support.spiking_programs import spiking_program
 from support.whole_programs import images_of, vit_program
-from test_accel_verdicts import EVIL
 
 from swincompress_pl import accel, spec
 from swincompress_pl.accel import artifact

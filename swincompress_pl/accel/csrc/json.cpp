@@ -8,6 +8,12 @@ namespace {
 
 bool is_digit(int c) { return c >= '0' && c <= '9'; }
 
+// Where the characters from `at` on end that JSON has as they are: printable ASCII but quote and backslash.
+std::size_t plain_end(std::string_view text, std::size_t at) {
+    while (at < text.size() && text[at] >= 0x20 && text[at] < 0x7F && text[at] != '"' && text[at] != '\\') ++at;
+    return at;
+}
+
 void append_utf8(std::uint32_t point, std::string& to) {
     const auto tail = [&](int shift) { to += static_cast<char>(0x80 | ((point >> shift) & 0x3F)); };
     if (point < 0x80) {
@@ -142,7 +148,11 @@ private:
     std::string parse_text() {
         std::string text;
         ++at_;
-        while (peek() != '"') {
+        for (;;) {
+            const std::size_t end = plain_end(text_, at_);
+            text.append(text_, at_, end - at_);
+            at_ = end;
+            if (peek() == '"') break;
             if (peek() < 0x20) fail(peek() < 0 ? "text without an end" : "control character in a text");
             if (peek() == '\\') {
                 append_utf8(parse_escape(), text);
@@ -220,14 +230,15 @@ void append_text(std::string_view text, std::string& to) {
     constexpr std::string_view short_names = "\"\\bfnrt", short_meanings = "\"\\\b\f\n\r\t";
     to += '"';
     for (std::size_t at = 0; at < text.size();) {
+        const std::size_t end = plain_end(text, at);
+        to.append(text, at, end - at);
+        if ((at = end) == text.size()) break;
         const std::int64_t point = next_code_point(text, at);
         if (point < 0) throw JsonError("text that is not UTF-8");
         const std::size_t known = point < 0x80 ? short_meanings.find(static_cast<char>(point)) : std::string_view::npos;
         if (known != std::string_view::npos) {
             to += '\\';
             to += short_names[known];
-        } else if (point >= 0x20 && point < 0x7F) {
-            to += static_cast<char>(point);
         } else if (point < 0x10000) {
             append_escaped(static_cast<std::uint32_t>(point), to);
         } else {
