@@ -86,12 +86,13 @@ def _files(sizes: Mapping[str, Any], results: Mapping[str, Any]) -> list[str]:
         for language in ("python_ms", "cpp_ms"):
             cells.append(" / ".join(f"{forms[form][language]:.1f}" for form in FORMS))
         zeros = 100 * (1 - row["nonzero"] / row["weights"])
-        rows.append([_TITLES[Job(network=job.network, pruned=job.pruned)], str(job.bits), f"{zeros:.0f} %", *cells])
+        rows.append([_TITLES[Job(network=job.network)], str(job.bits), f"{zeros:.0f} %", *cells])
     header = ["network", "bits", "zeros", "packed", "plain file", "LZMA file", "load, ms: Python", "load, ms: C++"]
     return [
         "Scales are searched, nothing is trained. `packed` is what a plain file was before it had sparse weights: all "
         "weights in as many bits as they need. A plain file has a bitmap and the nonzeros of a weight where that is "
-        "smaller, and every reader reads it. Sizes are parts of the float32 file of the whole network, zeros a part of "
+        "smaller, and every reader reads it. In the rows with 54 % zeros the smallest weights of each layer are masked, for "
+        "their size alone. Sizes are parts of the float32 file of the whole network, zeros a part of "
         "the integer weights. Load times are those of the three files in this order: the file is read, proved and made "
         f"ready, with one thread, the median of {sizes['rounds']} loads in turns. All give the same logits in Python "
         "and C++.",
