@@ -1,8 +1,8 @@
 """Sizes of artifacts in every form, and how long they load, in Python and in C++.
 
-A network is quantized once, and kept as an artifact. It is then written as it is, and with masks by magnitude, without and with sparse weights, and
-compressed. Every form has to give the same logits in both languages. Loads take turns, so that a disturbance meets all
-of them.
+A network is quantized once, and kept as an artifact. It is then written as it is, and with masks by magnitude: without
+and with sparse weights, and compressed. Every form has to give the same logits in both languages. Loads take turns, so
+that a disturbance meets all of them.
 """
 
 from __future__ import annotations
