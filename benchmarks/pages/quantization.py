@@ -93,9 +93,9 @@ def _files(sizes: Mapping[str, Any], results: Mapping[str, Any]) -> list[str]:
         "weights in as many bits as they need. A plain file has a bitmap and the nonzeros of a weight where that is "
         "smaller, and every reader reads it. In the rows with more than 50 % zeros the smallest weights of each "
         "layer are masked, for their size alone. Sizes are parts of the float32 file of the whole network, and zeros a "
-        "part of the integer weights. Load times are those of the three files in this order: the file is read, proved "
-        f"and made ready, with one thread, the median of {sizes['rounds']} loads in turns. All give the same logits in Python "
-        "and C++.",
+        "part of the integer weights.",
+        "Load times are those of the three files in this order. The file is read, proved and made ready, with one "
+        f"thread; each is the median of {sizes['rounds']} loads in turns. All give the same logits in Python and C++.",
         table(header, rows),
         f"{cpu(sizes['environment'])}, commit {sizes['environment']['commit'][:7]}.",
         command(_SIZES, "a download"),
