@@ -64,10 +64,15 @@ def _made(record: RunRecord) -> str:
 def _tiles(record: RunRecord) -> str:
     shown = "".join(
         f'<div class="tile"><div class="what">{escape(tile.what)}</div><div class="value">{escape(tile.value)}</div>'
-        f'<div class="detail">{escape(tile.detail)}</div></div>'
+        f'<div class="detail">{_unbroken(escape(tile.detail))}</div></div>'
         for tile in tiles(record)
     )
     return f'<div class="tiles">{shown}</div>' if shown else ""
+
+
+def _unbroken(text: str) -> str:
+    """Keeps numbers and their units on one line."""
+    return re.sub(r"(?<=\d) (?=([kMG]|[kM]B|ms|%)(\W|$))", "\u00a0", text)
 
 
 def _contents(found: Sequence[Section]) -> str:
