@@ -219,6 +219,31 @@ def test_a_class_index_of_ones_own(imagenet_tree: Path, tmp_path: Path) -> None:
     assert set(labels_of(data.test_dataloader())) == {1}
 
 
+def own_tree(root: Path, *names: str) -> Path:
+    for number, name in enumerate(names):
+        for part in ("train", "val"):
+            write_image(root / part / name / "0.png", seed=number)
+            write_image(root / part / name / "1.png", seed=10 + number)
+    return root
+
+
+def test_folders_of_ones_own_need_no_index(tmp_path: Path) -> None:
+    data = small_imagenet(own_tree(tmp_path, "tiger", "Zebra", "bear", ".hidden"), holdout=2)
+    data.setup()
+    assert data.class_names == ("Zebra", "bear", "tiger")  # the order of torchvision's ImageFolder
+    assert data.num_classes == 3
+    assert labels_of(data.test_dataloader()) == [0, 0, 1, 1, 2, 2]
+    (tmp_path / "val" / "wolf").mkdir()
+    message = "'wolf' is not a class of the index .*; the classes are Zebra, bear, tiger. .* add 'wolf' to train"
+    with pytest.raises(ValueError, match=message):
+        small_imagenet(tmp_path).setup("test")
+
+
+def test_a_wnid_among_names_of_ones_own_is_a_mistake(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"'cat' is not a class .*; the classes are the 1,000 wnids"):
+        small_imagenet(own_tree(tmp_path, "cat", WNIDS[0])).setup()
+
+
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"a": 0, "b": 2}', '{"a": 0, "b": 0}', '{"a": "0"}'])
 def test_a_bad_class_index_is_refused(imagenet_tree: Path, tmp_path: Path, content: str) -> None:
     index = tmp_path / "index.json"

@@ -5,31 +5,13 @@ from __future__ import annotations
 import argparse
 import re
 from pathlib import Path
-from typing import Any
 
-import jsonargparse
 import pytest
+from support.parsers import parser_of
 
 from swincompress_pl import cli
 
 PAGE = Path(__file__).resolve().parent.parent / "docs/reference/cli.md"
-LIGHTNING = ("fit", "validate", "test")
-
-
-class Caught(Exception):  # noqa: N818  # nothing is wrong
-    """A command's parser."""
-
-
-def parser_of(command: str, monkeypatch: pytest.MonkeyPatch) -> Any:
-    def parse(self: Any, *_: Any, **__: Any) -> None:
-        raise Caught(self)
-
-    monkeypatch.setattr(jsonargparse.ArgumentParser, "parse_args", parse)
-    monkeypatch.setattr("sys.argv", ["swincompress"])
-    with pytest.raises(Caught) as caught:
-        cli.main(["--debug", command])
-    (parser,) = caught.value.args
-    return parser._subcommands_action._name_parser_map[command] if command in LIGHTNING else parser
 
 
 def section(command: str) -> str:

@@ -332,8 +332,12 @@ def test_a_later_start_takes_the_trained_network() -> None:
 
 
 def test_a_useless_teacher_is_refused() -> None:
+    class Epochs(Callback):
+        def on_train_start(self, trainer: Trainer, module: Any) -> None:
+            raise AssertionError("training has begun")
+
     with pytest.raises(ValueError, match="random initial weights"):
-        trainer().fit(classifier(distillation=DistillationConfig()), datamodule=digits())
+        trainer(1, Epochs()).fit(classifier(distillation=DistillationConfig()), datamodule=digits())
     with pytest.raises(ValueError, match="there is no teacher"):
         classifier().take_teacher()
     cut = classifier(distillation=DistillationConfig())

@@ -16,6 +16,7 @@ from swincompress_pl.models import create_model
 from swincompress_pl.quant import quantize
 from swincompress_pl.quant.preprocessing import (
     check_fit,
+    checked_preprocessing,
     fits,
     normalization_between,
     normalization_in,
@@ -162,3 +163,12 @@ def test_what_is_no_mapping_is_refused_beside_the_networks_own(stated: Any) -> N
     with pytest.raises(ValueError, match="must be a mapping with 'mean' and 'std'"):
         preprocessing_of(Network(), stated)
     assert preprocessing_of(Network()) == (Network.pretrained_cfg, True)
+
+
+def test_the_error_shows_the_form_for_events() -> None:
+    with pytest.raises(
+        ValueError, match=r"'mean'\] is 0; .* per image channel; counts of events.*'mean': \[0.0, 0.0\]"
+    ):
+        checked_preprocessing({"mean": 0, "std": [1 / 255]})
+    events = {"mean": [0.0, 0.0], "std": [1 / 255, 1 / 255], "time_steps": 4}
+    assert checked_preprocessing(events) == events

@@ -8,6 +8,7 @@ from lightning import LightningModule, Trainer
 
 from swincompress_pl.callbacks.kept_masks import KeptMasks
 from swincompress_pl.callbacks.random_state import RandomNumbers
+from swincompress_pl.callbacks.termination import ended_by_sigterm
 from swincompress_pl.checkpoint.holder import network_of
 from swincompress_pl.quant import QuantizedNetwork
 
@@ -48,7 +49,8 @@ class TrainingPass(KeptMasks):
 
     def _begin_once(self, trainer: Trainer, module: LightningModule) -> None:
         if self._begun_epoch != trainer.current_epoch:
-            self._begin_epoch(trainer, module)
+            with ended_by_sigterm(trainer):
+                self._begin_epoch(trainer, module)
             self._begun_epoch = trainer.current_epoch
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:

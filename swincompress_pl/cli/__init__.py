@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from swincompress_pl import __version__
+from swincompress_pl.cli.messages import short
 from swincompress_pl.printable import printable
 from swincompress_pl.registry import UnsupportedNetworkError
 
@@ -42,14 +43,15 @@ class Command(Protocol):
 # sub-command -> (module, one line of help)
 COMMANDS: dict[str, tuple[str, str]] = {
     "demo": ("demo", "the whole job in minutes: train, prune, quantize, export, measure, report"),
-    "fit": ("train", "train and compress a model as a YAML config says"),
-    "validate": ("train", "evaluate a model or checkpoint on the hold-out"),
-    "test": ("train", "evaluate a model or checkpoint on the test images"),
-    "estimate": ("estimate", "say what a fit will cost, from a few measured batches"),
+    "fit": ("early", "train and compress a model as a YAML config says"),
+    "validate": ("early", "evaluate a model or checkpoint on the hold-out"),
+    "test": ("early", "evaluate a model or checkpoint on the test images"),
+    "estimate": ("early", "say what a fit will cost, from a few measured batches"),
     "export": ("export", "write a quantized checkpoint as an artifact for the integer engine"),
     "bench": ("bench", "measure an artifact, alone or against other runtimes, or one kernel"),
     "inspect": ("inspect", "show what an artifact or a checkpoint holds"),
     "report": ("report", "render the report of a run directory again"),
+    "completion": ("completion", "print a script that completes commands and options in bash or zsh"),
 }
 
 _HELP = f"""\
@@ -85,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     debug = "--debug" in given
     given = [argument for argument in given if argument != "--debug"]
     if not given or given[0] in ("-h", "--help"):
-        lines = (f"  {name:<9} {line}" for name, (_, line) in COMMANDS.items())
+        lines = (f"  {name:<10} {line}" for name, (_, line) in COMMANDS.items())
         print(_HELP.format(commands="\n".join(lines)), end="")
         return 0 if given else USER_ERROR
     if given[0] == "--version":
@@ -117,8 +119,12 @@ def _is_user_error(error: Exception) -> bool:
 
 
 def _one_line(error: Exception) -> str:
-    text = printable(" ".join(str(error).split()))
-    return text or type(error).__name__
+    text = printable(" ".join(short(str(error)).split()))
+    if text and not text.endswith(":"):
+        return text
+    while error.__cause__ is not None and isinstance(error.__cause__, Exception):  # an error without words
+        error = error.__cause__
+    return f"{text} {type(error).__name__}".strip()
 
 
 def _fail(message: str) -> int:

@@ -113,6 +113,9 @@ def load_module(file: Path, class_path: str) -> LightningModule:
     """Loads the LightningModule of a checkpoint; a ValueError if the class or the checkpoint does not fit."""
     from lightning.pytorch import LightningModule
 
+    from swincompress_pl.cli.paths import import_from
+
+    import_from(Path.cwd())
     try:
         package, _, name = class_path.rpartition(".")
         module_class = getattr(importlib.import_module(package), name)
@@ -188,12 +191,16 @@ def load_data(config: Path, root: str | None) -> Any:
     """The datamodule that the `data` block of a YAML config describes; `root`, if given, replaces its root."""
     from lightning.pytorch import LightningDataModule
 
+    from swincompress_pl.cli.paths import import_from, with_absolute_paths
+
     try:
         block = (yaml.safe_load(config.read_text(encoding="utf-8")) or {}).get("data")
     except (yaml.YAMLError, AttributeError) as error:
         raise ValueError(f"{config} is no YAML mapping: {error}") from error
     if not isinstance(block, dict) or "class_path" not in block:
         raise ValueError(f"{config} has no `data` with a class_path; see configs/ for examples")
+    import_from(Path.cwd())
+    block = with_absolute_paths({"data": block}, config.parent.resolve(), Path.cwd(), "")["data"]
     if root is not None:
         block.setdefault("init_args", {})["root"] = root
     factory = ArgumentParser(exit_on_error=False)

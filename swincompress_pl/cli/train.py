@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import functools
+import os
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml  # type: ignore[import-untyped]
-from jsonargparse import get_loader, set_loader
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-import swincompress_pl.callbacks
-import swincompress_pl.data
-import swincompress_pl.models
-from swincompress_pl._deprecated import current_arguments
+from swincompress_pl.callbacks.termination import TERMINATED
 from swincompress_pl.cli import PROGRAM
 from swincompress_pl.cli.common import HelpFormatter, epilog
+from swincompress_pl.cli.parsing import OneLineParser, read_configs
+from swincompress_pl.cli.paths import import_from, path_arguments
 from swincompress_pl.models.stored_arguments import restoring
 from swincompress_pl.report.fit_report import CompressionReport
 
@@ -71,6 +69,16 @@ class CompressionCLI(LightningCLI):
             callbacks.insert(0, CompressionReport())
         return trainer
 
+    def before_instantiate_classes(self) -> None:
+        """Makes paths of weights and data absolute, so that the config that Lightning stores is good anywhere."""
+        config: Any = self.config[self.config.subcommand] if self.config.get("subcommand") else self.config
+        for part in (config.get("model"), config.get("data")):
+            arguments: Any = part.get("init_args") if part else None
+            for name in path_arguments(part.class_path) if arguments else ():
+                value = arguments.get(name)
+                if isinstance(value, str | Path) and "://" not in str(value):
+                    arguments[name] = os.path.abspath(Path(value).expanduser())
+
     def instantiate_classes(self) -> None:
         """Makes model, data and trainer; with a checkpoint, Lightning takes the model's arguments from it."""
         checkpoint = self.config[self.config.subcommand].get("ckpt_path") if self.config.get("subcommand") else None
@@ -87,33 +95,16 @@ class CompressionCLI(LightningCLI):
 CLI = TypeVar("CLI", bound=CompressionCLI)
 
 
-@functools.cache
-def _read_old_names() -> None:
-    """Translates names of version 0.1 in all configs that are read from now on; done once per process."""
-    load = get_loader("yaml")
-    set_loader("yaml", lambda text: _by_current_names(load(text)), exceptions=(yaml.YAMLError,))
-
-
-def _by_current_names(config: Any) -> Any:
-    """A config, or a part of one, with the arguments of our callbacks under their present names."""
-    if isinstance(config, list):
-        return [_by_current_names(part) for part in config]
-    if not isinstance(config, dict):
-        return config
-    config = {key: _by_current_names(part) for key, part in config.items()}
-    name = str(config.get("class_path", "")).rpartition(".")[2]
-    if name in swincompress_pl.callbacks.__all__ and isinstance(config.get("init_args"), dict):
-        kind = getattr(swincompress_pl.callbacks, name)
-        config["init_args"] = current_arguments(kind.__init__, config["init_args"])
-    return config
-
-
 def main(name: str, arguments: Sequence[str]) -> int:
-    """Runs Lightning's command line; returns 0."""
+    """Runs Lightning's command line; returns 0, or 143 if SIGTERM ended it."""
     # Lightning reads sys.argv, and starts the other processes of a DDP run with it.
     sys.argv[1:] = [name, *arguments]
     options: dict[str, Any] = {each: {"epilog": epilog(*examples)} for each, examples in _EXAMPLES.items()}
-    command_line(CompressionCLI, parser_kwargs={"prog": PROGRAM, "formatter_class": HelpFormatter, **options})
+    try:
+        command_line(CompressionCLI, parser_kwargs={"prog": PROGRAM, "formatter_class": HelpFormatter, **options})
+    except SIGTERMException:
+        print(f"{PROGRAM}: {name}: ended by SIGTERM", file=sys.stderr)
+        return TERMINATED
     return 0
 
 
@@ -127,10 +118,12 @@ def command_line(kind: type[CLI], **options: Any) -> CLI:
     Returns:
         The command line, with the objects that it has made.
     """
-    _read_old_names()
+    import_from(Path.cwd())
+    read_configs(_DEFAULT_MODEL)
     return kind(
         LightningModule,
         LightningDataModule,
+        parser_class=OneLineParser,
         subclass_mode_model=True,
         subclass_mode_data=True,
         auto_configure_optimizers=False,

@@ -1,4 +1,4 @@
-"""ImageNet as folders of images: train/<wnid>/ and val/<wnid>/."""
+"""ImageNet, or images of your own, as folders: train/<class>/ and val/<class>/."""
 
 from __future__ import annotations
 
@@ -14,14 +14,19 @@ from swincompress_pl.data.module import ImageClassificationData, image_files, re
 from swincompress_pl.data.preprocessing import Preprocessing
 from swincompress_pl.data.progress import with_progress
 
-_LAYOUT = "expected <root>/train/<wnid>/*.JPEG and <root>/val/<wnid>/*.JPEG."
+_LAYOUT = (
+    "expected <root>/train/<class>/*.jpg and <root>/val/<class>/*.jpg, where the folders of classes are ImageNet's "
+    "wnids or have names of your own."
+)
 
 
 class ImageNetFolder(ImageClassificationData):
-    """ImageNet-1K, or a part of it, from the folders `<root>/train/<wnid>/` and `<root>/val/<wnid>/`.
+    """ImageNet-1K, a part of it, or images of your own, from `<root>/train/<class>/` and `<root>/val/<class>/`.
 
-    The test split is val. A class has its official number (0 to 999, in timm's order) even if folders of other classes
-    are missing. Hidden files are ignored. The splits and loaders are those of `ImageClassificationData`.
+    The test split is val. If the folders are ImageNet's wnids, a class has its official number (0 to 999, in timm's
+    order) even if folders of other classes are missing. If none of them is a wnid, the classes are the folders of
+    train, in the order of their names as in torchvision's ImageFolder. Hidden files are ignored. The splits and loaders
+    are those of `ImageClassificationData`.
 
     Args:
         root: Folder of the data set.
@@ -31,7 +36,8 @@ class ImageNetFolder(ImageClassificationData):
             and ImageNet's mean and deviation. `Preprocessing(**models.preprocessing_for(network))` is that of a network
             of timm.
         augmentation: What changes training images; None for nothing.
-        class_index: JSON file {wnid: number} that replaces the official one, with the numbers 0 to n - 1.
+        class_index: JSON file {folder: number} with the numbers 0 to n - 1; None for the official one of wnids, or the
+            order of the names.
         batch_size: Images per batch and process.
         num_workers: Loader processes; 0 loads in the main process.
         seed: Decides order, augmentation, hold-out and calibration sample; 0 or more.
@@ -39,7 +45,7 @@ class ImageNetFolder(ImageClassificationData):
     Raises:
         FileNotFoundError: If `root` or `class_index` is missing, or, when the images are first read, a split's folder.
         ValueError: If an argument is outside its range or `class_index` is not an index, or, when the images are first
-            read, if a folder is not a known wnid or a file in it is not an image.
+            read, if a folder is not a known class or a file in it is not an image.
     """
 
     def __init__(
@@ -64,9 +70,14 @@ class ImageNetFolder(ImageClassificationData):
         )
         self.root = Path(root)
         require_folder(self.root, "the ImageNet folder", _LAYOUT)
-        self.class_index = official_class_index() if class_index is None else read_class_index(Path(class_index))
-        wnids = sorted(self.class_index, key=self.class_index.__getitem__)
-        self.class_names = tuple(wnids) if class_index is not None else official_class_names()
+        if class_index is not None:
+            self.class_index = read_class_index(Path(class_index))
+        else:
+            own = _own_classes(self.root / "train")
+            self.class_index = official_class_index() if own is None else {name: at for at, name in enumerate(own)}
+        official = class_index is None and self.class_index == official_class_index()
+        names = sorted(self.class_index, key=self.class_index.__getitem__)
+        self.class_names = official_class_names() if official else tuple(names)
 
     def _training_source(self) -> FileImages:
         return self._scan("train")
@@ -77,20 +88,39 @@ class ImageNetFolder(ImageClassificationData):
     def _scan(self, folder: str) -> FileImages:
         root = self.root / folder
         require_folder(root, f"the {folder} images", _LAYOUT)
-        wnids = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-        unknown = [wnid for wnid in wnids if wnid not in self.class_index]
+        names = _folders(root)
+        unknown = [name for name in names if name not in self.class_index]
         if unknown:
-            raise ValueError(
-                f"{root / unknown[0]}: {unknown[0]!r} is not a class of the index ({len(unknown)} such folders); "
-                f"rename or remove it, or pass class_index, a JSON file wnid -> number."
-            )
+            raise ValueError(self._unknown(root, unknown))
         paths: list[str] = []
         labels: list[int] = []
-        for wnid in with_progress(wnids, f"listing {root}", len(wnids)):
-            names = image_files(root / wnid)
-            paths += [f"{wnid}/{name}" for name in names]
-            labels += [self.class_index[wnid]] * len(names)
+        for name in with_progress(names, f"listing {root}", len(names)):
+            files = image_files(root / name)
+            paths += [f"{name}/{file}" for file in files]
+            labels += [self.class_index[name]] * len(files)
         return FileImages(root, paths, np.array(labels, dtype=np.int64))
+
+    def _unknown(self, root: Path, unknown: list[str]) -> str:
+        if self.class_index == official_class_index():
+            known, remedy = "the 1,000 wnids of ImageNet", "pass class_index, a JSON file folder -> number"
+        else:
+            listed = sorted(self.class_index)
+            known = ", ".join(listed[:5]) + (f" and {len(listed) - 5} others" if len(listed) > 5 else "")
+            remedy = f"add {unknown[0]!r} to train or class_index"
+        return (
+            f"{root / unknown[0]}: {unknown[0]!r} is not a class of the index ({len(unknown)} such folders); the "
+            f"classes are {known}. Rename or remove it, or {remedy}."
+        )
+
+
+def _folders(root: Path) -> list[str]:
+    return sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+
+
+def _own_classes(train: Path) -> list[str] | None:
+    """The names of the classes if none of them is a wnid; None if one is, so that the others are mistakes."""
+    names = _folders(train) if train.is_dir() else []
+    return names if names and official_class_index().keys().isdisjoint(names) else None
 
 
 def official_class_index() -> dict[str, int]:

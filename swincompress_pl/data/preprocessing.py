@@ -68,7 +68,8 @@ class Preprocessing:
         if len(values) != 3 or not all(math.isfinite(value) and 0 <= value <= 1 for value in values):
             raise ValueError(
                 f"Preprocessing.{name} is {values}; give 3 numbers in [0, 1] "
-                f"(for pixels divided by 255, not for pixels in 0..255)."
+                f"(for pixels divided by 255, not for pixels in 0..255). Images of other than 3 channels, as events "
+                "are, are described by a mapping: {'mean': (0.0, 0.0), 'std': (1 / 255, 1 / 255), 'time_steps': T}."
             )
         if name == "std" and min(values) == 0:
             raise ValueError(f"Preprocessing.std is {values}; every deviation must be above 0.")

@@ -212,6 +212,16 @@ class CompressibleClassifier(CompressionMixin, LightningModule):
             self.teacher.eval()
         return self
 
+    def on_fit_start(self) -> None:
+        """Refuses a teacher that was never trained, before any work; a resumed fit has loaded its teacher by now.
+
+        Raises:
+            ValueError: If the teacher was taken already and has its random initial weights.
+        """
+        super().on_fit_start()
+        if not self.trainer.strategy.restore_checkpoint_after_setup:  # as FSDP does, so the teacher may still come
+            self._refuse_untrained_teacher()
+
     def on_train_epoch_start(self) -> None:
         """Takes the teacher when its epoch has come.
 
@@ -223,11 +233,7 @@ class CompressibleClassifier(CompressionMixin, LightningModule):
             return
         if not self.teacher_taken:
             self.take_teacher()
-        if self._teacher_untrained:
-            raise ValueError(
-                "distillation: the network has its random initial weights, which teach nothing; give checkpoint_path, "
-                "or model_kwargs={'pretrained': True}, or a start_epoch after some training."
-            )
+        self._refuse_untrained_teacher()
 
     def take_teacher(self) -> None:
         """Makes the network as it is now the teacher.
@@ -246,6 +252,13 @@ class CompressibleClassifier(CompressionMixin, LightningModule):
         self._teacher_untrained = self._random_start and all(torch.equal(now[key], initial[key]) for key in now)
         self.teacher.load_state_dict(now)
         self.teacher_taken = True
+
+    def _refuse_untrained_teacher(self) -> None:
+        if self._teacher_untrained:
+            raise ValueError(
+                "distillation: the network has its random initial weights, which teach nothing; give checkpoint_path, "
+                "or model_kwargs={'pretrained': True}, or a start_epoch after some training."
+            )
 
     def _fits_teacher(self) -> bool:
         assert self.teacher is not None

@@ -17,6 +17,7 @@ from swincompress_pl.arguments import text
 from swincompress_pl.checkpoint.compiled_keys import masks_as_named_in
 from swincompress_pl.checkpoint.restore import restore_from_history
 from swincompress_pl.history import note_size, set_creation
+from swincompress_pl.models.downloads import announced
 from swincompress_pl.models.spiking.memory import without_memory
 from swincompress_pl.models.stored_arguments import checked_creation, is_restoring, restoring, storable
 from swincompress_pl.models.weights import load_weights
@@ -75,7 +76,8 @@ def create_model(
               "meta_spikeformer_8_256";
             - a spiking class, "Spikformer", "QKFormer", "SpikeDrivenTransformer", "MaxFormer" or "MetaSpikeFormer", in
               any case, with its own arguments.
-        pretrained: Whether to download the published weights of a timm model.
+        pretrained: Whether to take the published weights of a timm model, which are downloaded if its cache has them
+            not. What is fetched is logged first.
         checkpoint_path: File with weights to load instead: safetensors, torch or sharded, with this network alone or
             inside a checkpoint. None for random weights.
         **kwargs: Arguments of the network, as JSON-able data.
@@ -89,13 +91,16 @@ def create_model(
             do not fit or are not finite.
         TypeError: If the network does not take an argument.
         FileNotFoundError: If there is no file at `checkpoint_path`.
+        ConnectionError: If the published weights are not in the cache and cannot be fetched.
     """
     if pretrained and checkpoint_path is not None:
         raise ValueError(f"{name}: pretrained=True and checkpoint_path={checkpoint_path} are both given; choose one.")
     name = text("name", name, "the name of a model")
     recorded = storable(name, kwargs)
     with reading(f"{name}: the stored arguments") if is_restoring() else nullcontext():
-        network = _builder(name, pretrained)(**kwargs)
+        build = _builder(name, pretrained)
+        with announced(name, kwargs) if pretrained else nullcontext():
+            network = build(**kwargs)
     if checkpoint_path is not None:
         load_weights(network, Path(checkpoint_path))
     set_creation(network, name, recorded)

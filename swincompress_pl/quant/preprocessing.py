@@ -26,6 +26,7 @@ _NEAR, _WHOLE_SHARE, _WHOLE = 0.125, 0.9, 0.02
 _LEVELS = 256
 LOOKED_AT = 32  # images, enough to see how they are normalized
 _SPAN_SHARE = 0.6  # resized images cover most of the range
+_EVENTS = "; counts of events, in two channels, have {'mean': [0.0, 0.0], 'std': [1 / 255, 1 / 255], 'time_steps': T}"
 _SIZES = ("height", "width", "resize", "time_steps")  # the other known keys, but "interpolation"
 
 
@@ -90,7 +91,9 @@ def checked_preprocessing(preprocessing: Mapping[str, Any]) -> dict[str, Any]:
         listed = [as_float(value) for value in values] if isinstance(values, list | tuple) else []
         finite = [value for value in listed if value is not None and math.isfinite(value)]
         if not listed or len(finite) < len(listed):
-            raise ValueError(f"preprocessing[{key!r}] is {values!r}; it must list one number per image channel")
+            raise ValueError(
+                f"preprocessing[{key!r}] is {values!r}; it must list one number per image channel{_EVENTS}"
+            )
         low, high = min(finite), max(finite)
         if not (low >= 0 and high <= 1) or (key == "std" and low <= 0):
             raise ValueError(
