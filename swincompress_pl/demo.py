@@ -32,7 +32,7 @@ from swincompress_pl.callbacks import (
 from swincompress_pl.data import Digits, ShiftRotate
 from swincompress_pl.models import CompressibleClassifier, DistillationConfig, OptimizationConfig
 from swincompress_pl.quant import QuantizedNetwork
-from swincompress_pl.report import RunRecord, describe_environment, write_report
+from swincompress_pl.report import RunRecord, TrainingCurves, TrainingEpoch, describe_environment, write_report
 from swincompress_pl.report.stages import TestImages, measure_latency, measure_run
 
 IMAGE = (1, 3, 32, 32)
@@ -215,6 +215,7 @@ class _Compressed:
     search: dict[str, Any] | None
     tolerance: float | None
     notes: list[str]
+    epochs: list[TrainingEpoch]
 
 
 def _new_record(model: DemoModel, compressed: _Compressed, threads: int) -> RunRecord:
@@ -223,6 +224,7 @@ def _new_record(model: DemoModel, compressed: _Compressed, threads: int) -> RunR
         environment=describe_environment(threads=threads),
         data="scikit-learn's digits, 32 x 32 pixels: the 360 images of the test split",
         notes=list(compressed.notes),
+        training=compressed.epochs,
     )
     if compressed.search is not None:
         record.add_pruning(compressed.search, tolerance=compressed.tolerance)
@@ -275,7 +277,7 @@ def _compress(model: DemoModel, data: Digits, plan: Schedule, directory: Path, w
         label_smoothing=0.1,
         distillation=DistillationConfig(weight=0.5, temperature=2.0),
     )
-    snapshot = PrunedSnapshot(plan.quantize_epoch)
+    snapshot, curves = PrunedSnapshot(plan.quantize_epoch), TrainingCurves()
     pruning = model.pruning(plan)
     best = CompressedCheckpoint(
         dirpath=directory, filename="best", monitor="val/top1", mode="max", enable_version_counter=False
@@ -283,11 +285,12 @@ def _compress(model: DemoModel, data: Digits, plan: Schedule, directory: Path, w
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         quantization = QuantizationAwareTraining(start_epoch=plan.quantize_epoch)
-        _trainer(directory, plan.epochs, [snapshot, pruning, quantization, best]).fit(module, data)
+        _trainer(directory, plan.epochs, [snapshot, curves, pruning, quantization, best]).fit(module, data)
     assert snapshot.network is not None
     found = _Compressed(
-        checkpoint=Path(best.best_model_path), pruned=snapshot.network, search=None, tolerance=None, notes=[]
-    )
+        checkpoint=Path(best.best_model_path), pruned=snapshot.network, search=None, tolerance=None, notes=[],
+        epochs=curves.epochs,
+    )  # fmt: skip
     if isinstance(pruning, AdaptiveIterativePruning) and pruning.search_state is not None:
         return replace(found, search=pruning.search_state.to_dict(), tolerance=pruning.config.tolerance)
     if isinstance(pruning, PrimeSVT) and pruning.result is not None:

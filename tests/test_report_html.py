@@ -41,19 +41,19 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Page, Path]:
 def test_the_page_holds_the_figures(whole: tuple[str, Page, Path]) -> None:
     text, page, _ = whole
     for expected in (
-        "600.0 kB (15.0 %)",
-        "83.33 % [43.65, 96.99], n = 6",
-        "750 k (15.0 %)",
-        "1.5 ms [1.25, 1.75]",
+        "<b>600.0 kB</b> <i>(15.0 %)</i>",
+        "<b>83.33 %</b> <i>[43.65, 96.99], n = 6</i>",
+        "<b>750 k</b> <i>(15.0 %)</i>",
+        "<b>1.5 ms</b> <i>[1.25, 1.75]</i>",
         "1 by 1-bit mask",
         "1 right -&gt; wrong",
         '<li class="good"><strong>passed</strong>: engine equals reference (6 of 6 images)',
         "75.00 -&gt; 73.50 points, 2 may be lost",
         "1,000 for 5 decisions, naively 5,000, 5.0 times fewer",
-        "<td>blocks.1.mlp</td>",
-        "<td>72 -&gt; 48</td>",
-        "<td>undone</td>",
-        "<td>~ 74.50 %</td>",
+        '<td title="blocks.1.mlp">block 2, MLP</td>',
+        '<td data-label="units">72 -&gt; 48</td>',
+        '<td data-label="decision">undone</td>',
+        '<td data-label="hold-out top-1">~ 74.50 %</td>',
         "a note",
     ):
         assert expected in text, expected
@@ -105,7 +105,7 @@ def test_all_steps_are_in_the_page_folded(tmp_path: Path) -> None:
     text, page = page_of(record, tmp_path)
     assert "All 80 rows" in text
     assert page.tags.count("details") == 2  # targets and steps
-    assert text.count("<td>kept</td>") == 80
+    assert text.count(">kept</td>") == 80
     assert (tmp_path / "report.md").read_text(encoding="utf-8").count("| kept") < 80
     assert "119 k of 1 M, 11.9 % removed" in text  # of the weights that could go
 

@@ -53,7 +53,7 @@ def test_the_heat_map_has_a_row_a_target_and_a_column_a_round() -> None:
     cells = np.ma.filled(image.get_array(), -1.0)  # a kind's title has no cells
     np.testing.assert_allclose(cells, [[-1, -1], [25, 25], [-1, -1], [25, 50]])
     shown = texts(figure)
-    for expected in ("Attention heads", "blocks.0.heads", "MLP channels", "blocks.1.mlp", "50 %", "round"):
+    for expected in ("Attention heads", "block 1, heads", "MLP channels", "block 2, MLP", "50 %", "round"):
         assert expected in shown
 
 
@@ -63,7 +63,7 @@ def test_many_targets_are_all_named_in_columns() -> None:
     heat_maps = [ax for ax in figure.axes if ax.images]
     names = [label.get_text() for ax in heat_maps for label in ax.get_yticklabels()]
     assert len(heat_maps) == 2
-    assert names == [f"layers.{i // 48}.blocks.{i // 4 % 12}.mlp.fc{i % 4}" for i in range(224)]
+    assert names == [f"stage {i // 48 + 1}, block {i // 4 % 12 + 1}, MLP fc{i % 4}" for i in range(224)]
     for ax in heat_maps:
         boxes = [label.get_window_extent() for label in ax.get_yticklabels()]
         assert all(upper.y0 >= lower.y1 - 1 for upper, lower in pairwise(boxes))
@@ -123,7 +123,7 @@ def test_of_many_curves_the_most_sensitive_are_named() -> None:
     legend = ax.get_legend()
     assert legend is not None
     named = [text.get_text() for text in legend.get_texts()]
-    assert named == ["before pruning", *(f"layers.0.blocks.9.mlp.fc{i}" for i in (3, 2, 1))]
+    assert named == ["before pruning", *(f"stage 1, block 10, MLP fc{i}" for i in (3, 2, 1))]
 
 
 def test_nothing_is_drawn_without_data() -> None:
@@ -167,7 +167,7 @@ def test_a_figure_becomes_pixels_and_an_element_without_links() -> None:
     assert 'aria-label="&lt;Sensitivity&gt;"' in svg
     assert 'id="curves-' in svg
     assert "var(--ink)" in svg
-    assert "blocks.1.mlp" in svg
+    assert "block 2, MLP" in svg
     assert svg == inline_svg(figure, name="curves", label="<Sensitivity>")
 
 
@@ -204,9 +204,9 @@ def test_what_is_no_data_is_named() -> None:
     ("names", "short"),
     [
         (["a"], ["a"]),
-        (["blocks.0.fc1.weight", "blocks.1.fc1.weight"], ["blocks.0", "blocks.1"]),
-        (["a.weight", "b.c.weight"], ["a", "b.c"]),
-        (["weight", "b.weight"], ["weight", "b.weight"]),
+        (["blocks.0.fc1.weight", "blocks.1.fc1.weight"], ["block 1", "block 2"]),
+        (["a.weight", "b.c.weight"], ["a", "b c"]),
+        (["weight", "b.weight"], ["weight", "b weight"]),
         (["a_long_name.of_a_network.net.0.mlp", "a_long_name.of_a_network.net.1.attn"], ["0.mlp", "1.attn"]),
     ],
 )

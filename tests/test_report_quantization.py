@@ -100,7 +100,7 @@ def test_the_plots_hold_the_figures(data: dict[str, Any]) -> None:
     ax = figures["quantization_histograms"].axes[0]
     clips = sorted(float(line.get_xdata()[0]) for line in ax.lines)  # type: ignore[index]
     assert clips == [data["histograms"][0]["clip_low"], data["histograms"][0]["clip_high"]]
-    assert "blocks.0.mlp.fc1 (weight)" in texts(figures["quantization_error"])
+    assert "block 1, MLP fc1 (weight)" in texts(figures["quantization_error"])
     (clip,) = [line for line in figures["quantization_ranges"].axes[0].lines if line.get_linestyle() == "--"]
     assert list(clip.get_xdata()) == [1, 1]
 

@@ -10,16 +10,22 @@ import pytest
 from support.report_cases import full_record, search_data
 
 from swincompress_pl import files
+from swincompress_pl.accel.profile import ABOVE_THE_PEAK
 from swincompress_pl.report import (
     Accuracy,
+    OperationTime,
     PruningStep,
     RecordError,
     RunRecord,
+    TrainingEpoch,
     describe_environment,
     render_report,
     write_report,
 )
-from swincompress_pl.report.plots import layers
+from swincompress_pl.report.content.names import readable
+from swincompress_pl.report.content.parts import Table
+from swincompress_pl.report.plots.drawing import style
+from swincompress_pl.report.plots.training import training_curves
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -239,13 +245,79 @@ def test_notes_are_shown_without_stages(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "short"),
+    ("name", "said"),
     [
         ("head", "head"),
-        ("blocks.0.mlp.fc1+blocks.0.mlp.act", "blocks.0.mlp.fc1+act"),
-        ("blocks.0.mlp.fc2+blocks.0.add2", "blocks.0.mlp.fc2+add2"),
-        ("a+a", "a+a"),
+        ("layers.1.blocks.0.mlp.fc1", "stage 2, block 1, MLP fc1"),
+        ("blocks.0.mlp.fc1+blocks.0.mlp.act", "block 1, MLP fc1 + activation"),
+        ("blocks.0.attn.proj+blocks.0.add1", "block 1, attention projection + residual 1"),
+        ("blocks.0.attn.attention", "block 1, attention"),
+        ("blocks.2.mlp.fc2.0", "block 3, MLP fc2"),
+        ("blocks.0.mlp.fc1 (weight)", "block 1, MLP fc1 (weight)"),
+        ("patch_embed.stages.0.conv_bn.block.2", "patch embedding, stage 1, convolution 2"),
+        ("layers.1.downsample.norm", "stage 2, downsampling, norm"),
+        ("blocks.0.add1+blocks.1.norm1", "block 1, residual 1 + block 2, norm 1"),
+        ("a+a", "a + a"),
+        ("a+", "a+"),
+        ("<b>x</b>", "<b>x</b>"),
+        ("layers.9999999.fc", "layers 9999999 fc"),
+        ("__", "__"),
+        ("", ""),
     ],
 )
-def test_joined_operations_have_short_labels(name: str, short: str) -> None:
-    assert layers.short(name) == short
+def test_layers_are_called_by_words(name: str, said: str) -> None:
+    assert readable(name) == said
+
+
+def test_a_column_without_figures_is_dropped(tmp_path: Path) -> None:
+    table = Table.of(["a", "b", "c"], [["-", "-", "1"], ["-", "-", "-"]])
+    assert table.header == ("a", "c")
+    assert table.rows == (("-", "1"), ("-", "-"))
+    assert Table.of(["a", "b"], []).header == ("a", "b")
+    record = RunRecord(name="x", operations=[OperationTime(name="a", kind="gelu", time_ms=1.0)])
+    text = write_report(record, tmp_path).read_text()
+    assert "GMAC/s" not in text
+    assert "GMAC/s" not in (tmp_path / "report.html").read_text()
+
+
+def test_a_share_above_the_peak_is_explained(tmp_path: Path) -> None:
+    record = RunRecord(name="x", operations=[OperationTime(name="a", kind="linear", time_ms=1.0, peak_share=1.25)])
+    text = write_report(record, tmp_path).read_text()
+    assert "125 %" in text
+    assert ABOVE_THE_PEAK in text
+    record.operations[0] = OperationTime(name="a", kind="linear", time_ms=1.0, peak_share=1.0)
+    assert ABOVE_THE_PEAK not in write_report(record, tmp_path).read_text()
+
+
+def test_epochs_are_kept_and_drawn(tmp_path: Path) -> None:
+    record = full_record()
+    assert "training" not in record.to_dict(), "as the records of earlier versions"
+    record.training = [
+        TrainingEpoch(epoch=0, train_loss=2.5, val_loss=2.0, accuracy_percent=40.0),
+        TrainingEpoch(epoch=1, train_loss=2.0),
+        TrainingEpoch(epoch=2, accuracy_percent=50.0, changes=("pruned",)),
+        TrainingEpoch(epoch=3, accuracy_percent=45.0, changes=("quantized",)),
+    ]
+    text = write_report(record, tmp_path).read_text()
+    assert RunRecord.load(tmp_path) == record
+    for line in (
+        "**pruned**: epoch 2",
+        "**quantized**: epoch 3",
+        "**best validation accuracy, before any change**: 40.00 % in epoch 0",
+        "**best validation accuracy, quantized**: 45.00 % in epoch 3",
+        "](training.png)",
+    ):
+        assert line in text
+    with style():
+        figure = training_curves(record.training)
+    assert figure is not None
+    assert [ax.get_title() or ax.get_title(loc="left") for ax in figure.axes] == ["Loss", "Validation accuracy, %"]
+    lines = {str(line.get_label()): list(line.get_xdata()) for line in figure.axes[1].lines}  # type: ignore[arg-type]
+    assert lines == {"validation accuracy": [0, 2, 3], "pruned": [1.5, 1.5], "quantized from here": [2.5, 2.5]}
+    assert training_curves([TrainingEpoch(epoch=0)]) is None
+
+
+@pytest.mark.parametrize("bad", [{"epoch": "0"}, {"epoch": 0, "changes": "pruned"}, {"epoch": 0, "loss": 1.0}, {}])
+def test_an_epoch_of_another_kind_is_refused(bad: dict[str, Any]) -> None:
+    with pytest.raises(RecordError, match=r"training|epoch|loss"):
+        RunRecord.from_dict(RunRecord(name="x").to_dict() | {"training": [bad]})

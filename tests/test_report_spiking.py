@@ -16,6 +16,7 @@ from swincompress_pl.models import create_model
 from swincompress_pl.pruning import PrimeSVTResult, count_macs, primesvt
 from swincompress_pl.quant import QuantizedNetwork
 from swincompress_pl.report import SpikingCost, primesvt_figures, save_primesvt_figures, spiking_cost
+from swincompress_pl.report.content.names import readable
 
 
 @pytest.mark.parametrize("name", ["spikformer", "sdt", "qkformer", "maxformer", "meta-spikeformer"])
@@ -72,11 +73,11 @@ def test_a_search_is_drawn(result: PrimeSVTResult, tmp_path: Path) -> None:
             assert len(image.convert("L").getcolors(256) or []) > 10
     figures = primesvt_figures(json.loads(json.dumps(result.to_dict())))
     blocks = [label.get_text() for label in figures["robustness"].axes[0].get_yticklabels()]
-    assert blocks == [block.name for block in result.blocks]
+    assert blocks == [readable(block.name) for block in result.blocks]
     shown = sum(len(line.get_xdata()) for line in figures["accuracy_memory"].axes[0].lines)  # type: ignore[arg-type]
     assert shown == len(result.candidates) + 1 + 2 * 2 + 1  # the unpruned network, two constraints, what was applied
     neurons = [label.get_text() for label in figures["spike_rates"].axes[0].get_yticklabels()]
-    assert neurons == list(result.spike_rates)
+    assert neurons == list(map(readable, result.spike_rates))
 
 
 def test_curves_are_drawn_where_rates_were_allocated() -> None:
@@ -86,7 +87,7 @@ def test_curves_are_drawn_where_rates_were_allocated() -> None:
     figures = primesvt_figures(json.loads(json.dumps(found.to_dict())))
     assert list(figures) == ["curves", "accuracy_memory", "spike_rates"]
     ax: Any = figures["curves"].axes[0]
-    assert [label.get_text() for label in ax.get_yticklabels()] == [block.name for block in found.blocks]
+    assert [label.get_text() for label in ax.get_yticklabels()] == [readable(block.name) for block in found.blocks]
     assert [bar.get_width() for bar in ax.patches] == [100 * block.rate for block in found.blocks]
     (dots,) = ax.collections
     assert dots.get_offsets().tolist() == [

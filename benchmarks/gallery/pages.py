@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,11 +11,11 @@ from PIL import Image
 from swincompress_pl.report import RunRecord
 from swincompress_pl.report.write import write_html
 
+from .browser import SCHEMES, screenshot
+
 GALLERY = Path(__file__).resolve().parents[2] / "docs" / "gallery"
 _SHOT = (1280, 800)
 _PICTURE_WIDTH = 640
-SCHEMES = {"dark": 0, "light": 1}
-"""{scheme: Blink's number of it}."""
 
 
 def render(folder: Path = GALLERY, names: Sequence[str] | None = None) -> list[Path]:
@@ -44,10 +43,3 @@ def _picture(page: Path, target: Path, scheme: str, browser: str) -> Path:
                 target, optimize=True
             )
     return target
-
-
-def screenshot(page: Path, target: Path, scheme: str, size_px: tuple[int, int], browser: str = "chromium") -> None:
-    """Renders a page without a display."""
-    settings = [f"--window-size={size_px[0]},{size_px[1]}", f"--blink-settings=preferredColorScheme={SCHEMES[scheme]}"]
-    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", *settings]
-    subprocess.run([*command, f"--screenshot={target}", page.as_uri()], check=True, capture_output=True, timeout=120)

@@ -9,6 +9,7 @@ from pathlib import Path
 from jsonargparse import Namespace
 from rich.table import Table
 
+from swincompress_pl.accel.profile import ABOVE_THE_PEAK
 from swincompress_pl.cli.common import console, existing_file, integers, is_checkpoint, parser, print_json, progress
 from swincompress_pl.printable import printable
 from swincompress_pl.report.comparison.bench import Bench, bench_artifact
@@ -149,14 +150,17 @@ def _cells(result: Result, outcome: Bench) -> list[str]:
 
 def _show_operations(operations: Sequence[OperationTime]) -> None:
     rows = Table(title="operations")
-    for column in ("operation", "kind", "ms", "MACs", "GMAC/s"):
+    for column in ("operation", "kind", "ms", "MACs", "GMAC/s", "of the peak"):
         rows.add_column(column, justify="left" if column in ("operation", "kind") else "right")
     for operation in operations:
         speed = f"{operation.macs / operation.time_ms / 1e6:.1f}" if operation.macs and operation.time_ms else ""
         rows.add_row(
-            printable(operation.name), operation.kind, f"{operation.time_ms:.4f}", f"{operation.macs:,}", speed
-        )
+            printable(operation.name), operation.kind, f"{operation.time_ms:.4f}", f"{operation.macs:,}", speed,
+            "" if operation.peak_share is None else f"{operation.peak_share:.0%}",
+        )  # fmt: skip
     console().print(rows)
+    if any((operation.peak_share or 0) > 1 for operation in operations):
+        console().print(ABOVE_THE_PEAK)
 
 
 def _bench_kernel(given: Namespace) -> int:

@@ -33,6 +33,7 @@ from swincompress_pl.cli.measured_fit import (
 from swincompress_pl.cli.signals import EndedBySignal, ended_by_signals
 from swincompress_pl.cli.train import CompressionCLI, command_line
 from swincompress_pl.report.content.numbers import megabytes
+from swincompress_pl.report.curves import TrainingCurves
 
 _DESCRIPTION = (
     "Measures a few batches of training and validation, a search on a few of its targets, and the exchange to "
@@ -236,6 +237,7 @@ _NOT_MEASURED_WITH = (
     AdaptiveIterativePruning,
     PrimeSVT,
     QuantizationAwareTraining,
+    TrainingCurves,
 )
 
 

@@ -10,7 +10,7 @@ import functools
 from importlib.util import find_spec
 from pathlib import Path
 
-_OF_LIGHTNING = (
+_OF_A_FIT = (
     "--help",
     "--config",
     "--print_config",
@@ -21,14 +21,15 @@ _OF_LIGHTNING = (
     "--data",
     "--data.help",
     "--ckpt_path",
+    "--report",
     "--weights_only",
 )
 OPTIONS: dict[str, tuple[str, ...]] = {
     "demo": ("--help", "--output", "--model", "--seed", "--threads"),
-    "fit": _OF_LIGHTNING,
-    "validate": (*_OF_LIGHTNING, "--verbose"),
-    "test": (*_OF_LIGHTNING, "--verbose"),
-    "estimate": (*_OF_LIGHTNING, "--batches", "--devices", "--json"),
+    "fit": _OF_A_FIT,
+    "validate": (*_OF_A_FIT, "--verbose"),
+    "test": (*_OF_A_FIT, "--verbose"),
+    "estimate": (*_OF_A_FIT, "--batches", "--devices", "--json"),
     "export": (
         "--help",
         "--output",

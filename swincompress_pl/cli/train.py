@@ -9,7 +9,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -20,8 +20,10 @@ from swincompress_pl.cli.common import HelpFormatter, epilog
 from swincompress_pl.cli.parsing import OneLineParser, read_configs
 from swincompress_pl.cli.paths import import_from, path_arguments
 from swincompress_pl.models.stored_arguments import restoring
+from swincompress_pl.report.fit_report import CompressionReport
 
 _DEFAULT_MODEL = "swincompress_pl.models.CompressibleClassifier"
+_REPORT_HELP = "whether fit writes a report beside the checkpoints; CompressionReport among the callbacks says how"
 _EXAMPLES = {
     "fit": (
         "swincompress fit -c configs/digits_swin.yaml",
@@ -43,12 +45,29 @@ class CompressionCLI(LightningCLI):
         return {name: known[name] for name in _EXAMPLES}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Makes CompressibleClassifier the default.
+        """Makes CompressibleClassifier the default, and adds the option for the report.
 
         Args:
             parser: The parser of a sub-command.
         """
         parser.set_defaults({"model": {"class_path": _DEFAULT_MODEL}})
+        parser.add_argument("--report", type=bool, default=True, help=_REPORT_HELP)
+
+    def instantiate_trainer(self, **settings: Any) -> Trainer:
+        """Makes a trainer; that of `fit` writes a report, unless the config has a CompressionReport of its own.
+
+        Args:
+            **settings: Settings that replace those of the config.
+
+        Returns:
+            The trainer.
+        """
+        trainer = super().instantiate_trainer(**settings)
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]  # set by the trainer
+        wanted = self.subcommand == "fit" and self._get(self.config, "report")
+        if wanted and not any(isinstance(each, CompressionReport) for each in callbacks):
+            callbacks.insert(0, CompressionReport())
+        return trainer
 
     def before_instantiate_classes(self) -> None:
         """Makes paths of weights and data absolute, so that the config that Lightning stores is good anywhere."""

@@ -13,7 +13,9 @@ if TYPE_CHECKING:
     from swincompress_pl.report.accuracy import Accuracy as Accuracy
     from swincompress_pl.report.accuracy import PairedComparison as PairedComparison
     from swincompress_pl.report.accuracy import wilson_interval as wilson_interval
+    from swincompress_pl.report.curves import TrainingCurves as TrainingCurves
     from swincompress_pl.report.environment import describe_environment as describe_environment
+    from swincompress_pl.report.fit_report import CompressionReport as CompressionReport
     from swincompress_pl.report.latency import Latency as Latency
     from swincompress_pl.report.latency import Ratio as Ratio
     from swincompress_pl.report.latency import measure as measure
@@ -39,12 +41,15 @@ if TYPE_CHECKING:
     from swincompress_pl.report.sizes import program_size as program_size
     from swincompress_pl.report.spiking import SpikingCost as SpikingCost
     from swincompress_pl.report.spiking import spiking_cost as spiking_cost
+    from swincompress_pl.report.training import TrainingEpoch as TrainingEpoch
     from swincompress_pl.report.write import render_report as render_report
     from swincompress_pl.report.write import write_report as write_report
 
 _NAMES = {
     "accuracy": ("Accuracy", "PairedComparison", "wilson_interval"),
+    "curves": ("TrainingCurves",),
     "environment": ("describe_environment",),
+    "fit_report": ("CompressionReport",),
     "latency": ("Latency", "Ratio", "measure", "ratio"),
     "layers": ("LayerSparsity", "layer_sparsity"),
     "operations": ("OperationTime",),
@@ -53,6 +58,7 @@ _NAMES = {
     "record": ("Check", "Comparison", "PruningStep", "RecordError", "RunRecord", "Stage"),
     "sizes": ("Size", "matrix_size", "network_size", "program_macs", "program_parameters", "program_size"),
     "spiking": ("SpikingCost", "spiking_cost"),
+    "training": ("TrainingEpoch",),
     "write": ("render_report", "write_report"),
 }
 _HOMES = {name: home for home, names in _NAMES.items() for name in names}

@@ -103,7 +103,7 @@ class PruningFigures(Callback):
             if callback.result is not None:
                 save_primesvt_figures(callback.result, self.save_dir)
             return
-        search = _search_of(callback)
+        search = search_data_of(callback)
         if search is None:
             return
         record = RunRecord(name="Pruning search")
@@ -150,8 +150,14 @@ class PruningFigures(Callback):
         self._warned = True
 
 
+def searches_of(trainer: Trainer) -> list[Any]:
+    """The callbacks of a trainer that search."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by the trainer
+    return [each for each in callbacks if hasattr(each, "search_state") or _is_primesvt(each)]
+
+
 def _searching(trainer: Trainer) -> Any:
-    found = [each for each in _callbacks(trainer) if hasattr(each, "search_state") or _is_primesvt(each)]
+    found = searches_of(trainer)
     if len(found) != 1:
         names = ", ".join(type(callback).__name__ for callback in found) or "none"
         raise ValueError(
@@ -159,11 +165,6 @@ def _searching(trainer: Trainer) -> Any:
             f"of one PrimeSVT; give the trainer exactly one of them; this trainer has {names}"
         )
     return found[0]
-
-
-def _callbacks(trainer: Trainer) -> list[Callback]:
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by the trainer
-    return callbacks
 
 
 def _is_primesvt(callback: Any) -> bool:
@@ -176,11 +177,11 @@ def _drawn(callback: Any) -> tuple[int, Callable[[], dict[str, Figure]]]:
     if _is_primesvt(callback):
         result = callback.result
         return (0, dict) if result is None else (1, lambda: primesvt_figures(result))
-    search = _search_of(callback)
+    search = search_data_of(callback)
     return (0, dict) if search is None else (int(search["rounds"]), lambda: pruning_figures(search))
 
 
-def _search_of(callback: Any) -> dict[str, Any] | None:
+def search_data_of(callback: Any) -> dict[str, Any] | None:
     """The search as plain data, with the tolerance of its callback; None before it has begun."""
     if callback.search_state is None:
         return None

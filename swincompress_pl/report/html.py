@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from html import escape
 from importlib.resources import files
 
 from swincompress_pl import __version__
+from swincompress_pl.report.content.names import readable
 from swincompress_pl.report.content.parts import Item, Section, Table
 from swincompress_pl.report.content.sections import sections
 from swincompress_pl.report.content.tiles import tiles
@@ -15,6 +17,8 @@ from swincompress_pl.report.plots.drawing import inline_svg
 from swincompress_pl.report.record import RunRecord
 
 _LONG_ROWS = 12
+_BRACKETS = re.compile(r"(.*\S) ([(\[][^()\[\]]*[)\]](?:, n = [\d,]+)?)")
+_HINT = '<p class="hint">Plots are wider than this screen: move them sideways.</p>'
 
 
 def render_html(record: RunRecord, plots: Sequence[Plot]) -> str:
@@ -26,6 +30,7 @@ def render_html(record: RunRecord, plots: Sequence[Plot]) -> str:
         _made(record),
         _tiles(record),
         _contents(found),
+        _HINT if plots else "",
         *(_section(number, section, drawn) for number, section in enumerate(found)),
     ]
     style = files("swincompress_pl.report").joinpath("page.css").read_text(encoding="utf-8")
@@ -59,10 +64,15 @@ def _made(record: RunRecord) -> str:
 def _tiles(record: RunRecord) -> str:
     shown = "".join(
         f'<div class="tile"><div class="what">{escape(tile.what)}</div><div class="value">{escape(tile.value)}</div>'
-        f'<div class="detail">{escape(tile.detail)}</div></div>'
+        f'<div class="detail">{_unbroken(escape(tile.detail))}</div></div>'
         for tile in tiles(record)
     )
     return f'<div class="tiles">{shown}</div>' if shown else ""
+
+
+def _unbroken(text: str) -> str:
+    """Keeps numbers and their units on one line."""
+    return re.sub(r"(?<=\d) (?=([kMG]|[kM]B|ms|%)(\W|$))", "\u00a0", text)
 
 
 def _contents(found: Sequence[Section]) -> str:
@@ -86,11 +96,28 @@ def _section(number: int, section: Section, plots: Mapping[str, Plot]) -> str:
 
 def _table(table: Table) -> str:
     head = "".join(f"<th>{escape(cell)}</th>" for cell in table.header)
-    rows = "\n".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in table.rows)
+    rows = "\n".join(f"<tr>{_cells(row, table)}</tr>" for row in table.rows)
     text = f'<div class="scroll"><table><thead><tr>{head}</tr></thead>\n<tbody>\n{rows}\n</tbody></table></div>'
     if table.long and len(table.rows) > _LONG_ROWS:
         return f"<details><summary>All {len(table.rows)} rows</summary>\n{text}\n</details>"
     return text
+
+
+def _cells(row: Sequence[str], table: Table) -> str:
+    first, *others = row
+    shown = readable(first) if table.names else first
+    title = f' title="{escape(first)}"' if shown != first else ""
+    cells = [f"<td{title}>{_breakable(shown)}</td>"]
+    for cell, label in zip(others, table.header[1:], strict=True):  # the label is the header on a narrow screen
+        empty = ' class="none"' if cell == "-" else ""
+        cells.append(f'<td{empty} data-label="{escape(label)}">{_breakable(cell)}</td>')
+    return "".join(cells)
+
+
+def _breakable(cell: str) -> str:
+    """A cell that may be broken before what stands in brackets at its end."""
+    found = _BRACKETS.fullmatch(cell)
+    return f"<b>{escape(found[1])}</b> <i>{escape(found[2])}</i>" if found else escape(cell)
 
 
 def _item(item: Item) -> str:

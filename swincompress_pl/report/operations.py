@@ -18,6 +18,7 @@ class OperationTime(Plain):
         time_ms: Time per call, in milliseconds.
         macs: Multiply-accumulates per call.
         size_bytes: Bytes per call that it moves: weights, inputs and output.
+        peak_share: Part of the peak of the kernels' products that it reaches, 0 to about 1; None if it is unknown.
     """
 
     name: str
@@ -25,11 +26,19 @@ class OperationTime(Plain):
     time_ms: float
     macs: int = 0
     size_bytes: int = 0
+    peak_share: float | None = None
 
 
 def operation_times(profile: accel.Profile) -> list[OperationTime]:
     """An engine's profile as values of a record."""
     return [
-        OperationTime(name=row.operation, kind=row.kind, time_ms=row.time_ms, macs=row.macs, size_bytes=row.bytes)
+        OperationTime(
+            name=row.operation,
+            kind=row.kind,
+            time_ms=row.time_ms,
+            macs=row.macs,
+            size_bytes=row.bytes,
+            peak_share=profile.peak_share(row),
+        )
         for row in profile
     ]

@@ -17,6 +17,7 @@ from swincompress_pl.report.operations import OperationTime
 from swincompress_pl.report.plain import Plain, require_type, write_text
 from swincompress_pl.report.search import read_search
 from swincompress_pl.report.sizes import Size
+from swincompress_pl.report.training import TrainingEpoch
 
 RECORD_VERSION = 1
 RECORD_FILE = "report.json"
@@ -206,6 +207,7 @@ class RunRecord:
         comparisons: Paired comparisons of two models.
         checks: What the run verified.
         notes: Sentences that a reader of the figures must know.
+        training: The epochs of the fit.
         pruning: The search that `add_pruning` was given, as plain data.
         quantization: The diagnosis that `add_quantization` was given, as plain data.
     """
@@ -220,6 +222,7 @@ class RunRecord:
     comparisons: list[Comparison] = field(default_factory=list)
     checks: list[Check] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    training: list[TrainingEpoch] = field(default_factory=list)
     pruning: Mapping[str, Any] | None = None
     quantization: Mapping[str, Any] | None = None
 
@@ -329,6 +332,7 @@ class RunRecord:
             "data": self.data,
             **lists,
             "notes": list(self.notes),
+            **({"training": [epoch.to_dict() for epoch in self.training]} if self.training else {}),
             **({} if self.pruning is None else {"pruning": dict(self.pruning)}),
             **({} if self.quantization is None else {"quantization": dict(self.quantization)}),
         }
@@ -363,6 +367,7 @@ class RunRecord:
                 environment=data["environment"],
                 data=data["data"],
                 notes=list(data["notes"]),
+                training=_read_all(TrainingEpoch, data.get("training", ())),
                 pruning=_checked(read_search, data.get("pruning")),
                 quantization=_checked(read_diagnosis, data.get("quantization")),
                 **lists,
@@ -405,7 +410,7 @@ class RunRecord:
         file = file / RECORD_FILE if file.is_dir() else file
         if not file.is_file():
             raise FileNotFoundError(
-                f"{file}: no record of a run there; `swincompress demo` and `write_report` make one"
+                f"{file}: no record of a run there; `swincompress fit`, `demo` and `write_report` make one"
             )
         if file.stat().st_size > _BYTES_MAX:
             raise RecordError(f"{file}: {file.stat().st_size} bytes; a record of at most {_BYTES_MAX} is read")

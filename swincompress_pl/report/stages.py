@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from swincompress_pl import accel
 from swincompress_pl.evaluation_mode import evaluation_mode
 from swincompress_pl.history import origin_of
-from swincompress_pl.pruning import count_macs
+from swincompress_pl.pruning import count_macs, count_parameters
 from swincompress_pl.quant import QuantizedNetwork
 from swincompress_pl.report.accuracy import Accuracy, PairedComparison
 from swincompress_pl.report.comparison.bench import ENGINE, compare_engine
@@ -37,6 +37,7 @@ class TestImages:
         pixels: (N, H, W, C) uint8.
         labels: (N,) int64.
         normalize: Makes (N, C, H, W) inputs of a network from pixels as a tensor.
+        name: What they are called in the report.
     """
 
     __test__ = False  # no class of tests
@@ -44,6 +45,7 @@ class TestImages:
     pixels: npt.NDArray[np.uint8]
     labels: Predictions
     normalize: Callable[[Tensor], Tensor]
+    name: str = "test"
 
     @classmethod
     def of(
@@ -79,46 +81,62 @@ def measure_run(
         threads: Threads of the engine.
         checked_images: How many images the NumPy reference and the torch twin run, which are slow; None for all.
     """
+    size = program_size(accel.load(artifact, threads=threads).program, file=artifact)
+    predictions = {name: network_stage(record, test, name, network) for name, network in networks.items()}
+    network_stage(record, test, "quantized", quantized, size)
+    after = engine_stage(record, test, quantized, artifact, threads=threads, checked_images=checked_images)
+    record.add_comparison("engine against float", PairedComparison.of(predictions["float"], after, test.labels))
+    record.layers.extend(layer_sparsity(networks["float"], quantized.network))
+
+
+def engine_stage(
+    record: RunRecord,
+    test: TestImages,
+    quantized: QuantizedNetwork,
+    artifact: Path,
+    *,
+    threads: int,
+    checked_images: int | None = None,
+) -> Predictions:
+    """Adds the stage "engine", the times of its operations and the checks of its integers; returns its predictions."""
     engine = accel.load(artifact, threads=threads)
-    size = program_size(engine.program, file=artifact)
-    predictions = {
-        name: _torch_stage(record, test, name, network, network_size(network)) for name, network in networks.items()
-    }
-    _torch_stage(record, test, "quantized", quantized, size)
     logits = engine.run_integer(test.pixels)
-    after = logits.argmax(1)
+    predictions: Predictions = logits.argmax(1)
     record.add_stage(
         "engine",
         parameters=program_parameters(engine.program),
         macs=program_macs(engine.program),
-        size=size,
-        accuracy=Accuracy.of(after, test.labels),
+        size=program_size(engine.program, file=artifact),
+        accuracy=Accuracy.of(predictions, test.labels),
     )
     checked = test.pixels[:checked_images]
     with torch.inference_mode():
         twin = quantized.integer_logits(torch.from_numpy(checked)).numpy()
     expected = accel.reference(artifact).run_integer(checked)
-    count = f"{len(checked)} test images"
+    count = f"{len(checked)} {test.name} images"
     found = logits[: len(checked)]
     record.add_check("engine == NumPy reference, integer logits", np.array_equal(found, expected), count)
     record.add_check("torch twin == engine, integer logits", np.array_equal(twin, found), count)
-    record.add_comparison("engine against float", PairedComparison.of(predictions["float"], after, test.labels))
-    record.layers.extend(layer_sparsity(networks["float"], quantized.network))
     record.operations.extend(operation_times(engine.profile(test.pixels[:1])))
+    return predictions
 
 
-def _torch_stage(record: RunRecord, test: TestImages, name: str, network: nn.Module, size: Size) -> Predictions:
-    """Measures a network as a stage of the record; returns its predictions."""
-    count = len(test.pixels)
+def network_stage(
+    record: RunRecord, test: TestImages, name: str, network: nn.Module, size: Size | None = None
+) -> Predictions:
+    """Adds a network as a stage of the record, where its parameters are; returns its predictions."""
+    count, device = len(test.pixels), next(network.parameters()).device
     with evaluation_mode(network), torch.inference_mode():
-        answers = [network(test.inputs(start, start + _BATCH)).argmax(1) for start in range(0, count, _BATCH)]
+        answers = [
+            network(test.inputs(start, start + _BATCH).to(device)).argmax(1).cpu() for start in range(0, count, _BATCH)
+        ]
     predictions: Predictions = torch.cat(answers).numpy()
     floats = network.network if isinstance(network, QuantizedNetwork) else network
     record.add_stage(
         name,
-        parameters=sum(parameter.numel() for parameter in floats.parameters()),
+        parameters=count_parameters(floats),
         macs=count_macs(floats, tuple(test.inputs(0, 1).shape)),
-        size=size,
+        size=size or network_size(network),
         accuracy=Accuracy.of(predictions, test.labels),
     )
     return predictions

@@ -9,16 +9,29 @@ from typing import Literal, NamedTuple
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """A table of plain text; the first column is text, the others are figures. A `long` one may be folded."""
+    """A table of plain text; the first column is text, the others are figures. A `long` one may be folded.
+
+    With `names`, the first column has names of layers, which a page shows in words.
+    """
 
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     long: bool = False
+    names: bool = False
 
     @classmethod
-    def of(cls, header: Sequence[str], rows: Iterable[Sequence[str]], *, long: bool = False) -> Table:
-        """Makes a table of any sequences."""
-        return cls(header=tuple(header), rows=tuple(tuple(row) for row in rows), long=long)
+    def of(
+        cls, header: Sequence[str], rows: Iterable[Sequence[str]], *, long: bool = False, names: bool = False
+    ) -> Table:
+        """Makes a table of any sequences, without the columns that say "-" in every row."""
+        body = [tuple(row) for row in rows]
+        kept = [n for n in range(len(header)) if not n or not body or any(row[n].strip("- ") for row in body)]
+        return cls(
+            header=tuple(header[n] for n in kept),
+            rows=tuple(tuple(row[n] for n in kept) for row in body),
+            long=long,
+            names=names,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

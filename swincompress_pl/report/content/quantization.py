@@ -47,7 +47,7 @@ def _costs(known: Diagnosis) -> list[Section]:
         "In the columns 'alone' only this quantizer is active: what it costs. In the columns 'all others' "
         "everything but this one is quantized: what leaving it in float would give back."
     )
-    table = Table.of(header, rows, long=True)
+    table = Table.of(header, rows, long=True, names=True)
     return [Section(title="What each quantizer costs", text=text, table=table, plots=("quantization_costs",))]
 
 
@@ -71,7 +71,7 @@ def _scales(known: Diagnosis) -> Section:
         "The clip is the largest value that a scale can express; a ratio below 1 means that the largest values are cut "
         "off. If a quantizer has several scales (q, k and v, or the rows of a weight), the most clipped one is shown."
     )
-    table = Table.of(header, rows, long=True)
+    table = Table.of(header, rows, long=True, names=True)
     return Section(title="Scales", text=text, table=table, plots=("quantization_ranges", "quantization_histograms"))
 
 
@@ -80,7 +80,7 @@ def _bits(known: Diagnosis) -> Section:
         (name, str(bits), f"{weights:,}", megabytes(packed_bytes(bits, weights)))
         for name, (bits, weights) in known.layers.items()
     ]
-    table = Table.of(("layer", "weight bits", "weights", "packed"), rows, long=True)
+    table = Table.of(("layer", "weight bits", "weights", "packed"), rows, long=True, names=True)
     layers = Counter(bits for bits, _ in known.layers.values())
     text = ", ".join(f"{number} at {bits} bits" for bits, number in sorted(layers.items()))
     return Section(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from swincompress_pl.accel.profile import ABOVE_THE_PEAK
 from swincompress_pl.report.content.numbers import count, many, megabytes
 from swincompress_pl.report.content.parts import Item, Section, Table
 from swincompress_pl.report.record import RunRecord, Stage, runtimes
@@ -105,7 +106,7 @@ def layers(record: RunRecord) -> Section | None:
         [layer.name, f"{layer.weights_before:,}", f"{layer.nonzeros_after:,}", f"{100 * layer.sparsity:.1f} %"]
         for layer in record.layers
     ]
-    table = Table.of(["weight", "values before", "non-zeros after", "gone"], rows, long=True)
+    table = Table.of(["weight", "values before", "non-zeros after", "gone"], rows, long=True, names=True)
     return Section(title="Sparsity per layer", table=table, plots=("sparsity",))
 
 
@@ -124,13 +125,16 @@ def operations(record: RunRecord) -> Section | None:
             f"{100 * op.time_ms / total:.1f} %" if total else "-",
             count(op.macs) if op.macs else "-",
             f"{op.macs / op.time_ms / 1e6:.3g}" if op.macs and op.time_ms else "-",
+            "-" if op.peak_share is None else f"{100 * op.peak_share:.0f} %",
         ]
         for op in slowest
     ]
+    above = any((op.peak_share or 0) > 1 for op in slowest)
     return Section(
         title="Latency per layer",
         text=f"{len(operations)} operations, {total:.3g} ms together; the slowest {len(slowest)}:",
-        table=Table.of(["operation", "kind", "ms", "share", "MACs", "GMAC/s"], rows),
+        table=Table.of(["operation", "kind", "ms", "share", "MACs", "GMAC/s", "of the peak"], rows, names=True),
+        items=(Item(text=ABOVE_THE_PEAK),) if above else (),
         plots=("latency",),
     )
 

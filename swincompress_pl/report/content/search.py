@@ -81,7 +81,9 @@ def targets(record: RunRecord) -> Section | None:
         [name, t.kind, f"{t.initial_units:,}", f"{t.units:,}", f"{100 * sparsity_of(t):.1f} %", t.locked or "-"]
         for name, t in state.targets.items()
     ]
-    table = Table.of(["target", "kind", "units before", "units after", "removed", "locked by"], rows, long=True)
+    table = Table.of(
+        ["target", "kind", "units before", "units after", "removed", "locked by"], rows, long=True, names=True
+    )
     return Section(title="Pruning targets", table=table) if rows else None
 
 
@@ -100,7 +102,7 @@ def steps(record: RunRecord, shown: int | None) -> Section | None:
         title="Pruning steps",
         text=f"{many(len(steps), 'step')}, {kept} of them kept.{rest}"
         + (" A score after ~ is an estimate on a part of the hold-out." if estimates else ""),
-        table=Table.of([*header, "MACs after"], rows, long=True),
+        table=Table.of([*header, "MACs after"], rows, long=True, names=True),
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from swincompress_pl.report.content import run, search
 from swincompress_pl.report.content.parts import Section
 from swincompress_pl.report.content.quantization import quantization_sections
+from swincompress_pl.report.content.training import training
 from swincompress_pl.report.record import RunRecord
 
 
@@ -17,6 +18,7 @@ def sections(record: RunRecord, *, steps_shown: int | None = None) -> list[Secti
         run.stages(record),
         run.comparisons(record),
         run.checks(record),
+        training(record),
         search.search(record),
         search.targets(record),
         search.steps(record, steps_shown),

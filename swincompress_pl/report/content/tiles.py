@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from swincompress_pl.pruning.adaptive.state import SearchState
 from swincompress_pl.quant.diagnosis.diagnosis import Diagnosis
+from swincompress_pl.report.content.names import readable
 from swincompress_pl.report.content.numbers import count, megabytes
 from swincompress_pl.report.content.parts import Tile
 from swincompress_pl.report.diagnosis import all_packed_bytes, float_bytes, label, read_diagnosis, result_of
@@ -83,5 +84,5 @@ def _quantization_tiles(known: Diagnosis) -> list[Tile]:
         Tile("packed weights", megabytes(packed), f"{100 * packed / whole:.1f} % of float32's {megabytes(whole)}"),
     ]
     if known.costs:
-        found.append(Tile("costliest alone", f"KL {known.costs[0].alone.kl:.2g}", label(known.costs[0])))
+        found.append(Tile("costliest alone", f"KL {known.costs[0].alone.kl:.2g}", readable(label(known.costs[0]))))
     return found

@@ -13,6 +13,7 @@ from swincompress_pl.report.plots.layers import layer_sparsities, operation_late
 from swincompress_pl.report.plots.pruning import pruning_figures
 from swincompress_pl.report.plots.quantization import QUANTIZATION_TITLES, quantization_figures
 from swincompress_pl.report.plots.stages import accuracy_size, before_after
+from swincompress_pl.report.plots.training import training_curves
 from swincompress_pl.report.record import RunRecord
 
 
@@ -29,6 +30,7 @@ class Plot:
 PLOTS = {
     "before_after": "Before and after",
     "accuracy_size": "Accuracy against size",
+    "training": "Loss and accuracy, epoch by epoch",
     "pruning_sparsity": "What the search removed, by round",
     "pruning_accuracy_size": "The search's steps, accuracy against size",
     "pruning_sensitivity": "Sensitivity",
@@ -44,6 +46,7 @@ def draw_plots(record: RunRecord) -> list[Plot]:
         figures: dict[str, Figure | None] = {
             "before_after": before_after(record.stages),
             "accuracy_size": accuracy_size(record.stages, record.steps),
+            "training": training_curves(record.training),
             "sparsity": layer_sparsities(record.layers),
             "latency": operation_latency(record.operations),
         }

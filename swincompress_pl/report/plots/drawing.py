@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import copy
 import io
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -15,12 +17,14 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from PIL import Image
 
 from swincompress_pl.files import write_file
 
 DPI = 130
-PAGE_WIDTH = 1250  # pixels: a wider drawing would be illegible if it were shrunk to fit, so it scrolls
+_LEAST_SCALE = 0.85  # a drawing that were shrunk more would be illegible, so it scrolls
 # Blue and vermilion can be told apart with every common color blindness; every pair also differs in its mark.
 BASE, BETWEEN, LAST, ALERT, TEXT = "#9aa5b1", "#8db9e0", "#1f6fb2", "#c8553d", "#2b3440"
 EDGE, GRID, EMPTY, PAGE = "#b8c0c8", "#e3e7eb", "#eef1f4", "#ffffff"
@@ -28,6 +32,9 @@ EDGE, GRID, EMPTY, PAGE = "#b8c0c8", "#e3e7eb", "#eef1f4", "#ffffff"
 CSS_COLORS = {
     TEXT: "--ink", EDGE: "--edge", GRID: "--grid", EMPTY: "--empty", PAGE: "--page", LAST: "--accent", ALERT: "--alert"
 }  # fmt: skip
+# Heat maps: 0 has the color of something empty on the page, so the dark one gets lighter with its values.
+HEAT = LinearSegmentedColormap.from_list("heat", [EMPTY, BETWEEN, LAST, "#0a2a4d"])
+_HEAT_DARK = LinearSegmentedColormap.from_list("heat_dark", ["#262d35", "#23577f", "#5aa9e6", "#e6f3ff"])
 _FONT = "DejaVu Sans"
 _STYLE = {
     "font.family": _FONT,
@@ -101,6 +108,8 @@ def inline_svg(figure: Figure, *, name: str, label: str) -> str:
     for element in list(root.iter()):
         for child in [child for child in element if child.tag == f"{_SVG}metadata"]:
             element.remove(child)
+    for parent in list(root.iter()):
+        _add_dark_images(parent)
     for element in root.iter():
         element.tag = element.tag.removeprefix(_SVG)
         element.attrib = {key.removeprefix(_XLINK): _local(key, value, name) for key, value in element.attrib.items()}
@@ -109,10 +118,38 @@ def inline_svg(figure: Figure, *, name: str, label: str) -> str:
     width_pt = float(root.attrib.pop("width").removesuffix("pt"))
     root.attrib.pop("height")
     width = width_pt * 4 / 3
-    root.attrib |= {"role": "img", "aria-label": label, "style": f"width: {width:.0f}px"}
-    if width > PAGE_WIDTH:
-        root.attrib["class"] = "wide"
+    style_of_root = f"width: {width:.0f}px; min-width: {_LEAST_SCALE * width:.0f}px"
+    root.attrib |= {"role": "img", "aria-label": label, "style": style_of_root}
     return ElementTree.tostring(root, encoding="unicode", short_empty_elements=True)
+
+
+def _add_dark_images(parent: ElementTree.Element) -> None:
+    """Puts behind each image in the colors of `HEAT` one for a dark page; style sheets show one of the two."""
+    for place, image in reversed(list(enumerate(parent))):
+        if image.tag != f"{_SVG}image":
+            continue
+        dark = copy.deepcopy(image)
+        key = next(key for key in image.attrib if key.endswith("href"))
+        dark.attrib[key] = _darkened(image.attrib[key])
+        if "id" in image.attrib:
+            dark.attrib["id"] += "-dark"
+        image.attrib["class"], dark.attrib["class"] = "on-light", "on-dark"
+        parent.insert(place + 1, dark)
+
+
+def _darkened(data: str) -> str:
+    """A PNG as a data URL, with each color of `HEAT` replaced by the one of a dark page."""
+    head, _, coded = data.partition(",")
+    with Image.open(io.BytesIO(base64.b64decode(coded))) as opened:
+        pixels = np.asarray(opened.convert("RGBA")).copy()
+    steps = np.linspace(0, 1, HEAT.N)
+    light, dark = (np.rint(255 * colors(steps)[:, :3]).astype(np.int64) for colors in (HEAT, _HEAT_DARK))
+    found, back = np.unique(pixels[..., :3].reshape(-1, 3), axis=0, return_inverse=True)
+    nearest = ((found[:, None].astype(np.int64) - light) ** 2).sum(2).argmin(1)
+    pixels[..., :3] = dark[nearest][back.reshape(-1)].reshape(*pixels.shape[:2], 3)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="png")
+    return f"{head},{base64.b64encode(buffer.getvalue()).decode('ascii')}"
 
 
 def _local(key: str, value: str, name: str) -> str:

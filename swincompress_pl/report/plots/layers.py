@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
+from swincompress_pl.report.content.names import readable
 from swincompress_pl.report.layers import LayerSparsity
 from swincompress_pl.report.operations import OperationTime
 from swincompress_pl.report.plots.drawing import EMPTY, LAST, bars, new_figure
@@ -42,7 +43,7 @@ def layer_sparsities(layers: Sequence[LayerSparsity]) -> Figure | None:
     places = range(len(shown))
     ax.barh(places, [100] * len(shown), color=EMPTY, height=0.72)
     ax.barh(places, percent, color=LAST, height=0.72)
-    ax.set_yticks(places, [layer.name for layer in shown], fontsize=7.5)
+    ax.set_yticks(places, [readable(layer.name) for layer in shown], fontsize=7.5)
     for place, value in zip(places, percent, strict=True):
         ax.text(101, place, f"{value:.0f} %", va="center", fontsize=7.5)
     ax.set_ylim(len(shown) - 0.4, -0.6)
@@ -73,22 +74,9 @@ def operation_latency(operations: Sequence[OperationTime]) -> Figure | None:
     left.set_xlim(0, 1.55 * max(by_kind.values()))
     left.set_title(f"By kind of operation ({total:.3g} ms)")
     bars(
-        right, [short(operation.name) for operation in slowest], [operation.time_ms for operation in slowest],
+        right, [readable(operation.name) for operation in slowest], [operation.time_ms for operation in slowest],
         lambda v: f"{v:.3g} ms", [colors[operation.kind] for operation in slowest],
     )  # fmt: skip
     right.tick_params(axis="y", labelsize=8)
     right.set_title(f"The slowest {len(slowest)} of {len(operations)} operations")
     return figure
-
-
-def short(name: str) -> str:
-    """Shortens the name of operations that ran as one: "a.b.c+a.b.d" becomes "a.b.c+d"."""
-    first, *later = name.split("+")
-    path = first.split(".")
-    for other in later:
-        parts = other.split(".")
-        shared = 0
-        while shared < min(len(path), len(parts)) - 1 and path[shared] == parts[shared]:
-            shared += 1
-        first += "+" + ".".join(parts[shared:])
-    return first

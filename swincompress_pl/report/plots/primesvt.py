@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 
 from swincompress_pl.pruning import PrimeSVTResult
 from swincompress_pl.pruning.prime.result import Candidate
+from swincompress_pl.report.content.names import readable
 from swincompress_pl.report.plots.drawing import (
     ALERT,
     BASE,
@@ -100,7 +101,7 @@ def robustness_by_block(result: Result) -> Figure | None:
         colors = [_BAND_COLORS[min(block.band, len(_BAND_COLORS) - 1)] for block in blocks]
         values = [float(block.robustness or 0) for block in blocks]
         ax.barh(places, values, color=colors)
-        ax.set_yticks(places, [block.name for block in blocks], fontsize=8)
+        ax.set_yticks(places, [readable(block.name) for block in blocks], fontsize=8)
         ax.invert_yaxis()
         for place, block, value in zip(places, blocks, values, strict=True):
             ax.annotate(
@@ -137,7 +138,7 @@ def curves_by_block(result: Result) -> Figure | None:
                 saved = f"{np.interp(block.rate, at, savings):.1f} %"
                 ax.annotate(saved, (101.5, row), va="center", fontsize=7.5, annotation_clip=False)
         ax.annotate("saves", (101.5, -1), va="center", fontsize=7.5, annotation_clip=False)
-        ax.set_yticks(range(len(known.blocks)), [block.name for block in known.blocks], fontsize=8)
+        ax.set_yticks(range(len(known.blocks)), [readable(block.name) for block in known.blocks], fontsize=8)
         ax.set_ylim(len(known.blocks) - 0.4, -0.6)
         ax.set_xlim(0, 100)
         ax.set_xlabel("rate: percent of the units removed (bar: as the policy left it; dots: measured alone)")
@@ -188,7 +189,7 @@ def spike_rates(before: Mapping[str, float], after: Mapping[str, float] | None =
         if after is not None:
             found = [(100 * after[name], place) for place, name in enumerate(before) if name in after]
             ax.plot([x for x, _ in found], [y for _, y in found], "o", color=LAST, markersize=4.5, label="pruned")
-        ax.set_yticks(places, list(before), fontsize=7)
+        ax.set_yticks(places, [readable(name) for name in before], fontsize=7)
         ax.invert_yaxis()
         ax.set_xlim(left=0)
         ax.grid()

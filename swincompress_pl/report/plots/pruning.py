@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
 from swincompress_pl.pruning.adaptive.state import SearchState
+from swincompress_pl.report.content.names import LISTS, readable
 from swincompress_pl.report.content.numbers import unit_of
-from swincompress_pl.report.plots.drawing import ALERT, EDGE, EMPTY, LAST, PAGE, finished, new_figure, style
+from swincompress_pl.report.plots.drawing import ALERT, EDGE, HEAT, LAST, PAGE, finished, new_figure, style
 from swincompress_pl.report.search import kinds_of, last_round, read_search, sensitivity_curve, sparsities_by_round
 
 Search = Mapping[str, Any] | SearchState
@@ -164,9 +164,8 @@ def _heat_map(ax: Axes, rows: Sequence[tuple[str, int | None]], gone: Any, heigh
     for place, (_, number) in enumerate(rows):
         if number is not None:
             cells[place] = 100 * gone[number]
-    colors = LinearSegmentedColormap.from_list("removed", [EMPTY, "#8db9e0", LAST, "#0a2a4d"])
     image = ax.imshow(
-        np.ma.masked_invalid(cells), cmap=colors, vmin=0, vmax=100, aspect="auto", interpolation="none",
+        np.ma.masked_invalid(cells), cmap=HEAT, vmin=0, vmax=100, aspect="auto", interpolation="none",
         extent=(0.5, rounds + 0.5, len(rows) - 0.5, -0.5),
     )  # fmt: skip
     lines: Any = {"color": PAGE, "linewidth": 0.7}
@@ -279,17 +278,18 @@ def _mean_score(curve: Sequence[tuple[float, float]]) -> float:
 def _short_names(names: Sequence[str]) -> list[str]:
     """Drops the parts between dots with which all names end, and from long names those with which all begin.
 
-    Every name keeps at least one part.
+    Every name keeps at least one part, and a list of layers keeps its name. What is left is put into words.
     """
     parts = [name.split(".") for name in names]
     if len(parts) < 2:
-        return list(names)
+        return [readable(name) for name in names]
     last = min(_shared([part[::-1] for part in parts]), min(map(len, parts)) - 1)
     parts = [part[: len(part) - last] for part in parts]
     if max(len(".".join(part)) for part in parts) > _LONG_NAME:
         first = min(_shared(parts), min(map(len, parts)) - 1)
+        first = next((number for number, part in enumerate(parts[0][:first]) if part in LISTS), first)
         parts = [part[first:] for part in parts]
-    return [".".join(part) for part in parts]
+    return [readable(".".join(part)) for part in parts]
 
 
 def _shared(parts: Sequence[Sequence[str]]) -> int:

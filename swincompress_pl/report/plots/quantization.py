@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from swincompress_pl.quant.diagnosis import Diagnosis, Histogram, QuantizationError, QuantizerCost
+from swincompress_pl.report.content.names import readable
 from swincompress_pl.report.content.numbers import megabytes
 from swincompress_pl.report.diagnosis import all_packed_bytes, label, packed_bytes, read_diagnosis
 from swincompress_pl.report.plots.drawing import EDGE, LAST, TEXT, finished, new_figure, style
@@ -146,7 +147,7 @@ def _histogram(ax: Axes, histogram: Histogram) -> None:
     ax.set_xlim(low - 0.03 * (high - low), high + 0.03 * (high - low))
     ax.set_xlabel("value, in steps")
     ax.set_ylabel("count")
-    ax.set_title(label(histogram), fontsize=9.5)
+    ax.set_title(readable(label(histogram)), fontsize=9.5)
 
 
 def _bits(known: Diagnosis) -> Figure | None:
@@ -161,7 +162,7 @@ def _bits(known: Diagnosis) -> Figure | None:
         for place, (bits, weights) in enumerate(known.layers.values()):
             text = f"{bits}, {megabytes(packed_bytes(bits, weights))}"
             ax.text(bits + 0.1, place, text, va="center", fontsize=7)
-        ax.set_yticks(places, list(known.layers), fontsize=7.5)
+        ax.set_yticks(places, [readable(name) for name in known.layers], fontsize=7.5)
         ax.set_ylim(len(known.layers) - 0.4, -0.6)
         ax.set_xlim(0, 9.6)
         ax.set_xticks(range(0, 9, 2))
@@ -180,7 +181,7 @@ def _worst(errors: Sequence[QuantizationError], key: Any) -> list[QuantizationEr
 def _row_figure(rows: Sequence[QuantizerCost | QuantizationError]) -> tuple[Figure, Axes]:
     figure = new_figure(8.6, 1.3 + 0.19 * len(rows))
     ax = figure.add_subplot()
-    ax.set_yticks(range(len(rows)), [label(row) for row in rows], fontsize=7.5)
+    ax.set_yticks(range(len(rows)), [readable(label(row)) for row in rows], fontsize=7.5)
     ax.set_ylim(len(rows) - 0.4, -0.6)
     ax.tick_params(axis="y", length=0)
     ax.grid(axis="x")
