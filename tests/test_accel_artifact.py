@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +19,7 @@ from support.whole_programs import images_of, swin_program, vit_program
 
 from swincompress_pl import accel, files, spec
 from swincompress_pl.accel import ArtifactError, artifact
+from swincompress_pl.cli.inspect import describe_artifact
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +111,30 @@ def test_other_versions_are_refused(path: Path) -> None:
         message = f"artifact version {json.dumps(version)}; this package reads versions 1 to 3: update it, or export"
         with pytest.raises(ArtifactError, match=re.escape(message)):
             accel.load(path)
+
+
+@pytest.mark.parametrize("compression", [None, "lzma"])
+@pytest.mark.parametrize("load", [accel.load, accel.reference, describe_artifact])
+def test_another_version_is_not_said_to_be_altered(
+    program: spec.Program, tmp_path: Path, compression: str | None, load: Callable[[Path], object]
+) -> None:
+    """Versions come first: the checksum of another version, and its tensors, may be of another kind."""
+    path = accel.export(program, tmp_path / "model.safetensors", compression)
+    rewrite(path, {**metadata_of(path), "version": 4})
+    with pytest.raises(ArtifactError, match="artifact version 4; this package reads versions 1 to 3: update"):
+        load(path)
+    save_file({"weight": np.zeros(3, dtype=np.float32)}, path, {artifact.METADATA_KEY: json.dumps(metadata_of(path))})
+    with pytest.raises(ArtifactError, match="artifact version 4; this package reads versions 1 to 3: update"):
+        load(path)
+
+
+@pytest.mark.parametrize("load", [accel.load, accel.reference, describe_artifact])
+def test_another_specification_is_not_said_to_be_altered(path: Path, load: Callable[[Path], object]) -> None:
+    metadata = metadata_of(path)
+    metadata["description"]["norm_version"] = 2
+    rewrite(path, metadata)
+    with pytest.raises(ArtifactError, match="version 2; this package runs version 1: .* install the package that wrote"):
+        load(path)
 
 
 @pytest.mark.parametrize("seed", range(20))

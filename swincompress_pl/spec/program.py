@@ -252,7 +252,7 @@ class Program:
             if type(version) is not int or version != NORM_VERSION:
                 raise ProgramError(
                     f"program of specification version {version!r}; this package runs version {NORM_VERSION}: "
-                    "export the model again"
+                    "export the model again with this package, or install the package that wrote it"
                 )
             operations, classes = _typed(description, "operations", list), description["classes"]
             if len(operations) > OPERATIONS_MAX:

@@ -185,12 +185,17 @@ void require_bounded(const Program& program, const Artifact& artifact) {
 
 }  // namespace
 
-Program read_program(const Artifact& artifact) {
-    const Json& description = artifact.description;
+void require_norm_version(const Json& description) {
     const Json* version = description.find("norm_version");
     if (version == nullptr || version->integer() != kNormVersion)
         throw ArtifactError("program of specification version " + (version == nullptr ? "none" : json_text(*version)) +
-                            "; this package runs version 1: export the model again");
+                            "; this package runs version 1: export the model again with this package, or install the "
+                            "package that wrote it");
+}
+
+Program read_program(const Artifact& artifact) {
+    const Json& description = artifact.description;
+    require_norm_version(description);
     Program program{};
     try {
         program.input = parse_input(entry_of(description, "input", Json::Kind::object));

@@ -35,6 +35,11 @@ Size parse_version(const Json& content) {
                         ": update it, or export the model again with it");
 }
 
+// A description that is incomplete is left to the checksum.
+void refuse_other_norm(const Json& description) {
+    if (description.find("norm_version") != nullptr) require_norm_version(description);
+}
+
 // A borrowed tensor may lie anywhere: int32 at an odd address is moved.
 void align(Artifact& artifact) {
     for (auto& [key, tensor] : artifact.tensors) {
@@ -73,10 +78,15 @@ std::string artifact_checksum(const Json& description, const std::map<std::strin
 }
 
 Artifact read_artifact(const std::byte* bytes, std::size_t size) {
-    Container container = read_safetensors(bytes, size, kMetadataKey);
-    Json content = parse_metadata(container.metadata);
+    Json content;
+    Size version = 0;
+    // Versions come before tensors and checksum: what another version wrote is not damaged.
+    Container container = read_safetensors(bytes, size, kMetadataKey, [&](const std::string& text) {
+        content = parse_metadata(text);
+        version = parse_version(content);
+        if (const Json* description = content.find("description")) refuse_other_norm(*description);
+    });
     container.metadata = {};
-    const Size version = parse_version(content);
     const Json* coded = version == 2 ? content.find("content") : nullptr;
     if (coded != nullptr && missing_coders() != nullptr)
         throw CodedError(std::string("an entropy-coded artifact, and this library is built without ") +
@@ -85,6 +95,7 @@ Artifact read_artifact(const std::byte* bytes, std::size_t size) {
     align(artifact);
     if (coded != nullptr) {
         artifact.description = decode_artifact(artifact, *coded);
+        refuse_other_norm(artifact.description);
     } else {
         if (version > 1) restore(artifact, content.find("storage"), version);
         if (Json* description = content.find("description")) artifact.description = std::move(*description);

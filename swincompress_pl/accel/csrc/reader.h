@@ -43,6 +43,9 @@ constexpr std::size_t kOperationsMax = 10000;
 constexpr Size kPreparedBytesFree = Size{1} << 26;
 constexpr double kPreparedRatioMax = 8;
 
+// Throws ArtifactError unless the description is of the version of the specification that this engine runs.
+void require_norm_version(const Json& description);
+
 // Reads the description and requires that every operation reads only what an earlier one writes. The rules of the
 // specification are not checked here. Throws ArtifactError, which names the operation if there is one.
 Program read_program(const Artifact& artifact);

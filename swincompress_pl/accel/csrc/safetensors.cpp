@@ -105,9 +105,11 @@ void require_name(const std::string& name, const char* what) {
                             std::to_string(kNameBytesMax) + " are read");
 }
 
-Container read_safetensors(const std::byte* bytes, std::size_t size, const std::string& key) {
+Container read_safetensors(const std::byte* bytes, std::size_t size, const std::string& key,
+                           const std::function<void(const std::string&)>& admit) {
     const Json header = parse_header(bytes, size);
     Container container{metadata_entry(header, key), {}};
+    admit(container.metadata);
     std::size_t start = 8;
     for (std::size_t i = 0; i < 8; ++i) start += static_cast<std::size_t>(bytes[i]) << (8 * i);
     std::vector<Span> spans;

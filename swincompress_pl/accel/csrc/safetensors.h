@@ -1,6 +1,7 @@
 // The container: a safetensors file in memory, with every offset, shape and length checked.
 #pragma once
 
+#include <functional>
 #include <map>
 #include <string>
 #include <vector>
@@ -29,6 +30,9 @@ constexpr std::size_t kNameBytesMax = 1024;  // of the name of a tensor, an oper
 void require_name(const std::string& name, const char* what);
 
 // Throws ArtifactError. A file without the metadata entry `key` is refused as foreign before its tensors are checked.
-Container read_safetensors(const std::byte* bytes, std::size_t size, const std::string& key);
+// `admit` also sees the entry before that: the tensors of another version may be of another kind.
+Container read_safetensors(
+    const std::byte* bytes, std::size_t size, const std::string& key,
+    const std::function<void(const std::string&)>& admit = [](const std::string&) {});
 
 }  // namespace swincompress
