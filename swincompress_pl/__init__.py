@@ -14,6 +14,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from swincompress_pl._deprecated import install as _find_old_modules
+from swincompress_pl.dependencies import missing_package as _missing_package
 
 if TYPE_CHECKING:
     from swincompress_pl.accel import export, load
@@ -39,11 +40,16 @@ _find_old_modules()
 
 
 def __getattr__(name: str) -> Any:
-    if name in _ROOM_OF:
-        return getattr(importlib.import_module(f"{__name__}.{_ROOM_OF[name]}"), name)
-    if name in _ROOMS:
-        return importlib.import_module(f"{__name__}.{name}")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _ROOM_OF and name not in _ROOMS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        room = importlib.import_module(f"{__name__}.{_ROOM_OF.get(name, name)}")
+    except ImportError as error:
+        missing = _missing_package(error)
+        if missing is None:
+            raise
+        raise ImportError(f"{__name__}.{name}: {missing}") from error
+    return getattr(room, name) if name in _ROOM_OF else room
 
 
 def __dir__() -> list[str]:

@@ -64,7 +64,7 @@ MODULES: dict[str, str] = {
     "quant.build": "quant.graph.builder",
     "quant.cut": "quant.scale_cut",
     "quant.debug": "quant.diagnosis",
-    "quant.inspection": "quant.text_table",
+    "quant.inspection": "text_table",
     "quant.neurons": "quant.graph.neurons",
     "quant.nodes": "quant.graph.nodes",
     "quant.site_errors": "quant.diagnosis.errors",

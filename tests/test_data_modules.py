@@ -19,7 +19,6 @@ from torch.utils.data import DataLoader
 from swincompress_pl.data import CIFAR10, Digits, ImageClassificationData, ImageNetFolder, PadCropFlip, Preprocessing
 from swincompress_pl.data.cifar import CLASS_NAMES
 from swincompress_pl.data.imagenet import official_class_index
-from swincompress_pl.data.progress import with_progress
 
 WNIDS = ("n01440764", "n01443537", "n02099601", "n15075141")  # classes 0, 1, 207 and 999
 
@@ -354,16 +353,6 @@ def test_cifar_can_be_enlarged_for_a_larger_network(cifar_tree: Path) -> None:
     preprocessing = Preprocessing(height=64, width=64, resize=64)
     data = CIFAR10(cifar_tree, holdout=10, preprocessing=preprocessing, augmentation=PadCropFlip(), batch_size=4)
     assert next(iter(data.train_dataloader()))[0].shape == (4, 3, 64, 64)
-
-
-# Progress
-
-
-def test_progress_passes_everything_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    assert list(with_progress(range(5), "counting", 5)) == list(range(5))
-    assert capsys.readouterr().err == ""
-    monkeypatch.setattr("swincompress_pl.data.progress.SILENT_S", -1.0)
-    assert list(with_progress(iter("abc"), "counting", 3)) == ["a", "b", "c"]
 
 
 # Real images

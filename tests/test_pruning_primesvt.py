@@ -504,7 +504,7 @@ def test_progress_tells_how_long_it_may_take() -> None:
     result = primesvt(network, holdout_of(network), config, progress=told.append)
     assert [p.candidate for p in told] == result.candidates
     assert [p.phase for p in told] == sorted((p.phase for p in told), key=["target set", "robustness", "policy"].index)
-    assert all(1 <= p.done <= p.total for p in told)
+    assert all(p.place() == (f"PrimeSVT: {p.phase}", p.done, p.total) and 1 <= p.done <= p.total for p in told)
     assert all(p.left_s is None or p.left_s >= 0 for p in told)
     assert [p.done for p in told if p.phase == "target set"] == [1, 2, 3, 4]
 

@@ -11,7 +11,8 @@ from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
-from swincompress_pl.cli.common import integers, progress
+from swincompress_pl.cli.common import integers
+from swincompress_pl.progress import progress_bar
 from swincompress_pl.report import describe_environment, program_macs
 from swincompress_pl.report.comparison.runtimes import parse_runtimes
 from swincompress_pl.report.plain import write_text
@@ -63,13 +64,13 @@ def _measure(given: Namespace, model: str) -> Iterator[dict[str, Any]]:
     """The figures of `model`, one batch after the other."""
     with tempfile.TemporaryDirectory() as directory:
         file = Path(directory) / "model.safetensors"
-        with progress() as tell:
+        with progress_bar() as tell:
             tell(f"quantizing {model}", 0, 1)
             program = export_random(model, file)
             tell("checking engine against reference", 0, 1)
             equal = answers_equal(file, program, given.images_checked)
         for batch in integers(given.batch, "--batch"):
-            with progress() as tell, tempfile.TemporaryDirectory(dir=directory) as files:
+            with progress_bar() as tell, tempfile.TemporaryDirectory(dir=directory) as files:
                 races = race_all(
                     parse_runtimes(given.against), program, file, batch=batch,
                     threads=integers(given.threads, "--threads"), rounds=given.rounds, turn_ms=given.turn_ms,

@@ -10,7 +10,8 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from swincompress_pl.cli.common import integers, progress
+from swincompress_pl.cli.common import integers
+from swincompress_pl.progress import progress_bar
 from swincompress_pl.report import describe_environment
 from swincompress_pl.report.comparison.kernels import bench_linear
 from swincompress_pl.report.markdown import table
@@ -43,7 +44,7 @@ def main() -> int:
     command.add_argument("--output", type=str, default=str(_RESULTS), help="directory of the results")
     given = command.parse_args()
     rows = []
-    with progress() as tell:
+    with progress_bar() as tell:
         for threads in integers(given.threads, "--threads"):
             for number, (m, n, k) in enumerate(SHAPES):
                 tell(f"{m} x {n} x {k}, {threads} thread(s)", number, len(SHAPES))

@@ -79,11 +79,11 @@ def _unpack(given: argparse.Namespace) -> None:
 
 def _latency(given: argparse.Namespace) -> None:
     """Swin-T pruned by 20, 40 and 60 % against the dense one, on this CPU"""
-    from swincompress_pl.cli.common import progress
+    from swincompress_pl.progress import progress_bar
 
     from .latency import latency
 
-    with progress() as tell:
+    with progress_bar() as tell:
         figures = latency(
             given.model, None, threads=[int(n) for n in given.thread_counts.split(",")], rounds=given.rounds,
             turn_ms=given.turn_ms, tell=tell,

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from swincompress_pl.cli.common import progress
+from swincompress_pl.progress import progress_bar
 from swincompress_pl.quant.quantize import ROUNDINGS
 from swincompress_pl.report import describe_environment
 from swincompress_pl.report.plain import write_text
@@ -71,7 +71,7 @@ def _speed(given: argparse.Namespace) -> None:
     from .speed import measure
 
     counts = [int(count) for count in given.thread_counts.split(",")]
-    with progress() as tell:
+    with progress_bar() as tell:
         for name in given.models.split(","):
             _keep(
                 given,

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
+from importlib.machinery import PathFinder
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,14 +15,35 @@ from swincompress_pl import spec
 from swincompress_pl.printable import printable
 from swincompress_pl.spec.reference import tensors_of
 
+_HERE = Path(__file__).resolve().parent
+
+
+def _hidden_package() -> Path | None:
+    """The installed package that this folder hides, because it comes first on the path, without an engine."""
+    root = _HERE.parents[1]
+    found = PathFinder.find_spec(_HERE.parent.name, [entry for entry in sys.path if Path(entry).resolve() != root])
+    return None if found is None or found.origin is None else Path(found.origin).parent
+
+
+def _why_no_engine(error: ImportError) -> str:
+    hidden, built = _hidden_package(), [file for file in _HERE.glob("_core.*") if file.suffix in (".so", ".pyd")]
+    if hidden is not None and not built:
+        return (
+            f"{_HERE.parent} has no compiled engine, and hides the package that is installed in {hidden}; run in "
+            f"another folder than {_HERE.parents[1]}, or install these sources in place: "
+            f"pip install -e {_HERE.parents[1]}"
+        )
+    return (
+        f"the C++ engine swincompress_pl.accel._core cannot be loaded ({error if built else 'it is not built'}); build "
+        "it with `pip install .`, or in a source tree: cmake -S . -B build/dev -DCMAKE_BUILD_TYPE=Release && "
+        "cmake --build build/dev && cmake --install build/dev --prefix ."
+    )
+
+
 try:
     from swincompress_pl.accel import _core
 except ImportError as error:
-    raise ImportError(
-        f"the C++ engine swincompress_pl.accel._core cannot be loaded ({error}); build it with `pip install .`, or in "
-        "a source tree: cmake -S . -B build/dev -DCMAKE_BUILD_TYPE=Release && cmake --build build/dev && "
-        "cmake --install build/dev --prefix ."
-    ) from error
+    raise ImportError(_why_no_engine(error)) from error
 
 THREADS_MAX = 256
 CodedError = _core.CodedError  # raised for an entropy-coded artifact, which only Python decodes

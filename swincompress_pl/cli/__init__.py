@@ -14,6 +14,7 @@ from typing import Protocol
 
 from swincompress_pl import __version__
 from swincompress_pl.cli.messages import short
+from swincompress_pl.dependencies import missing_package
 from swincompress_pl.printable import printable
 from swincompress_pl.registry import UnsupportedNetworkError
 
@@ -119,7 +120,7 @@ def _is_user_error(error: Exception) -> bool:
 
 
 def _one_line(error: Exception) -> str:
-    text = printable(" ".join(short(str(error)).split()))
+    text = missing_package(error) or printable(" ".join(short(str(error)).split()))
     if text and not text.endswith(":"):
         return text
     while error.__cause__ is not None and isinstance(error.__cause__, Exception):  # an error without words

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+import argparse
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from jsonargparse import Namespace
-from rich.table import Table
-
 from swincompress_pl.accel.profile import ABOVE_THE_PEAK
-from swincompress_pl.cli.common import console, existing_file, integers, is_checkpoint, parser, print_json, progress
+from swincompress_pl.cli.common import existing_file, integers, is_checkpoint, parser, print_json
 from swincompress_pl.printable import printable
+from swincompress_pl.progress import progress_bar
 from swincompress_pl.report.comparison.bench import Bench, bench_artifact
 from swincompress_pl.report.comparison.compare import Result
-from swincompress_pl.report.comparison.kernels import bench_linear
+from swincompress_pl.report.comparison.kernels import KernelBench, bench_linear
 from swincompress_pl.report.comparison.runtimes import LATENCY_ONLY, RUNTIMES, parse_runtimes
 from swincompress_pl.report.content.numbers import count, megabytes
 from swincompress_pl.report.environment import available_cores
 from swincompress_pl.report.operations import OperationTime
+from swincompress_pl.text_table import text_table
 
 KERNELS = ("linear",)
 _MISMATCH = 1
@@ -45,7 +45,7 @@ def main(name: str, arguments: Sequence[str]) -> int:
     return _bench_kernel(given) if given.kernel is not None else _bench_artifact(given)
 
 
-def _arguments(name: str, arguments: Sequence[str]) -> Namespace:
+def _arguments(name: str, arguments: Sequence[str]) -> argparse.Namespace:
     command = parser(
         name,
         "Measures an artifact on the integer engine, alone or against other runtimes on the same architecture, or one "
@@ -75,14 +75,14 @@ def _arguments(name: str, arguments: Sequence[str]) -> Namespace:
     return command.parse_args(list(arguments))
 
 
-def _bench_artifact(given: Namespace) -> int:
+def _bench_artifact(given: argparse.Namespace) -> int:
     file = existing_file(given.file)
     if is_checkpoint(file):
         raise ValueError(
             f"{file} is a checkpoint; write it as an artifact first: `swincompress export {file} -o model.safetensors`"
         )
     others = parse_runtimes(given.against or "")
-    with tempfile.TemporaryDirectory() as directory, progress() as on_progress:
+    with tempfile.TemporaryDirectory() as directory, progress_bar() as on_progress:
         outcome = bench_artifact(
             file,
             threads=given.threads or available_cores(),
@@ -102,31 +102,20 @@ def _bench_artifact(given: Namespace) -> int:
 
 
 def _show(outcome: Bench, file: Path) -> None:
-    shown = console()
-    shown.print(
-        f"{file.name}: {count(outcome.macs)} MACs per image, {megabytes(outcome.file_bytes)}, batch {outcome.batch}"
-    )
-    shown.print(
+    print(f"{file.name}: {count(outcome.macs)} MACs per image, {megabytes(outcome.file_bytes)}, batch {outcome.batch}")
+    print(
         f"{outcome.environment['cpu']}, threads {outcome.environment['threads']}, "
         f"implementation {outcome.implementation}"
     )
-    rows = Table()
-    for column in ("runtime", "median ms", "quartiles ms", "GMAC/s", "times engine", "load ms", "file", "peak RSS"):
-        rows.add_column(
-            column,
-            justify="left" if column == "runtime" else "right",
-            min_width=len("onnxruntime") if column == "runtime" else None,
-        )
-    for result in outcome.results:
-        rows.add_row(*_cells(result, outcome))
-    shown.print(rows)
+    header = ["runtime", "median ms", "quartiles ms", "GMAC/s", "times engine", "load ms", "file", "peak RSS"]
+    print(text_table(header, (_cells(result, outcome) for result in outcome.results)))
     for result in outcome.results:
         if result.unavailable:
-            shown.print(printable(f"{result.name}: {result.unavailable}"))
+            print(printable(f"{result.name}: {result.unavailable}"))
     verdict = "identical to the reference" if outcome.answers_equal else "DIFFERENT from the reference"
-    shown.print(f"integer logits of {outcome.images_checked} random images: {verdict}")
+    print(f"integer logits of {outcome.images_checked} random images: {verdict}")
     if len(outcome.results) > 1:
-        shown.print(LATENCY_ONLY)
+        print(LATENCY_ONLY)
     if outcome.operations:
         _show_operations(outcome.operations)
 
@@ -149,21 +138,19 @@ def _cells(result: Result, outcome: Bench) -> list[str]:
 
 
 def _show_operations(operations: Sequence[OperationTime]) -> None:
-    rows = Table(title="operations")
-    for column in ("operation", "kind", "ms", "MACs", "GMAC/s", "of the peak"):
-        rows.add_column(column, justify="left" if column in ("operation", "kind") else "right")
+    rows = []
     for operation in operations:
         speed = f"{operation.macs / operation.time_ms / 1e6:.1f}" if operation.macs and operation.time_ms else ""
-        rows.add_row(
-            printable(operation.name), operation.kind, f"{operation.time_ms:.4f}", f"{operation.macs:,}", speed,
-            "" if operation.peak_share is None else f"{operation.peak_share:.0%}",
-        )  # fmt: skip
-    console().print(rows)
+        peak = "" if operation.peak_share is None else f"{operation.peak_share:.0%}"
+        name = printable(operation.name)
+        rows.append([name, operation.kind, f"{operation.time_ms:.4f}", f"{operation.macs:,}", speed, peak])
+    print("operations:")
+    print(text_table(["operation", "kind", "ms", "MACs", "GMAC/s", "of the peak"], rows, text=2))
     if any((operation.peak_share or 0) > 1 for operation in operations):
-        console().print(ABOVE_THE_PEAK)
+        print(ABOVE_THE_PEAK)
 
 
-def _bench_kernel(given: Namespace) -> int:
+def _bench_kernel(given: argparse.Namespace) -> int:
     if given.kernel not in KERNELS:
         raise ValueError(f"unknown kernel {given.kernel!r}; kernels are {', '.join(KERNELS)}")
     rows, outputs, inputs = integers(given.shape or _SHAPE, "--shape", count=3)
@@ -174,15 +161,19 @@ def _bench_kernel(given: Namespace) -> int:
     if given.json:
         print_json([outcome.to_dict() for outcome in outcomes])
     else:
-        table = Table(title=f"linear, M={rows} N={outputs} K={inputs}, {given.threads or 1} thread(s)")
-        for column in ("implementation", "median ms", "quartiles ms", "GMAC/s", "of the peak", "equals the reference"):
-            table.add_column(column, justify="left" if column == "implementation" else "right")
-        for outcome in outcomes:
-            low, high = outcome.latency.quartiles_ms
-            equal = "yes" if outcome.answers_equal else "NO"
-            table.add_row(
-                outcome.implementation, f"{outcome.latency.median_ms:.4f}", f"{low:.4f} .. {high:.4f}",
-                f"{outcome.gmacs_per_second:.1f}", f"{outcome.peak_share:.0%}", equal,
-            )  # fmt: skip
-        console().print(table)
+        print(f"linear, M={rows} N={outputs} K={inputs}, {given.threads or 1} thread(s):")
+        header = ["implementation", "median ms", "quartiles ms", "GMAC/s", "of the peak", "equals the reference"]
+        print(text_table(header, map(_kernel_cells, outcomes)))
     return 0 if all(outcome.answers_equal for outcome in outcomes) else _MISMATCH
+
+
+def _kernel_cells(outcome: KernelBench) -> list[str]:
+    low, high = outcome.latency.quartiles_ms
+    return [
+        outcome.implementation,
+        f"{outcome.latency.median_ms:.4f}",
+        f"{low:.4f} .. {high:.4f}",
+        f"{outcome.gmacs_per_second:.1f}",
+        f"{outcome.peak_share:.0%}",
+        "yes" if outcome.answers_equal else "NO",
+    ]

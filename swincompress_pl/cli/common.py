@@ -1,4 +1,4 @@
-"""What the sub-commands share: the parser, checks of arguments, output and progress."""
+"""What the sub-commands share: the parser, checks of arguments and output. It needs the standard library only."""
 
 from __future__ import annotations
 
@@ -6,29 +6,19 @@ import argparse
 import json
 import sys
 import textwrap
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
-
-from jsonargparse import ArgumentParser, DefaultHelpFormatter
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from typing import Any
 
 from swincompress_pl.cli import PROGRAM
 
 
-class HelpFormatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Keeps the lines of examples as they are."""
-
-
-def parser(name: str, description: str, *examples: str) -> ArgumentParser:
+def parser(name: str, description: str, *examples: str) -> argparse.ArgumentParser:
     """A parser for `swincompress name` whose --help ends with examples; it exits with code 2 on wrong arguments."""
-    return ArgumentParser(
+    return argparse.ArgumentParser(
         prog=f"{PROGRAM} {name}",
         description=textwrap.fill(description, 100),
         epilog=epilog(*examples),
-        formatter_class=HelpFormatter,
+        formatter_class=argparse.RawDescriptionHelpFormatter,  # keeps the lines of examples as they are
         allow_abbrev=False,
     )
 
@@ -69,54 +59,3 @@ def print_json(value: Any) -> None:
     """Prints a JSON document to the standard output."""
     json.dump(value, sys.stdout, indent=1, allow_nan=False)
     sys.stdout.write("\n")
-
-
-def console() -> Console:
-    """A console for tables and text on the standard output; unless it is a terminal, lines are not wrapped."""
-    shown = Console(highlight=False, markup=False, soft_wrap=True)
-    if not shown.is_terminal:
-        shown = Console(highlight=False, markup=False, soft_wrap=True, width=200)
-    return shown
-
-
-class ReportProgress(Protocol):
-    """Shows progress."""
-
-    def __call__(self, what: str, done: int, total: int) -> None:
-        """Says what is being done, and how many of its steps are done."""
-        ...
-
-
-@contextmanager
-def progress() -> Iterator[ReportProgress]:
-    """Shows a progress bar on the standard error until the context ends, or plain lines if it is not a terminal."""
-    errors = Console(stderr=True)
-    if not errors.is_terminal:
-        yield _Lines()
-        return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed}/{task.total}"),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=errors, transient=True) as bar:
-        task = bar.add_task("")
-
-        def report(what: str, done: int, total: int) -> None:
-            bar.update(task, description=what, completed=done, total=total)
-
-        yield report
-
-
-class _Lines:
-    """Progress without a terminal: one line when something else begins, and none for its single steps."""
-
-    def __init__(self) -> None:
-        self._shown = ""
-
-    def __call__(self, what: str, done: int, total: int) -> None:
-        kind = what.split(" ")[0]
-        if kind != self._shown:
-            self._shown = kind
-            print(f"{what} ({done}/{total})", file=sys.stderr, flush=True)

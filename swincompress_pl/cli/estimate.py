@@ -16,11 +16,10 @@ from jsonargparse.typing import PositiveInt
 from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelSummary, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser
-from rich.table import Table
 
 from swincompress_pl.callbacks import AdaptiveIterativePruning, PrimeSVT, QuantizationAwareTraining
 from swincompress_pl.cli import PROGRAM
-from swincompress_pl.cli.common import HelpFormatter, console, epilog, print_json
+from swincompress_pl.cli.common import epilog, print_json
 from swincompress_pl.cli.measured_fit import (
     EpochTime,
     MakeTrainer,
@@ -30,10 +29,12 @@ from swincompress_pl.cli.measured_fit import (
     measure_search,
     peak_memory_bytes,
 )
+from swincompress_pl.cli.parsing import HelpFormatter
 from swincompress_pl.cli.signals import EndedBySignal, ended_by_signals
 from swincompress_pl.cli.train import CompressionCLI, command_line
 from swincompress_pl.report.content.numbers import megabytes
 from swincompress_pl.report.curves import TrainingCurves
+from swincompress_pl.text_table import text_table
 
 _DESCRIPTION = (
     "Measures a few batches of training and validation, a search on a few of its targets, and the exchange to "
@@ -294,15 +295,14 @@ def _search(
 
 
 def _show(parts: Sequence[Part], devices: int, memory_bytes: int) -> None:
-    table = Table("part", "times", "each", "in all", "measured on")
+    rows = []
     for part in parts:
         each, total = (_duration(seconds / devices) for seconds in (part.seconds, part.total_s))
-        table.add_row(part.name, f"{part.times:g}", each, total, part.detail)
-    shown = console()
-    shown.print(table)
+        rows.append([part.name, part.detail, f"{part.times:g}", each, total])
+    print(text_table(["part", "measured on", "times", "each", "in all"], rows, text=2))
     whole = _duration(sum(part.total_s for part in parts) / devices)
     on = "1 device" if devices == 1 else f"{devices} devices"
-    shown.print(f"The whole fit: {whole} on {on}; memory {megabytes(memory_bytes)}.\n{_NOTE}")
+    print(f"The whole fit: {whole} on {on}; memory {megabytes(memory_bytes)}.\n{_NOTE}")
 
 
 def _duration(seconds: float) -> str:

@@ -13,7 +13,8 @@ import yaml  # type: ignore[import-untyped]
 from jsonargparse import ArgumentParser
 
 from swincompress_pl import accel
-from swincompress_pl.cli.common import existing_file, is_checkpoint, parser, progress
+from swincompress_pl.cli.common import existing_file, is_checkpoint, parser
+from swincompress_pl.progress import progress_bar
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
@@ -224,7 +225,7 @@ def _check(network: QuantizedNetwork, file: Path, images: int) -> int:
         runs[f"engine ({engine.implementation})"] = engine.run_integer
     rng = np.random.default_rng(0)
     wrong = dict.fromkeys(runs, 0)
-    with progress() as report, torch.no_grad():
+    with progress_bar() as report, torch.no_grad():
         for number in range(images):
             report("comparing integers", number, images)
             pixels = rng.integers(0, 256, (1, *reference.program.input.value.shape), dtype=np.uint8)

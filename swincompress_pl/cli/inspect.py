@@ -7,15 +7,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
 from swincompress_pl.accel import artifact
-from swincompress_pl.cli.common import console, existing_file, is_checkpoint, parser, print_json
+from swincompress_pl.cli.common import existing_file, is_checkpoint, parser, print_json
 from swincompress_pl.history import summarize
 from swincompress_pl.printable import printable_data
 from swincompress_pl.report.content.numbers import count, megabytes
 from swincompress_pl.report.sizes import program_parameters, program_size
 from swincompress_pl.spec import Cost, Program, costs
+from swincompress_pl.text_table import text_table
 
 _MAX_DEPTH = 20  # of nested data in a checkpoint; what is deeper is not shown
 
@@ -82,38 +81,39 @@ def describe_artifact(file: Path) -> dict[str, Any]:
 
 def show_artifact(described: Mapping[str, Any]) -> None:
     """Prints the description of an artifact."""
-    shown, given = console(), described["input"]
-    shown.print(
+    given = described["input"]
+    print(
         f"artifact of specification version {described['norm_version']}, {megabytes(described['file_bytes'])} on disk"
     )
     axes = [given[axis] for axis in ("time_steps", "height", "width", "channels") if axis in given]
     shape = f"(N, {', '.join(map(str, axes))})"
-    shown.print(f"input: {given['dtype']} {shape}; preprocessing: {_pairs(given['preprocessing'])}")
+    print(f"input: {given['dtype']} {shape}; preprocessing: {_pairs(given['preprocessing'])}")
     classes = described["classes"]
     more = "; ..." if classes and len(classes) > 5 else ""
-    shown.print("classes: " + ("not named" if classes is None else f"{len(classes)}: {'; '.join(classes[:5])}{more}"))
-    shown.print(f"logits: int32, one step is {described['logit_scale']:.6g}")
-    shown.print(f"parameters: {count(described['parameters'])}; MACs per image: {count(described['macs'])}")
+    print("classes: " + ("not named" if classes is None else f"{len(classes)}: {'; '.join(classes[:5])}{more}"))
+    print(f"logits: int32, one step is {described['logit_scale']:.6g}")
+    print(f"parameters: {count(described['parameters'])}; MACs per image: {count(described['macs'])}")
     size = described["size"]
-    shown.print(
+    print(
         f"bytes: {megabytes(size['nonzero_bytes'])} of non-zeros, {megabytes(size['indexed_bytes'])} with index "
         f"({size['index']}), {megabytes(size['file_bytes'])} on disk"
     )
-    _show_history(shown, described["origin"])
-    table = Table(title=f"{len(described['operations'])} operations")
-    for column in ("operation", "kind", "output", "MACs", "bytes", "accumulator / 2^31"):
-        table.add_column(column, justify="left" if column in ("operation", "kind", "output") else "right")
-    for row in described["operations"]:
-        bound = row["accumulator_bound"]
-        table.add_row(
-            row["name"],
-            row["kind"],
-            f"{row['output_dtype']} {tuple(row['output_shape'])}",
-            f"{row['macs']:,}" if row["macs"] else "",
-            f"{row['parameter_bytes']:,}" if row["parameter_bytes"] else "",
-            "" if bound is None else f"{bound / 2**31:.4f}",
-        )
-    shown.print(table)
+    _show_history(described["origin"])
+    print(f"{len(described['operations'])} operations:")
+    header = ["operation", "kind", "output", "MACs", "bytes", "accumulator / 2^31"]
+    print(text_table(header, map(_cells, described["operations"]), text=3))
+
+
+def _cells(row: Mapping[str, Any]) -> list[str]:
+    bound = row["accumulator_bound"]
+    return [
+        row["name"],
+        row["kind"],
+        f"{row['output_dtype']} {tuple(row['output_shape'])}",
+        f"{row['macs']:,}" if row["macs"] else "",
+        f"{row['parameter_bytes']:,}" if row["parameter_bytes"] else "",
+        "" if bound is None else f"{bound / 2**31:.4f}",
+    ]
 
 
 def describe_checkpoint(file: Path) -> dict[str, Any]:
@@ -144,28 +144,27 @@ def describe_checkpoint(file: Path) -> dict[str, Any]:
 
 def show_checkpoint(described: Mapping[str, Any]) -> None:
     """Prints the description of a checkpoint."""
-    shown = console()
-    shown.print(
+    print(
         f"checkpoint of Lightning {described['lightning_version']}, {megabytes(described['file_bytes'])}, "
         f"epoch {described['epoch']}, step {described['global_step']}"
     )
-    shown.print(f"{described['tensors']} tensors, {count(described['values'])} values")
+    print(f"{described['tensors']} tensors, {count(described['values'])} values")
     for key, value in described["hyperparameters"].items():
-        shown.print(f"  {key}: {value}")
+        print(f"  {key}: {value}")
     for path, history in (described["networks"] or {"": []}).items():
-        _show_history(shown, {"history": history}, path)
+        _show_history({"history": history}, path)
     if described["callbacks"]:
-        shown.print("callbacks: " + ", ".join(described["callbacks"]))
+        print("callbacks: " + ", ".join(described["callbacks"]))
 
 
-def _show_history(shown: Any, origin: Mapping[str, Any], path: str = "") -> None:
+def _show_history(origin: Mapping[str, Any], path: str = "") -> None:
     network = origin.get("network")
     if network:
-        shown.print(f"network: {network.get('name')} {_pairs(network.get('kwargs', {}))}".rstrip())
+        print(f"network: {network.get('name')} {_pairs(network.get('kwargs', {}))}".rstrip())
     history = origin.get("history") or []
-    shown.print("compression" + (f" of {path}" if path else "") + ":" + ("" if history else " none"))
+    print("compression" + (f" of {path}" if path else "") + ":" + ("" if history else " none"))
     for number, entry in enumerate(history, 1):
-        shown.print(f"  {number}. {summarize(entry)}")
+        print(f"  {number}. {summarize(entry)}")
 
 
 def _pairs(values: Mapping[str, Any]) -> str:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml  # type: ignore[import-untyped]
-from jsonargparse import get_loader, set_loader
+from jsonargparse import DefaultHelpFormatter, get_loader, set_loader
 from lightning.pytorch.cli import LightningArgumentParser
 
 import swincompress_pl.callbacks
@@ -16,6 +17,10 @@ import swincompress_pl.data
 import swincompress_pl.models  # so that configs may name their classes without the module
 from swincompress_pl._deprecated import current_arguments
 from swincompress_pl.cli.paths import with_absolute_paths
+
+
+class HelpFormatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keeps the lines of examples as they are."""
 
 
 class OneLineParser(LightningArgumentParser):

@@ -16,8 +16,8 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from swincompress_pl.callbacks.termination import TERMINATED
 from swincompress_pl.cli import PROGRAM
-from swincompress_pl.cli.common import HelpFormatter, epilog
-from swincompress_pl.cli.parsing import OneLineParser, read_configs
+from swincompress_pl.cli.common import epilog
+from swincompress_pl.cli.parsing import HelpFormatter, OneLineParser, read_configs
 from swincompress_pl.cli.paths import import_from, path_arguments
 from swincompress_pl.models.stored_arguments import restoring
 from swincompress_pl.report.fit_report import CompressionReport

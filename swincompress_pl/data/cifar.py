@@ -15,9 +15,9 @@ from swincompress_pl.data.augmentation import PadCropFlip
 from swincompress_pl.data.dataset import MemoryImages, decode_image
 from swincompress_pl.data.module import ImageClassificationData, image_files, require_folder
 from swincompress_pl.data.preprocessing import Preprocessing
-from swincompress_pl.data.progress import with_progress
 from swincompress_pl.data.sampling import Indices
 from swincompress_pl.files import write_file
+from swincompress_pl.progress import with_progress
 
 CLASS_NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 CIFAR10_PREPROCESSING = Preprocessing(

@@ -12,7 +12,7 @@ from swincompress_pl.data.augmentation import CropAndColor
 from swincompress_pl.data.dataset import FileImages
 from swincompress_pl.data.module import ImageClassificationData, image_files, require_folder
 from swincompress_pl.data.preprocessing import Preprocessing
-from swincompress_pl.data.progress import with_progress
+from swincompress_pl.progress import with_progress
 
 _LAYOUT = (
     "expected <root>/train/<class>/*.jpg and <root>/val/<class>/*.jpg, where the folders of classes are ImageNet's "

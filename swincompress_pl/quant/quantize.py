@@ -139,8 +139,8 @@ def quantize(
         classes: Names of the classes in the order of the logits, for the artifact.
         embeddings: Whether a network without a classifier (`num_classes=0`) is accepted. Its integers are the pooled
             features, for a head outside the network, and `classes` is ignored.
-        progress: True shows bars in the terminal. A function is called with the name of the step, the steps done and
-            the steps in total.
+        progress: True shows bars in a terminal or a notebook, and lines elsewhere. A function is called with the name
+            of the step, the steps done and the steps in total.
 
     Returns:
         The quantized network around `model`, in training mode; call `eval()` for the integers.

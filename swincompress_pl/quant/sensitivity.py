@@ -35,8 +35,8 @@ from swincompress_pl.quant.preprocessing import check_fit, preprocessing_of
 from swincompress_pl.quant.probe import Probe
 from swincompress_pl.quant.progress import Progress, track
 from swincompress_pl.quant.search import LayerProblem, best_equalization
-from swincompress_pl.quant.text_table import text_table
 from swincompress_pl.summaries import Tabulated
+from swincompress_pl.text_table import text_table
 
 # The number of independent draws of the Fisher matrix. The relative error of an estimate from n draws is sqrt(2 / n).
 _PROBES = 64

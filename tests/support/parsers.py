@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from typing import Any
 
 import jsonargparse
@@ -22,7 +23,8 @@ def parser_of(command: str, monkeypatch: pytest.MonkeyPatch) -> Any:
     def parse(self: Any, *_: Any, **__: Any) -> None:
         raise Caught(self)
 
-    monkeypatch.setattr(jsonargparse.ArgumentParser, "parse_args", parse)
+    for parser in (argparse.ArgumentParser, jsonargparse.ArgumentParser):
+        monkeypatch.setattr(parser, "parse_args", parse)
     monkeypatch.setattr("sys.argv", ["swincompress"])
     with pytest.raises(Caught) as caught:
         cli.main(["--debug", command])

@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from torch import nn
 
 from swincompress_pl.evaluation_mode import evaluation_mode, outside_inference_mode, replace_inference_tensors
 from swincompress_pl.interrupts import all_or_nothing
+from swincompress_pl.progress import told_progress
 from swincompress_pl.pruning.adaptive.config import AdaptivePruningConfig
 from swincompress_pl.pruning.adaptive.rounds import (
     CoupledState,
@@ -312,7 +314,8 @@ def prune(
             round, so train the result once more. Use `slice_optimizer` on its optimizer, and `keep_masks` if masks are
             set (granularities other than "structured", and `shrink="end"`).
         gradients: (network) -> Gradients, made by `collect_gradients`; for the criteria that need them.
-        progress: True prints a line for each tried step; a function is called with the step.
+        progress: True shows a bar in a terminal or a notebook, and elsewhere prints a line for each tried step. A
+            function is called with the step.
 
     Returns:
         The plan, the scores, and every tried step.
@@ -325,25 +328,37 @@ def prune(
         RankFailedError: If another process of a distributed run failed.
     """
     config = config or AdaptivePruningConfig()
-    on_step = print if progress is True else progress or None
     replace_inference_tensors(network)
     remembered = partial(all_or_nothing, written=[network])
     whole, each = (remembered, nullcontext) if recover is None else (nullcontext, remembered)
     plan = PruningPlan.identity()
     with whole():
         session = SearchSession(network, evaluate, config, input_shape=input_shape, gradients=gradients)
-        while session.state.stopped is None:
-            with each():
-                outcome = session._round(recover is not None, on_step, None)
-                if recover is not None and session.state.stopped is None:
-                    recover(network, outcome.applied)
-                    session.network_changed()
-            plan = plan.then(outcome.applied.plan)
+        with told_progress(progress, _place_in(session)) as on_step:
+            while session.state.stopped is None:
+                with each():
+                    outcome = session._round(recover is not None, on_step, None)
+                    if recover is not None and session.state.stopped is None:
+                        recover(network, outcome.applied)
+                        session.network_changed()
+                plan = plan.then(outcome.applied.plan)
         plan = plan.then(session.finish().plan)
         state = session.state
         assert state.stopped is not None
         score = state.baseline_score if state.score is None else state.score
         return PruningResult(plan=plan, score=score, steps=tuple(state.steps), stopped=state.stopped, state=state)
+
+
+def _place_in(session: SearchSession) -> Callable[[Step], tuple[str, int, int]]:
+    """What is being done at a step, how many steps of its round are done, and the most that there can be."""
+    steps: Counter[int] = Counter()
+
+    def place(step: Step) -> tuple[str, int, int]:
+        steps[step.round] += 1
+        active = sum(entry.locked is None for entry in session.state.targets.values())  # as the round began
+        return f"pruning round {step.round}", steps[step.round], active
+
+    return place
 
 
 def measure_sensitivity(

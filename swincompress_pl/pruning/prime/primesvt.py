@@ -23,6 +23,7 @@ from swincompress_pl._deprecated import renamed
 from swincompress_pl.arguments import optional, path
 from swincompress_pl.evaluation_mode import evaluation_mode, outside_inference_mode, replace_inference_tensors
 from swincompress_pl.interrupts import all_or_nothing
+from swincompress_pl.progress import told_progress
 from swincompress_pl.pruning.criteria import Gradients
 from swincompress_pl.pruning.evaluation.ranks import failing_together
 from swincompress_pl.pruning.evaluation.scorer import Evaluate, Scorer, as_evaluator
@@ -68,7 +69,8 @@ def primesvt(
             for the same network, hold-out, calibration images and accuracy constraint. A function that scores needs a
             name for it, `evaluate.fingerprint = "..."`: a string that changes whenever the function scores in another
             way. The `predict` of a `HoldOut` needs one too.
-        progress: True prints a line for each candidate; a function is called with a `PrimeProgress`.
+        progress: True shows a bar in a terminal or a notebook, and elsewhere prints a line for each candidate. A
+            function is called with a `PrimeProgress`.
 
     Returns:
         What was found and applied.
@@ -87,7 +89,7 @@ def primesvt(
     cache_path = optional(path, "evaluation_cache", evaluation_cache)
     if cache_path is not None:
         check_named(evaluator)
-    with all_or_nothing(written=[network]):
+    with all_or_nothing(written=[network]), told_progress(progress, PrimeProgress.place) as on_progress:
         with evaluation_mode(network):
             search = Search(
                 network,
@@ -96,7 +98,7 @@ def primesvt(
                 calibration=calibration,
                 gradients=gradients,
                 cache_path=cache_path,
-                on_progress=print if progress is True else progress or None,
+                on_progress=on_progress,
             )
             search.run()
             macs = None if input_shape is None else count_macs(network, input_shape)

@@ -35,6 +35,10 @@ class PrimeProgress:
     candidate: Candidate
     left_s: float | None
 
+    def place(self) -> tuple[str, int, int]:
+        """Returns what is being done, how many candidates of it are done, and in total, for a bar."""
+        return f"PrimeSVT: {self.phase}", self.done, self.total
+
     def __str__(self) -> str:
         left = "" if self.left_s is None else f", at most {self.left_s:.0f} s left in this phase"
         return f"{self.candidate}{left}"

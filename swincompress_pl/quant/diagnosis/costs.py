@@ -17,8 +17,8 @@ from swincompress_pl.quant.graph import Delegating, QuantizerSpec, Run, Weighted
 from swincompress_pl.quant.network import QuantizedNetwork
 from swincompress_pl.quant.progress import Progress, track
 from swincompress_pl.quant.scales import Scales
-from swincompress_pl.quant.text_table import show, text_table
 from swincompress_pl.spec import INPUT_VALUE
+from swincompress_pl.text_table import show, text_table
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ from swincompress_pl.quant.network import QuantizedNetwork
 from swincompress_pl.quant.progress import Progress, track
 from swincompress_pl.quant.quantizers import affine_range
 from swincompress_pl.quant.scales import Scales
-from swincompress_pl.quant.text_table import show, text_table
+from swincompress_pl.text_table import show, text_table
 
 # Quantizers of more bits than this have no error that a better scale could reduce.
 _WIDEST = 16
