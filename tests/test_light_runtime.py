@@ -86,6 +86,7 @@ print("site-packages" in swincompress_pl.__file__, "torch" in sys.modules)
         (["inspect", str(ARTIFACT)], "| head "),
         (["inspect", str(ARTIFACT), "--json"], '"operations": ['),
         (["bench", "--help"], "--against"),
+        (["completion", "bash"], "complete -o bashdefault"),
         (["bench", str(ARTIFACT), "--rounds", "1", "--operations"], "identical to the reference"),
         (["bench", str(ARTIFACT), "--rounds", "1", "--against", "torch"], "torch fp32: not installed: torch"),
         (["bench", "--kernel", "linear", "--shape", "4,8,16", "--rounds", "1"], "| scalar "),
@@ -121,7 +122,7 @@ def test_other_commands_say_what_is_missing(python: Run, name: str) -> None:
 
 
 def test_every_command_is_tried() -> None:
-    assert {*OF_TRAINING, "bench"} == set(COMMANDS)
+    assert {*OF_TRAINING, "bench", "completion"} == set(COMMANDS)
 
 
 @pytest.mark.parametrize("name", ["prune", "primesvt", "quantize", "save_network", "callbacks", "data", "models"])
