@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from swincompress_pl import accel
 from swincompress_pl.report.plain import Plain
@@ -27,6 +28,11 @@ class OperationTime(Plain):
     macs: int = 0
     size_bytes: int = 0
     peak_share: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the fields in JSON types, without an unknown share."""
+        fields = super().to_dict()
+        return fields if self.peak_share is not None else {k: v for k, v in fields.items() if k != "peak_share"}
 
 
 def operation_times(profile: accel.Profile) -> list[OperationTime]:
