@@ -31,11 +31,13 @@ from swincompress_pl.callbacks import (
 )
 from swincompress_pl.data import Digits, ShiftRotate
 from swincompress_pl.models import CompressibleClassifier, DistillationConfig, OptimizationConfig
+from swincompress_pl.progress import ReportProgress, progress_bar
 from swincompress_pl.quant import QuantizedNetwork
 from swincompress_pl.report import RunRecord, TrainingCurves, TrainingEpoch, describe_environment, write_report
 from swincompress_pl.report.stages import TestImages, measure_latency, measure_run
 
 IMAGE = (1, 3, 32, 32)
+_MEASURING_STEPS = 6  # of the bar: what measuring takes, in epochs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,9 +55,9 @@ class Schedule:
         ValueError: If `float_epochs` is not above 0, or `quantize_epoch` is not between 0 and `epochs`.
     """
 
-    float_epochs: int = 28
-    quantize_epoch: int = 11
-    epochs: int = 15
+    float_epochs: int = 22
+    quantize_epoch: int = 9
+    epochs: int = 13
     target: float = 0.45
 
     def __post_init__(self) -> None:
@@ -132,6 +134,33 @@ MODELS = {
 
 
 @dataclass
+class EpochProgress(Callback):
+    """Moves the demo's one bar at the end of every epoch.
+
+    Attributes:
+        report: What shows the progress.
+        what: What is being done.
+        before: Steps of the bar before the first epoch.
+        total: Steps of the bar.
+    """
+
+    report: ReportProgress
+    what: str
+    before: int
+    total: int
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Shows what begins."""
+        self.report(self.what, self.before, self.total)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Shows the epochs that are done, and the loss."""
+        loss = trainer.callback_metrics.get("train/loss")
+        detail = "" if loss is None else f"loss {loss:.2f}"
+        self.report(self.what, self.before + trainer.current_epoch + 1, self.total, detail)
+
+
+@dataclass
 class PrunedSnapshot(Callback):
     """Keeps a copy of the network between pruning and quantization.
 
@@ -186,12 +215,27 @@ def run(
     data = Digits(seed=seed, augmentation=ShiftRotate(shift_px=2, rotation_deg=10.0))
     lightning.seed_everything(seed, verbose=False)
     console.print(
-        f"[bold]1. Train[/] a {chosen.title} on {data.num_classes} digits, {plan.float_epochs} epochs in float"
+        f"[bold]1. Train[/] a {chosen.title} on {data.num_classes} digits, {plan.float_epochs} epochs in float\n"
+        f"[bold]2. Compress[/] it: prune and quantize in one fit of {plan.epochs} epochs\n"
+        "[bold]3. Measure[/] it beside the uncompressed network in torch and onnxruntime (where installed)"
     )
-    weights = _train(chosen, data, plan, directory)
-    console.print(f"[bold]2. Compress[/]: prune and quantize in one fit of {plan.epochs} epochs")
-    compressed = _compress(chosen, data, plan, directory, weights)
+    with progress_bar() as progress:
+        record = _work(chosen, data, plan, directory, threads, progress)
+    report = write_report(record, directory)
+    _summary(console, record, report)
+    return report
 
+
+def _work(
+    chosen: DemoModel, data: Digits, plan: Schedule, directory: Path, threads: int, progress: ReportProgress
+) -> RunRecord:
+    """Trains, compresses and measures; returns what was found."""
+    trained, compressed_at = plan.float_epochs, plan.float_epochs + plan.epochs
+    total = compressed_at + _MEASURING_STEPS
+    weights = _train(chosen, data, plan, directory, EpochProgress(progress, "training in float", 0, total))
+    compressing = EpochProgress(progress, "pruning and quantizing", trained, total)
+    compressed = _compress(chosen, data, plan, directory, weights, compressing)
+    progress("measuring", compressed_at, total)
     # The file is enough, because the checkpoint records how its network was pruned and quantized.
     module = CompressibleClassifier.load_from_checkpoint(compressed.checkpoint, distillation=None).eval()
     artifact = accel.export(module, directory / "model.safetensors")
@@ -201,11 +245,9 @@ def run(
     networks = {"float": before, "pruned": compressed.pruned}
     test = TestImages.of(data.uint8_batches("test"), data.preprocessing.normalize)
     measure_run(record, test, networks=networks, quantized=module.net, artifact=artifact, threads=threads)
-    console.print("[bold]3. Latency[/] beside the uncompressed network in torch and onnxruntime (where installed)")
+    progress("measuring the latency", compressed_at + 2, total)
     measure_latency(record, before, artifact, threads)
-    report = write_report(record, directory)
-    _summary(console, record, report)
-    return report
+    return record
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,24 +292,29 @@ def _trainer(directory: Path, epochs: int, callbacks: list[Callback], **options:
         default_root_dir=directory,
         logger=False,
         enable_model_summary=False,
+        enable_progress_bar=False,  # the demo has one bar for all
         **options,
     )
 
 
-def _train(model: DemoModel, data: Digits, plan: Schedule, directory: Path) -> Path:
+def _train(model: DemoModel, data: Digits, plan: Schedule, directory: Path, progress: Callback) -> Path:
     """Trains the float network to the end of its schedule; returns the path of its weights."""
     optimization = OptimizationConfig(lr=2e-3, weight_decay=0.05, warmup_epochs=3)
     module = _network(model, data, optimization=optimization, label_smoothing=0.1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        trainer = _trainer(directory, plan.float_epochs, [], enable_checkpointing=False, check_val_every_n_epoch=5)
+        trainer = _trainer(
+            directory, plan.float_epochs, [progress], enable_checkpointing=False, check_val_every_n_epoch=5
+        )
         trainer.fit(module, data)
     weights = directory / "float.safetensors"
     save_file(module.net.state_dict(), weights)
     return weights
 
 
-def _compress(model: DemoModel, data: Digits, plan: Schedule, directory: Path, weights: Path) -> _Compressed:
+def _compress(
+    model: DemoModel, data: Digits, plan: Schedule, directory: Path, weights: Path, progress: Callback
+) -> _Compressed:
     """Prunes, fine-tunes and quantizes in one fit, with distillation from the float network."""
     module = _network(
         model,
@@ -285,7 +332,7 @@ def _compress(model: DemoModel, data: Digits, plan: Schedule, directory: Path, w
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         quantization = QuantizationAwareTraining(start_epoch=plan.quantize_epoch)
-        _trainer(directory, plan.epochs, [snapshot, curves, pruning, quantization, best]).fit(module, data)
+        _trainer(directory, plan.epochs, [snapshot, curves, pruning, quantization, best, progress]).fit(module, data)
     assert snapshot.network is not None
     found = _Compressed(
         checkpoint=Path(best.best_model_path), pruned=snapshot.network, search=None, tolerance=None, notes=[],

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
 
 SILENT_S = 2.0  # of a loop that nobody asked about
+LINES_S = 10.0  # between the lines of one thing
 T = TypeVar("T")
 
 
@@ -117,13 +118,20 @@ class _Bar:
 
 
 class _Lines:
-    """One line when something else begins, and none for its single steps."""
+    """One line when something else begins, and of its single steps one in a while, with the time that is left."""
 
     def __init__(self, delay_s: float) -> None:
-        self._begins_s, self._shown = time.monotonic() + delay_s, ""
+        self._next_s, self._shown = time.monotonic() + delay_s, ""
+        self._total, self._done, self._first, self._first_s = 0, 0, 0, 0.0  # of what is counted
 
     def __call__(self, what: str, done: int, total: int, detail: str = "") -> None:
-        kind = what.split(" ")[0]
-        if kind != self._shown and time.monotonic() >= self._begins_s:
-            self._shown = kind
-            print(f"{what} ({done}/{total})", file=sys.stderr, flush=True)
+        now_s, kind = time.monotonic(), what.split(" ")[0]
+        if total != self._total or done < self._done:
+            self._total, self._first, self._first_s = total, done, now_s
+        self._done = done
+        if now_s < self._next_s and (kind == self._shown or not self._shown):
+            return
+        left_s = (now_s - self._first_s) / max(done - self._first, 1) * (total - done)
+        left = f", {left_s:.0f} s left" if done > self._first and left_s >= 1 else ""
+        print(f"{what} ({done}/{total}){left}", file=sys.stderr, flush=True)
+        self._shown, self._next_s = kind, now_s + LINES_S

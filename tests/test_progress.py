@@ -141,6 +141,19 @@ def test_searches_show_bars_in_a_terminal(capsys: pytest.CaptureFixture[str]) ->
     assert capsys.readouterr().out == ""
 
 
+def test_lines_come_now_and_then_and_tell_the_time_left(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now_s = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now_s[0])
+    with progress_bar() as report:
+        for done in range(9):
+            report("training" if done < 6 else "measuring", done, 8)
+            now_s[0] += 4.0
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == ["training (0/8)", "training (3/8), 20 s left", "measuring (6/8), 8 s left"]
+
+
 def test_searches_print_lines_elsewhere(capsys: pytest.CaptureFixture[str]) -> None:
     network = _network()
     result = prune(network, lambda _: 90.0, AdaptivePruningConfig(max_rounds=1), progress=True)
