@@ -1,9 +1,9 @@
-"""Fine-tune a timm network on a folder of images, quantize it with its own normalization, and classify a file.
+"""Fine-tune a timm network on a folder of images, quantize it with its own preprocessing, and classify a file.
 
 $ python examples/timm_finetune.py
 float: 92.00% of 300 images
 int8: 92.00% of 300 images
-runs/timm_finetune/val/digit 7/7.png: digit 7
+runs/timm_finetune/val/digit 7/7.png: digit 7 (99 %)
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
 from swincompress_pl import accel
-from swincompress_pl.data import Preprocessing
 from swincompress_pl.models import create_model
 from swincompress_pl.quant import quantize
 
@@ -48,7 +47,6 @@ def main() -> None:
     size = {"img_size": 32, "patch_size": 8, "dynamic_img_size": False}
     network = create_model(given.model, pretrained=given.pretrained, num_classes=10, **size)
     config = resolve_data_config({"img_size": 32, "crop_pct": 1.0}, model=network)
-    normalization = {"mean": config["mean"], "std": config["std"]}
     transform = create_transform(**config)
     train, val = (ImageDataset(str(given.output / split), transform=transform) for split in ("train", "val"))
     names = sorted(train.reader.class_to_idx, key=train.reader.class_to_idx.get)
@@ -63,16 +61,15 @@ def main() -> None:
             optimizer.zero_grad()
             schedule.step()
 
-    quantized = quantize(network.eval(), batches, preprocessing=normalization, classes=names).eval()
+    quantized = quantize(network.eval(), batches, preprocessing=config, classes=names).eval()
     images, labels = next(iter(DataLoader(val, batch_size=len(val))))
     for name, model in (("float", network), ("int8", quantized)):
         with torch.no_grad():
             print(f"{name}: {(model(images).argmax(1) == labels).float().mean():.2%} of {len(labels)} images")
     engine = accel.load(accel.export(quantized, given.output / "model.safetensors"))
-    prepare = Preprocessing(height=32, width=32, resize=32, **normalization)
     file = given.output / "val" / "digit 7" / "7.png"
-    logits = engine(prepare.image_to_uint8(Image.open(file))[None])[0]
-    print(f"{file}: {engine.classes[logits.argmax()]}")
+    best = engine.classify(file, top=1)[0]
+    print(f"{file}: {best.name} ({best.probability:.0%})")
 
 
 if __name__ == "__main__":

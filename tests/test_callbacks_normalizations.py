@@ -21,6 +21,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 from torchvision.transforms import Compose, Normalize, v2
 
 from swincompress_pl.callbacks import QuantizationAwareTraining
+from swincompress_pl.callbacks.calibration import Sample, normalization
 from swincompress_pl.callbacks.normalizations import normalizations_in
 
 pytestmark = [
@@ -195,6 +196,21 @@ def test_one_that_does_not_fit_is_named(tmp_path: Path) -> None:
         found_in(tmp_path, Pictures(a=Normalize((0.1, 0.2, 0.9), (0.21, 0.23, 0.29))))
     with pytest.raises(ValueError, match=r"no attribute of the dataset \(Subset\).*the first 20 images do not cover"):
         found_in(tmp_path, Subset(Pictures(), range(20)))
+
+
+def test_what_a_network_states_of_the_crop_is_stored_only_with_its_mean_and_std() -> None:
+    """The images tell mean and std. The rest of timm's description is assumed, and may be of other images."""
+    dataset = Pictures(a=Normalize(MEAN, STD))
+    images = torch.stack([dataset[number][0] for number in range(8)])
+    network = nn.Identity()
+    framing = {"crop_pct": 0.9, "interpolation": "bilinear"}
+    for mean, kept in ((list(MEAN), True), ([0.485, 0.456, 0.406], False), ([0.5], False)):
+        network.pretrained_cfg = {"mean": mean, "std": list(STD), **framing}  # type: ignore[assignment]
+        found = normalization(None, None, network, Sample(images, ()), [DataLoader(dataset, 4)])
+        assert found == {"height": 16, "width": 16, **STATED} | (framing if kept else {})
+    network.preprocessing = {"mean": [0.1] * 3, "std": [0.1] * 3, **framing}  # type: ignore[assignment]
+    found = normalization(None, None, network, Sample(images, ()), [DataLoader(dataset, 4)])
+    assert found == {"height": 16, "width": 16, **STATED, **framing}
 
 
 def test_several_that_fit_are_refused(tmp_path: Path) -> None:

@@ -77,7 +77,14 @@ def test_dict_round_trip_through_json(resize: int | None, mean: tuple[float, ...
     [
         ({"height": 0}, "height is 0"),
         ({"resize": 200}, "shorter than the crop"),
-        ({"interpolation": "nearest"}, "'nearest'; choose from bicubic, bilinear"),
+        (
+            {"resize": (300, 200)},
+            r"resize is 300 x 200, smaller than the crop of 224 x 224; give at least \(224, 224\)",
+        ),
+        ({"resize": (300, 300, 3)}, r"resize is \(300, 300, 3\); give pixels: a length, \(height, width\) or None"),
+        ({"crop_mode": "squash"}, "crop_mode 'squash' needs a resize"),
+        ({"crop_mode": "middle"}, "'middle'; choose from center, squash, border"),
+        ({"interpolation": "cubic"}, "'cubic'; choose from bicubic, bilinear"),
         ({"mean": (124.0, 116.0, 104.0)}, "not for pixels in 0..255"),
         (
             {"std": (0.5, 0.5)},
@@ -89,6 +96,12 @@ def test_dict_round_trip_through_json(resize: int | None, mean: tuple[float, ...
 def test_bad_fields_are_named(fields: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Preprocessing(**fields)  # type: ignore[arg-type]
+
+
+def test_a_dict_of_an_earlier_version_has_no_crop_mode() -> None:
+    fields = Preprocessing(resize=256).to_dict()
+    assert fields.pop("crop_mode") == "center"
+    assert Preprocessing.from_dict(fields) == Preprocessing(resize=256)
 
 
 def test_unknown_and_missing_fields_of_a_dict_are_named() -> None:

@@ -86,6 +86,7 @@ print("site-packages" in swincompress_pl.__file__, "torch" in sys.modules)
         (["inspect", str(ARTIFACT)], "| head "),
         (["inspect", str(ARTIFACT), "--json"], '"operations": ['),
         (["bench", "--help"], "--against"),
+        (["classify", "--help"], "--top"),
         (["completion", "bash"], "complete -o bashdefault"),
         (["bench", str(ARTIFACT), "--rounds", "1", "--operations"], "identical to the reference"),
         (["bench", str(ARTIFACT), "--rounds", "1", "--against", "torch"], "torch fp32: not installed: torch"),
@@ -122,7 +123,15 @@ def test_other_commands_say_what_is_missing(python: Run, name: str) -> None:
 
 
 def test_every_command_is_tried() -> None:
-    assert {*OF_TRAINING, "bench", "completion"} == set(COMMANDS)
+    assert {*OF_TRAINING, "bench", "classify", "completion"} == set(COMMANDS)
+
+
+def test_pictures_need_pillow(python: Run) -> None:
+    code = "import sys; from swincompress_pl import accel; accel.Preprocess(height=4, width=4)('cat.jpg')"
+    done = python(["-c", code])
+    assert done.returncode == 1
+    assert "ImportError: pictures are read by Pillow, which cannot be imported" in done.stderr.splitlines()[-1]
+    assert "install it by `pip install pillow`" in done.stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize("name", ["prune", "primesvt", "quantize", "save_network", "callbacks", "data", "models"])

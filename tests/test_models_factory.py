@@ -167,7 +167,9 @@ def test_preprocessing_of_a_timm_network_is_a_preprocessing() -> None:
         preprocessing_for(tiny_swin())
     squashed = create_model("vit_tiny_patch16_224")
     squashed.pretrained_cfg = {**squashed.pretrained_cfg, "crop_mode": "squash"}  # type: ignore[dict-item,assignment]
-    with pytest.raises(ValueError, match="crop mode 'squash'"):
+    assert preprocessing_for(squashed)["crop_mode"] == "squash"
+    squashed.pretrained_cfg = {**squashed.pretrained_cfg, "interpolation": "random"}  # type: ignore[dict-item,assignment]
+    with pytest.raises(ValueError, match="interpolation 'random' is not supported, only bicubic"):
         preprocessing_for(squashed)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from typing import Any, ClassVar
 
@@ -12,11 +13,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
+from swincompress_pl.data import Preprocessing
 from swincompress_pl.models import create_model
 from swincompress_pl.quant import quantize
 from swincompress_pl.quant.preprocessing import (
     check_fit,
     checked_preprocessing,
+    described_preprocessing,
     fits,
     normalization_between,
     normalization_in,
@@ -172,3 +175,45 @@ def test_the_error_shows_the_form_for_events() -> None:
         checked_preprocessing({"mean": 0, "std": [1 / 255]})
     events = {"mean": [0.0, 0.0], "std": [1 / 255, 1 / 255], "time_steps": 4}
     assert checked_preprocessing(events) == events
+
+
+# What is stored
+
+
+OF_TIMM = {"input_size": (3, 224, 224), "crop_pct": 0.9, "crop_mode": "center", "interpolation": "bicubic", **IMAGENET}
+RESOLVED = {"height": 16, "width": 16, "resize": 17, "crop_mode": "center", "interpolation": "bicubic", **IMAGENET}
+
+
+def stored(network: torch.nn.Module, given: Any) -> dict[str, Any]:
+    quantized = quantize(network, [normalized(pixels(), IMAGENET)], method="max", preprocessing=given).eval()
+    described = dict(quantized.to_program().input.preprocessing)
+    assert quantized.compression_history[-1]["quantize"]["preprocessing"] == described
+    return described
+
+
+def test_the_program_has_our_names_whatever_was_given() -> None:
+    network = create_model("vit", **VIT)
+    assert stored(network, OF_TIMM) == RESOLVED
+    assert stored(network, RESOLVED) == RESOLVED
+    of_data = Preprocessing(height=16, width=16, resize=17, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+    assert stored(network, of_data) == RESOLVED
+    assert stored(network, dataclasses.replace(of_data, resize=None)) == {**RESOLVED, "resize": None}
+    assert stored(network, IMAGENET) == IMAGENET  # what is unknown stays unknown
+    network.pretrained_cfg = {**OF_TIMM, "url": "https://x", "architecture": "vit", "pool_size": None}
+    assert stored(network, None) == RESOLVED
+
+
+def test_a_datamodule_may_describe_a_crop_as_timm_does() -> None:
+    assert described_preprocessing(OF_TIMM) == {**RESOLVED, "height": 224, "width": 224, "resize": 248}
+    wide = {**IMAGENET, "height": 16, "width": 20, "resize": (18, 24), "crop_mode": "squash", "interpolation": "box"}
+    assert described_preprocessing(wide) == {**wide, "resize": [18, 24]}
+    with pytest.raises(
+        ValueError, match=r"preprocessing\['input_size'\] is 224; it must list channels, height and width"
+    ):
+        described_preprocessing({**OF_TIMM, "input_size": 224})
+    with pytest.raises(ValueError, match=r"preprocessing\['crop_mode'\]=3"):
+        described_preprocessing({**IMAGENET, "crop_mode": 3})
+    with pytest.raises(ValueError, match=r"preprocessing\['resize'\]='18'"):
+        described_preprocessing({**IMAGENET, "resize": [18, "18"]})
+    with pytest.raises(ValueError, match="unknown keys: 'crop_pct'"):
+        described_preprocessing({**IMAGENET, "crop_pct": 0.9})

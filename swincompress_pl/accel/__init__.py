@@ -5,6 +5,7 @@ Example::
     accel.export(quantized_model, "model.safetensors")
     engine = accel.load("model.safetensors", threads=2)
     logits = engine(images)  # uint8 (N, H, W, 3) -> float32 (N, classes)
+    predictions = engine.classify("cat.jpg", top=5)  # needs Pillow
 
 `export_layer`, `linear`, `matmul`, `softmax`, `layernorm` and `gelu` run single kernels on integer arrays.
 """
@@ -22,12 +23,15 @@ from swincompress_pl.accel.artifact import ArtifactError
 from swincompress_pl.accel.core import implementations
 from swincompress_pl.accel.functions import gelu, layernorm, linear, matmul, softmax
 from swincompress_pl.accel.layer import QuantizedLayer, export_layer
+from swincompress_pl.accel.pictures import Prediction, Preprocess, with_preprocessing
 from swincompress_pl.accel.profile import Profile, ProfileRow
 from swincompress_pl.accel.runtime import Engine, ReferenceEngine, load, reference
 
 __all__ = [
     "ArtifactError",
     "Engine",
+    "Prediction",
+    "Preprocess",
     "Profile",
     "ProfileRow",
     "QuantizedLayer",
@@ -106,7 +110,9 @@ def _below(path: str, value: Any) -> Iterator[tuple[str, Any]]:
                 yield place, module
 
 
-def export(model: Any, path: str | os.PathLike[str], compression: str | None = None) -> Path:
+def export(
+    model: Any, path: str | os.PathLike[str], compression: str | None = None, *, preprocessing: Any = None
+) -> Path:
     """Writes a quantized model as one safetensors artifact. The file appears complete or not at all.
 
     Args:
@@ -116,6 +122,9 @@ def export(model: Any, path: str | os.PathLike[str], compression: str | None = N
         compression: None packs weights of fewer than 8 bits, and stores those with many zeros as a bitmap and the
             nonzeros. "lzma" codes each kind of tensor losslessly, by LZMA or by Huffman codes, whichever is smaller.
             `load` reads both; the C++ library reads the latter only where it is built with liblzma and zlib.
+        preprocessing: How a picture becomes the network's pixels, for the artifact's description: an
+            `accel.Preprocess`, a `data.Preprocessing`, a data config of timm, or a mapping of fields. It replaces what
+            the model says. None for what the model says.
 
     Returns:
         The path of the file.
@@ -125,7 +134,10 @@ def export(model: Any, path: str | os.PathLike[str], compression: str | None = N
         TypeError: If the model is not quantized, or holds several quantized networks.
         spec.ProgramError: If the model breaks a bound of the specification.
         ArtifactError: If the Program cannot be written, for example because no operation uses one of its tensors.
-        ValueError: If the compression is unknown.
+        ValueError: If the compression is unknown, or the preprocessing does not fit the network.
     """
     artifact.require_compression(compression)
-    return artifact.write(_program_of(model), path, compression)
+    program = _program_of(model)
+    if preprocessing is not None:
+        program = with_preprocessing(program, preprocessing)
+    return artifact.write(program, path, compression)

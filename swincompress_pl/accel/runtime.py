@@ -5,17 +5,22 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 import numpy.typing as npt
 
 from swincompress_pl import spec
 from swincompress_pl._deprecated import renamed_attributes
-from swincompress_pl.accel import _core, artifact
+from swincompress_pl.accel import _core, artifact, pictures
 from swincompress_pl.accel.core import artifact_engine, program_engine, resolve_threads
 from swincompress_pl.accel.images import Images, as_images
+from swincompress_pl.accel.pictures import Prediction, Preprocess
 from swincompress_pl.accel.profile import Counts, Profile, profile_of, spike_counts
+
+if TYPE_CHECKING:
+    from swincompress_pl.accel.pictures import Picture
 
 
 @renamed_attributes(class_count="num_classes")
@@ -34,6 +39,11 @@ class _Runtime:
     def program(self) -> spec.Program:
         """The Program that runs."""
         raise NotImplementedError
+
+    @property
+    def input(self) -> spec.InputDescription:
+        """What the engine takes, and in `input.preprocessing` how it is made from a picture."""
+        return self.program.input
 
     @property
     def input_shape(self) -> tuple[int, ...]:
@@ -65,6 +75,53 @@ class _Runtime:
             ValueError: If `images` has another shape; the message says how to mend it.
         """
         return (self.run_integer(images) * self._logit_scale).astype(np.float32)
+
+    @overload
+    def classify(
+        self,
+        source: Picture,
+        top: int = 5,
+        *,
+        preprocess: Preprocess | Mapping[str, Any] | None = None,
+        classes: Sequence[str] | None = None,
+    ) -> list[Prediction]: ...
+    @overload
+    def classify(
+        self,
+        source: list[Any] | tuple[Any, ...],
+        top: int = 5,
+        *,
+        preprocess: Preprocess | Mapping[str, Any] | None = None,
+        classes: Sequence[str] | None = None,
+    ) -> list[list[Prediction]]: ...
+    def classify(
+        self,
+        source: Picture | Sequence[Picture],
+        top: int = 5,
+        *,
+        preprocess: Preprocess | Mapping[str, Any] | None = None,
+        classes: Sequence[str] | None = None,
+    ) -> list[Prediction] | list[list[Prediction]]:
+        """Finds the likeliest classes of pictures. Pillow reads them.
+
+        Args:
+            source: A file, the bytes of one, a PIL image, or a list or tuple of them.
+            top: Number of classes per picture, 1 or more.
+            preprocess: How a picture becomes pixels: a `Preprocess`, a `data.Preprocessing`, or a mapping of those
+                fields that the artifact lacks or that differ from it; None for what the artifact says.
+            classes: Names of the classes, in the order of the logits; None for those of the artifact.
+
+        Returns:
+            The predictions, the likeliest first; for a list of pictures, a list per picture.
+
+        Raises:
+            ImportError: If Pillow is not installed.
+            OSError: If a file cannot be opened.
+            TypeError: If a source is no picture.
+            ValueError: If the artifact does not say how to make its pixels, a picture is damaged, an argument does not
+                fit, or the engine takes events.
+        """
+        return pictures.classify(self, source, top, preprocess, classes)
 
     def run_integer(self, images: Images | Any) -> npt.NDArray[np.int32]:
         """Computes the logits in integers, which are the same bits in every implementation.

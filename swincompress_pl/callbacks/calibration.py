@@ -226,7 +226,7 @@ def normalization(
     if found is None and not (own and fits(images, own)):
         found = normalization_in(images)
     if found is not None:
-        return {**_size_of(images), **own, **found}
+        return {**_size_of(images), **_framing_of(network, own, found), **found}
     if not own:
         raise ValueError(_nothing_says(loaders, held, len(images)))
     check_fit(images, checked_preprocessing(own), assumed=getattr(network, "preprocessing", None) is None)
@@ -281,6 +281,18 @@ def _stated_by(network: nn.Module) -> dict[str, Any]:
         )
     except ValueError:
         return {}
+
+
+def _framing_of(network: nn.Module, own: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+    """What a network states of size and crop; timm's, which are assumed, only if its mean and std are those found."""
+    if getattr(network, "preprocessing", None) is not None:
+        return own
+    same = own and all(
+        len(own[key]) == len(found[key])
+        and all(math.isclose(a, b, abs_tol=1e-3) for a, b in zip(own[key], found[key], strict=True))
+        for key in ("mean", "std")
+    )
+    return own if same else {}
 
 
 def _size_of(images: Tensor) -> dict[str, Any]:

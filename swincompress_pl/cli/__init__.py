@@ -50,6 +50,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "estimate": ("early", "say what a fit will cost, from a few measured batches"),
     "export": ("export", "write a quantized checkpoint as an artifact for the integer engine"),
     "bench": ("bench", "measure an artifact, alone or against other runtimes, or one kernel"),
+    "classify": ("classify", "classify pictures by an artifact"),
     "inspect": ("inspect", "show what an artifact or a checkpoint holds"),
     "report": ("report", "render the report of a run directory again"),
     "completion": ("completion", "print a script that completes commands and options in bash or zsh"),

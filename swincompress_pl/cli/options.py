@@ -55,6 +55,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
         "--shape",
         "--json",
     ),
+    "classify": ("--help", "--top", "--exif", "--threads", "--json"),
     "inspect": ("--help", "--json"),
     "report": ("--help",),
     "completion": ("--help",),

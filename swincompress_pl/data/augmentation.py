@@ -16,7 +16,8 @@ import torch
 from PIL import Image
 from torchvision.transforms import InterpolationMode, v2
 
-from swincompress_pl.data.preprocessing import PixelArray, Preprocessing
+from swincompress_pl.data.preprocessing import Preprocessing
+from swincompress_pl.pictures import PixelArray
 
 
 class Augmentation(Protocol):

@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from swincompress_pl.data.augmentation import Augmentation
-from swincompress_pl.data.preprocessing import PixelArray, Preprocessing
+from swincompress_pl.data.preprocessing import Preprocessing
 from swincompress_pl.data.sampling import EpochIndex, Indices, Purpose, derive_seed, seeded_torch
+from swincompress_pl.pictures import PixelArray, in_mode, read_picture
 
 Sample = tuple[Tensor, int]  # (H, W, 3) uint8 pixels, label
 
@@ -38,10 +39,8 @@ class ImageSource(Protocol):
 def decode_image(path: Path) -> Image.Image:
     """The decoded image as RGB; a ValueError names a file that is missing, damaged or cut off."""
     try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        # SyntaxError is what Pillow raises for some broken PNG files.
+        return in_mode(read_picture(path), "RGB")
+    except OSError as error:
         raise ValueError(f"{path}: cannot be decoded as an image ({error}); replace or remove the file.") from error
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 from swincompress_pl.data.augmentation import ShiftRotate
 from swincompress_pl.data.dataset import MemoryImages
 from swincompress_pl.data.module import ImageClassificationData
-from swincompress_pl.data.preprocessing import Preprocessing, resize_shorter_side
+from swincompress_pl.data.preprocessing import Preprocessing
 from swincompress_pl.data.sampling import Indices, Purpose, derive_seed, stratified_sample
 
 DIGITS_PREPROCESSING = Preprocessing(height=32, width=32, resize=32, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
@@ -77,8 +77,7 @@ class Digits(ImageClassificationData):
         gray = np.rint(digits.images * (255 / _BRIGHTEST)).astype(np.uint8)
         pixels = np.repeat(gray[..., None], 3, axis=-1)
         if self.preprocessing.resize is not None:  # once, and not at every request
-            length, interpolation = self.preprocessing.resize, self.preprocessing.interpolation
-            images = (resize_shorter_side(Image.fromarray(image), length, interpolation) for image in pixels)
+            images = (self.preprocessing.resized(Image.fromarray(image)) for image in pixels)
             pixels = np.stack([np.asarray(image) for image in images])
         return MemoryImages(pixels, digits.target.astype(np.int64))
 

@@ -16,8 +16,9 @@ from torch.utils.data import DataLoader
 
 from swincompress_pl.data.augmentation import Augmentation
 from swincompress_pl.data.dataset import CollateNormalized, ImageDataset, ImageSource, Sample, collate_uint8
-from swincompress_pl.data.preprocessing import PixelArray, Preprocessing
+from swincompress_pl.data.preprocessing import Preprocessing
 from swincompress_pl.data.sampling import EpochSampler, Indices, Purpose, derive_seed, stratified_sample
+from swincompress_pl.pictures import PixelArray
 
 Loader = DataLoader[Sample]
 SPLITS = ("train", "holdout", "calibration", "test")

@@ -8,21 +8,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from swincompress_pl.pictures import Framing, PixelArray, resize_for
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
-
-PixelArray = NDArray[np.uint8]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Preprocessing:
+class Preprocessing(Framing):
     """Resize, center crop and normalization, split at the uint8 pixels.
 
     `image_to_uint8` gives the (height, width, 3) uint8 pixels that the integer engine takes. `normalize` gives the
@@ -31,8 +28,11 @@ class Preprocessing:
     Attributes:
         height: Height of the crop, in pixels.
         width: Width of the crop, in pixels.
-        resize: Length of the shorter side before the crop, in pixels; None for no resize.
-        interpolation: "bicubic" or "bilinear", antialiased as in Pillow.
+        resize: Length of the shorter side before the crop, in pixels; None for no resize. A pair (height, width) is
+            covered by the image.
+        crop_mode: "center"; or "squash", which stretches the image to `resize`; or "border", which fits it into
+            `resize` and pads with the mean color.
+        interpolation: "bicubic", "bilinear", "lanczos", "box", "hamming" or "nearest", antialiased as in Pillow.
         mean: What is subtracted per channel (R, G, B), for pixels in [0, 1].
         std: What is then divided by per channel, above 0 and at most 1.
 
@@ -42,24 +42,11 @@ class Preprocessing:
 
     height: int = 224
     width: int = 224
-    resize: int | None = None
-    interpolation: str = "bicubic"
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
 
     def __post_init__(self) -> None:
-        for name in ("height", "width"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"Preprocessing.{name} is {getattr(self, name)}; give a size in pixels of at least 1.")
-        if self.resize is not None and self.resize < max(self.height, self.width):
-            raise ValueError(
-                f"Preprocessing.resize is {self.resize}, shorter than the crop of {self.height} x {self.width}; "
-                f"give at least {max(self.height, self.width)}, or None to crop without a resize."
-            )
-        if self.interpolation not in RESAMPLING:
-            raise ValueError(
-                f"Preprocessing.interpolation is {self.interpolation!r}; choose from {', '.join(RESAMPLING)}."
-            )
+        super().__post_init__()
         for name in ("mean", "std"):
             self._check_channels(name)
 
@@ -90,9 +77,7 @@ class Preprocessing:
         Raises:
             ValueError: If `crop_pct` or a field is outside its range.
         """
-        if not 0 < crop_pct <= 1:
-            raise ValueError(f"crop_pct is {crop_pct}; give a fraction above 0 and at most 1.")
-        return cls(height=size, width=size, resize=math.floor(size / crop_pct), **fields)
+        return cls(height=size, width=size, resize=resize_for(size, size, crop_pct), **fields)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the fields as plain data for JSON and YAML."""
@@ -105,7 +90,7 @@ class Preprocessing:
         """Rebuilds what `to_dict` gave.
 
         Args:
-            fields: All fields by name.
+            fields: All fields by name; `crop_mode` may be missing, as in data of earlier versions.
 
         Returns:
             The preprocessing.
@@ -114,6 +99,7 @@ class Preprocessing:
             ValueError: If a field is unknown, missing or outside its range.
         """
         known = {field.name for field in dataclasses.fields(cls)}
+        fields = {"crop_mode": "center", **fields}
         if fields.keys() != known:
             raise ValueError(
                 f"Preprocessing: unknown fields {sorted(fields.keys() - known)}, "
@@ -123,7 +109,7 @@ class Preprocessing:
         return cls(**fields)
 
     def image_to_uint8(self, image: Image.Image) -> PixelArray:
-        """Resizes the shorter side and crops the center.
+        """Resizes the image and crops its center.
 
         Args:
             image: The decoded image, of any size and mode.
@@ -132,20 +118,9 @@ class Preprocessing:
             (height, width, 3) uint8 RGB.
 
         Raises:
-            ValueError: If there is no resize and the image is smaller than the crop.
+            ValueError: If there is no resize and the image is smaller than the crop, or its mode has no 8-bit form.
         """
-        image = image.convert("RGB")
-        if self.resize is not None:
-            image = resize_shorter_side(image, self.resize, self.interpolation)
-        if image.width < self.width or image.height < self.height:
-            raise ValueError(
-                f"image of {image.height} x {image.width} pixels is smaller than the crop of "
-                f"{self.height} x {self.width}; "
-                f"set Preprocessing.resize to {max(self.height, self.width)} or more."
-            )
-        left, top = round((image.width - self.width) / 2), round((image.height - self.height) / 2)
-        # np.array copies, so the result is writable, which torch needs.
-        return np.array(image.crop((left, top, left + self.width, top + self.height)), dtype=np.uint8)
+        return self.framed(image, mean=self.mean)
 
     def normalize(self, pixels: Tensor) -> Tensor:
         """Computes `(pixels / 255 - mean) / std`, with the channels first.
@@ -178,13 +153,3 @@ class Preprocessing:
         mean, std = (torch.tensor(values, device=inputs.device) for values in (self.mean, self.std))
         pixels = (inputs.movedim(-3, -1) * std + mean) * 255
         return pixels.round().clamp(0, 255).to(torch.uint8)
-
-
-def resize_shorter_side(image: Image.Image, length: int, interpolation: str) -> Image.Image:
-    """Scales the shorter side to `length` pixels; the other side is rounded down, as in torchvision and timm."""
-    short, long = sorted(image.size)
-    if short == length:
-        return image
-    scaled = int(length * long / short)
-    size = (length, scaled) if image.width <= image.height else (scaled, length)
-    return image.resize(size, RESAMPLING[interpolation])

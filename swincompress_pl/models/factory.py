@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import math
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -21,6 +20,7 @@ from swincompress_pl.models.downloads import announced
 from swincompress_pl.models.spiking.memory import without_memory
 from swincompress_pl.models.stored_arguments import checked_creation, is_restoring, restoring, storable
 from swincompress_pl.models.weights import load_weights
+from swincompress_pl.pictures import CROP_MODES, INTERPOLATIONS, resolved
 from swincompress_pl.registry import size_of
 from swincompress_pl.stored_data import reading
 from swincompress_pl.structure import set_attributes
@@ -193,19 +193,13 @@ def preprocessing_for(network: nn.Module) -> dict[str, Any]:
             f"{type(network).__name__}: has no preprocessing of its own; take that of the data "
             "(datamodule.preprocessing)."
         )
-    resolved: dict[str, Any] = timm.data.config.resolve_data_config(model=network)  # type: ignore[no-untyped-call]
-    if resolved["crop_mode"] != "center" or resolved["interpolation"] not in ("bicubic", "bilinear"):
-        raise ValueError(
-            f"{type(network).__name__}: crop mode {resolved['crop_mode']!r} with interpolation "
-            f"{resolved['interpolation']!r} is not supported; only center crops with bicubic or bilinear. "
-            f"Pass a Preprocessing of your own to the data."
-        )
-    _, height, width = resolved["input_size"]
-    return {
-        "height": height,
-        "width": width,
-        "resize": math.floor(max(height, width) / resolved["crop_pct"]),
-        "interpolation": resolved["interpolation"],
-        "mean": list(resolved["mean"]),
-        "std": list(resolved["std"]),
-    }
+    found: dict[str, Any] = timm.data.config.resolve_data_config(model=network)  # type: ignore[no-untyped-call]
+    _, height, width = found["input_size"]
+    fields = resolved(found, height=height, width=width)
+    for key, known in (("crop_mode", CROP_MODES), ("interpolation", INTERPOLATIONS)):
+        if fields[key] not in known:
+            raise ValueError(
+                f"{type(network).__name__}: {key} {fields[key]!r} is not supported, only {', '.join(known)}. "
+                "Pass a Preprocessing of your own to the data."
+            )
+    return fields

@@ -13,6 +13,7 @@ from swincompress_pl.arguments import names, optional
 from swincompress_pl.history import history_of, origin_of
 from swincompress_pl.interrupts import all_or_nothing
 from swincompress_pl.masks import refuse_filled_masks
+from swincompress_pl.pictures import resolved
 from swincompress_pl.quant.bits import Bits
 from swincompress_pl.quant.full_precision import full_precision, require_float32
 from swincompress_pl.quant.gradient_checkpointing import CheckpointedRun, checkpointed_paths
@@ -88,6 +89,7 @@ class QuantizedNetwork(nn.Module):
         self.classes = optional(names, "classes", classes, "a list of the classes' names")
         self.bits, self.unsigned, self.without_signal = Bits.of(bits), tuple(unsigned), tuple(without_signal)
         self.graph = self._present_graph()
+        self.preprocessing = resolved(self.preprocessing, height=self.graph.height, width=self.graph.width)
         self.scales = Scales(self.graph, network, weight_bits(self.graph, self.bits), affine=method == "affine")
         self.register_load_state_dict_post_hook(_take_up_signs)  # type: ignore[no-untyped-call]
         self._twin: tuple[tuple[Any, ...], TorchTwin] | None = None

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from swincompress_pl.arguments import as_float, integer, shown, text
+from swincompress_pl.pictures import resolved
 
 # How far values may lie outside [0, 255]: by rounding; and by bicubic overshoot at sharp edges, if images were resized
 # after they were normalized, in pixel steps and as a share of all values.
@@ -27,7 +28,7 @@ _LEVELS = 256
 LOOKED_AT = 32  # images, enough to see how they are normalized
 _SPAN_SHARE = 0.6  # resized images cover most of the range
 _EVENTS = "; counts of events, in two channels, have {'mean': [0.0, 0.0], 'std': [1 / 255, 1 / 255], 'time_steps': T}"
-_SIZES = ("height", "width", "resize", "time_steps")  # the other known keys, but "interpolation"
+_SIZES, _NAMES = ("height", "width", "time_steps"), ("interpolation", "crop_mode")  # the other known keys, but "resize"
 
 
 def find_preprocessing(*sources: Any) -> dict[str, Any]:
@@ -46,7 +47,11 @@ def find_preprocessing(*sources: Any) -> dict[str, Any]:
     for source in sources:
         as_dict: Any = source.to_dict() if hasattr(source, "to_dict") else source
         if isinstance(as_dict, Mapping) and (source is sources[0] or (as_dict.get("mean") and as_dict.get("std"))):
-            return {key: value for key, value in as_dict.items() if isinstance(value, str | int | float | list | tuple)}
+            return {
+                key: value
+                for key, value in as_dict.items()
+                if isinstance(value, str | int | float | list | tuple) or (key == "resize" and value is None)
+            }
     raise ValueError(
         "nothing says how the images are normalized; pass preprocessing={'mean': (...), 'std': (...)} in [0, 1] units"
     )
@@ -114,7 +119,7 @@ def described_preprocessing(preprocessing: Any) -> dict[str, Any]:
     Args:
         preprocessing: Object with `to_dict`, such as `data.Preprocessing`, or a mapping with "mean" and "std", one
             number per channel for pixels in [0, 1]. The mapping may hold the other fields of `data.Preprocessing`, and
-            "time_steps".
+            "time_steps". It may also be a data config of timm, with "input_size".
 
     Returns:
         The plain data.
@@ -125,17 +130,34 @@ def described_preprocessing(preprocessing: Any) -> dict[str, Any]:
     if not isinstance(preprocessing, Mapping) and hasattr(preprocessing, "to_dict"):
         return dict(preprocessing.to_dict())
     plain = checked_preprocessing(preprocessing)
-    known = ("mean", "std", "interpolation", *_SIZES)
+    if "input_size" in plain:
+        return _of_timm(plain)
+    known = ("mean", "std", "resize", *_NAMES, *_SIZES)
     unknown = [shown(key) for key in plain if key not in known]
     if unknown:
         raise ValueError(f"preprocessing has unknown keys: {', '.join(unknown)}; there are {', '.join(known)}")
-    for key, value in plain.items():
-        if key in ("mean", "std"):
-            plain[key] = [float(each) for each in value]
-        elif value is not None:
-            name = f"preprocessing[{key!r}]"
-            plain[key] = integer(name, value, least=1) if key in _SIZES else text(name, value, "a name")
-    return plain
+    return {key: value if value is None else _checked_field(key, value) for key, value in plain.items()}
+
+
+def _checked_field(key: str, value: Any) -> Any:
+    """The value of a known key, in its type; a ValueError that names the key otherwise."""
+    name = f"preprocessing[{key!r}]"
+    if key in ("mean", "std"):
+        return [float(each) for each in value]
+    if key in _NAMES:
+        return text(name, value, "a name")
+    if key == "resize" and isinstance(value, list) and len(value) == 2:
+        return [integer(name, each, least=1) for each in value]
+    return integer(name, value, least=1)
+
+
+def _of_timm(plain: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a data config of timm, for its own input size."""
+    size = plain["input_size"]
+    if not isinstance(size, list) or len(size) != 3:
+        raise ValueError(f"preprocessing['input_size'] is {shown(size)}; it must list channels, height and width")
+    _, height, width = (integer("preprocessing['input_size']", each, least=1) for each in size)
+    return resolved(plain, height=height, width=width)
 
 
 def real_pixels(images: Tensor, preprocessing: Mapping[str, Any]) -> Tensor:

@@ -130,7 +130,8 @@ def quantize(
             with a zero-point; it is a simulation for comparison, which cannot be exported.
         bits: The widths: a text such as "W8A8" or "W4A8", a `Bits`, or a mapping of its fields.
         preprocessing: Mapping with "mean" and "std" of the normalization, per channel and for pixels in [0, 1]; None
-            for the network's own: `model.preprocessing`, or else timm's `pretrained_cfg`.
+            for the network's own: `model.preprocessing`, or else timm's `pretrained_cfg`. The artifact also holds what
+            it says of resizing and cropping, as `data.Preprocessing` and timm's data config do.
         calibration_images: How many images of `calibration` are used, the first ones.
         percentile: Percentile of an activation's magnitudes, above 50 and at most 100, that takes the place of their
             maximum, such as 99.99. With "searched" the search begins there, and "max" clips there. None for the

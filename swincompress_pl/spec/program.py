@@ -117,8 +117,8 @@ class InputDescription:
         width: Columns of an image, in pixels.
         channels: Color channels, or polarities of events.
         time_steps: Number of frames of events; None for images.
-        preprocessing: Information for the user: resize, crop, interpolation, mean and std. The engine does not use it,
-            as mean and std are already folded into the first layer.
+        preprocessing: How a picture becomes pixels: height, width, resize, crop_mode, interpolation, mean and std, as
+            far as known. No arithmetic depends on it, as mean and std are already folded into the first layer.
     """
 
     height: int
