@@ -8,7 +8,7 @@ entry points of the group `swincompress_pl.adapters`. Each entry names a module 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from importlib.metadata import entry_points
 from typing import Any, Protocol, runtime_checkable
@@ -138,6 +138,7 @@ ChangedAttributes = dict[str, dict[str, Any]]
 """{module: {attribute: value}}"""
 
 _adapters: dict[type | str, Adapter] = {}
+_conversions: set[str] = set()
 _comparison: Callable[[Any], ChangedAttributes] | None = None
 _loaded = False
 
@@ -150,6 +151,15 @@ def register(network_type: type | str, adapter: Adapter) -> None:
         adapter: The adapter.
     """
     _adapters[network_type] = adapter
+
+
+def register_conversions(classes: Iterable[str]) -> None:
+    """Announces the classes, as "package:Class", that `models.to_timm` converts, for messages.
+
+    Args:
+        classes: The names.
+    """
+    _conversions.update(classes)
 
 
 def _load_adapters() -> None:
@@ -185,10 +195,14 @@ def adapter_for(network: Any) -> Adapter:
         for key in (base, f"{base.__module__}:{base.__qualname__}"):
             if key in _adapters:
                 return _adapters[key]
+    kinds = {f"{base.__module__.partition('.')[0]}:{base.__qualname__}" for base in type(network).__mro__}
+    converted = (
+        "swincompress_pl.models.to_timm(network) makes a network of timm of it. " if kinds & _conversions else ""
+    )
     raise UnsupportedNetworkError(
         f"{type(network).__module__}.{type(network).__qualname__}: no adapter for this network; supported families are "
-        f"{', '.join(families())}. Pass the network itself (module.net, not the LightningModule), or register an "
-        f"adapter with swincompress_pl.registry.register(type, adapter)."
+        f"{', '.join(families())}. {converted}Pass the network itself (module.net, not the LightningModule), or "
+        "register an adapter with swincompress_pl.registry.register(type, adapter)."
     )
 
 

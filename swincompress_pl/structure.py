@@ -36,7 +36,8 @@ _SHAPES = {
     "num_embeddings",
     "embedding_dim",
 }
-_LEFT_OUT = _TRAINING_ONLY | _NUMERICS_ONLY | _SHAPES
+_WORDS = {"class_names"}
+_LEFT_OUT = _TRAINING_ONLY | _NUMERICS_ONLY | _SHAPES | _WORDS
 _NOTHING = object()
 
 

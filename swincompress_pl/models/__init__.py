@@ -3,6 +3,7 @@
 from swincompress_pl.checkpoint.hooks import CompressionMixin
 from swincompress_pl.models import meta_spikeformer, spiking, swin, vit  # noqa: F401  # they register their adapters
 from swincompress_pl.models.classifier import CompressibleClassifier
+from swincompress_pl.models.conversion import to_timm
 from swincompress_pl.models.factory import create_model, preprocessing_for, rebuild
 from swincompress_pl.models.spiking.memory import without_memory
 from swincompress_pl.models.training import DistillationConfig, MixingConfig, OptimizationConfig
@@ -16,6 +17,7 @@ __all__ = [
     "create_model",
     "preprocessing_for",
     "rebuild",
+    "to_timm",
     "without_memory",
 ]
 

@@ -1,4 +1,4 @@
-"""Networks by name: models and two classes of timm, models and classes of spikingjelly, and Meta-SpikeFormer."""
+"""Networks by name: models and four classes of timm, models and classes of spikingjelly, and Meta-SpikeFormer."""
 
 from __future__ import annotations
 
@@ -29,10 +29,12 @@ from swincompress_pl.structure import set_attributes
 _CLASSES: dict[str, type[nn.Module]] = {
     "swintransformer": timm.models.SwinTransformer,
     "swin": timm.models.SwinTransformer,
+    "swintransformerv2": timm.models.SwinTransformerV2,
     "visiontransformer": timm.models.VisionTransformer,
     "vit": timm.models.VisionTransformer,
+    "visiontransformerdistilled": timm.models.VisionTransformerDistilled,
 }
-_CLASS_NAMES = ("SwinTransformer", "VisionTransformer")
+_CLASS_NAMES = ("SwinTransformer", "SwinTransformerV2", "VisionTransformer", "VisionTransformerDistilled")
 _THEIRS = "spikingjelly.activation_based.model"
 _OURS = "swincompress_pl.models"
 # Name -> module with the builder or class of that name
@@ -70,8 +72,8 @@ def create_model(
         name: One of these:
 
             - a model of timm, with a tag or without, such as "swin_tiny_patch4_window7_224";
-            - "SwinTransformer" ("swin") or "VisionTransformer" ("vit"), in any case, with the arguments of timm's
-              class;
+            - "SwinTransformer" ("swin"), "SwinTransformerV2", "VisionTransformer" ("vit") or
+              "VisionTransformerDistilled", in any case, with the arguments of timm's class;
             - a model of spikingjelly, such as "spikformer_ti", or of `meta_spikeformer`, such as
               "meta_spikeformer_8_256";
             - a spiking class, "Spikformer", "QKFormer", "SpikeDrivenTransformer", "MaxFormer" or "MetaSpikeFormer", in
@@ -170,7 +172,7 @@ def _unknown(name: str) -> str:
     )
     return (
         f"unknown model {name!r}; {hint} timm.list_models() lists timm's names; "
-        f"{' and '.join(_CLASS_NAMES)} take the arguments of timm's class."
+        f"{', '.join(_CLASS_NAMES)} take the arguments of timm's class."
     )
 
 
