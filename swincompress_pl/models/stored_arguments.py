@@ -52,6 +52,7 @@ _PLACE = re.compile(
     r"state_dict|fn)(_|$)",
     re.IGNORECASE,
 )
+_PARTS = {"pretrained_window_sizes"}  # arguments that shape a network for all that _PLACE says
 _NAME = re.compile(r"[\w.+-]{0,64}", re.ASCII)  # "layernorm", "avg": no URL, no path, no "owner/name" of a hub
 _MAX_DEPTH = 8
 _MOST, _MOST_BLOCKS = 1 << 20, 1000  # limits of the numbers in an argument, and in one for blocks (`depth`, `depths`)
@@ -129,7 +130,7 @@ def _split(kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _as_data(name: str, key: Any, value: Any) -> Any:
-    if not isinstance(key, str) or not key.isidentifier() or (_PLACE.search(key) and key not in _DESCRIPTIONS):
+    if not isinstance(key, str) or not key.isidentifier() or (_PLACE.search(key) and key not in _DESCRIPTIONS | _PARTS):
         raise ValueError(
             f"{name}: {reprlib.repr(key)} is no argument that a network can be built again with: it names a place, "
             "not a part of the network. Load weights with checkpoint_path"
