@@ -15,128 +15,32 @@ import numpy as np
 import pytest
 import torch
 from lightning import Trainer
-from torch import Tensor, nn
+from support.conversion_cases import (
+    CASES,
+    FEW,
+    IMAGES,
+    PIXELS,
+    PLAIN,
+    PREPROCESSING,
+    VIT,
+    WINDOWS,
+    close,
+    hugging,
+    lively,
+    swin,
+    vit,
+)
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
-from torchvision.models import Swin_T_Weights, Swin_V2_T_Weights, efficientnet_b0
-from torchvision.models import swin_transformer as swins
+from torchvision.models import efficientnet_b0
 from torchvision.models import vision_transformer as vits
 
 from swincompress_pl import accel, load_network, prune, quantize, save_network
-from swincompress_pl.models import CompressibleClassifier, create_model, preprocessing_for, rebuild, to_timm
+from swincompress_pl.models import CompressibleClassifier, create_model, rebuild, to_timm
 from swincompress_pl.models.conversion import convert
 from swincompress_pl.models.factory import recreate_model
 from swincompress_pl.pruning import HoldOut, PruningPlan, apply_plan
 from swincompress_pl.registry import UnsupportedNetworkError, adapter_for
-
-PREPROCESSING = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.25, 0.3]}
-PLAIN = {"image_size": 32, "patch_size": 8, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-VIT = {**PLAIN, "intermediate_size": 48}
-WINDOWS = {"image_size": 32, "patch_size": 4, "embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4}
-
-
-def hugging(kind: str, **options: Any) -> nn.Module:
-    """A network of transformers, with the constructor's own arguments among the options of its configuration."""
-    transformers = pytest.importorskip("transformers")
-    own = {name: options.pop(name) for name in ("add_pooling_layer",) if name in options}
-    options.setdefault("num_labels", 3)
-    kind_of_network = getattr(transformers, kind)
-    network: nn.Module = kind_of_network(kind_of_network.config_class(**options), **own)
-    return network
-
-
-def swin(**options: Any) -> nn.Module:
-    arguments = {"patch_size": [4, 4], "embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4], "window_size": [4, 4]}
-    return swins.SwinTransformer(**(arguments | {"num_classes": 3} | options))
-
-
-def swin_v2(**options: Any) -> nn.Module:
-    return swin(block=swins.SwinTransformerBlockV2, downsample_layer=swins.PatchMergingV2, **options)
-
-
-def vit(**options: Any) -> nn.Module:
-    return vits.VisionTransformer(32, 8, 2, 4, 32, 48, **({"num_classes": 3} | options))
-
-
-def pooled(network: Any, images: Tensor) -> Tensor:
-    answer: Tensor = network(images).pooler_output
-    return answer
-
-
-def first_token(network: Any, images: Tensor) -> Tensor:
-    answer: Tensor = network(images).last_hidden_state[:, 0]
-    return answer
-
-
-def logits(network: Any, images: Tensor) -> Tensor:
-    answer: Tensor = network(images).logits
-    return answer
-
-
-def output(network: Any, images: Tensor) -> Tensor:
-    answer: Tensor = network(images)
-    return answer
-
-
-Case = tuple[Callable[[], nn.Module], Callable[[Any, Tensor], Tensor], str, bool]
-# network, its answer, the class of timm, whether it has an integer form
-CASES: dict[str, Case] = {
-    "ViT": (lambda: hugging("ViTForImageClassification", **VIT), logits, "VisionTransformer", True),
-    "ViT of bf16": (
-        lambda: hugging("ViTForImageClassification", **VIT, qkv_bias=False).bfloat16(),
-        lambda network, images: logits(network.float(), images),
-        "VisionTransformer",
-        True,
-    ),
-    "ViT, tanh": (
-        lambda: hugging("ViTForImageClassification", **VIT, hidden_act="gelu_pytorch_tanh"),
-        logits,
-        "VisionTransformer",
-        True,
-    ),
-    "ViT, embedding": (
-        lambda: hugging("ViTModel", **VIT, add_pooling_layer=False),
-        first_token,
-        "VisionTransformer",
-        True,
-    ),
-    "DeiT": (lambda: hugging("DeiTForImageClassification", **VIT), logits, "VisionTransformer", True),
-    "DeiT, distilled": (
-        lambda: hugging("DeiTForImageClassificationWithTeacher", **VIT),
-        logits,
-        "VisionTransformerDistilled",
-        False,
-    ),
-    "DINOv2": (lambda: hugging("Dinov2Model", **PLAIN), pooled, "VisionTransformer", True),
-    "DINOv2, registers": (
-        lambda: hugging("Dinov2WithRegistersModel", **PLAIN, num_register_tokens=2),
-        pooled,
-        "VisionTransformer",
-        True,
-    ),
-    "Swin": (lambda: hugging("SwinForImageClassification", **WINDOWS), logits, "SwinTransformer", True),
-    "Swin, embedding": (lambda: hugging("SwinModel", **WINDOWS), pooled, "SwinTransformer", True),
-    "Swin v2": (lambda: hugging("Swinv2ForImageClassification", **WINDOWS), logits, "SwinTransformerV2", False),
-    "Swin v2, pretrained windows": (
-        lambda: hugging("Swinv2ForImageClassification", **WINDOWS, pretrained_window_sizes=[3, 2]),
-        logits,
-        "SwinTransformerV2",
-        False,
-    ),
-    "torchvision ViT": (vit, output, "VisionTransformer", True),
-    "torchvision Swin": (swin, output, "SwinTransformer", True),
-    "torchvision Swin v2": (swin_v2, output, "SwinTransformerV2", False),
-}
-FEW = {name: CASES[name] for name in ("ViT", "Swin", "torchvision Swin v2")}
-
-
-def lively(network: nn.Module) -> nn.Module:
-    """The network in evaluation, with weights of which each counts."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in network.parameters():
-            scale = parameter.shape[-1] ** -0.5 if parameter.ndim > 1 else 0.1
-            parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter.dtype) * scale)
-    return network.eval()
 
 
 @pytest.fixture(autouse=True)
@@ -144,31 +48,16 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(scope="module")
-def pixels() -> Tensor:
-    return torch.randint(0, 256, (6, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
-
-
-@pytest.fixture(scope="module")
-def images(pixels: Tensor) -> Tensor:
-    mean, std = (torch.tensor(PREPROCESSING[key])[:, None, None] for key in ("mean", "std"))
-    return (pixels.permute(0, 3, 1, 2).float() / 255 - mean) / std
-
-
-def close(one: Tensor, other: Tensor) -> bool:
-    return bool((one - other).abs().max() < 1e-4 * one.abs().max())
-
-
 @pytest.mark.parametrize("name", CASES)
-def test_outputs_are_equal_and_the_network_works(name: str, images: Tensor, pixels: Tensor, tmp_path: Path) -> None:
+def test_outputs_are_equal_and_the_network_works(name: str, tmp_path: Path) -> None:
     build, answer, kind, integers = CASES[name]
     original = lively(build())
     before = {key: value.clone() for key, value in original.state_dict().items()}
     converted: Any = to_timm(original)
     assert all(torch.equal(value, before[key]) for key, value in original.state_dict().items())
     with torch.no_grad():
-        expected = converted(images)
-        assert close(answer(copy.deepcopy(original), images), expected)
+        expected = converted(IMAGES)
+        assert close(answer(copy.deepcopy(original), IMAGES), expected)
 
     assert converted.creation["name"] == type(converted).__name__ == kind
     assert json.loads(json.dumps(converted.creation)) == converted.creation
@@ -177,20 +66,20 @@ def test_outputs_are_equal_and_the_network_works(name: str, images: Tensor, pixe
         key: value.shape for key, value in converted.state_dict().items()
     }
     loaded = load_network(again, save_network(converted, tmp_path / "network.ckpt")).eval()
-    assert torch.equal(loaded(images), expected)  # with the epsilons of the original
+    assert torch.equal(loaded(IMAGES), expected)  # with the epsilons of the original
 
     groups = adapter_for(converted).groups(converted)
     assert {group.kind for group in groups} >= {"heads", "mlp"}
     apply_plan(converted, PruningPlan.removing(groups, {group.name: [0] for group in groups if group.units > 1}))
     if not integers:
         with pytest.raises(UnsupportedNetworkError, match="no integer form"):
-            quantize(converted, [images], method="max", preprocessing=PREPROCESSING)
+            quantize(converted, [IMAGES], method="max", preprocessing=PREPROCESSING)
         return
     embeddings = converted.num_classes == 0
-    quantized = quantize(converted, [images], method="max", preprocessing=PREPROCESSING, embeddings=embeddings)
+    quantized = quantize(converted, [IMAGES], method="max", preprocessing=PREPROCESSING, embeddings=embeddings)
     file = accel.export(quantized, tmp_path / "model.safetensors")
-    found = accel.load(file, threads=1).run_integer(pixels.numpy())
-    assert np.array_equal(found, accel.reference(file).run_integer(pixels.numpy()))
+    found = accel.load(file, threads=1).run_integer(PIXELS.numpy())
+    assert np.array_equal(found, accel.reference(file).run_integer(PIXELS.numpy()))
     rebuilt: Any = rebuild(quantized.to_program().origin)
     assert {key: value.shape for key, value in rebuilt.state_dict().items()} == {
         key: value.shape for key, value in converted.state_dict().items()
@@ -201,11 +90,11 @@ def test_outputs_are_equal_and_the_network_works(name: str, images: Tensor, pixe
 
 
 @pytest.mark.parametrize("name", FEW)
-def test_a_network_that_cannot_be_compressed_is_told_about_to_timm(name: str, images: Tensor) -> None:
+def test_a_network_that_cannot_be_compressed_is_told_about_to_timm(name: str) -> None:
     network = FEW[name][0]()
     for compress in (
-        lambda: prune(network, HoldOut(images, torch.arange(6) % 3)),
-        lambda: quantize(network, [images], preprocessing=PREPROCESSING),
+        lambda: prune(network, HoldOut(IMAGES, torch.arange(6) % 3)),
+        lambda: quantize(network, [IMAGES], preprocessing=PREPROCESSING),
     ):
         with pytest.raises(UnsupportedNetworkError, match=r"swincompress_pl\.models\.to_timm\(network\) makes"):
             compress()
@@ -269,12 +158,19 @@ def test_tensors_that_are_left_over_or_missing_are_named() -> None:
         to_timm(network)
 
 
-def test_heads_of_fine_tuning_are_taken_along(images: Tensor) -> None:
+def test_a_network_that_is_built_otherwise_is_refused() -> None:
+    network: Any = vit()
+    network.encoder.layers[0].mlp = nn.Identity()
+    with pytest.raises(ValueError, match="VisionTransformer: it is not built as its class builds it"):
+        to_timm(network)
+
+
+def test_heads_of_fine_tuning_are_taken_along() -> None:
     network: Any = lively(vit())
     network.heads = nn.Linear(32, 5)
-    assert close(network(images), to_timm(network)(images))
+    assert close(network(IMAGES), to_timm(network)(IMAGES))
     network.heads = nn.Identity()
-    assert to_timm(network)(images).shape == (6, 32)
+    assert to_timm(network)(IMAGES).shape == (6, 32)
 
 
 UNSUPPORTED: dict[str, tuple[Callable[[], nn.Module], type[Exception], str]] = {
@@ -334,111 +230,6 @@ def test_what_is_refused(name: str) -> None:
         to_timm(build())
 
 
-def test_labels_come_along(images: Tensor) -> None:
-    names = {2: "fox", 0: "cat", 1: "dog"}
-    network: Any = hugging("SwinForImageClassification", **WINDOWS, id2label=names)
-    converted: Any = to_timm(network)
-    assert converted.class_names == ("cat", "dog", "fox")
-    assert copy.deepcopy(converted).class_names == ("cat", "dog", "fox")
-    assert not hasattr(to_timm(hugging("SwinForImageClassification", **WINDOWS)), "class_names")  # LABEL_0, ...
-    network.classifier = nn.Linear(32, 4)
-    with pytest.raises(ValueError, match=r"config.id2label has 3 names \(cat, dog, fox, ...\) for 4 classes"):
-        to_timm(network)
-
-
-def test_torchvisions_weights_bring_labels_and_preprocessing() -> None:
-    weights = Swin_T_Weights.IMAGENET1K_V1
-    small = {"embed_dim": 8, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 1, 1], "window_size": [7, 7]}
-    converted: Any = to_timm(swin(**small, num_classes=1000), weights=weights)
-    assert converted.class_names[0] == "tench"
-    assert len(converted.class_names) == 1000
-    assert preprocessing_for(converted) == {
-        "height": 224,
-        "width": 224,
-        "resize": 232,
-        "interpolation": "bicubic",
-        "mean": [0.485, 0.456, 0.406],
-        "std": [0.229, 0.224, 0.225],
-    }
-    with pytest.raises(ValueError, match=r"weights has 1000 names \(tench, .*for 3 classes"):
-        to_timm(swin(**small), weights=weights)
-    unnamed = to_timm(swin(**small), weights=weights.transforms())
-    assert preprocessing_for(unnamed)["resize"] == 232
-    with pytest.raises(ValueError, match="no multiple of its window of 7x7"):
-        to_timm(swin(**small, num_classes=1000), weights=Swin_V2_T_Weights.IMAGENET1K_V1)
-    with pytest.raises(TypeError, match="weights is 'IMAGENET1K_V1'; it must be"):
-        to_timm(swin(**small), weights="IMAGENET1K_V1")
-
-
-PROCESSOR = {
-    "do_resize": True,
-    "size": {"shortest_edge": 40},
-    "resample": 3,
-    "do_center_crop": True,
-    "crop_size": {"height": 32, "width": 32},
-    "do_rescale": True,
-    "rescale_factor": 1 / 255,
-    "do_normalize": True,
-    "image_mean": [0.5, 0.4, 0.3],
-    "image_std": [0.2, 0.25, 0.3],
-}
-
-
-def test_a_processor_brings_preprocessing(images: Tensor) -> None:
-    network = lively(hugging("ViTForImageClassification", **VIT))
-    converted = to_timm(network, processor=PROCESSOR)
-    described = {"height": 32, "width": 32, "resize": 40, "interpolation": "bicubic", **PREPROCESSING}
-    assert preprocessing_for(converted) == described
-    transformers = pytest.importorskip("transformers")
-    assert preprocessing_for(to_timm(network, processor=transformers.BitImageProcessor(**PROCESSOR))) == described
-    plain = to_timm(network, processor=PROCESSOR | {"do_normalize": False})
-    assert preprocessing_for(plain)["std"] == [1.0, 1.0, 1.0]
-    with pytest.raises(ValueError, match="no preprocessing of its own"):
-        preprocessing_for(to_timm(network))
-    # What Preprocessing cannot do is said by name, and the mean is known all the same.
-    squashed: Any = to_timm(network, processor=PROCESSOR | {"size": {"height": 32, "width": 32}, "crop_size": None})
-    assert squashed.pretrained_cfg["mean"] == [0.5, 0.4, 0.3]
-    with pytest.raises(ValueError, match="crop mode 'squash'"):
-        preprocessing_for(squashed)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"size": 40}, "size is 40; it must be"),
-        ({"do_center_crop": False}, "does not give images of one size"),
-        ({"do_resize": False}, "do_resize=False"),
-        ({"rescale_factor": 1 / 127.5}, "is not 1/255"),
-        ({"image_mean": None}, "image_mean is None"),
-        ({"crop_size": {"height": 24, "width": 24}}, "images 24x24, the network's own 32x32"),
-    ],
-)
-def test_a_processor_that_does_not_fit(change: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        to_timm(hugging("ViTForImageClassification", **VIT), processor=PROCESSOR | change)
-
-
-def test_a_processor_that_is_none() -> None:
-    with pytest.raises(TypeError, match="processor is 3; it must be an image processor"):
-        to_timm(vit(), processor=3)
-    with pytest.raises(ValueError, match="processor and weights are both given"):
-        to_timm(vit(), processor=PROCESSOR, weights=Swin_T_Weights.IMAGENET1K_V1)
-
-
-@pytest.mark.parametrize("kind", ["Dinov2Model", "Dinov2WithRegistersModel"])
-def test_dinov2_at_another_size_resamples_positions_as_transformers_does(kind: str) -> None:
-    network = lively(hugging(kind, **{**PLAIN, "image_size": 48}))
-    smaller = torch.randn(2, 3, 32, 40, generator=torch.Generator().manual_seed(2))
-    converted: Any = to_timm(network, image_size=(32, 40))
-    assert converted.creation["kwargs"]["img_size"] == [32, 40]
-    with torch.no_grad():
-        assert close(pooled(network, smaller), converted(smaller))
-    by_processor: Any = to_timm(network, processor=PROCESSOR)
-    assert by_processor.patch_embed.img_size == (32, 32)
-    with pytest.raises(ValueError, match="image_size 48x48, images 32x32"):
-        to_timm(network, image_size=48, processor=PROCESSOR)
-
-
 def test_dropout_comes_along_or_is_told() -> None:
     converted: Any = to_timm(vit(dropout=0.1, attention_dropout=0.2))
     block = converted.blocks[0]
@@ -462,7 +253,7 @@ def test_mode_and_compiled_networks() -> None:
     assert not to_timm(torch.compile(network)).training  # type: ignore[arg-type]
 
 
-def test_a_classifier_trains_and_restores_it(images: Tensor, tmp_path: Path) -> None:
+def test_a_classifier_trains_and_restores_it(tmp_path: Path) -> None:
     converted: Any = to_timm(lively(hugging("ViTForImageClassification", **VIT)))
     arguments = {key: value for key, value in converted.creation["kwargs"].items() if key != "num_classes"}
     module = CompressibleClassifier("VisionTransformer", num_classes=3, model_kwargs=arguments)
@@ -470,10 +261,10 @@ def test_a_classifier_trains_and_restores_it(images: Tensor, tmp_path: Path) -> 
     trainer = Trainer(
         max_epochs=1, accelerator="cpu", logger=False, enable_progress_bar=False, default_root_dir=tmp_path
     )
-    trainer.fit(module, DataLoader(TensorDataset(images, torch.arange(6) % 3), batch_size=6))
+    trainer.fit(module, DataLoader(TensorDataset(IMAGES, torch.arange(6) % 3), batch_size=6))
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     loaded = CompressibleClassifier.load_from_checkpoint(tmp_path / "last.ckpt").eval()
-    assert torch.equal(loaded(images), module.eval()(images))
+    assert torch.equal(loaded(IMAGES), module.eval()(IMAGES))
     assert loaded.net.norm.eps == 1e-12  # type: ignore[union-attr]
 
 

@@ -137,7 +137,8 @@ def quantize(
             maximum, such as 99.99. With "searched" the search begins there, and "max" clips there. None for the
             maximum.
         search: Options of the method "searched": a `SearchOptions`, or a mapping of its fields; None for the defaults.
-        classes: Names of the classes in the order of the logits, for the artifact.
+        classes: Names of the classes in the order of the logits, for the artifact. None for the network's
+            `class_names`, if `models.to_timm` gave it one per class.
         embeddings: Whether a network without a classifier (`num_classes=0`) is accepted. Its integers are the pooled
             features, for a head outside the network, and `classes` is ignored.
         progress: True shows bars in a terminal or a notebook, and lines elsewhere. A function is called with the name
@@ -163,7 +164,14 @@ def quantize(
     found, assumed = preprocessing_of(model, preprocessing)
     with all_or_nothing(written=[model]):
         quantized = with_plain_layers(
-            model, lambda: QuantizedNetwork(model, preprocessing=found, method=method, classes=classes, bits=bits)
+            model,
+            lambda: QuantizedNetwork(
+                model,
+                preprocessing=found,
+                method=method,
+                classes=_named(model) if classes is None else classes,
+                bits=bits,
+            ),
         )
         if quantized.graph.embeds:
             _require_wanted(quantized, embeddings)
@@ -212,6 +220,12 @@ def _find_scales(
         learning = options.learning if options.rounding == "learned" else Learning(iterations=0)
         round_blocks(quantized, batches, learning, progress=progress)
         _secure_steps(quantized)
+
+
+def _named(network: Any) -> tuple[str, ...] | None:
+    """The names of the classes that the network has from another library; None if they are not as many as these."""
+    names = getattr(network, "class_names", None)
+    return names if isinstance(names, tuple) and len(names) == getattr(network, "num_classes", None) else None
 
 
 def _require_spikes(graph: Graph, ranges: Mapping[str, Ranges]) -> None:

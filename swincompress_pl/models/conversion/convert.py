@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from swincompress_pl.arguments import integer
 from swincompress_pl.layer_types import full_name
 from swincompress_pl.models.changes import changes_since_creation
 from swincompress_pl.models.conversion import torchvision, transformers_swin, transformers_vit
 from swincompress_pl.models.conversion.description import Images, class_names, images_of_processor, images_of_weights
-from swincompress_pl.models.conversion.family import Family, Size, pair
+from swincompress_pl.models.conversion.family import Family, Size
 from swincompress_pl.models.factory import create_model
 from swincompress_pl.registry import UnsupportedNetworkError, register_conversions
 
@@ -66,10 +67,16 @@ def to_timm(
     """
     network = getattr(network, "_orig_mod", network)
     family = _family_of(network)
-    images = _images(processor, weights)
+    images, asked = _images(processor, weights), None if image_size is None else _asked(image_size)
     original = copy.deepcopy(network).to("cpu", torch.float32).eval()
-    size = _size(original, family, images, image_size)
-    name, arguments = family.architecture(original, size)
+    try:
+        size = _size(original, family, images, asked)
+        name, arguments = family.architecture(original, size)
+    except (AttributeError, TypeError, IndexError) as error:
+        raise ValueError(
+            f"{type(network).__name__}: it is not built as its class builds it ({error}); undo changes of its "
+            "layers first"
+        ) from error
     labels = class_names(original, weights, arguments["num_classes"])
     converted = create_model(name, **arguments).eval()
     converted.load_state_dict(family.tensors(original, size, converted.state_dict()))
@@ -111,9 +118,15 @@ def _images(processor: Any, weights: Any) -> Images | None:
     return None if weights is None else images_of_weights(weights)
 
 
-def _size(network: nn.Module, family: Family, images: Images | None, image_size: int | Size | None) -> Size:
+def _asked(image_size: Any) -> Size:
+    sides = image_size if isinstance(image_size, list | tuple) and len(image_size) == 2 else [image_size] * 2
+    height, width = (integer("image_size", side, least=1) for side in sides)
+    return height, width
+
+
+def _size(network: nn.Module, family: Family, images: Images | None, asked: Size | None) -> Size:
     native = family.native_size(network)
-    given = {"image_size": None if image_size is None else pair(image_size), "images": images.size if images else None}
+    given = {"image_size": asked, "images": images.size if images else None}
     sizes = {size for size in given.values() if size is not None}
     size = next(iter(sizes), native)
     if len(sizes) > 1 or not (family.any_size or size == native):
