@@ -60,6 +60,7 @@ def test_torchvisions_weights_bring_labels_and_preprocessing() -> None:
         "height": 224,
         "width": 224,
         "resize": 232,
+        "crop_mode": "center",
         "interpolation": "bicubic",
         "mean": [0.485, 0.456, 0.406],
         "std": [0.229, 0.224, 0.225],
@@ -91,7 +92,8 @@ PROCESSOR = {
 def test_a_processor_brings_preprocessing() -> None:
     network = lively(hugging("ViTForImageClassification", **VIT))
     converted = to_timm(network, processor=PROCESSOR)
-    described = {"height": 32, "width": 32, "resize": 40, "interpolation": "bicubic", **PREPROCESSING}
+    described = {"height": 32, "width": 32, "resize": 40, "crop_mode": "center", "interpolation": "bicubic"}
+    described |= PREPROCESSING
     assert preprocessing_for(converted) == described
     transformers = pytest.importorskip("transformers")
     assert preprocessing_for(to_timm(network, processor=transformers.BitImageProcessor(**PROCESSOR))) == described
@@ -99,11 +101,9 @@ def test_a_processor_brings_preprocessing() -> None:
     assert preprocessing_for(plain)["std"] == [1.0, 1.0, 1.0]
     with pytest.raises(ValueError, match="no preprocessing of its own"):
         preprocessing_for(to_timm(network))
-    # What Preprocessing cannot do is said by name, and the mean is known all the same.
     squashed: Any = to_timm(network, processor=PROCESSOR | {"size": {"height": 32, "width": 32}, "crop_size": None})
     assert squashed.pretrained_cfg["mean"] == [0.5, 0.4, 0.3]
-    with pytest.raises(ValueError, match="crop mode 'squash'"):
-        preprocessing_for(squashed)
+    assert preprocessing_for(squashed) == described | {"resize": 32, "crop_mode": "squash"}
 
 
 @pytest.mark.parametrize(
