@@ -3,7 +3,7 @@
 $ python examples/timm_finetune.py
 float: 92.00% of 300 images
 int8: 92.00% of 300 images
-runs/timm_finetune/val/digit 7/7.png: digit 7 (99 %)
+runs/timm_finetune/val/digit 7/7.png: digit 7
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def main() -> None:
     engine = accel.load(accel.export(quantized, given.output / "model.safetensors"))
     file = given.output / "val" / "digit 7" / "7.png"
     best = engine.classify(file, top=1)[0]
-    print(f"{file}: {best.name} ({best.probability:.0%})")
+    print(f"{file}: {best.name}")
 
 
 if __name__ == "__main__":
