@@ -23,8 +23,9 @@ from swincompress_pl.report.layers import layer_sparsity
 from swincompress_pl.report.record import RunRecord
 from swincompress_pl.report.sizes import Size, network_size, program_macs, program_parameters, program_size
 from swincompress_pl.report.stages import TestImages, engine_stage, measure_latency, network_stage
+from swincompress_pl.report.training import PRUNED, QUANTIZED
 
-FLOAT, PRUNED, QUANTIZED = "float", "pruned", "quantized"
+FLOAT = "float"
 
 
 def stage_name(network: nn.Module) -> str:
