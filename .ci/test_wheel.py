@@ -18,8 +18,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 ARTIFACT = ROOT / "tests" / "golden" / "0.1" / "vit.safetensors"
-# what tests need beside the package: torch in the file or in what it imports, or the C++ sources
-_NEEDS_MORE = re.compile(r"^(import torch|from support\.quant_cases|from support\.kernel_case_files)", re.MULTILINE)
+# what tests need beside the package: torch or timm in the file or in what it imports, or the C++ sources
+_NEEDS_MORE = re.compile(r"^(import torch|from (timm|PIL|support\.(quant_cases|kernel_case_files)))\b", re.MULTILINE)
 
 
 def copied_tests(to: Path) -> list[str]:
