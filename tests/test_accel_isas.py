@@ -110,7 +110,7 @@ def test_older_x86_under_an_emulator(cpu: str, names: str, native: Path, few: Pa
 
 def test_address_and_undefined_behaviour_sanitizers(many: Path, tmp_path: Path) -> None:
     program = build(
-        tmp_path / "build", "-DSWINCOMPRESS_SANITIZE=address", "-DCMAKE_CXX_FLAGS=-fno-sanitize-recover=all"
+        tmp_path / "build", "-DSWINCOMPRESS_SANITIZE=address", LIGHT, "-DCMAKE_CXX_FLAGS=-fno-sanitize-recover=all"
     )
     run(program, many, "1")
 

@@ -31,8 +31,8 @@ def test_random_cases_equal_norm(seed: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(100, 180))
-def test_80000_random_cases_equal_norm(seed: int) -> None:
+@pytest.mark.parametrize("seed", range(100, 140))
+def test_40000_random_cases_equal_norm(seed: int) -> None:
     for case in random_cases(seed, 1000):
         assert_equals_norm(case)
 

@@ -37,6 +37,7 @@ def run(output: Path, *arguments: str) -> int:
     return main.main([*settings, *arguments])
 
 
+@pytest.mark.slow
 def test_all_models_and_batches_in_one_command(
     tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -43,6 +43,7 @@ def test_a_record_passed_its_checks(name: str) -> None:
     assert all(check.passed for check in record.checks)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_the_committed_page_is_that_of_the_record(name: str, tmp_path: Path) -> None:
     shutil.copy(GALLERY / f"{name}.json", tmp_path)

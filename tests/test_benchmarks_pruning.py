@@ -60,6 +60,7 @@ def do(one: Job, folder: Path, tiny: subjects.Subject) -> dict[str, Any]:
     return jobs.read_result(folder, one.name)
 
 
+@pytest.mark.slow
 def test_every_kind_of_job_writes_results_that_the_report_reads(tmp_path: Path, tiny: subjects.Subject) -> None:
     folder = tmp_path / "results"
     do(job("control"), folder, tiny)
@@ -87,6 +88,7 @@ def test_lightnings_callback_reaches_the_sparsity_it_is_asked_for(tmp_path: Path
         assert done["after"]["prunable"]["removed"] == pytest.approx(0.5, abs=0.001)
 
 
+@pytest.mark.slow
 def test_the_same_decisions_are_found_by_both_scorers(tmp_path: Path, tiny: subjects.Subject) -> None:
     for recovery in (False, True):
         done = do(job("scoring", granularity="structured", tolerance=5.0, recovery=recovery), tmp_path / "r", tiny)

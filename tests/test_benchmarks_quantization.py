@@ -62,6 +62,7 @@ def page_of(kept: Path) -> str:
     return "\n\n".join(report.sections(json.loads(kept.read_text(encoding="utf-8"))))
 
 
+@pytest.mark.slow
 def test_from_the_job_to_the_report(place: subjects.Place, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
@@ -98,6 +99,7 @@ def test_from_the_job_to_the_report(place: subjects.Place, tmp_path: Path) -> No
         report.write(out, tmp_path)
 
 
+@pytest.mark.slow
 def test_after_fine_tuning_the_integers_stand_against_a_float_control(place: subjects.Place, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()

@@ -105,6 +105,7 @@ def _alive(watch: Wrappers) -> list[bool]:
     return [reference() is not None for reference in watch.seen]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [

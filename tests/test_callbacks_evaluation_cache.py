@@ -84,6 +84,7 @@ def test_a_step_that_adds_nothing(tmp_path: Path) -> None:
         _evaluations(tmp_path, Headed())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"monitor": "val/top1"}], ids=["step", "monitor"])
 def test_a_module_that_makes_more_of_the_answer_or_a_metric(options: dict[str, Any], tmp_path: Path) -> None:
     assert _evaluations(tmp_path, Headed(), **options) > 0

@@ -144,6 +144,7 @@ def test_killed_inside_an_epoch(tmp_path: Path, uninterrupted: tuple[Any, Any]) 
     assert_same_state(resume(folder, options, 2), end)
 
 
+@pytest.mark.slow
 def test_killed_twice(tmp_path: Path, uninterrupted: tuple[Any, Any]) -> None:
     options, end = uninterrupted
     folder, last = tmp_path / "run", tmp_path / "run" / "last.ckpt"

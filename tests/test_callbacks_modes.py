@@ -85,6 +85,7 @@ class FrozenOnce(Spiking):
             norm.eval().requires_grad_(False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [FrozenNorms, FrozenOnce])
 def test_frozen_norms_keep_their_statistics(tmp_path: Path, kind: type[Spiking]) -> None:
     module = kind()
@@ -153,6 +154,7 @@ def test_a_module_in_evaluation_trains_and_stays_in_it(tmp_path: Path, kind: typ
     assert not logits.requires_grad  # integers again
 
 
+@pytest.mark.slow
 def test_a_second_fit_after_a_test_trains(tmp_path: Path) -> None:
     module = Plain()
     run = fit(module, tmp_path, 1, qat(start_epoch=0))

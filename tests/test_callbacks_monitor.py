@@ -86,7 +86,14 @@ class ComputedByHand(TorchMetric):
         self.accuracy.reset()
 
 
-MODULES = [Floats, WithoutIndex, Dictionary, AtTheEnd, TorchMetric, Collection, ComputedByHand]
+MODULES = [
+    Floats,
+    TorchMetric,
+    *(
+        pytest.param(kind, marks=pytest.mark.slow)
+        for kind in (WithoutIndex, Dictionary, AtTheEnd, Collection, ComputedByHand)
+    ),
+]
 
 
 def uneven() -> DataLoader[Any]:

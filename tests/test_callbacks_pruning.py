@@ -104,8 +104,8 @@ def to_be_resumed() -> Plain:
     params=[
         {},
         {"granularity": "weight"},
-        {"shrink": "end", "max_rounds": 2},
-        {"criterion": "fisher", "ranking": "global", "gradient_batches": 2},
+        pytest.param({"shrink": "end", "max_rounds": 2}, marks=pytest.mark.slow),
+        pytest.param({"criterion": "fisher", "ranking": "global", "gradient_batches": 2}, marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -309,6 +309,7 @@ def test_gradient_accumulation_and_bf16(tmp_path: Path) -> None:
     assert module.net.blocks[1].attn.qkv.weight.dtype == torch.float32
 
 
+@pytest.mark.slow
 def test_a_compiled_network_is_recompiled(tmp_path: Path) -> None:
     module = Plain(shallow_vit)
     module.net = torch.compile(module.net, backend="eager")

@@ -76,6 +76,7 @@ def test_training_goes_on_compiled_and_is_the_same(tmp_path: Path, in_place: boo
     assert quantized_of(copy.deepcopy(module)).compiler is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "learned"), [("vit", False), ("swin padded", True)])
 def test_compiled_fake_quantization_is_one_graph_with_the_same_numbers(name: str, learned: bool) -> None:
     network: Any
@@ -106,6 +107,7 @@ def test_compiled_fake_quantization_is_one_graph_with_the_same_numbers(name: str
     assert backend.runs == 1
 
 
+@pytest.mark.slow
 def test_resumed_before_and_after_quantization(tmp_path: Path) -> None:
     def run_to(epochs: int, ckpt: Path | None = None) -> Any:
         module, save = compiled("eager", False), ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
@@ -123,6 +125,7 @@ def test_resumed_before_and_after_quantization(tmp_path: Path) -> None:
     assert torch.equal(quantized_of(loaded).integer_logits(pixels), quantized_of(whole).integer_logits(pixels))
 
 
+@pytest.mark.slow
 def test_compiled_pruned_and_quantized_in_one_fit(tmp_path: Path) -> None:
     backend = Counting()
     module = compiled(backend, False)

@@ -81,6 +81,7 @@ class Widths(Callback):
         self.found.append(sum(int(p.count_nonzero()) for n, p in pl_module.named_parameters() if "adjustment" not in n))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "after"),
     [
@@ -261,6 +262,7 @@ def test_the_scales_momentum_is_cut_with_them(tmp_path: Path) -> None:
 # Resume
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "stop", "options"), [(Plain, 3, {}), (Restorable, 2, {}), (Plain, 2, {"granularity": "weight"})]
 )
@@ -287,6 +289,7 @@ def test_resume_gives_the_same(tmp_path: Path, kind: type[Plain], stop: int, opt
 # DDP
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"granularity": "weight"}], ids=["structured", "weight"])
 def test_ranks_are_equal_to_the_bit(tmp_path: Path, options: dict[str, Any]) -> None:
     def work(rank: int) -> Any:

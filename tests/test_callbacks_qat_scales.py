@@ -323,6 +323,7 @@ def everything(module: LightningModule, run: Trainer) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [1, 2, 3])
 def test_resume_gives_the_same_weights_scales_and_optimizer(tmp_path: Path, stop: int) -> None:
     """Stopped before the quantization, after it, and after the freeze; the fit shuffles."""

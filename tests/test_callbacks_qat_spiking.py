@@ -108,6 +108,7 @@ def test_bf16_trains_to_finite_weights(tmp_path: Path) -> None:
     assert all(bool(torch.isfinite(p).all()) for p in module.backbone.parameters())
 
 
+@pytest.mark.slow
 def test_compiled_training_is_the_same_pass(tmp_path: Path) -> None:
     """In one graph, neurons and the statistics' updates included."""
     module = Spiking()

@@ -67,6 +67,7 @@ def test_load_from_checkpoint_needs_nothing_else(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [1, 2])
 @pytest.mark.parametrize("kind", [Plain, Restorable])
 def test_resume_at_an_epochs_end_gives_the_same_weights(tmp_path: Path, kind: type[Plain], stop: int) -> None:

@@ -301,6 +301,7 @@ class ShardedSource(Source):
         return DataLoader(data(10, seed=2), 4, sampler=DistributedSampler(data(10), shuffle=False))
 
 
+@pytest.mark.slow
 def test_a_rank_without_an_image_takes_part(tmp_path: Path) -> None:
     first, second = on_ranks(tmp_path, 2, lambda rank: few_images(tmp_path / "fits", rank))
     for name in ("max_images", "max_images of a shard", "a step", "padding", "PrimeSVT"):

@@ -101,6 +101,7 @@ def test_a_test_with_other_arguments_is_no_resume(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ended_by", "wider"),
     [

@@ -105,6 +105,7 @@ def slow(*kinds: str) -> Any:
     return [pytest.param(kind, marks=pytest.mark.slow) for kind in kinds]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["rounds", "masks", "integers", "both", "shot", *slow("filters", "shot, integers")])
 def test_every_step_checkpoint_leads_to_the_same_end(tmp_path: Path, kind: str) -> None:
     assert resumed_from_all(tmp_path, kind, {"every_n_train_steps": 1}, {}) == BATCHES * EPOCHS

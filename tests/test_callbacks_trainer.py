@@ -210,6 +210,7 @@ SCHEDULES: dict[str, Callable[[Optimizer], Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_the_learning_rates_are_those_of_a_fit_without_pruning(tmp_path: Path, name: str) -> None:
     class Mine(Plain):
@@ -317,6 +318,7 @@ def test_a_criterion_with_gradients_leaves_the_training_batches_alone(tmp_path: 
 # ------------------------------------------------------------------------------------------------------------- compile
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize("granularity", ["structured", "weight"])
 def test_compiled_once_a_shrink(tmp_path: Path, granularity: str, in_place: bool) -> None:

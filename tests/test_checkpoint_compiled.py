@@ -84,6 +84,7 @@ def fit(module: LightningModule, folder: Path, epochs: int = 1, path: Path | Non
 Compile = Callable[[Any], None]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [classifier, Nested, Bare])
 @pytest.mark.parametrize("saved", [compile_network, compile_nothing], ids=["compiled", "plain"])
 def test_a_fit_resumes_on_the_other_side(tmp_path: Path, make: Callable[[], Any], saved: Compile) -> None:
@@ -119,6 +120,7 @@ def test_masks_of_a_compiled_block_follow(tmp_path: Path, saved: bool) -> None:
     assert len(masked_parameters(other.net)) == 1
 
 
+@pytest.mark.slow
 def test_a_quantized_one_loads(tmp_path: Path) -> None:
     module = classifier()
     compile_network(module)

@@ -355,6 +355,7 @@ def test_bench_measures_an_artifact(artifact: Path, capsys: pytest.CaptureFixtur
     assert re.search(r"load\s+ms", out)
 
 
+@pytest.mark.slow
 def test_bench_compares_torch_on_the_pruned_architecture(artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["bench", str(artifact), "--threads", "1", "--rounds", "1", "--against", "torch", "--json"]
     code, out, _ = run(arguments, capsys)

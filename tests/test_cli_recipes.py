@@ -116,6 +116,7 @@ def history_of_export(folder: Path, count: int) -> list[str]:
     return [next(iter(entry)) for entry in accel.reference(file).program.origin["history"]]
 
 
+@pytest.mark.slow
 def test_the_digits_fit_and_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fit("digits_swin.yaml", tmp_path, {}, monkeypatch)
     assert history_of_export(tmp_path, 1) == ["prune", "quantize"]

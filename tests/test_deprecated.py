@@ -148,6 +148,7 @@ def test_defaults_of_another_policy_that_a_saved_config_holds_do_not_change_the_
         current_arguments(PrimeSVT.__init__, {**saved, "theta": 2.0})
 
 
+@pytest.mark.slow
 def test_fit_takes_a_config_of_the_first_version(tmp_path: Path) -> None:
     recipe = Path(__file__).resolve().parent.parent / "configs" / "spikformer_cifar10.yaml"
     text = recipe.read_text(encoding="utf-8")

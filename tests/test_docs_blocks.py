@@ -35,8 +35,15 @@ from support.docs_names import wrong_names
 from swincompress_pl import cli
 from swincompress_pl.cli import early
 
-# Pages whose Python takes longer than about ten seconds.
-SLOW = {"README.md"}  # trains a network
+# Pages whose Python takes longer than about five seconds, as it trains networks.
+SLOW = {
+    "README.md",
+    "docs/explanation/quantization.md",
+    "docs/how-to/own_data.md",
+    "docs/how-to/plain_pytorch.md",
+    "docs/how-to/read_a_report.md",
+    "docs/how-to/resume.md",
+}
 SHELL = ("bash", "sh", "shell", "console")
 OTHERS = ("", "text", "cmake", "toml", "json", "diff", "bibtex", "mermaid")
 STAND_IN = "configs/digits_swin.yaml"

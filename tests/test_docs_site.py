@@ -38,10 +38,18 @@ def test_the_site_builds_strictly(sources: Path) -> None:
     assert "AdaptiveIterativePruning" in (sources / "site/reference/api/callbacks/index.html").read_text("utf-8")
 
 
-def test_a_link_to_nowhere_fails_the_build(sources: Path) -> None:
-    with (sources / "docs/index.md").open("a", encoding="utf-8") as page:
-        page.write("\n[nowhere](nowhere.md)\n")
-    assert build(sources).returncode != 0
+@pytest.mark.parametrize(("link", "builds"), [("here.md", True), ("nowhere.md", False)])
+def test_a_link_to_nowhere_fails_the_build(tmp_path: Path, link: str, builds: bool) -> None:
+    """With the settings of the site, but with two pages."""
+    pytest.importorskip("zensical")
+    settings = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:")[0]
+    (tmp_path / "mkdocs.yml").write_text(
+        settings + "\nnav:\n  - Start: index.md\n  - Here: here.md\n", encoding="utf-8"
+    )
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs/here.md").write_text("# Here\n", encoding="utf-8")
+    (tmp_path / "docs/index.md").write_text(f"# Start\n\n[there]({link})\n", encoding="utf-8")
+    assert (build(tmp_path).returncode == 0) == builds
 
 
 def test_every_page_is_in_the_navigation() -> None:

@@ -42,7 +42,7 @@ PRINTED = {
         r"per image: [1-9][\d,]* synaptic operations",
     ],
 }
-SLOW = {"spiking_cifar10.py"}
+SLOW = PRINTED.keys() - {"kernel_benchmark.py"}  # they train
 NEEDS_ARTIFACT = "numpy_inference.py"
 
 
@@ -78,10 +78,12 @@ def test_every_example_is_run_and_short() -> None:
             assert len(file.read_text(encoding="utf-8").splitlines()) < 80, f"{file.name} has 80 lines or more"
 
 
+@pytest.mark.slow
 def test_own_module(own_module: tuple[Path, str]) -> None:
     check(own_module[1], PRINTED["own_module.py"])
 
 
+@pytest.mark.slow
 def test_numpy_inference(own_module: tuple[Path, str], tmp_path: Path) -> None:
     printed = run(NEEDS_ARTIFACT, tmp_path, own_module[0])
     check(printed, [r"images \(32, 32, 3\), 10 classes", "of 30 images right", "one image: ", "torch was not imported"])

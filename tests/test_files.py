@@ -213,6 +213,7 @@ for name, call in write.items():
 """
 
 
+@pytest.mark.slow
 def test_a_limit_of_sizes_leaves_the_old_files(tmp_path: Path) -> None:
     for name in ("artifact", "text"):
         put(tmp_path / name, b"old")

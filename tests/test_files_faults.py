@@ -98,6 +98,7 @@ def assert_refused(lines: list[str], kind: str) -> None:
         assert line == ("cli code 2" if name == "cli" else f"{name} {kind} True True"), lines
 
 
+@pytest.mark.slow
 def test_a_limit_of_sizes(old: Path) -> None:
     """RLIMIT_FSIZE, as quotas; a part of what is appended fits."""
     before = content(old)
@@ -128,6 +129,7 @@ print("same", content(folder) == before)
 """
 
 
+@pytest.mark.slow
 def test_a_full_file_system(tmp_path: Path) -> None:
     folder = tmp_path / "disk" / "files"
     (tmp_path / "disk").mkdir()
@@ -167,6 +169,7 @@ print("same", file.read_bytes() == before)
 """
 
 
+@pytest.mark.slow
 def test_a_checkpoint_on_a_full_file_system(tmp_path: Path) -> None:
     """Lightning's own writing, where its temporary files are on the same file system."""
     disk = tmp_path / "disk"
@@ -175,6 +178,7 @@ def test_a_checkpoint_on_a_full_file_system(tmp_path: Path) -> None:
     assert run(CHECKPOINT, disk / "files", *mounted)[-3:] == ["ENOSPC", "same True", "same False"]
 
 
+@pytest.mark.slow
 def test_a_read_only_file_system(old: Path) -> None:
     before = content(old)
     lines = run("attempt()", old, f"mount --bind {old} {old}", f"mount -o remount,ro,bind {old}")

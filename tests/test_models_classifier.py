@@ -82,6 +82,7 @@ class LossPerStep(Callback):
         self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
 
 
+@pytest.mark.slow
 def test_it_learns_the_digits_and_its_checkpoint_needs_nothing_else(tmp_path: Path) -> None:
     module = classifier(optimization=OptimizationConfig(lr=4e-3, warmup_epochs=0.3))
     steps = LossPerStep()

@@ -149,6 +149,7 @@ def holdout_of(network: nn.Module, images: Tensor, cache_size_bytes: int) -> Hol
     return HoldOut(images, labels, batch_size=20, cache_size_bytes=cache_size_bytes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["spikformer", "qkformer", "maxformer, cifar"])
 def test_the_round_robin_search_prunes_them_and_begins_in_the_middle(name: str) -> None:
     shallow = FAMILIES[name] if name == "spikformer" else partial(FAMILIES[name], depths=(1, 1, 1))
@@ -170,6 +171,7 @@ def test_the_round_robin_search_prunes_them_and_begins_in_the_middle(name: str) 
     assert cached.state.score >= cached.state.baseline_score - 20.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -241,6 +243,7 @@ def seeded() -> Plain:
     return module
 
 
+@pytest.mark.slow
 def test_a_resumed_fit_ends_where_an_uninterrupted_one_does(tmp_path: Path) -> None:
     options = {"tolerance": 60.0, "kinds": ("mlp", "qk", "v", "conv"), "round_to": 1}
     callback, resumed = greedy(**options), greedy(**options)

@@ -76,6 +76,7 @@ def _searched(drop: float, **options: Any) -> PrimeSVTResult:
     return primesvt(network, by_zeros({"patch_embed": 40.0, "blocks.0": 25.0, "blocks.1": 2.0}, images), config)
 
 
+@pytest.mark.slow
 def test_more_allowed_never_saves_less_and_cheap_layers_go_first() -> None:
     savings = []
     for drop in (1.0, 3.0, 6.0, 12.0, 90.0):

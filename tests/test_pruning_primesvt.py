@@ -329,6 +329,7 @@ def _kill(progress: PrimeProgress) -> None:
     raise KilledError
 
 
+@pytest.mark.slow
 def test_a_killed_search_goes_on_from_its_memo(tmp_path: Path) -> None:
     config = prime_config(tolerance=30, min_memory_saving=0.0, **QUICK)
     network = network_of()
@@ -387,6 +388,7 @@ def test_a_memo_about_something_else_or_damaged_is_refused(tmp_path: Path) -> No
         assert memo.read_text(encoding="utf-8") == damaged
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("granularity", ["structured", "filter"])
 def test_whatever_fails_leaves_the_network_as_it_was(granularity: str) -> None:
     network, images = network_of(), torch.randn(1, 3, SIZE_PX, SIZE_PX)

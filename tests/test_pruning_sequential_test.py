@@ -130,6 +130,7 @@ def test_certainty_stops_the_count(seed: int, needed: int) -> None:
         assert trial.seen <= 32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["normal", "heavy tails", "in proportion", "few images strongly"])
 def test_wrong_decisions_are_as_rare_as_stated(kind: str) -> None:
     """Within 12 images of the floor, for shifts of several shapes: at most 1 % of the decisions by the default."""

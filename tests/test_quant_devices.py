@@ -53,6 +53,7 @@ def test_the_pretended_device_refuses_what_a_real_one_refuses() -> None:
             away.numpy()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("name", ["swin padded", "vit registers"])
 def test_quantization_stays_on_the_networks_device(name: str, options: dict[str, Any]) -> None:
@@ -61,6 +62,7 @@ def test_quantization_stays_on_the_networks_device(name: str, options: dict[str,
         _quantize_train_and_compare(network.to(ELSEWHERE), pixels, images, ELSEWHERE, options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["qkformer", "meta-spikeformer"])
 def test_a_spiking_network_is_quantized_on_its_device(family: str) -> None:
     from support.spiking_cases import (  # not where spikingjelly is missing, as on some GPU machines

@@ -89,6 +89,7 @@ def distance(quantized: nn.Module, images: Tensor, expected: Tensor) -> float:
         return float((quantized(images) - expected).square().mean())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["vit", "swin", "vit registers"])
 def test_rounding_block_by_block_comes_closer_to_float(name: str) -> None:
     network, _, images = network_and_images(name)

@@ -99,6 +99,7 @@ def test_the_fit_is_the_same_as_without_a_report(fitted: tuple[Path, nn.Module],
     assert not (tmp_path / "report.json").exists()
 
 
+@pytest.mark.slow
 def test_a_resumed_fit_goes_on_with_the_curves(fitted: tuple[Path, nn.Module], tmp_path: Path) -> None:
     last = ModelCheckpoint(dirpath=tmp_path, filename="last")
     fit(tmp_path, [CompressionReport(images=8, checked_images=1), *compressing(tmp_path), last], epochs=2)
