@@ -183,7 +183,7 @@ def test_a_mutant_comes_through_no_door_with_a_bare_error(saved: tuple[str, dict
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_many_mutants_come_through_no_door_with_a_bare_error(saved: tuple[str, dict[str, Any]], tmp_path: Path) -> None:
-    _through_all_doors(saved, tmp_path, 60, seed=4)
+    _through_all_doors(saved, tmp_path, 40, seed=4)
 
 
 # Each place is named
