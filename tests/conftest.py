@@ -18,14 +18,17 @@ settings.load_profile("swincompress")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
+LONGEST = ("test_accel_isas.py", "test_accel_networks.py", "test_demo.py", "test_docs_blocks.py", "test_interrupts.py")
+
 # For benchmarks/, which no package holds; last, so that it does not change where an installed package comes from.
 sys.path.append(str(REPOSITORY))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that fork come first: some libraries that other tests load make torch refuse gradients in a fork."""
+    """Files that fork come first: some libraries that other tests load make torch refuse gradients in a fork. Then come
+    the longest, so that no process is left alone with one of them at the end."""
     forks = {path: "rank_cases" in path.read_text(encoding="utf-8") for path in {item.path for item in items}}
-    items.sort(key=lambda item: not forks[item.path])
+    items.sort(key=lambda item: (not forks[item.path], item.path.name not in LONGEST))
 
 
 # torch is imported where tests run: the process that hands them out to the others does without.

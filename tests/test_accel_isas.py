@@ -55,9 +55,9 @@ def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """About 10,000 cases."""
+    """About 5,000 cases."""
     path = tmp_path_factory.mktemp("cases") / "many"
-    assert write_cases(path, engine_cases(4000, seed=4)) > 9000
+    assert write_cases(path, engine_cases(2000, seed=4)) > 4500
     return path
 
 

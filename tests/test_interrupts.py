@@ -297,8 +297,8 @@ def test_an_interrupted_search_leaves_the_network_as_it_was(name: str) -> None:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", SEARCHES)
 def test_a_search_that_is_interrupted_anywhere_leaves_the_network_as_it_was(name: str) -> None:
-    """At 150 of its thousand lines and more; None instead is all of them, minutes each."""
-    _interrupt_search(name, 150)
+    """At 60 of its thousand lines and more; None instead is all of them, minutes each."""
+    _interrupt_search(name, 60)
 
 
 @pytest.mark.parametrize("granularity", ["structured", "weight"])
@@ -525,7 +525,7 @@ class Fit:
 @pytest.mark.usefixtures("_signals")
 @pytest.mark.parametrize("name", FITS)
 def test_a_fit_that_is_interrupted_anywhere_resumes_to_the_same_end(tmp_path: Path, name: str) -> None:
-    _interrupt_fit(tmp_path, FITS[name], 20)
+    _interrupt_fit(tmp_path, FITS[name], 12)
 
 
 @pytest.mark.filterwarnings("ignore")
