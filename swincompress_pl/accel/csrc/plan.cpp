@@ -76,10 +76,10 @@ Plan::Plan(std::vector<Value> inputs, const std::vector<Operation>& operations, 
     for (const PlannedStep& step : steps_)
         scratch_bytes_ = std::max(scratch_bytes_, aligned(step.step->scratch_bytes()));
     const Size left = resources.memory_bytes_max - taken_bytes_;
-    // so that a caller who believes the artifact can hold what it asks for
-    if (given_and_taken > resources.memory_bytes_max)
+    // so that a caller who believes the artifact can hold what it gives
+    if (given_and_taken > left)
         throw std::invalid_argument("an image and its results take " + std::to_string(given_and_taken) +
-                                    " bytes; at most " + std::to_string(resources.memory_bytes_max) + " are accepted");
+                                    " bytes; only " + std::to_string(left) + " are left");
     if (arena_bytes_ > left || scratch_bytes_ > (left - arena_bytes_) / resources.threads)
         throw std::invalid_argument("values between the operations take " + std::to_string(arena_bytes_) +
                                     " bytes and every thread " + std::to_string(scratch_bytes_) + "; only " +

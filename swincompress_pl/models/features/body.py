@@ -14,7 +14,6 @@ from swincompress_pl.layer_types import full_name
 from swincompress_pl.pruning.structure.groups import Group
 from swincompress_pl.quant import Graph, Node
 from swincompress_pl.registry import UnsupportedNetworkError
-from swincompress_pl.spec import INPUT_VALUE
 
 Rename = Callable[[str], str]
 
@@ -60,7 +59,7 @@ def _renamed_node(node: Node, rename: Rename) -> Node:
     def renamed(value: Any) -> Any:
         if isinstance(value, tuple):
             return tuple(renamed(item) for item in value)
-        return rename(value) if isinstance(value, str) and value not in ("", INPUT_VALUE) else value
+        return rename(value) if isinstance(value, str) and value not in ("", "images") else value
 
     return replace(node, **{field.name: renamed(getattr(node, field.name)) for field in fields(node)})
 
