@@ -18,7 +18,6 @@ from swincompress_pl.quant.bits import Bits
 from swincompress_pl.quant.full_precision import full_precision, require_float32
 from swincompress_pl.quant.gradient_checkpointing import CheckpointedRun, checkpointed_paths
 from swincompress_pl.quant.graph import Graph, Run
-from swincompress_pl.quant.graph.outputs import joined
 from swincompress_pl.quant.graph.widths import weight_bits, with_bits
 from swincompress_pl.quant.lower import lower
 from swincompress_pl.quant.preprocessing import checked_preprocessing, pixels_of
@@ -223,7 +222,7 @@ class QuantizedNetwork(nn.Module):
         scales = {output.name: output.scale for output in program.outputs}
         return [o.from_value(integers[o.name].to(torch.float32) * scales[o.name]) for o in self.graph.outputs]
 
-    def fake_quantized(self, images: Tensor) -> Tensor:
+    def fake_quantized(self, images: Tensor) -> Any:
         """Computes the logits by the float simulation, whatever the mode.
 
         Gradient checkpointing works where `network` has it on.
@@ -232,13 +231,14 @@ class QuantizedNetwork(nn.Module):
             images: Normalized float images (N, C, H, W), or events (N, T, C, H, W).
 
         Returns:
-            The logits (N, classes), or the features, float32; all named outputs of an image in one row, (N, K).
+            The logits (N, classes), the features, or the list of named outputs, float32.
 
         Raises:
             TypeError: If a weight or a scale is not float32.
             ValueError: If the images have another shape than the network takes.
         """
-        return joined(self._simulated(images))
+        answers = self._simulated(images)
+        return answers if self.graph.outputs else answers[0]
 
     def _simulated(self, images: Tensor) -> list[Tensor]:
         require_float32(self)
