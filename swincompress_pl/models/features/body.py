@@ -41,6 +41,7 @@ def body_of(network: nn.Module) -> tuple[nn.Module, Rename]:
     view: Any = type(type(network).__name__, (nn.Module,), {})()
     view.patch_embed = children["patch_embed"]
     view.layers = nn.Sequential(*(children[name] for name in stages))
+    view.norm, view.head = nn.Identity(), nn.Identity()  # as timm leaves them in a FeatureGetterNet
     return view, lambda path: path.replace("layers.", "layers_", 1) if path.startswith("layers.") else path
 
 
