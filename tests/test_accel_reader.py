@@ -186,7 +186,7 @@ def test_compressed_artifacts_are_left_to_python(program: spec.Program) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda d, _: d.update(norm_version=2), "specification version 2; this package runs version 1"),
+        (lambda d, _: d.update(norm_version=3), "specification version 3; this package runs versions 1 and 2"),
         (lambda d, _: d.pop("norm_version"), "specification version none"),
         (lambda d, _: d.update(input=[]), "incomplete or ill-typed: entry 'input'"),
         (lambda d, _: d["input"].update(dtype="int8"), "program input is int8 NHWC"),

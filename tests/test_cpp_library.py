@@ -4,6 +4,7 @@ fuzzer of artifacts, which must pass, and must find what is planted."""
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import re
 import shutil
@@ -179,6 +180,30 @@ def test_every_form_gives_the_same_logits(built: Built, tmp_path: Path) -> None:
     for (name, how), found in zip(paths, logits_of(built, list(paths.values())), strict=True):
         expected = spec.run(programs[name], pattern(programs[name], 2))
         assert found.split() == [str(logit) for logit in expected.ravel()], (name, how)
+
+
+def test_named_outputs_are_those_of_python(built: Built, tmp_path: Path) -> None:
+    plain = vit_program()
+    values = spec.check(plain)
+    chosen = [op.output for op in plain.operations if op.kind in ("add", "layer_norm")] + [plain.operations[-1].output]
+    outputs = tuple(
+        spec.Output(name=f"map{i}", value=name, scale=0.1 * (i + 1), shape=values[name].shape)
+        for i, name in enumerate(chosen)
+    )
+    program = dataclasses.replace(plain, outputs=outputs, logit_scale=1.0, classes=None)
+    path = accel.export(program, tmp_path / "maps.safetensors")
+    done = run(built.read_artifacts, "outputs", path)
+    assert done.returncode == 0, done.stderr
+    *lines, no_logits, no_room = done.stdout.splitlines()
+    engine, images = accel.load(path, threads=1), pattern(program, 2)
+    found, floats = engine.run_integer(images), engine(images)
+    assert len(lines) == len(engine.outputs) > 3
+    for line, output in zip(lines, engine.outputs, strict=True):
+        shape = "".join(f"{size}," for size in output.shape)
+        head = f"{output.name} {output.dtype} ({shape}) {output.scale:.17g} {floats[output.name].flat[-1]:.9g} "
+        assert line == head + " ".join(map(str, found[output.name].ravel()))
+    assert no_logits == f"refused: the artifact has {len(lines)} named outputs and no logits; use run_outputs"
+    assert no_room == f"refused: 0 arrays for {len(lines)} outputs; give one per output"
 
 
 @needs_coders

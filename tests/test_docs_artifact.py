@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support.docs_blocks import blocks_of
-from support.program_cases import masked, operation_cases, small_program
+from support.program_cases import masked, operation_cases, small_program, with_maps
 from support.spiking_programs import spiking_cases, spiking_program
 
 from swincompress_pl import accel, spec
@@ -22,6 +22,7 @@ from swincompress_pl.spec.program import (
     ELEMENTS_MAX,
     NAME_BYTES_MAX,
     OPERATIONS_MAX,
+    OUTPUTS_MAX,
     PREPARED_BYTES_FREE,
     PREPARED_RATIO_MAX,
 )
@@ -75,9 +76,11 @@ PROGRAMS: dict[str, tuple[Callable[..., spec.Program], dict[str, Any], str | Non
     "sparse": (lambda: masked(small_program(channels=24), 0.5), {}, None),
     "sparse, narrow": (lambda: masked(small_program(channels=24, weight="int5"), 0.5), {}, None),
     "folded": (with_bias_map, {}, None),
+    "maps": (lambda: with_maps(small_program()), {}, None),
     "events": (spiking_program, {"events": True}, None),
     "compressed": (small_program, {}, "lzma"),
     "compressed, narrow": (small_program, {"weight": "int3"}, "lzma"),
+    "compressed, maps": (lambda: with_maps(small_program()), {}, "lzma"),
     "compressed, spiking": (spiking_program, {}, "lzma"),
 }
 
@@ -95,7 +98,7 @@ def test_the_reader_reads_what_export_writes(form: str, read: Reader, tmp_path: 
     program = make(**options)
     path = accel.export(program, tmp_path / "model.safetensors", compression=compression)
     stored = metadata(path).get("storage", {})
-    assert metadata(path)["version"] == (1 if form in ("plain", "events") else 3 if "sparse" in form else 2)
+    assert metadata(path)["version"] == (1 if form in ("plain", "maps", "events") else 3 if "sparse" in form else 2)
     assert form not in ("packed", "sparse", "folded") or form in stored
     description, tensors = read(path)
     assert description == json.loads(json.dumps(program.describe()))
@@ -155,6 +158,7 @@ def test_the_table_has_what_the_kinds_take() -> None:
 def test_limits_are_the_programs() -> None:
     text = (ROOT / PAGE).read_text("utf-8")
     assert f"1 to {OPERATIONS_MAX:,}" in text
+    assert f"| named outputs | {OUTPUTS_MAX} |" in text
     assert f"{NAME_BYTES_MAX:,} bytes" in text
     assert ELEMENTS_MAX == 2**32
     assert (PREPARED_BYTES_FREE, PREPARED_RATIO_MAX) == (64 * 2**20, 8)

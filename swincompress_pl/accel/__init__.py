@@ -23,6 +23,7 @@ from swincompress_pl.accel.artifact import ArtifactError
 from swincompress_pl.accel.core import implementations
 from swincompress_pl.accel.functions import gelu, layernorm, linear, matmul, softmax
 from swincompress_pl.accel.layer import QuantizedLayer, export_layer
+from swincompress_pl.accel.outputs import EngineOutput
 from swincompress_pl.accel.pictures import Prediction, Preprocess, with_preprocessing
 from swincompress_pl.accel.profile import Profile, ProfileRow
 from swincompress_pl.accel.runtime import Engine, ReferenceEngine, load, reference
@@ -30,6 +31,7 @@ from swincompress_pl.accel.runtime import Engine, ReferenceEngine, load, referen
 __all__ = [
     "ArtifactError",
     "Engine",
+    "EngineOutput",
     "Prediction",
     "Preprocess",
     "Profile",

@@ -98,11 +98,12 @@ def _engine(
     operations: Sequence[_core.OperationDescription],
     implementation: str | None,
     threads: int | None,
+    results: Sequence[int] = (),
 ) -> _core.Engine:
     """An engine; a ValueError for `implementation` and `threads`, a spec.ProgramError for what C++ refuses."""
     name, count = _core.select(implementation or ""), resolve_threads(threads)
     try:
-        return _core.Engine([_value(value) for value in inputs], operations, name, count)
+        return _core.Engine([_value(value) for value in inputs], operations, name, count, results)
     except ValueError as error:
         raise spec.ProgramError(printable(str(error))) from error
 
@@ -117,7 +118,8 @@ def program_engine(program: spec.Program, *, implementation: str | None, threads
     for number, op in enumerate(program.operations, start=1):
         operations.append(_described(op, [numbers[name] for name in op.inputs], tensors_of(program, op)))
         numbers[op.output] = number
-    return _engine([program.input.value], operations, implementation, threads)
+    results = [numbers[output.value] for output in program.outputs]
+    return _engine([program.input.value], operations, implementation, threads, results)
 
 
 def operation_engine(

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from swincompress_pl import spec
+from swincompress_pl.accel.outputs import EngineOutput
 from swincompress_pl.pictures import GEOMETRY, Framing, read_picture, resolved, upright
 
 if TYPE_CHECKING:
@@ -167,7 +168,12 @@ class Classifies(Takes, Protocol):
         """The number of logits."""
         ...
 
-    def __call__(self, images: Any) -> npt.NDArray[np.float32]:
+    @property
+    def outputs(self) -> tuple[EngineOutput, ...]:
+        """What it gives."""
+        ...
+
+    def __call__(self, images: Any) -> Any:
         """The logits."""
         ...
 
@@ -178,6 +184,9 @@ def classify(
     """The likeliest classes of a picture, or of each picture in a list."""
     if isinstance(top, bool) or not isinstance(top, int | np.integer) or top < 1:
         raise ValueError(f"top is {top!r}; give the number of classes to return, at least 1")
+    if engine.num_classes == 0:
+        listed = ", ".join(output.name for output in engine.outputs)
+        raise ValueError(f"the engine gives the outputs {listed}, and no logits; call it on pixels: engine(images)")
     names = engine.classes if classes is None else tuple(classes)
     if names is not None and len(names) != engine.num_classes:
         raise ValueError(f"classes has {len(names)} names, and the engine has {engine.num_classes} classes; name each")

@@ -16,6 +16,7 @@ from swincompress_pl._deprecated import renamed_attributes
 from swincompress_pl.accel import _core, artifact, pictures
 from swincompress_pl.accel.core import artifact_engine, program_engine, resolve_threads
 from swincompress_pl.accel.images import Images, as_images
+from swincompress_pl.accel.outputs import EngineOutput, by_name, empty, logits_output, named_outputs
 from swincompress_pl.accel.pictures import Prediction, Preprocess
 from swincompress_pl.accel.profile import Counts, Profile, profile_of, spike_counts
 
@@ -31,9 +32,15 @@ class _Runtime:
     threads: int
 
     def __init__(
-        self, taken: spec.InputDescription, num_classes: int, classes: tuple[str, ...] | None, logit_scale: float
+        self,
+        taken: spec.InputDescription,
+        num_classes: int,
+        classes: tuple[str, ...] | None,
+        logit_scale: float,
+        named: tuple[EngineOutput, ...] = (),
     ) -> None:
         self._taken, self._num_classes, self._classes, self._logit_scale = taken, num_classes, classes, logit_scale
+        self._named = named  # the outputs, if they have names
 
     @property
     def program(self) -> spec.Program:
@@ -57,24 +64,33 @@ class _Runtime:
 
     @property
     def num_classes(self) -> int:
-        """The number of logits."""
+        """The number of logits; 0 with named outputs."""
         return self._num_classes
 
-    def __call__(self, images: Images | Any) -> npt.NDArray[np.float32]:
-        """Computes the logits in float.
+    @property
+    def outputs(self) -> tuple[EngineOutput, ...]:
+        """What the engine gives: one entry named "logits", or the named outputs of the artifact in their order."""
+        return self._named or logits_output(self._num_classes, self._logit_scale)
+
+    def __call__(self, images: Images | Any) -> Any:
+        """Computes the logits or the named outputs in float.
 
         Args:
             images: uint8 (N, *input_shape), N of 0 or more: an array, a torch tensor on the CPU, or a list or tuple of
                 them, one per image.
 
         Returns:
-            float32 logits (N, classes): the int32 logits times the Program's `logit_scale`.
+            float32 logits (N, classes): the int32 logits times the Program's `logit_scale`. If the artifact has named
+            outputs, {name: float32 (N, *shape)}, channels last: each output's integers times its scale.
 
         Raises:
             TypeError: If `images` is not uint8; the message says what to pass.
             ValueError: If `images` has another shape; the message says how to mend it.
         """
-        return (self.run_integer(images) * self._logit_scale).astype(np.float32)
+        found = self.run_integer(images)
+        if not self._named:
+            return (found * self._logit_scale).astype(np.float32)
+        return {output.name: (found[output.name] * output.scale).astype(np.float32) for output in self._named}
 
     @overload
     def classify(
@@ -119,24 +135,26 @@ class _Runtime:
             OSError: If a file cannot be opened.
             TypeError: If a source is no picture.
             ValueError: If the artifact does not say how to make its pixels, a picture is damaged, an argument does not
-                fit, or the engine takes events.
+                fit, or the engine takes events or has named outputs.
         """
         return pictures.classify(self, source, top, preprocess, classes)
 
-    def run_integer(self, images: Images | Any) -> npt.NDArray[np.int32]:
-        """Computes the logits in integers, which are the same bits in every implementation.
+    def run_integer(self, images: Images | Any) -> Any:
+        """Computes the logits or the named outputs in integers, which are the same bits in every implementation.
 
         Args:
             images: As in a call.
 
         Returns:
-            int32 logits (N, classes).
+            int32 logits (N, classes); with named outputs, {name: integers (N, *shape) of the output's type}.
 
         Raises:
             TypeError: If `images` is not uint8; the message says what to pass.
             ValueError: If `images` has another shape; the message says how to mend it.
         """
         images = as_images(self._taken, images)
+        if self._named:
+            return self._run_named(np.ascontiguousarray(images)) if images.shape[0] else empty(self._named)
         if images.shape[0] == 0:
             return np.zeros((0, self._num_classes), dtype=np.int32)
         return self._run(np.ascontiguousarray(images))
@@ -178,10 +196,16 @@ class _Runtime:
     def __repr__(self) -> str:
         return (
             f"{type(self).__name__}({len(self.program.operations)} operations, images {self.input_shape}, "
-            f"{self._num_classes} classes, implementation={self.implementation!r}, threads={self.threads})"
+            f"{self._gives()}, implementation={self.implementation!r}, threads={self.threads})"
         )
 
+    def _gives(self) -> str:
+        return f"outputs {', '.join(o.name for o in self._named)}" if self._named else f"{self._num_classes} classes"
+
     def _run(self, images: Images) -> npt.NDArray[np.int32]:
+        raise NotImplementedError
+
+    def _run_named(self, images: Images) -> dict[str, npt.NDArray[Any]]:
         raise NotImplementedError
 
     def _times_ns(self, images: Images, repeats: int) -> tuple[list[list[int]], npt.NDArray[np.int64]]:
@@ -216,8 +240,7 @@ class Engine(_Runtime):
 
     def __init__(self, program: spec.Program, *, threads: int | None = None, implementation: str | None = None) -> None:
         values = spec.check(program)
-        classes = values[program.operations[-1].output].channels
-        super().__init__(program.input, classes, program.classes, program.logit_scale)
+        super().__init__(*_facts(program, values))
         self._program: spec.Program | bytes = program
         self._hold(program_engine(program, implementation=implementation, threads=threads))
 
@@ -230,7 +253,11 @@ class Engine(_Runtime):
         taken = spec.InputDescription(
             height=height, width=width, channels=channels, time_steps=time[0] if time else None
         )
-        _Runtime.__init__(engine, taken, facts["class_count"], facts["classes"], facts["logit_scale"])
+        named = tuple(
+            EngineOutput(name=name, dtype=dtype, shape=shape, scale=scale)
+            for name, dtype, shape, scale in facts["outputs"]
+        )
+        _Runtime.__init__(engine, taken, facts["class_count"], facts["classes"], facts["logit_scale"], named)
         engine._program = content
         engine._hold(core)
         return engine
@@ -271,6 +298,9 @@ class Engine(_Runtime):
         logits: npt.NDArray[np.int32] = self._core.run([images]).reshape(images.shape[0], self._num_classes)
         return logits
 
+    def _run_named(self, images: Images) -> dict[str, npt.NDArray[Any]]:
+        return by_name(self._named, self._core.run_all([images]), images.shape[0])
+
     def _times_ns(self, images: Images, repeats: int) -> tuple[list[list[int]], npt.NDArray[np.int64]]:
         self._core.run([images])
         return self._core.steps, self._core.profile([images], repeats)
@@ -298,8 +328,7 @@ class ReferenceEngine(_Runtime):
     def __init__(self, program: spec.Program) -> None:
         self._program = program
         self._values = spec.check(program)
-        classes = self._values[program.operations[-1].output].channels
-        super().__init__(program.input, classes, program.classes, program.logit_scale)
+        super().__init__(*_facts(program, self._values))
 
     @property
     def program(self) -> spec.Program:
@@ -308,6 +337,9 @@ class ReferenceEngine(_Runtime):
 
     def _run(self, images: Images) -> npt.NDArray[np.int32]:
         return spec.run(self.program, images)
+
+    def _run_named(self, images: Images) -> dict[str, npt.NDArray[Any]]:
+        return spec.run_outputs(self.program, images)
 
     def _times_ns(self, images: Images, repeats: int) -> tuple[list[list[int]], npt.NDArray[np.int64]]:
         count = len(self.program.operations)
@@ -326,6 +358,14 @@ class ReferenceEngine(_Runtime):
             seen[op.output] = output.reshape(len(images), *self._values[op.output].shape)
             counts.append(spike_counts(self.program, self._values, seen, number))
         return counts
+
+
+def _facts(
+    program: spec.Program, values: Mapping[str, spec.Value]
+) -> tuple[spec.InputDescription, int, tuple[str, ...] | None, float, tuple[EngineOutput, ...]]:
+    """What an engine of a checked Program says about itself, from its values."""
+    classes = 0 if program.outputs else values[program.operations[-1].output].channels
+    return program.input, classes, program.classes, program.logit_scale, named_outputs(program, values)
 
 
 def load(path: str | os.PathLike[str], threads: int | None = None, implementation: str | None = None) -> Engine:

@@ -22,9 +22,9 @@ class Distillation:
     """Adds a teacher to the training loss of a module.
 
     The loss becomes (1 - weight) * the module's own + weight * T^2 KL(teacher || student). For a network that ends in
-    features, with a head outside it, their relative squared error replaces T^2 KL. The teacher sees the same images
-    that `training_step` gives to the network (mixed, augmented). So nothing of the module has to be known but the
-    attribute that holds the network.
+    features or feature maps, with a head outside it, their relative squared error replaces T^2 KL. The teacher sees the
+    same images that `training_step` gives to the network (mixed, augmented). So nothing of the module has to be known
+    but the attribute that holds the network.
 
     Args:
         weight: Weight of the teacher, above 0 and at most 1.
@@ -67,7 +67,7 @@ class Distillation:
             network = held_by(module, model_attribute)
             if not isinstance(network, QuantizedNetwork) or self.teacher is None:
                 return step(*args, **kwargs)
-            seen: list[tuple[Tensor, Tensor]] = []
+            seen: list[tuple[Tensor, Any]] = []
             handle = network.register_forward_hook(lambda _, inputs, output: seen.append((inputs[0], output)))
             try:
                 outcome = step(*args, **kwargs)
@@ -84,8 +84,8 @@ class Distillation:
             vars(self._module).pop("training_step", None)
             self._module = None
 
-    def _joined(self, module: LightningModule, outcome: Any, seen: list[tuple[Tensor, Tensor]], *, embeds: bool) -> Any:
-        seen = [(images, logits) for images, logits in seen if logits.requires_grad]
+    def _joined(self, module: LightningModule, outcome: Any, seen: list[tuple[Tensor, Any]], *, embeds: bool) -> Any:
+        seen = [(images, answer) for images, answer in seen if any(part.requires_grad for part in parts_of(answer))]
         loss = outcome.get("loss") if isinstance(outcome, Mapping) else outcome
         if not seen or not isinstance(loss, Tensor):
             raise ValueError(
@@ -93,18 +93,25 @@ class Distillation:
                 + ("returns no loss" if seen else "does not call the network with gradients")
                 + "; return a loss of the network's logits, or pass distillation=0"
             )
-        taught = torch.stack([self._loss(images, logits, embeds=embeds) for images, logits in seen]).mean()
+        taught = torch.stack([self._loss(images, answer, embeds=embeds) for images, answer in seen]).mean()
         module.log("qat/distillation", taught.detach(), on_step=False, on_epoch=True, batch_size=len(seen[0][0]))
         joint = (1 - self.weight) * loss + self.weight * taught
         return {**outcome, "loss": joint} if isinstance(outcome, Mapping) else joint
 
-    def _loss(self, images: Tensor, logits: Tensor, *, embeds: bool) -> Tensor:
+    def _loss(self, images: Tensor, answer: Any, *, embeds: bool) -> Tensor:
         assert self.teacher is not None
         with torch.no_grad():
-            taught: Tensor = self.teacher(images.to(next(self.teacher.parameters()).dtype))
-        if embeds:  # features have no classes; the error is relative to their mean square
-            return (logits.float() - taught.float()).square().mean() / taught.float().square().mean()
-        return distillation_loss(logits.float(), taught.float(), self.temperature)
+            taught = parts_of(self.teacher(images.to(next(self.teacher.parameters()).dtype)))
+        pairs = [(part.float(), theirs.float()) for part, theirs in zip(parts_of(answer), taught, strict=True)]
+        if embeds:  # features have no classes; the error of each output is relative to its mean square
+            errors = [(part - theirs).square().mean() / theirs.square().mean() for part, theirs in pairs]
+            return torch.stack(errors).mean()
+        return distillation_loss(*pairs[0], self.temperature)
+
+
+def parts_of(answer: Any) -> list[Tensor]:
+    """The outputs of a network that gives a list of them, or its only output."""
+    return list(answer) if isinstance(answer, list | tuple) else [answer]
 
 
 def refuse_teaching(module: LightningModule) -> None:

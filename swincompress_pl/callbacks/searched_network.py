@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 from lightning import LightningModule, Trainer
 from torch import Tensor, nn
@@ -46,7 +47,7 @@ class _Rounded(nn.Module):
         self.quantized = quantized
         self.training = quantized.training
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> Any:
         return self.quantized.fake_quantized(images)
 
 

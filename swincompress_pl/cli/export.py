@@ -13,6 +13,7 @@ import yaml  # type: ignore[import-untyped]
 from jsonargparse import ArgumentParser
 
 from swincompress_pl import accel
+from swincompress_pl.accel.outputs import equal_results
 from swincompress_pl.cli.common import existing_file, is_checkpoint, parser
 from swincompress_pl.progress import progress_bar
 
@@ -218,7 +219,7 @@ def _check(network: QuantizedNetwork, file: Path, images: int) -> int:
     import torch
 
     reference = accel.reference(file)
-    runs: dict[str, Callable[[Any], Any]] = {"torch": lambda x: network.integer_logits(torch.from_numpy(x)).numpy()}
+    runs: dict[str, Callable[[Any], Any]] = {"torch": lambda x: _arrays(network.integer_logits(torch.from_numpy(x)))}
     narrow = network.bits.activations < 8
     if not narrow:  # the engine runs 8-bit activations only
         engine = accel.load(file)
@@ -231,7 +232,7 @@ def _check(network: QuantizedNetwork, file: Path, images: int) -> int:
             pixels = rng.integers(0, 256, (1, *reference.program.input.value.shape), dtype=np.uint8)
             expected = reference.run_integer(pixels)
             for run_name, run in runs.items():
-                wrong[run_name] += not np.array_equal(run(pixels), expected)
+                wrong[run_name] += not equal_results(run(pixels), expected)
     if not any(wrong.values()):
         print(f"reference, {' and '.join(runs)}: identical integer logits on {images} random images")
         if narrow:
@@ -240,6 +241,11 @@ def _check(network: QuantizedNetwork, file: Path, images: int) -> int:
     different = ", ".join(f"{name} on {number} of {images}" for name, number in wrong.items() if number)
     print(f"integer logits differ from the reference: {different} images; please report this", file=sys.stderr)
     return _MISMATCH
+
+
+def _arrays(integers: Any) -> Any:
+    """The integers of the twin in NumPy, by name if they have names."""
+    return {k: v.numpy() for k, v in integers.items()} if isinstance(integers, dict) else integers.numpy()
 
 
 def _say(what: str) -> None:

@@ -57,8 +57,18 @@ def describe_artifact(file: Path) -> dict[str, Any]:
         "file_bytes": file.stat().st_size,
         "norm_version": description["norm_version"],
         "input": description["input"],
-        "classes": description["classes"],
-        "logit_scale": program.logit_scale,
+        "classes": description.get("classes"),
+        "logit_scale": None if program.outputs else program.logit_scale,
+        "outputs": [
+            {
+                "name": o.name,
+                "value": o.value,
+                "shape": list(o.shape),
+                "dtype": _dtype(table, o.value),
+                "scale": o.scale,
+            }
+            for o in program.outputs
+        ],
         "origin": description["origin"],
         "parameters": program_parameters(program),
         "macs": sum(cost.macs for cost in table),
@@ -88,10 +98,7 @@ def show_artifact(described: Mapping[str, Any]) -> None:
     axes = [given[axis] for axis in ("time_steps", "height", "width", "channels") if axis in given]
     shape = f"(N, {', '.join(map(str, axes))})"
     print(f"input: {given['dtype']} {shape}; preprocessing: {_pairs(given['preprocessing'])}")
-    classes = described["classes"]
-    more = "; ..." if classes and len(classes) > 5 else ""
-    print("classes: " + ("not named" if classes is None else f"{len(classes)}: {'; '.join(classes[:5])}{more}"))
-    print(f"logits: int32, one step is {described['logit_scale']:.6g}")
+    _show_outputs(described)
     print(f"parameters: {count(described['parameters'])}; MACs per image: {count(described['macs'])}")
     size = described["size"]
     print(
@@ -102,6 +109,22 @@ def show_artifact(described: Mapping[str, Any]) -> None:
     print(f"{len(described['operations'])} operations:")
     header = ["operation", "kind", "output", "MACs", "bytes", "accumulator / 2^31"]
     print(text_table(header, map(_cells, described["operations"]), text=3))
+
+
+def _show_outputs(described: Mapping[str, Any]) -> None:
+    for output in described["outputs"]:
+        shape = ", ".join(map(str, ["N", *output["shape"]]))
+        print(f"output {output['name']}: {output['dtype']} ({shape}), one step is {output['scale']:.6g}")
+    if described["outputs"]:
+        return
+    classes = described["classes"]
+    more = "; ..." if classes and len(classes) > 5 else ""
+    print("classes: " + ("not named" if classes is None else f"{len(classes)}: {'; '.join(classes[:5])}{more}"))
+    print(f"logits: int32, one step is {described['logit_scale']:.6g}")
+
+
+def _dtype(table: Sequence[Cost], value: str) -> str:
+    return next(cost.output.dtype for cost in table if cost.operation.output == value)
 
 
 def _cells(row: Mapping[str, Any]) -> list[str]:

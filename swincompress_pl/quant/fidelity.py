@@ -20,6 +20,7 @@ from swincompress_pl.layer_types import full_name, peculiarities
 from swincompress_pl.quant.graph import Graph, Node, Passthrough, Run
 from swincompress_pl.quant.graph.conv_norm import ConvNormNode
 from swincompress_pl.quant.graph.nodes import ActivationNode, AttentionNode, LayerNormNode, LinearNode, PixelConvNode
+from swincompress_pl.quant.graph.outputs import joined
 from swincompress_pl.quant.graph.spiking_nodes import MaxPoolNode, NeuronNode
 from swincompress_pl.registry import UnsupportedNetworkError
 
@@ -80,21 +81,24 @@ def _compare(graph: Graph, network: nn.Module, images: Tensor, bound: float) -> 
     theirs, ours = _NetworkPrints(), _GraphPrints()
     with torch.no_grad():
         with _without_hooks(network):
-            found = Run(_in_evaluation(graph), network, ours)(images)  # first, as it names the right shape of images
+            # first, as it names the right shape of images
+            found = Run(_in_evaluation(graph), network, ours).outputs(images)
         with theirs.watching(graph, network):
-            expected = network(images)
+            expected = _answers(graph, network(images))
     _check_activations(graph, network, bound)
     name = type(network).__name__
-    if not isinstance(expected, Tensor) or expected.flatten(1).shape != found.shape:
-        shown = tuple(expected.shape) if isinstance(expected, Tensor) else full_name(type(expected))
+    if not _fit(expected, found, graph):
+        gives = "logits" if not graph.outputs else "the outputs"
+        wanted = "returns logits (N, classes)" if not graph.outputs else "returns the list of them"
         raise UnsupportedNetworkError(
-            f"{name}: it returns {shown} where its graph gives logits {tuple(found.shape)}; quantize the network that "
-            f"returns logits (N, classes). {_REMEDY}"
+            f"{name}: it returns {_shown(expected)} where its graph gives {gives} {_shown(found)}; quantize the "
+            f"network that {wanted}. {_REMEDY}"
         )
-    if not expected.isfinite().all():
+    if not all(part.isfinite().all() for part in expected):
         return  # calibration finds where NaN and infinite values begin
     difference = _first_difference(graph, theirs, ours, bound)
-    error = _relative(found, expected.flatten(1))
+    pairs = zip(found, expected, strict=True)
+    error = max(_relative(part.flatten(1), theirs.flatten(1)) for part, theirs in pairs)
     if difference is None and error > bound:
         difference = _Difference(after="", at="", error=error)
     if difference is not None:
@@ -103,6 +107,24 @@ def _compare(graph: Graph, network: nn.Module, images: Tensor, bound: float) -> 
             f"error {difference.error:.2g} in float, at most {bound:.2g} is allowed). {_REMEDY}"
         )
     _check_parameters(graph, network, images[:1])
+
+
+def _answers(graph: Graph, answer: Any) -> list[Any]:
+    return list(answer) if graph.outputs and isinstance(answer, list | tuple) else [answer]
+
+
+def _fit(expected: Sequence[Any], found: Sequence[Tensor], graph: Graph) -> bool:
+    """Whether a network's answer has the form that its graph gives; that of one output may have more axes."""
+    if len(expected) != len(found) or not all(isinstance(part, Tensor) for part in expected):
+        return False
+    if graph.outputs:
+        return all(part.shape == theirs.shape for part, theirs in zip(found, expected, strict=True))
+    return bool(expected[0].flatten(1).shape == found[0].shape)
+
+
+def _shown(answer: Sequence[Any]) -> str:
+    parts = [str(tuple(part.shape)) if isinstance(part, Tensor) else full_name(type(part)) for part in answer]
+    return parts[0] if len(parts) == 1 else f"[{', '.join(parts)}]"
 
 
 def _in_evaluation(graph: Graph) -> Graph:
@@ -331,7 +353,7 @@ def _check_parameters(graph: Graph, network: nn.Module, image: Tensor) -> None:
     Values do not show all of them: a new adapter, for example, still adds 0.
     """
     with torch.enable_grad():
-        used = _parameters_behind(network(image), network)
+        used = _parameters_behind(joined(_answers(graph, network(image))), network)
         followed = _parameters_behind(Run(_in_evaluation(graph), network, Passthrough())(image), network)
     lost = [name for name in used if name not in followed]
     if lost:

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from swincompress_pl.quant.graph import Graph, Lowering, WeightedNode
 from swincompress_pl.quant.graph.graph import FloatArray, to_array
+from swincompress_pl.quant.graph.outputs import GraphOutput
 from swincompress_pl.quant.quantizers import quantize_weight
 from swincompress_pl.quant.scales import Scales
-from swincompress_pl.spec import InputDescription, Program
+from swincompress_pl.spec import InputDescription, Output, Program
 
 
 class ScaledLowering(Lowering):
@@ -77,6 +78,7 @@ def lower(
             node.lower(lowering)
         except ValueError as error:
             raise ValueError(f"{node.name}: {error}") from error
+    outputs = tuple(_output(lowering, output) for output in graph.outputs)
     return Program(
         input=InputDescription(
             height=graph.height,
@@ -87,7 +89,15 @@ def lower(
         ),
         operations=tuple(lowering.operations),
         tensors=lowering.tensors,
-        logit_scale=lowering.scalar_scale(graph.nodes[-1].output),
-        classes=classes,
+        logit_scale=1.0 if outputs else lowering.scalar_scale(graph.nodes[-1].output),
+        classes=None if outputs else classes,
         origin=dict(origin or {}),
+        outputs=outputs,
     )
+
+
+def _output(lowering: ScaledLowering, output: GraphOutput) -> Output:
+    """The named output of a Program; its value may have one scale, and neither ratios nor a centering."""
+    if (lowering.ratios(output.value) != 1).any() or lowering.centering(output.value).any():
+        raise ValueError(f"output {output.name!r}: {output.value!r} has ratios or a centering, which no reader undoes")
+    return Output(name=output.name, value=output.value, scale=lowering.scalar_scale(output.value), shape=output.shape)

@@ -35,7 +35,7 @@ class QuantizedNetwork(nn.Module):
     """A network with scales for its values and weights, which runs in integers of 2 to 8 bits.
 
     `quantize` makes it; the constructor alone leaves the scales empty. It takes and returns what the network does:
-    normalized float images (N, C, H, W) to float logits (N, classes).
+    normalized float images (N, C, H, W) to float logits (N, classes), or to a list of feature maps.
 
     In training mode, values are rounded in floats with straight-through gradients, and `network` keeps the float
     weights. In eval mode it runs the integer Program in torch, on the pixels that the input was normalized from,
@@ -94,7 +94,7 @@ class QuantizedNetwork(nn.Module):
         self.register_load_state_dict_post_hook(_take_up_signs)  # type: ignore[no-untyped-call]
         self._twin: tuple[tuple[Any, ...], TorchTwin] | None = None
         self.compiler: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None
-        self._compiled: Callable[[Run, Tensor], Tensor] | None = None
+        self._compiled: Callable[[Run, Tensor], list[Tensor]] | None = None
         self._entries_before = len(history_of(network))
         device = next(network.parameters()).device
         self.scales.to(device)
@@ -188,33 +188,41 @@ class QuantizedNetwork(nn.Module):
         """Returns the scales that the integers use now: `scales`, or a copy with the learned values."""
         return self.scales.fixed(self.graph, self.network)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> Any:
         """Computes the logits: by fake quantization in training mode, by integers in eval mode.
 
         Args:
             images: Normalized float images (N, C, H, W), or events (N, T, C, H, W).
 
         Returns:
-            The logits (N, classes), float32; or the features, in the type of the images.
+            The logits (N, classes), float32; or the features, in the type of the images. A network with named outputs
+            gives the list of them, as the float network does.
 
         Raises:
             TypeError: If a weight or a scale is not float32.
             ValueError: If the images have another shape, or in eval mode cannot be pixels.
         """
         answers = self._answers(images)
-        return answers.to(images.dtype) if self.graph.embeds else answers
+        if self.graph.outputs:
+            return [answer.to(images.dtype) for answer in answers]
+        return answers[0].to(images.dtype) if self.graph.embeds else answers[0]
 
-    def _answers(self, images: Tensor) -> Tensor:
+    def _answers(self, images: Tensor) -> list[Tensor]:
+        """The named outputs as the network gives them, or the logits or features alone."""
         if self.training and self._compiled is not None:
             self._tell_of_checkpointing()
             # Learned scales are computed outside of the compiled part, which could not raise errors about them.
             require_float32(self)
             return self._compiled(Run(self.graph, self.network, self.scales.quantizer()), images.float())
         if self.training or self.method == "affine":
-            return self.fake_quantized(images)
-        return self.integer_logits(self.pixels(images)).to(torch.float32) * self.twin().program.logit_scale
+            return self._simulated(images)
+        integers, program = self.integer_logits(self.pixels(images)), self.twin().program
+        if not self.graph.outputs:
+            return [integers.to(torch.float32) * program.logit_scale]
+        scales = {output.name: output.scale for output in program.outputs}
+        return [o.from_value(integers[o.name].to(torch.float32) * scales[o.name]) for o in self.graph.outputs]
 
-    def fake_quantized(self, images: Tensor) -> Tensor:
+    def fake_quantized(self, images: Tensor) -> Any:
         """Computes the logits by the float simulation, whatever the mode.
 
         Gradient checkpointing works where `network` has it on.
@@ -223,14 +231,18 @@ class QuantizedNetwork(nn.Module):
             images: Normalized float images (N, C, H, W), or events (N, T, C, H, W).
 
         Returns:
-            The logits (N, classes), or the features, float32.
+            The logits (N, classes), the features, or the list of named outputs, float32.
 
         Raises:
             TypeError: If a weight or a scale is not float32.
             ValueError: If the images have another shape than the network takes.
         """
+        answers = self._simulated(images)
+        return answers if self.graph.outputs else answers[0]
+
+    def _simulated(self, images: Tensor) -> list[Tensor]:
         require_float32(self)
-        return CheckpointedRun(self.graph, self.network, self.scales.quantizer())(images.float())
+        return CheckpointedRun(self.graph, self.network, self.scales.quantizer()).outputs(images.float())
 
     def compile(self, *args: Any, **options: Any) -> None:
         """Compiles the fake quantization of training, with the arguments of `torch.compile`.
@@ -268,20 +280,21 @@ class QuantizedNetwork(nn.Module):
             )
         self._told = True
 
-    def integer_logits(self, pixels: Tensor) -> Tensor:
-        """Computes the logits in integers, as the reference and the engine do.
+    def integer_logits(self, pixels: Tensor) -> Any:
+        """Computes the logits or the named outputs in integers, as the reference and the engine do.
 
         Args:
             pixels: uint8 pixels (N, H, W, C), or counts of events (N, T, H, W, C).
 
         Returns:
-            int32 logits (N, classes).
+            int32 logits (N, classes); with named outputs, {name: integers (N, *shape)}, channels last.
 
         Raises:
             ValueError: If the pixels have another type, shape or device, the network has no scales, or the method is
                 "affine".
         """
-        return self.twin()(pixels)
+        twin = self.twin()
+        return twin.outputs(pixels) if self.graph.outputs else twin(pixels)
 
     def pixels(self, images: Tensor) -> Tensor:
         """Computes the pixels that images were normalized from.
@@ -426,8 +439,8 @@ class QuantizedNetwork(nn.Module):
         return {**self.__dict__, "_twin": None, "compiler": None, "_compiled": None}
 
 
-def _run(run: Run, images: Tensor) -> Tensor:
-    return run(images)
+def _run(run: Run, images: Tensor) -> list[Tensor]:
+    return run.outputs(images)
 
 
 def _take_up_signs(quantized: QuantizedNetwork, _: Any) -> None:

@@ -140,7 +140,8 @@ def quantize(
         classes: Names of the classes in the order of the logits, for the artifact. None for the network's
             `class_names`, if `models.to_timm` gave it one per class.
         embeddings: Whether a network without a classifier (`num_classes=0`) is accepted. Its integers are the pooled
-            features, for a head outside the network, and `classes` is ignored.
+            features, for a head outside the network, and `classes` is ignored. A network that gives feature maps
+            (timm's `features_only=True`) needs no such consent.
         progress: True shows bars in a terminal or a notebook, and lines elsewhere. A function is called with the name
             of the step, the steps done and the steps in total.
 
@@ -175,6 +176,7 @@ def quantize(
         )
         if quantized.graph.embeds:
             _require_wanted(quantized, embeddings)
+            quantized.classes = None
         warn_of_silent_hooks(model, quantized.graph)
         device = next(model.parameters()).device
         batches = first_images(calibration, calibration_images)
@@ -241,12 +243,11 @@ def _require_spikes(graph: Graph, ranges: Mapping[str, Ranges]) -> None:
 
 def _require_wanted(quantized: QuantizedNetwork, embeddings: bool) -> None:
     """Raises an UnsupportedNetworkError for embeddings that nobody asked for, which could be taken for logits."""
-    if not embeddings:
+    if not embeddings and not quantized.graph.outputs:  # a list of feature maps is taken for nothing else
         raise UnsupportedNetworkError(
             f"{type(quantized.network).__name__}: {quantized.graph.nodes[-1].name} is Identity, so it has no classes; "
             "pass embeddings=True if a head outside it reads its features, or make it with num_classes > 0"
         )
-    quantized.classes = None
 
 
 def checked_method(method: str) -> str:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from swincompress_pl.arguments import flag, integer, number
 from swincompress_pl.quant.graph import Delegating, Node, Passthrough, Quantizer, Run, WeightedNode
+from swincompress_pl.quant.graph.outputs import joined
 from swincompress_pl.quant.network import QuantizedNetwork
 from swincompress_pl.quant.probe import Probe
 from swincompress_pl.quant.progress import Progress, track
@@ -88,14 +89,15 @@ def round_blocks(
     given: Values = [{INPUT_VALUE: images} for images in batches]
     for numbers in track(graph.blocks(), "rounding", progress):
         nodes = [node for node in graph.nodes[numbers.start : numbers.stop] if isinstance(node, WeightedNode)]
+        end = graph.nodes[numbers.stop - 1].output  # named outputs beside it have no weights of their own
         for node in nodes:
             _compensate(node, numbers, integer, given)
         if float_run is not None:
-            wanted = [float_run.advance(values, numbers) for values in wanted]
+            wanted = [{end: float_run.advance(values, numbers)[end]} for values in wanted]
             rates = _rates(nodes, integer, learning.lr)
             if rates:  # the last block of a network without a classifier has no parameters
                 _learn(_Block(integer, numbers, given, wanted, importance), rates, learning)
-        given = [integer.advance(values, numbers) for values in given]
+        given = [{end: integer.advance(values, numbers)[end]} for values in given]
 
 
 class _Watch(Delegating):
@@ -184,8 +186,9 @@ def _sensitivities(run: Run, batches: Sequence[Tensor], seed: int) -> dict[str, 
         with torch.enable_grad():
             for numbers in run.graph.blocks():
                 values = run.advance(values, numbers)
-                ends |= values
-            answer = probe(values[run.graph.nodes[-1].output].flatten(1))
+                end = run.graph.nodes[numbers.stop - 1].output
+                ends[end] = values[end]
+            answer = probe(joined(run.results(values)))
         for name, gradient in zip(ends, torch.autograd.grad(answer, list(ends.values())), strict=True):
             total[name] = total.get(name, 0.0) + gradient.double().square().sum(0, keepdim=True)
     return {name: _relative(squares).to(batches[0].dtype) for name, squares in total.items()}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import timeit
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -346,7 +346,7 @@ class TorchTwin:
         self._last_use = {name: number for number, op in enumerate(program.operations) for name in op.inputs}
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Runs the Program.
+        """Runs a Program that gives logits.
 
         Args:
             images: uint8 pixels (N, H, W, C), or counts of events (N, T, H, W, C), on the twin's device.
@@ -357,16 +357,38 @@ class TorchTwin:
         Raises:
             ValueError: If the images have another type, shape or device.
         """
+        last = self.program.operations[-1].output
+        return self._run(images, {last})[last].reshape(images.shape[0], -1)
+
+    def outputs(self, images: Tensor) -> dict[str, Tensor]:
+        """Runs a Program with named outputs.
+
+        Args:
+            images: As in a call.
+
+        Returns:
+            The integers (N, *shape) of each output by its name.
+
+        Raises:
+            ValueError: As in a call.
+        """
+        found = self._run(images, {output.value for output in self.program.outputs})
+        return {o.name: found[o.value].reshape(images.shape[0], *o.shape) for o in self.program.outputs}
+
+    def _run(self, images: Tensor, wanted: Set[str]) -> dict[str, Tensor]:
+        """The values that are wanted, by name."""
         if images.dtype != torch.uint8 or tuple(images.shape[1:]) != self.program.input.value.shape:
             expected = ", ".join(map(str, self.program.input.value.shape))
             raise ValueError(f"images are {images.dtype} {tuple(images.shape)}; expected uint8 (N, {expected})")
         if images.device != self.device:
             raise ValueError(f"images are on {images.device}, the network on {self.device}; move one to the other")
-        values = {INPUT_VALUE: images}
+        values, found = {INPUT_VALUE: images}, {}
         with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
             for number, (op, tensors) in enumerate(self._steps):
                 types = [self._types[name] for name in op.inputs]
                 output = run_operation(op, [values[name] for name in op.inputs], tensors, types)
                 values = {name: value for name, value in values.items() if self._last_use.get(name, -1) > number}
                 values[op.output] = output
-        return output.reshape(images.shape[0], -1)
+                if op.output in wanted:
+                    found[op.output] = output
+        return found

@@ -11,6 +11,7 @@ import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from timm.models._features import FeatureDictNet, FeatureGetterNet
 from torch import Tensor, nn
 
 from swincompress_pl.arguments import flag, integer
@@ -164,7 +165,7 @@ class CompressionReport(TrainingCurves):
             self._notes.append(f"the module holds no network at model_attribute={self.model_attribute!r}")
             return
         last = self._last(record, trainer, module, network)
-        test = self._test_images(record, trainer)
+        test = self._test_images(record, trainer, last)
         if {"float", "pruned"} & self._snapshots.costs.keys() - self._snapshots.networks.keys():
             self._notes.append("the fit was resumed, so its earlier stages were not scored")
         measure_networks(
@@ -185,9 +186,12 @@ class CompressionReport(TrainingCurves):
         record.notes.append("The last stage is the network as the fit left it.")
         return copy.deepcopy(network).cpu().eval()
 
-    def _test_images(self, record: RunRecord, trainer: Trainer) -> TestImages | None:
+    def _test_images(self, record: RunRecord, trainer: Trainer, network: nn.Module) -> TestImages | None:
         data = getattr(trainer, "datamodule", None)
-        if trainer.world_size > 1:
+        inner = network.network if isinstance(network, QuantizedNetwork) else network
+        if isinstance(inner, FeatureGetterNet | FeatureDictNet):
+            self._notes.append(f"nothing was scored, because {type(inner).__name__} gives feature maps and no logits")
+        elif trainer.world_size > 1:
             self._notes.append(f"nothing was scored, because the fit had {trainer.world_size} processes")
         elif self.images == 0:
             self._notes.append("nothing was scored, because images=0")

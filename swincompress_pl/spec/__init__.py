@@ -5,8 +5,8 @@ A `Program` is the network as data. `check` proves that it cannot overflow, and 
 """
 
 from swincompress_pl.spec.integer import EXP_STEPS, LIMITS, STORAGE, multiplier
-from swincompress_pl.spec.program import INPUT_VALUE, InputDescription, Operation, Program, ProgramError, Value
-from swincompress_pl.spec.reference import Cost, check, costs, run, steps
+from swincompress_pl.spec.program import INPUT_VALUE, InputDescription, Operation, Output, Program, ProgramError, Value
+from swincompress_pl.spec.reference import Cost, check, costs, run, run_outputs, steps
 
 __all__ = [
     "EXP_STEPS",
@@ -16,6 +16,7 @@ __all__ = [
     "Cost",
     "InputDescription",
     "Operation",
+    "Output",
     "Program",
     "ProgramError",
     "Value",
@@ -23,5 +24,6 @@ __all__ = [
     "costs",
     "multiplier",
     "run",
+    "run_outputs",
     "steps",
 ]

@@ -2,7 +2,7 @@
 
 A Program is plain data. Adapters build it, `accel` writes and runs it, and `reference.run` defines what it means.
 Values are in single-assignment form: every operation reads earlier values and writes one new value. The input is the
-value `images`, and the result is the output of the last operation.
+value `images`. The result is the output of the last operation, or several named values.
 """
 
 from __future__ import annotations
@@ -19,10 +19,13 @@ import numpy.typing as npt
 
 from swincompress_pl.spec.integer import ITEMSIZE, LIMITS
 
-NORM_VERSION = 1
+# Version 2 has named outputs. A Program without them is of version 1.
+NORM_VERSIONS = (1, 2)
 INPUT_VALUE = "images"
 # The limits of a Program, the same in every reader (spec.md, section 11).
 OPERATIONS_MAX = 10_000
+OUTPUTS_MAX = 256
+OUTPUT_TYPES = ("int8", "int16", "int32")
 ELEMENTS_MAX = 2**32  # of a value
 NAME_BYTES_MAX = 1024  # of the name of an operation, a value, a tensor or a class
 PREPARED_BYTES_FREE, PREPARED_RATIO_MAX = 2**26, 8
@@ -106,6 +109,33 @@ class Operation:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Output:
+    """One named result of a Program, such as a feature map.
+
+    Attributes:
+        name: Its name, unique in the Program and not empty.
+        value: Name of the value that it gives, which an operation writes: int8, int16 or int32.
+        scale: Real value of one step: the result in float is `integers * scale`.
+        shape: Its shape for one image, channels last, such as (height, width, channels). It has the channels of the
+            value, and as many elements.
+    """
+
+    name: str
+    value: str
+    scale: float
+    shape: tuple[int, ...]
+
+    def describe(self) -> dict[str, Any]:
+        """Returns the fields as JSON-able data."""
+        return {
+            "name": self.name,
+            "value": self.value,
+            "scale": float(self.scale).hex(),
+            "shape": list(self.shape),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
 class InputDescription:
     """What an engine takes, and how it is made from an image.
 
@@ -181,11 +211,13 @@ class Program:
 
     Attributes:
         input: What the network takes.
-        operations: The steps in order; the last one gives the int32 logits.
+        operations: The steps in order; without `outputs`, the last one gives the int32 logits.
         tensors: Integer arrays by key.
-        logit_scale: Real value of one step of the logits: the logits in float are `int32 * logit_scale`.
-        classes: Names of the classes in the order of the logits, or None.
+        logit_scale: Real value of one step of the logits: the logits in float are `int32 * logit_scale`. It is 1 with
+            `outputs`, which have scales of their own.
+        classes: Names of the classes in the order of the logits, or None, as with `outputs`.
         origin: How the network was made, as JSON-able data; `models.rebuild` reads it.
+        outputs: The named results of a Program that gives no logits but, for example, feature maps; () for logits.
     """
 
     input: InputDescription
@@ -194,6 +226,7 @@ class Program:
     logit_scale: float
     classes: tuple[str, ...] | None = None
     origin: Mapping[str, Any] = field(default_factory=dict)
+    outputs: tuple[Output, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tensors", MappingProxyType(dict(self.tensors)))
@@ -212,11 +245,14 @@ class Program:
 
     def describe(self) -> dict[str, Any]:
         """Returns everything but the tensors as JSON-able data; `Program.from_description` is the inverse."""
+        given: dict[str, Any] = {"outputs": [output.describe() for output in self.outputs]}
+        if not self.outputs:
+            classes = list(self.classes) if self.classes is not None else None
+            given = {"logit_scale": float(self.logit_scale).hex(), "classes": classes}
         return {
-            "norm_version": NORM_VERSION,
+            "norm_version": 2 if self.outputs else 1,
             "input": self.input.describe(),
-            "logit_scale": float(self.logit_scale).hex(),
-            "classes": list(self.classes) if self.classes is not None else None,
+            **given,
             "origin": dict(self.origin),
             "operations": [
                 {
@@ -249,23 +285,20 @@ class Program:
         """
         try:
             version = description["norm_version"]
-            if type(version) is not int or version != NORM_VERSION:
+            if type(version) is not int or version not in NORM_VERSIONS:
                 raise ProgramError(
-                    f"program of specification version {version!r}; this package runs version {NORM_VERSION}: "
+                    f"program of specification version {version!r}; this package runs versions 1 and 2: "
                     "export the model again with this package, or install the package that wrote it"
                 )
-            operations, classes = _typed(description, "operations", list), description["classes"]
+            operations = _typed(description, "operations", list)
             if len(operations) > OPERATIONS_MAX:
                 raise ProgramError(f"program of {len(operations)} operations; it must have 1 to {OPERATIONS_MAX}")
             return cls(
                 input=InputDescription.from_description(_typed(description, "input", dict)),
                 operations=tuple(_operation(entry) for entry in operations),
                 tensors={_name(key, "tensor"): tensor for key, tensor in tensors.items()},
-                logit_scale=_scale(_typed(description, "logit_scale", str)),
-                classes=None
-                if classes is None
-                else tuple(_name(text, "class name") for text in _typed(description, "classes", list)),
                 origin=_typed(description, "origin", dict),
+                **(_logits(description) if version == 1 else _outputs(description)),
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise ProgramError(f"program description is incomplete or ill-typed: {error!r}") from error
@@ -326,6 +359,40 @@ def _scale(text: str) -> float:
         return float.fromhex(text if _SCALE.fullmatch(text) else "nan")
     except OverflowError:
         return math.inf  # `check` refuses it, as it refuses NaN
+
+
+def _logits(description: Mapping[str, Any]) -> dict[str, Any]:
+    """What a description of version 1 says of its result, as fields of a Program."""
+    classes = description["classes"]
+    return {
+        "logit_scale": _scale(_typed(description, "logit_scale", str)),
+        "classes": None
+        if classes is None
+        else tuple(_name(text, "class name") for text in _typed(description, "classes", list)),
+    }
+
+
+def _outputs(description: Mapping[str, Any]) -> dict[str, Any]:
+    """What a description of version 2 says of its results, as fields of a Program."""
+    entries = _typed(description, "outputs", list)
+    if not 1 <= len(entries) <= OUTPUTS_MAX:
+        raise ProgramError(f"program of {len(entries)} outputs; it must have 1 to {OUTPUTS_MAX}")
+    outputs = tuple(
+        Output(
+            name=_name(entry["name"], "name of an output"),
+            value=_name(entry["value"], "name of a value"),
+            scale=_scale(_typed(entry, "scale", str)),
+            shape=tuple(_size(size) for size in _typed(entry, "shape", list)),
+        )
+        for entry in entries
+    )
+    return {"logit_scale": 1.0, "outputs": outputs}
+
+
+def _size(given: Any) -> int:
+    if type(given) is not int:
+        raise TypeError(f"a size is {type(given).__name__}, not an integer")
+    return given
 
 
 def _made_of(cls: type[Program], given: dict[str, Any]) -> Program:

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from swincompress_pl.spec.integer import IntArray
+from swincompress_pl.spec.integer import STORAGE, IntArray
 from swincompress_pl.spec.kinds import KINDS, prove_operation
 from swincompress_pl.spec.program import (
     INPUT_VALUE,
+    NAME_BYTES_MAX,
     OPERATIONS_MAX,
+    OUTPUT_TYPES,
+    OUTPUTS_MAX,
     PREPARED_BYTES_FREE,
     PREPARED_RATIO_MAX,
     InputDescription,
     Operation,
+    Output,
     Program,
     ProgramError,
     Value,
@@ -41,8 +46,8 @@ def check(program: Program) -> dict[str, Value]:
         Type and shape of every value, by its name.
 
     Raises:
-        ProgramError: If an operation breaks a rule, or if the Program is too large or does not end in int32 logits. The
-            message names the first wrong operation, the entry and the bound.
+        ProgramError: If an operation or a named output breaks a rule, or if the Program is too large or, without named
+            outputs, does not end in int32 logits. The message names the first wrong one, the entry and the bound.
     """
     return _proved(program)[0]
 
@@ -65,7 +70,14 @@ def _proved(program: Program) -> tuple[dict[str, Value], list[int | None]]:
         inputs = [values[name] for name in op.inputs]
         values[op.output], reach = prove_operation(op, inputs, tensors_of(program, op))
         reaches.append(reach)
-    result = values[program.operations[-1].output]
+    if program.outputs:
+        _check_outputs(program, values)
+    else:
+        _check_logits(program, values[program.operations[-1].output])
+    return values, reaches
+
+
+def _check_logits(program: Program, result: Value) -> None:
     if result.dtype != "int32" or result.rows != 1:
         raise ProgramError(
             f"program ends in {result.dtype} of shape {result.shape}; it must end in int32 logits (classes,)"
@@ -74,7 +86,37 @@ def _proved(program: Program) -> tuple[dict[str, Value], list[int | None]]:
         raise ProgramError(f"program has {result.channels} logits but names {len(program.classes)} classes")
     if not (np.isfinite(program.logit_scale) and program.logit_scale > 0):
         raise ProgramError(f"logit_scale is {program.logit_scale}; it must be positive and finite")
-    return values, reaches
+
+
+def _check_outputs(program: Program, values: Mapping[str, Value]) -> None:
+    if program.classes is not None or program.logit_scale != 1:
+        raise ProgramError("program with named outputs has classes or a logit_scale, which only logits have")
+    if len(program.outputs) > OUTPUTS_MAX:
+        raise ProgramError(f"program of {len(program.outputs)} outputs; it must have 1 to {OUTPUTS_MAX}")
+    names, given = set[str](), set[str]()
+    for output in program.outputs:
+        if not output.name or output.name in names:
+            raise ProgramError(f"output {output.name!r}: its name is {'taken' if output.name else 'empty'}")
+        if len(output.name.encode("utf-8", errors="surrogatepass")) > NAME_BYTES_MAX:
+            raise ProgramError(f"output {output.name!r}: its name is longer than {NAME_BYTES_MAX} bytes")
+        if output.value == INPUT_VALUE or output.value not in values:
+            raise ProgramError(f"output {output.name!r}: gives {output.value!r}, which no operation writes")
+        if output.value in given:
+            raise ProgramError(f"output {output.name!r}: gives {output.value!r}, as an earlier output does")
+        _check_output(output, values[output.value])
+        names.add(output.name)
+        given.add(output.value)
+
+
+def _check_output(output: Output, value: Value) -> None:
+    if value.dtype not in OUTPUT_TYPES:
+        raise ProgramError(f"output {output.name!r}: is {value.dtype}; it must be one of {', '.join(OUTPUT_TYPES)}")
+    sizes = all(type(size) is int and size >= 1 for size in output.shape)
+    fits = sizes and bool(output.shape) and output.shape[-1] == value.channels
+    if not fits or math.prod(output.shape) != value.rows * value.channels:
+        raise ProgramError(f"output {output.name!r}: has shape {output.shape}, but its value is {value.shape}")
+    if not (np.isfinite(output.scale) and output.scale > 0):
+        raise ProgramError(f"output {output.name!r}: its scale is {output.scale}; it must be positive and finite")
 
 
 def _require_bounded(program: Program) -> None:
@@ -215,7 +257,7 @@ def steps(program: Program, images: npt.NDArray[np.uint8]) -> Iterator[tuple[Ope
 
 
 def run(program: Program, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.int32]:
-    """Runs a Program: the definition of its result.
+    """Runs a Program that gives logits: the definition of its result.
 
     The Program is taken as correct: call `check` first.
 
@@ -228,8 +270,10 @@ def run(program: Program, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.int32
 
     Raises:
         TypeError: If `images` is not a uint8 array.
-        ValueError: If `images` has another shape; the message says how to mend it.
+        ValueError: If `images` has another shape, or the Program has named outputs; the message says how to mend it.
     """
+    if program.outputs:
+        raise ValueError(f"the program has {len(program.outputs)} named outputs and no logits; use spec.run_outputs")
     check_images(program.input, images)
     if images.shape[0] == 0:
         classes = check(program)[program.operations[-1].output].channels
@@ -237,3 +281,31 @@ def run(program: Program, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.int32
     for _, output in steps(program, images):
         logits = output
     return np.ascontiguousarray(logits.reshape(images.shape[0], -1), dtype=np.int32)
+
+
+def run_outputs(program: Program, images: npt.NDArray[np.uint8]) -> dict[str, IntArray]:
+    """Runs a Program with named outputs: the definition of its results.
+
+    The Program is taken as correct: call `check` first.
+
+    Args:
+        program: The Program to run.
+        images: uint8, (N, height, width, channels), or (N, time steps, height, width, channels) for events. N may be 0.
+
+    Returns:
+        The integers (N, *shape) of each output by its name, in the order of `Program.outputs` and of its type.
+
+    Raises:
+        TypeError: If `images` is not a uint8 array.
+        ValueError: If `images` has another shape, or the Program has no named outputs; the message says how to mend it.
+    """
+    if not program.outputs:
+        raise ValueError("the program gives logits and has no named outputs; use spec.run")
+    check_images(program.input, images)
+    count = images.shape[0]
+    if count == 0:
+        values = check(program)
+        return {o.name: np.zeros((0, *o.shape), STORAGE[values[o.value].dtype]) for o in program.outputs}
+    wanted = {output.value for output in program.outputs}
+    found = {op.output: value for op, value in steps(program, images) if op.output in wanted}
+    return {o.name: np.ascontiguousarray(found[o.value].reshape(count, *o.shape)) for o in program.outputs}

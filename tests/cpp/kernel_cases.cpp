@@ -114,7 +114,7 @@ bool agrees(const Case& given, const std::string& implementation, int threads) {
     std::vector<const std::byte*> arrays;
     for (const Bytes& array : given.arrays) arrays.push_back(array.data());
     Bytes first(given.expected.size()), second(given.expected.size());
-    const auto run = [&](Bytes& result) { engine.run(arrays, result.data(), given.images); };
+    const auto run = [&](Bytes& result) { engine.run(arrays, {result.data()}, given.images); };
     if (threads > 1) {
         std::thread other(run, std::ref(second));
         run(first);

@@ -1,5 +1,6 @@
 // What the public header says about artifacts, a line each, for comparison with Python:
 //     read_artifacts logits FILE...       the integer logits of two images, or "refused: " and the message
+//     read_artifacts outputs FILE...      name, type, shape, scale and the integers of every output for two images
 //     read_artifacts profile FILE COUNT   of so many images: operation, kind, ns, MACs and bytes of each step
 //     read_artifacts load FILE...         the median time of a load in ns; the files take turns
 #include <algorithm>
@@ -29,6 +30,45 @@ void print_logits(const char* path) {
         std::printf("\n");
     } catch (const swincompress::Error& error) {
         std::printf("refused: %.200s\n", error.what());
+    }
+}
+
+template <typename Integer>
+void print_integers(const std::vector<std::int32_t>& room, std::size_t count) {
+    const auto* integers = reinterpret_cast<const Integer*>(room.data());
+    for (std::size_t i = 0; i < count; ++i) std::printf(" %d", static_cast<int>(integers[i]));
+    std::printf("\n");
+}
+
+void print_outputs(const char* path) {
+    swincompress::Options options;
+    options.threads = 2;
+    swincompress::Engine engine = swincompress::Engine::load(path, options);
+    const std::vector<std::uint8_t> images = images_of(engine, 2);
+    std::vector<std::vector<std::int32_t>> room;  // wide enough for any type
+    std::vector<void*> places;
+    for (const swincompress::Output& output : engine.outputs())
+        places.push_back(room.emplace_back(2 * output.size).data());
+    engine.run_outputs_integer(images.data(), 2, places);
+    const auto floats = engine.run_outputs(images);
+    for (std::size_t i = 0; i < room.size(); ++i) {
+        const swincompress::Output& output = engine.outputs()[i];
+        std::printf("%s %s (", output.name.c_str(), output.type.c_str());
+        for (const std::int64_t size : output.shape) std::printf("%lld,", static_cast<long long>(size));
+        std::printf(") %.17g %.9g", output.scale, static_cast<double>(floats.at(output.name).back()));
+        if (output.type == "int8") print_integers<std::int8_t>(room[i], 2 * output.size);
+        if (output.type == "int16") print_integers<std::int16_t>(room[i], 2 * output.size);
+        if (output.type == "int32") print_integers<std::int32_t>(room[i], 2 * output.size);
+    }
+    try {
+        engine.run(images);
+    } catch (const swincompress::Error& error) {
+        std::printf("refused: %s\n", error.what());
+    }
+    try {
+        engine.run_outputs_integer(images.data(), 2, {});
+    } catch (const swincompress::Error& error) {
+        std::printf("refused: %s\n", error.what());
     }
 }
 
@@ -77,6 +117,10 @@ void print_load_times(int count, char** paths) {
 int main(int count, char** arguments) {
     if (count == 4 && arguments[1] == std::string("profile")) {
         print_profile(arguments[2], std::strtoul(arguments[3], nullptr, 10));
+        return 0;
+    }
+    if (count > 2 && arguments[1] == std::string("outputs")) {
+        for (int i = 2; i < count; ++i) print_outputs(arguments[i]);
         return 0;
     }
     if (count > 2 && arguments[1] == std::string("load")) {

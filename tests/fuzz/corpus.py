@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from support.program_cases import integers, masked, small_program
+from support.program_cases import integers, masked, small_program, with_maps
 from support.spiking_programs import _Builder
 
 from swincompress_pl import accel, spec
@@ -137,6 +137,7 @@ def programs() -> dict[str, spec.Program]:
         "sparse": masked(mlp_program("int8"), 0.6),
         "sparse_packed": masked(mlp_program("int5"), 0.6),
         "stream": stream_program(),
+        "maps": with_maps(stream_program()),
         "attention": attention_program(),
         "neurons": neuron_program((4, 5, 3), 1),
         "events": neuron_program((2, 4, 5, 2), 0),

@@ -1,7 +1,7 @@
 // Loads mutants of artifacts and runs what loads, to be built with sanitizers:
 //     fuzz_artifacts COUNT SEED FIRST artifact...
 // Mutant number n of FIRST to FIRST + COUNT - 1 depends on (SEED, n) only, so a failure is run again with COUNT = 1.
-// A mutant must be refused with an Error or give the same logits by every implementation; anything else, an end by a
+// A mutant must be refused with an Error or give the same integers by every implementation; anything else, an end by a
 // sanitizer or more than a minute included, is a failure. Prints how often which guard refused.
 #include <unistd.h>
 
@@ -71,9 +71,24 @@ std::vector<std::uint8_t> images_of(const Engine& engine, Random& random) {
     return images;
 }
 
+// The integers of every output, one after another. Each output has memory of its own size: a byte beyond it is seen.
+std::vector<std::byte> integers_of(Engine& engine, const std::vector<std::uint8_t>& images) {
+    const std::size_t count = images.size() / engine.input_size();
+    std::vector<std::vector<std::byte>> room;
+    std::vector<void*> places;
+    for (const Output& output : engine.outputs()) {
+        const std::size_t bytes = output.type == "int8" ? 1 : output.type == "int16" ? 2 : 4;
+        places.push_back(room.emplace_back(count * output.size * bytes).data());
+    }
+    engine.run_outputs_integer(images.data(), count, places);
+    std::vector<std::byte> all;
+    for (const std::vector<std::byte>& each : room) all.insert(all.end(), each.begin(), each.end());
+    return all;
+}
+
 // Whether it loaded; its guard is counted where it did not.
 bool try_mutant(const std::vector<std::byte>& bytes, Random& random, std::map<std::string, unsigned long>& guards) {
-    std::vector<std::int32_t> expected;
+    std::vector<std::byte> expected;
     std::vector<std::uint8_t> images;
     for (const std::string& name : implementations()) {
         Options options{1 + static_cast<int>(random.below(3)), name, kMemoryBytesMax};
@@ -82,11 +97,9 @@ bool try_mutant(const std::vector<std::byte>& bytes, Random& random, std::map<st
             const std::vector<std::byte> exact(bytes);
             Engine engine = Engine::from_bytes(exact.data(), exact.size(), options);
             if (images.empty()) images = images_of(engine, random);
-            const std::size_t count = images.size() / engine.input_size();
-            std::vector<std::int32_t> logits(count * engine.class_count());
-            engine.run_integer(images.data(), count, logits.data());
-            if (!expected.empty() && logits != expected) fail(name + " gives other logits");
-            expected = logits;
+            const std::vector<std::byte> integers = integers_of(engine, images);
+            if (!expected.empty() && integers != expected) fail(name + " gives other integers");
+            expected = integers;
         } catch (const Error& error) {
             if (!expected.empty()) fail(name + " refuses what another runs: " + error.what());
             ++guards[guard_of(error.what())];
@@ -109,9 +122,10 @@ void check_sha256(Random& random) {
 void check_sound(const Parts& original) {
     const std::vector<std::byte> bytes = put_together(original);
     Engine engine = Engine::from_bytes(bytes.data(), bytes.size());
-    if (!engine.run({}).empty()) fail("logits of no images");
+    for (const auto& [name, values] : engine.run_outputs({}))
+        if (!values.empty()) fail(name + " of no images");
     try {
-        engine.run(std::vector<std::uint8_t>(engine.input_size() + 1));
+        engine.run_outputs(std::vector<std::uint8_t>(engine.input_size() + 1));
     } catch (const Error&) {
         return;
     }

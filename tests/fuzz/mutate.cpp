@@ -154,6 +154,23 @@ void mutate_operation(Json& description, Random& random) {
     }
 }
 
+// An entry of a named output, more often the value that it gives and its shape.
+void mutate_output(Json& description, Random& random) {
+    Json* outputs = member_of(description, "outputs");
+    const Json* operations = description.find("operations");
+    if (outputs == nullptr || outputs->items.empty() || random.chance(20)) return mutate_json(description, random);
+    Json& output = random.among(outputs->items);
+    constexpr std::array<const char*, 4> parts = {"value", "shape", "name", "scale"};
+    Json* part = member_of(output, parts[random.below(parts.size())]);
+    if (part == nullptr || random.chance(10)) return mutate_list(*outputs, random);
+    if (part->is(Json::Kind::text) && operations != nullptr && !operations->items.empty() && random.chance(80)) {
+        const Json* any = random.among(operations->items).find("output");
+        *part = any == nullptr ? text_value("images") : *any;
+    } else {
+        mutate_json(*part, random);
+    }
+}
+
 void fill(StoredTensor& tensor, std::size_t first, std::size_t last, std::int64_t value) {
     const auto size = static_cast<std::size_t>(type_bytes(tensor.type));
     for (std::size_t i = first; i < last; ++i) std::memcpy(tensor.bytes.data() + i * size, &value, size);
@@ -271,7 +288,7 @@ void mutate_parts(Parts& parts, Random& random) {
     if (what < 40 && description != nullptr)
         mutate_operation(*description, random);
     else if (what < 50 && description != nullptr)
-        mutate_json(*description, random);
+        mutate_output(*description, random);
     else if (what < 60 && layout != nullptr)
         mutate_json(*layout, random);
     else if (what < 62)

@@ -18,7 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from support.artifact_mutants import any_mutant
 from support.artifact_verdicts import Figures
-from support.program_cases import masked, small_program
+from support.program_cases import masked, small_program, with_maps
 from support.spiking_programs import spiking_program
 
 from swincompress_pl.accel import artifact
@@ -27,7 +27,7 @@ from swincompress_pl.accel import artifact
 def run(numbers: range) -> Figures:
     """The figures of these mutants; each stands in a file, which is left where a reader ends the process."""
     programs = [small_program(3), small_program(2, channels=7, weight="int3"), spiking_program()]
-    programs.append(masked(small_program(3, weight="int5"), 0.7))
+    programs += [masked(small_program(3, weight="int5"), 0.7), with_maps(small_program(4))]
     wholes = [artifact.to_bytes(program, how) for program in programs for how in (None, "lzma")]
     figures = Figures()
     folder = Path(tempfile.mkdtemp(prefix="mutants-"))

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from swincompress_pl.spec import STORAGE, InputDescription, Operation, Program, Value, multiplier
+from swincompress_pl.spec import STORAGE, InputDescription, Operation, Output, Program, Value, check, multiplier
 from swincompress_pl.spec.integer import LIMITS, SIGNED_BYTES, UNSIGNED_BYTES
 
 Array = npt.NDArray[Any]
@@ -311,3 +311,15 @@ def small_program(
         logit_scale=0.001,
         classes=tuple(f"class {i}" for i in range(classes)),
     )
+
+
+def with_maps(program: Program) -> Program:
+    """The same without its last operation: the values of whole types before it are named outputs."""
+    *kept, _ = program.operations
+    values = check(program)
+    chosen = [op.output for op in kept if values[op.output].dtype in ("int8", "int16", "int32")]
+    outputs = tuple(
+        Output(name=f"map{i}", value=name, scale=0.5, shape=values[name].shape) for i, name in enumerate(chosen)
+    )
+    tensors = {key: program.tensors[key] for op in kept for key in op.tensors.values()}
+    return replace(program, operations=tuple(kept), tensors=tensors, outputs=outputs, logit_scale=1.0, classes=None)

@@ -74,14 +74,17 @@ Operation operation_of(const py::dict& given) {
     return operation;
 }
 
+// The engine gives the values with the numbers `results`, or without any the output of the last operation.
 std::unique_ptr<Executor> make_engine(const py::sequence& inputs, const py::sequence& operations,
-                                      const std::string& implementation, int threads) {
+                                      const std::string& implementation, int threads,
+                                      const std::vector<std::size_t>& results) {
     require_threads(threads);
     std::vector<Value> values;
     for (const auto& input : inputs) values.push_back(value_of(input));
     std::vector<Operation> list;
     for (const auto& operation : operations) list.push_back(operation_of(operation.cast<py::dict>()));
-    return std::make_unique<Executor>(std::move(values), list, select_kernels(implementation), Resources{threads});
+    return std::make_unique<Executor>(std::move(values), list, select_kernels(implementation), Resources{threads},
+                                      results);
 }
 
 std::pair<const std::byte*, std::size_t> bytes_of(const py::bytes& content) {
@@ -91,7 +94,7 @@ std::pair<const std::byte*, std::size_t> bytes_of(const py::bytes& content) {
     return {reinterpret_cast<const std::byte*>(data), static_cast<std::size_t>(size)};
 }
 
-// (engine, {"input_shape", "logit_scale", "class_count", "classes"})
+// (engine, {"input_shape", "logit_scale", "class_count", "classes", "outputs": (name, type, shape, scale) of each})
 std::pair<std::unique_ptr<Executor>, py::dict> load(const py::bytes& content, const std::string& implementation,
                                                     int threads) {
     const auto [bytes, size] = bytes_of(content);
@@ -105,6 +108,13 @@ std::pair<std::unique_ptr<Executor>, py::dict> load(const py::bytes& content, co
     facts["logit_scale"] = model.logit_scale;
     facts["class_count"] = model.class_count();
     facts["classes"] = model.classes ? py::object(py::tuple(py::cast(*model.classes))) : py::none();
+    py::list outputs;
+    for (std::size_t i = 0; i < model.outputs.size(); ++i) {
+        const NamedOutput& output = model.outputs[i];
+        const std::string type = type_name(model.result(i).type());
+        outputs.append(py::make_tuple(output.name, type, py::tuple(py::cast(output.shape)), output.scale));
+    }
+    facts["outputs"] = outputs;
     return {std::move(model.executor), facts};
 }
 
@@ -172,37 +182,49 @@ Batch batch_of(const Executor& engine, const std::vector<py::array>& arrays) {
     return batch;
 }
 
-py::array result_array(const Executor& engine, Size images) {
-    const Value& result = engine.plan().value(engine.plan().result());
-    std::vector<Size> shape = result.shape;
-    shape.insert(shape.begin(), images);
-    return py::array(dtype_of(result.type()), shape);
+// Arrays (images, *shape of the value), one per result.
+struct Results {
+    std::vector<py::array> arrays;
+    std::vector<std::byte*> data;
+};
+
+Results results_of(const Executor& engine, Size images) {
+    Results results;
+    for (const std::size_t number : engine.plan().results()) {
+        const Value& value = engine.plan().value(number);
+        std::vector<Size> shape = value.shape;
+        shape.insert(shape.begin(), images);
+        py::array& array = results.arrays.emplace_back(dtype_of(value.type()), shape);
+        results.data.push_back(static_cast<std::byte*>(array.mutable_data()));
+    }
+    return results;
 }
 
 Executor::Watch watch(GilRelease& gil, std::vector<Size>* ns = nullptr, std::vector<SpikeCounts>* spikes = nullptr) {
     return {ns, spikes, [&gil] { gil.check_signals(); }};
 }
 
-py::array run(Executor& engine, const std::vector<py::array>& arrays) {
+std::vector<py::array> run_all(Executor& engine, const std::vector<py::array>& arrays) {
     const Batch batch = batch_of(engine, arrays);
-    py::array output = result_array(engine, batch.images);
-    auto* data = static_cast<std::byte*>(output.mutable_data());
-    without_gil([&](GilRelease& gil) { engine.run(batch.data, data, batch.images, watch(gil)); });
-    return output;
+    const Results results = results_of(engine, batch.images);
+    without_gil([&](GilRelease& gil) { engine.run(batch.data, results.data, batch.images, watch(gil)); });
+    return results.arrays;
 }
+
+// The first result, of an engine that has one.
+py::array run(Executor& engine, const std::vector<py::array>& arrays) { return run_all(engine, arrays).front(); }
 
 py::array_t<Size> profile(Executor& engine, const std::vector<py::array>& arrays, int repeats) {
     if (repeats < 1) throw std::invalid_argument("repeats is " + std::to_string(repeats) + "; it must be at least 1");
     const Batch batch = batch_of(engine, arrays);
-    py::array output = result_array(engine, batch.images);
-    auto* data = static_cast<std::byte*>(output.mutable_data());
+    const Results results = results_of(engine, batch.images);
     const std::size_t count = engine.plan().steps().size();
     py::array_t<Size> times({static_cast<std::size_t>(repeats), count});
     auto* rows = times.mutable_data();
     without_gil([&](GilRelease& gil) {
         for (int repeat = 0; repeat < repeats; ++repeat) {
             std::vector<Size> step_ns(count, 0);
-            engine.run(batch.data, data, batch.images, watch(gil, &step_ns));
+            engine.run(batch.data, results.data, batch.images, watch(gil, &step_ns));
             std::copy(step_ns.begin(), step_ns.end(), rows + static_cast<Size>(count) * repeat);
             gil.check_signals();
         }
@@ -213,13 +235,13 @@ py::array_t<Size> profile(Executor& engine, const std::vector<py::array>& arrays
 // (steps, 3): spikes written, their places, synaptic operations
 py::array_t<Size> count_spikes(Executor& engine, const std::vector<py::array>& arrays) {
     const Batch batch = batch_of(engine, arrays);
-    py::array output = result_array(engine, batch.images);
-    auto* data = static_cast<std::byte*>(output.mutable_data());
+    const Results results = results_of(engine, batch.images);
     const std::size_t count = engine.plan().steps().size();
     py::array_t<Size> counts({count, std::size_t{3}});
     auto* rows = counts.mutable_data();
     std::vector<SpikeCounts> found(count);
-    without_gil([&](GilRelease& gil) { engine.run(batch.data, data, batch.images, watch(gil, nullptr, &found)); });
+    without_gil(
+        [&](GilRelease& gil) { engine.run(batch.data, results.data, batch.images, watch(gil, nullptr, &found)); });
     for (const SpikeCounts& each : found) {
         *rows++ = each.spikes;
         *rows++ = each.places;
@@ -259,8 +281,9 @@ PYBIND11_MODULE(_core, module) {
     module.def("parse_content", &parse_content, py::arg("content"));
     py::class_<Executor>(module, "Engine")
         .def(py::init(&make_engine), py::arg("inputs"), py::arg("operations"), py::arg("implementation") = "",
-             py::arg("threads") = 1)
+             py::arg("threads") = 1, py::arg("results") = std::vector<std::size_t>{})
         .def("run", &run, py::arg("arrays"))
+        .def("run_all", &run_all, py::arg("arrays"))
         .def("profile", &profile, py::arg("arrays"), py::arg("repeats"))
         .def("count_spikes", &count_spikes, py::arg("arrays"))
         .def_property_readonly("implementation", &Executor::implementation)

@@ -27,9 +27,9 @@ struct Share {
 }  // namespace
 
 Executor::Executor(std::vector<Value> inputs, const std::vector<Operation>& operations, const Kernels& kernels,
-                   const Resources& resources)
+                   const Resources& resources, std::vector<std::size_t> results)
     : kernels_(kernels),
-      plan_(std::move(inputs), operations, kernels, resources),
+      plan_(std::move(inputs), operations, std::move(results), kernels, resources),
       threads_(resources.threads),
       arena_(plan_.arena_bytes()),
       scratch_(plan_.scratch_bytes() * threads_),
@@ -50,32 +50,35 @@ Executor::Turns& Executor::turns() {
     return *fresh.release();
 }
 
-void Executor::run(const std::vector<const std::byte*>& inputs, std::byte* output, Size images, const Watch& watch) {
-    const Size out_bytes = plan_.value(plan_.result()).bytes();
+void Executor::run(const std::vector<const std::byte*>& inputs, const std::vector<std::byte*>& outputs, Size images,
+                   const Watch& watch) {
+    // Where each value lies: those between the steps in the arena, for every chunk again, the others with the caller.
+    std::vector<std::byte*> places(plan_.value_count());
+    for (std::size_t number = 0; number < places.size(); ++number)
+        places[number] = arena_.data() + plan_.offset(number);
     for (Size first = 0; first < images; first += plan_.chunk()) {
         if (watch.pause && first > 0) watch.pause();
-        std::vector<const std::byte*> from;
-        for (std::size_t i = 0; i < inputs.size(); ++i) from.push_back(inputs[i] + first * plan_.value(i).bytes());
+        for (std::size_t i = 0; i < inputs.size(); ++i)  // which no step writes
+            places[i] = const_cast<std::byte*>(inputs[i]) + first * plan_.value(i).bytes();
+        for (std::size_t i = 0; i < outputs.size(); ++i) {
+            const std::size_t number = plan_.results()[i];
+            places[number] = outputs[i] + first * plan_.value(number).bytes();
+        }
         Turns& turns = this->turns();  // a pause may have forked
         std::unique_lock<std::timed_mutex> turn(turns.mutex, std::defer_lock);
         if (!watch.pause) turn.lock();
         while (!turn.owns_lock() && !turn.try_lock_for(kPatience)) watch.pause();
         if (turns.pool == nullptr) turns.pool = std::make_unique<ThreadPool>(threads_);
-        run_chunk(*turns.pool, from, output + first * out_bytes, std::min(plan_.chunk(), images - first), watch);
+        run_chunk(*turns.pool, places, std::min(plan_.chunk(), images - first), watch);
     }
 }
 
-void Executor::run_chunk(ThreadPool& pool, const std::vector<const std::byte*>& inputs, std::byte* output, Size images,
-                         const Watch& watch) {
+void Executor::run_chunk(ThreadPool& pool, const std::vector<std::byte*>& places, Size images, const Watch& watch) {
     using Clock = std::chrono::steady_clock;
-    const auto place = [&](std::size_t value) { return arena_.data() + plan_.offset(value); };
     for (std::size_t number = 0; number < plan_.steps().size(); ++number) {
         const PlannedStep& planned = plan_.steps()[number];
-        Work work{{},     planned.output == plan_.result() ? output : place(planned.output), images, 0, pool.size(),
-                  nullptr};
-        for (std::size_t i = 0; i < planned.inputs.size(); ++i)
-            work.inputs[i] =
-                planned.inputs[i] < plan_.input_count() ? inputs[planned.inputs[i]] : place(planned.inputs[i]);
+        Work work{{}, places[planned.output], images, 0, pool.size(), nullptr};
+        for (std::size_t i = 0; i < planned.inputs.size(); ++i) work.inputs[i] = places[planned.inputs[i]];
         const auto start = Clock::now();
         const Share share{*planned.step, work, scratch_.data(), plan_.scratch_bytes()};
         pool.run([&share](int part) { share.run(part); });

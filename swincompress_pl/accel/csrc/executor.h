@@ -15,7 +15,7 @@ class Executor {
 public:
     // Throws std::invalid_argument, naming the operation, for an operation that no kernel can run.
     Executor(std::vector<Value> inputs, const std::vector<Operation>& operations, const Kernels& kernels,
-             const Resources& resources);
+             const Resources& resources, std::vector<std::size_t> results = {});
     ~Executor();
     Executor(const Executor&) = delete;
     Executor& operator=(const Executor&) = delete;
@@ -32,12 +32,13 @@ public:
         std::function<void()> pause = nullptr;
     };
 
-    // `inputs` are arrays of `images` values each; `output` has room for as many results. Callers take turns, chunk by
-    // chunk.
-    void run(const std::vector<const std::byte*>& inputs, std::byte* output, Size images) {
-        run(inputs, output, images, Watch{});
+    // `inputs` are arrays of `images` values each; `outputs`, one per result of the plan and aligned for its type, have
+    // room for as many. Callers take turns, chunk by chunk.
+    void run(const std::vector<const std::byte*>& inputs, const std::vector<std::byte*>& outputs, Size images) {
+        run(inputs, outputs, images, Watch{});
     }
-    void run(const std::vector<const std::byte*>& inputs, std::byte* output, Size images, const Watch& watch);
+    void run(const std::vector<const std::byte*>& inputs, const std::vector<std::byte*>& outputs, Size images,
+             const Watch& watch);
 
 private:
     // What a forked child cannot use: a lock that a thread of the parent may hold forever, and a pool without its
@@ -51,8 +52,7 @@ private:
     };
 
     Turns& turns();
-    void run_chunk(ThreadPool& pool, const std::vector<const std::byte*>& inputs, std::byte* output, Size images,
-                   const Watch& watch);
+    void run_chunk(ThreadPool& pool, const std::vector<std::byte*>& places, Size images, const Watch& watch);
 
     const Kernels& kernels_;
     Plan plan_;

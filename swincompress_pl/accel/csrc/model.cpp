@@ -12,6 +12,19 @@ void require_logits(const Value& result, const Program& program) {
                             std::to_string(program.classes->size()) + " classes");
 }
 
+void require_output(const NamedOutput& output, const Value& value) {
+    const std::string what = "output '" + output.name + "': ";
+    const ValueType& type = value.declared;
+    const bool known = type == ValueType{Type::int8, 127} || type == ValueType{Type::int16, 32767} ||
+                       type == ValueType{Type::int32, 2147483647};
+    if (!known) throw ArtifactError(what + "is " + type.name() + "; it must be one of int8, int16, int32");
+    bool fits = !output.shape.empty() && output.shape.back() == value.channels();
+    for (const Size size : output.shape) fits = fits && size >= 1 && size <= kElementsMax;
+    if (!fits || element_count(output.shape) != value.elements())
+        throw ArtifactError(what + "has shape " + shape_text(output.shape) + ", but its value is " +
+                            shape_text(value.shape));
+}
+
 }  // namespace
 
 void require_threads(int threads) {
@@ -24,12 +37,16 @@ Model load_model(const std::byte* bytes, std::size_t size, const Kernels& kernel
     require_threads(resources.threads);
     const Artifact artifact = read_artifact(bytes, size);
     Program program = read_program(artifact);
-    auto executor =
-        std::make_unique<Executor>(std::vector<Value>{program.input}, program.operations, kernels, resources);
+    std::vector<std::size_t> results;
+    for (const NamedOutput& output : program.outputs) results.push_back(output.value);
+    auto executor = std::make_unique<Executor>(std::vector<Value>{program.input}, program.operations, kernels,
+                                               resources, std::move(results));
     const Plan& plan = executor->plan();
-    require_logits(plan.value(plan.result()), program);
+    if (program.outputs.empty()) require_logits(plan.value(plan.results().front()), program);
+    for (const NamedOutput& output : program.outputs) require_output(output, plan.value(output.value));
     std::vector<StepCost> costs = step_costs(plan, program.operations);
-    return {std::move(executor), program.input, program.logit_scale, std::move(program.classes), std::move(costs)};
+    return {std::move(executor),        program.input,   program.logit_scale, std::move(program.classes),
+            std::move(program.outputs), std::move(costs)};
 }
 
 }  // namespace swincompress

@@ -14,9 +14,14 @@ struct Model {
     Value input;
     double logit_scale;
     std::optional<std::vector<std::string>> classes;
-    std::vector<StepCost> costs;  // of the executor's steps
+    std::vector<NamedOutput> outputs;  // empty where the one result are logits
+    std::vector<StepCost> costs;       // of the executor's steps
 
-    Size class_count() const { return executor->plan().value(executor->plan().result()).channels(); }
+    const Value& result(std::size_t number) const {
+        return executor->plan().value(executor->plan().results().at(number));
+    }
+    // 0 where outputs are named
+    Size class_count() const { return outputs.empty() ? result(0).channels() : 0; }
 };
 
 // Throws std::invalid_argument for a number of threads outside [1, kThreadsMax].

@@ -1,6 +1,7 @@
 #include "plan.h"
 
 #include <algorithm>
+#include <set>
 
 #include "buffer.h"
 #include "rules.h"
@@ -26,6 +27,12 @@ OperationView view_of(const Operation& operation, const std::vector<Value>& valu
     return {operation, std::move(inputs), std::move(output)};
 }
 
+void require_results(const std::vector<std::size_t>& results, std::size_t inputs, std::size_t operations) {
+    const std::set<std::size_t> different(results.begin(), results.end());
+    if (different.size() != results.size() || *different.begin() < inputs || *different.rbegin() >= inputs + operations)
+        throw std::invalid_argument("results must be different outputs of operations");
+}
+
 Size tensor_bytes(const Operation& operation) {
     Size bytes = 0;
     for (const auto& [role, tensor] : operation.tensors) bytes += tensor.bytes();
@@ -49,22 +56,30 @@ Size prepared_bytes(const OperationView& view) {
 
 }  // namespace
 
-Plan::Plan(std::vector<Value> inputs, const std::vector<Operation>& operations, const Kernels& kernels,
-           const Resources& resources)
-    : values_(std::move(inputs)), input_count_(values_.size()) {
+Plan::Plan(std::vector<Value> inputs, const std::vector<Operation>& operations, std::vector<std::size_t> results,
+           const Kernels& kernels, const Resources& resources)
+    : values_(std::move(inputs)), input_count_(values_.size()), results_(std::move(results)) {
     if (input_count_ == 0 || operations.empty())
         throw std::invalid_argument("a program needs an input and an operation");
+    if (results_.empty()) results_.push_back(input_count_ + operations.size() - 1);
+    require_results(results_, input_count_, operations.size());
     for (const Value& value : values_) value.bytes();  // refuses impossible shapes
     add_steps(operations, kernels, resources);
 
     Size one_image = 0;
     lay_out(1, one_image);
-    one_image = std::max(one_image, aligned(values_.front().bytes()) + aligned(values_.back().bytes()));
+    Size given_and_taken = aligned(values_.front().bytes());
+    for (const std::size_t number : results_) given_and_taken += aligned(values_[number].bytes());
+    one_image = std::max(one_image, given_and_taken);
     chunk_ = std::clamp<Size>(kChunkBytes / one_image, 1, kChunkMax);
     offsets_ = lay_out(chunk_, arena_bytes_);
     for (const PlannedStep& step : steps_)
         scratch_bytes_ = std::max(scratch_bytes_, aligned(step.step->scratch_bytes()));
     const Size left = resources.memory_bytes_max - taken_bytes_;
+    // so that a caller who believes the artifact can hold what it gives
+    if (given_and_taken > left)
+        throw std::invalid_argument("an image and its results take " + std::to_string(given_and_taken) +
+                                    " bytes; only " + std::to_string(left) + " are left");
     if (arena_bytes_ > left || scratch_bytes_ > (left - arena_bytes_) / resources.threads)
         throw std::invalid_argument("values between the operations take " + std::to_string(arena_bytes_) +
                                     " bytes and every thread " + std::to_string(scratch_bytes_) + "; only " +
@@ -83,6 +98,7 @@ void Plan::add_steps(const std::vector<Operation>& operations, const Kernels& ke
     for (const Operation& operation : operations)
         for (const Size number : operation.inputs)
             if (number >= 0 && number < static_cast<Size>(readers.size())) ++readers[static_cast<std::size_t>(number)];
+    for (const std::size_t number : results_) ++readers[number];  // the caller
     for (std::size_t number = 0; number < operations.size(); ++number) {
         take(operations[number], tensor_bytes(operations[number]), resources);
         const OperationView view = view_of(operations[number], values_);
@@ -97,7 +113,7 @@ void Plan::add_steps(const std::vector<Operation>& operations, const Kernels& ke
     }
 }
 
-// The previous step takes this operation in, if it is the only reader of that step's output.
+// The previous step takes this operation in, if it is the only reader of that step's output, the caller included.
 bool Plan::fuse(const OperationView& view, std::size_t number, const std::vector<int>& readers) {
     if (steps_.empty()) return false;
     PlannedStep& last = steps_.back();
@@ -133,7 +149,7 @@ std::vector<Size> Plan::lay_out(Size images, Size& total) const {
     total = 0;
     for (std::size_t number = 0; number < steps_.size(); ++number) {
         const std::size_t output = steps_[number].output;
-        if (output == result()) break;
+        if (std::find(results_.begin(), results_.end(), output) != results_.end()) continue;
         alive.erase(std::remove_if(alive.begin(), alive.end(), [&](const Block& b) { return b.last_use < number; }),
                     alive.end());
         std::sort(alive.begin(), alive.end(), [](const Block& a, const Block& b) { return a.first < b.first; });

@@ -21,20 +21,23 @@ struct Resources {
 
 class Plan {
 public:
-    // A caller gives the values `inputs`; the result is the output of the last operation. Throws OperationError for an
-    // operation that breaks a rule of the specification or takes more memory than the limit.
-    Plan(std::vector<Value> inputs, const std::vector<Operation>& operations, const Kernels& kernels,
-         const Resources& resources);
+    // A caller gives the values `inputs` and gets `results`, numbers of values that operations write, each once;
+    // without them, the output of the last operation. Throws OperationError for an operation that breaks a rule of the
+    // specification or takes more memory than the limit.
+    Plan(std::vector<Value> inputs, const std::vector<Operation>& operations, std::vector<std::size_t> results,
+         const Kernels& kernels, const Resources& resources);
 
     const std::vector<PlannedStep>& steps() const { return steps_; }
     const Value& value(std::size_t number) const { return values_[number]; }
+    std::size_t value_count() const { return values_.size(); }
     std::size_t input_count() const { return input_count_; }
-    std::size_t result() const { return values_.size() - 1; }
+    // Numbers of the values that the caller gets, in the order in which it asked for them.
+    const std::vector<std::size_t>& results() const { return results_; }
 
     Size chunk() const { return chunk_; }                  // images that run through all steps together
     Size arena_bytes() const { return arena_bytes_; }      // for one chunk
     Size scratch_bytes() const { return scratch_bytes_; }  // for one thread
-    // Where a value between the steps lies in the arena.
+    // Where a value between the steps lies in the arena; a result lies in the caller's memory.
     Size offset(std::size_t value) const { return offsets_[value]; }
 
 private:
@@ -45,6 +48,7 @@ private:
 
     std::vector<Value> values_;
     std::size_t input_count_;
+    std::vector<std::size_t> results_;
     std::vector<PlannedStep> steps_;
     std::vector<Size> offsets_;
     Size chunk_ = 1;

@@ -7,7 +7,7 @@
 namespace swincompress {
 namespace {
 
-constexpr Size kNormVersion = 1;
+constexpr Size kNormVersionMax = 2;  // version 2 has named outputs
 
 ArtifactError incomplete(const std::string& what) {
     return ArtifactError("program description is incomplete or ill-typed: " + what + "; export it again");
@@ -40,8 +40,8 @@ Value parse_input(const Json& given) {
 }
 
 // A positive number as Python's float.hex writes it: 0x1.8p-10. No library function parses that in every locale.
-double parse_scale(const std::string& text) {
-    const auto refuse = [&] { return ArtifactError("logit_scale is '" + text + "'; it must be positive and finite"); };
+double parse_scale(const std::string& text, const std::string& what) {
+    const auto refuse = [&] { return ArtifactError(what + " is '" + text + "'; it must be positive and finite"); };
     std::size_t at = 2;
     const bool normal = text.size() > 3 && (text[2] == '0' || text[2] == '1') && (text[3] == '.' || text[3] == 'p');
     if (text.compare(0, 2, "0x") != 0 || !normal) throw refuse();  // at most 53 bits, so no digit is rounded
@@ -102,7 +102,46 @@ public:
         return operation;
     }
 
+    // In the order of the file. Types and shapes of the values are not known here.
+    std::vector<NamedOutput> read_outputs(const std::vector<Json>& entries) const {
+        if (entries.empty() || entries.size() > kOutputsMax)
+            throw ArtifactError("program of " + std::to_string(entries.size()) + " outputs; it must have 1 to " +
+                                std::to_string(kOutputsMax));
+        std::vector<NamedOutput> outputs;
+        for (const Json& entry : entries) {
+            NamedOutput output = read_output(entry);
+            for (const NamedOutput& earlier : outputs) {
+                if (earlier.name == output.name) throw ArtifactError("output '" + output.name + "': its name is taken");
+                if (earlier.value == output.value)
+                    throw ArtifactError("output '" + output.name + "': gives " + json_text(*entry.find("value")) +
+                                        ", as an earlier output does");
+            }
+            outputs.push_back(std::move(output));
+        }
+        return outputs;
+    }
+
 private:
+    NamedOutput read_output(const Json& entry) const {
+        NamedOutput output{entry_of(entry, "name", Json::Kind::text).text, 0, 1, {}};
+        require_name(output.name, "name of an output");
+        if (output.name.empty()) throw ArtifactError("output '': its name is empty");
+        const std::string what = "output '" + output.name + "': ";
+        const Json& value = entry_of(entry, "value", Json::Kind::text);
+        require_name(value.text, "name of a value");
+        const auto found = numbers_.find(value.text);
+        if (found == numbers_.end() || found->second == 0)
+            throw ArtifactError(what + "gives " + json_text(value) + ", which no operation writes");
+        output.value = static_cast<std::size_t>(found->second);
+        output.scale = parse_scale(entry_of(entry, "scale", Json::Kind::text).text, what + "its scale");
+        for (const Json& size : entry_of(entry, "shape", Json::Kind::list).items) {
+            const auto number = size.integer();
+            if (!number) throw incomplete("entry 'shape' holds " + json_text(size));
+            output.shape.push_back(*number);
+        }
+        return output;
+    }
+
     Size number_of(const Operation& operation, const Json& name) const {
         const auto found = name.is(Json::Kind::text) ? numbers_.find(name.text) : numbers_.end();
         if (found == numbers_.end())
@@ -187,10 +226,12 @@ void require_bounded(const Program& program, const Artifact& artifact) {
 
 void require_norm_version(const Json& description) {
     const Json* version = description.find("norm_version");
-    if (version == nullptr || version->integer() != kNormVersion)
-        throw ArtifactError("program of specification version " + (version == nullptr ? "none" : json_text(*version)) +
-                            "; this package runs version 1: export the model again with this package, or install the "
-                            "package that wrote it");
+    const auto number = version == nullptr ? std::nullopt : version->integer();
+    if (!number || *number < 1 || *number > kNormVersionMax)
+        throw ArtifactError(
+            "program of specification version " + (version == nullptr ? "none" : json_text(*version)) +
+            "; this package runs versions 1 and 2: export the model again with this package, or install the "
+            "package that wrote it");
 }
 
 Program read_program(const Artifact& artifact) {
@@ -204,8 +245,10 @@ Program read_program(const Artifact& artifact) {
     } catch (const std::invalid_argument& error) {
         throw ArtifactError(std::string("program input: ") + error.what());
     }
-    program.logit_scale = parse_scale(entry_of(description, "logit_scale", Json::Kind::text).text);
-    program.classes = parse_classes(description);
+    const bool named = description.find("norm_version")->integer() == kNormVersionMax;
+    program.logit_scale =
+        named ? 1 : parse_scale(entry_of(description, "logit_scale", Json::Kind::text).text, "logit_scale");
+    if (!named) program.classes = parse_classes(description);
     entry_of(description, "origin", Json::Kind::object);
     const std::vector<Json>& operations = entry_of(description, "operations", Json::Kind::list).items;
     if (operations.empty() || operations.size() > kOperationsMax)
@@ -213,6 +256,7 @@ Program read_program(const Artifact& artifact) {
                             std::to_string(kOperationsMax));
     OperationReader reader(artifact);
     for (const Json& entry : operations) program.operations.push_back(reader.read(entry));
+    if (named) program.outputs = reader.read_outputs(entry_of(description, "outputs", Json::Kind::list).items);
     require_bounded(program, artifact);
     return program;
 }

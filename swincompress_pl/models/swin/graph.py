@@ -6,7 +6,7 @@ of -100 becomes a region label a token; tokens of other regions get probability 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -25,8 +25,36 @@ Size = tuple[int, int]
 def swin_graph(network: Any, preprocessing: Mapping[str, Any]) -> Graph:
     """The graph of a SwinTransformer; an UnsupportedNetworkError for a variant without an integer form."""
     build = GraphBuilder(network)
-    conv = build.plain("patch_embed.proj", nn.Conv2d)
+    *_, (x, size) = swin_stream(build, network, preprocessing)
+    channels = build.plain("norm", nn.LayerNorm).normalized_shape[0]
+    build.refuse(
+        not isinstance(network.head, ClassifierHead),
+        f"its head is {full_name(type(network.head))}; timm's ClassifierHead, with an nn.Linear as fc, is needed",
+    )
+    x = build.layer_norm("norm", x, quantizer=build.residual("norm", channels))
+    pool = network.head.global_pool
+    build.refuse(
+        getattr(pool, "pool_type", "avg") != "avg", f"global pooling {pool}; only average pooling is supported"
+    )
+    pooled = build.quantizer(QuantizerSpec(name="head.global_pool", segments=(channels,)))
+    x = build.add(
+        MeanNode(
+            name="head.global_pool",
+            inputs=(x,),
+            quantizer=pooled,
+            rows=size[0] * size[1],
+            regularizers=build.active("head.drop"),
+        )
+    )
+    build.head("head.fc", x)
     height, width = network.patch_embed.img_size
+    in_channels = build.plain("patch_embed.proj", nn.Conv2d).in_channels
+    return build.graph(height=height, width=width, channels=in_channels)
+
+
+def swin_stream(build: GraphBuilder, network: Any, preprocessing: Mapping[str, Any]) -> Iterator[tuple[str, Size]]:
+    """Adds embedding and stages, and yields the residual stream after each stage, with its height and width."""
+    conv = build.plain("patch_embed.proj", nn.Conv2d)
     normed = not isinstance(network.patch_embed.norm, nn.Identity)
     first_residual = build.residual("layers.0.residual", conv.out_channels)
     x = build.pixel_conv(
@@ -49,28 +77,7 @@ def swin_graph(network: Any, preprocessing: Mapping[str, Any]) -> Graph:
             build.refuse(True, f"layers.{number} has no patch merging; only the first stage may lack it")
         for index, block in enumerate(stage.blocks):
             x = _block(build, f"layers.{number}.blocks.{index}", block, x, size, residual)
-    channels = build.plain("norm", nn.LayerNorm).normalized_shape[0]
-    build.refuse(
-        not isinstance(network.head, ClassifierHead),
-        f"its head is {full_name(type(network.head))}; timm's ClassifierHead, with an nn.Linear as fc, is needed",
-    )
-    x = build.layer_norm("norm", x, quantizer=build.residual("norm", channels))
-    pool = network.head.global_pool
-    build.refuse(
-        getattr(pool, "pool_type", "avg") != "avg", f"global pooling {pool}; only average pooling is supported"
-    )
-    pooled = build.quantizer(QuantizerSpec(name="head.global_pool", segments=(channels,)))
-    x = build.add(
-        MeanNode(
-            name="head.global_pool",
-            inputs=(x,),
-            quantizer=pooled,
-            rows=size[0] * size[1],
-            regularizers=build.active("head.drop"),
-        )
-    )
-    build.head("head.fc", x)
-    return build.graph(height=height, width=width, channels=conv.in_channels)
+        yield x, size
 
 
 def _patch_merging(build: GraphBuilder, path: str, merging: Any, x: str, size: Size, residual: str) -> tuple[str, Size]:

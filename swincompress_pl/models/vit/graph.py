@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -21,26 +21,37 @@ from swincompress_pl.quant.graph.nodes import AddConstantNode, MeanNode, Prepend
 def vit_graph(network: Any, preprocessing: Mapping[str, Any]) -> Graph:
     """The graph of a VisionTransformer; an UnsupportedNetworkError for a variant without an integer form."""
     build = GraphBuilder(network)
-    _refuse_variants(build, network)
-    conv = build.plain("patch_embed.proj", nn.Conv2d)
-    residual = build.residual("residual", network.embed_dim)
-    x = _embedding(build, network, preprocessing, residual)
-    for index, block in enumerate(network.blocks):
-        x = _block(build, f"blocks.{index}", block, x, residual)
+    _refuse_pooling(build, network)
+    *_, x = vit_stream(build, network, preprocessing)
     x = _pool(build, network, x)
     build.head("head", x)
     height, width = network.patch_embed.img_size
-    return build.graph(height=height, width=width, channels=conv.in_channels)
+    channels = build.plain("patch_embed.proj", nn.Conv2d).in_channels
+    return build.graph(height=height, width=width, channels=channels)
+
+
+def vit_stream(build: GraphBuilder, network: Any, preprocessing: Mapping[str, Any]) -> Iterator[str]:
+    """Adds embedding and blocks, and yields the residual stream after the embedding and after each block."""
+    _refuse_variants(build, network)
+    residual = build.residual("residual", network.embed_dim)
+    x = _embedding(build, network, preprocessing, residual)
+    yield x
+    for index, block in enumerate(network.blocks):
+        x = _block(build, f"blocks.{index}", block, x, residual)
+        yield x
+
+
+def _refuse_pooling(build: GraphBuilder, network: Any) -> None:
+    build.refuse(network.attn_pool is not None, f"global_pool={network.global_pool!r}; use 'token' or 'avg'")
+    build.refuse(
+        network.global_pool not in ("token", "avg"), f"global_pool={network.global_pool!r}; use 'token' or 'avg'"
+    )
 
 
 def _refuse_variants(build: GraphBuilder, network: Any) -> None:
     build.refuse(
         network.dynamic_img_size,
         "dynamic_img_size=True; the engine needs one image size: create it with dynamic_img_size=False",
-    )
-    build.refuse(network.attn_pool is not None, f"global_pool={network.global_pool!r}; use 'token' or 'avg'")
-    build.refuse(
-        network.global_pool not in ("token", "avg"), f"global_pool={network.global_pool!r}; use 'token' or 'avg'"
     )
     build.refuse(not isinstance(network.patch_drop, nn.Identity), "patch_drop_rate > 0; set it to 0")
     build.refuse(

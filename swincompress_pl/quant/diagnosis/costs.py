@@ -14,6 +14,7 @@ from swincompress_pl.evaluation_mode import standing_still
 from swincompress_pl.quant.diagnosis.errors import Key, checked_count, checked_labels, first_nodes, require_classes
 from swincompress_pl.quant.full_precision import full_precision
 from swincompress_pl.quant.graph import Delegating, QuantizerSpec, Run, WeightedNode, float_logits
+from swincompress_pl.quant.graph.outputs import joined
 from swincompress_pl.quant.network import QuantizedNetwork
 from swincompress_pl.quant.progress import Progress, track
 from swincompress_pl.quant.scales import Scales
@@ -186,7 +187,7 @@ def measure_costs(
             for key, start in sorted(first.items(), key=lambda item: item[1]):
                 values, done = common.advance(values, range(done, start)), start
                 apart = Run(graph, network, _Only(scales, key, others=others)).advance(values, range(start, end))
-                logits[key, others].append(apart[graph.nodes[-1].output].flatten(1))
+                logits[key, others].append(joined(common.results(apart)))
     whole = torch.cat(expected)
     effects = {name: effect(whole, torch.cat(parts), labels) for name, parts in logits.items()}
     bits = {key: _bits(quantized, key) for key in first}

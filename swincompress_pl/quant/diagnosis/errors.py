@@ -165,7 +165,7 @@ def checked_count(name: str, value: int, *, least: int) -> int:
 
 
 def require_classes(quantized: QuantizedNetwork) -> None:
-    """Raises a ValueError for a network that gives features, whose cost depends on the head outside it."""
+    """Raises a ValueError for a network that gives features or maps, whose cost depends on the head outside it."""
     if quantized.graph.embeds:
         raise ValueError(
             f"{type(quantized.network).__name__} gives features and not classes, so no divergence can be measured; "

@@ -23,6 +23,7 @@ from swincompress_pl.quant.graph.nodes import (
     LinearNode,
     PixelConvNode,
 )
+from swincompress_pl.quant.graph.outputs import GraphOutput
 from swincompress_pl.quant.graph.quantizer_spec import (
     EMBEDDING,
     LOGIT_BITS,
@@ -62,7 +63,15 @@ class GraphBuilder:
         self.nodes: list[Node] = []
         self._specs: list[QuantizerSpec] = []
 
-    def graph(self, *, height: int, width: int, channels: int, time_steps: int | None = None) -> Graph:
+    def graph(
+        self,
+        *,
+        height: int,
+        width: int,
+        channels: int,
+        time_steps: int | None = None,
+        outputs: Sequence[GraphOutput] = (),
+    ) -> Graph:
         """Makes the graph of what was gathered.
 
         Args:
@@ -70,6 +79,7 @@ class GraphBuilder:
             width: Width of the images, in pixels.
             channels: Channels of the images, or polarities of events.
             time_steps: Number of time steps of events; None for images.
+            outputs: The named outputs; () if the last node makes logits or features.
 
         Returns:
             The graph. Its quantizers can center wherever all makers and readers of their values absorb a constant.
@@ -85,6 +95,7 @@ class GraphBuilder:
                 width=width,
                 channels=channels,
                 time_steps=time_steps,
+                outputs=tuple(outputs),
             )
         )
 
@@ -123,6 +134,17 @@ class GraphBuilder:
         """
         self.nodes.append(node)
         return node.output
+
+    def cut_after(self, value: str) -> None:
+        """Removes the nodes behind the one that makes a value, and the quantizers that no other node has.
+
+        Args:
+            value: Name of the value.
+        """
+        last = next(number for number, node in enumerate(self.nodes) if node.output == value)
+        del self.nodes[last + 1 :]
+        used = {node.quantizer for node in self.nodes}
+        self._specs = [spec for spec in self._specs if spec.name in used]
 
     def active(self, *paths: str) -> tuple[str, ...]:
         """Selects the dropout-like modules that do something in training.
@@ -438,6 +460,7 @@ class GraphBuilder:
 def _with_centering(graph: Graph) -> Graph:
     """`graph` with quantizers that can center if all makers and readers of their values absorb a constant."""
     fixed = {spec.name for spec in graph.quantizers.values() if not spec.searched}
+    fixed |= {spec.name for output in graph.outputs if (spec := graph.spec_of(output.value)) is not None}
     for node in graph.nodes:
         # A padded gather adds rows of code 0, which have to mean 0, and one that joins rows changes the channels.
         moves = isinstance(node, GatherNode) and node.index.shape[1] == 1 and not node.pads

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from swincompress_pl._deprecated import renamed, renamed_attributes
+from swincompress_pl.quant.graph.outputs import GraphOutput, joined
 from swincompress_pl.quant.graph.quantizer_spec import EMBEDDING, QuantizerSpec
 from swincompress_pl.spec import INPUT_VALUE, Operation, multiplier
 from swincompress_pl.spec.spiking import CURRENT_MAX
@@ -307,15 +308,17 @@ class Graph:
 
     Attributes:
         quantizers: The activation quantizers by name.
-        nodes: The nodes. The last one makes the logits, or the features of a network without a classifier.
+        nodes: The nodes. Without `outputs`, the last one makes the logits, or the features of a network without a
+            classifier.
         height: Height of the images, in pixels.
         width: Width of the images, in pixels.
         channels: Channels of the images, or polarities of events.
         time_steps: Number of time steps of events; None for images.
+        outputs: The named outputs of a network that gives a list of them, such as feature maps; () for logits.
 
     Raises:
         ValueError: If a node reads a value that no earlier node makes, makes one that there is already, or names an
-            unknown quantizer.
+            unknown quantizer; or if an output gives a value that no node makes, or has the name of another one.
     """
 
     quantizers: dict[str, QuantizerSpec]
@@ -324,6 +327,7 @@ class Graph:
     width: int
     channels: int
     time_steps: int | None = None
+    outputs: tuple[GraphOutput, ...] = ()
 
     def __post_init__(self) -> None:
         owner: dict[str, str | None] = {INPUT_VALUE: None}
@@ -334,14 +338,32 @@ class Graph:
             if node.quantizer is not None and node.quantizer not in self.quantizers:
                 raise ValueError(f"graph node {node.name!r} names an unknown quantizer {node.quantizer!r}")
             owner[node.output] = node.quantizer if node.quantizer is not None else owner[node.inputs[0]]
+        for number, output in enumerate(self.outputs):
+            taken = [other.name for other in self.outputs[:number]]
+            if owner.get(output.value) is None or not output.name or output.name in taken:
+                raise ValueError(f"graph output {output.name!r} gives unknown {output.value!r}, or its name is taken")
         object.__setattr__(self, "_spec_of", owner)
+        kept = [output.value for output in self.outputs] or [node.output for node in self.nodes[-1:]]
+        object.__setattr__(self, "_kept", frozenset(kept))
         last = {name: number for number, node in enumerate(self.nodes) for name in node.inputs}
         object.__setattr__(self, "_last_use", last)
 
     @property
     def embeds(self) -> bool:
-        """Whether the network gives features, for a head outside it, instead of classes."""
-        return self.nodes[-1].quantizer == EMBEDDING
+        """Whether the network gives features or named outputs, for a head outside it, instead of classes."""
+        return bool(self.outputs) or self.nodes[-1].quantizer == EMBEDDING
+
+    def is_output(self, value: str) -> bool:
+        """Tells whether the network gives a value.
+
+        Args:
+            value: Name of the value.
+
+        Returns:
+            Whether it is the value of an output, or without named outputs that of the last node.
+        """
+        kept: frozenset[str] = self._kept  # type: ignore[attr-defined]
+        return value in kept
 
     def last_use(self, value: str) -> int:
         """Finds the last reader of a value.
@@ -442,13 +464,40 @@ class Run:
             images: Normalized float images (N, C, H, W), or events (N, T, C, H, W).
 
         Returns:
-            The logits (N, classes), or the features.
+            The logits (N, classes), or the features; all named outputs of an image in one row, (N, K).
+
+        Raises:
+            ValueError: If the images have another shape than the network takes.
+        """
+        return joined(self.outputs(images))
+
+    def outputs(self, images: Tensor) -> list[Tensor]:
+        """Runs all nodes.
+
+        Args:
+            images: Normalized float images (N, C, H, W), or events (N, T, C, H, W).
+
+        Returns:
+            The named outputs as the network gives them, or the logits (N, classes) or features alone.
 
         Raises:
             ValueError: If the images have another shape than the network takes.
         """
         self.graph.check_images(images)
-        return self.walk({INPUT_VALUE: images})[self.graph.nodes[-1].output].flatten(1)
+        return self.results(self.walk({INPUT_VALUE: images}))
+
+    def results(self, values: Mapping[str, Tensor]) -> list[Tensor]:
+        """Finds the outputs among the values after the last node.
+
+        Args:
+            values: The values by name.
+
+        Returns:
+            The named outputs as the network gives them, or the logits (N, classes) or features alone.
+        """
+        if not self.graph.outputs:
+            return [values[self.graph.nodes[-1].output].flatten(1)]
+        return [output.from_value(values[output.value]) for output in self.graph.outputs]
 
     def walk(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Runs all nodes on named values.
@@ -457,7 +506,7 @@ class Run:
             values: The input by name.
 
         Returns:
-            The values that no node reads, among them the result, by name.
+            The values that no node reads and the outputs, by name.
         """
         return self.advance(values, range(len(self.graph.nodes)))
 
@@ -469,7 +518,7 @@ class Run:
             numbers: Indices of the nodes to run.
 
         Returns:
-            The values that later nodes read, and the result, by name.
+            The values that later nodes read, and the outputs so far, by name.
         """
         known = dict(values)
         for number in numbers:
@@ -483,7 +532,7 @@ class Run:
                 output = self.network.get_submodule(path)(output)
             known[node.output] = output
             for name in node.inputs:
-                if self.graph.last_use(name) == number:
+                if self.graph.last_use(name) == number and not self.graph.is_output(name):
                     known.pop(name, None)
         return known
 
@@ -786,7 +835,7 @@ def float_logits(graph: Graph, network: nn.Module, images: Tensor) -> Tensor:
         images: Normalized float images (N, C, H, W), or events (N, T, C, H, W).
 
     Returns:
-        The logits (N, classes), or the features.
+        The logits (N, classes), or the features; all named outputs of an image in one row, (N, K).
     """
     with torch.no_grad():
         return Run(graph, network, Passthrough())(images)

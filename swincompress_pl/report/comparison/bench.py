@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from swincompress_pl import accel
+from swincompress_pl.accel.outputs import equal_results
 from swincompress_pl.report.comparison.compare import Progress, Result, Runner, compare
 from swincompress_pl.report.comparison.runtimes import prepare
 from swincompress_pl.report.environment import describe_environment
@@ -84,7 +85,11 @@ def bench_artifact(
     on_progress("checking the engine against the reference", 0, 1)
     engine = accel.load(file, threads=threads, implementation=implementation)
     images = np.random.default_rng(1).integers(0, 256, (_IMAGES_CHECKED, *engine.input_shape), dtype=np.uint8)
-    equal = bool(np.array_equal(engine.run_integer(images), accel.reference(file).run_integer(images)))
+    if against and engine.num_classes == 0:
+        raise ValueError(
+            f"{file} has named outputs, and {', '.join(against)} would be compared by logits; leave out --against"
+        )
+    equal = equal_results(engine.run_integer(images), accel.reference(file).run_integer(images))
     times = operation_times(engine.profile(images[:1])) if operations else []
     results = compare_engine(
         engine, file, against=against, origin=engine.program.origin, threads=threads, batch=batch, rounds=rounds,

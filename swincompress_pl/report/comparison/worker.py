@@ -108,7 +108,14 @@ def _engine(task: Mapping[str, Any], images: npt.NDArray[Any]) -> Loaded:
     from swincompress_pl import accel
 
     engine = accel.load(task["file"], threads=task["threads"], implementation=task["implementation"])
-    return Loaded(call=lambda: engine(images), logits=np.asarray, file_bytes=_file_bytes(task["file"]))
+    return Loaded(call=lambda: engine(images), logits=_answers, file_bytes=_file_bytes(task["file"]))
+
+
+def _answers(result: Any) -> npt.NDArray[Any]:
+    """The logits, or the mean of every named output, (N, outputs)."""
+    if not isinstance(result, dict):
+        return np.asarray(result)
+    return np.stack([values.reshape(len(values), -1).mean(1) for values in result.values()], axis=1)
 
 
 def _torch(task: Mapping[str, Any], images: npt.NDArray[Any]) -> Loaded:

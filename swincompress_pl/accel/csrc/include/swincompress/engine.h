@@ -4,13 +4,17 @@
 //     std::vector<std::uint8_t> image = ...;  // height x width x channels, channels last, raw pixels 0 to 255
 //     std::vector<float> logits = engine.run(image);
 //
+// An artifact with named outputs, such as the feature maps of a backbone, gives no logits; run_outputs gives its
+// results.
+//
 // swincompress_pl.accel.export writes artifacts. Those of compression="lzma" need a library that was built where
-// liblzma and zlib were found. The logits are the same bits on every CPU, with every implementation and any number of
+// liblzma and zlib were found. The results are the same bits on every CPU, with every implementation and any number of
 // threads.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <optional>
 #include <stdexcept>
@@ -50,6 +54,15 @@ struct ProfileRow {
 // Names of the kernel implementations that this CPU can run, the best first.
 std::vector<std::string> implementations();
 
+// One result of an engine.
+struct Output {
+    std::string name;                 // "logits" where the artifact names none
+    std::vector<std::int64_t> shape;  // of one image, channels last, such as (height, width, channels)
+    std::string type;                 // of its integers: "int8", "int16" or "int32"
+    double scale;                     // the real value of one step
+    std::size_t size;                 // elements of one image: the product of the shape
+};
+
 // A network that is ready to run. It may be moved. Calls from several threads take turns. Engines are independent of
 // each other. A forked child may use its copy, whatever the parent's threads were doing.
 class Engine {
@@ -69,6 +82,9 @@ public:
     const std::vector<std::int64_t>& input_shape() const;
     // The bytes of one image: the product of input_shape().
     std::size_t input_size() const;
+    // What it gives, in the order of the artifact: the logits alone, or the named outputs.
+    const std::vector<Output>& outputs() const;
+    // The number of logits; 0 with named outputs.
     std::size_t class_count() const;
     // The class names in the order of the logits; empty if the artifact has none.
     const std::vector<std::string>& classes() const;
@@ -78,12 +94,18 @@ public:
     int threads() const;
 
     // Maps images, one after another, to their logits (images, class_count()). No images give no logits. Throws Error
-    // if the size is not a multiple of input_size().
+    // if the size is not a multiple of input_size(), or the artifact has named outputs.
     std::vector<float> run(const std::vector<std::uint8_t>& images);
     // `images` has count * input_size() bytes; `logits` has room for count * class_count().
     void run(const std::uint8_t* images, std::size_t count, float* logits);
     // The integers behind the logits.
     void run_integer(const std::uint8_t* images, std::size_t count, std::int32_t* logits);
+
+    // The same for every output, by its name: (images, *shape). Throws Error if the size is not a multiple of
+    // input_size().
+    std::map<std::string, std::vector<float>> run_outputs(const std::vector<std::uint8_t>& images);
+    // `results` has one array per output, in the order of outputs(), with room for count * size integers of its type.
+    void run_outputs_integer(const std::uint8_t* images, std::size_t count, const std::vector<void*>& results);
 
     // Times every step, in order of execution. Names are as the artifact has them: escape what you print of a file that
     // is not yours. Throws Error if `count` or `repeats` is below 1.
