@@ -3,6 +3,7 @@
 Neither library is imported here for this: classes are recognized by their names.
 """
 
+from swincompress_pl.models.conversion import published  # noqa: F401  # it registers their names for create_model
 from swincompress_pl.models.conversion.convert import to_timm
 
 __all__ = ["to_timm"]
