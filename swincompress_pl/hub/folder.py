@@ -11,6 +11,7 @@ from typing import Any
 
 import safetensors
 import safetensors.torch
+from lightning import LightningModule
 from torch import nn
 
 from swincompress_pl import accel
@@ -30,7 +31,6 @@ from swincompress_pl.hub.contents import (
     LIBRARY,
     NETWORK,
     REPORT,
-    altered,
     digest,
     read_config,
 )
@@ -104,7 +104,8 @@ def save_pretrained(
             program = with_preprocessing(program, preprocessing)
         images = dict(program.input.preprocessing)
     inner: Any = float_network(network)
-    stored = {"creation": creation_of(inner), "class_names": names, "preprocessing": images}
+    stated = preprocessing is not None or getattr(inner, "preprocessing", None) is not None
+    stored = {"creation": creation_of(inner), "class_names": names, "preprocessing": images if stated else None}
     described = Described(
         name=name or target.resolve().name,
         license=license,
@@ -176,14 +177,14 @@ def from_pretrained(
     names, images = stored.get("class_names"), stored.get("preprocessing")
     if isinstance(names, list) and len(names) == getattr(inner, "num_classes", None):
         set_class_names(inner, [str(each) for each in names])
-    if isinstance(images, dict) and images.get("mean") and network is inner:
+    if isinstance(images, dict) and images.get("mean"):
         network.preprocessing = images
     return network.eval()  # type: ignore[no-any-return]
 
 
 def _plain(network: Any) -> nn.Module:
     inner = getattr(network, "_orig_mod", network)  # of torch.compile
-    if not isinstance(inner, nn.Module) or hasattr(inner, "trainer"):
+    if not isinstance(inner, nn.Module) or isinstance(inner, LightningModule):
         raise TypeError(
             f"{type(inner).__name__} is saved as it is held: give the network itself, such as module.net of a "
             "LightningModule"
@@ -228,7 +229,7 @@ def _edited_card(folder: Path) -> bool:
     if not (folder / CARD).exists():
         return False
     try:
-        edited = CARD in altered(folder, read_config(folder))
+        edited = digest(folder / CARD) != read_config(folder)["files"].get(CARD)
     except (ValueError, FileNotFoundError):
         edited = True
     if edited:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from swincompress_pl.arguments import integer
+from swincompress_pl.history import set_creation
 from swincompress_pl.layer_types import full_name
 from swincompress_pl.models.changes import changes_since_creation
 from swincompress_pl.models.conversion import torchvision, transformers_swin, transformers_vit
@@ -88,6 +89,7 @@ def to_timm(
         described.class_names = labels
     if images is not None:
         described.pretrained_cfg = images.pretrained_cfg() | {"num_classes": arguments["num_classes"]}
+        set_creation(converted, name, {**described.creation["kwargs"], "pretrained_cfg": described.pretrained_cfg})
     device = next(network.parameters()).device
     return converted.to(device).train(network.training)
 
