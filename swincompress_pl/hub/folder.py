@@ -105,7 +105,11 @@ def save_pretrained(
         images = dict(program.input.preprocessing)
     inner: Any = float_network(network)
     stated = preprocessing is not None or getattr(inner, "preprocessing", None) is not None
-    stored = {"creation": creation_of(inner), "class_names": names, "preprocessing": images if stated else None}
+    stored: dict[str, Any] = {
+        "creation": creation_of(inner),
+        "class_names": names,
+        "preprocessing": images if stated else None,
+    }
     described = Described(
         name=name or target.resolve().name,
         license=license,
@@ -229,7 +233,7 @@ def _edited_card(folder: Path) -> bool:
     if not (folder / CARD).exists():
         return False
     try:
-        edited = digest(folder / CARD) != read_config(folder)["files"].get(CARD)
+        edited = bool(digest(folder / CARD) != read_config(folder)["files"].get(CARD))
     except (ValueError, FileNotFoundError):
         edited = True
     if edited:
