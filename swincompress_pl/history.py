@@ -45,6 +45,17 @@ def creation_of(network: Any) -> dict[str, Any] | None:
     return creation
 
 
+def set_class_names(network: Any, names: Sequence[str]) -> None:
+    """Records the names of a network's classes, in the order of its logits; an artifact of it then has them."""
+    network.class_names = tuple(names)
+
+
+def class_names_of(network: Any) -> tuple[str, ...] | None:
+    """The names of a network's classes; None if they are not known, or are not as many as the classes are now."""
+    names = getattr(network, "class_names", None)
+    return names if isinstance(names, tuple) and len(names) == getattr(network, "num_classes", None) else None
+
+
 def note_size(network: Any, size: Mapping[str, Any]) -> None:
     """Records the arguments of size with which `network` was created, as JSON-able data."""
     network.created_size = dict(size)

@@ -98,6 +98,16 @@ ALLOWED: dict[str, set[str]] = {
         "printable",
         "summaries",
     },
+    "hub": {
+        "files",
+        "history",
+        "pictures",
+        "accel",
+        "quant",
+        "checkpoint",
+        "models",
+        "report",
+    },
 }
 
 
@@ -226,6 +236,8 @@ def test_the_table_covers_every_room() -> None:
         "swincompress_pl",
         "swincompress_pl.spec",
         "swincompress_pl.accel",
+        "swincompress_pl.hub",
+        "swincompress_pl.hub.remote",
         "swincompress_pl.report.comparison.bench",
         "swincompress_pl.report.comparison.worker",
         "swincompress_pl.report.content.numbers",

@@ -27,6 +27,8 @@ _COMPRESSED = (
 )
 _SIZES = "python -m benchmarks.quantization sizes --out runs/sizes --data DATA --reader build/cpp/read_artifacts"
 
+_FEATURES = "python -m benchmarks.quantization features --out runs/features --data DATA"
+
 
 def page(sources: Sources) -> str:
     """The whole page."""
@@ -45,6 +47,7 @@ def page(sources: Sources) -> str:
             f"{_checked_images(results)} images per network are compared in the same run.",
             "## Files",
             *_files(sources.sizes, results),
+            *([] if sources.features is None else ["## Features", *_features(sources.features)]),
             "## 4 and 6 bits, without training",
             *_narrow(results),
             "## After fine-tuning",
@@ -99,6 +102,32 @@ def _files(sizes: Mapping[str, Any], results: Mapping[str, Any]) -> list[str]:
         table(header, rows),
         f"{cpu(sizes['environment'])}, commit {sizes['environment']['commit'][:7]}.",
         command(_SIZES, "a download"),
+    ]
+
+
+def _features(figures: Mapping[str, Any]) -> list[str]:
+    cosine, times = figures["cosine"], figures["jpeg_to_class"]
+    rows = []
+    for form in ("float", "integers"):
+        shares = [figures[form][name] for name in ("nearest", "among_5")]
+        rows.append([form, *(f"{share['top1_percent']:.2f} % ({share['correct']})" for share in shares)])
+    paired = figures["paired"]
+    return [
+        f"DeiT-Tiny without its classifier, in 8 bits: the integers end at {figures['channels']} features. Those of "
+        f"the {figures['images']} ImageNet-mini images of `val` are looked up among those of `train`, which has one "
+        f"image for each of {figures['gallery']} classes, by their cosine. Scales are searched on "
+        f"{figures['calibration_images']} images of `train`.",
+        table(["features", "class of the nearest", "class among the nearest five"], rows),
+        f"The cosine between float and integer features is {cosine['mean']:.4f} on average and {cosine['least']:.4f} "
+        f"at least. {paired['right_to_wrong']} images change from right to wrong, {paired['wrong_to_right']} back. "
+        f"Engine, reference and torch twin give the same integers on {figures['checked_images']} images.",
+        "From a JPEG to its class, in a process without torch and with one thread: "
+        f"{times['import_ms']:.0f} ms for imports, {times['load_ms']:.0f} ms to load DeiT-Tiny, "
+        f"{times['first_ms']:.0f} ms for the first picture and {times['picture_ms']:.1f} ms for each further one. The "
+        f"command `swincompress classify` takes {times['command_ms']:.0f} ms for one picture. Medians of "
+        f"{times['processes']} processes.",
+        f"{cpu(figures['environment'])}, commit {figures['environment']['commit'][:7]}.",
+        command(_FEATURES, "a download"),
     ]
 
 

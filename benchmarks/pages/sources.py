@@ -30,6 +30,11 @@ class Sources:
         return self._read("sizes.json")
 
     @cached_property
+    def features(self) -> dict[str, Any] | None:
+        """Features in floats and integers, and the time from a JPEG to its class; None where they are not measured."""
+        return self._read("features.json") if (self.folder / "features.json").is_file() else None
+
+    @cached_property
     def pruning(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """(rows and other figures, jobs)."""
         return pruning_report.read(self._existing("pruning.json"))

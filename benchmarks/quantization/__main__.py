@@ -6,6 +6,7 @@
     python -m benchmarks.quantization pack --out runs/quantization --file results.jsonl   (and unpack)
     python -m benchmarks.quantization cost --model swin_tiny_patch4_window7_224
     python -m benchmarks.quantization sizes --out runs/sizes --data DATA --reader build/cpp/read_artifacts
+    python -m benchmarks.quantization features --out runs/features --data DATA
     python -m benchmarks.quantization report --out runs/quantization
 
 DATA: as in benchmarks/pruning/images.py. A job is one file of results; `run` skips what is there. Every job has a
@@ -34,7 +35,7 @@ from swincompress_pl.quant import quantize
 from swincompress_pl.report import describe_environment
 from swincompress_pl.report.plain import write_text
 
-from . import sizes
+from . import features, sizes
 from .jobs import all_jobs
 from .report import write
 from .work import CALIBRATION_IMAGES
@@ -72,6 +73,9 @@ def _arguments() -> argparse.Namespace:
     command.add_argument(
         "--reader", type=Path, required=True, help="read_artifacts, of a build with -DSWINCOMPRESS_TESTS=ON"
     )
+    command = commands.add_parser("features", help="DeiT-Tiny as a feature extractor, and from a JPEG to its class")
+    command.add_argument("--out", type=Path, required=True, help="folder of the images and the artifacts")
+    command.add_argument("--data", type=Path, required=True, help=DATA_HELP)
     return parser.parse_args()
 
 
@@ -128,6 +132,10 @@ def _sizes(given: argparse.Namespace) -> None:
     print(sizes.write(given.out, place, given.reader.resolve(), RESULTS), *write_pages(["quantization"]), sep="\n")
 
 
+def _features(given: argparse.Namespace) -> None:
+    print(features.write(given.data, given.out, RESULTS), *write_pages(["quantization"]), sep="\n")
+
+
 def _print_cost(given: argparse.Namespace) -> None:
     found = json.dumps(_cost(given.model))
     print(found)
@@ -168,7 +176,7 @@ def _validation_seconds(network: nn.Module, quantized: nn.Module, images: Tensor
 
 _COMMANDS = {
     "list": _list, "run": _run, "report": _report, "pack": _pack, "unpack": _unpack, "cost": _print_cost,
-    "sizes": _sizes,
+    "sizes": _sizes, "features": _features,
 }  # fmt: skip
 
 

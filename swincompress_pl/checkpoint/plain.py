@@ -52,7 +52,11 @@ def load_network(network: nn.Module, path: str | Path) -> nn.Module:
         FileNotFoundError: If there is no such file.
         ValueError: If the file is damaged, has no compression record or several, or is of another network.
     """
-    checkpoint = read_checkpoint(path)
+    return restored_with(network, read_checkpoint(path), str(path))
+
+
+def restored_with(network: nn.Module, checkpoint: Mapping[str, Any], path: str) -> nn.Module:
+    """The fresh `network` as the one network of a checkpoint was, see `load_network`; `path` is for messages."""
     networks = CompressionRecord.read(checkpoint).networks if isinstance(checkpoint, Mapping) else {}
     if len(networks) != 1:
         held = f"records of {len(networks)} networks, {', '.join(networks)}" if networks else "no compression record"
@@ -84,7 +88,7 @@ def _weights(checkpoint: Mapping[str, Any], place: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 
-def _load(network: nn.Module, weights: dict[str, Tensor], path: str | Path) -> None:
+def _load(network: nn.Module, weights: dict[str, Tensor], path: str) -> None:
     loaded: dict[str, Any] = {"state_dict": weights}
     follow_compilation(network, loaded)
     try:

@@ -23,10 +23,10 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from swincompress_pl.arguments import integer, number
-from swincompress_pl.checkpoint.holder import float_network, network_of
+from swincompress_pl.checkpoint.holder import float_network, has_network, network_of
 from swincompress_pl.checkpoint.hooks import CompressionMixin
 from swincompress_pl.checkpoint.record import CompressionRecord
-from swincompress_pl.history import creation_of
+from swincompress_pl.history import class_names_of, creation_of, set_class_names
 from swincompress_pl.models.changes import changes_since_creation
 from swincompress_pl.models.factory import create_model
 from swincompress_pl.models.stored_arguments import is_restoring, restoring, without_sources
@@ -53,7 +53,8 @@ class CompressibleClassifier(CompressionMixin, LightningModule):
     and test/top5.
 
     Args:
-        model: Name of the network; see `create_model`.
+        model: Name of the network; see `create_model`. Checkpoints hold the name and the arguments of the architecture
+            that was found.
         num_classes: Number of classes, 2 or more.
         model_kwargs: Other arguments of `create_model`, such as `pretrained` or those of the network, as plain data.
         checkpoint_path: File with initial weights; see `create_model`.
@@ -105,7 +106,8 @@ class CompressibleClassifier(CompressionMixin, LightningModule):
             model_kwargs = without_sources(model, {**(model_kwargs or {}), "checkpoint_path": checkpoint_path})
             checkpoint_path = None
         self.net = create_model(model, num_classes=num_classes, checkpoint_path=checkpoint_path, **(model_kwargs or {}))
-        self._random_start = checkpoint_path is None and not (model_kwargs or {}).get("pretrained", False)
+        published = any((model_kwargs or {}).get(key) for key in ("pretrained", "weights"))
+        self._random_start = checkpoint_path is None and not published
         self._create_teacher()
         self._create_metrics()
         creation = creation_of(self.net)
@@ -114,7 +116,7 @@ class CompressibleClassifier(CompressionMixin, LightningModule):
         # loading a checkpoint must neither download nor look for a file that is gone.
         self.save_hyperparameters(
             {
-                "model": model,
+                "model": creation["name"],
                 "num_classes": num_classes,
                 "model_kwargs": {k: v for k, v in creation["kwargs"].items() if k != "num_classes"},
                 "checkpoint_path": None,
@@ -365,9 +367,14 @@ class CompressibleClassifier(CompressionMixin, LightningModule):
         Returns:
             The history of the network, the description of the input, and whether the teacher was taken.
         """
+        description = dict(self.input_description)
+        network = self._float_network()
+        names = None if network is None else class_names_of(network)
+        if names is not None:  # of a published network; names of the data come first
+            description.setdefault("class_names", list(names))
         return dataclasses.replace(
             super().compression_record(),
-            input_description=self.input_description,
+            input_description=description,
             teacher_taken=self.teacher_taken,
         )
 
@@ -391,12 +398,25 @@ class CompressibleClassifier(CompressionMixin, LightningModule):
         if creation is not None and saved is not None:
             saved["model_kwargs"] = {k: v for k, v in creation["kwargs"].items() if k != "num_classes"}
 
+    def _float_network(self) -> nn.Module | None:
+        """The float network; None where a subclass does not hold it yet."""
+        held = has_network(self, self.model_attribute)
+        return float_network(network_of(self, self.model_attribute)) if held else None
+
+    def _name_classes(self) -> None:
+        """Gives the network the names of its classes, if it does not have them, as a published network does."""
+        network, names = self._float_network(), self.input_description.get("class_names")
+        named = isinstance(names, list) and all(isinstance(name, str) for name in names)
+        if network is not None and named and class_names_of(network) is None:
+            set_class_names(network, names or [])
+
     def _read_record(self, checkpoint: dict[str, Any]) -> None:
         # It also reads the description of the input, and the teacher if there is one.
         super()._read_record(checkpoint)
         record = CompressionRecord.read(checkpoint)
         if not self.input_description:  # a datamodule that is attached now counts more than an earlier one
             self.input_description = dict(record.input_description or {})
+        self._name_classes()
         state = checkpoint["state_dict"]
         saved = [key for key in state if key.startswith("teacher.")]
         self._teacher_untrained = False

@@ -14,6 +14,16 @@ _REMEDY = (
     "with --model.model_kwargs.pretrained false)"
 )
 
+_ONLINE = "go online once so that it gets into the cache, or give a folder"
+_DAMAGED = ("SafetensorError", "UnpicklingError")
+_ABSENT = {  # errors of huggingface_hub: what they mean
+    "GatedRepoError": "the repository asks for an agreement to its terms; agree on its page, and `hf auth login`",
+    "RepositoryNotFoundError": "the Hub has no such repository, or it is private; check the name, or `hf auth login`",
+    "RevisionNotFoundError": "the repository has no such revision; check what follows the @",
+    "EntryNotFoundError": "the repository has no such file; check that it holds a network of this library",
+    "RemoteEntryNotFoundError": "the repository has no such file; check that it holds a network of this library",
+}
+
 
 @contextmanager
 def announced(name: str, kwargs: Mapping[str, Any]) -> Iterator[None]:
@@ -27,14 +37,47 @@ def announced(name: str, kwargs: Mapping[str, Any]) -> Iterator[None]:
     if source is None:
         yield
         return
-    rank_zero_info(f"{name}: taking the weights {source}, from its cache or the network; {_REMEDY}")
+    with announced_source(name, f"the weights {source}", _REMEDY):
+        yield
+
+
+@contextmanager
+def announced_source(name: str, what: str, remedy: str = _ONLINE) -> Iterator[None]:
+    """Says what is fetched; errors as those of `fetching`."""
+    rank_zero_info(f"{name}: taking {what}, from its cache or the network; {remedy}")
+    with fetching(name, what, remedy):
+        yield
+
+
+@contextmanager
+def fetching(name: str, what: str, remedy: str = _ONLINE) -> Iterator[None]:
+    """Names what could not be fetched or read, why, and what to do.
+
+    Args:
+        name: The network.
+        what: What is fetched, such as "config.json".
+        remedy: What to do if it cannot be fetched.
+
+    Raises:
+        ConnectionError: If it cannot be fetched.
+        PermissionError: If a file may not be read.
+        ValueError: If the Hugging Face Hub has no such repository, revision or file, or weights are damaged.
+    """
     try:
         yield
     except Exception as error:
+        absent = next((_ABSENT[type(link).__name__] for link in _chain(error) if type(link).__name__ in _ABSENT), None)
+        if absent is not None:
+            raise ValueError(f"{name}: {what} cannot be fetched: {absent}") from error
+        denied = next((link for link in _chain(error) if isinstance(link, PermissionError)), None)
+        if denied is not None:
+            raise PermissionError(f"{name}: {what} cannot be read ({denied}); give read access to it") from error
+        if type(error).__name__ in _DAMAGED:
+            raise ValueError(f"{name}: {what} are damaged ({error}); delete them and fetch them again") from error
         reason = _failure(error)
         if reason is None:
             raise
-        raise ConnectionError(f"{name}: the weights {source} cannot be fetched ({reason}); {_REMEDY}") from error
+        raise ConnectionError(f"{name}: {what} cannot be fetched ({reason}); {remedy}") from error
 
 
 def _source(name: str, kwargs: Mapping[str, Any]) -> str | None:
@@ -51,12 +94,18 @@ def _source(name: str, kwargs: Mapping[str, Any]) -> str | None:
     return f"at {address}" if address else None
 
 
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """An error and those that led to it, the innermost last."""
+    link: BaseException | None = error
+    while link is not None:
+        yield link
+        link = link.__cause__ or link.__context__
+
+
 def _failure(error: BaseException) -> str | None:
     """Why a transfer failed, the innermost reason; None if the error is none of a transfer."""
     reason: str | None = None
-    link: BaseException | None = error
-    while link is not None:
+    for link in _chain(error):
         if isinstance(link, OSError) or type(link).__module__.split(".")[0].startswith(("httpx", "requests", "urllib")):
             reason = " ".join(str(link).split()) or type(link).__name__
-        link = link.__cause__ or link.__context__
     return reason

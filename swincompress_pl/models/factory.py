@@ -1,22 +1,25 @@
-"""Networks by name: models and four classes of timm, models and classes of spikingjelly, and Meta-SpikeFormer."""
+"""Networks by name: models and four classes of timm, spiking networks, and networks of hubs and other libraries."""
 
 from __future__ import annotations
 
 import difflib
 import importlib
+import reprlib
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import timm
+from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
 from swincompress_pl.arguments import text
 from swincompress_pl.checkpoint.compiled_keys import masks_as_named_in
 from swincompress_pl.checkpoint.restore import restore_from_history
-from swincompress_pl.history import note_size, set_creation
+from swincompress_pl.history import note_size, set_class_names, set_creation
 from swincompress_pl.models.downloads import announced
+from swincompress_pl.models.sources import Source, split_name
 from swincompress_pl.models.spiking.memory import without_memory
 from swincompress_pl.models.stored_arguments import checked_creation, is_restoring, restoring, storable
 from swincompress_pl.models.weights import load_weights
@@ -77,12 +80,20 @@ def create_model(
             - a model of spikingjelly, such as "spikformer_ti", or of `meta_spikeformer`, such as
               "meta_spikeformer_8_256";
             - a spiking class, "Spikformer", "QKFormer", "SpikeDrivenTransformer", "MaxFormer" or "MetaSpikeFormer", in
-              any case, with its own arguments.
-        pretrained: Whether to take the published weights of a timm model, which are downloaded if its cache has them
-            not. What is fetched is logged first.
+              any case, with its own arguments;
+            - "hf-hub:OWNER/NAME" or "local-dir:FOLDER", a network of timm on the Hugging Face Hub or in a folder;
+            - "hf:OWNER/NAME" or "hf:FOLDER", the same of transformers, which is converted as by `to_timm`;
+            - "torchvision:NAME", such as "torchvision:swin_t", converted alike.
+
+            The last three kinds say where to look, once. `network.creation` has the name and the arguments of timm's
+            model or class that was found, so nothing is fetched to build it again. What they say of class names and of
+            the images comes along, as `network.class_names` and for `preprocessing_for`.
+        pretrained: Whether to take the published weights, which are downloaded if the cache has them not. What is
+            fetched is logged first.
         checkpoint_path: File with weights to load instead: safetensors, torch or sharded, with this network alone or
             inside a checkpoint. None for random weights.
-        **kwargs: Arguments of the network, as JSON-able data.
+        **kwargs: Arguments of the network, as JSON-able data. Of torchvision, also `weights`, the name of published
+            weights, such as "IMAGENET1K_V1"; `pretrained=True` takes the default ones.
 
     Returns:
         The network, in training mode.
@@ -90,14 +101,21 @@ def create_model(
     Raises:
         ValueError: If the name is unknown (the message lists the closest known ones), an argument is not JSON-able
             data, `pretrained` has no published weights or stands beside `checkpoint_path`, or the weights of the file
-            do not fit or are not finite.
+            do not fit or are not finite; or if a repository or folder holds no network of its library.
+        registry.UnsupportedNetworkError: If a network of transformers or torchvision has no conversion.
         TypeError: If the network does not take an argument.
-        FileNotFoundError: If there is no file at `checkpoint_path`.
-        ConnectionError: If the published weights are not in the cache and cannot be fetched.
+        FileNotFoundError: If there is no file at `checkpoint_path`, or no folder at the place in `name`.
+        PermissionError: If a file may not be read.
+        ConnectionError: If what is published is not in the cache and cannot be fetched.
+        ImportError: If "hf:" needs transformers, and it is not installed.
     """
-    if pretrained and checkpoint_path is not None:
-        raise ValueError(f"{name}: pretrained=True and checkpoint_path={checkpoint_path} are both given; choose one.")
     name = text("name", name, "the name of a model")
+    source, place = split_name(name)
+    if (pretrained or (source and kwargs.get("weights"))) and checkpoint_path is not None:
+        given = "pretrained=True" if pretrained else f"weights={kwargs['weights']}"
+        raise ValueError(f"{name}: {given} and checkpoint_path={checkpoint_path} are both given; choose one.")
+    if source is not None:
+        return _from_source(source, name, place, pretrained, checkpoint_path, kwargs)
     recorded = storable(name, kwargs)
     with reading(f"{name}: the stored arguments") if is_restoring() else nullcontext():
         build = _builder(name, pretrained)
@@ -105,9 +123,33 @@ def create_model(
             network = build(**kwargs)
     if checkpoint_path is not None:
         load_weights(network, Path(checkpoint_path))
-    set_creation(network, name, recorded)
-    note_size(network, size_of(network))
+    _note_creation(network, name, recorded)
     return network
+
+
+def _from_source(
+    source: Source, name: str, place: str, pretrained: bool, checkpoint_path: str | Path | None, kwargs: dict[str, Any]
+) -> nn.Module:
+    """The network at a place where networks are published."""
+    if is_restoring():
+        raise ValueError(
+            f"{ascii(reprlib.repr(name))[1:-1]} names a place, and a stored network is never fetched; files of this "
+            "package name an architecture"
+        )
+    if not (pretrained or kwargs.get("weights") or checkpoint_path is not None):
+        rank_zero_info(f"{name}: random weights; pretrained=True takes the published ones")
+    found = source(name, place, pretrained, kwargs)
+    if checkpoint_path is not None:
+        load_weights(found.network, Path(checkpoint_path))
+    _note_creation(found.network, found.name, found.arguments)
+    if found.class_names:
+        set_class_names(found.network, found.class_names)
+    return found.network.train()
+
+
+def _note_creation(network: nn.Module, name: str, arguments: Mapping[str, Any]) -> None:
+    set_creation(network, name, arguments)
+    note_size(network, size_of(network))
 
 
 def recreate_model(creation: Mapping[str, Any]) -> nn.Module:
@@ -143,7 +185,7 @@ def _builder(name: str, pretrained: bool) -> Callable[..., nn.Module]:
         return lambda **kwargs: timm.create_model(name, pretrained=pretrained, **kwargs)
     builder: Callable[..., nn.Module]
     if name.lower() in _CLASSES:
-        builder = _CLASSES[name.lower()]
+        builder = _described(_CLASSES[name.lower()])
     elif name in _SPIKING or name.lower() in _SPIKING_CLASSES:
         builder = _spiking_builder(_SPIKING_CLASSES.get(name.lower(), name))
     else:
@@ -153,6 +195,18 @@ def _builder(name: str, pretrained: bool) -> Callable[..., nn.Module]:
             f"{name}: there are no published weights under this name; use checkpoint_path, or a model name of timm."
         )
     return builder
+
+
+def _described(kind: type[nn.Module]) -> Callable[..., nn.Module]:
+    """A class of timm that takes `pretrained_cfg` as timm's models do: how images are prepared for its weights."""
+
+    def build(*, pretrained_cfg: Mapping[str, Any] | None = None, **kwargs: Any) -> nn.Module:
+        network: Any = kind(**kwargs)
+        if pretrained_cfg:
+            network.pretrained_cfg = dict(pretrained_cfg)
+        return network  # type: ignore[no-any-return]
+
+    return build
 
 
 def _spiking_builder(name: str) -> Callable[..., nn.Module]:

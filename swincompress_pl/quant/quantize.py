@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from swincompress_pl._deprecated import renamed, renamed_attributes
 from swincompress_pl.arguments import choice, flag, integer, number, optional, options, shown
 from swincompress_pl.evaluation_mode import evaluation_mode
+from swincompress_pl.history import class_names_of
 from swincompress_pl.interrupts import all_or_nothing
 from swincompress_pl.masks import refuse_filled_masks
 from swincompress_pl.quant.bits import Bits
@@ -170,7 +171,7 @@ def quantize(
                 model,
                 preprocessing=found,
                 method=method,
-                classes=_named(model) if classes is None else classes,
+                classes=class_names_of(model) if classes is None else classes,
                 bits=bits,
             ),
         )
@@ -222,12 +223,6 @@ def _find_scales(
         learning = options.learning if options.rounding == "learned" else Learning(iterations=0)
         round_blocks(quantized, batches, learning, progress=progress)
         _secure_steps(quantized)
-
-
-def _named(network: Any) -> tuple[str, ...] | None:
-    """The names of the classes that the network has from another library; None if they are not as many as these."""
-    names = getattr(network, "class_names", None)
-    return names if isinstance(names, tuple) and len(names) == getattr(network, "num_classes", None) else None
 
 
 def _require_spikes(graph: Graph, ranges: Mapping[str, Ranges]) -> None:

@@ -17,7 +17,7 @@ _STEPS_SHOWN = 30
 
 def render_markdown(record: RunRecord, images: Mapping[str, tuple[str, str]] | None = None) -> str:
     """The whole report; `images` is {name of a plot: (title, file name beside the report)}."""
-    parts = [f"# {_text(record.name)}"]
+    parts = [f"# {escaped(record.name)}"]
     for section in sections(record, steps_shown=_STEPS_SHOWN):
         parts += _section(section, images or {})
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -39,24 +39,24 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def _section(section: Section, images: Mapping[str, tuple[str, str]]) -> list[str]:
     lines = []
     for item in section.items:
-        lead = f"**{_text(item.lead)}**" if item.lead and item.mood != "good" else _text(item.lead)
-        lines.append(f"- {lead}: {_text(item.text)}" if lead else f"- {_text(item.text)}")
+        lead = f"**{escaped(item.lead)}**" if item.lead and item.mood != "good" else escaped(item.lead)
+        lines.append(f"- {lead}: {escaped(item.text)}" if lead else f"- {escaped(item.text)}")
     shown = [images[name] for name in section.plots if name in images]
     return [
         f"## {section.title}",
-        _text(section.text),
+        escaped(section.text),
         _table(section.table) if section.table else "",
         "\n".join(lines),
-        *(f"![{_text(title)}]({file})" for title, file in shown),
+        *(f"![{escaped(title)}]({file})" for title, file in shown),
     ]
 
 
 def _table(given: Table) -> str:
-    return table([_text(cell) for cell in given.header], [[_text(cell) for cell in row] for row in given.rows])
+    return table([escaped(cell) for cell in given.header], [[escaped(cell) for cell in row] for row in given.rows])
 
 
-def _text(given: str) -> str:
-    """Escapes text, so that a name cannot become HTML, a link, an image or a block of its own."""
+def escaped(given: str) -> str:
+    """Text in which a name cannot become HTML, a link, an image or a block of its own."""
     return re.sub(r"([\\<\[`])", r"\\\1", printable(given))
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from swincompress_pl.arguments import integer
+from swincompress_pl.history import set_creation
 from swincompress_pl.layer_types import full_name
 from swincompress_pl.models.changes import changes_since_creation
 from swincompress_pl.models.conversion import torchvision, transformers_swin, transformers_vit
@@ -23,7 +24,7 @@ _FAMILIES = {
     for family in (*torchvision.FAMILIES, *transformers_vit.FAMILIES, *transformers_swin.FAMILIES)
     for name in family.classes
 }
-_REFUSED: dict[str, Callable[[nn.Module], ValueError]] = {
+_REFUSED: dict[str, Callable[[type], ValueError]] = {
     f"transformers:{name}ForImageClassification": transformers_vit.refuse_dinov2_head
     for name in ("Dinov2", "Dinov2WithRegisters")
 }
@@ -66,7 +67,7 @@ def to_timm(
         TypeError: If `processor` or `weights` is something else.
     """
     network = getattr(network, "_orig_mod", network)
-    family = _family_of(network)
+    family = family_of(type(network))
     images, asked = _images(processor, weights), None if image_size is None else _asked(image_size)
     original = copy.deepcopy(network).to("cpu", torch.float32).eval()
     try:
@@ -88,25 +89,27 @@ def to_timm(
         described.class_names = labels
     if images is not None:
         described.pretrained_cfg = images.pretrained_cfg() | {"num_classes": arguments["num_classes"]}
+        set_creation(converted, name, {**described.creation["kwargs"], "pretrained_cfg": described.pretrained_cfg})
     device = next(network.parameters()).device
     return converted.to(device).train(network.training)
 
 
-def _family_of(network: Any) -> Family:
-    names = [f"{base.__module__.partition('.')[0]}:{base.__qualname__}" for base in type(network).__mro__]
+def family_of(kind: type) -> Family:
+    """The family of a class; an UnsupportedNetworkError for one without conversion, or one that is refused."""
+    names = [f"{base.__module__.partition('.')[0]}:{base.__qualname__}" for base in kind.__mro__]
     for name in names:
         if name in _REFUSED:
-            raise _REFUSED[name](network)
+            raise _REFUSED[name](kind)
         if name in _FAMILIES:
             return _FAMILIES[name]
     known: dict[str, list[str]] = {}
     for name in _FAMILIES:
-        library, _, kind = name.partition(":")
-        known.setdefault(library, []).append(kind)
+        library, _, convertible = name.partition(":")
+        known.setdefault(library, []).append(convertible)
     lists = "; ".join(f"{library}: {', '.join(kinds)}" for library, kinds in known.items())
     hint = "it is a network of timm already. " if any(name.startswith("timm:") for name in names) else ""
     raise UnsupportedNetworkError(
-        f"{full_name(type(network))}: to_timm has no conversion for this class; {hint}It converts {lists}"
+        f"{full_name(kind)}: to_timm has no conversion for this class; {hint}It converts {lists}"
     )
 
 

@@ -111,9 +111,10 @@ def _check_names(network: nn.Module, tensors: Tensors, wanted: Mapping[str, Tens
         )
 
 
-def refused(network: nn.Module, what: str, remedy: str) -> ValueError:
-    """The error for a variant that timm's class does not have."""
-    return ValueError(f"{type(network).__name__}: {what}, which timm's class does not have; {remedy}")
+def refused(network: nn.Module | type, what: str, remedy: str) -> ValueError:
+    """The error for a network or a class that timm has no equal of."""
+    kind = network if isinstance(network, type) else type(network)
+    return ValueError(f"{kind.__name__}: {what}, which timm's class does not have; {remedy}")
 
 
 def rates(**given: float) -> dict[str, float]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from swincompress_pl.models.conversion.family import (
     Family,
@@ -203,10 +203,10 @@ FAMILIES = (
 )
 
 
-def refuse_dinov2_head(network: nn.Module) -> ValueError:
+def refuse_dinov2_head(kind: type) -> ValueError:
     """The error for DINOv2's own head, which reads two vectors."""
     return refused(
-        network,
+        kind,
         "its head reads the class token beside the mean of the patch tokens",
         "convert its embedding (network.dinov2 or network.dinov2_with_registers), and train a head on it",
     )
