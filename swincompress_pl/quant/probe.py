@@ -65,9 +65,9 @@ class Probe:
         for images in batches:
             answers = float_logits(graph, network, images)
             squares += torch.stack([part.double().square().sum().cpu() for part in answers.split(sizes, dim=1)])
-        images = sum(map(len, batches))
+        count = sum(len(images) for images in batches)
         # the sum of an output's squares is n images times its mean square; the weight is one over its root
-        norms = (squares / images).sqrt().clamp(min=torch.finfo(torch.float32).tiny)
+        norms = (squares / count).sqrt().clamp(min=torch.finfo(torch.float32).tiny)
         weights = torch.cat([(1 / norm).float().expand(size) for norm, size in zip(norms, sizes, strict=True)])
         if not torch.isfinite(squares).all():
             answers = answers.new_full((1, 1), torch.nan)
