@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from timm.layers.mlp import Mlp
 from torch import nn
 
-from swincompress_pl.layer_types import first_linear, full_name
+from swincompress_pl.layer_types import full_name, in_order, maps_each_value, passes
 from swincompress_pl.pruning.structure.groups import Attribute, ClassSwap, Group, Slice
 from swincompress_pl.registry import UnsupportedNetworkError
 
@@ -114,7 +114,13 @@ def mlp_group(path: str, block: nn.Module) -> Group:
     """The hidden channels of fc1 -> activation -> fc2."""
     mlp = part_of(block, path.rpartition(".")[0], "mlp", Mlp)
     refuse_norm(mlp, path, "scale_mlp_norm=False")
-    fc1, _ = linear_of(mlp, path, "fc1"), linear_of(mlp, path, "fc2")
+    fc1, fc2 = linear_of(mlp, path, "fc1"), linear_of(mlp, path, "fc2")
+    act = mlp.get_submodule("act")
+    if fc1.out_features != fc2.in_features or not maps_each_value(act, fc1.out_features):
+        raise UnsupportedNetworkError(
+            f"{path}.act is a {full_name(type(act))}, which does not map each value alone, so its hidden channels "
+            "cannot be removed one by one; use an elementwise activation, e.g. nn.GELU"
+        )
     return Group(
         name=f"{path}.channels",
         kind="mlp",
@@ -155,12 +161,27 @@ def linear_of(module: nn.Module, path: str, name: str) -> nn.Linear:
 
 
 def reader_of_head(network: nn.Module, path: str = "head") -> str:
-    """The path of the layer that reads the features: the classifier itself, or the first nn.Linear of an nn.Sequential.
+    """The path of the layer that reads the features: the classifier itself, or the first layer of an nn.Sequential.
 
-    Dropout may come before that nn.Linear.
+    Dropout, and norms over the features (`norms_of_head`), may come before it.
     """
-    inner = first_linear(network.get_submodule(path))
-    return path if inner is None else f"{path}.{inner}"
+    return _beginning_of_head(network, path)[-1]
+
+
+def norms_of_head(network: nn.Module, path: str = "head") -> list[str]:
+    """The paths of the norms between the features and the layer that reads them."""
+    return _beginning_of_head(network, path)[:-1]
+
+
+def _beginning_of_head(network: nn.Module, path: str) -> list[str]:
+    found = []
+    for inner in in_order(network.get_submodule(path)):
+        layer = network.get_submodule(f"{path}.{inner}" if inner else path)
+        if not passes(layer):
+            found.append(f"{path}.{inner}" if inner else path)
+            if not isinstance(layer, nn.LayerNorm | nn.BatchNorm1d):
+                return found
+    return [path]
 
 
 def refuse_norm(module: nn.Module, path: str, remedy: str) -> None:

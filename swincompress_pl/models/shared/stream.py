@@ -72,9 +72,12 @@ class Stream:
         self._attributes.append(length_of(path, "in_features", axis=1))
 
     def norm(self, path: str, offsets: tuple[int, ...] = (0,), *, size_of: str | None = None, axis: int = 0) -> None:
-        """Adds a LayerNorm on the stream, if it is one; `size_of` and `axis` give its width if it has no weight."""
+        """Adds a norm on the stream, if it is one; `size_of` and `axis` give its width if it has no weight."""
         norm = self.network.get_submodule(path)
         if isinstance(norm, nn.Identity):
+            return
+        if type(norm) is nn.BatchNorm1d:
+            self._batch_norm(path, norm)
             return
         self.require(type(norm) in _NORMS, path)
         assert isinstance(norm, nn.LayerNorm)
@@ -85,6 +88,17 @@ class Stream:
         if norm.weight is not None:
             size_of, axis = f"{path}.weight", 0
         self._attributes.append(Attribute(module=path, name="normalized_shape", size_of=size_of, axis=axis))
+
+    def _batch_norm(self, path: str, norm: nn.BatchNorm1d) -> None:
+        """Adds a BatchNorm over features (N, C)."""
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            if getattr(norm, name) is not None:
+                self._slices.append(Slice(tensor=f"{path}.{name}", axis=0))
+        size_of = next(
+            (f"{path}.{name}" for name in ("weight", "running_mean") if getattr(norm, name) is not None), None
+        )
+        self.require(size_of is not None, path)
+        self._attributes.append(Attribute(module=path, name="num_features", size_of=size_of))
 
     def tensors(self, *names: str) -> None:
         """Adds parameters (1, tokens, channels) of the network that are added or prepended to the stream."""
