@@ -19,7 +19,7 @@ from swincompress_pl.evaluation_mode import on_trial
 from swincompress_pl.layer_types import full_name, peculiarities
 from swincompress_pl.quant.graph import Graph, Node, Passthrough, Run
 from swincompress_pl.quant.graph.conv_norm import ConvNormNode
-from swincompress_pl.quant.graph.head_nodes import NormedLinearNode
+from swincompress_pl.quant.graph.head_nodes import LatentQkvNode, NormedLinearNode
 from swincompress_pl.quant.graph.nodes import (
     ActivationNode,
     AttentionNode,
@@ -230,7 +230,7 @@ class _GraphPrints(Passthrough):
 
 def _modules_of(node: Node) -> tuple[str, ...]:
     """The module that has the node's input and the one that has its output; () for nodes without such modules."""
-    if not isinstance(node, _SINGLE) or isinstance(node, EmbeddingNode):
+    if not isinstance(node, _SINGLE) or isinstance(node, EmbeddingNode | LatentQkvNode):
         return ()
     gives = node.module
     if isinstance(node, LinearNode) and node.layer_scale is not None:

@@ -324,7 +324,9 @@ class GraphBuilder:
             ActivationNode(name=path, inputs=(x,), module=path, quantizer=quantizer, regularizers=regularizers)
         )
 
-    def mlp(self, block: str, x: str, *, norm: str, residual: str, layer_scale: str | None, drop_path: str) -> str:
+    def mlp(
+        self, block: str, x: str, *, norm: str, residual: str, layer_scale: str | None, drop_path: str | None
+    ) -> str:
         """Adds the MLP of a block with its residual connection: x + fc2(act(fc1(norm(x)))).
 
         Args:
@@ -333,7 +335,7 @@ class GraphBuilder:
             norm: Path of the LayerNorm.
             residual: Name of the quantizer of the residual stream.
             layer_scale: Path of a parameter that multiplies the output of fc2; None for none.
-            drop_path: Path of the module of stochastic depth.
+            drop_path: Path of the module of stochastic depth; None for none.
 
         Returns:
             The name of the sum.
@@ -371,7 +373,7 @@ class GraphBuilder:
             y,
             quantizer=residual,
             layer_scale=layer_scale,
-            regularizers=self.active(f"{path}.drop2", drop_path),
+            regularizers=self.active(f"{path}.drop2", *([] if drop_path is None else [drop_path])),
         )
         return self.residual_add(f"{block}.add2", x, y, residual)
 

@@ -80,6 +80,52 @@ class NormedLinearNode(LinearNode):
         return before, _factor(network, self.norm_after, weight.new_ones(outputs))
 
 
+@dataclass(frozen=True, kw_only=True)
+class LatentQkvNode(LinearNode):
+    """The rows q | k | v for attention of one learned query to all tokens, which the nn.Linear at `module` reads.
+
+    The layer gives k | v. The query does not depend on the tokens, so it is a bias of rows without weights, and every
+    token has the same one.
+
+    Attributes:
+        name: As in `Node`.
+        inputs: As in `Node`.
+        output: As in `Node`.
+        quantizer: As in `Node`.
+        regularizers: As in `Node`.
+        module: Path of the layer.
+        latent: Path of the parameter (1, 1, C).
+        query: Path of the layer between `latent` and the query, an nn.Linear or nn.Identity.
+    """
+
+    latent: str
+    query: str
+
+    def folded_weight(self, network: nn.Module, equalization: Tensor | None) -> Tensor:
+        """The weight (3 C, K): zeros for the query, then that of k and v, with the ratios."""
+        weight = parameter(network, f"{self.module}.weight")
+        weight = torch.cat([weight.new_zeros(len(weight) // 2, weight.shape[1]), weight])
+        return weight if equalization is None else weight * equalization
+
+    def folded_bias(self, network: nn.Module) -> Tensor | None:
+        """The bias (3 C,): the query, then that of k and v."""
+        layer: Any = network.get_submodule(self.module)
+        query: Tensor = network.get_submodule(self.query)(parameter(network, self.latent)).flatten()
+        return torch.cat([query, query.new_zeros(layer.out_features) if layer.bias is None else layer.bias])
+
+    def set_folded_weight(self, network: nn.Module, folded: Tensor, equalization: Tensor | None) -> None:
+        """Writes the weight of k and v."""
+        weight = parameter(network, f"{self.module}.weight")
+        unfolded = folded if equalization is None else folded / equalization
+        weight.copy_(unfolded[len(folded) - len(weight) :])
+
+    def add_to_bias(self, network: nn.Module, change: Tensor) -> None:
+        """Adds to the bias of k and v; the query is exact."""
+        bias: Tensor | None = getattr(network.get_submodule(self.module), "bias", None)
+        if bias is not None:
+            bias += change[len(change) - len(bias) :]
+
+
 def _factor(network: nn.Module, path: str | None, ones: Tensor) -> Tensor:
     """What the BatchNorm at `path` multiplies each channel with; `ones` if there is none."""
     if path is None:
