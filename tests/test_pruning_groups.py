@@ -8,6 +8,7 @@ import pickle
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -43,6 +44,16 @@ class GatedAttention(VitAttention):
 
 
 Groups = Callable[[nn.Module], list[Group]]
+
+
+def with_head(network: Any, head: nn.Module) -> nn.Module:
+    if hasattr(network.head, "fc"):
+        network.head.fc = head
+    else:
+        network.head = head
+    changed: nn.Module = network
+    return changed
+
 
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], Groups]] = {
     "swin": (partial(_swin, embed_dim=16, depths=(2, 2), num_heads=(2, 4), window_size=4), swin_groups),
@@ -98,6 +109,30 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], Groups]] = {
             VisionTransformerDistilled, img_size=16, patch_size=8, num_classes=5, depth=2, embed_dim=24, num_heads=3
         ),
         vit_groups,
+    ),
+    "vit, prr": (partial(_vit, embed_dim=16, num_heads=2, global_pool="prr"), vit_groups),
+    "vit, batch norm and MLP as head": (
+        lambda: with_head(
+            _vit(embed_dim=16, num_heads=2),
+            nn.Sequential(nn.Dropout(0.1), nn.BatchNorm1d(16), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 5)),
+        ),
+        vit_groups,
+    ),
+    "vit, norms without weights in the head": (
+        lambda: with_head(
+            _vit(embed_dim=16, num_heads=2),
+            nn.Sequential(
+                nn.LayerNorm(16, elementwise_affine=False), nn.BatchNorm1d(16, affine=False), nn.Linear(16, 5)
+            ),
+        ),
+        vit_groups,
+    ),
+    "swin, norm in the head": (
+        lambda: with_head(
+            _swin(embed_dim=16, depths=(1, 1), num_heads=(2, 2), window_size=4),
+            nn.Sequential(nn.LayerNorm(32), nn.Linear(32, 5)),
+        ),
+        swin_groups,
     ),
     "vit, post norm": (partial(_vit, embed_dim=16, num_heads=2, block_fn=ResPostBlock, mlp_ratio=1.5), vit_groups),
 }

@@ -167,6 +167,11 @@ class Classifies(Takes, Protocol):
         """The number of logits."""
         ...
 
+    @property
+    def answers(self) -> str:
+        """Whether it gives "logits" or "features"."""
+        ...
+
     def __call__(self, images: Any) -> npt.NDArray[np.float32]:
         """The logits."""
         ...
@@ -178,6 +183,11 @@ def classify(
     """The likeliest classes of a picture, or of each picture in a list."""
     if isinstance(top, bool) or not isinstance(top, int | np.integer) or top < 1:
         raise ValueError(f"top is {top!r}; give the number of classes to return, at least 1")
+    if engine.answers != "logits":
+        raise ValueError(
+            f"the network has no classes: the engine gives {engine.num_classes} features per picture, for a head "
+            "outside it. engine(pixels) computes them"
+        )
     names = engine.classes if classes is None else tuple(classes)
     if names is not None and len(names) != engine.num_classes:
         raise ValueError(f"classes has {len(names)} names, and the engine has {engine.num_classes} classes; name each")

@@ -60,6 +60,11 @@ class _Runtime:
         """The number of logits."""
         return self._num_classes
 
+    @property
+    def answers(self) -> str:
+        """What the engine gives: "logits" of classes, or "features" for a head outside the network."""
+        return "features" if self.program.origin.get("answers") == "features" else "logits"
+
     def __call__(self, images: Images | Any) -> npt.NDArray[np.float32]:
         """Computes the logits in float.
 

@@ -90,8 +90,10 @@ def show_artifact(described: Mapping[str, Any]) -> None:
     print(f"input: {given['dtype']} {shape}; preprocessing: {_pairs(given['preprocessing'])}")
     classes = described["classes"]
     more = "; ..." if classes and len(classes) > 5 else ""
-    print("classes: " + ("not named" if classes is None else f"{len(classes)}: {'; '.join(classes[:5])}{more}"))
-    print(f"logits: int32, one step is {described['logit_scale']:.6g}")
+    answers = "features" if described["origin"].get("answers") == "features" else "logits"
+    if answers == "logits":
+        print("classes: " + ("not named" if classes is None else f"{len(classes)}: {'; '.join(classes[:5])}{more}"))
+    print(f"{answers}: int32, one step is {described['logit_scale']:.6g}")
     print(f"parameters: {count(described['parameters'])}; MACs per image: {count(described['macs'])}")
     size = described["size"]
     print(

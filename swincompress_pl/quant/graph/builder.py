@@ -168,7 +168,10 @@ class GraphBuilder:
             not plain, f"{path} is {conv}; the first layer must be an nn.Conv2d without padding, groups or dilation"
         )
         if len(mean) != conv.in_channels or len(std) != conv.in_channels:
-            raise ValueError(f"preprocessing has {len(mean)} means for the {conv.in_channels} input channels of {path}")
+            raise ValueError(
+                f"preprocessing has {len(mean)} means for the {conv.in_channels} input channels of {path}; pass "
+                "preprocessing={'mean': [...], 'std': [...]} with one number per channel"
+            )
         return self.add(
             PixelConvNode(
                 name=path,
