@@ -15,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from timm.layers.attention import Attention as VitAttention
+from timm.layers.mlp import GatedMlp, GluMlp, SwiGLU
 from timm.models import SwinTransformer, SwinTransformerV2, VisionTransformer
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import ParallelScalingBlock, ResPostBlock
@@ -110,6 +111,11 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], Groups]] = {
         ),
         vit_groups,
     ),
+    "vit, gated MLPs": (
+        partial(_vit, embed_dim=16, num_heads=2, mlp_layer=partial(GluMlp, act_layer=nn.SiLU, gate_last=False)),
+        vit_groups,
+    ),
+    "vit, gated MLPs of two layers": (partial(_vit, embed_dim=16, num_heads=2, mlp_layer=SwiGLU), vit_groups),
     "vit, prr": (partial(_vit, embed_dim=16, num_heads=2, global_pool="prr"), vit_groups),
     "vit, batch norm and MLP as head": (
         lambda: with_head(
@@ -505,14 +511,14 @@ def test_a_stage_without_classifier_has_no_embedding_width() -> None:
             r"blocks\.0 is a ParallelScalingBlock",
         ),
         (partial(_vit, embed_dim=16, num_heads=2, attn_layer="diff"), r"blocks\.0\.attn is a DiffAttention"),
-        (partial(_vit, embed_dim=16, num_heads=2, mlp_layer="swiglu"), r"blocks\.0\.mlp is a"),
+        (partial(_vit, embed_dim=16, num_heads=2, mlp_layer=GatedMlp), r"blocks\.0\.mlp is a GatedMlp"),
+        (
+            partial(_vit, embed_dim=16, num_heads=2, scale_mlp_norm=True, mlp_layer=GluMlp),
+            r"blocks\.0\.mlp\.norm is a LayerNorm",
+        ),
     ],
 )
 def test_variants_that_are_not_written_down_are_refused(build: Callable[[], Vit], message: str) -> None:
-    if build.keywords.get("mlp_layer") == "swiglu":  # type: ignore[attr-defined]
-        from timm.layers import SwiGLU
-
-        build = partial(_vit, embed_dim=16, num_heads=2, mlp_layer=SwiGLU)
     with pytest.raises(UnsupportedNetworkError, match=message):
         vit_groups(build())
 

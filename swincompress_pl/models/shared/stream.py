@@ -6,13 +6,12 @@ from collections.abc import Collection
 
 from timm.layers.attention import Attention
 from timm.layers.layer_scale import LayerScale
-from timm.layers.mlp import Mlp
 from timm.layers.norm import LayerNorm
 from timm.layers.patch_embed import PatchEmbed
 from torch import Tensor, nn
 
 from swincompress_pl.layer_types import full_name
-from swincompress_pl.models.shared.parts import columns, length_of, rows
+from swincompress_pl.models.shared.parts import MLPS, columns, length_of, readers_of_mlp, rows
 from swincompress_pl.pruning.structure.groups import Attribute, ClassSwap, Group, NormSlice, Slice
 from swincompress_pl.pruning.structure.unit_masks import MaskedLayerNorm
 
@@ -112,7 +111,7 @@ class Stream:
         """Adds attention and MLP, with the norms before them (reading) or behind them (writing)."""
         block = self.network.get_submodule(path)
         self.only(path, {"norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2"})
-        self.require(isinstance(block.mlp, Mlp) and isinstance(block.attn, nn.Module), path)
+        self.require(isinstance(block.mlp, MLPS) and isinstance(block.attn, nn.Module), path)
         for half in ("1", "2"):
             self.norm(f"{path}.norm{half}")
             self._layer_scale(f"{path}.ls{half}", getattr(block, f"ls{half}", None))
@@ -120,7 +119,8 @@ class Stream:
         if isinstance(block.attn, Attention) and block.attn.gate is not None:
             self.reader(f"{path}.attn.gate")
         self.writer(f"{path}.attn.proj")
-        self.reader(f"{path}.mlp.fc1")
+        for name in readers_of_mlp(block.mlp):
+            self.reader(f"{path}.mlp.{name}")
         self.writer(f"{path}.mlp.fc2")
         self.attributes(path, "dim")
         self.attributes(f"{path}.attn", "dim")

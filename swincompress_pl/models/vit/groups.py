@@ -30,8 +30,8 @@ def vit_groups(network: nn.Module) -> list[Group]:
     First come the blocks in order, e.g. "blocks.0.attn.heads", "blocks.0.attn.head_dim" and "blocks.0.mlp.channels",
     then "embed". With qk_norm there is no "head_dim", as the statistics run over the dimensions of a head. There is no
     "embed" if the stream meets something that is not timm's own (RmsNorm, a hybrid patch embedding, attention pooling,
-    no classifier). Other variants raise UnsupportedNetworkError: parallel blocks, differential attention, gated MLPs,
-    and norms over the attention's output or the MLP's hidden channels.
+    no classifier). Other variants raise UnsupportedNetworkError: parallel blocks, differential attention, and
+    norms over the attention's output or the MLP's hidden channels.
     """
     groups: list[Group] = []
     for path, block in blocks_of(network, Block, ResPostBlock):
