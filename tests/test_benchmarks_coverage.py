@@ -2,15 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 
-from timm.models.deit import VisionTransformerDistilled
-from timm.models.swin_transformer import SwinTransformer
-from timm.models.swin_transformer_v2 import SwinTransformerV2
-from timm.models.vision_transformer import VisionTransformer
-
-from benchmarks.coverage.__main__ import PAGE, RESULTS
 from benchmarks.coverage.networks import CASES, timm_case
 from benchmarks.coverage.page import page
 from benchmarks.coverage.rows import row_of
@@ -45,13 +38,3 @@ def test_the_table_has_the_classes_and_libraries() -> None:
     libraries = Counter(case.library for case in CASES)
     assert len(CASES) >= 40
     assert libraries["torchvision"] + libraries["transformers"] >= 12
-
-
-def test_the_page_is_what_the_results_make() -> None:
-    rows = json.loads(RESULTS.read_text(encoding="utf-8"))
-    assert [(row["library"], row["name"]) for row in rows] == [(case.library, case.name) for case in CASES]
-    assert PAGE.read_text(encoding="utf-8") == page(rows)
-    found = {row["class"] for row in rows if "class" in row}
-    timms = (VisionTransformer, VisionTransformerDistilled, SwinTransformer, SwinTransformerV2)
-    assert {kind.__name__ for kind in timms} <= found
-    assert all(row["equal"] and row["correlation"] >= 0.99 for row in rows if "refused" not in row)
