@@ -13,6 +13,7 @@ from support.quant_cases import SWIN, VIT
 from timm.layers.classifier import ClNormMlpClassifierHead, NormMlpClassifierHead
 from timm.layers.hybrid_embed import HybridEmbed
 from timm.layers.mlp import GluMlp, Mlp, SwiGLU
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from swincompress_pl import export, load, spec
@@ -199,7 +200,9 @@ REFUSED: dict[str, tuple[Build, str]] = {
         r"dynamic_img_pad=True.*set_input_size\(\(20, 24\)\)",
     ),
     "hybrid": (
-        vit(embed_layer=lambda **kw: HybridEmbed(nn.Conv2d(3, 16, 3, 2, 1), img_size=16, patch_size=4, embed_dim=16)),
+        lambda: VisionTransformer(
+            **VIT, embed_layer=lambda **_: HybridEmbed(nn.Conv2d(3, 16, 3, 2, 1), 16, 4, embed_dim=16)
+        ),
         "patch_embed is HybridEmbed",
     ),
     "distilled training": (
