@@ -30,6 +30,7 @@ def row_of(case: Case) -> dict[str, Any]:
         network: Any = _lively(case.build())
         row["class"] = type(network).__name__
         row["parameters"] = _count(network)
+        adapter_for(network)  # without one nothing works
         row |= _pruned(network)
         return row | _quantized(network)
     except (UnsupportedNetworkError, ValueError) as error:
