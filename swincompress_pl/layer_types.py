@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
@@ -16,6 +18,7 @@ LAYERS = (nn.Linear, _ConvNd, nn.LayerNorm, _BatchNorm)
 
 _LIBRARIES = ("torch.nn.modules.", "timm.", "spikingjelly.", "swincompress_pl.")
 _SET_BY_TORCH = "_compiled_call_impl"
+_ROUNDING = 1e-5  # of the largest value
 
 
 def full_name(kind: type) -> str:
@@ -80,25 +83,46 @@ def peculiarities(module: nn.Module, trusted: str) -> Iterator[str]:
         yield "its class has a forward of its own"
 
 
-def is_around_linear(module: nn.Module) -> bool:
-    """Whether `module` is an nn.Sequential of one nn.Linear and of modules that do nothing in evaluation."""
-    kinds = [_passes(child) or isinstance(child, nn.Linear) for child in module.children()]
-    linears = sum(isinstance(child, nn.Linear) for child in module.children())
-    return type(module) is nn.Sequential and all(kinds) and linears == 1
+def in_order(module: nn.Module) -> list[str]:
+    """The paths of the layers that run one after the other inside a head; [""] for a module that is a layer itself.
 
-
-def first_linear(module: nn.Module) -> str | None:
-    """The name of the nn.Linear that reads the input of an nn.Sequential, after any dropout; None if another does."""
-    if type(module) is not nn.Sequential:
-        return None
+    An nn.Sequential and timm's Mlp, whose children stand in the order of a pass, may hold each other.
+    """
+    if type(module) is not nn.Sequential and not _is_mlp(module):
+        return [""]
+    found = []
     for name, child in module.named_children():
-        if not _passes(child):
-            return name if isinstance(child, nn.Linear) else None
-    return None
+        found += [f"{name}.{inner}" if inner else name for inner in in_order(child)]
+    return found
 
 
-def _passes(module: nn.Module) -> bool:
-    return type(module) in (nn.Identity, nn.Dropout)
+def passes(module: nn.Module) -> bool:
+    """Whether a layer of a head leaves features (N, C) as they are in evaluation."""
+    return type(module) in (nn.Identity, nn.Dropout) or (type(module) is nn.Flatten and module.start_dim == 1)
+
+
+def maps_each_value(module: nn.Module, channels: int) -> bool:
+    """Whether a module maps each value of (N, rows, channels) alone, in evaluation, wherever the value stands.
+
+    Such an activation can become a table, and its channels can be removed. A softmax, a GLU, and a PReLU with a slope
+    per channel are others.
+    """
+    own = next((tensor for tensor in module.parameters() if tensor.is_floating_point()), torch.empty(0))
+    values = torch.linspace(-4, 4, 17, dtype=own.dtype, device=own.device)
+    evaluated = copy.deepcopy(module).eval()
+    try:
+        with torch.no_grad():
+            alone, together = evaluated(values), evaluated(values[None, :, None].repeat(1, 1, channels))
+    except (RuntimeError, ValueError, IndexError, TypeError):
+        return False
+    if not isinstance(alone, torch.Tensor) or alone.shape != values.shape:
+        return False
+    error = (together - alone[None, :, None]).abs()
+    return bool((error <= _ROUNDING * (1 + alone.abs().max())).all())
+
+
+def _is_mlp(module: nn.Module) -> bool:
+    return _forward_of(module) == "timm.layers.mlp.Mlp.forward"
 
 
 def _replaced_methods(module: nn.Module) -> list[str]:

@@ -310,11 +310,20 @@ def test_events_go_in_as_counts(name: str) -> None:
             refusing(events[:2].transpose(0, 1).float())
 
 
-def test_what_has_no_integer_form_is_refused() -> None:
+@pytest.mark.parametrize(
+    "other", [neurons.QIFNode(step_mode="m"), neurons.KLIFNode(step_mode="m"), neurons.SlidingPSN(k=2, step_mode="m")]
+)
+def test_other_neurons_are_refused_by_name(other: nn.Module) -> None:
     network, _ = lively(FAMILIES["spikformer"], 0, trained_statistics=False)
-    network.blocks[0].mlp.neuron1 = neurons.QIFNode(step_mode="m")  # type: ignore[index, union-attr]
-    with pytest.raises(UnsupportedNetworkError, match=r"blocks.0.mlp.neuron1 is QIFNode; neurons with an integer form"):
+    network.blocks[0].mlp.neuron1 = other  # type: ignore[index, union-attr]
+    with pytest.raises(
+        UnsupportedNetworkError,
+        match=rf"blocks.0.mlp.neuron1 is {type(other).__name__}; neurons with an integer form",
+    ):
         quantize(network.float(), [normalized(pictures(2))], method="max", preprocessing=PREPROCESSING)
+
+
+def test_what_has_no_integer_form_is_refused() -> None:
     network, _ = lively(FAMILIES["sdt"], 0, trained_statistics=False)
     network.patch_embed.final_stage[2].ceil_mode = True  # type: ignore[index, union-attr]
     with pytest.raises(UnsupportedNetworkError, match=r"final_stage.2 is MaxPool2d.* without dilation or ceil_mode"):

@@ -8,12 +8,14 @@ import pickle
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from timm.layers.attention import Attention as VitAttention
+from timm.layers.mlp import GatedMlp, GluMlp, SwiGLU
 from timm.models import SwinTransformer, SwinTransformerV2, VisionTransformer
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import ParallelScalingBlock, ResPostBlock
@@ -43,6 +45,16 @@ class GatedAttention(VitAttention):
 
 
 Groups = Callable[[nn.Module], list[Group]]
+
+
+def with_head(network: Any, head: nn.Module) -> nn.Module:
+    if hasattr(network.head, "fc"):
+        network.head.fc = head
+    else:
+        network.head = head
+    changed: nn.Module = network
+    return changed
+
 
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], Groups]] = {
     "swin": (partial(_swin, embed_dim=16, depths=(2, 2), num_heads=(2, 4), window_size=4), swin_groups),
@@ -98,6 +110,35 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], Groups]] = {
             VisionTransformerDistilled, img_size=16, patch_size=8, num_classes=5, depth=2, embed_dim=24, num_heads=3
         ),
         vit_groups,
+    ),
+    "vit, gated MLPs": (
+        partial(_vit, embed_dim=16, num_heads=2, mlp_layer=partial(GluMlp, act_layer=nn.SiLU, gate_last=False)),
+        vit_groups,
+    ),
+    "vit, gated MLPs of two layers": (partial(_vit, embed_dim=16, num_heads=2, mlp_layer=SwiGLU), vit_groups),
+    "vit, prr": (partial(_vit, embed_dim=16, num_heads=2, global_pool="prr"), vit_groups),
+    "vit, batch norm and MLP as head": (
+        lambda: with_head(
+            _vit(embed_dim=16, num_heads=2),
+            nn.Sequential(nn.Dropout(0.1), nn.BatchNorm1d(16), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 5)),
+        ),
+        vit_groups,
+    ),
+    "vit, norms without weights in the head": (
+        lambda: with_head(
+            _vit(embed_dim=16, num_heads=2),
+            nn.Sequential(
+                nn.LayerNorm(16, elementwise_affine=False), nn.BatchNorm1d(16, affine=False), nn.Linear(16, 5)
+            ),
+        ),
+        vit_groups,
+    ),
+    "swin, norm in the head": (
+        lambda: with_head(
+            _swin(embed_dim=16, depths=(1, 1), num_heads=(2, 2), window_size=4),
+            nn.Sequential(nn.LayerNorm(32), nn.Linear(32, 5)),
+        ),
+        swin_groups,
     ),
     "vit, post norm": (partial(_vit, embed_dim=16, num_heads=2, block_fn=ResPostBlock, mlp_ratio=1.5), vit_groups),
 }
@@ -470,14 +511,14 @@ def test_a_stage_without_classifier_has_no_embedding_width() -> None:
             r"blocks\.0 is a ParallelScalingBlock",
         ),
         (partial(_vit, embed_dim=16, num_heads=2, attn_layer="diff"), r"blocks\.0\.attn is a DiffAttention"),
-        (partial(_vit, embed_dim=16, num_heads=2, mlp_layer="swiglu"), r"blocks\.0\.mlp is a"),
+        (partial(_vit, embed_dim=16, num_heads=2, mlp_layer=GatedMlp), r"blocks\.0\.mlp is a GatedMlp"),
+        (
+            partial(_vit, embed_dim=16, num_heads=2, scale_mlp_norm=True, mlp_layer=GluMlp),
+            r"blocks\.0\.mlp\.norm is a LayerNorm",
+        ),
     ],
 )
 def test_variants_that_are_not_written_down_are_refused(build: Callable[[], Vit], message: str) -> None:
-    if build.keywords.get("mlp_layer") == "swiglu":  # type: ignore[attr-defined]
-        from timm.layers import SwiGLU
-
-        build = partial(_vit, embed_dim=16, num_heads=2, mlp_layer=SwiGLU)
     with pytest.raises(UnsupportedNetworkError, match=message):
         vit_groups(build())
 

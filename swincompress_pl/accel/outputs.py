@@ -11,8 +11,6 @@ import numpy.typing as npt
 
 from swincompress_pl import spec
 
-LOGITS = "logits"
-
 
 @dataclass(frozen=True, kw_only=True)
 class EngineOutput:
@@ -31,9 +29,9 @@ class EngineOutput:
     scale: float
 
 
-def logits_output(classes: int, scale: float) -> tuple[EngineOutput, ...]:
+def single_output(name: str, channels: int, scale: float) -> tuple[EngineOutput, ...]:
     """The one output of an artifact without named ones."""
-    return (EngineOutput(name=LOGITS, shape=(classes,), dtype="int32", scale=scale),)
+    return (EngineOutput(name=name, shape=(channels,), dtype="int32", scale=scale),)
 
 
 def named_outputs(program: spec.Program, values: Mapping[str, spec.Value]) -> tuple[EngineOutput, ...]:

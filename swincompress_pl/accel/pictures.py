@@ -187,6 +187,11 @@ def classify(
     if engine.num_classes == 0:
         listed = ", ".join(output.name for output in engine.outputs)
         raise ValueError(f"the engine gives the outputs {listed}, and no logits; call it on pixels: engine(images)")
+    if engine.outputs[0].name != "logits":
+        raise ValueError(
+            f"the network has no classes: the engine gives {engine.num_classes} features per picture, for a head "
+            "outside it. engine(pixels) computes them"
+        )
     names = engine.classes if classes is None else tuple(classes)
     if names is not None and len(names) != engine.num_classes:
         raise ValueError(f"classes has {len(names)} names, and the engine has {engine.num_classes} classes; name each")

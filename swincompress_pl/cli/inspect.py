@@ -119,8 +119,10 @@ def _show_outputs(described: Mapping[str, Any]) -> None:
         return
     classes = described["classes"]
     more = "; ..." if classes and len(classes) > 5 else ""
-    print("classes: " + ("not named" if classes is None else f"{len(classes)}: {'; '.join(classes[:5])}{more}"))
-    print(f"logits: int32, one step is {described['logit_scale']:.6g}")
+    answers = "features" if described["origin"].get("answers") == "features" else "logits"
+    if answers == "logits":
+        print("classes: " + ("not named" if classes is None else f"{len(classes)}: {'; '.join(classes[:5])}{more}"))
+    print(f"{answers}: int32, one step is {described['logit_scale']:.6g}")
 
 
 def _dtype(table: Sequence[Cost], value: str) -> str:

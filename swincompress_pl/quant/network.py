@@ -354,11 +354,12 @@ class QuantizedNetwork(nn.Module):
         )
 
     def _origin(self) -> dict[str, Any]:
-        """How the float network can be built again, or the history alone if it cannot."""
+        """How the float network can be built again, or the history alone, and whether it gives features."""
+        answers = {"answers": "features"} if self.graph.embeds and not self.graph.outputs else {}
         try:
-            return origin_of(self.network, self.compression_history, changed_attributes(self.network))
+            return origin_of(self.network, self.compression_history, changed_attributes(self.network)) | answers
         except ValueError:  # changed since it was created, in what no argument says
-            return {"network": None, "history": self.compression_history}
+            return {"network": None, "history": self.compression_history} | answers
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedNetwork:
         """Moves the module as any other, but keeps it in float32 when it is cast to another format."""

@@ -87,7 +87,7 @@ CASES: dict[str, Case] = {
         lambda: hugging("DeiTForImageClassificationWithTeacher", **VIT),
         logits,
         "VisionTransformerDistilled",
-        False,
+        True,
     ),
     "DINOv2": (lambda: hugging("Dinov2Model", **PLAIN), pooled, "VisionTransformer", True),
     "DINOv2, registers": (

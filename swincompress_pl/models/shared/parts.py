@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from timm.layers.mlp import Mlp
+from timm.layers.mlp import GluMlp, Mlp, SwiGLU
 from torch import nn
 
-from swincompress_pl.layer_types import first_linear, full_name
+from swincompress_pl.layer_types import full_name, in_order, maps_each_value, passes
 from swincompress_pl.pruning.structure.groups import Attribute, ClassSwap, Group, Slice
 from swincompress_pl.registry import UnsupportedNetworkError
+
+MLPS = (Mlp, GluMlp, SwiGLU)
 
 
 def length_of(path: str, name: str, *, axis: int = 0) -> Attribute:
@@ -111,17 +113,38 @@ class AttentionGroups:
 
 
 def mlp_group(path: str, block: nn.Module) -> Group:
-    """The hidden channels of fc1 -> activation -> fc2."""
-    mlp = part_of(block, path.rpartition(".")[0], "mlp", Mlp)
+    """The hidden channels of fc1 -> activation -> fc2, each with its gate if the MLP is gated."""
+    mlp = part_of(block, path.rpartition(".")[0], "mlp", *MLPS)
     refuse_norm(mlp, path, "scale_mlp_norm=False")
-    fc1, _ = linear_of(mlp, path, "fc1"), linear_of(mlp, path, "fc2")
+    fc2 = linear_of(mlp, path, "fc2")
+    layers = {name: linear_of(mlp, path, name) for name in readers_of_mlp(mlp)}
+    hidden = fc2.in_features
+    starts = (0, hidden) if isinstance(mlp, GluMlp) else (0,)  # two halves of one layer
+    act = mlp.get_submodule("act")
+    widths = {layer.out_features for layer in layers.values()}
+    if widths != {len(starts) * hidden} or not maps_each_value(act, hidden):
+        raise UnsupportedNetworkError(
+            f"{path}.act is a {full_name(type(act))}, which does not map each value alone, so its hidden channels "
+            "cannot be removed one by one; use an elementwise activation, e.g. nn.GELU"
+        )
     return Group(
         name=f"{path}.channels",
         kind="mlp",
-        units=fc1.out_features,
-        slices=(*rows(f"{path}.fc1", fc1), columns(f"{path}.fc2")),
-        attributes=(length_of(f"{path}.fc1", "out_features"), length_of(f"{path}.fc2", "in_features", axis=1)),
+        units=hidden,
+        slices=(
+            *(part for name, layer in layers.items() for part in rows(f"{path}.{name}", layer, 1, starts)),
+            columns(f"{path}.fc2"),
+        ),
+        attributes=(
+            *(length_of(f"{path}.{name}", "out_features") for name in layers),
+            length_of(f"{path}.fc2", "in_features", axis=1),
+        ),
     )
+
+
+def readers_of_mlp(mlp: nn.Module) -> tuple[str, ...]:
+    """The names of the layers that read the input of an MLP."""
+    return ("fc1_g", "fc1_x") if isinstance(mlp, SwiGLU) else ("fc1",)
 
 
 def blocks_of(network: nn.Module, *types: type[nn.Module]) -> list[tuple[str, nn.Module]]:
@@ -138,11 +161,12 @@ def blocks_of(network: nn.Module, *types: type[nn.Module]) -> list[tuple[str, nn
     return found
 
 
-def part_of(block: nn.Module, path: str, name: str, wanted: type[nn.Module]) -> nn.Module:
-    """`block.name`, which must be a `wanted`."""
+def part_of(block: nn.Module, path: str, name: str, *wanted: type[nn.Module]) -> nn.Module:
+    """`block.name`, which must be one of `wanted`."""
     part = getattr(block, name, None)
     if not isinstance(part, wanted):
-        raise _unsupported(f"{path}.{name}", part, f"a timm {wanted.__name__}")
+        raise _unsupported(f"{path}.{name}", part, f"a timm {' or '.join(kind.__name__ for kind in wanted)}")
+    assert isinstance(part, nn.Module)
     return part
 
 
@@ -155,12 +179,27 @@ def linear_of(module: nn.Module, path: str, name: str) -> nn.Linear:
 
 
 def reader_of_head(network: nn.Module, path: str = "head") -> str:
-    """The path of the layer that reads the features: the classifier itself, or the first nn.Linear of an nn.Sequential.
+    """The path of the layer that reads the features: the classifier itself, or the first layer of an nn.Sequential.
 
-    Dropout may come before that nn.Linear.
+    Dropout, and norms over the features (`norms_of_head`), may come before it.
     """
-    inner = first_linear(network.get_submodule(path))
-    return path if inner is None else f"{path}.{inner}"
+    return _beginning_of_head(network, path)[-1]
+
+
+def norms_of_head(network: nn.Module, path: str = "head") -> list[str]:
+    """The paths of the norms between the features and the layer that reads them."""
+    return _beginning_of_head(network, path)[:-1]
+
+
+def _beginning_of_head(network: nn.Module, path: str) -> list[str]:
+    found = []
+    for inner in in_order(network.get_submodule(path)):
+        layer = network.get_submodule(f"{path}.{inner}" if inner else path)
+        if not passes(layer):
+            found.append(f"{path}.{inner}" if inner else path)
+            if not isinstance(layer, nn.LayerNorm | nn.BatchNorm1d):
+                return found
+    return [path]
 
 
 def refuse_norm(module: nn.Module, path: str, remedy: str) -> None:

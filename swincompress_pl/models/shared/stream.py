@@ -6,13 +6,12 @@ from collections.abc import Collection
 
 from timm.layers.attention import Attention
 from timm.layers.layer_scale import LayerScale
-from timm.layers.mlp import Mlp
 from timm.layers.norm import LayerNorm
 from timm.layers.patch_embed import PatchEmbed
 from torch import Tensor, nn
 
 from swincompress_pl.layer_types import full_name
-from swincompress_pl.models.shared.parts import columns, length_of, rows
+from swincompress_pl.models.shared.parts import MLPS, columns, length_of, readers_of_mlp, rows
 from swincompress_pl.pruning.structure.groups import Attribute, ClassSwap, Group, NormSlice, Slice
 from swincompress_pl.pruning.structure.unit_masks import MaskedLayerNorm
 
@@ -72,9 +71,12 @@ class Stream:
         self._attributes.append(length_of(path, "in_features", axis=1))
 
     def norm(self, path: str, offsets: tuple[int, ...] = (0,), *, size_of: str | None = None, axis: int = 0) -> None:
-        """Adds a LayerNorm on the stream, if it is one; `size_of` and `axis` give its width if it has no weight."""
+        """Adds a norm on the stream, if it is one; `size_of` and `axis` give its width if it has no weight."""
         norm = self.network.get_submodule(path)
         if isinstance(norm, nn.Identity):
+            return
+        if type(norm) is nn.BatchNorm1d:
+            self._batch_norm(path, norm)
             return
         self.require(type(norm) in _NORMS, path)
         assert isinstance(norm, nn.LayerNorm)
@@ -85,6 +87,17 @@ class Stream:
         if norm.weight is not None:
             size_of, axis = f"{path}.weight", 0
         self._attributes.append(Attribute(module=path, name="normalized_shape", size_of=size_of, axis=axis))
+
+    def _batch_norm(self, path: str, norm: nn.BatchNorm1d) -> None:
+        """Adds a BatchNorm over features (N, C)."""
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            if getattr(norm, name) is not None:
+                self._slices.append(Slice(tensor=f"{path}.{name}", axis=0))
+        size_of = next(
+            (f"{path}.{name}" for name in ("weight", "running_mean") if getattr(norm, name) is not None), None
+        )
+        self.require(size_of is not None, path)
+        self._attributes.append(Attribute(module=path, name="num_features", size_of=size_of))
 
     def tensors(self, *names: str) -> None:
         """Adds parameters (1, tokens, channels) of the network that are added or prepended to the stream."""
@@ -98,7 +111,7 @@ class Stream:
         """Adds attention and MLP, with the norms before them (reading) or behind them (writing)."""
         block = self.network.get_submodule(path)
         self.only(path, {"norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2"})
-        self.require(isinstance(block.mlp, Mlp) and isinstance(block.attn, nn.Module), path)
+        self.require(isinstance(block.mlp, MLPS) and isinstance(block.attn, nn.Module), path)
         for half in ("1", "2"):
             self.norm(f"{path}.norm{half}")
             self._layer_scale(f"{path}.ls{half}", getattr(block, f"ls{half}", None))
@@ -106,7 +119,8 @@ class Stream:
         if isinstance(block.attn, Attention) and block.attn.gate is not None:
             self.reader(f"{path}.attn.gate")
         self.writer(f"{path}.attn.proj")
-        self.reader(f"{path}.mlp.fc1")
+        for name in readers_of_mlp(block.mlp):
+            self.reader(f"{path}.mlp.{name}")
         self.writer(f"{path}.mlp.fc2")
         self.attributes(path, "dim")
         self.attributes(f"{path}.attn", "dim")

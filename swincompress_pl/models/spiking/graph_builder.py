@@ -15,6 +15,7 @@ from torch.nn.modules.conv import _ConvNd
 from swincompress_pl.layer_types import alteration
 from swincompress_pl.quant import Graph, GraphBuilder, Node, QuantizerSpec
 from swincompress_pl.quant.graph.conv_norm import ConvNormNode
+from swincompress_pl.quant.graph.heads import Head
 from swincompress_pl.quant.graph.neurons import Neuron, require_plain_neuron
 from swincompress_pl.quant.graph.nodes import AddNode, MeanNode
 from swincompress_pl.quant.graph.quantizer_spec import LOGIT_BITS
@@ -298,9 +299,12 @@ class SpikingBuilder(GraphBuilder):
     def head_on_counts(self, path: str, x: str) -> None:
         """The mean over time and tokens, then the classifier."""
         given = self.of(x)
-        quantizer = self.quantizer(QuantizerSpec(name="pool", segments=(given.channels,), signed=False))
-        node = MeanNode(name="pool", inputs=(x,), quantizer=quantizer, rows=self.steps * given.tokens)
-        self.head(path, self._made(node, given))
+        head = Head(self.network, path)
+        spec = head.operand("pool", given.channels)
+        if spec.operand and spec.bits <= 8:  # a mean of counts, which a product reads, needs no sign
+            spec = replace(spec, signed=False)
+        node = MeanNode(name="pool", inputs=(x,), quantizer=self.quantizer(spec), rows=self.steps * given.tokens)
+        self.head(head, self._made(node, given))
 
     def head_on_stream(self, path: str, neuron: str, x: str) -> None:
         """Neurons on the mean over tokens, the mean of their spikes over time, then the classifier."""

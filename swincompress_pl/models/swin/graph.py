@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from timm.layers.classifier import ClassifierHead
+from timm.layers.classifier import ClassifierHead, ClNormMlpClassifierHead
 from torch import nn
 
 from swincompress_pl.layer_types import full_name
-from swincompress_pl.quant import Graph, GraphBuilder, QuantizerSpec
+from swincompress_pl.quant import Graph, GraphBuilder
+from swincompress_pl.quant.graph.heads import Head
 from swincompress_pl.quant.graph.nodes import MeanNode
 
 IndexArray = npt.NDArray[np.int32]
@@ -26,27 +27,7 @@ def swin_graph(network: Any, preprocessing: Mapping[str, Any]) -> Graph:
     """The graph of a SwinTransformer; an UnsupportedNetworkError for a variant without an integer form."""
     build = GraphBuilder(network)
     *_, (x, size) = swin_stream(build, network, preprocessing)
-    channels = build.plain("norm", nn.LayerNorm).normalized_shape[0]
-    build.refuse(
-        not isinstance(network.head, ClassifierHead),
-        f"its head is {full_name(type(network.head))}; timm's ClassifierHead, with an nn.Linear as fc, is needed",
-    )
-    x = build.layer_norm("norm", x, quantizer=build.residual("norm", channels))
-    pool = network.head.global_pool
-    build.refuse(
-        getattr(pool, "pool_type", "avg") != "avg", f"global pooling {pool}; only average pooling is supported"
-    )
-    pooled = build.quantizer(QuantizerSpec(name="head.global_pool", segments=(channels,)))
-    x = build.add(
-        MeanNode(
-            name="head.global_pool",
-            inputs=(x,),
-            quantizer=pooled,
-            rows=size[0] * size[1],
-            regularizers=build.active("head.drop"),
-        )
-    )
-    build.head("head.fc", x)
+    _end(build, network, x, size)
     height, width = network.patch_embed.img_size
     in_channels = build.plain("patch_embed.proj", nn.Conv2d).in_channels
     return build.graph(height=height, width=width, channels=in_channels)
@@ -78,6 +59,30 @@ def swin_stream(build: GraphBuilder, network: Any, preprocessing: Mapping[str, A
         for index, block in enumerate(stage.blocks):
             x = _block(build, f"layers.{number}.blocks.{index}", block, x, size, residual)
         yield x, size
+
+
+def _end(build: GraphBuilder, network: Any, x: str, size: Size) -> None:
+    """Adds the final norm, the mean of all tokens, and the head."""
+    channels = build.plain("norm", nn.LayerNorm).normalized_shape[0]
+    head_type = type(network.head)
+    if head_type is ClNormMlpClassifierHead:
+        pool, parts = network.head.pool_type, ("head.norm", "head.pre_logits", "head.drop", "head.fc")
+    else:
+        build.refuse(
+            not isinstance(network.head, ClassifierHead),
+            f"its head is {full_name(head_type)}; timm's ClassifierHead or ClNormMlpClassifierHead is needed, with an "
+            "nn.Linear, or an nn.Sequential that ends in one, as fc",
+        )
+        pool, parts = getattr(network.head.global_pool, "pool_type", "avg"), ("head.drop", "head.fc")
+    build.refuse(
+        pool != "avg",
+        f"global pooling {pool!r}; only 'avg' is supported: network.reset_classifier(num_classes, 'avg') changes it",
+    )
+    head = Head(network, *parts)
+    x = build.layer_norm("norm", x, quantizer=build.residual("norm", channels))
+    pooled = build.quantizer(head.operand("head.global_pool", channels))
+    x = build.add(MeanNode(name="head.global_pool", inputs=(x,), quantizer=pooled, rows=size[0] * size[1]))
+    build.head(head, x)
 
 
 def _patch_merging(build: GraphBuilder, path: str, merging: Any, x: str, size: Size, residual: str) -> tuple[str, Size]:

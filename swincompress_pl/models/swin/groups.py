@@ -13,6 +13,7 @@ from swincompress_pl.models.shared.parts import (
     blocks_of,
     length_of,
     mlp_group,
+    norms_of_head,
     part_of,
     reader_of_head,
 )
@@ -142,7 +143,11 @@ def _classifier(stream: Stream) -> None:
     stream.require(isinstance(classifier, nn.Linear), reader)
     assert isinstance(classifier, nn.Linear)
     pooled = classifier.in_features // stream.units
-    stream.reader(reader, tuple(index * stream.units for index in range(pooled)))
+    offsets = tuple(index * stream.units for index in range(pooled))
+    for norm in norms_of_head(stream.network, "head.fc"):
+        stream.require(pooled == 1, norm)
+        stream.norm(norm, size_of=f"{reader}.weight", axis=1)
+    stream.reader(reader, offsets)
     stream.attributes("", "num_features")
     stream.attributes("head", "in_features")
     stream.lengths("head", "num_features", size_of=f"{reader}.weight", axis=1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 
 from swincompress_pl.models.vit.graph import vit_graph
@@ -15,7 +16,7 @@ from swincompress_pl.registry import UnsupportedNetworkError, register
 
 
 class VisionTransformerAdapter:
-    """ViT with class token, register tokens, layer scale and token or average pooling."""
+    """ViT and distilled DeiT, with class token, register tokens and layer scale."""
 
     family = "timm Vision Transformer"
 
@@ -33,10 +34,10 @@ class VisionTransformerAdapter:
 
     def graph(self, network: Any, preprocessing: Mapping[str, Any]) -> Graph:
         """The quantizable graph; an UnsupportedNetworkError for a network without an integer form."""
-        if type(network) is not VisionTransformer:
+        if type(network) not in (VisionTransformer, VisionTransformerDistilled):
             raise UnsupportedNetworkError(
-                f"{type(network).__name__}: no integer form; quantize and export a plain timm VisionTransformer "
-                f"(without a distillation head) or SwinTransformer"
+                f"{type(network).__name__}: no integer form; quantize and export a timm VisionTransformer, "
+                "VisionTransformerDistilled or SwinTransformer itself, not a subclass"
             )
         return vit_graph(network, preprocessing)
 

@@ -5,26 +5,28 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import numpy as np
 from timm.layers.attention import Attention
 from timm.layers.layer_scale import LayerScale
 from timm.layers.mlp import GluMlp, SwiGLU
 from timm.layers.patch_embed import PatchEmbed
+from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block
 from torch import nn
 
 from swincompress_pl.layer_types import full_name
-from swincompress_pl.quant import Graph, GraphBuilder, QuantizerSpec
-from swincompress_pl.quant.graph.nodes import AddConstantNode, MeanNode, PrependNode
+from swincompress_pl.models.vit.end import distilled_end, end
+from swincompress_pl.quant import Graph, GraphBuilder
+from swincompress_pl.quant.graph.nodes import AddConstantNode, PrependNode
 
 
 def vit_graph(network: Any, preprocessing: Mapping[str, Any]) -> Graph:
     """The graph of a VisionTransformer; an UnsupportedNetworkError for a variant without an integer form."""
     build = GraphBuilder(network)
-    _refuse_pooling(build, network)
     *_, x = vit_stream(build, network, preprocessing)
-    x = _pool(build, network, x)
-    build.head("head", x)
+    if isinstance(network, VisionTransformerDistilled):
+        distilled_end(build, network, x)
+    else:
+        end(build, network, x)
     height, width = network.patch_embed.img_size
     channels = build.plain("patch_embed.proj", nn.Conv2d).in_channels
     return build.graph(height=height, width=width, channels=channels)
@@ -41,23 +43,13 @@ def vit_stream(build: GraphBuilder, network: Any, preprocessing: Mapping[str, An
         yield x
 
 
-def _refuse_pooling(build: GraphBuilder, network: Any) -> None:
-    build.refuse(network.attn_pool is not None, f"global_pool={network.global_pool!r}; use 'token' or 'avg'")
-    build.refuse(
-        network.global_pool not in ("token", "avg"), f"global_pool={network.global_pool!r}; use 'token' or 'avg'"
-    )
-
-
 def _refuse_variants(build: GraphBuilder, network: Any) -> None:
-    build.refuse(
-        network.dynamic_img_size,
-        "dynamic_img_size=True; the engine needs one image size: create it with dynamic_img_size=False",
-    )
     build.refuse(not isinstance(network.patch_drop, nn.Identity), "patch_drop_rate > 0; set it to 0")
     build.refuse(
         not isinstance(network.patch_embed, PatchEmbed),
         f"patch_embed is {full_name(type(network.patch_embed))}; timm's PatchEmbed, a single convolution, is supported",
     )
+    _refuse_padding(build, network.patch_embed)
     build.refuse(
         not isinstance(network.patch_embed.norm, nn.Identity),
         "a norm inside patch_embed; only plain patch embedding is supported",
@@ -86,6 +78,16 @@ def _refuse_variants(build: GraphBuilder, network: Any) -> None:
             )
 
 
+def _refuse_padding(build: GraphBuilder, embed: PatchEmbed) -> None:
+    sides = list(zip(embed.img_size, embed.patch_size, strict=True))
+    build.refuse(
+        embed.dynamic_img_pad and any(side % patch for side, patch in sides),
+        f"dynamic_img_pad=True pads images of {embed.img_size} pixels to patches of {embed.patch_size}; integers have "
+        "no padding there: give sides that are multiples of the patches by "
+        f"network.set_input_size({tuple(-(-side // patch) * patch for side, patch in sides)})",
+    )
+
+
 def _embedding(build: GraphBuilder, network: Any, preprocessing: Mapping[str, Any], residual: str) -> str:
     """The patches with position embedding and prefix tokens, which take their rows of the embedding here."""
     covers_prefix = network.pos_embed is not None and not network.no_embed_class
@@ -103,7 +105,8 @@ def _embedding(build: GraphBuilder, network: Any, preprocessing: Mapping[str, An
                 regularizers=dropout,
             )
         )
-    tokens = tuple(name for name in ("cls_token", "reg_token") if getattr(network, name) is not None)
+    names = ("cls_token", "dist_token" if isinstance(network, VisionTransformerDistilled) else "reg_token")
+    tokens = tuple(name for name in names if getattr(network, name) is not None)
     if tokens:
         x = build.add(
             PrependNode(
@@ -137,32 +140,3 @@ def _block(build: GraphBuilder, path: str, block: Any, x: str, residual: str) ->
     return build.mlp(
         path, x, norm=f"{path}.norm2", residual=residual, layer_scale=scales[1], drop_path=f"{path}.drop_path2"
     )
-
-
-def _pool(build: GraphBuilder, network: Any, x: str) -> str:
-    """Selects the class token before the norm, which acts on each token, or averages between norm and fc_norm."""
-    dropout = build.active("head_drop")
-    tokens = network.num_prefix_tokens + network.patch_embed.num_patches
-    norm_path = "norm" if not isinstance(network.norm, nn.Identity) else None
-    fc_norm_path = "fc_norm" if not isinstance(network.fc_norm, nn.Identity) else None
-    build.refuse(norm_path is None and fc_norm_path is None, "no final norm; final_norm=True is needed")
-    build.refuse(norm_path is not None and fc_norm_path is not None, "both norm and fc_norm; only one is supported")
-    if network.global_pool == "token":
-        x = build.gather("class_token", x, np.zeros((1, 1), dtype=np.int32))
-        return build.layer_norm(norm_path or "fc_norm", x, regularizers=dropout)
-    first = 0 if network.pool_include_prefix else network.num_prefix_tokens
-    if first:
-        x = build.gather("patch_tokens", x, np.arange(first, tokens, dtype=np.int32)[:, None])
-    if norm_path is not None:
-        x = build.layer_norm(norm_path, x, quantizer=build.residual("norm", network.embed_dim))
-    spec = QuantizerSpec(name="pool", segments=(network.embed_dim,), bits=16 if fc_norm_path else 8)
-    x = build.add(
-        MeanNode(
-            name="pool",
-            inputs=(x,),
-            quantizer=build.quantizer(spec),
-            rows=tokens - first,
-            regularizers=() if fc_norm_path else dropout,
-        )
-    )
-    return build.layer_norm("fc_norm", x, regularizers=dropout) if fc_norm_path else x

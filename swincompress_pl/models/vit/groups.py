@@ -13,6 +13,7 @@ from swincompress_pl.models.shared.parts import (
     AttentionGroups,
     blocks_of,
     mlp_group,
+    norms_of_head,
     part_of,
     reader_of_head,
     refuse_norm,
@@ -29,8 +30,8 @@ def vit_groups(network: nn.Module) -> list[Group]:
     First come the blocks in order, e.g. "blocks.0.attn.heads", "blocks.0.attn.head_dim" and "blocks.0.mlp.channels",
     then "embed". With qk_norm there is no "head_dim", as the statistics run over the dimensions of a head. There is no
     "embed" if the stream meets something that is not timm's own (RmsNorm, a hybrid patch embedding, attention pooling,
-    no classifier). Other variants raise UnsupportedNetworkError: parallel blocks, differential attention, gated MLPs,
-    and norms over the attention's output or the MLP's hidden channels.
+    no classifier). Other variants raise UnsupportedNetworkError: parallel blocks, differential attention, and
+    norms over the attention's output or the MLP's hidden channels.
     """
     groups: list[Group] = []
     for path, block in blocks_of(network, Block, ResPostBlock):
@@ -69,9 +70,10 @@ def _embed(network: nn.Module) -> Group:
     if not isinstance(classifier, nn.Linear):
         raise NotCoveredError(
             f"its head is {full_name(type(classifier))}; an nn.Linear, or an nn.Sequential that begins with one "
-            "(nn.Dropout aside), can follow the width of the stream"
+            "(norms and nn.Dropout aside), can follow the width of the stream"
         )
     stream = Stream(network, "embed", classifier.in_features)
+    stream.require(getattr(network, "attn_pool", None) is None, "attn_pool")
     stream.only("", {"patch_embed", "norm_pre", "blocks", "norm", "fc_norm", "head", "head_dist"})
     for name, _ in network.named_parameters(recurse=False):
         stream.require(name in _TOKENS, name)
@@ -83,9 +85,11 @@ def _embed(network: nn.Module) -> Group:
         stream.block(f"blocks.{index}")
     stream.norm("norm")
     stream.norm("fc_norm")
-    stream.reader(head)
-    if hasattr(network, "head_dist"):
-        stream.reader(reader_of_head(network, "head_dist"))
+    for path in ("head", "head_dist") if hasattr(network, "head_dist") else ("head",):
+        reader = reader_of_head(network, path)
+        for norm in norms_of_head(network, path):
+            stream.norm(norm, size_of=f"{reader}.weight", axis=1)
+        stream.reader(reader)
     stream.attributes("", "embed_dim", "num_features", "head_hidden_size")
     stream.feature_info(*blocks)
     return stream.group()

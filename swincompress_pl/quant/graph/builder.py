@@ -11,8 +11,10 @@ import numpy.typing as npt
 from torch import nn
 
 from swincompress_pl._deprecated import renamed, renamed_attributes
-from swincompress_pl.layer_types import alteration, full_name, is_around_linear
+from swincompress_pl.layer_types import alteration, full_name, maps_each_value
 from swincompress_pl.quant.graph.graph import Graph, Node
+from swincompress_pl.quant.graph.head_nodes import NormedLinearNode
+from swincompress_pl.quant.graph.heads import OR_A_HEAD, Head
 from swincompress_pl.quant.graph.nodes import (
     ActivationNode,
     AddNode,
@@ -34,7 +36,6 @@ from swincompress_pl.quant.graph.quantizer_spec import (
 from swincompress_pl.registry import UnsupportedNetworkError
 
 _ADDING = (LayerNormNode, LinearNode, ActivationNode)
-_OR_A_HEAD = " for a head, as num_classes > 0 makes it, or an nn.Sequential of one and nn.Dropout"
 _SUBTRACTING = (LinearNode, ActivationNode)
 IndexArray = npt.NDArray[np.int32]
 Layer = TypeVar("Layer", bound=nn.Module)
@@ -189,7 +190,10 @@ class GraphBuilder:
             not plain, f"{path} is {conv}; the first layer must be an nn.Conv2d without padding, groups or dilation"
         )
         if len(mean) != conv.in_channels or len(std) != conv.in_channels:
-            raise ValueError(f"preprocessing has {len(mean)} means for the {conv.in_channels} input channels of {path}")
+            raise ValueError(
+                f"preprocessing has {len(mean)} means for the {conv.in_channels} input channels of {path}; pass "
+                "preprocessing={'mean': [...], 'std': [...]} with one number per channel"
+            )
         return self.add(
             PixelConvNode(
                 name=path,
@@ -319,7 +323,35 @@ class GraphBuilder:
             )
         )
 
-    def mlp(self, block: str, x: str, *, norm: str, residual: str, layer_scale: str | None, drop_path: str) -> str:
+    def activation(self, path: str, x: str, *, quantizer: str, regularizers: tuple[str, ...] = ()) -> str:
+        """Adds an activation function, as a table of values.
+
+        Args:
+            path: Path of the module.
+            x: Name of the value that it reads.
+            quantizer: Name of the quantizer of its output.
+            regularizers: Paths of modules that act on the output in training.
+
+        Returns:
+            The name of the output.
+
+        Raises:
+            UnsupportedNetworkError: If it does not map each value alone, such as a softmax, a GLU, or a PReLU with a
+                slope per channel.
+        """
+        function = self.network.get_submodule(path)
+        self.refuse(
+            not maps_each_value(function, self._channels_of(x)),
+            f"{path} ({full_name(type(function))}) does not map each value alone, so it cannot become a table of "
+            "values; use an elementwise activation, e.g. nn.GELU, or nn.PReLU with one slope",
+        )
+        return self.add(
+            ActivationNode(name=path, inputs=(x,), module=path, quantizer=quantizer, regularizers=regularizers)
+        )
+
+    def mlp(
+        self, block: str, x: str, *, norm: str, residual: str, layer_scale: str | None, drop_path: str | None
+    ) -> str:
         """Adds the MLP of a block with its residual connection: x + fc2(act(fc1(norm(x)))).
 
         Args:
@@ -328,7 +360,7 @@ class GraphBuilder:
             norm: Path of the LayerNorm.
             residual: Name of the quantizer of the residual stream.
             layer_scale: Path of a parameter that multiplies the output of fc2; None for none.
-            drop_path: Path of the module of stochastic depth.
+            drop_path: Path of the module of stochastic depth; None for none.
 
         Returns:
             The name of the sum.
@@ -340,26 +372,33 @@ class GraphBuilder:
         mlp = self.network.get_submodule(path)
         plain = all(isinstance(getattr(mlp, name, None), nn.Module) for name in ("fc1", "act", "fc2"))
         plain = plain and not hasattr(mlp, "gate_norm") and isinstance(getattr(mlp, "norm", nn.Identity()), nn.Identity)
-        self.refuse(not plain, f"{path} is {type(mlp).__name__}; only fc1 - activation - fc2 without norm is supported")
+        self.refuse(
+            not plain,
+            f"{path} is {full_name(type(mlp))}; only fc1 - activation - fc2 without norm and gate is supported, such "
+            "as timm's Mlp",
+        )
         hidden = self.plain(f"{path}.fc1", nn.Linear).out_features
+        read = self.plain(f"{path}.fc2", nn.Linear).in_features
+        self.refuse(
+            read != hidden,
+            f"{path} is {full_name(type(mlp))}, whose fc2 reads {read} of the {hidden} outputs of fc1; a gated MLP is "
+            "not supported, timm's Mlp is",
+        )
         y = self.layer_norm(norm, x)
         inner = QuantizerSpec(name=f"{path}.fc1", segments=(hidden,), operand=False)
         y = self.linear(f"{path}.fc1", y, quantizer=self.quantizer(inner))
-        y = self.add(
-            ActivationNode(
-                name=f"{path}.act",
-                inputs=(y,),
-                module=f"{path}.act",
-                quantizer=self.quantizer(QuantizerSpec(name=f"{path}.act", segments=(hidden,))),
-                regularizers=self.active(f"{path}.drop1"),
-            )
+        y = self.activation(
+            f"{path}.act",
+            y,
+            quantizer=self.quantizer(QuantizerSpec(name=f"{path}.act", segments=(hidden,))),
+            regularizers=self.active(f"{path}.drop1"),
         )
         y = self.linear(
             f"{path}.fc2",
             y,
             quantizer=residual,
             layer_scale=layer_scale,
-            regularizers=self.active(f"{path}.drop2", drop_path),
+            regularizers=self.active(f"{path}.drop2", *([] if drop_path is None else [drop_path])),
         )
         return self.residual_add(f"{block}.add2", x, y, residual)
 
@@ -377,13 +416,15 @@ class GraphBuilder:
         """
         return self.add(AddNode(name=name, inputs=(x, branch), quantizer=residual))
 
-    def head(self, path: str, x: str) -> str:
+    def head(self, path: str | Head, x: str, *, factor: float = 1.0) -> str:
         """Adds the end of the network.
 
         Args:
-            path: Path of the classifier: an nn.Linear, an nn.Sequential of one and dropout, or an nn.Identity for a
-                network that gives features.
-            x: Name of the value that it reads.
+            path: Path of the classifier: an nn.Linear; an nn.Sequential or timm Mlp of nn.Linear, nn.LayerNorm,
+                nn.BatchNorm1d, elementwise activations and dropout; or an nn.Identity for a network that gives
+                features. Or the `Head` of several modules.
+            x: Name of the value that it reads, of the quantizer that `Head.operand` describes.
+            factor: What the logits are multiplied with.
 
         Returns:
             The name of the logits or features.
@@ -391,24 +432,59 @@ class GraphBuilder:
         Raises:
             UnsupportedNetworkError: If the classifier is another layer.
         """
-        layer = self.network.get_submodule(path)
-        if type(layer) is nn.Identity:
-            return self._embedding(path, x)
-        if not is_around_linear(layer):
-            return self._classifier(path, x)
-        names = [name for name, _ in layer.named_children()]
-        place = next(index for index, name in enumerate(names) if isinstance(layer.get_submodule(name), nn.Linear))
-        before, after = (
-            self.active(*(f"{path}.{name}" for name in part)) for part in (names[:place], names[place + 1 :])
-        )
-        maker = next(index for index, node in enumerate(self.nodes) if node.output == x)
-        self.nodes[maker] = replace(self.nodes[maker], regularizers=(*self.nodes[maker].regularizers, *before))
-        return self._classifier(f"{path}.{names[place]}", x, after)
+        head = Head(self.network, path) if isinstance(path, str) else path
+        if head.regularizers:
+            maker = next(index for index, node in enumerate(self.nodes) if node.output == x)
+            regularizers = (*self.nodes[maker].regularizers, *head.regularizers)
+            self.nodes[maker] = replace(self.nodes[maker], regularizers=regularizers)
+        for number in range(len(head.steps)):
+            last = number == len(head.steps) - 1 and not head.embeds
+            x = self._head_step(head, number, x, factor if last else 1.0)
+        return self._embedding(head.path, x) if head.embeds else x
 
-    def _classifier(self, path: str, x: str, regularizers: tuple[str, ...] = ()) -> str:
-        classes = self.plain(path, nn.Linear, or_else=_OR_A_HEAD).out_features
-        quantizer = self.quantizer(QuantizerSpec(name="logits", segments=(classes,), bits=LOGIT_BITS))
-        return self.linear(path, x, quantizer=quantizer, regularizers=regularizers)
+    def _head_step(self, head: Head, number: int, x: str, factor: float) -> str:
+        step, after = head.steps[number], number + 1
+        regularizers = tuple(step.regularizers)
+        if step.kind == "layer_norm":
+            channels = self.plain(step.path, nn.LayerNorm).normalized_shape[0]
+            made = self.quantizer(head.operand(step.path, channels, normed=True, reader=after))
+            return self.layer_norm(step.path, x, quantizer=made, regularizers=regularizers)
+        if step.kind == "activation":
+            made = self.quantizer(head.operand(step.path, self._channels_of(x), reader=after))
+            return self.activation(step.path, x, quantizer=made, regularizers=regularizers)
+        linear = self.plain(step.path, nn.Linear, or_else=OR_A_HEAD)
+        made = self.quantizer(head.operand(step.path, linear.out_features, reader=after))
+        if step.norm_before is None and step.norm_after is None:
+            return self.add(
+                LinearNode(
+                    name=step.path,
+                    inputs=(x,),
+                    quantizer=made,
+                    module=step.path,
+                    factor=factor,
+                    regularizers=regularizers,
+                )
+            )
+        self.refuse(factor != 1.0, f"{step.path} has an nn.BatchNorm1d beside it, and its logits are averaged")
+        return self.add(
+            NormedLinearNode(
+                name=step.path,
+                inputs=(x,),
+                quantizer=made,
+                module=step.path,
+                norm_before=step.norm_before,
+                norm_after=step.norm_after,
+                regularizers=regularizers,
+            )
+        )
+
+    def _channels_of(self, value: str) -> int:
+        """The width of a value, which has the quantizer of the value that its maker reads if it has none itself."""
+        node = next(node for node in self.nodes if node.output == value)
+        if node.quantizer is None:
+            joined = node.index.shape[1] if isinstance(node, GatherNode) else 1
+            return joined * self._channels_of(node.inputs[0])
+        return next(spec for spec in self._specs if spec.name == node.quantizer).channels
 
     def plain(self, path: str, wanted: type[Layer], *, or_else: str = "") -> Layer:
         """Finds a layer, and makes sure that it computes what its class does.
@@ -438,8 +514,7 @@ class GraphBuilder:
         return layer
 
     def _embedding(self, path: str, x: str) -> str:
-        made_by = next(node for node in self.nodes if node.output == x)
-        channels = next(spec for spec in self._specs if spec.name == made_by.quantizer).channels
+        channels = self._channels_of(x)
         quantizer = self.quantizer(QuantizerSpec(name=EMBEDDING, segments=(channels,), bits=LOGIT_BITS))
         return self.add(EmbeddingNode(name=path, inputs=(x,), quantizer=quantizer, module=path, channels=channels))
 

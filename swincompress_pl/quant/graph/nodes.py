@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -25,12 +26,21 @@ from swincompress_pl.spec.lowering import TABLE_CODES, layer_norm_integers, tabl
 @renamed(site="quantizer")
 @dataclass(frozen=True, kw_only=True)
 class LinearNode(WeightedNode):
-    """The nn.Linear at `module`; `layer_scale`, a factor per output channel, is folded into weight and bias."""
+    """The nn.Linear at `module`.
+
+    `layer_scale`, the path of a factor per output channel, and the number `factor` are folded into weight and bias.
+    """
 
     layer_scale: str | None = None
+    factor: float = 1.0
 
     def _gamma(self, network: nn.Module) -> Tensor | None:
-        return None if self.layer_scale is None else parameter(network, self.layer_scale)
+        if self.layer_scale is not None:
+            return parameter(network, self.layer_scale) * self.factor
+        if self.factor == 1.0:
+            return None
+        weight = parameter(network, f"{self.module}.weight")
+        return weight.new_full((len(weight),), self.factor)
 
     def folded_weight(self, network: nn.Module, equalization: Tensor | None) -> Tensor:
         """The weight (M, K), with layer scale and ratios."""
@@ -242,7 +252,8 @@ class ActivationNode(Node):
     def lower(self, lowering: Lowering) -> None:
         """Writes a `table` operation."""
         codes = torch.from_numpy(TABLE_CODES)
-        function = lowering.network.get_submodule(self.module)
+        # In double precision, also what it has learned (the slope of a PReLU).
+        function = copy.deepcopy(lowering.network.get_submodule(self.module)).to("cpu", torch.float64).eval()
         (centering_in,), (centering_out,) = lowering.centering(self.inputs[0]), lowering.centering(self.output)
         real = to_array(function(codes * lowering.scalar_scale(self.inputs[0]) - centering_in)) + centering_out
         values = table_values(real, lowering.scalar_scale(self.output), lowering.spec(self.output).dtype)
@@ -347,7 +358,10 @@ class GatherNode(Node):
 @renamed(site="quantizer")
 @dataclass(frozen=True, kw_only=True)
 class MeanNode(Node):
-    """The mean over all `rows`, tokens and time steps, as one sum and one requantization."""
+    """The mean over all `rows`, tokens and time steps, as one sum and one requantization.
+
+    With one row it gives a token another scale.
+    """
 
     rows: int
 
@@ -410,7 +424,7 @@ class AttentionNode(Node):
     def lower(self, lowering: Lowering) -> None:
         """Writes an `attention` operation."""
         heads, scale = self._heads_and_scale(lowering.network)
-        q_scale, k_scale, v_scale = lowering.segment_scales(self.inputs[0])
+        q_scale, k_scale, v_scale = np.broadcast_to(lowering.segment_scales(self.inputs[0]), 3)
         logit_unit = q_scale * k_scale * scale
         exp_mult, exp_shift = multiplier(np.full(heads, logit_unit * math.log2(math.e) * EXP_STEPS))
         out_mult, out_shift = multiplier(np.full(heads, v_scale / lowering.scalar_scale(self.output)))

@@ -1,0 +1,1 @@
+"""Names of timm, torchvision and transformers: pruned, quantized, exported and run, or refused."""
