@@ -16,7 +16,7 @@ from swincompress_pl._deprecated import renamed_attributes
 from swincompress_pl.accel import _core, artifact, pictures
 from swincompress_pl.accel.core import artifact_engine, program_engine, resolve_threads
 from swincompress_pl.accel.images import Images, as_images
-from swincompress_pl.accel.outputs import EngineOutput, by_name, empty, single_output, named_outputs
+from swincompress_pl.accel.outputs import EngineOutput, by_name, empty, named_outputs, single_output
 from swincompress_pl.accel.pictures import Prediction, Preprocess
 from swincompress_pl.accel.profile import Counts, Profile, profile_of, spike_counts
 
@@ -69,8 +69,7 @@ class _Runtime:
 
     @property
     def outputs(self) -> tuple[EngineOutput, ...]:
-        """What the engine gives: the named outputs of the artifact in their order, or one entry named "logits"; that of
-        a network without classes is "features"."""
+        """What the engine gives: the artifact's named outputs in their order, or one entry, "logits" or "features"."""
         if self._named:
             return self._named
         name = "features" if self.program.origin.get("answers") == "features" else "logits"
