@@ -402,9 +402,13 @@ def test_values_that_take_too_much_memory_are_refused() -> None:
     last = spec.Operation(
         kind="requantize", name="last", inputs=("y",), output="z", dtype="int32", tensors={k: k for k in factors}
     )
-    operations = (dataclasses.replace(program.operations[0], attributes={"rows": 2**22, "channels": 256}), last)
+    first = dataclasses.replace(program.operations[0], attributes={"rows": 2**22, "channels": 256})
+    large = dataclasses.replace(program, operations=(first, last), tensors=factors)
+    refused(large, lambda *_: None, "an image and its results take 5368709120 bytes; only 42949")
+    narrow = (first, dataclasses.replace(last, dtype="int8"))
+    output = spec.Output(name="z", value="z", scale=1.0, shape=(2**22, 256))
     refused(
-        dataclasses.replace(program, operations=operations, tensors=factors),
+        dataclasses.replace(large, operations=narrow, outputs=(output,)),
         lambda *_: None,
         "values between the operations take 4294967296 bytes and every thread 0; only 42949",
     )

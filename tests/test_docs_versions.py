@@ -8,7 +8,7 @@ from pathlib import Path
 
 from swincompress_pl.checkpoint.record import RECORD_VERSION
 from swincompress_pl.report import record
-from swincompress_pl.spec.program import NORM_VERSION
+from swincompress_pl.spec.program import NORM_VERSIONS
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "docs/reference/versions.md").read_text("utf-8")
@@ -25,7 +25,10 @@ def test_the_table_is_that_of_the_project() -> None:
 
 
 def test_formats() -> None:
-    assert f"| integer specification | {NORM_VERSION} |" in TEXT
+    newest = re.search(r"kVersionMax = (\d+)", (ROOT / "swincompress_pl/accel/csrc/reader.cpp").read_text("utf-8"))
+    assert newest
+    assert f"| artifact | 1, 2 or {newest[1]} | all |" in TEXT
+    assert f"| integer specification | {NORM_VERSIONS[-1]} with named outputs, else {NORM_VERSIONS[0]} |" in TEXT
     assert f"| compression record in checkpoints | {RECORD_VERSION} |" in TEXT
     assert f"| report record | {record.RECORD_VERSION} |" in TEXT
 

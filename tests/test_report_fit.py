@@ -195,7 +195,7 @@ def test_without_test_images_nothing_is_scored(tmp_path: Path) -> None:
 def test_why_nothing_was_scored(images: int, ranks: int, data: Any, note: str) -> None:
     report, record = CompressionReport(images=images), RunRecord(name="x")
     trainer: Any = SimpleNamespace(world_size=ranks, datamodule=data)
-    assert report._test_images(record, trainer) is None
+    assert report._test_images(record, trainer, nn.Identity()) is None
     assert note in report._notes[0]
 
 
