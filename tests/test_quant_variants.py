@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -258,6 +259,15 @@ def test_what_has_no_integers_is_refused_before_it_runs(name: str) -> None:
 def test_hidden_channels_that_meet_in_the_activation_are_not_removed() -> None:
     with pytest.raises(UnsupportedNetworkError, match="act is a Softmax, which does not map each value alone"):
         adapter_for(network := vit(activations(lambda width: nn.Softmax(-1)))()).groups(network)
+
+
+@pytest.mark.parametrize("name", ["PReLU", "head: mlp", "swin, PReLU"])
+def test_groups_are_found_without_values(name: str) -> None:
+    network = VARIANTS[name]()
+    with torch.device("meta"):
+        assert [group.units for group in adapter_for(network).groups(copy.deepcopy(network).to("meta"))] == [
+            group.units for group in adapter_for(network).groups(network)
+        ]
 
 
 def test_a_head_with_batch_norms_trains_as_the_float_network_does() -> None:

@@ -111,7 +111,9 @@ class Stream:
         """Adds attention and MLP, with the norms before them (reading) or behind them (writing)."""
         block = self.network.get_submodule(path)
         self.only(path, {"norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2"})
-        self.require(isinstance(block.mlp, MLPS) and isinstance(block.attn, nn.Module), path)
+        mlp = block.mlp
+        self.require(isinstance(mlp, MLPS) and isinstance(block.attn, nn.Module), path)
+        assert isinstance(mlp, nn.Module)
         for half in ("1", "2"):
             self.norm(f"{path}.norm{half}")
             self._layer_scale(f"{path}.ls{half}", getattr(block, f"ls{half}", None))
@@ -119,7 +121,7 @@ class Stream:
         if isinstance(block.attn, Attention) and block.attn.gate is not None:
             self.reader(f"{path}.attn.gate")
         self.writer(f"{path}.attn.proj")
-        for name in readers_of_mlp(block.mlp):
+        for name in readers_of_mlp(mlp):
             self.reader(f"{path}.mlp.{name}")
         self.writer(f"{path}.mlp.fc2")
         self.attributes(path, "dim")

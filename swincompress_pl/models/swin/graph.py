@@ -59,14 +59,14 @@ def _end(build: GraphBuilder, network: Any, x: str, size: Size) -> None:
     channels = build.plain("norm", nn.LayerNorm).normalized_shape[0]
     head_type = type(network.head)
     if head_type is ClNormMlpClassifierHead:
-        pool, parts = network.head.pool_type, ("head.norm", "head.pre_logits", "head.drop", "head.fc")
+        pool, parts = network.head.pool_type, ["head.norm", "head.pre_logits", "head.drop", "head.fc"]
     else:
         build.refuse(
             not isinstance(network.head, ClassifierHead),
             f"its head is {full_name(head_type)}; timm's ClassifierHead or ClNormMlpClassifierHead is needed, with an "
             "nn.Linear, or an nn.Sequential that ends in one, as fc",
         )
-        pool, parts = getattr(network.head.global_pool, "pool_type", "avg"), ("head.drop", "head.fc")
+        pool, parts = getattr(network.head.global_pool, "pool_type", "avg"), ["head.drop", "head.fc"]
     build.refuse(
         pool != "avg",
         f"global pooling {pool!r}; only 'avg' is supported: network.reset_classifier(num_classes, 'avg') changes it",
