@@ -111,11 +111,12 @@ def maps_each_value(module: nn.Module, channels: int) -> bool:
     own = next(evaluated.parameters(), torch.empty(0, device="cpu"))
     if own.is_meta:  # as of a network that is only rebuilt to see its shape; the values of slopes do not matter here
         evaluated.to_empty(device="cpu")
+        with torch.no_grad():
+            for parameter in evaluated.parameters():
+                parameter.fill_(0.25)
         own = next(evaluated.parameters())
     try:
         with torch.no_grad(), torch.device("cpu"):
-            for parameter in evaluated.parameters():
-                parameter.fill_(0.25)
             values = torch.linspace(-4, 4, 17, dtype=own.dtype, device=own.device)
             alone, together = evaluated(values), evaluated(values[None, :, None].repeat(1, 1, channels))
     except (RuntimeError, ValueError, IndexError, TypeError):

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
+from typing import Any
 
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.swin_transformer_v2 import SwinTransformerV2
+from timm.models.vision_transformer import VisionTransformer
+
+from benchmarks.coverage.__main__ import PAGE, RESULTS
 from benchmarks.coverage.networks import CASES, timm_case
 from benchmarks.coverage.page import page
 from benchmarks.coverage.rows import row_of
 
-TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 4}
+TINY: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 4}
 
 
 def test_a_row_tells_what_works() -> None:
@@ -38,3 +46,12 @@ def test_the_table_has_the_classes_and_libraries() -> None:
     libraries = Counter(case.library for case in CASES)
     assert len(CASES) >= 40
     assert libraries["torchvision"] + libraries["transformers"] >= 12
+
+
+def test_the_page_is_what_the_results_make() -> None:
+    rows = json.loads(RESULTS.read_text(encoding="utf-8"))
+    assert [(row["library"], row["name"]) for row in rows] == [(case.library, case.name) for case in CASES]
+    assert PAGE.read_text(encoding="utf-8") == page(rows)
+    timms = (VisionTransformer, VisionTransformerDistilled, SwinTransformer, SwinTransformerV2)
+    assert {kind.__name__ for kind in timms} <= {row.get("class") for row in rows}
+    assert all(row["equal"] and row["correlation"] >= 0.99 for row in rows if "refused" not in row)

@@ -48,7 +48,11 @@ def changed(network: Any, change: Change | None) -> nn.Module:
             else:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
         for module in network.modules():
-            if isinstance(module, nn.BatchNorm1d) and module.running_mean is not None:
+            if (
+                isinstance(module, nn.BatchNorm1d)
+                and module.running_mean is not None
+                and module.running_var is not None
+            ):
                 module.running_mean.normal_(std=0.5)
                 module.running_var.uniform_(0.5, 2)
     evaluated: nn.Module = network.eval()
@@ -91,6 +95,10 @@ def batch_norm_before_head(network: Any) -> None:
     network.fc_norm = nn.BatchNorm1d(network.embed_dim, affine=False)
 
 
+def two_heads(network: Any) -> None:
+    network.head, network.head_dist = HEADS["mlp"](16), HEADS["mlp"](16)
+
+
 HEADS: dict[str, Callable[[int], nn.Module]] = {
     "layer norm": lambda width: nn.Sequential(nn.Dropout(0.1), nn.LayerNorm(width), nn.Identity(), nn.Linear(width, 7)),
     "mlp": lambda width: nn.Sequential(
@@ -126,7 +134,7 @@ VARIANTS: dict[str, Build] = {
     "four channels, not square": vit(in_chans=4, img_size=(12, 20)),
     "distilled": vit(kind="VisionTransformerDistilled"),
     "distilled, heads of two layers": vit(
-        lambda network: [setattr(network, name, HEADS["mlp"](16)) for name in ("head", "head_dist")],  # type: ignore[func-returns-value]
+        two_heads,
         kind="VisionTransformerDistilled",
     ),
     "distilled, features": vit(kind="VisionTransformerDistilled", num_classes=0),
@@ -179,7 +187,7 @@ def test_an_artifact_says_that_it_gives_features(tmp_path: Path, capsys: pytest.
     engine = load(path)
     assert (engine.outputs[0].name, engine.classes, engine.num_classes) == ("features", None, 16)
     with pytest.raises(ValueError, match="the engine gives 16 features per picture"):
-        engine.classify(np.zeros((16, 16, 3), np.uint8))
+        engine.classify("picture.png")
     assert main(["inspect", str(path)]) == 0
     assert "features: int32" in (printed := capsys.readouterr().out)
     assert "classes: " not in printed

@@ -72,13 +72,18 @@ def _quantized(network: Any) -> dict[str, Any]:
         with torch.no_grad():
             expected = network(images)
         found = torch.from_numpy(engine.run_integer(raw)).float() * program.logit_scale
-    return {"equal": bool(equal), "correlation": round(_correlation(found, expected), 5)}
+    centered = _correlation(found - found.mean(0), expected - expected.mean(0))
+    return {
+        "equal": bool(equal),
+        "correlation": round(_correlation(found, expected), 5),
+        "centered": round(centered, 5),
+        "varying": round(float((expected - expected.mean(0)).square().sum() / expected.square().sum()), 5),
+    }
 
 
 def _correlation(one: Tensor, other: Tensor) -> float:
-    """The correlation of all answers, centered over the images so that a common part does not count."""
-    pair = torch.stack([(part - part.mean(0)).flatten() for part in (one.double(), other.double())])
-    return float(torch.corrcoef(pair)[0, 1])
+    """The correlation of all answers."""
+    return float(torch.corrcoef(torch.stack([one.double().flatten(), other.double().flatten()]))[0, 1])
 
 
 def _lively(network: nn.Module) -> nn.Module:
