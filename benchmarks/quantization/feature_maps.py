@@ -15,6 +15,7 @@ import statistics
 import tarfile
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,7 @@ def main() -> None:
         two = reference.run_integer(pixels[:2])
         equal = all(np.array_equal(integers, two[name]) for name, integers in engine.run_integer(pixels[:2]).items())
         last = quantized.to_program()
-        alone = accel.Engine(type(last)(**{**vars(last), "outputs": last.outputs[-1:]}), threads=given.threads)
+        alone = accel.Engine(replace(last, outputs=last.outputs[-1:]), threads=given.threads)
         turns = [(median_ms(engine, pixels[:1]), median_ms(alone, pixels[:1])) for _ in range(5)]
     rows = [
         row(output.name, torch.from_numpy(maps[output.name]), e)
