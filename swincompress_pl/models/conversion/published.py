@@ -34,7 +34,6 @@ _CLASSIFIERS = {
 
 
 def _transformers(name: str, place: str, pretrained: bool, kwargs: Mapping[str, Any]) -> Published:
-    library = _library(name)
     folder = Path(place).expanduser()
     cache, kwargs = kwargs.get("cache_dir"), {key: value for key, value in kwargs.items() if key != "cache_dir"}
     is_folder = folder.exists() or place.startswith((".", "/", "~"))
@@ -45,6 +44,7 @@ def _transformers(name: str, place: str, pretrained: bool, kwargs: Mapping[str, 
         repository, _, revision = checked_repository(name, place).partition("@")
         where = {"pretrained_model_name_or_path": repository} | ({"revision": revision} if revision else {})
     where |= {"cache_dir": cache} if cache else {}
+    library = _library(name)
     with fetching(name, "config.json"):
         config = library.AutoConfig.from_pretrained(**where)
     kind = _class_of(name, library, config)
