@@ -18,7 +18,14 @@ settings.load_profile("swincompress")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
-LONGEST = ("test_accel_isas.py", "test_accel_networks.py", "test_demo.py", "test_docs_blocks.py", "test_interrupts.py")
+LONGEST = (
+    "test_accel_isas.py",
+    "test_accel_networks.py",
+    "test_demo.py",
+    "test_docs_blocks.py",
+    "test_interrupts.py",
+    "test_tutorials.py",
+)
 
 # For benchmarks/, which no package holds; last, so that it does not change where an installed package comes from.
 sys.path.append(str(REPOSITORY))
