@@ -116,7 +116,7 @@ def maps_each_value(module: nn.Module, channels: int) -> bool:
                 parameter.fill_(0.25)
         own = next(evaluated.parameters())
     try:
-        with torch.no_grad(), torch.device("cpu"):
+        with torch.no_grad(), torch.device("cpu"), torch.random.fork_rng(devices=()):
             values = torch.linspace(-4, 4, 17, dtype=own.dtype, device=own.device)
             alone, together = evaluated(values), evaluated(values[None, :, None].repeat(1, 1, channels))
     except (RuntimeError, ValueError, IndexError, TypeError):

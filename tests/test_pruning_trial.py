@@ -30,6 +30,7 @@ from torch.nn.utils import parametrizations, prune
 
 from swincompress_pl.callbacks import AdaptiveIterativePruning
 from swincompress_pl.history import history_of
+from swincompress_pl.models.shared import parts
 from swincompress_pl.pruning import AdaptivePruningConfig, HoldOut, PrimeSVTConfig, primesvt
 from swincompress_pl.pruning import prune as adaptive
 from swincompress_pl.pruning.structure.groups import Group
@@ -77,9 +78,12 @@ def test_a_group_that_forgets_a_tensor_is_named() -> None:
         check_cuts(network, list(groups.values()), (images(),))
 
 
-def test_an_activation_over_all_channels_is_named_by_its_group() -> None:
+def test_an_activation_over_all_channels_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     network = vit()
     network.blocks[1].mlp.act = nn.Softmax(-1)
+    with pytest.raises(UnsupportedNetworkError, match=r"blocks\.1\.mlp\.act is a Softmax, which does not map each"):
+        search(network)
+    monkeypatch.setattr(parts, "maps_each_value", lambda *_: True)  # the trial finds it, too
     with pytest.raises(ValueError, match=r"blocks\.1\.mlp\.channels: the sliced network differs from the one with"):
         search(network)
     assert network.blocks[0].mlp.fc1.out_features == 128

@@ -207,9 +207,9 @@ REFUSED: dict[str, tuple[str, Callable[[Any], Any]]] = {
         lambda n: n.register_forward_pre_hook(lambda _m, i: (i[0] / 2,)),
     ),
     "a softmax for the activation": ("blocks.0.mlp.act", lambda n: setattr(n.blocks[0].mlp, "act", nn.Softmax(-1))),
-    "a head of two layers": (
+    "a head with a softmax": (
         "head",
-        lambda n: setattr(n, "head", nn.Sequential(nn.Linear(32, 8), nn.ReLU(), nn.Linear(8, 5))),
+        lambda n: setattr(n, "head", nn.Sequential(nn.Linear(32, 8), nn.Softmax(-1), nn.Linear(8, 5))),
     ),
 }
 """What has no integer form: what the message names, and what is done to a ViT."""
