@@ -126,6 +126,17 @@ def test_help_imports_nothing_heavy() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, cwd=REPOSITORY, stdout=subprocess.DEVNULL)
 
 
+def test_a_process_does_not_look_for_garbage_at_its_end() -> None:
+    code = (
+        "import atexit, gc, sys; from swincompress_pl.cli import main; sys.argv[1:] = ['--version']; main();"
+        "atexit.register(lambda: print(gc.get_freeze_count()));"  # what is registered first runs last
+        "atexit._run_exitfuncs(); print(gc.get_freeze_count())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
+    _, before, after = done.stdout.splitlines()
+    assert int(before) == 0 < int(after)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -1,11 +1,13 @@
 """The command `swincompress`: finds the sub-command, imports only what it needs, turns user errors into one line.
 
-The exit codes are 0 (done), 1 (a check of the command failed), 2 (the user's input was wrong), 130 (interrupted) and,
-of `estimate`, 143 (terminated).
+The exit codes are 0 (done), 1 (a check of the command failed), 2 (the user's input was wrong), 130 (interrupted) and
+143 (terminated).
 """
 
 from __future__ import annotations
 
+import atexit
+import gc
 import importlib
 import os
 import sys
@@ -82,9 +84,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: The arguments that follow the program's name; None for those of the process.
 
     Returns:
-        The exit code: 0 done, 1 a check of the command failed, 2 the user's input was wrong, 130 interrupted, and 143 a
-        terminated `estimate`.
+        The exit code: 0 done, 1 a check of the command failed, 2 the user's input was wrong, 130 interrupted, and 143
+        terminated.
     """
+    if arguments is None:  # a process of its own: at its end, Python need not look for garbage among torch's objects
+        atexit.register(gc.freeze)
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
     given = [argument for argument in given if argument != "--debug"]
