@@ -267,7 +267,9 @@ def test_what_cannot_be_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_repositories_out_of_reach(remote: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = hub.save_pretrained(network(), tmp_path / "vit")
-    with pytest.raises(ValueError, match=r"me/none: cannot be fetched .*there is no such repository, or it is private"):
+    with pytest.raises(
+        ValueError, match=r"me/none: cannot be fetched .*the Hub has no such repository, or it is private"
+    ):
         hub.from_pretrained("me/none")
     with pytest.raises(ValueError, match="repository is 'none'; give OWNER/NAME"):
         hub.push_to_hub(folder, "none")

@@ -25,6 +25,7 @@ ALLOWED: dict[str, set[str]] = {
     "summaries": {"printable"},
     "progress": set(),
     "dependencies": set(),
+    "hub_errors": set(),
     "text_table": set(),
     "masks": set(),
     "arguments": set(),
@@ -66,6 +67,7 @@ ALLOWED: dict[str, set[str]] = {
         "registry",
         "history",
         "structure",
+        "hub_errors",
         "layer_types",
         "pictures",
         "pruning",
@@ -101,6 +103,7 @@ ALLOWED: dict[str, set[str]] = {
     "hub": {
         "files",
         "history",
+        "hub_errors",
         "pictures",
         "accel",
         "quant",

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from swincompress_pl.hub.contents import (
     ARTIFACT,
     CARD,
     CONFIG,
+    FILES,
     FORMAT,
     LIBRARY,
     NETWORK,
@@ -124,23 +126,13 @@ def save_pretrained(
     )
     card = model_card(described)
     target.mkdir(parents=True, exist_ok=True)
-    kept = _edited_card(target)
+    edited = _edited_card(target)
     _write_network(network, target / NETWORK, stored)
-    if program is None:
-        (target / ARTIFACT).unlink(missing_ok=True)
-    else:
-        accel.export(_named(program, names), target / ARTIFACT)
-    if record is None:
-        (target / REPORT).unlink(missing_ok=True)
-    else:
-        record.save(target / REPORT)
-    if not kept:
+    _write_or_remove(target / ARTIFACT, None if program is None else partial(accel.export, _named(program, names)))
+    _write_or_remove(target / REPORT, None if record is None else record.save)
+    if not edited:
         _write_text(target / CARD, card)
-    files = {each: digest(target / each) for each in (NETWORK, ARTIFACT, REPORT, CARD)}
-    config = described.to_dict() | {"files": {each: found for each, found in files.items() if found}}
-    if kept:
-        config["files"][CARD] = "edited"
-    _write_text(target / CONFIG, json.dumps({"library_name": LIBRARY, "format": FORMAT, **config}, indent=1) + "\n")
+    _write_config(target, described, edited)
     return target
 
 
@@ -239,6 +231,23 @@ def _edited_card(folder: Path) -> bool:
     if edited:
         warnings.warn(f"{folder / CARD} was edited, and stays; remove it for a new card", stacklevel=3)
     return edited
+
+
+def _write_or_remove(file: Path, write: Callable[[Path], Any] | None) -> None:
+    """Writes a file, or removes that of an earlier save."""
+    if write is None:
+        file.unlink(missing_ok=True)
+    else:
+        write(file)
+
+
+def _write_config(folder: Path, described: Described, edited: bool) -> None:
+    """Writes config.json, which lists the other files; an edited card has no digest."""
+    files = {each: found for each in FILES if (found := digest(folder / each))}
+    if edited:
+        files[CARD] = "edited"
+    content = {"library_name": LIBRARY, "format": FORMAT, **described.to_dict(), "files": files}
+    _write_text(folder / CONFIG, json.dumps(content, indent=1) + "\n")
 
 
 def _write_network(network: nn.Module, file: Path, stored: Mapping[str, Any]) -> None:

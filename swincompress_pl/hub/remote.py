@@ -7,13 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from swincompress_pl.hub.contents import ARTIFACT, CONFIG, FILES, LIBRARY, altered, read_config
-
-_MEANING = {  # errors of huggingface_hub: what to do
-    "GatedRepoError": "it asks for an agreement to its terms: agree on its page, and run `hf auth login`",
-    "RepositoryNotFoundError": "there is no such repository, or it is private: check the name, or run `hf auth login`",
-    "RevisionNotFoundError": "there is no such revision",
-}
+from swincompress_pl.hub.contents import ARTIFACT, CARD, CONFIG, FILES, LIBRARY, altered, read_config
+from swincompress_pl.hub_errors import chain, meaning
 
 
 def download(
@@ -94,7 +89,7 @@ def push_to_hub(
     """
     source = Path(folder)
     config = read_config(source)
-    mixed = [name for name in altered(source, config) if name != "README.md"]  # which is yours to edit
+    mixed = [name for name in altered(source, config) if name != CARD]  # which is yours to edit
     if mixed:
         raise ValueError(
             f"{source}: {', '.join(mixed)} and {CONFIG} are of different saves, such as one that was interrupted; save "
@@ -130,18 +125,17 @@ def _library() -> Any:
         ) from error
 
 
-def _meant(error: BaseException, what: str) -> Exception:
+def _meant(error: Exception, what: str) -> Exception:
     """The error to raise: what went wrong, and what to do."""
-    link: BaseException | None = error
-    reason = " ".join(str(error).split()) or type(error).__name__
-    while link is not None:
-        name, status = type(link).__name__, getattr(getattr(link, "response", None), "status_code", None)
-        if name in _MEANING:
-            return ValueError(f"{what}: {_MEANING[name]}")
+    absent = meaning(error)
+    if absent is not None:
+        return ValueError(f"{what}: {absent}")
+    reason = type(error).__name__
+    for link in chain(error):
+        status = getattr(getattr(link, "response", None), "status_code", None)
         if status in (401, 403):
             return PermissionError(f"{what}: the token has no right to do so (HTTP {status}); run `hf auth login`")
-        if name in ("HFValidationError", "BadRequestError"):
+        if type(link).__name__ in ("HFValidationError", "BadRequestError"):
             return ValueError(f"{what}: {' '.join(str(link).split())}")
         reason = " ".join(str(link).split()) or reason
-        link = link.__cause__ or link.__context__
     return ConnectionError(f"{what} ({reason}); check the connection, or give a folder")

@@ -9,6 +9,8 @@ from typing import Any
 import timm
 from lightning.pytorch.utilities import rank_zero_info
 
+from swincompress_pl.hub_errors import chain, meaning
+
 _REMEDY = (
     "to use a file instead, give checkpoint_path (in a config or on the command line --model.checkpoint_path FILE, "
     "with --model.model_kwargs.pretrained false)"
@@ -16,13 +18,6 @@ _REMEDY = (
 
 _ONLINE = "go online once so that it gets into the cache, or give a folder"
 _DAMAGED = ("SafetensorError", "UnpicklingError")
-_ABSENT = {  # errors of huggingface_hub: what they mean
-    "GatedRepoError": "the repository asks for an agreement to its terms; agree on its page, and `hf auth login`",
-    "RepositoryNotFoundError": "the Hub has no such repository, or it is private; check the name, or `hf auth login`",
-    "RevisionNotFoundError": "the repository has no such revision; check what follows the @",
-    "EntryNotFoundError": "the repository has no such file; check that it holds a network of this library",
-    "RemoteEntryNotFoundError": "the repository has no such file; check that it holds a network of this library",
-}
 
 
 @contextmanager
@@ -66,10 +61,10 @@ def fetching(name: str, what: str, remedy: str = _ONLINE) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        absent = next((_ABSENT[type(link).__name__] for link in _chain(error) if type(link).__name__ in _ABSENT), None)
+        absent = meaning(error)
         if absent is not None:
             raise ValueError(f"{name}: {what} cannot be fetched: {absent}") from error
-        denied = next((link for link in _chain(error) if isinstance(link, PermissionError)), None)
+        denied = next((link for link in chain(error) if isinstance(link, PermissionError)), None)
         if denied is not None:
             raise PermissionError(f"{name}: {what} cannot be read ({denied}); give read access to it") from error
         if type(error).__name__ in _DAMAGED:
@@ -94,18 +89,10 @@ def _source(name: str, kwargs: Mapping[str, Any]) -> str | None:
     return f"at {address}" if address else None
 
 
-def _chain(error: BaseException) -> Iterator[BaseException]:
-    """An error and those that led to it, the innermost last."""
-    link: BaseException | None = error
-    while link is not None:
-        yield link
-        link = link.__cause__ or link.__context__
-
-
 def _failure(error: BaseException) -> str | None:
     """Why a transfer failed, the innermost reason; None if the error is none of a transfer."""
     reason: str | None = None
-    for link in _chain(error):
+    for link in chain(error):
         if isinstance(link, OSError) or type(link).__module__.split(".")[0].startswith(("httpx", "requests", "urllib")):
             reason = " ".join(str(link).split()) or type(link).__name__
     return reason
