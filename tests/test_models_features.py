@@ -12,7 +12,7 @@ import timm
 import torch
 from support.qat_cases import PREPROCESSING as QAT_PREPROCESSING
 from support.qat_cases import Restorable, loader, trainer
-from support.quant_cases import PREPROCESSING, SWIN, VIT
+from support.quant_cases import PREPROCESSING, SWIN, VIT, draw_weights
 from timm.models._features import FeatureGetterNet, FeatureListNet
 from torch import Tensor, nn
 
@@ -63,12 +63,7 @@ def extractor(case: str, count: int = 6) -> tuple[Any, Tensor]:
     """An extractor with lively weights, and normalized images."""
     torch.manual_seed(0)
     network: Any = MAKERS[case]().eval()
-    with torch.no_grad():
-        for parameter in network.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(std=parameter.shape[-1] ** -0.5)
-            else:
-                parameter.add_(torch.randn_like(parameter) * 0.1)
+    draw_weights(network)
     pixels = torch.randint(0, 256, (count, 3, 16, 16)).float()
     mean, std = (torch.tensor(PREPROCESSING[key])[:, None, None] for key in ("mean", "std"))
     return network, (pixels / 255 - mean) / std

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.quant_cases import SWIN, VIT
+from support.quant_cases import SWIN, VIT, draw_weights
 from timm.layers.classifier import ClNormMlpClassifierHead, NormMlpClassifierHead
 from timm.layers.hybrid_embed import HybridEmbed
 from timm.layers.mlp import GluMlp, Mlp, SwiGLU
@@ -41,12 +41,8 @@ def changed(network: Any, change: Change | None) -> nn.Module:
     torch.manual_seed(0)
     if change is not None:
         change(network)
+    draw_weights(network)
     with torch.no_grad():
-        for parameter in network.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(std=parameter.shape[-1] ** -0.5)
-            else:
-                parameter.add_(torch.randn_like(parameter) * 0.1)
         for module in network.modules():
             if (
                 isinstance(module, nn.BatchNorm1d)

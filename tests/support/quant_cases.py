@@ -33,17 +33,22 @@ NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def network_and_images(name: str, count: int = 12, seed: int = 0) -> tuple[nn.Module, Tensor, Tensor]:
-    """A network with lively random weights, uint8 pixels (N, H, W, 3) and the normalized images they give."""
-    torch.manual_seed(seed)
-    model, kwargs = NETWORKS[name]
-    network = create_model(model, num_classes=7, **kwargs).eval()
+def draw_weights(network: nn.Module) -> None:
+    """Random weights of which each counts, by the seed that is set."""
     with torch.no_grad():
         for parameter in network.parameters():
             if parameter.ndim > 1:
                 parameter.normal_(std=parameter.shape[-1] ** -0.5)
             else:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
+
+
+def network_and_images(name: str, count: int = 12, seed: int = 0) -> tuple[nn.Module, Tensor, Tensor]:
+    """A network with lively random weights, uint8 pixels (N, H, W, 3) and the normalized images they give."""
+    torch.manual_seed(seed)
+    model, kwargs = NETWORKS[name]
+    network = create_model(model, num_classes=7, **kwargs).eval()
+    draw_weights(network)
     pixels = torch.randint(0, 256, (count, *network.patch_embed.img_size, 3), dtype=torch.uint8)  # type: ignore[union-attr]
     mean, std = (torch.tensor(PREPROCESSING[key])[:, None, None] for key in ("mean", "std"))
     return network, pixels, (pixels.permute(0, 3, 1, 2).float() / 255 - mean) / std
