@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import sys
 from pathlib import Path
@@ -118,6 +119,22 @@ def _memory(given: argparse.Namespace) -> None:
     )
 
 
+def _compensation(given: argparse.Namespace) -> None:
+    """pruning without training, with and without compensation; rows that have no results yet"""
+    from . import compensation
+
+    place = Place(data=given.data, cache=_cache(given), device=given.device)
+    alone = multiprocessing.get_context("spawn")  # a process per job: peak memory is a process's
+    for job in jobs.chosen(compensation.all_jobs(), given.filter):
+        file = jobs.result_file(given.out, job.name)
+        if not file.is_file():
+            with alone.Pool(1) as process:
+                figures = process.apply(compensation.run, (job, place))
+            _write(file, figures)
+            test = figures["test"]
+            print(f"{job.name}: {test['points_lost']:.2f} points lost of {test['float_points']:.2f}")
+
+
 def _report(given: argparse.Namespace) -> None:
     """the results as benchmarks/results/pruning.json and its page"""
     from ..pages import write_pages
@@ -150,7 +167,7 @@ def _write(file: Path, figures: dict[str, Any]) -> None:
 
 _COMMANDS = {
     "prepare": _prepare, "list": _list, "run": _run, "pack": _pack, "unpack": _unpack, "latency": _latency,
-    "memory": _memory, "report": _report,
+    "memory": _memory, "compensation": _compensation, "report": _report,
 }  # fmt: skip
 _PLACE = ["data", "cache", "device"]
 _OPTIONS_OF = {
@@ -161,6 +178,7 @@ _OPTIONS_OF = {
     "unpack": ["out", "file"],
     "latency": ["out", "model", "thread-counts", "rounds", "turn-ms"],
     "memory": ["out", *_PLACE, "granularity", "batches", "batch-size", "holdout"],
+    "compensation": ["out", *_PLACE, "filter"],
     "report": ["out"],
 }
 _OPTIONS: dict[str, dict[str, Any]] = {
