@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from swincompress_pl.pruning import AdaptivePruningConfig, Group, PruningPlan, apply_plan, compensate, prune
 from swincompress_pl.pruning.adaptive.search import SearchSession
+from swincompress_pl.pruning.compensation.answers import distance
 from swincompress_pl.pruning.compensation.compensator import Compensator
 from swincompress_pl.pruning.compensation.errors import removal_errors
 from swincompress_pl.pruning.compensation.moments import CalibrationError, Moments
@@ -479,3 +481,51 @@ def test_a_plan_that_does_not_fit_leaves_the_network() -> None:
     assert _equal(_state(network), before)
     with pytest.raises(ValueError, match="method='lasso'"):
         compensate(network, PruningPlan({HIDDEN: (1, 2)}), [_images()], method="lasso")  # type: ignore[arg-type]
+
+
+def test_a_group_that_the_answers_do_not_feel_is_not_sensitive() -> None:
+    network = _vit()
+    with torch.no_grad():  # the classifier reads the other half of the stream
+        network.get_submodule("blocks.1.mlp.fc2").weight[16:] = 0.0
+        network.get_submodule("head").weight[:, :16] = 0.0
+        network.norm = nn.Identity()
+    compensator = _compensator(network, _groups(network, "mlp"), _images(128))
+    first, last = (compensator.sensitivity(network, _group(network, f"blocks.{i}.mlp.channels")) for i in (0, 1))
+    assert first > 1e-3
+    assert last < 1e-9
+    assert compensator.sensitivity(network, _group(network, "embed")) == 1.0
+
+
+def test_the_sensitivity_predicts_how_far_answers_move() -> None:
+    network, images = _vit(), _images(128)
+    group = _group(network, HIDDEN)
+    compensator = _compensator(network, [group], images)
+    errors, before = compensator.removal_errors(group), _state(network)
+    assert errors is not None
+    sensitivity = compensator.sensitivity(network, group)
+    assert _equal(_state(network), before)
+    gone = errors.argsort()[:20].tolist()
+    with torch.no_grad():
+        wanted = network(images)
+        with mask_units(network, group, gone), compensator.compensated(network, compensator.lost_columns(group, gone)):
+            moved = float(distance(wanted, network(images))) / len(images)
+    predicted = sensitivity * float(errors[gone].sum())
+    assert predicted / 3 < moved < predicted * 3
+
+
+def test_distances_of_answers() -> None:
+    logits = torch.randn(5, 4)
+    assert float(distance(logits, logits)) == 0.0
+    assert float(distance(logits, logits + 3.0)) == pytest.approx(0.0, abs=1e-6)  # the classes' probabilities stay
+    halves = torch.log(torch.tensor([[0.5, 0.5]]))
+    quarter = torch.log(torch.tensor([[0.25, 0.75]]))
+    expected = 0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75)
+    assert float(distance(halves, quarter)) == pytest.approx(expected, rel=1e-6)
+    maps = torch.randn(5, 4, 2, 2)
+    assert float(distance(maps, maps.mean(0, keepdim=True).expand_as(maps))) == pytest.approx(2.5, rel=1e-5)
+
+
+def test_a_network_without_one_answer_has_no_sensitivity() -> None:
+    network = _vit()
+    compensator = _compensator(network, [_group(network, HIDDEN)], _images(), predict=lambda net, x: [net(x)])
+    assert compensator.sensitivity(network, _group(network, HIDDEN)) == 1.0

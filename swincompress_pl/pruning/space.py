@@ -308,8 +308,10 @@ class StructuredSpace:
         return units
 
     def scores_of_kept(self, network: nn.Module, target: Target, gradients: Gradients | None) -> Tensor:
-        """The scores (target.units,), float64, of the units that are still there."""
+        """The scores (target.units,), float64, of the units that are still there, to be compared between targets."""
         scores = self.scores(network, target, gradients).double()
+        if self.config.criterion == SECOND_ORDER and self._compensator is not None:
+            scores = scores * self._compensator.sensitivity(network, self._group(network, target))
         return scores[scores >= 0]
 
     def masked(self, network: nn.Module, removal: Removal) -> AbstractContextManager[Any]:

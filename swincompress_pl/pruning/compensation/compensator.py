@@ -19,12 +19,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from swincompress_pl.evaluation_mode import evaluation_mode
 from swincompress_pl.interrupts import put_back_after
 from swincompress_pl.masks import masked_parameters
+from swincompress_pl.pruning.compensation.answers import Answers
 from swincompress_pl.pruning.compensation.axes import heads_of, turn, watched_heads
 from swincompress_pl.pruning.compensation.errors import removal_errors
 from swincompress_pl.pruning.compensation.moments import CalibrationError, Moments, System
 from swincompress_pl.pruning.compensation.readers import Predict, Reader, Readers, readers_named, readers_of
 from swincompress_pl.pruning.structure.apply import stored_tensor
 from swincompress_pl.pruning.structure.groups import Group
+from swincompress_pl.pruning.structure.unit_masks import mask_units
 
 Method = Literal["none", "bias", "ridge", "second_order"]
 METHODS: tuple[Method, ...] = ("none", "bias", "ridge", "second_order")
@@ -32,6 +34,8 @@ Lost = Mapping[str, frozenset[int]]
 """{reader: columns of its weight matrix}"""
 
 _MOST_ROWS = 131_072  # per layer; more say little more
+_PROBED_PARTS = (0.25, 0.5, 0.75)  # of a group's units, to see how sensitive the network is to its errors
+_LEAST_PROBED = 1e-3  # of the errors of all units; less may be rounding
 
 
 class Compensator:
@@ -65,6 +69,8 @@ class Compensator:
         self._intercepts = intercepts
         self.readers = Readers(readers={}, left_alone={})
         self._states: dict[str, _State] = {}
+        self._answers = Answers(self.batches, self._predict)
+        self._sensitivities: dict[str, float] = {}
         self._scores: dict[tuple[object, ...], Tensor] = {}
 
     def begin_round(self, network: nn.Module, groups: Sequence[Group] | None, names: Iterable[str] = ()) -> None:
@@ -92,7 +98,7 @@ class Compensator:
 
     def forget(self) -> None:
         """Says that the network was trained, so that the sums are of another one."""
-        self._states = {}
+        self._states, self._sensitivities = {}, {}
 
     def tensors(self, group: Group) -> tuple[str, ...]:
         """The names of the tensors that compensating a cut of the group changes."""
@@ -126,6 +132,30 @@ class Compensator:
                 systems.append((inverse, weight, torch.tensor(columns, device=weight.device)))
             self._scores[key] = removal_errors(systems)
         return self._scores[key].clone()
+
+    def sensitivity(self, network: nn.Module, group: Group) -> float:
+        """How far the network's answers move per unit of `removal_errors` of a group, measured once on a few images.
+
+        A part of the group's units is masked, compensated, for that. The distance is `answers.distance`. It is 1 if the
+        network does not give one tensor, or if the group has no readers.
+        """
+        if group.name not in self._sensitivities:
+            errors = self.removal_errors(group)
+            measured = None if errors is None else self._measured_sensitivity(network, group, errors)
+            self._sensitivities[group.name] = 1.0 if measured is None else measured
+        return self._sensitivities[group.name]
+
+    def _measured_sensitivity(self, network: nn.Module, group: Group, errors: Tensor) -> float | None:
+        order = errors.argsort(stable=True)
+        for part in _PROBED_PARTS:
+            units = order[: max(1, int(part * group.units))].tolist()
+            error = float(errors[units].sum())
+            if len(units) < group.units and error > _LEAST_PROBED * float(errors.sum()):
+                lost = self.lost_columns(group, units)
+                with mask_units(network, group, units), self.compensated(network, lost), evaluation_mode(network):
+                    moved = self._answers.moved(network)
+                return None if moved is None else moved / error
+        return None
 
     @contextmanager
     def compensated(self, network: nn.Module, lost: Lost) -> Iterator[None]:
@@ -188,6 +218,7 @@ class Compensator:
         for state in self._states.values():
             state.take_up(network)
             state.moments.give(state.weight, state.bias)
+        self._answers.remember(network)
 
     @contextmanager
     def _summed(self, network: nn.Module, state: _State) -> Iterator[None]:
