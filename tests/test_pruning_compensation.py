@@ -491,7 +491,7 @@ def test_a_group_that_the_answers_do_not_feel_is_not_sensitive() -> None:
         network.norm = nn.Identity()
     compensator = _compensator(network, _groups(network, "mlp"), _images(128))
     first, last = (compensator.sensitivity(network, _group(network, f"blocks.{i}.mlp.channels")) for i in (0, 1))
-    assert first > 1e-3
+    assert first > 1e-6
     assert last < 1e-9
     assert compensator.sensitivity(network, _group(network, "embed")) == 1.0
 
