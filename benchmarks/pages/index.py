@@ -7,6 +7,7 @@ from swincompress_pl.report.comparison.bench import ENGINE
 from ..engine.report import rounds
 from ..quantization.jobs import Job
 from ..quantization.report import percent as top1
+from .compensation import headline as compensation_headline
 from .headline import MODEL
 from .pruning import headline as pruning_headline
 from .races import median_ms, on_threads, result, times
@@ -17,7 +18,10 @@ from .text import cpu, document
 
 def page(sources: Sources) -> str:
     """The whole page."""
-    rows = [_engine(sources), _quantization(sources), pruning_headline(sources), _primesvt(sources), _spiking(sources)]
+    rows = [
+        _engine(sources), _quantization(sources), pruning_headline(sources), compensation_headline(sources),
+        _primesvt(sources), _spiking(sources),
+    ]  # fmt: skip
     return document(
         [
             "# Results",

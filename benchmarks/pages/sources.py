@@ -40,6 +40,11 @@ class Sources:
         return pruning_report.read(self._existing("pruning.json"))
 
     @cached_property
+    def compensation(self) -> dict[str, Any]:
+        """{job: results}."""
+        return self._read("compensation.json")
+
+    @cached_property
     def primesvt(self) -> dict[str, Any]:
         """{job: results}."""
         return self._read("primesvt.json")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from swincompress_pl.report.plain import write_text
 
-from . import engine, headline, index, primesvt, pruning, quantization, spiking
+from . import compensation, engine, headline, index, primesvt, pruning, quantization, spiking
 from .sources import Sources
 from .theme import THEMES, Drawing, svg
 
@@ -19,6 +19,7 @@ PAGES: dict[str, _Page] = {
     "engine": (engine.page, engine.DRAWINGS),
     "quantization": (quantization.page, quantization.DRAWINGS),
     "pruning": (pruning.page, pruning.DRAWINGS),
+    "compensation": (compensation.page, compensation.DRAWINGS),
     "primesvt": (primesvt.page, primesvt.DRAWINGS),
     "spiking": (spiking.page, spiking.DRAWINGS),
 }

@@ -135,6 +135,17 @@ def _compensation(given: argparse.Namespace) -> None:
             print(f"{job.name}: {test['points_lost']:.2f} points lost of {test['float_points']:.2f}")
 
 
+def _compensation_report(given: argparse.Namespace) -> None:
+    """the rows as benchmarks/results/compensation.json and its page"""
+    from ..pages import write_pages
+    from . import compensation
+
+    names = [job.name for job in compensation.all_jobs()]
+    rows = {name: jobs.read_result(given.out, name) for name in names if jobs.result_file(given.out, name).is_file()}
+    _write(_RESULTS / "compensation.json", rows)
+    print(*write_pages(["compensation"]), sep="\n")
+
+
 def _report(given: argparse.Namespace) -> None:
     """the results as benchmarks/results/pruning.json and its page"""
     from ..pages import write_pages
@@ -167,7 +178,8 @@ def _write(file: Path, figures: dict[str, Any]) -> None:
 
 _COMMANDS = {
     "prepare": _prepare, "list": _list, "run": _run, "pack": _pack, "unpack": _unpack, "latency": _latency,
-    "memory": _memory, "compensation": _compensation, "report": _report,
+    "memory": _memory, "compensation": _compensation, "compensation-report": _compensation_report,
+    "report": _report,
 }  # fmt: skip
 _PLACE = ["data", "cache", "device"]
 _OPTIONS_OF = {
@@ -179,6 +191,7 @@ _OPTIONS_OF = {
     "latency": ["out", "model", "thread-counts", "rounds", "turn-ms"],
     "memory": ["out", *_PLACE, "granularity", "batches", "batch-size", "holdout"],
     "compensation": ["out", *_PLACE, "filter"],
+    "compensation-report": ["out"],
     "report": ["out"],
 }
 _OPTIONS: dict[str, dict[str, Any]] = {
