@@ -95,6 +95,11 @@ class AuditScorer(Scorer, Protocol):
         ...
 
     @property
+    def own_images(self) -> int:
+        """The number of images of this rank."""
+        ...
+
+    @property
     def counts_answers(self) -> bool:
         """Whether a point of the score is a hundredth of the images."""
         ...
@@ -149,7 +154,7 @@ class Auditor:
                 f"audit={self._part:g}: the audit has other images than the one that the search began with; give the "
                 "same hold-out (in the same order) and the same audit, or begin a new search"
             )
-        count = len(self._scorer.right)
+        count = self._scorer.own_images
         try:
             self._baseline_points = float(score)
             bits = np.unpackbits(np.frombuffer(bytes.fromhex(answers), np.uint8))

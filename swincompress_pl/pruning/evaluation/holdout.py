@@ -242,6 +242,11 @@ class HoldOut:
         return self._last_full.correct
 
     @property
+    def own_images(self) -> int:
+        """The number of images that this rank scores."""
+        return len(self._rows)
+
+    @property
     def counts_answers(self) -> bool:
         """Whether a point of the score is a hundredth of the images."""
         return self._score.counts_answers
