@@ -236,7 +236,7 @@ def test_a_report_has_both_parts_of_an_audited_search_and_the_optimism(tmp_path:
     text = write_report(record, tmp_path).read_text(encoding="utf-8")
     for expected in (
         "Pruning audits", "1.75 points on 60 images that decided nothing, at most 9.25 with 97 % confidence",
-        "0.50 points, optimism +1.25", "| 1.75 ", "| +1.25 ", "9.25 (97 %)", "2 / 1",
+        "0.50 points, optimism +1.25", "  1.75 |", " +1.25 |", "9.25 (97 %)", "2 / 1",
         "agreement on the hold-out", "at most 26.50 points on these images",
     ):  # fmt: skip
         assert expected in text

@@ -18,7 +18,8 @@ class AdaptivePruningConfig(SpaceConfig):
     Attributes:
         tolerance: Accuracy that may be lost against the baseline, in points, above 0 and at most 100.
         audit: Part of the hold-out that decides nothing until the end of a round, 0 to below 1. If the round lost more
-            than the tolerance on it, the latest steps are given back until it did not. 0 for none.
+            than the tolerance on it, the latest steps are given back until it did not (with overshoot="keep" the loss
+            is only noted). 0 for none.
         first_tolerance: Tolerance to begin with, above 0 and at most `tolerance`. It is doubled up to `tolerance`
             whenever every target is locked. A narrow one takes what is cheap everywhere first, and needs more rounds.
             None begins with `tolerance`.
