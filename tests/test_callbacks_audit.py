@@ -11,6 +11,8 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from support.callback_cases import Plain, greedy, loader, make_trainer, search_of
+from support.ddp_cases import fit
+from support.rank_cases import on_ranks
 from support.spiking_cases import small_spikformer
 from torch import nn
 
@@ -37,7 +39,7 @@ class Logged(Callback):
 
 @pytest.mark.parametrize(
     "options",
-    [{"score": "accuracy"}, {"score": "agreement"}, pytest.param({"score": "kl"}, marks=pytest.mark.slow)],
+    [{"score": "accuracy"}, {"score": "agreement"}, {"score": "kl"}],
     ids=str,
 )
 def test_a_fit_audits_its_rounds_and_a_resumed_one_goes_on(tmp_path: Path, options: dict[str, Any]) -> None:
@@ -113,3 +115,25 @@ def test_primesvt_audits_in_a_fit(tmp_path: Path) -> None:
     again.load_state_dict(callback.state_dict())
     assert again.result is not None
     assert again.result.audit == callback.result.audit
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_ranks_audit_together_and_go_on_together(tmp_path: Path) -> None:
+    options = {"audit": 0.4, "tolerance": 50.0, "score": "agreement"}
+
+    def work(rank: int) -> Any:
+        whole = fit(tmp_path / "whole", rank, 2, **options)
+        resumed = fit(tmp_path / "resumed", rank, 2, ckpt=tmp_path / "whole" / "epoch=0.ckpt", **options)
+        try:
+            fit(tmp_path / "other", rank, 2, ckpt=tmp_path / "alone" / "epoch=0.ckpt", **options)
+        except (RuntimeError, ValueError) as error:
+            return {"whole": whole, "resumed": resumed, "other": str(error)}
+
+    fit(tmp_path / "alone", **options)
+    first, second = on_ranks(tmp_path / "ranks", 2, work)
+    for name in ("whole", "resumed"):
+        assert first[name]["search"] == second[name]["search"]
+        assert first[name]["digests"] == second[name]["digests"]
+    assert first["whole"]["search"] == first["resumed"]["search"]
+    assert len(first["whole"]["search"]["audits"]) == 2
+    assert "the number of processes was 1 when the search began and is 2" in first["other"]

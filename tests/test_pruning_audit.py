@@ -150,6 +150,7 @@ def _audit(**fields: Any) -> Audit:
     given = {
         "round": 1, "images": 100, "tolerance": 1.0, "baseline_points": 90.0, "lost_points": 2.0,
         "deciding_lost_points": 0.5, "only_before": 3, "only_after": 1, "bound_points": 7.0, "confidence": 0.97,
+        "look": 1,
     } | fields  # fmt: skip
     return Audit(**given)  # type: ignore[arg-type]
 
@@ -224,6 +225,13 @@ def test_steps_are_given_back_until_the_audit_holds() -> None:
     assert [audit.round for audit in audits] == list(range(1, result.state.rounds + 1))
     assert all(audit.holds for audit in audits)
     assert sum(audit.given_back for audit in audits) == sum(not step.accepted for step in result.steps) > 0
+    failed = 0
+    for before, audit in zip([None, *audits], audits, strict=False):
+        failed += audit.given_back
+        looked = before is None or audit.look > before.look + audit.given_back  # else it is that of the round before
+        assert audit.look == (0 if before is None else before.look) + audit.given_back + looked
+        if looked:
+            assert audit.confidence == 1 - error_of_look(audit.look, failed)
     last = audits[-1]
     assert 100 * (1 - _left(audited)) == pytest.approx(last.lost_points, abs=1)
     assert last.lost_points == pytest.approx(100 * (last.only_before - last.only_after) / last.images)
@@ -289,7 +297,7 @@ def test_another_audit_than_that_of_the_search_is_refused() -> None:
             SearchSession(network, images, replace(CONFIG, audit=part), state=known)
     several = copy.deepcopy(state)
     several.audit_before *= 2
-    with pytest.raises(ValueError, match="begun by 2 processes and goes on in 1"):
+    with pytest.raises(ValueError, match="the number of processes was 2 when the search began and is 1"):
         SearchSession(network, holdout, CONFIG, state=several)
 
 

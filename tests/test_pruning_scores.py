@@ -184,7 +184,7 @@ def test_a_search_without_labels_refuses_other_answers() -> None:
         (HoldOut(IMAGES[1:], score="agreement"), state, "the hold-out has 199"),
         (HoldOut(IMAGES, score="agreement"), with_answers(text[:40]), "damaged"),
         (HoldOut(IMAGES, score="agreement"), with_answers("agreement !"), "damaged"),
-        (HoldOut(IMAGES, score="agreement"), with_answers(text, text), "begun by 2 processes"),
+        (HoldOut(IMAGES, score="agreement"), with_answers(text, text), "number of processes was 2"),
         (HoldOut(IMAGES, score="agreement"), with_answers(), "begun with 'accuracy'"),
     ]
     for scorer, known, told in cases:

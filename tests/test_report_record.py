@@ -224,7 +224,7 @@ def test_a_report_has_both_parts_of_an_audited_search_and_the_optimism(tmp_path:
     audit = {
         "round": 1, "images": 60, "tolerance": 2.0, "baseline_points": 76.0, "lost_points": 1.75,
         "deciding_lost_points": 0.5, "only_before": 2, "only_after": 1, "bound_points": 9.25, "confidence": 0.97,
-        "given_back": 4,
+        "given_back": 4, "look": 5,
     }  # fmt: skip
     record = RunRecord(name="x")
     record.add_pruning(

@@ -226,8 +226,10 @@ class Round:
             return
         assert score is not None  # the round has begun
         if audits and not self.setup.retrains:
+            last, state = audits[-1], self.state
+            look = last.look + given_back
             audits.append(
-                replace(audits[-1], round=self.state.rounds, tolerance=self.state.tolerance, given_back=given_back)
+                replace(last, round=state.rounds, tolerance=state.tolerance, given_back=given_back, look=look)
             )
         else:
             self._note(self._audit(score, given_back))

@@ -52,6 +52,7 @@ class Audit:
             the scores "agreement" and "kl", right is what the unpruned network answers; it is a bound of the changed
             answers then, and the accuracy lost is no larger.
         confidence: Probability that this bound holds, 0 to 1; all bounds of a search hold together with 95 %.
+        look: How many times the search has looked at the audit so far, this time included, 1 or more.
         given_back: Number of steps (with PrimeSVT, of candidates) that were within the tolerance on the deciding part,
             and were given back because of the audit.
     """
@@ -66,6 +67,7 @@ class Audit:
     only_after: int
     bound_points: float
     confidence: float
+    look: int
     given_back: int = 0
 
     @property
@@ -145,8 +147,8 @@ class Auditor:
         """Takes up what `begin` returned. Raises a ValueError if it is of other images."""
         if len(before) != world_size():
             raise ValueError(
-                f"audit={self._part:g}: the search was begun by {len(before)} processes and goes on in {world_size()}, "
-                "which would audit other images; go on with as many processes"
+                f"audit={self._part:g}: the number of processes was {len(before)} when the search began and is "
+                f"{world_size()} now, which would audit other images; go on with as many as it began with"
             )
         score, identity, answers = [*before[rank()].split(" "), "", "", ""][:3]
         if identity != self._scorer.identity():
@@ -193,7 +195,8 @@ class Auditor:
         counts = [int((self._before & ~after).sum()), int((after & ~self._before).sum())]
         only_before, only_after = (int(count) for count in sum_over_ranks(counts))
         failed = sum(audit.given_back for audit in earlier) + given_back
-        confidence = 1 - error_of_look(len(earlier) + failed + 1, failed)
+        number = (earlier[-1].look if earlier else 0) + given_back + 1
+        confidence = 1 - error_of_look(number, failed)
         images = self._scorer.images
         return Audit(
             round=round,
@@ -206,6 +209,7 @@ class Auditor:
             only_after=only_after,
             bound_points=loss_bound(only_before, only_after, images, confidence),
             confidence=confidence,
+            look=number,
             given_back=given_back,
         )
 

@@ -271,8 +271,8 @@ class HoldOut:
         """
         if len(stored) not in (0, world_size()):
             raise ValueError(
-                f"score={self.score!r}: the search was begun by {len(stored)} processes and goes on in {world_size()}; "
-                "go on with as many processes"
+                f"score={self.score!r}: the number of processes was {len(stored)} when the search began and is "
+                f"{world_size()} now; go on with as many as it began with"
             )
         self._score.take_up(stored[rank()] if stored else "")
 
