@@ -120,9 +120,10 @@ INSIDE: dict[str, dict[str, set[str]]] = {
         "structure": set(),
         "evaluation": set(),
         "criteria": {"structure", "evaluation"},
-        "space": {"structure", "evaluation", "criteria"},
-        "adaptive": {"structure", "evaluation", "criteria", "space"},
-        "prime": {"structure", "evaluation", "criteria", "space"},
+        "compensation": {"structure", "evaluation"},
+        "space": {"structure", "evaluation", "criteria", "compensation"},
+        "adaptive": {"structure", "evaluation", "criteria", "compensation", "space"},
+        "prime": {"structure", "evaluation", "criteria", "compensation", "space"},
     },
 }
 

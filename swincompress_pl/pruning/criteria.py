@@ -93,11 +93,16 @@ CRITERIA: dict[str, Criterion] = {
     "fisher": fisher,
     "layer_fisher": layer_fisher,
 }
+SECOND_ORDER = "second_order"
+"""The criterion whose scores come from second moments of activations; see `compensation.errors`."""
+
 _WITH_GRADIENTS: tuple[Criterion, ...] = (taylor, fisher, layer_fisher)
 
 
 def needs_gradients(criterion: str | Criterion) -> bool:
     """Whether `criterion` needs the statistics of `collect_gradients`."""
+    if criterion == SECOND_ORDER:
+        return False
     found = _find(criterion)
     return found in _WITH_GRADIENTS or bool(getattr(found, "needs_gradients", False))
 
@@ -108,6 +113,8 @@ def estimates_loss(criterion: str | Criterion) -> bool:
     Both Fisher criteria estimate that. "taylor" does not: it adds up absolute values, which makes large units look
     important. A function of the user says so with `mine.estimates_loss = True`.
     """
+    if criterion == SECOND_ORDER:
+        return True
     found = _find(criterion)
     return found in (fisher, layer_fisher) or bool(getattr(found, "estimates_loss", False))
 

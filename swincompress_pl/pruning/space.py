@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal, Protocol
 
@@ -20,8 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from swincompress_pl import arguments
+from swincompress_pl.interrupts import all_or_nothing
+from swincompress_pl.pruning.compensation.compensator import Compensator, Method
+from swincompress_pl.pruning.compensation.readers import Predict
 from swincompress_pl.pruning.criteria import (
     CRITERIA,
+    SECOND_ORDER,
     Criterion,
     Gradients,
     estimates_loss,
@@ -30,8 +34,8 @@ from swincompress_pl.pruning.criteria import (
     weight_scores,
 )
 from swincompress_pl.pruning.evaluation.ranks import from_rank_zero
-from swincompress_pl.pruning.structure.apply import apply_plan, check_layers
-from swincompress_pl.pruning.structure.change import Change, commit_masks, consumer_masks, gone_units
+from swincompress_pl.pruning.structure.apply import apply_plan, check_layers, stored_tensor
+from swincompress_pl.pruning.structure.change import Change, commit_masks, consumer_masks, gone_units, owners
 from swincompress_pl.pruning.structure.cost import CostTracker, count_macs, skeleton
 from swincompress_pl.pruning.structure.groups import Group
 from swincompress_pl.pruning.structure.patterns import Pattern, parse_granularity
@@ -65,6 +69,7 @@ class SpaceConfig:
         shrink: "round" slices what is removed for good, "end" masks it; only for "structured".
         ranking: "local" makes every group or layer a target, "global" makes the whole network one target.
         target_of: What a search is to save. With "macs", a global ranking prices units in MACs (see `GlobalSpace`).
+        compensation: What makes up for a cut in the layers that read what went; see `compensation.Compensator`.
     """
 
     granularity: str = "structured"
@@ -77,6 +82,7 @@ class SpaceConfig:
     shrink: Literal["round", "end"] = "round"
     ranking: Literal["local", "global"] = "local"
     target_of: Literal["macs", "parameters", "bytes"] = "macs"
+    compensation: Method = "none"
 
 
 def checked_tolerance(tolerance: float, *, example: float = 1.0, stacklevel: int = 4) -> float:
@@ -94,8 +100,9 @@ def checked_tolerance(tolerance: float, *, example: float = 1.0, stacklevel: int
 
 def check_criterion(criterion: str | Criterion) -> None:
     """Raises ValueError for an unknown criterion."""
-    known = callable(criterion) or (isinstance(criterion, str) and criterion in CRITERIA)
-    arguments.require("criterion", criterion, known, f"one of {', '.join(CRITERIA)}, or a function")
+    names = (*CRITERIA, SECOND_ORDER)
+    known = callable(criterion) or (isinstance(criterion, str) and criterion in names)
+    arguments.require("criterion", criterion, known, f"one of {', '.join(names)}, or a function")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,6 +142,10 @@ class SearchSpace(Protocol):
 
     config: SpaceConfig
 
+    def prepare(self, network: nn.Module) -> None:
+        """Begins a round on the network as it is now; it comes before everything else."""
+        ...
+
     def targets(self, network: nn.Module) -> list[Target]:
         """Everything that can be narrowed, in the order of the network."""
         ...
@@ -156,13 +167,16 @@ class SearchSpace(Protocol):
         ...
 
 
-def local_space(config: SpaceConfig, initial_units: Mapping[str, int] | None = None) -> StructuredSpace | WeightSpace:
+def local_space(
+    config: SpaceConfig, initial_units: Mapping[str, int] | None = None, compensator: Compensator | None = None
+) -> StructuredSpace | WeightSpace:
     """The space of `config` with a target for every group or layer.
 
-    `initial_units` are the widths before the search, if it has begun already.
+    `initial_units` are the widths before the search, if it has begun already. `compensator` makes up for what goes; it
+    belongs to the search, because it outlives the space of a round.
     """
     if config.granularity == "structured":
-        return StructuredSpace(config, initial_units)
+        return StructuredSpace(config, initial_units, compensator)
     return WeightSpace(config, parse_granularity(config.granularity, block_shape=config.block_shape))
 
 
@@ -170,13 +184,42 @@ def search_space(
     config: SpaceConfig,
     initial_units: Mapping[str, int] | None = None,
     input_shape: Sequence[int] | None = None,
+    compensator: Compensator | None = None,
 ) -> StructuredSpace | WeightSpace | GlobalSpace:
     """The space that `config` asks for; see `local_space`.
 
     `input_shape` is that of one input with its batch axis. A global ranking needs it to know what a unit costs in MACs.
     """
-    local = local_space(config, initial_units)
+    local = local_space(config, initial_units, compensator)
     return GlobalSpace(local, input_shape) if config.ranking == "global" else local
+
+
+def needs_calibration(config: SpaceConfig) -> bool:
+    """Whether unlabelled images are needed: to compensate what goes, or to rank by it."""
+    return config.compensation != "none" or config.criterion == SECOND_ORDER
+
+
+def compensator_for(
+    config: SpaceConfig, calibration: Iterable[Any] | None, *, intercepts: bool = True, predict: Predict | None = None
+) -> Compensator | None:
+    """The compensator that a config asks for, with images from batches (images, ...) or tensors; None for none.
+
+    A ValueError says so if there are no images for it.
+    """
+    if not needs_calibration(config):
+        return None
+    if calibration is None:
+        asked = "compensation" if config.compensation != "none" else "criterion"
+        raise ValueError(
+            f"{asked}={getattr(config, asked)!r} needs calibration=: batches of unlabelled training images, e.g. a "
+            "DataLoader over a few hundred"
+        )
+    images = [batch[0] if isinstance(batch, list | tuple) else batch for batch in calibration]
+    wrong = next((image for image in images if not isinstance(image, Tensor)), None)
+    if wrong is not None:
+        raise TypeError(f"calibration has a batch of type {type(wrong).__name__}; tensors of images are expected")
+    method: Method = "ridge" if config.compensation == "none" else config.compensation
+    return Compensator(images, method=method, predict=predict, intercepts=intercepts)
 
 
 def check_on_trial(
@@ -195,8 +238,19 @@ def check_on_trial(
 class StructuredSpace:
     """Whole units of the network's groups, sliced away at once or, with `shrink="end"`, masked until the end."""
 
-    def __init__(self, config: SpaceConfig, initial_units: Mapping[str, int] | None = None) -> None:
+    def __init__(
+        self,
+        config: SpaceConfig,
+        initial_units: Mapping[str, int] | None = None,
+        compensator: Compensator | None = None,
+    ) -> None:
         self.config, self.initial_units = config, initial_units or {}
+        self._compensator = compensator
+
+    def prepare(self, network: nn.Module) -> None:
+        """Begins a round on the network as it is now: collects what compensation and "second_order" need."""
+        if self._compensator is not None:
+            self._compensator.begin_round(network, self.groups(network))
 
     def groups(self, network: nn.Module) -> list[Group]:
         """The groups of the kinds and names in the config; a ValueError for a kind or a pattern that matches none."""
@@ -231,7 +285,7 @@ class StructuredSpace:
                     min_units=g.min_units,
                     granule=1 if g.kind == "heads" else self.config.round_to,
                     weights=_owned(shapes, g) // g.units * before,
-                    tensors=tuple(g.masked_parameters()),
+                    tensors=tuple(dict.fromkeys([*g.masked_parameters(), *self._rewritten(g)])),
                 )
             )
         return found
@@ -239,7 +293,7 @@ class StructuredSpace:
     def scores(self, network: nn.Module, target: Target, gradients: Gradients | None) -> Tensor:
         """The scores of the group's units; those that are masked already score below all others."""
         group = self._group(network, target)
-        scores = unit_scores(network, group, self.config.criterion, gradients)
+        scores = self._unit_scores(network, group, gradients)
         gone = list(gone_units(network, group))
         scores[gone] = -1.0
         return scores
@@ -267,15 +321,59 @@ class StructuredSpace:
         with ExitStack() as stack:
             for name, units in removal.items():
                 stack.enter_context(mask_units(network, groups[name], units))
+            if self._repairer is not None:
+                stack.enter_context(self._repairer.compensated(network, self._lost(groups, removal)))
             return stack.pop_all()
 
     def commit(self, network: nn.Module, removal: Removal) -> Change:
         """Slices the network; with `shrink="end"` registers masks instead."""
-        groups = self.groups(network)
-        if self.config.shrink == "end":
-            masks = consumer_masks(network, {g.name: g for g in groups}, removal)
-            return commit_masks(network, masks)
-        return Change(applied=apply_plan(network, PruningPlan.removing(groups, removal)))
+        groups = {g.name: g for g in self.groups(network)}
+        sliced = self.config.shrink != "end"
+        before: dict[str, Tensor] = {}
+        if self._repairer is not None:
+            names = {name for group in removal for name in self._rewritten(groups[group])}
+            before = {name: stored_tensor(network, name).detach().clone() for name in sorted(names)}
+        with all_or_nothing(written=owners(network, before)):
+            if self._repairer is not None:
+                self._repairer.settle(network, self._lost(groups, removal), sliced=sliced)
+            if sliced:
+                change = Change(applied=apply_plan(network, PruningPlan.removing(groups.values(), removal)))
+            else:
+                change = commit_masks(network, consumer_masks(network, groups, removal))
+            return replace(change, rewritten=before)
+
+    @property
+    def _repairer(self) -> Compensator | None:
+        """The compensator, unless it only ranks."""
+        return None if self.config.compensation == "none" else self._compensator
+
+    def _rewritten(self, group: Group) -> tuple[str, ...]:
+        """The tensors that compensating a cut of the group changes."""
+        return () if self._repairer is None else self._repairer.tensors(group)
+
+    def _lost(self, groups: Mapping[str, Group], removal: Removal) -> dict[str, frozenset[int]]:
+        """The columns of the readers that go with a removal."""
+        lost: dict[str, frozenset[int]] = {}
+        for name, units in removal.items():
+            here = {} if self._repairer is None else self._repairer.lost_columns(groups[name], units)
+            lost |= {reader: lost.get(reader, frozenset()) | columns for reader, columns in here.items()}
+        return lost
+
+    def _unit_scores(self, network: nn.Module, group: Group, gradients: Gradients | None) -> Tensor:
+        if self.config.criterion != SECOND_ORDER:
+            return unit_scores(network, group, self.config.criterion, gradients)
+        errors = None if self._compensator is None else self._compensator.removal_errors(group)
+        if errors is None:
+            raise ValueError(
+                f"criterion='second_order': no layer reads the units of {group.name} as columns that could be solved "
+                f"again ({self._why_not(group)}); leave it out (kinds=, layers=), or take another criterion"
+            )
+        return errors.float()
+
+    def _why_not(self, group: Group) -> str:
+        known = {} if self._compensator is None else self._compensator.readers.left_alone
+        reasons = [f"{n}: {known[n]}" for p in group.consumers() if (n := p.tensor.removesuffix(".weight")) in known]
+        return "; ".join(reasons) or f"kind {group.kind!r}"
 
     def costs(self, network: nn.Module, input_shape: Sequence[int] | None) -> CostTracker:
         """See `SearchSpace.costs`."""
@@ -293,6 +391,9 @@ class WeightSpace:
 
     def __init__(self, config: SpaceConfig, pattern: Pattern) -> None:
         self.config, self.pattern = config, pattern
+
+    def prepare(self, network: nn.Module) -> None:
+        """See `SearchSpace.prepare`."""
 
     def targets(self, network: nn.Module) -> list[Target]:
         """One target per layer."""
@@ -440,6 +541,10 @@ class GlobalSpace:
                 apply_plan(bare, PruningPlan.removing([group], {group.name: range(cut)}))
             prices.append((whole - count_macs(bare, self.input_shape)) / cut if cut else float(whole))
         return prices
+
+    def prepare(self, network: nn.Module) -> None:
+        """See `SearchSpace.prepare`."""
+        self.local.prepare(network)
 
     def masked(self, network: nn.Module, removal: Removal) -> AbstractContextManager[Any]:
         """See `SearchSpace.masked`."""

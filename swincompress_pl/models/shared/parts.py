@@ -86,7 +86,9 @@ class AttentionGroups:
             class_swaps=self.class_swaps,
         )
 
-    def dimension_group(self, *, attributes: Iterable[Attribute] = (), biases: Iterable[str] = ()) -> Group:
+    def dimension_group(
+        self, *, attributes: Iterable[Attribute] = (), biases: Iterable[str] = (), free_basis: bool = False
+    ) -> Group:
         """The group of dimensions; one dimension goes from all heads at once, as the reshape to heads requires.
 
         A masked dimension is absent from q and k, and the projection does not read it. The fused attention is switched
@@ -109,6 +111,7 @@ class AttentionGroups:
             ),
             attributes=(*unfused, *attributes, *self.attributes),
             class_swaps=self.class_swaps,
+            free_basis=free_basis and self.gate is None,
         )
 
 

@@ -50,7 +50,7 @@ def _attention(path: str, block: nn.Module) -> tuple[Group, Group]:
     attn = part_of(block, path.rpartition(".")[0], "attn", swin_transformer.WindowAttention)
     parts = AttentionGroups(path, attn)
     table = Slice(tensor=f"{path}.relative_position_bias_table", axis=1)
-    return parts.head_group(slices=(table,)), parts.dimension_group()
+    return parts.head_group(slices=(table,)), parts.dimension_group(free_basis=True)
 
 
 def _is_resizable(block: nn.Module) -> bool:

@@ -59,7 +59,8 @@ def _attention(path: str, block: nn.Module) -> list[Group]:
     parts = AttentionGroups(path, attn, gate=gate, attributes=(width,))
     groups = [parts.head_group()]
     if isinstance(attn.q_norm, nn.Identity) and isinstance(attn.k_norm, nn.Identity):
-        groups.append(parts.dimension_group(attributes=(Attribute(module=path, name="head_dim"),)))
+        head_dim = Attribute(module=path, name="head_dim")
+        groups.append(parts.dimension_group(attributes=(head_dim,), free_basis=True))
     return groups
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from swincompress_pl.arguments import choice, integer, names, number, numbers, optional, require, text
+from swincompress_pl.pruning.compensation.compensator import METHODS
 from swincompress_pl.pruning.evaluation.audit import checked_audit
 from swincompress_pl.pruning.space import SpaceConfig, check_criterion, checked_tolerance
 from swincompress_pl.pruning.structure.patterns import parse_granularity
@@ -50,6 +51,8 @@ class AdaptivePruningConfig(SpaceConfig):
             element of a masked weight). A target in MACs is only for "structured".
         max_rounds: The search ends after this number of rounds, 1 or more; None for no limit.
         time_budget_s: The search ends after this number of seconds of searching, without training; None for no limit.
+        compensation: What makes up for what goes, in the layers that read it. "none" leaves them as they are, "bias"
+            adds what went on average, and "ridge" solves their weights and biases again, from calibration images.
 
     Raises:
         ValueError: If a field is outside its range, or fields contradict each other; the message names the field.
@@ -144,4 +147,5 @@ _CHOICES = {
     "overshoot": ("rollback", "keep"),
     "shrink": ("round", "end"),
     "target_of": ("macs", "parameters", "bytes"),
+    "compensation": METHODS,
 }

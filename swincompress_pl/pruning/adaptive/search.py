@@ -15,10 +15,11 @@ import copy
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 from torch import nn
 
@@ -39,7 +40,7 @@ from swincompress_pl.pruning.criteria import Gradients, needs_gradients
 from swincompress_pl.pruning.evaluation.audit import split_for_audit
 from swincompress_pl.pruning.evaluation.ranks import failing_together
 from swincompress_pl.pruning.evaluation.scorer import Evaluate, Evaluator, Scorer, as_evaluator
-from swincompress_pl.pruning.space import SearchSpace, StructuredSpace, check_on_trial, search_space
+from swincompress_pl.pruning.space import SearchSpace, StructuredSpace, check_on_trial, compensator_for, search_space
 from swincompress_pl.pruning.structure.apply import AppliedPlan, apply_plan
 from swincompress_pl.pruning.structure.change import Change, nothing_applied, plan_of_masks
 from swincompress_pl.pruning.structure.plan import PruningPlan
@@ -114,6 +115,7 @@ class SearchSession:
         config: What the search prunes, how far and in which steps.
         input_shape: As for `prune`.
         gradients: As for `prune`.
+        calibration: As for `prune`.
         state: The state of a search to continue. None begins a new search: it scores the baseline and, if the order
             asks for it, measures the sensitivity of each target.
 
@@ -138,6 +140,7 @@ class SearchSession:
         *,
         input_shape: Sequence[int] | None = None,
         gradients: CollectGradients | None = None,
+        calibration: Iterable[Any] | None = None,
         state: SearchState | None = None,
     ) -> None:
         if config.target is not None and config.target_of == "macs" and input_shape is None:
@@ -147,6 +150,7 @@ class SearchSession:
                 f"criterion={config.criterion!r} needs gradients: give gradients=lambda network: "
                 "collect_gradients(network, batches)"
             )
+        self._compensator = compensator_for(config, calibration)
         replace_inference_tensors(network)
         self.network, self.config = network, config
         self.evaluator, self.auditor = split_for_audit(evaluate, config.audit)
@@ -199,7 +203,8 @@ class SearchSession:
         self, retrains: bool, on_step: Callable[[Step], None] | None, coupled: CoupledState | None
     ) -> RoundOutcome:
         state = copy.deepcopy(self.state)
-        space = search_space(self.config, state.initial_units, self._input_shape)
+        space = search_space(self.config, state.initial_units, self._input_shape, self._compensator)
+        space.prepare(self.network)
         targets = space.targets(self.network)
         check_same_targets(state, targets)
         lock_finished(state, targets, self.config)  # max_sparsity may have changed since the last round
@@ -234,6 +239,8 @@ class SearchSession:
     def network_changed(self) -> None:
         """Forgets scores and gradients of the network; call it after training."""
         self._gradients = None
+        if self._compensator is not None:
+            self._compensator.forget()
         self.evaluator.network_changed()
 
     @outside_inference_mode()
@@ -248,7 +255,8 @@ class SearchSession:
     def _begun(self) -> SearchState:
         started, config = time.monotonic(), self.config
         spent_before = self._spent()
-        space = search_space(config, input_shape=self._input_shape)
+        space = search_space(config, None, self._input_shape, self._compensator)
+        space.prepare(self.network)
         targets = space.targets(self.network)
         cost = space.costs(self.network, self._input_shape).after({})
         with evaluation_mode(self.network):
@@ -323,6 +331,7 @@ def prune(
     input_shape: Sequence[int] | None = None,
     recover: Callable[[nn.Module, AppliedPlan], None] | None = None,
     gradients: CollectGradients | None = None,
+    calibration: Iterable[Any] | None = None,
     progress: bool | Callable[[Step], None] = False,
 ) -> PruningResult:
     """Prunes a network in place, standard or spiking, as far as its accuracy on a hold-out allows.
@@ -344,6 +353,8 @@ def prune(
             round, so train the result once more. Use `slice_optimizer` on its optimizer, and `keep_masks` if masks are
             set (granularities other than "structured", and `shrink="end"`).
         gradients: (network) -> Gradients, made by `collect_gradients`; for the criteria that need them.
+        calibration: Batches of unlabelled training images (N, ...), or (images, ...), for `compensation` and
+            `criterion="second_order"`; a few hundred images.
         progress: True shows a bar in a terminal or a notebook, and elsewhere prints a line for each tried step. A
             function is called with the step.
 
@@ -364,7 +375,9 @@ def prune(
     whole, each = (remembered, nullcontext) if recover is None else (nullcontext, remembered)
     plan = PruningPlan.identity()
     with whole():
-        session = SearchSession(network, evaluate, config, input_shape=input_shape, gradients=gradients)
+        session = SearchSession(
+            network, evaluate, config, input_shape=input_shape, gradients=gradients, calibration=calibration
+        )
         with told_progress(progress, _place_in(session)) as on_step:
             while session.state.stopped is None:
                 with each():

@@ -19,7 +19,7 @@ from swincompress_pl.pruning.prime.config import PrimeSVTConfig
 from swincompress_pl.pruning.prime.evaluation_cache import EvaluationCache, Widths
 from swincompress_pl.pruning.prime.fingerprint import fingerprint, fingerprint_of_0_1, images_digest
 from swincompress_pl.pruning.prime.result import Candidate
-from swincompress_pl.pruning.space import Removal, Target, local_space
+from swincompress_pl.pruning.space import Removal, Target, compensator_for, local_space
 from swincompress_pl.pruning.structure.change import Change
 from swincompress_pl.pruning.structure.cost import count_parameters
 from swincompress_pl.pruning.structure.weight_masks import masked_parameters
@@ -33,7 +33,7 @@ class Candidates:
         evaluator: Scores candidates.
         config: The settings of the search.
         floor: The least accuracy in points.
-        calibration: Batches (images, ...) on which BatchNorm's statistics are corrected, if the config asks for it.
+        calibration: Batches (images, ...) for compensation and corrected statistics, if the config asks for them.
         gradients: Collects gradients, for the criteria that need them.
         cache_path: File that keeps every verdict; None for none.
     """
@@ -57,7 +57,10 @@ class Candidates:
             )
         self.network, self.config = network, config
         self._evaluator, self._floor = evaluator, floor
-        self._space = local_space(config.space(network))
+        space = config.space(network)
+        compensator = compensator_for(space, calibration, intercepts=config.batchnorm != "correct")
+        self._space = local_space(space, compensator=compensator)
+        self._space.prepare(network)
         self.targets = {target.name: target for target in self._space.targets(network)}
         statistics = gradients(network) if gradients is not None and needs_gradients(config.criterion) else None
         # All of the unpruned network, so that a smaller cut is part of a larger one.

@@ -10,6 +10,7 @@ from torch import nn
 
 from swincompress_pl._deprecated import gathered, renamed
 from swincompress_pl.arguments import choice, integer, names, number, numbers, optional, require
+from swincompress_pl.pruning.compensation.compensator import METHODS, Method
 from swincompress_pl.pruning.criteria import Criterion
 from swincompress_pl.pruning.evaluation.audit import checked_audit
 from swincompress_pl.pruning.space import SpaceConfig, check_criterion, checked_tolerance
@@ -171,6 +172,9 @@ class PrimeSVTConfig:
             norm.
         batchnorm: "keep" leaves the running statistics as they are. "correct" changes them for every candidate by what
             pruning changes on calibration images.
+        compensation: What makes up for what goes, in the layers that read it. "none" leaves them as they are, "bias"
+            adds what went on average, and "ridge" solves their weights again, from calibration images, and has the
+            BatchNorm behind them take up the rest.
 
     Raises:
         ValueError: If a field is outside its range, or fields contradict each other; the message names the field.
@@ -191,6 +195,7 @@ class PrimeSVTConfig:
     layers: tuple[str, ...] | None = None
     criterion: str | Criterion = "magnitude"
     batchnorm: Literal["keep", "correct"] = "keep"
+    compensation: Method = "none"
 
     @classmethod
     def paper(cls, **settings: Any) -> PrimeSVTConfig:
@@ -282,6 +287,7 @@ class PrimeSVTConfig:
         """
         common: dict[str, Any] = {
             "layers": self.layers, "criterion": self.criterion, "max_sparsity": self.max_sparsity,
+            "compensation": self.compensation,
         }  # fmt: skip
         if self.granularity == "filter":
             return SpaceConfig(granularity="filter", **common)
@@ -305,6 +311,7 @@ _CHOICES = {
     "prefer": ("accuracy", "memory"),
     "blocks": ("layer", "block"),
     "batchnorm": ("keep", "correct"),
+    "compensation": METHODS,
 }
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from swincompress_pl.interrupts import all_or_nothing
-from swincompress_pl.pruning.structure.apply import AppliedPlan, revert_plan
+from swincompress_pl.pruning.structure.apply import AppliedPlan, revert_plan, stored_tensor
 from swincompress_pl.pruning.structure.groups import Group
 from swincompress_pl.pruning.structure.plan import PruningPlan
 from swincompress_pl.pruning.structure.weight_masks import (
@@ -28,11 +28,13 @@ class Change:
         applied: The slices, for the optimizers; empty if nothing was sliced.
         before: Maps a masked parameter to its weight and mask before.
         registered: Names of the parameters that had no mask before.
+        rewritten: Maps a parameter or buffer that was written to before anything was cut to its values before.
     """
 
     applied: AppliedPlan
     before: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
     registered: tuple[str, ...] = field(default=(), repr=False)
+    rewritten: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
 
 
 def nothing_applied() -> AppliedPlan:
@@ -44,7 +46,7 @@ def commit_masks(network: nn.Module, masks: Mapping[str, Tensor]) -> Change:
     """Sets `masks`, {parameter: True where a weight stays}, for good; what was masked before stays masked."""
     known = masked_parameters(network)
     new = tuple(name for name in masks if name not in known)
-    with all_or_nothing(network, written=_owners(network, masks)):
+    with all_or_nothing(network, written=owners(network, masks)):
         if new:
             register_masks(network, new)
         known = masked_parameters(network)
@@ -56,7 +58,7 @@ def commit_masks(network: nn.Module, masks: Mapping[str, Tensor]) -> Change:
 
 def revert(network: nn.Module, change: Change) -> None:
     """Undoes the latest change."""
-    with all_or_nothing(network, written=_owners(network, change.before)), torch.no_grad():
+    with all_or_nothing(network, written=owners(network, [*change.before, *change.rewritten])), torch.no_grad():
         revert_plan(network, change.applied)
         for name, (weight, mask) in change.before.items():
             parameter, now = masked_parameters(network)[name]
@@ -64,10 +66,12 @@ def revert(network: nn.Module, change: Change) -> None:
             now.copy_(mask)
         if change.registered:
             undo_latest_masks(network)
+        for name, values in change.rewritten.items():
+            stored_tensor(network, name).copy_(values)
 
 
-def _owners(network: nn.Module, names: Iterable[str]) -> list[nn.Module]:
-    """The modules that hold these parameters."""
+def owners(network: nn.Module, names: Iterable[str]) -> list[nn.Module]:
+    """The modules that hold these parameters or buffers."""
     return [network.get_submodule(name.rpartition(".")[0]) for name in names]
 
 

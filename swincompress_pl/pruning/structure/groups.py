@@ -147,6 +147,9 @@ class Group:
         min_units: Number of units that have to stay, 1 or more.
         norms: LayerNorms that the units go through.
         class_swaps: Modules that cannot change width with their present class.
+        free_basis: Whether any change of basis of the units of a head leaves the network's function, if it is made of
+            queries and keys, and of values and their reader. So nothing but the products of plain attention may lie
+            between; only for "head_dim".
 
     Raises:
         ValueError: If `units` or `min_units` is out of range, or neither a slice is marked as consumer nor a norm is
@@ -161,6 +164,7 @@ class Group:
     min_units: int = 1
     norms: tuple[NormSlice, ...] = ()
     class_swaps: tuple[ClassSwap, ...] = ()
+    free_basis: bool = False
 
     def __post_init__(self) -> None:
         for field in ("slices", "attributes", "norms", "class_swaps"):

@@ -1,0 +1,298 @@
+"""Solves the layers that lose inputs again, for every trial of a search and for good, from sums collected once.
+
+The sums are of the network before it was cut: what each layer reads, and what it gives of that. From them any cut of
+its inputs is compensated in closed form. Fitting layer after layer to the unpruned network, on what the pruned layers
+before give, was tried and is worse where much goes (docs/explanation/pruning.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from swincompress_pl.evaluation_mode import evaluation_mode
+from swincompress_pl.interrupts import put_back_after
+from swincompress_pl.masks import masked_parameters
+from swincompress_pl.pruning.compensation.axes import heads_of, turn, watched_heads
+from swincompress_pl.pruning.compensation.errors import removal_errors
+from swincompress_pl.pruning.compensation.moments import CalibrationError, Moments, System
+from swincompress_pl.pruning.compensation.readers import Predict, Reader, Readers, readers_named, readers_of
+from swincompress_pl.pruning.structure.apply import stored_tensor
+from swincompress_pl.pruning.structure.groups import Group
+
+Method = Literal["none", "bias", "ridge", "second_order"]
+METHODS: tuple[Method, ...] = ("none", "bias", "ridge", "second_order")
+Lost = Mapping[str, frozenset[int]]
+"""{reader: columns of its weight matrix}"""
+
+_MOST_ROWS = 131_072  # per layer; more say little more
+
+
+class Compensator:
+    """Compensates the cuts of one network.
+
+    Args:
+        batches: Unlabelled calibration images (N, ...).
+        method: What is done. "bias" adds what the lost inputs gave on average, "ridge" solves the weights again.
+        predict: Runs a network on a batch; None calls it with the images, moved to its device.
+        damping: As for `System.solve`.
+        intercepts: Whether the means of BatchNorms take up what is lost on average; False if they are corrected later.
+
+    Attributes:
+        readers: The layers that are solved again, in the order of a pass.
+    """
+
+    def __init__(
+        self,
+        batches: Sequence[Tensor],
+        *,
+        method: Method = "ridge",
+        predict: Predict | None = None,
+        damping: float | None = None,
+        intercepts: bool = True,
+    ) -> None:
+        self.batches, self.method = [batch for batch in batches if len(batch)], method
+        if not self.batches:
+            raise CalibrationError(f"compensation={method!r}: calibration has no images; give a few hundred")
+        self._predict = predict or _run
+        self._damping = float("inf") if method == "bias" else damping
+        self._intercepts = intercepts
+        self.readers = Readers(readers={}, left_alone={})
+        self._states: dict[str, _State] = {}
+        self._scores: dict[tuple[object, ...], Tensor] = {}
+
+    def begin_round(self, network: nn.Module, groups: Sequence[Group] | None, names: Iterable[str] = ()) -> None:
+        """Prepares for cuts of the network as it is now; its readers are those of `groups`, or the layers `names`.
+
+        The first time, and after `forget`, this runs all images, and turns heads to their principal axes.
+        """
+        self._scores = {}
+        with evaluation_mode(network), torch.no_grad():
+            if self._states:
+                for state in self._states.values():
+                    state.take_up(network)
+                return
+            if groups is None:
+                self.readers = readers_named(network, names, self.batches[0][:1], self._predict)
+            else:
+                self.readers = readers_of(network, groups, self.batches[0][:1], self._predict)
+            self._collect(network, groups or ())
+
+    def forget(self) -> None:
+        """Says that the network was trained, so that the sums are of another one."""
+        self._states = {}
+
+    def tensors(self, group: Group) -> tuple[str, ...]:
+        """The names of the tensors that compensating a cut of the group changes."""
+        return tuple(dict.fromkeys(name for reader in self._readers(group) for name in reader.tensors))
+
+    def lost_columns(self, group: Group, units: Iterable[int]) -> dict[str, frozenset[int]]:
+        """The columns of the readers that go with some units of a group."""
+        units, lost = tuple(units), dict[str, frozenset[int]]()
+        for part in group.consumers():
+            reader = self.readers.readers.get(part.tensor.removesuffix(".weight"))
+            if reader is not None and part.axis == 1:
+                columns = frozenset(reader.columns(part.indices(units)))
+                lost[reader.name] = lost.get(reader.name, frozenset()) | columns
+        return lost
+
+    def removal_errors(self, group: Group) -> Tensor | None:
+        """What the removal of each unit costs (units,), see `errors.removal_errors`; None for a group without readers.
+
+        It is the rise of the mean squared error of what the readers give, per row; behind a BatchNorm, of what that
+        gives. So layers that write to one residual stream, or to neurons of one threshold, can be compared.
+        """
+        readers = self._readers(group)
+        if not readers:
+            return None
+        key = (group.name, *(self._states[reader.name].gone for reader in readers))
+        if key not in self._scores:
+            systems = []
+            for reader in readers:
+                columns = [sorted(self.lost_columns(group, [unit])[reader.name]) for unit in range(group.units)]
+                inverse, weight = self._states[reader.name].inverse_hessian(self._damping)
+                systems.append((inverse, weight, torch.tensor(columns, device=weight.device)))
+            self._scores[key] = removal_errors(systems)
+        return self._scores[key].clone()
+
+    @contextmanager
+    def compensated(self, network: nn.Module, lost: Lost) -> Iterator[None]:
+        """Inside the context, the readers make up for lost columns, and for those lost in contexts around it."""
+        with ExitStack() as stack, torch.no_grad():
+            for name, columns in lost.items():
+                state = self._states[name]
+                stack.enter_context(_restored(network, state.reader.tensors))
+                stack.callback(setattr, state, "gone", state.gone)
+                state.gone |= columns
+                self._write(network, state)
+            yield
+
+    @torch.no_grad()
+    def settle(self, network: nn.Module, lost: Lost, *, sliced: bool) -> None:
+        """Writes the weights that make up for lost columns for good; the lost columns become 0.
+
+        If they are `sliced` away afterwards, the next round begins without them.
+        """
+        for name, columns in lost.items():
+            state = self._states[name]
+            before, state.gone = state.gone, state.gone | columns
+            self._write(network, state)
+            if sliced:
+                state.narrowed()
+                state.gone = before
+
+    def _readers(self, group: Group) -> list[Reader]:
+        if group.norms:  # a LayerNorm lies between the units and what reads them
+            return []
+        found = (self.readers.readers.get(part.tensor.removesuffix(".weight")) for part in group.consumers())
+        return list(dict.fromkeys(reader for reader in found if reader is not None))
+
+    def _write(self, network: nn.Module, state: _State) -> None:
+        reader, (weight, bias) = state.reader, state.solution(self._damping)
+        parameter = stored_tensor(network, f"{reader.name}.weight").detach()
+        parameter.copy_(weight.reshape(parameter.shape))
+        if reader.norm is not None:
+            if self._intercepts:
+                stored_tensor(network, f"{reader.norm}.running_mean").copy_(state.mean - bias)
+        elif not reader.fixed_bias:
+            stored_tensor(network, f"{reader.name}.bias").detach().copy_(bias)
+
+    def _collect(self, network: nn.Module, groups: Sequence[Group]) -> None:
+        """Runs all images once, and makes the state of each reader."""
+        self._states = {name: _State(network, reader) for name, reader in self.readers.readers.items()}
+        heads = {g.name: found for g in groups if (found := heads_of(g)) and found.proj in self._states}
+        with ExitStack() as hooks:
+            met = hooks.enter_context(watched_heads(network, heads))
+            for state in self._states.values():
+                hooks.enter_context(self._summed(network, state))
+            for batch in self.batches:
+                self._part = len(batch) / sum(map(len, self.batches))
+                self._predict(network, batch)
+        for name, state in self._states.items():
+            state.moments.over_ranks().check(name)
+        for group, attention in heads.items():
+            state = self._states[attention.proj]
+            state.turned(turn(network, attention, met[group], state.moments.system(intercept=True).xx))
+        for state in self._states.values():
+            state.take_up(network)
+            state.moments.give(state.weight, state.bias)
+
+    @contextmanager
+    def _summed(self, network: nn.Module, state: _State) -> Iterator[None]:
+        """Adds to the moments what a reader reads; a random part of it if all images have too many rows."""
+        draw = torch.Generator().manual_seed(0)
+
+        def add(layer: nn.Module, given: tuple[Tensor, ...]) -> None:
+            part = min(1.0, _MOST_ROWS * self._part / state.reader.count(layer, given[0]))
+            for rows in state.reader.rows(layer, given[0]):
+                if part < 1:
+                    chosen = (torch.rand(len(rows), generator=draw) < part).nonzero().squeeze(1)
+                    rows = rows[chosen.to(rows.device)]
+                state.moments.add(rows)
+
+        handle = network.get_submodule(state.reader.name).register_forward_pre_hook(add)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
+class _State:
+    """What is known about one reader.
+
+    `moments` are of all inputs that it had when they were collected, and `columns` are those that it still has.
+    `gone` are columns, of those, that are lost for now. `weight` and `bias` are what it has without that; `mean` and
+    `scale` are of the BatchNorm behind it.
+    """
+
+    def __init__(self, network: nn.Module, reader: Reader) -> None:
+        self.reader, self.gone = reader, frozenset[int]()
+        self._read(network)
+        outputs, inputs = self.weight.shape
+        self.moments = Moments.empty(inputs, outputs, self.weight.device)
+        self._by_width = {inputs: torch.arange(inputs, device=self.weight.device)}
+        self._solved: dict[frozenset[int], tuple[Tensor, Tensor]] = {}
+
+    def _read(self, network: nn.Module) -> None:
+        layer = network.get_submodule(self.reader.name)
+        self.weight = stored_tensor(network, f"{self.reader.name}.weight").detach().double().flatten(1)
+        bias = layer._parameters["bias"]
+        self.bias = self.weight.new_zeros(len(self.weight)) if bias is None else bias.detach().double()
+        self.mean, self.scale = self.bias, torch.ones_like(self.bias)
+        if self.reader.norm is not None:
+            norm = network.get_submodule(self.reader.norm)
+            assert isinstance(norm, _BatchNorm)
+            assert norm.running_mean is not None
+            assert norm.running_var is not None
+            self.mean = norm.running_mean.double().clone()
+            self.scale = (norm.running_var.double() + norm.eps).rsqrt()
+            if norm.weight is not None:
+                self.scale = self.scale * norm.weight.detach().double()
+
+    def take_up(self, network: nn.Module) -> None:
+        """Begins again with the weights that the network has now, which may have been cut as `narrowed` said."""
+        self._read(network)
+        mask = masked_parameters(network).get(f"{self.reader.name}.weight")
+        lost = [] if mask is None else (~mask[1].flatten(1)).all(0).nonzero().flatten().tolist()
+        self._solved, self.gone = {}, frozenset(lost)
+        self.columns = self._by_width[self.weight.shape[1]]
+
+    def narrowed(self) -> None:
+        """Says that the columns in `gone` are cut away; if that is undone, the network is as wide as before."""
+        self._by_width[self.weight.shape[1] - len(self.gone)] = self.columns[self._kept()]
+
+    def turned(self, matrix: Tensor) -> None:
+        """Says that the reader reads `matrix` times what the moments are of."""
+        self.moments.xx = matrix @ self.moments.xx @ matrix.T
+        self.moments.x = matrix @ self.moments.x
+
+    def _kept(self) -> Tensor:
+        kept = [c for c in range(self.weight.shape[1]) if c not in self.gone]
+        return torch.tensor(kept, dtype=torch.long, device=self.weight.device)
+
+    def system(self) -> System:
+        """The normal equations of the columns that the reader still has."""
+        return self.moments.system(intercept=not self.reader.fixed_bias).of(self.columns)
+
+    def solution(self, damping: float | None) -> tuple[Tensor, Tensor]:
+        """The weight matrix, 0 where columns are gone, and the bias."""
+        if self.gone not in self._solved:
+            kept, solved = self._kept(), torch.zeros_like(self.weight)
+            solved[:, kept] = self.system().solve(self.weight, kept, damping)
+            bias = self.bias if self.reader.fixed_bias else self.moments.intercept(solved, self.columns)
+            self._solved[self.gone] = solved, bias
+        return self._solved[self.gone]
+
+    def inverse_hessian(self, damping: float | None) -> tuple[Tensor, Tensor]:
+        """The inverse of the damped second moments (columns, columns), and the weights as a BatchNorm scales them.
+
+        Columns that are gone are as good as independent of the others, with weights of 0.
+        """
+        kept, system = self._kept(), self.system()
+        inverse = torch.eye(len(system.xx), dtype=torch.float64, device=system.xx.device)
+        inverse[kept.unsqueeze(1), kept] = system.of(kept).inverse(damping)
+        return inverse, self.solution(damping)[0] * self.scale.unsqueeze(1)
+
+
+def _run(network: nn.Module, images: Tensor) -> object:
+    device = next((parameter.device for parameter in network.parameters()), images.device)
+    return network(images.to(device, non_blocking=True))
+
+
+@contextmanager
+def _restored(network: nn.Module, tensors: Iterable[str]) -> Iterator[None]:
+    """Puts back the values of some tensors when the context ends."""
+    found = [stored_tensor(network, name).detach() for name in tensors]
+    before = [tensor.clone() for tensor in found]
+
+    def put_back() -> None:
+        for tensor, values in zip(found, before, strict=True):
+            tensor.copy_(values)
+
+    with put_back_after(put_back):
+        yield
