@@ -70,7 +70,8 @@ def test_what_has_shaped_the_search_is_refused(tmp_path: Path) -> None:
     rounds(tmp_path, 1, greedy(**MLP))
     others: dict[str, Any] = {
         "granularity": "weight", "kinds": ("heads", "mlp"), "layers": ("blocks.0.*",), "order": "size",
-        "ranking": "global", "shrink": "end", "monitor": "val/top1", "max_images": 8,
+        "ranking": "global", "shrink": "end", "monitor": "val/top1", "max_images": 8, "audit": 0.5,
+        "score": "agreement",
     }  # fmt: skip
     for name, value in others.items():
         with pytest.raises(ValueError, match=rf"AdaptiveIterativePruning: {name}=.*had {name}=.*search has begun"):

@@ -18,7 +18,8 @@ from support.rank_cases import on_ranks
 from timm.models import SwinTransformer, VisionTransformer
 from torch import Tensor, nn
 
-from swincompress_pl.pruning.evaluation.holdout import FunctionScorer, HoldOut, ScoringCost, TooLargeError, _needed
+from swincompress_pl.pruning.evaluation.holdout import FunctionScorer, HoldOut, ScoringCost, _needed
+from swincompress_pl.pruning.evaluation.images import TooLargeError
 from swincompress_pl.pruning.evaluation.ranks import from_rank_zero, gather_results, rank, sum_over_ranks, world_size
 from swincompress_pl.pruning.structure.unit_masks import mask_units
 from swincompress_pl.registry import adapter_for

@@ -220,6 +220,31 @@ def test_a_record_takes_one_search() -> None:
         record.add_pruning(search_data())
 
 
+def test_a_report_has_both_parts_of_an_audited_search_and_the_optimism(tmp_path: Path) -> None:
+    audit = {
+        "round": 1, "images": 60, "tolerance": 2.0, "baseline_points": 76.0, "lost_points": 1.75,
+        "deciding_lost_points": 0.5, "only_before": 2, "only_after": 1, "bound_points": 9.25, "confidence": 0.97,
+        "given_back": 4, "look": 5,
+    }  # fmt: skip
+    record = RunRecord(name="x")
+    record.add_pruning(
+        search_data()
+        | {"audits": [audit], "audit_before": ["answers"], "score_kind": "agreement", "first_answers": ["a"]}
+    )
+    assert record.pruning is not None
+    assert not {"audit_before", "first_answers"} & record.pruning.keys()
+    text = write_report(record, tmp_path).read_text(encoding="utf-8")
+    for expected in (
+        "Pruning audits", "1.75 points on 60 images that decided nothing, at most 9.25 with 97 % confidence",
+        "0.50 points, optimism +1.25", "  1.75 |", " +1.25 |", "9.25 (97 %)", "2 / 1",
+        "agreement on the hold-out", "at most 26.50 points on these images",
+    ):  # fmt: skip
+        assert expected in text
+    plain = RunRecord(name="y")
+    plain.add_pruning(search_data())
+    assert "audit" not in write_report(plain, tmp_path).read_text(encoding="utf-8")
+
+
 def test_a_search_of_another_version_is_refused_at_once_and_in_a_file(tmp_path: Path) -> None:
     record = RunRecord(name="x")
     with pytest.raises(ValueError, match="version 2 is expected, not 1"):

@@ -49,6 +49,8 @@ class PrimeSVT(SearchCallback):
 
     Args:
         tolerance: Accuracy that may be lost on the hold-out, in points, above 0 and at most 100.
+        audit: Part of the hold-out that decides nothing until the end, 0 to below 1. A candidate that loses more than
+            `tolerance` on it is not applied. 0 for none. Not with `monitor`.
         min_memory_saving: Part of all parameters that has to go, 0 or more and below 1.
         granularity: "structured" cuts units out of the tensors; "filter" makes the weakest input channels of each
             filter zero.
@@ -79,6 +81,7 @@ class PrimeSVT(SearchCallback):
             no file.
         monitor: Name of a metric to score by, a fraction between 0 and 1 that grows as the network gets better; see
             `AdaptiveIterativePruning`.
+        score: What is scored without `monitor`: "accuracy", "agreement" or "kl"; see `AdaptiveIterativePruning`.
         max_images: Number of images to score on; None for all. Not with `monitor`.
         holdout_size_bytes: Largest size of the hold-out, which is kept in each device's memory, in bytes. The default
             is 4 GiB.
@@ -110,6 +113,7 @@ class PrimeSVT(SearchCallback):
             *(field.name for field in fields(PrimeSVTConfig)),
             "start_epoch",
             "monitor",
+            "score",
             "max_images",
             "gradient_batches",
             "model_attribute",
@@ -130,6 +134,7 @@ class PrimeSVT(SearchCallback):
         self,
         *,
         tolerance: float = 3.0,
+        audit: float = 0.0,
         min_memory_saving: float = 0.25,
         granularity: Literal["structured", "filter"] = "structured",
         policy: AllocatedPolicy | PrioritizedPolicy | Literal["allocated", "prioritized"] = "allocated",
@@ -148,6 +153,7 @@ class PrimeSVT(SearchCallback):
         start_epoch: int = 0,
         evaluation_cache: str | Path | None = None,
         monitor: str | None = None,
+        score: Literal["accuracy", "agreement", "kl"] = "accuracy",
         max_images: int | None = None,
         holdout_size_bytes: int = 4 << 30,
         gradient_batches: int = 8,
@@ -160,6 +166,7 @@ class PrimeSVT(SearchCallback):
         super().__init__(
             start_epoch=start_epoch,
             monitor=monitor,
+            score=score,
             max_images=max_images,
             holdout_size_bytes=holdout_size_bytes,
             gradient_batches=gradient_batches,
@@ -167,6 +174,7 @@ class PrimeSVT(SearchCallback):
             model_attribute=model_attribute,
         )
         self.config = config_of(PrimeSVTConfig, config, given)
+        self._refuse_unsplittable()
         self.evaluation_cache = optional(path, "evaluation_cache", evaluation_cache)
         if self.evaluation_cache is not None and self._predicts_itself and fingerprint_of(self.predict) is None:
             raise ValueError(
@@ -256,5 +264,8 @@ class PrimeSVT(SearchCallback):
         }
         if outcome.macs_after is not None:
             values["macs"] = float(outcome.macs_after)
+        audit = outcome.audit
+        if audit is not None:
+            values |= {"audit_lost": audit.lost_points, "optimism": audit.optimism_points}
         log_search(module, values)
-        rank_zero_info(f"PrimeSVT: {outcome.summary()}")
+        rank_zero_info(f"PrimeSVT: {outcome.summary()}" + ("" if audit is None else f"; audit: {audit}"))

@@ -36,7 +36,8 @@ class AdaptiveIterativePruning(SearchCallback):
     no trace in metrics, loggers or attributes, and `training_step` is never called for scoring.
 
     The callback logs pruning/score, pruning/baseline, pruning/parameters, pruning/sparsity (of the prunable weights),
-    pruning/active_targets, pruning/images_scored and, once a step was tried, pruning/macs. A checkpoint holds the
+    pruning/active_targets, pruning/images_scored and, once a step was tried, pruning/macs; with an audit also
+    pruning/audit_lost and pruning/optimism, in points. A checkpoint holds the
     search and the states of the random number generators: a resumed fit goes on with the same architecture and search,
     and in a single process with the same random numbers.
 
@@ -54,6 +55,8 @@ class AdaptiveIterativePruning(SearchCallback):
     Args:
         tolerance: Accuracy that may be lost against the network before the first round, in points, above 0 and at most
             100.
+        audit: Part of the hold-out that decides nothing until the end of a round, 0 to below 1. If the round lost more
+            than the tolerance on it, the latest steps are given back. 0 for none. Not with `monitor`.
         first_tolerance: Tolerance to begin with, in points, at most `tolerance`. Whenever every target is locked, it
             doubles, up to `tolerance`. None begins with `tolerance`.
         granularity: What is removed. "structured" cuts whole units (heads, channels, ...) out of the tensors. "weight",
@@ -87,6 +90,8 @@ class AdaptiveIterativePruning(SearchCallback):
         monitor: Name of a metric that the module's validation logs, to score by over the whole hold-out. It has to be a
             fraction between 0 and 1 that grows as the network gets better, such as an accuracy. None scores by the
             top-1 accuracy of what `validation_step` predicts, on as few images as a decision needs.
+        score: What is scored without `monitor`. "accuracy" compares with the labels. "agreement" and "kl" compare with
+            the unpruned network; see `pruning.HoldOut`.
         max_images: Number of images to score on, 1 or more, with the classes in proportion; None for all. Not
             with `monitor`.
         holdout_size_bytes: Largest size of the hold-out, which is kept in each device's memory, in bytes; a larger one
@@ -116,6 +121,7 @@ class AdaptiveIterativePruning(SearchCallback):
         self,
         *,
         tolerance: float = 1.0,
+        audit: float = 0.0,
         first_tolerance: float | None = None,
         granularity: str = "structured",
         block_shape: tuple[int, int] = (8, 8),
@@ -139,6 +145,7 @@ class AdaptiveIterativePruning(SearchCallback):
         start_epoch: int = 0,
         every_n_epochs: int = 1,
         monitor: str | None = None,
+        score: Literal["accuracy", "agreement", "kl"] = "accuracy",
         max_images: int | None = None,
         holdout_size_bytes: int = 4 << 30,
         gradient_batches: int = 8,
@@ -149,6 +156,7 @@ class AdaptiveIterativePruning(SearchCallback):
         super().__init__(
             start_epoch=start_epoch,
             monitor=monitor,
+            score=score,
             max_images=max_images,
             holdout_size_bytes=holdout_size_bytes,
             gradient_batches=gradient_batches,
@@ -157,14 +165,15 @@ class AdaptiveIterativePruning(SearchCallback):
         )
         self.every_n_epochs = integer("every_n_epochs", every_n_epochs, least=1)
         self.config = config_of(AdaptivePruningConfig, config, given)
+        self._refuse_unsplittable()
         self.search_state: SearchState | None = None
 
     callback_name = "AdaptiveIterativePruning"
     config: AdaptivePruningConfig
     resumed_arguments = ResumedArguments(
         settled=(
-            "granularity", "block_shape", "order", "ranking", "shrink", "kinds", "layers", "monitor", "max_images",
-            "model_attribute",
+            "audit", "granularity", "block_shape", "order", "ranking", "shrink", "kinds", "layers", "monitor", "score",
+            "max_images", "model_attribute",
         ),
         free=(*LIMITS, "criterion", "compensation", "start_epoch", "every_n_epochs", "gradient_batches"),
         because="its search has begun",
@@ -276,6 +285,9 @@ class AdaptiveIterativePruning(SearchCallback):
         }
         if last is not None and last.macs is not None:
             values["macs"] = float(last.macs)
+        audit = state.audits[-1] if state.audits else None
+        if audit is not None:
+            values |= {"audit_lost": audit.lost_points, "optimism": audit.optimism_points}
         log_search(module, values)
         accepted = f"{sum(s.accepted for s in outcome.steps)} of {len(outcome.steps)} steps kept"
         if not outcome.steps:
@@ -283,5 +295,6 @@ class AdaptiveIterativePruning(SearchCallback):
         rank_zero_info(
             f"pruning round {state.rounds}: {values['score']:.2f} points, unpruned {state.baseline_score:.2f}; "
             f"{values['sparsity']:.1%} of the prunable weights removed; {accepted}"
+            + ("" if audit is None else f"; audit: {audit}")
             + (f"; the search ends: {state.stopped}" if state.stopped else "")
         )

@@ -23,7 +23,8 @@ from swincompress_pl.callbacks.rows import Rows, cloned
 from swincompress_pl.callbacks.validation import ModuleValidation, on_device
 from swincompress_pl.checkpoint.holder import held_by, network_of
 from swincompress_pl.pruning import HoldOut
-from swincompress_pl.pruning.evaluation.holdout import NETWORK_ALONE, TooLargeError, read_images
+from swincompress_pl.pruning.evaluation.holdout import NETWORK_ALONE
+from swincompress_pl.pruning.evaluation.images import TooLargeError, read_images
 from swincompress_pl.pruning.evaluation.ranks import from_all_ranks, world_size
 from swincompress_pl.pruning.evaluation.scorer import FunctionScorer, Scorer, fingerprint_of, tensor_bytes
 from swincompress_pl.quant import QuantizedNetwork
@@ -154,9 +155,11 @@ class HoldOutReader:
         loaders: list[Iterable[Any]],
         standing: Standing,
         *,
+        score: str = "accuracy",
         max_images: int | None,
         max_size_bytes: int,
     ) -> None:
+        self._score = score
         self.validation, self.loaders, self.standing = validation, loaders, standing
         self._max_size_bytes = max_size_bytes
         trainer = validation.trainer
@@ -178,9 +181,11 @@ class HoldOutReader:
 
     def _read(self, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         try:
-            return read_images(
+            images, labels = read_images(
                 batches, max_images=self._max_images, max_size_bytes=self._max_size_bytes, sharded=self._sharded
             )
+            assert labels is not None  # all batches here have some
+            return images, labels
         except TooLargeError as error:
             fewer = f"max_images={error.max_images}" if error.max_images else "smaller images"
             raise ValueError(
@@ -191,7 +196,7 @@ class HoldOutReader:
 
     @property
     def _options(self) -> dict[str, Any]:
-        return {"sharded": self._sharded, "batch_size": self._batch_size}
+        return {"sharded": self._sharded, "batch_size": self._batch_size, "score": self._score}
 
     def holdout(self, network: nn.Module, predict: Predict) -> HoldOut:
         """A hold-out that is scored by the module's step, or by `predict` alone if the step adds nothing to it.

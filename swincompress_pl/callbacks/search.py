@@ -14,7 +14,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
-from swincompress_pl.arguments import batches, integer, optional, require, text
+from swincompress_pl.arguments import batches, choice, integer, optional, require, text
 from swincompress_pl.callbacks.averages import note_old_shapes, refuse_averages
 from swincompress_pl.callbacks.awaited_epoch import AwaitedEpoch
 from swincompress_pl.callbacks.calibration import answer_of, first_inputs, labelled_batches, network_inputs
@@ -58,6 +58,7 @@ from swincompress_pl.interrupts import Attributes
 from swincompress_pl.pruning import Gradients, HoldOut, collect_gradients
 from swincompress_pl.pruning.evaluation.ranks import failing_together, from_all_ranks, share_buffers
 from swincompress_pl.pruning.evaluation.scorer import Scorer, fingerprint_of
+from swincompress_pl.pruning.evaluation.scores import SCORES
 from swincompress_pl.pruning.space import SpaceConfig, check_on_trial
 from swincompress_pl.pruning.structure.apply import AppliedPlan
 from swincompress_pl.pruning.structure.change import Change
@@ -95,6 +96,7 @@ class SearchCallback(TrainingPass, ABC):
         *,
         start_epoch: int,
         monitor: str | None,
+        score: str,
         max_images: int | None,
         holdout_size_bytes: int,
         gradient_batches: int,
@@ -105,6 +107,9 @@ class SearchCallback(TrainingPass, ABC):
         self.monitor = optional(text, "monitor", monitor, "None, or the name of a logged metric")
         if self.monitor is not None:
             refuse_shrinking_name(self.monitor)
+        self.score = choice("score", score, SCORES)
+        if self.monitor is not None and self.score != "accuracy":
+            raise ValueError(f"score={score!r}: a monitor ({monitor!r}) is what is scored; leave one of the two out")
         wanted = "None (all), or 1 or more, an integer"
         self.max_images = optional(integer, "max_images", max_images, least=1, wanted=wanted)
         if self.monitor is not None and self.max_images is not None:
@@ -197,7 +202,7 @@ class SearchCallback(TrainingPass, ABC):
 
     def _arguments(self) -> dict[str, Any]:
         """The arguments that a resumed fit is compared with, by name; see `resumed_arguments`."""
-        own = ("start_epoch", "monitor", "max_images", "gradient_batches", "model_attribute")
+        own = ("start_epoch", "monitor", "score", "max_images", "gradient_batches", "model_attribute")
         return {**vars(self.config), **{name: getattr(self, name) for name in own}}
 
     # Hooks.
@@ -319,6 +324,14 @@ class SearchCallback(TrainingPass, ABC):
         refuse_masked_integers(trainer, module, self.model_attribute, self.monitor, space.kinds)
         refuse_sharing(module, network, pruned_tensors(network, space), self.model_attribute)
 
+    def _refuse_unsplittable(self) -> None:
+        """Raises ValueError if there is to be an audit of a metric."""
+        if self.monitor is not None and self.config.audit:
+            raise ValueError(
+                f"audit={self.config.audit:g}: a monitor ({self.monitor!r}) is computed over the whole hold-out, which "
+                "cannot be split; leave monitor= out, or give audit=0"
+            )
+
     def _refuse_minimized(self, trainer: Trainer) -> None:
         if self.monitor is not None:
             refuse_minimized(self.monitor, trainer)
@@ -370,6 +383,7 @@ class SearchCallback(TrainingPass, ABC):
             validation,
             loaders,
             partial(standing, module, self.model_attribute),
+            score=self.score,
             max_images=self.max_images,
             max_size_bytes=self.holdout_size_bytes,
         )

@@ -223,7 +223,9 @@ def _add_search(record: RunRecord, trainer: Trainer) -> None:
             if found is not None and record.pruning is None:
                 record.add_pruning(found)
         elif callback.result is not None:
-            record.notes.append(f"PrimeSVT, on the hold-out, before fine-tuning: {callback.result.summary()}.")
+            result = callback.result
+            audit = "" if result.audit is None else f"; audit: {result.audit}"
+            record.notes.append(f"PrimeSVT, on the hold-out, before fine-tuning: {result.summary()}{audit}.")
 
 
 def _checkpoints(trainer: Trainer) -> list[ModelCheckpoint]:

@@ -240,6 +240,8 @@ class RunRecord:
             raise ValueError(f"the record of {self.name!r} already has pruning steps; one search goes into a record")
         data = dict(search) | ({} if tolerance is None else {"tolerance": float(tolerance)})
         read_search(data)
+        for answers in ("audit_before", "first_answers"):  # only for a search that goes on
+            data.pop(answers, None)
         self.pruning = data
 
     def add_quantization(self, diagnosis: Mapping[str, Any]) -> None:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from swincompress_pl.arguments import choice, integer, names, number, numbers, optional, require, text
 from swincompress_pl.pruning.compensation.compensator import METHODS
+from swincompress_pl.pruning.evaluation.audit import checked_audit
 from swincompress_pl.pruning.space import SpaceConfig, check_criterion, checked_tolerance
 from swincompress_pl.pruning.structure.patterns import parse_granularity
 
@@ -17,6 +18,9 @@ class AdaptivePruningConfig(SpaceConfig):
 
     Attributes:
         tolerance: Accuracy that may be lost against the baseline, in points, above 0 and at most 100.
+        audit: Part of the hold-out that decides nothing until the end of a round, 0 to below 1. If the round lost more
+            than the tolerance on it, the latest steps are given back until it did not (with overshoot="keep" the loss
+            is only noted). 0 for none.
         first_tolerance: Tolerance to begin with, above 0 and at most `tolerance`. It is doubled up to `tolerance`
             whenever every target is locked. A narrow one takes what is cheap everywhere first, and needs more rounds.
             None begins with `tolerance`.
@@ -55,6 +59,7 @@ class AdaptivePruningConfig(SpaceConfig):
     """
 
     tolerance: float = 1.0
+    audit: float = 0.0
     first_tolerance: float | None = None
     step: float = 0.05
     min_step: float = 0.0125
@@ -78,6 +83,7 @@ class AdaptivePruningConfig(SpaceConfig):
         part = "None, or above 0 and below 1, e.g. 0.3"
         return {
             "tolerance": tolerance,
+            "audit": checked_audit(self.audit),
             "first_tolerance": optional(
                 number, "first_tolerance", self.first_tolerance, lambda points: 0 < points <= tolerance, first
             ),

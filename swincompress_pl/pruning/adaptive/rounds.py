@@ -14,6 +14,7 @@ from swincompress_pl.pruning.adaptive.config import AdaptivePruningConfig
 from swincompress_pl.pruning.adaptive.limits import KEPT_BEYOND, NARROW, NO_SMALLER_STEP, removed_part, why_over
 from swincompress_pl.pruning.adaptive.state import SearchState, Step, TargetState
 from swincompress_pl.pruning.criteria import Gradients
+from swincompress_pl.pruning.evaluation.audit import Audit, Auditor
 from swincompress_pl.pruning.evaluation.ranks import from_rank_zero
 from swincompress_pl.pruning.evaluation.scorer import ROUNDING_POINTS, Evaluator
 from swincompress_pl.pruning.space import Removal, SearchSpace, Target
@@ -51,6 +52,7 @@ class Setup:
         retrains: Whether the weights are trained between rounds, so that a failed step may be tried again.
         on_step: Called with each tried step.
         coupled: Cut together with the network.
+        auditor: Says at the end of a round what it lost on images that decided nothing; None for no audit.
     """
 
     network: nn.Module
@@ -62,6 +64,7 @@ class Setup:
     retrains: bool
     on_step: Callable[[Step], None] | None
     coupled: CoupledState | None
+    auditor: Auditor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,21 +183,62 @@ class Round:
         return self.costs.after({**self._removal_accepted(), **removal})
 
     def _commit_accepted(self) -> Change:
-        """Removes for good what was accepted, and scores the whole hold-out.
+        """Removes for good what was accepted, and scores the whole hold-out, and then the audit.
 
-        Decisions by sampling, or sums in another order, may have been wrong. If the score is below the tolerance, the
-        latest steps are given up until it is not.
+        Decisions by sampling, or sums in another order, may have been wrong, and many decisions on the same images fit
+        them. If the score is below the tolerance, or the audit lost more, the latest steps are given up until neither
+        is so.
         """
+        given_back, keeps = 0, self.config.overshoot == "keep"
         while self.accepted:
             change = self._commit()
             score = self.evaluator.score(self.network)
-            if score >= self.floor or self.config.overshoot == "keep":
-                self.state.score = score
-                return change
+            if score >= self.floor or keeps:
+                audit = self._audit(score, given_back)
+                if audit is None or audit.holds or keeps:
+                    self.state.score = score
+                    self._note(audit)
+                    return change
+                given_back += 1
             self._revert(change)
             self.evaluator.network_changed()
             self._give_up_latest(score)
+        self._audit_what_was(given_back)
         return Change(applied=nothing_applied())
+
+    def _audit(self, score: float, given_back: int) -> Audit | None:
+        """What the audit says of the present network, after it had so many steps given back; None without one."""
+        if self.setup.auditor is None:
+            return None
+        return self.setup.auditor.look(
+            self.network,
+            self.state.audits,
+            round=self.state.rounds,
+            tolerance=self.state.tolerance,
+            deciding_lost_points=self.state.baseline_score - score,
+            given_back=given_back,
+        )
+
+    def _audit_what_was(self, given_back: int) -> None:
+        """Notes the audit of a round that kept nothing; a network that did not train is that of the round before."""
+        audits, score = self.state.audits, self.state.score
+        if self.setup.auditor is None:
+            return
+        assert score is not None  # the round has begun
+        if audits and not self.setup.retrains:
+            last, state = audits[-1], self.state
+            look = last.look + given_back
+            audits.append(
+                replace(last, round=state.rounds, tolerance=state.tolerance, given_back=given_back, look=look)
+            )
+        else:
+            self._note(self._audit(score, given_back))
+
+    def _note(self, audit: Audit | None) -> None:
+        if audit is not None:
+            assert self.setup.auditor is not None
+            self.setup.auditor.warn_if_coarse(audit, self.state.audits)
+            self.state.audits.append(audit)
 
     def _commit(self) -> Change:
         change = self.space.commit(self.network, self._removal_accepted())

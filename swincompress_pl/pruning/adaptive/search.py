@@ -4,6 +4,7 @@ After Cai & Liu (DOI 10.13700/j.bh.1001-5965.2024.0222). A round tries one step 
 what has the lowest scores, and scores the network. Within the tolerance of the baseline, the step stays masked;
 otherwise it is undone and the target's step is halved. At the end of a round, everything accepted is removed for good,
 and the whole hold-out is scored. If that score is below the tolerance, the latest steps are given up until it is not.
+An audit (`evaluation/audit.py`) scores images of its own then, and has steps given back in the same way.
 
 Nothing here knows Lightning. `prune` is the whole loop, and a `SearchSession` runs single rounds with training between.
 """
@@ -36,6 +37,7 @@ from swincompress_pl.pruning.adaptive.rounds import (
 )
 from swincompress_pl.pruning.adaptive.state import SearchState, Step, TargetState
 from swincompress_pl.pruning.criteria import Gradients, needs_gradients
+from swincompress_pl.pruning.evaluation.audit import split_for_audit
 from swincompress_pl.pruning.evaluation.ranks import failing_together
 from swincompress_pl.pruning.evaluation.scorer import Evaluate, Evaluator, Scorer, as_evaluator
 from swincompress_pl.pruning.space import SearchSpace, StructuredSpace, check_on_trial, compensator_for, search_space
@@ -122,7 +124,8 @@ class SearchSession:
 
     Raises:
         ValueError: If the config needs an `input_shape` or `gradients`, nothing matches its kinds or layers, the
-            network cannot be cut as its groups say, or the score is not an accuracy in points.
+            network cannot be cut as its groups say, the score is not an accuracy in points, `config.audit` is above 0
+            and what scores cannot be split, or the state is of another hold-out, score or audit.
         UnsupportedNetworkError: If the network has no adapter, or its adapter does not cover this variant.
         RankFailedError: If another process of a distributed run failed.
     """
@@ -150,12 +153,14 @@ class SearchSession:
         self._compensator = compensator_for(config, calibration)
         replace_inference_tensors(network)
         self.network, self.config = network, config
-        self.evaluator = as_evaluator(evaluate)
+        self.evaluator, self.auditor = split_for_audit(evaluate, config.audit)
         self._input_shape, self._collect = input_shape, gradients
         self._gradients: Gradients | None = None  # of the present network, if they were needed
         if state is None:
             with all_or_nothing(written=[network]):
                 state = self._begun()
+        else:
+            self._take_up(state)
         self.state = state
 
     @outside_inference_mode()
@@ -213,9 +218,10 @@ class SearchSession:
             retrains=retrains,
             on_step=on_step,
             coupled=coupled,
+            auditor=self.auditor,
         )
         state.rounds += 1
-        spent_before = self.evaluator.spent()
+        spent_before = self._spent()
         work = Round(setup, state)
         with evaluation_mode(self.network):
             change = work.run(targets)
@@ -224,7 +230,7 @@ class SearchSession:
         left = space.targets(self.network)
         lock_finished(state, left, self.config)
         widen_tolerance(state, left, self.config)
-        state.scoring = _sum(state.scoring, self.evaluator.spent_since(spent_before))
+        state.scoring = _sum(state.scoring, self._spent(spent_before))
         state.elapsed_s += work.seconds()
         state.stopped = work.why_stopped()
         self.state = state
@@ -248,7 +254,7 @@ class SearchSession:
 
     def _begun(self) -> SearchState:
         started, config = time.monotonic(), self.config
-        spent_before = self.evaluator.spent()
+        spent_before = self._spent()
         space = search_space(config, None, self._input_shape, self._compensator)
         space.prepare(self.network)
         targets = space.targets(self.network)
@@ -280,11 +286,35 @@ class SearchSession:
             },
             initial_units={m.name: m.units for t in targets for m in (t.members or (t,))},
             sensitivity=curves,
-            scoring=self.evaluator.spent_since(spent_before),
+            score_kind=self.evaluator.score_kind,
         )
+        if self.auditor is not None:
+            state.audit_before = self.auditor.begin(self.network, state.tolerance)
+        state.first_answers = self.evaluator.first_answers()
+        state.scoring = self._spent(spent_before)
         lock_finished(state, targets, config)
         state.elapsed_s = time.monotonic() - started
         return state
+
+    def _take_up(self, state: SearchState) -> None:
+        """Takes up what the unpruned network answered; a ValueError if the search was begun with another audit."""
+        if bool(state.audit_before) != (self.auditor is not None):
+            had = "with" if state.audit_before else "without"
+            raise ValueError(f"audit={self.config.audit:g}: the search was begun {had} an audit; go on as it was begun")
+        if state.score_kind != self.evaluator.score_kind:
+            raise ValueError(
+                f"score={self.evaluator.score_kind!r}: the search was begun with {state.score_kind!r}; go on with that"
+            )
+        self.evaluator.take_up_first(state.first_answers)
+        if self.auditor is not None:
+            self.auditor.resume(state.audit_before)
+
+    def _spent(self, before: Mapping[str, float] | None = None) -> dict[str, float]:
+        """What scoring and auditing have cost, since `before` if that is given."""
+        spent = self.evaluator.spent()
+        if self.auditor is not None:
+            spent = _sum(spent, self.auditor.spent())
+        return spent if before is None else {key: value - before[key] for key, value in spent.items()}
 
     def _statistics(self) -> Gradients | None:
         if self._gradients is None and self._collect is not None and needs_gradients(self.config.criterion):
@@ -333,7 +363,8 @@ def prune(
 
     Raises:
         ValueError: If the config needs an `input_shape` or `gradients`, nothing matches its kinds or layers, the
-            network cannot be cut as its groups say, or a score is not an accuracy in points.
+            network cannot be cut as its groups say, a score is not an accuracy in points, or `config.audit` is above 0
+            and `evaluate` is a function.
         TypeError: If `evaluate` is neither a scorer nor a function.
         UnsupportedNetworkError: If the network has no adapter, or its adapter does not cover this variant.
         RankFailedError: If another process of a distributed run failed.

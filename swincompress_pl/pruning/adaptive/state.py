@@ -6,11 +6,14 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from swincompress_pl.arguments import integer, require
+from swincompress_pl.arguments import choice, integer, require
+from swincompress_pl.pruning.evaluation.audit import Audit, audit_facts
+from swincompress_pl.pruning.evaluation.scores import SCORES, bound_facts, score_label
 from swincompress_pl.stored_data import from_plain
 from swincompress_pl.summaries import Summarized, removed
 
 STATE_VERSION = 2
+_LATER: dict[str, Any] = {"audits": [], "audit_before": [], "score_kind": "accuracy", "first_answers": []}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +93,10 @@ class SearchState(Summarized):
             unless the order of a local ranking is "sensitivity".
         scoring: What scoring has cost so far, in numbers of images and decisions.
         elapsed_s: Seconds spent searching, without training between rounds.
+        audits: What the audit found after each round; empty without one.
+        audit_before: What the unpruned network answered on the images of the audit, one text per process.
+        score_kind: What is scored: "accuracy", or without labels "agreement" or "kl" (see `HoldOut`).
+        first_answers: What the unpruned network answered, one text per process; empty with labels.
         stopped: Why the search is over; None while it is not.
     """
 
@@ -108,6 +115,10 @@ class SearchState(Summarized):
     sensitivity: dict[str, list[tuple[float, float]]] = field(default_factory=dict, repr=False)
     scoring: dict[str, float] = field(default_factory=dict, repr=False)
     elapsed_s: float = 0.0
+    audits: list[Audit] = field(default_factory=list, repr=False)
+    audit_before: list[str] = field(default_factory=list, repr=False)
+    score_kind: str = "accuracy"
+    first_answers: list[str] = field(default_factory=list, repr=False)
     stopped: str | None = None
 
     def facts(self) -> list[tuple[str, str]]:
@@ -118,7 +129,9 @@ class SearchState(Summarized):
         macs = last.macs if last else self.baseline_macs
         score = "not scored yet" if self.score is None else f"{self.score:.2f}"
         return [
-            ("score on the hold-out", f"{score} points, unpruned {self.baseline_score:.2f}"),
+            (score_label(self.score_kind), f"{score} points, unpruned {self.baseline_score:.2f}"),
+            *bound_facts(self.score_kind, self.score),
+            *audit_facts(self.audits[-1] if self.audits else None),
             ("parameters", removed(self.baseline_parameters, parameters)),
             *([("MACs", removed(self.baseline_macs, macs))] if self.baseline_macs and macs is not None else []),
             ("steps", f"{kept} of {len(self.steps)} kept, in {self.rounds} rounds"),
@@ -129,6 +142,8 @@ class SearchState(Summarized):
         """Returns the state in JSON types; `from_dict` is the inverse."""
         plain = asdict(self)
         plain["sensitivity"] = {name: [list(point) for point in curve] for name, curve in self.sensitivity.items()}
+        # Without an audit, and with labels, the file is as that of earlier versions, and they read it.
+        plain = {key: value for key, value in plain.items() if key not in _LATER or value != _LATER[key]}
         return {"version": STATE_VERSION, **plain}
 
     @classmethod
@@ -153,6 +168,7 @@ class SearchState(Summarized):
         state: SearchState = from_plain(cls, {key: value for key, value in data.items() if key != "version"}, "search")
         for name in ("baseline_parameters", "baseline_prunable", "baseline_bytes"):
             integer(f"search.{name}", getattr(state, name), least=1)
+        choice("search.score_kind", state.score_kind, SCORES)
         for name, curve in state.sensitivity.items():
             is_curve = bool(curve) and all(0 <= part <= 1 for part, _ in curve)
             require(f"search.sensitivity[{name!r}]", curve, is_curve, "pairs of a part, 0 to 1, and a score")

@@ -6,23 +6,26 @@
         verdict = holdout.judge(network, score - 1.0, [s.tensor for s in group.slices])
 
 `judge` answers from as few images as the question needs (`sequential_test.py`), and begins each pass at the first
-segment that the candidate changes (`prefix_cache.py`).
+segment that the candidate changes (`prefix_cache.py`). What is scored is in `scores.py`: right answers, or, without
+labels, agreement with the network that is scored first.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
-import heapq
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, Literal, Self
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from swincompress_pl.arguments import flag, integer, number, optional
+from swincompress_pl.arguments import choice, flag, integer, number
+from swincompress_pl.pruning.evaluation.images import check_images, over_ranks, read_images
 from swincompress_pl.pruning.evaluation.prefix_cache import PrefixCache
 from swincompress_pl.pruning.evaluation.ranks import failing_together, from_all_ranks, gather_results, rank, world_size
 from swincompress_pl.pruning.evaluation.scorer import (
@@ -35,7 +38,9 @@ from swincompress_pl.pruning.evaluation.scorer import (
     fingerprint_of,
     tensor_bytes,
 )
+from swincompress_pl.pruning.evaluation.scores import SCORES, check_logits, score_of
 from swincompress_pl.pruning.evaluation.sequential_test import (
+    Indices,
     Predictions,
     Standing,
     Tally,
@@ -44,6 +49,7 @@ from swincompress_pl.pruning.evaluation.sequential_test import (
     deviations_for,
     look_parts,
     make_order,
+    mixed,
 )
 
 __all__ = ["FunctionScorer", "HoldOut", "Predict", "Scorer", "ScoringCost", "Verdict"]
@@ -52,8 +58,6 @@ Predict = Callable[[nn.Module, Tensor], Tensor]
 """(network, images) -> logits (N, classes): moves the images to the network's device and runs it in its precision."""
 
 NETWORK_ALONE = "network(images)"  # the fingerprint of a predict that returns the network's output as it is
-_LARGEST_MARGIN = 1e4
-_GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 class HoldOut:
@@ -63,12 +67,19 @@ class HoldOut:
     candidate is close to the floor. This assumes that answers with a larger margin change more rarely. A change that
     flips a few answers whatever their margin, and leaves the others alone, can stay unnoticed.
 
+    Without labels, the answers are compared with those of the network that is scored first, in a search the unpruned
+    one, whose score is then 100. With "agreement" a point is a hundredth of the answers, and the accuracy that is lost,
+    whatever the labels are, is at most the disagreement. With "kl" the score is 100 exp(-mean KL(first || this)), so a
+    small tolerance of t points is about t / 100 nats; every decision takes all images then.
+
     Slicing the network ends a round: call `begin_round` after it. In a distributed run all ranks have to make the same
     calls.
 
     Args:
         images: The images (N, ...), as `predict` takes them.
-        labels: The classes (N,), integers from 0.
+        labels: The classes (N,), integers from 0. None if there are none, for the scores "agreement" and "kl"; with
+            these, labels only keep the classes in proportion where the images are divided.
+        score: What is scored: "accuracy", "agreement" or "kl".
         predict: (network, images) -> logits (N, classes). None runs the network on the images, moved to its device.
         batch_size: Images per pass, 1 or more.
         confidence: How sure a decision on part of the images has to be, 0.5 to 1; 1.0 scores until it is certain.
@@ -79,6 +90,7 @@ class HoldOut:
 
     Attributes:
         images: The number of images of all ranks.
+        score: What is scored.
         cost: What scoring has cost so far.
 
     Raises:
@@ -92,8 +104,9 @@ class HoldOut:
     def __init__(
         self,
         images: Tensor,
-        labels: Tensor,
+        labels: Tensor | None = None,
         *,
+        score: Literal["accuracy", "agreement", "kl"] = "accuracy",
         predict: Predict | None = None,
         batch_size: int = 64,
         confidence: float = 0.99,
@@ -107,16 +120,26 @@ class HoldOut:
         seed = integer("seed", seed, least=0)
         cache_size_bytes = integer("cache_size_bytes", cache_size_bytes, least=0, wanted="0 (no cache) or more")
         sharded = flag("sharded", sharded)
-        _check_images(images, labels)
+        self.score = choice("score", score, SCORES)
+        self._has_labels = labels is not None
+        if labels is None:
+            labels = torch.zeros(len(images), dtype=torch.long)
+        check_images(images, labels)
         if not sharded and world_size() > 1:
             images, labels = images[rank() :: world_size()], labels[rank() :: world_size()]
-        self.images, self._images = _over_ranks(images)
-        self._labels = labels.cpu().long()
+        self.images, self._images = over_ranks(images)
+        self._labels = labels.cpu().long()  # zeros if there are none
+        self._rows = torch.arange(len(self._labels))  # of `_images`, which the parts of a hold-out share
+        self._score = score_of(self.score, self._labels if self._has_labels else None, len(self._labels))
         self._predict = predict or _run
         self._batch_size, self._seed, self._cache_size_bytes = batch_size, seed, cache_size_bytes
         self._confidence = confidence
         self._parts = look_parts()
         self._deviations = deviations_for(confidence, len(self._parts) - 1)  # the last look is exact
+        self._begin()
+
+    def _begin(self) -> None:
+        """Begins with nothing scored."""
         self.cost = ScoringCost()
         self._last_full: Predictions | None = None
         self._last_score = 0.0
@@ -138,7 +161,7 @@ class HoldOut:
         """Makes a hold-out of the images of a loader, which is read once.
 
         Args:
-            batches: Batches (images, labels, ...), such as a DataLoader.
+            batches: Batches (images, labels, ...), such as a DataLoader; without labels (images,) or images.
             max_images: Number of images to keep over all ranks, chosen by `seed` with the classes in proportion; None
                 for all.
             max_size_bytes: Most bytes of the kept images on one rank. For a hold-out that does not fit into memory, let
@@ -158,9 +181,100 @@ class HoldOut:
         """
         with failing_together("reading the hold-out"):
             images, labels = read_images(
-                batches, max_images=max_images, max_size_bytes=max_size_bytes, sharded=sharded, seed=seed
+                batches,
+                max_images=max_images,
+                max_size_bytes=max_size_bytes,
+                sharded=sharded,
+                seed=seed,
+                needs_labels=options.get("score", "accuracy") == "accuracy",
             )
             return cls(images, labels, sharded=sharded, seed=seed, **options)
+
+    @failing_together("splitting the hold-out")
+    def split(self, part: float, *, seed: int = 0) -> tuple[Self, Self]:
+        """Divides the images in two, with the classes in proportion; without labels, at random.
+
+        The parts share the images and, without labels, the answers of the network that is scored first. Everything else
+        of them is separate, and nothing of it is scored yet. The same call gives the same parts. In a distributed run
+        each rank divides its own images.
+
+        Args:
+            part: What the second part has of the images, above 0 and below 1. Each part gets one image or more.
+            seed: Decides which images these are, 0 or more.
+
+        Returns:
+            The two parts, such as one that decides and one that audits.
+
+        Raises:
+            ValueError: If an argument is outside its range, or there is only one image.
+            RankFailedError: If another process of a distributed run failed.
+        """
+        part = number("part", part, lambda part: 0 < part < 1, "above 0 and below 1, e.g. 0.3")
+        rng = np.random.default_rng(integer("seed", seed, least=0))
+        counts = from_all_ranks(len(self._labels))
+        total, before, mine = sum(counts), sum(counts[: rank()]), counts[rank()]
+        if total < 2:
+            raise ValueError("the hold-out has one image, which cannot be split; give it more")
+        wanted = min(max(round(part * total), 1), total - 1)
+        share = wanted * (before + mine) // total - wanted * before // total
+        order = mixed(np.arange(mine), self._labels.numpy(), rng)
+        first, second = np.sort(order[share:]), np.sort(order[:share])
+        return self._part(first, total - wanted), self._part(second, wanted)
+
+    def _part(self, numbers: Indices, images: int) -> Self:
+        """A hold-out of the images of this rank with these numbers; `images` is the number over all ranks."""
+        part = copy.copy(self)
+        part.__dict__.pop("_data_digest", None)
+        chosen = torch.from_numpy(numbers)
+        part._rows, part._labels, part.images = self._rows[chosen], self._labels[chosen], images
+        part._begin()
+        return part
+
+    @property
+    def right(self) -> npt.NDArray[np.bool_]:
+        """Whether each image of this rank was answered right by the network that was scored in full last, (N,).
+
+        Raises:
+            RuntimeError: If none was.
+        """
+        if self._last_full is None:
+            raise RuntimeError("right: no network was scored on all images yet; call full(network)")
+        return self._last_full.correct
+
+    @property
+    def own_images(self) -> int:
+        """The number of images that this rank scores."""
+        return len(self._rows)
+
+    @property
+    def counts_answers(self) -> bool:
+        """Whether a point of the score is a hundredth of the images."""
+        return self._score.counts_answers
+
+    def identity(self) -> str:
+        """Returns a string that tells this rank's labels, in their order, from others; without labels, its images."""
+        digest = hashlib.sha256(self._labels.numpy().tobytes()).hexdigest()
+        return f"{len(self._labels)}-{digest if self._has_labels else self._data_digest}"
+
+    def first_answers(self) -> list[str]:
+        """Returns what the network that was scored first answered, as one text per rank; empty with "accuracy"."""
+        return from_all_ranks(self._score.stored()) if self.score != "accuracy" else []
+
+    def take_up_first(self, stored: Sequence[str]) -> None:
+        """Takes up what `first_answers` returned for the same images.
+
+        Args:
+            stored: One text per rank.
+
+        Raises:
+            ValueError: If it is of another score, of other images, or of another number of processes.
+        """
+        if len(stored) not in (0, world_size()):
+            raise ValueError(
+                f"score={self.score!r}: the number of processes was {len(stored)} when the search began and is "
+                f"{world_size()} now; go on with as many as it began with"
+            )
+        self._score.take_up(stored[rank()] if stored else "")
 
     @property
     def fingerprint(self) -> str | None:
@@ -171,20 +285,25 @@ class HoldOut:
         predict = "" if self._predict is _run else fingerprint_of(self._predict)
         if predict is None:
             return None
-        about = (tuple(self._images.shape), self._images.dtype, self._confidence, self._seed, predict)
+        shape = (len(self._rows), *self._images.shape[1:])
+        about: tuple[object, ...] = (shape, self._images.dtype, self._confidence, self._seed, predict)
+        if self.score != "accuracy":
+            about = (*about, self.score, self._score.fingerprint())
         return hashlib.sha256(f"{about} {self._data_digest}".encode()).hexdigest()
 
     @cached_property
     def _data_digest(self) -> str:
         digest = hashlib.sha256(self._labels.numpy().tobytes())
-        for image in self._images:  # one by one: a copy of all of them may not fit
-            digest.update(tensor_bytes(image))
+        for row in self._rows.tolist():  # one by one: a copy of all of them may not fit
+            digest.update(tensor_bytes(self._images[row]))
         return digest.hexdigest()
 
     @property
     def earlier_fingerprint(self) -> str | None:
         """The fingerprint of version 0.1, made of all labels and of the first and the last image."""
         if self._predict is not _run and fingerprint_of(self._predict) != NETWORK_ALONE:
+            return None
+        if self.score != "accuracy" or len(self._rows) < len(self._images):
             return None
         digest = hashlib.sha256(repr(tuple(self._images.shape)).encode())
         digest.update(self._labels.numpy().tobytes())
@@ -205,7 +324,7 @@ class HoldOut:
             network: The network; it is left as it was.
 
         Returns:
-            The accuracy in points, 0 to 100.
+            The score in points, 0 to 100.
 
         Raises:
             ValueError: If the output is not logits (N, classes) without NaN, or has no class of some label.
@@ -224,7 +343,7 @@ class HoldOut:
             unchanged: Whether it is the network that `full` scored last; if so, its answers are used again.
 
         Returns:
-            The accuracy in points, 0 to 100.
+            The score in points, 0 to 100.
 
         Raises:
             ValueError: As for `full`.
@@ -238,18 +357,19 @@ class HoldOut:
         self._cache = PrefixCache(network, size_bytes=self._cache_size_bytes)
         if len(self._labels):
             with evaluation_mode(network), torch.no_grad():
-                self._cache.measure(partial(self._predict, network, self._images[: self._measured_images]))
+                few = torch.arange(min(self._measured_images, len(self._labels)))
+                self._cache.measure(partial(self._predict, network, self._images_at(few)))
         return self._last_score
 
     @failing_together("scoring")
     def judge(
         self, network: nn.Module, floor: float, tensors: Sequence[str], *, resolution_points: float | None = None
     ) -> Verdict:
-        """Decides whether the accuracy on all images is at least `floor`, on as few images as possible.
+        """Decides whether the score on all images is at least `floor`, on as few images as possible.
 
         Args:
             network: The candidate.
-            floor: The least accuracy in points.
+            floor: The least score in points.
             tensors: Names of the parameters in which the candidate differs from the network that was accepted last in
                 this round. If it is empty, it may differ anywhere.
             resolution_points: Largest standard error of the score of an accepted candidate, in points; images are added
@@ -267,28 +387,53 @@ class HoldOut:
             raise RuntimeError("judge: there is nothing to compare with; call begin_round(network) first")
         needed = _needed(floor, self.images)
         depth = self._cache.depth(tensors) if network is self._cache.network else 0
-        trial, forwards, accepted = Trial(self._standing), 0.0, None
+        trial = Trial(self._standing)
         with evaluation_mode(network), torch.no_grad():
-            for part in self._parts:
-                found = gather_results(partial(self._score_part, network, trial, part, depth))
-                tally = add_tallies([each for each, _ in found])
-                forwards += math.fsum(each for _, each in found)
-                if accepted is None:  # once made, a decision stays
-                    accepted = from_all_ranks(tally.decide(needed, self._deviations))[0]
-                error_points = 100.0 * math.sqrt(tally.variance) / self.images
-                resolved = accepted is False or resolution_points is None or error_points <= resolution_points
-                if accepted is not None and resolved:
-                    break
-        assert accepted is not None  # with every image seen it is certain
+            if self._score.decides_on_part:
+                verdict = self._judge_in_parts(network, trial, depth, needed, resolution_points)
+            else:
+                verdict = self._judge_on_all(network, trial, depth, floor)
         self._trial = trial
-        self.cost += ScoringCost(
-            images_scored=tally.seen, image_forwards=forwards, naive_images=self.images, decisions=1
-        )
+        return verdict
+
+    def _judge_in_parts(
+        self, network: nn.Module, trial: Trial, depth: int, needed: int, resolution_points: float | None
+    ) -> Verdict:
+        """Decides by right answers, of which there have to be `needed`."""
+        forwards, accepted = 0.0, None
+        for part in self._parts:
+            found = gather_results(partial(self._score_part, network, trial, part, depth))
+            tally = add_tallies([each for each, _ in found])
+            forwards += math.fsum(each for _, each in found)
+            if accepted is None:  # once made, a decision stays
+                accepted = from_all_ranks(tally.decide(needed, self._deviations))[0]
+            error_points = 100.0 * math.sqrt(tally.variance) / self.images
+            resolved = accepted is False or resolution_points is None or error_points <= resolution_points
+            if accepted is not None and resolved:
+                break
+        assert accepted is not None  # with every image seen it is certain
+        self._spend(tally.seen, forwards)
         score = min(100.0, max(0.0, 100.0 * tally.estimate / self.images))
         exact = tally.seen == self.images
         if exact:
             accepted = tally.correct >= needed
         return Verdict(score=score, accepted=accepted, images=tally.seen, exact=exact, error_points=error_points)
+
+    def _judge_on_all(self, network: nn.Module, trial: Trial, depth: int, floor: float) -> Verdict:
+        """Decides by the score of all images."""
+
+        def score() -> tuple[float, float]:
+            _, forwards = self._score_part(network, trial, 1.0, depth)
+            return self._score.total(trial.found.values()), forwards
+
+        found = gather_results(score)
+        self._spend(self.images, math.fsum(each for _, each in found))
+        points = self._score.points([total for total, _ in found], self.images)
+        accepted = points >= floor - ROUNDING_POINTS
+        return Verdict(score=points, accepted=accepted, images=self.images, exact=True)
+
+    def _spend(self, seen: int, forwards: float) -> None:
+        self.cost += ScoringCost(images_scored=seen, image_forwards=forwards, naive_images=self.images, decisions=1)
 
     def accept(self, tensors: Sequence[str]) -> None:
         """Keeps the change that was judged last: later candidates of the round contain it.
@@ -324,27 +469,29 @@ class HoldOut:
         """Scores this rank's images in their own order, and remembers the answers."""
         found: list[Predictions] = []
 
-        def score() -> int:
+        def score() -> float:
             for images in torch.arange(len(self._labels)).split(self._batch_size):
                 if len(images):
                     found.append(self._answer(network, images))
-            return sum(int(each.correct.sum()) for each in found)
+            return self._score.total(found)
 
-        with evaluation_mode(network), torch.no_grad():
-            correct = sum(gather_results(score))
+        with evaluation_mode(network), torch.no_grad(), self._score.scoring(self._rows):
+            totals = gather_results(score)
         self._last_full = Predictions(
             np.concatenate([np.zeros(0, np.bool_), *(each.correct for each in found)]),
             np.concatenate([np.zeros(0), *(each.margin for each in found)]),
         )
-        self._last_score = 100.0 * correct / self.images
+        self._last_score = self._score.points(totals, self.images)
         self.cost += ScoringCost(images_scored=self.images, image_forwards=float(self.images))
         return self._last_score
 
+    def _images_at(self, numbers: Tensor) -> Tensor:
+        return self._images[self._rows[numbers].to(self._images.device)]
+
     def _answer(self, network: nn.Module, images: Tensor) -> Predictions:
         """The answers of a network for the images with these numbers."""
-        labels = self._labels[images]
-        logits = self._predict(network, self._images[images.to(self._images.device)])
-        _check_logits(logits, labels, network)
+        logits = self._predict(network, self._images_at(images))
+        check_logits(logits, len(images), network)
         logits = logits.float().cpu()
         broken = logits.isnan().any(dim=1)
         if bool(broken.any()):
@@ -352,55 +499,7 @@ class HoldOut:
                 f"{type(network).__name__} gives NaN logits for image {int(images[broken][0])} of the hold-out; look "
                 "for NaN weights, or an overflow in half precision"
             )
-        true = logits.gather(1, labels[:, None])[:, 0]
-        others = logits.scatter(1, labels[:, None], -math.inf).max(dim=1).values
-        margin = (true - others).nan_to_num(0.0).clamp(-_LARGEST_MARGIN, _LARGEST_MARGIN)
-        return Predictions((logits.argmax(dim=1) == labels).numpy(), margin.double().numpy())
-
-
-class TooLargeError(ValueError):
-    """The images take more than `max_size_bytes`.
-
-    Attributes:
-        image_size_bytes: Bytes of one image.
-        max_images: Number of images over all ranks that do not; 0 if not even one does.
-    """
-
-    def __init__(self, max_size_bytes: int, image_size_bytes: int, ranks: int) -> None:
-        self.image_size_bytes, self.max_images = image_size_bytes, ranks * (max_size_bytes // image_size_bytes)
-        fewer = f"keep max_images={self.max_images}, " if self.max_images else ""
-        super().__init__(
-            f"the hold-out takes more than max_size_bytes={max_size_bytes}, {image_size_bytes} per image; {fewer}allow "
-            "more bytes, or use FunctionScorer(evaluate) with a function that reads the images again each time"
-        )
-
-
-def read_images(
-    batches: Iterable[Any], *, max_images: int | None, max_size_bytes: int, sharded: bool, seed: int = 0
-) -> tuple[Tensor, Tensor]:
-    """(images, labels) of this rank, as `HoldOut.from_batches` keeps them; empty if no batch has any."""
-    most = optional(integer, "max_images", max_images, least=1, wanted="None (all) or 1 or more")
-    max_size_bytes = integer("max_size_bytes", max_size_bytes, least=1)
-    seed, sharded = integer("seed", seed, least=0), flag("sharded", sharded)
-    if sharded and most is not None:
-        most = most // world_size() + (rank() < most % world_size())
-    return _collect(batches, most, max_size_bytes, seed, ranks=world_size() if sharded else 1)
-
-
-def _over_ranks(images: Tensor) -> tuple[int, Tensor]:
-    """The number of images of all ranks, and the images of this one; without any, an empty tensor of the right shape.
-
-    Raises ValueError on all ranks if none has an image, or two have images of different shapes.
-    """
-    found = from_all_ranks((len(images), tuple(images.shape[1:])))
-    shapes = {shape: number for number, (count, shape) in reversed(list(enumerate(found))) if count}
-    if not shapes:
-        raise ValueError("the hold-out is empty; give it images to score on")
-    if len(shapes) > 1:
-        told = " and ".join(f"{shape} (rank {number})" for shape, number in sorted(shapes.items(), key=lambda s: s[1]))
-        raise ValueError(f"the ranks' hold-outs have images of different shapes, {told}; bring them to one")
-    (shape,) = shapes
-    return sum(count for count, _ in found), images if len(images) else images.new_zeros((0, *shape))
+        return self._score.answers(self._rows[images], logits, network)
 
 
 def _run(network: nn.Module, images: Tensor) -> Tensor:
@@ -418,70 +517,3 @@ def _needed(floor: float, images: int) -> int:
     while needed <= images and 100.0 * needed / images < floor - ROUNDING_POINTS:
         needed += 1
     return needed
-
-
-def _check_images(images: Tensor, labels: Tensor) -> None:
-    if images.ndim < 1 or labels.ndim != 1 or len(images) != len(labels):
-        raise ValueError(
-            f"images of shape {tuple(images.shape)} and labels of shape {tuple(labels.shape)}: one label for each "
-            "image is expected"
-        )
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise ValueError(f"labels of type {labels.dtype}: integers are expected, the class of each image")
-    if len(labels) and int(labels.min()) < 0:
-        raise ValueError(f"label {int(labels.min())} of the hold-out is negative; classes count from 0")
-
-
-def _check_logits(logits: object, labels: Tensor, network: nn.Module) -> None:
-    name = type(network).__name__
-    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(labels) or logits.shape[1] < 2:
-        found = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
-        raise ValueError(
-            f"{name} gave {found} for {len(labels)} images; logits of shape ({len(labels)}, classes), 2 classes or "
-            "more, are expected. Give HoldOut a predict(network, images) that makes them"
-        )
-    if int(labels.max()) >= logits.shape[1]:
-        raise ValueError(
-            f"label {int(labels.max())} of the hold-out is not among the {logits.shape[1]} classes of {name}, 0 to "
-            f"{logits.shape[1] - 1}; score it with the labels that it was trained with"
-        )
-
-
-def _collect(
-    batches: Iterable[Any], most: int | None, max_size_bytes: int, seed: int, *, ranks: int
-) -> tuple[Tensor, Tensor]:
-    """The images and labels of `batches`, or `most` of them with the classes in proportion, in their own order.
-
-    `ranks` is the number of ranks that have as many images of their own, for the error.
-    """
-    kept: list[tuple[float, int, Tensor, int]] = []  # a heap of (-key, place, image, label): the largest key on top
-    keys: dict[int, float] = {}
-    size_bytes = 0
-    rng = np.random.default_rng(seed)
-    for place, (image, label) in enumerate(_rows(batches)):
-        # Steps of the golden ratio spread evenly: the smallest keys are the same part of each class.
-        keys[label] = (keys[label] + _GOLDEN) % 1.0 if label in keys else float(rng.random())
-        if most is None or len(kept) < most:
-            heapq.heappush(kept, (-keys[label], place, image.clone(), label))
-            size_bytes += image.nbytes
-        elif most and -kept[0][0] > keys[label]:
-            heapq.heapreplace(kept, (-keys[label], place, image.clone(), label))
-        if size_bytes > max_size_bytes:
-            raise TooLargeError(max_size_bytes, image.nbytes, ranks)
-    if not kept:
-        return torch.zeros(0), torch.zeros(0, dtype=torch.long)
-    kept.sort(key=lambda entry: entry[1])
-    return torch.stack([image for _, _, image, _ in kept]), torch.tensor([label for *_, label in kept])
-
-
-def _rows(batches: Iterable[Any]) -> Iterator[tuple[Tensor, int]]:
-    for batch in batches:
-        if not (
-            isinstance(batch, list | tuple) and len(batch) >= 2 and all(isinstance(part, Tensor) for part in batch[:2])
-        ):
-            raise TypeError(
-                f"the hold-out has a batch of type {type(batch).__name__}; tensors (images, labels, ...) are expected"
-            )
-        images, labels = batch[0], batch[1]
-        _check_images(images, labels)
-        yield from zip(images, labels.tolist(), strict=True)

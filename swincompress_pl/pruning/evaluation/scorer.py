@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -108,6 +108,19 @@ class Scorer(Protocol):
         ...
 
 
+@runtime_checkable
+class KeepsFirst(Protocol):
+    """A scorer that may compare with the network that it scored first, such as a `HoldOut` without labels."""
+
+    def first_answers(self) -> list[str]:
+        """What that network answered, one text per rank; empty if it is not needed."""
+        ...
+
+    def take_up_first(self, stored: Sequence[str]) -> None:
+        """Takes up what `first_answers` returned."""
+        ...
+
+
 class FunctionScorer:
     """Scores with a function of the user, network -> accuracy in points.
 
@@ -181,9 +194,32 @@ class Evaluator:
         self._is_latest = False  # whether the scorer's last full score is of the present network
 
     @property
+    def scorer(self) -> Scorer:
+        """What is asked."""
+        return self._scorer
+
+    @property
     def images(self) -> int:
         """The size of the hold-out; 0 if it is unknown."""
         return self._scorer.images
+
+    @property
+    def score_kind(self) -> str:
+        """What is scored: "accuracy", "agreement" or "kl"."""
+        return str(getattr(self._scorer, "score", "accuracy"))
+
+    def first_answers(self) -> list[str]:
+        """What the unpruned network answered, where that is what is scored; empty with labels."""
+        return self._scorer.first_answers() if isinstance(self._scorer, KeepsFirst) else []
+
+    def take_up_first(self, stored: Sequence[str]) -> None:
+        """Takes up what `first_answers` returned; a ValueError if it does not fit what scores."""
+        if isinstance(self._scorer, KeepsFirst):
+            self._scorer.take_up_first(stored)
+        elif stored:
+            raise ValueError(
+                "the search was begun with a hold-out without labels, and goes on with a function; give the hold-out"
+            )
 
     @property
     def fingerprint(self) -> object:

@@ -85,10 +85,10 @@ def make_order(reference: Predictions, labels: Indices, *, batch_size: int, seed
     rest: list[Indices] = []
     for number, members in enumerate(np.split(by_margin, cuts)):
         stratum[members] = number
-        mixed = _mixed(members, labels, rng)
-        share = min(len(mixed), max(_LEAST_PILOT, math.ceil(len(mixed) * _FIRST_LOOK)))
-        first.append(mixed[:share])
-        rest.append(mixed[share:])
+        order = mixed(members, labels, rng)
+        share = min(len(order), max(_LEAST_PILOT, math.ceil(len(order) * _FIRST_LOOK)))
+        first.append(order[:share])
+        rest.append(order[share:])
     batches = _cut(np.concatenate(first), batch_size)
     pilot, pure = len(batches), []
     for images in rest:
@@ -98,7 +98,7 @@ def make_order(reference: Predictions, labels: Indices, *, batch_size: int, seed
     return Order(stratum, tuple(batches), pilot, tuple(pure))
 
 
-def _mixed(images: Indices, labels: Indices, rng: np.random.Generator) -> Indices:
+def mixed(images: Indices, labels: Indices, rng: np.random.Generator) -> Indices:
     """`images` in a random order of which every beginning has the classes in about their proportion."""
     shuffled = rng.permutation(images)
     place = np.empty(len(shuffled))

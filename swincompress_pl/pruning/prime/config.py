@@ -12,6 +12,7 @@ from swincompress_pl._deprecated import gathered, renamed
 from swincompress_pl.arguments import choice, integer, names, number, numbers, optional, require
 from swincompress_pl.pruning.compensation.compensator import METHODS, Method
 from swincompress_pl.pruning.criteria import Criterion
+from swincompress_pl.pruning.evaluation.audit import checked_audit
 from swincompress_pl.pruning.space import SpaceConfig, check_criterion, checked_tolerance
 from swincompress_pl.registry import adapter_for
 
@@ -146,6 +147,8 @@ class PrimeSVTConfig:
 
     Attributes:
         tolerance: Accuracy that may be lost against the unpruned network, in points, above 0 and at most 100.
+        audit: Part of the hold-out that decides nothing until the end, 0 to below 1. A candidate that loses more than
+            the tolerance on it is not applied, and the next best one is tried. 0 for none.
         min_memory_saving: Part of all parameters that has to go, from 0 to below `max_sparsity`.
         granularity: "structured" removes units of the network's groups physically. "filter" sets the weakest input
             channels of every filter to zero, chosen for each filter alone (Alg. 2). Shapes stay then, and the saving
@@ -178,6 +181,7 @@ class PrimeSVTConfig:
     """
 
     tolerance: float = 3.0
+    audit: float = 0.0
     min_memory_saving: float = 0.25
     granularity: Literal["structured", "filter"] = "structured"
     policy: Policy | Literal["allocated", "prioritized"] = field(default_factory=AllocatedPolicy)
@@ -233,6 +237,7 @@ class PrimeSVTConfig:
         return {
             **{name: choice(name, getattr(self, name), choices) for name, choices in _CHOICES.items()},
             "tolerance": checked_tolerance(self.tolerance, example=3.0, stacklevel=7),
+            "audit": checked_audit(self.audit),
             "min_memory_saving": number("min_memory_saving", saving, _below_one, "a part, 0 to below 1, e.g. 0.25"),
             "min_block_share": number(
                 "min_block_share", share, _below_one, "a part of an average block, 0 to below 1, e.g. 0.2"

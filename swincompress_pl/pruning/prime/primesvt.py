@@ -25,8 +25,9 @@ from swincompress_pl.evaluation_mode import evaluation_mode, outside_inference_m
 from swincompress_pl.interrupts import all_or_nothing
 from swincompress_pl.progress import told_progress
 from swincompress_pl.pruning.criteria import Gradients
+from swincompress_pl.pruning.evaluation.audit import split_for_audit
 from swincompress_pl.pruning.evaluation.ranks import failing_together
-from swincompress_pl.pruning.evaluation.scorer import Evaluate, Scorer, as_evaluator
+from swincompress_pl.pruning.evaluation.scorer import Evaluate, Scorer
 from swincompress_pl.pruning.prime.config import PrimeSVTConfig
 from swincompress_pl.pruning.prime.fingerprint import check_named
 from swincompress_pl.pruning.prime.result import PrimeSVTResult
@@ -79,13 +80,15 @@ def primesvt(
         ValueError: If the network is not a spiking one, is not in multi-step mode, or keeps its membranes between
             calls, or if no neuron behind its stem (the first segment) spikes on the hold-out. Also if not even
             `max_sparsity` on every layer saves what is asked for, the config needs `calibration` or `gradients`, the
-            evaluation cache is about something else or damaged, or a score is not an accuracy in points.
+            evaluation cache is about something else or damaged, a score is not an accuracy in points, or
+            `config.audit` is above 0 and `evaluate` is a function.
         TypeError: If `evaluate` is neither a scorer nor a function.
         UnsupportedNetworkError: If the network has no adapter, or its adapter does not cover this variant.
         RankFailedError: If another process of a distributed run failed.
     """
     replace_inference_tensors(network)
-    started, config, evaluator = time.monotonic(), config or PrimeSVTConfig(), as_evaluator(evaluate)
+    started, config = time.monotonic(), config or PrimeSVTConfig()
+    evaluator, auditor = split_for_audit(evaluate, config.audit)
     cache_path = optional(path, "evaluation_cache", evaluation_cache)
     if cache_path is not None:
         check_named(evaluator)
@@ -95,6 +98,7 @@ def primesvt(
                 network,
                 evaluator,
                 config,
+                auditor=auditor,
                 calibration=calibration,
                 gradients=gradients,
                 cache_path=cache_path,
@@ -122,6 +126,8 @@ def primesvt(
             macs_before=macs,
             macs_after=macs_after,
             scoring=search.scoring(),
+            audit=search.audit,
+            score_kind=evaluator.score_kind,
             elapsed_s=time.monotonic() - started,
             change=search.change or Change(applied=nothing_applied()),
         )

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from swincompress_pl.arguments import choice, integer, number, require
+from swincompress_pl.pruning.evaluation.audit import Audit, audit_facts
+from swincompress_pl.pruning.evaluation.scores import SCORES, bound_facts, score_label
 from swincompress_pl.pruning.prime.config import current_settings
 from swincompress_pl.pruning.structure.change import Change, nothing_applied
 from swincompress_pl.pruning.structure.plan import PruningPlan
@@ -14,6 +16,7 @@ from swincompress_pl.stored_data import from_plain, reading
 from swincompress_pl.summaries import Summarized, removed
 
 _STATE_VERSION = 2
+_LATER: dict[str, Any] = {"audit": None, "score_kind": "accuracy"}
 _READABLE = (1, 2)  # version 1 had other names in `config`
 
 
@@ -145,6 +148,8 @@ class PrimeSVTResult(Summarized):
             over the calibration images; `holdout_images`; and `naive_image_forwards`, the passes if every candidate (in
             `naive_image_forwards_distinct` every plan) took the whole hold-out.
         elapsed_s: Duration of the search in seconds.
+        audit: What the audit found of the network that the search left; None without one.
+        score_kind: What is scored: "accuracy", or without labels "agreement" or "kl" (see `HoldOut`).
         change: What was changed in the network, for optimizers; `to_dict` leaves it out.
     """
 
@@ -165,6 +170,8 @@ class PrimeSVTResult(Summarized):
     macs_after: int | None
     scoring: dict[str, float] = field(default_factory=dict, repr=False)
     elapsed_s: float = 0.0
+    audit: Audit | None = None
+    score_kind: str = "accuracy"
     change: Change = field(default_factory=lambda: Change(applied=nothing_applied()), repr=False)
 
     def facts(self) -> list[tuple[str, str]]:
@@ -172,7 +179,9 @@ class PrimeSVTResult(Summarized):
         left = 1 - self.saving  # masks leave the number of parameters as it is
         parameters = round(self.parameters_before * left)
         return [
-            ("score on the hold-out", f"{self.score:.2f} points, unpruned {self.baseline_score:.2f}"),
+            (score_label(self.score_kind), f"{self.score:.2f} points, unpruned {self.baseline_score:.2f}"),
+            *bound_facts(self.score_kind, self.score),
+            *audit_facts(self.audit),
             ("parameters", removed(self.parameters_before, parameters)),
             *([("MACs", removed(self.macs_before, self.macs_after))] if self.macs_before and self.macs_after else []),
             ("candidates tried", f"{len(self.candidates)} in {self.elapsed_s:.3g} s"),
@@ -216,6 +225,9 @@ class PrimeSVTResult(Summarized):
             plain[key] = None if plain[key] is None else plain[key].to_dict()
         for key in ("target_sets", "blocks", "candidates"):
             plain[key] = [asdict(entry) for entry in plain[key]]
+        plain["audit"] = None if self.audit is None else asdict(self.audit)
+        # Without an audit, and with labels, the file is as that of earlier versions, and they read it.
+        plain = {key: value for key, value in plain.items() if key not in _LATER or value != _LATER[key]}
         return {"version": _STATE_VERSION, **plain}
 
     @classmethod
@@ -245,6 +257,7 @@ class PrimeSVTResult(Summarized):
             choice("prefer", fields["config"]["prefer"], ("accuracy", "memory"))
         result: PrimeSVTResult = from_plain(cls, fields, "result")
         integer("result.parameters_before", result.parameters_before, least=1)
+        choice("result.score_kind", result.score_kind, SCORES)
         return result
 
 

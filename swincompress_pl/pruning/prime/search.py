@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from swincompress_pl.pruning.criteria import Gradients
+from swincompress_pl.pruning.evaluation.audit import Audit, Auditor
 from swincompress_pl.pruning.evaluation.ranks import from_all_ranks
 from swincompress_pl.pruning.evaluation.scorer import ROUNDING_POINTS, Evaluator
 from swincompress_pl.pruning.prime.allocation import allocate
@@ -37,16 +38,22 @@ class Search:
         evaluator: Evaluator,
         config: PrimeSVTConfig,
         *,
+        auditor: Auditor | None,
         calibration: Iterable[Any] | None,
         gradients: Callable[[nn.Module], Gradients] | None,
         cache_path: Path | None,
         on_progress: Callable[[PrimeProgress], None] | None,
     ) -> None:
         self.network, self.evaluator, self.config = network, evaluator, config
+        self.auditor = auditor
+        self.audit: Audit | None = None  # of what is applied
+        self._refused = 0  # by the audit
         self._spent_before = evaluator.spent()
         heard = FirstInputs()
         with heard.of(network):
             self.baseline, self.spike_rates = _baseline(network, evaluator)
+        if auditor is not None:
+            auditor.begin(network, config.tolerance)
         check_on_trial(network, config.space(network), heard, None)
         self.floor = self.baseline - config.tolerance - ROUNDING_POINTS
         self.candidates = Candidates(
@@ -90,8 +97,17 @@ class Search:
         self.blocks, self.target_sets, self.initial_rate = policy.blocks, policy.target_sets, policy.initial_rate
 
     def apply(self) -> None:
-        """Applies the best candidate that holds on the whole hold-out; sets `met` and the alternatives."""
+        """Applies the best candidate within the constraint on all images; sets `met` and the alternatives."""
         self.within_accuracy = self._apply_within_accuracy()
+        self._apply_preferred()
+        if self.auditor is not None:
+            if self.audit is None or self.applied is not self.within_accuracy:
+                self.audit = self._look(self.baseline if self.applied is None else self.applied.score)
+            assert self.audit is not None
+            self.auditor.warn_if_coarse(self.audit, [])
+
+    def _apply_preferred(self) -> None:
+        """Applies, if `within_accuracy` does not save enough, what the config prefers then."""
         saving = 0.0 if self.within_accuracy is None else self.within_accuracy.saving
         self.met = self.within_accuracy is not None and saving >= self.config.min_memory_saving
         self.applied = self.within_accuracy
@@ -108,10 +124,33 @@ class Search:
         """Applies the first candidate within the constraint on all images, the largest saving first."""
         for candidate in self._distinct(lambda each: each.accepted, lambda each: (-each.saving, -each.score)):
             exact = self._scored(candidate)
-            if exact.accepted:
+            if exact.accepted and self._holds_on_audit(exact.score):
                 return exact
             self.undo()
         return None
+
+    def _holds_on_audit(self, score: float) -> bool:
+        """Whether the applied candidate, with this score on the deciding part, is within the tolerance on the audit."""
+        audit = self._look(score)
+        if audit is not None and not audit.holds:
+            self._refused += 1
+            return False
+        self.audit = audit
+        return True
+
+    def _look(self, score: float) -> Audit | None:
+        if self.auditor is None:
+            return None
+        held = [] if self.audit is None else [self.audit]  # a look before, at another candidate
+        found = self.auditor.look(
+            self.network,
+            held,
+            round=1,
+            tolerance=self.config.tolerance,
+            deciding_lost_points=self.baseline - score,
+            given_back=0 if held else self._refused,
+        )
+        return replace(found, given_back=self._refused)
 
     def _score_within_memory(self) -> Candidate | None:
         """The best accuracy of those that save enough, scored on all images; nothing stays applied."""
@@ -159,6 +198,8 @@ class Search:
     def scoring(self) -> dict[str, float]:
         """What the search cost; see `PrimeSVTResult`."""
         spent = self.evaluator.spent_since(self._spent_before)
+        if self.auditor is not None:
+            spent = {key: value + spent[key] for key, value in self.auditor.spent().items()}
         distinct = {tuple(sorted(each.widths.items())): each.stands_for for each in self.trials.found}
         images = self.evaluator.images
         tried = sum(each.stands_for for each in self.trials.found) + 2  # the baseline and the final score

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from swincompress_pl.pruning.adaptive.state import SearchState
+from swincompress_pl.pruning.evaluation.audit import audit_facts
+from swincompress_pl.pruning.evaluation.scores import bound_facts, score_label
 from swincompress_pl.report.content.numbers import change, count, duration, many
 from swincompress_pl.report.content.parts import Item, Section, Table
 from swincompress_pl.report.record import PruningStep, RunRecord
@@ -27,7 +29,9 @@ def search(record: RunRecord) -> Section | None:
     score = "not scored yet" if state.score is None else f"{state.score:.2f}"
     tried = f"{many(last_round(state), 'round')}, {many(len(state.steps), 'step')}"
     lines = [
-        ("score on the hold-out", f"{state.baseline_score:.2f} -> {score} points{allowed}"),
+        (score_label(state.score_kind), f"{state.baseline_score:.2f} -> {score} points{allowed}"),
+        *bound_facts(state.score_kind, state.score),
+        *audit_facts(state.audits[-1] if state.audits else None),
         ("parameters", change(state.baseline_parameters, parameters_left(state))),
         *_weights(state),
         *([("MACs per image", change(state.baseline_macs, macs_left(state)))] if state.baseline_macs else []),
@@ -70,6 +74,33 @@ def _scoring(state: SearchState) -> list[tuple[str, str]]:
             f"{estimates} of {len(state.steps)} steps; their scores are estimates",
         ),
     ]
+
+
+def audits(record: RunRecord) -> Section | None:
+    """What each round lost on the images that decided, and on those that did not."""
+    if record.pruning is None:
+        return None
+    state = read_search(record.pruning)
+    rows = [
+        [
+            str(audit.round),
+            f"{audit.images:,}",
+            f"{audit.lost_points:.2f}",
+            f"{audit.deciding_lost_points:.2f}",
+            f"{audit.optimism_points:+.2f}",
+            f"{audit.bound_points:.2f} ({100 * audit.confidence:.3g} %)",
+            f"{audit.only_before:,} / {audit.only_after:,}",
+            str(audit.given_back),
+        ]
+        for audit in state.audits
+    ]
+    header = ["round", "images", "lost on the audit", "lost on the deciding part", "optimism", "at most lost"]
+    text = (
+        "Points lost against the unpruned network, after each round, on images that decided nothing (the audit) and on "
+        "those that decided. Their difference is the optimism. All bounds hold together with 95 % confidence."
+    )
+    table = Table.of([*header, "only unpruned / only pruned right", "steps given back"], rows, long=True)
+    return Section(title="Pruning audits", text=text, table=table) if rows else None
 
 
 def targets(record: RunRecord) -> Section | None:

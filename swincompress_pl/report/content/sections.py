@@ -20,6 +20,7 @@ def sections(record: RunRecord, *, steps_shown: int | None = None) -> list[Secti
         run.checks(record),
         training(record),
         search.search(record),
+        search.audits(record),
         search.targets(record),
         search.steps(record, steps_shown),
         run.layers(record),

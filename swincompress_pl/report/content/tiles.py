@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from swincompress_pl.pruning.adaptive.state import SearchState
+from swincompress_pl.pruning.evaluation.scores import score_label
 from swincompress_pl.quant.diagnosis.diagnosis import Diagnosis
 from swincompress_pl.report.content.names import readable
 from swincompress_pl.report.content.numbers import count, megabytes
@@ -62,7 +63,7 @@ def _search_tiles(state: SearchState) -> list[Tile]:
         found.append(_removed("MACs", state.baseline_macs, macs))
     if state.score is not None:
         change = f"{state.score - state.baseline_score:+.2f} points, before {state.baseline_score:.2f}"
-        found.append(Tile("score on the hold-out", f"{state.score:.2f}", change))
+        found.append(Tile(score_label(state.score_kind), f"{state.score:.2f}", change))
     kept = sum(step.accepted for step in state.steps)
     found.append(Tile("rounds", str(state.rounds), f"{kept} of {len(state.steps)} steps kept"))
     fewer = times_fewer_images(state.scoring)
