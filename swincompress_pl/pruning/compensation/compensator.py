@@ -38,7 +38,8 @@ class Compensator:
 
     Args:
         batches: Unlabelled calibration images (N, ...).
-        method: What is done. "bias" adds what the lost inputs gave on average, "ridge" solves the weights again.
+        method: What is done. "bias" adds what the lost inputs gave on average, "ridge" solves the weights again,
+            and so does "second_order".
         predict: Runs a network on a batch; None calls it with the images, moved to its device.
         damping: As for `System.solve`.
         intercepts: Whether the means of BatchNorms take up what is lost on average; False if they are corrected later.

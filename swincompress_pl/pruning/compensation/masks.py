@@ -35,7 +35,7 @@ class MaskCompensator:
     def __init__(self, compensator: Compensator, *, writes: bool) -> None:
         self._compensator, self._writes = compensator, writes
         self._masks: dict[str, Tensor] = {}  # of the network as it is now, with trials
-        self._rows: dict[tuple[str, bool], RowSystem | None] = {}
+        self._rows: dict[tuple[str, bool], RowSystem | None] = {}  # of the latest layer; they are large
         self._errors: dict[str, Tensor] = {}
         self._solved: dict[str, tuple[Tensor, tuple[Tensor, Tensor]]] = {}  # the latest of each layer
 
@@ -142,7 +142,7 @@ class MaskCompensator:
         if key not in self._rows:
             state = self._state(name)
             assert state is not None
-            self._rows[key] = RowSystem.of(state.system(), state.weight, damping)
+            self._rows = {key: RowSystem.of(state.system(), state.weight, damping)}
         return self._rows[key]
 
     def _state(self, name: str) -> ReaderState | None:
