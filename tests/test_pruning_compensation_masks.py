@@ -9,10 +9,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.prime_cases import holdout_of, network_of
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 
-from swincompress_pl.pruning import AdaptivePruningConfig, HoldOut, prune
+from swincompress_pl.pruning import AdaptivePruningConfig, HoldOut, PrimeSVTConfig, primesvt, prune
 from swincompress_pl.pruning.compensation.compensator import Compensator
 from swincompress_pl.pruning.compensation.moments import CalibrationError, Moments
 from swincompress_pl.pruning.compensation.rows import RowSystem
@@ -350,3 +351,33 @@ def test_a_search_compensates_and_ends_with_exact_zeros(granularity: str, rankin
     for parameter, mask in masked.values():
         assert not parameter[~mask].any()
         assert parameter.isfinite().all()
+
+
+@pytest.mark.parametrize("criterion", ["magnitude", "second_order"])
+def test_the_mean_of_the_batchnorm_behind_takes_up_the_bias(criterion: str) -> None:
+    network = network_of().eval()
+    images = [torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(3))]
+    space = _space(network, images, criterion=criterion)
+    target = next(t for t in space.targets(network) if any(tensor.endswith("running_mean") for tensor in t.tensors))
+    before, removal = _state(network), _half(space, network, target.name)
+    layer, norm = (network.get_submodule(name.rpartition(".")[0]) for name in target.tensors)
+    given: list[Tensor] = []
+    layer.register_forward_hook(lambda _, __, y: given.append(y - norm.running_mean.reshape(-1, *[1] * (y.ndim - 2))))
+    with torch.no_grad():
+        network(images[0])
+        with space.masked(network, removal):
+            network(images[0])
+    assert _same(_state(network), before)
+    mean = [y.transpose(0, 1).flatten(1).mean(1) if y.ndim == 4 else y.mean((0, 2)) for y in given]
+    torch.testing.assert_close(mean[0], mean[1], rtol=1e-3, atol=1e-3 * float(mean[0].abs().max()))
+
+
+def test_filters_of_primesvt_are_compensated() -> None:
+    network = network_of()
+    config = PrimeSVTConfig(
+        granularity="filter", tolerance=30.0, compensation="ridge", criterion="second_order", layers=("blocks.1.mlp.*",)
+    )
+    primesvt(network, holdout_of(network, 20), config, calibration=[torch.randn(8, 3, 32, 32)])
+    masked = masked_parameters(network)
+    assert masked
+    assert all(not parameter[~mask].any() for parameter, mask in masked.values())
