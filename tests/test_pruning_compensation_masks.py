@@ -375,7 +375,12 @@ def test_the_mean_of_the_batchnorm_behind_takes_up_the_bias(criterion: str) -> N
 def test_filters_of_primesvt_are_compensated() -> None:
     network = network_of()
     config = PrimeSVTConfig(
-        granularity="filter", tolerance=30.0, compensation="ridge", criterion="second_order", layers=("blocks.1.mlp.*",)
+        granularity="filter",
+        tolerance=30.0,
+        compensation="ridge",
+        criterion="second_order",
+        layers=("blocks.1.mlp.*",),
+        min_memory_saving=0.05,
     )
     primesvt(network, holdout_of(network, 20), config, calibration=[torch.randn(8, 3, 32, 32)])
     masked = masked_parameters(network)
