@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from swincompress_pl import arguments
 from swincompress_pl.interrupts import all_or_nothing
 from swincompress_pl.pruning.compensation.compensator import Compensator, Method
+from swincompress_pl.pruning.compensation.masks import MaskCompensator
 from swincompress_pl.pruning.compensation.plans import images_of
 from swincompress_pl.pruning.compensation.readers import Predict
 from swincompress_pl.pruning.criteria import (
@@ -155,6 +156,10 @@ class SearchSpace(Protocol):
         """What is gone of a target if `keep` units stay: the lowest scores go first, as rank 0 computes them."""
         ...
 
+    def refined(self, target: Target, removal: Removal) -> Removal:
+        """As much of a target as `removal` has, chosen with more care, as rank 0 does; it may be `removal` itself."""
+        ...
+
     def masked(self, network: nn.Module, removal: Removal) -> AbstractContextManager[Any]:
         """A context in which the network computes as if `removal` were gone."""
         ...
@@ -178,7 +183,8 @@ def local_space(
     """
     if config.granularity == "structured":
         return StructuredSpace(config, initial_units, compensator)
-    return WeightSpace(config, parse_granularity(config.granularity, block_shape=config.block_shape))
+    pattern = parse_granularity(config.granularity, block_shape=config.block_shape)
+    return WeightSpace(config, pattern, compensator)
 
 
 def search_space(
@@ -303,6 +309,10 @@ class StructuredSpace:
         """What is gone if the `keep` units of `target` with the highest `scores` stay."""
         return {target.name: lowest_units(scores, len(scores) - keep)}
 
+    def refined(self, target: Target, removal: Removal) -> Removal:
+        """Returns `removal`: the scores of units are those of their removal one after the other."""
+        return removal
+
     def kept(self, target: Target, units: int) -> int:
         """What stays if `units` stay, as `CostTracker` counts it: units."""
         return units
@@ -391,15 +401,21 @@ class WeightSpace:
     The layer that reads the pixels (patch embedding) and the head are left alone, as in the paper.
     """
 
-    def __init__(self, config: SpaceConfig, pattern: Pattern) -> None:
+    def __init__(self, config: SpaceConfig, pattern: Pattern, compensator: Compensator | None = None) -> None:
         self.config, self.pattern = config, pattern
+        self._compensator: MaskCompensator | None = None
+        if compensator is not None:
+            self._compensator = MaskCompensator(compensator, writes=config.compensation != "none")
+        self._refined: dict[str, tuple[Tensor, Tensor]] = {}  # the latest of each layer, before and after
 
     def prepare(self, network: nn.Module) -> None:
-        """See `SearchSpace.prepare`."""
+        """Begins a round on the network as it is now: collects what compensation and "second_order" need."""
+        self._refined = {}
+        if self._compensator is not None:
+            self._compensator.begin_round(network, self._names(network))
 
-    def targets(self, network: nn.Module) -> list[Target]:
-        """One target per layer."""
-        parameters = dict(network.named_parameters(remove_duplicate=False))  # a shared one is refused by its own name
+    def _names(self, network: nn.Module) -> list[str]:
+        """The weights that may be masked."""
         prunable = prunable_weights(network)
         if not prunable:
             raise ValueError(
@@ -408,7 +424,12 @@ class WeightSpace:
             )
         names = _matching(prunable, self.config.layers)
         check_layers(network, names)
-        masks = masked_parameters(network)
+        return names
+
+    def targets(self, network: nn.Module) -> list[Target]:
+        """One target per layer."""
+        parameters = dict(network.named_parameters(remove_duplicate=False))  # a shared one is refused by its own name
+        names, masks = self._names(network), masked_parameters(network)
         found = []
         for name in names:
             shape = tuple(parameters[name].shape)
@@ -426,14 +447,17 @@ class WeightSpace:
                     initial_units=units,
                     min_units=self.pattern.min_units,
                     weights=weights,
-                    tensors=(name,),
+                    tensors=tuple(dict.fromkeys([name, *self._rewritten(name)])),
                 )
             )
         return found
 
     def scores(self, network: nn.Module, target: Target, gradients: Gradients | None) -> Tensor:
         """The scores of the parameter's weights; those that are masked already score below all others."""
-        scores = weight_scores(network, target.name, self.config.criterion, gradients)
+        if self.config.criterion == SECOND_ORDER:
+            scores = self._errors(network, target.name)
+        else:
+            scores = weight_scores(network, target.name, self.config.criterion, gradients)
         masks = masked_parameters(network)
         if target.name in masks:
             scores = scores.masked_fill(~masks[target.name][1].to(scores.device), -1.0)
@@ -447,6 +471,25 @@ class WeightSpace:
         """What is gone if the `keep` units of `target` with the highest `scores` stay."""
         return {target.name: self.pattern.keep_mask(scores, keep)}
 
+    def refined(self, target: Target, removal: Removal) -> Removal:
+        """The mask of as many weights that costs least, where `criterion` is "second_order"; else `removal`."""
+        if self.config.criterion != SECOND_ORDER or self._compensator is None:
+            return removal
+        known = self._refined.get(target.name)
+        if known is None or not torch.equal(known[0], removal[target.name]):
+            known = self._refined[target.name] = removal[target.name], self._best_mask(target, removal[target.name])
+        return {target.name: known[1]}
+
+    def _best_mask(self, target: Target, mask: Tensor) -> Tensor:
+        assert self._compensator is not None
+        keep = round(int(mask.sum()) * target.initial_units / target.weights)
+
+        def kept(saliency: Tensor, part: float) -> Tensor:
+            return self.pattern.keep_mask(saliency, target.units - round((target.units - keep) * part))
+
+        found = self._compensator.best_mask(target.name, kept, mask.shape)
+        return mask if found is None else from_rank_zero(found.to(mask.device))
+
     def kept(self, target: Target, units: int) -> int:
         """What stays if `units` stay, as `CostTracker` counts it: weights."""
         return target.weights // target.initial_units * units
@@ -458,6 +501,8 @@ class WeightSpace:
 
     def masked(self, network: nn.Module, removal: Removal) -> AbstractContextManager[Any]:
         """See `SearchSpace.masked`."""
+        if self._compensator is not None:
+            return self._compensator.masked(network, removal)
         with ExitStack() as stack:
             for name, mask in removal.items():
                 stack.enter_context(temporary_mask(network, name, mask))
@@ -465,7 +510,28 @@ class WeightSpace:
 
     def commit(self, network: nn.Module, removal: Removal) -> Change:
         """Registers masks."""
-        return commit_masks(network, removal)
+        if self._compensator is None:
+            return commit_masks(network, removal)
+        names = sorted({tensor for name in removal for tensor in self._rewritten(name)})
+        before = {name: stored_tensor(network, name).detach().clone() for name in names}
+        with all_or_nothing(written=owners(network, [*removal, *before])):
+            self._compensator.settle(network, removal)
+            return replace(commit_masks(network, removal), rewritten=before)
+
+    def _rewritten(self, name: str) -> tuple[str, ...]:
+        """The tensors that compensating a mask changes."""
+        return () if self._compensator is None else self._compensator.tensors(name)
+
+    def _errors(self, network: nn.Module, name: str) -> Tensor:
+        shape = stored_tensor(network, name).shape
+        errors = None if self._compensator is None else self._compensator.errors(name, shape)
+        if errors is None:
+            reason = "the space has no calibration images" if self._compensator is None else self._compensator.why(name)
+            raise ValueError(
+                f"criterion='second_order': the weights of {name} cannot be solved again ({reason}); leave the layer "
+                "out (layers=), or take another criterion"
+            )
+        return errors
 
     def costs(self, network: nn.Module, input_shape: Sequence[int] | None) -> CostTracker:
         """See `SearchSpace.costs`."""
@@ -547,6 +613,15 @@ class GlobalSpace:
     def prepare(self, network: nn.Module) -> None:
         """See `SearchSpace.prepare`."""
         self.local.prepare(network)
+
+    def refined(self, target: Target, removal: Removal) -> Removal:
+        """See `SearchSpace.refined`; it refines each member."""
+        return {
+            name: gone
+            for member in target.members
+            if member.name in removal
+            for name, gone in self.local.refined(member, {member.name: removal[member.name]}).items()
+        }
 
     def masked(self, network: nn.Module, removal: Removal) -> AbstractContextManager[Any]:
         """See `SearchSpace.masked`."""

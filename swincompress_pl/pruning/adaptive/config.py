@@ -45,14 +45,17 @@ class AdaptivePruningConfig(SpaceConfig):
         kinds: Kinds of groups to prune: "heads", "mlp", "head_dim" and "embed"; in spiking networks also "conv", "qk"
             and "v". Only for "structured".
         layers: Patterns (fnmatch) of the names to prune; None for all.
-        criterion: A name in `pruning.CRITERIA`, or a function (`pruning.Criterion`).
+        criterion: A name in `pruning.CRITERIA`, or a function (`pruning.Criterion`). "second_order" takes what costs
+            least if the rest makes up for it, so it belongs with `compensation="ridge"`; of masks it searches those of
+            each step. It needs calibration images.
         target: Part of the cost to remove, above 0 and below 1; the search ends when it is reached. None for no target.
         target_of: Cost that `target` counts: "macs", "parameters" or "bytes" (four per parameter, and a bit per
             element of a masked weight). A target in MACs is only for "structured".
         max_rounds: The search ends after this number of rounds, 1 or more; None for no limit.
         time_budget_s: The search ends after this number of seconds of searching, without training; None for no limit.
         compensation: What makes up for what goes, in the layers that read it. "none" leaves them as they are, "bias"
-            adds what went on average, and "ridge" solves their weights and biases again, from calibration images.
+            adds what went on average, and "ridge" solves their weights and biases again, from calibration images. Of
+            masks, "ridge" solves what stays of each output. "second_order" is the same as "ridge".
 
     Raises:
         ValueError: If a field is outside its range, or fields contradict each other; the message names the field.

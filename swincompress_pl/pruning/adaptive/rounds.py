@@ -133,6 +133,7 @@ class Round:
         assert after is not None  # such targets were locked before the round
         target = replace(target, units=before)
         after, removal, cost = self._removal(target, after)
+        removal = self.space.refined(target, removal)
         with ExitStack() as trial:
             trial.enter_context(self.space.masked(self.network, removal))
             try:

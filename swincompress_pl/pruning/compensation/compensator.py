@@ -43,7 +43,8 @@ class Compensator:
 
     Args:
         batches: Unlabelled calibration images (N, ...).
-        method: What is done. "bias" adds what the lost inputs gave on average, "ridge" solves the weights again.
+        method: What is done. "bias" adds what the lost inputs gave on average, "ridge" solves the weights again,
+            and so does "second_order".
         predict: Runs a network on a batch; None calls it with the images, moved to its device.
         damping: As for `System.solve`.
         intercepts: Whether the means of BatchNorms take up what is lost on average; False if they are corrected later.
@@ -65,10 +66,10 @@ class Compensator:
         if not self.batches:
             raise CalibrationError(f"compensation={method!r}: calibration has no images; give a few hundred")
         self._predict = predict or _run
-        self._damping = float("inf") if method == "bias" else damping
+        self.damping = float("inf") if method == "bias" else damping
         self._intercepts = intercepts
         self.readers = Readers(readers={}, left_alone={})
-        self._states: dict[str, _State] = {}
+        self._states: dict[str, ReaderState] = {}
         self._answers = Answers(self.batches, self._predict)
         self._sensitivities: dict[str, float] = {}
         self._scores: dict[tuple[object, ...], Tensor] = {}
@@ -128,7 +129,7 @@ class Compensator:
             systems = []
             for reader in readers:
                 columns = [sorted(self.lost_columns(group, [unit])[reader.name]) for unit in range(group.units)]
-                inverse, weight = self._states[reader.name].inverse_hessian(self._damping)
+                inverse, weight = self._states[reader.name].inverse_hessian(self.damping)
                 systems.append((inverse, weight, torch.tensor(columns, device=weight.device)))
             self._scores[key] = removal_errors(systems)
         return self._scores[key].clone()
@@ -163,10 +164,10 @@ class Compensator:
         with ExitStack() as stack, torch.no_grad():
             for name, columns in lost.items():
                 state = self._states[name]
-                stack.enter_context(_restored(network, state.reader.tensors))
+                stack.enter_context(restored(network, state.reader.tensors))
                 stack.callback(setattr, state, "gone", state.gone)
                 state.gone |= columns
-                self._write(network, state)
+                self.write(network, state, *state.solution(self.damping))
             yield
 
     @torch.no_grad()
@@ -175,7 +176,7 @@ class Compensator:
         for name, columns in lost.items():
             state = self._states[name]
             before, state.gone = state.gone, state.gone | columns
-            self._write(network, state)
+            self.write(network, state, *state.solution(self.damping))
             state.gone = before
 
     def narrowed(self, lost: Lost) -> None:
@@ -189,8 +190,13 @@ class Compensator:
         found = (self.readers.readers.get(part.tensor.removesuffix(".weight")) for part in group.consumers())
         return list(dict.fromkeys(reader for reader in found if reader is not None))
 
-    def _write(self, network: nn.Module, state: _State) -> None:
-        reader, (weight, bias) = state.reader, state.solution(self._damping)
+    def state(self, name: str) -> ReaderState | None:
+        """What is known about the reader `name`; None if it is left alone."""
+        return self._states.get(name)
+
+    def write(self, network: nn.Module, state: ReaderState, weight: Tensor, bias: Tensor) -> None:
+        """Writes a solution, (outputs, inputs) and (outputs,), into the network."""
+        reader = state.reader
         parameter = stored_tensor(network, f"{reader.name}.weight").detach()
         parameter.copy_(weight.reshape(parameter.shape))
         if reader.norm is not None:
@@ -201,7 +207,7 @@ class Compensator:
 
     def _collect(self, network: nn.Module, groups: Sequence[Group]) -> None:
         """Runs all images once, and makes the state of each reader."""
-        self._states = {name: _State(network, reader) for name, reader in self.readers.readers.items()}
+        self._states = {name: ReaderState(network, reader) for name, reader in self.readers.readers.items()}
         heads = {g.name: found for g in groups if (found := heads_of(g)) and found.proj in self._states}
         with ExitStack() as hooks:
             met = hooks.enter_context(watched_heads(network, heads))
@@ -221,7 +227,7 @@ class Compensator:
         self._answers.remember(network)
 
     @contextmanager
-    def _summed(self, network: nn.Module, state: _State) -> Iterator[None]:
+    def _summed(self, network: nn.Module, state: ReaderState) -> Iterator[None]:
         """Adds to the moments what a reader reads; a random part of it if all images have too many rows."""
         draw = torch.Generator().manual_seed(0)
 
@@ -240,7 +246,7 @@ class Compensator:
             handle.remove()
 
 
-class _State:
+class ReaderState:
     """What is known about one reader.
 
     `moments` are of all inputs that it had when they were collected, and `columns` are those that it still has.
@@ -324,7 +330,7 @@ def _run(network: nn.Module, images: Tensor) -> object:
 
 
 @contextmanager
-def _restored(network: nn.Module, tensors: Iterable[str]) -> Iterator[None]:
+def restored(network: nn.Module, tensors: Iterable[str]) -> Iterator[None]:
     """Puts back the values of some tensors when the context ends."""
     found = [stored_tensor(network, name).detach() for name in tensors]
     before = [tensor.clone() for tensor in found]

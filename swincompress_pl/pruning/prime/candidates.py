@@ -181,7 +181,8 @@ class Candidates:
     def _removal(self, widths: Widths) -> Removal:
         removal: dict[str, Any] = {}
         for name, width in widths.items():
-            removal.update(self._space.lowest(self._scores[name], self.targets[name], width))
+            target = self.targets[name]
+            removal.update(self._space.refined(target, self._space.lowest(self._scores[name], target, width)))
         return removal
 
 
