@@ -495,9 +495,19 @@ class WeightSpace:
         return target.weights // target.initial_units * units
 
     def scores_of_kept(self, network: nn.Module, target: Target, gradients: Gradients | None) -> Tensor:
-        """The scores (target.units,), float64, of the units that are still there."""
-        scores = self.pattern.unit_scores(self.scores(network, target, gradients)).double().cpu()
+        """The scores (target.units,), float64, of the units that are still there, to be compared between targets."""
+        saliency = self.scores(network, target, gradients)
+        scores = self.pattern.unit_scores(saliency).double().cpu()
+        if self.config.criterion == SECOND_ORDER:
+            scores = scores * self._sensitivity(network, target, saliency)
         return scores[scores >= 0]
+
+    def _sensitivity(self, network: nn.Module, target: Target, saliency: Tensor) -> float:
+        """How far the network's answers move per unit of score, measured once: half of the weights go on trial."""
+        assert self._compensator is not None
+        removal = self.refined(target, self.lowest(saliency, target, max(target.units // 2, target.min_units)))
+        error = float(saliency[(saliency >= 0) & ~removal[target.name].to(saliency.device)].sum())
+        return self._compensator.sensitivity(network, removal, error)
 
     def masked(self, network: nn.Module, removal: Removal) -> AbstractContextManager[Any]:
         """See `SearchSpace.masked`."""

@@ -10,7 +10,7 @@ from torch import Tensor, distributed, nn
 from swincompress_pl.pruning.compensation.readers import Predict
 from swincompress_pl.pruning.evaluation.ranks import world_size
 
-_MOST_IMAGES = 128
+_MOST_IMAGES = 64
 
 
 class Answers:

@@ -8,8 +8,9 @@ before give, was tried and is worse where much goes (docs/explanation/pruning.md
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from typing import Literal
 
 import torch
@@ -135,28 +136,37 @@ class Compensator:
         return self._scores[key].clone()
 
     def sensitivity(self, network: nn.Module, group: Group) -> float:
-        """How far the network's answers move per unit of `removal_errors` of a group, measured once on a few images.
+        """How far the network's answers move per unit of `removal_errors` of a group; see `measured_once`.
 
-        A part of the group's units is masked, compensated, for that. The distance is `answers.distance`. It is 1 if the
-        network does not give one tensor, or if the group has no readers.
+        A part of the group's units is masked, compensated, for that. It is 1 for a group without readers.
         """
-        if group.name not in self._sensitivities:
-            errors = self.removal_errors(group)
-            measured = None if errors is None else self._measured_sensitivity(network, group, errors)
-            self._sensitivities[group.name] = 1.0 if measured is None else measured
-        return self._sensitivities[group.name]
-
-    def _measured_sensitivity(self, network: nn.Module, group: Group, errors: Tensor) -> float | None:
-        order = errors.argsort(stable=True)
+        errors = self.removal_errors(group)
+        order = [] if errors is None else errors.argsort(stable=True).tolist()
         for part in _PROBED_PARTS:
-            units = order[: max(1, int(part * group.units))].tolist()
-            error = float(errors[units].sum())
-            if len(units) < group.units and error > _LEAST_PROBED * float(errors.sum()):
-                lost = self.lost_columns(group, units)
-                with mask_units(network, group, units), self.compensated(network, lost), evaluation_mode(network):
-                    moved = self._answers.moved(network)
-                return None if moved is None else moved / error
-        return None
+            units = order[: max(1, int(part * group.units))]
+            error = 0.0 if errors is None else float(errors[units].sum())
+            if errors is not None and len(units) < group.units and error > _LEAST_PROBED * float(errors.sum()):
+                return self.measured_once(group.name, network, error, partial(self._without, network, group, units))
+        return 1.0
+
+    @contextmanager
+    def _without(self, network: nn.Module, group: Group, units: Sequence[int]) -> Iterator[None]:
+        with mask_units(network, group, units), self.compensated(network, self.lost_columns(group, units)):
+            yield
+
+    def measured_once(
+        self, name: str, network: nn.Module, error: float, cut: Callable[[], AbstractContextManager[None]]
+    ) -> float:
+        """How far the network's answers move inside the context `cut`, per unit of `error`, measured on a few images.
+
+        The distance is `answers.distance`. It is 1 if the network does not give one tensor, or there is no error.
+        Another call with the same `name` returns the same until `forget`.
+        """
+        if name not in self._sensitivities:
+            with cut(), evaluation_mode(network):
+                moved = self._answers.moved(network)
+            self._sensitivities[name] = 1.0 if moved is None or not error > 0 else moved / error
+        return self._sensitivities[name]
 
     @contextmanager
     def compensated(self, network: nn.Module, lost: Lost) -> Iterator[None]:

@@ -85,6 +85,11 @@ class MaskCompensator:
 
         return rows.mask(state.weight, state.scale, kept).reshape(shape)
 
+    def sensitivity(self, network: nn.Module, mask: Masks, error: float) -> float:
+        """How far the network's answers move per unit of `error` with the mask of one parameter; measured once."""
+        (name,) = mask
+        return self._compensator.measured_once(name, network, error, lambda: self.masked(network, mask))
+
     @contextmanager
     def masked(self, network: nn.Module, masks: Masks) -> Iterator[None]:
         """Inside the context, weights outside of `masks` and of contexts around it are 0, and made up for."""
