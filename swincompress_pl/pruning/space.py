@@ -49,6 +49,9 @@ Removal = Mapping[str, Any]
 """All that is gone: the unit indices of each group, or the mask of each parameter, True where a weight stays."""
 
 WHOLE_NETWORK = "network"
+WITHOUT_READERS = "magnitude"
+"""What ranks, under "second_order", units that no layer reads as columns: only against units of their own group."""
+
 _PER_MILLE = 1000
 _SMALL_TOLERANCE_POINTS = 0.1
 
@@ -363,12 +366,21 @@ class StructuredSpace:
         if self.config.criterion != SECOND_ORDER:
             return unit_scores(network, group, self.config.criterion, gradients)
         errors = None if self._compensator is None else self._compensator.removal_errors(group)
-        if errors is None:
+        if errors is not None:
+            return errors.float()
+        if self.config.ranking == "global":
             raise ValueError(
                 f"criterion='second_order': no layer reads the units of {group.name} as columns that could be solved "
                 f"again ({self._why_not(group)}); leave it out (kinds=, layers=), or take another criterion"
             )
-        return errors.float()
+        return unit_scores(network, group, WITHOUT_READERS, gradients)
+
+    def without_readers(self, network: nn.Module) -> dict[str, str]:
+        """{group: why} of those that "second_order" cannot rank; `WITHOUT_READERS` ranks them."""
+        if self.config.criterion != SECOND_ORDER or self._compensator is None:
+            return {}
+        groups = self.groups(network)
+        return {g.name: self._why_not(g) for g in groups if self._compensator.removal_errors(g) is None}
 
     def _why_not(self, group: Group) -> str:
         known = {} if self._compensator is None else self._compensator.readers.left_alone
