@@ -17,6 +17,7 @@ from swincompress_pl.pruning.prime.result import BlockState, CurvePoint
 from swincompress_pl.pruning.prime.trials import LEAST_DROP, Trials
 
 _PARTS = (1.0, 0.5, 0.25, 0.125)  # of a step, tried in turn where it does not fit
+_MOST_REFUSED = 3  # blocks; curves of the divergence are cheap to make fine, so that little is left to try
 _FAR = 10  # times the tolerance, in 100 nats
 
 
@@ -60,9 +61,8 @@ def allocate(trials: Trials) -> list[BlockState]:
     curves = _divergences(trials, blocks) if by_divergence else _measure(trials, blocks)
     steps = steps_by_efficiency(curves)
     taken = _most_together(trials, blocks, steps)
-    blocks = _add_what_fits(
-        trials, _at(blocks, steps[:taken]), steps[taken:], most_refused=3 if by_divergence else None
-    )
+    most_refused = _MOST_REFUSED if by_divergence else None
+    blocks = _add_what_fits(trials, _at(blocks, steps[:taken]), steps[taken:], most_refused=most_refused)
     return [_measured(block, tuple(curves.get(block.name, ()))) for block in blocks]
 
 

@@ -27,8 +27,8 @@ class AllocatedPolicy:
             Only the order of the steps depends on the curves, so they need not be exact. None for a fifteenth of the
             tolerance, and at least 0.2.
         curves: What a block alone costs. "accuracy" is the accuracy lost on the hold-out. "divergence" is 100 times the
-            Kullback-Leibler divergence, in nats per image, from the unpruned network's answers on unlabelled calibration
-            images. It needs far fewer images, and leaves the hold-out to what is decided together.
+            Kullback-Leibler divergence, in nats per image, from the unpruned network's answers on calibration images.
+            It needs no labels and far fewer images, and leaves the hold-out to what is decided together.
         curve_images: Number of calibration images for "divergence", 1 or more.
 
     Raises:
