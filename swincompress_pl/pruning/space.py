@@ -254,6 +254,14 @@ class StructuredSpace:
         """Begins a round on the network as it is now: collects what compensation and "second_order" need."""
         if self._compensator is not None:
             self._compensator.begin_round(network, self.groups(network))
+        unread = self.without_readers(network) if self.config.ranking == "local" else {}
+        if unread:
+            shown = "; ".join(f"{name} ({why})" for name, why in unread.items())
+            warnings.warn(
+                f"criterion='second_order': no layer reads the units of {len(unread)} groups as columns that could be "
+                f"solved again, so {WITHOUT_READERS!r} ranks these, and their cuts are not compensated: {shown}",
+                stacklevel=2,
+            )
 
     def groups(self, network: nn.Module) -> list[Group]:
         """The groups of the kinds and names in the config; a ValueError for a kind or a pattern that matches none."""
@@ -379,8 +387,7 @@ class StructuredSpace:
         """{group: why} of those that "second_order" cannot rank; `WITHOUT_READERS` ranks them."""
         if self.config.criterion != SECOND_ORDER or self._compensator is None:
             return {}
-        groups = self.groups(network)
-        return {g.name: self._why_not(g) for g in groups if self._compensator.removal_errors(g) is None}
+        return {g.name: self._why_not(g) for g in self.groups(network) if not self._compensator.tensors(g)}
 
     def _why_not(self, group: Group) -> str:
         known = {} if self._compensator is None else self._compensator.readers.left_alone

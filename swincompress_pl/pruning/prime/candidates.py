@@ -169,7 +169,7 @@ class Candidates:
         """How far the answers of the network at these widths are from the unpruned one's; see `Divergence`."""
         assert self._divergence is not None
         with self.masked(widths):
-            return self._divergence.of(self.network)
+            return self._divergence.now(self._changed(widths, {}))
 
     @contextmanager
     def masked(self, widths: Widths) -> Iterator[None]:

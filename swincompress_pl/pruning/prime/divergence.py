@@ -1,8 +1,9 @@
-"""How far a network's answers are from those of the unpruned one, on unlabelled images."""
+"""How far the answers of a pruned network are from those before pruning, on unlabelled images."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,13 +11,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from swincompress_pl.evaluation_mode import evaluation_mode
+from swincompress_pl.pruning.evaluation.prefix_cache import PrefixCache
+
+_CACHE_SIZE_BYTES = 1 << 28
 
 
 class Divergence:
-    """Compares networks with the one that it was made of.
+    """Compares a network that is changed with what it was when this was made.
 
     Args:
-        network: The network before pruning.
+        network: The network.
         calibration: Batches (images, ...) or tensors of images.
         max_images: Number of images that are used, the first ones.
     """
@@ -25,19 +29,27 @@ class Divergence:
         self._batches = _first_images(calibration, max_images)
         if not self._batches:
             raise ValueError("curves='divergence': calibration has no images; give at least a hundred")
-        self._expected = [answer.log_softmax(1) for answer in self._answers(network)]
+        self._network, self._cache = network, PrefixCache(network, size_bytes=_CACHE_SIZE_BYTES)
+        self._expected = [answer.log_softmax(1) for answer in self._answers(0)]
 
-    def of(self, network: nn.Module) -> float:
-        """The mean Kullback-Leibler divergence per image from the unpruned network's answers, in nats."""
+    def now(self, tensors: Sequence[str]) -> float:
+        """The mean Kullback-Leibler divergence per image from the answers that the network gave, in nats.
+
+        `tensors` are the names of those in which it differs now; none for anywhere.
+        """
         summed = 0.0
-        for expected, answer in zip(self._expected, self._answers(network), strict=True):
+        for expected, answer in zip(self._expected, self._answers(self._cache.depth(tensors)), strict=True):
             summed += float(functional.kl_div(answer.log_softmax(1), expected, log_target=True, reduction="sum"))
         return summed / sum(map(len, self._batches))
 
-    def _answers(self, network: nn.Module) -> list[Tensor]:
-        device = next(network.parameters()).device
-        with evaluation_mode(network), torch.no_grad():
-            return [network(images.to(device)).double() for images in self._batches]
+    def _answers(self, depth: int) -> list[Tensor]:
+        with evaluation_mode(self._network), torch.no_grad():
+            runs = (self._cache.run(n, depth, partial(self._answer, images)) for n, images in enumerate(self._batches))
+            return [answer for answer, _ in runs]
+
+    def _answer(self, images: Tensor) -> Tensor:
+        answer: Tensor = self._network(images.to(next(self._network.parameters()).device))
+        return answer.double()
 
 
 def _first_images(calibration: Iterable[Any], count: int) -> Sequence[Tensor]:
