@@ -125,7 +125,8 @@ _SEARCHES: dict[str, dict[str, Any]] = {
 # Whatever reads what goes is solved again; the rates come from divergences on unlabelled images.
 _COMPENSATED: dict[str, Any] = {
     "policy": "allocated", "curves": "divergence", "blocks": "layer", "compensation": "ridge",
-    "criterion": "second_order", "min_block_share": 0.1, "rates": [round(0.12 * n, 2) for n in range(1, 8)], "curve_images": 128,
+    "criterion": "second_order", "min_block_share": 0.1, "rates": [round(0.12 * n, 2) for n in range(1, 8)],
+    "curve_images": 128,
 }  # fmt: skip
 _TUNED = (
     "paper", "paper-strict", "paper-2.25", "group", "group-layers", "group-strict", "deep-6.0", "deep-12.0",
