@@ -66,7 +66,7 @@ def test_units_that_others_carry_too_cost_nothing(name: str, kind: str) -> None:
     errors = compensator.removal_errors(group)
     assert errors is not None
     units = errors.argsort()[: group.units // 2].tolist()
-    assert float(errors[units].max()) < 1e-3 * float(errors.max())
+    assert float(errors[units].max()) < 1e-3 * float(errors.max()) + 1e-4, "0 for units that never fire"
     before = state_of(network)
     with mask_units(network, group, units), torch.no_grad():
         plain = network(images)

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-_ROUNDS = 64  # of elimination; the units removed in one are chosen together
+_ROUNDS = 64  # of elimination, where units are many; those removed in one round are chosen together
+_ONE_BY_ONE = 1024  # units; of two that say the same, both cost nothing until one is gone
 
 
 def removal_errors(systems: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
@@ -30,7 +31,7 @@ def removal_errors(systems: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
     states = [(inverse.clone(), weight.clone(), columns) for inverse, weight, columns in systems]
     scores = torch.zeros(units, dtype=torch.float64)
     left, highest = torch.arange(units), 0.0
-    at_once = -(-units // _ROUNDS)
+    at_once = 1 if units <= _ONE_BY_ONE else -(-units // _ROUNDS)
     while len(left):
         costs = torch.zeros(len(left), dtype=torch.float64)
         for inverse, weight, columns in states:

@@ -20,6 +20,7 @@ from swincompress_pl.pruning.evaluation.ranks import world_size
 
 LEAST_DAMPING = 1e-4  # as a part of the mean variance of the inputs
 _MOST_DAMPING = 1.0
+_NO_VARIANCE = 1e-12
 _FLOAT32_INTEGERS = 2**24  # all integers below have a float32
 _LARGEST_CONDITION = 1e10  # of a system that is solved in float64
 
@@ -119,8 +120,11 @@ class System:
         """The inverse of the damped E[x x^T]; see `solve`."""
         scale = float(self.xx.diagonal().mean())
         factor, used = factorized(self.xx, scale, damping if damping != float("inf") else None)
-        if not scale > 0 or used == float("inf"):
-            return torch.eye(len(self.xx), dtype=self.xx.dtype, device=self.xx.device)
+        eye = torch.eye(len(self.xx), dtype=self.xx.dtype, device=self.xx.device)
+        if not scale > 0:
+            return eye / _NO_VARIANCE  # the inputs say nothing, so what weighs them costs nothing
+        if used == float("inf"):
+            return eye
         return torch.cholesky_inverse(factor)
 
     def solve(self, weight: Tensor, kept: Tensor, damping: float | None = None) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -37,6 +38,9 @@ class Candidates:
         calibration: Batches (images, ...) for compensation and corrected statistics, if the config asks for them.
         gradients: Collects gradients, for the criteria that need them.
         cache_path: File that keeps every verdict; None for none.
+
+    Attributes:
+        compensation_s: Seconds that the matrices took which compensation and "second_order" need.
     """
 
     def __init__(
@@ -63,7 +67,9 @@ class Candidates:
         space = config.space(network)
         compensator = compensator_for(space, calibration, intercepts=config.batchnorm != "correct")
         self._space = local_space(space, compensator=compensator)
+        began = time.monotonic()
         self._space.prepare(network)
+        self.compensation_s = 0.0 if compensator is None else time.monotonic() - began
         self._divergence: Divergence | None = None
         if _measures_divergence(config):
             assert calibration is not None
