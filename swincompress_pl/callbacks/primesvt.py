@@ -28,7 +28,7 @@ from swincompress_pl.pruning import (
 )
 from swincompress_pl.pruning.evaluation.scorer import Scorer, fingerprint_of
 from swincompress_pl.pruning.prime.config import with_old_policy_settings
-from swincompress_pl.pruning.space import SpaceConfig
+from swincompress_pl.pruning.space import SpaceConfig, needs_calibration
 
 
 class PrimeSVT(SearchCallback):
@@ -65,11 +65,14 @@ class PrimeSVT(SearchCallback):
         kinds: Kinds of groups to prune, only for "structured"; None for all that the network has except "heads" and
             "embed".
         layers: Patterns (as of `fnmatch`) of the names to prune; None for all.
-        criterion: What decides which units go first: a name in `pruning.CRITERIA`, or a function as
-            `pruning.Criterion` describes it. "magnitude" is the paper's L2 norm.
+        criterion: What decides which units go first: a name in `pruning.CRITERIA`, "second_order"
+            (the error that compensation leaves), or a function as `pruning.Criterion` describes it. "magnitude" is the
+            paper's L2 norm.
         batchnorm: "keep" leaves running statistics as they are; "correct" adapts them for each candidate, by what
             pruning changes of them on calibration images.
-        config: All of the settings above at once, in place of the arguments from `tolerance` to `batchnorm`, such as
+        compensation: What makes up for what goes, in the layers that read it. "none" leaves them as they are, "bias"
+            adds what went on average, and "ridge" solves their weights again, from calibration images.
+        config: All of the settings above at once, in place of the arguments from `tolerance` to `compensation`, such as
             `PrimeSVTConfig.paper()`.
         start_epoch: Epoch before which the search runs, 0 or more. 0 is for a network with trained weights.
         evaluation_cache: File that keeps each verdict, so that a search that was killed goes on where it was; None for
@@ -79,7 +82,8 @@ class PrimeSVT(SearchCallback):
         max_images: Number of images to score on; None for all. Not with `monitor`.
         holdout_size_bytes: Largest size of the hold-out, which is kept in each device's memory, in bytes. The default
             is 4 GiB.
-        gradient_batches: Number of batches for criteria that need gradients, and for `batchnorm="correct"`; 1 or more.
+        gradient_batches: Number of batches for criteria that need gradients, and for `batchnorm="correct"` and
+            `compensation`, 1 or more.
         calibration_dataloader: Source of these batches; see `AdaptiveIterativePruning`.
         model_attribute: Where the LightningModule holds the network: "net", or a path such as "model.backbone" or
             "nets.0".
@@ -139,6 +143,7 @@ class PrimeSVT(SearchCallback):
         layers: Sequence[str] | None = None,
         criterion: str | Criterion = "magnitude",
         batchnorm: Literal["keep", "correct"] = "keep",
+        compensation: Literal["none", "bias", "ridge", "second_order"] = "none",
         config: PrimeSVTConfig | None = None,
         start_epoch: int = 0,
         evaluation_cache: str | Path | None = None,
@@ -215,7 +220,7 @@ class PrimeSVT(SearchCallback):
     ) -> PrimeSVTResult:
         done = 0
         calibration = None
-        if self.config.batchnorm == "correct":
+        if self.config.batchnorm == "correct" or needs_calibration(self.config.space(self._network(module))):
             calibration = self._calibration_images(trainer, module)
         with search_progress(trainer, f"PrimeSVT before epoch {trainer.current_epoch}", None) as report_progress:
 

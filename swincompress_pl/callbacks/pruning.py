@@ -18,7 +18,7 @@ from swincompress_pl.pruning import AdaptivePruningConfig, Criterion, SearchSess
 from swincompress_pl.pruning.adaptive.limits import LIMITS, take_up_limits
 from swincompress_pl.pruning.adaptive.search import RoundOutcome, finish_search
 from swincompress_pl.pruning.evaluation.scorer import Scorer
-from swincompress_pl.pruning.space import SpaceConfig
+from swincompress_pl.pruning.space import SpaceConfig, needs_calibration
 from swincompress_pl.pruning.structure.apply import AppliedPlan
 
 
@@ -72,8 +72,10 @@ class AdaptiveIterativePruning(SearchCallback):
         kinds: Kinds of groups to prune: "heads", "mlp", "head_dim", "embed", and in spiking networks also "conv", "qk"
             and "v".
         layers: Patterns (as of `fnmatch`) of the names to prune; None for all.
-        criterion: What decides which units or weights go first: a name in `pruning.CRITERIA`, or a function as
-            `pruning.Criterion` describes it.
+        criterion: What decides which units or weights go first: a name in `pruning.CRITERIA`,
+            "second_order" (the error that compensation leaves), or a function as `pruning.Criterion` describes it.
+        compensation: What makes up for what goes, in the layers that read it. "none" leaves them as they are, "bias"
+            adds what went on average, and "ridge" solves their weights and biases again, from calibration images.
         target: Part of the cost after whose removal the search ends, above 0 and below 1; None for no such end.
         target_of: The cost that `target` refers to: "macs", "parameters" or "bytes".
         max_rounds: Number of rounds after which the search ends, 1 or more; None for no such end.
@@ -89,7 +91,7 @@ class AdaptiveIterativePruning(SearchCallback):
             with `monitor`.
         holdout_size_bytes: Largest size of the hold-out, which is kept in each device's memory, in bytes; a larger one
             is refused. The default is 4 GiB.
-        gradient_batches: Number of batches for criteria that need gradients, 1 or more.
+        gradient_batches: Number of batches for criteria that need gradients, and for `compensation`, 1 or more.
         calibration_dataloader: Source of these batches, in the form that `validation_step` takes: a loader, or a
             function that takes a number of images and returns a loader. None stands for the datamodule's
             `calibration_dataloader(images)`, or else the training data.
@@ -128,6 +130,7 @@ class AdaptiveIterativePruning(SearchCallback):
         kinds: Sequence[str] = ("heads", "mlp"),
         layers: Sequence[str] | None = None,
         criterion: str | Criterion = "magnitude",
+        compensation: Literal["none", "bias", "ridge", "second_order"] = "none",
         target: float | None = None,
         target_of: Literal["macs", "parameters", "bytes"] = "macs",
         max_rounds: int | None = None,
@@ -163,7 +166,7 @@ class AdaptiveIterativePruning(SearchCallback):
             "granularity", "block_shape", "order", "ranking", "shrink", "kinds", "layers", "monitor", "max_images",
             "model_attribute",
         ),
-        free=(*LIMITS, "criterion", "start_epoch", "every_n_epochs", "gradient_batches"),
+        free=(*LIMITS, "criterion", "compensation", "start_epoch", "every_n_epochs", "gradient_batches"),
         because="its search has begun",
     )  # fmt: skip
 
@@ -238,6 +241,7 @@ class AdaptiveIterativePruning(SearchCallback):
             self.config,
             input_shape=shape,
             gradients=lambda network: self._gradients(trainer, module, network),
+            calibration=self._calibration_images(trainer, module) if needs_calibration(self.config) else None,
             state=self.search_state,
         )
         active = sum(entry.locked is None for entry in session.state.targets.values())

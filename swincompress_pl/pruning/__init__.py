@@ -6,13 +6,14 @@
 
 `network` needs an adapter. `swincompress_pl.models` has those of timm's Swin and ViT and of spiking transformers.
 Nothing here knows a particular family, or Lightning. The rooms, lower ones first, are `structure`, `evaluation`,
-`criteria`, `space`, and the searches `adaptive` and `prime`.
+`criteria`, `compensation`, `space`, and the searches `adaptive` and `prime`.
 """
 
 from swincompress_pl._deprecated import find_old_name
 from swincompress_pl.pruning.adaptive.config import AdaptivePruningConfig
 from swincompress_pl.pruning.adaptive.search import PruningResult, SearchSession, prune
 from swincompress_pl.pruning.adaptive.state import SearchState, Step
+from swincompress_pl.pruning.compensation.plans import compensate
 from swincompress_pl.pruning.criteria import CRITERIA, Criterion, Gradients, collect_gradients
 from swincompress_pl.pruning.evaluation.holdout import HoldOut
 from swincompress_pl.pruning.prime.config import AllocatedPolicy, PrimeSVTConfig, PrioritizedPolicy
@@ -45,6 +46,7 @@ __all__ = [
     "Step",
     "apply_plan",
     "collect_gradients",
+    "compensate",
     "count_macs",
     "count_parameters",
     "keep_masks",

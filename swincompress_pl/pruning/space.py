@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from swincompress_pl import arguments
 from swincompress_pl.interrupts import all_or_nothing
 from swincompress_pl.pruning.compensation.compensator import Compensator, Method
+from swincompress_pl.pruning.compensation.plans import images_of
 from swincompress_pl.pruning.compensation.readers import Predict
 from swincompress_pl.pruning.criteria import (
     CRITERIA,
@@ -217,12 +218,8 @@ def compensator_for(
             f"{asked}={getattr(config, asked)!r} needs calibration=: batches of unlabelled training images, e.g. a "
             "DataLoader over a few hundred"
         )
-    images = [batch[0] if isinstance(batch, list | tuple) else batch for batch in calibration]
-    wrong = next((image for image in images if not isinstance(image, Tensor)), None)
-    if wrong is not None:
-        raise TypeError(f"calibration has a batch of type {type(wrong).__name__}; tensors of images are expected")
     method: Method = "ridge" if config.compensation == "none" else config.compensation
-    return Compensator(images, method=method, predict=predict, intercepts=intercepts)
+    return Compensator(images_of(calibration), method=method, predict=predict, intercepts=intercepts)
 
 
 def check_on_trial(
@@ -345,8 +342,11 @@ class StructuredSpace:
             names = {name for group in removal for name in self._rewritten(groups[group])}
             before = {name: stored_tensor(network, name).detach().clone() for name in sorted(names)}
         with all_or_nothing(written=owners(network, before)):
+            lost = self._lost(groups, removal)
             if self._repairer is not None:
-                self._repairer.settle(network, self._lost(groups, removal), sliced=sliced)
+                self._repairer.settle(network, lost)
+            if sliced and self._compensator is not None:
+                self._compensator.narrowed(lost)
             if sliced:
                 change = Change(applied=apply_plan(network, PruningPlan.removing(groups.values(), removal)))
             else:
@@ -366,7 +366,7 @@ class StructuredSpace:
         """The columns of the readers that go with a removal."""
         lost: dict[str, frozenset[int]] = {}
         for name, units in removal.items():
-            here = {} if self._repairer is None else self._repairer.lost_columns(groups[name], units)
+            here = {} if self._compensator is None else self._compensator.lost_columns(groups[name], units)
             lost |= {reader: lost.get(reader, frozenset()) | columns for reader, columns in here.items()}
         return lost
 
@@ -375,7 +375,7 @@ class StructuredSpace:
             return unit_scores(network, group, self.config.criterion, gradients)
         errors = None if self._compensator is None else self._compensator.removal_errors(group)
         if errors is not None:
-            return errors.float()
+            return errors
         if self.config.ranking == "global":
             raise ValueError(
                 f"criterion='second_order': no layer reads the units of {group.name} as columns that could be solved "

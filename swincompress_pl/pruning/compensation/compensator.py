@@ -7,6 +7,7 @@ before give, was tried and is worse where much goes (docs/explanation/pruning.md
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Literal
@@ -81,7 +82,13 @@ class Compensator:
                 self.readers = readers_named(network, names, self.batches[0][:1], self._predict)
             else:
                 self.readers = readers_of(network, groups, self.batches[0][:1], self._predict)
+            self._tell_left_alone()
             self._collect(network, groups or ())
+
+    def _tell_left_alone(self) -> None:
+        if self.readers.left_alone:
+            told = ", ".join(f"{name} ({reason})" for name, reason in self.readers.left_alone.items())
+            warnings.warn(f"compensation leaves some layers as they are: {told}", stacklevel=2)
 
     def forget(self) -> None:
         """Says that the network was trained, so that the sums are of another one."""
@@ -133,18 +140,18 @@ class Compensator:
             yield
 
     @torch.no_grad()
-    def settle(self, network: nn.Module, lost: Lost, *, sliced: bool) -> None:
-        """Writes the weights that make up for lost columns for good; the lost columns become 0.
-
-        If they are `sliced` away afterwards, the next round begins without them.
-        """
+    def settle(self, network: nn.Module, lost: Lost) -> None:
+        """Writes the weights that make up for lost columns for good; the lost columns become 0."""
         for name, columns in lost.items():
             state = self._states[name]
             before, state.gone = state.gone, state.gone | columns
             self._write(network, state)
-            if sliced:
-                state.narrowed()
-                state.gone = before
+            state.gone = before
+
+    def narrowed(self, lost: Lost) -> None:
+        """Says that columns are sliced away, so that the next round begins without them, unless that is undone."""
+        for name, columns in lost.items():
+            self._states[name].narrowed(columns)
 
     def _readers(self, group: Group) -> list[Reader]:
         if group.norms:  # a LayerNorm lies between the units and what reads them
@@ -242,17 +249,18 @@ class _State:
         self._solved, self.gone = {}, frozenset(lost)
         self.columns = self._by_width[self.weight.shape[1]]
 
-    def narrowed(self) -> None:
-        """Says that the columns in `gone` are cut away; if that is undone, the network is as wide as before."""
-        self._by_width[self.weight.shape[1] - len(self.gone)] = self.columns[self._kept()]
+    def narrowed(self, columns: frozenset[int]) -> None:
+        """Says that columns are cut away; if that is undone, the network is as wide as before."""
+        kept = self.columns[self._without(columns)]
+        self._by_width[len(kept)] = kept
 
     def turned(self, matrix: Tensor) -> None:
         """Says that the reader reads `matrix` times what the moments are of."""
         self.moments.xx = matrix @ self.moments.xx @ matrix.T
         self.moments.x = matrix @ self.moments.x
 
-    def _kept(self) -> Tensor:
-        kept = [c for c in range(self.weight.shape[1]) if c not in self.gone]
+    def _without(self, columns: frozenset[int]) -> Tensor:
+        kept = [c for c in range(self.weight.shape[1]) if c not in columns]
         return torch.tensor(kept, dtype=torch.long, device=self.weight.device)
 
     def system(self) -> System:
@@ -262,7 +270,7 @@ class _State:
     def solution(self, damping: float | None) -> tuple[Tensor, Tensor]:
         """The weight matrix, 0 where columns are gone, and the bias."""
         if self.gone not in self._solved:
-            kept, solved = self._kept(), torch.zeros_like(self.weight)
+            kept, solved = self._without(self.gone), torch.zeros_like(self.weight)
             solved[:, kept] = self.system().solve(self.weight, kept, damping)
             bias = self.bias if self.reader.fixed_bias else self.moments.intercept(solved, self.columns)
             self._solved[self.gone] = solved, bias
@@ -273,7 +281,7 @@ class _State:
 
         Columns that are gone are as good as independent of the others, with weights of 0.
         """
-        kept, system = self._kept(), self.system()
+        kept, system = self._without(self.gone), self.system()
         inverse = torch.eye(len(system.xx), dtype=torch.float64, device=system.xx.device)
         inverse[kept.unsqueeze(1), kept] = system.of(kept).inverse(damping)
         return inverse, self.solution(damping)[0] * self.scale.unsqueeze(1)

@@ -12,8 +12,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-_ROUNDS = 64  # of elimination, where units are many; those removed in one round are chosen together
-_ONE_BY_ONE = 1024  # units; of two that say the same, both cost nothing until one is gone
+_ROUNDS = 64  # of elimination; the units removed in one are chosen one by one, but of the cheapest only
+_CANDIDATES = 2  # for each unit that is removed in a round
+_LARGER = 1 + 1e-9  # so that the order can be read from the scores
 
 
 def removal_errors(systems: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
@@ -31,19 +32,50 @@ def removal_errors(systems: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
     states = [(inverse.clone(), weight.clone(), columns) for inverse, weight, columns in systems]
     scores = torch.zeros(units, dtype=torch.float64)
     left, highest = torch.arange(units), 0.0
-    at_once = 1 if units <= _ONE_BY_ONE else -(-units // _ROUNDS)
+    at_once = -(-units // _ROUNDS)
     while len(left):
-        costs = torch.zeros(len(left), dtype=torch.float64)
-        for inverse, weight, columns in states:
-            costs += _block_errors(inverse, weight, columns[left]).cpu()
-        order = costs.argsort(stable=True)[:at_once]
-        for cost, unit in zip(costs[order].tolist(), left[order].tolist(), strict=True):
-            highest = max(highest, cost)
+        costs = _costs(states, left)
+        candidates = left[costs.argsort(stable=True)[: _CANDIDATES * at_once]]
+        chosen, increments = _one_by_one(states, candidates, at_once)
+        for unit, cost in zip(chosen, increments, strict=True):
+            highest = max(highest * _LARGER, cost)
             scores[unit] = highest
         for inverse, weight, columns in states:
-            _eliminate(inverse, weight, columns[left[order]].flatten())
-        left = left[[i for i in range(len(left)) if i not in set(order.tolist())]]
+            _eliminate(inverse, weight, columns[chosen].flatten())
+        left = left[~torch.isin(left, torch.tensor(chosen))]
     return scores
+
+
+State = tuple[Tensor, Tensor, Tensor]
+"""The inverse Hessian, the weights, and the columns of the units, of one layer."""
+
+
+def _costs(states: Sequence[State], units: Tensor) -> Tensor:
+    """What the removal of each of `units` alone costs, on the CPU."""
+    total = torch.zeros(len(units), dtype=torch.float64)
+    for inverse, weight, columns in states:
+        total += _block_errors(inverse, weight, columns[units.to(columns.device)]).cpu()
+    return total
+
+
+def _one_by_one(states: Sequence[State], candidates: Tensor, count: int) -> tuple[list[int], list[float]]:
+    """The best of some units to remove, one after the other, and what each costs; of twins only one is cheap."""
+    small = []
+    for inverse, weight, columns in states:
+        wanted = columns[candidates.to(columns.device)]
+        flat = wanted.flatten()
+        places = torch.arange(len(flat), device=flat.device).reshape(wanted.shape)
+        small.append((inverse[flat][:, flat], weight[:, flat], places))
+    chosen, increments, left = list[int](), list[float](), torch.arange(len(candidates))
+    for _ in range(min(count, len(candidates))):
+        costs = _costs(small, left)
+        best = int(costs.argmin())
+        chosen.append(int(candidates[left[best]]))
+        increments.append(float(costs[best]))
+        for inverse, weight, places in small:
+            _eliminate(inverse, weight, places[left[best]])
+        left = left[torch.arange(len(left)) != best]
+    return chosen, increments
 
 
 def _block_errors(inverse: Tensor, weight: Tensor, columns: Tensor) -> Tensor:
