@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
@@ -12,6 +13,7 @@ from torch.nn import functional
 
 from swincompress_pl.evaluation_mode import evaluation_mode
 from swincompress_pl.pruning.evaluation.prefix_cache import PrefixCache
+from swincompress_pl.pruning.evaluation.ranks import from_all_ranks
 
 _CACHE_SIZE_BYTES = 1 << 28
 
@@ -21,13 +23,17 @@ class Divergence:
 
     Args:
         network: The network.
-        calibration: Batches (images, ...) or tensors of images.
-        max_images: Number of images that are used, the first ones.
+        calibration: Batches (images, ...) or tensors of images, on each rank of a distributed run its own.
+        max_images: Number of images that are used on each rank, the first ones.
+
+    Raises:
+        ValueError: If there are no images.
     """
 
     def __init__(self, network: nn.Module, calibration: Iterable[Any], *, max_images: int) -> None:
         self._batches = _first_images(calibration, max_images)
-        if not self._batches:
+        self._images = sum(from_all_ranks(sum(map(len, self._batches))))
+        if not self._images:
             raise ValueError("curves='divergence': calibration has no images; give at least a hundred")
         self._network, self._cache = network, PrefixCache(network, size_bytes=_CACHE_SIZE_BYTES)
         self._expected = [answer.log_softmax(1) for answer in self._answers(0)]
@@ -40,7 +46,7 @@ class Divergence:
         summed = 0.0
         for expected, answer in zip(self._expected, self._answers(self._cache.depth(tensors)), strict=True):
             summed += float(functional.kl_div(answer.log_softmax(1), expected, log_target=True, reduction="sum"))
-        return summed / sum(map(len, self._batches))
+        return math.fsum(from_all_ranks(summed)) / self._images
 
     def _answers(self, depth: int) -> list[Tensor]:
         with evaluation_mode(self._network), torch.no_grad():
