@@ -73,7 +73,8 @@ def test_units_that_others_carry_too_cost_nothing(name: str, kind: str) -> None:
         with compensator.compensated(network, compensator.lost_columns(group, units)):
             solved = network(images)
     assert torch.allclose(solved, expected, atol=1e-4), "no spike may differ"
-    assert not torch.allclose(plain, expected, atol=1e-4) or kind == "conv"
+    if kind == "mlp":  # of the others, some units never fire
+        assert not torch.allclose(plain, expected, atol=1e-4)
     assert same_state(before, state_of(network))
 
 
