@@ -103,6 +103,9 @@ def _kept(entry: dict[str, Any], results: Results) -> dict[str, Any]:
         before = control and control.get("tuned") if state == "tuned" else entry.get("given")
         if before and state != "given":
             slim[state]["paired"] = _pairs(before["test"], entry[state]["test"])
+    if "integer" in entry:
+        slim["integer"] = {key: _without_answers(value) for key, value in entry["integer"].items()}
+        slim["integer"]["paired"] = _pairs(entry["single_shot"]["test"], entry["integer"]["test"])
     if "search" in entry:
         slim["search"] = {key: value for key, value in entry["search"].items() if key != "candidates"}
         slim["search"]["uniform"] = _best_uniform(entry["search"]["candidates"])
@@ -141,7 +144,8 @@ def sections(results: Results) -> list[str]:
         if not rows:
             continue
         parts += [f"## {subject}", _single_shots(results, subject)]
-        parts += [text for text in (_tuned(results, subject), _operations(results, subject)) if text]
+        more = (_tuned(results, subject), _integers(results, subject), _operations(results, subject))
+        parts += [text for text in more if text]
     parts += [
         text
         for text in (_costs(results), _against_the_plain_algorithm(results), _ablations(results), _latencies(results))
@@ -288,6 +292,17 @@ def _tuned(results: Results, subject: str) -> str:
     if not seeds:
         return table(header, [row[:-1] for row in rows])
     return table([*header, f"other seeds ({seeds})"], rows)
+
+
+def _integers(results: Results, subject: str) -> str:
+    """What pruned networks lose in integers, without training, against themselves in floats."""
+    rows = []
+    for name, title in _METHODS.items():
+        entry = results.get(f"{subject}-{name}", {})
+        if "integer" in entry:
+            reached = entry["single_shot"]["test"]["percent"]
+            rows.append([title, f"{reached:.2f}", _points(entry, "integer", reached)])
+    return table(["in integers (W8A8), no training", "floats, test, %", "integers, test, %"], rows) if rows else ""
 
 
 def _by_seed(results: Results, key: str) -> dict[int, float]:
