@@ -107,7 +107,8 @@ def test_corrected_statistics_do_not_count_the_bias_twice(name: str) -> None:
 
 
 def _space(network: nn.Module, images: Tensor, **options: Any) -> StructuredSpace:
-    config = SpaceConfig(kinds=("qk", "mlp"), criterion="second_order", compensation="ridge", **options)
+    options = {"kinds": ("qk", "mlp"), **options}
+    config = SpaceConfig(criterion="second_order", compensation="ridge", **options)
     return StructuredSpace(config, None, compensator_for(config, [images]))
 
 
@@ -120,11 +121,16 @@ def test_groups_that_no_layer_reads_are_named_and_ranked_by_magnitude() -> None:
     for target in space.targets(network):
         same = torch.equal(space.scores(network, target, None), by_magnitude.scores(network, target, None))
         assert same == (target.kind == "qk")
-    comparing = _space(network, _images(), ranking="global")
-    comparing.prepare(network)
-    target = next(each for each in comparing.targets(network) if each.kind == "qk")
+
+
+@pytest.mark.parametrize("options", [{"ranking": "global"}, {"kinds": ("qk",)}])
+def test_groups_that_no_layer_reads_are_refused_where_nothing_else_is_or_all_are_compared(
+    options: dict[str, Any],
+) -> None:
+    network = network_of()
+    space = _space(network, _images(), **options)
     with pytest.raises(ValueError, match=r"second_order.*no layer reads the units of blocks\.0\.attn\.qk"):
-        comparing.scores(network, target, None)
+        space.prepare(network)
 
 
 @pytest.mark.filterwarnings("ignore:criterion='second_order'")

@@ -251,7 +251,9 @@ class StructuredSpace:
         """Begins a round on the network as it is now: collects what compensation and "second_order" need."""
         if self._compensator is not None:
             self._compensator.begin_round(network, self.groups(network))
-        unread = self.without_readers(network) if self.config.ranking == "local" else {}
+        groups, unread = self.groups(network), self.without_readers(network)
+        if unread and (self.config.ranking == "global" or len(unread) == len(groups)):
+            raise self._unreadable(next(g for g in groups if g.name in unread))
         if unread:
             shown = "; ".join(f"{name} ({why})" for name, why in unread.items())
             warnings.warn(
@@ -376,12 +378,13 @@ class StructuredSpace:
         errors = None if self._compensator is None else self._compensator.removal_errors(group)
         if errors is not None:
             return errors
-        if self.config.ranking == "global":
-            raise ValueError(
-                f"criterion='second_order': no layer reads the units of {group.name} as columns that could be solved "
-                f"again ({self._why_not(group)}); leave it out (kinds=, layers=), or take another criterion"
-            )
         return unit_scores(network, group, WITHOUT_READERS, gradients)
+
+    def _unreadable(self, group: Group) -> ValueError:
+        return ValueError(
+            f"criterion='second_order': no layer reads the units of {group.name} as columns that could be solved "
+            f"again ({self._why_not(group)}); leave it out (kinds=, layers=), or take another criterion"
+        )
 
     def without_readers(self, network: nn.Module) -> dict[str, str]:
         """{group: why} of those that "second_order" cannot rank; `WITHOUT_READERS` ranks them."""
