@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from statistics import fmean
@@ -30,7 +31,11 @@ _INTRODUCTION = (
     "Widths are multiples of 4.\n\n"
     'Rows `paper` zero filters (`granularity="filter"`); rows `group` remove whole groups physically '
     '(`granularity="structured"`). The seed is 0. Other seeds are of the fine-tuning, for network and control alike: '
-    "they change the order of the images, the crops and which images are mirrored."
+    "they change the order of the images, the crops and which images are mirrored.\n\n"
+    'Rows `compensated` solve the layers that read what goes again (`compensation="ridge"`, '
+    '`criterion="second_order"`), from 512 unlabelled training images and without any training. The divergence of the '
+    "answers on 128 of these gives the order of the steps, and 3,000 held-out images decide. Brackets after pairs are "
+    "95 % intervals of the points lost."
 )
 _METHODS = {
     "paper": "paper",
@@ -51,6 +56,8 @@ _METHODS = {
     "allocated-3.0": "group, allocated",
     "allocated-6.0": "group, allocated, 6 points allowed",
     "allocated-12.0": "group, allocated, 12 points allowed",
+    "compensated-1.0": "group, compensated, 1 point allowed",
+    "compensated-3.0": "group, compensated",
 }
 _SINGLE_SHOT_BAR = 3.0  # points lost on the hold-out
 _BARS = {"paper": 0.4, "group": 1.0}  # points lost against the control after fine-tuning
@@ -96,6 +103,9 @@ def _kept(entry: dict[str, Any], results: Results) -> dict[str, Any]:
         before = control and control.get("tuned") if state == "tuned" else entry.get("given")
         if before and state != "given":
             slim[state]["paired"] = _pairs(before["test"], entry[state]["test"])
+    if "integer" in entry:
+        slim["integer"] = {key: _without_answers(value) for key, value in entry["integer"].items()}
+        slim["integer"]["paired"] = _pairs(entry["single_shot"]["test"], entry["integer"]["test"])
     if "search" in entry:
         slim["search"] = {key: value for key, value in entry["search"].items() if key != "candidates"}
         slim["search"]["uniform"] = _best_uniform(entry["search"]["candidates"])
@@ -134,7 +144,8 @@ def sections(results: Results) -> list[str]:
         if not rows:
             continue
         parts += [f"## {subject}", _single_shots(results, subject)]
-        parts += [text for text in (_tuned(results, subject), _operations(results, subject)) if text]
+        more = (_tuned(results, subject), _integers(results, subject), _operations(results, subject))
+        parts += [text for text in more if text]
     parts += [
         text
         for text in (_costs(results), _against_the_plain_algorithm(results), _ablations(results), _latencies(results))
@@ -215,7 +226,16 @@ def _points(entry: dict[str, Any], state: str, before: float) -> str:
     found = entry[state]
     wrong, right = found.get("paired", (None, None))
     pairs = "" if wrong is None else f" ({wrong} / {right})"
+    if wrong is not None and entry.get("job", {}).get("name", "").startswith("compensated"):
+        low, high = _interval(wrong, right, found["test"]["images"])
+        pairs += f" [{low:.2f}, {high:.2f}]"
     return f"{found['test']['percent']:.2f}, {before - found['test']['percent']:+.2f} lost{pairs}"
+
+
+def _interval(wrong: int, right: int, images: int) -> tuple[float, float]:
+    """The 95 % interval of the points lost, of paired answers of which `wrong` became wrong, and `right` right."""
+    lost, spread = wrong - right, 1.96 * math.sqrt(wrong + right - (wrong - right) ** 2 / images)
+    return 100 * (lost - spread) / images, 100 * (lost + spread) / images
 
 
 def _single_shots(results: Results, subject: str) -> str:
@@ -272,6 +292,17 @@ def _tuned(results: Results, subject: str) -> str:
     if not seeds:
         return table(header, [row[:-1] for row in rows])
     return table([*header, f"other seeds ({seeds})"], rows)
+
+
+def _integers(results: Results, subject: str) -> str:
+    """What pruned networks lose in integers, without training, against themselves in floats."""
+    rows = []
+    for name, title in _METHODS.items():
+        entry = results.get(f"{subject}-{name}", {})
+        if "integer" in entry:
+            reached = entry["single_shot"]["test"]["percent"]
+            rows.append([title, f"{reached:.2f}", _points(entry, "integer", reached)])
+    return table(["in integers (W8A8), no training", "floats, test, %", "integers, test, %"], rows) if rows else ""
 
 
 def _by_seed(results: Results, key: str) -> dict[int, float]:

@@ -51,6 +51,9 @@ Removal = Mapping[str, Any]
 """All that is gone: the unit indices of each group, or the mask of each parameter, True where a weight stays."""
 
 WHOLE_NETWORK = "network"
+WITHOUT_READERS = "magnitude"
+"""What ranks, under "second_order", units that no layer reads as columns: only against units of their own group."""
+
 _PER_MILLE = 1000
 _SMALL_TOLERANCE_POINTS = 0.1
 
@@ -254,6 +257,16 @@ class StructuredSpace:
         """Begins a round on the network as it is now: collects what compensation and "second_order" need."""
         if self._compensator is not None:
             self._compensator.begin_round(network, self.groups(network))
+        groups, unread = self.groups(network), self.without_readers(network)
+        if unread and (self.config.ranking == "global" or len(unread) == len(groups)):
+            raise self._unreadable(next(g for g in groups if g.name in unread))
+        if unread:
+            shown = "; ".join(f"{name} ({why})" for name, why in unread.items())
+            warnings.warn(
+                f"criterion='second_order': no layer reads the units of {len(unread)} groups as columns that could be "
+                f"solved again, so {WITHOUT_READERS!r} ranks these, and their cuts are not compensated: {shown}",
+                stacklevel=2,
+            )
 
     def groups(self, network: nn.Module) -> list[Group]:
         """The groups of the kinds and names in the config; a ValueError for a kind or a pattern that matches none."""
@@ -375,12 +388,21 @@ class StructuredSpace:
         if self.config.criterion != SECOND_ORDER:
             return unit_scores(network, group, self.config.criterion, gradients)
         errors = None if self._compensator is None else self._compensator.removal_errors(group)
-        if errors is None:
-            raise ValueError(
-                f"criterion='second_order': no layer reads the units of {group.name} as columns that could be solved "
-                f"again ({self._why_not(group)}); leave it out (kinds=, layers=), or take another criterion"
-            )
-        return errors
+        if errors is not None:
+            return errors
+        return unit_scores(network, group, WITHOUT_READERS, gradients)
+
+    def _unreadable(self, group: Group) -> ValueError:
+        return ValueError(
+            f"criterion='second_order': no layer reads the units of {group.name} as columns that could be solved "
+            f"again ({self._why_not(group)}); leave it out (kinds=, layers=), or take another criterion"
+        )
+
+    def without_readers(self, network: nn.Module) -> dict[str, str]:
+        """{group: why} of those that "second_order" cannot rank; `WITHOUT_READERS` ranks them."""
+        if self.config.criterion != SECOND_ORDER or self._compensator is None:
+            return {}
+        return {g.name: self._why_not(g) for g in self.groups(network) if not self._compensator.tensors(g)}
 
     def _why_not(self, group: Group) -> str:
         known = {} if self._compensator is None else self._compensator.readers.left_alone

@@ -12,10 +12,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from swincompress_pl.pruning.prime.config import AllocatedPolicy
 from swincompress_pl.pruning.prime.result import BlockState, CurvePoint
 from swincompress_pl.pruning.prime.trials import LEAST_DROP, Trials
 
 _PARTS = (1.0, 0.5, 0.25, 0.125)  # of a step, tried in turn where it does not fit
+_MOST_REFUSED = 3  # blocks; curves of the divergence are cheap to make fine, so that little is left to try
+_FAR = 10  # times the tolerance, in 100 nats
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,10 +56,13 @@ def allocate(trials: Trials) -> list[BlockState]:
     what still fits of the others.
     """
     blocks = trials.into_blocks(list(trials.candidates.targets.values()), rate=0.0)
-    curves = _measure(trials, blocks)
+    policy = trials.config.policy
+    by_divergence = isinstance(policy, AllocatedPolicy) and policy.curves == "divergence"
+    curves = _divergences(trials, blocks) if by_divergence else _measure(trials, blocks)
     steps = steps_by_efficiency(curves)
     taken = _most_together(trials, blocks, steps)
-    blocks = _add_what_fits(trials, _at(blocks, steps[:taken]), steps[taken:])
+    most_refused = _MOST_REFUSED if by_divergence else None
+    blocks = _add_what_fits(trials, _at(blocks, steps[:taken]), steps[taken:], most_refused=most_refused)
     return [_measured(block, tuple(curves.get(block.name, ()))) for block in blocks]
 
 
@@ -90,6 +96,24 @@ def _measure(trials: Trials, blocks: Sequence[BlockState]) -> dict[str, list[Cur
     return curves
 
 
+def _divergences(trials: Trials, blocks: Sequence[BlockState]) -> dict[str, list[CurvePoint]]:
+    """As `_measure`, in 100 times the divergence; a curve ends far beyond what may be lost."""
+    config, curves = trials.config, dict[str, list[CurvePoint]]()
+    for block in trials.worthy(blocks):
+        curves[block.name], last = [], dict[str, int]()
+        for rate in sorted({*config.rates, config.max_sparsity}):
+            widths = trials.widths_of([replace(block, rate=rate)])
+            if widths == last:  # after rounding
+                continue
+            last = widths
+            drop = 100 * trials.candidates.divergence(widths)
+            saving = 100 * trials.candidates.saving(widths)
+            curves[block.name].append(CurvePoint(rate=rate, saving=saving, drop=drop))
+            if drop > _FAR * config.tolerance:
+                break
+    return curves
+
+
 def _at(blocks: Sequence[BlockState], steps: Sequence[Step]) -> list[BlockState]:
     rates = {step.block: step.rate for step in steps}  # the last step of a block has the highest rate
     return [replace(block, rate=rates.get(block.name, block.rate)) for block in blocks]
@@ -111,14 +135,17 @@ def _most_together(trials: Trials, blocks: Sequence[BlockState], steps: Sequence
     return most
 
 
-def _add_what_fits(trials: Trials, blocks: list[BlockState], steps: Sequence[Step]) -> list[BlockState]:
+def _add_what_fits(
+    trials: Trials, blocks: list[BlockState], steps: Sequence[Step], *, most_refused: int | None = None
+) -> list[BlockState]:
     """Raises one block after another by its next step, or by half of it, a quarter or an eighth.
 
-    A block whose step did not fit whole gets no further steps.
+    A block whose step did not fit whole gets no further steps. It ends after `most_refused` blocks of which no part
+    fits; None for never.
     """
-    done = set[str]()
+    done, refused = set[str](), 0
     for number, step in enumerate(steps, start=1):
-        if step.block in done:
+        if step.block in done or refused == most_refused:
             continue
         before = next(block.rate for block in blocks if block.name == step.block)
         for part in _PARTS:
@@ -127,6 +154,9 @@ def _add_what_fits(trials: Trials, blocks: list[BlockState], steps: Sequence[Ste
             if raised is not None:
                 blocks = raised
                 break
+        else:
+            refused += 1
+            done.add(step.block)
         if part < 1:
             done.add(step.block)
     return blocks

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -15,7 +16,8 @@ from swincompress_pl.pruning.criteria import Gradients, needs_gradients
 from swincompress_pl.pruning.evaluation.ranks import from_all_ranks, from_rank_zero, rank
 from swincompress_pl.pruning.evaluation.scorer import Evaluator, Verdict
 from swincompress_pl.pruning.prime.batchnorm import StatisticsCorrection, batchnorm_state, restore_batchnorm
-from swincompress_pl.pruning.prime.config import PrimeSVTConfig
+from swincompress_pl.pruning.prime.config import AllocatedPolicy, PrimeSVTConfig
+from swincompress_pl.pruning.prime.divergence import Divergence
 from swincompress_pl.pruning.prime.evaluation_cache import EvaluationCache, Widths
 from swincompress_pl.pruning.prime.fingerprint import fingerprint, fingerprint_of_0_1, images_digest
 from swincompress_pl.pruning.prime.result import Candidate
@@ -36,6 +38,9 @@ class Candidates:
         calibration: Batches (images, ...) for compensation and corrected statistics, if the config asks for them.
         gradients: Collects gradients, for the criteria that need them.
         cache_path: File that keeps every verdict; None for none.
+
+    Attributes:
+        compensation_s: Seconds that the matrices took which compensation and "second_order" need.
     """
 
     def __init__(
@@ -50,6 +55,8 @@ class Candidates:
         cache_path: Path | None,
     ) -> None:
         _check_sources(config, calibration, gradients)
+        if isinstance(calibration, Iterator):
+            calibration = list(calibration)  # it is read more than once
         if config.granularity == "filter" and masked_parameters(network):
             raise ValueError(
                 f"granularity='filter': {type(network).__name__} has masked weights already; begin with a network "
@@ -60,7 +67,14 @@ class Candidates:
         space = config.space(network)
         compensator = compensator_for(space, calibration, intercepts=config.batchnorm != "correct")
         self._space = local_space(space, compensator=compensator)
+        began = time.monotonic()
         self._space.prepare(network)
+        self.compensation_s = 0.0 if compensator is None else time.monotonic() - began
+        self._divergence: Divergence | None = None
+        if _measures_divergence(config):
+            assert calibration is not None
+            assert isinstance(config.policy, AllocatedPolicy)
+            self._divergence = Divergence(network, calibration, max_images=config.policy.curve_images)
         self.targets = {target.name: target for target in self._space.targets(network)}
         statistics = gradients(network) if gradients is not None and needs_gradients(config.criterion) else None
         # All of the unpruned network, so that a smaller cut is part of a larger one.
@@ -72,7 +86,7 @@ class Candidates:
         self._costs, self._parameters = self._space.costs(network, None), count_parameters(network)
         self._cache = EvaluationCache()
         if cache_path is not None:
-            images = calibration if self.correction.is_active else None
+            images = calibration if self.correction.is_active or config.compensation != "none" else None
             ranks = from_all_ranks([evaluator.fingerprint, images_digest(images)])
             if rank() == 0:
                 self._open(cache_path, ranks)
@@ -157,6 +171,12 @@ class Candidates:
         changed = [name for name in widths if widths[name] != base.get(name)]
         return list(dict.fromkeys(tensor for name in changed for tensor in self.targets[name].tensors))
 
+    def divergence(self, widths: Widths) -> float:
+        """How far the answers of the network at these widths are from the unpruned one's; see `Divergence`."""
+        assert self._divergence is not None
+        with self.masked(widths):
+            return self._divergence.now(self._changed(widths, {}))
+
     @contextmanager
     def masked(self, widths: Widths) -> Iterator[None]:
         """Inside the context, the network computes as if narrowed, with corrected statistics if the config says so."""
@@ -201,11 +221,17 @@ def _floor_multiple(value: float, granule: int) -> int:
     return int((value + 1e-9) // granule) * granule
 
 
+def _measures_divergence(config: PrimeSVTConfig) -> bool:
+    return isinstance(config.policy, AllocatedPolicy) and config.policy.curves == "divergence"
+
+
 def _check_sources(
     config: PrimeSVTConfig, calibration: Iterable[Any] | None, gradients: Callable[[nn.Module], Gradients] | None
 ) -> None:
     if config.batchnorm == "correct" and calibration is None:
         raise ValueError("batchnorm='correct' needs calibration=: batches of training images, e.g. a list of a few")
+    if _measures_divergence(config) and calibration is None:
+        raise ValueError("curves='divergence' needs calibration=: batches of training images, e.g. a list of a few")
     if config.batchnorm == "correct" and isinstance(calibration, Iterator):
         raise ValueError("calibration is an iterator, which ends after the first candidate; give a list or a loader")
     if needs_gradients(config.criterion) and gradients is None:

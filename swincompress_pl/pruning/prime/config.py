@@ -27,14 +27,22 @@ class AllocatedPolicy:
         resolution_points: Standard error to which the accuracies of these curves are estimated, in points, above 0.
             Only the order of the steps depends on the curves, so they need not be exact. None for a fifteenth of the
             tolerance, and at least 0.2.
+        curves: What a block alone costs. "accuracy" is the accuracy lost on the hold-out. "divergence" is 100 times the
+            Kullback-Leibler divergence, in nats per image, from the unpruned network's answers on calibration images.
+            It needs no labels and far fewer images, and leaves the hold-out to what is decided together.
+        curve_images: Number of calibration images for "divergence", 1 or more.
 
     Raises:
-        ValueError: If `resolution_points` is not above 0.
+        ValueError: If a field is outside its range; the message names the field.
     """
 
     resolution_points: float | None = None
+    curves: Literal["accuracy", "divergence"] = "accuracy"
+    curve_images: int = 256
 
     def __post_init__(self) -> None:
+        choice("curves", self.curves, ("accuracy", "divergence"))
+        object.__setattr__(self, "curve_images", integer("curve_images", self.curve_images, least=1))
         points = optional(number, "resolution_points", self.resolution_points, _positive, "above 0, e.g. 0.2, or None")
         object.__setattr__(self, "resolution_points", points)
 

@@ -57,6 +57,8 @@ def fingerprint(
         "floor": [config.tolerance, floor],
         "statistics": config.batchnorm,
     }
+    if config.compensation != "none":  # files without it stay readable
+        about["compensation"] = config.compensation
     digest.update(json.dumps(about, sort_keys=True).encode())
     return digest.hexdigest()
 
@@ -81,7 +83,7 @@ def fingerprint_of_0_1(
     evaluator: Evaluator,
 ) -> str | None:
     """The fingerprint of version 0.1; None if it does not tell one search from another."""
-    if config.batchnorm != "keep" or evaluator.earlier_fingerprint is None:
+    if config.batchnorm != "keep" or config.compensation != "none" or evaluator.earlier_fingerprint is None:
         return None
     digest = hashlib.sha256()
     for name, tensor in network.state_dict().items():

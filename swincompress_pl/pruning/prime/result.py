@@ -145,8 +145,9 @@ class PrimeSVTResult(Summarized):
         macs_after: MACs of a forward pass afterwards; None if no input shape was given.
         scoring: What the search cost: the numbers of `ScoringCost`; `candidates` that were tried; different `plans`
             among them; `evaluations` that were run in this process; verdicts that were `remembered`; `batchnorm_passes`
-            over the calibration images; `holdout_images`; and `naive_image_forwards`, the passes if every candidate (in
-            `naive_image_forwards_distinct` every plan) took the whole hold-out.
+            over the calibration images; `compensation_s`, the seconds that its matrices took; `holdout_images`; and
+            `naive_image_forwards`, the passes if every candidate (in `naive_image_forwards_distinct` every plan) took
+            the whole hold-out.
         elapsed_s: Duration of the search in seconds.
         audit: What the audit found of the network that the search left; None without one.
         score_kind: What is scored: "accuracy", or without labels "agreement" or "kl" (see `HoldOut`).

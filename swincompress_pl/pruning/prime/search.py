@@ -209,6 +209,7 @@ class Search:
             "evaluations": self.trials.num_evaluations,
             "remembered": len(self.trials.found) - self.trials.num_evaluations,
             "batchnorm_passes": self.candidates.correction.passes,
+            "compensation_s": self.candidates.compensation_s,
             "holdout_images": images,
             "naive_image_forwards": tried * images,
             "naive_image_forwards_distinct": (sum(distinct.values()) + 2) * images,

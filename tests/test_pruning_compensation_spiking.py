@@ -1,0 +1,212 @@
+"""Compensation on spikes: what others carry too costs nothing, in every family, and PrimeSVT searches with it."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.prime_cases import SHAPE, holdout_of, network_of, prime_config, same_state, state_of
+from support.spiking_cases import FAMILIES, lively
+from torch import Tensor, nn
+
+from swincompress_pl.pruning import AllocatedPolicy, PrimeSVTConfig, primesvt
+from swincompress_pl.pruning.compensation.compensator import Compensator
+from swincompress_pl.pruning.compensation.moments import Moments
+from swincompress_pl.pruning.compensation.readers import readers_of
+from swincompress_pl.pruning.evaluation.scorer import as_evaluator
+from swincompress_pl.pruning.prime.candidates import Candidates
+from swincompress_pl.pruning.space import SpaceConfig, StructuredSpace, compensator_for
+from swincompress_pl.pruning.structure.groups import Group
+from swincompress_pl.pruning.structure.unit_masks import mask_units
+from swincompress_pl.registry import adapter_for
+
+WHOLE = ("heads", "embed")
+RIDGE: dict[str, Any] = {"compensation": "ridge", "criterion": "second_order", "round_to": 1}
+
+
+def _groups(network: nn.Module) -> list[Group]:
+    return [group for group in adapter_for(network).groups(network) if group.kind not in WHOLE]
+
+
+def _images(count: int = 8) -> Tensor:
+    return torch.randn(count, *SHAPE[1:], generator=torch.Generator().manual_seed(1))
+
+
+def _doubled(name: str, kind: str) -> tuple[nn.Module, list[Group]]:
+    """A network in which units 2n and 2n + 1 of every group of a kind are written alike, and their columns differ."""
+    network, _ = lively(FAMILIES[name], 3, trained_statistics=True)
+    groups = [group for group in _groups(network) if group.kind == kind]
+    tensors = dict(network.named_parameters()) | dict(network.named_buffers())
+    with torch.no_grad():
+        for group in groups:
+            for part in group.slices:
+                if part.consumer or part.axis or part.tensor not in tensors:
+                    continue
+                even, odd = (torch.tensor(part.indices(range(first, group.units, 2))) for first in (0, 1))
+                tensors[part.tensor][odd] = tensors[part.tensor][even[: len(odd)]]
+    return network, groups
+
+
+@pytest.mark.parametrize("kind", ["mlp", "conv", "v"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_units_that_others_carry_too_cost_nothing(name: str, kind: str) -> None:
+    network, groups = _doubled(name, kind)
+    groups = [group for group in groups if group.units % 2 == 0]
+    if not groups:
+        pytest.skip(f"{name} has no such group of kind {kind}")
+    images = _images().double()
+    with torch.no_grad():
+        expected = network(images)
+    compensator = Compensator([images], damping=1e-6)
+    compensator.begin_round(network, groups)
+    group = groups[-1]
+    errors = compensator.removal_errors(group)
+    assert errors is not None
+    units = errors.argsort()[: group.units // 2].tolist()
+    assert float(errors[units].max()) < 1e-3 * float(errors.max()) + 1e-4, "0 for units that never fire"
+    before = state_of(network)
+    with mask_units(network, group, units), torch.no_grad():
+        plain = network(images)
+        with compensator.compensated(network, compensator.lost_columns(group, units)):
+            solved = network(images)
+    assert torch.allclose(solved, expected, atol=1e-4), "no spike may differ"
+    if kind == "mlp":  # of the others, some units never fire
+        assert not torch.allclose(plain, expected, atol=1e-4)
+    assert same_state(before, state_of(network))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_reader_of_spikes_has_a_place_for_its_bias(name: str) -> None:
+    network, images = lively(FAMILIES[name], 0, trained_statistics=True)
+    found = readers_of(network, _groups(network), images, lambda net, x: net(x))
+    assert found.left_alone == {}
+    assert not [reader.name for reader in found.readers.values() if reader.fixed_bias]
+    read = {part.tensor.removesuffix(".weight") for g in _groups(network) if g.kind != "qk" for part in g.consumers()}
+    assert set(found.readers) == {name for name in read if (name + ".weight") in dict(network.named_parameters())}
+
+
+@pytest.mark.parametrize("name", ["spikformer", "sdt"])
+def test_corrected_statistics_do_not_count_the_bias_twice(name: str) -> None:
+    network, groups = _doubled(name, "mlp")
+    network = network.float()
+    images = _images()
+    with torch.no_grad():
+        expected = network(images)
+    config = PrimeSVTConfig(kinds=("mlp",), batchnorm="correct", **RIDGE)
+    candidates = Candidates(
+        network, as_evaluator(lambda _: 50.0), config, floor=0, calibration=[images], gradients=None, cache_path=None
+    )
+    widths = candidates.widths({group.name: 0.5 for group in groups})
+    assert all(2 * widths[group.name] == group.units for group in groups)
+    with candidates.masked(widths), torch.no_grad():
+        found = network(images)
+    assert (found - expected).norm() < 0.05 * expected.norm()
+
+
+def _space(network: nn.Module, images: Tensor, **options: Any) -> StructuredSpace:
+    options = {"kinds": ("qk", "mlp"), **options}
+    config = SpaceConfig(criterion="second_order", compensation="ridge", **options)
+    return StructuredSpace(config, None, compensator_for(config, [images]))
+
+
+def test_groups_that_no_layer_reads_are_named_and_ranked_by_magnitude() -> None:
+    network = network_of()
+    space = _space(network, _images())
+    with pytest.warns(UserWarning, match="second_order.*2 groups.*'magnitude' ranks these.*blocks.0.attn.qk"):
+        space.prepare(network)
+    by_magnitude = StructuredSpace(SpaceConfig(kinds=("qk", "mlp")))
+    for target in space.targets(network):
+        same = torch.equal(space.scores(network, target, None), by_magnitude.scores(network, target, None))
+        assert same == (target.kind == "qk")
+
+
+@pytest.mark.parametrize("options", [{"ranking": "global"}, {"kinds": ("qk",)}])
+def test_groups_that_no_layer_reads_are_refused_where_nothing_else_is_or_all_are_compared(
+    options: dict[str, Any],
+) -> None:
+    network = network_of()
+    space = _space(network, _images(), **options)
+    with pytest.raises(ValueError, match=r"second_order.*no layer reads the units of blocks\.0\.attn\.qk"):
+        space.prepare(network)
+
+
+@pytest.mark.filterwarnings("ignore:criterion='second_order'")
+@pytest.mark.parametrize("batchnorm", ["keep", "correct"])
+def test_a_search_with_divergences_applies_what_it_scored(batchnorm: str) -> None:
+    network = network_of()
+    holdout = holdout_of(network)
+    policy = AllocatedPolicy(curves="divergence", curve_images=6)
+    config = PrimeSVTConfig(
+        policy=policy, rates=(0.25, 0.5), tolerance=30, min_memory_saving=0.02, batchnorm=batchnorm, **RIDGE
+    )
+    before = state_of(network)
+    result = primesvt(network, holdout, config, calibration=[_images()])
+    assert result.met
+    assert holdout.full(network) == result.score >= result.baseline_score - 30
+    assert {candidate.phase for candidate in result.candidates} == {"policy"}
+    assert any(block.curve for block in result.blocks)
+    assert all(point.drop >= -1e-6 for block in result.blocks for point in block.curve)
+    assert result.config["policy"]["curves"] == "divergence"
+    assert not same_state(before, state_of(network))
+
+
+def test_divergences_need_images() -> None:
+    config = PrimeSVTConfig(policy=AllocatedPolicy(curves="divergence"))
+    network = network_of()
+    with pytest.raises(ValueError, match="curves='divergence' needs calibration="):
+        primesvt(network, holdout_of(network), config)
+    with pytest.raises(ValueError, match="curves='divergence': calibration has no images"):
+        primesvt(network, holdout_of(network), config, calibration=[])
+    with pytest.raises(ValueError, match="curves='slope'"):
+        AllocatedPolicy(curves="slope")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="curve_images=0"):
+        AllocatedPolicy(curve_images=0)
+
+
+def test_a_cache_is_about_the_compensation_and_its_images(tmp_path: Path) -> None:
+    file, images = tmp_path / "cache", _images()
+    network = network_of()
+    holdout = holdout_of(network)
+    common: dict[str, Any] = {"rates": (0.5,), "tolerance": 30, "min_memory_saving": 0, "kinds": ("mlp",)}
+
+    def search(calibration: list[Tensor], **options: Any) -> None:
+        primesvt(network_of(), holdout, prime_config(**common, **options), calibration=calibration,
+                 evaluation_cache=file)  # fmt: skip
+
+    search([images], compensation="ridge")
+    search(list(images.split(2)), compensation="ridge")  # the same images
+    for calibration, method in (([images], "none"), ([images], "bias"), ([-images], "ridge")):
+        with pytest.raises(ValueError, match="is about another network"):
+            search(calibration, compensation=method)
+
+
+def test_an_iterator_of_images_is_read_once() -> None:
+    config = prime_config(rates=(0.5,), tolerance=30, min_memory_saving=0, kinds=("mlp",), compensation="ridge")
+    results = []
+    for calibration in (iter([_images()]), [_images()]):
+        network = network_of()
+        results.append(primesvt(network, holdout_of(network), config, calibration=calibration).applied)
+    assert results[0] == results[1]
+
+
+def test_spikes_are_summed_exactly_in_float32() -> None:
+    x = torch.randint(0, 4, (500, 7)).float()
+    y = torch.randn(500, 7)
+    for rows in (x, y, x * 1e4):
+        found, expected = (Moments.empty(7, 1, rows.device) for _ in range(2))
+        found.add(rows)
+        expected.add(rows.double())
+        assert torch.equal(found.xx, expected.xx)
+        assert torch.equal(found.x, expected.x)
+
+
+def test_nothing_is_said_where_every_group_has_a_reader() -> None:
+    network = network_of("sdt")
+    space = StructuredSpace(config := SpaceConfig(kinds=("mlp", "v", "conv"), criterion="second_order"), None,
+                            compensator_for(config, [_images()]))  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        space.prepare(network)
