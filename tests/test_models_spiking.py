@@ -194,7 +194,7 @@ def test_every_granularity_prunes_convolutions(options: dict[str, Any]) -> None:
 
 
 def test_a_network_with_nothing_to_prune_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("swincompress_pl.pruning.space.prunable_weights", lambda _: [])
+    monkeypatch.setattr("swincompress_pl.pruning.space.weights.prunable_weights", lambda _: [])
     network, images = lively(FAMILIES["spikformer"], 5, trained_statistics=True)
     with pytest.raises(ValueError, match="granularity='weight': Spikformer has no linear layer or convolution"):
         prune(network, holdout_of(network, images, 0), AdaptivePruningConfig(granularity="weight"))

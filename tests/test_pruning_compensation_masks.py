@@ -274,7 +274,7 @@ def test_an_error_while_committing_leaves_the_network_as_it_was(monkeypatch: pyt
     def fails(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("swincompress_pl.pruning.space.commit_masks", fails)
+    monkeypatch.setattr("swincompress_pl.pruning.space.weights.commit_masks", fails)
     with pytest.raises(KeyboardInterrupt):
         space.commit(network, removal)
     assert _same(_state(network), before)
