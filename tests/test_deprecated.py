@@ -142,7 +142,7 @@ def test_defaults_of_another_policy_that_a_saved_config_holds_do_not_change_the_
     defaults = dataclasses.asdict(PrioritizedPolicy())
     saved = {**defaults, "target_sets": list(defaults["target_sets"]), "robustness_resolution_points": None}
     found = current_arguments(PrimeSVT.__init__, {**saved, "policy": "allocated"})
-    assert found == {"policy": {"resolution_points": None}}
+    assert found == {"policy": dataclasses.asdict(AllocatedPolicy())}
     assert PrimeSVT(**saved, policy="allocated").config.policy == AllocatedPolicy()
     with pytest.raises(ValueError, match="theta: not a setting of policy='allocated', but of 'prioritized'"):
         current_arguments(PrimeSVT.__init__, {**saved, "theta": 2.0})
