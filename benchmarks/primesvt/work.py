@@ -76,7 +76,7 @@ def all_jobs() -> list[Job]:
     ]
     for subject in SUBJECTS:
         jobs += [
-            Job(subject=subject, name=f"compensated-{drop}", options=_COMPENSATED | {"tolerance": drop}, holdout=3000)
+            Job(subject=subject, name=f"compensated-{drop}", options=_COMPENSATED | {"tolerance": drop}, holdout=4000)
             for drop in (1.0, 3.0)
         ]
     for subject in _ABLATED:
@@ -122,11 +122,12 @@ _SEARCHES: dict[str, dict[str, Any]] = {
         for drop in (1.5, 3.0, 6.0, 12.0)
     },
 }
-# Whatever reads what goes is solved again; the rates come from divergences on unlabelled images.
+# Whatever reads what goes is solved again; the rates come from divergences on unlabelled images. A part of the hold-out
+# audits.
 _COMPENSATED: dict[str, Any] = {
     "policy": "allocated", "curves": "divergence", "blocks": "layer", "compensation": "ridge",
     "criterion": "second_order", "min_block_share": 0.1, "rates": [round(0.12 * n, 2) for n in range(1, 8)],
-    "curve_images": 128,
+    "curve_images": 128, "audit": 0.4,
 }  # fmt: skip
 _TUNED = (
     "paper", "paper-strict", "paper-2.25", "group", "group-layers", "group-strict", "deep-6.0", "deep-12.0",
