@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from swincompress_pl.pruning import AdaptivePruningConfig, Group, PruningPlan, apply_plan, compensate, prune
 from swincompress_pl.pruning.adaptive.search import SearchSession
-from swincompress_pl.pruning.compensation.answers import distance
 from swincompress_pl.pruning.compensation.compensator import Compensator
 from swincompress_pl.pruning.compensation.errors import removal_errors
 from swincompress_pl.pruning.compensation.moments import CalibrationError, Moments
+from swincompress_pl.pruning.evaluation.divergence import distance
 from swincompress_pl.pruning.space import SpaceConfig, StructuredSpace, compensator_for
 from swincompress_pl.pruning.structure.change import revert
 from swincompress_pl.pruning.structure.unit_masks import mask_units

@@ -20,11 +20,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from swincompress_pl.evaluation_mode import evaluation_mode
 from swincompress_pl.interrupts import put_back_after
 from swincompress_pl.masks import masked_parameters
-from swincompress_pl.pruning.compensation.answers import Answers
 from swincompress_pl.pruning.compensation.axes import heads_of, turn, watched_heads
 from swincompress_pl.pruning.compensation.errors import removal_errors
 from swincompress_pl.pruning.compensation.moments import CalibrationError, Moments, System
 from swincompress_pl.pruning.compensation.readers import Predict, Reader, Readers, readers_named, readers_of
+from swincompress_pl.pruning.evaluation.divergence import Divergence
 from swincompress_pl.pruning.structure.apply import stored_tensor
 from swincompress_pl.pruning.structure.groups import Group
 from swincompress_pl.pruning.structure.unit_masks import mask_units
@@ -36,6 +36,7 @@ Lost = Mapping[str, frozenset[int]]
 
 _MOST_ROWS = 131_072  # per layer; more say little more
 _PROBED_PARTS = (0.25, 0.5, 0.75)  # of a group's units, to see how sensitive the network is to its errors
+_PROBED_IMAGES = 64
 _LEAST_PROBED = 1e-3  # of the errors of all units; less may be rounding
 
 
@@ -71,7 +72,7 @@ class Compensator:
         self._intercepts = intercepts
         self.readers = Readers(readers={}, left_alone={})
         self._states: dict[str, ReaderState] = {}
-        self._answers = Answers(self.batches, self._predict)
+        self._divergence: Divergence | None = None  # from the network as the round began
         self._sensitivities: dict[str, float] = {}
         self._scores: dict[tuple[object, ...], Tensor] = {}
 
@@ -80,7 +81,7 @@ class Compensator:
 
         The first time, and after `forget`, this runs all images, and turns heads to their principal axes.
         """
-        self._scores = {}
+        self._scores, self._divergence = {}, None
         with evaluation_mode(network), torch.no_grad():
             if self._states:
                 for state in self._states.values():
@@ -140,13 +141,15 @@ class Compensator:
 
         A part of the group's units is masked, compensated, for that. It is 1 for a group without readers.
         """
-        errors = self.removal_errors(group)
+        errors, names = self.removal_errors(group), [*group.masked_parameters(), *self.tensors(group)]
         order = [] if errors is None else errors.argsort(stable=True).tolist()
         for part in _PROBED_PARTS:
             units = order[: max(1, int(part * group.units))]
             error = 0.0 if errors is None else float(errors[units].sum())
             if errors is not None and len(units) < group.units and error > _LEAST_PROBED * float(errors.sum()):
-                return self.measured_once(group.name, network, error, partial(self._without, network, group, units))
+                return self.measured_once(
+                    group.name, network, error, partial(self._without, network, group, units), names
+                )
         return 1.0
 
     @contextmanager
@@ -155,16 +158,26 @@ class Compensator:
             yield
 
     def measured_once(
-        self, name: str, network: nn.Module, error: float, cut: Callable[[], AbstractContextManager[None]]
+        self,
+        name: str,
+        network: nn.Module,
+        error: float,
+        cut: Callable[[], AbstractContextManager[None]],
+        tensors: Sequence[str],
     ) -> float:
         """How far the network's answers move inside the context `cut`, per unit of `error`, measured on a few images.
 
-        The distance is `answers.distance`. It is 1 if the network does not give one tensor, or there is no error.
+        The distance is `divergence.distance`. `tensors` are the names of those in which the network differs then. It is
+        1 if the network does not give one tensor, or there is no error.
         Another call with the same `name` returns the same until `forget`.
         """
         if name not in self._sensitivities:
-            with cut(), evaluation_mode(network):
-                moved = self._answers.moved(network)
+            if self._divergence is None:
+                most = max(1, _PROBED_IMAGES // len(self.batches))  # of each batch, in case they are sorted
+                few = [batch[:most] for batch in self.batches[:_PROBED_IMAGES]]
+                self._divergence = Divergence(network, few, predict=self._predict)
+            with cut():
+                moved = self._divergence.now(tensors)
             self._sensitivities[name] = 1.0 if moved is None or not error > 0 else moved / error
         return self._sensitivities[name]
 
@@ -234,7 +247,6 @@ class Compensator:
         for state in self._states.values():
             state.take_up(network)
             state.moments.give(state.weight, state.bias)
-        self._answers.remember(network)
 
     @contextmanager
     def _summed(self, network: nn.Module, state: ReaderState) -> Iterator[None]:

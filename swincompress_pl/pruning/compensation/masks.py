@@ -88,7 +88,9 @@ class MaskCompensator:
     def sensitivity(self, network: nn.Module, mask: Masks, error: float) -> float:
         """How far the network's answers move per unit of `error` with the mask of one parameter; measured once."""
         (name,) = mask
-        return self._compensator.measured_once(name, network, error, lambda: self.masked(network, mask))
+        return self._compensator.measured_once(
+            name, network, error, lambda: self.masked(network, mask), (name, *self.tensors(name))
+        )
 
     @contextmanager
     def masked(self, network: nn.Module, masks: Masks) -> Iterator[None]:

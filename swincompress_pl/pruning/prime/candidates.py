@@ -13,11 +13,11 @@ from typing import Any
 from torch import nn
 
 from swincompress_pl.pruning.criteria import Gradients, needs_gradients
+from swincompress_pl.pruning.evaluation.divergence import Divergence, first_images
 from swincompress_pl.pruning.evaluation.ranks import from_all_ranks, from_rank_zero, rank
 from swincompress_pl.pruning.evaluation.scorer import Evaluator, Verdict
 from swincompress_pl.pruning.prime.batchnorm import StatisticsCorrection, batchnorm_state, restore_batchnorm
 from swincompress_pl.pruning.prime.config import AllocatedPolicy, PrimeSVTConfig
-from swincompress_pl.pruning.prime.divergence import Divergence
 from swincompress_pl.pruning.prime.evaluation_cache import EvaluationCache, Widths
 from swincompress_pl.pruning.prime.fingerprint import fingerprint, fingerprint_of_0_1, images_digest
 from swincompress_pl.pruning.prime.result import Candidate
@@ -74,7 +74,7 @@ class Candidates:
         if _measures_divergence(config):
             assert calibration is not None
             assert isinstance(config.policy, AllocatedPolicy)
-            self._divergence = Divergence(network, calibration, max_images=config.policy.curve_images)
+            self._divergence = Divergence(network, first_images(calibration, config.policy.curve_images))
         self.targets = {target.name: target for target in self._space.targets(network)}
         statistics = gradients(network) if gradients is not None and needs_gradients(config.criterion) else None
         # All of the unpruned network, so that a smaller cut is part of a larger one.
@@ -175,7 +175,13 @@ class Candidates:
         """How far the answers of the network at these widths are from the unpruned one's; see `Divergence`."""
         assert self._divergence is not None
         with self.masked(widths):
-            return self._divergence.now(self._changed(widths, {}))
+            found = self._divergence.now(self._changed(widths, {}))
+        if found is None:
+            raise ValueError(
+                f"curves='divergence': {type(self.network).__name__} does not give one tensor of logits; take "
+                "curves='accuracy'"
+            )
+        return found
 
     @contextmanager
     def masked(self, widths: Widths) -> Iterator[None]:
