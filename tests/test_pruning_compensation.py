@@ -398,6 +398,7 @@ def test_a_search_removes_more_with_compensation(build: Callable[[], nn.Module],
         config = AdaptivePruningConfig(
             tolerance=40.0,
             step=0.2,
+            min_step=0.1,
             round_to=2,
             kinds=("mlp", "head_dim"),
             ranking=ranking,  # type: ignore[arg-type]
