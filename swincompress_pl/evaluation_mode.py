@@ -34,6 +34,22 @@ def standing_still(network: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def uncompiled(network: nn.Module) -> Iterator[None]:
+    """Inside the context, modules that were compiled in place run as they are, so that hooks on them fire."""
+    tables = [module.__dict__ for module in network.modules() if module.__dict__.get("_compiled_call_impl") is not None]
+    saved = [(table, table["_compiled_call_impl"]) for table in tables]
+
+    def put_back() -> None:
+        for table, compiled in saved:
+            table["_compiled_call_impl"] = compiled
+
+    with put_back_after(put_back):
+        for table, _ in saved:
+            table["_compiled_call_impl"] = None
+        yield
+
+
+@contextmanager
 def on_trial(network: nn.Module, dtype: torch.dtype | None = torch.float64) -> Iterator[None]:
     """Puts a network in eval mode with copies of all its tensors, for a pass that leaves no trace.
 

@@ -526,6 +526,16 @@ def test_distances_of_answers() -> None:
     assert float(distance(maps, maps.mean(0, keepdim=True).expand_as(maps))) == pytest.approx(2.5, rel=1e-5)
 
 
+def test_a_network_compiled_in_place_is_looked_at_as_it_is() -> None:
+    network, images = _vit(), _images()
+    network.compile(backend="eager")
+    network(images)
+    compiled = network._compiled_call_impl
+    compensator = _compensator(network, _groups(network, "mlp"), images)
+    assert set(compensator.readers.readers) == {"blocks.0.mlp.fc2", "blocks.1.mlp.fc2"}
+    assert network._compiled_call_impl is compiled
+
+
 def test_a_network_without_one_answer_has_no_sensitivity() -> None:
     network = _vit()
     compensator = _compensator(network, [_group(network, HIDDEN)], _images(), predict=lambda net, x: [net(x)])

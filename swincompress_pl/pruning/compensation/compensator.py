@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from swincompress_pl.evaluation_mode import evaluation_mode
+from swincompress_pl.evaluation_mode import evaluation_mode, uncompiled
 from swincompress_pl.interrupts import put_back_after
 from swincompress_pl.masks import masked_parameters
 from swincompress_pl.pruning.compensation.axes import heads_of, turn, watched_heads
@@ -82,7 +82,7 @@ class Compensator:
         The first time, and after `forget`, this runs all images, and turns heads to their principal axes.
         """
         self._scores, self._divergence = {}, None
-        with evaluation_mode(network), torch.no_grad():
+        with evaluation_mode(network), uncompiled(network), torch.no_grad():
             if self._states:
                 for state in self._states.values():
                     state.take_up(network)
