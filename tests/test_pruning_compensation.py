@@ -270,6 +270,21 @@ def test_rounds_remember_what_the_network_was(shrink: str) -> None:
     torch.testing.assert_close(outputs[0], outputs[1], atol=1e-4, rtol=1e-3)
 
 
+def test_a_reader_that_lost_outputs_is_looked_at_again() -> None:
+    network, images = _vit(), _images()
+    config = SpaceConfig(kinds=("mlp", "embed"), compensation="ridge")
+    space = StructuredSpace(config, None, compensator_for(config, [images]))
+    space.prepare(network)
+    space.commit(network, {HIDDEN: [1, 2], "embed": [0, 5]})
+    space.prepare(network)
+    with torch.no_grad():
+        wanted = network(images)
+        with space.masked(network, {HIDDEN: [0]}):
+            assert float((network(images) - wanted).norm()) < 0.1 * float(wanted.norm())
+    space.commit(network, {HIDDEN: [0]})
+    assert network.get_submodule("blocks.0.mlp.fc2").weight.shape == (30, 125)
+
+
 def test_a_trained_network_is_looked_at_again() -> None:
     network, calls = _vit(), 0
 

@@ -79,11 +79,12 @@ class Compensator:
     def begin_round(self, network: nn.Module, groups: Sequence[Group] | None, names: Iterable[str] = ()) -> None:
         """Prepares for cuts of the network as it is now; its readers are those of `groups`, or the layers `names`.
 
-        The first time, and after `forget`, this runs all images, and turns heads to their principal axes.
+        The first time, after `forget`, and if readers lost outputs, this runs all images, and turns heads to their
+        principal axes.
         """
         self._scores, self._divergence = {}, None
         with evaluation_mode(network), uncompiled(network), torch.no_grad():
-            if self._states:
+            if self._states and all(state.fits(network) for state in self._states.values()):
                 for state in self._states.values():
                     state.take_up(network)
                 return
@@ -299,6 +300,11 @@ class ReaderState:
             self.scale = (norm.running_var.double() + norm.eps).rsqrt()
             if norm.weight is not None:
                 self.scale = self.scale * norm.weight.detach().double()
+
+    def fits(self, network: nn.Module) -> bool:
+        """Whether the sums still tell all about the reader: it lost inputs as `narrowed` said, and no outputs."""
+        weight = stored_tensor(network, f"{self.reader.name}.weight").flatten(1)
+        return weight.shape[1] in self._by_width and len(weight) == len(self.moments.y)
 
     def take_up(self, network: nn.Module) -> None:
         """Begins again with the weights that the network has now, which may have been cut as `narrowed` said."""
