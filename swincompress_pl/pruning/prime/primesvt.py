@@ -63,8 +63,8 @@ def primesvt(
             points, 0 to 100.
         config: What to prune under which constraints; None for the defaults.
         input_shape: Shape of one input with its batch axis; without it MACs are not counted.
-        calibration: Batches (images, ...) for `batchnorm="correct"`. It is read more than once, so give a list or a
-            loader.
+        calibration: Batches (images, ...) for `compensation`, `criterion="second_order"`, curves of divergence, and
+            `batchnorm="correct"`. It is read more than once, so give a list or a loader.
         gradients: (network) -> Gradients, made by `collect_gradients`; for the criteria that need them.
         evaluation_cache: File that keeps every verdict, so that a killed search continues where it stopped. It is only
             for the same network, hold-out, calibration images and accuracy constraint. A function that scores needs a
