@@ -124,8 +124,9 @@ class SearchSession:
 
     Raises:
         ValueError: If the config needs an `input_shape`, `gradients` or `calibration`, nothing matches its kinds or
-            layers, the network cannot be cut as its groups say, the calibration images give NaN, the score is not an accuracy in points, `config.audit` is above 0
-            and what scores cannot be split, or the state is of another hold-out, score or audit.
+            layers, the network cannot be cut as its groups say, the calibration images give NaN, the score is not an
+            accuracy in points, `config.audit` is above 0 and what scores cannot be split, or the state is of another
+            hold-out, score or audit.
         UnsupportedNetworkError: If the network has no adapter, or its adapter does not cover this variant.
         RankFailedError: If another process of a distributed run failed.
     """
@@ -363,8 +364,8 @@ def prune(
 
     Raises:
         ValueError: If the config needs an `input_shape`, `gradients` or `calibration`, nothing matches its kinds or
-            layers, the network cannot be cut as its groups say, the calibration images give NaN, a score is not an accuracy in points, or `config.audit` is above 0
-            and `evaluate` is a function.
+            layers, the network cannot be cut as its groups say, the calibration images give NaN, a score is not an
+            accuracy in points, or `config.audit` is above 0 and `evaluate` is a function.
         TypeError: If `evaluate` is neither a scorer nor a function.
         UnsupportedNetworkError: If the network has no adapter, or its adapter does not cover this variant.
         RankFailedError: If another process of a distributed run failed.
