@@ -230,3 +230,14 @@ def test_policies_are_named() -> None:
     with pytest.raises(ValueError, match="policy='best': it has to be one of allocated, prioritized"):
         prime_config(policy="best")  # type: ignore[arg-type]
     assert (PrimeSVT().config.policy, PrimeSVT().config.blocks) == (AllocatedPolicy(), "layer")
+
+
+@pytest.mark.filterwarnings("ignore:.*cannot resolve a tolerance", "ignore:PrimeSVT. no candidate")
+def test_an_audit_has_candidates_that_save_less() -> None:
+    tried = {}
+    for audit in (0.0, 0.4):
+        network = network_of()
+        config = prime_config(tolerance=40.0, min_memory_saving=0.0, min_block_share=0.0, audit=audit, **ALLOCATED)
+        found = primesvt(network, holdout_of(network), config).candidates
+        tried[audit] = [each.saving for each in found if each.phase == "policy" and each.accepted]
+    assert len(set(tried[0.4])) > len(set(tried[0.0]))

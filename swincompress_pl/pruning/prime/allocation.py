@@ -17,6 +17,7 @@ from swincompress_pl.pruning.prime.result import BlockState, CurvePoint
 from swincompress_pl.pruning.prime.trials import LEAST_DROP, Trials
 
 _PARTS = (1.0, 0.5, 0.25, 0.125)  # of a step, tried in turn where it does not fit
+_LESS = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5)  # of the steps that hold together, for an audit to choose from
 _MOST_REFUSED = 3  # blocks; curves of the divergence are cheap to make fine, so that little is left to try
 _FAR = 10  # times the tolerance, in 100 nats
 
@@ -62,6 +63,8 @@ def allocate(trials: Trials) -> list[BlockState]:
     steps = steps_by_efficiency(curves)
     taken = _most_together(trials, blocks, steps)
     most_refused = _MOST_REFUSED if by_divergence else None
+    if trials.config.audit:
+        _try_less(trials, blocks, steps[:taken])
     blocks = _add_what_fits(trials, _at(blocks, steps[:taken]), steps[taken:], most_refused=most_refused)
     return [_measured(block, tuple(curves.get(block.name, ()))) for block in blocks]
 
@@ -133,6 +136,16 @@ def _most_together(trials: Trials, blocks: Sequence[BlockState], steps: Sequence
         else:
             refused = middle
     return most
+
+
+def _try_less(trials: Trials, blocks: Sequence[BlockState], steps: Sequence[Step]) -> None:
+    """Tries parts of the steps, so that candidates are left if the audit refuses those that only just hold."""
+    counts = sorted({math.ceil(part * len(steps)) for part in _LESS} - {0, len(steps)}, reverse=True)
+    for number, count in enumerate(counts, start=1):
+        trials.judge(
+            trials.widths_of(_at(blocks, steps[:count])), {}, phase="policy", label=f"the {count} best steps",
+            done=number, total=len(counts),
+        )  # fmt: skip
 
 
 def _add_what_fits(
