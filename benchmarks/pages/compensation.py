@@ -45,8 +45,8 @@ def page(sources: Sources) -> str:
             "removes half of all prunable weights.",
             *_searches([row for row in rows if row["job"]["target"] is None]),
             "## Time and memory",
-            "Each row was alone in its process, but not on its machine: seconds are upper bounds. The least of DeiT-Tiny "
-            "was on an idle machine, with two threads.",
+            "Each row was alone in its process, but not on its machine: seconds are upper bounds. The least of "
+            "DeiT-Tiny was on an idle machine, with two threads.",
             _costs(rows),
             command(_COMMAND, "a download"),
         ]
