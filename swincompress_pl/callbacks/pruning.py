@@ -36,10 +36,10 @@ class AdaptiveIterativePruning(SearchCallback):
     no trace in metrics, loggers or attributes, and `training_step` is never called for scoring.
 
     The callback logs pruning/score, pruning/baseline, pruning/parameters, pruning/sparsity (of the prunable weights),
-    pruning/active_targets, pruning/images_scored and, once a step was tried, pruning/macs; with an audit also
-    pruning/audit_lost and pruning/optimism, in points. A checkpoint holds the
-    search and the states of the random number generators: a resumed fit goes on with the same architecture and search,
-    and in a single process with the same random numbers.
+    pruning/active_targets, pruning/images_scored and, once a step was tried, pruning/macs. With an audit it also logs
+    pruning/audit_lost and pruning/optimism, in points. A checkpoint holds the search and the states of the random
+    number generators: a resumed fit goes on with the same architecture and search, and in a single process with the
+    same random numbers.
 
     Once `QuantizationAwareTraining` has quantized the network, in the same fit or before it, the search goes on. It
     cuts or masks the float weights, keeps the scales of what stays, and scores the rounded network. A search that began

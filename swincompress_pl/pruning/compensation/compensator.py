@@ -24,7 +24,7 @@ from swincompress_pl.pruning.compensation.axes import heads_of, turn, watched_he
 from swincompress_pl.pruning.compensation.errors import removal_errors
 from swincompress_pl.pruning.compensation.moments import CalibrationError, Moments, System
 from swincompress_pl.pruning.compensation.readers import Predict, Reader, Readers, readers_named, readers_of
-from swincompress_pl.pruning.evaluation.divergence import Divergence
+from swincompress_pl.pruning.evaluation.divergence import Divergence, run_network
 from swincompress_pl.pruning.structure.apply import stored_tensor
 from swincompress_pl.pruning.structure.groups import Group
 from swincompress_pl.pruning.structure.unit_masks import mask_units
@@ -67,7 +67,7 @@ class Compensator:
         self.batches, self.method = [batch for batch in batches if len(batch)], method
         if not self.batches:
             raise CalibrationError(f"compensation={method!r}: calibration has no images; give a few hundred")
-        self._predict = predict or _run
+        self._predict = predict or run_network
         self.damping = float("inf") if method == "bias" else damping
         self._intercepts = intercepts
         self.readers = Readers(readers={}, left_alone={})
@@ -350,11 +350,6 @@ class ReaderState:
         inverse = torch.eye(len(system.xx), dtype=torch.float64, device=system.xx.device)
         inverse[kept.unsqueeze(1), kept] = system.of(kept).inverse(damping)
         return inverse, self.solution(damping)[0] * self.scale.unsqueeze(1)
-
-
-def _run(network: nn.Module, images: Tensor) -> object:
-    device = next((parameter.device for parameter in network.parameters()), images.device)
-    return network(images.to(device, non_blocking=True))
 
 
 @contextmanager

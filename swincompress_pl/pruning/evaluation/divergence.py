@@ -36,7 +36,7 @@ class Divergence:
         *,
         predict: Callable[[nn.Module, Tensor], object] | None = None,
     ) -> None:
-        self._batches, self._predict = batches, predict or _answer
+        self._batches, self._predict = batches, predict or run_network
         self._images = sum(from_all_ranks(sum(map(len, self._batches))))
         if not self._images:
             raise ValueError("calibration has no images to compare answers on; give at least a hundred")
@@ -89,6 +89,7 @@ def first_images(calibration: Iterable[Any], count: int) -> list[Tensor]:
     return [images for images in found if len(images)]
 
 
-def _answer(network: nn.Module, images: Tensor) -> object:
+def run_network(network: nn.Module, images: Tensor) -> object:
+    """What a network gives of images, moved to its device."""
     device = next((parameter.device for parameter in network.parameters()), images.device)
-    return network(images.to(device))
+    return network(images.to(device, non_blocking=True))
