@@ -34,8 +34,9 @@ _INTRODUCTION = (
     "they change the order of the images, the crops and which images are mirrored.\n\n"
     'Rows `compensated` solve the layers that read what goes again (`compensation="ridge"`, '
     '`criterion="second_order"`), from 512 unlabelled training images and without any training. The divergence of the '
-    "answers on 128 of these gives the order of the steps, and 3,000 held-out images decide. Brackets after pairs are "
-    "95 % intervals of the points lost."
+    "answers on 128 of these gives the order of the steps. Of 4,000 held-out images 2,400 decide and 1,600 audit. The "
+    "row `paper, compensated` only solves what the paper's zeros leave. Brackets after pairs are 95 % intervals of the "
+    "points lost."
 )
 _METHODS = {
     "paper": "paper",
@@ -56,9 +57,11 @@ _METHODS = {
     "allocated-3.0": "group, allocated",
     "allocated-6.0": "group, allocated, 6 points allowed",
     "allocated-12.0": "group, allocated, 12 points allowed",
+    "paper-compensated": "paper, compensated",
     "compensated-1.0": "group, compensated, 1 point allowed",
     "compensated-3.0": "group, compensated",
 }
+_COMPENSATED = ("compensated", "compensated-1.0", "compensated-3.0")  # what names end in
 _SINGLE_SHOT_BAR = 3.0  # points lost on the hold-out
 _BARS = {"paper": 0.4, "group": 1.0}  # points lost against the control after fine-tuning
 _GRANULARITIES = {"paper": "filter", "group": "structured"}
@@ -226,7 +229,7 @@ def _points(entry: dict[str, Any], state: str, before: float) -> str:
     found = entry[state]
     wrong, right = found.get("paired", (None, None))
     pairs = "" if wrong is None else f" ({wrong} / {right})"
-    if wrong is not None and entry.get("job", {}).get("name", "").startswith("compensated"):
+    if wrong is not None and entry.get("job", {}).get("name", "").endswith(_COMPENSATED):
         low, high = _interval(wrong, right, found["test"]["images"])
         pairs += f" [{low:.2f}, {high:.2f}]"
     return f"{found['test']['percent']:.2f}, {before - found['test']['percent']:+.2f} lost{pairs}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import time
@@ -30,6 +31,7 @@ from swincompress_pl.report.spiking import spiking_cost
 from ..pruning.batches import MemoryData
 from ..pruning.subjects import Place, trainer
 from ..pruning.training import accuracy, full_precision
+from ..spiking.accuracy import Engine, quantized
 from .subjects import INPUT_SHAPE, SUBJECTS, Subject
 
 _COUNTED_IMAGES = 64  # for operations, spikes and energy
@@ -47,6 +49,7 @@ class Job:
 
     tuned: fine-tune what it leaves. naive: every candidate on every image, for the cost of the plain algorithm.
     holdout: images of the hold-out that decide, without a report of all of it; None for all.
+    integers: measure the integers of what the search leaves too.
     """
 
     subject: str
@@ -55,6 +58,7 @@ class Job:
     tuned: bool = False
     naive: bool = False
     holdout: int | None = None
+    integers: bool = False
 
     @property
     def key(self) -> str:
@@ -76,9 +80,16 @@ def all_jobs() -> list[Job]:
     ]
     for subject in SUBJECTS:
         jobs += [
-            Job(subject=subject, name=f"compensated-{drop}", options=_COMPENSATED | {"tolerance": drop}, holdout=4000)
+            Job(
+                subject=subject,
+                name=f"compensated-{drop}",
+                options=_COMPENSATED | {"tolerance": drop},
+                holdout=4000,
+                integers=True,
+            )
             for drop in (1.0, 3.0)
         ]
+        jobs.append(Job(subject=subject, name="paper-compensated", options=_PAPER_COMPENSATED, integers=True))
     for subject in _ABLATED:
         jobs += [Job(subject=subject, name=name, options=options) for name, options in _ablations().items()]
     return jobs
@@ -129,6 +140,8 @@ _COMPENSATED: dict[str, Any] = {
     "criterion": "second_order", "min_block_share": 0.1, "rates": [round(0.12 * n, 2) for n in range(1, 8)],
     "curve_images": 128, "audit": 0.4,
 }  # fmt: skip
+# The paper's zeros, with the weights that are left solved again.
+_PAPER_COMPENSATED: dict[str, Any] = {"granularity": "filter", "compensation": "ridge"}
 _TUNED = (
     "paper", "paper-strict", "paper-2.25", "group", "group-layers", "group-strict", "deep-6.0", "deep-12.0",
     "paper-allocated-0.75", "paper-allocated-1.5", "allocated-batchnorm",
@@ -162,7 +175,9 @@ def run(
         if known is None:
             result["search"] = found.to_dict()
             result["single_shot"] = _figures(network, data, images, holdout=job.holdout is None)
-            if job.holdout is None and job.options.get("batchnorm", "keep") == "keep":
+            if job.integers:
+                result["integer"] = _integers(network, data)
+            elif job.holdout is None and job.options.get("batchnorm", "keep") == "keep":
                 result["batchnorm_anew"] = _with_batchnorm_anew(network, data)
         else:
             _refuse_another_network(found, known, result_file(out, job))
@@ -288,6 +303,12 @@ def _with_batchnorm_anew(network: nn.Module, data: MemoryData) -> dict[str, Any]
     found = {"test": accuracy(network, data, "test")}
     restore_batchnorm(network, before)
     return found
+
+
+def _integers(network: nn.Module, data: MemoryData) -> dict[str, Any]:
+    """The C++ engine's accuracy with what `network` becomes in integers without training; it is left as it was."""
+    found = quantized(copy.deepcopy(network).cpu(), data, "W8A8", rounding="nearest")
+    return {"bits": "W8A8", "test": accuracy(Engine(found.cpu(), torch.get_num_threads()), data, "test")}
 
 
 def _fine_tune(subject: Subject, module: Any, data: MemoryData, place: Place) -> dict[str, Any]:

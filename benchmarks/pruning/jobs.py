@@ -22,6 +22,9 @@ FIXED_TOLERANCE = 10.0
 SHORT = "swin_cifar10_short"
 SHORT_FIXED = {"weight": 0.75, "structured": 0.47}
 SHORT_TOLERANCE = 20.0
+# What compensation allows is cut at once, and the recovery is as long as the others'.
+COMPENSATED = {"swin_cifar10_short": (0.35, 0.47), "deit_tiny": (0.14,)}
+COMPENSATED_PEERS = ("oneshot_global", "torch_pruning_mlp")
 PEERS = {
     "weight": ("oneshot_global", "oneshot_uniform", "lightning_once", "lightning_iterative"),
     "structured": (
@@ -39,7 +42,8 @@ class Job:
     """kind: "control" (fine-tuning without pruning), "prune", "peer", "scoring" or "overhead".
 
     tolerance: in points; narrow: the search begins with an eighth of it. ranked: all targets are ranked together, by
-    what the loss feels for what is saved, instead of in turn by magnitude. target: part of the prunable weights
+    what the loss feels for what is saved, instead of in turn by magnitude. compensated: what reads the removed units is
+    solved again, and one round cuts down to the target. target: part of the prunable weights
     (granularity "weight") or of the MACs ("structured") at which the search ends, None for the tolerance alone.
     recovery: epochs of fine-tuning between and after the rounds.
     method: of a peer; reference: the job whose sparsity it has to reach, which has to be finished first.
@@ -54,6 +58,7 @@ class Job:
     recovery: bool = False
     narrow: bool = False
     ranked: bool = False
+    compensated: bool = False
     method: str | None = None
     reference: str | None = None
 
@@ -69,6 +74,8 @@ class Job:
             parts.append("free" if self.target is None else f"target{self.target:g}")
         if self.ranked:
             parts.append("ranked")
+        if self.compensated:
+            parts.append("compensated")
         if self.reference is not None:
             parts.append("as-" + self.reference.split("-", 3)[3].rsplit("-", 1)[0].replace("-", "_"))
         if self.kind == "peer" and not self.recovery:
@@ -99,6 +106,7 @@ def all_jobs() -> list[Job]:
         jobs += _pruned(model, with_targets=False) + _unrecovered(model)
     jobs += [job for granularity in FIXED for job in _like_tolerance_2(swin, granularity)]
     jobs += _short()
+    jobs += _compensated()
     jobs += [Job(kind="overhead", model=swin, seed=0, granularity=g, tolerance=2.0) for g in ("structured", "weight")]
     return jobs
 
@@ -160,6 +168,19 @@ def _short() -> Iterator[Job]:
                 target=target, recovery=True, ranked=True,
             )  # fmt: skip
             yield from (ours, *_peers_of(ours))
+
+
+def _compensated() -> Iterator[Job]:
+    for model, targets in COMPENSATED.items():
+        for seed in SEEDS:
+            for target in targets:
+                ours = Job(
+                    kind="prune", model=model, seed=seed, granularity="structured", tolerance=SHORT_TOLERANCE,
+                    target=target, recovery=True, compensated=True,
+                )  # fmt: skip
+                yield ours
+                if model == SHORT:
+                    yield from (peer for peer in _peers_of(ours) if peer.method in COMPENSATED_PEERS)
 
 
 def _like_tolerance_2(model: str, granularity: str) -> Iterator[Job]:

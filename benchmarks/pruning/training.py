@@ -32,6 +32,7 @@ from .jobs import Job
 from .subjects import Subject, trainer
 
 _GRADIENT_IMAGES = 512
+_CALIBRATION_BATCHES = 32  # of 64 images, for compensation
 
 
 class Watched(AdaptiveIterativePruning):
@@ -78,7 +79,8 @@ def prune_with_recovery(subject: Subject, job: Job) -> dict[str, Any]:
     data, module = subject.data(), subject.classifier()
     pruning = Watched(
         start_epoch=subject.recipe.start_epoch,
-        max_rounds=subject.recipe.max_rounds,
+        max_rounds=1 if job.compensated else subject.recipe.max_rounds,
+        **({"gradient_batches": _CALIBRATION_BATCHES} if job.compensated else {}),
         **search_options(subject, job, module.net),
     )
     seconds = fit(subject, module, data, [pruning])
@@ -138,8 +140,15 @@ def search_options(subject: Subject, job: Job, network: nn.Module) -> dict[str, 
         options |= {"ranking": "global", "criterion": criterion}
     if job.narrow:
         options["first_tolerance"] = _tolerance(job) / 8
+    if job.compensated:
+        options |= {
+            "criterion": "second_order", "compensation": "ridge", "ranking": "global", "step": 0.9,
+            "max_sparsity": 0.97,
+        }  # fmt: skip
     if job.granularity == "structured":
         options |= {"kinds": recipe.kinds, "round_to": recipe.round_to, "target": job.target}
+        if job.compensated:
+            options |= {"kinds": ("mlp", "head_dim"), "round_to": 1}
     elif job.target is not None:
         # the target counts parts of all parameters, the job parts of the prunable weights
         prunable = sum(network.get_parameter(name).numel() for name in prunable_weights(network))

@@ -16,6 +16,7 @@ from swincompress_pl.data.cifar import CIFAR10_PREPROCESSING
 from swincompress_pl.quant import QuantizedNetwork, quantize
 
 from ..primesvt.subjects import SUBJECTS
+from ..pruning.batches import MemoryData
 from ..pruning.subjects import Place, device_name, trainer
 from ..pruning.training import accuracy, fingerprint
 
@@ -23,7 +24,7 @@ CALIBRATION_IMAGES = 128
 BITS = ("W8A8", "W4A8")
 
 
-class _Engine(nn.Module):
+class Engine(nn.Module):
     """The C++ engine of a quantized network, in the place of the network."""
 
     def __init__(self, network: QuantizedNetwork, threads: int) -> None:
@@ -35,6 +36,16 @@ class _Engine(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return torch.from_numpy(self.engine(self.network.pixels(images.cpu()).numpy())).to(images.device)
+
+
+def quantized(network: nn.Module, data: MemoryData, bits: str, *, rounding: str) -> QuantizedNetwork:
+    """The network with integers, without training; the given one is used up."""
+    batches = [images for images, _ in data.calibration_dataloader(CALIBRATION_IMAGES)]
+    found = quantize(
+        network.eval(), batches, bits=bits, preprocessing=CIFAR10_PREPROCESSING.to_dict(),
+        search={"rounding": rounding},
+    )  # fmt: skip
+    return found.eval()
 
 
 def measure(
@@ -51,7 +62,6 @@ def measure(
     started, subject = time.perf_counter(), SUBJECTS[subject_name]
     data = subject.data(place, subject.fine_tuning, seed)
     module = subject.classifier(subject.fine_tuning, seed, trained=True).to(place.device)
-    preprocessing = CIFAR10_PREPROCESSING.to_dict()
     result: dict[str, Any] = {
         "network": subject_name,
         "bits": bits,
@@ -66,7 +76,10 @@ def measure(
         callbacks: list[Any] = []
         if bits is not None:
             qat = QuantizationAwareTraining(
-                start_epoch=0, bits=bits, calibration_images=CALIBRATION_IMAGES, preprocessing=preprocessing
+                start_epoch=0,
+                bits=bits,
+                calibration_images=CALIBRATION_IMAGES,
+                preprocessing=CIFAR10_PREPROCESSING.to_dict(),
             )
             callbacks.append(qat)
         module.train()
@@ -74,11 +87,9 @@ def measure(
         network: Any = module.net.to(place.device).eval()
         result |= {"epochs": subject.fine_tuning.epochs, "fitted_on": device_name(place.device)}
     elif bits is not None:
-        batches = [images for images, _ in data.calibration_dataloader(CALIBRATION_IMAGES)]
-        search = {"rounding": rounding}
-        network = quantize(module.net.eval(), batches, bits=bits, preprocessing=preprocessing, search=search).eval()
+        network = quantized(module.net, data, bits, rounding=rounding)
     if bits is not None:
-        engine = _Engine(network.cpu(), torch.get_num_threads())
+        engine = Engine(network.cpu(), torch.get_num_threads())
         result["file_bytes"] = engine.file_bytes
         result["integer"] = {"test": accuracy(engine, data, "test")}
     else:
