@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from swincompress_pl.pruning import AdaptivePruningConfig, HoldOut, PrimeSVTConfig, primesvt, prune
 from swincompress_pl.pruning.compensation.compensator import Compensator
 from swincompress_pl.pruning.compensation.moments import CalibrationError, Moments
+from swincompress_pl.pruning.compensation.readers import Predict
 from swincompress_pl.pruning.compensation.rows import RowSystem
 from swincompress_pl.pruning.space import SpaceConfig, WeightSpace, compensator_for, search_space
 from swincompress_pl.pruning.structure.change import revert
@@ -35,9 +36,16 @@ def _images(count: int = 16) -> list[Tensor]:
     return [torch.randn(count, 3, 16, 16, generator=torch.Generator().manual_seed(1))]
 
 
-def _space(network: nn.Module, images: list[Tensor] | None = None, **settings: Any) -> WeightSpace:
+def _without_gradients(network: nn.Module, images: Tensor) -> list[Tensor]:
+    """Answers that nothing is differentiated of, so that all rows and outputs weigh the same."""
+    return [network(images)]
+
+
+def _space(
+    network: nn.Module, images: list[Tensor] | None = None, predict: Predict | None = None, **settings: Any
+) -> WeightSpace:
     config = SpaceConfig(**{"granularity": "weight", "compensation": "ridge", **settings})
-    space = search_space(config, compensator=compensator_for(config, images or _images()))
+    space = search_space(config, compensator=compensator_for(config, images or _images(), predict=predict))
     assert isinstance(space, WeightSpace)
     space.prepare(network)
     return space
@@ -185,7 +193,7 @@ def test_what_is_made_up_for_gives_less_error_than_bias_and_bias_less_than_none(
     errors, removal = [], {}
     for method in ("none", "bias", "ridge"):
         network = _network()
-        space = _space(network, compensation=method)
+        space = _space(network, compensation=method, predict=_without_gradients)
         removal = removal or _half(space, network, FC1)
         given: list[Tensor] = []
         network.blocks[0].mlp.fc1.register_forward_hook(lambda _, __, y, given=given: given.append(y))
@@ -283,7 +291,7 @@ def test_an_error_while_committing_leaves_the_network_as_it_was(monkeypatch: pyt
 def test_later_rounds_keep_earlier_zeros_and_aim_at_the_first_network() -> None:
     network = _network()
     config = SpaceConfig(granularity="weight", compensation="ridge", criterion="second_order")
-    compensator = compensator_for(config, _images())
+    compensator = compensator_for(config, _images(), predict=_without_gradients)
     first = copy.deepcopy(network)
     gone: Tensor | None = None
     for keep in (768, 512):

@@ -171,7 +171,7 @@ def watched_heads(network: nn.Module, listed: Mapping[str, Heads]) -> Iterator[d
             found[name] = HeadMoments.empty(heads, next(layer.parameters()).device)
 
             def add(_: nn.Module, __: object, output: Tensor, heads: Heads = heads, name: str = name) -> None:
-                found[name].add(heads, output.flatten(0, -2))
+                found[name].add(heads, output.detach().flatten(0, -2))
 
             hooks.callback(layer.register_forward_hook(add).remove)
         yield found

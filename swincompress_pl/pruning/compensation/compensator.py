@@ -1,8 +1,9 @@
 """Solves the layers that lose inputs again, for every trial of a search and for good, from sums collected once.
 
 The sums are of the network before it was cut: what each layer reads, and what it gives of that. From them any cut of
-its inputs is compensated in closed form. Fitting layer after layer to the unpruned network, on what the pruned layers
-before give, was tried and is worse where much goes (docs/explanation/pruning.md).
+its inputs is compensated in closed form. For masks of weights, rows and outputs weigh more the more the answers feel
+them (`gradients.py`); for whole inputs, that is worse. So is fitting layer after layer to the unpruned network, on what
+the pruned layers before give (docs/explanation/pruning.md).
 """
 
 from __future__ import annotations
@@ -11,10 +12,10 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
-from typing import Literal
+from typing import Any, Literal, TypeVar, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from swincompress_pl.evaluation_mode import evaluation_mode, uncompiled
@@ -22,12 +23,15 @@ from swincompress_pl.interrupts import put_back_after
 from swincompress_pl.masks import masked_parameters
 from swincompress_pl.pruning.compensation.axes import heads_of, turn, watched_heads
 from swincompress_pl.pruning.compensation.errors import removal_errors
+from swincompress_pl.pruning.compensation.gradients import run_watched
 from swincompress_pl.pruning.compensation.moments import CalibrationError, Moments, System
 from swincompress_pl.pruning.compensation.readers import Predict, Reader, Readers, readers_named, readers_of
 from swincompress_pl.pruning.evaluation.divergence import Divergence, run_network
+from swincompress_pl.pruning.evaluation.ranks import world_size
 from swincompress_pl.pruning.structure.apply import stored_tensor
 from swincompress_pl.pruning.structure.groups import Group
 from swincompress_pl.pruning.structure.unit_masks import mask_units
+from swincompress_pl.registry import SpikingAdapter, UnsupportedNetworkError, adapter_for
 
 Method = Literal["none", "bias", "ridge", "second_order"]
 METHODS: tuple[Method, ...] = ("none", "bias", "ridge", "second_order")
@@ -38,6 +42,13 @@ _MOST_ROWS = 131_072  # per layer; more say little more
 _PROBED_PARTS = (0.25, 0.5, 0.75)  # of a group's units, to see how sensitive the network is to its errors
 _PROBED_IMAGES = 64
 _LEAST_PROBED = 1e-3  # of the errors of all units; less may be rounding
+# What gradients decide, the rest being the same for all. All of it would fit the few rows that are felt most, and is
+# noisy, as one class is drawn per image.
+_FELT_PART = 0.3  # of a row's weight
+_FELT_POWER = 0.5  # of the mean squared gradient of an output
+_LEAST_FELT = 1e-4  # of the mean over the outputs
+
+Made = TypeVar("Made")
 
 
 class Compensator:
@@ -73,7 +84,7 @@ class Compensator:
         self.readers = Readers(readers={}, left_alone={})
         self._states: dict[str, ReaderState] = {}
         self._divergence: Divergence | None = None  # from the network as the round began
-        self._sensitivities: dict[str, float] = {}
+        self._measured: dict[object, object] = {}
         self._scores: dict[tuple[object, ...], Tensor] = {}
 
     def begin_round(self, network: nn.Module, groups: Sequence[Group] | None, names: Iterable[str] = ()) -> None:
@@ -93,7 +104,7 @@ class Compensator:
             else:
                 self.readers = readers_of(network, groups, self.batches[0][:1], self._predict)
             self._tell_left_alone()
-            self._collect(network, groups or ())
+            self._collect(network, groups)
 
     def _tell_left_alone(self) -> None:
         if self.readers.left_alone:
@@ -102,7 +113,7 @@ class Compensator:
 
     def forget(self) -> None:
         """Says that the network was trained, so that the sums are of another one."""
-        self._states, self._sensitivities = {}, {}
+        self._states, self._measured = {}, {}
 
     def tensors(self, group: Group) -> tuple[str, ...]:
         """The names of the tensors that compensating a cut of the group changes."""
@@ -138,7 +149,7 @@ class Compensator:
         return self._scores[key].clone()
 
     def sensitivity(self, network: nn.Module, group: Group) -> float:
-        """How far the network's answers move per unit of `removal_errors` of a group; see `measured_once`.
+        """How far the network's answers move per unit of `removal_errors` of a group; see `distance`, `once`.
 
         A part of the group's units is masked, compensated, for that. It is 1 for a group without readers.
         """
@@ -148,39 +159,39 @@ class Compensator:
             units = order[: max(1, int(part * group.units))]
             error = 0.0 if errors is None else float(errors[units].sum())
             if errors is not None and len(units) < group.units and error > _LEAST_PROBED * float(errors.sum()):
-                return self.measured_once(
-                    group.name, network, error, partial(self._without, network, group, units), names
-                )
+                cut = partial(self._without, network, group, units)
+                return self.once(group.name, partial(self._moved_per, error, network, cut, names))
         return 1.0
+
+    def _moved_per(self, error: float, *of: Any) -> float:
+        moved = self.distance(*of)
+        return 1.0 if moved is None else moved / error
 
     @contextmanager
     def _without(self, network: nn.Module, group: Group, units: Sequence[int]) -> Iterator[None]:
         with mask_units(network, group, units), self.compensated(network, self.lost_columns(group, units)):
             yield
 
-    def measured_once(
-        self,
-        name: str,
-        network: nn.Module,
-        error: float,
-        cut: Callable[[], AbstractContextManager[None]],
-        tensors: Sequence[str],
-    ) -> float:
-        """How far the network's answers move inside the context `cut`, per unit of `error`, measured on a few images.
+    def once(self, key: object, make: Callable[[], Made]) -> Made:
+        """What `make` gave when it was first called with this key, until `forget`."""
+        if key not in self._measured:
+            self._measured[key] = make()
+        return cast(Made, self._measured[key])
 
-        The distance is `divergence.distance`. `tensors` are the names of those in which the network differs then. It is
-        1 if the network does not give one tensor, or there is no error.
-        Another call with the same `name` returns the same until `forget`.
+    def distance(
+        self, network: nn.Module, cut: Callable[[], AbstractContextManager[None]], tensors: Sequence[str]
+    ) -> float | None:
+        """How far the network's answers move inside the context `cut`, on a few images; see `divergence.distance`.
+
+        `tensors` are the names of those in which the network differs then. It is None if the network does not give one
+        tensor.
         """
-        if name not in self._sensitivities:
-            if self._divergence is None:
-                most = max(1, _PROBED_IMAGES // len(self.batches))  # of each batch, in case they are sorted
-                few = [batch[:most] for batch in self.batches[:_PROBED_IMAGES]]
-                self._divergence = Divergence(network, few, predict=self._predict)
-            with cut():
-                moved = self._divergence.now(tensors)
-            self._sensitivities[name] = 1.0 if moved is None or not error > 0 else moved / error
-        return self._sensitivities[name]
+        if self._divergence is None:
+            most = max(1, _PROBED_IMAGES // len(self.batches))  # of each batch, in case they are sorted
+            few = [batch[:most] for batch in self.batches[:_PROBED_IMAGES]]
+            self._divergence = Divergence(network, few, predict=self._predict)
+        with cut():
+            return self._divergence.now(tensors)
 
     @contextmanager
     def compensated(self, network: nn.Module, lost: Lost) -> Iterator[None]:
@@ -229,19 +240,20 @@ class Compensator:
         elif not reader.fixed_bias:
             stored_tensor(network, f"{reader.name}.bias").detach().copy_(bias)
 
-    def _collect(self, network: nn.Module, groups: Sequence[Group]) -> None:
+    def _collect(self, network: nn.Module, groups: Sequence[Group] | None) -> None:
         """Runs all images once, and makes the state of each reader."""
         self._states = {name: ReaderState(network, reader) for name, reader in self.readers.readers.items()}
-        heads = {g.name: found for g in groups if (found := heads_of(g)) and found.proj in self._states}
+        heads = {g.name: found for g in groups or () if (found := heads_of(g)) and found.proj in self._states}
         with ExitStack() as hooks:
             met = hooks.enter_context(watched_heads(network, heads))
-            for state in self._states.values():
-                hooks.enter_context(self._summed(network, state))
+            images = sum(map(len, self.batches))
+            watched = {name: partial(state.add, of=images) for name, state in self._states.items()}
+            by_gradients = groups is None and _can_be_differentiated(network)
+            draw = torch.Generator().manual_seed(0) if by_gradients else None
             for batch in self.batches:
-                self._part = len(batch) / sum(map(len, self.batches))
-                self._predict(network, batch)
+                run_watched(network, batch, watched, self._predict, draw)
         for name, state in self._states.items():
-            state.moments.over_ranks().check(name)
+            state.over_ranks().check(name)
         for group, attention in heads.items():
             state = self._states[attention.proj]
             state.turned(turn(network, attention, met[group], state.moments.system(intercept=True).xx))
@@ -249,36 +261,20 @@ class Compensator:
             state.take_up(network)
             state.moments.give(state.weight, state.bias)
 
-    @contextmanager
-    def _summed(self, network: nn.Module, state: ReaderState) -> Iterator[None]:
-        """Adds to the moments what a reader reads; a random part of it if all images have too many rows."""
-        draw = torch.Generator().manual_seed(0)
-
-        def add(layer: nn.Module, given: tuple[Tensor, ...]) -> None:
-            part = min(1.0, _MOST_ROWS * self._part / state.reader.count(layer, given[0]))
-            for rows in state.reader.rows(layer, given[0]):
-                if part < 1:
-                    chosen = (torch.rand(len(rows), generator=draw) < part).nonzero().squeeze(1)
-                    rows = rows[chosen.to(rows.device)]
-                state.moments.add(rows)
-
-        handle = network.get_submodule(state.reader.name).register_forward_pre_hook(add)
-        try:
-            yield
-        finally:
-            handle.remove()
-
 
 class ReaderState:
     """What is known about one reader.
 
     `moments` are of all inputs that it had when they were collected, and `columns` are those that it still has.
     `gone` are columns, of those, that are lost for now. `weight` and `bias` are what it has without that; `mean` and
-    `scale` are of the BatchNorm behind it.
+    `scale` are of the BatchNorm behind it; `scale` besides says how much the answers feel each output.
     """
 
     def __init__(self, network: nn.Module, reader: Reader) -> None:
         self.reader, self.gone = reader, frozenset[int]()
+        self._felt: Tensor | None = None  # the squared gradients of each output, summed
+        self._felt_rows = torch.zeros(2, dtype=torch.float64)  # their sum over outputs and rows, and the rows
+        self._draw = torch.Generator().manual_seed(0)
         self._read(network)
         outputs, inputs = self.weight.shape
         self.moments = Moments.empty(inputs, outputs, self.weight.device)
@@ -300,6 +296,39 @@ class ReaderState:
             self.scale = (norm.running_var.double() + norm.eps).rsqrt()
             if norm.weight is not None:
                 self.scale = self.scale * norm.weight.detach().double()
+        if self._felt is not None and float(self._felt.sum()) > 0:
+            felt = (self._felt / self._felt.mean()).clamp_min(_LEAST_FELT)
+            self.scale = self.scale * felt.pow(_FELT_POWER / 2)
+
+    def add(self, layer: nn.Module, x: Tensor, gradient: Tensor | None, images: int, *, of: int) -> None:
+        """Adds what the layer reads of some `images`, and the gradients of what it gives, to the sums.
+
+        A random part of the rows is taken if all images, `of`, have too many.
+        """
+        weights = None if gradient is None else self._weights(self.reader.given(layer, gradient.detach()).double())
+        part, start = min(1.0, _MOST_ROWS * images / of / self.reader.count(layer, x)), 0
+        for rows in self.reader.rows(layer, x):
+            weigh = None if weights is None else weights[start : start + len(rows)]
+            start += len(rows)
+            if part < 1:
+                chosen = (torch.rand(len(rows), generator=self._draw) < part).nonzero().squeeze(1).to(rows.device)
+                rows, weigh = rows[chosen], None if weigh is None else weigh[chosen]
+            self.moments.add(rows, weigh)
+
+    def _weights(self, gradients: Tensor) -> Tensor | None:
+        """The weights (rows,) of rows with gradients (rows, outputs); None if the answers felt none so far."""
+        squares = gradients.square()
+        self._felt = squares.sum(0) if self._felt is None else self._felt + squares.sum(0)
+        felt = squares.sum(1)
+        self._felt_rows += torch.tensor([float(felt.sum()), float(len(felt))], dtype=torch.float64)
+        mean = float(self._felt_rows[0] / self._felt_rows[1])
+        return (1 - _FELT_PART) + _FELT_PART * felt / mean if mean > 0 else None
+
+    def over_ranks(self) -> Moments:
+        """The moments of all ranks of a distributed run, which all have to call it; the gradients become theirs too."""
+        if world_size() > 1 and self._felt is not None:
+            distributed.all_reduce(self._felt)
+        return self.moments.over_ranks()
 
     def fits(self, network: nn.Module) -> bool:
         """Whether the sums still tell all about the reader: it lost inputs as `narrowed` said, and no outputs."""
@@ -350,6 +379,14 @@ class ReaderState:
         inverse = torch.eye(len(system.xx), dtype=torch.float64, device=system.xx.device)
         inverse[kept.unsqueeze(1), kept] = system.of(kept).inverse(damping)
         return inverse, self.solution(damping)[0] * self.scale.unsqueeze(1)
+
+
+def _can_be_differentiated(network: nn.Module) -> bool:
+    """Whether the answers have gradients; those of spikes would be surrogates."""
+    try:
+        return not isinstance(adapter_for(network), SpikingAdapter)
+    except UnsupportedNetworkError:
+        return True
 
 
 @contextmanager

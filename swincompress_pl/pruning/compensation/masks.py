@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from swincompress_pl.masks import masked_parameters
-from swincompress_pl.pruning.compensation.compensator import Compensator, ReaderState, restored
+from swincompress_pl.pruning.compensation.compensator import Compensator, Made, ReaderState, restored
 from swincompress_pl.pruning.compensation.rows import MOST_OPERATIONS, RowSystem
 from swincompress_pl.pruning.structure.weight_masks import temporary_mask
 
@@ -85,12 +85,14 @@ class MaskCompensator:
 
         return rows.mask(state.weight, state.scale, kept).reshape(shape)
 
-    def sensitivity(self, network: nn.Module, mask: Masks, error: float) -> float:
-        """How far the network's answers move per unit of `error` with the mask of one parameter; measured once."""
+    def distance(self, network: nn.Module, mask: Masks) -> float | None:
+        """How far the network's answers move with the mask of one parameter; see `Compensator.distance`."""
         (name,) = mask
-        return self._compensator.measured_once(
-            name, network, error, lambda: self.masked(network, mask), (name, *self.tensors(name))
-        )
+        return self._compensator.distance(network, lambda: self.masked(network, mask), (name, *self.tensors(name)))
+
+    def once(self, key: object, make: Callable[[], Made]) -> Made:
+        """See `Compensator.once`."""
+        return self._compensator.once(key, make)
 
     @contextmanager
     def masked(self, network: nn.Module, masks: Masks) -> Iterator[None]:

@@ -31,21 +31,21 @@ class CalibrationError(ValueError):
 
 @dataclass(kw_only=True, eq=False)
 class Moments:
-    """Sums over rows: what one layer reads, x (inputs,), and what it should give, y (outputs,).
+    """Weighted sums over rows: what one layer reads, x (inputs,), and what it should give, y (outputs,).
 
     Attributes:
         xx: Sum of x x^T (inputs, inputs), float64.
         xy: Sum of x y^T (inputs, outputs), float64.
         x: Sum of x (inputs,), float64.
         y: Sum of y (outputs,), float64.
-        rows: Number of rows.
+        rows: Sum of the rows' weights; their number, where all weigh 1.
     """
 
     xx: Tensor = field(repr=False)
     xy: Tensor = field(repr=False)
     x: Tensor = field(repr=False)
     y: Tensor = field(repr=False)
-    rows: int = 0
+    rows: float = 0.0
 
     @classmethod
     def empty(cls, inputs: int, outputs: int, device: torch.device) -> Moments:
@@ -56,8 +56,15 @@ class Moments:
 
         return cls(xx=zeros(inputs, inputs), xy=zeros(inputs, outputs), x=zeros(inputs), y=zeros(outputs))
 
-    def add(self, x: Tensor) -> None:
-        """Adds rows x (rows, inputs)."""
+    def add(self, x: Tensor, weights: Tensor | None = None) -> None:
+        """Adds rows x (rows, inputs) with weights (rows,), float64; None for 1."""
+        if weights is not None:
+            x = x.double()
+            weighted = x * weights.unsqueeze(1)
+            self.xx.addmm_(weighted.T, x)
+            self.x += weighted.sum(0)
+            self.rows += float(weights.sum())
+            return
         if _exact_in_float32(x):
             self.xx += x.T @ x
             self.x += x.sum(0)
@@ -75,10 +82,10 @@ class Moments:
     def over_ranks(self) -> Moments:
         """The moments of the rows of all ranks of a distributed run; all ranks have to call it."""
         if world_size() > 1:
-            rows = torch.tensor(self.rows, device=self.x.device)
+            rows = torch.tensor(self.rows, dtype=torch.float64, device=self.x.device)
             for tensor in (self.xx, self.x, rows):
                 distributed.all_reduce(tensor)
-            self.rows = int(rows)
+            self.rows = float(rows)
         return self
 
     def check(self, layer: str) -> None:

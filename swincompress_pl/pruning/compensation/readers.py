@@ -51,6 +51,12 @@ class Reader:
         """The number of rows that an input gives; of a strided convolution, one for each place of the input."""
         return x.numel() // x.shape[-1 if isinstance(layer, nn.Linear) else -1 - _spatial(layer)]
 
+    def given(self, layer: nn.Module, output: Tensor) -> Tensor:
+        """What the layer gives, or its gradient, as rows (rows, outputs) in the order of `rows`."""
+        if isinstance(layer, nn.Linear):
+            return output.flatten(0, -2)
+        return output.flatten(0, -2 - _spatial(layer)).flatten(2).transpose(1, 2).flatten(0, 1)
+
     def rows(self, layer: nn.Module, x: Tensor) -> Iterator[Tensor]:
         """Yields what the layer reads, (rows, inputs), in parts.
 

@@ -27,6 +27,11 @@ from swincompress_pl.pruning.structure.patterns import Pattern
 from swincompress_pl.pruning.structure.weight_masks import masked_parameters, temporary_mask
 from swincompress_pl.registry import adapter_for
 
+_PROBED_PART = 0.5  # of a layer's weights, to see how far the answers move without them
+# Without a part p of a layer's weights, the answers move by about exp(8 p) times as far as without the first few; the
+# linear layers of DeiT-Tiny have 8.0, with a deviation of 1.8, between 40 and 60 %.
+_GROWTH = 8.0
+
 
 class WeightSpace:
     """Weights of the linear layers and convolutions in the network's segments, divided by a pattern and kept at zero.
@@ -131,16 +136,29 @@ class WeightSpace:
         """The scores (target.units,), float64, of the units that are still there, to be compared between targets."""
         saliency = self.scores(network, target, gradients)
         scores = self.pattern.unit_scores(saliency).double().cpu()
-        if self.config.criterion == SECOND_ORDER:
-            scores = scores * self._sensitivity(network, target, saliency)
-        return scores[scores >= 0]
+        scores = scores[scores >= 0]
+        return self._costs(network, target, saliency, scores) if self.config.criterion == SECOND_ORDER else scores
 
-    def _sensitivity(self, network: nn.Module, target: Target, saliency: Tensor) -> float:
-        """How far the network's answers move per unit of score, measured once: half of the weights go on trial."""
+    def _costs(self, network: nn.Module, target: Target, saliency: Tensor, scores: Tensor) -> Tensor:
+        """How much farther the answers move for each unit, if those with lower scores are gone already.
+
+        The scores of single units say which go first, but not what many cost together; that is measured, once.
+        """
         assert self._compensator is not None
-        removal = self.refined(target, self.lowest(saliency, target, max(target.units // 2, target.min_units)))
-        error = float(saliency[(saliency >= 0) & ~removal[target.name].to(saliency.device)].sum())
-        return self._compensator.sensitivity(network, removal, error)
+        gone, moved = self._compensator.once(target.name, lambda: self._without_half(network, target, saliency))
+        if moved is None:
+            return scores
+        ranks = torch.empty(len(scores), dtype=torch.float64)
+        ranks[scores.argsort(stable=True)] = torch.arange(len(scores), dtype=torch.float64)
+        parts = (target.initial_units - target.units + ranks - gone) / target.initial_units
+        return moved * _GROWTH / target.initial_units * (_GROWTH * parts).exp()
+
+    def _without_half(self, network: nn.Module, target: Target, saliency: Tensor) -> tuple[int, float | None]:
+        """How many of the units that there were at first are gone on trial, and how far the answers move."""
+        assert self._compensator is not None
+        keep = max(target.units - max(1, round(_PROBED_PART * target.units)), target.min_units)
+        removal = self.refined(target, self.lowest(saliency, target, keep))
+        return target.initial_units - keep, self._compensator.distance(network, removal)
 
     def masked(self, network: nn.Module, removal: Removal) -> AbstractContextManager[Any]:
         """See `SearchSpace.masked`."""
