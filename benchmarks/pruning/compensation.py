@@ -131,7 +131,7 @@ def run(job: Job, place: Place) -> dict[str, Any]:
         "calibration_images": _CALIBRATION[job.model],
         "holdout_images": _HOLDOUT[job.model],
         "seconds": seconds,
-        "moments_seconds": _moments_seconds(what, calibration),
+        "moments_seconds": _moments_seconds(what, job, calibration),
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "place": {"device": device_name(place.device), "threads": torch.get_num_threads()},
         "environment": describe_environment(threads=torch.get_num_threads()),
@@ -167,12 +167,16 @@ def _calibration(what: Subject, data: MemoryData) -> list[Tensor]:
     return [data.plain("train", positions)[0] for positions in chosen.split(_BATCH[what.name])]
 
 
-def _moments_seconds(what: Subject, calibration: Sequence[Tensor]) -> float:
+def _moments_seconds(what: Subject, job: Job, calibration: Sequence[Tensor]) -> float:
     """The time of the one pass over the images, sums included."""
     network = what.classifier().net.to(what.place.device).eval()
-    groups = StructuredSpace(AdaptivePruningConfig(kinds=_KINDS)).groups(network)
+    groups = names = None
+    if job.granularity == "structured":
+        groups = StructuredSpace(AdaptivePruningConfig(kinds=_KINDS)).groups(network)
+    else:
+        names = [name.removesuffix(".weight") for name in prunable_weights(network)]
     started = time.perf_counter()
-    Compensator(calibration).begin_round(network, groups)
+    Compensator(calibration).begin_round(network, groups, names or ())
     return time.perf_counter() - started
 
 
