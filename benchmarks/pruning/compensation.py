@@ -1,34 +1,41 @@
-"""Pruning without training: with and without compensation, DeiT-Tiny and the small Swin.
+"""Pruning without training: with and without compensation, DeiT-Tiny and the small Swin; time and memory of Swin-T.
 
 Of DeiT-Tiny's 1,000 training images, 500 calibrate without their labels and 500 decide; the seed says which. Of
-CIFAR-10's, 2,000 calibrate and 5,000 decide. The test images are looked at once, at the end.
+CIFAR-10's, 2,000 calibrate and 5,000 decide. The test images are looked at once, at the end. Swin-T has random
+weights and DeiT-Tiny's images.
 """
 
 from __future__ import annotations
 
+import os
 import resource
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from swincompress_pl.models import create_model
 from swincompress_pl.pruning import AdaptivePruningConfig, HoldOut, count_macs, prune
 from swincompress_pl.pruning.compensation.compensator import Compensator
 from swincompress_pl.pruning.space import StructuredSpace, prunable_weights
 from swincompress_pl.report import describe_environment
 
 from .batches import MemoryData
+from .images import locked
 from .subjects import Place, Subject, device_name, subject
 from .training import full_precision
 
 SEEDS = (0, 1, 2)
-_HOLDOUT = {"deit_tiny": 500, "swin_cifar10": 5000}
-_CALIBRATION = {"deit_tiny": 500, "swin_cifar10": 2000}
-_BATCH = {"deit_tiny": 50, "swin_cifar10": 250}
+_HOLDOUT = {"deit_tiny": 500, "swin_cifar10": 5000, "swin_tiny": 500}
+_CALIBRATION = {"deit_tiny": 500, "swin_cifar10": 2000, "swin_tiny": 500}
+_BATCH = {"deit_tiny": 50, "swin_cifar10": 250, "swin_tiny": 50}
+_SWIN_T = "swin_tiny_patch4_window7_224"
 _KINDS = ("mlp", "head_dim")
 _TOLERANCE = 100.0  # in rows with a target, which decides there
 _CURVES = {
@@ -42,7 +49,7 @@ class Job:
     """One network, pruned once.
 
     Attributes:
-        model: "deit_tiny" or "swin_cifar10".
+        model: "deit_tiny", "swin_cifar10", or "swin_tiny" for time and memory.
         seed: Decides which images calibrate and decide.
         method: What makes up for what goes.
         criterion: What decides which units go first.
@@ -94,6 +101,7 @@ def all_jobs() -> list[Job]:
             ("deit_tiny", "weight", 0.5), ("deit_tiny", "2:4", 0.5), ("swin_cifar10", "weight", 0.6),
         )
     ]  # fmt: skip
+    jobs.append(Job(model="swin_tiny", seed=0, target=0.14, **ours))
     for model, targets in _CURVES.items():
         for method, criterion in (("ridge", "second_order"), ("bias", "second_order"), ("none", "second_order"),
                                   ("none", "magnitude")):  # fmt: skip
@@ -103,7 +111,7 @@ def all_jobs() -> list[Job]:
 
 def run(job: Job, place: Place) -> dict[str, Any]:
     """Prunes as a user would, and looks at the test images."""
-    what = subject(job.model, job.seed, place, {"holdout": _HOLDOUT[job.model]})
+    what = _subject(job, place)
     data, network = what.data(), what.classifier().net.to(place.device).eval()
     unpruned = answers(network, data)
     calibration = _calibration(what, data)
@@ -136,6 +144,25 @@ def run(job: Job, place: Place) -> dict[str, Any]:
         "place": {"device": device_name(place.device), "threads": torch.get_num_threads()},
         "environment": describe_environment(threads=torch.get_num_threads()),
     }
+
+
+def _subject(job: Job, place: Place) -> Subject:
+    if job.model != "swin_tiny":
+        return subject(job.model, job.seed, place, {"holdout": _HOLDOUT[job.model]})
+    images = subject("deit_tiny", job.seed, place, {"holdout": _HOLDOUT[job.model]})
+    return replace(images, name=job.model, model=_SWIN_T, weights=_random_weights(place))
+
+
+def _random_weights(place: Place) -> Path:
+    """The file of Swin-T as it is made, which is written on first use."""
+    file = place.cache / "swin_tiny-random.safetensors"
+    with locked(file):
+        if not file.is_file():
+            torch.manual_seed(0)
+            temporary = file.with_suffix(".tmp")
+            save_file({k: v.contiguous() for k, v in create_model(_SWIN_T).state_dict().items()}, temporary)
+            os.replace(temporary, file)
+    return file
 
 
 def _config(job: Job, network: nn.Module) -> AdaptivePruningConfig:
