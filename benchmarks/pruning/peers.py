@@ -19,6 +19,7 @@ from lightning.pytorch.callbacks import ModelPruning
 from torch import nn
 from torch.nn.utils import prune as torch_prune
 
+from swincompress_pl.models import CompressibleClassifier
 from swincompress_pl.pruning import AdaptivePruningConfig, count_macs
 from swincompress_pl.pruning.space import prunable_weights, search_space
 from swincompress_pl.pruning.structure.cost import skeleton
@@ -30,6 +31,10 @@ from .training import fit, network_figures
 Parameters = list[tuple[nn.Module, str]]
 _PARTS = 1000  # a part of a network is asked for in thousandths
 _MOST_TORCH_PRUNING = 0.9  # near 1 it leaves layers whole that would have nothing left
+
+
+class Foreign(CompressibleClassifier):
+    """Holds a network that another package has cut, which `CompressibleClassifier` refuses, as no checkpoint fits it."""
 
 
 class UnreachableError(Exception):
@@ -53,6 +58,7 @@ def peer(subject: Subject, job: Job, reference: dict[str, Any]) -> dict[str, Any
         else:
             macs = reference["after"]["macs"]
             module.net = structured(module.net, job.method or "", macs, subject.input_shape, subject.recipe)
+            module.__class__ = Foreign
     except ImportError:
         raise  # a package that is not installed is no result
     except Exception as error:  # whatever a peer raises on a network it was not made for belongs into the table
