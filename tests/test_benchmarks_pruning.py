@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from torch import nn
 
 from benchmarks.pruning import batches, images, jobs, peers, report, runner, subjects, tables, training, work
 from benchmarks.pruning.jobs import Job
@@ -86,6 +87,29 @@ def test_lightnings_callback_reaches_the_sparsity_it_is_asked_for(tmp_path: Path
         one = job("peer", granularity="weight", method=method, reference="ours", recovery=True)
         done = peers.peer(tiny, one, {"after": {"prunable": {"removed": 0.5}}})
         assert done["after"]["prunable"]["removed"] == pytest.approx(0.5, abs=0.001)
+
+
+def test_a_network_that_another_package_cut_is_fine_tuned(
+    tiny: subjects.Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def narrowed(network: nn.Module, *_: object) -> nn.Module:
+        for block in (layer.blocks[0] for layer in network.get_submodule("layers")):  # type: ignore[union-attr]
+            block.mlp.fc1 = nn.Linear(block.mlp.fc1.in_features, 8)
+            block.mlp.fc2 = nn.Linear(8, block.mlp.fc2.out_features)
+        return network
+
+    monkeypatch.setattr(peers, "structured", narrowed)
+    one = job("peer", granularity="structured", method="torch_pruning_mlp", reference="ours", recovery=True)
+    done = peers.peer(tiny, one, {"after": {"macs": 1}})
+    assert done["after"]["macs"] < done["after"]["macs_before"]
+
+
+def test_what_is_compensated_is_cut_in_one_round_and_recovers(tmp_path: Path, tiny: subjects.Subject) -> None:
+    one = job("prune", granularity="structured", tolerance=100.0, target=0.3, recovery=True, compensated=True)
+    done = do(one, tmp_path / "r", tiny)
+    assert done["search"]["rounds"] == 1
+    assert done["search"]["stopped"] is not None
+    assert 0.3 <= 1 - done["after"]["macs"] / done["after"]["macs_before"] < 0.4
 
 
 @pytest.mark.slow

@@ -34,7 +34,7 @@ _MOST_TORCH_PRUNING = 0.9  # near 1 it leaves layers whole that would have nothi
 
 
 class Foreign(CompressibleClassifier):
-    """Holds a network that another package has cut, which `CompressibleClassifier` refuses, as no checkpoint fits it."""
+    """Holds a network that another package has cut, which `CompressibleClassifier` refuses: no checkpoint fits it."""
 
 
 class UnreachableError(Exception):
