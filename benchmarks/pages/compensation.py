@@ -8,6 +8,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ..pruning import tables
 from .sources import Sources
 from .text import command, document, picture, short_cpu, table
 from .theme import Drawing, Theme, canvas
@@ -45,6 +46,7 @@ def page(sources: Sources) -> str:
             "are paired with the unpruned network. Divergence is of the answers from the unpruned network's. 2:4 "
             "removes half of all prunable weights.",
             *_searches([row for row in rows if row["job"]["target"] is None]),
+            *_recovered(sources.pruning[1]),
             "## Time and memory",
             "Each row was alone in its process, but not on its machine: seconds are upper bounds. The least of "
             "DeiT-Tiny was on an idle machine, with two threads.",
@@ -112,6 +114,47 @@ def _searches(rows: Sequence[Row]) -> list[str]:
         "## A tolerance decides, and an audit",
         "Half of the hold-out decides, and the other half audits each round (`audit=0.5`).",
         table(header, found),
+    ]
+
+
+def _recovered(jobs: Mapping[str, Any]) -> list[str]:
+    """What is left after fine-tuning; nothing where none was run."""
+    rows = []
+    for entry in jobs.values():
+        job = entry["job"]
+        if not job.get("compensated"):
+            continue
+        control = tables.control_of(jobs, job["model"], job["seed"])
+        if control is None:
+            continue
+        before, after = tables.better_control(control), entry["after"]
+        lost = tables.Loss((tables.paired(before["test"], after["test"]),))
+        low, high = lost.widest_interval
+        rows.append(
+            [
+                _MODELS[job["model"].removesuffix("_short")],
+                str(job["seed"]),
+                str(entry["recipe"]["epochs"]),
+                f"{100 * (1 - after['macs'] / after['macs_before']):.1f}",
+                f"{before['test']['percent']:.2f}",
+                f"{after['test']['percent']:.2f}",
+                lost.points.show(),
+                f"{low:.2f} .. {high:.2f}",
+                lost.flips,
+            ]
+        )
+    header = [
+        "network", "seed", "epochs", "MACs removed %", "float %", "pruned %", "points lost", "95 %",
+        "right -> wrong / wrong -> right",
+    ]  # fmt: skip
+    if not rows:
+        return []
+    return [
+        "## After training",
+        "All of it is cut before the first epoch. The float network is the better of the given one and the same after "
+        "as many epochs without pruning. [Other methods](pruning.md#against-other-methods-at-the-same-sparsity) with "
+        "the same training are in the rows `compensated` there.",
+        table(header, rows),
     ]
 
 

@@ -40,30 +40,32 @@ METHODS = {
 
 
 def write(folder: Path, to: Path) -> Path:
-    """`to`/pruning.json of everything that `folder` holds."""
-    results = read_results(folder)
+    """`to`/pruning.json of everything that `folder` holds, and of what it has of other runs."""
+    file, results = to / "pruning.json", read_results(folder)
     others = {
-        name: json.loads((folder / file).read_text(encoding="utf-8"))
-        for name, file in _FILES.items()
-        if (folder / file).is_file()
+        name: json.loads((folder / each).read_text(encoding="utf-8"))
+        for name, each in _FILES.items()
+        if (folder / each).is_file()
     }
     if not results and not others:
         raise FileNotFoundError(f"{folder}: no results there; `run`, `latency` and `memory` write some")
-    data = {
-        "table1": {model: tables.table1(results, model) for model in MODELS},
-        "comparison": tables.comparison(results),
-        "scoring": _of_kind(results, "scoring"),
-        "overhead": _of_kind(results, "overhead"),
-        **others,
-        "environments": _environments(results),
-    }
+    kept = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     jobs = {name: {k: v for k, v in entry.items() if k != "environment"} for name, entry in results.items()}
     for entry in jobs.values():
         if "search" in entry:
             entry["search"] = {k: v for k, v in entry["search"].items() if k != "decisions"}
         entry.pop("lists", None)
-    figures = tables.plain({**data, "jobs": jobs})
-    return write_text(to / "pruning.json", json.dumps(figures, allow_nan=False) + "\n")
+    jobs = kept.get("jobs", {}) | jobs
+    data = {
+        **{name: kept[name] for name in _FILES if name in kept},
+        "table1": {model: tables.table1(jobs, model) for model in MODELS},
+        "comparison": tables.comparison(jobs),
+        "scoring": _of_kind(results, "scoring") or kept.get("scoring", []),
+        "overhead": _of_kind(results, "overhead") or kept.get("overhead", []),
+        **others,
+        "environments": list(dict.fromkeys([*kept.get("environments", []), *_environments(results)])),
+    }
+    return write_text(file, json.dumps(tables.plain({**data, "jobs": jobs}), allow_nan=False) + "\n")
 
 
 def read(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -113,8 +115,10 @@ _COMPARISON = (
     "weights, or of the MACs). Rows `narrow` are without recovery and begin with an eighth of the tolerance; there, no "
     "method trains. All rows are on swin_cifar10. Rows `swin_cifar10_short` train 5 epochs instead of 24 and reach "
     "larger sparsities. In rows `ranked`, ours ranks all targets together by Fisher information per MAC or weight "
-    "saved; elsewhere it takes the targets in turn by magnitude. Lightning's structured functions write zeros and "
-    "remove no MAC, so they have no row. Points behind ours below 0 mean that the other method is better."
+    "saved; elsewhere it takes the targets in turn by magnitude. In rows `compensated`, it cuts at once what "
+    'compensation makes up for (`compensation="ridge"`, `criterion="second_order"`), and recovers as the others do. '
+    "Lightning's structured functions write zeros and remove no MAC, so they have no row. Points behind ours below 0 "
+    "mean that the other method is better."
 )
 _SCORING = (
     "The same search runs twice: once with every image scored for every decision, once with sampling, a sequential "
