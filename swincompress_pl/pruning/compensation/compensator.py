@@ -272,11 +272,12 @@ class ReaderState:
 
     def __init__(self, network: nn.Module, reader: Reader) -> None:
         self.reader, self.gone = reader, frozenset[int]()
-        self._felt: Tensor | None = None  # the squared gradients of each output, summed
-        self._felt_rows = torch.zeros(2, dtype=torch.float64)  # their sum over outputs and rows, and the rows
         self._draw = torch.Generator().manual_seed(0)
+        outputs, inputs = stored_tensor(network, f"{reader.name}.weight").flatten(1).shape
+        device = stored_tensor(network, f"{reader.name}.weight").device
+        self._felt = torch.zeros(outputs, dtype=torch.float64, device=device)  # squared gradients of outputs, summed
+        self._felt_rows = 0
         self._read(network)
-        outputs, inputs = self.weight.shape
         self.moments = Moments.empty(inputs, outputs, self.weight.device)
         self._by_width = {inputs: torch.arange(inputs, device=self.weight.device)}
         self._solved: dict[frozenset[int], tuple[Tensor, Tensor]] = {}
@@ -296,7 +297,7 @@ class ReaderState:
             self.scale = (norm.running_var.double() + norm.eps).rsqrt()
             if norm.weight is not None:
                 self.scale = self.scale * norm.weight.detach().double()
-        if self._felt is not None and float(self._felt.sum()) > 0:
+        if float(self._felt.sum()) > 0:
             felt = (self._felt / self._felt.mean()).clamp_min(_LEAST_FELT)
             self.scale = self.scale * felt.pow(_FELT_POWER / 2)
 
@@ -318,15 +319,15 @@ class ReaderState:
     def _weights(self, gradients: Tensor) -> Tensor | None:
         """The weights (rows,) of rows with gradients (rows, outputs); None if the answers felt none so far."""
         squares = gradients.square()
-        self._felt = squares.sum(0) if self._felt is None else self._felt + squares.sum(0)
+        self._felt += squares.sum(0)
         felt = squares.sum(1)
-        self._felt_rows += torch.tensor([float(felt.sum()), float(len(felt))], dtype=torch.float64)
-        mean = float(self._felt_rows[0] / self._felt_rows[1])
+        self._felt_rows += len(felt)
+        mean = float(self._felt.sum()) / self._felt_rows
         return (1 - _FELT_PART) + _FELT_PART * felt / mean if mean > 0 else None
 
     def over_ranks(self) -> Moments:
         """The moments of all ranks of a distributed run, which all have to call it; the gradients become theirs too."""
-        if world_size() > 1 and self._felt is not None:
+        if world_size() > 1:
             distributed.all_reduce(self._felt)
         return self.moments.over_ranks()
 
