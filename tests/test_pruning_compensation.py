@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from swincompress_pl.pruning import AdaptivePruningConfig, Group, PruningPlan, apply_plan, compensate, prune
 from swincompress_pl.pruning.adaptive.search import SearchSession
+from swincompress_pl.pruning.compensation import compensator as compensator_module
+from swincompress_pl.pruning.compensation.axes import HeadMoments, Heads, turn
 from swincompress_pl.pruning.compensation.compensator import Compensator
 from swincompress_pl.pruning.compensation.errors import removal_errors
 from swincompress_pl.pruning.compensation.moments import CalibrationError, Moments
@@ -169,6 +171,24 @@ def test_turning_heads_leaves_the_function(build: Callable[[], nn.Module]) -> No
         _compensator(network, _groups(network, "head_dim"), images)
         after = network(images)
     assert float((after - before).abs().max()) < 1e-4 * float(before.abs().max())
+
+
+def test_of_many_rows_a_part_turns_the_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = []
+
+    def counted(network: nn.Module, heads: Heads, moments: HeadMoments, read: Tensor) -> Tensor:
+        counts.append(moments.rows)
+        return turn(network, heads, moments, read)
+
+    monkeypatch.setattr(compensator_module, "turn", counted)
+    for most in (10**6, 200):
+        monkeypatch.setattr(compensator_module, "_MOST_ROWS", most)
+        network, images = _vit(), _images(32)
+        before = network(images)
+        _compensator(network, _groups(network, "head_dim"), images)
+        assert float((network(images) - before).detach().abs().max()) < 1e-4
+    assert counts[:2] == [32 * 17] * 2
+    assert all(100 < count < 300 for count in counts[2:])
 
 
 def test_the_last_axes_of_heads_carry_least() -> None:

@@ -71,12 +71,19 @@ def heads_of(group: Group) -> Heads | None:
 
 @dataclass(kw_only=True, eq=False)
 class HeadMoments:
-    """Sums over rows of queries and keys: q q^T and k k^T (heads, width, width), and k (heads, width), float64."""
+    """Sums over rows of queries and keys: q q^T and k k^T (heads, width, width), and k (heads, width), float64.
+
+    Attributes:
+        rows: Their number.
+        at_most: How many rows of a call are added; a random part of more.
+    """
 
     qq: Tensor = field(repr=False)
     kk: Tensor = field(repr=False)
     k: Tensor = field(repr=False)
     rows: int = 0
+    at_most: float = float("inf")
+    draw: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0), repr=False)
 
     @classmethod
     def empty(cls, heads: Heads, device: torch.device) -> HeadMoments:
@@ -86,6 +93,9 @@ class HeadMoments:
 
     def add(self, heads: Heads, rows: Tensor) -> None:
         """Adds rows (rows, outputs) of the layer that gives queries, keys and values."""
+        if len(rows) > self.at_most:
+            chosen = torch.rand(len(rows), generator=self.draw) < self.at_most / len(rows)
+            rows = rows[chosen.nonzero().squeeze(1).to(rows.device)]
         q, k = (rows[:, _rows_of(starts, heads.width)].unflatten(1, (-1, heads.width)).movedim(1, 0).double()
                 for starts in (heads.q, heads.k))  # fmt: skip
         self.qq += q.transpose(1, 2) @ q

@@ -251,6 +251,8 @@ class Compensator:
             by_gradients = groups is None and _can_be_differentiated(network)
             draw = torch.Generator().manual_seed(0) if by_gradients else None
             for batch in self.batches:
+                for heads_met in met.values():
+                    heads_met.at_most = _MOST_ROWS * len(batch) / images
                 run_watched(network, batch, watched, self._predict, draw)
         for name, state in self._states.items():
             state.over_ranks().check(name)
