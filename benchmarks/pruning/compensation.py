@@ -113,7 +113,7 @@ def run(job: Job, place: Place) -> dict[str, Any]:
     """Prunes as a user would, and looks at the test images."""
     what = _subject(job, place)
     data, network = what.data(), what.classifier().net.to(place.device).eval()
-    unpruned = answers(network, data)
+    unpruned = answers(network, data, _BATCH[job.model])
     calibration = _calibration(what, data)
     holdout = HoldOut.from_batches(data.batches("holdout", batch_size=_BATCH[job.model]), batch_size=_BATCH[job.model])
     macs = count_macs(network, what.input_shape)
@@ -127,7 +127,7 @@ def run(job: Job, place: Place) -> dict[str, Any]:
         "job": asdict(job),
         "macs_removed": 1 - count_macs(network, what.input_shape) / macs,
         "weights_removed": 1 - left / before,
-        "test": compared(unpruned, answers(network, data), data.parts["test"][1].cpu()),
+        "test": compared(unpruned, answers(network, data, _BATCH[job.model]), data.parts["test"][1].cpu()),
         "holdout": {
             "baseline_points": result.baseline_score,
             "points": result.score,
@@ -208,10 +208,12 @@ def _moments_seconds(what: Subject, job: Job, calibration: Sequence[Tensor]) -> 
 
 
 @torch.no_grad()
-def answers(network: nn.Module, data: MemoryData) -> Tensor:
+def answers(network: nn.Module, data: MemoryData, batch_size: int) -> Tensor:
     """The log-probabilities (images, classes) of the test images."""
     with full_precision():
-        return torch.cat([network(images).log_softmax(1).cpu() for images, _ in data.batches("test")])
+        return torch.cat(
+            [network(images).log_softmax(1).cpu() for images, _ in data.batches("test", batch_size=batch_size)]
+        )
 
 
 def compared(before: Tensor, after: Tensor, labels: Tensor) -> dict[str, Any]:
