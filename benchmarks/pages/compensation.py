@@ -49,7 +49,7 @@ def page(sources: Sources) -> str:
             *_recovered(sources.pruning[1]),
             "## Time and memory",
             "Each row was alone in its process, but not on its machine: seconds are upper bounds. The least of "
-            "DeiT-Tiny was on an idle machine, with two threads.",
+            "DeiT-Tiny and that of Swin-T were on an idle machine, with two threads.",
             _costs(rows),
             command(_COMMAND, "a download"),
         ]
