@@ -27,7 +27,7 @@ _IMAGES_AT_ONCE = 8  # with gradients, which keep what all layers gave
 def run_watched(
     network: nn.Module, images: Tensor, watched: Mapping[str, Take], predict: Predict, draw: torch.Generator | None
 ) -> None:
-    """Runs images (N, ...), and calls `watched[name]` once for each call of each of the layers.
+    """Runs images (N, ...), and calls `watched[name]` for every call of the layer of that name.
 
     Args:
         network: The network, in eval mode.
