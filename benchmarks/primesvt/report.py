@@ -61,7 +61,6 @@ _METHODS = {
     "compensated-1.0": "group, compensated, 1 point allowed",
     "compensated-3.0": "group, compensated",
 }
-_COMPENSATED = ("compensated", "compensated-1.0", "compensated-3.0")  # what names end in
 _SINGLE_SHOT_BAR = 3.0  # points lost on the hold-out
 _BARS = {"paper": 0.4, "group": 1.0}  # points lost against the control after fine-tuning
 _GRANULARITIES = {"paper": "filter", "group": "structured"}
@@ -229,7 +228,7 @@ def _points(entry: dict[str, Any], state: str, before: float) -> str:
     found = entry[state]
     wrong, right = found.get("paired", (None, None))
     pairs = "" if wrong is None else f" ({wrong} / {right})"
-    if wrong is not None and entry.get("job", {}).get("name", "").endswith(_COMPENSATED):
+    if wrong is not None and "compensated" in entry.get("job", {}).get("name", ""):
         low, high = _interval(wrong, right, found["test"]["images"])
         pairs += f" [{low:.2f}, {high:.2f}]"
     return f"{found['test']['percent']:.2f}, {before - found['test']['percent']:+.2f} lost{pairs}"
