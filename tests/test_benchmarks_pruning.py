@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from timm.layers import Mlp
 from torch import nn
 
 from benchmarks.pruning import batches, images, jobs, peers, report, runner, subjects, tables, training, work
@@ -78,6 +79,11 @@ def test_every_kind_of_job_writes_results_that_the_report_reads(tmp_path: Path, 
     text = "\n".join(report.sections(*report.read(data)))
     assert "one shot, all layers ranked together" in text
     assert "structured, no recovery" in text
+    before = json.loads(data.read_text())
+    other = tmp_path / "other"
+    do(job("control"), other, tiny)
+    assert report.write(other, tmp_path / "report") == data
+    assert json.loads(data.read_text())["jobs"].keys() == before["jobs"].keys()  # what is no longer at hand stays
     row = next(r for r in json.loads(data.read_text())["comparison"] if r["method"] == "oneshot_uniform")
     assert row["behind_ours"]["images"] == 30
 
@@ -93,9 +99,8 @@ def test_a_network_that_another_package_cut_is_fine_tuned(
     tiny: subjects.Subject, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def narrowed(network: nn.Module, *_: object) -> nn.Module:
-        for block in (layer.blocks[0] for layer in network.get_submodule("layers")):  # type: ignore[union-attr]
-            block.mlp.fc1 = nn.Linear(block.mlp.fc1.in_features, 8)
-            block.mlp.fc2 = nn.Linear(8, block.mlp.fc2.out_features)
+        for mlp in (module for module in network.modules() if isinstance(module, Mlp)):
+            mlp.fc1, mlp.fc2 = nn.Linear(mlp.fc1.in_features, 8), nn.Linear(8, mlp.fc2.out_features)
         return network
 
     monkeypatch.setattr(peers, "structured", narrowed)

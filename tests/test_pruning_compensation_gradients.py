@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from swincompress_pl.pruning.compensation.compensator import Compensator, ReaderState
 from swincompress_pl.pruning.compensation.masks import MaskCompensator
 from swincompress_pl.pruning.compensation.moments import CalibrationError, Moments
+from swincompress_pl.pruning.compensation.readers import Reader
 from swincompress_pl.pruning.space import SpaceConfig, WeightSpace, compensator_for, search_space
 
 FC1, FC2 = "blocks.0.mlp.fc1", "blocks.1.mlp.fc2"
@@ -96,6 +97,25 @@ def test_without_gradients_all_weigh_the_same(how: str) -> None:
         assert state.moments.rows == len(rows)
         torch.testing.assert_close(state.moments.xx, rows.T @ rows, rtol=1e-5, atol=1e-5)
         assert torch.equal(state.scale, torch.ones_like(state.scale))
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.Linear(6, 4), (2, 5, 6)),
+        (nn.Conv2d(3, 4, (3, 2), stride=2, padding=1), (2, 3, 7, 6)),
+        (nn.Conv2d(3, 4, 1), (2, 3, 5, 4)),
+        (nn.Conv1d(3, 4, 3, padding=1), (2, 3, 7)),
+    ],
+)
+def test_rows_that_are_given_are_in_the_order_of_those_that_are_read(
+    layer: nn.Linear | nn.Conv1d | nn.Conv2d, shape: tuple[int, ...]
+) -> None:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    reader = Reader(name="layer", taps=layer.weight[0, 0].numel())
+    read = torch.cat(list(reader.rows(layer, x)))
+    assert layer.bias is not None
+    torch.testing.assert_close(reader.given(layer, layer(x)), read @ layer.weight.flatten(1).T + layer.bias)
 
 
 def test_checkpoints_change_nothing() -> None:
