@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from timm.models import SwinTransformer, VisionTransformer
 from torch import Tensor, nn
 
+from swincompress_pl.masks import masked_parameters, refuse_filled_masks
 from swincompress_pl.pruning import AdaptivePruningConfig, Group, PruningPlan, apply_plan, compensate, prune
 from swincompress_pl.pruning.adaptive.search import SearchSession
 from swincompress_pl.pruning.compensation import compensator as compensator_module
@@ -23,8 +24,9 @@ from swincompress_pl.pruning.compensation.errors import removal_errors
 from swincompress_pl.pruning.compensation.moments import CalibrationError, Moments
 from swincompress_pl.pruning.evaluation.divergence import distance
 from swincompress_pl.pruning.space import SpaceConfig, StructuredSpace, compensator_for
-from swincompress_pl.pruning.structure.change import revert
+from swincompress_pl.pruning.structure.change import gone_units, revert
 from swincompress_pl.pruning.structure.unit_masks import mask_units
+from swincompress_pl.pruning.structure.weight_masks import register_masks, set_mask
 from swincompress_pl.registry import adapter_for
 
 SHAPE = (1, 3, 16, 16)
@@ -182,13 +184,73 @@ def test_of_many_rows_a_part_turns_the_heads(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(compensator_module, "turn", counted)
     for most in (10**6, 200):
-        monkeypatch.setattr(compensator_module, "_MOST_ROWS", most)
+        monkeypatch.setattr(compensator_module, "MOST_ROWS", most)
         network, images = _vit(), _images(32)
         before = network(images)
         _compensator(network, _groups(network, "head_dim"), images)
         assert float((network(images) - before).detach().abs().max()) < 1e-4
     assert counts[:2] == [32 * 17] * 2
     assert all(100 < count < 300 for count in counts[2:])
+
+
+def _mask(network: nn.Module, *names: str) -> dict[str, Tensor]:
+    """Masks a random third of some weights."""
+    register_masks(network, names)
+    for seed, name in enumerate(names):
+        shape = network.get_parameter(name).shape
+        set_mask(network, name, torch.rand(shape, generator=torch.Generator().manual_seed(seed)) > 0.33)
+    return {name: mask.clone() for name, (_, mask) in masked_parameters(network).items()}
+
+
+@pytest.mark.parametrize("layer", ["qkv", "proj"])
+def test_heads_are_not_turned_where_that_would_fill_masked_weights(layer: str) -> None:
+    network, images = _vit(), _images()
+    masks = _mask(network, f"blocks.0.attn.{layer}.weight")
+    before = _state(network)
+    _compensator(network, _groups(network, "head_dim"), images)
+    after = _state(network)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert all(name.startswith("blocks.1.attn.") for name in changed)
+    assert changed
+    for name, mask in masks.items():
+        assert not network.get_parameter(name)[~mask].count_nonzero()
+
+
+@pytest.mark.parametrize("shrink", ["round", "end"])
+def test_what_is_solved_again_keeps_masked_weights_at_zero(shrink: str) -> None:
+    network, images = _vit(), _images(256)
+    _mask(network, "blocks.0.mlp.fc2.weight", "blocks.1.attn.proj.weight")
+    config = SpaceConfig(kinds=("mlp", "heads"), compensation="ridge", shrink=shrink)  # type: ignore[arg-type]
+    space = StructuredSpace(config, None, compensator_for(config, [images]))
+    space.prepare(network)
+    removal = {HIDDEN: list(range(0, 128, 3)), "blocks.1.attn.heads": [0]}
+    plain = StructuredSpace(SpaceConfig(kinds=("mlp", "heads")))
+    with torch.no_grad():
+        wanted = network(images)
+        with plain.masked(network, removal):
+            lost = float((network(images) - wanted).norm())
+        with space.masked(network, removal):
+            assert float((network(images) - wanted).norm()) < 0.7 * lost
+            tried = network(images)
+        space.commit(network, removal)
+        torch.testing.assert_close(network(images), tried, atol=1e-5, rtol=1e-4)
+    refuse_filled_masks(network, "test")
+    assert len(masked_parameters(network)) >= 2
+
+
+def test_dimensions_that_are_masked_stay_so_when_heads_are_turned_again() -> None:
+    network, images = _vit(), _images()
+    config = SpaceConfig(kinds=("head_dim",), compensation="ridge", shrink="end")
+    space = StructuredSpace(config, None, compensator := compensator_for(config, [images]))
+    space.prepare(network)
+    space.commit(network, {DIMENSIONS: [0, 3, 4]})
+    compensator.forget()
+    with torch.no_grad():
+        wanted = network(images)
+        space.prepare(network)
+        torch.testing.assert_close(network(images), wanted, atol=1e-4, rtol=1e-4)
+    refuse_filled_masks(network, "test")
+    assert gone_units(network, _group(network, DIMENSIONS)) == (0, 3, 4)
 
 
 def test_the_last_axes_of_heads_carry_least() -> None:

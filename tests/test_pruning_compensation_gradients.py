@@ -10,9 +10,10 @@ import torch
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 
-from swincompress_pl.pruning.compensation.compensator import Compensator, ReaderState
+from swincompress_pl.pruning.compensation.compensator import Compensator
 from swincompress_pl.pruning.compensation.masks import MaskCompensator
 from swincompress_pl.pruning.compensation.moments import CalibrationError, Moments
+from swincompress_pl.pruning.compensation.reader_state import ReaderState
 from swincompress_pl.pruning.compensation.readers import Reader
 from swincompress_pl.pruning.space import SpaceConfig, WeightSpace, compensator_for, search_space
 

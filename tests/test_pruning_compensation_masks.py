@@ -153,7 +153,7 @@ class _Doubled(nn.Module):
 def test_lost_weights_that_are_combinations_of_kept_ones_cost_nothing(
     operations: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("swincompress_pl.pruning.compensation.masks.MOST_OPERATIONS", operations)
+    monkeypatch.setattr("swincompress_pl.pruning.compensation.rows.MOST_OPERATIONS", operations)
     network = _network()
     block = network.blocks[0]
     block.norm2 = nn.Sequential(block.norm2, _Doubled())  # the other half of fc1's inputs repeats the first

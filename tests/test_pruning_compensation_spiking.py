@@ -9,18 +9,20 @@ from typing import Any
 import pytest
 import torch
 from support.prime_cases import SHAPE, holdout_of, network_of, prime_config, same_state, state_of
-from support.spiking_cases import FAMILIES, lively
+from support.spiking_cases import FAMILIES, lively, spikes_of
 from torch import Tensor, nn
 
 from swincompress_pl.pruning import AllocatedPolicy, PrimeSVTConfig, primesvt
 from swincompress_pl.pruning.compensation.compensator import Compensator
 from swincompress_pl.pruning.compensation.moments import Moments
+from swincompress_pl.pruning.compensation.order import heads_apart, sort_heads
 from swincompress_pl.pruning.compensation.readers import readers_of
 from swincompress_pl.pruning.evaluation.scorer import as_evaluator
 from swincompress_pl.pruning.prime.candidates import Candidates
 from swincompress_pl.pruning.space import SpaceConfig, StructuredSpace, compensator_for
 from swincompress_pl.pruning.structure.groups import Group
 from swincompress_pl.pruning.structure.unit_masks import mask_units
+from swincompress_pl.pruning.structure.weight_masks import register_masks, set_mask
 from swincompress_pl.registry import adapter_for
 
 WHOLE = ("heads", "embed")
@@ -104,6 +106,69 @@ def test_corrected_statistics_do_not_count_the_bias_twice(name: str) -> None:
     with candidates.masked(widths), torch.no_grad():
         found = network(images)
     assert (found - expected).norm() < 0.05 * expected.norm()
+
+
+def _of_several_heads(network: nn.Module) -> list[Group]:
+    return [group for group in _groups(network) if group.heads > 1]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_sorting_the_units_of_each_head_leaves_every_spike(name: str) -> None:
+    network, images = lively(FAMILIES[name], 2, trained_statistics=True)
+    groups = _of_several_heads(network)
+    if not groups:  # channels of SDT meet one by one
+        assert name.startswith("sdt") or all(getattr(m, "num_heads", 1) == 1 for m in network.modules())
+        return
+    with torch.no_grad(), spikes_of(network) as before:
+        wanted = network(images)
+    moved = 0
+    for group in groups:
+        scores = torch.randn(group.heads * group.units, generator=torch.Generator().manual_seed(len(group.name)))
+        now = sort_heads(network, group, scores)
+        moved += int((now != torch.arange(len(now))).sum())
+        assert torch.equal(now.sort().values, torch.arange(len(now)))
+        sorted_scores = scores[now].reshape(group.heads, group.units)
+        assert torch.equal(sorted_scores, sorted_scores.sort(1, descending=True).values)
+    with torch.no_grad(), spikes_of(network) as after:
+        found = network(images)
+    assert moved > 0
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
+    for neuron, spikes in after.items():
+        assert spikes.sum() == before[neuron].sum(), neuron
+
+
+def test_the_least_of_every_head_go_together() -> None:
+    """Half of the units of each head are copies of nothing: their order differs from head to head."""
+    network, images = lively(FAMILIES["spikformer"], 2, trained_statistics=True)
+    groups, tensors = _of_several_heads(network), dict(network.named_parameters())
+    with torch.no_grad():
+        for group in groups:
+            for part in heads_apart(group).slices:
+                if part.tensor in tensors and part.axis == 0:
+                    # Odd dimensions of odd heads, and even ones of even heads, never fire.
+                    dead = [u for u in range(group.heads * group.units) if (u // group.units + u) % 2 == 0]
+                    tensors[part.tensor][part.indices(dead)] = -1e-9 if part.tensor.endswith("bias") else 0.0
+        wanted = network(images)
+        compensator = Compensator([images])
+        compensator.begin_round(network, groups)
+        for group in groups:
+            last = list(range(group.units // 2, group.units))
+            lost = compensator.lost_columns(group, last)
+            with mask_units(network, group, last), compensator.compensated(network, lost):
+                torch.testing.assert_close(network(images), wanted, rtol=1e-6, atol=1e-6)
+
+
+def test_units_that_masks_tell_apart_keep_their_order() -> None:
+    network, images = lively(FAMILIES["spikformer"], 2, trained_statistics=True)
+    groups = _of_several_heads(network)
+    name = "blocks.0.attn.qkv_conv_bn.0.weight"
+    weight = network.get_parameter(name)
+    mask = torch.rand(weight.shape, generator=torch.Generator().manual_seed(0)) < 0.5
+    register_masks(network, [name])
+    set_mask(network, name, mask)
+    before = weight.detach().clone()
+    Compensator([images]).begin_round(network, groups)
+    assert torch.equal(network.get_parameter(name), before)
 
 
 def _space(network: nn.Module, images: Tensor, **options: Any) -> StructuredSpace:

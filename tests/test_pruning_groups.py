@@ -544,6 +544,10 @@ def test_groups_are_data(name: str) -> None:
         ({"min_units": 5}, "min_units <= units"),
         ({"min_units": 0}, "1 <= min_units"),
         ({"slices": (Slice(tensor="w", axis=0),)}, "marked as consumer"),
+        ({"heads": 0}, "heads >= 1"),
+        ({"heads": 2}, r"heads=2 needs slices of width 1 at offsets 0, 4, .* w has width 1 and offsets \(0,\)"),
+        ({"heads": 2, "slices": (Slice(tensor="w", axis=0, width=2, offsets=(0, 4), consumer=True),)}, "has width 2"),
+        ({"heads": 2, "slices": (Slice(tensor="w", axis=0, offsets=(0, 5), consumer=True),)}, r"offsets \(0, 5\)"),
     ],
 )
 def test_a_malformed_group_is_refused(fields: dict[str, object], message: str) -> None:

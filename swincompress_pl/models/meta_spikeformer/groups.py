@@ -67,10 +67,10 @@ def _attention(network: nn.Module, path: str, stream: Coupling) -> list[Group]:
         _rows(whole, path, name, dim)
     whole.reader(f"{path}.proj_conv.conv1", dims["v"])
     whole.attribute(path, "num_heads")
-    inner = Coupling(network, f"{path}.qk", "qk", dims["q"])
+    inner = Coupling(network, f"{path}.qk", "qk", dims["q"], heads=heads)
     for name in "qk":
         _rows(inner, path, name, 1, starts[name], silent=True)
-    outer = Coupling(network, f"{path}.v", "v", dims["v"])
+    outer = Coupling(network, f"{path}.v", "v", dims["v"], heads=heads)
     _rows(outer, path, "v", 1, starts["v"])
     outer.reader(f"{path}.proj_conv.conv1", 1, starts["v"])
     return [*inside, whole.group(), inner.group(), outer.group()]

@@ -16,11 +16,11 @@ _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 class Coupling:
     """Gathers the slices of one group of `units` channels, heads, or dimensions of heads; `group()` is the result.
 
-    A neuron acts on every channel separately and has no width, so it needs no slice.
+    A neuron acts on every channel separately and has no width, so it needs no slice. `heads` is as in `Group`.
     """
 
-    def __init__(self, network: nn.Module, name: str, kind: str, units: int) -> None:
-        self.network, self.name, self.kind, self.units = network, name, kind, units
+    def __init__(self, network: nn.Module, name: str, kind: str, units: int, *, heads: int = 1) -> None:
+        self.network, self.name, self.kind, self.units, self.heads = network, name, kind, units, heads
         self._slices: list[Slice] = []
         self._attributes: list[Attribute] = []
         self._class_swaps: list[ClassSwap] = []
@@ -34,6 +34,7 @@ class Coupling:
             slices=tuple(self._slices),
             attributes=tuple(dict.fromkeys(self._attributes)),
             class_swaps=tuple(self._class_swaps),
+            heads=self.heads,
         )
 
     def writer(

@@ -67,11 +67,11 @@ def self_attention_groups(network: nn.Module, path: str, *, qkv: Layer, proj: La
     whole.attribute(path, "num_heads")
 
     qk_starts = tuple(part * qk_width + head * qk_dim for part in range(2) for head in range(heads))
-    inner = Coupling(network, f"{path}.qk", "qk", qk_dim)
+    inner = Coupling(network, f"{path}.qk", "qk", qk_dim, heads=heads)
     inner.writer(*qkv, 1, qk_starts, silent=True)
 
     v_starts = tuple(head * v_dim for head in range(heads))
-    outer = Coupling(network, f"{path}.v", "v", v_dim)
+    outer = Coupling(network, f"{path}.v", "v", v_dim, heads=heads)
     outer.writer(*qkv, 1, tuple(2 * qk_width + start for start in v_starts))
     outer.reader(proj[0], 1, v_starts)
 
@@ -98,11 +98,11 @@ def qk_attention_groups(network: nn.Module, path: str) -> list[Group]:
     whole.writer(*qk, k_dim, (q_width,))
     whole.reader(proj, k_dim)
     whole.attribute(path, "num_heads")
-    outer = Coupling(network, f"{path}.v", "v", k_dim)
+    outer = Coupling(network, f"{path}.v", "v", k_dim, heads=heads)
     k_rows = tuple(q_width + start for start in k_starts)
     couplings = [whole, outer]
     if attention.qka_type == "token":
-        inner = Coupling(network, f"{path}.qk", "qk", q_dim)
+        inner = Coupling(network, f"{path}.qk", "qk", q_dim, heads=heads)
         inner.writer(*qk, 1, q_starts, silent=True)
         couplings.insert(1, inner)
         outer.writer(*qk, 1, k_rows)

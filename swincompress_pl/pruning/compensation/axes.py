@@ -9,15 +9,17 @@ projected values, as far as queries and keys are independent. The network comput
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
+from swincompress_pl.masks import masked_parameters
 from swincompress_pl.pruning.evaluation.ranks import world_size
 from swincompress_pl.pruning.structure.apply import stored_tensor
+from swincompress_pl.pruning.structure.change import gone_units
 from swincompress_pl.pruning.structure.groups import Group
 
 _LEAST = 1e-12  # of the largest eigenvalue: what a direction without any variance counts as
@@ -31,7 +33,7 @@ class Heads:
         group: Name of its group of dimensions.
         qkv: Path of the layer whose rows are queries, keys and values.
         proj: Path of the layer that reads the values.
-        width: Dimensions per head.
+        units: The dimensions of each head that are turned: all but those that are masked.
         q: First row of the queries of each head.
         k: First row of the keys of each head.
         v: First row of the values of each head.
@@ -41,16 +43,17 @@ class Heads:
     group: str
     qkv: str
     proj: str
-    width: int
+    units: tuple[int, ...]
     q: tuple[int, ...]
     k: tuple[int, ...]
     v: tuple[int, ...]
     columns: tuple[int, ...]
 
 
-def heads_of(group: Group) -> Heads | None:
+def heads_of(network: nn.Module, group: Group) -> Heads | None:
     """The heads of a group of dimensions; None if their basis is not free."""
-    if not group.free_basis:
+    units = units_alike(network, group) if group.free_basis else ()
+    if not units:
         return None
     by_role = {(part.tensor, part.axis, part.consumer): part for part in group.slices}
     (meeting,) = [p for (name, axis, c), p in by_role.items() if name.endswith(".weight") and axis == 0 and c]
@@ -61,7 +64,7 @@ def heads_of(group: Group) -> Heads | None:
         group=group.name,
         qkv=meeting.tensor.removesuffix(".weight"),
         proj=reading.tensor.removesuffix(".weight"),
-        width=group.units,
+        units=units,
         q=meeting.offsets[:count],
         k=meeting.offsets[count:],
         v=values.offsets,
@@ -69,9 +72,25 @@ def heads_of(group: Group) -> Heads | None:
     )
 
 
+def units_alike(network: nn.Module, group: Group) -> tuple[int, ...]:
+    """The units of a group that are not masked; none if the masks of single weights tell them apart.
+
+    A mask that is not the same for all units of a head would not be kept if these were mixed or put in another order.
+    """
+    gone, masks = gone_units(network, group), masked_parameters(network)
+    units = [unit for unit in range(group.units) if unit not in gone]
+    for part in group.slices if units else ():
+        if part.tensor in masks:
+            mask = masks[part.tensor][1].movedim(part.axis, 0)
+            rows = torch.tensor([[offset + unit for unit in units] for offset in part.offsets], device=mask.device)
+            if not torch.equal(mask[rows], mask[rows[:, :1]].expand(-1, len(units), *mask.shape[1:])):
+                return ()
+    return tuple(units)
+
+
 @dataclass(kw_only=True, eq=False)
 class HeadMoments:
-    """Sums over rows of queries and keys: q q^T and k k^T (heads, width, width), and k (heads, width), float64.
+    """Sums over rows of queries and keys: q q^T and k k^T (heads, units, units), and k (heads, units), float64.
 
     Attributes:
         rows: Their number.
@@ -88,7 +107,7 @@ class HeadMoments:
     @classmethod
     def empty(cls, heads: Heads, device: torch.device) -> HeadMoments:
         """Makes the sums of no rows."""
-        square = torch.zeros(len(heads.q), heads.width, heads.width, dtype=torch.float64, device=device)
+        square = torch.zeros(len(heads.q), len(heads.units), len(heads.units), dtype=torch.float64, device=device)
         return cls(qq=square, kk=square.clone(), k=square[:, 0].clone())
 
     def add(self, heads: Heads, rows: Tensor) -> None:
@@ -96,7 +115,7 @@ class HeadMoments:
         if len(rows) > self.at_most:
             chosen = torch.rand(len(rows), generator=self.draw) < self.at_most / len(rows)
             rows = rows[chosen.nonzero().squeeze(1).to(rows.device)]
-        q, k = (rows[:, _rows_of(starts, heads.width)].unflatten(1, (-1, heads.width)).movedim(1, 0).double()
+        q, k = (rows[:, _rows_of(starts, heads.units)].unflatten(1, (-1, len(heads.units))).movedim(1, 0).double()
                 for starts in (heads.q, heads.k))  # fmt: skip
         self.qq += q.transpose(1, 2) @ q
         self.kk += k.transpose(1, 2) @ k
@@ -133,14 +152,14 @@ def turn(network: nn.Module, heads: Heads, moments: HeadMoments, read: Tensor) -
     # What is added to all keys alike shifts all logits of a query alike, which the softmax does not see.
     keys = moments.kk / moments.rows - mean.unsqueeze(2) * mean.unsqueeze(1)
     for head, starts in enumerate(zip(heads.q, heads.k, heads.v, heads.columns, strict=True)):
-        q, k, v, columns = (slice(start, start + heads.width) for start in starts)
+        q, k, v, columns = (_rows_of([start], heads.units) for start in starts)
         to_q, to_k = _meeting_axes(moments.qq[head] / moments.rows, keys[head])
-        to_v, from_v = _read_axes(projection[:, columns].double(), read[columns, columns])
+        to_v, from_v = _read_axes(projection[:, columns].double(), read[columns][:, columns])
         for tensor in (weight.detach(), *([] if bias is None else [bias.detach()])):
             for rows, matrix in ((q, to_q), (k, to_k), (v, to_v)):
                 tensor[rows] = (matrix @ tensor[rows].double()).to(tensor.dtype)
         projection[:, columns] = (projection[:, columns].double() @ from_v).to(projection.dtype)
-        turned[columns, columns] = to_v
+        turned[torch.tensor(columns).unsqueeze(1), columns] = to_v
     return turned
 
 
@@ -167,8 +186,8 @@ def _roots(moment: Tensor) -> tuple[Tensor, Tensor]:
     return (vectors * values.sqrt()) @ vectors.T, (vectors * values.rsqrt()) @ vectors.T
 
 
-def _rows_of(starts: tuple[int, ...], width: int) -> list[int]:
-    return [start + i for start in starts for i in range(width)]
+def _rows_of(starts: Sequence[int], units: Sequence[int]) -> list[int]:
+    return [start + unit for start in starts for unit in units]
 
 
 @contextmanager

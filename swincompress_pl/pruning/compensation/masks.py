@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from swincompress_pl.masks import masked_parameters
-from swincompress_pl.pruning.compensation.compensator import Compensator, Made, ReaderState, restored
-from swincompress_pl.pruning.compensation.rows import MOST_OPERATIONS, RowSystem
+from swincompress_pl.pruning.compensation.compensator import Compensator, Made, restored
+from swincompress_pl.pruning.compensation.reader_state import ReaderState
+from swincompress_pl.pruning.compensation.rows import RowSystem, best_weights
 from swincompress_pl.pruning.structure.weight_masks import temporary_mask
 
 Masks = Mapping[str, Tensor]
@@ -23,7 +24,7 @@ Masks = Mapping[str, Tensor]
 class MaskCompensator:
     """Compensates masks of the weights of one network, for one round of a search.
 
-    Each output of a layer is solved exactly, unless that takes more than `MOST_OPERATIONS` operations for the layer.
+    Each output of a layer is solved exactly, unless that takes too many operations for the layer.
     Then the solution is approached by conjugate gradients. The methods "ridge" and "second_order" are the same.
 
     Args:
@@ -130,13 +131,7 @@ class MaskCompensator:
         self._compensator.write(network, state, *known[1])
 
     def _solution(self, name: str, state: ReaderState, mask: Tensor) -> tuple[Tensor, Tensor]:
-        rows = self._system(name, damped=False)
-        if rows is None:
-            weight = state.weight * mask
-        elif rows.operations(mask) > MOST_OPERATIONS:
-            weight = rows.approach(state.weight, mask)
-        else:
-            weight = rows.solve(mask)
+        weight = best_weights(self._system(name, damped=False), state.weight, mask)
         return weight, state.bias if state.reader.fixed_bias else state.moments.intercept(weight, state.columns)
 
     def _system(self, name: str, *, damped: bool) -> RowSystem | None:

@@ -54,7 +54,7 @@ def compensate(
         return apply_plan(network, plan)
     compensator = Compensator(images_of(calibration), method=method, predict=predict)
     # The plan's units are those of the heads as they are.
-    groups = {g.name: replace(g, free_basis=False) for g in adapter_for(network).groups(network)}
+    groups = {g.name: replace(g, free_basis=False, heads=1) for g in adapter_for(network).groups(network)}
     gone = {}
     for name, kept in plan.kept.items():
         stay = set(validate_units(find_group(groups, name), kept, "the kept units"))

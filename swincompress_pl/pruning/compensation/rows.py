@@ -154,6 +154,16 @@ class RowSystem:
         return mask
 
 
+def best_weights(rows: RowSystem | None, weight: Tensor, mask: Tensor, *, exactly: bool = True) -> Tensor:
+    """The best weights (outputs, inputs) that are 0 where `mask` is False; without equations, those of `weight`.
+
+    They are approached from `weight` if they need not be solved `exactly`, or that takes too long.
+    """
+    if rows is None:
+        return weight * mask
+    return rows.solve(mask) if exactly and rows.operations(mask) <= MOST_OPERATIONS else rows.approach(weight, mask)
+
+
 def _parts(mask: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Yields rows of alike counts (rows,), what is True of each as columns (rows, most), and which of these count."""
     counts = mask.sum(1)

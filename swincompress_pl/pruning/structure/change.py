@@ -82,7 +82,8 @@ def gone_units(network: nn.Module, group: Group) -> tuple[int, ...]:
     for part in group.consumers():
         if part.tensor not in masks:
             return ()
-        empty = ~masks[part.tensor][1].movedim(part.axis, 0).flatten(1).any(1)
+        mask = masks[part.tensor][1].movedim(part.axis, 0)
+        empty = ~mask.reshape(len(mask), -1).any(1)
         here = {u for u in range(group.units) if bool(empty[part.indices([u])].all())}
         gone = here if gone is None else gone & here
     return tuple(sorted(gone or ()))

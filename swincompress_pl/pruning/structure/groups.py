@@ -150,10 +150,13 @@ class Group:
         free_basis: Whether any change of basis of the units of a head leaves the network's function, if it is made of
             queries and keys, and of values and their reader. So nothing but the products of plain attention may lie
             between; only for "head_dim".
+        heads: Number of heads that share every unit, if the order of the units inside each head is free: the function
+            stays if the units of one head are permuted in all slices. Offset i of a slice is then that of head
+            i % heads, and the heads lie side by side. 1 for one order of all.
 
     Raises:
-        ValueError: If `units` or `min_units` is out of range, or neither a slice is marked as consumer nor a norm is
-            given, so that no unit could be masked.
+        ValueError: If `units` or `min_units` is out of range, neither a slice is marked as consumer nor a norm is
+            given, so that no unit could be masked, or the slices are not those of `heads`.
     """
 
     name: str
@@ -165,18 +168,30 @@ class Group:
     norms: tuple[NormSlice, ...] = ()
     class_swaps: tuple[ClassSwap, ...] = ()
     free_basis: bool = False
+    heads: int = 1
 
     def __post_init__(self) -> None:
         for field in ("slices", "attributes", "norms", "class_swaps"):
             object.__setattr__(self, field, tuple(getattr(self, field)))
-        if self.units < 1 or not 1 <= self.min_units <= self.units:
+        if self.units < 1 or not 1 <= self.min_units <= self.units or self.heads < 1:
             raise ValueError(
-                f"{self.name}: a group needs units >= 1 and 1 <= min_units <= units, not units={self.units}, "
-                f"min_units={self.min_units}"
+                f"{self.name}: a group needs units >= 1, 1 <= min_units <= units and heads >= 1, not "
+                f"units={self.units}, min_units={self.min_units}, heads={self.heads}"
             )
         if not self.norms and not any(s.consumer for s in self.slices):
             raise ValueError(
                 f"{self.name}: no slice is marked as consumer, so its units cannot be masked; mark the reader"
+            )
+        for part in self.slices if self.heads > 1 else ():
+            self._check_heads(part)
+
+    def _check_heads(self, part: Slice) -> None:
+        """Raises a ValueError unless the offsets of a slice are those of all heads, once or several times."""
+        wanted = [first + head * self.units for first in part.offsets[:: self.heads] for head in range(self.heads)]
+        if self.norms or part.width != 1 or list(part.offsets) != wanted:
+            raise ValueError(
+                f"{self.name}: heads={self.heads} needs slices of width 1 at offsets 0, {self.units}, ... for one head "
+                f"after the other, and no norms; {part.tensor} has width {part.width} and offsets {part.offsets}"
             )
 
     def consumers(self) -> tuple[Slice, ...]:
