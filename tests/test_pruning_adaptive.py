@@ -503,10 +503,29 @@ def test_a_ranking_by_loss_pays_for_what_it_saves(dear: str) -> None:
         return values
 
     criterion.estimates_loss = True  # type: ignore[attr-defined]
-    config = AdaptivePruningConfig(ranking="global", criterion=criterion, step=0.2, max_rounds=1, max_sparsity=0.5)
+    config = AdaptivePruningConfig(ranking="global", criterion=criterion, step=0.1, max_rounds=1, max_sparsity=0.5)
     result = prune(network, lambda _n: 90.0, config, input_shape=SHAPE)
     assert result.plan.kept
     assert not [name for name in result.plan.kept if name.endswith(dear)]
+
+
+@pytest.mark.parametrize("round_to", [1, 8, 16])
+def test_a_step_of_a_global_ranking_removes_what_it_is_asked_for(round_to: int) -> None:
+    # Rounded up to granules one by one, the widths would leave a part of each step behind.
+    network = _network()
+    space = search_space(AdaptivePruningConfig(ranking="global", round_to=round_to))
+    (target,) = space.targets(network)
+    groups = {g.name: g for g in search_space(AdaptivePruningConfig()).groups(network)}  # type: ignore[attr-defined]
+    for asked in (1, 50, 200, 400):
+        removal = space.removal(network, target, target.units - asked, None)
+        members = {member.name: member for member in target.members}
+        assert all(members[name].kind == "heads" or len(gone) % round_to == 0 for name, gone in removal.items())
+        cost = {name: member.weights / member.initial_units for name, member in members.items()}
+        removed = sum(cost[name] * len(gone) for name, gone in removal.items())
+        granule = max(cost[name] * (1 if group.kind == "heads" else round_to) for name, group in groups.items())
+        wanted = target.weights * asked / 1000
+        assert removed > 0
+        assert wanted - granule < removed <= max(wanted * (1 + 1e-9), granule)
 
 
 @pytest.mark.parametrize("ranking", ["local", "global"])

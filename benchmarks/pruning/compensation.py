@@ -172,7 +172,7 @@ def _config(job: Job, network: nn.Module) -> AdaptivePruningConfig:
         "criterion": job.criterion,
         "compensation": job.method,
         "max_sparsity": 0.97,
-        "step": 0.05 if job.target is None else 0.9,
+        "step": 0.2 if job.target is None else 0.9,
     }
     if job.audit:
         options["audit"] = job.audit

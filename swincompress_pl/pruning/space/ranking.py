@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from swincompress_pl.pruning.criteria import (
     Gradients,
@@ -31,7 +32,8 @@ class GlobalSpace:
     Scores that estimate the loss (`estimates_loss`, the Fisher criteria) are divided by what the unit costs. So a step
     takes what saves most per loss, in the order in which a knapsack is filled. The cost of a structured unit is in MACs
     if `target_of` is "macs" and `input_shape` is known; any other cost is in parameters. Other scores stay as they are.
-    Every member keeps what `max_sparsity`, `round_to` and its own limits ask for, so a step may remove less than asked.
+    Every member keeps what `max_sparsity`, `round_to` and its own limits ask for; the others then lose more, so that a
+    step removes what it is asked for, or the least that `round_to` allows.
     """
 
     def __init__(self, local: StructuredSpace | WeightSpace, input_shape: Sequence[int] | None = None) -> None:
@@ -70,13 +72,25 @@ class GlobalSpace:
             self._known_prices = prices = self._known_prices or self._prices(network, target.members)
             scores = [each / price for each, price in zip(scores, prices, strict=True)]
         owners = torch.cat([torch.full((len(s),), i) for i, s in enumerate(scores)])
-        costs = torch.tensor([m.weights / m.initial_units for m in target.members], dtype=torch.float64)
-        order = torch.argsort(torch.cat(scores), stable=True)
-        budget = target.weights * (target.units - keep) / _PER_MILLE
-        count = int((costs[owners[order]].cumsum(0) <= budget * (1 + 1e-9)).sum())
-        gone = torch.bincount(owners[order[:count]], minlength=len(target.members)).tolist()
+        owners = owners[torch.argsort(torch.cat(scores), stable=True)]
+        costs = [m.weights / m.initial_units for m in target.members]
+        budget = target.weights * (target.units - keep) / _PER_MILLE * (1 + 1e-9)
+
+        def lost(count: int) -> float:
+            widths = self._without(target.members, owners[:count])
+            return sum(c * (m.units - w) for c, m, w in zip(costs, target.members, widths, strict=True))
+
+        count = int((torch.tensor(costs, dtype=torch.float64)[owners].cumsum(0) <= budget).sum())
+        counts = range(count, len(owners) + 1)
+        count = counts[bisect_right(counts, budget, key=lost) - 1]  # granules lose less than is asked
+        if budget > 0 and not lost(count):
+            count = counts[min(bisect_right(counts, 0.0, key=lost), len(counts) - 1)]
+        return self._without(target.members, owners[:count])
+
+    def _without(self, members: Sequence[Target], gone: Tensor) -> list[int]:
+        """The members' widths without units of these members (units,), as far as their limits and granules allow."""
         widths = []
-        for member, removed in zip(target.members, gone, strict=True):
+        for member, removed in zip(members, torch.bincount(gone, minlength=len(members)).tolist(), strict=True):
             width = -(-(member.units - removed) // member.granule) * member.granule
             widths.append(min(max(width, member.least_units(self.config.max_sparsity)), member.units))
         return widths
