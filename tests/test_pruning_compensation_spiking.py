@@ -158,6 +158,17 @@ def test_the_least_of_every_head_go_together() -> None:
                 torch.testing.assert_close(network(images), wanted, rtol=1e-6, atol=1e-6)
 
 
+def test_a_granule_counts_the_units_of_all_heads() -> None:
+    network = network_of()
+    for round_to in (1, 2, 3, 8):
+        targets = StructuredSpace(SpaceConfig(kinds=("qk", "v", "mlp", "heads"), round_to=round_to)).targets(network)
+        heads = {group.name: group.heads for group in _groups(network)}
+        for target in targets:
+            several = heads.get(target.name, 1)
+            wanted = 1 if target.kind == "heads" else next(g for g in range(1, 9) if g * several % round_to == 0)
+            assert target.granule == wanted, (target.name, round_to)
+
+
 def test_units_that_masks_tell_apart_keep_their_order() -> None:
     network, images = lively(FAMILIES["spikformer"], 2, trained_statistics=True)
     groups = _of_several_heads(network)

@@ -137,8 +137,8 @@ _SEARCHES: dict[str, dict[str, Any]] = {
 # audits.
 _COMPENSATED: dict[str, Any] = {
     "policy": "allocated", "curves": "divergence", "blocks": "layer", "compensation": "ridge",
-    "criterion": "second_order", "min_block_share": 0.1, "rates": [round(0.12 * n, 2) for n in range(1, 8)],
-    "curve_images": 128, "audit": 0.5,
+    "criterion": "second_order", "min_block_share": 0.1, "max_sparsity": 0.97,
+    "rates": [*(round(0.12 * n, 2) for n in range(1, 8)), 0.9, 0.94, 0.97], "curve_images": 128, "audit": 0.5,
 }  # fmt: skip
 # The paper's zeros, with the weights that are left solved again.
 _PAPER_COMPENSATED: dict[str, Any] = {"granularity": "filter", "compensation": "ridge"}

@@ -31,8 +31,8 @@ class AdaptivePruningConfig(SpaceConfig):
             halves it. Steps are rounded to whole units, or to multiples of `round_to` where that applies.
         min_step: A target is locked once its step is smaller than this. Above 0 and at most `step`.
         max_sparsity: Part of a target's original units that may go, above 0 and below 1.
-        round_to: Kept widths, except those of heads, are multiples of it, so that kernels stay fast; 1 or more. Only
-            for "structured".
+        round_to: Kept widths, except the number of heads, are multiples of it, so that kernels stay fast; 1 or more.
+            In spiking attention ("qk", "v"), those of all heads together are. Only for "structured".
         order: "fixed" takes the targets in the order of the network, and "size" those with most weights first.
             "sensitivity" takes those first that cost least accuracy, measured once before the first round. A global
             ranking has only one target, so the order does not matter there.

@@ -172,7 +172,8 @@ class PrimeSVTConfig:
             because raising it saves next to nothing; with the policy "allocated" that rate is 0. From 0 (the paper),
             which raises all, to below 1.
         max_sparsity: Largest rate of a layer, above 0 and below 1.
-        round_to: Kept widths, except those of heads, are multiples of it; 1 or more. Only for "structured".
+        round_to: Kept widths, except the number of heads, are multiples of it; of "qk" and "v", those of all heads
+            together. 1 or more, and only for "structured".
         kinds: Kinds of groups to prune; None for all that the network has, except "heads" and "embed". Only for
             "structured".
         layers: Patterns (fnmatch) of the names to prune; None for all.

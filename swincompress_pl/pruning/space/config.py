@@ -45,7 +45,8 @@ class SpaceConfig:
         layers: Patterns (fnmatch) of the names to prune; None for all.
         criterion: A name in `pruning.CRITERIA`, or a function (`pruning.Criterion`).
         max_sparsity: Part of a target's original units that may go, in (0, 1).
-        round_to: Kept widths, except those of heads, are multiples of it; only for "structured".
+        round_to: Kept widths, except the number of heads, are multiples of it; in spiking attention those of all heads
+            together. Only for "structured".
         shrink: "round" slices what is removed for good, "end" masks it; only for "structured".
         ranking: "local" makes every group or layer a target, "global" makes the whole network one target.
         target_of: What a search is to save. With "macs", a global ranking prices units in MACs (see `GlobalSpace`).

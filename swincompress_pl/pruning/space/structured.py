@@ -89,12 +89,18 @@ class StructuredSpace:
                     units=g.units - len(gone_units(network, g)),
                     initial_units=before,
                     min_units=g.min_units,
-                    granule=1 if g.kind == "heads" else self.config.round_to,
+                    granule=self._granule(g),
                     weights=_owned(shapes, g) // g.units * before,
                     tensors=tuple(dict.fromkeys([*g.masked_parameters(), *self._rewritten(g)])),
                 )
             )
         return found
+
+    def _granule(self, group: Group) -> int:
+        """Widths are multiples of it; where a unit is one of each head, the heads' width together is rounded."""
+        if group.kind == "heads":
+            return 1
+        return self.config.round_to // math.gcd(self.config.round_to, group.heads)
 
     def scores(self, network: nn.Module, target: Target, gradients: Gradients | None) -> Tensor:
         """The scores of the group's units; those that are masked already score below all others."""
