@@ -411,6 +411,30 @@ def test_the_residual_stream_has_no_reader() -> None:
         prune(network, lambda _: 90.0, config, calibration=[_images()])
 
 
+def _unread(network: nn.Module, **options: object) -> StructuredSpace:
+    config = SpaceConfig(**{"kinds": ("embed", "mlp"), "criterion": "second_order", "compensation": "ridge"} | options)  # type: ignore[arg-type]
+    return StructuredSpace(config, None, compensator_for(config, [_images()]))
+
+
+def test_groups_that_no_layer_reads_are_named_and_ranked_by_magnitude() -> None:
+    network = _vit()
+    space = _unread(network)
+    with pytest.warns(UserWarning, match="second_order.*1 groups.*'magnitude' ranks these.*embed"):
+        space.prepare(network)
+    by_magnitude = StructuredSpace(SpaceConfig(kinds=("embed", "mlp")))
+    for target in space.targets(network):
+        same = torch.equal(space.scores(network, target, None), by_magnitude.scores(network, target, None))
+        assert same == (target.kind == "embed")
+
+
+@pytest.mark.parametrize("options", [{"ranking": "global"}, {"kinds": ("embed",)}])
+def test_groups_that_no_layer_reads_are_refused_where_nothing_else_is_or_all_are_compared(
+    options: dict[str, object],
+) -> None:
+    with pytest.raises(ValueError, match=r"second_order.*no layer reads the units of embed"):
+        _unread(network := _vit(), **options).prepare(network)
+
+
 def test_fewer_rows_than_channels_still_give_weights() -> None:
     network, group = _vit(), _group(_vit(), HIDDEN)
     compensator = _compensator(network, [group], _images(2))  # 34 rows for 128 channels

@@ -12,8 +12,9 @@ from support.prime_cases import SHAPE, holdout_of, network_of, prime_config, sam
 from support.spiking_cases import FAMILIES, lively, spikes_of
 from torch import Tensor, nn
 
-from swincompress_pl.pruning import AllocatedPolicy, PrimeSVTConfig, primesvt
+from swincompress_pl.pruning import AdaptivePruningConfig, AllocatedPolicy, PrimeSVTConfig, primesvt, prune
 from swincompress_pl.pruning.compensation.compensator import Compensator
+from swincompress_pl.pruning.compensation.meetings import Meeting, meetings_of, watched_meetings
 from swincompress_pl.pruning.compensation.moments import Moments
 from swincompress_pl.pruning.compensation.order import heads_apart, sort_heads
 from swincompress_pl.pruning.compensation.readers import readers_of
@@ -188,28 +189,77 @@ def _space(network: nn.Module, images: Tensor, **options: Any) -> StructuredSpac
     return StructuredSpace(config, None, compensator_for(config, [images]))
 
 
-def test_groups_that_no_layer_reads_are_named_and_ranked_by_magnitude() -> None:
-    network = network_of()
-    space = _space(network, _images())
-    with pytest.warns(UserWarning, match="second_order.*2 groups.*'magnitude' ranks these.*blocks.0.attn.qk"):
-        space.prepare(network)
-    by_magnitude = StructuredSpace(SpaceConfig(kinds=("qk", "mlp")))
-    for target in space.targets(network):
-        same = torch.equal(space.scores(network, target, None), by_magnitude.scores(network, target, None))
-        assert same == (target.kind == "qk")
+def _meetings(network: nn.Module, images: Tensor) -> dict[str, Meeting]:
+    found = meetings_of(network, _groups(network), images[:1], lambda net, few: net(few))
+    with watched_meetings(network, found), torch.no_grad():
+        network(images)
+    return found
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_queries_and_keys_cost_is_the_error_of_their_product(name: str) -> None:
+    network, images = lively(FAMILIES[name], 2, trained_statistics=True)
+    groups = {group.name: group for group in _groups(network) if group.kind == "qk"}
+    meetings = _meetings(network, images)
+    assert meetings.keys() == groups.keys()
+    with torch.no_grad(), spikes_of(network) as spikes:
+        network(images)
+    for path, group in groups.items():
+        meeting = meetings[path]
+        factors = [
+            spikes[neuron].flatten(3)[:, :, _channels_of(starts, group.units)] for neuron, starts in meeting.factors
+        ]
+        factors = [each.unflatten(2, (group.heads, group.units)).double() for each in factors]
+        order, total = meeting.errors().argsort().tolist(), 0.0
+        for count, unit in enumerate(order, start=1):
+            total += float(meeting.errors()[unit])
+            gone = [each[:, :, :, order[:count]] for each in factors]
+            if len(gone) == 2:
+                product = gone[0].transpose(-2, -1) @ gone[1]
+                wanted = product.square().sum((-2, -1))
+            else:
+                wanted = gone[0].sum(-2).square().sum(-1)
+            assert total == pytest.approx(float(wanted.sum(2).mean()), rel=1e-6, abs=1e-9)
+
+
+def _channels_of(starts: tuple[int, ...], units: int) -> list[int]:
+    return [start + unit for start in starts for unit in range(units)]
+
+
+@pytest.mark.parametrize("name", ["spikformer", "meta-spikeformer"])
+def test_queries_and_keys_are_sorted_and_cut_in_every_round(name: str) -> None:
+    network, images = lively(FAMILIES[name], 2, trained_statistics=True)
+    space = _space(network, images, kinds=("qk", "mlp"), round_to=1)
+    with torch.no_grad():
+        wanted = network(images)
+    for _ in range(2):
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("error")
+            space.prepare(network)
+            (target, *_) = [target for target in space.targets(network) if target.kind == "qk"]
+            apart = _meetings(network, images)[target.name].products.diagonal(dim1=1, dim2=2)
+            scores = space.scores(network, target, None)
+            assert len(scores) == target.units
+            if target.units == target.initial_units:
+                torch.testing.assert_close(network(images), wanted, rtol=1e-9, atol=1e-9)
+                assert float(apart[:, -1].sum()) <= float(apart[:, 0].sum())
+            space.commit(network, space.removal(network, target, target.units - 1, None))
 
 
 @pytest.mark.parametrize("options", [{"ranking": "global"}, {"kinds": ("qk",)}])
-def test_groups_that_no_layer_reads_are_refused_where_nothing_else_is_or_all_are_compared(
-    options: dict[str, Any],
-) -> None:
-    network = network_of()
-    space = _space(network, _images(), **options)
-    with pytest.raises(ValueError, match=r"second_order.*no layer reads the units of blocks\.0\.attn\.qk"):
-        space.prepare(network)
+def test_queries_and_keys_can_be_compared_and_go_alone(options: dict[str, Any]) -> None:
+    network, images = network_of(), _images()
+    result = prune(
+        network, lambda _: 90.0,
+        AdaptivePruningConfig(
+            tolerance=5.0, criterion="second_order", compensation="ridge", max_rounds=2, step=0.3, round_to=1,
+            **({"kinds": ("qk", "mlp")} | options),
+        ),
+        input_shape=SHAPE, calibration=[images],
+    )  # fmt: skip
+    assert any(name.endswith(".qk") for name in result.plan.kept)
 
 
-@pytest.mark.filterwarnings("ignore:criterion='second_order'")
 @pytest.mark.parametrize("batchnorm", ["keep", "correct"])
 def test_a_search_with_divergences_applies_what_it_scored(batchnorm: str) -> None:
     network = network_of()

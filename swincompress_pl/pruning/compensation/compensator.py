@@ -22,6 +22,7 @@ from swincompress_pl.interrupts import put_back_after
 from swincompress_pl.pruning.compensation.axes import heads_of, turn, watched_heads
 from swincompress_pl.pruning.compensation.errors import removal_errors
 from swincompress_pl.pruning.compensation.gradients import run_watched
+from swincompress_pl.pruning.compensation.meetings import Meeting, meetings_of, watched_meetings
 from swincompress_pl.pruning.compensation.moments import CalibrationError
 from swincompress_pl.pruning.compensation.order import heads_apart, sort_heads
 from swincompress_pl.pruning.compensation.reader_state import MOST_ROWS, ReaderState
@@ -77,6 +78,7 @@ class Compensator:
         self._intercepts = intercepts
         self.readers = Readers(readers={}, left_alone={})
         self._states: dict[str, ReaderState] = {}
+        self._meetings: dict[str, Meeting] = {}
         self._divergence: Divergence | None = None  # from the network as the round began
         self._measured: dict[object, object] = {}
         self._scores: dict[tuple[object, ...], Tensor] = {}
@@ -92,6 +94,8 @@ class Compensator:
             if self._states and all(state.fits(network) for state in self._states.values()):
                 for state in self._states.values():
                     state.take_up(network)
+                if any(self._has_other_units(group) for group in groups or ()):
+                    self._meet(network, groups)
                 return
             if groups is None:
                 self.readers = readers_named(network, names, self.batches[0][:1], self._predict)
@@ -109,6 +113,10 @@ class Compensator:
         """Says that the network was trained, so that the sums are of another one."""
         self._states, self._measured = {}, {}
 
+    def ranks(self, group: Group) -> bool:
+        """Whether `removal_errors` are known."""
+        return group.name in self._meetings or bool(self._readers(group))
+
     def tensors(self, group: Group) -> tuple[str, ...]:
         """The names of the tensors that compensating a cut of the group changes."""
         return tuple(dict.fromkeys(name for reader in self._readers(group) for name in reader.tensors))
@@ -124,14 +132,15 @@ class Compensator:
         return lost
 
     def removal_errors(self, group: Group) -> Tensor | None:
-        """What the removal of each unit costs (units,), see `errors.removal_errors`; None for a group without readers.
+        """What the removal of each unit costs (units,), see `errors.removal_errors`; None if that is not known.
 
         It is the rise of the mean squared error of what the readers give, per row; behind a BatchNorm, of what that
-        gives. So layers that write to one residual stream, or to neurons of one threshold, can be compared.
+        gives. So layers that write to one residual stream, or to neurons of one threshold, can be compared. Of units
+        that no layer reads, as they meet in a product before, it is the squared error of the product.
         """
         readers = self._readers(group)
         if not readers:
-            return None
+            return self._meetings[group.name].errors() if group.name in self._meetings else None
         key = (group.name, *(self._states[reader.name].gone for reader in readers))
         if key not in self._scores:
             systems = []
@@ -240,6 +249,8 @@ class Compensator:
         heads = {g.name: found for g in groups or () if (found := heads_of(network, g)) and found.proj in self._states}
         with ExitStack() as hooks:
             met = hooks.enter_context(watched_heads(network, heads))
+            self._meetings = meetings_of(network, groups or (), self.batches[0][:1], self._predict)
+            hooks.enter_context(watched_meetings(network, self._meetings))
             images = sum(map(len, self.batches))
             watched = {name: partial(state.add, of=images) for name, state in self._states.items()}
             by_gradients = groups is None and _can_be_differentiated(network)
@@ -260,6 +271,16 @@ class Compensator:
         if several:
             self._take_up(network)
 
+    def _has_other_units(self, group: Group) -> bool:
+        return group.name in self._meetings and self._meetings[group.name].units != group.units
+
+    def _meet(self, network: nn.Module, groups: Sequence[Group] | None) -> None:
+        """Runs all images for the meetings alone, whose units were cut."""
+        self._meetings = meetings_of(network, groups or (), self.batches[0][:1], self._predict)
+        with watched_meetings(network, self._meetings):
+            for batch in self.batches:
+                self._predict(network, batch)
+
     def _take_up(self, network: nn.Module) -> None:
         for state in self._states.values():
             state.take_up(network)
@@ -268,8 +289,11 @@ class Compensator:
     def _sort_heads(self, network: nn.Module, group: Group) -> None:
         """Puts the units of each head in the order of what their removal costs, or else of their magnitudes."""
         apart = heads_apart(group)
-        errors = self.removal_errors(apart)
+        meeting = self._meetings.get(group.name)
+        errors = self.removal_errors(apart) if meeting is None else meeting.errors_apart()
         now = sort_heads(network, group, unit_scores(network, apart) if errors is None else errors)
+        if meeting is not None:
+            meeting.sort(now)
         for part in apart.consumers():
             state = self._states.get(part.tensor.removesuffix(".weight"))
             if state is not None and part.axis == 1:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 _ROUNDS = 64  # of elimination; the units removed in one are chosen one by one, but of the cheapest only
 _CANDIDATES = 2  # for each unit that is removed in a round
-_LARGER = 1 + 1e-9  # so that the order can be read from the scores
+LARGER = 1 + 1e-9  # so that the order can be read from the scores
 
 
 def removal_errors(systems: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
@@ -38,7 +38,7 @@ def removal_errors(systems: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
         candidates = left[costs.argsort(stable=True)[: _CANDIDATES * at_once]]
         chosen, increments = _one_by_one(states, candidates, at_once)
         for unit, cost in zip(chosen, increments, strict=True):
-            highest = max(highest * _LARGER, cost)
+            highest = max(highest * LARGER, cost)
             scores[unit] = highest
         for inverse, weight, columns in states:
             _eliminate(inverse, weight, columns[chosen].flatten())

@@ -198,7 +198,7 @@ class StructuredSpace:
         """{group: why} of those that "second_order" cannot rank; `WITHOUT_READERS` ranks them."""
         if self.config.criterion != SECOND_ORDER or self._compensator is None:
             return {}
-        return {g.name: self._why_not(g) for g in self.groups(network) if not self._compensator.tensors(g)}
+        return {g.name: self._why_not(g) for g in self.groups(network) if not self._compensator.ranks(g)}
 
     def _why_not(self, group: Group) -> str:
         known = {} if self._compensator is None else self._compensator.readers.left_alone
