@@ -90,7 +90,7 @@ def _searches(rows: Sequence[Row]) -> list[str]:
         return []
     header = [
         "network", "tolerance", "seed", "MACs removed %", "lost where it decided", "lost on the audit",
-        "at most (95 %)", "lost on the test images", "95 %", "right -> wrong / wrong -> right",
+        "at most (95 %)", "lost on the test images", "95 %", "right -> wrong / wrong -> right", "seconds",
     ]  # fmt: skip
     found = []
     for row in sorted(rows, key=lambda row: (row["job"]["tolerance"], row["job"]["seed"])):
@@ -108,11 +108,13 @@ def _searches(rows: Sequence[Row]) -> list[str]:
                 f"{test['points_lost']:.2f}",
                 _widest([test]),
                 _counts([test]),
+                f"{row['seconds']:.0f}",
             ]
         )
     return [
         "## A tolerance decides, and an audit",
-        "Half of the hold-out decides, and the other half audits each round (`audit=0.5`).",
+        "Half of the hold-out, 250 images, decides, and the other half audits each round (`audit=0.5`). The bound is "
+        "for all looks at the audit together. So few images make it wide, and a warning says how many would do.",
         table(header, found),
     ]
 

@@ -133,10 +133,10 @@ _SEARCHES: dict[str, dict[str, Any]] = {
         for drop in (1.5, 3.0, 6.0, 12.0)
     },
 }
-# Whatever reads what goes is solved again; the rates come from divergences on unlabelled images. A part of the hold-out
-# audits.
+# Whatever reads what goes is solved again, and statistics are corrected behind that; the rates come from divergences on
+# unlabelled images. A part of the hold-out audits.
 _COMPENSATED: dict[str, Any] = {
-    "policy": "allocated", "curves": "divergence", "blocks": "layer", "compensation": "ridge",
+    "policy": "allocated", "curves": "divergence", "blocks": "layer", "compensation": "ridge", "batchnorm": "correct",
     "criterion": "second_order", "min_block_share": 0.1, "max_sparsity": 0.97,
     "rates": [*(round(0.12 * n, 2) for n in range(1, 8)), 0.9, 0.94, 0.97], "curve_images": 128, "audit": 0.5,
 }  # fmt: skip
