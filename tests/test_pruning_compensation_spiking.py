@@ -159,6 +159,36 @@ def test_the_least_of_every_head_go_together() -> None:
                 torch.testing.assert_close(network(images), wanted, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("method", "streams"), [("none", False), ("bias", False), ("ridge", True), ("second_order", True)]
+)
+def test_streams_are_pruned_where_their_readers_are_solved_again(method: Any, streams: bool) -> None:
+    kinds = PrimeSVTConfig(compensation=method).space(network_of()).kinds
+    assert ("embed" in kinds) == streams
+    assert "heads" not in kinds
+    assert PrimeSVTConfig(compensation=method, kinds=("mlp",)).space(network_of()).kinds == ("mlp",)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_channels_of_a_stream_that_others_repeat_cost_nothing(name: str) -> None:
+    """What reads the stream takes the weights of a channel that goes to its twin's."""
+    network, images = lively(FAMILIES[name], 3, trained_statistics=True)
+    (*_, group) = [group for group in adapter_for(network).groups(network) if group.kind == "embed"]
+    tensors = dict(network.named_parameters()) | dict(network.named_buffers())
+    with torch.no_grad():
+        for part in group.slices:
+            if part.tensor in tensors and not part.consumer and part.axis == 0:
+                tensors[part.tensor][part.indices([1])] = tensors[part.tensor][part.indices([0])]
+        wanted = network(images)
+        compensator = Compensator([images], damping=1e-9)
+        compensator.begin_round(network, [group])
+        with mask_units(network, group, [1]):
+            plain = network(images)
+            with compensator.compensated(network, compensator.lost_columns(group, [1])):
+                found = network(images)
+    assert float((found - wanted).norm()) <= 0.05 * float((plain - wanted).norm()) + 1e-6
+
+
 def test_a_granule_counts_the_units_of_all_heads() -> None:
     network = network_of()
     for round_to in (1, 2, 3, 8):

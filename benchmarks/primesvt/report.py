@@ -33,9 +33,11 @@ _INTRODUCTION = (
     '(`granularity="structured"`). The seed is 0. Other seeds are of the fine-tuning, for network and control alike: '
     "they change the order of the images, the crops and which images are mirrored.\n\n"
     'Rows `compensated` solve the layers that read what goes again (`compensation="ridge"`, '
-    '`criterion="second_order"`), from 512 unlabelled training images and without any training. The divergence of the '
-    "answers on 128 of these gives the order of the steps. Of 4,000 held-out images 2,400 decide and 1,600 audit. The "
-    "row `paper, compensated` only solves what the paper's zeros leave. Brackets after pairs are 95 % intervals of the "
+    '`criterion="second_order"`), from 512 unlabelled training images and without any training, and correct the '
+    'statistics of BatchNorm (`batchnorm="correct"`). The divergence of the answers on 128 of these images gives the '
+    "order of the steps. Half of the held-out images decide, and the other half audits. Of the heads of an attention "
+    "the width together is a multiple of 4. The row `paper, compensated` only solves what the paper's zeros leave. "
+    "Brackets after pairs are 95 % intervals of the "
     "points lost."
 )
 _METHODS = {

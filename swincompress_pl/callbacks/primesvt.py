@@ -64,8 +64,8 @@ class PrimeSVT(SearchCallback):
             (the paper's) raises all blocks.
         max_sparsity: Part of a layer's units that may go, above 0 and below 1.
         round_to: Widths other than numbers of heads become multiples of it, 1 or more.
-        kinds: Kinds of groups to prune, only for "structured"; None for all that the network has except "heads" and
-            "embed".
+        kinds: Kinds of groups to prune, only for "structured"; None for all that the network has except "heads" and,
+            unless `compensation` is "ridge" or "second_order", "embed".
         layers: Patterns (as of `fnmatch`) of the names to prune; None for all.
         criterion: What decides which units go first: a name in `pruning.CRITERIA`, "second_order"
             (the error that compensation leaves), or a function as `pruning.Criterion` describes it. "magnitude" is the

@@ -17,6 +17,7 @@ from swincompress_pl.pruning.space import SpaceConfig, check_criterion, checked_
 from swincompress_pl.registry import adapter_for
 
 WHOLE_UNITS = ("heads", "embed")  # kinds that the default leaves alone: they overlap others, or reach everywhere
+_SOLVED = ("ridge", "second_order")  # compensation that makes the removal of residual streams ("embed") worth while
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,8 +175,8 @@ class PrimeSVTConfig:
         max_sparsity: Largest rate of a layer, above 0 and below 1.
         round_to: Kept widths, except the number of heads, are multiples of it; of "qk" and "v", those of all heads
             together. 1 or more, and only for "structured".
-        kinds: Kinds of groups to prune; None for all that the network has, except "heads" and "embed". Only for
-            "structured".
+        kinds: Kinds of groups to prune; None for all that the network has, except "heads" and, unless `compensation` is
+            "ridge" or "second_order", "embed". Only for "structured".
         layers: Patterns (fnmatch) of the names to prune; None for all.
         criterion: A name in `pruning.CRITERIA`, or a function (`pruning.Criterion`). "magnitude" is the paper's L2
             norm.
@@ -303,7 +304,8 @@ class PrimeSVTConfig:
         kinds: Sequence[str] | None = self.kinds
         if kinds is None:
             found = dict.fromkeys(group.kind for group in adapter_for(network).groups(network))
-            kinds = [kind for kind in found if kind not in WHOLE_UNITS]
+            left = {"heads"} if self.compensation in _SOLVED else WHOLE_UNITS
+            kinds = [kind for kind in found if kind not in left]
         return SpaceConfig(granularity="structured", kinds=tuple(kinds), round_to=self.round_to, **common)
 
     def to_dict(self) -> dict[str, Any]:
