@@ -59,10 +59,10 @@ def test_primesvt_compensates_in_a_fit(tmp_path: Path) -> None:
         torch.utils.data.TensorDataset(images, torch.randint(0, 3, (24,))), batch_size=8
     )
     prune = PrimeSVT(tolerance=90.0, min_memory_saving=0.05, compensation="ridge", criterion="second_order", round_to=2)
-    with pytest.warns(UserWarning, match="qk"):
-        make_trainer(tmp_path, 1, prune).fit(Plain(network_of), batches, batches)
+    make_trainer(tmp_path, 1, prune).fit(Plain(network_of), batches, batches)
     assert prune.result is not None
     assert prune.result.saving > 0.05
+    assert any(block.name == "embed" for block in prune.result.blocks)
 
 
 def test_ranks_solve_with_the_images_of_all(tmp_path: Path) -> None:
@@ -91,6 +91,31 @@ def test_ranks_solve_with_the_images_of_all(tmp_path: Path) -> None:
         assert torch.equal(second[key], value), key
         if "qkv" not in key and "proj" not in key:  # axes may point either way
             torch.testing.assert_close(alone[key], value, atol=1e-4, rtol=1e-3)
+
+
+def test_ranks_sort_spiking_heads_alike(tmp_path: Path) -> None:
+    images = torch.randn(16, *SHAPE[1:], generator=torch.Generator().manual_seed(0))
+
+    def ordered(rank: int, ranks: int) -> dict[str, Tensor]:
+        network = network_of().eval()
+        groups = [group for group in adapter_for(network).groups(network) if group.kind in ("qk", "v", "mlp")]
+        if ranks > 1:
+            distributed.init_process_group("gloo", rank=rank, world_size=ranks)
+        try:
+            compensator = Compensator([images[rank::ranks]])
+            compensator.begin_round(network, groups)
+            errors = {g.name: e for g in groups if (e := compensator.removal_errors(g)) is not None}
+            return {**network.state_dict(), **errors}
+        finally:
+            if ranks > 1:
+                distributed.destroy_process_group()
+
+    first, second = on_ranks(tmp_path, 2, lambda rank: ordered(rank, 2))
+    alone = ordered(0, 1)
+    assert any(key.endswith(".qk") for key in first)
+    for key, value in first.items():
+        assert torch.equal(second[key], value), key
+        torch.testing.assert_close(alone[key], value, atol=1e-6, rtol=1e-6)
 
 
 def test_a_quantized_network_is_compensated_in_its_float_weights(tmp_path: Path) -> None:
