@@ -27,7 +27,6 @@ from swincompress_pl.pruning.compensation.moments import CalibrationError
 from swincompress_pl.pruning.compensation.order import heads_apart, sort_heads
 from swincompress_pl.pruning.compensation.reader_state import MOST_ROWS, ReaderState
 from swincompress_pl.pruning.compensation.readers import Predict, Reader, Readers, readers_named, readers_of
-from swincompress_pl.pruning.criteria import unit_scores
 from swincompress_pl.pruning.evaluation.divergence import Divergence, run_network
 from swincompress_pl.pruning.structure.apply import stored_tensor
 from swincompress_pl.pruning.structure.groups import Group
@@ -287,11 +286,12 @@ class Compensator:
             state.moments.give(state.weight, state.bias)
 
     def _sort_heads(self, network: nn.Module, group: Group) -> None:
-        """Puts the units of each head in the order of what their removal costs, or else of their magnitudes."""
-        apart = heads_apart(group)
-        meeting = self._meetings.get(group.name)
+        """Puts the units of each head in the order of what their removal costs, if that is known."""
+        apart, meeting = heads_apart(group), self._meetings.get(group.name)
         errors = self.removal_errors(apart) if meeting is None else meeting.errors_apart()
-        now = sort_heads(network, group, unit_scores(network, apart) if errors is None else errors)
+        if errors is None:
+            return
+        now = sort_heads(network, group, errors)
         if meeting is not None:
             meeting.sort(now)
         for part in apart.consumers():
