@@ -109,6 +109,24 @@ def test_corrected_statistics_do_not_count_the_bias_twice(name: str) -> None:
     assert (found - expected).norm() < 0.05 * expected.norm()
 
 
+def test_curves_correct_statistics_on_their_own_images() -> None:
+    network, images = network_of(), _images(16)
+    config = prime_config(
+        **RIDGE, batchnorm="correct", policy=AllocatedPolicy(curves="divergence", curve_images=4),
+        granularity="structured", blocks="layer", kinds=("mlp",), rates=(0.1, 0.3), max_sparsity=0.8,
+    )  # fmt: skip
+    candidates = Candidates(
+        network, as_evaluator(lambda _: 50.0), config, floor=0, calibration=[images], gradients=None, cache_path=None
+    )
+    widths = candidates.widths(dict.fromkeys(candidates.targets, 0.75))
+    before, passes = state_of(network), candidates.correction.passes
+    assert candidates.divergence(widths) > 0
+    assert candidates.correction.passes == passes
+    assert same_state(before, state_of(network))
+    with candidates.masked(widths):
+        assert candidates.correction.passes == passes + 1
+
+
 def _of_several_heads(network: nn.Module) -> list[Group]:
     return [group for group in _groups(network) if group.heads > 1]
 

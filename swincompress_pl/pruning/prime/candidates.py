@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from swincompress_pl.pruning.criteria import Gradients, needs_gradients
 from swincompress_pl.pruning.evaluation.divergence import Divergence, first_images
@@ -71,10 +71,12 @@ class Candidates:
         self._space.prepare(network)
         self.compensation_s = 0.0 if compensator is None else time.monotonic() - began
         self._divergence: Divergence | None = None
+        self._curve_images: Sequence[Tensor] = ()
         if _measures_divergence(config):
             assert calibration is not None
             assert isinstance(config.policy, AllocatedPolicy)
-            self._divergence = Divergence(network, first_images(calibration, config.policy.curve_images))
+            self._curve_images = first_images(calibration, config.policy.curve_images)
+            self._divergence = Divergence(network, self._curve_images)
         self.targets = {target.name: target for target in self._space.targets(network)}
         statistics = gradients(network) if gradients is not None and needs_gradients(config.criterion) else None
         # All of the unpruned network, so that a smaller cut is part of a larger one.
@@ -83,6 +85,10 @@ class Candidates:
             for name, target in self.targets.items()
         }
         self.correction = StatisticsCorrection(network, calibration if config.batchnorm == "correct" else None)
+        # Curves need no more than the images that they are measured on, and there are many of them.
+        self._rough = self.correction
+        if self.correction.is_active and self._curve_images:
+            self._rough = StatisticsCorrection(network, self._curve_images)
         self._costs, self._parameters = self._space.costs(network, None), count_parameters(network)
         self._cache = EvaluationCache()
         if cache_path is not None:
@@ -174,7 +180,7 @@ class Candidates:
     def divergence(self, widths: Widths) -> float:
         """How far the answers of the network at these widths are from the unpruned one's; see `Divergence`."""
         assert self._divergence is not None
-        with self.masked(widths):
+        with self.masked(widths, self._rough):
             found = self._divergence.now(self._changed(widths, {}))
         if found is None:
             raise ValueError(
@@ -184,13 +190,13 @@ class Candidates:
         return found
 
     @contextmanager
-    def masked(self, widths: Widths) -> Iterator[None]:
+    def masked(self, widths: Widths, correction: StatisticsCorrection | None = None) -> Iterator[None]:
         """Inside the context, the network computes as if narrowed, with corrected statistics if the config says so."""
         with self._space.masked(self.network, self._removal(widths)):
             before = batchnorm_state(self.network)
             try:
                 if widths:
-                    self.correction.correct()
+                    (correction or self.correction).correct()
                 yield
             finally:
                 restore_batchnorm(self.network, before)
