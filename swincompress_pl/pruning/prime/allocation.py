@@ -17,7 +17,8 @@ from swincompress_pl.pruning.prime.result import BlockState, CurvePoint
 from swincompress_pl.pruning.prime.trials import LEAST_DROP, Trials
 
 _PARTS = (1.0, 0.5, 0.25, 0.125)  # of a step, tried in turn where it does not fit
-_LESS = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5)  # of the steps that hold together, for an audit to choose from
+# Of the steps that hold together, for the whole deciding part and an audit to choose from.
+_LESS = (0.975, 0.95, 0.925, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5)
 _MOST_REFUSED = 3  # blocks; curves of the divergence are cheap to make fine, so that little is left to try
 _FAR = 10  # times the tolerance, in 100 nats
 
@@ -139,7 +140,7 @@ def _most_together(trials: Trials, blocks: Sequence[BlockState], steps: Sequence
 
 
 def _try_less(trials: Trials, blocks: Sequence[BlockState], steps: Sequence[Step]) -> None:
-    """Tries parts of the steps, so that candidates are left if the audit refuses those that only just hold."""
+    """Tries parts of the steps, so that candidates are left if more images, or the audit, refuse those that hold."""
     counts = sorted({math.ceil(part * len(steps)) for part in _LESS} - {0, len(steps)}, reverse=True)
     for number, count in enumerate(counts, start=1):
         trials.judge(
