@@ -261,6 +261,8 @@ def _panel(axes: Axes, rows: Sequence[Row], colors: Mapping[str, str], theme: Th
             and row["job"]["granularity"] == "structured"
             and row["job"]["target"] is not None
         )
+        if not chosen:
+            continue
         style = "o--" if criterion == "magnitude" else "o-"
         axes.plot([100 * x for x, _ in chosen], [y for _, y in chosen], style, color=colors[method], markersize=4,
                   linewidth=1.6, label=label)  # fmt: skip
