@@ -515,14 +515,13 @@ def test_a_step_of_a_global_ranking_removes_what_it_is_asked_for(round_to: int) 
     network = _network()
     space = search_space(AdaptivePruningConfig(ranking="global", round_to=round_to))
     (target,) = space.targets(network)
-    groups = {g.name: g for g in search_space(AdaptivePruningConfig()).groups(network)}  # type: ignore[attr-defined]
+    members = {member.name: member for member in target.members}
     for asked in (1, 50, 200, 400):
         removal = space.removal(network, target, target.units - asked, None)
-        members = {member.name: member for member in target.members}
         assert all(members[name].kind == "heads" or len(gone) % round_to == 0 for name, gone in removal.items())
         cost = {name: member.weights / member.initial_units for name, member in members.items()}
         removed = sum(cost[name] * len(gone) for name, gone in removal.items())
-        granule = max(cost[name] * (1 if group.kind == "heads" else round_to) for name, group in groups.items())
+        granule = max(cost[name] * member.granule for name, member in members.items())
         wanted = target.weights * asked / 1000
         assert removed > 0
         assert wanted - granule < removed <= max(wanted * (1 + 1e-9), granule)

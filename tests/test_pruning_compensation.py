@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -217,10 +218,10 @@ def test_heads_are_not_turned_where_that_would_fill_masked_weights(layer: str) -
 
 
 @pytest.mark.parametrize("shrink", ["round", "end"])
-def test_what_is_solved_again_keeps_masked_weights_at_zero(shrink: str) -> None:
+def test_what_is_solved_again_keeps_masked_weights_at_zero(shrink: Any) -> None:
     network, images = _vit(), _images(256)
     _mask(network, "blocks.0.mlp.fc2.weight", "blocks.1.attn.proj.weight")
-    config = SpaceConfig(kinds=("mlp", "heads"), compensation="ridge", shrink=shrink)  # type: ignore[arg-type]
+    config = SpaceConfig(kinds=("mlp", "heads"), compensation="ridge", shrink=shrink)
     space = StructuredSpace(config, None, compensator_for(config, [images]))
     space.prepare(network)
     removal = {HIDDEN: list(range(0, 128, 3)), "blocks.1.attn.heads": [0]}
@@ -411,14 +412,15 @@ def test_the_residual_stream_has_no_reader() -> None:
         prune(network, lambda _: 90.0, config, calibration=[_images()])
 
 
-def _unread(network: nn.Module, **options: object) -> StructuredSpace:
-    config = SpaceConfig(**{"kinds": ("embed", "mlp"), "criterion": "second_order", "compensation": "ridge"} | options)  # type: ignore[arg-type]
+def _unread(**options: Any) -> StructuredSpace:
+    options = {"kinds": ("embed", "mlp"), "criterion": "second_order", "compensation": "ridge"} | options
+    config = SpaceConfig(**options)
     return StructuredSpace(config, None, compensator_for(config, [_images()]))
 
 
 def test_groups_that_no_layer_reads_are_named_and_ranked_by_magnitude() -> None:
     network = _vit()
-    space = _unread(network)
+    space = _unread()
     with pytest.warns(UserWarning, match="second_order.*1 groups.*'magnitude' ranks these.*embed"):
         space.prepare(network)
     by_magnitude = StructuredSpace(SpaceConfig(kinds=("embed", "mlp")))
@@ -429,10 +431,11 @@ def test_groups_that_no_layer_reads_are_named_and_ranked_by_magnitude() -> None:
 
 @pytest.mark.parametrize("options", [{"ranking": "global"}, {"kinds": ("embed",)}])
 def test_groups_that_no_layer_reads_are_refused_where_nothing_else_is_or_all_are_compared(
-    options: dict[str, object],
+    options: dict[str, Any],
 ) -> None:
+    network = _vit()
     with pytest.raises(ValueError, match=r"second_order.*no layer reads the units of embed"):
-        _unread(network := _vit(), **options).prepare(network)
+        _unread(**options).prepare(network)
 
 
 def test_fewer_rows_than_channels_still_give_weights() -> None:

@@ -157,14 +157,14 @@ def test_sorting_the_units_of_each_head_leaves_every_spike(name: str) -> None:
 
 
 def test_the_least_of_every_head_go_together() -> None:
-    """Half of the units of each head are copies of nothing: their order differs from head to head."""
+    """Half of the units of each head never fire, and these are others in every second head."""
     network, images = lively(FAMILIES["spikformer"], 2, trained_statistics=True)
     groups, tensors = _of_several_heads(network), dict(network.named_parameters())
     with torch.no_grad():
         for group in groups:
             for part in heads_apart(group).slices:
                 if part.tensor in tensors and part.axis == 0:
-                    # Odd dimensions of odd heads, and even ones of even heads, never fire.
+                    # Odd dimensions of odd heads, and even ones of even heads.
                     dead = [u for u in range(group.heads * group.units) if (u // group.units + u) % 2 == 0]
                     tensors[part.tensor][part.indices(dead)] = -1e-9 if part.tensor.endswith("bias") else 0.0
         wanted = network(images)
