@@ -63,7 +63,8 @@ class PrimeSVT(SearchCallback):
         min_block_share: A block with less than this part of an average block's parameters stays at the initial rate. 0
             (the paper's) raises all blocks.
         max_sparsity: Part of a layer's units that may go, above 0 and below 1.
-        round_to: Widths other than numbers of heads become multiples of it, 1 or more.
+        round_to: Widths other than numbers of heads become multiples of it, 1 or more; of "qk" and "v", that of all
+            heads together.
         kinds: Kinds of groups to prune, only for "structured"; None for all that the network has except "heads" and,
             unless `compensation` is "ridge" or "second_order", "embed".
         layers: Patterns (as of `fnmatch`) of the names to prune; None for all.

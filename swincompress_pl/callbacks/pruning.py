@@ -66,7 +66,8 @@ class AdaptiveIterativePruning(SearchCallback):
             halves it.
         min_step: A target whose step falls below it is locked; above 0 and at most `step`.
         max_sparsity: Part of a target's original units that may go, above 0 and below 1.
-        round_to: Widths other than numbers of heads become multiples of it, 1 or more. Only for "structured".
+        round_to: Widths other than numbers of heads become multiples of it, 1 or more; of "qk" and "v", that of all
+            heads together. Only for "structured".
         order: Order of the targets. "fixed" is the network's own, "size" begins with the most weights, and
             "sensitivity" with the least loss of accuracy, which is measured once before the first round.
         ranking: "local" narrows one target after the other; "global" removes the lowest scores of all targets together.
