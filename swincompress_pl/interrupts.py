@@ -9,17 +9,18 @@ from __future__ import annotations
 
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
+T = TypeVar("T")
 _DICTIONARIES = (dict, OrderedDict, defaultdict)
 _LISTS = (list, deque)
 
@@ -89,6 +90,24 @@ def put_back_after(put_back: Callable[[], None], still: Callable[[], bool] = lam
     except BaseException:
         put_back()
         raise
+
+
+@contextmanager
+def surely_left(context: AbstractContextManager[T]) -> Iterator[T]:
+    """Enters `context` and leaves it at the end, even if an interrupt comes between its last line and its `__exit__`.
+
+    Python skips `__exit__` then. A context that changes what all networks do, as torch's counter of operations, would
+    stay on for the rest of the process. `__exit__` is told of no exception.
+    """
+    inside = [True]
+
+    def leave() -> None:
+        if inside:
+            context.__exit__(None, None, None)
+            inside.clear()
+
+    with put_back_after(leave):
+        yield context.__enter__()
 
 
 def unwritten(tensor: Tensor, *, writes: int) -> Callable[[], bool]:

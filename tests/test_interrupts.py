@@ -37,8 +37,10 @@ from swincompress_pl.history import history_of
 from swincompress_pl.interrupts import all_or_nothing, put_back_after
 from swincompress_pl.pruning import AdaptivePruningConfig, PruningPlan, apply_plan, keep_masks, primesvt, prune
 from swincompress_pl.pruning.adaptive.search import SearchSession, finish_search
+from swincompress_pl.pruning.evaluation.prefix_cache import PrefixCache
 from swincompress_pl.pruning.structure.apply import revert_plan
 from swincompress_pl.pruning.structure.change import commit_masks, revert
+from swincompress_pl.pruning.structure.cost import count_macs
 from swincompress_pl.pruning.structure.optimizer_state import slice_optimizers
 from swincompress_pl.pruning.structure.regrow import regrow_latest_plan
 from swincompress_pl.pruning.structure.weight_masks import (
@@ -377,6 +379,27 @@ def test_a_context_puts_back_although_that_is_interrupted(name: str) -> None:
 
     for at in interruptions(lines_of(call, files), 24):
         interrupted(call, at, files)
+        assert state_of(network) == old
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_counting_is_over_although_it_is_interrupted(cached: bool) -> None:
+    """At any line: what counts operations would see all networks after it, and keep torch.compile from compiling."""
+    network = _vit()
+    old = state_of(network)
+    files = ("pruning/evaluation/prefix_cache" if cached else "pruning/structure/cost",)
+
+    def call() -> None:
+        with all_or_nothing(network):  # as searches do
+            if cached:
+                PrefixCache(network, size_bytes=1 << 20).measure(lambda: network(torch.ones(1, 3, 8, 8)))
+            else:
+                count_macs(network, (1, 3, 8, 8))
+
+    at = interruptions(lines_of(call, files))
+    assert len(at) > 8
+    for number in at:
+        interrupted(call, number, files)
         assert state_of(network) == old
 
 

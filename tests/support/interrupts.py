@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._C import _len_torch_dispatch_stack, _len_torch_function_stack
 from torch.optim import Optimizer
 
 import swincompress_pl
@@ -91,8 +93,19 @@ def state_of(*objects: Any) -> Any:
     numpy: Any = np.random.get_state(legacy=True)
     names: dict[int, str] = {}
     found = [_plain(value, names) for value in objects]
-    found += [torch.is_grad_enabled(), torch.get_default_dtype()]
+    found += [torch.is_grad_enabled(), torch.get_default_dtype(), torch.is_inference_mode_enabled()]
+    found += [torch.is_autocast_enabled("cpu"), len(warnings.filters), *_modes(), *_hooks_of_all_modules()]
     return [*found, torch.get_rng_state().numpy().tobytes(), numpy[1].tobytes(), numpy[2], random.getstate()]
+
+
+def _modes() -> list[Any]:
+    """What sees every operation: a counter of FLOPs, say, that an interrupt left on."""
+    return [_len_torch_dispatch_stack(), _len_torch_function_stack(), torch.backends.cuda.flash_sdp_enabled()]
+
+
+def _hooks_of_all_modules() -> list[Any]:
+    hooks = torch.nn.modules.module
+    return [len(hooks._global_forward_hooks), len(hooks._global_forward_pre_hooks)]
 
 
 def _plain(value: Any, names: dict[int, str]) -> Any:

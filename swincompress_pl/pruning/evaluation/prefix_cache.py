@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from swincompress_pl.interrupts import surely_left
 from swincompress_pl.registry import UnsupportedNetworkError, adapter_for
 
 T = TypeVar("T")
@@ -74,7 +75,8 @@ class PrefixCache:
             return
         before: dict[int, int] = {}
         # products of attention one by one, because not every version of torch counts its fused kernel on a CPU
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, ExitStack() as hooks:
+        count = surely_left(FlopCounterMode(display=False))
+        with sdpa_kernel(SDPBackend.MATH), count as counter, ExitStack() as hooks:
 
             def note(number: int) -> None:
                 before.setdefault(number, counter.get_total_flops())

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from swincompress_pl.interrupts import surely_left
 from swincompress_pl.layer_types import peculiarities
 from swincompress_pl.pruning.structure.apply import apply_plan
 from swincompress_pl.pruning.structure.change import gone_units
@@ -70,7 +71,7 @@ def count_macs(network: nn.Module, input_shape: Sequence[int]) -> int:
 def _macs_of(bare: nn.Module, input_shape: Sequence[int]) -> int:
     bare.eval()
     dtype = next((p.dtype for p in bare.parameters() if p.is_floating_point()), torch.float32)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with surely_left(FlopCounterMode(display=False)) as counter, torch.no_grad():
         try:
             bare(torch.zeros(tuple(input_shape), device="meta", dtype=dtype))
         except (RuntimeError, NotImplementedError) as error:
