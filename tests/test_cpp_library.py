@@ -330,10 +330,10 @@ def test_mutants_are_refused_or_run(fuzzing: tuple[Path, Path, list[Path]]) -> N
 @pytest.mark.parametrize(
     ("file", "sound", "planted", "found"),
     [
-        ("rules.cpp", "{rows, joined}, -1, last)", "{rows, joined}, -1, kInt32Max)", "AddressSanitizer"),
-        ("call.cpp", "require(worst <= kInt32Max,", "require(worst >= 0,", "signed integer overflow"),
-        ("storage.cpp", "at >= 0 && at < size", "at >= 0 && at <= size", "AddressSanitizer"),
-        ("storage.cpp", "from_bytes != packed_bytes(ones, narrow.bits)", "from_bytes < 0", "AddressSanitizer"),
+        ("program/rules.cpp", "{rows, joined}, -1, last)", "{rows, joined}, -1, kInt32Max)", "AddressSanitizer"),
+        ("program/call.cpp", "require(worst <= kInt32Max,", "require(worst >= 0,", "signed integer overflow"),
+        ("artifact/storage.cpp", "at >= 0 && at < size", "at >= 0 && at <= size", "AddressSanitizer"),
+        ("artifact/storage.cpp", "from_bytes != packed_bytes(ones, narrow.bits)", "from_bytes < 0", "AddressSanitizer"),
     ],
 )  # fmt: skip
 def test_the_fuzzer_finds_planted_bugs(

@@ -44,7 +44,7 @@ def _text(node: ast.expr) -> str:
 
 
 def _of_cpp() -> Iterator[str]:
-    for file in (ROOT / "swincompress_pl/accel/csrc").glob("*.cpp"):
+    for file in (ROOT / "swincompress_pl/accel/csrc").rglob("*.cpp"):
         text = re.sub(r'"\s*\n?\s*"', "", file.read_text(encoding="utf-8"))  # neighbours are one
         text = re.sub(r'"\s*\+[^;]{1,120}?\+\s*"', VALUE, text)
         yield from re.findall(r'"((?:[^"\\\n]|\\.)*)"', text)

@@ -25,7 +25,8 @@ def test_the_table_is_that_of_the_project() -> None:
 
 
 def test_formats() -> None:
-    newest = re.search(r"kVersionMax = (\d+)", (ROOT / "swincompress_pl/accel/csrc/reader.cpp").read_text("utf-8"))
+    reader = ROOT / "swincompress_pl/accel/csrc/artifact/reader.cpp"
+    newest = re.search(r"kVersionMax = (\d+)", reader.read_text("utf-8"))
     assert newest
     assert f"| artifact | 1, 2 or {newest[1]} | all |" in TEXT
     assert f"| integer specification | {NORM_VERSIONS[-1]} with named outputs, else {NORM_VERSIONS[0]} |" in TEXT

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -294,6 +295,20 @@ def test_what_the_report_offers_is_what_type_checkers_see() -> None:
     found = {name: getattr(report, name) for name in report.__all__}
     assert seen.keys() == found.keys() == set(dir(report))
     assert all(getattr(importlib.import_module(seen[name]), name) is thing for name, thing in found.items())
+
+
+ENGINE = {"kernels": set(), "program": {"kernels"}, "artifact": {"kernels", "program"},
+          "engine": {"kernels", "program", "artifact", "swincompress"}}  # fmt: skip
+
+
+@pytest.mark.parametrize("folder", ENGINE)
+def test_folders_of_the_engine_know_those_below(folder: str) -> None:
+    """As accel/csrc/README.md has it."""
+    files = [file for file in sorted((PACKAGE / "accel" / "csrc" / folder).rglob("*")) if file.is_file()]
+    assert len(files) > 3
+    for file in files:
+        included = re.findall(r'#include "(\w+)/', file.read_text(encoding="utf-8"))
+        assert set(included) <= ENGINE[folder] | {folder}, file.name
 
 
 def test_no_test_imports_another() -> None:

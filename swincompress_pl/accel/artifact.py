@@ -9,7 +9,7 @@ version 1.
 A compressed artifact is of version 2. It consists of streams (`storage.py`), and one more stream, `content`, holds
 description and storage.
 
-C++ reads the files (csrc/reader.h); compressed ones are decoded here first. A file is written beside its destination
+C++ reads the files (csrc/artifact/); compressed ones are decoded here first. A file is written beside its destination
 and then renamed, so that an interrupted export leaves the old file as it was.
 """
 
@@ -37,7 +37,7 @@ FORMAT = "swincompress_pl.program"
 METADATA_KEY = "swincompress_pl"
 _CONTENT = "content"
 _CODES = {"int8": "I8", "uint8": "U8", "int16": "I16", "int32": "I32", "int64": "I64"}
-# The limits of the C++ reader (csrc/json.h, csrc/safetensors.h), and two for compressed files: a description may always
+# The limits of the C++ reader (csrc/artifact/), and two for compressed files: a description may always
 # decode to the free bytes, and beyond them to so many times the size of its stream.
 _JSON_BYTES_MAX, _JSON_BYTES_FREE, _JSON_RATIO_MAX = 2**24, 2**20, 64
 _MESSAGE_MAX = 2000

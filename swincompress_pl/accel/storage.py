@@ -8,7 +8,7 @@ A stream holds all tensors of one role, type and width. Their values are packed 
 sees whole values; wider integers become byte planes, the lowest first.
 
 What a file declares is checked before memory is allocated for it. C++ reads packed, sparse and folded tensors
-(csrc/storage.cpp); streams are read here.
+(csrc/artifact/storage.cpp); streams are read here.
 """
 
 from __future__ import annotations

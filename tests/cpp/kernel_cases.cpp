@@ -11,8 +11,8 @@
 #include <iterator>
 #include <thread>
 
-#include "dispatch.h"
-#include "executor.h"
+#include "engine/executor.h"
+#include "kernels/dispatch.h"
 
 namespace swincompress {
 namespace {

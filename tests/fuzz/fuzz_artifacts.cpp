@@ -12,8 +12,8 @@
 #include <fstream>
 #include <iterator>
 
+#include "artifact/sha256.h"
 #include "mutate.h"
-#include "sha256.h"
 #include "swincompress/engine.h"
 
 namespace swincompress::fuzz {

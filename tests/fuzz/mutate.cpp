@@ -5,7 +5,7 @@
 #include <cstddef>
 #include <cstring>
 
-#include "storage.h"
+#include "artifact/storage.h"
 
 namespace swincompress::fuzz {
 namespace {

@@ -7,7 +7,7 @@
 #include <string>
 #include <vector>
 
-#include "reader.h"
+#include "artifact/reader.h"
 
 namespace swincompress::fuzz {
 

@@ -6,11 +6,11 @@
 
 #include <cstring>
 
-#include "dispatch.h"
+#include "engine/model.h"
+#include "engine/peak.h"
+#include "engine/process.h"
 #include "gil.h"
-#include "model.h"
-#include "peak.h"
-#include "process.h"
+#include "kernels/dispatch.h"
 
 namespace py = pybind11;
 
