@@ -75,6 +75,15 @@ def test_a_worker_that_dies_does_not_end_the_comparison(artifact: Path, monkeypa
     assert results[1].latency is not None
 
 
+def test_a_runner_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "sitecustomize.py").write_text("import time\ntime.sleep(3600)\n")  # runs first in its process
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    (result,) = compare([runner("hanging", "model.safetensors")], rounds=1, warm_up=0, turn_ms=0.1, limit_s=1)
+    assert result.unavailable == "it gave no answer for 1 s, and was ended"
+    with pytest.raises(ValueError, match="limit_s more than 0"):
+        compare([runner("hanging", None)], limit_s=0)
+
+
 def test_names_must_differ(artifact: Path) -> None:
     with pytest.raises(ValueError, match="names must differ"):
         compare([runner("a", None, "x"), runner("a", None, "x")])

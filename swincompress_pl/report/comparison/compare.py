@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -103,19 +104,21 @@ def compare(
     rounds: int = 10,
     warm_up: int = 3,
     turn_ms: float = 100.0,
+    limit_s: float = 600.0,
     on_progress: Progress | None = None,
 ) -> list[Result]:
     """Starts every runner, then gives each one turn per round; a sample is the median of a turn of about `turn_ms`.
 
-    A runner that fails does not end the comparison: its result says why. `on_progress` is called with (what, done,
-    total). The k-th samples of all runners are from the same round, so `latency.ratio` may pair them. A ValueError is
-    raised for a repeated name.
+    A runner that fails does not end the comparison: its result says why. So does that of one that is ended because it
+    took longer than `limit_s` seconds to load, or for one turn. `on_progress` is called with (what, done, total). The
+    k-th samples of all runners are from the same round, so `latency.ratio` may pair them. A ValueError is raised for a
+    repeated name.
     """
     names = [runner.name for runner in runners]
-    if len(set(names)) != len(names) or rounds < 1 or warm_up < 0:
+    if len(set(names)) != len(names) or rounds < 1 or warm_up < 0 or not limit_s > 0:
         raise ValueError(
-            f"runners {names}, rounds={rounds}, warm_up={warm_up}: names must differ, rounds must be 1 or more and "
-            "warm_up 0 or more"
+            f"runners {names}, rounds={rounds}, warm_up={warm_up}, limit_s={limit_s:g}: names must differ, rounds must "
+            "be 1 or more, warm_up 0 or more, and limit_s more than 0"
         )
     report = on_progress or (lambda *_: None)
     total = len(runners) + rounds
@@ -124,7 +127,7 @@ def compare(
         failed: dict[str, str] = {}
         for number, runner in enumerate(runners):
             report(f"starting {runner.name}", number, total)
-            worker = stack.enter_context(_Worker(runner, warm_up, turn_ms))
+            worker = stack.enter_context(_Worker(runner, warm_up, turn_ms, limit_s))
             (failed if worker.failure else workers)[runner.name] = worker.failure or worker  # type: ignore[assignment]
         for number in range(rounds):
             report(f"round {number + 1} of {rounds}", len(runners) + number, total)
@@ -140,8 +143,9 @@ def compare(
 class _Worker:
     """The parent's side of one worker process."""
 
-    def __init__(self, runner: Runner, warm_up: int, turn_ms: float) -> None:
+    def __init__(self, runner: Runner, warm_up: int, turn_ms: float, limit_s: float) -> None:
         self.runner = runner
+        self._limit_s = limit_s
         self.failure = runner.unavailable
         self._samples: list[float] = []
         self._peak: int | None = None
@@ -211,12 +215,20 @@ class _Worker:
         assert self._process is not None
         assert self._process.stdin is not None
         assert self._process.stdout is not None
+        late = threading.Event()
+        timer = threading.Timer(self._limit_s, self._end, [late])
+        timer.start()
         try:
             self._process.stdin.write(line + "\n")
             self._process.stdin.flush()
             answer = self._process.stdout.readline()
         except BrokenPipeError:
             answer = ""
+        finally:
+            timer.cancel()
+        if not answer and late.is_set():
+            self.failure = f"it gave no answer for {self._limit_s:g} s, and was ended"
+            return None
         if not answer:
             self.failure = f"its process ended: {self._last_words()}"
             return None
@@ -225,6 +237,11 @@ class _Worker:
             self.failure = str(message["error"])
             return None
         return message
+
+    def _end(self, late: threading.Event) -> None:
+        assert self._process is not None
+        late.set()
+        self._process.kill()
 
     def _last_words(self) -> str:
         assert self._errors is not None
