@@ -15,7 +15,7 @@ from jsonargparse import ArgumentParser
 from swincompress_pl import accel
 from swincompress_pl.cli.common import integers
 from swincompress_pl.report import describe_environment
-from swincompress_pl.report.latency import Latency, timed_ms
+from swincompress_pl.report.latency import Latency, measure, ratio
 from swincompress_pl.report.markdown import table
 from swincompress_pl.report.plain import write_text
 
@@ -57,17 +57,19 @@ def compare(file: Path, threads: int, batch: int, rounds: int) -> dict[str, Any]
         return [engine.run_integer(images[number : number + 1]) for number in range(batch)]
 
     equal = bool(np.array_equal(np.concatenate(alone()), engine.run_integer(images)))
-    samples: dict[str, list[float]] = {"alone": [], "batch": []}
-    for _ in range(rounds):
-        samples["alone"].append(timed_ms(alone) / batch)
-        samples["batch"].append(timed_ms(lambda: engine.run_integer(images)) / batch)
-    ratios = np.divide(samples["batch"], samples["alone"])
+    ways = {"alone": alone, "batch": lambda: engine.run_integer(images)}
+    passes = measure(ways, rounds=rounds, threads=threads)
+    an_image = {
+        way: Latency(samples_ms=tuple(ms / batch for ms in found.samples_ms), threads=threads)
+        for way, found in passes.items()
+    }
+    of_batch = ratio(an_image["batch"], an_image["alone"])
     return {
         "threads": threads,
         "equal": equal,
-        "ratio": float(np.median(ratios)),
-        "ratio_quartiles": [float(value) for value in np.percentile(ratios, [25, 75])],
-        **{way: Latency(samples_ms=tuple(values), threads=threads).to_dict() for way, values in samples.items()},
+        "ratio": of_batch.median,
+        "ratio_quartiles": list(of_batch.quartiles),
+        **{way: found.to_dict() for way, found in an_image.items()},
     }
 
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from swincompress_pl.pruning import PruningPlan, apply_plan, count_macs
 from swincompress_pl.pruning.prime.config import current_settings
 from swincompress_pl.registry import adapter_for
+from swincompress_pl.report.latency import Latency, ratio
+from swincompress_pl.report.latency import measure as in_turns
 
 from .subjects import INPUT_SHAPE, SUBJECTS, Subject
 from .work import where
@@ -34,17 +35,14 @@ def measure(subject: str, out: Path, commit: str, *, turns: int = 20) -> dict[st
     macs = {name: count_macs(network, INPUT_SHAPE) for name, network in networks.items()}
     rows = []
     for batch in _BATCHES:
-        took = _in_turns(networks, batch, turns)
-        whole = np.array(took["unpruned"])
-        for name, seconds in took.items():
-            low, middle, high = 1e3 * np.percentile(seconds, (25, 50, 75))
-            ratios = np.percentile(whole / np.array(seconds), (25, 50, 75))
+        for name, latency in (found := _in_turns(networks, batch, turns)).items():
+            (low, high), gain = latency.quartiles_ms, ratio(found["unpruned"], latency)
             rows.append(
                 {
                     "name": f"{name}, batch {batch}",
                     "macs_removed": 1 - macs[name] / macs["unpruned"],
-                    "milliseconds": f"{middle:.2f} [{low:.2f}, {high:.2f}]",
-                    "ratio": f"{ratios[1]:.2f} [{ratios[0]:.2f}, {ratios[2]:.2f}]",
+                    "milliseconds": f"{latency.median_ms:.2f} [{low:.2f}, {high:.2f}]",
+                    "ratio": f"{gain.median:.2f} [{gain.quartiles[0]:.2f}, {gain.quartiles[1]:.2f}]",
                 }
             )
     return {"latencies": rows, "where": f"latency: commit {commit}, {where('cpu')}"}
@@ -59,13 +57,8 @@ def _pruned(subject: Subject, widths: dict[str, int]) -> nn.Module:
     return network
 
 
-def _in_turns(networks: dict[str, nn.Module], batch: int, turns: int) -> dict[str, list[float]]:
-    images, took = torch.randn(batch, *INPUT_SHAPE[1:]), {name: list[float]() for name in networks}
-    with torch.no_grad():
-        for turn in range(turns + _WARM_UP_TURNS):
-            for name, network in networks.items():
-                started = time.perf_counter()
-                network(images)
-                if turn >= _WARM_UP_TURNS:
-                    took[name].append(time.perf_counter() - started)
-    return took
+@torch.no_grad()
+def _in_turns(networks: dict[str, nn.Module], batch: int, turns: int) -> dict[str, Latency]:
+    images = torch.randn(batch, *INPUT_SHAPE[1:])
+    passes = {name: partial(network, images) for name, network in networks.items()}
+    return in_turns(passes, rounds=turns, warm_up=_WARM_UP_TURNS, batch=batch, threads=torch.get_num_threads())

@@ -20,6 +20,7 @@ import json
 import resource
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -33,6 +34,7 @@ from benchmarks.pruning.subjects import CACHE_HELP, DATA_HELP, Place
 from swincompress_pl.models import create_model
 from swincompress_pl.quant import quantize
 from swincompress_pl.report import describe_environment
+from swincompress_pl.report.latency import measure
 from swincompress_pl.report.plain import write_text
 
 from . import features, sizes
@@ -165,13 +167,9 @@ def _cost(model: str) -> dict[str, object]:
 @torch.no_grad()
 def _validation_seconds(network: nn.Module, quantized: nn.Module, images: Tensor) -> dict[str, list[float]]:
     """Seconds that a batch takes in floats and in the integers of eval(), in turns; the first turn is not counted."""
-    turns: dict[str, list[float]] = {"float": [], "integers": []}
-    for _ in range(_VALIDATION_TURNS + 1):
-        for name, run in (("float", network), ("integers", quantized)):
-            started = time.perf_counter()
-            run(images)
-            turns[name].append(round(time.perf_counter() - started, 3))
-    return {name: seconds[1:] for name, seconds in turns.items()}
+    passes = {"float": partial(network, images), "integers": partial(quantized, images)}
+    found = measure(passes, rounds=_VALIDATION_TURNS, warm_up=1, batch=len(images))
+    return {name: [round(ms / 1000, 3) for ms in latency.samples_ms] for name, latency in found.items()}
 
 
 _COMMANDS = {

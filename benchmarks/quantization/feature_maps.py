@@ -14,8 +14,8 @@ import random
 import statistics
 import tarfile
 import tempfile
-import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from torch import Tensor
 
 from swincompress_pl import accel, quantize
 from swincompress_pl.models import create_model
+from swincompress_pl.report.latency import measure
 
 NAME, BLOCKS = "deit_tiny_patch16_224", (2, 5, 8, 11)
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -58,12 +59,7 @@ def backbone(weights: Path) -> torch.nn.Module:
 
 
 def median_ms(engine: accel.Engine, images: Any, rounds: int = 15) -> float:
-    times = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        engine(images)
-        times.append(1e3 * (time.perf_counter() - start))
-    return statistics.median(times)
+    return measure({"engine": partial(engine, images)}, rounds=rounds)["engine"].median_ms
 
 
 def main() -> None:

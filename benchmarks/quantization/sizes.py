@@ -11,11 +11,10 @@ import copy
 import json
 import subprocess
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Any
 from unittest import mock
 
@@ -25,7 +24,7 @@ from benchmarks.pruning.subjects import Place
 from swincompress_pl import accel, spec
 from swincompress_pl.accel import artifact, storage
 from swincompress_pl.quant import quantize
-from swincompress_pl.report import describe_environment
+from swincompress_pl.report import describe_environment, latency
 from swincompress_pl.report.plain import write_text
 
 from .jobs import WAYS, Job
@@ -104,13 +103,9 @@ def require_same_logits(program: spec.Program, files: Mapping[str, Path], reader
 
 
 def _python_ms(files: Mapping[str, Path]) -> dict[str, float]:
-    taken: dict[str, list[float]] = {form: [] for form in files}
-    for _ in range(_ROUNDS + 1):
-        for form, file in files.items():
-            started = time.perf_counter()
-            accel.load(file, threads=1)
-            taken[form].append(1000 * (time.perf_counter() - started))
-    return {form: round(median(times[1:]), 3) for form, times in taken.items()}
+    loads = {form: partial(accel.load, file, threads=1) for form, file in files.items()}
+    found = latency.measure(loads, rounds=_ROUNDS, warm_up=1)
+    return {form: round(each.median_ms, 3) for form, each in found.items()}
 
 
 def _cpp_ms(files: Mapping[str, Path], reader: Path) -> dict[str, float]:
