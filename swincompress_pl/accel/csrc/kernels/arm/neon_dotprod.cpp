@@ -16,6 +16,8 @@ namespace {
 
 #include "kernels/arm/neon_registers.inc"
 
+#include "kernels/arm/neon_table.inc"
+
 #include "kernels/generic/tiled_requantize_channels.inc"
 
 #include "kernels/generic/store_spikes.inc"
@@ -54,6 +56,7 @@ constexpr Kernels made() {
     Kernels kernels = table_of("neon_dotprod", runnable, kPanelColumns, tiled_peak_products<ValueProduct, kFactors>);
     kernels.attention_scratch_bytes = attention_scratch_bytes;
     kernels.attention = attention;
+    kernels.table = table;
     return kernels;
 }
 

@@ -12,6 +12,8 @@ namespace {
 
 #include "kernels/x86/avx2_registers.inc"
 
+#include "kernels/x86/avx2_table.inc"
+
 #include "kernels/generic/tiled_requantize_channels.inc"
 
 #include "kernels/x86/avx2_store_spikes.inc"
@@ -50,6 +52,7 @@ constexpr Kernels made() {
     kernels.attention_scratch_bytes = attention_scratch_bytes;
     kernels.attention = attention;
     kernels.layer_norm = layer_norm;
+    kernels.table = table;
     kernels.events_max_percent = kEventsMaxPercent;
     return kernels;
 }
