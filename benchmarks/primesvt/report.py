@@ -36,8 +36,8 @@ _INTRODUCTION = (
     '`criterion="second_order"`), from 512 unlabelled training images and without any training, and correct the '
     'statistics of BatchNorm (`batchnorm="correct"`). The divergence of the answers on 128 of these images gives the '
     "order of the steps. Half of the held-out images decide, and the other half audits. Of the heads of an attention "
-    "the width together is a multiple of 4. The row `paper, compensated` is the paper's search, whose zeros the weights "
-    "that stay make up for. Brackets after pairs are 95 % intervals of the points lost."
+    "the width together is a multiple of 4. The row `paper, compensated` is the paper's search, whose zeros the "
+    "weights that stay make up for. Brackets after pairs are 95 % intervals of the points lost."
 )
 _METHODS = {
     "paper": "paper",
