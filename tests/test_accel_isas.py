@@ -1,6 +1,7 @@
 """Every ISA's kernels outside Python: under emulators of CPUs that this one is not, sanitizers and valgrind.
 
-Builds tests/cpp/kernel_cases.cpp with the engine and runs it on cases whose answers the specification gave.
+Builds tests/cpp/kernel_cases.cpp with the engine and runs it on cases whose answers the specification gave, and
+tests/cpp/threads.cpp, which has cases of its own.
 """
 
 from __future__ import annotations
@@ -71,6 +72,10 @@ def test_this_cpu(native: Path, many: Path) -> None:
     assert report.endswith(f" 0 differences: {' '.join(accel.implementations())}\n")
 
 
+def test_threads(native: Path) -> None:
+    assert run(native.parent / "threads") == "right\n"
+
+
 def test_a_wrong_byte_is_found(native: Path, few: Path, tmp_path: Path) -> None:
     content = bytearray(few.read_bytes())
     content[-1] ^= 1  # of the last case's expected answer
@@ -117,7 +122,9 @@ def test_address_and_undefined_behaviour_sanitizers(many: Path, tmp_path: Path) 
 
 def test_thread_sanitizer(few: Path, tmp_path: Path) -> None:
     """Every case runs on three threads, for two callers at once."""
-    run(build(tmp_path / "build", "-DSWINCOMPRESS_SANITIZE=thread", LIGHT), few, "3")
+    program = build(tmp_path / "build", "-DSWINCOMPRESS_SANITIZE=thread", LIGHT)
+    run(program, few, "3")
+    assert run(program.parent / "threads") == "right\n"
 
 
 def test_scalar_under_valgrind(native: Path, few: Path) -> None:

@@ -12,7 +12,7 @@ from support.program_cases import small_program
 from support.whole_programs import images_of, swin_program, vit_program
 
 from swincompress_pl import accel, spec
-from swincompress_pl.accel import core
+from swincompress_pl.accel import _core, core
 
 
 @pytest.fixture(scope="module")
@@ -267,16 +267,41 @@ def test_a_missing_extension_says_how_to_build_it() -> None:
     assert "build it with `pip install .`" in done.stderr
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="counts threads as Linux does")
+def test_engines_share_the_threads_of_a_process(path: Path) -> None:
+    code = """
+import os, sys
+import numpy as np
+from swincompress_pl import accel
+from swincompress_pl.accel import _core
+def others():
+    return len(os.listdir("/proc/self/task")) - before
+before = len(os.listdir("/proc/self/task"))
+engines = [accel.load(sys.argv[1], threads=threads) for threads in (1, 2, 3, 16, 65, 256)]
+images = np.zeros((2, *engines[0].input_shape), dtype=np.uint8)
+answers = []
+for engine in engines:
+    answers.append(engine.run_integer(images))
+    assert others() == min(engine.threads, _core.usable_cpus()) - 1, (engine, others())
+assert all(np.array_equal(answer, answers[0]) for answer in answers)
+del engines, engine
+assert others() == 0, "threads outlive the engines"
+"""
+    done = run_python(code, str(path))
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the address space as Linux does")
+@pytest.mark.skipif(_core.usable_cpus() < 2, reason="a process with one CPU starts no threads")
 def test_threads_that_cannot_be_started_are_an_error(path: Path) -> None:
     code = """
 import resource, sys
 import numpy as np
 from swincompress_pl import accel
-engine = accel.load(sys.argv[1], threads=256)
+engine = accel.load(sys.argv[1], threads=2)
 images = np.zeros((1, *engine.input_shape), dtype=np.uint8)
 (used,) = (line.split()[1] for line in open("/proc/self/status") if line.startswith("VmSize"))
-resource.setrlimit(resource.RLIMIT_AS, (int(used) * 1024 + 2**28, resource.RLIM_INFINITY))
+resource.setrlimit(resource.RLIMIT_AS, (int(used) * 1024 + 2**21, resource.RLIM_INFINITY))
 try:
     engine(images)
 except RuntimeError as error:
@@ -286,7 +311,7 @@ print(engine(images).shape)
 """
     done = run_python(code, str(path))
     assert done.returncode == 0, done.stderr
-    assert "of 256 threads could be started" in done.stdout
+    assert "only 1 of 2 threads could be started" in done.stdout
     assert done.stdout.endswith("(1, 7)\n")
 
 

@@ -231,7 +231,8 @@ class Engine(_Runtime):
 
     Args:
         program: The Program; its activations need 8 bits or more, apart from spikes and their counts.
-        threads: Number of threads, 1 to 256; None for all CPUs that this process may use (affinity and CPU quotas).
+        threads: The most threads to use, 1 to 256; None for all CPUs that this process may use (affinity and CPU
+            quotas). All engines of a process share its threads, and a run takes fewer where that is faster.
         implementation: One of `implementations()`; None for the best.
 
     Raises:
@@ -376,7 +377,8 @@ def load(path: str | os.PathLike[str], threads: int | None = None, implementatio
 
     Args:
         path: The file.
-        threads: Number of threads, 1 to 256; None for all CPUs that this process may use (affinity and CPU quotas).
+        threads: The most threads to use, 1 to 256; None for all CPUs that this process may use (affinity and CPU
+            quotas). All engines of a process share its threads, and a run takes fewer where that is faster.
         implementation: One of `implementations()`; None for the best.
 
     Returns:

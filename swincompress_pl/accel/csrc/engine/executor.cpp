@@ -68,26 +68,31 @@ void Executor::run(const std::vector<const std::byte*>& inputs, const std::vecto
         std::unique_lock<std::timed_mutex> turn(turns.mutex, std::defer_lock);
         if (!watch.pause) turn.lock();
         while (!turn.owns_lock() && !turn.try_lock_for(kPatience)) watch.pause();
-        if (turns.pool == nullptr) turns.pool = std::make_unique<ThreadPool>(threads_);
-        run_chunk(*turns.pool, places, std::min(plan_.chunk(), images - first), watch);
+        if (turns.pool == nullptr && threads_ > 1) turns.pool = ThreadPool::of_process(threads_);
+        run_chunk(turns, places, std::min(plan_.chunk(), images - first), watch);
     }
 }
 
-void Executor::run_chunk(ThreadPool& pool, const std::vector<std::byte*>& places, Size images, const Watch& watch) {
+void Executor::run_chunk(Turns& turns, const std::vector<std::byte*>& places, Size images, const Watch& watch) {
     using Clock = std::chrono::steady_clock;
+    const auto start_of_all = Clock::now();
+    const bool alone = turns.pace.alone(images);
+    const int parts = alone ? 1 : threads_;
+    ThreadPool::Caller caller(alone ? nullptr : turns.pool.get(), parts);
     for (std::size_t number = 0; number < plan_.steps().size(); ++number) {
         const PlannedStep& planned = plan_.steps()[number];
-        Work work{{}, places[planned.output], images, 0, pool.size(), nullptr};
+        Work work{{}, places[planned.output], images, 0, parts, nullptr};
         for (std::size_t i = 0; i < planned.inputs.size(); ++i) work.inputs[i] = places[planned.inputs[i]];
         const auto start = Clock::now();
         const Share share{*planned.step, work, scratch_.data(), plan_.scratch_bytes()};
-        pool.run([&share](int part) { share.run(part); });
+        caller.run([&share](int part) { share.run(part); });
         if (watch.ns != nullptr)
             (*watch.ns)[number] += std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now() - start).count();
         if (watch.spikes != nullptr) {
             for (const SpikeCounter& counter : planned.counters) (*watch.spikes)[number] += counter.count(work);
         }
     }
+    turns.pace.took(Clock::now() - start_of_all);
 }
 
 }  // namespace swincompress

@@ -5,6 +5,7 @@
 #include <functional>
 #include <mutex>
 
+#include "engine/pace.h"
 #include "engine/plan.h"
 #include "engine/thread_pool.h"
 #include "kernels/buffer.h"
@@ -48,11 +49,12 @@ private:
 
         const unsigned forks;
         std::timed_mutex mutex;
-        std::unique_ptr<ThreadPool> pool;
+        Pace pace;
+        std::shared_ptr<ThreadPool> pool;  // from the first run of more than one thread
     };
 
     Turns& turns();
-    void run_chunk(ThreadPool& pool, const std::vector<std::byte*>& places, Size images, const Watch& watch);
+    void run_chunk(Turns& turns, const std::vector<std::byte*>& places, Size images, const Watch& watch);
 
     const Kernels& kernels_;
     Plan plan_;

@@ -7,8 +7,6 @@
 
 namespace swincompress {
 
-constexpr int kThreadsMax = 256;
-
 struct Model {
     std::unique_ptr<Executor> executor;
     Value input;

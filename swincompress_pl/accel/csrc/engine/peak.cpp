@@ -1,12 +1,16 @@
 #include "engine/peak.h"
 
 #include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <numeric>
+#include <stdexcept>
+#include <string>
+#include <system_error>
 #include <thread>
 #include <vector>
 
-#include "engine/thread_pool.h"
+#include "engine/process.h"
 
 namespace swincompress {
 namespace {
@@ -35,11 +39,29 @@ double best_rate(const Kernels& kernels) {
 
 }  // namespace
 
+// With threads of its own: each must run at the same time as the others, as workers of a pool need not.
 double measure_peak_gmacs(const Kernels& kernels, int threads) {
-    const unsigned cpus = std::thread::hardware_concurrency();  // 0 if the system does not say
-    ThreadPool pool(cpus == 0 ? threads : std::min(threads, static_cast<int>(cpus)));
-    std::vector<double> rates(static_cast<std::size_t>(pool.size()));
-    pool.run([&](int part) { rates[static_cast<std::size_t>(part)] = best_rate(kernels); });
+    const int count = std::min(threads, usable_cpus());
+    std::vector<double> rates(static_cast<std::size_t>(count));
+    std::vector<std::thread> others;
+    std::atomic<int> missing{count};
+    const auto measure = [&](int number) {
+        for (--missing; missing.load() > 0;) std::this_thread::yield();
+        rates[static_cast<std::size_t>(number)] = best_rate(kernels);
+    };
+    const auto join = [&] {
+        for (std::thread& other : others) other.join();
+    };
+    try {
+        for (int number = 1; number < count; ++number) others.emplace_back(measure, number);
+    } catch (const std::system_error& error) {
+        missing = 0;
+        join();
+        throw std::runtime_error("only " + std::to_string(others.size() + 1) + " of " + std::to_string(count) +
+                                 " threads could be started (" + error.what() + "); give fewer threads");
+    }
+    measure(0);
+    join();
     return std::accumulate(rates.begin(), rates.end(), 0.0);
 }
 

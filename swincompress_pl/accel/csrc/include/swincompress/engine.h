@@ -24,7 +24,7 @@
 namespace swincompress {
 
 // The error of every function here. The message names the thing, the value and the remedy. If the system does not give
-// memory, std::bad_alloc is thrown instead. The first run starts the threads.
+// memory, std::bad_alloc is thrown instead. The first run starts the threads, which all engines of a process share.
 class Error : public std::runtime_error {
 public:
     using std::runtime_error::runtime_error;
