@@ -36,7 +36,11 @@ namespace {
 
 #include "kernels/generic/tiled_linear.inc"
 
+#include "kernels/generic/attention_parts.inc"
+
 #include "kernels/arm/neon_attention.inc"
+
+#include "kernels/generic/tiled_softmax.inc"
 
 #include "kernels/generic/tiled_attention.inc"
 

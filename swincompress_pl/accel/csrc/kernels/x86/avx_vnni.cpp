@@ -32,7 +32,11 @@ namespace {
 
 #include "kernels/generic/tiled_linear.inc"
 
+#include "kernels/generic/attention_parts.inc"
+
 #include "kernels/x86/avx2_attention.inc"
+
+#include "kernels/generic/tiled_softmax.inc"
 
 #include "kernels/generic/tiled_attention.inc"
 
