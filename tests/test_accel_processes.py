@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.whole_programs import images_of, vit_program
+from support.whole_programs import images_of, swin_program, vit_program
 
 from swincompress_pl import accel, spec
 from swincompress_pl.accel import _core, core
@@ -322,10 +323,49 @@ def test_an_implementation_of_another_machine_is_replaced_and_said(path: Path) -
 
 def test_altered_pickles_are_refused_as_artifacts_are(path: Path) -> None:
     state = accel.load(path).__getstate__()
-    altered = bytearray(state["_program"])
+    altered = bytearray(path.read_bytes())
     altered[-1] ^= 1
     with pytest.raises(ValueError, match="checksum"):
         accel.Engine.__new__(accel.Engine).__setstate__(state | {"_program": bytes(altered)})
+
+
+def test_an_engine_reads_its_file_again_and_notices_what_was_written_to_it(path: Path, tmp_path: Path) -> None:
+    file = tmp_path / "network.safetensors"
+    shutil.copy(path, file)
+    engines = [accel.load(file) for _ in range(3)]
+    file.rename(tmp_path / "elsewhere")
+    file.write_text("another file")
+    assert engines[0].program.describe() == accel.reference(path).program.describe()
+    content = bytearray((tmp_path / "elsewhere").read_bytes())
+    content[-1] ^= 1
+    (tmp_path / "elsewhere").write_bytes(content)
+    os.utime(tmp_path / "elsewhere", ns=(1, 1))
+    with pytest.raises(accel.ArtifactError, match="network.safetensors: written to after it was loaded; load it again"):
+        pickle.dumps(engines[1])
+    images = images_of(engines[0].program, 2)
+    np.testing.assert_array_equal(engines[1](images), engines[0](images))
+    (tmp_path / "elsewhere").write_bytes(b"")
+    with pytest.raises(accel.ArtifactError, match="written to after it was loaded"):
+        _ = engines[2].program
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads memory as Linux tells it")
+def test_an_engine_takes_little_more_memory_than_its_file(tmp_path: Path) -> None:
+    """Neither the file nor a second copy of the weights stays."""
+    file = accel.export(swin_program(channels=384, heads=(12, 24), depths=(1, 3)), tmp_path / "wide.safetensors")
+    code = """
+import os, sys
+from swincompress_pl import accel
+def kept(key):
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
+before = kept("VmRSS")
+engine = accel.load(sys.argv[1], threads=1)
+print((kept("VmRSS") - before) / os.path.getsize(sys.argv[1]), (kept("VmHWM") - before) / os.path.getsize(sys.argv[1]))
+"""
+    done = subprocess.run([sys.executable, "-c", code, file], capture_output=True, text=True, check=True)
+    after, peak = map(float, done.stdout.split())
+    assert after < 1.4, done.stdout
+    assert peak < 1.4, done.stdout
 
 
 @pytest.mark.parametrize("how", COPIES)

@@ -15,6 +15,7 @@ and then renamed, so that an interrupted export leaves the old file as it was.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -29,7 +30,7 @@ from safetensors.numpy import load, save
 
 from swincompress_pl import spec
 from swincompress_pl.accel import storage
-from swincompress_pl.accel.core import CodedError, parse_content, read_artifact
+from swincompress_pl.accel.core import CodedError, Content, parse_content, read_artifact
 from swincompress_pl.files import write_file
 from swincompress_pl.printable import printable
 
@@ -189,21 +190,69 @@ def _parsed(declared: Mapping[str, Any], coded: npt.NDArray[Any]) -> tuple[str |
         raise storage.StorageError(f"its description is not JSON: {error}") from error
 
 
-def through(path: str | os.PathLike[str], reader: Callable[[bytes], Result]) -> Result:
+class StoredArtifact:
+    """An artifact in its file, which is read when its bytes are asked for, so that memory need not hold them.
+
+    The file stays open: one that is deleted or replaced afterwards still gives what it gave. Copies share it, and
+    pickles hold the bytes. A FileNotFoundError is raised if there is no such file.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        source = Path(path)
+        if not source.is_file():
+            what = "a folder" if source.is_dir() else "no such file"
+            raise FileNotFoundError(f"{source}: {what}; write one with swincompress_pl.accel.export(model, path)")
+        self._path = source
+        self._file = open(source, "rb")  # noqa: SIM115 (for as long as the object lives)
+        self._first = self._state()
+
+    def through(self, reader: Callable[[Content], Result]) -> Result:
+        """What `reader` returns for the bytes, which are decoded first if they are compressed; it may overwrite them.
+
+        A ValueError of `reader` becomes an ArtifactError that names the file. An ArtifactError is raised, too, for a
+        file that was written to since it was opened.
+        """
+        try:
+            return from_bytes(self._read(), reader)
+        except ValueError as error:
+            hint = _CHECKPOINT_HINT if _is_checkpoint(self._path) else ""
+            raise ArtifactError(f"{printable(str(self._path))}: {_told(error)}{hint}") from error
+
+    def __deepcopy__(self, memo: object) -> StoredArtifact:
+        return self
+
+    def __reduce__(self) -> tuple[type[bytes], tuple[bytes]]:
+        return bytes, (self.through(bytes),)
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+    def _state(self) -> tuple[int, int]:
+        found = os.fstat(self._file.fileno())
+        return found.st_size, found.st_mtime_ns
+
+    def _read(self) -> npt.NDArray[np.uint8]:
+        if self._state() != self._first:
+            raise ValueError("written to after it was loaded; load it again")
+        content = np.empty(self._first[0], np.uint8)
+        rest = memoryview(content.data)
+        while rest:  # not the file's own position, which forked processes share
+            read = os.preadv(self._file.fileno(), [rest], len(content) - len(rest))
+            if read == 0:
+                raise ValueError("cut short while it was read; copy or export it again")
+            rest = rest[read:]
+        return content
+
+
+def through(path: str | os.PathLike[str], reader: Callable[[Content], Result]) -> Result:
     """What `reader` returns for the bytes of an artifact, which are decoded first if it is compressed.
 
     A FileNotFoundError is raised if there is no such file; a ValueError of `reader` becomes an ArtifactError that names
     the file.
     """
-    source = Path(path)
-    if not source.is_file():
-        what = "a folder" if source.is_dir() else "no such file"
-        raise FileNotFoundError(f"{source}: {what}; write one with swincompress_pl.accel.export(model, path)")
-    try:
-        return from_bytes(source.read_bytes(), reader)
-    except ValueError as error:
-        hint = _CHECKPOINT_HINT if _is_checkpoint(source) else ""
-        raise ArtifactError(f"{printable(str(source))}: {_told(error)}{hint}") from error
+    with contextlib.closing(StoredArtifact(path)) as stored:
+        return stored.through(reader)
 
 
 def _told(error: Exception) -> str:
@@ -218,16 +267,16 @@ def _is_checkpoint(source: Path) -> bool:
         return file.read(4) == b"PK\x03\x04"
 
 
-def from_bytes(content: bytes, reader: Callable[[bytes], Result]) -> Result:
+def from_bytes(content: Content, reader: Callable[[Content], Result]) -> Result:
     """What `reader` returns for an artifact's bytes, which are decoded first if they are compressed."""
     try:
         return reader(content)
     except CodedError:
         pass
-    return reader(_decoded(content))
+    return reader(_decoded(bytes(content)))
 
 
-def unproved_program(content: bytes) -> spec.Program:
+def unproved_program(content: Content) -> spec.Program:
     """The Program of an artifact's bytes, from the C++ reader, which checks format, version and checksum.
 
     The rules of the specification are not checked. A CodedError is raised for a compressed artifact, and a ValueError
@@ -247,7 +296,7 @@ def read(path: str | os.PathLike[str]) -> spec.Program:
     otherwise.
     """
 
-    def proved(content: bytes) -> spec.Program:
+    def proved(content: Content) -> spec.Program:
         program = unproved_program(content)
         spec.check(program)
         return program

@@ -46,6 +46,7 @@ except ImportError as error:
     raise ImportError(_why_no_engine(error)) from error
 
 THREADS_MAX = 256
+Content = bytes | npt.NDArray[np.uint8]  # of an artifact
 CodedError = _core.CodedError  # raised for an entropy-coded artifact, which only Python decodes
 
 
@@ -138,16 +139,18 @@ def operation_engine(
     return _engine(inputs, [_described(op, range(len(inputs)), tensors)], implementation, threads)
 
 
-def artifact_engine(content: bytes, implementation: str, threads: int) -> tuple[_core.Engine, _core.ModelFacts]:
+def artifact_engine(content: Content, implementation: str, threads: int) -> tuple[_core.Engine, _core.ModelFacts]:
     """The C++ engine of an artifact's bytes, read and proved in C++; the bytes are not kept.
+
+    An array is used up: its memory goes back to the system as the engine grows, and what it holds is lost.
 
     Raises CodedError for an entropy-coded artifact, and ValueError for other bytes or a broken rule of the
     specification.
     """
-    return _core.load(content, implementation, threads)
+    return _core.load(content, implementation, threads, spend=isinstance(content, np.ndarray))
 
 
-def read_artifact(content: bytes) -> tuple[str, dict[str, npt.NDArray[Any]]]:
+def read_artifact(content: Content) -> tuple[str, dict[str, npt.NDArray[Any]]]:
     """(description as JSON, tensors by key) of an artifact's bytes, by the same reader.
 
     The rules of the specification are not checked. Raises CodedError and ValueError as `artifact_engine`.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
@@ -14,7 +14,8 @@ import numpy.typing as npt
 from swincompress_pl import spec
 from swincompress_pl._deprecated import renamed_attributes
 from swincompress_pl.accel import _core, artifact, pictures
-from swincompress_pl.accel.core import artifact_engine, program_engine, resolve_threads
+from swincompress_pl.accel.artifact import Result
+from swincompress_pl.accel.core import Content, artifact_engine, program_engine, resolve_threads
 from swincompress_pl.accel.images import Images, as_images
 from swincompress_pl.accel.outputs import EngineOutput, by_name, empty, named_outputs, single_output
 from swincompress_pl.accel.pictures import Prediction, Preprocess
@@ -245,14 +246,14 @@ class Engine(_Runtime):
     def __init__(self, program: spec.Program, *, threads: int | None = None, implementation: str | None = None) -> None:
         values = spec.check(program)
         super().__init__(*_facts(program, values))
-        self._program: spec.Program | bytes = program
+        self._program: spec.Program | bytes | artifact.StoredArtifact = program
         self._hold(program_engine(program, implementation=implementation, threads=threads))
 
     @classmethod
-    def _of_artifact(cls, content: bytes, implementation: str, threads: int) -> Engine:
+    def _of_artifact(cls, stored: artifact.StoredArtifact, implementation: str, threads: int) -> Engine:
         """Makes an engine by the C++ reader alone; the Program is made on first use."""
         engine = cls.__new__(cls)
-        core, facts = artifact_engine(content, implementation, threads)
+        core, facts = stored.through(lambda content: artifact_engine(content, implementation, threads))
         *time, height, width, channels = facts["input_shape"]
         taken = spec.InputDescription(
             height=height, width=width, channels=channels, time_steps=time[0] if time else None
@@ -262,7 +263,7 @@ class Engine(_Runtime):
             for name, dtype, shape, scale in facts["outputs"]
         )
         _Runtime.__init__(engine, taken, facts["class_count"], facts["classes"], facts["logit_scale"], named)
-        engine._program = content
+        engine._program = stored
         engine._hold(core)
         return engine
 
@@ -272,7 +273,9 @@ class Engine(_Runtime):
         self.threads = core.threads
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {**vars(self), "_program": self._artifact()}
+        state = {**vars(self)}
+        if isinstance(self._program, spec.Program):
+            state["_program"] = artifact.to_bytes(self._program)
         del state["_core"]
         return state
 
@@ -286,16 +289,20 @@ class Engine(_Runtime):
                 f"with {name!r} and gives the same bits",
                 stacklevel=2,
             )
-        self._hold(artifact_engine(state["_program"], name, self.threads)[0])
+        self._hold(self._read(lambda content: artifact_engine(content, name, self.threads))[0])
 
-    def _artifact(self) -> bytes:
-        return self._program if isinstance(self._program, bytes) else artifact.to_bytes(self._program)
+    def _read(self, reader: Callable[[Content], Result]) -> Result:
+        """What `reader` returns for the artifact's bytes, as `artifact.from_bytes`."""
+        if isinstance(self._program, artifact.StoredArtifact):
+            return self._program.through(reader)
+        held = self._program if isinstance(self._program, bytes) else artifact.to_bytes(self._program)
+        return artifact.from_bytes(held, reader)
 
     @property
     def program(self) -> spec.Program:
         """The Program that runs; after `load` it is made on first use."""
-        if isinstance(self._program, bytes):
-            self._program = artifact.unproved_program(self._program)  # the engine has proved it
+        if not isinstance(self._program, spec.Program):
+            self._program = self._read(artifact.unproved_program)  # the engine has proved it
         return self._program
 
     def _run(self, images: Images) -> npt.NDArray[np.int32]:
@@ -393,7 +400,7 @@ def load(path: str | os.PathLike[str], threads: int | None = None, implementatio
             that it can run.
     """
     count, name = resolve_threads(threads), _core.select(implementation or "")
-    return artifact.through(path, lambda content: Engine._of_artifact(content, name, count))
+    return Engine._of_artifact(artifact.StoredArtifact(path), name, count)
 
 
 def reference(path: str | os.PathLike[str]) -> ReferenceEngine:

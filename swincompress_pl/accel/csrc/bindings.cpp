@@ -87,21 +87,20 @@ std::unique_ptr<Executor> make_engine(const py::sequence& inputs, const py::sequ
                                       results);
 }
 
-std::pair<const std::byte*, std::size_t> bytes_of(const py::bytes& content) {
-    char* data = nullptr;
-    py::ssize_t size = 0;
-    if (PyBytes_AsStringAndSize(content.ptr(), &data, &size) != 0) throw py::error_already_set();
-    return {reinterpret_cast<const std::byte*>(data), static_cast<std::size_t>(size)};
+std::pair<const std::byte*, std::size_t> bytes_of(const py::buffer_info& content) {
+    return {static_cast<const std::byte*>(content.ptr), static_cast<std::size_t>(content.size * content.itemsize)};
 }
 
 // (engine, {"input_shape", "logit_scale", "class_count", "classes", "outputs": (name, type, shape, scale) of each})
-std::pair<std::unique_ptr<Executor>, py::dict> load(const py::bytes& content, const std::string& implementation,
-                                                    int threads) {
-    const auto [bytes, size] = bytes_of(content);
+// spend: the content is writable and nobody else's; what it holds is lost.
+std::pair<std::unique_ptr<Executor>, py::dict> load(const py::buffer& content, const std::string& implementation,
+                                                    int threads, bool spend) {
+    const py::buffer_info info = content.request(spend);
+    const auto [bytes, size] = bytes_of(info);
     const Kernels& kernels = select_kernels(implementation);
     Model model = [&, bytes = bytes, size = size] {
         const GilRelease release;
-        return load_model(bytes, size, kernels, Resources{threads});
+        return load_model(bytes, size, kernels, Resources{threads, Resources{}.memory_bytes_max, spend});
     }();
     py::dict facts;
     facts["input_shape"] = py::tuple(py::cast(model.input.shape));
@@ -119,8 +118,9 @@ std::pair<std::unique_ptr<Executor>, py::dict> load(const py::bytes& content, co
 }
 
 // (description as JSON, {key: array}) of an artifact with the right checksum; the rules are not checked.
-std::pair<std::string, py::dict> read_content(const py::bytes& content) {
-    const auto [bytes, size] = bytes_of(content);
+std::pair<std::string, py::dict> read_content(const py::buffer& content) {
+    const py::buffer_info info = content.request();
+    const auto [bytes, size] = bytes_of(info);
     const Artifact artifact = [&, bytes = bytes, size = size] {
         const GilRelease release;
         return read_artifact(bytes, size);
@@ -135,8 +135,9 @@ std::pair<std::string, py::dict> read_content(const py::bytes& content) {
 }
 
 // (description, storage) of a compressed artifact's content, each as JSON; None where there is none.
-std::pair<std::optional<std::string>, std::optional<std::string>> parse_content(const py::bytes& content) {
-    const auto [bytes, size] = bytes_of(content);
+std::pair<std::optional<std::string>, std::optional<std::string>> parse_content(const py::buffer& content) {
+    const py::buffer_info info = content.request();
+    const auto [bytes, size] = bytes_of(info);
     const GilRelease release;
     const Json parsed = parse_json({reinterpret_cast<const char*>(bytes), size});
     const auto part = [&](const char* key) {
@@ -276,7 +277,8 @@ PYBIND11_MODULE(_core, module) {
         py::arg("implementation") = "");
     module.def("peak_gmacs", &peak_gmacs, py::arg("implementation"), py::arg("threads"));
     py::register_exception<CodedError>(module, "CodedError", PyExc_ValueError);
-    module.def("load", &load, py::arg("content"), py::arg("implementation"), py::arg("threads"));
+    module.def("load", &load, py::arg("content"), py::arg("implementation"), py::arg("threads"),
+               py::arg("spend") = false);
     module.def("read", &read_content, py::arg("content"));
     module.def("parse_content", &parse_content, py::arg("content"));
     py::class_<Executor>(module, "Engine")

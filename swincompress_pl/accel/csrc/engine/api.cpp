@@ -110,24 +110,29 @@ Engine::Engine(Engine&&) noexcept = default;
 Engine& Engine::operator=(Engine&&) noexcept = default;
 Engine::~Engine() = default;
 
-Engine Engine::from_bytes(const void* bytes, std::size_t size, const Options& options) {
+std::unique_ptr<Engine::State> Engine::state_of(const void* bytes, std::size_t size, const Options& options,
+                                                bool spend) {
     try {
         const Resources resources{options.threads.value_or(std::min(usable_cpus(), kThreadsMax)),
-                                  options.memory_bytes_max};
+                                  options.memory_bytes_max, spend};
         Model model =
             load_model(static_cast<const std::byte*>(bytes), size, select_kernels(options.implementation), resources);
         auto classes = model.classes.value_or(std::vector<std::string>{});
         auto outputs = outputs_of(model);
-        return Engine(std::make_unique<State>(State{std::move(model), std::move(classes), std::move(outputs)}));
+        return std::make_unique<State>(State{std::move(model), std::move(classes), std::move(outputs)});
     } catch (const std::invalid_argument& error) {
         throw Error(error.what());
     }
 }
 
+Engine Engine::from_bytes(const void* bytes, std::size_t size, const Options& options) {
+    return Engine(state_of(bytes, size, options, false));
+}
+
 Engine Engine::load(const std::string& path, const Options& options) {
     const std::vector<char> bytes = read_file(path);
     try {
-        return from_bytes(bytes.data(), bytes.size(), options);
+        return Engine(state_of(bytes.data(), bytes.size(), options, true));
     } catch (const Error& error) {
         throw Error(path + ": " + error.what());
     }

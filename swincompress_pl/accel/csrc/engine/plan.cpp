@@ -1,8 +1,10 @@
 #include "engine/plan.h"
 
 #include <algorithm>
+#include <map>
 #include <set>
 
+#include "engine/process.h"
 #include "kernels/buffer.h"
 #include "program/rules.h"
 
@@ -99,6 +101,9 @@ void Plan::add_steps(const std::vector<Operation>& operations, const Kernels& ke
         for (const Size number : operation.inputs)
             if (number >= 0 && number < static_cast<Size>(readers.size())) ++readers[static_cast<std::size_t>(number)];
     for (const std::size_t number : results_) ++readers[number];  // the caller
+    std::map<const void*, std::size_t> last_use;                  // of tensors
+    for (std::size_t number = 0; number < operations.size(); ++number)
+        for (const auto& [role, tensor] : operations[number].tensors) last_use[tensor.data] = number;
     for (std::size_t number = 0; number < operations.size(); ++number) {
         take(operations[number], tensor_bytes(operations[number]), resources);
         const OperationView view = view_of(operations[number], values_);
@@ -110,6 +115,9 @@ void Plan::add_steps(const std::vector<Operation>& operations, const Kernels& ke
             steps_.push_back(std::move(step));
         }
         values_.push_back(view.output());
+        if (!resources.spend) continue;
+        for (const auto& [role, tensor] : operations[number].tensors)
+            if (last_use[tensor.data] == number) give_back(tensor.data, tensor.bytes());
     }
 }
 

@@ -17,6 +17,9 @@ struct PlannedStep {
 struct Resources {
     int threads = 1;
     Size memory_bytes_max = Size{1} << 32;
+    // Whether the tensors lie in memory that nobody reads afterwards: each is given back once its last operation is
+    // prepared, so that artifact and engine are not in memory at once.
+    bool spend = false;
 };
 
 class Plan {

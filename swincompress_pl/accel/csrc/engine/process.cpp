@@ -12,6 +12,8 @@
 
 #ifdef __linux__
 #include <sched.h>
+#include <sys/mman.h>
+#include <unistd.h>
 #endif
 
 namespace swincompress {
@@ -110,6 +112,16 @@ double cpus_of_quota(const std::string& root) {
 }
 
 }  // namespace
+
+void give_back([[maybe_unused]] const void* data, [[maybe_unused]] std::int64_t bytes) {
+#ifdef __linux__
+    const auto page = static_cast<std::uintptr_t>(sysconf(_SC_PAGESIZE));
+    const auto start = reinterpret_cast<std::uintptr_t>(data);
+    const std::uintptr_t first = (start + page - 1) / page * page;
+    const std::uintptr_t last = (start + static_cast<std::uintptr_t>(bytes)) / page * page;
+    if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_DONTNEED);
+#endif
+}
 
 unsigned fork_generation() { return forks.load(); }
 

@@ -114,6 +114,7 @@ public:
 private:
     struct State;
     explicit Engine(std::unique_ptr<State> state);
+    static std::unique_ptr<State> state_of(const void* bytes, std::size_t size, const Options& options, bool spend);
 
     std::unique_ptr<State> state_;
 };
