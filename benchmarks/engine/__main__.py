@@ -11,6 +11,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
+from swincompress_pl import accel
 from swincompress_pl.cli.common import integers
 from swincompress_pl.progress import progress_bar
 from swincompress_pl.report import describe_environment, program_macs
@@ -53,6 +54,7 @@ def _arguments(arguments: Sequence[str] | None) -> Namespace:
         "--batch", type=str, default="1", help="numbers of images per call, with a results file for each"
     )
     command.add_argument("--against", type=str, default="torch,onnxruntime,openvino", help="peers")
+    command.add_argument("--implementation", type=str, default=None, help="of the engine; without it the best")
     command.add_argument("--rounds", type=int, default=15, help="samples of each runtime")
     command.add_argument("--turn-ms", type=float, default=300.0, help="time of one runtime's turn in a round")
     command.add_argument("--images-checked", type=int, default=2, help="images whose integers are compared")
@@ -74,7 +76,7 @@ def _measure(given: Namespace, model: str) -> Iterator[dict[str, Any]]:
                 races = race_all(
                     parse_runtimes(given.against), program, file, batch=batch,
                     threads=integers(given.threads, "--threads"), rounds=given.rounds, turn_ms=given.turn_ms,
-                    directory=Path(files), tell=tell,
+                    directory=Path(files), tell=tell, implementation=given.implementation,
                 )  # fmt: skip
             yield {
                 "model": model,
@@ -82,6 +84,7 @@ def _measure(given: Namespace, model: str) -> Iterator[dict[str, Any]]:
                 "macs": program_macs(program),
                 "file_bytes": file.stat().st_size,
                 "batch": batch,
+                "implementation": given.implementation or accel.implementations()[0],
                 "answers": {"images": given.images_checked, "equal_to_reference": equal},
                 "races": races,
                 "environment": describe_environment(),

@@ -15,6 +15,7 @@ from swincompress_pl.report.comparison.runtimes import prepare
 from swincompress_pl.report.comparison.worker import PIXEL_MEAN, PIXEL_STD, SEED
 from swincompress_pl.spec import Program
 
+FLOATS = ("torch fp32", "onnxruntime fp32", "openvino fp32")  # the first in a race is the float network
 _CALIBRATION_IMAGES = 4
 
 
@@ -55,8 +56,10 @@ def race_all(
     turn_ms: float,
     directory: Path,
     tell: Progress,
+    implementation: str | None = None,
 ) -> list[dict[str, Any]]:
-    """One race for every number of threads, as JSON types; directory: for the files that peers read."""
+    """One race for every number of threads, as JSON types; directory: for the files that peers read; implementation: of
+    the engine, None for the best."""
     shape = program.input.value.shape
     peers = prepare(
         against, origin=program.origin, image_shape=shape, threads=threads, batch=batch, directory=directory,
@@ -64,23 +67,31 @@ def race_all(
     )  # fmt: skip
     races = []
     for number in threads:
-        ours = Runner(name=ENGINE, runtime="engine", threads=number, batch=batch, image_shape=shape, file=str(file))
+        ours = Runner(
+            name=ENGINE, runtime="engine", threads=number, batch=batch, image_shape=shape, file=str(file),
+            implementation=implementation,
+        )  # fmt: skip
         results = compare([ours, *peers[number]], rounds=rounds, turn_ms=turn_ms, on_progress=tell)
         ratios = ratios_to(results[0], results[1:])
+        real = next((result for result in results if result.name in FLOATS and result.logits is not None), None)
         races.append(
             {
                 "threads": number,
-                "results": [result.to_dict() | {"agreement": _agreement(results[0], result)} for result in results],
+                "results": [
+                    result.to_dict()
+                    | {"agreement": _agreement(results[0], result), "float_agreement": _agreement(real, result)}
+                    for result in results
+                ],
                 "times_engine": {name: value.to_dict() for name, value in ratios.items()},
             }
         )
     return races
 
 
-def _agreement(engine: Result, peer: Result) -> dict[str, Any] | None:
-    if engine.logits is None or peer.logits is None or peer.name == ENGINE:
+def _agreement(one: Result | None, other: Result) -> dict[str, Any] | None:
+    if one is None or one.logits is None or other.logits is None or one.name == other.name:
         return None
-    return agreement(engine.logits, peer.logits)
+    return agreement(one.logits, other.logits)
 
 
 def agreement(ours: npt.NDArray[np.float32], theirs: npt.NDArray[np.float32]) -> dict[str, Any] | None:

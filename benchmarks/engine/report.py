@@ -19,7 +19,7 @@ from .plot import draw
 
 Figures = Mapping[str, Any]
 _HEADER = ("runtime", "median ms", "quartiles ms", "GMAC/s", "times engine [quartiles]", "load ms", "file", "peak RSS")
-_AGREES = "agrees with engine"
+_AGREES, _AGREES_WITH_FLOAT = "agrees with engine", "agrees with float"
 _NOTE = "Each runtime runs in its own process, and they take turns. Times are medians and quartiles."
 _LOAD = (
     "Load is the time to read or build the network, compile it and give the first answer, without imports. For torch, "
@@ -75,7 +75,7 @@ def race_sections(figures: Figures, heading: str = "## {}") -> list[str]:
     ]
     for race in figures["races"]:
         rows = [_row(result, race, figures) for result in race["results"]]
-        parts += [heading.format(counted(race["threads"], "thread")), _without_unmeasured([*_HEADER, _AGREES], rows)]
+        parts += [heading.format(counted(race["threads"], "thread")), _without_unmeasured([*_HEADER, _AGREES, _AGREES_WITH_FLOAT], rows)]
     return parts
 
 
@@ -99,7 +99,7 @@ def _without_unmeasured(header: Sequence[str], rows: Sequence[Sequence[str]]) ->
 def _row(result: Figures, race: Figures, figures: Figures) -> list[str]:
     latency = result["latency"]
     if latency is None:
-        return [result["name"], result["unavailable"] or "-", *[""] * (len(_HEADER) - 1)]
+        return [result["name"], result["unavailable"] or "-", *[""] * len(_HEADER)]
     low, high = latency["quartiles_ms"]
     times = race["times_engine"].get(result["name"])
     return [
@@ -112,6 +112,7 @@ def _row(result: Figures, race: Figures, figures: Figures) -> list[str]:
         megabytes(result.get("file_bytes")),
         megabytes(result["peak_rss_bytes"]),
         _agreement(result),
+        _agreement(result, "float_agreement"),
     ]
 
 
@@ -119,8 +120,8 @@ def _load(result: Figures) -> str:
     return "-" if result.get("load_ms") is None else f"{result['load_ms']:.0f}"
 
 
-def _agreement(result: Figures) -> str:
-    found = result.get("agreement")
+def _agreement(result: Figures, key: str = "agreement") -> str:
+    found = result.get(key)
     if not found:
         return "-"
     correlation = "-" if found["correlation"] is None else f"{found['correlation']:.4f}"

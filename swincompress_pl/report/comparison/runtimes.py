@@ -1,12 +1,15 @@
-"""The alternative runtimes, prepared for the same architecture: torch, onnxruntime and OpenVINO."""
+"""The alternative runtimes, prepared for the same architecture: torch, onnxruntime, OpenVINO, MNN and ExecuTorch."""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import logging
+import subprocess
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,13 @@ LATENCY_ONLY = (
 
 _ONNX = ("onnx", "onnxscript")
 # {runtime: packages that all of its variants need}
-_PACKAGES = {"torch": ("torch",), "onnxruntime": ("onnxruntime", *_ONNX), "openvino": ("openvino", *_ONNX)}
+_PACKAGES = {
+    "torch": ("torch",),
+    "onnxruntime": ("onnxruntime", *_ONNX),
+    "openvino": ("openvino", *_ONNX),
+    "mnn": ("mnn", *_ONNX),
+    "executorch": ("executorch", "torchao"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +72,28 @@ RUNTIMES: dict[str, tuple[Variant, ...]] = {
         Variant(name="openvino fp32", runtime="openvino", form="onnx", settings={"INFERENCE_PRECISION_HINT": "f32"}),
         Variant(name="openvino int8 (nncf)", runtime="openvino", form="openvino int8", converter="nncf"),
     ),
+    # Without VNNI, sums of products of 8 bits saturate at 16 bits. These forms keep their weights to 7 bits, or take the
+    # slower instructions that do not saturate.
+    "onnxruntime-safe": (
+        Variant(name="onnxruntime dynamic int8, 7-bit weights", runtime="onnxruntime", form="onnx dynamic int7"),
+        Variant(name="onnxruntime static int8 (QDQ), 7-bit weights", runtime="onnxruntime", form="onnx static int7"),
+        Variant(
+            name="onnxruntime dynamic int8, precise",
+            runtime="onnxruntime",
+            form="onnx dynamic int8",
+            settings={"session.x64quantprecision": "1"},
+        ),
+    ),
+    "openvino-safe": (
+        Variant(
+            name="openvino int8 (nncf), 7-bit weights", runtime="openvino", form="openvino int7", converter="nncf"
+        ),
+    ),
+    "mnn": (
+        Variant(name="MNN fp32", runtime="mnn", form="mnn"),
+        Variant(name="MNN 8-bit weights", runtime="mnn", form="mnn 8-bit weights"),
+    ),
+    "executorch": (Variant(name="ExecuTorch int8 (XNNPACK)", runtime="executorch", form="executorch int8"),),
 }
 
 
@@ -146,35 +177,45 @@ class _Forms:
             make = {
                 "onnx": self._onnx,
                 "onnx dynamic int8": self._dynamic,
+                "onnx dynamic int7": partial(self._dynamic, weight_bits=7),
                 "onnx static int8": self._static,
+                "onnx static int7": partial(self._static, weight_bits=7),
                 "openvino int8": self._openvino_int8,
+                "openvino int7": partial(self._openvino_int8, weight_bits=7),
+                "mnn": self._mnn,
+                "mnn 8-bit weights": partial(self._mnn, weight_bits=8),
+                "executorch int8": self._executorch_int8,
             }
             with _quiet():
                 self.made[form] = make[form]()
         return self.made[form]
 
-    def _onnx(self) -> Path:
+    def _network(self) -> Any:
         import torch
 
         from swincompress_pl import models
 
-        *time_steps, height, width, channels = self.image_shape
         assert self.origin is not None
         torch.manual_seed(SEED)
-        network = models.rebuild(self.origin).eval()
+        return models.rebuild(self.origin).eval()
+
+    def _onnx(self) -> Path:
+        import torch
+
+        *time_steps, height, width, channels = self.image_shape
         path = self.directory / "network.onnx"
         images = torch.zeros(self.batch, *time_steps, channels, height, width)
-        torch.onnx.export(network, (images,), path, dynamo=True, external_data=False, verbose=False)
+        torch.onnx.export(self._network(), (images,), path, dynamo=True, external_data=False, verbose=False)
         return path
 
-    def _dynamic(self) -> Path:
+    def _dynamic(self, weight_bits: int = 8) -> Path:
         from onnxruntime.quantization import QuantType, quantize_dynamic
 
-        path = self.directory / "network.dynamic-int8.onnx"
-        quantize_dynamic(self._without_shapes(), path, weight_type=QuantType.QInt8)
+        path = self.directory / f"network.dynamic-int{weight_bits}.onnx"
+        quantize_dynamic(self._without_shapes(), path, weight_type=QuantType.QInt8, reduce_range=weight_bits == 7)
         return path
 
-    def _static(self) -> Path:
+    def _static(self, weight_bits: int = 8) -> Path:
         import onnx
         from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
@@ -185,7 +226,7 @@ class _Forms:
             def get_next(self) -> dict[str, Any] | None:
                 return next(self.feeds, None)
 
-        path = self.directory / "network.static-int8.onnx"
+        path = self.directory / f"network.static-int{weight_bits}.onnx"
         model: onnx.ModelProto = self._without_shapes()
         quantize_static(
             model,
@@ -195,6 +236,7 @@ class _Forms:
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
             per_channel=True,
+            reduce_range=weight_bits == 7,
         )
         return path
 
@@ -211,7 +253,7 @@ class _Forms:
         shape = (self.batch, *self.image_shape)
         return [normalized(random_images(shape, seed)) for seed in (SEED + 1, SEED + 2)]
 
-    def _openvino_int8(self) -> Path:
+    def _openvino_int8(self, weight_bits: int = 8) -> Path:
         import nncf
         import openvino
 
@@ -223,9 +265,47 @@ class _Forms:
             model_type=nncf.ModelType.TRANSFORMER,
             subset_size=len(samples),
             fast_bias_correction=True,
+            advanced_parameters=nncf.AdvancedQuantizationParameters(
+                overflow_fix=nncf.OverflowFix.ENABLE if weight_bits == 7 else nncf.OverflowFix.FIRST_LAYER
+            ),
         )
-        path = self.directory / "network.int8.xml"
+        path = self.directory / f"network.int{weight_bits}.xml"
         openvino.save_model(quantized, path)
+        return path
+
+    def _mnn(self, weight_bits: int = 32) -> Path:
+        """By MNN's compiled converter: its own command, and `MNN.tools`, install a package that reports uses."""
+        path = self.directory / f"network.{weight_bits}.mnn"
+        files = ["--modelFile", str(self.file("onnx")), "--MNNModel", str(path), "--bizCode", "none"]
+        bits = [] if weight_bits == 32 else ["--weightQuantBits", str(weight_bits)]
+        code = "import sys, MNN, _tools; sys.exit(not _tools.mnnconvert(sys.argv))"
+        command = [sys.executable, "-c", code, "-f", "ONNX", *files, *bits]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode != 0 or not path.is_file():
+            raise RuntimeError(f"MNN's converter ended with {done.returncode}: {(done.stdout + done.stderr)[-200:]}")
+        return path
+
+    def _executorch_int8(self) -> Path:
+        """Symmetric, weights per channel, calibrated by torchao."""
+        import torch
+        from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+        from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import (
+            XNNPACKQuantizer,
+            get_symmetric_quantization_config,
+        )
+        from executorch.exir import to_edge_transform_and_lower
+        from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+
+        samples = [torch.from_numpy(sample) for sample in self._samples()]
+        traced = torch.export.export(self._network(), (samples[0],)).module()
+        quantizer = XNNPACKQuantizer().set_global(get_symmetric_quantization_config(is_per_channel=True))
+        prepared = prepare_pt2e(traced, quantizer)
+        for sample in samples:
+            prepared(sample)
+        exported = torch.export.export(convert_pt2e(prepared), (samples[0],))
+        program = to_edge_transform_and_lower(exported, partitioner=[XnnpackPartitioner()]).to_executorch()
+        path = self.directory / "network.int8.pte"
+        path.write_bytes(program.buffer)
         return path
 
 

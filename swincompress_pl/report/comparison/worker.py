@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -146,6 +147,8 @@ def _onnxruntime(task: Mapping[str, Any], images: npt.NDArray[Any]) -> Loaded:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = task["threads"]
     options.inter_op_num_threads = 1
+    for key, value in task["settings"].items():
+        options.add_session_config_entry(key, value)
     session = onnxruntime.InferenceSession(task["file"], options, providers=["CPUExecutionProvider"])
     inputs = {session.get_inputs()[0].name: images}
     return Loaded(
@@ -168,11 +171,45 @@ def _openvino(task: Mapping[str, Any], images: npt.NDArray[Any]) -> Loaded:
     )
 
 
+def _mnn(task: Mapping[str, Any], images: npt.NDArray[Any]) -> Loaded:
+    from MNN import expr, nn
+
+    settings = {"backend": "CPU", "numThread": task["threads"], "precision": "high", **task["settings"]}
+    module = nn.load_module_from_file(task["file"], [], [], runtime_manager=nn.create_runtime_manager((settings,)))
+    inputs = expr.placeholder(list(images.shape), expr.NCHW, expr.float)
+    inputs.write(images)
+
+    def call() -> object:
+        answers = module.forward([inputs])
+        return np.array((answers[0] if isinstance(answers, list | tuple) else answers).read())  # it is lazy until then
+
+    return Loaded(call=call, logits=np.asarray, file_bytes=_file_bytes(task["file"]))
+
+
+def _executorch(task: Mapping[str, Any], images: npt.NDArray[Any]) -> Loaded:
+    import torch
+    from executorch.extension.pybindings import portable_lib
+    from executorch.runtime import Runtime
+
+    portable_lib._unsafe_reset_threadpool(task["threads"])  # the only way to say how many
+    program = Runtime.get().load_program(task["file"])
+    method, inputs = program.load_method("forward"), [torch.from_numpy(images)]
+    call = partial(_of_program, program, method, inputs)
+    return Loaded(call=call, logits=lambda answers: answers[0].numpy(), file_bytes=_file_bytes(task["file"]))
+
+
+def _of_program(_program: object, method: Any, inputs: list[Any]) -> object:
+    """The method's answers; the program must outlive it."""
+    return method.execute(inputs)
+
+
 BUILDERS: dict[str, Callable[[Mapping[str, Any], npt.NDArray[Any]], Loaded]] = {
     "engine": _engine,
     "torch": _torch,
     "onnxruntime": _onnxruntime,
     "openvino": _openvino,
+    "mnn": _mnn,
+    "executorch": _executorch,
 }
 
 _IMPORTS = {
@@ -180,6 +217,8 @@ _IMPORTS = {
     "torch": ("torch", "swincompress_pl.models"),
     "onnxruntime": ("onnxruntime",),
     "openvino": ("openvino",),
+    "mnn": ("MNN.nn",),
+    "executorch": ("torch", "executorch.runtime"),
 }
 
 
