@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from benchmarks.engine import __main__ as main
-from benchmarks.engine import batches, measure, report
-from swincompress_pl import models
+from benchmarks.engine import batches, measure, report, shares
+from swincompress_pl import accel, models
 from swincompress_pl.report.comparison import compare, worker
 
 COMMITTED = Path(__file__).resolve().parent.parent / "benchmarks" / "results" / "sapphire_rapids"
@@ -172,3 +172,51 @@ def test_images_alone_against_a_batch(tiny: None, tmp_path: Path) -> None:
         pairs = zip(row["batch"]["samples_ms"], row["alone"]["samples_ms"], strict=True)
         assert row["ratio"] == pytest.approx(np.median([together / alone for together, alone in pairs]))
     assert (tmp_path / "batches.md").read_text(encoding="utf-8").count("yes |") == 2
+
+
+def test_shares_of_the_peak(tiny: None, tmp_path: Path) -> None:
+    names = accel.implementations()[:2]
+    arguments = ("--model", "deit_tiny_patch16_224", "--rounds", "2", "--repeats", "1", "--threads", "1,2")
+    assert shares.main([*arguments, "--implementation", ",".join(names), "--output", str(tmp_path)]) == 0
+    figures = json.loads((tmp_path / "shares.json").read_text())
+    assert [(row["implementation"], row["threads"]) for row in figures["rows"]] == [
+        (name, threads) for name in names for threads in (1, 2)
+    ]
+    for row in figures["rows"]:
+        assert row["equal"]
+        assert len(row["samples_ms"]) == 2
+        assert {"linear", "attention", "layer_norm"} <= set(row["kinds"])
+        assert sum(kind["macs"] for kind in row["kinds"].values()) == row["macs"]
+        assert 0 < shares.share(row, "attention") < 1
+        assert row["macs"] / row["median_ms"] / 1e6 == pytest.approx(shares.share(row) * row["peak_gmacs_per_second"])
+    text = (tmp_path / "shares.md").read_text()
+    assert all(name in text for name in names)
+    assert "are equal" in text
+
+
+def test_another_commit_joins_in(tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkouts = []
+
+    def noted(runners: Any, **_: Any) -> Any:
+        checkouts.extend((runner.name, runner.checkout, runner.implementation) for runner in runners)
+        return [compare.Result(name=runner.name) for runner in runners]
+
+    monkeypatch.setattr(measure, "compare", noted)
+    monkeypatch.setattr(measure, "ratios_to", lambda *_: {})
+    with pytest.raises(ValueError, match=r"--before is .*; it must be a checkout with swincompress_pl/accel/_core"):
+        run(tmp_path, "--before", str(tmp_path))
+    before = Path(accel.__file__).parents[2]
+    arguments = ("--model", "deit_tiny_patch16_224", "--against", "", "--implementation", "scalar")
+    assert run(tmp_path, *arguments, "--before", str(before)) == 0
+    assert checkouts == [("engine", None, "scalar"), ("engine before", before, "scalar")]
+
+
+def test_agreement_is_with_the_float_network_too() -> None:
+    logits = {"engine": [1.0, 2.0, 4.0], "torch fp32": [1.0, 2.0, 3.0], "other": [3.0, 1.0, 2.0]}
+    results = [compare.Result(name=name, logits=np.array([row], np.float32)) for name, row in logits.items()]
+    found = {result.name: measure._agreement(results[1], result) for result in results}
+    assert found["torch fp32"] is None
+    assert found["other"] is not None
+    assert found["engine"] is not None
+    assert found["other"]["correlation"] == pytest.approx(-0.5)
+    assert found["engine"]["correlation"] > 0.98

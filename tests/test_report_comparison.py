@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from swincompress_pl import accel, models
-from swincompress_pl.report.comparison import runtimes
+from swincompress_pl.report.comparison import runtimes, worker
 from swincompress_pl.report.comparison.bench import bench_artifact
 from swincompress_pl.report.comparison.compare import Runner, compare
 from swincompress_pl.report.comparison.kernels import bench_linear, linear_program
@@ -197,3 +198,40 @@ def test_the_network_of_events_is_converted_with_frames(tmp_path: Path, monkeypa
     )[1]
     assert runners[0].unavailable is None
     assert answers == [(2, 5)]
+
+
+def test_a_runner_may_run_another_checkout(tmp_path: Path) -> None:
+    folder = tmp_path / "swincompress_pl" / "report" / "comparison"
+    folder.mkdir(parents=True)
+    for parent in (folder, folder.parent, folder.parent.parent):
+        (parent / "__init__.py").write_text("", encoding="utf-8")
+    (folder / "worker.py").write_text(
+        """
+import json, sys
+sys.stdin.readline()
+print(json.dumps({"load_ms": 1.0, "file_bytes": 7, "logits": [[0.5]]}), flush=True)
+for _ in sys.stdin:
+    print(json.dumps({"sample_ms": 2.0, "peak_rss_bytes": 3}), flush=True)
+""",
+        encoding="utf-8",
+    )
+    runner = Runner(name="before", runtime="engine", threads=1, batch=1, image_shape=(1, 1, 3), checkout=tmp_path)
+    (result,) = compare([runner], rounds=2)
+    assert (result.unavailable, result.file_bytes, result.latency and result.latency.samples_ms) == (
+        None,
+        7,
+        (2.0, 2.0),
+    )
+
+
+def test_onnxruntime_gets_the_settings_of_its_session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    entries: list[tuple[str, str]] = []
+    options = SimpleNamespace(add_session_config_entry=lambda *entry: entries.append(entry))
+    session = SimpleNamespace(get_inputs=lambda: [SimpleNamespace(name="x")], run=lambda *_: [np.zeros((1, 2))])
+    module = SimpleNamespace(SessionOptions=lambda: options, InferenceSession=lambda *_, **__: session)
+    monkeypatch.setitem(sys.modules, "onnxruntime", module)
+    file = tmp_path / "network.onnx"
+    file.write_bytes(b"12345")
+    settings = {"session.x64quantprecision": "1"}
+    loaded = worker.BUILDERS["onnxruntime"]({"threads": 1, "file": str(file), "settings": settings}, np.zeros(1))
+    assert (entries, loaded.file_bytes) == ([("session.x64quantprecision", "1")], 5)

@@ -32,6 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not models:
         raise ValueError(f"--model is {given.model!r}; name models separated by commas")
     parse_runtimes(given.against)  # errors of the arguments before any work
+    if given.before is not None and not list(Path(given.before).glob("swincompress_pl/accel/_core.*.so")):
+        raise ValueError(f"--before is {given.before!r}; it must be a checkout with swincompress_pl/accel/_core.*.so")
     integers(given.threads, "--threads"), integers(given.batch, "--batch")
     output, equal = Path(given.output), True
     for figures in (each for model in models for each in _measure(given, model)):
@@ -55,6 +57,9 @@ def _arguments(arguments: Sequence[str] | None) -> Namespace:
     )
     command.add_argument("--against", type=str, default="torch,onnxruntime,openvino", help="peers")
     command.add_argument("--implementation", type=str, default=None, help="of the engine; without it the best")
+    command.add_argument(
+        "--before", type=str, default=None, help="checkout of another commit, with its engine built, that joins in"
+    )
     command.add_argument("--rounds", type=int, default=15, help="samples of each runtime")
     command.add_argument("--turn-ms", type=float, default=300.0, help="time of one runtime's turn in a round")
     command.add_argument("--images-checked", type=int, default=2, help="images whose integers are compared")
@@ -77,6 +82,7 @@ def _measure(given: Namespace, model: str) -> Iterator[dict[str, Any]]:
                     parse_runtimes(given.against), program, file, batch=batch,
                     threads=integers(given.threads, "--threads"), rounds=given.rounds, turn_ms=given.turn_ms,
                     directory=Path(files), tell=tell, implementation=given.implementation,
+                    before=None if given.before is None else Path(given.before).resolve(),
                 )  # fmt: skip
             yield {
                 "model": model,

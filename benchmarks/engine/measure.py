@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from swincompress_pl.report.comparison.runtimes import prepare
 from swincompress_pl.report.comparison.worker import PIXEL_MEAN, PIXEL_STD, SEED
 from swincompress_pl.spec import Program
 
+BEFORE = "engine before"
 FLOATS = ("torch fp32", "onnxruntime fp32", "openvino fp32")  # the first in a race is the float network
 _CALIBRATION_IMAGES = 4
 
@@ -57,9 +59,10 @@ def race_all(
     directory: Path,
     tell: Progress,
     implementation: str | None = None,
+    before: Path | None = None,
 ) -> list[dict[str, Any]]:
     """One race for every number of threads, as JSON types; directory: for the files that peers read; implementation: of
-    the engine, None for the best."""
+    the engine, None for the best; before: a checkout of another commit, with its engine built, that joins in."""
     shape = program.input.value.shape
     peers = prepare(
         against, origin=program.origin, image_shape=shape, threads=threads, batch=batch, directory=directory,
@@ -71,7 +74,8 @@ def race_all(
             name=ENGINE, runtime="engine", threads=number, batch=batch, image_shape=shape, file=str(file),
             implementation=implementation,
         )  # fmt: skip
-        results = compare([ours, *peers[number]], rounds=rounds, turn_ms=turn_ms, on_progress=tell)
+        earlier = [] if before is None else [replace(ours, name=BEFORE, checkout=before)]
+        results = compare([ours, *earlier, *peers[number]], rounds=rounds, turn_ms=turn_ms, on_progress=tell)
         ratios = ratios_to(results[0], results[1:])
         real = next((result for result in results if result.name in FLOATS and result.logits is not None), None)
         races.append(

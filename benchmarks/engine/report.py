@@ -75,7 +75,10 @@ def race_sections(figures: Figures, heading: str = "## {}") -> list[str]:
     ]
     for race in figures["races"]:
         rows = [_row(result, race, figures) for result in race["results"]]
-        parts += [heading.format(counted(race["threads"], "thread")), _without_unmeasured([*_HEADER, _AGREES, _AGREES_WITH_FLOAT], rows)]
+        parts += [
+            heading.format(counted(race["threads"], "thread")),
+            _without_unmeasured([*_HEADER, _AGREES, _AGREES_WITH_FLOAT], rows),
+        ]
     return parts
 
 

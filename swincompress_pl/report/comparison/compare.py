@@ -39,6 +39,7 @@ class Runner:
         implementation: Name of the engine's kernels.
         settings: Settings of OpenVINO, or `precision` ("fp32", "bf16") and `compile` of torch.
         unavailable: Why it cannot run, such as "not installed"; it is then listed but not started.
+        checkout: A folder of this package's sources whose code the process runs; None for those that run here.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Runner:
     implementation: str | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     unavailable: str | None = None
+    checkout: Path | None = None
 
     def task(self, warm_up: int, turn_ms: float) -> dict[str, Any]:
         """What the worker reads as its first line."""
@@ -197,7 +199,8 @@ class _Worker:
 
     def _start(self, task: Mapping[str, Any]) -> None:
         threads = str(self.runner.threads)
-        path = os.pathsep.join(filter(None, [str(_PACKAGE_ROOT), os.environ.get("PYTHONPATH")]))
+        root = str(self.runner.checkout or _PACKAGE_ROOT)
+        path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
         environment = os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "PYTHONPATH": path}
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115  (closed in __exit__)
         self._process = subprocess.Popen(

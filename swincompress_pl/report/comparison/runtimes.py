@@ -85,9 +85,7 @@ RUNTIMES: dict[str, tuple[Variant, ...]] = {
         ),
     ),
     "openvino-safe": (
-        Variant(
-            name="openvino int8 (nncf), 7-bit weights", runtime="openvino", form="openvino int7", converter="nncf"
-        ),
+        Variant(name="openvino int8 (nncf), 7-bit weights", runtime="openvino", form="openvino int7", converter="nncf"),
     ),
     "mnn": (
         Variant(name="MNN fp32", runtime="mnn", form="mnn"),
@@ -174,7 +172,7 @@ class _Forms:
 
     def file(self, form: str) -> Path:
         if form not in self.made:
-            make = {
+            make: dict[str, Callable[[], Path]] = {
                 "onnx": self._onnx,
                 "onnx dynamic int8": self._dynamic,
                 "onnx dynamic int7": partial(self._dynamic, weight_bits=7),
