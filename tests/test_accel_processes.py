@@ -340,9 +340,7 @@ def test_an_engine_reads_its_file_again_and_notices_what_was_written_to_it(path:
     content[-1] ^= 1
     (tmp_path / "elsewhere").write_bytes(content)
     os.utime(tmp_path / "elsewhere", ns=(1, 1))
-    with pytest.raises(
-        accel.ArtifactError, match=r"network\.safetensors: written to after it was loaded; load it again"
-    ):
+    with pytest.raises(accel.ArtifactError, match=r"network\.safetensors: written to after it was loaded; load"):
         pickle.dumps(engines[1])
     images = images_of(engines[0].program, 2)
     np.testing.assert_array_equal(engines[1](images), engines[0](images))
