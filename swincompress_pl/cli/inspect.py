@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from swincompress_pl.accel import artifact
+from swincompress_pl.accel.core import Content
 from swincompress_pl.cli.common import existing_file, is_checkpoint, parser, print_json
 from swincompress_pl.history import summarize
 from swincompress_pl.printable import printable_data
@@ -46,7 +47,7 @@ def main(name: str, arguments: Sequence[str]) -> int:
 def describe_artifact(file: Path) -> dict[str, Any]:
     """What an artifact holds, in JSON types; raises ArtifactError for a bad one, as counting its costs checks it."""
 
-    def with_costs(content: bytes) -> tuple[Program, list[Cost]]:
+    def with_costs(content: Content) -> tuple[Program, list[Cost]]:
         program = artifact.unproved_program(content)
         return program, costs(program)
 
