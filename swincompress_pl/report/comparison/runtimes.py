@@ -72,8 +72,8 @@ RUNTIMES: dict[str, tuple[Variant, ...]] = {
         Variant(name="openvino fp32", runtime="openvino", form="onnx", settings={"INFERENCE_PRECISION_HINT": "f32"}),
         Variant(name="openvino int8 (nncf)", runtime="openvino", form="openvino int8", converter="nncf"),
     ),
-    # Without VNNI, sums of products of 8 bits saturate at 16 bits. These forms keep their weights to 7 bits, or take the
-    # slower instructions that do not saturate.
+    # Without VNNI, sums of products of 8 bits saturate at 16 bits. These forms keep their weights to 7 bits, or take
+    # the slower instructions that do not saturate.
     "onnxruntime-safe": (
         Variant(name="onnxruntime dynamic int8, 7-bit weights", runtime="onnxruntime", form="onnx dynamic int7"),
         Variant(name="onnxruntime static int8 (QDQ), 7-bit weights", runtime="onnxruntime", form="onnx static int7"),
