@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from swincompress_pl.report.comparison.bench import ENGINE
 from swincompress_pl.report.content.numbers import megabytes
 
-from ..engine import batches, gemm, report
+from ..engine import batches, gemm, report, shares
 from .headline import MODEL
 from .races import Figures, by_time, median_ms, on_threads, result, shown, time_cell, times
 from .sources import Sources, pick
@@ -46,6 +46,9 @@ def page(sources: Sources) -> str:
             "### Each race",
             *(_race(each) for each in sources.races),
             *_zen4(sources),
+            f"## {shares.TITLE}",
+            *shares.sections(sources.shares),
+            *_avx2(sources),
             f"## {batches.title(sources.batches)}",
             *batches.sections(sources.batches),
             f"## {gemm.TITLE}",
@@ -159,8 +162,20 @@ def pruned_times(sources: Sources) -> str:
 def _zen4(sources: Sources) -> list[str]:
     return [
         "## On Zen 4",
-        f"An earlier commit on 2 cores of an {cpu(sources.zen4_races[0]['environment'])}:",
+        f"Commit {_commit(sources.zen4_races[0])} on 2 cores of an {cpu(sources.zen4_races[0]['environment'])}:",
         *(_race(each) for each in sources.zen4_races),
+    ]
+
+
+def _avx2(sources: Sources) -> list[str]:
+    """The engine against itself where the processor's other instructions are not used."""
+    return [
+        "## With AVX2 alone",
+        "The same processor, with `implementation=\"avx2\"`. \"Engine before\" is commit f7544c0, in the same turns. The other "
+        "runtimes cannot all be kept from using VNNI on a processor that has it, so a race against them needs one "
+        "without: it was not measured for this commit. [How the engine got its speed](../explanation/engine.md) lists "
+        "what was tried.",
+        *(_race(each) for each in sources.avx2_races),
     ]
 
 

@@ -70,6 +70,16 @@ class Sources:
         return self._races(".", "engine-*.json")
 
     @cached_property
+    def avx2_races(self) -> list[dict[str, Any]]:
+        """Races of the engine, with AVX2 alone, against an earlier commit of it."""
+        return self._races("avx2", "engine-*.json")
+
+    @cached_property
+    def shares(self) -> dict[str, Any]:
+        """Which part of the peak whole networks reach."""
+        return self._read("shares.json")
+
+    @cached_property
     def batches(self) -> dict[str, Any]:
         """One image per call against several."""
         return self._read("sapphire_rapids/batches.json")
