@@ -172,8 +172,9 @@ def _avx2(sources: Sources) -> list[str]:
     return [
         "## With AVX2 alone",
         'The same processor, with `implementation="avx2"`. "Engine before" is commit f7544c0, in the same turns. The '
-        "other runtimes cannot all be kept from using VNNI on a processor that has it, so a race against them needs one "
-        "without: it was not measured for this commit. [How the engine got its speed](../explanation/engine.md) lists "
+        "other runtimes cannot all be kept from using VNNI on a processor that has it, so a race against them needs "
+        "one without: it was not measured for this commit. [How the engine got its "
+        "speed](../explanation/engine.md) lists "
         "what was tried.",
         *(_race(each) for each in sources.avx2_races),
     ]
