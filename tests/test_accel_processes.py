@@ -553,3 +553,19 @@ print(bool((old | new).all()), bool(old.any() and new.any()))
 """
     done = run_python(code, path)
     assert done.stdout.strip() == "True True", done.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts open files as Linux tells them")
+@pytest.mark.filterwarnings("error")
+def test_an_engine_closes_its_file_when_it_goes(path: Path) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    engine = accel.load(path, threads=1)
+    assert len(os.listdir("/proc/self/fd")) == before + 1
+    assert engine.program is engine.program  # from here on the file is not needed
+    assert len(os.listdir("/proc/self/fd")) == before
+    engine = accel.load(path, threads=1)
+    again = copy.deepcopy(engine)
+    del engine
+    assert len(os.listdir("/proc/self/fd")) == before + 1
+    del again
+    assert len(os.listdir("/proc/self/fd")) == before

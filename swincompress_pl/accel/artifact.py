@@ -19,6 +19,7 @@ import contextlib
 import hashlib
 import json
 import os
+import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -203,7 +204,8 @@ class StoredArtifact:
             what = "a folder" if source.is_dir() else "no such file"
             raise FileNotFoundError(f"{source}: {what}; write one with swincompress_pl.accel.export(model, path)")
         self._path = source
-        self._file = open(source, "rb")  # noqa: SIM115 (for as long as the object lives)
+        self._descriptor = os.open(source, os.O_RDONLY)
+        self._close = weakref.finalize(self, os.close, self._descriptor)
         self._first = self._state()
 
     def through(self, reader: Callable[[Content], Result]) -> Result:
@@ -226,10 +228,10 @@ class StoredArtifact:
 
     def close(self) -> None:
         """Closes the file."""
-        self._file.close()
+        self._close()
 
     def _state(self) -> tuple[int, int]:
-        found = os.fstat(self._file.fileno())
+        found = os.fstat(self._descriptor)
         return found.st_size, found.st_mtime_ns
 
     def _read(self) -> npt.NDArray[np.uint8]:
@@ -237,8 +239,8 @@ class StoredArtifact:
             raise ValueError("written to after it was loaded; load it again")
         content = np.empty(self._first[0], np.uint8)
         rest = memoryview(content.data)
-        while rest:  # not the file's own position, which forked processes share
-            read = os.preadv(self._file.fileno(), [rest], len(content) - len(rest))
+        while rest:  # not from the position of the descriptor, which forked processes share
+            read = os.preadv(self._descriptor, [rest], len(content) - len(rest))
             if read == 0:
                 raise ValueError("cut short while it was read; copy or export it again")
             rest = rest[read:]
