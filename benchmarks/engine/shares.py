@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def measure(
     model: str, file: Path, names: Sequence[str], threads: Sequence[int], rounds: int, repeats: int
 ) -> list[dict[str, Any]]:
-    """A row per implementation and number of threads; they take turns, and each profile measures the peak anew."""
+    """A row per implementation and number of threads; they take turns, and each profile measures the peak again."""
     engines = {
         (name, count): accel.load(file, threads=count, implementation=name) for name in names for count in threads
     }

@@ -94,7 +94,7 @@ void the_faster_way() {
     Pace short_steps;
     runs_alone(short_steps, 200, microseconds(240), microseconds(150));
     require(runs_alone(short_steps, 1000, microseconds(240), microseconds(150)) > 950, "alone where that is faster");
-    runs_alone(short_steps, 1000, microseconds(110), microseconds(150));  // the system places the threads anew
+    runs_alone(short_steps, 1000, microseconds(110), microseconds(150));  // the system has moved the threads
     require(runs_alone(short_steps, 1000, microseconds(110), microseconds(150)) < 50, "and together again");
     Pace clear;
     require(runs_alone(clear, 1280, microseconds(500), microseconds(900)) <= 11, "few trials of what is far slower");
