@@ -205,7 +205,9 @@ def test_another_commit_joins_in(tiny: None, tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(measure, "ratios_to", lambda *_: {})
     with pytest.raises(ValueError, match=r"--before is .*; it must be a checkout with swincompress_pl/accel/_core"):
         run(tmp_path, "--before", str(tmp_path))
-    before = Path(accel.__file__).parents[2]
+    before = tmp_path / "before"
+    (before / "swincompress_pl" / "accel").mkdir(parents=True)
+    (before / "swincompress_pl" / "accel" / "_core.abi3.so").touch()
     arguments = ("--model", "deit_tiny_patch16_224", "--against", "", "--implementation", "scalar")
     assert run(tmp_path, *arguments, "--before", str(before)) == 0
     assert checkouts == [("engine", None, "scalar"), ("engine before", before, "scalar")]

@@ -200,7 +200,26 @@ def test_the_network_of_events_is_converted_with_frames(tmp_path: Path, monkeypa
     assert answers == [(2, 5)]
 
 
-def test_a_runner_may_run_another_checkout(tmp_path: Path) -> None:
+def test_a_runner_may_run_another_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where an editable installation answers the package's imports before the path is searched."""
+    site = tmp_path / "site"
+    site.mkdir()
+    (site / "sitecustomize.py").write_text(
+        f"""
+import sys
+from importlib.machinery import PathFinder
+
+class Editable:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name == "swincompress_pl":
+            return PathFinder.find_spec(name, [{str(Path(__file__).parents[1])!r}], target)
+
+sys.meta_path.insert(0, Editable)
+""",
+        encoding="utf-8",
+    )
+    monkeypatch.setenv("PYTHONPATH", str(site))
     folder = tmp_path / "swincompress_pl" / "report" / "comparison"
     folder.mkdir(parents=True)
     for parent in (folder, folder.parent, folder.parent.parent):

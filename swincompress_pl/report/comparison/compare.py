@@ -22,6 +22,24 @@ from swincompress_pl.report.latency import Latency, turned
 Progress = Callable[[str, int, int], object]
 _PACKAGE_ROOT = Path(__file__).resolve().parents[3]
 _LAST_WORDS = 300
+_WORKER = "swincompress_pl.report.comparison.worker"
+# Runs the worker of the checkout that is its argument. A path is not enough: an editable installation answers imports
+# of the package before any path is searched.
+_FROM_CHECKOUT = f"""
+import runpy, sys
+from importlib.machinery import PathFinder
+
+class Checkout:
+    root = [sys.argv.pop()]
+
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        if name.partition(".")[0] == {_WORKER.partition(".")[0]!r}:
+            return PathFinder.find_spec(name, path or cls.root, target)
+
+sys.meta_path.insert(0, Checkout)
+runpy.run_module({_WORKER!r}, run_name="__main__", alter_sys=True)
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,13 +217,13 @@ class _Worker:
 
     def _start(self, task: Mapping[str, Any]) -> None:
         threads = str(self.runner.threads)
-        root = str(self.runner.checkout or _PACKAGE_ROOT)
-        path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+        checkout = self.runner.checkout
+        path = os.pathsep.join(filter(None, [str(_PACKAGE_ROOT), os.environ.get("PYTHONPATH")]))
         environment = os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "PYTHONPATH": path}
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115  (closed in __exit__)
         self._process = subprocess.Popen(
             # -P: a source tree in the working directory must not hide the installed package
-            [sys.executable, "-P", "-m", "swincompress_pl.report.comparison.worker"],
+            [sys.executable, "-P", *(["-m", _WORKER] if checkout is None else ["-c", _FROM_CHECKOUT, str(checkout)])],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
