@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from support.random_operations import Case, random_cases
+from support.random_operations import Case, attention_case, random_cases
 
 from swincompress_pl import accel, spec
 from swincompress_pl.accel.core import operation_engine
@@ -41,6 +41,13 @@ def test_40000_random_cases_equal_norm(seed: int) -> None:
 def test_threads_change_nothing(threads: int) -> None:
     for case in random_cases(threads, 100):
         assert_equals_norm(case, threads)
+
+
+@pytest.mark.parametrize("threads", [2, 3, 7, 16])
+def test_threads_share_a_head_or_have_nothing_to_do(threads: int) -> None:
+    rng = np.random.default_rng(threads)
+    for _ in range(100):
+        assert_equals_norm(attention_case(rng), threads)
 
 
 def product_case(x: int, weight: int, depth: int, x_dtype: str, mult: int, shift: int, bias: int = 0) -> Case:

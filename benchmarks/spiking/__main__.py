@@ -46,10 +46,16 @@ def main() -> None:
     accuracy.add_argument("--data", type=Path, required=True, help=CIFAR_HELP)
     accuracy.add_argument("--cache", type=Path, required=True, help=CACHE_HELP)
     accuracy.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="of training; the engine has none")
+    tuning = commands.add_parser("tuning", help="of the trained baselines' layers; leave the machine alone")
+    tuning.set_defaults(command=_tuning)
+    tuning.add_argument("--models", default=",".join(SUBJECTS))
+    tuning.add_argument("--thread-counts", default="1,2")
+    tuning.add_argument("--data", type=Path, required=True, help=CIFAR_HELP)
+    tuning.add_argument("--cache", type=Path, required=True, help=CACHE_HELP)
     report = commands.add_parser("report", help="write benchmarks/results/spiking.json and its pages")
     report.set_defaults(command=_report)
     report.add_argument("--controls", type=Path, default=None, help="results of benchmarks.primesvt, for its controls")
-    for command in (exact, speed, accuracy, report):
+    for command in (exact, speed, accuracy, tuning, report):
         command.add_argument("--out", type=Path, required=True, help="of results")
         command.add_argument("--threads", type=int, default=1)
         command.add_argument("--commit", default=None)
@@ -100,6 +106,15 @@ def _accuracy(given: argparse.Namespace) -> None:
                     name, width, given.tuned, place, _commit(given), rounding=given.rounding
                 ),
             )
+
+
+def _tuning(given: argparse.Namespace) -> None:
+    from .tuning import measure
+
+    counts = [int(count) for count in given.thread_counts.split(",")]
+    place = Place(data=given.data, cache=given.cache)
+    for name in given.models.split(","):
+        _keep(given, f"tuning-{name}", lambda name=name: measure(name, place, threads=counts))
 
 
 def _keep(given: argparse.Namespace, key: str, make: Any) -> None:

@@ -77,7 +77,8 @@ def sections(results: Results) -> list[str]:
         "Exactness is checked on all builders. Accuracy is that of small trained networks: those of the PrimeSVT "
         "benchmark, T = 2, CIFAR-10 (JPEG copy), 10,000 test images. Every accuracy of integers is the C++ engine's.",
     ]
-    parts += [text for text in (_exact(results), _accuracy(results), _speed(results), _pruned(results)) if text]
+    found = (_exact(results), _accuracy(results), _speed(results), _tuned(results), _pruned(results))
+    parts += [text for text in found if text]
     commits = sorted({f"commit {entry['commit']}" for entry in results.values() if "commit" in entry})
     commits += sorted({entry["where"] for entry in results.values() if "where" in entry})
     return [*parts, "## Where it ran", "\n".join(f"- {line}" for line in commits)]
@@ -175,6 +176,36 @@ def _speed(results: Results) -> str:
         "spikes. onnxruntime runs the time steps unrolled.\n\n"
     )
     return text + table(header, rows) + "\n\nThe engine's time by kind of step:\n\n" + "\n".join(shares) if rows else ""
+
+
+def _tuned(results: Results) -> str:
+    rows = []
+    for entry in results.values():
+        for row in entry.get("tuning", []):
+            low, high = row["gain"]["quartiles"]
+            rows.append(
+                [
+                    f"{entry['network']}, {row['threads']} thread(s)",
+                    row["implementation"],
+                    f"{row['density']:.0%}",
+                    f"{row['usual_ms']:.3f}",
+                    f"{row['tuned_ms']:.3f}",
+                    f"{row['gain']['median']:.2f} [{low:.2f}, {high:.2f}]",
+                    f"{min(row['percents'])} to {max(row['percents'])}",
+                    f"{row['measured_s']:.2f}; {row['looked_up_s']:.3f}",
+                    "yes" if row["equal"] else "**NO**",
+                ]
+            )
+    header = [
+        "network", "instructions", "spikes per MAC", "as usual, ms", "tuned, ms", "times as fast",
+        "spikes are listed up to, %", "tuned in, s; again", "answer equal",
+    ]  # fmt: skip
+    text = (
+        "## Speed after tuning\n\nThe trained networks on test images, one at a time, before and after `Engine.tune`. "
+        "It measures from which part of spikes on each layer is faster by products than by lists of spikes, and keeps "
+        "the times in a file, from which the next engine looks them up. Both engines take turns in one process."
+    )
+    return f"{text}\n\n{table(header, rows)}" if rows else ""
 
 
 def _time(result: Mapping[str, Any]) -> str:

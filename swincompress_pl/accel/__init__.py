@@ -27,17 +27,21 @@ from swincompress_pl.accel.outputs import EngineOutput
 from swincompress_pl.accel.pictures import Prediction, Preprocess, with_preprocessing
 from swincompress_pl.accel.profile import Profile, ProfileRow
 from swincompress_pl.accel.runtime import Engine, ReferenceEngine, load, reference
+from swincompress_pl.accel.times import LayerShape, LayerTimes, Tuning
 
 __all__ = [
     "ArtifactError",
     "Engine",
     "EngineOutput",
+    "LayerShape",
+    "LayerTimes",
     "Prediction",
     "Preprocess",
     "Profile",
     "ProfileRow",
     "QuantizedLayer",
     "ReferenceEngine",
+    "Tuning",
     "export",
     "export_layer",
     "gelu",

@@ -1,5 +1,5 @@
 from collections.abc import Mapping, Sequence
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +15,7 @@ class OperationDescription(TypedDict):
     dtype: str
     attributes: Mapping[str, int | Sequence[int]]
     tensors: Mapping[str, npt.NDArray[Any]]
+    tuning: NotRequired[tuple[int, int]]  # bytes, 0 for the default; percent, -1 for the default
 
 class ModelFacts(TypedDict):
     """What a loaded artifact tells about itself."""
@@ -27,10 +28,17 @@ class ModelFacts(TypedDict):
 
 class CodedError(ValueError): ...
 
-def load(content: Content, implementation: str, threads: int, spend: bool = False) -> tuple[Engine, ModelFacts]: ...
+def load(
+    content: Content,
+    implementation: str,
+    threads: int,
+    spend: bool = False,
+    tunings: Mapping[int, tuple[int, int]] = {},  # by the number of the operation
+) -> tuple[Engine, ModelFacts]: ...
 def read(content: Content) -> tuple[str, dict[str, npt.NDArray[Any]]]: ...
 def parse_content(content: bytes) -> tuple[str | None, str | None]: ...
 def implementations() -> list[str]: ...
+def event_largest(implementation: str) -> int: ...
 def peak_gmacs(implementation: str, threads: int) -> float: ...
 def usable_cpus(root: str = "") -> int: ...
 def select(implementation: str = "") -> str: ...

@@ -109,15 +109,24 @@ def _engine(
         raise spec.ProgramError(printable(str(error))) from error
 
 
-def program_engine(program: spec.Program, *, implementation: str | None, threads: int | None) -> _core.Engine:
-    """The C++ engine of a Program that `spec.check` accepts.
+def program_engine(
+    program: spec.Program,
+    *,
+    implementation: str | None,
+    threads: int | None,
+    tunings: Mapping[int, tuple[int, int]] | None = None,
+) -> _core.Engine:
+    """The C++ engine of a Program that `spec.check` accepts; `tunings` as in `artifact_engine`.
 
     A spec.ProgramError names the first operation of a type that only the reference runs.
     """
     numbers = {spec.INPUT_VALUE: 0}
     operations = []
     for number, op in enumerate(program.operations, start=1):
-        operations.append(_described(op, [numbers[name] for name in op.inputs], tensors_of(program, op)))
+        described = _described(op, [numbers[name] for name in op.inputs], tensors_of(program, op))
+        if tunings is not None and number - 1 in tunings:
+            described["tuning"] = tunings[number - 1]
+        operations.append(described)
         numbers[op.output] = number
     results = [numbers[output.value] for output in program.outputs]
     return _engine([program.input.value], operations, implementation, threads, results)
@@ -139,15 +148,56 @@ def operation_engine(
     return _engine(inputs, [_described(op, range(len(inputs)), tensors)], implementation, threads)
 
 
-def artifact_engine(content: Content, implementation: str, threads: int) -> tuple[_core.Engine, _core.ModelFacts]:
+def layer_engine(
+    kind: str,
+    attributes: Mapping[str, Any],
+    tensors: Mapping[str, npt.NDArray[Any]],
+    x: spec.Value,
+    dtype: str,
+    *,
+    neuron_steps: int | None,
+    tuning: tuple[int, int],
+    implementation: str,
+    threads: int,
+) -> _core.Engine:
+    """The C++ engine of one layer from `x` to `dtype`, with neurons of so many time steps behind it if any.
+
+    `tuning` is (bytes, percent), as the extension takes it. Errors are those of `operation_engine`.
+    """
+    op = spec.Operation(kind=kind, name="layer", inputs=("x",), output="y", dtype=dtype, attributes=attributes)
+    layer = _described(op, [0], tensors)
+    layer["tuning"] = tuning
+    operations = [layer]
+    if neuron_steps is not None:
+        channels = attributes["channels"]
+        threshold = {"threshold": np.full(channels, 2**20, np.int32)}
+        neurons = spec.Operation(
+            kind="lif",
+            name="neurons",
+            inputs=("y",),
+            output="spikes",
+            dtype="uint1",
+            attributes={
+                "steps": neuron_steps, "repeated": 0, "decay": 2**15, "input_decay": 1, "soft_reset": 0,
+                "fraction_bits": 8,
+            },
+        )  # fmt: skip
+        zeros = {role: np.zeros(channels, np.int32) for role in ("reset", "bias")}
+        operations.append(_described(neurons, [1], threshold | zeros))
+    return _engine([x], operations, implementation, threads)
+
+
+def artifact_engine(
+    content: Content, implementation: str, threads: int, tunings: Mapping[int, tuple[int, int]] | None = None
+) -> tuple[_core.Engine, _core.ModelFacts]:
     """The C++ engine of an artifact's bytes, read and proved in C++; the bytes are not kept.
 
     An array is used up: its memory goes back to the system as the engine grows, and what it holds is lost.
 
     Raises CodedError for an entropy-coded artifact, and ValueError for other bytes or a broken rule of the
-    specification.
+    specification. `tunings`: (bytes, percent) by the number of the operation.
     """
-    return _core.load(content, implementation, threads, spend=isinstance(content, np.ndarray))
+    return _core.load(content, implementation, threads, isinstance(content, np.ndarray), tunings or {})
 
 
 def read_artifact(content: Content) -> tuple[str, dict[str, npt.NDArray[Any]]]:

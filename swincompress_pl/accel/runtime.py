@@ -20,6 +20,8 @@ from swincompress_pl.accel.images import Images, as_images
 from swincompress_pl.accel.outputs import EngineOutput, by_name, empty, named_outputs, single_output
 from swincompress_pl.accel.pictures import Prediction, Preprocess
 from swincompress_pl.accel.profile import Counts, Profile, profile_of, spike_counts
+from swincompress_pl.accel.times import LayerTimes, Tuning
+from swincompress_pl.accel.tuning import tunings
 
 if TYPE_CHECKING:
     from swincompress_pl.accel.pictures import Picture
@@ -247,6 +249,7 @@ class Engine(_Runtime):
         values = spec.check(program)
         super().__init__(*_facts(program, values))
         self._program: spec.Program | bytes | artifact.StoredArtifact = program
+        self._tunings: dict[int, Tuning] = {}
         self._hold(program_engine(program, implementation=implementation, threads=threads))
 
     @classmethod
@@ -263,7 +266,7 @@ class Engine(_Runtime):
             for name, dtype, shape, scale in facts["outputs"]
         )
         _Runtime.__init__(engine, taken, facts["class_count"], facts["classes"], facts["logit_scale"], named)
-        engine._program = stored
+        engine._program, engine._tunings = stored, {}
         engine._hold(core)
         return engine
 
@@ -289,7 +292,7 @@ class Engine(_Runtime):
                 f"with {name!r} and gives the same bits",
                 stacklevel=2,
             )
-        self._hold(self._read(lambda content: artifact_engine(content, name, self.threads))[0])
+        self._hold(self._tuned(name))
 
     def _read(self, reader: Callable[[Content], Result]) -> Result:
         """What `reader` returns for the artifact's bytes, as `artifact.from_bytes`."""
@@ -297,6 +300,31 @@ class Engine(_Runtime):
             return self._program.through(reader)
         held = self._program if isinstance(self._program, bytes) else artifact.to_bytes(self._program)
         return artifact.from_bytes(held, reader)
+
+    def tune(self, times: LayerTimes | None = None) -> dict[str, Tuning]:
+        """Lets each linear layer and convolution run in the way that is fastest on this machine, with the same bits.
+
+        Layers over spikes gain most: from which density of spikes on multiplying is faster than listing depends on the
+        layer's shape and on the CPU. Times that the table lacks are measured, which takes about 0.1 s per different
+        layer of a small network, and should not be disturbed; they are kept for later engines of the same machine.
+
+        Args:
+            times: The table; None for that of this machine.
+
+        Returns:
+            What was chosen, by the name of the operation; the others run as they did.
+        """
+        table = LayerTimes() if times is None else times
+        found = tunings(self.program, table, implementation=self.implementation, threads=self.threads)
+        self._tunings = found
+        self._hold(self._tuned(self.implementation))
+        return {self.program.operations[number].name: tuning for number, tuning in found.items()}
+
+    def _tuned(self, implementation: str) -> _core.Engine:
+        chosen = {number: tuning.as_core() for number, tuning in self._tunings.items()}
+        if isinstance(self._program, spec.Program):
+            return program_engine(self._program, implementation=implementation, threads=self.threads, tunings=chosen)
+        return self._read(lambda content: artifact_engine(content, implementation, self.threads, chosen))[0]
 
     @property
     def program(self) -> spec.Program:

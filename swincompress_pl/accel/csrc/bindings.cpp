@@ -17,6 +17,8 @@ namespace py = pybind11;
 namespace swincompress {
 namespace {
 
+constexpr Size kBlockBytesMax = Size{1} << 26;
+
 Type type_of(const py::array& array) {
     const py::dtype dtype = array.dtype();
     if (dtype.kind() == 'u' && dtype.itemsize() == 1) return Type::uint8;
@@ -56,7 +58,18 @@ Attribute attribute_of(const py::handle& value) {
     return {value.cast<std::vector<Size>>(), true};
 }
 
-// {"kind", "name", "inputs": numbers, "dtype": of the output, "attributes": {...}, "tensors": {role: array}}
+// (bytes, percent), as in Tuning
+Tuning tuning_of(const std::pair<Size, Size>& given) {
+    const auto [bytes, percent] = given;
+    if (bytes < 0 || bytes > kBlockBytesMax || percent < -1 || percent > kEventsOnly)
+        throw std::invalid_argument("tuning is (" + std::to_string(bytes) + ", " + std::to_string(percent) +
+                                    "); it must lie in [0, " + std::to_string(kBlockBytesMax) + "] and [-1, " +
+                                    std::to_string(kEventsOnly) + "]");
+    return {bytes, percent};
+}
+
+// {"kind", "name", "inputs": numbers, "dtype": of the output, "attributes": {...}, "tensors": {role: array}}, and
+// perhaps "tuning"
 Operation operation_of(const py::dict& given) {
     Operation operation{};
     operation.kind = given["kind"].cast<std::string>();
@@ -71,6 +84,7 @@ Operation operation_of(const py::dict& given) {
         require_contiguous(array, "tensor '" + role + "'");
         operation.tensors[role] = {type_of(array), shape_of(array), array.data()};
     }
+    if (given.contains("tuning")) operation.tuning = tuning_of(given["tuning"].cast<std::pair<Size, Size>>());
     return operation;
 }
 
@@ -94,13 +108,16 @@ std::pair<const std::byte*, std::size_t> bytes_of(const py::buffer_info& content
 // (engine, {"input_shape", "logit_scale", "class_count", "classes", "outputs": (name, type, shape, scale) of each})
 // spend: the content is writable and nobody else's; what it holds is lost.
 std::pair<std::unique_ptr<Executor>, py::dict> load(const py::buffer& content, const std::string& implementation,
-                                                    int threads, bool spend) {
+                                                    int threads, bool spend,
+                                                    const std::map<std::size_t, std::pair<Size, Size>>& tunings) {
     const py::buffer_info info = content.request(spend);
     const auto [bytes, size] = bytes_of(info);
     const Kernels& kernels = select_kernels(implementation);
+    Resources resources{threads, Resources{}.memory_bytes_max, spend};
+    for (const auto& [number, tuning] : tunings) resources.tunings[number] = tuning_of(tuning);
     Model model = [&, bytes = bytes, size = size] {
         const GilRelease release;
-        return load_model(bytes, size, kernels, Resources{threads, Resources{}.memory_bytes_max, spend});
+        return load_model(bytes, size, kernels, resources);
     }();
     py::dict facts;
     facts["input_shape"] = py::tuple(py::cast(model.input.shape));
@@ -275,10 +292,13 @@ PYBIND11_MODULE(_core, module) {
     module.def(
         "select", [](const std::string& name) { return std::string(select_kernels(name).name); },
         py::arg("implementation") = "");
+    module.def(
+        "event_largest", [](const std::string& name) { return select_kernels(name).event_largest; },
+        py::arg("implementation"));
     module.def("peak_gmacs", &peak_gmacs, py::arg("implementation"), py::arg("threads"));
     py::register_exception<CodedError>(module, "CodedError", PyExc_ValueError);
     module.def("load", &load, py::arg("content"), py::arg("implementation"), py::arg("threads"),
-               py::arg("spend") = false);
+               py::arg("spend") = false, py::arg("tunings") = std::map<std::size_t, std::pair<Size, Size>>{});
     module.def("read", &read_content, py::arg("content"));
     module.def("parse_content", &parse_content, py::arg("content"));
     py::class_<Executor>(module, "Engine")

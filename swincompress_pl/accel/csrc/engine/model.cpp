@@ -37,6 +37,12 @@ Model load_model(const std::byte* bytes, std::size_t size, const Kernels& kernel
     require_threads(resources.threads);
     const Artifact artifact = read_artifact(bytes, size);
     Program program = read_program(artifact);
+    for (const auto& [number, tuning] : resources.tunings) {
+        if (number >= program.operations.size())
+            throw std::invalid_argument("tuning of operation " + std::to_string(number) + " of " +
+                                        std::to_string(program.operations.size()));
+        program.operations[number].tuning = tuning;
+    }
     std::vector<std::size_t> results;
     for (const NamedOutput& output : program.outputs) results.push_back(output.value);
     auto executor = std::make_unique<Executor>(std::vector<Value>{program.input}, program.operations, kernels,

@@ -1,6 +1,8 @@
 // A Program that is ready to run: steps in order, fused if that is free, and one arena for all values between them.
 #pragma once
 
+#include <map>
+
 #include "engine/spike_counter.h"
 
 namespace swincompress {
@@ -20,6 +22,8 @@ struct Resources {
     // Whether the tensors lie in memory that nobody reads afterwards: each is given back once its last operation is
     // prepared, so that artifact and engine are not in memory at once.
     bool spend = false;
+    // By the number of the operation.
+    std::map<std::size_t, Tuning> tunings = {};
 };
 
 class Plan {

@@ -123,6 +123,14 @@ void give_back([[maybe_unused]] const void* data, [[maybe_unused]] std::int64_t 
 #endif
 }
 
+std::int64_t second_level_cache_bytes() {
+#if defined(__linux__) && defined(_SC_LEVEL2_CACHE_SIZE)
+    const long bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
+    if (bytes > 0) return bytes;
+#endif
+    return std::int64_t{256} * 1024;
+}
+
 unsigned fork_generation() { return forks.load(); }
 
 int usable_cpus(const std::string& root) {

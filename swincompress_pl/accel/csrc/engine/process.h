@@ -17,4 +17,7 @@ void give_back(const void* data, std::int64_t bytes);
 // mount points.
 int usable_cpus(const std::string& root = "");
 
+// Bytes of a core's second-level cache; 256 kB where the system does not say.
+std::int64_t second_level_cache_bytes();
+
 }  // namespace swincompress

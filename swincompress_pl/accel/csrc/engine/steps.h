@@ -102,6 +102,7 @@ void run_with_neurons(const RowStep& layer, const LifCall& lif, const Work& work
 // Whether a layer may run by its input's spikes, and the step that does so. `dense`, if there is one, runs it if there
 // are many spikes.
 bool takes_events(const Value& x, const LinearLayer& layer, const Kernels& kernels);
+Size events_max_percent(const OperationView& view, const Kernels& kernels);
 std::unique_ptr<Step> make_events(const OperationView& view, const LinearLayer& layer, const WindowShape& shape,
                                   std::unique_ptr<RowStep> dense, const Kernels& kernels);
 WindowCall window_call(const OperationView& view, const WindowShape& shape, Size channels);

@@ -1,4 +1,4 @@
-// Windowed attention: one unit of work per (window, head).
+// Windowed attention: a head of a window is one thread's, or if there are few of them, some of its queries are.
 #include <algorithm>
 
 #include "engine/steps.h"
@@ -10,6 +10,9 @@ struct AttentionTables {
     std::vector<std::int32_t> exp_mult, out_mult, bias;
     std::vector<std::uint8_t> exp_shift, out_shift, region;
 };
+
+// From so many (window, head) pairs per thread on, none is split: both threads would prepare its keys and values.
+constexpr Size kWholePairs = 8;
 
 class AttentionStep : public Step {
 public:
@@ -28,16 +31,19 @@ public:
     }
 
     void run(const Work& work) const override {
-        const Size units = windows_ * shape_.heads, rows = windows_ * shape_.length;
+        const Size rows = windows_ * shape_.length, queries = rows * shape_.heads;
         const Size in_bytes = rows * shape_.heads * (2 * shape_.qk_dim + shape_.v_dim);
         const Size out_bytes = rows * shape_.heads * shape_.v_dim;
-        const Range range = share(work.images * units, 1, work.part, work.parts);
-        for (Size image = range.first / units; image * units < range.last; ++image) {
+        const Size pairs = work.images * windows_ * shape_.heads;
+        const bool whole = pairs % work.parts == 0 || pairs >= kWholePairs * work.parts;
+        const Range range = share(work.images * queries, whole ? shape_.length : 1, work.part, work.parts);
+        if (range.first == range.last) return;
+        for (Size image = range.first / queries; image * queries < range.last; ++image) {
             AttentionCall call = shape_;
             call.qkv = reinterpret_cast<const std::int8_t*>(work.inputs[0] + image * in_bytes);
             call.y = reinterpret_cast<std::int8_t*>(work.output + image * out_bytes);
-            call.first_unit = std::max<Size>(range.first - image * units, 0);
-            call.last_unit = std::min(range.last - image * units, units);
+            call.first_query = std::max<Size>(range.first - image * queries, 0);
+            call.last_query = std::min(range.last - image * queries, queries);
             call.scratch = work.scratch;
             kernels_.attention(call);
         }

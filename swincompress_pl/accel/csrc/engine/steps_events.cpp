@@ -37,11 +37,12 @@ Size sum_of_counts(const std::uint8_t* x, Size count) {
 
 class EventStep : public Step {
 public:
-    EventStep(const LinearLayer& layer, const WindowCall& window, Size largest, Size rows,
+    EventStep(const LinearLayer& layer, const WindowCall& window, Size largest, Size rows, Size percent_max,
               std::unique_ptr<RowStep> dense, const Kernels& kernels)
         : call_{},
           output_(layer.output),
           rows_(rows),
+          percent_max_(percent_max),
           packed_(kernels.packed_events_bytes(layer)),
           dense_(std::move(dense)),
           kernels_(kernels) {
@@ -62,7 +63,7 @@ public:
         const Size rows = neurons_ == nullptr ? rows_ : call_.lif->rows;
         const Range range = share(work.images * rows, 1, work.part, work.parts);
         if (range.first == range.last) return;
-        const bool multiplies = dense_ != nullptr && percent(work.inputs[0], range) > kernels_.events_max_percent;
+        const bool multiplies = dense_ != nullptr && percent(work.inputs[0], range) > percent_max_;
         if (multiplies && neurons_ != nullptr) return run_with_neurons(*dense_, *call_.lif, work, range, kernels_);
         const Size at = range.first * call_.window.channels * type_bytes(output_);
         if (multiplies)
@@ -132,7 +133,7 @@ private:
 
     EventCall call_;
     Type output_;
-    Size rows_;
+    Size rows_, percent_max_;
     Buffer packed_;
     std::unique_ptr<RowStep> dense_;
     const Kernels& kernels_;
@@ -181,11 +182,16 @@ bool takes_events(const Value& x, const LinearLayer& layer, const Kernels& kerne
     return x.type() == Type::uint8 && x.largest <= kernels.event_largest && layer.depth <= kDepthMax;
 }
 
+Size events_max_percent(const OperationView& view, const Kernels& kernels) {
+    const Size tuned = view.operation().tuning.events_max_percent;
+    return tuned < 0 ? kernels.events_max_percent : tuned;
+}
+
 std::unique_ptr<Step> make_events(const OperationView& view, const LinearLayer& layer, const WindowShape& shape,
                                   std::unique_ptr<RowStep> dense, const Kernels& kernels) {
     const Size largest = std::max<Size>(view.input(0).largest, 1);
     return std::make_unique<EventStep>(layer, window_call(view, shape, layer.channels), largest, view.output().rows(),
-                                       std::move(dense), kernels);
+                                       events_max_percent(view, kernels), std::move(dense), kernels);
 }
 
 }  // namespace swincompress

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "engine/process.h"
 #include "engine/steps.h"
 #include "kernels/buffer.h"
 
@@ -10,6 +11,12 @@ namespace {
 
 // Below this many rows per thread, a layer is split by channels: each thread then reads only its own weights.
 constexpr Size kRowsPerPart = 64;
+
+// Most of the second-level cache, as weights only pass through it. The bounds are what was tried: 128 kB on CPUs with
+// 256 kB and more, 640 kB on one with 1 MB.
+Size block_bytes() {
+    return std::clamp<Size>(second_level_cache_bytes() / 8 * 5, Size{128} * 1024, Size{640} * 1024);
+}
 
 // A layer in the form that its kernels need.
 class PackedLayer {
@@ -46,6 +53,8 @@ LinearLayer read_layer(const OperationView& view) {
     layer.input = view.input(0).type();
     layer.output = view.output().type();
     layer.largest = view.input(0).largest;
+    const Size tuned = view.operation().tuning.block_bytes;
+    layer.block_bytes = tuned > 0 ? tuned : block_bytes();
     layer.weight = view.elements<std::int8_t>("weight");
     layer.bias = view.elements<std::int32_t>("bias");
     layer.mult = view.elements<std::int32_t>("mult");
@@ -210,8 +219,10 @@ private:
     std::unique_ptr<Neurons> neurons_;
 };
 
-// Whether layers of spikes are also packed for products.
-bool multiplies_too(const Kernels& kernels) { return kernels.events_max_percent < kEventsOnly; }
+// Whether a layer of spikes is also packed for products.
+bool multiplies_too(const OperationView& view, const Kernels& kernels) {
+    return events_max_percent(view, kernels) < kEventsOnly;
+}
 
 }  // namespace
 
@@ -220,7 +231,7 @@ std::unique_ptr<Step> make_linear(const OperationView& view, const Kernels& kern
     const LinearLayer layer = read_layer(view);
     const bool events = takes_events(x, layer, kernels);
     std::unique_ptr<RowStep> dense;
-    if (!events || multiplies_too(kernels)) dense = std::make_unique<LinearStep>(layer, x.rows(), kernels);
+    if (!events || multiplies_too(view, kernels)) dense = std::make_unique<LinearStep>(layer, x.rows(), kernels);
     if (!events) return dense;
     const WindowShape column{x.rows(), 1, x.rows(), 1, {1, 1}, {1, 1}, {0, 0}};
     return make_events(view, layer, column, std::move(dense), kernels);
@@ -235,7 +246,7 @@ std::unique_ptr<Step> make_conv2d(const OperationView& view, const Kernels& kern
     const bool events = takes_events(x, layer, kernels);
     const Size images = view.output().rows() / (shape.height * shape.width);
     std::unique_ptr<RowStep> dense;
-    if (!events || multiplies_too(kernels))
+    if (!events || multiplies_too(view, kernels))
         dense = std::make_unique<Conv2dStep>(layer, shape, images, x.channels(), kernels);
     if (!events) return dense;
     return make_events(view, layer, shape, std::move(dense), kernels);

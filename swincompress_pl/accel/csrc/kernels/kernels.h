@@ -21,6 +21,7 @@ struct LinearLayer {
     Type input;                 // int8 or uint8
     Type output;                // int8, uint8, int16 or int32
     Size largest;               // the largest uint8 input
+    Size block_bytes;           // of a second-level cache for the inputs of rows that run together
     const std::int8_t* weight;  // (channels, depth), in [-127, 127]
     const std::int32_t* bias;   // (bias_rows, channels)
     const std::int32_t* mult;   // (channels), in [0, 2^22)
@@ -41,8 +42,8 @@ struct LinearCall {
     void* scratch;              // linear_scratch_bytes, 64-byte aligned
 };
 
-// softmax(q k^T + bias) v of the (window, head) pairs [first_unit, last_unit) of one image; unit = window * heads +
-// head. 127 * 127 * qk_dim + |bias| < 2^30, 255 * 127 * length < 2^31.
+// softmax(q k^T + bias) v of the queries [first_query, last_query) of one image, counted head by head in each window:
+// query = (window * heads + head) * length + token. 127 * 127 * qk_dim + |bias| < 2^30, 255 * 127 * length < 2^31.
 struct AttentionCall {
     const std::int8_t* qkv;  // (windows * length, heads * (2 * qk_dim + v_dim)): q | k | v, head, dimension
     std::int8_t* y;          // (windows * length, heads * v_dim)
@@ -54,7 +55,7 @@ struct AttentionCall {
     const std::int32_t* bias;       // nullptr, or (heads, length, bias_stride) in accumulator units
     Size bias_stride;               // length rounded up to 16
     const std::uint8_t* region;     // nullptr, or (windows, length)
-    Size first_unit, last_unit;
+    Size first_query, last_query;
     void* scratch;  // attention_scratch_bytes, 64-byte aligned
 };
 

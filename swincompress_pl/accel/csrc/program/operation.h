@@ -53,6 +53,12 @@ struct Attribute {
     bool is_list;
 };
 
+// How a layer runs on this machine, where that was measured; its integers are the same for all.
+struct Tuning {
+    Size block_bytes = 0;          // LinearLayer::block_bytes; 0 for a size by the second-level cache
+    Size events_max_percent = -1;  // Kernels::events_max_percent; -1 for the implementation's
+};
+
 struct Operation {
     std::string kind;
     std::string name;
@@ -60,6 +66,7 @@ struct Operation {
     ValueType output;
     std::map<std::string, Attribute> attributes;
     std::map<std::string, Tensor> tensors;
+    Tuning tuning;
 };
 
 // An operation contradicts itself or breaks a bound; the message names it.

@@ -10,7 +10,7 @@ namespace {
 
 #include "kernels/generic/kernels.inc"
 
-#include "kernels/generic/requantize_channels.inc"
+#include "kernels/x86/avx512_requantize_channels.inc"
 
 #include "kernels/x86/avx512_store_spikes.inc"
 
