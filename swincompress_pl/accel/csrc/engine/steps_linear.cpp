@@ -12,11 +12,9 @@ namespace {
 // Below this many rows per thread, a layer is split by channels: each thread then reads only its own weights.
 constexpr Size kRowsPerPart = 64;
 
-// Most of the second-level cache, as weights only pass through it. The bounds are what was tried: 128 kB on CPUs with
-// 256 kB and more, 640 kB on one with 1 MB.
-Size block_bytes() {
-    return std::clamp<Size>(second_level_cache_bytes() / 8 * 5, Size{128} * 1024, Size{640} * 1024);
-}
+// Most of the second-level cache, as weights only pass through it. The bounds are those of what was tried: 256 kB to
+// 1 MB.
+Size block_bytes() { return std::clamp<Size>(second_level_cache_bytes() / 4 * 3, Size{192} * 1024, Size{768} * 1024); }
 
 // A layer in the form that its kernels need.
 class PackedLayer {

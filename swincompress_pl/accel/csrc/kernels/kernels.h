@@ -21,7 +21,7 @@ struct LinearLayer {
     Type input;                 // int8 or uint8
     Type output;                // int8, uint8, int16 or int32
     Size largest;               // the largest uint8 input
-    Size block_bytes;           // of a second-level cache for the inputs of rows that run together
+    Size block_bytes;           // of a second-level cache for inputs and results of rows that run together
     const std::int8_t* weight;  // (channels, depth), in [-127, 127]
     const std::int32_t* bias;   // (bias_rows, channels)
     const std::int32_t* mult;   // (channels), in [0, 2^22)
