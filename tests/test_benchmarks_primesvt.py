@@ -13,6 +13,7 @@ from support.benchmark_cases import tiny_place
 
 from benchmarks.primesvt import __main__ as main
 from benchmarks.primesvt import baselines, latency, report, subjects, work
+from benchmarks.runner import result_file
 from swincompress_pl.models import create_model
 
 
@@ -34,7 +35,8 @@ def test_from_training_to_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyP
     jobs = [job for job in work.all_jobs() if job.name in wanted]
     read: dict[str, dict[str, Any]] = {}
     for job in jobs:
-        read[job.name] = work.run(job, place, "abc", out, tune=job.name != "paper")
+        written = work.do(work.Run(job=job, tune=job.name != "paper"), out, place, "abc")
+        read[job.name] = json.loads(written.read_text(encoding="utf-8"))
         assert ("tuned" in read[job.name]) == (job.tuned and job.name != "paper")
     paper = next(job for job in jobs if job.name == "paper")
     before = copy.deepcopy(read["paper"])
@@ -51,15 +53,16 @@ def test_from_training_to_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyP
     seeds, data = list[int](), subjects.Subject.data
     monkeypatch.setattr(subjects.Subject, "data", lambda *args: seeds.append(args[-1]) or data(*args))
     for job in jobs:
-        work.result_file(out, job).write_text(json.dumps(read[job.name]), encoding="utf-8")
+        result_file(out, job.key).write_text(json.dumps(read[job.name]), encoding="utf-8")
         if job.name in ("control", "paper"):
             same = work.repeat(job, place, "abc", out, known=read[job.name], seed=0)
             assert same["tuned"]["test"] == read[job.name]["tuned"]["test"]
             seeds.clear()
-            again = work.repeat(job, place, "abc", out, known=read[job.name], seed=1)
+            written = work.do(work.Run(job=job, seed=1), out, place, "abc")
+            again = json.loads(written.read_text(encoding="utf-8"))
             assert again["seed"] == 1
             assert seeds == ([1] if job.options is None else [0, 1]), "it searches with 0, and trains with its own"
-            work.result_file(out, job, 1).write_text(json.dumps(again), encoding="utf-8")
+            assert written == result_file(out, f"{job.key}-seed1")
     with pytest.raises(ValueError, match="maxformer-paper was searched with other code or weights; remove"):
         work.repeat(paper, place, "abc", out, known=other, seed=1)
     assert read["naive-group"]["search"]["scoring"]["images_scored"] >= 40 * len(

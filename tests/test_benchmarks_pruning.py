@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 from timm.layers import Mlp
 from torch import nn
 
-from benchmarks.pruning import batches, images, jobs, peers, report, runner, subjects, tables, training, work
+from benchmarks import runner
+from benchmarks.pruning import batches, images, jobs, peers, report, subjects, tables, training, work
 from benchmarks.pruning.jobs import Job
 from swincompress_pl.data import Preprocessing
 from swincompress_pl.models import create_model
@@ -59,7 +60,7 @@ def job(kind: str, **fields: Any) -> Job:
 
 def do(one: Job, folder: Path, tiny: subjects.Subject) -> dict[str, Any]:
     work.do(one, folder, tiny.place, {})
-    return jobs.read_result(folder, one.name)
+    return runner.read_result(folder, one.name)
 
 
 @pytest.mark.slow
@@ -150,15 +151,15 @@ def test_the_jobs_have_unique_names_and_their_references_come_before_them() -> N
 
 
 def test_a_filter_that_matches_nothing_is_an_error() -> None:
-    assert jobs.chosen(jobs.all_jobs(), ["control-*-s1"])[0].name == "control-swin_cifar10-s1"
+    assert runner.chosen(jobs.all_jobs(), ["control-*-s1"])[0].name == "control-swin_cifar10-s1"
     with pytest.raises(ValueError, match="'contrl' matches no job"):
-        jobs.chosen(jobs.all_jobs(), ["contrl"])
+        runner.chosen(jobs.all_jobs(), ["contrl"])
 
 
 def test_the_runner_skips_results_and_waits_for_references(tmp_path: Path) -> None:
     ready, waiting = job("control"), job("peer", reference="prune-swin_cifar10-weight-t2-recovery-free-s0", method="x")
     jobs.write_result(tmp_path, ready, {"figure": 1})
-    outcome = runner.run([ready, waiting], tmp_path, {}, parallel=2, budget_s=5)
+    outcome = runner.run([ready, waiting], tmp_path, {}, work="benchmarks.pruning.work", parallel=2, budget_s=5)
     assert outcome == runner.Outcome(waiting=[waiting.name])
 
 

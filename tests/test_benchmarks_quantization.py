@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from dataclasses import replace
@@ -14,11 +15,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from benchmarks.pruning import batches, images, runner, subjects
-from benchmarks.pruning.jobs import chosen
+from benchmarks import runner
+from benchmarks.pruning import batches, images, subjects
 from benchmarks.quantization import __main__ as main
 from benchmarks.quantization import jobs, report, work
 from benchmarks.quantization.jobs import Job
+from benchmarks.runner import chosen
 from swincompress_pl.data import Preprocessing
 from swincompress_pl.models import create_model
 
@@ -180,6 +182,23 @@ def test_a_job_that_fails_stops_no_other(
     assert runner.pack(out, tmp_path / "all.jsonl") == 1
     assert runner.unpack(tmp_path / "all.jsonl", tmp_path / "other") == 1
     assert json.loads((tmp_path / "other" / f"{some[1].name}.json").read_text()) == {"figure": 1}
+
+
+def test_a_job_may_go_on_with_its_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`to_do` says so; one that then fails has failed, though a file is there, and spawned processes do the same."""
+    (tmp_path / "stub_of_more.py").write_text(STUB)
+    monkeypatch.syspath_prepend(str(tmp_path))  # type: ignore[no-untyped-call]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")])))
+    some = [Job(network="swin_cifar10", pruned=pruned) for pruned in (True, False)]
+    out = tmp_path / "out"
+    out.mkdir()
+    for job in some:
+        (out / f"{job.name}.json").write_text("{}")
+    settings: Any = {"work": "stub_of_more", "start_method": "spawn"}
+    assert runner.run(some, out, {"place": "Rome"}, **settings) == runner.Outcome()
+    outcome = runner.run(some, out, {"place": "Rome"}, to_do=lambda job: True, **settings)
+    assert (outcome.failed, outcome.done) == ([some[0].name], [some[1].name])
+    assert runner.read_result(out, some[1].name) == {"figure": 1}
 
 
 def test_the_report_names_the_gpu(place: subjects.Place, tmp_path: Path) -> None:

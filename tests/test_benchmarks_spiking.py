@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.benchmark_cases import tiny_place
+from support.benchmark_cases import run_here, tiny_place
 from support.spiking_cases import FAMILIES
 
 from benchmarks.primesvt import baselines, subjects
@@ -19,6 +19,11 @@ from benchmarks.spiking import accuracy, exact, report, speed
 from swincompress_pl.models import create_model
 from swincompress_pl.models.spiking.memory import without_memory
 from swincompress_pl.report.environment import installed_version
+
+
+@pytest.fixture(autouse=True)
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(main.runner, "run", run_here)
 
 
 def page_of(kept: Path) -> str:

@@ -6,6 +6,7 @@ import argparse
 import fnmatch
 import json
 import subprocess
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ import torch
 
 from swincompress_pl.report.plain import write_text
 
+from .. import runner
 from ..pruning.subjects import CACHE_HELP, CIFAR_HELP, Place
 from .subjects import SUBJECTS
 
@@ -20,8 +22,8 @@ if TYPE_CHECKING:
     from .work import Job
 
 
-def main() -> None:
-    """Runs one command."""
+def main() -> int:
+    """Runs one command; 1 where a job failed."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.primesvt")
     commands = parser.add_subparsers(required=True)
     train = commands.add_parser("train", help="train baselines and write their weights into the tree")
@@ -32,6 +34,7 @@ def main() -> None:
     run.add_argument("--filter", default="*", help="of jobs, patterns with commas between them")
     run.add_argument("--single-shot", action="store_true", help="search now, fine-tune in a later run")
     run.add_argument("--seed", type=int, default=0, help="of the fine-tuning: others than 0 repeat what 0 has tuned")
+    run.add_argument("--jobs", type=int, default=1, help="processes at a time")
     run.add_argument("--list", action="store_true", help="only say which there are")
     for command in (train, run):
         command.add_argument("--data", type=Path, required=True, help=CIFAR_HELP)
@@ -51,7 +54,7 @@ def main() -> None:
     latency.add_argument("--threads", type=int, default=1)
     given = parser.parse_args()
     torch.set_num_threads(getattr(given, "threads", 1))
-    given.command(given)
+    return int(given.command(given) or 0)
 
 
 def _train(given: argparse.Namespace) -> None:
@@ -63,29 +66,33 @@ def _train(given: argparse.Namespace) -> None:
         print(json.dumps({"model": name, "test": record["test"], "seconds": record["seconds"]}), flush=True)
 
 
-def _run(given: argparse.Namespace) -> None:
-    from .work import all_jobs, repeat, result_file, run
+def _run(given: argparse.Namespace) -> int:
+    from .work import Run, all_jobs
 
     if given.seed and given.single_shot:
         raise SystemExit(f"--seed {given.seed} is of the fine-tuning, which --single-shot leaves out; give one of them")
     patterns = given.filter.split(",")
     jobs = [job for job in all_jobs() if any(fnmatch.fnmatchcase(job.key, pattern) for pattern in patterns)]
-    place = Place(data=given.data, cache=given.cache, device=given.device, precision=given.precision)
-    for job in jobs:
-        file = result_file(given.out, job, given.seed)
-        known = _read(result_file(given.out, job))
-        state = _state(job, known, _read(file), given)
+    runs = [Run(job=job, seed=given.seed, tune=not given.single_shot) for job in jobs]
+    states = {
+        run.name: _state(run.job, _read(given.out, run.job.key), _read(given.out, run.name), given) for run in runs
+    }
+    for name, state in states.items():
         if given.list or state != "to do":
-            print(f"{file.stem}: {state}", flush=True)
-            continue
-        commit = given.commit or _commit()
-        if given.seed and known is not None:
-            result = repeat(job, place, commit, given.out, known=known, seed=given.seed)
-        else:
-            result = run(job, place, commit, given.out, known=known, tune=not given.single_shot)
-        write_text(file, json.dumps(result))
+            print(f"{name}: {state}", flush=True)
+    if given.list:
+        return 0
+    place = Place(data=given.data, cache=given.cache, device=given.device, precision=given.precision)
+    outcome = runner.run(
+        runs, given.out, {"place": place, "commit": given.commit or _commit()}, work="benchmarks.primesvt.work",
+        parallel=given.jobs, threads=given.threads, to_do=lambda run: states[run.name] == "to do",
+    )  # fmt: skip
+    for name in outcome.done:
+        result = runner.read_result(given.out, name)
         shown = {key: result[key]["test"]["percent"] for key in ("given", "single_shot", "tuned") if key in result}
-        print(f"{file.stem}: {shown}, {result['seconds']} s", flush=True)
+        print(f"{name}: {shown}, {result['seconds']} s", flush=True)
+    print(outcome)
+    return 1 if outcome.failed else 0
 
 
 def _state(job: Job, first: dict[str, Any] | None, found: dict[str, Any] | None, given: argparse.Namespace) -> str:
@@ -98,8 +105,8 @@ def _state(job: Job, first: dict[str, Any] | None, found: dict[str, Any] | None,
     return "to do" if ready else "nothing to do here"
 
 
-def _read(file: Path) -> dict[str, Any] | None:
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+def _read(folder: Path, name: str) -> dict[str, Any] | None:
+    return runner.read_result(folder, name) if runner.result_file(folder, name).is_file() else None
 
 
 def _latency(given: argparse.Namespace) -> None:
@@ -125,4 +132,4 @@ def _commit() -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

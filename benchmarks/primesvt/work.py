@@ -31,6 +31,7 @@ from swincompress_pl.report.spiking import spiking_cost
 from ..pruning.batches import MemoryData
 from ..pruning.subjects import Place, trainer
 from ..pruning.training import accuracy, full_precision
+from ..runner import read_result, result_file
 from ..spiking.accuracy import Engine, quantized
 from .subjects import INPUT_SHAPE, SUBJECTS, Subject
 
@@ -150,6 +151,32 @@ _TUNED = (
 _THETAS = (0.5, 1.0, 1.5, 2.0)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What is done of a job now. seed: of the fine-tuning; others than 0 repeat what 0 has tuned. tune: fine-tune, too,
+    if the job says so."""
+
+    job: Job
+    seed: int = 0
+    tune: bool = True
+
+    @property
+    def name(self) -> str:
+        """Of the file of results."""
+        return self.job.key + (f"-seed{self.seed}" if self.seed else "")
+
+
+def do(what: Run, folder: Path, place: Place, commit: str) -> Path:
+    """Does it, from what is known, and writes all of the job's results into `folder`."""
+    job = what.job
+    known = read_result(folder, job.key) if result_file(folder, job.key).is_file() else None
+    if what.seed and known is not None:
+        result = repeat(job, place, commit, folder, known=known, seed=what.seed)
+    else:
+        result = run(job, place, commit, folder, known=known, tune=what.tune)
+    return write_text(result_file(folder, what.name), json.dumps(result))
+
+
 def run(
     job: Job, place: Place, commit: str, out: Path, *, known: dict[str, Any] | None = None, tune: bool
 ) -> dict[str, Any]:
@@ -180,7 +207,7 @@ def run(
             elif job.holdout is None and job.options.get("batchnorm", "keep") == "keep":
                 result["batchnorm_anew"] = _with_batchnorm_anew(network, data)
         else:
-            _refuse_another_network(found, known, result_file(out, job))
+            _refuse_another_network(found, known, result_file(out, job.key))
     if job.tuned and tune:
         result["tuned"] = (
             _fine_tune(subject, module, data, place) | {"commit": commit} | _figures(network, data, images)
@@ -198,7 +225,7 @@ def repeat(job: Job, place: Place, commit: str, out: Path, *, known: dict[str, A
     result = _made_with(job, place, commit, seed)
     if job.options is not None:
         found = _search(job, network, subject.data(place, subject.fine_tuning, 0), place, out)
-        _refuse_another_network(found, known, result_file(out, job))
+        _refuse_another_network(found, known, result_file(out, job.key))
     data = subject.data(place, subject.fine_tuning, seed)
     tuned = _fine_tune(subject, module, data, place)
     network.to(place.device)  # a Trainer leaves it on the CPU
@@ -319,8 +346,3 @@ def _fine_tune(subject: Subject, module: Any, data: MemoryData, place: Place) ->
     fit.fit(module, datamodule=data)
     module.net.eval()
     return {"seconds": round(time.perf_counter() - started), "epochs": subject.fine_tuning.epochs}
-
-
-def result_file(out: Path, job: Job, seed: int = 0) -> Path:
-    """Where a job's result is kept."""
-    return out / f"{job.key}{f'-seed{seed}' if seed else ''}.json"

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
 import sys
 from pathlib import Path
 from typing import Any
 
-from . import jobs, runner
+from .. import runner
+from . import jobs
 from .subjects import CACHE_HELP, DATA_HELP, Place
 
 _RESULTS = Path(__file__).resolve().parent.parent / "results"
@@ -45,13 +45,13 @@ def _prepare(given: argparse.Namespace) -> None:
 
 def _list(given: argparse.Namespace) -> None:
     """the jobs, and which of them have results"""
-    for job in jobs.chosen(jobs.all_jobs(), given.filter):
-        print("done" if jobs.result_file(given.out, job.name).is_file() else "    ", job.name)
+    for job in runner.chosen(jobs.all_jobs(), given.filter):
+        print("done" if runner.result_file(given.out, job.name).is_file() else "    ", job.name)
 
 
 def _run(given: argparse.Namespace) -> int:
     """run jobs that have no results yet"""
-    wanted = jobs.chosen(jobs.all_jobs(), given.filter)
+    wanted = runner.chosen(jobs.all_jobs(), given.filter)
     precision = given.precision or ("bf16-mixed" if given.device == "cuda" else "32-true")
     settings = {
         "place": Place(data=given.data, cache=_cache(given), device=given.device, precision=precision),
@@ -59,8 +59,8 @@ def _run(given: argparse.Namespace) -> int:
         "commit": given.commit,
     }
     outcome = runner.run(
-        wanted, given.out, settings, parallel=given.jobs, budget_s=given.budget_s, threads=given.threads,
-        start_method=given.start,
+        wanted, given.out, settings, work="benchmarks.pruning.work", parallel=given.jobs, budget_s=given.budget_s,
+        threads=given.threads, start_method=given.start,
     )  # fmt: skip
     print(outcome)
     if given.pack is not None:
@@ -119,20 +119,20 @@ def _memory(given: argparse.Namespace) -> None:
     )
 
 
-def _compensation(given: argparse.Namespace) -> None:
+def _compensation(given: argparse.Namespace) -> int:
     """pruning without training, with and without compensation; rows that have no results yet"""
     from . import compensation
 
-    place = Place(data=given.data, cache=_cache(given), device=given.device)
-    alone = multiprocessing.get_context("spawn")  # a process per job: peak memory is a process's
-    for job in jobs.chosen(compensation.all_jobs(), given.filter):
-        file = jobs.result_file(given.out, job.name)
-        if not file.is_file():
-            with alone.Pool(1) as process:
-                figures = process.apply(compensation.run, (job, place))
-            _write(file, figures)
-            test = figures["test"]
-            print(f"{job.name}: {test['points_lost']:.2f} points lost of {test['float_points']:.2f}")
+    outcome = runner.run(
+        runner.chosen(compensation.all_jobs(), given.filter), given.out,
+        {"place": Place(data=given.data, cache=_cache(given), device=given.device)},
+        work="benchmarks.pruning.compensation", threads=given.threads, start_method="spawn",
+    )  # fmt: skip  # spawned: peak memory is a process's
+    for name in outcome.done:
+        test = runner.read_result(given.out, name)["test"]
+        print(f"{name}: {test['points_lost']:.2f} points lost of {test['float_points']:.2f}")
+    print(outcome)
+    return 1 if outcome.failed else 0
 
 
 def _compensation_report(given: argparse.Namespace) -> None:
@@ -141,7 +141,8 @@ def _compensation_report(given: argparse.Namespace) -> None:
     from . import compensation
 
     names = [job.name for job in compensation.all_jobs()]
-    rows = {name: jobs.read_result(given.out, name) for name in names if jobs.result_file(given.out, name).is_file()}
+    found = [name for name in names if runner.result_file(given.out, name).is_file()]
+    rows = {name: runner.read_result(given.out, name) for name in found}
     _write(_RESULTS / "compensation.json", rows)
     print(*write_pages(["compensation"]), sep="\n")
 
@@ -190,7 +191,7 @@ _OPTIONS_OF = {
     "unpack": ["out", "file"],
     "latency": ["out", "model", "thread-counts", "rounds", "turn-ms"],
     "memory": ["out", *_PLACE, "granularity", "batches", "batch-size", "holdout"],
-    "compensation": ["out", *_PLACE, "filter"],
+    "compensation": ["out", *_PLACE, "filter", "threads"],
     "compensation-report": ["out"],
     "report": ["out"],
 }

@@ -7,6 +7,7 @@ weights and DeiT-Tiny's images.
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import time
@@ -25,7 +26,9 @@ from swincompress_pl.pruning import AdaptivePruningConfig, HoldOut, count_macs, 
 from swincompress_pl.pruning.compensation.compensator import Compensator
 from swincompress_pl.pruning.space import StructuredSpace, prunable_weights
 from swincompress_pl.report import describe_environment
+from swincompress_pl.report.plain import write_text
 
+from ..runner import result_file
 from .batches import MemoryData
 from .images import locked
 from .subjects import Place, Subject, device_name, subject
@@ -74,11 +77,6 @@ class Job:
         aim = f"t{self.tolerance:g}" if self.target is None else f"{100 * self.target:g}"
         return f"{self.model}-{self.granularity.replace(':', 'of')}-{aim}-{self.method}-{self.criterion}-s{self.seed}"
 
-    @property
-    def reference(self) -> str | None:
-        """No job waits for another."""
-        return None
-
 
 def all_jobs() -> list[Job]:
     """Every job, the ones that matter most first."""
@@ -107,6 +105,11 @@ def all_jobs() -> list[Job]:
                                   ("none", "magnitude")):  # fmt: skip
             jobs += [Job(model=model, seed=0, target=t, method=method, criterion=criterion) for t in targets]
     return list({job.name: job for job in jobs}.values())
+
+
+def do(job: Job, folder: Path, place: Place) -> Path:
+    """Runs `job` and writes its results into `folder`."""
+    return write_text(result_file(folder, job.name), json.dumps(run(job, place), indent=1, allow_nan=False) + "\n")
 
 
 def run(job: Job, place: Place) -> dict[str, Any]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 from swincompress_pl.report.plain import write_text
+
+from ..runner import read_result, result_file
 
 SEEDS = (0, 1, 2)
 TOLERANCES = (5.0, 2.0, 1.0)
@@ -198,46 +199,10 @@ def _peers_of(ours: Job) -> Iterator[Job]:
         )  # fmt: skip
 
 
-class Named(Protocol):
-    """A job of any benchmark."""
-
-    @property
-    def name(self) -> str: ...
-
-
-class Waiting(Named, Protocol):
-    """A job that may have to wait for the results of another."""
-
-    @property
-    def reference(self) -> str | None: ...
-
-
-AnyJob = TypeVar("AnyJob", bound=Named)
-
-
-def chosen(jobs: Iterable[AnyJob], patterns: Sequence[str]) -> list[AnyJob]:
-    """The jobs whose names match a pattern (fnmatch), all without patterns; ValueError for one that matches none."""
-    jobs = list(jobs)
-    for pattern in patterns:
-        if not any(fnmatchcase(job.name, pattern) for job in jobs):
-            raise ValueError(f"--filter: {pattern!r} matches no job; `list` shows the {len(jobs)} there are")
-    return [job for job in jobs if not patterns or any(fnmatchcase(job.name, pattern) for pattern in patterns)]
-
-
-def result_file(folder: Path, name: str) -> Path:
-    """Where the results of the job `name` are."""
-    return folder / f"{name}.json"
-
-
 def write_result(folder: Path, job: Job, figures: dict[str, Any]) -> Path:
     """Complete or not at all."""
     text = json.dumps({"job": job.to_dict(), **figures}, allow_nan=False)
     return write_text(result_file(folder, job.name), text + "\n")
-
-
-def read_result(folder: Path, name: str) -> dict[str, Any]:
-    """What `write_result` wrote."""
-    return dict(json.loads(result_file(folder, name).read_text(encoding="utf-8")))
 
 
 def read_results(folder: Path) -> dict[str, dict[str, Any]]:

@@ -26,11 +26,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from benchmarks import runner
 from benchmarks.pages import write_pages
-from benchmarks.pruning import runner
 from benchmarks.pruning.__main__ import overrides
-from benchmarks.pruning.jobs import chosen, result_file
 from benchmarks.pruning.subjects import CACHE_HELP, DATA_HELP, Place
+from benchmarks.runner import chosen, result_file
 from swincompress_pl.models import create_model
 from swincompress_pl.quant import quantize
 from swincompress_pl.report import describe_environment

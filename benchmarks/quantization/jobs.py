@@ -62,11 +62,6 @@ class Job:
         what = "float" if self.way is None else f"{self.bits}-{self.way.replace(', ', '-').replace(' ', '_')}"
         return f"{self.network}-{'pruned' if self.pruned else 'whole'}-{what}{'-tuned' if self.tuned else ''}"
 
-    @property
-    def reference(self) -> None:
-        """No job waits for another."""
-        return None
-
     def to_dict(self) -> dict[str, Any]:
         """The fields in JSON types."""
         return asdict(self)

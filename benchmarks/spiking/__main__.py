@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
+import sys
 from pathlib import Path
-from typing import Any
 
-import torch
-
-from swincompress_pl.progress import progress_bar
 from swincompress_pl.quant.quantize import ROUNDINGS
-from swincompress_pl.report import describe_environment
-from swincompress_pl.report.plain import write_text
 
+from .. import runner
 from ..primesvt.subjects import SUBJECTS
 from ..pruning.subjects import CACHE_HELP, CIFAR_HELP, Place
 from .exact import BUILDERS
+from .work import Job
 
 
-def main() -> None:
-    """Runs one command."""
+def main() -> int:
+    """Runs one command; 1 where a job failed."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.spiking")
     commands = parser.add_subparsers(required=True)
     exact = commands.add_parser("exact", help="compare reference, twin and engine on every builder")
@@ -60,79 +56,77 @@ def main() -> None:
         command.add_argument("--threads", type=int, default=1)
         command.add_argument("--commit", default=None)
     given = parser.parse_args()
-    torch.set_num_threads(given.threads)
-    given.command(given)
+    return int(given.command(given) or 0)
 
 
-def _exact(given: argparse.Namespace) -> None:
-    from .exact import compare
-
+def _exact(given: argparse.Namespace) -> int:
     batches = [int(count) for count in given.batches.split(",")]
-    for name in given.models.split(","):
-        for steps in map(int, given.steps.split(",")):
-            _keep(given, f"exact-{name}-{steps}", lambda name=name, steps=steps: compare(name, steps, batches))
+    jobs = [
+        Job(
+            name=f"exact-{name}-{steps}",
+            kind="exact",
+            arguments={"name": name, "steps": int(steps), "batches": batches},
+        )
+        for name in given.models.split(",")
+        for steps in given.steps.split(",")
+    ]
+    return _run(given, jobs)
 
 
-def _speed(given: argparse.Namespace) -> None:
-    from .speed import measure
+def _speed(given: argparse.Namespace) -> int:
+    common = {
+        "steps": given.steps,
+        "threads": [int(count) for count in given.thread_counts.split(",")],
+        "density": given.density,
+        "rounds": given.rounds,
+        "turn_ms": given.turn_ms,
+    }
+    jobs = [
+        Job(name=f"speed-{name}-{given.steps}", kind="speed", arguments={"name": name, **common})
+        for name in given.models.split(",")
+    ]
+    return _run(given, jobs)
 
-    counts = [int(count) for count in given.thread_counts.split(",")]
-    with progress_bar() as tell:
-        for name in given.models.split(","):
-            _keep(
-                given,
-                f"speed-{name}-{given.steps}",
-                lambda name=name: measure(
-                    name, given.steps, threads=counts, density=given.density, rounds=given.rounds,
-                    turn_ms=given.turn_ms, tell=tell,
-                ),
-            )  # fmt: skip
 
-
-def _accuracy(given: argparse.Namespace) -> None:
-    from .accuracy import measure
-
+def _accuracy(given: argparse.Namespace) -> int:
     if given.tuned and given.rounding != "nearest":
         raise SystemExit(f"--rounding {given.rounding} goes with networks that are not trained; leave out --tuned")
-    place = Place(data=given.data, cache=given.cache, device=given.device, precision="32-true")
     kind = "-tuned" if given.tuned else "" if given.rounding == "nearest" else f"-{given.rounding}"
-    for name in given.models.split(","):
-        for bits in given.bits.split(","):
-            width = None if bits == "float" else bits
-            _keep(
-                given,
-                f"{name}-{bits}{kind}",
-                lambda name=name, width=width: measure(
-                    name, width, given.tuned, place, _commit(given), rounding=given.rounding
-                ),
-            )
+    place = Place(data=given.data, cache=given.cache, device=given.device, precision="32-true")
+    common = {"tuned": given.tuned, "place": place, "commit": _commit(given), "rounding": given.rounding}
+    jobs = [
+        Job(
+            name=f"{name}-{bits}{kind}",
+            kind="accuracy",
+            arguments={"subject_name": name, "bits": None if bits == "float" else bits, **common},
+        )
+        for name in given.models.split(",")
+        for bits in given.bits.split(",")
+    ]
+    return _run(given, jobs)
 
 
-def _tuning(given: argparse.Namespace) -> None:
-    from .tuning import measure
-
-    counts = [int(count) for count in given.thread_counts.split(",")]
-    place = Place(data=given.data, cache=given.cache)
-    for name in given.models.split(","):
-        _keep(given, f"tuning-{name}", lambda name=name: measure(name, place, threads=counts))
-
-
-def _keep(given: argparse.Namespace, key: str, make: Any) -> None:
-    """Run what has no result yet."""
-    file = given.out / f"{key}.json"
-    if file.is_file():
-        return
-    found = make()
-    environment = describe_environment()
-    packages = ", ".join(f"{name} {environment['packages'][name]}" for name in ("torch", "spikingjelly"))
-    found |= {
-        "commit": _commit(given),
-        "where": f"{environment['cpu']} ({', '.join(environment['cpu_flags'])}), {given.threads} threads, {packages}",
+def _tuning(given: argparse.Namespace) -> int:
+    common = {
+        "place": Place(data=given.data, cache=given.cache),
+        "threads": [int(count) for count in given.thread_counts.split(",")],
     }
-    if found.get("fitted_on", "cpu") != "cpu":
-        found["where"] += f"; fine-tuned on {found['fitted_on']}"
-    write_text(file, json.dumps(found))
-    print(key, {k: v for k, v in found.items() if not isinstance(v, dict)}, flush=True)
+    jobs = [
+        Job(name=f"tuning-{name}", kind="tuning", arguments={"name": name, **common})
+        for name in given.models.split(",")
+    ]
+    return _run(given, jobs)
+
+
+def _run(given: argparse.Namespace, jobs: list[Job]) -> int:
+    """Runs what has no result yet."""
+    settings = {"commit": _commit(given)}
+    outcome = runner.run(jobs, given.out, settings, work="benchmarks.spiking.work", threads=given.threads)
+    for name in outcome.done:
+        found = runner.read_result(given.out, name)
+        print(name, {key: value for key, value in found.items() if not isinstance(value, dict | list)})
+    print(outcome)
+    return 1 if outcome.failed else 0
 
 
 def _report(given: argparse.Namespace) -> None:
@@ -151,4 +145,4 @@ def _commit(given: argparse.Namespace) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -40,7 +40,7 @@ def measure(
     density: float,
     rounds: int,
     turn_ms: float,
-    tell: Progress,
+    tell: Progress = print,
 ) -> dict[str, Any]:
     """Batch 1. density: additions that spikes cause, at the least, against all multiplications of the same shapes; the
     biases of the normalizations are raised for it, since some fresh networks make next to no spikes."""

@@ -1,25 +1,57 @@
-"""Many jobs of a benchmark in parallel processes until they are done or the time is up."""
+"""What the benchmarks share: jobs with a file of results each, run in processes until they are done or time is up.
+
+A job is a small value with a name; what it does is `do(job, folder, **settings)` of a module, which writes the file.
+"""
 
 from __future__ import annotations
 
 import importlib
 import json
+import math
 import multiprocessing
 import os
 import signal
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
-
-from .jobs import Waiting, result_file
+from typing import Any, Protocol, TypeVar
 
 _POLL_S = 0.2
 _GRACE_S = 3.0
 _LAST_LINES = 4
+
+
+class Named(Protocol):
+    """A job of any benchmark. One that needs the results of another names it: `reference`."""
+
+    @property
+    def name(self) -> str: ...
+
+
+AnyJob = TypeVar("AnyJob", bound=Named)
+
+
+def chosen(jobs: Iterable[AnyJob], patterns: Sequence[str]) -> list[AnyJob]:
+    """The jobs whose names match a pattern (fnmatch), all without patterns; ValueError for one that matches none."""
+    jobs = list(jobs)
+    for pattern in patterns:
+        if not any(fnmatchcase(job.name, pattern) for job in jobs):
+            raise ValueError(f"--filter: {pattern!r} matches no job; `list` shows the {len(jobs)} there are")
+    return [job for job in jobs if not patterns or any(fnmatchcase(job.name, pattern) for pattern in patterns)]
+
+
+def result_file(folder: Path, name: str) -> Path:
+    """Where the results of the job `name` are."""
+    return folder / f"{name}.json"
+
+
+def read_result(folder: Path, name: str) -> dict[str, Any]:
+    """What a job wrote."""
+    return dict(json.loads(result_file(folder, name).read_text(encoding="utf-8")))
 
 
 @dataclass(kw_only=True)
@@ -42,28 +74,30 @@ class Outcome:
 class Running:
     """A job at work."""
 
-    job: Waiting
+    job: Named
     process: Any
     started: float
 
 
 def run(
-    jobs: Sequence[Waiting],
+    jobs: Sequence[Named],
     folder: Path,
     settings: dict[str, Any],
     *,
-    work: str = "benchmarks.pruning.work",
-    parallel: int,
-    budget_s: float,
+    work: str,
+    parallel: int = 1,
+    budget_s: float = math.inf,
     threads: int = 1,
     start_method: str = "forkserver",
+    to_do: Callable[[Named], bool] | None = None,
 ) -> Outcome:
-    """Runs the jobs without a result, in order, `parallel` at a time; at the end of the budget the rest is stopped.
+    """Runs the jobs in order, `parallel` at a time; at the end of the budget the rest is stopped.
 
     work: the module whose `do(job, folder, **settings)` runs a job, in a process of its own with so many `threads`. A
     job whose reference is not finished waits for it. A job that was stopped leaves nothing and begins anew in the next
     run. A job that failed leaves its log, logs/<name>.log.
     start_method: of the processes; "spawn" is slower and shares nothing.
+    to_do: which jobs are run; without it those that have no result yet.
     """
     # A server with the imports done, from which each job's process is forked: seconds less a job. CUDA begins there.
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # else a look for a GPU there would spoil the forks
@@ -71,7 +105,8 @@ def run(
     context.set_forkserver_preload([work])
     (folder / "logs").mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + budget_s
-    queue = [job for job in jobs if not result_file(folder, job.name).is_file()]
+    to_do = to_do or (lambda job: not result_file(folder, job.name).is_file())
+    queue = [job for job in jobs if to_do(job)]
     running: list[Running] = []
     outcome = Outcome()
     try:
@@ -88,19 +123,19 @@ def run(
             item.process.join(_GRACE_S)  # Lightning ends at its next batch
             item.process.kill()
             item.process.join()
-            done = result_file(folder, item.job.name).is_file()
-            (outcome.done if done else outcome.stopped).append(item.job.name)
+            (outcome.done if _ended_well(item, folder) else outcome.stopped).append(item.job.name)
     outcome.waiting = [job.name for job in queue]
     return outcome
 
 
 def _start_some(
-    context: Any, queue: list[Waiting], running: list[Running], folder: Path, how: tuple[Any, ...], parallel: int
-) -> list[Waiting]:
+    context: Any, queue: list[Named], running: list[Running], folder: Path, how: tuple[Any, ...], parallel: int
+) -> list[Named]:
     """Starts what fits, adds it to `running`, and gives what is left."""
     left = []
     for job in queue:
-        ready = job.reference is None or result_file(folder, job.reference).is_file()
+        reference = getattr(job, "reference", None)
+        ready = reference is None or result_file(folder, reference).is_file()
         if ready and len(running) < parallel:
             process = context.Process(target=_work, args=(job, folder, *how), name=job.name)
             process.start()
@@ -118,7 +153,7 @@ def _collect(running: list[Running], folder: Path, outcome: Outcome) -> list[Run
             still.append(item)
             continue
         seconds = time.monotonic() - item.started
-        if result_file(folder, item.job.name).is_file():
+        if _ended_well(item, folder):
             outcome.done.append(item.job.name)
             print(f"{seconds:7.1f} s  {item.job.name}", flush=True)
         else:
@@ -127,7 +162,11 @@ def _collect(running: list[Running], folder: Path, outcome: Outcome) -> list[Run
     return still
 
 
-def _work(job: Waiting, folder: Path, work: str, settings: dict[str, Any], threads: int) -> None:
+def _ended_well(item: Running, folder: Path) -> bool:
+    return item.process.exitcode == 0 and result_file(folder, item.job.name).is_file()
+
+
+def _work(job: Named, folder: Path, work: str, settings: dict[str, Any], threads: int) -> None:
     """The job's own process: all output into its log."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     log = os.open(folder / "logs" / f"{job.name}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
@@ -144,7 +183,7 @@ def _work(job: Waiting, folder: Path, work: str, settings: dict[str, Any], threa
         os._exit(1)
 
 
-def _last_lines(folder: Path, job: Waiting) -> str:
+def _last_lines(folder: Path, job: Named) -> str:
     log = folder / "logs" / f"{job.name}.log"
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() if log.is_file() else []
     return " | ".join(lines[-_LAST_LINES:])
