@@ -7,6 +7,7 @@ import importlib.util
 import os
 import sys
 import tarfile
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,7 @@ def _little_overhead() -> None:
     """The tests' tensors are small: more threads only cost time. Networks, graphs and figures are many objects: looking
     for garbage as often as Python does by default was a twelfth of all time."""
     gc.set_threshold(20_000, 10, 10)
+    os.environ.setdefault("SWINCOMPRESS_CACHE", tempfile.mkdtemp())  # no test writes into the user's
     if importlib.util.find_spec("torch") is None:  # .ci/test_wheel.py runs the engine's tests without it
         return
     import torch

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import pickle
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import platformdirs
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -127,8 +129,12 @@ def test_the_usual_file_is_in_the_cache_folder(tmp_path: Path, monkeypatch: pyte
     assert found.file.parent == tmp_path / "cache"
     assert found.file.is_file()
     monkeypatch.delenv("SWINCOMPRESS_CACHE")
-    monkeypatch.setattr(times.platformdirs, "user_cache_path", lambda name: tmp_path / name)
+    monkeypatch.setattr(platformdirs, "user_cache_path", lambda name: tmp_path / name)
     assert LayerTimes().file.parent == tmp_path / "swincompress_pl"
+    monkeypatch.setitem(sys.modules, "platformdirs", None)
+    with pytest.raises(ImportError, match="pip install platformdirs.*set SWINCOMPRESS_CACHE"):
+        LayerTimes()
+    assert LayerTimes(tmp_path / "times.json").file == tmp_path / "times.json"
 
 
 def test_without_proc_the_cpu_has_a_name(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -313,6 +313,9 @@ class Engine(_Runtime):
 
         Returns:
             What was chosen, by the name of the operation; the others run as they did.
+
+        Raises:
+            ImportError: If there is no table, and platformdirs, which knows the cache folder, is not installed.
         """
         table = LayerTimes() if times is None else times
         found = tunings(self.program, table, implementation=self.implementation, threads=self.threads)

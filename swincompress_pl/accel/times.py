@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import platformdirs
 
 from swincompress_pl import spec
 from swincompress_pl.accel import _core
@@ -156,6 +155,9 @@ class LayerTimes:
 
     Attributes:
         file: The file.
+
+    Raises:
+        ImportError: If there is no file, and platformdirs, which knows the cache folder, is not installed.
     """
 
     def __init__(self, file: str | os.PathLike[str] | None = None) -> None:
@@ -293,9 +295,20 @@ def _inputs(measured: Measured) -> npt.NDArray[Any]:
 
 
 def _usual_file() -> Path:
-    folder = os.environ.get("SWINCOMPRESS_CACHE") or platformdirs.user_cache_path("swincompress_pl")
+    folder = os.environ.get("SWINCOMPRESS_CACHE") or _users_folder()
     name = hashlib.sha256(_facts()["cpu"].encode()).hexdigest()[:16]
     return Path(folder) / f"layer_times-{name}.json"
+
+
+def _users_folder() -> Path:
+    try:
+        import platformdirs  # which an artifact runs without
+    except ImportError as error:
+        raise ImportError(
+            "without platformdirs, nothing says where measured times are kept; `pip install platformdirs`, set "
+            "SWINCOMPRESS_CACHE to a folder, or pass LayerTimes(file)"
+        ) from error
+    return platformdirs.user_cache_path("swincompress_pl")
 
 
 def _facts() -> Mapping[str, Any]:
