@@ -8,6 +8,7 @@ from __future__ import annotations
 # {module: the distribution that has it}, of pyproject.toml
 DISTRIBUTIONS = {
     "PIL": "pillow",
+    "platformdirs": "platformdirs",
     "jsonargparse": "jsonargparse",
     "lightning": "lightning",
     "matplotlib": "matplotlib",

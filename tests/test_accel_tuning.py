@@ -132,7 +132,7 @@ def test_the_usual_file_is_in_the_cache_folder(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(platformdirs, "user_cache_path", lambda name: tmp_path / name)
     assert LayerTimes().file.parent == tmp_path / "swincompress_pl"
     monkeypatch.setitem(sys.modules, "platformdirs", None)
-    with pytest.raises(ImportError, match="pip install platformdirs.*set SWINCOMPRESS_CACHE"):
+    with pytest.raises(ImportError, match=r"pip install platformdirs.*set SWINCOMPRESS_CACHE"):
         LayerTimes()
     assert LayerTimes(tmp_path / "times.json").file == tmp_path / "times.json"
 
