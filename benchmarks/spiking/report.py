@@ -201,9 +201,9 @@ def _tuned(results: Results) -> str:
         "spikes are listed up to, %", "tuned in, s; again", "answer equal",
     ]  # fmt: skip
     text = (
-        "## Speed after tuning\n\nThe trained networks on test images, one at a time, before and after `Engine.tune`. It "
-        "measures, layer by layer, from which density of spikes on products are faster than lists of spikes. Its times "
-        "are kept in a file, where the next engine looks them up. Both engines take turns in one process."
+        "## Speed after tuning\n\nThe trained networks on test images, one at a time, before and after `Engine.tune`. "
+        "It measures, layer by layer, from which density of spikes on products are faster than lists of spikes. Its "
+        "times are kept in a file, where the next engine looks them up. Both engines take turns in one process."
     )
     return f"{text}\n\n{table(header, rows)}" if rows else ""
 
