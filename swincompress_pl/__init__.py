@@ -34,7 +34,7 @@ _ROOM_OF = {
     "quantize": "quant",
     "save_network": "checkpoint.plain",
 }
-_ROOMS = ("accel", "callbacks", "checkpoint", "data", "hub", "models", "pruning", "quant", "report", "spec")
+_ROOMS = ("accel", "callbacks", "checkpoint", "data", "hub", "interop", "models", "pruning", "quant", "report", "spec")
 
 _find_old_modules()
 

@@ -76,6 +76,7 @@ ALLOWED: dict[str, set[str]] = {
         "checkpoint",
     },
     "accel": {"spec", "files", "pictures", "printable", "summaries"},
+    "interop": {"spec", "files"},
     "callbacks": {
         "arguments",
         "stored_data",

@@ -147,7 +147,7 @@ class LayerTimes:
     """Times of linear layers and convolutions on this machine, alone, with random weights and inputs.
 
     A time that is asked for the first time is measured, and kept in a file. Times of another CPU, or of another build
-    of the engine, are not used; the file then begins anew. Several processes may use one file.
+    of the engine, are not used; the table is then empty. Several processes may use one file.
 
     Args:
         file: The file; None for one of this CPU in the user's cache folder (`SWINCOMPRESS_CACHE`, else that of the

@@ -1,0 +1,114 @@
+"""Exact integer arithmetic out of ONNX operators: how values are held, how a rounding shift is computed.
+
+Values: the signed types of a byte are held as uint8 with 128 added, the unsigned ones as uint8, int16 and int32 as
+int32. Products of uint8 by uint8 are exact in onnxruntime on every CPU; those of uint8 by int8 saturate at 16 bits on a
+CPU without VNNI.
+
+A shift with one rounding, floor((x mult + 2^(shift-1)) / 2^shift), is computed in float64 wherever the Program's proved
+bounds allow it: mult / 2^shift is a float64, its product with x has at most 53 bits if |x| mult < 2^53, and adding 1/2
+to it is exact if |x| mult + 2^(shift-1) < 2^53. Floor is then the shift. Elsewhere it is computed in int64, whose
+division truncates: 2^62 is added, a multiple of 2^shift, so that nothing negative is divided, and its own quotient is
+taken off again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from swincompress_pl import spec
+from swincompress_pl.interop.graph import Array, OnnxGraph
+
+OFFSET = 128  # of signed bytes
+_EXACT = 2**53  # float64 holds every integer up to it
+_LIFT = 2**62
+
+
+def is_signed_byte(dtype: str) -> bool:
+    """Whether values of this type are held with the offset."""
+    return spec.STORAGE[dtype] == "int8"
+
+
+def held_type(dtype: str) -> str:
+    """The type that holds values of a type of the specification."""
+    return "uint8" if spec.STORAGE[dtype] in ("int8", "uint8") else "int32"
+
+
+def zero_point(dtype: str) -> int:
+    """What holds 0."""
+    return OFFSET if is_signed_byte(dtype) else 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wide:
+    """A value that is not stored yet: whole numbers as float64, int64 or int32."""
+
+    name: str
+    dtype: str
+
+
+def widened(graph: OnnxGraph, x: str, dtype: str, to: str) -> str:
+    """A held value as its numbers, in a wider type."""
+    found = x if held_type(dtype) == to else graph.cast(x, to)
+    if not is_signed_byte(dtype):
+        return found
+    name: str = graph.node("Sub", found, graph.constant(OFFSET, to))
+    return name
+
+
+def shifted(graph: OnnxGraph, x: Wide, mult: Array | int, shift: Array | int, reach: Array | int) -> Wide:
+    """floor((x mult + 2^(shift-1)) / 2^shift) for whole numbers x of at most `reach` in magnitude.
+
+    `mult` and `shift` broadcast against x, and `reach` against them.
+    """
+    mult, shift, reach = (np.asarray(part, dtype=object) for part in (mult, shift, reach))
+    half = 2 ** (shift - 1)
+    if np.all(abs(mult) * reach + half < _EXACT):
+        factor = np.asarray(mult, np.float64) * np.exp2(-np.asarray(shift, np.float64))
+        product = graph.node("Mul", _as(graph, x, "float64"), graph.constant(factor, "float64"))
+        return floor(graph, graph.node("Add", product, graph.constant(0.5, "float64")))
+    product = graph.node("Mul", _as(graph, x, "int64"), graph.constant(mult, "int64"))
+    return shifted_int64(graph, product, 0, shift)
+
+
+def shifted_int64(graph: OnnxGraph, product: str, offset: Array | int, shift: Array | int) -> Wide:
+    """floor((product + offset + 2^(shift-1)) / 2^shift) of int64 numbers, whose sum stays below 2^61 in magnitude."""
+    shift = np.asarray(shift, dtype=object)
+    added = np.asarray(offset, dtype=object) + 2 ** (shift - 1) + _LIFT
+    lifted = graph.node("Add", product, graph.constant(added, "int64"))
+    quotient = graph.node("Div", lifted, graph.constant(2**shift, "int64"))
+    name = graph.node("Sub", quotient, graph.constant(_LIFT // 2**shift, "int64"))
+    return Wide(name=name, dtype="int64")
+
+
+def floor(graph: OnnxGraph, x: str) -> Wide:
+    """The whole numbers below float64 numbers."""
+    return Wide(name=graph.node("Floor", x), dtype="float64")
+
+
+def _as(graph: OnnxGraph, x: Wide, dtype: str) -> str:
+    return x.name if x.dtype == dtype else graph.cast(x.name, dtype)
+
+
+def stored(graph: OnnxGraph, x: Wide, dtype: str) -> str:
+    """Whole numbers, saturated to a type of the specification, as it is held."""
+    low, high = spec.LIMITS[dtype]
+    found = graph.node("Clip", x.name, graph.constant(low, x.dtype), graph.constant(high, x.dtype))
+    if is_signed_byte(dtype):
+        found = graph.node("Add", found, graph.constant(OFFSET, x.dtype))
+    return found if x.dtype == held_type(dtype) else graph.cast(found, held_type(dtype))
+
+
+def held(values: npt.NDArray[Any], dtype: str) -> Array:
+    """Constant values of a type, as they are held."""
+    return (values.astype(np.int64) + zero_point(dtype)).astype(held_type(dtype))
+
+
+def requantized(graph: OnnxGraph, sums: str, mult: Array, shift: Array, reach: Array | int, dtype: str) -> str:
+    """clamp((sums mult + 2^(shift-1)) >> shift) of int32 sums, stored; their last axis has mult and shift."""
+    if dtype == "int32" and np.all(mult.astype(np.int64) == 2 ** shift.astype(np.int64)):
+        return sums
+    return stored(graph, shifted(graph, Wide(name=sums, dtype="int32"), mult, shift, reach), dtype)

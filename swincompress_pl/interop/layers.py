@@ -1,0 +1,319 @@
+"""The exact forms of the operations of vision transformers; spiking.py has those of spiking networks."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from swincompress_pl import spec
+from swincompress_pl.interop.arithmetic import (
+    OFFSET,
+    Wide,
+    floor,
+    held,
+    held_type,
+    requantized,
+    shifted,
+    shifted_int64,
+    stored,
+    widened,
+    zero_point,
+)
+from swincompress_pl.interop.exact import Call
+from swincompress_pl.interop.graph import Array, OnnxGraph
+from swincompress_pl.spec.integer import (
+    EXP_STEPS,
+    EXP_TABLE,
+    EXP_ZERO,
+    FINE_EXP_ZERO,
+    NORMALIZED_FRACTION_BITS,
+    RECIPROCAL_BITS,
+    SOFTMAX_BITS,
+)
+
+
+def byte_product(graph: OnnxGraph, a: str, a_zero: int, b: str, b_zero: int) -> str:
+    """The int32 product of matrices of uint8, from whose elements the zero points are taken."""
+    name: str = graph.node("MatMulInteger", a, b, graph.constant(a_zero, "uint8"), graph.constant(b_zero, "uint8"))
+    return name
+
+
+def _held_weight(weight: Array) -> Array:
+    return (weight.astype(np.int64) + OFFSET).astype(np.uint8)
+
+
+def _sum_reach(x: spec.Value, weight: Array, bias: Array) -> Array:
+    """The largest magnitude of each channel's sums; weight (M, K), bias (..., M)."""
+    peak = np.abs(bias.astype(np.int64)).reshape(-1, len(weight)).max(axis=0)
+    reach: Array = x.reach * np.abs(weight.astype(np.int64)).sum(axis=1) + peak
+    return reach
+
+
+def linear(call: Call) -> str:
+    """The product of bytes, the bias, and one rounding."""
+    graph, x, weight = call.graph, call.inputs[0], call.tensors["weight"]
+    rows = graph.constant(_held_weight(weight.T), "uint8")
+    sums = byte_product(graph, call.names[0], zero_point(x.dtype), rows, OFFSET)
+    bias = call.tensors["bias"]
+    if bias.any():
+        sums = graph.node("Add", sums, graph.constant(bias, "int32"))
+    reach = _sum_reach(x, weight, bias)
+    return requantized(graph, sums, call.tensors["mult"], call.tensors["shift"], reach, call.op.dtype)
+
+
+def conv2d(call: Call) -> str:
+    """ConvInteger reads channels first; time steps are images of their own."""
+    graph, x, weight = call.graph, call.inputs[0], call.tensors["weight"]
+    height, width, channels = x.shape[-3:]
+    image = call.names[0] if len(x.shape) == 3 else graph.reshape(call.names[0], -1, height, width, channels)
+    top, left = call.attribute("padding")
+    sums = graph.node(
+        "ConvInteger",
+        graph.transpose(image, 0, 3, 1, 2),
+        graph.constant(_held_weight(weight.transpose(0, 3, 1, 2)), "uint8"),
+        graph.constant(zero_point(x.dtype), "uint8"),
+        graph.constant(OFFSET, "uint8"),
+        group=call.op.attributes.get("groups", 1),
+        kernel_shape=list(weight.shape[1:3]),
+        pads=[top, left, top, left],
+        strides=list(call.attribute("stride")),
+    )
+    sums = graph.transpose(sums, 0, 2, 3, 1)
+    bias = call.tensors["bias"]
+    if bias.any():
+        sums = graph.node("Add", sums, graph.constant(bias, "int32"))
+    reach = _sum_reach(x, weight.reshape(len(weight), -1), bias)
+    found = requantized(graph, sums, call.tensors["mult"], call.tensors["shift"], reach, call.op.dtype)
+    return found if len(x.shape) == 3 else graph.reshape(found, -1, *call.output.shape)
+
+
+def table(call: Call) -> str:
+    """Entry i is that of the byte i; what holds a code is 128 more than it."""
+    graph = call.graph
+    values = held(np.roll(call.tensors["values"], 128), call.op.dtype)
+    name: str = graph.node(
+        "Gather", graph.constant(values, held_type(call.op.dtype)), graph.cast(call.names[0], "int32")
+    )
+    return name
+
+
+def add(call: Call) -> str:
+    """In int64 where two int32 may pass its range."""
+    graph, (a, b) = call.graph, call.inputs
+    wide = "int64" if call.op.dtype == "int32" else "int32"
+    first, second = (
+        widened(graph, name, value.dtype, wide) for name, value in zip(call.names, call.inputs, strict=True)
+    )
+    if a.rows != b.rows:  # the second's rows repeat
+        first = graph.reshape(first, 0, a.rows // b.rows, b.rows, a.channels)
+        second = graph.reshape(second, 0, 1, b.rows, b.channels)
+    elif a.shape != b.shape:
+        second = graph.reshape(second, 0, *a.shape)
+    total = stored(graph, Wide(name=graph.node("Add", first, second), dtype=wide), call.op.dtype)
+    return call.shaped(total, *(a.shape if a.rows == b.rows else ()))
+
+
+def add_constant(call: Call) -> str:
+    """Held constants would be sums of offsets, so the numbers are added."""
+    graph, x = call.graph, call.inputs[0]
+    numbers = widened(graph, call.tokens(), x.dtype, "int32")
+    total = graph.node("Add", numbers, graph.constant(call.tensors["constant"], "int32"))
+    return call.shaped(stored(graph, Wide(name=total, dtype="int32"), call.op.dtype), x.rows, x.channels)
+
+
+def _for_each_image(graph: OnnxGraph, x: str, rows: Array, dtype: str) -> str:
+    """Constant rows (R, C) as (N, R, C) for the N images of x (N, ...)."""
+    count = graph.node("Slice", graph.node("Shape", x), *(graph.constant(np.array([at]), "int64") for at in (0, 1)))
+    shape = graph.node("Concat", count, graph.constant(np.array(rows.shape), "int64"), axis=0)
+    name: str = graph.node("Expand", graph.constant(held(rows[None], dtype), held_type(dtype)), shape)
+    return name
+
+
+def prepend(call: Call) -> str:
+    """The constant rows of every image come first."""
+    graph, x, rows = call.graph, call.inputs[0], call.tensors["rows"]
+    tokens = call.tokens()
+    name: str = graph.node("Concat", _for_each_image(graph, tokens, rows, x.dtype), tokens, axis=1)
+    return name
+
+
+def gather(call: Call) -> str:
+    """Index -1 is a row of zeros, which is put behind the others."""
+    graph, x, index = call.graph, call.inputs[0], call.tensors["index"]
+    tokens = call.tokens()
+    if (index < 0).any():
+        zeros = np.zeros((1, x.channels), np.int64)
+        tokens = graph.node("Concat", tokens, _for_each_image(graph, tokens, zeros, x.dtype), axis=1)
+    rows = np.where(index < 0, x.rows, index).reshape(-1)
+    found = graph.node("Gather", tokens, graph.constant(rows, "int64"), axis=1)
+    return call.shaped(found, len(rows), x.channels)
+
+
+def mean(call: Call) -> str:
+    """The sum over the rows, and one rounding."""
+    graph, x = call.graph, call.inputs[0]
+    sums = _sum(graph, widened(graph, call.tokens(), x.dtype, "int32"), 1, keep=False)
+    return requantized(graph, sums, call.tensors["mult"], call.tensors["shift"], x.rows * x.reach, call.op.dtype)
+
+
+def _sum(graph: OnnxGraph, x: str, axis: int, *, keep: bool = True) -> str:
+    name: str = graph.node("ReduceSum", x, graph.constant(np.array([axis]), "int64"), keepdims=int(keep))
+    return name
+
+
+def _highest(graph: OnnxGraph, x: str) -> str:
+    name: str = graph.node("ReduceMax", x, graph.constant(np.array([-1]), "int64"), keepdims=1)
+    return name
+
+
+def requantize(call: Call) -> str:
+    """One rounding for each channel of a stream."""
+    x = call.inputs[0]
+    return requantized(call.graph, call.names[0], call.tensors["mult"], call.tensors["shift"], x.reach, call.op.dtype)
+
+
+def layer_norm(call: Call) -> str:
+    """Sums, centered numbers and the normalized ones are exact in float64, the variance in int64."""
+    graph, x = call.graph, call.inputs[0]
+    numbers = widened(graph, call.names[0], x.dtype, "float64")
+    channels = graph.constant(x.channels, "float64")
+    total = _sum(graph, numbers, -1)  # below 2^27, and the squares below 2^42
+    squares = _sum(graph, graph.node("Mul", numbers, numbers), -1)
+    scaled = [graph.node("Mul", graph.cast(part, "int64"), other) for part, other in (
+        (squares, graph.constant(x.channels, "int64")), (total, graph.cast(total, "int64")))]  # fmt: skip
+    variance = graph.node("Add", graph.node("Sub", *scaled), graph.constant(call.attribute("epsilon"), "int64"))
+    factor = _reciprocal_root(graph, graph.node("Max", variance, graph.constant(1, "int64")))
+    centered = graph.node("Sub", graph.node("Mul", numbers, channels), total)  # below 2^28, times 2^24
+    normalized = floor(graph, graph.node("Mul", centered, factor))
+    return stored(graph, _scaled(call, normalized), call.op.dtype)
+
+
+def _scaled(call: Call, normalized: Wide) -> Wide:
+    """floor((z gain + offset + 2^(shift-1)) / 2^shift)."""
+    graph, shift = call.graph, call.attribute("shift")
+    gain, offset = call.tensors["gain"].astype(object), call.tensors["offset"].astype(object) + 0
+    reach = int(call.inputs[0].channels ** 0.5 + 1) << NORMALIZED_FRACTION_BITS
+    added = offset + 2 ** (shift - 1)
+    if np.all(abs(gain) * reach + abs(added) < 2**53):
+        unit = 2.0**-shift
+        product = graph.node("Mul", normalized.name, graph.constant(gain.astype(np.float64) * unit, "float64"))
+        return floor(graph, graph.node("Add", product, graph.constant(added.astype(np.float64) * unit, "float64")))
+    product = graph.node("Mul", graph.cast(normalized.name, "int64"), graph.constant(gain.astype(np.int64), "int64"))
+    return shifted_int64(graph, product, offset, shift)
+
+
+def _reciprocal_root(graph: OnnxGraph, variance: str) -> str:
+    """R 2^(t - 38) as float64 for int64 variances in [1, 2^62), with r and t as in `spec.integer.reciprocal_sqrt`.
+
+    The root's guess from float64 is at most one off on either side, and is corrected in int64.
+    """
+
+    def whole(value: int) -> str:
+        return graph.constant(value, "int64")
+
+    power = graph.constant(2.0 ** -(54 - NORMALIZED_FRACTION_BITS), "float64")  # then times 2^t
+    for step in (16, 8, 4, 2, 1):
+        small = graph.node("Less", variance, whole(2 ** (62 - 2 * step)))
+        variance = graph.node("Where", small, graph.node("Mul", variance, whole(2 ** (2 * step))), variance)
+        raised = graph.node("Mul", power, graph.constant(2.0**step, "float64"))
+        power = graph.node("Where", small, raised, power)
+    root = graph.cast(graph.node("Floor", graph.node("Sqrt", graph.cast(variance, "float64"))), "int64")
+    above = graph.node("Greater", graph.node("Mul", root, root), variance)
+    root = graph.node("Sub", root, graph.cast(above, "int64"))
+    next_root = graph.node("Add", root, whole(1))
+    fits = graph.node("LessOrEqual", graph.node("Mul", next_root, next_root), variance)
+    root = graph.node("Add", root, graph.cast(fits, "int64"))
+    mantissa = graph.node("Div", whole(2**54 - 1), root)
+    name: str = graph.node("Mul", graph.cast(mantissa, "float64"), power)
+    return name
+
+
+def _exponents(steps_max: int, dtype: str) -> Array:
+    """The exponential of every number of 32nds of an octave up to the last, which is 0."""
+    steps = np.arange(steps_max + 1)
+    mantissa = EXP_TABLE[steps % EXP_STEPS].astype(np.int64) >> (steps // EXP_STEPS)
+    return (mantissa if dtype == "int32" else (mantissa + 128) >> 8).astype(dtype)
+
+
+def _exponential(graph: OnnxGraph, distance: Wide, mult: Array, shift: Array, reach: int, dtype: str) -> str:
+    steps_max = EXP_ZERO if dtype == "uint8" else FINE_EXP_ZERO
+    steps = shifted(graph, distance, mult, shift, reach)
+    bounded = graph.node("Clip", steps.name, graph.constant(0, steps.dtype), graph.constant(steps_max, steps.dtype))
+    index = graph.cast(bounded, "int32")
+    name: str = graph.node("Gather", graph.constant(_exponents(steps_max, dtype), dtype), index)
+    return name
+
+
+def softmax(call: Call) -> str:
+    """In int64: differences of int32 pass its range."""
+    graph, x = call.graph, call.inputs[0]
+    numbers = widened(graph, call.names[0], x.dtype, "int64")
+    distance = Wide(name=graph.node("Sub", _highest(graph, numbers), numbers), dtype="int64")
+    mult, shift = (np.array(call.attribute(key)) for key in ("mult", "shift"))
+    e = graph.cast(_exponential(graph, distance, mult, shift, 2 * x.reach, "int32"), "int64")
+    reciprocal = graph.node("Div", graph.constant(255 << SOFTMAX_BITS, "int64"), _sum(graph, e, -1))
+    product = Wide(name=graph.node("Mul", e, reciprocal), dtype="int64")
+    return stored(graph, shifted(graph, product, 1, SOFTMAX_BITS, 255 << SOFTMAX_BITS), "uint8")
+
+
+def attention(call: Call) -> str:
+    """Logits, exponentials by a table, and one rounding after the product with the values."""
+    graph, x, tensors = call.graph, call.inputs[0], call.tensors
+    windows, heads, qk_dim, v_dim = (call.attribute(key) for key in ("windows", "heads", "qk_dim", "v_dim"))
+    length, zero = x.rows // windows, zero_point(x.dtype)
+    split = graph.constant(np.array([heads * qk_dim, heads * qk_dim, heads * v_dim]), "int64")
+    parts = graph.node("Split", graph.reshape(call.names[0], 0, windows, length, x.channels), split, outputs=3, axis=-1)
+    q, k, v = (
+        graph.transpose(graph.reshape(part, 0, windows, length, heads, dim), *order)
+        for part, dim, order in zip(
+            parts, (qk_dim, qk_dim, v_dim), ((0, 1, 3, 2, 4), (0, 1, 3, 4, 2), (0, 1, 3, 2, 4)), strict=True
+        )
+    )
+    logits, reach = byte_product(graph, q, zero, k, zero), x.reach**2 * qk_dim
+    if "bias_table" in tensors:
+        bias = tensors["bias_table"][:, tensors["bias_index"]]
+        logits, reach = graph.node("Add", logits, graph.constant(bias, "int32")), reach + int(np.abs(bias).max())
+    e = _attention_exponentials(call, logits, reach)
+    total = _sum(graph, graph.cast(e, "int32"), -1)
+    out_mult, out_shift = (tensors[key].astype(np.int64)[:, None, None] for key in ("out_mult", "out_shift"))
+    reciprocal = graph.node("Div", graph.constant(out_mult << RECIPROCAL_BITS, "int64"), graph.cast(total, "int64"))
+    sums = byte_product(graph, e, 0, v, zero)
+    product = Wide(
+        name=graph.node("Mul", graph.cast(sums, "float64"), graph.cast(reciprocal, "float64")), dtype="float64"
+    )
+    # |sum e v| <= x_max sum e, so the product stays below x_max out_mult 2^24
+    bound = x.reach * (out_mult << RECIPROCAL_BITS)
+    found = stored(graph, shifted(graph, product, 1, out_shift + RECIPROCAL_BITS, bound), call.op.dtype)
+    return call.shaped(graph.transpose(found, 0, 1, 3, 2, 4))
+
+
+def _attention_exponentials(call: Call, logits: str, reach: int) -> str:
+    """uint8 (N, windows, heads, L, L); tokens of other regions have 0."""
+    graph, region = call.graph, call.tensors.get("region")
+    compared, allowed = logits, ""
+    if region is not None:
+        same = (region[:, :, None] == region[:, None, :])[:, None]
+        allowed = graph.constant(same, "bool")
+        compared = graph.node("Where", allowed, logits, graph.constant(-(2**31) + 1, "int32"))
+    distance = Wide(name=graph.node("Sub", _highest(graph, compared), logits), dtype="int32")
+    mult, shift = (call.tensors[key].astype(np.int64)[:, None, None] for key in ("exp_mult", "exp_shift"))
+    e = _exponential(graph, distance, mult, shift, 2 * reach, "uint8")
+    if region is None:
+        return e
+    name: str = graph.node("Where", allowed, e, graph.constant(0, "uint8"))
+    return name
+
+
+LAYERS = {
+    "linear": linear,
+    "conv2d": conv2d,
+    "table": table,
+    "add": add,
+    "add_constant": add_constant,
+    "prepend": prepend,
+    "gather": gather,
+    "mean": mean,
+    "requantize": requantize,
+    "layer_norm": layer_norm,
+    "softmax": softmax,
+    "attention": attention,
+}

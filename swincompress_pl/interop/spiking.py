@@ -1,0 +1,120 @@
+"""The exact forms of the operations of spiking networks. Time is unrolled: a neuron has few operators per step."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from swincompress_pl.interop.arithmetic import Wide, held_type, stored, widened
+from swincompress_pl.interop.exact import Call
+from swincompress_pl.interop.graph import OnnxGraph
+from swincompress_pl.interop.layers import _sum
+from swincompress_pl.spec.spiking import CURRENT_MAX, DECAY_BITS, MEMBRANE_MAX
+
+
+def lif(call: Call) -> str:
+    """In float64, which holds the product with the decay, below 2^47."""
+    graph, x, steps = call.graph, call.inputs[0], call.attribute("steps")
+    bits, decay = call.attribute("fraction_bits"), call.attribute("decay") / 2**DECAY_BITS
+    threshold, reset, bias = (graph.constant(call.tensors[key], "float64") for key in ("threshold", "reset", "bias"))
+    limit = CURRENT_MAX >> bits
+    clipped = graph.node("Clip", call.names[0], *(graph.constant(end, "int32") for end in (-limit, limit)))
+    scaled = graph.node("Mul", graph.cast(clipped, "float64"), graph.constant(2.0**bits, "float64"))
+    currents = graph.node("Add", scaled, bias)
+    repeated, rows = bool(call.attribute("repeated")), x.rows if call.attribute("repeated") else x.rows // steps
+    if not repeated:
+        currents = graph.reshape(currents, 0, steps, rows, x.channels)
+    parts = [currents] * steps if repeated else _split(graph, currents, steps)
+    membrane, spikes = reset, []
+    for current in parts:
+        pull = graph.node("Sub", reset, membrane)
+        if call.attribute("input_decay"):
+            pull = graph.node("Add", pull, current)
+        pulled = graph.node("Floor", graph.node("Mul", pull, graph.constant(decay, "float64")))
+        charged = graph.node("Add", membrane, pulled)
+        if not call.attribute("input_decay"):
+            charged = graph.node("Add", charged, current)
+        charged = graph.node("Clip", charged, *(graph.constant(e, "float64") for e in (-MEMBRANE_MAX, MEMBRANE_MAX)))
+        fired = graph.node("GreaterOrEqual", charged, threshold)
+        after = graph.node("Sub", charged, threshold) if call.attribute("soft_reset") else reset
+        membrane = graph.node("Where", fired, after, charged)
+        spikes.append(graph.reshape(graph.cast(fired, "uint8"), 0, 1, rows, x.channels))
+    found = graph.node("Concat", *spikes, axis=1) if steps > 1 else spikes[0]
+    return call.shaped(found)
+
+
+def _split(graph: OnnxGraph, x: str, steps: int) -> list[str]:
+    """(N, T, ...) as T values (N, ...)."""
+    axis = graph.constant(np.array([1]), "int64")
+    if steps == 1:
+        return [graph.node("Squeeze", x, axis)]
+    parts = graph.node("Split", x, graph.constant(np.ones(steps), "int64"), outputs=steps, axis=1)
+    return [graph.node("Squeeze", part, axis) for part in parts]
+
+
+def max_pool(call: Call) -> str:
+    """What is held keeps the order of the numbers; int32 goes through float64, which MaxPool takes."""
+    graph, x = call.graph, call.inputs[0]
+    height, width, channels = x.shape[-3:]
+    image = call.names[0] if len(x.shape) == 3 else graph.reshape(call.names[0], -1, height, width, channels)
+    wide = held_type(x.dtype) == "int32"
+    top, left = call.attribute("padding")
+    pooled = graph.node(
+        "MaxPool",
+        graph.transpose(graph.cast(image, "float64") if wide else image, 0, 3, 1, 2),
+        kernel_shape=list(call.attribute("kernel")),
+        pads=[top, left, top, left],
+        strides=list(call.attribute("stride")),
+    )
+    found = graph.transpose(pooled, 0, 2, 3, 1)
+    found = graph.cast(found, "int32") if wide else found
+    return found if len(x.shape) == 3 else graph.reshape(found, -1, *call.output.shape)
+
+
+def block_sum(call: Call) -> str:
+    """Sums of int32 may pass its range before they are saturated."""
+    graph, x = call.graph, call.inputs[0]
+    rows, channels = call.attribute("rows"), call.attribute("channels")
+    dtype = "int64" if x.dtype == "int32" else "int32"
+    numbers = widened(graph, call.names[0], x.dtype, dtype)
+    blocks = graph.reshape(numbers, 0, rows, x.rows // rows, channels, x.channels // channels)
+    sums = _sum(graph, _sum(graph, blocks, 4, keep=False), 2, keep=False)
+    return call.shaped(stored(graph, Wide(name=sums, dtype=dtype), call.op.dtype), rows, channels)
+
+
+def multiply(call: Call) -> str:
+    """Each number of the second multiplies a block of the first."""
+    graph, (a, b) = call.graph, call.inputs
+    left = widened(graph, call.names[0], a.dtype, "int32")
+    right = widened(graph, call.names[1], b.dtype, "int32")
+    left = graph.reshape(left, 0, b.rows, a.rows // b.rows, b.channels, a.channels // b.channels)
+    right = graph.reshape(right, 0, b.rows, 1, b.channels, 1)
+    product = Wide(name=graph.node("Mul", left, right), dtype="int32")
+    return call.shaped(stored(graph, product, call.op.dtype))
+
+
+def spike_attention(call: Call) -> str:
+    """Products of counts below 2^31 in float64, in the order that takes fewer."""
+    graph, windows, heads = call.graph, call.attribute("windows"), call.attribute("heads")
+    length = call.inputs[0].rows // windows
+    dims = [value.channels // heads for value in call.inputs]
+    q, k, v = (
+        graph.transpose(
+            graph.reshape(widened(graph, name, value.dtype, "float64"), 0, windows, length, heads, dim), 0, 1, 3, 2, 4
+        )
+        for name, value, dim in zip(call.names, call.inputs, dims, strict=True)
+    )
+    turned = graph.transpose(k, 0, 1, 2, 4, 3)
+    if length * (dims[0] + dims[2]) < 2 * dims[0] * dims[2]:
+        product = graph.node("MatMul", graph.node("MatMul", q, turned), v)
+    else:
+        product = graph.node("MatMul", q, graph.node("MatMul", turned, v))
+    return call.shaped(graph.cast(graph.transpose(product, 0, 1, 3, 2, 4), "int32"))
+
+
+SPIKING = {
+    "lif": lif,
+    "max_pool": max_pool,
+    "block_sum": block_sum,
+    "multiply": multiply,
+    "spike_attention": spike_attention,
+}
