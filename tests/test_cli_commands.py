@@ -410,3 +410,29 @@ def test_shipped_configs_are_accepted(config: Path, tmp_path: Path, capsys: pyte
 
 def test_there_are_configs() -> None:
     assert {path.stem for path in CONFIGS} >= {"digits_swin", "deit_tiny_imagenet", "swin_tiny_imagenet"}
+
+
+def test_a_float_checkpoint_becomes_onnx(
+    run_directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    output = tmp_path / "model.onnx"
+    code, out, _ = run(["export", str(run_directory / "float.ckpt"), "-o", str(output), "--float"], capsys)
+    assert code == 0
+    assert "float, images (N, " in out
+    assert float(out.split("at most ")[1].split(" ")[0]) < 1e-4
+    code, _, err = run(["export", str(run_directory / "best.ckpt"), "-o", str(tmp_path / "b.onnx"), "--float"], capsys)
+    assert code != 0
+    assert "is quantized; --float takes a checkpoint from before" in err
+    assert not (tmp_path / "b.onnx").exists()
+
+
+def test_a_quantized_checkpoint_becomes_onnx(
+    run_directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("onnxruntime")
+    arguments = ["export", str(run_directory / "best.ckpt"), "-o", str(tmp_path / "model.onnx")]
+    code, out, _ = run(arguments, capsys)
+    assert code == 0
+    assert "identical integer logits on 2 random images" in out

@@ -203,7 +203,7 @@ def test_what_an_artifact_says_is_in_the_metadata(tmp_path: Path) -> None:
 
 def test_wrong_arguments(tmp_path: Path) -> None:
     program, path = small_program(), tmp_path / "model.onnx"
-    with pytest.raises(ValueError, match="opset is 17; the exact form is written with opset 18"):
+    with pytest.raises(ValueError, match="opset is 17; this network is written with opset 18"):
         interop.to_onnx(program, path, opset=17)
     with pytest.raises(TypeError, match=r"takes a spec\.Program, not str; `accel\.load\(file\)\.program`"):
         interop.to_onnx("model.safetensors", path)  # type: ignore[arg-type]

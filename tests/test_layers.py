@@ -94,6 +94,7 @@ ALLOWED: dict[str, set[str]] = {
         "evaluation_mode",
         "spec",
         "accel",
+        "interop",
         "pruning",
         "quant",
         "checkpoint",

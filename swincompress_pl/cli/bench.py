@@ -11,7 +11,7 @@ from swincompress_pl.accel.profile import ABOVE_THE_PEAK
 from swincompress_pl.cli.common import existing_file, integers, is_checkpoint, parser, print_json
 from swincompress_pl.printable import printable
 from swincompress_pl.progress import progress_bar
-from swincompress_pl.report.comparison.bench import Bench, bench_artifact
+from swincompress_pl.report.comparison.bench import Bench, bench_artifact, bench_onnx
 from swincompress_pl.report.comparison.compare import Result
 from swincompress_pl.report.comparison.kernels import KernelBench, bench_linear
 from swincompress_pl.report.comparison.runtimes import LATENCY_ONLY, RUNTIMES, parse_runtimes
@@ -23,7 +23,7 @@ from swincompress_pl.text_table import text_table
 KERNELS = ("linear",)
 _MISMATCH = 1
 # Options without a meaning for the other kind of measurement; they are None or False unless they were given.
-_OF_ARTIFACTS = ("batch", "against", "operations")
+_OF_ARTIFACTS = ("batch", "against", "operations", "artifact")
 _OF_KERNELS = ("shape",)
 _SHAPE = "3136,384,96"
 _ROUNDS, _KERNEL_ROUNDS = 10, 20
@@ -53,11 +53,17 @@ def _arguments(name: str, arguments: Sequence[str]) -> argparse.Namespace:
         "the reference's in the same run.",
         "swincompress bench model.safetensors --threads 2",
         "swincompress bench model.safetensors --against torch,onnxruntime,openvino --json",
+        "swincompress bench model.onnx --against engine",
         "swincompress bench --kernel linear --shape 3136,384,96",
     )
-    command.add_argument("file", nargs="?", type=str, default=None, help="artifact that `swincompress export` wrote")
+    command.add_argument(
+        "file", nargs="?", type=str, default=None, help="artifact or ONNX file of `swincompress export`"
+    )
     command.add_argument("--threads", type=int, default=None, help="threads; default: all cores, 1 with --kernel")
     command.add_argument("--batch", type=int, default=None, help="images per call; default: 1")
+    command.add_argument(
+        "--artifact", type=str, default=None, help="of an ONNX file --against engine; default: its name in .safetensors"
+    )
     command.add_argument("--against", type=str, default=None, help=f"comma-separated: {', '.join(RUNTIMES)}")
     command.add_argument("--implementation", type=str, default=None, help="force one of the engine's implementations")
     command.add_argument(
@@ -75,8 +81,37 @@ def _arguments(name: str, arguments: Sequence[str]) -> argparse.Namespace:
     return command.parse_args(list(arguments))
 
 
+def _bench_onnx(file: Path, given: argparse.Namespace) -> int:
+    unread = [f"--{option}" for option in ("implementation", "operations") if getattr(given, option)]
+    if unread:
+        raise ValueError(f"{', '.join(unread)}: only for an artifact, and {file} is an ONNX file; leave it out")
+    if given.against not in (None, "engine"):
+        raise ValueError(f"--against is {given.against!r}; an ONNX file is compared with `engine`")
+    artifact = None
+    if given.against is not None:
+        artifact = Path(given.artifact) if given.artifact else file.with_suffix(".safetensors")
+        if not artifact.is_file():
+            raise FileNotFoundError(f"{artifact}: there is no such file; name the artifact of {file} by --artifact")
+    elif given.artifact is not None:
+        raise ValueError(f"--artifact {given.artifact} goes with --against engine; add it")
+    with progress_bar() as on_progress:
+        outcome = bench_onnx(
+            file, artifact=artifact, threads=given.threads or available_cores(), batch=given.batch or 1,
+            rounds=given.rounds or _ROUNDS, on_progress=on_progress,
+        )  # fmt: skip
+    if given.json:
+        print_json(outcome.to_dict())
+    else:
+        _show(outcome, file)
+    return 0 if outcome.answers_equal else _MISMATCH
+
+
 def _bench_artifact(given: argparse.Namespace) -> int:
     file = existing_file(given.file)
+    if file.suffix == ".onnx":
+        return _bench_onnx(file, given)
+    if given.artifact is not None:
+        raise ValueError(f"--artifact {given.artifact}: only for an ONNX file; leave it out")
     if is_checkpoint(file):
         raise ValueError(
             f"{file} is a checkpoint; write it as an artifact first: `swincompress export {file} -o model.safetensors`"
@@ -113,8 +148,9 @@ def _show(outcome: Bench, file: Path) -> None:
         if result.unavailable:
             print(printable(f"{result.name}: {result.unavailable}"))
     verdict = "identical to the reference" if outcome.answers_equal else "DIFFERENT from the reference"
-    print(f"integer logits of {outcome.images_checked} random images: {verdict}")
-    if len(outcome.results) > 1:
+    if outcome.images_checked:
+        print(f"integer logits of {outcome.images_checked} random images: {verdict}")
+    if len(outcome.results) > 1 and file.suffix != ".onnx":
         print(LATENCY_ONLY)
     if outcome.operations:
         _show_operations(outcome.operations)

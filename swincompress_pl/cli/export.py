@@ -12,8 +12,9 @@ import numpy as np
 import yaml  # type: ignore[import-untyped]
 from jsonargparse import ArgumentParser
 
-from swincompress_pl import accel
+from swincompress_pl import accel, interop
 from swincompress_pl.accel.outputs import equal_results
+from swincompress_pl.cli import export_onnx
 from swincompress_pl.cli.common import existing_file, is_checkpoint, parser
 from swincompress_pl.progress import progress_bar
 
@@ -34,11 +35,16 @@ def main(name: str, arguments: Sequence[str]) -> int:
     command = parser(
         name,
         "Writes the quantized network of a Lightning checkpoint as one safetensors file for the integer engine, and "
-        "compares torch, reference and engine on random images. A float checkpoint needs --quantize and --data.",
+        "compares torch, reference and engine on random images. A float checkpoint needs --quantize and --data. An "
+        "output that ends in .onnx is written for other runtimes, from a checkpoint or an artifact.",
         "swincompress export runs/digits/best.ckpt -o model.safetensors",
         "swincompress export float.ckpt -o model.safetensors --quantize searched --data configs/digits_swin.yaml",
+        "swincompress export model.safetensors -o model.onnx",
+        "swincompress export model.safetensors -o model.onnx --form qdq --verify images",
     )
-    command.add_argument("checkpoint", type=str, help="Lightning checkpoint of a CompressibleClassifier")
+    command.add_argument(
+        "checkpoint", type=str, help="Lightning checkpoint of a CompressibleClassifier; for ONNX an artifact, too"
+    )
     command.add_argument(
         "-o", "--output", type=str, required=True, help="artifact to write; a complete one replaces an old one"
     )
@@ -63,8 +69,26 @@ def main(name: str, arguments: Sequence[str]) -> int:
         "--model-attribute", type=str, default=None, metavar="PATH",
         help="where the module holds the network to export, if it holds several, e.g. net or model.backbone",
     )  # fmt: skip
+    command.add_argument(
+        "--form",
+        choices=interop.FORMS,
+        default=None,
+        help="of ONNX: exact to the bit, or for int8 kernels; default: exact",
+    )
+    command.add_argument("--float", action="store_true", help="ONNX of the network before quantization, by torch")
+    command.add_argument(
+        "--verify", type=str, default=None, metavar="IMAGES",
+        help="ONNX: agreement with the engine, and accuracy, on a folder of pictures",
+    )  # fmt: skip
+    command.add_argument(
+        "--reduce-range", action="store_true", help="--form qdq: weights of 7 bits, for CPUs without VNNI"
+    )
+    command.add_argument(
+        "--gather-elements", action="store_true", help="exact form: faster in onnxruntime, not for onnx's evaluator"
+    )
     given = command.parse_args(list(arguments))
     _check_options(given)
+    export_onnx.check_options(given)
     return _export(given)
 
 
@@ -91,21 +115,28 @@ def _check_options(given: Any) -> None:
 
 
 def _export(given: Any) -> int:
-    file = existing_file(given.checkpoint)
-    if not is_checkpoint(file):
-        raise ValueError(f"{file} is no Lightning checkpoint; an artifact needs no export")
-    output = Path(given.output)
+    file, output = existing_file(given.checkpoint), Path(given.output)
+    is_onnx = output.suffix == export_onnx.SUFFIX
+    if not is_checkpoint(file) and (not is_onnx or given.float):
+        what = "it has no float network" if given.float else "an artifact needs no export"
+        raise ValueError(f"{file} is no Lightning checkpoint; {what}")
     if output.is_dir():
         raise ValueError(f"--output {output} is a directory; name a file in it")
     if not output.parent.is_dir():
         raise FileNotFoundError(f"{output}: the folder {output.parent} does not exist; make it first")
+    if not is_checkpoint(file):
+        return export_onnx.write_program(accel.artifact.read(file), output, given)
     _say(f"loading {file}")
     module = load_module(file, given.model_class)
     path = network_path(module, file, given.model_attribute, is_to_be_quantized=given.quantize is not None)
+    if given.float:
+        return export_onnx.write_float(_float_network(module, path, file), output, given)
     network = quantized_network(module, path, file, is_to_be_quantized=given.quantize is not None)
     if given.quantize is not None:
         network = _quantize(network, given)
     _say(f"writing {output}")
+    if is_onnx:
+        return export_onnx.write_program(network.to_program(), output, given)
     accel.export(network, output, compression=given.compression)
     print(f"{output}: {output.stat().st_size:,} bytes")
     return _check(network, output, given.reference_check) if given.reference_check else 0
@@ -171,6 +202,17 @@ def quantized_network(module: LightningModule, path: str, file: Path, *, is_to_b
             f"{file} is not quantized (its network is a {type(network).__name__}): add the callback "
             "QuantizationAwareTraining to the fit, or pass --quantize searched --data CONFIG here"
         )
+    return network
+
+
+def _float_network(module: LightningModule, path: str, file: Path) -> nn.Module:
+    """The network at `path`, before quantization."""
+    from swincompress_pl.checkpoint.holder import network_of
+    from swincompress_pl.quant import QuantizedNetwork
+
+    network = network_of(module, path)
+    if isinstance(network, QuantizedNetwork):
+        raise ValueError(f"{file} is quantized; --float takes a checkpoint from before, or leave --float out")
     return network
 
 

@@ -11,6 +11,7 @@ from swincompress_pl.accel import artifact
 from swincompress_pl.accel.core import Content
 from swincompress_pl.cli.common import existing_file, is_checkpoint, parser, print_json
 from swincompress_pl.history import summarize
+from swincompress_pl.interop import describe_onnx
 from swincompress_pl.printable import printable_data
 from swincompress_pl.report.content.numbers import count, megabytes
 from swincompress_pl.report.sizes import program_parameters, program_size
@@ -25,16 +26,19 @@ def main(name: str, arguments: Sequence[str]) -> int:
     command = parser(
         name,
         "Shows what a file holds. For an artifact: its input, classes, operations with shapes, MACs, bytes and proven "
-        "bounds. For a checkpoint: hyperparameters, the history of its compression, parameters.",
+        "bounds. For a checkpoint: hyperparameters, the history of its compression, parameters. For an ONNX file that "
+        "`swincompress export` wrote: its form, operators, inputs and outputs.",
         "swincompress inspect model.safetensors",
         "swincompress inspect runs/digits/best.ckpt --json",
     )
-    command.add_argument("file", type=str, help="artifact or Lightning checkpoint")
+    command.add_argument("file", type=str, help="artifact, Lightning checkpoint or ONNX file")
     command.add_argument("--json", action="store_true", help="print JSON")
     given = command.parse_args(list(arguments))
     file = existing_file(given.file)
     if is_checkpoint(file):
         described, show = describe_checkpoint(file), show_checkpoint
+    elif file.suffix == ".onnx":
+        described, show = describe_onnx(file), show_onnx
     else:
         described, show = describe_artifact(file), show_artifact
     if given.json:
@@ -42,6 +46,22 @@ def main(name: str, arguments: Sequence[str]) -> int:
     else:
         show(printable_data(described))
     return 0
+
+
+def show_onnx(described: Mapping[str, Any]) -> None:
+    """Prints the description of an ONNX file."""
+    print(
+        f"ONNX, form {described['form']}, opset {described['opset']}, IR version {described['ir_version']}, written by "
+        f"swincompress_pl {described['producer_version']}, {megabytes(described['file_bytes'])} on disk"
+    )
+    for value in described["values"]:
+        print(f"{value['kind']} {value['name']}: {value['type']} ({', '.join(map(str, value['shape']))})")
+    print(f"preprocessing: {_pairs(described['input']['preprocessing'])}")
+    if "classes" in described:
+        print(f"classes: {len(described['classes'])}: {'; '.join(described['classes'][:5])}")
+    _show_history(described["origin"])
+    count_of = described["operators"]
+    print(f"{sum(count_of.values())} operators: {', '.join(f'{name} {number}' for name, number in count_of.items())}")
 
 
 def describe_artifact(file: Path) -> dict[str, Any]:

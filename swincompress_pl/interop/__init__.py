@@ -12,9 +12,9 @@ Example::
 
 from __future__ import annotations
 
-from swincompress_pl.interop.files import to_onnx
+from swincompress_pl.interop.files import FORMS, describe_onnx, to_onnx
 
-__all__ = ["to_onnx"]
+__all__ = ["FORMS", "describe_onnx", "to_onnx"]
 
 
 def __dir__() -> list[str]:

@@ -44,14 +44,16 @@ class Call:
 Translate = Callable[[Call], str]
 
 
-def exact_graph(onnx: Any, program: spec.Program, kinds: Mapping[str, Translate]) -> OnnxGraph:
+def exact_graph(
+    onnx: Any, program: spec.Program, kinds: Mapping[str, Translate], *, gather_elements: bool = False
+) -> OnnxGraph:
     """The graph of a Program that `spec.check` accepts; a ProgramError names an operation without translation.
 
     Input "images", uint8 (N, *shape). Outputs: "logits" float32 and "integer_logits" int32, or for each named output
-    its name, float32, and "integer_" and its name.
+    its name, float32, and "integer_" and its name. gather_elements: as in `OnnxGraph`.
     """
     values = spec.check(program)
-    graph = OnnxGraph(onnx, opset=OPSET, ir_version=IR_VERSION)
+    graph = OnnxGraph(onnx, opset=OPSET, ir_version=IR_VERSION, gather_elements=gather_elements)
     graph.input(spec.INPUT_VALUE, "uint8", program.input.value.shape)
     names = {spec.INPUT_VALUE: spec.INPUT_VALUE}
     for op in program.operations:

@@ -20,10 +20,13 @@ class OnnxGraph:
         onnx: The package, which is optional.
         opset: Version of the standard operators.
         ir_version: Version of the file format, which the oldest runtime must know.
+        gather_elements: Look tables up by GatherElements, which onnxruntime runs about ten times as fast as Gather.
+            onnx's reference evaluator cannot run it on tables of more than 64 entries.
     """
 
-    def __init__(self, onnx: Any, *, opset: int, ir_version: int) -> None:
+    def __init__(self, onnx: Any, *, opset: int, ir_version: int, gather_elements: bool = False) -> None:
         self._onnx, self.opset, self._ir_version = onnx, opset, ir_version
+        self._gather_elements = gather_elements
         self._nodes: list[Any] = []
         self._constants: dict[str, str] = {}
         self._initializers: list[Any] = []
@@ -44,6 +47,32 @@ class OnnxGraph:
             self._constants[key] = key
             self._initializers.append(self._onnx.numpy_helper.from_array(array, key))
         return key
+
+    def look_up(self, values: Array, dtype: str, index: str, *shape: int) -> str:
+        """Adds values[index] for int32 indices (N, *shape)."""
+        if not self._gather_elements:
+            name: str = self.node("Gather", self.constant(values, dtype), index)
+            return name
+        flat = self.node("GatherElements", self.constant(values, dtype), self.reshape(index, -1), axis=0)
+        return self.reshape(flat, -1, *shape)
+
+    def four_bits(self, values: Array) -> str:
+        """The name of a constant of numbers in [-8, 7], two to a byte."""
+        digest = hashlib.sha256(values.tobytes()).hexdigest()[:16]
+        key = f"int4_{'x'.join(map(str, values.shape))}_{digest}"
+        if key not in self._constants:
+            self._constants[key] = key
+            dtype = self._onnx.TensorProto.INT4
+            self._initializers.append(self._onnx.helper.make_tensor(key, dtype, values.shape, values.reshape(-1)))
+        return key
+
+    def for_each_image(self, x: str, rows: Array, dtype: str) -> str:
+        """Adds constant rows (R, C) as (N, R, C) for the N images of x (N, ...)."""
+        ends = (self.constant(np.array([end]), "int64") for end in (0, 1))
+        count = self.node("Slice", self.node("Shape", x), *ends)
+        shape = self.node("Concat", count, self.constant(np.array(rows.shape), "int64"), axis=0)
+        name: str = self.node("Expand", self.constant(rows[None], dtype), shape)
+        return name
 
     def node(self, operator: str, *inputs: str, outputs: int = 1, **attributes: Any) -> Any:
         """Adds a standard operator and returns the name of its output, or a list of names for several."""

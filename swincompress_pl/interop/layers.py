@@ -88,12 +88,9 @@ def conv2d(call: Call) -> str:
 
 def table(call: Call) -> str:
     """Entry i is that of the byte i; what holds a code is 128 more than it."""
-    graph = call.graph
     values = held(np.roll(call.tensors["values"], 128), call.op.dtype)
-    name: str = graph.node(
-        "Gather", graph.constant(values, held_type(call.op.dtype)), graph.cast(call.names[0], "int32")
-    )
-    return name
+    index = call.graph.cast(call.names[0], "int32")
+    return call.graph.look_up(values, held_type(call.op.dtype), index, *call.output.shape)
 
 
 def add(call: Call) -> str:
@@ -120,19 +117,13 @@ def add_constant(call: Call) -> str:
     return call.shaped(stored(graph, Wide(name=total, dtype="int32"), call.op.dtype), x.rows, x.channels)
 
 
-def _for_each_image(graph: OnnxGraph, x: str, rows: Array, dtype: str) -> str:
-    """Constant rows (R, C) as (N, R, C) for the N images of x (N, ...)."""
-    count = graph.node("Slice", graph.node("Shape", x), *(graph.constant(np.array([at]), "int64") for at in (0, 1)))
-    shape = graph.node("Concat", count, graph.constant(np.array(rows.shape), "int64"), axis=0)
-    name: str = graph.node("Expand", graph.constant(held(rows[None], dtype), held_type(dtype)), shape)
-    return name
-
-
 def prepend(call: Call) -> str:
     """The constant rows of every image come first."""
     graph, x, rows = call.graph, call.inputs[0], call.tensors["rows"]
     tokens = call.tokens()
-    name: str = graph.node("Concat", _for_each_image(graph, tokens, rows, x.dtype), tokens, axis=1)
+    name: str = graph.node(
+        "Concat", graph.for_each_image(tokens, held(rows, x.dtype), held_type(x.dtype)), tokens, axis=1
+    )
     return name
 
 
@@ -142,7 +133,9 @@ def gather(call: Call) -> str:
     tokens = call.tokens()
     if (index < 0).any():
         zeros = np.zeros((1, x.channels), np.int64)
-        tokens = graph.node("Concat", tokens, _for_each_image(graph, tokens, zeros, x.dtype), axis=1)
+        tokens = graph.node(
+            "Concat", tokens, graph.for_each_image(tokens, held(zeros, x.dtype), held_type(x.dtype)), axis=1
+        )
     rows = np.where(index < 0, x.rows, index).reshape(-1)
     found = graph.node("Gather", tokens, graph.constant(rows, "int64"), axis=1)
     return call.shaped(found, len(rows), x.channels)
@@ -234,13 +227,13 @@ def _exponents(steps_max: int, dtype: str) -> Array:
     return (mantissa if dtype == "int32" else (mantissa + 128) >> 8).astype(dtype)
 
 
-def _exponential(graph: OnnxGraph, distance: Wide, mult: Array, shift: Array, reach: int, dtype: str) -> str:
+def _exponential(
+    graph: OnnxGraph, distance: Wide, mult: Array, shift: Array, reach: int, dtype: str, shape: tuple[int, ...]
+) -> str:
     steps_max = EXP_ZERO if dtype == "uint8" else FINE_EXP_ZERO
     steps = shifted(graph, distance, mult, shift, reach)
     bounded = graph.node("Clip", steps.name, graph.constant(0, steps.dtype), graph.constant(steps_max, steps.dtype))
-    index = graph.cast(bounded, "int32")
-    name: str = graph.node("Gather", graph.constant(_exponents(steps_max, dtype), dtype), index)
-    return name
+    return graph.look_up(_exponents(steps_max, dtype), dtype, graph.cast(bounded, "int32"), *shape)
 
 
 def softmax(call: Call) -> str:
@@ -249,7 +242,7 @@ def softmax(call: Call) -> str:
     numbers = widened(graph, call.names[0], x.dtype, "int64")
     distance = Wide(name=graph.node("Sub", _highest(graph, numbers), numbers), dtype="int64")
     mult, shift = (np.array(call.attribute(key)) for key in ("mult", "shift"))
-    e = graph.cast(_exponential(graph, distance, mult, shift, 2 * x.reach, "int32"), "int64")
+    e = graph.cast(_exponential(graph, distance, mult, shift, 2 * x.reach, "int32", x.shape), "int64")
     reciprocal = graph.node("Div", graph.constant(255 << SOFTMAX_BITS, "int64"), _sum(graph, e, -1))
     product = Wide(name=graph.node("Mul", e, reciprocal), dtype="int64")
     return stored(graph, shifted(graph, product, 1, SOFTMAX_BITS, 255 << SOFTMAX_BITS), "uint8")
@@ -296,7 +289,9 @@ def _attention_exponentials(call: Call, logits: str, reach: int) -> str:
         compared = graph.node("Where", allowed, logits, graph.constant(-(2**31) + 1, "int32"))
     distance = Wide(name=graph.node("Sub", _highest(graph, compared), logits), dtype="int32")
     mult, shift = (call.tensors[key].astype(np.int64)[:, None, None] for key in ("exp_mult", "exp_shift"))
-    e = _exponential(graph, distance, mult, shift, 2 * reach, "uint8")
+    windows, length = call.attribute("windows"), call.inputs[0].rows // call.attribute("windows")
+    shape = (windows, call.attribute("heads"), length, length)
+    e = _exponential(graph, distance, mult, shift, 2 * reach, "uint8", shape)
     if region is None:
         return e
     name: str = graph.node("Where", allowed, e, graph.constant(0, "uint8"))

@@ -52,18 +52,22 @@ def _split(graph: OnnxGraph, x: str, steps: int) -> list[str]:
 
 
 def max_pool(call: Call) -> str:
-    """What is held keeps the order of the numbers; int32 goes through float64, which MaxPool takes."""
+    """What is held keeps the order of the numbers, and int32 goes through float64, which MaxPool takes.
+
+    The padding comes before it, as onnx's evaluator has another idea of MaxPool's own.
+    """
     graph, x = call.graph, call.inputs[0]
     height, width, channels = x.shape[-3:]
     image = call.names[0] if len(x.shape) == 3 else graph.reshape(call.names[0], -1, height, width, channels)
     wide = held_type(x.dtype) == "int32"
     top, left = call.attribute("padding")
+    channels_first = graph.transpose(graph.cast(image, "float64") if wide else image, 0, 3, 1, 2)
+    if top or left:
+        pads = graph.constant(np.array([0, 0, top, left, 0, 0, top, left]), "int64")
+        lowest = graph.constant(-(2.0**31), "float64") if wide else graph.constant(0, "uint8")
+        channels_first = graph.node("Pad", channels_first, pads, lowest)
     pooled = graph.node(
-        "MaxPool",
-        graph.transpose(graph.cast(image, "float64") if wide else image, 0, 3, 1, 2),
-        kernel_shape=list(call.attribute("kernel")),
-        pads=[top, left, top, left],
-        strides=list(call.attribute("stride")),
+        "MaxPool", channels_first, kernel_shape=list(call.attribute("kernel")), strides=list(call.attribute("stride"))
     )
     found = graph.transpose(pooled, 0, 2, 3, 1)
     found = graph.cast(found, "int32") if wide else found

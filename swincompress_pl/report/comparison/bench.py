@@ -11,6 +11,7 @@ import numpy as np
 
 from swincompress_pl import accel
 from swincompress_pl.accel.outputs import equal_results
+from swincompress_pl.interop import describe_onnx
 from swincompress_pl.report.comparison.compare import Progress, Result, Runner, compare
 from swincompress_pl.report.comparison.runtimes import prepare
 from swincompress_pl.report.environment import describe_environment
@@ -109,6 +110,70 @@ def bench_artifact(
         operations=tuple(times),
         environment=describe_environment(threads=threads),
     )
+
+
+def bench_onnx(
+    file: Path,
+    *,
+    artifact: Path | None,
+    threads: int,
+    batch: int,
+    rounds: int = 10,
+    on_progress: Progress,
+) -> Bench:
+    """Measures a file of `interop.to_onnx` in onnxruntime, and beside it the engine where there is an `artifact`.
+
+    The integers of an exact form are compared with the engine's on random images. ValueError is raised for an ONNX file
+    of another origin, and for an artifact of another network.
+    """
+    described = describe_onnx(file)
+    given = described["input"]
+    shape = tuple(given[axis] for axis in ("time_steps", "height", "width", "channels") if axis in given)
+    runners = [
+        Runner(
+            name=f"onnxruntime, {described['form']}", runtime="onnx program", threads=threads, batch=batch,
+            image_shape=shape, file=str(file),
+        )
+    ]  # fmt: skip
+    checked, equal = 0, True
+    if artifact is not None:
+        engine = accel.load(artifact, threads=threads)
+        if engine.input_shape != shape or program_macs(engine.program) != described["macs"]:
+            raise ValueError(f"{artifact} is of another network than {file}; export the ONNX file from it again")
+        if described["form"] == "exact":
+            checked, equal = _IMAGES_CHECKED, _equal_integers(file, engine)
+        ours = Runner(
+            name=ENGINE, runtime="engine", threads=threads, batch=batch, image_shape=shape, file=str(artifact)
+        )
+        runners.insert(0, ours)
+    results = compare(runners, rounds=rounds, on_progress=on_progress)
+    if results[-1].latency is None:
+        raise ValueError(f"{file}: it could not be measured: {results[-1].unavailable}")
+    return Bench(
+        file_bytes=file.stat().st_size,
+        macs=described["macs"],
+        batch=batch,
+        implementation="onnxruntime" if artifact is None else f"{engine.implementation} and onnxruntime",
+        images_checked=checked,
+        answers_equal=equal,
+        results=tuple(results),
+        ratios=ratios_to(results[0], results[1:]),
+        operations=(),
+        environment=describe_environment(threads=threads),
+    )
+
+
+def _equal_integers(file: Path, engine: accel.Engine) -> bool:
+    import onnxruntime
+
+    images = np.random.default_rng(1).integers(0, 256, (_IMAGES_CHECKED, *engine.input_shape), dtype=np.uint8)
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs() if output.name.startswith("integer_")]
+    found = dict(zip(names, session.run(names, {session.get_inputs()[0].name: images}), strict=True))
+    expected = engine.run_integer(images)
+    if not isinstance(expected, dict):
+        expected = {"logits": expected}
+    return all(np.array_equal(found[f"integer_{name}"], integers) for name, integers in expected.items())
 
 
 def compare_engine(

@@ -72,7 +72,7 @@ def load(task: Mapping[str, Any]) -> tuple[Loaded, dict[str, Any]]:
     for module in _IMPORTS[task["runtime"]]:
         importlib.import_module(module)
     pixels = random_images((task["batch"], *task["image_shape"]), SEED)
-    images = pixels if build is _engine else normalized(pixels)
+    images = pixels if build in (_engine, _onnx_program) else normalized(pixels)
     start = time.perf_counter_ns()
     loaded = build(task, images)
     answer = loaded.call()
@@ -158,6 +158,11 @@ def _onnxruntime(task: Mapping[str, Any], images: npt.NDArray[Any]) -> Loaded:
     )
 
 
+def _onnx_program(task: Mapping[str, Any], images: npt.NDArray[Any]) -> Loaded:
+    """A file of `interop.to_onnx`, which takes pixels."""
+    return _onnxruntime(task, images)
+
+
 def _openvino(task: Mapping[str, Any], images: npt.NDArray[Any]) -> Loaded:
     import openvino
 
@@ -207,6 +212,7 @@ BUILDERS: dict[str, Callable[[Mapping[str, Any], npt.NDArray[Any]], Loaded]] = {
     "engine": _engine,
     "torch": _torch,
     "onnxruntime": _onnxruntime,
+    "onnx program": _onnx_program,
     "openvino": _openvino,
     "mnn": _mnn,
     "executorch": _executorch,
@@ -216,6 +222,7 @@ _IMPORTS = {
     "engine": ("swincompress_pl.accel",),
     "torch": ("torch", "swincompress_pl.models"),
     "onnxruntime": ("onnxruntime",),
+    "onnx program": ("onnxruntime",),
     "openvino": ("openvino",),
     "mnn": ("MNN.nn",),
     "executorch": ("torch", "executorch.runtime"),
