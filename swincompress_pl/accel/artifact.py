@@ -206,6 +206,7 @@ class StoredArtifact:
         self._path = source
         self._descriptor = os.open(source, os.O_RDONLY)
         self._close = weakref.finalize(self, os.close, self._descriptor)
+        self._close.atexit = False  # a daemon thread may still read when the interpreter ends
         self._first = self._state()
 
     def through(self, reader: Callable[[Content], Result]) -> Result:

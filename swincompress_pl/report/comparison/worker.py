@@ -72,7 +72,7 @@ def load(task: Mapping[str, Any]) -> tuple[Loaded, dict[str, Any]]:
     for module in _IMPORTS[task["runtime"]]:
         importlib.import_module(module)
     pixels = random_images((task["batch"], *task["image_shape"]), SEED)
-    images = pixels if build in (_engine, _onnx_program) else normalized(pixels)
+    images = pixels if build in (_engine, _onnx_program, _openvino_pixels) else normalized(pixels)
     start = time.perf_counter_ns()
     loaded = build(task, images)
     answer = loaded.call()
@@ -176,6 +176,11 @@ def _openvino(task: Mapping[str, Any], images: npt.NDArray[Any]) -> Loaded:
     )
 
 
+def _openvino_pixels(task: Mapping[str, Any], images: npt.NDArray[Any]) -> Loaded:
+    """A file of `interop.to_onnx` in OpenVINO."""
+    return _openvino(task, images)
+
+
 def _mnn(task: Mapping[str, Any], images: npt.NDArray[Any]) -> Loaded:
     from MNN import expr, nn
 
@@ -214,6 +219,7 @@ BUILDERS: dict[str, Callable[[Mapping[str, Any], npt.NDArray[Any]], Loaded]] = {
     "onnxruntime": _onnxruntime,
     "onnx program": _onnx_program,
     "openvino": _openvino,
+    "openvino pixels": _openvino_pixels,
     "mnn": _mnn,
     "executorch": _executorch,
 }
@@ -224,6 +230,7 @@ _IMPORTS = {
     "onnxruntime": ("onnxruntime",),
     "onnx program": ("onnxruntime",),
     "openvino": ("openvino",),
+    "openvino pixels": ("openvino",),
     "mnn": ("MNN.nn",),
     "executorch": ("torch", "executorch.runtime"),
 }
