@@ -132,22 +132,27 @@ def test_products_of_corners_do_not_saturate(dtype: str, value: int, weight: int
     mult=st.one_of(st.integers(0, 2**22 - 1), st.sampled_from([0, 1, 2**21, 2**22 - 1])),
     shift=st.integers(1, 52),
     near=st.booleans(),
+    added=st.one_of(st.just(0), st.integers(-(2**53), 2**53)),
+    raised=st.sampled_from([0, 128]),
 )
-def test_a_shift_rounds_once_in_float64_and_in_int64(numbers: list[int], mult: int, shift: int, near: bool) -> None:
+def test_a_shift_rounds_once_in_float64_and_in_int64(
+    numbers: list[int], mult: int, shift: int, near: bool, added: int, raised: int
+) -> None:
     if near and mult:  # numbers whose product is about half of a step
         numbers = [min(max((n << shift >> 16) // mult, -(2**31) + 1), 2**31 - 1) for n in numbers]
     reach = max(map(abs, numbers))
-    expected = [(n * mult + 2 ** (shift - 1)) >> shift for n in numbers]
+    expected = [(n * mult + added + 2 ** (shift - 1)) >> shift for n in numbers]
     for bound in (reach, 2**31 - 1):  # what is proved decides the way
         graph = OnnxGraph(onnx, opset=OPSET, ir_version=IR_VERSION)
         graph.input("x", "int32", ())
-        found = shifted(graph, Wide(name="x", dtype="int32"), mult, shift, bound)
-        is_exact = bound * mult + 2 ** (shift - 1) < 2**53
-        assert found.dtype == ("float64" if is_exact else "int64")
+        found = shifted(graph, Wide(name="x", dtype="int32"), mult, shift, bound, added=added, raised=raised)
+        needed = bound * mult + abs(added) + 2 ** (shift - 1)
+        assert found.dtype == ("float64" if needed < 2**53 else "int64")
+        assert found.raised == (raised if needed + raised * 2**shift < 2**53 else 0)
         graph.output(graph.cast(found.name, "int64"), "y", "int64", ())
         model = graph.model("shift", producer="test", version="0", metadata={})
         answer = session(checked(model)).run(None, {"x": np.array(numbers, np.int32)})[0]
-        assert answer.tolist() == expected
+        assert (answer - found.raised).tolist() == expected
 
 
 PROGRAMS: dict[str, Callable[[], spec.Program]] = {

@@ -31,7 +31,8 @@ _STEPS = 4
 
 def _program(network: nn.Module, *, bits: str = "W8A8", shape: tuple[int, ...] = (3, 32, 32)) -> spec.Program:
     images = torch.rand(16, *shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    return quantize(network.eval(), [images], method="max", bits=bits, preprocessing=_HALF).to_program()
+    said = {**_HALF, "height": shape[-2], "width": shape[-1]}
+    return quantize(network.eval(), [images], method="max", bits=bits, preprocessing=said).to_program()
 
 
 def _fresh(name: str, **arguments: Any) -> nn.Module:

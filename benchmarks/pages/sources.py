@@ -55,6 +55,11 @@ class Sources:
         return self._read("spiking.json")
 
     @cached_property
+    def interop(self) -> dict[str, Any]:
+        """{job: results} of ONNX in other runtimes."""
+        return self._read("interop.json")
+
+    @cached_property
     def races(self) -> list[dict[str, Any]]:
         """The races of the engine on Sapphire Rapids, by model and batch."""
         return self._races("sapphire_rapids", "engine-*.json")

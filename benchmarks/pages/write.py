@@ -7,7 +7,7 @@ from pathlib import Path
 
 from swincompress_pl.report.plain import write_text
 
-from . import compensation, engine, headline, index, primesvt, pruning, quantization, spiking
+from . import compensation, engine, headline, index, interop, primesvt, pruning, quantization, spiking
 from .sources import Sources
 from .theme import THEMES, Drawing, svg
 
@@ -22,6 +22,7 @@ PAGES: dict[str, _Page] = {
     "compensation": (compensation.page, compensation.DRAWINGS),
     "primesvt": (primesvt.page, primesvt.DRAWINGS),
     "spiking": (spiking.page, spiking.DRAWINGS),
+    "interop": (interop.page, {}),
 }
 
 

@@ -44,10 +44,11 @@ def zero_point(dtype: str) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Wide:
-    """A value that is not stored yet: whole numbers as float64, int64 or int32."""
+    """A value that is not stored yet: whole numbers as float64, int64 or int32, with `raised` added to them."""
 
     name: str
     dtype: str
+    raised: int = 0
 
 
 def widened(graph: OnnxGraph, x: str, dtype: str, to: str) -> str:
@@ -59,19 +60,35 @@ def widened(graph: OnnxGraph, x: str, dtype: str, to: str) -> str:
     return name
 
 
-def shifted(graph: OnnxGraph, x: Wide, mult: Array | int, shift: Array | int, reach: Array | int) -> Wide:
-    """floor((x mult + 2^(shift-1)) / 2^shift) for whole numbers x of at most `reach` in magnitude.
+def shifted(
+    graph: OnnxGraph,
+    x: Wide,
+    mult: Array | int,
+    shift: Array | int,
+    reach: Array | int,
+    *,
+    added: Array | int = 0,
+    raised: int = 0,
+) -> Wide:
+    """floor((x mult + added + 2^(shift-1)) / 2^shift) for whole numbers x of at most `reach` in magnitude.
 
-    `mult` and `shift` broadcast against x, and `reach` against them.
+    `mult`, `shift`, `reach` and `added` broadcast against x. `raised` is added to the result in the same operator,
+    where there is room for it.
     """
-    mult, shift, reach = (np.asarray(part, dtype=object) for part in (mult, shift, reach))
+    mult, shift, reach, added = (np.asarray(part, dtype=object) for part in (mult, shift, reach, added))
     half = 2 ** (shift - 1)
-    if np.all(abs(mult) * reach + half < _EXACT):
-        factor = np.asarray(mult, np.float64) * np.exp2(-np.asarray(shift, np.float64))
-        product = graph.node("Mul", _as(graph, x, "float64"), graph.constant(factor, "float64"))
-        return floor(graph, graph.node("Add", product, graph.constant(0.5, "float64")))
-    product = graph.node("Mul", _as(graph, x, "int64"), graph.constant(mult, "int64"))
-    return shifted_int64(graph, product, 0, shift)
+    needed = abs(mult) * reach + abs(added) + half
+    if not np.all(needed < _EXACT):
+        product = graph.node("Mul", _as(graph, x, "int64"), graph.constant(mult, "int64"))
+        return shifted_int64(graph, product, added, shift)
+    raised = raised if np.all(needed + raised * 2**shift < _EXACT) else 0
+    unit = np.exp2(-np.asarray(shift, np.float64))
+    product = graph.node(
+        "Mul", _as(graph, x, "float64"), graph.constant(np.asarray(mult, np.float64) * unit, "float64")
+    )
+    rest = np.asarray(added + half + raised * 2**shift, np.float64) * unit
+    total = graph.node("Add", product, graph.constant(rest, "float64"))
+    return Wide(name=graph.node("Floor", total), dtype="float64", raised=raised)
 
 
 def shifted_int64(graph: OnnxGraph, product: str, offset: Array | int, shift: Array | int) -> Wide:
@@ -95,10 +112,10 @@ def _as(graph: OnnxGraph, x: Wide, dtype: str) -> str:
 
 def stored(graph: OnnxGraph, x: Wide, dtype: str) -> str:
     """Whole numbers, saturated to a type of the specification, as it is held."""
-    low, high = spec.LIMITS[dtype]
-    found = graph.node("Clip", x.name, graph.constant(low, x.dtype), graph.constant(high, x.dtype))
-    if is_signed_byte(dtype):
-        found = graph.node("Add", found, graph.constant(OFFSET, x.dtype))
+    low, high = (graph.constant(limit + x.raised, x.dtype) for limit in spec.LIMITS[dtype])
+    found = graph.node("Clip", x.name, low, high)
+    if zero_point(dtype) != x.raised:
+        found = graph.node("Add", found, graph.constant(zero_point(dtype) - x.raised, x.dtype))
     return found if x.dtype == held_type(dtype) else graph.cast(found, held_type(dtype))
 
 
@@ -107,8 +124,16 @@ def held(values: npt.NDArray[Any], dtype: str) -> Array:
     return (values.astype(np.int64) + zero_point(dtype)).astype(held_type(dtype))
 
 
-def requantized(graph: OnnxGraph, sums: str, mult: Array, shift: Array, reach: Array | int, dtype: str) -> str:
-    """clamp((sums mult + 2^(shift-1)) >> shift) of int32 sums, stored; their last axis has mult and shift."""
+def requantized(
+    graph: OnnxGraph, sums: str, mult: Array, shift: Array, reach: Array | int, dtype: str, bias: Array | None = None
+) -> str:
+    """clamp(((sums + bias) mult + 2^(shift-1)) >> shift) of int32 sums, stored; their last axis has mult and shift.
+
+    The sums without the bias are at most `reach` in magnitude.
+    """
+    biased = bias is not None and bool(bias.any())
     if dtype == "int32" and np.all(mult.astype(np.int64) == 2 ** shift.astype(np.int64)):
-        return sums
-    return stored(graph, shifted(graph, Wide(name=sums, dtype="int32"), mult, shift, reach), dtype)
+        return graph.node("Add", sums, graph.constant(bias, "int32")) if biased else sums  # type: ignore[arg-type]
+    added = bias.astype(object) * mult.astype(object) if biased else 0  # type: ignore[union-attr]
+    whole = Wide(name=sums, dtype="int32")
+    return stored(graph, shifted(graph, whole, mult, shift, reach, added=added, raised=zero_point(dtype)), dtype)

@@ -13,7 +13,6 @@ from swincompress_pl.interop.arithmetic import (
     held_type,
     requantized,
     shifted,
-    shifted_int64,
     stored,
     widened,
     zero_point,
@@ -41,10 +40,9 @@ def _held_weight(weight: Array) -> Array:
     return (weight.astype(np.int64) + OFFSET).astype(np.uint8)
 
 
-def _sum_reach(x: spec.Value, weight: Array, bias: Array) -> Array:
-    """The largest magnitude of each channel's sums; weight (M, K), bias (..., M)."""
-    peak = np.abs(bias.astype(np.int64)).reshape(-1, len(weight)).max(axis=0)
-    reach: Array = x.reach * np.abs(weight.astype(np.int64)).sum(axis=1) + peak
+def _sum_reach(x: spec.Value, weight: Array) -> Array:
+    """The largest magnitude of each channel's sums without its bias; weight (M, K)."""
+    reach: Array = x.reach * np.abs(weight.astype(np.int64)).sum(axis=1)
     return reach
 
 
@@ -53,11 +51,13 @@ def linear(call: Call) -> str:
     graph, x, weight = call.graph, call.inputs[0], call.tensors["weight"]
     rows = graph.constant(_held_weight(weight.T), "uint8")
     sums = byte_product(graph, call.names[0], zero_point(x.dtype), rows, OFFSET)
-    bias = call.tensors["bias"]
-    if bias.any():
-        sums = graph.node("Add", sums, graph.constant(bias, "int32"))
-    reach = _sum_reach(x, weight, bias)
-    return requantized(graph, sums, call.tensors["mult"], call.tensors["shift"], reach, call.op.dtype)
+    return _rounded(call, sums, _sum_reach(x, weight))
+
+
+def _rounded(call: Call, sums: str, reach: Array) -> str:
+    """A layer's results from its sums."""
+    tensors = call.tensors
+    return requantized(call.graph, sums, tensors["mult"], tensors["shift"], reach, call.op.dtype, tensors["bias"])
 
 
 def conv2d(call: Call) -> str:
@@ -77,12 +77,8 @@ def conv2d(call: Call) -> str:
         pads=[top, left, top, left],
         strides=list(call.attribute("stride")),
     )
-    sums = graph.transpose(sums, 0, 2, 3, 1)
-    bias = call.tensors["bias"]
-    if bias.any():
-        sums = graph.node("Add", sums, graph.constant(bias, "int32"))
-    reach = _sum_reach(x, weight.reshape(len(weight), -1), bias)
-    found = requantized(graph, sums, call.tensors["mult"], call.tensors["shift"], reach, call.op.dtype)
+    reach = _sum_reach(x, weight.reshape(len(weight), -1))
+    found = _rounded(call, graph.transpose(sums, 0, 2, 3, 1), reach)
     return found if len(x.shape) == 3 else graph.reshape(found, -1, *call.output.shape)
 
 
@@ -182,16 +178,11 @@ def layer_norm(call: Call) -> str:
 
 def _scaled(call: Call, normalized: Wide) -> Wide:
     """floor((z gain + offset + 2^(shift-1)) / 2^shift)."""
-    graph, shift = call.graph, call.attribute("shift")
-    gain, offset = call.tensors["gain"].astype(object), call.tensors["offset"].astype(object) + 0
-    reach = int(call.inputs[0].channels ** 0.5 + 1) << NORMALIZED_FRACTION_BITS
-    added = offset + 2 ** (shift - 1)
-    if np.all(abs(gain) * reach + abs(added) < 2**53):
-        unit = 2.0**-shift
-        product = graph.node("Mul", normalized.name, graph.constant(gain.astype(np.float64) * unit, "float64"))
-        return floor(graph, graph.node("Add", product, graph.constant(added.astype(np.float64) * unit, "float64")))
-    product = graph.node("Mul", graph.cast(normalized.name, "int64"), graph.constant(gain.astype(np.int64), "int64"))
-    return shifted_int64(graph, product, offset, shift)
+    tensors, reach = call.tensors, int(call.inputs[0].channels ** 0.5 + 1) << NORMALIZED_FRACTION_BITS
+    return shifted(
+        call.graph, normalized, tensors["gain"], call.attribute("shift"), reach,
+        added=tensors["offset"].astype(object), raised=zero_point(call.op.dtype),
+    )  # fmt: skip
 
 
 def _reciprocal_root(graph: OnnxGraph, variance: str) -> str:
@@ -275,7 +266,8 @@ def attention(call: Call) -> str:
     )
     # |sum e v| <= x_max sum e, so the product stays below x_max out_mult 2^24
     bound = x.reach * (out_mult << RECIPROCAL_BITS)
-    found = stored(graph, shifted(graph, product, 1, out_shift + RECIPROCAL_BITS, bound), call.op.dtype)
+    rounded = shifted(graph, product, 1, out_shift + RECIPROCAL_BITS, bound, raised=zero_point(call.op.dtype))
+    found = stored(graph, rounded, call.op.dtype)
     return call.shaped(graph.transpose(found, 0, 1, 3, 2, 4))
 
 

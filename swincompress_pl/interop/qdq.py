@@ -67,14 +67,15 @@ class QdqGraph:
     def build(self) -> OnnxGraph:
         """The graph, whose outputs are float: "logits", or those that have names."""
         graph, program = self.graph, self.program
+        without = next((op for op in program.operations if op.kind not in _KINDS), None)
+        if without is not None:
+            raise spec.ProgramError(
+                f"{without.kind} {without.name!r}: has no conventional form; kinds are {', '.join(_KINDS)}. The exact "
+                "form has all of them"
+            )
         graph.input(spec.INPUT_VALUE, "uint8", program.input.value.shape)
         self._reals[spec.INPUT_VALUE] = Real(name=spec.INPUT_VALUE, is_bytes=True)
         for op in program.operations:
-            if op.kind not in _KINDS:
-                raise spec.ProgramError(
-                    f"{op.kind} {op.name!r}: has no conventional form; kinds are {', '.join(_KINDS)}. The exact form "
-                    "has all of them"
-                )
             graph.at(op.name)
             made = _KINDS[op.kind](self, op, tensors_of(program, op))
             self._reals[op.output] = self._kept(made, self.values[op.output])
