@@ -5,8 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .sources import Sources
-from .text import command, cpu, document, table
+from matplotlib.figure import Figure
+
+from swincompress_pl.report.comparison.bench import ENGINE
+
+from .sources import Sources, result_of
+from .text import command, cpu, document, picture, short_cpu, table
+from .theme import Drawing, Theme, canvas, long_bars
 
 _NAMES = {"swin_cifar10": "Swin, CIFAR-10", "deit_tiny": "DeiT-Tiny, ImageNet-mini"}
 _EXACT = (
@@ -22,6 +27,7 @@ def page(sources: Sources) -> str:
     }
     parts = [
         "# Other runtimes",
+        picture("interop", "DeiT-Tiny as ONNX in onnxruntime and OpenVINO, time relative to the engine"),
         "Networks as ONNX ([Other runtimes](../how-to/other_runtimes.md) says what the forms are), in onnxruntime and "
         "OpenVINO with their default settings, OpenVINO in fp32.",
         "## Which forms a network has",
@@ -143,3 +149,21 @@ def _speed(entries: list[Mapping[str, Any]]) -> list[str]:
         "runs with the layer before it has no time of its own.",
         table(["network", "operation", "engine, ms", "onnxruntime, ms"], kinds),
     ]
+
+
+def _draw(sources: Sources, theme: Theme) -> Figure:
+    entry = result_of(sources.interop, "speed-deit_tiny")
+    times = {ENGINE: 1.0} | {name: value["median"] for name, value in entry["times_engine"].items()}
+    names = sorted(times, key=times.__getitem__)
+    figure = canvas(
+        6.0, 3.3, theme=theme, title="DeiT-Tiny as ONNX: time relative to the engine",
+        subtitle=f"{short_cpu(entry['environment'])}, 1 thread, batch 1, medians.\nThe exact form gives the engine's "
+        "integers; qdq is near them.",
+    )  # fmt: skip
+    colors = [theme.ours if name == ENGINE else theme.muted if "exact" in name else theme.others for name in names]
+    labels = [f"{times[name]:.1f}x" for name in names]
+    long_bars(figure.subplots(), names, [times[name] for name in names], labels, colors, room=0.12)
+    return figure
+
+
+DRAWINGS: dict[str, Drawing] = {"interop": _draw}

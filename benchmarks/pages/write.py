@@ -22,7 +22,7 @@ PAGES: dict[str, _Page] = {
     "compensation": (compensation.page, compensation.DRAWINGS),
     "primesvt": (primesvt.page, primesvt.DRAWINGS),
     "spiking": (spiking.page, spiking.DRAWINGS),
-    "interop": (interop.page, {}),
+    "interop": (interop.page, interop.DRAWINGS),
 }
 
 
