@@ -122,3 +122,23 @@ def test_wrong_options(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="opset is 21; this network is written with opset 17"):
         interop.to_onnx(program, path, form="qdq", opset=21)
     assert not list(tmp_path.iterdir())
+
+
+def test_weights_of_seven_bits_are_not_shifted(tmp_path: Path) -> None:
+    """Every odd weight is a tie."""
+    program = quantized("VisionTransformer")
+    found = {}
+    for name, reduced in (("whole", False), ("reduced", True)):
+        path = interop.to_onnx(program, tmp_path / f"{name}.onnx", form="qdq", reduce_range=reduced)
+        found[name] = [
+            onnx.numpy_helper.to_array(tensor).astype(int)
+            for tensor in onnx.load(path).graph.initializer
+            if tensor.data_type == onnx.TensorProto.INT8 and len(tensor.dims) > 1
+        ]
+    for whole, reduced in zip(found["whole"], found["reduced"], strict=True):
+        assert np.abs(reduced).max() <= 64
+        difference = 2 * reduced - whole
+        assert np.abs(difference).max() <= 1
+        odd = np.abs(difference) == 1
+        assert 0.4 < odd.mean() < 0.6
+        assert abs(difference[odd].mean()) < 0.1

@@ -130,7 +130,8 @@ class QdqGraph:
         if key in self.four_bit_keys:
             dtype = "int4"
         elif self._reduce_range:
-            weight, scale = np.floor(weight / 2 + 0.5).astype(np.int8), scale * 2
+            # half of all weights are ties: rounded up, they would shift every sum
+            weight, scale = np.rint(weight / 2).astype(np.int8), scale * 2
         graph = self.graph
         stored = graph.four_bits(weight) if dtype == "int4" else graph.constant(weight, "int8")
         name: str = graph.node("DequantizeLinear", stored, graph.constant(scale, "float32"), axis=axis)
