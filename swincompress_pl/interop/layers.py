@@ -186,7 +186,7 @@ def _scaled(call: Call, normalized: Wide) -> Wide:
 
 
 def _reciprocal_root(graph: OnnxGraph, variance: str) -> str:
-    """R 2^(t - 38) as float64 for int64 variances in [1, 2^62), with r and t as in `spec.integer.reciprocal_sqrt`.
+    """The reciprocal root r 2^(t - 38) as float64 for int64 variances in [1, 2^62), with r and t as in `spec.integer.reciprocal_sqrt`.
 
     The root's guess from float64 is at most one off on either side, and is corrected in int64.
     """
@@ -194,12 +194,13 @@ def _reciprocal_root(graph: OnnxGraph, variance: str) -> str:
     def whole(value: int) -> str:
         return graph.constant(value, "int64")
 
-    power = graph.constant(2.0 ** -(54 - NORMALIZED_FRACTION_BITS), "float64")  # then times 2^t
-    for step in (16, 8, 4, 2, 1):
-        small = graph.node("Less", variance, whole(2 ** (62 - 2 * step)))
-        variance = graph.node("Where", small, graph.node("Mul", variance, whole(2 ** (2 * step))), variance)
-        raised = graph.node("Mul", power, graph.constant(2.0**step, "float64"))
-        power = graph.node("Where", small, raised, power)
+    # t is the number of k from 1 on with V 4^k < 2^62
+    bounds = np.array([2 ** (62 - 2 * k) for k in range(1, 31)], np.int64)
+    below = graph.cast(graph.node("Less", variance, graph.constant(bounds, "int64")), "int64")
+    t, steps = _sum(graph, below, -1), np.arange(31)
+    variance = graph.node("Mul", variance, graph.node("Gather", graph.constant(4**steps, "int64"), t))
+    powers = graph.constant(np.exp2(steps - 54.0 + NORMALIZED_FRACTION_BITS), "float64")
+    power = graph.node("Gather", powers, t)
     root = graph.cast(graph.node("Floor", graph.node("Sqrt", graph.cast(variance, "float64"))), "int64")
     above = graph.node("Greater", graph.node("Mul", root, root), variance)
     root = graph.node("Sub", root, graph.cast(above, "int64"))
