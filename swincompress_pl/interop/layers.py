@@ -186,9 +186,10 @@ def _scaled(call: Call, normalized: Wide) -> Wide:
 
 
 def _reciprocal_root(graph: OnnxGraph, variance: str) -> str:
-    """The reciprocal root r 2^(t - 38) as float64 for int64 variances in [1, 2^62), with r and t as in `spec.integer.reciprocal_sqrt`.
+    """The reciprocal root r 2^(t - 38) as float64 for int64 variances in [1, 2^62).
 
-    The root's guess from float64 is at most one off on either side, and is corrected in int64.
+    r and t are those of `spec.integer.reciprocal_sqrt`. The root's guess from float64 is at most one off on either
+    side, and is corrected in int64.
     """
 
     def whole(value: int) -> str:
