@@ -30,11 +30,13 @@ from swincompress_pl.report.plain import write_text
 from ..pruning.subjects import Place
 from ..quantization.work import calibration_batches, material
 from ..runner import result_file
+from . import emulated
 from .networks import NETWORKS, images_of
 
 _EVALUATED_PIXELS = 64 * 64  # the evaluator of onnx takes minutes on larger images
 _IMAGES = 4
 _EXACT_IMAGES = {"swin_cifar10": 1000, "deit_tiny": 100}
+_EMULATED_IMAGES = 1000
 _BATCH = 50
 _PROFILED_RUNS = 8
 Answers = Callable[[npt.NDArray[np.uint8]], list[npt.NDArray[Any]]]
@@ -42,7 +44,7 @@ Answers = Callable[[npt.NDArray[np.uint8]], list[npt.NDArray[Any]]]
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """kind: "forms" of a network, "answers" of a trained one, or its "speed"."""
+    """kind: "forms" of a network; "answers" of a trained one, its "speed", or its answers "without-vnni"."""
 
     kind: str
     network: str
@@ -59,6 +61,7 @@ def all_jobs() -> list[Job]:
     return [
         *(Job(kind="forms", network=name) for name in NETWORKS),
         *(Job(kind=kind, network=name) for kind in ("answers", "speed") for name in _EXACT_IMAGES),
+        Job(kind="without-vnni", network="swin_cifar10"),
     ]
 
 
@@ -70,9 +73,12 @@ def do(job: Job, folder: Path, place: Place, commit: str, rounds: int) -> Path:
             found = _forms(NETWORKS[job.network](), Path(scratch))
         else:
             program, sets = _trained(job.network, place)
-            found = _answers(job.network, program, sets, Path(scratch)) if job.kind == "answers" else {}
-            if job.kind == "speed":
+            if job.kind == "answers":
+                found = _answers(job.network, program, sets, Path(scratch))
+            elif job.kind == "speed":
                 found = _speed(program, Path(scratch), rounds)
+            else:
+                found = _without_vnni(program, sets, Path(scratch))
     found |= {
         "kind": job.kind,
         "network": job.network,
@@ -196,6 +202,26 @@ def _answers(name: str, program: spec.Program, sets: Mapping[str, Any], folder: 
         "file_bytes": sizes,
         "percent": {label: 100 * float((found == labels).mean()) for label, found in classes.items()},
         "agreement": {label: float((found == classes["engine"]).mean()) for label, found in classes.items()},
+    }
+
+
+def _without_vnni(program: spec.Program, sets: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """What saturation costs, and that the exact form has none, in onnxruntime on an emulated CPU."""
+    pixels, labels, engine = sets["pixels"][:_EMULATED_IMAGES], sets["labels"][:_EMULATED_IMAGES], accel.Engine(program)
+    files = {
+        "exact": (interop.to_onnx(program, folder / "exact.onnx", gather_elements=True), "integer_logits"),
+        "qdq": (interop.to_onnx(program, folder / "qdq.onnx", form="qdq"), "logits"),
+        "qdq, 7-bit weights": (
+            interop.to_onnx(program, folder / "safe.onnx", form="qdq", reduce_range=True), "logits",
+        ),
+    }  # fmt: skip
+    found, ours = emulated.answers(files, pixels, folder), engine.run_integer(pixels)
+    classes = {"engine": ours.argmax(1)} | {name: logits.argmax(1) for name, logits in found.items()}
+    return {
+        "images": len(pixels),
+        "exact_wrong": int((found["exact"] != ours).any(1).sum()),
+        "percent": {name: 100 * float((each == labels).mean()) for name, each in classes.items()},
+        "agreement": {name: float((each == classes["engine"]).mean()) for name, each in classes.items()},
     }
 
 
