@@ -23,7 +23,8 @@ def page(sources: Sources) -> str:
     """The whole page."""
     results = sources.interop
     of = {
-        kind: [entry for entry in results.values() if entry["kind"] == kind] for kind in ("forms", "answers", "speed")
+        kind: [entry for entry in results.values() if entry["kind"] == kind]
+        for kind in ("forms", "answers", "without-vnni", "speed")
     }
     parts = [
         "# Other runtimes",
@@ -35,6 +36,8 @@ def page(sources: Sources) -> str:
     ]
     if of["answers"]:
         parts += ["## Trained networks on real images", *_answers(of["answers"])]
+    if of["without-vnni"]:
+        parts += ["## Without VNNI", *_without_vnni(of["without-vnni"])]
     if of["speed"]:
         parts += ["## Speed", *_speed(of["speed"])]
     parts += [
@@ -114,6 +117,20 @@ def _answers(entries: list[Mapping[str, Any]]) -> list[str]:
         f"Accuracy on {images}. The networks are quantized without training, by the searched scales.",
         table(["network", "form", "top-1, %", "against float, points", "same class as the engine"], rows),
         f"Files: {sizes}.",
+    ]
+
+
+def _without_vnni(entries: list[Mapping[str, Any]]) -> list[str]:
+    rows = [
+        [_NAMES[entry["network"]], name, f"{percent:.2f}", f"{entry['agreement'][name]:.2%}"]
+        for entry in entries
+        for name, percent in entry["percent"].items()
+    ]
+    exact = "; ".join(f"{entry['exact_wrong']} of {entry['images']:,} images differ" for entry in entries)
+    return [
+        "onnxruntime on a CPU with AVX2 and without VNNI, which qemu's user mode emulates. Products of uint8 by int8 "
+        f"saturate there. Integers of the exact form against the engine's: {exact}.",
+        table(["network", "form", "top-1, %", "same class as the engine"], rows),
     ]
 
 
