@@ -257,3 +257,15 @@ def test_without_onnx_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setitem(sys.modules, "onnx", None)
     with pytest.raises(ImportError, match=r"pip install swincompress_pl\[onnx\]"):
         interop.to_onnx(small_program(), tmp_path / "model.onnx")
+
+
+def test_a_folder_without_rights_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As root may write anywhere, the refusal is the test's."""
+
+    def refused(*_: Any, **__: Any) -> Any:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("swincompress_pl.files._open_beside", refused)
+    with pytest.raises(PermissionError, match=r"model\.onnx"):
+        interop.to_onnx(small_program(), tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())
