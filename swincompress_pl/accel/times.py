@@ -41,7 +41,11 @@ class Tuning:
     events_max_percent: int | None = None
 
     def as_core(self) -> tuple[int, int]:
-        """The same as the extension takes it."""
+        """Says the same as the extension takes it.
+
+        Returns:
+            (block_bytes, events_max_percent), 0 and -1 for None.
+        """
         percent = self.events_max_percent
         return self.block_bytes or 0, -1 if percent is None else percent
 
