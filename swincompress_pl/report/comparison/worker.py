@@ -72,7 +72,7 @@ def load(task: Mapping[str, Any]) -> tuple[Loaded, dict[str, Any]]:
     for module in _IMPORTS[task["runtime"]]:
         importlib.import_module(module)
     pixels = random_images((task["batch"], *task["image_shape"]), SEED)
-    images = pixels if build in (_engine, _onnx_program, _openvino_pixels) else normalized(pixels)
+    images = pixels if task["runtime"] in _TAKE_PIXELS else normalized(pixels)
     start = time.perf_counter_ns()
     loaded = build(task, images)
     answer = loaded.call()
@@ -158,11 +158,6 @@ def _onnxruntime(task: Mapping[str, Any], images: npt.NDArray[Any]) -> Loaded:
     )
 
 
-def _onnx_program(task: Mapping[str, Any], images: npt.NDArray[Any]) -> Loaded:
-    """A file of `interop.to_onnx`, which takes pixels."""
-    return _onnxruntime(task, images)
-
-
 def _openvino(task: Mapping[str, Any], images: npt.NDArray[Any]) -> Loaded:
     import openvino
 
@@ -174,11 +169,6 @@ def _openvino(task: Mapping[str, Any], images: npt.NDArray[Any]) -> Loaded:
         logits=lambda answers: answers[0],
         file_bytes=_file_bytes(task["file"]),
     )
-
-
-def _openvino_pixels(task: Mapping[str, Any], images: npt.NDArray[Any]) -> Loaded:
-    """A file of `interop.to_onnx` in OpenVINO."""
-    return _openvino(task, images)
 
 
 def _mnn(task: Mapping[str, Any], images: npt.NDArray[Any]) -> Loaded:
@@ -217,12 +207,14 @@ BUILDERS: dict[str, Callable[[Mapping[str, Any], npt.NDArray[Any]], Loaded]] = {
     "engine": _engine,
     "torch": _torch,
     "onnxruntime": _onnxruntime,
-    "onnx program": _onnx_program,
+    "onnx program": _onnxruntime,
     "openvino": _openvino,
-    "openvino pixels": _openvino_pixels,
+    "openvino pixels": _openvino,
     "mnn": _mnn,
     "executorch": _executorch,
 }
+# The engine and the files of `interop.to_onnx`; the other networks take normalized images.
+_TAKE_PIXELS = ("engine", "onnx program", "openvino pixels")
 
 _IMPORTS = {
     "engine": ("swincompress_pl.accel",),
