@@ -11,6 +11,7 @@ import math
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 import time
 import traceback
@@ -52,6 +53,12 @@ def result_file(folder: Path, name: str) -> Path:
 def read_result(folder: Path, name: str) -> dict[str, Any]:
     """What a job wrote."""
     return dict(json.loads(result_file(folder, name).read_text(encoding="utf-8")))
+
+
+def commit() -> str:
+    """The commit of the working directory, short; "unknown" outside a repository."""
+    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return found.stdout.strip() or "unknown"
 
 
 @dataclass(kw_only=True)

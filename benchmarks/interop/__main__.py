@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -39,7 +38,11 @@ def main() -> int:
 def _run(given: argparse.Namespace) -> int:
     from .work import all_jobs
 
-    settings = {"place": Place(data=given.data, cache=given.cache), "commit": _commit(given), "rounds": given.rounds}
+    settings = {
+        "place": Place(data=given.data, cache=given.cache),
+        "commit": given.commit or runner.commit(),
+        "rounds": given.rounds,
+    }
     outcome = runner.run(
         runner.chosen(all_jobs(), given.filter), given.out, settings, work="benchmarks.interop.work",
         threads=given.threads,
@@ -56,13 +59,6 @@ def _report(given: argparse.Namespace) -> None:
     results |= {file.stem: runner.read_result(given.out, file.stem) for file in sorted(given.out.glob("*.json"))}
     print(write_text(kept, json.dumps(results, indent=1, allow_nan=False) + "\n"))
     print(*write_pages(["interop"]), sep="\n")
-
-
-def _commit(given: argparse.Namespace) -> str:
-    if given.commit:
-        return str(given.commit)
-    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return found.stdout.strip() or "unknown"
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,7 +61,7 @@ def _train(given: argparse.Namespace) -> None:
 
     place = Place(data=given.data, cache=given.cache, device=given.device, precision=given.precision)
     for name in given.models.split(","):
-        record = train(SUBJECTS[name], place, given.out, given.commit or _commit())
+        record = train(SUBJECTS[name], place, given.out, given.commit or runner.commit())
         print(json.dumps({"model": name, "test": record["test"], "seconds": record["seconds"]}), flush=True)
 
 
@@ -84,7 +83,7 @@ def _run(given: argparse.Namespace) -> int:
         return 0
     place = Place(data=given.data, cache=given.cache, device=given.device, precision=given.precision)
     outcome = runner.run(
-        runs, given.out, {"place": place, "commit": given.commit or _commit()}, work="benchmarks.primesvt.work",
+        runs, given.out, {"place": place, "commit": given.commit or runner.commit()}, work="benchmarks.primesvt.work",
         parallel=given.jobs, threads=given.threads, to_do=lambda run: states[run.name] == "to do",
     )  # fmt: skip
     for name in outcome.done:
@@ -114,7 +113,7 @@ def _latency(given: argparse.Namespace) -> None:
 
     for name in given.models.split(","):
         if any(given.out.glob(f"{name}-*.json")):
-            write_text(given.out / f"{name}_latency.json", json.dumps(measure(name, given.out, _commit())))
+            write_text(given.out / f"{name}_latency.json", json.dumps(measure(name, given.out, runner.commit())))
 
 
 def _report(given: argparse.Namespace) -> None:
@@ -124,11 +123,6 @@ def _report(given: argparse.Namespace) -> None:
     for file in write(given.out, Path(__file__).resolve().parent.parent / "results", DOCS / "results"):
         print(file)
     print(*write_pages(["primesvt"]), sep="\n")
-
-
-def _commit() -> str:
-    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return found.stdout.strip()
 
 
 if __name__ == "__main__":

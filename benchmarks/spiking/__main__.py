@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import subprocess
 import sys
 from pathlib import Path
 
@@ -93,7 +92,12 @@ def _accuracy(given: argparse.Namespace) -> int:
         raise SystemExit(f"--rounding {given.rounding} goes with networks that are not trained; leave out --tuned")
     kind = "-tuned" if given.tuned else "" if given.rounding == "nearest" else f"-{given.rounding}"
     place = Place(data=given.data, cache=given.cache, device=given.device, precision="32-true")
-    common = {"tuned": given.tuned, "place": place, "commit": _commit(given), "rounding": given.rounding}
+    common = {
+        "tuned": given.tuned,
+        "place": place,
+        "commit": given.commit or runner.commit(),
+        "rounding": given.rounding,
+    }
     jobs = [
         Job(
             name=f"{name}-{bits}{kind}",
@@ -120,7 +124,7 @@ def _tuning(given: argparse.Namespace) -> int:
 
 def _run(given: argparse.Namespace, jobs: list[Job]) -> int:
     """Runs what has no result yet."""
-    settings = {"commit": _commit(given)}
+    settings = {"commit": given.commit or runner.commit()}
     outcome = runner.run(jobs, given.out, settings, work="benchmarks.spiking.work", threads=given.threads)
     for name in outcome.done:
         found = runner.read_result(given.out, name)
@@ -135,13 +139,6 @@ def _report(given: argparse.Namespace) -> None:
 
     print(write(given.out, Path(__file__).resolve().parent.parent / "results", given.controls))
     print(*write_pages(["spiking", "primesvt"]), sep="\n")
-
-
-def _commit(given: argparse.Namespace) -> str:
-    if given.commit:
-        return str(given.commit)
-    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return found.stdout.strip() or "unknown"
 
 
 if __name__ == "__main__":
