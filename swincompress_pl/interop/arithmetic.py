@@ -6,7 +6,8 @@ CPU without VNNI.
 
 A shift with one rounding, floor((x mult + 2^(shift-1)) / 2^shift), is computed in float64 wherever the Program's proved
 bounds allow it: mult / 2^shift is a float64, its product with x has at most 53 bits if |x| mult < 2^53, and adding 1/2
-to it is exact if |x| mult + 2^(shift-1) < 2^53. Floor is then the shift. Elsewhere it is computed in int64, whose
+to it is exact if |x| mult + 2^(shift-1) < 2^53. Floor is then the shift. A bias or an offset that joins the same
+addition counts in that bound. Elsewhere it is computed in int64, whose
 division truncates: 2^62 is added, a multiple of 2^shift, so that nothing negative is divided, and its own quotient is
 taken off again.
 """
@@ -131,9 +132,14 @@ def requantized(
 
     The sums without the bias are at most `reach` in magnitude.
     """
-    biased = bias is not None and bool(bias.any())
-    if dtype == "int32" and np.all(mult.astype(np.int64) == 2 ** shift.astype(np.int64)):
-        return graph.node("Add", sums, graph.constant(bias, "int32")) if biased else sums  # type: ignore[arg-type]
-    added = bias.astype(object) * mult.astype(object) if biased else 0  # type: ignore[union-attr]
-    whole = Wide(name=sums, dtype="int32")
-    return stored(graph, shifted(graph, whole, mult, shift, reach, added=added, raised=zero_point(dtype)), dtype)
+    unscaled = dtype == "int32" and np.all(mult.astype(np.int64) == 2 ** shift.astype(np.int64))
+    added: Array | int = 0
+    if bias is not None and bias.any():
+        if unscaled:
+            whole: str = graph.node("Add", sums, graph.constant(bias, "int32"))
+            return whole
+        added = bias.astype(object) * mult.astype(object)
+    elif unscaled:
+        return sums
+    x = Wide(name=sums, dtype="int32")
+    return stored(graph, shifted(graph, x, mult, shift, reach, added=added, raised=zero_point(dtype)), dtype)
