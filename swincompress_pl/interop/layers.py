@@ -140,11 +140,12 @@ def gather(call: Call) -> str:
 def mean(call: Call) -> str:
     """The sum over the rows, and one rounding."""
     graph, x = call.graph, call.inputs[0]
-    sums = _sum(graph, widened(graph, call.tokens(), x.dtype, "int32"), 1, keep=False)
+    sums = sum_over(graph, widened(graph, call.tokens(), x.dtype, "int32"), 1, keep=False)
     return requantized(graph, sums, call.tensors["mult"], call.tensors["shift"], x.rows * x.reach, call.op.dtype)
 
 
-def _sum(graph: OnnxGraph, x: str, axis: int, *, keep: bool = True) -> str:
+def sum_over(graph: OnnxGraph, x: str, axis: int, *, keep: bool = True) -> str:
+    """Sums along one axis, in the type of x."""
     name: str = graph.node("ReduceSum", x, graph.constant(np.array([axis]), "int64"), keepdims=int(keep))
     return name
 
@@ -165,8 +166,8 @@ def layer_norm(call: Call) -> str:
     graph, x = call.graph, call.inputs[0]
     numbers = widened(graph, call.names[0], x.dtype, "float64")
     channels = graph.constant(x.channels, "float64")
-    total = _sum(graph, numbers, -1)  # below 2^27, and the squares below 2^42
-    squares = _sum(graph, graph.node("Mul", numbers, numbers), -1)
+    total = sum_over(graph, numbers, -1)  # below 2^27, and the squares below 2^42
+    squares = sum_over(graph, graph.node("Mul", numbers, numbers), -1)
     scaled = [graph.node("Mul", graph.cast(part, "int64"), other) for part, other in (
         (squares, graph.constant(x.channels, "int64")), (total, graph.cast(total, "int64")))]  # fmt: skip
     variance = graph.node("Add", graph.node("Sub", *scaled), graph.constant(call.attribute("epsilon"), "int64"))
@@ -198,7 +199,7 @@ def _reciprocal_root(graph: OnnxGraph, variance: str) -> str:
     # t is the number of k from 1 on with V 4^k < 2^62
     bounds = np.array([2 ** (62 - 2 * k) for k in range(1, 31)], np.int64)
     below = graph.cast(graph.node("Less", variance, graph.constant(bounds, "int64")), "int64")
-    t, steps = _sum(graph, below, -1), np.arange(31)
+    t, steps = sum_over(graph, below, -1), np.arange(31)
     variance = graph.node("Mul", variance, graph.node("Gather", graph.constant(4**steps, "int64"), t))
     powers = graph.constant(np.exp2(steps - 54.0 + NORMALIZED_FRACTION_BITS), "float64")
     power = graph.node("Gather", powers, t)
@@ -236,7 +237,7 @@ def softmax(call: Call) -> str:
     distance = Wide(name=graph.node("Sub", _highest(graph, numbers), numbers), dtype="int64")
     mult, shift = (np.array(call.attribute(key)) for key in ("mult", "shift"))
     e = graph.cast(_exponential(graph, distance, mult, shift, 2 * x.reach, "int32", x.shape), "int64")
-    reciprocal = graph.node("Div", graph.constant(255 << SOFTMAX_BITS, "int64"), _sum(graph, e, -1))
+    reciprocal = graph.node("Div", graph.constant(255 << SOFTMAX_BITS, "int64"), sum_over(graph, e, -1))
     product = Wide(name=graph.node("Mul", e, reciprocal), dtype="int64")
     return stored(graph, shifted(graph, product, 1, SOFTMAX_BITS, 255 << SOFTMAX_BITS), "uint8")
 
@@ -259,7 +260,7 @@ def attention(call: Call) -> str:
         bias = tensors["bias_table"][:, tensors["bias_index"]]
         logits, reach = graph.node("Add", logits, graph.constant(bias, "int32")), reach + int(np.abs(bias).max())
     e = _attention_exponentials(call, logits, reach)
-    total = _sum(graph, graph.cast(e, "int32"), -1)
+    total = sum_over(graph, graph.cast(e, "int32"), -1)
     out_mult, out_shift = (tensors[key].astype(np.int64)[:, None, None] for key in ("out_mult", "out_shift"))
     reciprocal = graph.node("Div", graph.constant(out_mult << RECIPROCAL_BITS, "int64"), graph.cast(total, "int64"))
     sums = byte_product(graph, e, 0, v, zero)

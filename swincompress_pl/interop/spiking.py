@@ -7,7 +7,7 @@ import numpy as np
 from swincompress_pl.interop.arithmetic import Wide, held_type, stored, widened
 from swincompress_pl.interop.exact import Call
 from swincompress_pl.interop.graph import OnnxGraph
-from swincompress_pl.interop.layers import _sum
+from swincompress_pl.interop.layers import sum_over
 from swincompress_pl.spec.spiking import CURRENT_MAX, DECAY_BITS, MEMBRANE_MAX
 
 
@@ -81,7 +81,7 @@ def block_sum(call: Call) -> str:
     dtype = "int64" if x.dtype == "int32" else "int32"
     numbers = widened(graph, call.names[0], x.dtype, dtype)
     blocks = graph.reshape(numbers, 0, rows, x.rows // rows, channels, x.channels // channels)
-    sums = _sum(graph, _sum(graph, blocks, 4, keep=False), 2, keep=False)
+    sums = sum_over(graph, sum_over(graph, blocks, 4, keep=False), 2, keep=False)
     return call.shaped(stored(graph, Wide(name=sums, dtype=dtype), call.op.dtype), rows, channels)
 
 
