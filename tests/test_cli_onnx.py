@@ -151,15 +151,16 @@ def test_files_of_another_origin_are_refused(tmp_path: Path, capsys: pytest.Capt
     info = helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [1])
     out = helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [1])
     model = helper.make_model(helper.make_graph([helper.make_node("Abs", ["x"], ["y"])], "g", [info], [out]))
-    foreign, cut, noise = (tmp_path / f"{name}.onnx" for name in ("foreign", "cut", "noise"))
+    foreign, cut, noise, letters = (tmp_path / f"{name}.onnx" for name in ("foreign", "cut", "noise", "letters"))
     onnx.save(model, foreign)
+    letters.write_bytes(foreign.read_bytes().replace(b"Abs", b"A\xffs"))  # not UTF-8
     cut.write_bytes(interop.to_onnx(small_program(), tmp_path / "whole.onnx").read_bytes()[:-1000])
     noise.write_bytes(b"no protobuf at all")
     for command in ("inspect", "bench"):
         code, _, err = run([command, str(foreign)], capsys)
         assert code != 0
         assert "an ONNX file of an unknown producer, which swincompress_pl did not write" in err
-        for file in (cut, noise):
+        for file in (cut, noise, letters):
             code, _, err = run([command, str(file)], capsys)
             assert code != 0
             assert "is no whole ONNX file" in err

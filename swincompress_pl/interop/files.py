@@ -155,10 +155,13 @@ def describe_onnx(path: str | os.PathLike[str]) -> dict[str, Any]:
 def _read(onnx: Any, path: Path) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such file")
+    from google.protobuf.message import DecodeError  # onnx brings protobuf
+
+    content = path.read_bytes()
     try:
-        model = onnx.load_model_from_string(path.read_bytes())
+        model = onnx.load_model_from_string(content)
         onnx.checker.check_model(model)
-    except Exception as error:  # protobuf and the checker have types of their own
+    except (DecodeError, UnicodeDecodeError, onnx.checker.ValidationError) as error:
         raise ValueError(f"{path} is no whole ONNX file: {' '.join(str(error).split())[:200]}") from error
     return model
 
