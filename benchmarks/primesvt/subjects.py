@@ -131,5 +131,13 @@ SUBJECTS = {
             },
             baseline=Recipe(epochs=11),
         ),
+        Subject(
+            name="e_spikeformer",
+            model="ESpikeFormer",
+            arguments={
+                "embed_dims": [16, 32, 64, 96], "depths": [1, 1, 1, 2, 1], "num_heads": 4, "strides": [1, 2, 2, 1, 1],
+            },
+            baseline=Recipe(epochs=12),
+        ),
     )
 }  # fmt: skip

@@ -1,7 +1,14 @@
 """The networks: factories, the LightningModule, and the adapters of the families for pruning and quantization."""
 
 from swincompress_pl.checkpoint.hooks import CompressionMixin
-from swincompress_pl.models import features, meta_spikeformer, spiking, swin, vit  # noqa: F401  # they register their adapters
+from swincompress_pl.models import (  # noqa: F401  # they register their adapters
+    e_spikeformer,
+    features,
+    meta_spikeformer,
+    spiking,
+    swin,
+    vit,
+)
 from swincompress_pl.models.classifier import CompressibleClassifier
 from swincompress_pl.models.conversion import to_timm
 from swincompress_pl.models.factory import create_model, preprocessing_for, rebuild

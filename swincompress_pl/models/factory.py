@@ -53,6 +53,11 @@ _SPIKING = {
     "meta_spikeformer_8_384": f"{_OURS}.meta_spikeformer.network",
     "meta_spikeformer_8_512": f"{_OURS}.meta_spikeformer.network",
     "MetaSpikeFormer": f"{_OURS}.meta_spikeformer.network",
+    "e_spikeformer_tiny": f"{_OURS}.e_spikeformer.network",
+    "e_spikeformer_small": f"{_OURS}.e_spikeformer.network",
+    "e_spikeformer_medium": f"{_OURS}.e_spikeformer.network",
+    "e_spikeformer_large": f"{_OURS}.e_spikeformer.network",
+    "ESpikeFormer": f"{_OURS}.e_spikeformer.network",
     "Spikformer": f"{_THEIRS}.spikformer",
     "QKFormer": f"{_THEIRS}.qkformer",
     "SpikeDrivenTransformer": f"{_THEIRS}.spike_driven_transformer",
@@ -77,10 +82,10 @@ def create_model(
             - a model of timm, with a tag or without, such as "swin_tiny_patch4_window7_224";
             - "SwinTransformer" ("swin"), "SwinTransformerV2", "VisionTransformer" ("vit") or
               "VisionTransformerDistilled", in any case, with the arguments of timm's class;
-            - a model of spikingjelly, such as "spikformer_ti", or of `meta_spikeformer`, such as
-              "meta_spikeformer_8_256";
-            - a spiking class, "Spikformer", "QKFormer", "SpikeDrivenTransformer", "MaxFormer" or "MetaSpikeFormer", in
-              any case, with its own arguments;
+            - a model of spikingjelly, such as "spikformer_ti", of `meta_spikeformer`, such as "meta_spikeformer_8_256",
+              or of `e_spikeformer`, such as "e_spikeformer_small";
+            - a spiking class, "Spikformer", "QKFormer", "SpikeDrivenTransformer", "MaxFormer", "MetaSpikeFormer" or
+              "ESpikeFormer", in any case, with its own arguments;
             - "hf-hub:OWNER/NAME" or "local-dir:FOLDER", a network of timm on the Hugging Face Hub or in a folder;
             - "hf:OWNER/NAME" or "hf:FOLDER", the same of transformers, which is converted as by `to_timm`;
             - "torchvision:NAME", such as "torchvision:swin_t", converted alike.

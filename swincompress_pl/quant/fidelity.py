@@ -29,7 +29,7 @@ from swincompress_pl.quant.graph.nodes import (
     PixelConvNode,
 )
 from swincompress_pl.quant.graph.outputs import joined
-from swincompress_pl.quant.graph.spiking_nodes import MaxPoolNode, NeuronNode
+from swincompress_pl.quant.graph.spiking_nodes import CountNode, MaxPoolNode, NeuronNode
 from swincompress_pl.registry import UnsupportedNetworkError
 
 BOUND = 1e-4
@@ -42,7 +42,16 @@ _REMEDY = (
 )
 # Figures of a value that do not depend on its layout: its size; and mean, mean magnitude, RMS, maximum, minimum.
 _Print = tuple[int, Tensor]
-_SINGLE = (LinearNode, LayerNormNode, ActivationNode, PixelConvNode, ConvNormNode, NeuronNode, MaxPoolNode)
+_SINGLE = (
+    LinearNode,
+    LayerNormNode,
+    ActivationNode,
+    PixelConvNode,
+    ConvNormNode,
+    NeuronNode,
+    CountNode,
+    MaxPoolNode,
+)
 
 
 def check_graph(graph: Graph, network: nn.Module, images: Tensor | None = None) -> None:
@@ -245,7 +254,9 @@ class _GraphPrints(Passthrough):
     def output(self, node: Node, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         modules = _modules_of(node)
         if modules:
-            scaled = isinstance(node, NeuronNode) and node.gain != 1.0  # the network scales before the neurons
+            scaled = (
+                isinstance(node, CountNode | NeuronNode) and node.gain != 1.0
+            )  # the network scales before the neurons
             self.reads.setdefault(modules, []).append(None if scaled else _print(inputs[0]))
             self.gives.setdefault(modules, []).append(_print(output))
 

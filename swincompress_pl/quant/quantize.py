@@ -29,7 +29,7 @@ from swincompress_pl.quant.fidelity import check_graph
 from swincompress_pl.quant.folding import with_plain_layers
 from swincompress_pl.quant.full_precision import bring_to_float32, full_precision
 from swincompress_pl.quant.graph import Graph
-from swincompress_pl.quant.graph.spiking_nodes import NeuronNode
+from swincompress_pl.quant.graph.spiking_nodes import CountNode, NeuronNode
 from swincompress_pl.quant.layerwise import LayerwiseSearch
 from swincompress_pl.quant.network import METHODS, QuantizedNetwork
 from swincompress_pl.quant.preprocessing import check_fit, preprocessing_of
@@ -227,7 +227,7 @@ def _find_scales(
 
 def _require_spikes(graph: Graph, ranges: Mapping[str, Ranges]) -> None:
     """Raises a ValueError if most neurons of a spiking network are silent."""
-    neurons = [node for node in graph.nodes if isinstance(node, NeuronNode)]
+    neurons = [node for node in graph.nodes if isinstance(node, CountNode | NeuronNode)]
     silent = [node.module for node in neurons if not ranges[node.output].magnitude.any()]
     if 2 * len(silent) > len(neurons):
         raise ValueError(

@@ -142,7 +142,7 @@ def _run_linear(x: list[Tensor], t: Mapping[str, Tensor], a: Mapping[str, Any], 
     rows = x[0].reshape(-1, x[0].shape[-1])
     accumulator = _linear_accumulator(rows, t["weight"], types.reach)
     out = _requantize(accumulator, t["mult"], t["shift"], types.output, t["bias"])
-    return out.reshape(*x[0].shape[:-1], -1)
+    return spiking.at_most(out, a).reshape(*x[0].shape[:-1], -1)
 
 
 def _run_conv2d(x: list[Tensor], t: Mapping[str, Tensor], a: Mapping[str, Any], types: _Types) -> Tensor:
@@ -157,7 +157,7 @@ def _run_conv2d(x: list[Tensor], t: Mapping[str, Tensor], a: Mapping[str, Any], 
     else:
         accumulator = _grouped_accumulator(fields.unflatten(3, (groups, -1)), weight, types.reach)
     accumulator = accumulator.reshape(batch, height, width, -1) + t["bias"]  # may differ from place to place
-    out = _requantize(accumulator, t["mult"], t["shift"], types.output)
+    out = spiking.at_most(_requantize(accumulator, t["mult"], t["shift"], types.output), a)
     return out.reshape(*x[0].shape[:-3], *out.shape[1:])
 
 
@@ -305,7 +305,11 @@ _RUN: dict[str, Callable[[list[Tensor], Mapping[str, Tensor], Mapping[str, Any],
     "spike_attention": lambda x, t, a, types: spiking.spike_attention(
         _tokens(x[0]), _tokens(x[1]), _tokens(x[2]), a
     ).reshape(x[2].shape),
-    "requantize": lambda x, t, a, types: _requantize(x[0], t["mult"], t["shift"], types.output),
+    "requantize": lambda x, t, a, types: spiking.at_most(_requantize(x[0], t["mult"], t["shift"], types.output), a),
+    "integrate": lambda x, t, a, types: spiking.at_most(
+        _requantize(x[0].sum(1, dtype=torch.int64), t["mult"], t["shift"], types.output, t["bias"]), a
+    ),
+    "fire": lambda x, t, a, types: spiking.fire(x[0], t["mult"].long(), t["shift"].long(), a["steps"]),
 }
 
 

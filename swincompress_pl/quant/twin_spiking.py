@@ -51,6 +51,23 @@ def _charged(membrane: Tensor, current: Tensor, reset: Tensor, attributes: Mappi
     return charged.clamp(-MEMBRANE_MAX, MEMBRANE_MAX)
 
 
+def at_most(result: Tensor, attributes: Mapping[str, Any]) -> Tensor:
+    """A result without a sign, saturated at the attribute `largest` if there is one."""
+    return result.clamp(max=attributes["largest"]) if "largest" in attributes else result
+
+
+def fire(x: Tensor, mult: Tensor, shift: Tensor, steps: int) -> Tensor:
+    """The spikes (N, steps, rows..., C), uint8, of neurons that are charged with x (N, rows..., C), int32, once."""
+    threshold = torch.bitwise_left_shift(torch.ones_like(shift), shift)
+    membrane = x.long() * mult + (threshold >> 1)
+    spikes = []
+    for _ in range(steps):
+        fired = membrane >= threshold
+        membrane = membrane - threshold * fired
+        spikes.append(fired.to(torch.uint8))
+    return torch.stack(spikes, dim=1)
+
+
 def max_pool(x: Tensor, attributes: Mapping[str, Any]) -> Tensor:
     """The maxima of x (N, H, W, C), or (N, T, H, W, C), of any integer type."""
     (kh, kw), (sh, sw), (ph, pw) = attributes["kernel"], attributes["stride"], attributes["padding"]

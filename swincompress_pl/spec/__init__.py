@@ -6,6 +6,7 @@ A `Program` is the network as data. `check` proves that it cannot overflow, and 
 
 from swincompress_pl.spec.integer import EXP_STEPS, LIMITS, STORAGE, multiplier
 from swincompress_pl.spec.program import INPUT_VALUE, InputDescription, Operation, Output, Program, ProgramError, Value
+from swincompress_pl.spec.readings import binary_steps
 from swincompress_pl.spec.reference import Cost, check, costs, run, run_outputs, steps
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "Program",
     "ProgramError",
     "Value",
+    "binary_steps",
     "check",
     "costs",
     "multiplier",

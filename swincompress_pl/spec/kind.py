@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -60,6 +60,14 @@ class Call:
         """The output value, whose type must be one of `dtypes`."""
         self.require(self.op.dtype in dtypes, f"output is {self.op.dtype}; it must be {_listed(dtypes)}")
         return Value(dtype=self.op.dtype, shape=shape)
+
+    def bounded(self, shape: tuple[int, ...], *dtypes: str) -> Value:
+        """The output value, which saturates to its type, or at the attribute `largest` if it has no sign."""
+        value = self.output(shape, *dtypes)
+        if "largest" not in self.op.attributes:
+            return value
+        self.require(value.dtype in UNSIGNED_BYTES, f"output is {value.dtype}; attribute largest is for uint1 to uint8")
+        return replace(value, largest=self.integer("largest", 1, LIMITS[value.dtype][1]))
 
     def counts(self, shape: tuple[int, ...], what: str, reach: int, *dtypes: str) -> Value:
         """An output of sums of spikes, none of which exceeds `reach`; `what` names one of them in the error."""

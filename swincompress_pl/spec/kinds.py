@@ -27,7 +27,7 @@ from swincompress_pl.spec.integer import (
 )
 from swincompress_pl.spec.kind import BYTES, Call, Kind, Tensors
 from swincompress_pl.spec.program import Operation, ProgramError, Value
-from swincompress_pl.spec.spiking_kinds import SPIKING_KINDS
+from swincompress_pl.spec.spiking_kinds import SPIKING_KINDS, at_most
 
 
 def _weight_in_range(call: Call, weight: IntArray) -> None:
@@ -41,7 +41,7 @@ def _check_linear(call: Call) -> Value:
     _weight_in_range(call, weight)
     call.accumulator(x, weight, call.tensor("bias", "int32", (channels,)))
     call.requantization(channels)
-    return call.output((*x.shape[:-1], channels), *BYTES, "int16", "int32")
+    return call.bounded((*x.shape[:-1], channels), *BYTES, "int16", "int32")
 
 
 def _check_conv2d(call: Call) -> Value:
@@ -58,7 +58,7 @@ def _check_conv2d(call: Call) -> Value:
     bias = call.tensor("bias", "int32", (channels,), (height, width, channels))
     call.accumulator(x, weight.reshape(channels, -1), bias)
     call.requantization(channels)
-    return call.output((*x.shape[:-3], height, width, channels), *BYTES, "int16", "int32")
+    return call.bounded((*x.shape[:-3], height, width, channels), *BYTES, "int16", "int32")
 
 
 def _check_layer_norm(call: Call) -> Value:
@@ -178,19 +178,22 @@ KINDS: dict[str, Kind] = {
     "linear": Kind(
         1,
         _check_linear,
-        lambda x, t, a, dtype: ops.linear(x[0], **t, dtype=dtype),
+        lambda x, t, a, dtype: at_most(ops.linear(x[0], **t, dtype=dtype), a),
         lambda inputs, output, a, t: output.rows * int(t["weight"].size),
     ),
     "conv2d": Kind(
         1,
         _check_conv2d,
-        lambda x, t, a, dtype: ops.conv2d(
-            x[0],
-            **t,
-            stride=tuple(a["stride"]),
-            padding=tuple(a["padding"]),
-            groups=a.get("groups", 1),
-            dtype=dtype,
+        lambda x, t, a, dtype: at_most(
+            ops.conv2d(
+                x[0],
+                **t,
+                stride=tuple(a["stride"]),
+                padding=tuple(a["padding"]),
+                groups=a.get("groups", 1),
+                dtype=dtype,
+            ),
+            a,
         ),
         _conv_macs,
     ),

@@ -305,8 +305,8 @@ class Program:
 
     @property
     def time_steps(self) -> int | None:
-        """The time steps of a spiking network; None for any other."""
-        found = (op.attributes.get("steps") for op in self.operations if op.kind == "lif")
+        """The time steps of a spiking network; None for any other, and where neurons give counts."""
+        found = (op.attributes.get("steps") for op in self.operations if op.kind in ("lif", "fire"))
         return next(found, self.input.time_steps)
 
     @property

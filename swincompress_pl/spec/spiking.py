@@ -18,6 +18,9 @@ DECAY_BITS = 16
 CURRENT_MAX = 2**27
 THRESHOLD_MAX = 2**28
 MEMBRANE_MAX = 2**29
+STEPS_MAX = 255  # binary time steps that stand for a count, which is a byte
+# A multiplier and a shift that leave an accumulator as it is.
+AS_IT_IS = (2**21, 21)
 
 
 def lif(
@@ -104,6 +107,37 @@ def spike_attention(q: IntArray, k: IntArray, v: IntArray, *, windows: int, head
 
     product = integer_matmul(split(q), integer_matmul(split(k).swapaxes(-1, -2), split(v)))
     return product.transpose(0, 1, 3, 2, 4).reshape(v.shape).astype(np.int32)
+
+
+def integrate(x: IntArray, bias: IntArray, mult: IntArray, shift: IntArray, *, dtype: str) -> IntArray:
+    """Computes y = requantize(sum of x over time + bias), what a neuron or a stream is charged with by D binary steps.
+
+    x: (N, T, rows..., C) spikes, counts or int32, T <= 255; bias: (C,) int32 -> (N, rows..., C) of `dtype`. Widths: the
+    sum stays below 2**39 + 2**31, and times mult below 2**62.
+    """
+    return requantize(x.astype(np.int64).sum(axis=1) + bias, mult, shift, dtype)
+
+
+def fire(x: IntArray, mult: IntArray, shift: IntArray, *, steps: int) -> IntArray:
+    """The spikes of integrate-and-fire neurons without leak that are charged once and fire in `steps` time steps.
+
+    x: (N, rows..., C) int32; mult, shift: (C,). The membrane potential has `shift` fractional bits, and begins at half
+    of the threshold, 2**shift:
+
+        v = x * mult + 2**(shift - 1)
+        at each step: spike = v >= 2**shift;  after a spike, v = v - 2**shift
+
+    So the number of spikes is requantize(x), clamped to [0, steps]. -> (N, steps, rows..., C) uint1.
+    """
+    wide = shift.astype(np.int64)
+    threshold = np.int64(1) << wide
+    membrane = x.astype(np.int64) * mult + (threshold >> 1)
+    spikes = np.empty((x.shape[0], steps, *x.shape[1:]), dtype=np.uint8)
+    for step in range(steps):
+        fired = membrane >= threshold
+        membrane = membrane - threshold * fired
+        spikes[:, step] = fired
+    return spikes
 
 
 def requantize_channels(x: IntArray, mult: IntArray, shift: IntArray, *, dtype: str) -> IntArray:

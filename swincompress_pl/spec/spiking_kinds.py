@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 from swincompress_pl.spec import spiking as ops
 from swincompress_pl.spec.integer import UNSIGNED_BYTES, IntArray
 from swincompress_pl.spec.kind import BYTES, Call, Kind, Tensors
@@ -80,7 +82,26 @@ def _check_spike_attention(call: Call) -> Value:
 def _check_requantize(call: Call) -> Value:
     x = call.source(0, "int16", "int32")
     call.requantization(x.channels)
-    return call.output(x.shape, *BYTES, "int16", "int32")
+    return call.bounded(x.shape, *BYTES, "int16", "int32")
+
+
+def _check_integrate(call: Call) -> Value:
+    x = call.source(0, *UNSIGNED_BYTES, "int32")
+    steps = call.integer("steps", 1, ops.STEPS_MAX)
+    call.require(
+        len(x.shape) > 1 and x.shape[0] == steps,
+        f"input has shape {x.shape}; its first axis must be {steps} time steps",
+    )
+    call.tensor("bias", "int32", (x.channels,))
+    call.requantization(x.channels)
+    return call.bounded(x.shape[1:], *BYTES, "int16", "int32")
+
+
+def _check_fire(call: Call) -> Value:
+    x = call.source(0, "int32")
+    steps = call.integer("steps", 1, ops.STEPS_MAX)
+    call.requantization(x.channels)
+    return call.counts((steps, *x.shape), "a spike", 1, "uint1")
 
 
 def _spike_attention_macs(inputs: Sequence[Value], _: Value, attributes: Mapping[str, Any], __: Tensors) -> int:
@@ -93,6 +114,11 @@ def _spike_attention_macs(inputs: Sequence[Value], _: Value, attributes: Mapping
 
 def _tokens(x: IntArray) -> IntArray:
     return x.reshape(x.shape[0], -1, x.shape[-1])
+
+
+def at_most(result: IntArray, attributes: Mapping[str, Any]) -> IntArray:
+    """A result without a sign, saturated at the attribute `largest` if there is one."""
+    return np.minimum(result, result.dtype.type(attributes["largest"])) if "largest" in attributes else result
 
 
 def _run_lif(inputs: Sequence[IntArray], tensors: Tensors, attributes: Mapping[str, Any], _: str) -> IntArray:
@@ -117,5 +143,9 @@ SPIKING_KINDS: dict[str, Kind] = {
         lambda x, t, a, dtype: ops.spike_attention(*map(_tokens, x), **a).reshape(x[2].shape),
         _spike_attention_macs,
     ),
-    "requantize": Kind(1, _check_requantize, lambda x, t, a, dtype: ops.requantize_channels(x[0], **t, dtype=dtype)),
+    "requantize": Kind(
+        1, _check_requantize, lambda x, t, a, dtype: at_most(ops.requantize_channels(x[0], **t, dtype=dtype), a)
+    ),
+    "integrate": Kind(1, _check_integrate, lambda x, t, a, dtype: at_most(ops.integrate(x[0], **t, dtype=dtype), a)),
+    "fire": Kind(1, _check_fire, lambda x, t, a, _: ops.fire(x[0], **t, steps=a["steps"])),
 }

@@ -13,14 +13,16 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from swincompress_pl.layer_types import alteration
+from swincompress_pl.models.spiking.multi_spike import MultiSpike
 from swincompress_pl.quant import Graph, GraphBuilder, Node, QuantizerSpec
 from swincompress_pl.quant.graph.conv_norm import ConvNormNode
 from swincompress_pl.quant.graph.heads import Head
-from swincompress_pl.quant.graph.neurons import Neuron, require_plain_neuron
+from swincompress_pl.quant.graph.neurons import Neuron, require_plain_counts, require_plain_neuron
 from swincompress_pl.quant.graph.nodes import AddNode, MeanNode
 from swincompress_pl.quant.graph.quantizer_spec import LOGIT_BITS
 from swincompress_pl.quant.graph.spiking_nodes import (
     BlockSumNode,
+    CountNode,
     GateNode,
     MaxPoolNode,
     NeuronNode,
@@ -65,7 +67,7 @@ class SpikingBuilder(GraphBuilder):
         self._event_steps = preprocessing.get("time_steps")
         if self._event_steps is not None and (type(self._event_steps) is not int or self._event_steps < 1):
             raise ValueError(f"time_steps is {self._event_steps!r}; events have 1 time step or more")
-        self.steps = int(network.T if self._event_steps is None else self._event_steps)  # type: ignore[arg-type]
+        self.steps = int(getattr(network, "T", 1) if self._event_steps is None else self._event_steps)
         if size is None:
             size = _size_of(preprocessing)
         self.refuse(
@@ -79,6 +81,7 @@ class SpikingBuilder(GraphBuilder):
             )
         }
         thresholds = [float(m.v_threshold) for m in network.modules() if isinstance(m, BaseNode)]
+        thresholds += [1.0 for m in network.modules() if isinstance(m, MultiSpike)]
         self._stream_scale = min(thresholds) / _STREAM_STEPS
 
     def finished(self) -> Graph:
@@ -94,11 +97,11 @@ class SpikingBuilder(GraphBuilder):
         self._values[node.output] = value
         return self.add(node)
 
-    def _whole(self, name: str, channels: int, largest: int) -> str:
-        """A quantizer of spikes (largest 1) or of sums of spikes."""
+    def _whole(self, name: str, channels: int, largest: int, scale: float = 1.0) -> str:
+        """A quantizer of spikes (largest 1), or of sums of spikes, each of which is `scale`."""
         self.refuse(largest > 255, f"{name} sums up to {largest} spikes; counts of at most 255 have an integer form")
         return self.quantizer(
-            QuantizerSpec(name=name, segments=(channels,), bits=largest.bit_length(), signed=False, fixed_scale=1.0)
+            QuantizerSpec(name=name, segments=(channels,), bits=largest.bit_length(), signed=False, fixed_scale=scale)
         )
 
     def _wide(self, name: str, channels: int, scale: float = 1.0) -> str:
@@ -128,6 +131,7 @@ class SpikingBuilder(GraphBuilder):
         for norm in (*norms, *([] if border is None else [border])):
             self._require_foldable(norm)
         name, first, given = f"{path}{part}", x == _IMAGES, self.of(x)
+        counts = neuron is not None and isinstance(self.network.get_submodule(neuron), MultiSpike)
         channels = module.out_channels if rows is None else rows[1] - rows[0]
         if spec is not None:
             placed = self.quantizer(replace(spec, name=name, segments=(channels,)))
@@ -140,7 +144,8 @@ class SpikingBuilder(GraphBuilder):
             module=path,
             norms=tuple(norms),
             rows=rows,
-            neuron=neuron,
+            neuron=None if counts else neuron,
+            counts=counts,
             mean=tuple(self.preprocessing["mean"]) if first else None,
             std=tuple(self.preprocessing["std"]) if first else None,
             border=border,
@@ -183,8 +188,10 @@ class SpikingBuilder(GraphBuilder):
         return self._made(node, replace(given, height=height, width=width))
 
     def neuron(self, path: str, x: str, *, gain: float = 1.0, part: str = "") -> str:
-        """The spikes of neurons; a value without time is their current at every step."""
+        """The spikes of neurons; a value without time is their current at every step, unless they give counts."""
         module = self.network.get_submodule(path)
+        if isinstance(module, MultiSpike):
+            return self._counts_of(path, module, x, gain)
         Neuron.of(path, module)  # refuses now what has no integer form
         require_plain_neuron(path, module)
         name, given = f"{path}{part}", self.of(x)
@@ -198,6 +205,21 @@ class SpikingBuilder(GraphBuilder):
             gain=gain,
         )
         return self._made(node, replace(given, timed=True, largest=1))
+
+    def _counts_of(self, path: str, module: MultiSpike, x: str, gain: float) -> str:
+        """The counts of neurons, without time."""
+        require_plain_counts(path, module)
+        given = self.of(x)
+        node = CountNode(
+            name=path,
+            inputs=(x,),
+            quantizer=self._whole(path, given.channels, module.D, 1 / module.norm),
+            module=path,
+            largest=module.D,
+            norm=module.norm,
+            gain=gain,
+        )
+        return self._made(node, replace(given, largest=module.D))
 
     def conv_neuron(self, conv: str, norm: str, neuron: str, x: str, *, pool: str | None = None) -> str:
         """A convolution, its BatchNorm, a pooling if there is one, and neurons."""
@@ -270,7 +292,7 @@ class SpikingBuilder(GraphBuilder):
             first += width
         return found
 
-    def spike_attention(self, path: str, q: str, k: str, v: str, *, scale: float) -> str:
+    def spike_attention(self, path: str, q: str, k: str, v: str, *, scale: float, neuron: str = "attn_lif") -> str:
         """The spikes of the neurons in the attention at `path`."""
         name, given = f"{path}.attention", self.of(v)
         node = SpikeAttentionNode(
@@ -282,7 +304,7 @@ class SpikingBuilder(GraphBuilder):
             tokens=given.tokens,
         )
         y = self._made(node, replace(given, largest=None))
-        return self.neuron(f"{path}.attn_lif", y, gain=scale)
+        return self.neuron(f"{path}.{neuron}", y, gain=scale)
 
     def self_attention(self, path: str, x: str, pair: str, projection: str) -> str:
         """Spiking self-attention whose q, k and v are one layer; v has the width that the projection reads."""
@@ -302,7 +324,8 @@ class SpikingBuilder(GraphBuilder):
         head = Head(self.network, path)
         spec = head.operand("pool", given.channels)
         if spec.operand and spec.bits <= 8:  # a mean of counts, which a product reads, needs no sign
-            spec = replace(spec, signed=False)
+            exact = not given.timed and given.tokens == 1  # one count, which is its own mean
+            spec = replace(spec, signed=False, fixed_scale=1.0 if exact else None)
         node = MeanNode(name="pool", inputs=(x,), quantizer=self.quantizer(spec), rows=self.steps * given.tokens)
         self.head(head, self._made(node, given))
 

@@ -21,6 +21,7 @@ def without_memory(network: nn.Module) -> nn.Module:
     From then on a call takes images (N, C, H, W), each shown at every time step, or events (N, T, C, H, W). It returns
     the mean over time, (N, classes). The neurons are reset before and after each call, in training and in evaluation,
     so that a copy, a checkpoint or another batch never sees their membrane potentials. A second call changes nothing.
+    A network of `MultiSpike` stays as it is, because its neurons keep nothing.
 
     Events need as many time steps as the network's `T`, if it has one; otherwise a call raises a ValueError. No weight
     depends on `T`, so set `network.T` for another number.
@@ -34,18 +35,22 @@ def without_memory(network: nn.Module) -> nn.Module:
     Raises:
         ValueError: If the network has no neurons, is in single-step mode, or its `T` is not an integer of 1 or more.
     """
-    _check_neurons(network)
-    if _begin not in network._forward_pre_hooks.values():
+    if _check_neurons(network) and _begin not in network._forward_pre_hooks.values():
         network.register_forward_pre_hook(_begin)
         network.register_forward_hook(_end)
     return network
 
 
-def _check_neurons(network: nn.Module) -> None:
+def _check_neurons(network: nn.Module) -> bool:
+    """Raises ValueError unless `network` has neurons in multi-step mode; tells whether they have a memory."""
     from spikingjelly.activation_based.base import MemoryModule
+
+    from swincompress_pl.models.spiking.multi_spike import MultiSpike
 
     neurons = {name: module for name, module in network.named_modules() if isinstance(module, MemoryModule)}
     if not neurons:
+        if any(isinstance(module, MultiSpike) for module in network.modules()):
+            return False
         raise ValueError(f"{type(network).__name__}: has no neuron of spikingjelly, so it is not a spiking network")
     steps = getattr(network, "T", 1)
     if not isinstance(steps, int) or steps < 1:
@@ -55,12 +60,12 @@ def _check_neurons(network: nn.Module) -> None:
         raise ValueError(
             f"{type(network).__name__}: {single[0]} is in single-step mode; use functional.set_step_mode(network, 'm')"
         )
+    return True
 
 
 def check_spiking(network: nn.Module) -> None:
     """Raises ValueError, naming the remedy, unless `network` spikes, in multi-step mode, and forgets between calls."""
-    _check_neurons(network)
-    if _begin not in network._forward_pre_hooks.values():
+    if _check_neurons(network) and _begin not in network._forward_pre_hooks.values():
         raise ValueError(
             f"{type(network).__name__}: keeps its membrane potentials from one call to the next; make it with "
             "models.create_model, or use models.without_memory(network)"
@@ -71,21 +76,27 @@ def check_spiking(network: nn.Module) -> None:
 def watching_spikes(network: nn.Module) -> Iterator[dict[str, float]]:
     """{neuron layer: spikes per time step and place, 0 to 1}, in the order of a pass, complete when the context ends.
 
-    It counts all calls inside the context, and takes a neuron's output for its spikes.
+    It counts all calls inside the context, and takes a neuron's output for its spikes. A neuron of counts up to D has D
+    time steps.
     """
     from spikingjelly.activation_based.neuron import BaseNode
+
+    from swincompress_pl.models.spiking.multi_spike import MultiSpike
 
     counts: dict[str, tuple[Tensor, int]] = {}
     rates: dict[str, float] = {}
 
-    def count(name: str, output: Tensor) -> None:
+    def count(name: str, output: Tensor, module: nn.Module) -> None:
+        one, steps = (1 / module.norm, module.D) if isinstance(module, MultiSpike) else (1.0, 1)
         spikes, places = counts.get(name, (output.new_zeros((), dtype=torch.float64), 0))
-        counts[name] = spikes + output.detach().double().sum(), places + output.numel()
+        counts[name] = spikes + output.detach().double().sum() / one, places + output.numel() * steps
 
     with ExitStack() as hooks:
         for name, module in network.named_modules():
-            if isinstance(module, BaseNode):
-                handle = module.register_forward_hook(lambda _module, _inputs, output, name=name: count(name, output))
+            if isinstance(module, BaseNode | MultiSpike):
+                handle = module.register_forward_hook(
+                    lambda module, _inputs, output, name=name: count(name, output, module)
+                )
                 hooks.callback(handle.remove)
         yield rates
     rates.update({name: float(spikes) / places for name, (spikes, places) in counts.items()})

@@ -16,17 +16,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from swincompress_pl.quant.graph.graph import Current, FloatArray, Lowering, Run, WeightedNode, parameter, to_array
+from swincompress_pl.quant.graph.graph import (
+    Current,
+    FloatArray,
+    HeldLayer,
+    Lowering,
+    Run,
+    WeightedNode,
+    parameter,
+    to_array,
+)
 from swincompress_pl.quant.graph.neurons import Neuron
-from swincompress_pl.spec.spiking import CURRENT_MAX
+from swincompress_pl.spec.spiking import AS_IT_IS, CURRENT_MAX
 
 FRACTION_BITS_MAX = 8
 # A threshold is a whole number of steps over this, a power of two that is not above the fraction of any layer.
 _THRESHOLD_FRACTION = 8
 # By what factor training may raise a bias, or lift it above the threshold, before the steps need another calibration.
 _BIAS_HEADROOM = 16
-# A multiplier of 2**21 and a shift of 21 leave the accumulator as it is.
-_AS_IT_IS = (2**21, 21)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +42,8 @@ class ConvNormNode(WeightedNode):
 
     `norms` are the paths of the BatchNorms. `rows` is the range of output channels that this node computes, for a layer
     whose parts go different ways (q | k | v). `neuron` is the module of the neurons that read the output as a current,
-    in the unit of the weights; with None, the output has the unit of its own quantizer. `mean` and `std` are those of
+    in the unit of the weights; with None, the output has the unit of its own quantizer. With `counts`, neurons that
+    give counts read it, and the layer's operation is written with them. `mean` and `std` are those of
     the images, for the layer that reads them. `border` is a BatchNorm before a layer without padding, whose input is
     padded by one pixel with the value that the BatchNorm makes of 0. `size` is the (H, W) of the layer's input; with
     None it is that of the images.
@@ -44,6 +52,7 @@ class ConvNormNode(WeightedNode):
     norms: tuple[str, ...]
     rows: tuple[int, int] | None = None
     neuron: str | None = None
+    counts: bool = False
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     border: str | None = None
@@ -240,32 +249,38 @@ class ConvNormNode(WeightedNode):
         return (lowering.graph.height, lowering.graph.width) if self.size is None else self.size
 
     def lower(self, lowering: Lowering) -> None:
-        """Writes a `linear` or a `conv2d` operation."""
+        """Writes a `linear` or a `conv2d` operation, or holds it for the neurons that give counts of it."""
         weight_q, step = lowering.weight(self)
-        network = lowering.network
-        kernel, stride, padding, groups = self.geometry(network)
         source = lowering.graph.spec_of(self.inputs[0])
         unit = step if source is None else step * lowering.scalar_scale(self.inputs[0])
         bias, later = self._bias_map(lowering, weight_q, step), np.zeros(len(unit))
         if self.neuron is not None and bias.ndim == 1:  # the neuron adds it, in finer units
             bias, later = later, bias
         codes = lowering.bias(self, bias, unit)
-        tensors: dict[str, Any] = {"bias": codes}
+        kind, attributes, tensors = self._operation(lowering.network, weight_q)
+        tensors["bias"] = codes
+        if self.counts:
+            lowering.held[self.output] = HeldLayer(
+                node=self, kind=kind, attributes=attributes, tensors=tensors, unit=unit
+            )
+            return
         if self.neuron is not None:
-            mult, shift = np.full(len(unit), _AS_IT_IS[0], np.int32), np.full(len(unit), _AS_IT_IS[1], np.uint8)
+            mult, shift = np.full(len(unit), AS_IT_IS[0], np.int32), np.full(len(unit), AS_IT_IS[1], np.uint8)
             a_max = 255 if source is None else source.q_max
             reach = a_max * np.abs(weight_q.astype(np.int64)).reshape(len(unit), -1).sum(1)
             reach = reach + np.abs(codes.reshape(-1, len(unit)).astype(np.int64)).max(0)
             lowering.currents[self.output] = Current(unit=unit, bias=later, reach=float(reach.max()))
+            factors: dict[str, Any] = {"mult": mult, "shift": shift}
         else:
             factors = lowering.requantization(unit / lowering.scales(self.output))
-            mult, shift = factors["mult"], factors["shift"]
-        tensors |= {"mult": mult, "shift": shift}
+        lowering.emit(self, kind, attributes=attributes, tensors=tensors | factors)
+
+    def _operation(self, network: nn.Module, weight_q: Any) -> tuple[str, dict[str, Any], dict[str, Any]]:
+        """Kind, attributes and weight of the operation."""
+        kernel, stride, padding, groups = self.geometry(network)
+        attributes: dict[str, Any] = {"channels": len(weight_q)}
         if kernel == (1, 1) and stride == (1, 1) and groups == 1 and self.mean is None:
-            tensors["weight"] = weight_q.reshape(len(unit), -1)
-            lowering.emit(self, "linear", attributes={"channels": len(unit)}, tensors=tensors)
-            return
-        tensors["weight"] = np.ascontiguousarray(weight_q.transpose(0, 2, 3, 1))
-        attributes: dict[str, Any] = {"channels": len(unit)} | ({"groups": groups} if groups > 1 else {})
+            return "linear", attributes, {"weight": weight_q.reshape(len(weight_q), -1)}
+        attributes |= {"groups": groups} if groups > 1 else {}
         attributes |= {"kernel": list(kernel), "stride": list(stride), "padding": list(padding)}
-        lowering.emit(self, "conv2d", attributes=attributes, tensors=tensors)
+        return "conv2d", attributes, {"weight": np.ascontiguousarray(weight_q.transpose(0, 2, 3, 1))}

@@ -580,6 +580,20 @@ class Current:
     reach: float
 
 
+@dataclass(frozen=True, kw_only=True)
+class HeldLayer:
+    """A layer that neurons of counts read, before it is written: its results are requantized to counts at once.
+
+    `unit` (M,) is the real value of one step of its accumulators; `tensors` lack those of the requantization.
+    """
+
+    node: Node
+    kind: str
+    attributes: Mapping[str, Any]
+    tensors: Mapping[str, npt.NDArray[Any]]
+    unit: FloatArray
+
+
 @renamed_attributes(shift="centering", site="spec")
 class Lowering:
     """Gathers the operations and tensors of a Program while the nodes of a graph write themselves into it.
@@ -597,6 +611,7 @@ class Lowering:
         self.tensors: dict[str, npt.NDArray[Any]] = {}
         self._shared: dict[tuple[str, tuple[int, ...], bytes], str] = {}
         self.currents: dict[str, Current] = {}
+        self.held: dict[str, HeldLayer] = {}
 
     def segment_scales(self, value: str) -> FloatArray:
         """Returns the scales of a value's segments.
@@ -713,15 +728,16 @@ class Lowering:
         if value in self.currents:
             self.currents[output] = self.currents[value]
 
-    def counted(self, output: str, channels: int, reach: float) -> None:
+    def counted(self, output: str, channels: int, reach: float, unit: float = 1.0) -> None:
         """Notes that a value holds sums of spikes.
 
         Args:
             output: Name of the value.
             channels: Its number of channels.
             reach: The largest sum that can occur.
+            unit: Real value of a sum of 1.
         """
-        self.currents[output] = Current(unit=np.ones(channels), bias=np.zeros(channels), reach=reach)
+        self.currents[output] = Current(unit=np.full(channels, unit), bias=np.zeros(channels), reach=reach)
 
     def bias(self, node: Node, real: FloatArray, unit: FloatArray) -> npt.NDArray[np.int32]:
         """Rounds biases to accumulator steps.

@@ -90,6 +90,24 @@ def require_plain_neuron(name: str, module: nn.Module) -> None:
         )
 
 
+def require_plain_counts(name: str, module: nn.Module) -> None:
+    """Raises an UnsupportedNetworkError for a neuron with other counts than round(clamp(x, 0, D)) / norm."""
+    neuron: Any = module
+    reason = alteration(module)
+    if reason is not None:
+        raise UnsupportedNetworkError(f"{name} is {full_name(type(neuron))}, but {reason}")
+    probes = torch.tensor([-1e6, -0.4, 0.0, 0.4, 0.6, *(n + 0.4 for n in range(1, neuron.D)), neuron.D + 1.0, 1e6])
+    with torch.no_grad():
+        given = neuron(probes) * neuron.norm
+    wanted = probes.clamp(0, neuron.D).round()
+    if not torch.allclose(given, wanted):
+        found, tried = ([round(x, 1) for x in tensor.tolist()] for tensor in (given, probes))
+        raise UnsupportedNetworkError(
+            f"{name} gives {found} spikes for {tried}; counts with an integer form are the input, rounded and clamped "
+            f"to 0 to {neuron.D}"
+        )
+
+
 def spikes(module: nn.Module, neuron: Neuron, currents: Tensor, steps: int, *, repeated: bool) -> Tensor:
     """The spikes (N, T, ...) for currents (N, T, ...), or for currents (N, ...) that are `repeated` at every step.
 

@@ -6,7 +6,7 @@ Values are channels-last: (N, H, W, C) before the first neuron, and (N, T, H, W,
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -99,6 +99,39 @@ class NeuronNode(Node):
 
 
 @dataclass(frozen=True, kw_only=True)
+class CountNode(Node):
+    """The neurons at `module`, which give counts of 0 to `largest` spikes, divided by `norm`.
+
+    Their input is multiplied by `gain`, as in `NeuronNode`. Floats round halves to even, as the published network does,
+    and the integers round them up; a current is a whole number of halves of the threshold only by chance.
+    """
+
+    module: str
+    largest: int
+    norm: int
+    gain: float = 1.0
+
+    def forward(self, run: Run, *inputs: Tensor) -> Tensor:
+        """Maps values of any shape to counts over `norm`."""
+        currents = inputs[0] if self.gain == 1.0 else inputs[0] * self.gain
+        counts: Tensor = run.network.get_submodule(self.module)(currents)
+        return counts
+
+    def lower(self, lowering: Lowering) -> None:
+        """Writes the layer that they read with its results as counts, or else a `requantize` operation."""
+        bound, one = {"largest": self.largest}, self.norm * lowering.scales(self.output)
+        layer = lowering.held.pop(self.inputs[0], None)
+        if layer is not None:
+            factors = lowering.requantization(layer.unit * self.gain / one)
+            node = replace(layer.node, output=self.output)
+            tensors = {**layer.tensors, **factors}
+            lowering.emit(node, layer.kind, attributes={**layer.attributes, **bound}, tensors=tensors)
+            return
+        unit = lowering.current(self.inputs[0]).unit
+        lowering.emit(self, "requantize", attributes=bound, tensors=lowering.requantization(unit * self.gain / one))
+
+
+@dataclass(frozen=True, kw_only=True)
 class MaxPoolNode(Node):
     """The nn.MaxPool2d at `module`, on currents, streams or spikes."""
 
@@ -135,10 +168,10 @@ class SpikeAttentionNode(Node):
     tokens: int
 
     def forward(self, run: Run, *inputs: Tensor) -> Tensor:
-        """Maps q, k and v, each (N, T, ..., C), to counts of the shape of v."""
+        """Maps q, k and v, each (N, T, ..., C), or (N, ..., C) if neurons give counts, to counts of the shape of v."""
         module: Any = run.network.get_submodule(self.module)
         heads, shape = int(module.num_heads), inputs[2].shape
-        q, k, v = (x.reshape(*x.shape[:2], -1, heads, x.shape[-1] // heads).transpose(2, 3) for x in inputs)
+        q, k, v = (x.reshape(len(x), self.steps, -1, heads, x.shape[-1] // heads).transpose(2, 3) for x in inputs)
         attended: Tensor = (q @ (k.transpose(-2, -1) @ v)).transpose(2, 3).reshape(shape)
         return attended
 
@@ -146,7 +179,8 @@ class SpikeAttentionNode(Node):
         """Writes a `spike_attention` operation."""
         heads: Any = lowering.network.get_submodule(self.module).num_heads
         q, v = lowering.spec(self.inputs[0]), lowering.spec(self.inputs[2])
-        lowering.counted(self.output, v.channels, reach=self.tokens * q.channels / heads)
+        unit = math.prod(lowering.scalar_scale(value) for value in self.inputs)
+        lowering.counted(self.output, v.channels, reach=self.tokens * q.channels / heads, unit=unit)
         lowering.emit(self, "spike_attention", attributes={"windows": self.steps, "heads": int(heads)})
 
 
@@ -163,10 +197,10 @@ class BlockSumNode(Node):
     groups: int
 
     def forward(self, run: Run, *inputs: Tensor) -> Tensor:
-        """Maps (N, T, H, W, C) to (N, T, 1, 1, C), or to (N, T, H, W, groups)."""
+        """Maps (N, T, H, W, C) to (N, T, 1, 1, C), or to (N, T, H, W, groups); T may be missing."""
         x = inputs[0]
         if self.over == "tokens":
-            return x.sum(dim=(2, 3), keepdim=True)
+            return x.sum(dim=(-3, -2), keepdim=True)
         by_head: Tensor = x.unflatten(-1, (self.groups, -1)).sum(-1)
         return by_head
 
