@@ -179,16 +179,20 @@ def spike_counts(
 ) -> Counts:
     """(spikes, places, synaptic operations) of operation `number`, from its values in `seen`, as the engine counts."""
     op = program.operations[number]
-    if op.kind == "lif":
-        return int(seen[op.output].sum()), seen[op.output].size, 0
+    spikes = places = 0
+    counts = "largest" in op.attributes and op.kind != "integrate"
+    if counts or op.kind in ("lif", "fire"):
+        spikes = int(seen[op.output].sum())
+        places = seen[op.output].size * (op.attributes["largest"] if counts else 1)
     if not _reads_spikes(op, values):
-        return 0, 0, 0
+        return spikes, places, 0
     ones = {"weight": np.ones_like(program.tensors[op.tensors["weight"]])}
     ones |= {"bias": np.zeros(values[op.output].channels, np.int32)}
     ones |= {"mult": np.full(values[op.output].channels, 2**21, np.int32)}
     ones |= {"shift": np.full(values[op.output].channels, 21, np.uint8)}
-    counted = KINDS[op.kind].run([seen[op.inputs[0]]], ones, op.attributes, "int32")
-    return 0, 0, int(counted.astype(np.int64).sum())
+    attributes = {key: value for key, value in op.attributes.items() if key != "largest"}
+    counted = KINDS[op.kind].run([seen[op.inputs[0]]], ones, attributes, "int32")
+    return spikes, places, int(counted.astype(np.int64).sum())
 
 
 def profile_of(

@@ -23,7 +23,9 @@ Size sum(const std::uint8_t* x, Size count) {
 
 SpikeCounter::SpikeCounter(const OperationView& view) {
     const std::string& kind = view.operation().kind;
-    if (kind == "lif") places_ = view.output().elements();
+    const bool counts = kind != "integrate" && view.operation().attributes.count("largest") != 0;
+    if (kind == "lif" || kind == "fire" || counts) places_ = view.output().elements();
+    if (counts) steps_ = view.output().largest;
     if (kind != "linear" && kind != "conv2d") return;
     const Value& x = view.input(0);
     if (x.type() != Type::uint8 || x.largest >= 255) return;  // pixels or other numbers
@@ -37,8 +39,9 @@ SpikeCounter::SpikeCounter(const OperationView& view) {
 SpikeCounts SpikeCounter::count(const Work& work) const {
     SpikeCounts found;
     if (places_ != 0) {
-        found.places = work.images * places_;
-        found.spikes = sum(reinterpret_cast<const std::uint8_t*>(work.output), found.places);
+        const Size values = work.images * places_;
+        found.places = values * steps_;
+        found.spikes = sum(reinterpret_cast<const std::uint8_t*>(work.output), values);
     }
     if (fan_out_ != 0)
         found.operations =

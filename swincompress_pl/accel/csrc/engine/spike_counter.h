@@ -5,7 +5,8 @@
 
 namespace swincompress {
 
-// `spikes` were written by neurons at `places`. `operations` are synaptic; a count of k is k additions per output.
+// `spikes` were written by neurons at `places`; neurons of counts up to D have D places each. `operations` are
+// synaptic; a count of k is k additions per output.
 struct SpikeCounts {
     Size spikes = 0, places = 0, operations = 0;
 
@@ -28,6 +29,7 @@ private:
     Size window_operations(const std::uint8_t* x, Size images) const;
 
     Size places_ = 0;      // of a neuron's output
+    Size steps_ = 1;       // time steps that a place of it stands for, where neurons give counts
     WindowCall window_{};  // of a layer over spikes or counts
     Size fan_out_ = 0;     // 0: no such layer
     Size frames_ = 1;      // images or time steps that the windows slide over

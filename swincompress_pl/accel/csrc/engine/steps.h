@@ -58,6 +58,8 @@ std::unique_ptr<Step> make_block_sum(const OperationView& view, const Kernels& k
 std::unique_ptr<Step> make_multiply(const OperationView& view, const Kernels& kernels);
 std::unique_ptr<Step> make_spike_attention(const OperationView& view, const Kernels& kernels);
 std::unique_ptr<Step> make_requantize(const OperationView& view, const Kernels& kernels);
+std::unique_ptr<Step> make_integrate(const OperationView& view, const Kernels& kernels);
+std::unique_ptr<Step> make_fire(const OperationView& view, const Kernels& kernels);
 
 // How a kernel slides over images (height, width, channels), with time steps or without.
 struct WindowShape {

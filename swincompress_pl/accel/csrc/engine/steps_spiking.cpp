@@ -189,6 +189,75 @@ private:
     const Kernels& kernels_;
 };
 
+// The tensors of a requantization, which a step owns.
+struct Factors {
+    Factors(const OperationView& view, Size channels)
+        : mult(copied(view.elements<std::int32_t>("mult"), channels)),
+          shift(copied(view.elements<std::uint8_t>("shift"), channels)) {}
+
+    std::vector<std::int32_t> mult;
+    std::vector<std::uint8_t> shift;
+};
+
+class IntegrateStep : public Step {
+public:
+    IntegrateStep(const OperationView& view, const IntegrateCall& call, const Kernels& kernels)
+        : call_(call),
+          bias_(copied(view.elements<std::int32_t>("bias"), call.channels)),
+          factors_(view, call.channels),
+          kernels_(kernels) {
+        call_.bias = bias_.data();
+        call_.mult = factors_.mult.data();
+        call_.shift = factors_.shift.data();
+    }
+
+    void run(const Work& work) const override {
+        IntegrateCall call = call_;
+        const Range range = share(call.rows, 1, work.part, work.parts);
+        const Size image = call.rows * call.channels;
+        call.first_row = range.first;
+        call.last_row = range.last;
+        for (Size number = 0; number < work.images; ++number) {
+            call.x = work.inputs[0] + number * call.steps * image * type_bytes(call.input);
+            call.y = work.output + number * image * type_bytes(call.output);
+            kernels_.integrate(call);
+        }
+    }
+
+private:
+    IntegrateCall call_;
+    std::vector<std::int32_t> bias_;
+    Factors factors_;
+    const Kernels& kernels_;
+};
+
+class FireStep : public Step {
+public:
+    FireStep(const OperationView& view, const FireCall& call, const Kernels& kernels)
+        : call_(call), factors_(view, call.channels), kernels_(kernels) {
+        call_.mult = factors_.mult.data();
+        call_.shift = factors_.shift.data();
+    }
+
+    void run(const Work& work) const override {
+        FireCall call = call_;
+        const Range range = share(call.rows, 1, work.part, work.parts);
+        const Size image = call.rows * call.channels;
+        call.first_row = range.first;
+        call.last_row = range.last;
+        for (Size number = 0; number < work.images; ++number) {
+            call.x = reinterpret_cast<const std::int32_t*>(work.inputs[0]) + number * image;
+            call.y = reinterpret_cast<std::uint8_t*>(work.output) + number * call.steps * image;
+            kernels_.fire(call);
+        }
+    }
+
+private:
+    FireCall call_;
+    Factors factors_;
+    const Kernels& kernels_;
+};
+
 }  // namespace
 
 // Windows over the images of all time steps.
@@ -249,6 +318,7 @@ std::unique_ptr<Step> make_grouped_conv2d(const OperationView& view, const Linea
     grouped.bias_map = layer.bias_rows > 1;
     grouped.mult = layer.mult;
     grouped.shift = layer.shift;
+    grouped.result_largest = layer.result_largest;
     return std::make_unique<GroupedConvStep>(grouped, window_call(view, shape, layer.channels), view.output().rows(),
                                              kernels);
 }
@@ -295,7 +365,27 @@ std::unique_ptr<Step> make_requantize(const OperationView& view, const Kernels& 
     call.channels = x.channels();
     call.mult = view.elements<std::int32_t>("mult");
     call.shift = view.elements<std::uint8_t>("shift");
+    call.result_largest = call.output == Type::uint8 ? view.output().largest : 255;
     return std::make_unique<RequantizeStep>(call, kernels);
+}
+
+std::unique_ptr<Step> make_integrate(const OperationView& view, const Kernels& kernels) {
+    IntegrateCall call{};
+    call.input = view.input(0).type();
+    call.output = view.output().type();
+    call.steps = view.attribute("steps");
+    call.rows = view.output().rows();
+    call.channels = view.output().channels();
+    call.result_largest = call.output == Type::uint8 ? view.output().largest : 255;
+    return std::make_unique<IntegrateStep>(view, call, kernels);
+}
+
+std::unique_ptr<Step> make_fire(const OperationView& view, const Kernels& kernels) {
+    FireCall call{};
+    call.steps = view.attribute("steps");
+    call.rows = view.input(0).rows();
+    call.channels = view.input(0).channels();
+    return std::make_unique<FireStep>(view, call, kernels);
 }
 
 }  // namespace swincompress

@@ -21,6 +21,7 @@ struct LinearLayer {
     Type input;                 // int8 or uint8
     Type output;                // int8, uint8, int16 or int32
     Size largest;               // the largest uint8 input
+    Size result_largest;        // uint8 results saturate at it; 255 otherwise
     Size block_bytes;           // of a second-level cache for inputs and results of rows that run together
     const std::int8_t* weight;  // (channels, depth), in [-127, 127]
     const std::int32_t* bias;   // (bias_rows, channels)
@@ -129,6 +130,7 @@ struct GroupedConvolution {
     bool bias_map;
     const std::int32_t* mult;
     const std::uint8_t* shift;
+    Size result_largest;  // as in LinearLayer
 };
 
 // y[r, c] = sum of x over `rows_joined` rows and `channels_joined` channels; output rows [first_row, last_row).
@@ -167,6 +169,32 @@ struct RequantizeCall {
     Size rows, channels;
     const std::int32_t* mult;
     const std::uint8_t* shift;
+    Size result_largest;  // as in LinearLayer
+};
+
+// y[r, c] = requantize(sum of x[t, r, c] over `steps` <= 255 time steps + bias[c]); rows [first_row, last_row) of one
+// image. The sum stays below 2^39 + 2^31, and its product with mult below 2^62.
+struct IntegrateCall {
+    const void* x;  // (steps, rows, channels) uint8 or int32
+    void* y;        // (rows, channels)
+    Type input, output;
+    Size steps, rows, channels;
+    const std::int32_t* bias;
+    const std::int32_t* mult;
+    const std::uint8_t* shift;
+    Size result_largest;  // as in LinearLayer
+    Size first_row, last_row;
+};
+
+// Neurons without leak that are charged once: y[t, r, c] = requantize(x[r, c]) > t, for `steps` <= 255 time steps; rows
+// [first_row, last_row) of one image.
+struct FireCall {
+    const std::int32_t* x;  // (rows, channels)
+    std::uint8_t* y;        // (steps, rows, channels), 0 or 1
+    Size steps, rows, channels;
+    const std::int32_t* mult;
+    const std::uint8_t* shift;
+    Size first_row, last_row;
 };
 
 // y = 255 * softmax(x) over the channels, whose differences mult / 2^shift turns into 32nds of an octave.
@@ -217,6 +245,8 @@ struct Kernels {
     void (*multiply)(const MultiplyCall&);
     void (*spike_attention)(const SpikeAttentionCall&);
     void (*requantize)(const RequantizeCall&);
+    void (*integrate)(const IntegrateCall&);
+    void (*fire)(const FireCall&);
 
     // Runs `rounds` of the products of `linear` on operands in registers (for `scalar`, in the first-level cache), and
     // returns the number of multiply-accumulates. Their rate is the upper limit of a layer's.

@@ -51,6 +51,15 @@ Value Call::output(std::vector<Size> shape, std::initializer_list<Type> types) c
     return {operation_.output, std::move(shape), operation_.output.limit};
 }
 
+Value Call::bounded(std::vector<Size> shape, std::initializer_list<Type> types) {
+    Value value = output(std::move(shape), types);
+    if (operation_.attributes.count("largest") == 0) return value;
+    require(value.type() == Type::uint8,
+            "output is " + value.declared.name() + "; attribute largest is for uint1 to uint8");
+    value.largest = integer("largest", 1, value.declared.limit);
+    return value;
+}
+
 Value Call::selection(std::vector<Size> shape, const Value& x) const {
     require(operation_.output == x.declared,
             "output is " + operation_.output.name() + "; it must be " + x.declared.name() + " as the input");

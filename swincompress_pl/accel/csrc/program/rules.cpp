@@ -25,7 +25,7 @@ Value check_linear(Call& call) {
     call.requantization(channels);
     std::vector<Size> shape = x.shape;
     shape.back() = channels;
-    return call.output(shape, {Type::int8, Type::uint8, Type::int16, Type::int32});
+    return call.bounded(shape, {Type::int8, Type::uint8, Type::int16, Type::int32});
 }
 
 Value check_conv2d(Call& call) {
@@ -42,7 +42,7 @@ Value check_conv2d(Call& call) {
     call.requantization(channels);
     std::vector<Size> shape(x.shape.begin(), x.shape.end() - 3);
     shape.insert(shape.end(), map.begin(), map.end());
-    return call.output(shape, {Type::int8, Type::uint8, Type::int16, Type::int32});
+    return call.bounded(shape, {Type::int8, Type::uint8, Type::int16, Type::int32});
 }
 
 Value check_layer_norm(Call& call) {
@@ -162,8 +162,9 @@ void require_engine_types(const Call& call, const std::vector<Value>& inputs) {
     for (const Value& input : inputs)
         if (input.declared.narrow() && input.type() != Type::uint8) refuse(input.declared);
     if (!operation.output.narrow()) return;
-    for (const char* exact : {"add", "block_sum", "gather", "lif", "max_pool", "multiply"})
-        if (operation.kind == exact && operation.output.type == Type::uint8) return;
+    for (const char* runs : {"add", "block_sum", "gather", "lif", "max_pool", "multiply", "fire", "integrate", "linear",
+                             "conv2d", "requantize"})
+        if (operation.kind == runs && operation.output.type == Type::uint8) return;
     refuse(operation.output);
 }
 
@@ -194,6 +195,8 @@ const std::map<std::string, Kind>& kinds() {
         {"multiply", {2, check_multiply}},
         {"spike_attention", {3, check_spike_attention}},
         {"requantize", {1, check_requantize}},
+        {"integrate", {1, check_integrate}},
+        {"fire", {1, check_fire}},
     };
     return known;
 }

@@ -25,6 +25,8 @@ public:
     const Value& source(std::size_t number, std::initializer_list<Type> types) const;
     // An output of this shape that saturates to its type, one of these in full width.
     Value output(std::vector<Size> shape, std::initializer_list<Type> types) const;
+    // The same, which saturates at the attribute "largest" if it has no sign and there is one; narrow types as well.
+    Value bounded(std::vector<Size> shape, std::initializer_list<Type> types);
     // An output of the type of `x`, whose elements are some of those of `x`.
     Value selection(std::vector<Size> shape, const Value& x) const;
     // An output of sums of spikes that do not exceed `reach`, of type uint1 to uint8 or one of `types`.
@@ -63,6 +65,8 @@ Value check_block_sum(Call& call);
 Value check_multiply(Call& call);
 Value check_spike_attention(Call& call);
 Value check_requantize(Call& call);
+Value check_integrate(Call& call);
+Value check_fire(Call& call);
 
 constexpr std::int64_t kInt32Max = 2147483647;
 

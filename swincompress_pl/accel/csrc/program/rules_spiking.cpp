@@ -4,6 +4,7 @@ namespace swincompress {
 namespace {
 
 constexpr Size kCurrentMax = Size{1} << 27, kThresholdMax = Size{1} << 28;
+constexpr Size kStepsMax = 255;  // binary time steps that stand for a count
 
 }  // namespace
 
@@ -79,7 +80,28 @@ Value check_spike_attention(Call& call) {
 Value check_requantize(Call& call) {
     const Value& x = call.source(0, {Type::int16, Type::int32});
     call.requantization(x.channels());
-    return call.output(x.shape, {Type::int8, Type::uint8, Type::int16, Type::int32});
+    return call.bounded(x.shape, {Type::int8, Type::uint8, Type::int16, Type::int32});
+}
+
+Value check_integrate(Call& call) {
+    const Value& x = call.source(0, {Type::uint8, Type::int32});
+    const Size steps = call.integer("steps", 1, kStepsMax);
+    call.require(
+        x.shape.size() > 1 && x.shape[0] == steps,
+        "input has shape " + shape_text(x.shape) + "; its first axis must have " + std::to_string(steps) + " steps");
+    call.elements<std::int32_t>("bias", {x.channels()}, -kInt32Max - 1, kInt32Max);
+    call.requantization(x.channels());
+    return call.bounded({x.shape.begin() + 1, x.shape.end()}, {Type::int8, Type::uint8, Type::int16, Type::int32});
+}
+
+Value check_fire(Call& call) {
+    const Value& x = call.source(0, {Type::int32});
+    std::vector<Size> shape = x.shape;
+    shape.insert(shape.begin(), call.integer("steps", 1, kStepsMax));
+    call.requantization(x.channels());
+    const ValueType spikes{Type::uint8, 1};
+    call.require(call.operation().output == spikes, "output is " + call.operation().output.name());
+    return call.counts(shape, "a spike", 1);
 }
 
 }  // namespace swincompress

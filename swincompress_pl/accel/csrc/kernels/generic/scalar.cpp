@@ -23,6 +23,7 @@ namespace {
 struct PackedLinear {
     Size channels, depth, bias_rows;
     Type input, output;
+    Size result_largest;
     Size weight_at, bias_at, mult_at, shift_at, bytes;
 };
 
@@ -33,6 +34,7 @@ PackedLinear layout(const LinearLayer& layer) {
     packed.bias_rows = layer.bias_rows;
     packed.input = layer.input;
     packed.output = layer.output;
+    packed.result_largest = layer.result_largest;
     packed.weight_at = round_up(static_cast<Size>(sizeof(PackedLinear)), 64);
     packed.bias_at = packed.weight_at + round_up(layer.channels * layer.depth, 64);
     packed.mult_at = packed.bias_at + round_up(layer.bias_rows * layer.channels * 4, 64);
@@ -81,7 +83,7 @@ void linear(const LinearCall& call) {
     with_one_of<Type::int8, Type::uint8>(packed.input, [&](auto in) {
         with_type(packed.output, [&](auto out) { linear_rows<in.type, out.type>(call); });
     });
-    finish_rows(call, packed.output, packed.channels, 0, call.rows);
+    finish_rows(call, packed.output, packed.channels, packed.result_largest, 0, call.rows);
 }
 
 Size peak_products(Size rounds) {
