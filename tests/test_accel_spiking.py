@@ -247,10 +247,16 @@ def test_the_description_says_what_goes_in() -> None:
         Program.from_description(changed, images.tensors)
 
 
-def test_narrow_results_that_would_saturate_are_refused_by_the_engine() -> None:
-    program = spiking_program()
-    operations = tuple(replace(op, dtype="uint4") if op.kind == "requantize" else op for op in program.operations)
-    narrow = replace(program, operations=operations)
-    run(narrow, np.zeros((1, 8, 8, 3), np.uint8))
-    with pytest.raises(ProgramError, match=r"requantize.*type uint4; the C\+\+ engine runs"):
-        accel.Engine(narrow)
+def test_narrow_results_saturate_unless_they_have_a_sign() -> None:
+    program, images = spiking_program(), np.full((1, 8, 8, 3), 255, np.uint8)
+
+    def with_type(dtype: str) -> Program:
+        changed = (replace(op, dtype=dtype) if op.kind == "requantize" else op for op in program.operations)
+        return replace(program, operations=tuple(changed))
+
+    narrow = with_type("uint4")
+    assert np.array_equal(accel.Engine(narrow).run_integer(images), run(narrow, images))
+    signed = with_type("int4")
+    run(signed, images)
+    with pytest.raises(ProgramError, match=r"requantize.*type int4; the C\+\+ engine runs"):
+        accel.Engine(signed)

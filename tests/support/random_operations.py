@@ -102,16 +102,23 @@ def weighted(
     return {"weight": weight, "bias": bias.astype(np.int32), "mult": mult, "shift": shift}
 
 
+def bounded(rng: np.random.Generator, *dtypes: str) -> tuple[str, dict[str, Any]]:
+    """The type of a result, and the attribute of those that saturate below the limit of theirs."""
+    dtype = pick(rng, list(dtypes))
+    return dtype, {"largest": int(rng.integers(1, 255))} if dtype == "uint8" and rng.integers(2) else {}
+
+
 def linear_case(rng: np.random.Generator) -> Case:
     depth = pick(rng, DEEP)
     sizes = MEDIUM if depth < 300 else SMALL
     channels, rows, x_dtype = pick(rng, MEDIUM), pick(rng, sizes), pick(rng, ["int8", "uint8"])
     shape = (depth,) if rng.integers(4) == 0 else (rows, depth)
+    dtype, attributes = bounded(rng, "int8", "int8", "uint8", "int16", "int32")
     return Case(
         kind="linear",
-        dtype=pick(rng, ["int8", "int8", "uint8", "int16", "int32"]),
+        dtype=dtype,
         arrays=(values(rng, x_dtype, (int(rng.integers(1, 4)), *shape)),),
-        attributes={"channels": channels},
+        attributes={"channels": channels, **attributes},
         tensors=weighted(rng, x_dtype, (channels, depth), (channels,)),
     )
 
@@ -124,11 +131,12 @@ def conv2d_case(rng: np.random.Generator) -> Case:
     in_channels, channels, x_dtype = pick(rng, SMALL), pick(rng, MEDIUM), pick(rng, ["int8", "uint8"])
     out = [(s + 2 * p - k) // t + 1 for s, p, k, t in zip((height, width), padding, kernel, stride, strict=True)]
     bias_shape = (*out, channels) if rng.integers(2) else (channels,)
+    dtype, attributes = bounded(rng, "int8", "uint8", "int16", "int32")
     return Case(
         kind="conv2d",
-        dtype=pick(rng, ["int8", "uint8", "int16", "int32"]),
+        dtype=dtype,
         arrays=(values(rng, x_dtype, (int(rng.integers(1, 4)), height, width, in_channels)),),
-        attributes={"channels": channels, "kernel": kernel, "stride": stride, "padding": padding},
+        attributes={"channels": channels, "kernel": kernel, "stride": stride, "padding": padding, **attributes},
         tensors=weighted(rng, x_dtype, (channels, *kernel, in_channels), bias_shape),
     )
 

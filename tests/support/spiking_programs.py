@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from support.program_cases import integers, requantization, weights
-from swincompress_pl.spec import InputDescription, Operation, Program, Value
+from swincompress_pl.spec import InputDescription, Operation, Program, Value, multiplier
 from swincompress_pl.spec.integer import LIMITS
 from swincompress_pl.spec.kinds import KINDS
 from swincompress_pl.spec.spiking import CURRENT_MAX, THRESHOLD_MAX
@@ -59,6 +59,14 @@ def _pick(rng: np.random.Generator, *choices: Any) -> Any:
 
 def _spikes(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
     return (rng.random(shape) < _pick(rng, 0.05, 0.3, 1.0)).astype(np.uint8)
+
+
+def _bounded(rng: np.random.Generator, *dtypes: str) -> tuple[str, dict[str, int]]:
+    """The type of a result, and the attribute of those that saturate below the limit of theirs."""
+    dtype = str(_pick(rng, *dtypes, "uint8", "uint3", "uint5"))
+    if not dtype.startswith("uint") or rng.integers(2):
+        return dtype, {}
+    return dtype, {"largest": int(rng.integers(1, LIMITS[dtype][1] + 1))}
 
 
 def lif_case(rng: np.random.Generator) -> SpikingCase:
@@ -150,11 +158,13 @@ def spike_attention_case(rng: np.random.Generator) -> SpikingCase:
 def requantize_case(rng: np.random.Generator) -> SpikingCase:
     channels, source = int(_pick(rng, 1, 5, 33)), str(_pick(rng, "int16", "int32"))
     x = integers(rng, source, (2, int(_pick(rng, 1, 7, 20)), channels))
+    dtype, attributes = _bounded(rng, "int8", "int16", "int32")
     return SpikingCase(
         kind="requantize",
-        dtype=str(_pick(rng, "int8", "uint8", "int16", "int32")),
+        dtype=dtype,
         dtypes=(source,),
         arrays=(x,),
+        attributes=attributes,
         tensors=requantization(rng, channels, LIMITS[source][1]),
     )
 
@@ -171,12 +181,14 @@ def grouped_conv_case(rng: np.random.Generator) -> SpikingCase:
     m = groups * outputs
     out = [(s + 2 * p - k) // t + 1 for s, p, k, t in zip(size, padding, kernel, stride, strict=True)]
     bias_shape = (*out, m) if rng.integers(2) else (m,)
+    result, attributes = _bounded(rng, "int8", "int16", "int32")
+    attributes |= {"channels": m, "groups": groups}
     return SpikingCase(
         kind="conv2d",
-        dtype=str(_pick(rng, "int8", "uint8", "int16", "int32")),
+        dtype=result,
         dtypes=(dtype,),
         arrays=(integers(rng, dtype, (2, *steps, *size, groups * depth)),),
-        attributes={"channels": m, "groups": groups, "kernel": kernel, "stride": stride, "padding": padding},
+        attributes={**attributes, "kernel": kernel, "stride": stride, "padding": padding},
         tensors={
             "weight": weights(rng, (m, *kernel, depth), corners=False),
             "bias": rng.integers(-(2**14), 2**14, bias_shape).astype(np.int32),
@@ -196,12 +208,13 @@ def spike_linear_case(rng: np.random.Generator) -> SpikingCase:
     rate = float(_pick(rng, 0.0, 0.1, 0.6, 1.0))
     counts = np.full((2, rows, k), largest) if rate == 1 else rng.integers(1, largest + 1, (2, rows, k))
     x = np.where(rng.random((2, rows, k)) < rate, counts, 0)
+    dtype, attributes = _bounded(rng, "int8", "int16", "int32")
     return SpikingCase(
         kind="linear",
-        dtype=str(_pick(rng, "int8", "uint8", "int16", "int32")),
+        dtype=dtype,
         dtypes=(f"uint{largest.bit_length()}",),
         arrays=(x.astype(np.uint8),),
-        attributes={"channels": m},
+        attributes={"channels": m, **attributes},
         tensors={
             "weight": weights(rng, (m, k), corners=bool(rng.integers(2))),
             "bias": rng.integers(-(2**14), 2**14, m).astype(np.int32),
@@ -226,9 +239,50 @@ def add_case(rng: np.random.Generator) -> SpikingCase:
     return SpikingCase(kind="add", dtype=dtypes[2], dtypes=dtypes[:2], arrays=(a, b))
 
 
+def integrate_case(rng: np.random.Generator) -> SpikingCase:
+    """Sums over time of spikes, counts and accumulators, up to the largest that these can be."""
+    steps, channels, source = int(_pick(rng, 1, 4, 9, 255)), int(_pick(rng, 1, 5, 33, 70)), _pick(rng, "uint1", "int32")
+    rows = _pick(rng, (), (5,), (3, 4))
+    dtype, attributes = _bounded(rng, "int8", "int16", "int32")
+    limit = int(_pick(rng, 0, 1000, 2**31 - 1))
+    return SpikingCase(
+        kind="integrate",
+        dtype=dtype,
+        dtypes=(source,),
+        arrays=(integers(rng, source, (2, steps, *rows, channels), corners=bool(rng.integers(2))),),
+        attributes={"steps": steps, **attributes},
+        tensors={
+            "bias": rng.integers(-limit, limit + 1, channels).astype(np.int32),
+            **requantization(rng, channels, LIMITS[source][1]),
+        },
+    )
+
+
+def fire_case(rng: np.random.Generator) -> SpikingCase:
+    """Neurons that are charged once, from currents of no spike to those of more than there are steps."""
+    steps, channels, reach = (
+        int(_pick(rng, 1, 4, 9, 255)),
+        int(_pick(rng, 1, 5, 33, 70)),
+        10 ** int(rng.integers(1, 10)),
+    )
+    rows = _pick(rng, (), (5,), (3, 4))
+    factors = requantization(rng, channels, reach)
+    if rng.integers(2):  # so that a current of `reach` is about one count more than there are steps
+        mult, shift = multiplier(np.full(channels, (steps + 1) / reach))
+        factors = {"mult": mult, "shift": shift}
+    return SpikingCase(
+        kind="fire",
+        dtype="uint1",
+        dtypes=("int32",),
+        arrays=(rng.integers(-reach, reach + 1, (2, *rows, channels)).astype(np.int32),),
+        attributes={"steps": steps},
+        tensors=factors,
+    )
+
+
 SPIKING_MAKERS = (
     lif_case, max_pool_case, block_sum_case, multiply_case, spike_attention_case, requantize_case, grouped_conv_case,
-    spike_linear_case, add_case,
+    spike_linear_case, add_case, integrate_case, fire_case,
 )  # fmt: skip
 
 
