@@ -15,7 +15,7 @@ from swincompress_pl.pruning import PruningPlan, apply_plan
 from swincompress_pl.quant import quantize
 from swincompress_pl.registry import adapter_for
 
-from ..primesvt.subjects import SUBJECTS, Subject
+from ..primesvt.subjects import BINARY, Subject
 
 _HALF = {"mean": [0.5] * 3, "std": [0.5] * 3}
 _SWIN: dict[str, Any] = {
@@ -84,7 +84,7 @@ NETWORKS: dict[str, Callable[[], spec.Program]] = {
     "Swin, 60 % of the weights masked": lambda: _program(_masked()),
     "Spike-driven Transformer, events": _events,
     "Swin, weights of 4 bits": lambda: _program(_fresh("SwinTransformer", **_SWIN), bits="W4A8"),
-    **{f"{name}, trained": (lambda subject=subject: _trained(subject)) for name, subject in SUBJECTS.items()},
+    **{f"{name}, trained": (lambda subject=subject: _trained(subject)) for name, subject in BINARY.items()},
 }
 
 

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from swincompress_pl.pruning.prime.config import current_settings
 
 from ..primesvt import report
-from ..primesvt.subjects import SUBJECTS
+from ..primesvt.subjects import BINARY
 from .sources import Sources, result_of
 from .spiking import TITLES, int8_percent, networks, percent
 from .text import command, details, document, picture, places, table
@@ -48,7 +48,7 @@ def page(sources: Sources) -> str:
             *report.sections(results),
             "## Plots of the searches",
             "Those of the job `group` of each network.",
-            *(_plots(subject) for subject in SUBJECTS),
+            *(_plots(subject) for subject in BINARY),
         ]
     )
 
@@ -64,9 +64,9 @@ def _single_shot(sources: Sources) -> list[str]:
             _shot(result_of(results, f"{name}-{_PAPER}")),
             f"{int8_percent(sources.spiking, name):.2f} %",
         ]
-        for name in SUBJECTS
+        for name in BINARY
     ]
-    shots = [result_of(results, f"{name}-{job}") for name in SUBJECTS for job in (COMPENSATED, _DEFAULT, _PAPER)]
+    shots = [result_of(results, f"{name}-{job}") for name in BINARY for job in (COMPENSATED, _DEFAULT, _PAPER)]
     header = [
         "network", "float", "removed, the rest solved again", "removed, defaults", "zeros, the paper's policy",
         "int8, unpruned",
@@ -93,8 +93,8 @@ def _shot(entry: Mapping[str, Any]) -> str:
 
 def _corrected(results: Mapping[str, Any]) -> str:
     """What the same points buy where batch normalization is corrected while searching."""
-    found = {name: results[f"{name}-{_CORRECTED}"] for name in SUBJECTS if f"{name}-{_CORRECTED}" in results}
-    missing = [TITLES[name] for name in SUBJECTS if name not in found]
+    found = {name: results[f"{name}-{_CORRECTED}"] for name in BINARY if f"{name}-{_CORRECTED}" in results}
+    missing = [TITLES[name] for name in BINARY if name not in found]
     parts = []
     for name, entry in found.items():
         tuned = f"; {percent(entry['tuned']):.2f} % after fine-tuning" if "tuned" in entry else ""
@@ -115,9 +115,9 @@ def _fine_tuned(sources: Sources) -> list[str]:
             f"{int8_percent(spiking, name, tuned=True):.2f} %",
             f"{int8_percent(spiking, name, 'W4A8', tuned=True):.2f} %",
         ]
-        for name in SUBJECTS
+        for name in BINARY
     ]
-    epochs = result_of(results, f"{next(iter(SUBJECTS))}-control")["tuned"]["epochs"]
+    epochs = result_of(results, f"{next(iter(BINARY))}-control")["tuned"]["epochs"]
     header = [
         "network", "control", 'removed (`"structured"`)', 'zeros (`"filter"`)', "int8, unpruned", "4-bit weights, "
         "unpruned",
@@ -185,7 +185,7 @@ def _beyond(results: Mapping[str, Any]) -> str:
 def _close(results: Mapping[str, Any]) -> str:
     """The zeros within a tighter bar, where they are fewer than within the wider one."""
     parts = []
-    for subject in SUBJECTS:
+    for subject in BINARY:
         name, entry = _best(results, subject, "filter", _CLOSE)
         if name == _best(results, subject, "filter", _WITHIN)[0]:
             continue
@@ -223,7 +223,7 @@ def _draw(sources: Sources, theme: Theme) -> Figure:
         (_PAPER, theme.others, 0.27, "zeros, the paper's policy"),
     )
     for job, color, shift, label in bars:
-        entries = [result_of(sources.primesvt, f"{name}-{job}") for name in SUBJECTS]
+        entries = [result_of(sources.primesvt, f"{name}-{job}") for name in BINARY]
         values = [100 * entry["search"]["applied"]["saving"] for entry in entries]
         places = [place + shift for place in range(len(entries))]
         axes.barh(places, values, height=0.25, color=color, label=label)
@@ -231,10 +231,8 @@ def _draw(sources: Sources, theme: Theme) -> Figure:
             lost = percent(entry["given"]) - percent(entry["single_shot"])
             behind(axes, value, place, f"{value:.1f} %, {lost:.1f} lost", 9)
     axes.axvline(100 * _PAPERS_SAVING, ymin=0.12, color=theme.ink, linewidth=1, linestyle="--")
-    axes.set_yticks(
-        range(len(SUBJECTS)), [TITLES[name].replace("Spike-driven ", "Spike-driven\n") for name in SUBJECTS]
-    )
-    axes.set_ylim(len(SUBJECTS) - 0.5 + 0.9, -0.5)
+    axes.set_yticks(range(len(BINARY)), [TITLES[name].replace("Spike-driven ", "Spike-driven\n") for name in BINARY])
+    axes.set_ylim(len(BINARY) - 0.5 + 0.9, -0.5)
     axes.set_xlim(0, 112)
     axes.set_xticks([0, 20, 40, 60, 80], ["0", "20 %", "40 %", "60 %", "80 %"])
     axes.legend(loc="lower right", fontsize=9, ncols=2, columnspacing=1)

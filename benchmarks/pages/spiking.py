@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from swincompress_pl.report.comparison.bench import ENGINE
 
-from ..primesvt.subjects import SUBJECTS
+from ..primesvt.subjects import BINARY
 from ..spiking import report
 from ..spiking.speed import PRUNED
 from .races import median_ms, on_threads, result, times
@@ -71,8 +71,8 @@ def races_on_one_thread(sources: Sources) -> list[Mapping[str, Any]]:
 
 def networks(sources: Sources) -> str:
     """What the small trained networks are, in a sentence or two."""
-    costs = [result_of(sources.primesvt, f"{name}-control")["given"]["cost"]["parameters"] for name in SUBJECTS]
-    epochs = [subject.baseline_record()["subject"]["baseline"]["epochs"] for subject in SUBJECTS.values()]
+    costs = [result_of(sources.primesvt, f"{name}-control")["given"]["cost"]["parameters"] for name in BINARY]
+    epochs = [subject.baseline_record()["subject"]["baseline"]["epochs"] for subject in BINARY.values()]
     return (
         f"Five small networks on CIFAR-10 (JPEG copy), T = 2, one seed. They have {min(costs) / 1e6:.1f} to "
         f"{max(costs) / 1e6:.1f} M parameters and are trained for {min(epochs)} to {max(epochs)} epochs on an NVIDIA "
@@ -152,11 +152,11 @@ def _accuracy(results: Mapping[str, Any]) -> list[str]:
             f"{percent(result_of(results, f'{name}-float-tuned')['integer']):.2f} %",
             *(f"{int8_percent(results, name, bits, tuned=True):.2f} %" for bits in ("W8A8", "W4A8")),
         ]
-        for name in SUBJECTS
+        for name in BINARY
     ]
     kinds = ("W8A8", "W8A8-tuned", "W4A8-tuned")
-    measured = [result_of(results, f"{name}-{kind}") for name in SUBJECTS for kind in kinds]
-    tuned = result_of(results, f"{next(iter(SUBJECTS))}-W8A8-tuned")
+    measured = [result_of(results, f"{name}-{kind}") for name in BINARY for kind in kinds]
+    tuned = result_of(results, f"{next(iter(BINARY))}-W8A8-tuned")
     epochs, device = tuned["epochs"], tuned["fitted_on"]
     header = ["network", "float", "W8A8, no training", "float control", "W8A8, fine-tuned", "W4A8, fine-tuned"]
     return [

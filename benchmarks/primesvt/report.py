@@ -17,7 +17,7 @@ from swincompress_pl.report.plain import write_text
 from swincompress_pl.report.plots.primesvt import save_primesvt_figures
 
 from ..pruning.training import right_images
-from .subjects import SUBJECTS
+from .subjects import BINARY
 
 Results = Mapping[str, dict[str, Any]]
 
@@ -142,7 +142,7 @@ def sections(results: Results) -> list[str]:
     if largest := _largest_savings(results):
         parts += ["## The largest savings", largest]
     parts += ["## Baselines", _baselines(results)]
-    for subject in SUBJECTS:
+    for subject in BINARY:
         rows = [key for key in results if key.startswith(f"{subject}-") and "search" in results[key]]
         if not rows:
             continue
@@ -162,7 +162,7 @@ def sections(results: Results) -> list[str]:
 def _largest_savings(results: Results) -> str:
     """Of each network the most that each mode saves within the bars."""
     rows = []
-    for subject in SUBJECTS:
+    for subject in BINARY:
         named = {name: results.get(f"{subject}-{name}", {}).get("search") for name in _METHODS}
         searches = {name: search for name, search in named.items() if search and search["applied"]}
         row = [subject]
@@ -197,7 +197,7 @@ def _largest(searches: Results, lost: Mapping[str, float], bar: float) -> str:
 
 def _baselines(results: Results) -> str:
     rows = []
-    for subject in SUBJECTS.values():
+    for subject in BINARY.values():
         if not subject.weights.is_file():
             rows.append([subject.name, "not trained", "", "", ""])
             continue
@@ -347,7 +347,7 @@ def _cost_cells(cost: dict[str, Any]) -> list[str]:
 def _against_the_plain_algorithm(results: Results) -> str:
     """The allocated search beside the paper's policy under the same constraint, that with a whole pass a candidate."""
     rows = []
-    for subject in SUBJECTS:
+    for subject in BINARY:
         for papers, ours in _SAME_CONSTRAINT.items():
             plain, found = (results.get(f"{subject}-{name}", {}).get("search") for name in (papers, ours))
             if not plain or not found or not _counted(found):

@@ -137,7 +137,10 @@ SUBJECTS = {
             arguments={
                 "embed_dims": [16, 32, 64, 96], "depths": [1, 1, 1, 2, 1], "num_heads": 4, "strides": [1, 2, 2, 1, 1],
             },
-            baseline=Recipe(epochs=12),
+            baseline=Recipe(epochs=9),
+            fine_tuning=Recipe(epochs=2, lr=1e-3, warmup_epochs=0.2),
         ),
     )
 }  # fmt: skip
+BINARY = {name: subject for name, subject in SUBJECTS.items() if "T" in subject.arguments}
+"""Those with binary neurons and time steps; the other one is trained with integers, and has rows of its own."""

@@ -33,7 +33,7 @@ from ..pruning.subjects import Place, trainer
 from ..pruning.training import accuracy, full_precision
 from ..runner import read_result, result_file
 from ..spiking.accuracy import Engine, quantized
-from .subjects import INPUT_SHAPE, SUBJECTS, Subject
+from .subjects import BINARY, INPUT_SHAPE, SUBJECTS, Subject
 
 _COUNTED_IMAGES = 64  # for operations, spikes and energy
 _BATCHNORM_IMAGES = 512
@@ -68,9 +68,8 @@ class Job:
 
 def all_jobs() -> list[Job]:
     """Every row of the tables."""
-    jobs = []
-    for subject in SUBJECTS:
-        jobs.append(Job(subject=subject, name="control", options=None, tuned=True))
+    jobs = [Job(subject=subject, name="control", options=None, tuned=True) for subject in SUBJECTS]
+    for subject in BINARY:
         jobs += [
             Job(subject=subject, name=name, options=options, tuned=name in _TUNED)
             for name, options in _SEARCHES.items()

@@ -26,7 +26,10 @@ BUILDERS = {
     "maxformer_10_384": 224,
     "maxformer_cifar": 32,
     "meta_spikeformer_8_256": 224,
+    "e_spikeformer_small": 224,
 }
+COUNTING = ("e_spikeformer_small",)
+"""Networks whose neurons give counts: in one time step, or as binary spikes in as many as they may count."""
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -45,35 +48,51 @@ def normalized(pixels: Tensor) -> Tensor:
     return (pixels.permute(0, 3, 1, 2) / 255 - mean) / std
 
 
+def built(name: str, steps: int) -> nn.Module:
+    """A builder's network with fresh weights."""
+    return create_model(name) if name in COUNTING else create_model(name, T=steps)
+
+
+def program_of(network: QuantizedNetwork, name: str, steps: int) -> spec.Program:
+    """The network's integers; those of a network of counts in so many binary steps, if there are more than one."""
+    program = network.to_program()
+    if name not in COUNTING or steps == 1:
+        return program
+    binary = spec.binary_steps(program)
+    if binary.time_steps != steps:
+        raise ValueError(f"{name}: steps={steps}; its neurons count to {binary.time_steps}, so choose that or 1")
+    return binary
+
+
 def quantized(
     name: str,
     steps: int,
     seed: int = 0,
     *,
     bias: float = 1.0,
-    network: Callable[[str, int], nn.Module] = lambda name, steps: create_model(name, T=steps),
+    network: Callable[[str, int], nn.Module] = built,
 ) -> QuantizedNetwork:
     """A builder's network with fresh weights, its statistics set by a pass in training mode, in integers.
 
     bias: of the normalizations, since fresh networks hardly spike. network: builds it.
     """
     torch.manual_seed(seed)
-    size_px, built = BUILDERS[name], network(name, steps)
-    for module in built.modules():
+    size_px, made = BUILDERS[name], network(name, steps)
+    for module in made.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.momentum = 1.0
             nn.init.constant_(module.bias, bias)
     images = normalized(pictures(4, size_px, seed + 1))
     with torch.no_grad():
-        built.train()(images)
+        made.train()(images)
     preprocessing = {"mean": MEAN, "std": STD, "height": size_px, "width": size_px}
-    return quantize(built.eval(), [images], method="max", preprocessing=preprocessing).eval()
+    return quantize(made.eval(), [images], method="max", preprocessing=preprocessing).eval()
 
 
 def compare(name: str, steps: int, batches: Iterable[int]) -> dict[str, Any]:
     """Counts of operations, neurons and differing values; a difference anywhere is in `differ`."""
     started, network = time.perf_counter(), quantized(name, steps)
-    program = network.to_program()
+    program = program_of(network, name, steps)
     engine, differ, rates = accel.Engine(program, threads=2), 0, []
     for count in batches:
         pixels = pictures(count, BUILDERS[name], seed=10 + count)
@@ -110,6 +129,6 @@ def _compare_steps(program: spec.Program, pixels: Any) -> tuple[Any, dict[str, A
         differ += int((engine.reshape(output.shape) != output).sum() + (twin.reshape(output.shape) != output).sum())
         known[op.output] = output
         known = {name: value for name, value in known.items() if last.get(name, -1) > number or name == op.output}
-        if op.kind == "lif":
-            rates.append(float(output.mean()))
+        if op.kind in ("lif", "fire") or (op.kind != "integrate" and "largest" in op.attributes):
+            rates.append(float(output.mean()) / op.attributes.get("largest", 1))
     return output.reshape(len(pixels), -1), {"differ": differ, "rates": rates}

@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from swincompress_pl import accel
-from swincompress_pl.models.factory import create_model
 from swincompress_pl.pruning import PruningPlan, apply_plan
 from swincompress_pl.quant import QuantizedNetwork
 from swincompress_pl.registry import adapter_for
@@ -23,7 +22,7 @@ from swincompress_pl.report.comparison.bench import ENGINE, ratios_to
 from swincompress_pl.report.comparison.compare import Progress, Runner, compare
 from swincompress_pl.report.comparison.runtimes import prepare
 
-from .exact import BUILDERS, quantized
+from .exact import BUILDERS, built, quantized
 
 PRUNED = "engine, pruned"
 _PEERS = ("torch fp32", "onnxruntime fp32")
@@ -107,11 +106,11 @@ def bias_for(name: str, steps: int, density: float, images: np.ndarray[Any, Any]
 
 def _pruned(name: str, steps: int) -> nn.Module:
     """The network without an equal part of every group's units, a multiple of eight left, by the paper's saving."""
-    whole = create_model(name, T=steps)
+    whole = built(name, steps)
     groups, total = adapter_for(whole).groups(whole), _parameters(whole)
 
     def without(part: float) -> nn.Module:
-        network = create_model(name, T=steps)
+        network = built(name, steps)
         gone = {group.name: range(_kept(group.units, part), group.units) for group in groups}
         apply_plan(network, PruningPlan.removing(groups, {key: units for key, units in gone.items() if len(units)}))
         return network

@@ -40,8 +40,10 @@ def tiny_place(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
         baseline=recipe,
         fine_tuning=replace(recipe, epochs=1),
     )
-    for module in (subjects, work, main, latency, report):
+    for module in (subjects, work, main, latency):
         monkeypatch.setattr(module, "SUBJECTS", {"maxformer": tiny})
+    for module in (subjects, work, report):
+        monkeypatch.setattr(module, "BINARY", {"maxformer": tiny})
     monkeypatch.setattr(subjects, "WEIGHTS", folder)
     monkeypatch.setattr(subjects, "load_splits", random_splits)
     monkeypatch.setattr(baselines, "_WATCHED_IMAGES", 20)
