@@ -47,10 +47,15 @@ def main() -> int:
     tuning.add_argument("--thread-counts", default="1,2")
     tuning.add_argument("--data", type=Path, required=True, help=CIFAR_HELP)
     tuning.add_argument("--cache", type=Path, required=True, help=CACHE_HELP)
+    steps = commands.add_parser("steps", help="of training, quantized beside float; leave the machine alone")
+    steps.set_defaults(command=_steps)
+    steps.add_argument("--models", default=",".join(SUBJECTS))
+    steps.add_argument("--data", type=Path, required=True, help=CIFAR_HELP)
+    steps.add_argument("--cache", type=Path, required=True, help=CACHE_HELP)
     report = commands.add_parser("report", help="write benchmarks/results/spiking.json and its pages")
     report.set_defaults(command=_report)
     report.add_argument("--controls", type=Path, default=None, help="results of benchmarks.primesvt, for its controls")
-    for command in (exact, speed, accuracy, tuning, report):
+    for command in (exact, speed, accuracy, tuning, steps, report):
         command.add_argument("--out", type=Path, required=True, help="of results")
         command.add_argument("--threads", type=int, default=1)
         command.add_argument("--commit", default=None)
@@ -119,6 +124,14 @@ def _tuning(given: argparse.Namespace) -> int:
     jobs = [
         Job(name=f"tuning-{name}", kind="tuning", arguments={"name": name, **common})
         for name in given.models.split(",")
+    ]
+    return _run(given, jobs)
+
+
+def _steps(given: argparse.Namespace) -> int:
+    common = {"place": Place(data=given.data, cache=given.cache), "threads": given.threads}
+    jobs = [
+        Job(name=f"steps-{name}", kind="steps", arguments={"name": name, **common}) for name in given.models.split(",")
     ]
     return _run(given, jobs)
 

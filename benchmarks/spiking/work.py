@@ -21,6 +21,7 @@ _MEASURES = {
     "speed": ("speed", "measure"),
     "accuracy": ("accuracy", "measure"),
     "tuning": ("tuning", "measure"),
+    "steps": ("steps", "measure"),
 }
 
 
