@@ -136,7 +136,12 @@ public:
     SpikeAttentionStep(const SpikeAttentionCall& call, Size windows, Size heads, const Kernels& kernels)
         : call_(call), windows_(windows), heads_(heads), kernels_(kernels) {}
 
-    Size scratch_bytes() const override { return call_.qk_dim * call_.v_dim * type_bytes(Type::int32); }
+    // k^T v in 32 bits, or v, k^T v and a row of sums in 16 bits, in rows of whole vectors.
+    Size scratch_bytes() const override {
+        const Size row = (call_.v_dim + 31) / 32 * 32;
+        return std::max(call_.qk_dim * call_.v_dim * type_bytes(Type::int32),
+                        (call_.length + call_.qk_dim + 1) * row * type_bytes(Type::int16));
+    }
 
     void run(const Work& work) const override {
         const Range range = share(work.images * windows_ * heads_, 1, work.part, work.parts);
@@ -312,6 +317,7 @@ std::unique_ptr<Step> make_grouped_conv2d(const OperationView& view, const Linea
     GroupedConvolution grouped{};
     grouped.input = layer.input;
     grouped.output = layer.output;
+    grouped.largest = layer.largest;
     grouped.groups = groups;
     grouped.weight = layer.weight;
     grouped.bias = layer.bias;
@@ -353,6 +359,8 @@ std::unique_ptr<Step> make_spike_attention(const OperationView& view, const Kern
     call.v_dim = v.channels() / heads;
     call.qk_stride = q.channels();
     call.v_stride = v.channels();
+    call.q_largest = q.largest;
+    call.kv_largest = call.length * view.input(1).largest * v.largest;
     return std::make_unique<SpikeAttentionStep>(call, windows, heads, kernels);
 }
 

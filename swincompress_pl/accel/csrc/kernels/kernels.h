@@ -123,6 +123,7 @@ constexpr Size kEventsOnly = 1000;  // percent: the most that inputs of up to 10
 // A convolution whose groups have few channels; bounds as in LinearLayer.
 struct GroupedConvolution {
     Type input, output;
+    Size largest;  // as in LinearLayer
     Size groups;
     const std::int8_t* weight;  // (channels, kernel_height, kernel_width, in_channels / groups)
     const std::int8_t* by_tap;  // nullptr, or, of a depthwise convolution, (kernel_height, kernel_width, channels)
@@ -158,7 +159,8 @@ struct SpikeAttentionCall {
     const std::uint8_t* v;
     std::int32_t* y;
     Size length, qk_dim, v_dim, qk_stride, v_stride;
-    std::int32_t* scratch;  // qk_dim * v_dim, or length if that takes fewer products
+    Size q_largest, kv_largest;  // no count of q, and no element of k^T v, is larger
+    std::int32_t* scratch;       // SpikeAttentionStep::scratch_bytes
 };
 
 // y[r, c] = requantize(x[r, c], mult[c], shift[c])
