@@ -16,7 +16,7 @@ from spikingjelly.activation_based import functional
 from support.callback_cases import Plain, greedy, loader, make_trainer, search_of, shapes
 from support.ddp_cases import fit
 from support.rank_cases import on_ranks
-from support.spiking_cases import FAMILIES, SIZE_PX, SMALL, lively, no_membranes, small_spikformer
+from support.spiking_cases import ALL, COUNTING, FAMILIES, SIZE_PX, SMALL, lively, no_membranes, small_spikformer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -50,9 +50,23 @@ def test_a_call_is_what_spikingjelly_gives_after_a_reset(name: str, training: bo
         copy.deepcopy(plain)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("name", COUNTING)
+def test_counts_need_no_reset(name: str, training: bool) -> None:
+    network, images = lively(COUNTING[name], 0, trained_statistics=True)
+    assert without_memory(network) is network
+    assert not network._forward_hooks
+    assert not network._forward_pre_hooks
+    given = network.train(training)(images)
+    assert given.shape == (2, 5)
+    given.square().mean().backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in network.parameters())
+    copy.deepcopy(network)
+
+
+@pytest.mark.parametrize("name", ALL)
 def test_calls_do_not_know_of_each_other(name: str) -> None:
-    network, images = lively(FAMILIES[name], 3, trained_statistics=True)
+    network, images = lively(ALL[name], 3, trained_statistics=True)
     with torch.no_grad():
         first = network(images)
         other = network(images[:1])  # another batch size, which left-over membranes would not fit

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from support.prime_cases import SHAPE, holdout_of, network_of, prime_config, same_state, state_of
-from support.spiking_cases import FAMILIES, lively, spikes_of
+from support.spiking_cases import ALL, FAMILIES, lively, spikes_of
 from torch import Tensor, nn
 
 from swincompress_pl.pruning import AdaptivePruningConfig, AllocatedPolicy, PrimeSVTConfig, primesvt, prune
@@ -40,7 +40,7 @@ def _images(count: int = 8) -> Tensor:
 
 def _doubled(name: str, kind: str) -> tuple[nn.Module, list[Group]]:
     """A network in which units 2n and 2n + 1 of every group of a kind are written alike, and their columns differ."""
-    network, _ = lively(FAMILIES[name], 3, trained_statistics=True)
+    network, _ = lively(ALL[name], 3, trained_statistics=True)
     groups = [group for group in _groups(network) if group.kind == kind]
     tensors = dict(network.named_parameters()) | dict(network.named_buffers())
     with torch.no_grad():
@@ -54,7 +54,7 @@ def _doubled(name: str, kind: str) -> tuple[nn.Module, list[Group]]:
 
 
 @pytest.mark.parametrize("kind", ["mlp", "conv", "v"])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", ALL)
 def test_units_that_others_carry_too_cost_nothing(name: str, kind: str) -> None:
     network, groups = _doubled(name, kind)
     groups = [group for group in groups if group.units % 2 == 0]
@@ -81,9 +81,9 @@ def test_units_that_others_carry_too_cost_nothing(name: str, kind: str) -> None:
     assert same_state(before, state_of(network))
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", ALL)
 def test_every_reader_of_spikes_has_a_place_for_its_bias(name: str) -> None:
-    network, images = lively(FAMILIES[name], 0, trained_statistics=True)
+    network, images = lively(ALL[name], 0, trained_statistics=True)
     found = readers_of(network, _groups(network), images, lambda net, x: net(x))
     assert found.left_alone == {}
     assert not [reader.name for reader in found.readers.values() if reader.fixed_bias]
@@ -131,9 +131,9 @@ def _of_several_heads(network: nn.Module) -> list[Group]:
     return [group for group in _groups(network) if group.heads > 1]
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", ALL)
 def test_sorting_the_units_of_each_head_leaves_every_spike(name: str) -> None:
-    network, images = lively(FAMILIES[name], 2, trained_statistics=True)
+    network, images = lively(ALL[name], 2, trained_statistics=True)
     groups = _of_several_heads(network)
     if not groups:  # channels of SDT meet one by one
         assert name.startswith("sdt") or all(getattr(m, "num_heads", 1) == 1 for m in network.modules())
@@ -187,10 +187,10 @@ def test_streams_are_pruned_where_their_readers_are_solved_again(method: Any, st
     assert PrimeSVTConfig(compensation=method, kinds=("mlp",)).space(network_of()).kinds == ("mlp",)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", ALL)
 def test_channels_of_a_stream_that_others_repeat_cost_nothing(name: str) -> None:
     """What reads the stream takes the weights of a channel that goes to its twin's."""
-    network, images = lively(FAMILIES[name], 3, trained_statistics=True)
+    network, images = lively(ALL[name], 3, trained_statistics=True)
     (*_, group) = [group for group in adapter_for(network).groups(network) if group.kind == "embed"]
     tensors = dict(network.named_parameters()) | dict(network.named_buffers())
     with torch.no_grad():
@@ -244,9 +244,9 @@ def _meetings(network: nn.Module, images: Tensor) -> dict[str, Meeting]:
     return found
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", ALL)
 def test_what_queries_and_keys_cost_is_the_error_of_their_product(name: str) -> None:
-    network, images = lively(FAMILIES[name], 2, trained_statistics=True)
+    network, images = lively(ALL[name], 2, trained_statistics=True)
     groups = {group.name: group for group in _groups(network) if group.kind == "qk"}
     meetings = _meetings(network, images)
     assert meetings.keys() == groups.keys()
@@ -257,7 +257,11 @@ def test_what_queries_and_keys_cost_is_the_error_of_their_product(name: str) -> 
         factors = [
             spikes[neuron].flatten(3)[:, :, _channels_of(starts, group.units)] for neuron, starts in meeting.factors
         ]
-        factors = [each.unflatten(2, (group.heads, group.units)).double() for each in factors]
+        values = [getattr(network.get_submodule(neuron), "norm", 1) for neuron, _ in meeting.factors]
+        factors = [
+            each.unflatten(2, (group.heads, group.units)).double() / value
+            for each, value in zip(factors, values, strict=True)
+        ]
         order, total = meeting.errors().argsort().tolist(), 0.0
         for count, unit in enumerate(order, start=1):
             total += float(meeting.errors()[unit])
@@ -274,13 +278,13 @@ def _channels_of(starts: tuple[int, ...], units: int) -> list[int]:
     return [start + unit for start in starts for unit in range(units)]
 
 
-@pytest.mark.parametrize("name", ["spikformer", "meta-spikeformer"])
+@pytest.mark.parametrize("name", ["spikformer", "meta-spikeformer", "e-spikeformer"])
 def test_queries_and_keys_are_sorted_and_cut_in_every_round(name: str) -> None:
-    network, images = lively(FAMILIES[name], 2, trained_statistics=True)
+    network, images = lively(ALL[name], 2, trained_statistics=True)
     space = _space(network, images, kinds=("qk", "mlp"), round_to=1)
     with torch.no_grad():
         wanted = network(images)
-    for _ in range(2):
+    for number in range(2):
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("error")
             space.prepare(network)
@@ -288,7 +292,7 @@ def test_queries_and_keys_are_sorted_and_cut_in_every_round(name: str) -> None:
             apart = _meetings(network, images)[target.name].products.diagonal(dim1=1, dim2=2)
             scores = space.scores(network, target, None)
             assert len(scores) == target.units
-            if target.units == target.initial_units:
+            if number == 0:
                 torch.testing.assert_close(network(images), wanted, rtol=1e-9, atol=1e-9)
                 assert float(apart[:, -1].sum()) <= float(apart[:, 0].sum())
             space.commit(network, space.removal(network, target, target.units - 1, None))

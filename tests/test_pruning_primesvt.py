@@ -24,7 +24,7 @@ from support.prime_cases import (
     state_of,
 )
 from support.rank_cases import on_ranks
-from support.spiking_cases import FAMILIES, SIZE_PX
+from support.spiking_cases import ALL, FAMILIES, SIZE_PX
 from torch import Tensor, nn
 
 from swincompress_pl.models import create_model
@@ -50,6 +50,7 @@ from swincompress_pl.registry import adapter_for
     [
         "spikformer",
         "qkformer",
+        "e-spikeformer",
         *(pytest.param(n, marks=pytest.mark.slow) for n in ("sdt", "maxformer", "meta-spikeformer")),
     ],
 )
@@ -72,7 +73,7 @@ def test_what_is_applied_holds_on_every_family(name: str, granularity: str) -> N
         assert not masked_parameters(network)
         assert result.macs_before is not None
         assert result.macs_after < result.macs_before
-        fresh = FAMILIES[name]().float()
+        fresh = ALL[name]().float()
         apply_plan(fresh, result.plan)
         fresh.load_state_dict(network.state_dict())
     else:
@@ -81,7 +82,7 @@ def test_what_is_applied_holds_on_every_family(name: str, granularity: str) -> N
         for weight, mask in masked_parameters(network).values():
             assert not bool(weight[~mask].any())
             assert len(set(mask.flatten(1).sum(1).tolist())) == 1, "every filter keeps as much"
-    assert result.macs_before == count_macs(FAMILIES[name]().float(), SHAPE)
+    assert result.macs_before == count_macs(ALL[name]().float(), SHAPE)
     revert(network, result.change)
     assert sum(int(p.count_nonzero()) for p in network.parameters()) == before
     assert holdout.full(network) == 100

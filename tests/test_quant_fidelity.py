@@ -23,7 +23,7 @@ from support.altered_cases import (
 )
 from support.qat_cases import PREPROCESSING as QAT_PREPROCESSING
 from support.qat_cases import Plain, loader, trainer
-from support.spiking_cases import FAMILIES, SIZE_PX, lively, no_membranes
+from support.spiking_cases import ALL, FAMILIES, SIZE_PX, lively, no_membranes
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
@@ -168,9 +168,9 @@ def test_the_network_is_left_as_it_was(inference: bool) -> None:
     assert not any(module._forward_hooks for module in network.modules())
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", ALL)
 def test_spiking_networks_are_their_graphs(name: str) -> None:
-    network, _ = lively(FAMILIES[name], 3, trained_statistics=True)
+    network, _ = lively(ALL[name], 3, trained_statistics=True)
     network = network.float()
     counts = {n: b.clone() for n, b in network.named_buffers() if "num_batches" in n}
     check_network(network, SPIKING)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from support.spiking_cases import FAMILIES, SIZE_PX, lively
+from support.spiking_cases import ALL, SIZE_PX, lively
 from swincompress_pl.pruning import HoldOut, PrimeSVTConfig, PrioritizedPolicy
 from swincompress_pl.registry import adapter_for
 
@@ -34,7 +34,7 @@ def prime_config(**settings: Any) -> PrimeSVTConfig:
 
 def network_of(name: str = "spikformer", seed: int = 5) -> nn.Module:
     """Half of the units of every group matter little, so that there is something to prune."""
-    network, _ = lively(FAMILIES[name], seed, trained_statistics=True)
+    network, _ = lively(ALL[name], seed, trained_statistics=True)
     parameters = dict(network.named_parameters())
     with torch.no_grad():
         for group in adapter_for(network).groups(network):

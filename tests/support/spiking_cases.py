@@ -16,14 +16,19 @@ from spikingjelly.activation_based.neuron import BaseNode
 from torch import Tensor, nn
 
 from swincompress_pl.models import create_model
+from swincompress_pl.models.e_spikeformer.network import ESpikeFormer
 from swincompress_pl.models.meta_spikeformer.network import MetaSpikeFormer
 from swincompress_pl.models.spiking.memory import without_memory
+from swincompress_pl.models.spiking.multi_spike import MultiSpike
 
 SIZE_PX = 32
 _spikformer = partial(Spikformer, T=2, img_size_h=SIZE_PX, img_size_w=SIZE_PX, num_classes=5, depths=2)
 _sdt = partial(SpikeDrivenTransformer, T=2, num_classes=5, embed_dims=16, num_heads=2, depths=2)
 _qkformer = partial(QKFormer, T=2, num_classes=5, embed_dims=32, num_heads=(2, 2, 4), depths=(1, 2, 1))
 _maxformer = partial(MaxFormer, T=2, num_classes=5, embed_dims=32, depths=(1, 1, 2))
+_e_spikeformer = partial(
+    ESpikeFormer, num_classes=5, embed_dims=(8, 8, 16, 16), depths=(1, 1, 2, 1, 1), num_heads=2, strides=(2, 2, 1, 1, 1)
+)
 
 FAMILIES: dict[str, Callable[[], nn.Module]] = {
     "spikformer": partial(_spikformer, patch_size=4, embed_dims=16, num_heads=2),
@@ -38,6 +43,13 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
         MetaSpikeFormer, T=2, num_classes=5, embed_dims=(8, 8, 16, 16), depths=(1, 1, 1, 1, 1), num_heads=2
     ),
 }
+"""Neurons of spikingjelly, with time steps and membranes."""
+COUNTING: dict[str, Callable[[], nn.Module]] = {
+    "e-spikeformer": _e_spikeformer,
+    "e-spikeformer, three spikes": partial(_e_spikeformer, D=3, depths=(1, 1, 3, 1, 1), mlp_ratio=1.5),
+}
+"""Neurons that give counts of spikes, without time steps or membranes."""
+ALL = FAMILIES | COUNTING
 SMALL = {"T": 2, "img_size_h": 32, "img_size_w": 32, "patch_size": 4, "embed_dims": 16, "num_heads": 2, "depths": 2}
 
 
@@ -72,12 +84,16 @@ def lively(build: Callable[[], nn.Module], seed: int, *, trained_statistics: boo
 
 @contextmanager
 def spikes_of(network: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """{neuron: its spikes} of the calls within the context."""
+    """{neuron: its spikes, (T, N, ...)} of the calls within the context; counts are whole numbers there, at T of 1."""
     found: dict[str, Tensor] = {}
+
+    def keep(name: str, module: nn.Module, output: Tensor) -> None:
+        found[name] = output[None] * module.norm if isinstance(module, MultiSpike) else output
+
     handles = [
-        module.register_forward_hook(lambda _module, _inputs, output, name=name: found.__setitem__(name, output))
+        module.register_forward_hook(lambda module, _inputs, output, name=name: keep(name, module, output))
         for name, module in network.named_modules()
-        if isinstance(module, BaseNode)
+        if isinstance(module, BaseNode | MultiSpike)
     ]
     try:
         yield found
@@ -86,9 +102,15 @@ def spikes_of(network: nn.Module) -> Iterator[dict[str, Tensor]]:
             handle.remove()
 
 
+def most_spikes(network: nn.Module, neuron: str) -> int:
+    """What a neuron gives at most at a time step."""
+    module = network.get_submodule(neuron)
+    return module.D if isinstance(module, MultiSpike) else 1
+
+
 def no_membranes(network: nn.Module) -> bool:
     modules = [module for module in network.modules() if isinstance(module, MemoryModule)]
-    assert modules
+    assert modules or any(isinstance(module, MultiSpike) for module in network.modules())
     return all(value == module._memories_rv[name] for module in modules for name, value in module._memories.items())
 
 

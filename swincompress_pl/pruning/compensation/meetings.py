@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,7 @@ class Meeting:
         heads: Number of heads.
         units: Units of each head.
         factors: (path of the neuron, its first channel of each head) of what is multiplied.
+        timed: Whether neurons give (T, N, C, ...), or else (N, C, ...).
         products: Mean over images and time steps of the products (heads, units, units), float64; complete after
             `watched_meetings`.
     """
@@ -40,12 +42,14 @@ class Meeting:
     heads: int
     units: int
     factors: tuple[tuple[str, tuple[int, ...]], ...]
+    timed: bool = True
     products: Tensor = field(repr=False)
     _waiting: dict[int, Tensor] = field(default_factory=dict, repr=False)
     _count: int = 0
 
     def add(self, factor: int, spikes: Tensor) -> None:
-        """Adds what the neuron of a factor gives, (T, N, C, ...)."""
+        """Adds what the neuron of a factor gives."""
+        spikes = spikes if self.timed else spikes[None]
         starts = torch.tensor(self.factors[factor][1], device=spikes.device)
         channels = (starts.unsqueeze(1) + torch.arange(self.units, device=spikes.device)).flatten()
         rows = spikes.detach().flatten(3).index_select(_CHANNELS, channels).unflatten(_CHANNELS, (self.heads, -1))
@@ -104,15 +108,18 @@ def meetings_of(network: nn.Module, groups: Iterable[Group], images: Tensor, pre
     found = {}
     for name, group in silent.items():
         norms = _norms(network, group)
-        if all(norm in neurons for norm in norms):
+        timed = {neurons[norm].timed if norm in neurons else None for norm in norms}
+        if len(timed) == 1 and None not in timed:
             factors = [
-                (neurons[norm], offsets[start : start + group.heads])
+                (neurons[norm].path, offsets[start : start + group.heads])
                 for norm, offsets in norms.items()
                 for start in range(0, len(offsets), group.heads)
             ]
             device = next(network.parameters()).device
             zeros = torch.zeros(group.heads, group.units, group.units, dtype=torch.float64, device=device)
-            found[name] = Meeting(heads=group.heads, units=group.units, factors=tuple(factors), products=zeros)
+            found[name] = Meeting(
+                heads=group.heads, units=group.units, factors=tuple(factors), timed=timed == {True}, products=zeros
+            )
     return found
 
 
@@ -128,8 +135,13 @@ def _norms(network: nn.Module, group: Group) -> dict[str, tuple[int, ...]]:
     return {} if group.norms else found
 
 
-def _behind(network: nn.Module, norms: Iterable[str], images: Tensor, predict: Predict) -> dict[str, str]:
-    """{BatchNorm: the first module that is called with what it gave}, if that keeps its channels: (T, N, C, ...)."""
+class _Neuron(NamedTuple):
+    path: str
+    timed: bool
+
+
+def _behind(network: nn.Module, norms: Iterable[str], images: Tensor, predict: Predict) -> dict[str, _Neuron]:
+    """{BatchNorm: the first module that is called with what it gave}, if that keeps its channels."""
     wanted, given = set(norms), dict[str, Tensor]()  # what is given is kept, so that no other tensor gets its memory
     found, shapes = dict[str, str](), dict[str, torch.Size]()
 
@@ -149,13 +161,23 @@ def _behind(network: nn.Module, norms: Iterable[str], images: Tensor, predict: P
             hooks.callback(module.register_forward_pre_hook(lambda _, x, p=path: read(p, x[0] if x else None)).remove)
             hooks.callback(module.register_forward_hook(lambda _, __, y, p=path: gave(p, y)).remove)
         predict(network, images)
-    widths = {norm: len(network.get_buffer(f"{norm}.running_mean")) for norm in found}
-    return {norm: neuron for norm, neuron in found.items() if _channels(shapes.get(neuron)) == widths[norm]}
+    behind = {}
+    for norm, path in found.items():
+        timed = _is_timed(network.get_submodule(norm), shapes[norm], shapes.get(path))
+        if _channels(shapes.get(path), timed) == len(network.get_buffer(f"{norm}.running_mean")):
+            behind[norm] = _Neuron(path, timed)
+    return behind
 
 
-def _channels(spikes: torch.Size | None) -> int:
-    """The channels of (T, N, C, ...); 0 for another shape."""
-    return spikes[_CHANNELS] if spikes is not None and len(spikes) > _CHANNELS + 1 else 0
+def _is_timed(norm: nn.Module, given: torch.Size, spikes: torch.Size | None) -> bool:
+    """Whether a neuron gives (T, N, C, ...): not if its shape is that of a BatchNorm without time steps."""
+    return given != spikes or getattr(norm, "step_mode", "s") == "m"
+
+
+def _channels(spikes: torch.Size | None, timed: bool) -> int:
+    """The channels of (T, N, C, ...), or of (N, C, ...); 0 for another shape."""
+    axis = _CHANNELS if timed else _CHANNELS - 1
+    return spikes[axis] if spikes is not None and len(spikes) > axis + 1 else 0
 
 
 @contextmanager
