@@ -12,6 +12,7 @@ from swincompress_pl.report.comparison.bench import ENGINE
 from ..primesvt.subjects import BINARY
 from ..spiking import report
 from ..spiking.speed import PRUNED
+from . import counting
 from .races import median_ms, on_threads, result, times
 from .sources import Sources, result_of
 from .text import command, document, picture, places, table
@@ -45,6 +46,7 @@ def page(sources: Sources) -> str:
             "## Accuracy of small trained networks",
             networks(sources),
             *_accuracy(results),
+            *counting.section(sources),
             *report.sections(results),
         ]
     )

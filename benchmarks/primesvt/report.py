@@ -17,7 +17,7 @@ from swincompress_pl.report.plain import write_text
 from swincompress_pl.report.plots.primesvt import save_primesvt_figures
 
 from ..pruning.training import right_images
-from .subjects import BINARY
+from .subjects import BINARY, SUBJECTS
 
 Results = Mapping[str, dict[str, Any]]
 
@@ -25,9 +25,10 @@ _STATES = ("given", "single_shot", "batchnorm_anew", "tuned")
 _PLOTTED = "group"
 _INTRODUCTION = (
     "The networks are small ones of each family, trained and fine-tuned on 45,000 images of CIFAR-10 (JPEG copy), T = "
-    "2. The search decides on 5,000 held-out training images. Accuracies are top-1 on the 10,000 test images, which "
-    "decide nothing. Pairs in brackets are images that change from right to wrong / from wrong to right. Unless a row "
-    "says otherwise, at most 3 points may be lost on the hold-out and at least 25 % of the parameters have to go. "
+    "2, and E-SpikeFormer without time steps. The search decides on 5,000 held-out training images. Accuracies are "
+    "top-1 on the 10,000 test images, which decide nothing. Pairs in brackets are images that change from right to "
+    "wrong / from wrong to right. Unless a row says otherwise, at most 3 points may be lost on the hold-out and at "
+    "least 25 % of the parameters have to go. "
     "Widths are multiples of 4.\n\n"
     'Rows `paper` zero filters (`granularity="filter"`); rows `group` remove whole groups physically '
     '(`granularity="structured"`). The seed is 0. Other seeds are of the fine-tuning, for network and control alike: '
@@ -142,7 +143,7 @@ def sections(results: Results) -> list[str]:
     if largest := _largest_savings(results):
         parts += ["## The largest savings", largest]
     parts += ["## Baselines", _baselines(results)]
-    for subject in BINARY:
+    for subject in SUBJECTS:
         rows = [key for key in results if key.startswith(f"{subject}-") and "search" in results[key]]
         if not rows:
             continue
@@ -197,7 +198,7 @@ def _largest(searches: Results, lost: Mapping[str, float], bar: float) -> str:
 
 def _baselines(results: Results) -> str:
     rows = []
-    for subject in BINARY.values():
+    for subject in SUBJECTS.values():
         if not subject.weights.is_file():
             rows.append([subject.name, "not trained", "", "", ""])
             continue

@@ -40,7 +40,7 @@ def tiny_place(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
         baseline=recipe,
         fine_tuning=replace(recipe, epochs=1),
     )
-    for module in (subjects, work, main, latency):
+    for module in (subjects, work, main, latency, report):
         monkeypatch.setattr(module, "SUBJECTS", {"maxformer": tiny})
     for module in (subjects, work, report):
         monkeypatch.setattr(module, "BINARY", {"maxformer": tiny})
