@@ -73,10 +73,11 @@ def _pruned(results: Mapping[str, Any]) -> str:
     search = entry["search"]
     held = search["baseline_score"] - search["applied"]["score"]
     integers = entry["single_shot"]["test"]["percent"] - entry["integer"]["test"]["percent"]
+    saved = 100 * search["applied"]["saving"]
     return (
-        f"PrimeSVT with compensation, single shot, without training, removes "
-        f"{100 * search['applied']['saving']:.1f} % of the parameters. That loses {held:.2f} points on the images that decide, and {lost:.2f} on the 10,000 test "
-        f"images; the integers of what is left lose {integers:.2f} more."
+        f"PrimeSVT with compensation, single shot, without training, removes {saved:.1f} % of the parameters. That loses "
+        f"{held:.2f} points on the images that decide, and {lost:.2f} on the 10,000 test images; the integers of what "
+        f"is left lose {integers:.2f} more."
     )
 
 
