@@ -75,7 +75,7 @@ def _pruned(results: Mapping[str, Any]) -> str:
     integers = entry["single_shot"]["test"]["percent"] - entry["integer"]["test"]["percent"]
     saved = 100 * search["applied"]["saving"]
     return (
-        f"PrimeSVT with compensation, single shot, without training, removes {saved:.1f} % of the parameters. That loses "
+        f"PrimeSVT with compensation, single shot, without training, removes {saved:.1f} % of the parameters. It loses "
         f"{held:.2f} points on the images that decide, and {lost:.2f} on the 10,000 test images; the integers of what "
         f"is left lose {integers:.2f} more."
     )
