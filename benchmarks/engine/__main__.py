@@ -14,7 +14,7 @@ from swincompress_pl.cli.common import integers
 from swincompress_pl.report.comparison.runtimes import parse_runtimes
 from swincompress_pl.report.plain import write_text
 
-from . import report
+from . import avx2_peers, report
 from .measure import measure_model
 
 _RESULTS = Path(__file__).resolve().parent.parent / "results"
@@ -22,7 +22,10 @@ _RESULTS = Path(__file__).resolve().parent.parent / "results"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Races every model in every batch and writes the results; returns 1 when the engine's integers differ from the
-    reference's."""
+    reference's. `avx2-peers` as the first argument runs `avx2_peers` instead."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["avx2-peers"]:
+        return avx2_peers.main(arguments[1:])
     given = _arguments(arguments)
     models = list(dict.fromkeys(name.strip() for name in given.model.split(",") if name.strip()))
     if not models:
