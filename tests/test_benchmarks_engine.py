@@ -84,7 +84,7 @@ def test_all_models_and_batches_in_one_command(
 def test_bad_arguments_come_before_any_work(
     arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(main, "export_random", lambda *_: pytest.fail("it went to work"))
+    monkeypatch.setattr(measure, "export_random", lambda *_: pytest.fail("it went to work"))
     with pytest.raises(ValueError, match=message):
         run(tmp_path, *arguments)
     assert not list(tmp_path.iterdir())

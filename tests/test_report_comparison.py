@@ -14,7 +14,7 @@ import torch
 from swincompress_pl import accel, models
 from swincompress_pl.report.comparison import runtimes, worker
 from swincompress_pl.report.comparison.bench import bench_artifact
-from swincompress_pl.report.comparison.compare import Runner, compare
+from swincompress_pl.report.comparison.compare import Runner, compare, process_environment
 from swincompress_pl.report.comparison.kernels import bench_linear, linear_program
 from swincompress_pl.report.comparison.runtimes import RUNTIMES, parse_runtimes, prepare
 from swincompress_pl.report.comparison.worker import SEED, load, normalized, turn_ms
@@ -241,6 +241,21 @@ for _ in sys.stdin:
         7,
         (2.0, 2.0),
     )
+
+
+def test_a_runner_may_have_variables_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", "/ours")
+    monkeypatch.setenv("KEPT", "1")
+    plain = Runner(name="plain", runtime="torch", threads=3, batch=1, image_shape=SHAPE)
+    own = Runner(
+        name="own", runtime="torch", threads=3, batch=1, image_shape=SHAPE,
+        environment={"PYTHONPATH": "/copies", "LIMIT": "AVX2"},
+    )  # fmt: skip
+    before, after = process_environment(plain), process_environment(own)
+    assert (before["OMP_NUM_THREADS"], before["KEPT"], before.get("LIMIT")) == ("3", "1", None)
+    assert after["PYTHONPATH"] == f"/copies:{before['PYTHONPATH']}"
+    assert before["PYTHONPATH"].endswith(":/ours")
+    assert after == before | {"LIMIT": "AVX2", "PYTHONPATH": after["PYTHONPATH"]}
 
 
 def test_onnxruntime_gets_the_settings_of_its_session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

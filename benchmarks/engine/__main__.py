@@ -4,29 +4,28 @@ from __future__ import annotations
 
 import json
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
-from swincompress_pl import accel
 from swincompress_pl.cli.common import integers
-from swincompress_pl.progress import progress_bar
-from swincompress_pl.report import describe_environment, program_macs
 from swincompress_pl.report.comparison.runtimes import parse_runtimes
 from swincompress_pl.report.plain import write_text
 
-from . import report
-from .measure import answers_equal, export_random, race_all
+from . import avx2_peers, report
+from .measure import measure_model
 
 _RESULTS = Path(__file__).resolve().parent.parent / "results"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Races every model in every batch and writes the results; returns 1 when the engine's integers differ from the
-    reference's."""
+    reference's. `avx2-peers` as the first argument runs `avx2_peers` instead."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["avx2-peers"]:
+        return avx2_peers.main(arguments[1:])
     given = _arguments(arguments)
     models = list(dict.fromkeys(name.strip() for name in given.model.split(",") if name.strip()))
     if not models:
@@ -68,33 +67,17 @@ def _arguments(arguments: Sequence[str] | None) -> Namespace:
 
 
 def _measure(given: Namespace, model: str) -> Iterator[dict[str, Any]]:
-    """The figures of `model`, one batch after the other."""
-    with tempfile.TemporaryDirectory() as directory:
-        file = Path(directory) / "model.safetensors"
-        with progress_bar() as tell:
-            tell(f"quantizing {model}", 0, 1)
-            program = export_random(model, file)
-            tell("checking engine against reference", 0, 1)
-            equal = answers_equal(file, program, given.images_checked)
-        for batch in integers(given.batch, "--batch"):
-            with progress_bar() as tell, tempfile.TemporaryDirectory(dir=directory) as files:
-                races = race_all(
-                    parse_runtimes(given.against), program, file, batch=batch,
-                    threads=integers(given.threads, "--threads"), rounds=given.rounds, turn_ms=given.turn_ms,
-                    directory=Path(files), tell=tell, implementation=given.implementation,
-                    before=None if given.before is None else Path(given.before).resolve(),
-                )  # fmt: skip
-            yield {
-                "model": model,
-                "weights": "random",
-                "macs": program_macs(program),
-                "file_bytes": file.stat().st_size,
-                "batch": batch,
-                "implementation": given.implementation or accel.implementations()[0],
-                "answers": {"images": given.images_checked, "equal_to_reference": equal},
-                "races": races,
-                "environment": describe_environment(),
-            }
+    return measure_model(
+        model,
+        against=parse_runtimes(given.against),
+        batches=integers(given.batch, "--batch"),
+        threads=integers(given.threads, "--threads"),
+        rounds=given.rounds,
+        turn_ms=given.turn_ms,
+        images_checked=given.images_checked,
+        implementation=given.implementation,
+        before=None if given.before is None else Path(given.before).resolve(),
+    )
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from swincompress_pl.progress import progress_bar
+from swincompress_pl.report import describe_environment, program_macs
 from swincompress_pl.report.comparison.bench import ENGINE, ratios_to
 from swincompress_pl.report.comparison.compare import Progress, Result, Runner, compare
 from swincompress_pl.report.comparison.runtimes import prepare
@@ -19,6 +22,49 @@ from swincompress_pl.spec import Program
 BEFORE = "engine before"
 FLOATS = ("torch fp32", "onnxruntime fp32", "openvino fp32")  # the first in a race is the float network
 _CALIBRATION_IMAGES = 4
+Check = Callable[[Runner], tuple[Runner, dict[str, Any]]]
+
+
+def measure_model(
+    model: str,
+    *,
+    against: Sequence[str],
+    batches: Sequence[int],
+    threads: Sequence[int],
+    rounds: int,
+    turn_ms: float,
+    images_checked: int,
+    implementation: str | None = None,
+    before: Path | None = None,
+    check: Check | None = None,
+) -> Iterator[dict[str, Any]]:
+    """The figures of a model with random weights, one batch after the other; for the arguments see `race_all`."""
+    from swincompress_pl import accel
+
+    with tempfile.TemporaryDirectory() as directory:
+        file = Path(directory) / "model.safetensors"
+        with progress_bar() as tell:
+            tell(f"quantizing {model}", 0, 1)
+            program = export_random(model, file)
+            tell("checking engine against reference", 0, 1)
+            equal = answers_equal(file, program, images_checked)
+        for batch in batches:
+            with progress_bar() as tell, tempfile.TemporaryDirectory(dir=directory) as files:
+                races = race_all(
+                    against, program, file, batch=batch, threads=threads, rounds=rounds, turn_ms=turn_ms,
+                    directory=Path(files), tell=tell, implementation=implementation, before=before, check=check,
+                )  # fmt: skip
+            yield {
+                "model": model,
+                "weights": "random",
+                "macs": program_macs(program),
+                "file_bytes": file.stat().st_size,
+                "batch": batch,
+                "implementation": implementation or accel.implementations()[0],
+                "answers": {"images": images_checked, "equal_to_reference": equal},
+                "races": races,
+                "environment": describe_environment(),
+            }
 
 
 def export_random(model: str, file: Path) -> Program:
@@ -60,9 +106,11 @@ def race_all(
     tell: Progress,
     implementation: str | None = None,
     before: Path | None = None,
+    check: Check | None = None,
 ) -> list[dict[str, Any]]:
     """One race for every number of threads, as JSON types; directory: for the files that peers read; implementation: of
-    the engine, None for the best; before: a checkout of another commit, with its engine built, that joins in."""
+    the engine, None for the best; before: a checkout of another commit, with its engine built, that joins in; check:
+    changes a runner before the race, and says what it found."""
     shape = program.input.value.shape
     peers = prepare(
         against, origin=program.origin, image_shape=shape, threads=threads, batch=batch, directory=directory,
@@ -75,21 +123,36 @@ def race_all(
             implementation=implementation,
         )  # fmt: skip
         earlier = [] if before is None else [replace(ours, name=BEFORE, checkout=before)]
-        results = compare([ours, *earlier, *peers[number]], rounds=rounds, turn_ms=turn_ms, on_progress=tell)
-        ratios = ratios_to(results[0], results[1:])
-        real = next((result for result in results if result.name in FLOATS and result.logits is not None), None)
-        races.append(
-            {
-                "threads": number,
-                "results": [
-                    result.to_dict()
-                    | {"agreement": _agreement(results[0], result), "float_agreement": _agreement(real, result)}
-                    for result in results
-                ],
-                "times_engine": {name: value.to_dict() for name, value in ratios.items()},
-            }
-        )
+        runners, checks = _checked([ours, *earlier, *peers[number]], check, tell)
+        results = compare(runners, rounds=rounds, turn_ms=turn_ms, on_progress=tell)
+        races.append({"threads": number, **_race(results), **({"checks": checks} if check else {})})
     return races
+
+
+def _checked(
+    runners: Sequence[Runner], check: Check | None, tell: Progress
+) -> tuple[list[Runner], list[dict[str, Any]]]:
+    if check is None:
+        return list(runners), []
+    found = []
+    for number, runner in enumerate(runners):
+        tell(f"checking {runner.name}", number, len(runners))
+        found.append(check(runner))
+    return [runner for runner, _ in found], [facts for _, facts in found]
+
+
+def _race(results: Sequence[Result]) -> dict[str, Any]:
+    """The results as JSON types, with how alike their answers are."""
+    real = next((result for result in results if result.name in FLOATS and result.logits is not None), None)
+    ratios = ratios_to(results[0], results[1:])
+    return {
+        "results": [
+            result.to_dict()
+            | {"agreement": _agreement(results[0], result), "float_agreement": _agreement(real, result)}
+            for result in results
+        ],
+        "times_engine": {name: value.to_dict() for name, value in ratios.items()},
+    }
 
 
 def _agreement(one: Result | None, other: Result) -> dict[str, Any] | None:

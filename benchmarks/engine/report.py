@@ -114,8 +114,8 @@ def _row(result: Figures, race: Figures, figures: Figures) -> list[str]:
         _load(result),
         megabytes(result.get("file_bytes")),
         megabytes(result["peak_rss_bytes"]),
-        _agreement(result),
-        _agreement(result, "float_agreement"),
+        agreement(result),
+        agreement(result, "float_agreement"),
     ]
 
 
@@ -123,7 +123,8 @@ def _load(result: Figures) -> str:
     return "-" if result.get("load_ms") is None else f"{result['load_ms']:.0f}"
 
 
-def _agreement(result: Figures, key: str = "agreement") -> str:
+def agreement(result: Figures, key: str = "agreement") -> str:
+    """ "0.9993 (1/1)": the lowest correlation and the images with the same best class; "-" where it is not known."""
     found = result.get(key)
     if not found:
         return "-"
@@ -160,7 +161,7 @@ def matrices(races: Sequence[Figures]) -> list[str]:
         _matrix(races, [ENGINE, *peers], lambda result, _: megabytes(result["peak_rss_bytes"])),
     ]
     if compared:
-        parts += [f"## Agreement\n\n{_WEIGHTS}", _matrix(races, peers, lambda result, _: _agreement(result))]
+        parts += [f"## Agreement\n\n{_WEIGHTS}", _matrix(races, peers, lambda result, _: agreement(result))]
     failures = dict.fromkeys(
         f"- {title(figures)}, {result['name']}: {result['unavailable']}"
         for figures, race in _all(races)

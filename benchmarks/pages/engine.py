@@ -8,6 +8,7 @@ from swincompress_pl.report.comparison.bench import ENGINE
 from swincompress_pl.report.content.numbers import megabytes
 
 from ..engine import batches, gemm, report, shares
+from . import avx2_peers
 from .headline import MODEL
 from .races import Figures, by_time, median_ms, on_threads, result, shown, time_cell, times
 from .sources import Sources, pick
@@ -168,15 +169,14 @@ def _zen4(sources: Sources) -> list[str]:
 
 
 def _avx2(sources: Sources) -> list[str]:
-    """The engine against itself where the processor's other instructions are not used."""
+    """The engine against itself, and against others, where the processor's other instructions are not used."""
     return [
         "## With AVX2 alone",
-        'The same processor, with `implementation="avx2"`. "Engine before" is commit f7544c0, in the same turns. The '
-        "other runtimes cannot all be kept from using VNNI on a processor that has it, so a race against them needs "
-        "one without: it was not measured for this commit. [How the engine got its "
-        "speed](../explanation/engine.md) lists "
-        "what was tried.",
+        'The same processor, with `implementation="avx2"`. "Engine before" is commit f7544c0, in the same turns. '
+        "[How the engine got its speed](../explanation/engine.md) lists what was tried.",
         *(_race(each) for each in sources.avx2_races),
+        "### Other runtimes held to AVX2",
+        *avx2_peers.parts(sources.avx2_peer_races),
     ]
 
 

@@ -80,6 +80,11 @@ class Sources:
         return self._races("avx2", "engine-*.json")
 
     @cached_property
+    def avx2_peer_races(self) -> list[dict[str, Any]]:
+        """Races of the engine, with AVX2 alone, against other runtimes that are held to it."""
+        return self._races("avx2", "peers-*.json")
+
+    @cached_property
     def shares(self) -> dict[str, Any]:
         """Which part of the peak whole networks reach."""
         return self._read("shares.json")

@@ -58,6 +58,7 @@ class Runner:
         settings: Settings of OpenVINO, or `precision` ("fp32", "bf16") and `compile` of torch.
         unavailable: Why it cannot run, such as "not installed"; it is then listed but not started.
         checkout: A folder of this package's sources whose code the process runs; None for those that run here.
+        environment: Variables of the process beside those of this one. Folders in PYTHONPATH come before all others.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Runner:
     settings: Mapping[str, Any] = field(default_factory=dict)
     unavailable: str | None = None
     checkout: Path | None = None
+    environment: Mapping[str, str] = field(default_factory=dict)
 
     def task(self, warm_up: int, turn_ms: float) -> dict[str, Any]:
         """What the worker reads as its first line."""
@@ -160,6 +162,14 @@ def compare(
         ]
 
 
+def process_environment(runner: Runner) -> dict[str, str]:
+    """The variables of the process that runs `runner`."""
+    threads, folders = str(runner.threads), [runner.environment.get("PYTHONPATH"), str(_PACKAGE_ROOT)]
+    path = os.pathsep.join(filter(None, [*folders, os.environ.get("PYTHONPATH")]))
+    limits = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+    return {**os.environ, **limits, **runner.environment, "PYTHONPATH": path}
+
+
 class _Worker:
     """The parent's side of one worker process."""
 
@@ -216,10 +226,7 @@ class _Worker:
         )
 
     def _start(self, task: Mapping[str, Any]) -> None:
-        threads = str(self.runner.threads)
         checkout = self.runner.checkout
-        path = os.pathsep.join(filter(None, [str(_PACKAGE_ROOT), os.environ.get("PYTHONPATH")]))
-        environment = os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "PYTHONPATH": path}
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115  (closed in __exit__)
         self._process = subprocess.Popen(
             # -P: a source tree in the working directory must not hide the installed package
@@ -227,7 +234,7 @@ class _Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
-            env=environment,
+            env=process_environment(self.runner),
             text=True,
         )
         self._ready = self._ask(json.dumps(task)) or {}
