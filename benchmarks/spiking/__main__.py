@@ -29,6 +29,7 @@ def main() -> int:
     speed.add_argument("--models", default=",".join(BUILDERS))
     speed.add_argument("--steps", type=int, default=4)
     speed.add_argument("--thread-counts", default="1,2", help="one race each")
+    speed.add_argument("--implementation", default=None, help="the engine's; with avx2, all are held to AVX2")
     speed.add_argument("--density", type=float, default=0.2, help="synaptic operations a multiplication")
     speed.add_argument("--rounds", type=int, default=7, help="samples of each runtime")
     speed.add_argument("--turn-ms", type=float, default=300.0)
@@ -84,10 +85,12 @@ def _speed(given: argparse.Namespace) -> int:
         "density": given.density,
         "rounds": given.rounds,
         "turn_ms": given.turn_ms,
+        "implementation": given.implementation,
     }
+    of = f"-{given.implementation}" if given.implementation else ""
     steps = {name: 1 if name in COUNTING else given.steps for name in given.models.split(",")}
     jobs = [
-        Job(name=f"speed-{name}-{count}", kind="speed", arguments={"name": name, "steps": count, **common})
+        Job(name=f"speed-{name}-{count}{of}", kind="speed", arguments={"name": name, "steps": count, **common})
         for name, count in steps.items()
     ]
     return _run(given, jobs)

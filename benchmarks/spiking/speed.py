@@ -6,6 +6,7 @@ import bisect
 import tempfile
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from swincompress_pl.report.comparison.bench import ENGINE, ratios_to
 from swincompress_pl.report.comparison.compare import Progress, Runner, compare
 from swincompress_pl.report.comparison.runtimes import prepare
 
+from ..engine.hold_to_avx2 import Hold, hold_to_avx2
 from .exact import BUILDERS, built, quantized
 
 PRUNED = "engine, pruned"
@@ -39,10 +41,12 @@ def measure(
     density: float,
     rounds: int,
     turn_ms: float,
+    implementation: str | None = None,
     tell: Progress = print,
 ) -> dict[str, Any]:
     """Batch 1. density: additions that spikes cause, at the least, against all multiplications of the same shapes; the
-    biases of the normalizations are raised for it, since some fresh networks make next to no spikes."""
+    biases of the normalizations are raised for it, since some fresh networks make next to no spikes. implementation:
+    the engine's; with "avx2", every runtime is held to it."""
     tell(f"{name}: network", 0, 1)
     images = np.random.default_rng(0).integers(0, 256, (1, BUILDERS[name], BUILDERS[name], 3), dtype=np.uint8)
     bias = bias_for(name, steps, density, images)
@@ -54,38 +58,44 @@ def measure(
             ("torch", "onnxruntime"), origin=dense["origin"], image_shape=images.shape[1:], threads=threads, batch=1,
             directory=directory, on_progress=lambda what: tell(f"{name}: {what}", 0, 1),
         )  # fmt: skip
+        hold = hold_to_avx2(directory) if implementation == "avx2" else None
         races = []
         for count in threads:
             ours = [
                 Runner(
                     name=title, runtime="engine", threads=count, batch=1, image_shape=images.shape[1:],
-                    file=str(entry["file"]),
+                    file=str(entry["file"]), implementation=implementation,
                 )
                 for title, entry in ((ENGINE, dense), (PRUNED, pruned))
             ]  # fmt: skip
             others = [peer for peer in peers[count] if peer.name in _PEERS]
-            results = compare([*ours, *others], rounds=rounds, turn_ms=turn_ms, on_progress=tell)
+            runners = [_held(runner, hold) for runner in (*ours, *others)]
+            results = compare(runners, rounds=rounds, turn_ms=turn_ms, on_progress=tell)
             races.append(
                 {
                     "threads": count,
                     "results": [result.to_dict() for result in results],
                     "times_engine": {key: value.to_dict() for key, value in ratios_to(results[0], results[1:]).items()},
-                    "shares": _shares(accel.load(dense["file"], threads=count), images),
+                    "shares": _shares(accel.load(dense["file"], threads=count, implementation=implementation), images),
                 }
             )
-        implementation = accel.load(dense["file"]).implementation
+        ran = accel.load(dense["file"], implementation=implementation).implementation
     keep = ("equal", "macs", "sops", "spike_rate", "parameters", "file_bytes")
     return {
         "network": name,
         "steps": steps,
         "density": density,
         "bias": bias,
-        "implementation": implementation,
+        "implementation": ran,
         "dense": {key: dense[key] for key in keep},
         "pruned": {key: pruned[key] for key in keep},
         "races": races,
         "environment": describe_environment(),
     }
+
+
+def _held(runner: Runner, hold: Hold | None) -> Runner:
+    return runner if hold is None else replace(runner, environment=hold.environment(runner.runtime))
 
 
 def bias_for(name: str, steps: int, density: float, images: np.ndarray[Any, Any]) -> float:
