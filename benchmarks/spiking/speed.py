@@ -5,8 +5,7 @@ from __future__ import annotations
 import bisect
 import tempfile
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,8 @@ from swincompress_pl.report.comparison.bench import ENGINE, ratios_to
 from swincompress_pl.report.comparison.compare import Progress, Runner, compare
 from swincompress_pl.report.comparison.runtimes import prepare
 
-from ..engine.hold_to_avx2 import Hold, hold_to_avx2
+from ..engine.held import WATCH, check
+from ..engine.hold_to_avx2 import build_library, hold_to_avx2
 from .exact import BUILDERS, built, quantized
 
 PRUNED = "engine, pruned"
@@ -58,7 +58,7 @@ def measure(
             ("torch", "onnxruntime"), origin=dense["origin"], image_shape=images.shape[1:], threads=threads, batch=1,
             directory=directory, on_progress=lambda what: tell(f"{name}: {what}", 0, 1),
         )  # fmt: skip
-        hold = hold_to_avx2(directory) if implementation == "avx2" else None
+        hold = _holding(directory) if implementation == "avx2" else None
         races = []
         for count in threads:
             ours = [
@@ -69,7 +69,7 @@ def measure(
                 for title, entry in ((ENGINE, dense), (PRUNED, pruned))
             ]  # fmt: skip
             others = [peer for peer in peers[count] if peer.name in _PEERS]
-            runners = [_held(runner, hold) for runner in (*ours, *others)]
+            runners = [*ours, *others] if hold is None else [hold(runner) for runner in (*ours, *others)]
             results = compare(runners, rounds=rounds, turn_ms=turn_ms, on_progress=tell)
             races.append(
                 {
@@ -94,8 +94,10 @@ def measure(
     }
 
 
-def _held(runner: Runner, hold: Hold | None) -> Runner:
-    return runner if hold is None else replace(runner, environment=hold.environment(runner.runtime))
+def _holding(folder: Path) -> Callable[[Runner], Runner]:
+    """What holds a runner to AVX2, or makes it unavailable where that fails."""
+    hold, watch = hold_to_avx2(folder), build_library(WATCH, folder)
+    return lambda runner: check(runner, hold, watch)[0]
 
 
 def bias_for(name: str, steps: int, density: float, images: np.ndarray[Any, Any]) -> float:
