@@ -246,6 +246,9 @@ def _refusal(network: nn.Module, chosen: _Candidate, places: list[tuple[str, dic
         if names
     ]
     where = f" under {chosen.place!r}" if chosen.place else ""
+    whose = getattr(network, "whose_weights", lambda _: None)(chosen.tensors)
+    if whose is not None:
+        return f"{path}: its tensors{where} do not fit {type(network).__name__}: {whose}"
     every = [place + key for place, state in places for key in state]
     return (
         f"{path}: its tensors{where} do not fit {type(network).__name__}: {'; '.join(found)}. "

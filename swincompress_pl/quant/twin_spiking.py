@@ -57,7 +57,7 @@ def at_most(result: Tensor, attributes: Mapping[str, Any]) -> Tensor:
 
 
 def fire(x: Tensor, mult: Tensor, shift: Tensor, steps: int) -> Tensor:
-    """The spikes (N, steps, rows..., C), uint8, of neurons that are charged with x (N, rows..., C), int32, once."""
+    """The spikes (N, steps, rows..., C), uint8, of neurons that are charged with x (N, rows..., C) once."""
     threshold = torch.bitwise_left_shift(torch.ones_like(shift), shift)
     membrane = x.long() * mult + (threshold >> 1)
     spikes = []

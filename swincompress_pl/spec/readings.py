@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from swincompress_pl.spec.integer import UNSIGNED_BYTES
-from swincompress_pl.spec.kinds import check_operation
-from swincompress_pl.spec.program import INPUT_VALUE, Operation, Program, ProgramError, Value
+from swincompress_pl.spec.program import Operation, Program, ProgramError
+from swincompress_pl.spec.reference import check, tensors_of
 from swincompress_pl.spec.spiking import AS_IT_IS
 
 _LAYERS = ("linear", "conv2d")
@@ -36,7 +36,8 @@ def binary_steps(program: Program) -> Program:
         The Program in binary steps; its values with time are (D, rows..., channels).
 
     Raises:
-        ProgramError: If no operation gives counts, or one that gives or reads them has no such form.
+        ProgramError: If the Program breaks a rule, if no operation gives counts, or if one that gives or reads them has
+            no such form.
     """
     unrolling = _Unrolling(program)
     for op in program.operations:
@@ -57,14 +58,12 @@ class _Unrolling:
         self.operations: list[Operation] = []
         self.tensors: dict[str, npt.NDArray[Any]] = {}
         self.steps: dict[str, int] = {}  # of the values that are spikes now
-        self.values: dict[str, Value] = {INPUT_VALUE: program.input.value}
+        self.values = check(program)
         self._summed: dict[str, str] = {}
 
     def take(self, op: Operation) -> None:
         """Appends what stands for an operation."""
-        given = [self.values[name] for name in op.inputs]
-        tensors = {role: self.program.tensors[key] for role, key in op.tensors.items()}
-        self.values[op.output] = check_operation(op, given, tensors)
+        tensors = tensors_of(self.program, op)
         over_spikes = any(name in self.steps for name in op.inputs)
         if op.kind in _LAYERS and over_spikes:
             self._layer(op, tensors)

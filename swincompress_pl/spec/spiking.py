@@ -121,8 +121,8 @@ def integrate(x: IntArray, bias: IntArray, mult: IntArray, shift: IntArray, *, d
 def fire(x: IntArray, mult: IntArray, shift: IntArray, *, steps: int) -> IntArray:
     """The spikes of integrate-and-fire neurons without leak that are charged once and fire in `steps` time steps.
 
-    x: (N, rows..., C) int32; mult, shift: (C,). The membrane potential has `shift` fractional bits, and begins at half
-    of the threshold, 2**shift:
+    x: (N, rows..., C) int16 or int32; mult, shift: (C,). The membrane potential has `shift` fractional bits, and begins
+    at half of the threshold, 2**shift:
 
         v = x * mult + 2**(shift - 1)
         at each step: spike = v >= 2**shift;  after a spike, v = v - 2**shift

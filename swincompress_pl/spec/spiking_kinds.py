@@ -98,7 +98,7 @@ def _check_integrate(call: Call) -> Value:
 
 
 def _check_fire(call: Call) -> Value:
-    x = call.source(0, "int32")
+    x = call.source(0, "int16", "int32")
     steps = call.integer("steps", 1, ops.STEPS_MAX)
     call.requantization(x.channels)
     return call.counts((steps, *x.shape), "a spike", 1, "uint1")

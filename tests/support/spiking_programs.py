@@ -299,7 +299,7 @@ def pictures(rng: np.random.Generator, count: int, shape: tuple[int, ...]) -> Ar
     return ((base + rng.integers(0, 256, (count, *shape))) // 2).astype(np.uint8)
 
 
-class _Builder:
+class ProgramBuilder:
     """Appends operations with random tensors to a Program, running them on a few random inputs, so that thresholds are
     where some neurons spike; every method gives the name of its value."""
 
@@ -307,7 +307,7 @@ class _Builder:
         self.rng = np.random.default_rng(seed)
         self.operations: list[Operation] = []
         self.tensors: dict[str, Array] = {}
-        self._seen = {"images": pictures(self.rng, 8, shape)}
+        self.seen = {"images": pictures(self.rng, 8, shape)}
 
     def emit(self, kind: str, inputs: tuple[str, ...], dtype: str, roles: dict[str, Array], **attributes: Any) -> str:
         name = f"{kind}{len(self.operations)}"
@@ -318,7 +318,7 @@ class _Builder:
                 kind=kind, name=name, inputs=inputs, output=name, dtype=dtype, attributes=attributes, tensors=keys
             )
         )
-        self._seen[name] = KINDS[kind].run([self._seen[each] for each in inputs], roles, attributes, dtype)
+        self.seen[name] = KINDS[kind].run([self.seen[each] for each in inputs], roles, attributes, dtype)
         return name
 
     def layer(self, weight: tuple[int, ...], spread: int, *, bias_shape: tuple[int, ...] = ()) -> dict[str, Array]:
@@ -338,7 +338,7 @@ class _Builder:
 
     def lif(self, x: str, steps: int, *, repeated: int = 0, **changes: int) -> str:
         fixed = {"decay": HALF_DECAY, "input_decay": 1, "soft_reset": 0, "fraction_bits": 0} | changes
-        currents = self._seen[x].reshape(-1, self._seen[x].shape[-1]) << fixed["fraction_bits"]
+        currents = self.seen[x].reshape(-1, self.seen[x].shape[-1]) << fixed["fraction_bits"]
         threshold = np.maximum(np.quantile(currents, 0.7, axis=0) / 2, 1).astype(np.int32)
         roles = {
             "threshold": threshold,
@@ -358,7 +358,7 @@ def spiking_program(
     spike attention, a gate by head, a head on counts."""
     size, heads = 8, 2
     given = InputDescription(height=size, width=size, channels=2 if events else 3, time_steps=steps if events else None)
-    build = _Builder(seed, given.value.shape)
+    build = ProgramBuilder(seed, given.value.shape)
     stem = build.layer((width, 3, 3, given.channels), 4000, bias_shape=(size, size))
     x = build.emit("conv2d", ("images",), "int32", stem, channels=width, kernel=[3, 3], stride=[1, 1], padding=[1, 1])
     x = build.emit("max_pool", (x,), "int32", {}, kernel=[3, 3], stride=[2, 2], padding=[1, 1])
@@ -395,7 +395,7 @@ def layers_of_spikes(seed: int = 0, *, steps: int = 3, width: int = 40, classes:
     one with a sum, linear layers with neurons and with less than 32 bits. The spikes are "lif1"."""
     size = 9
     given = InputDescription(height=size, width=size, channels=3)
-    build = _Builder(seed, given.value.shape)
+    build = ProgramBuilder(seed, given.value.shape)
     stem = build.layer((width, 1, 1, 3), 1) | {"weight": np.ones((width, 1, 1, 3), np.int8)}
     x = build.emit("conv2d", ("images",), "int32", stem, channels=width, kernel=[1, 1], stride=[1, 1], padding=[0, 0])
     spikes = build.emit(

@@ -15,7 +15,7 @@ Importing this module imports spikingjelly, which takes seconds; `factory.create
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from torch import Tensor, nn
 
@@ -23,6 +23,8 @@ from swincompress_pl.models.spiking.multi_spike import MultiSpike
 
 _EXPANSION = 2  # of the separable convolutions
 _V_EXPANSION = 4  # of the values of an attention
+# Names that only the larger published models have.
+_LARGER = ("ConvBlock1_1.0.conv1.0.0.", "block3.0.attn.q_conv.0.conv1.", "block3.0.layer_scale", "head_kd.")
 
 
 def _conv_norm(inputs: int, outputs: int, kernel_size: int, *, groups: int = 1) -> nn.Sequential:
@@ -254,6 +256,18 @@ class ESpikeFormer(nn.Module):
                 x = self.get_submodule(block)(x)
         x = self.head(self.spike(x.flatten(2).mean(2)))
         return x
+
+    @staticmethod
+    def whose_weights(names: Collection[str]) -> str | None:
+        """What a refusal says about a file with these names, if they are those of the larger published models."""
+        if not any(f".{part}" in f".{name}" for name in names for part in _LARGER):
+            return None
+        return (
+            "they are those of a larger published E-SpikeFormer (83 M or 173 M parameters). Its layout, with "
+            "re-parameterized convolutions, layer scales and a second head for distillation, is not supported; the "
+            "published files of the models of 5.1 M, 10.0 M and 19.0 M parameters fit e_spikeformer_small, "
+            "e_spikeformer_medium and e_spikeformer_large."
+        )
 
 
 def _check(
