@@ -57,12 +57,26 @@ WIDE_CALL = """
 import ctypes, json, sys
 from benchmarks.engine import held
 watch, library = ctypes.CDLL(sys.argv[1]), ctypes.CDLL(sys.argv[2])
-calls = (lambda: None, library.mask, library.high, lambda: None)
+calls = (lambda: None, library.mask, library.high, lambda: None, library.other_thread, lambda: None)
 print(json.dumps([held.written_by(call, watch) for call in calls]))
 """
 WRITES = """
+#include <pthread.h>
+#include <unistd.h>
 void mask(void) { __asm__ volatile("kxnorw %%k1, %%k1, %%k1" : :); }
 void high(void) { __asm__ volatile("vpternlogd $255, %%zmm20, %%zmm20, %%zmm20" : :); }
+static volatile long left = 100000000;
+static void* spin_and_wait(void* unused) {
+    high();
+    while (left > 0) --left;
+    for (;;) pause();
+    return unused;
+}
+void other_thread(void) {
+    pthread_t thread;
+    pthread_create(&thread, 0, spin_and_wait, 0);
+    while (left == 100000000) continue;
+}
 """
 
 
@@ -190,7 +204,7 @@ def test_written_registers_are_found(tmp_path: Path) -> None:
     environment["PYTHONPATH"] += f":{Path(measure.__file__).parents[2]}"
     command = [sys.executable, "-P", "-c", WIDE_CALL, str(watch), str(writes)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    assert json.loads(done.stdout) == [[], ["opmask"], ["ZMM 16 to 31"], []]
+    assert json.loads(done.stdout) == [[], ["opmask"], ["ZMM 16 to 31"], [], ["ZMM 16 to 31"], []]
 
 
 def runner(runtime: str, **settings: Any) -> Runner:

@@ -94,11 +94,11 @@ def written_by(call: worker.Call, watch: ctypes.CDLL) -> list[str]:
     """The registers beyond those of AVX2 that a call writes."""
     take = watch.take_wide_registers
     take.restype = ctypes.c_int64
-    take()
+    before = take()
     call()
     states = take()
-    if states < 0:
-        raise RuntimeError("not all threads answered which registers they wrote")
+    if min(before, states) < 0:
+        raise RuntimeError("not all threads came to rest and said which registers they wrote")
     return list(dict.fromkeys(name for bit, name in _STATES.items() if states >> bit & 1))
 
 
