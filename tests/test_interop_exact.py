@@ -13,9 +13,10 @@ import numpy.typing as npt
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.count_programs import counting_program
 from support.program_cases import masked, small_program, with_maps
 from support.random_operations import random_cases
-from support.spiking_programs import layers_of_spikes, spiking_cases, spiking_program
+from support.spiking_programs import SpikingCase, layers_of_spikes, spiking_cases, spiking_program
 from support.whole_programs import images_of, swin_program, vit_program
 
 from swincompress_pl import interop, spec
@@ -127,6 +128,22 @@ def test_products_of_corners_do_not_saturate(dtype: str, value: int, weight: int
     assert np.array_equal(session(checked(model)).run(None, {"x0": x})[0], np.full((2, 9, 40), value * weight * depth))
 
 
+@pytest.mark.parametrize("bias", [0, -(2**31), 2**31 - 1])
+@pytest.mark.parametrize(("dtype", "value"), [("int32", 2**31 - 1), ("int32", -(2**31) + 1), ("uint8", 255)])
+def test_sums_over_255_steps_pass_neither_53_bits_nor_int32_unseen(dtype: str, value: int, bias: int) -> None:
+    """255 times the largest int32 is about 2^39, and times the largest multiplier 2^61."""
+    mult, shift = np.array([2**22 - 1, 2**22 - 1, 2**21, 1, 0]), np.array([1, 52, 21, 22, 1])
+    for result, bound in (("int32", {}), ("int16", {}), ("uint8", {"largest": 4})):
+        case = SpikingCase(
+            kind="integrate", dtype=result, dtypes=(dtype,), attributes={"steps": 255, **bound},
+            arrays=(np.full((1, 255, 5), value).astype(spec.STORAGE[dtype]),),
+            tensors={
+                "bias": np.full(5, bias, np.int32), "mult": mult.astype(np.int32), "shift": shift.astype(np.uint8)
+            },
+        )  # fmt: skip
+        assert_equals_specification(case, case.values, reference=True)
+
+
 @given(
     numbers=st.lists(st.integers(-(2**31) + 1, 2**31 - 1), min_size=1, max_size=40),
     mult=st.one_of(st.integers(0, 2**22 - 1), st.sampled_from([0, 1, 2**21, 2**22 - 1])),
@@ -163,6 +180,8 @@ PROGRAMS: dict[str, Callable[[], spec.Program]] = {
     "maps": lambda: with_maps(small_program()),
     "spiking": spiking_program,
     "spikes": layers_of_spikes,
+    "counts": counting_program,
+    "binary steps": lambda: spec.binary_steps(counting_program()),
 }
 
 
@@ -188,6 +207,18 @@ def test_programs_equal_the_specification(name: str, threads: int, tmp_path: Pat
             expected = spec.run(program, images)
             assert np.array_equal(answers["integer_logits"], expected)
             assert np.array_equal(answers["logits"], (expected * program.logit_scale).astype(np.float32))
+
+
+def test_both_readings_of_counts_have_one_answer(tmp_path: Path) -> None:
+    """In onnxruntime and in onnx's evaluator."""
+    program = counting_program()
+    images = images_of(program, 1)
+    expected = spec.run(program, images)
+    for number, reading in enumerate((program, spec.binary_steps(program))):
+        path = interop.to_onnx(reading, tmp_path / f"{number}.onnx")
+        assert np.array_equal(session(str(path)).run(["integer_logits"], {"images": images})[0], expected)
+        evaluated = evaluator.ReferenceEvaluator(onnx.load(path)).run(["integer_logits"], {"images": images})
+        assert np.array_equal(evaluated[0], expected)
 
 
 def test_what_an_artifact_says_is_in_the_metadata(tmp_path: Path) -> None:

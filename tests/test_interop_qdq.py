@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.count_programs import counting_program
 from support.spiking_programs import spiking_program
 from support.whole_programs import images_of, vit_program
 
@@ -52,8 +53,8 @@ def answers(path: Path, images: Any) -> Any:
     return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"]).run(None, {"images": images})[0]
 
 
-def correlations(program: spec.Program, path: Path) -> Any:
-    images = images_of(program, 6)
+def correlations(program: spec.Program, path: Path, count: int = 6) -> Any:
+    images = images_of(program, count)
     expected, found = spec.run(program, images) * program.logit_scale, answers(path, images)
     assert found.shape == expected.shape
     assert found.dtype == np.float32
@@ -105,9 +106,25 @@ def test_the_structure_is_what_runtimes_fuse(tmp_path: Path) -> None:
     assert {node.domain for node in model.graph.node} == {""}
 
 
-def test_what_has_no_conventional_form_is_named(tmp_path: Path) -> None:
+def test_counts_are_bytes_with_a_ceiling(tmp_path: Path) -> None:
+    """A count that falls on the other side of a half changes whole answers of a network that is not trained."""
+    program = counting_program()
+    model = onnx.load(interop.to_onnx(program, tmp_path / "model.onnx", form="qdq"))
+    onnx.checker.check_model(model, full_check=True)
+    onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True)
+    constants = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    clips = {node.output[0]: [float(constants[end]) for end in node.input[1:]] for node in model.graph.node
+             if node.op_type == "Clip"}  # fmt: skip
+    quantized = {node.input[0] for node in model.graph.node if node.op_type == "QuantizeLinear"}
+    assert list(clips.values()) == [[0, 4]] * sum("largest" in op.attributes for op in program.operations)
+    assert set(clips) <= quantized
+    assert float(np.median(correlations(program, tmp_path / "model.onnx", 12))) > 0.99
+
+
+@pytest.mark.parametrize("make", [spiking_program, lambda: spec.binary_steps(counting_program())])
+def test_what_has_no_conventional_form_is_named(make: Callable[[], spec.Program], tmp_path: Path) -> None:
     with pytest.raises(spec.ProgramError, match=r"'.*': .* no conventional form.*[Tt]he exact form has"):
-        interop.to_onnx(spiking_program(), tmp_path / "model.onnx", form="qdq")
+        interop.to_onnx(make(), tmp_path / "model.onnx", form="qdq")
     assert not list(tmp_path.iterdir())
 
 

@@ -84,7 +84,7 @@ def _forms(entries: list[Mapping[str, Any]]) -> list[str]:
         f"{len(entries)} networks are exact. The evaluator of onnx was run on one image, and not at 224 pixels, where "
         "it takes minutes. Every file passes onnx's full check and strict shape inference. Of the conventional form "
         "(qdq), the lowest correlation of an image's logits with the engine's is given; networks that are not trained "
-        "have answers that say little more. Spiking networks have no such form.",
+        "have answers that say little more. Spikes in time steps have no such form, and counts of spikes have one.",
         table(header, rows),
         "OpenVINO computes the exact form's float64 in float32. Swin and ViT need more bits, so their answers are "
         "wrong there; the numbers of these spiking networks fit.",

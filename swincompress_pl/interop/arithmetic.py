@@ -93,7 +93,7 @@ def shifted(
 
 
 def shifted_int64(graph: OnnxGraph, product: str, offset: Array | int, shift: Array | int) -> Wide:
-    """floor((product + offset + 2^(shift-1)) / 2^shift) of int64 numbers, whose sum stays below 2^61 in magnitude."""
+    """floor((product + offset + 2^(shift-1)) / 2^shift) of int64 numbers, whose sum stays below 2^62 in magnitude."""
     shift = np.asarray(shift, dtype=object)
     added = np.asarray(offset, dtype=object) + 2 ** (shift - 1) + _LIFT
     lifted = graph.node("Add", product, graph.constant(added, "int64"))
@@ -111,10 +111,11 @@ def _as(graph: OnnxGraph, x: Wide, dtype: str) -> str:
     return x.name if x.dtype == dtype else graph.cast(x.name, dtype)
 
 
-def stored(graph: OnnxGraph, x: Wide, dtype: str) -> str:
-    """Whole numbers, saturated to a type of the specification, as it is held."""
-    low, high = (graph.constant(limit + x.raised, x.dtype) for limit in spec.LIMITS[dtype])
-    found = graph.node("Clip", x.name, low, high)
+def stored(graph: OnnxGraph, x: Wide, dtype: str, largest: int | None = None) -> str:
+    """Whole numbers, saturated to a type of the specification, or at `largest`, as it is held."""
+    low, high = spec.LIMITS[dtype]
+    ends = (graph.constant(end + x.raised, x.dtype) for end in (low, high if largest is None else largest))
+    found = graph.node("Clip", x.name, *ends)
     if zero_point(dtype) != x.raised:
         found = graph.node("Add", found, graph.constant(zero_point(dtype) - x.raised, x.dtype))
     return found if x.dtype == held_type(dtype) else graph.cast(found, held_type(dtype))
@@ -126,20 +127,25 @@ def held(values: npt.NDArray[Any], dtype: str) -> Array:
 
 
 def requantized(
-    graph: OnnxGraph, sums: str, mult: Array, shift: Array, reach: Array | int, dtype: str, bias: Array | None = None
+    graph: OnnxGraph,
+    sums: Wide,
+    mult: Array,
+    shift: Array,
+    reach: Array | int,
+    dtype: str,
+    *,
+    bias: Array | None = None,
+    largest: int | None = None,
 ) -> str:
-    """clamp(((sums + bias) mult + 2^(shift-1)) >> shift) of int32 sums, stored; their last axis has mult and shift.
+    """clamp(((sums + bias) mult + 2^(shift-1)) >> shift), stored; the last axis of the sums has mult and shift.
 
-    The sums without the bias are at most `reach` in magnitude.
+    The sums without the bias are at most `reach` in magnitude. With it, int32 ones stay in int32, and int64 ones below
+    2^39. The result saturates at `largest`, if it is given.
     """
-    unscaled = dtype == "int32" and np.all(mult.astype(np.int64) == 2 ** shift.astype(np.int64))
-    added: Array | int = 0
-    if bias is not None and bias.any():
-        if unscaled:
-            whole: str = graph.node("Add", sums, graph.constant(bias, "int32"))
-            return whole
-        added = bias.astype(object) * mult.astype(object)
-    elif unscaled:
-        return sums
-    x = Wide(name=sums, dtype="int32")
-    return stored(graph, shifted(graph, x, mult, shift, reach, added=added, raised=zero_point(dtype)), dtype)
+    biases = bias if bias is not None and bias.any() else None
+    if dtype == "int32" and np.all(mult.astype(np.int64) == 2 ** shift.astype(np.int64)):
+        total = sums.name if biases is None else graph.node("Add", sums.name, graph.constant(biases, sums.dtype))
+        return total if sums.dtype == dtype else stored(graph, Wide(name=total, dtype=sums.dtype), dtype)
+    added = 0 if biases is None else biases.astype(object) * mult.astype(object)
+    rounded = shifted(graph, sums, mult, shift, reach, added=added, raised=zero_point(dtype))
+    return stored(graph, rounded, dtype, largest)

@@ -51,7 +51,7 @@ def to_onnx(
         form: "exact": integers that equal the specification's to the bit; "integer_logits", int32, and "integer_" and
             the name of each named output are outputs, too. "qdq": QuantizeLinear and DequantizeLinear around float
             operators, which runtimes fuse into int8 kernels of their own; its answers are near and not equal. Spiking
-            networks have no such form.
+            networks have no such form, unless their neurons give counts.
         opset: Version of the operators; None for 18 (exact), 17 (qdq) or 21 (qdq with 4-bit weights), which are the
             only ones.
         gather_elements: Of the exact form: look tables up by GatherElements, which onnxruntime runs about ten times as

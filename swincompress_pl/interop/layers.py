@@ -51,13 +51,16 @@ def linear(call: Call) -> str:
     graph, x, weight = call.graph, call.inputs[0], call.tensors["weight"]
     rows = graph.constant(_held_weight(weight.T), "uint8")
     sums = byte_product(graph, call.names[0], zero_point(x.dtype), rows, OFFSET)
-    return _rounded(call, sums, _sum_reach(x, weight))
+    return rounded(call, Wide(name=sums, dtype="int32"), _sum_reach(x, weight))
 
 
-def _rounded(call: Call, sums: str, reach: Array) -> str:
-    """A layer's results from its sums."""
-    tensors = call.tensors
-    return requantized(call.graph, sums, tensors["mult"], tensors["shift"], reach, call.op.dtype, tensors["bias"])
+def rounded(call: Call, sums: Wide, reach: Array | int) -> str:
+    """The result of an operation from its sums, of at most `reach` without the bias, if it has one."""
+    tensors, largest = call.tensors, call.op.attributes.get("largest")
+    return requantized(
+        call.graph, sums, tensors["mult"], tensors["shift"], reach, call.op.dtype,
+        bias=tensors.get("bias"), largest=largest,
+    )  # fmt: skip
 
 
 def conv2d(call: Call) -> str:
@@ -78,7 +81,7 @@ def conv2d(call: Call) -> str:
         strides=list(call.attribute("stride")),
     )
     reach = _sum_reach(x, weight.reshape(len(weight), -1))
-    found = _rounded(call, graph.transpose(sums, 0, 2, 3, 1), reach)
+    found = rounded(call, Wide(name=graph.transpose(sums, 0, 2, 3, 1), dtype="int32"), reach)
     return found if len(x.shape) == 3 else graph.reshape(found, -1, *call.output.shape)
 
 
@@ -141,7 +144,7 @@ def mean(call: Call) -> str:
     """The sum over the rows, and one rounding."""
     graph, x = call.graph, call.inputs[0]
     sums = sum_over(graph, widened(graph, call.tokens(), x.dtype, "int32"), 1, keep=False)
-    return requantized(graph, sums, call.tensors["mult"], call.tensors["shift"], x.rows * x.reach, call.op.dtype)
+    return rounded(call, Wide(name=sums, dtype="int32"), x.rows * x.reach)
 
 
 def sum_over(graph: OnnxGraph, x: str, axis: int, *, keep: bool = True) -> str:
@@ -157,8 +160,7 @@ def _highest(graph: OnnxGraph, x: str) -> str:
 
 def requantize(call: Call) -> str:
     """One rounding for each channel of a stream."""
-    x = call.inputs[0]
-    return requantized(call.graph, call.names[0], call.tensors["mult"], call.tensors["shift"], x.reach, call.op.dtype)
+    return rounded(call, Wide(name=call.names[0], dtype="int32"), call.inputs[0].reach)
 
 
 def layer_norm(call: Call) -> str:

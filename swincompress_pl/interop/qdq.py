@@ -5,7 +5,8 @@ Activations and weights are symmetric int8, weights with one scale per output ch
 
 Values are in units of their own step: a code q of any value stands for the real number q. Then a layer's weights have
 the scale mult / 2^shift, which already is input scale times weight step over output scale, and every activation has
-scale 1. Softmax gets back its natural unit, and LayerNorm its gain, from the multipliers.
+scale 1. Softmax gets back its natural unit, and LayerNorm its gain, from the multipliers. Counts of spikes are uint8,
+and a Clip is their ceiling; neurons with time steps have no conventional form.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import numpy as np
 
 from swincompress_pl import spec
 from swincompress_pl.interop.graph import Array, OnnxGraph
+from swincompress_pl.interop.spiking import product_of_counts
 from swincompress_pl.spec.integer import EXP_STEPS, NORMALIZED_FRACTION_BITS
 from swincompress_pl.spec.reference import tensors_of
 
@@ -88,10 +90,14 @@ class QdqGraph:
         return graph
 
     def _kept(self, made: Real, value: spec.Value) -> Real:
-        """Bytes are quantized; wider values stay in float."""
-        if made.is_bytes or spec.STORAGE[value.dtype] not in ("int8", "uint8"):
+        """Bytes are quantized, after a Clip where they end before their type does; wider values stay in float."""
+        dtype, name = spec.STORAGE[value.dtype], made.name
+        if made.is_bytes or dtype not in ("int8", "uint8"):
             return made
-        return Real(name=self.quantized(made.name, 1.0, spec.STORAGE[value.dtype]), is_bytes=True)
+        if value.reach < spec.LIMITS[dtype][1]:
+            ends = (0 if dtype == "uint8" else -value.reach, value.reach)
+            name = self.graph.node("Clip", name, *(self.graph.constant(end, "float32") for end in ends))
+        return Real(name=self.quantized(name, 1.0, dtype), is_bytes=True)
 
     def _output(self, value: str, name: str, shape: tuple[int, ...], scale: float) -> None:
         real = self.graph.node("Mul", self.real(value), self.graph.constant(scale, "float32"))
@@ -288,6 +294,31 @@ def _attention(q: QdqGraph, op: spec.Operation, tensors: Mapping[str, Array]) ->
     return Real(name=graph.reshape(found, 0, *q.values[op.output].shape), is_bytes=False)
 
 
+def _requantize(q: QdqGraph, op: spec.Operation, tensors: Mapping[str, Array]) -> Real:
+    step = q.graph.constant(_step(tensors), "float32")
+    return Real(name=q.graph.node("Mul", q.real(op.inputs[0]), step), is_bytes=False)
+
+
+def _block_sum(q: QdqGraph, op: spec.Operation, _: Mapping[str, Array]) -> Real:
+    graph, (name,), x = q.graph, op.inputs, q.values[op.inputs[0]]
+    rows, channels = op.attributes["rows"], op.attributes["channels"]
+    blocks = graph.reshape(q.real(name), 0, rows, x.rows // rows, channels, x.channels // channels)
+    sums = graph.node("ReduceSum", blocks, graph.constant(np.array([2, 4]), "int64"), keepdims=0)
+    return Real(name=graph.reshape(sums, 0, *q.values[op.output].shape), is_bytes=False)
+
+
+def _spike_attention(q: QdqGraph, op: spec.Operation, _: Mapping[str, Array]) -> Real:
+    graph, windows, heads = q.graph, op.attributes["windows"], op.attributes["heads"]
+    length = q.values[op.inputs[0]].rows // windows
+    dims = [q.values[name].channels // heads for name in op.inputs]
+    query, key, value = (
+        q.real(name, graph.transpose(graph.reshape(q.held(name), 0, windows, length, heads, dim), 0, 1, 3, 2, 4))
+        for name, dim in zip(op.inputs, dims, strict=True)
+    )
+    found = graph.transpose(product_of_counts(graph, query, key, value, length, dims), 0, 1, 3, 2, 4)
+    return Real(name=graph.reshape(found, 0, *q.values[op.output].shape), is_bytes=False)
+
+
 _KINDS: dict[str, Callable[[QdqGraph, spec.Operation, Mapping[str, Array]], Real]] = {
     "linear": _linear,
     "conv2d": _conv2d,
@@ -299,4 +330,7 @@ _KINDS: dict[str, Callable[[QdqGraph, spec.Operation, Mapping[str, Array]], Real
     "gather": _gather,
     "mean": _mean,
     "attention": _attention,
+    "requantize": _requantize,
+    "block_sum": _block_sum,
+    "spike_attention": _spike_attention,
 }

@@ -1,13 +1,20 @@
-"""The exact forms of the operations of spiking networks. Time is unrolled: a neuron has few operators per step."""
+"""The exact forms of the operations of spiking networks.
+
+Time is unrolled where neurons have a memory (`lif`): they have few operators per step. Neurons that are charged once
+(`fire`) have few for all steps.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
-from swincompress_pl.interop.arithmetic import Wide, held_type, stored, widened
+from swincompress_pl.interop.arithmetic import Wide, held_type, shifted, stored, widened
 from swincompress_pl.interop.exact import Call
 from swincompress_pl.interop.graph import OnnxGraph
-from swincompress_pl.interop.layers import sum_over
+from swincompress_pl.interop.layers import rounded, sum_over
+from swincompress_pl.spec.integer import ACCUMULATOR_BOUND
 from swincompress_pl.spec.spiking import CURRENT_MAX, DECAY_BITS, MEMBRANE_MAX
 
 
@@ -97,7 +104,7 @@ def multiply(call: Call) -> str:
 
 
 def spike_attention(call: Call) -> str:
-    """Products of counts below 2^31 in float64, in the order that takes fewer."""
+    """Products of counts below 2^31 in float64."""
     graph, windows, heads = call.graph, call.attribute("windows"), call.attribute("heads")
     length = call.inputs[0].rows // windows
     dims = [value.channels // heads for value in call.inputs]
@@ -107,12 +114,38 @@ def spike_attention(call: Call) -> str:
         )
         for name, value, dim in zip(call.names, call.inputs, dims, strict=True)
     )
+    product = product_of_counts(graph, q, k, v, length, dims)
+    return call.shaped(graph.cast(graph.transpose(product, 0, 1, 3, 2, 4), "int32"))
+
+
+def product_of_counts(graph: OnnxGraph, q: str, k: str, v: str, length: int, dims: Sequence[int]) -> str:
+    """The product q (k^T v) of (N, windows, heads, length, dims of each), in the order that takes fewer products."""
     turned = graph.transpose(k, 0, 1, 2, 4, 3)
     if length * (dims[0] + dims[2]) < 2 * dims[0] * dims[2]:
-        product = graph.node("MatMul", graph.node("MatMul", q, turned), v)
+        name: str = graph.node("MatMul", graph.node("MatMul", q, turned), v)
     else:
-        product = graph.node("MatMul", q, graph.node("MatMul", turned, v))
-    return call.shaped(graph.cast(graph.transpose(product, 0, 1, 3, 2, 4), "int32"))
+        name = graph.node("MatMul", q, graph.node("MatMul", turned, v))
+    return name
+
+
+def integrate(call: Call) -> str:
+    """The sum over time, in int64 where it may pass int32, and one rounding."""
+    graph, x = call.graph, call.inputs[0]
+    reach = call.attribute("steps") * x.reach
+    peak = int(np.abs(call.tensors["bias"].astype(np.int64)).max())
+    dtype = "int32" if reach + peak < ACCUMULATOR_BOUND else "int64"
+    sums = sum_over(graph, widened(graph, call.names[0], x.dtype, dtype), 1, keep=False)
+    return rounded(call, Wide(name=sums, dtype=dtype), reach)
+
+
+def fire(call: Call) -> str:
+    """Charged once and without a leak, a neuron spikes at step n, from 1 on, where its count is n or more."""
+    graph, x, tensors = call.graph, call.inputs[0], call.tensors
+    charge = Wide(name=call.names[0], dtype="int32")
+    counts = shifted(graph, charge, tensors["mult"], tensors["shift"], x.reach)
+    numbers = np.arange(1, call.attribute("steps") + 1).reshape(-1, *(1 for _ in x.shape))
+    one_step = graph.reshape(counts.name, 0, 1, *x.shape)
+    return graph.cast(graph.node("GreaterOrEqual", one_step, graph.constant(numbers, counts.dtype)), "uint8")
 
 
 SPIKING = {
@@ -121,4 +154,6 @@ SPIKING = {
     "block_sum": block_sum,
     "multiply": multiply,
     "spike_attention": spike_attention,
+    "integrate": integrate,
+    "fire": fire,
 }

@@ -11,9 +11,9 @@ import numpy.typing as npt
 
 from support.program_cases import integers, requantization, weights
 from swincompress_pl.spec import InputDescription, Operation, Program, Value, multiplier
-from swincompress_pl.spec.integer import LIMITS
+from swincompress_pl.spec.integer import LIMITS, MULTIPLIER_BITS, SHIFT_MAX
 from swincompress_pl.spec.kinds import KINDS
-from swincompress_pl.spec.spiking import CURRENT_MAX, THRESHOLD_MAX
+from swincompress_pl.spec.spiking import AS_IT_IS, CURRENT_MAX, STEPS_MAX, THRESHOLD_MAX
 
 Array = npt.NDArray[Any]
 
@@ -61,12 +61,11 @@ def _spikes(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
     return (rng.random(shape) < _pick(rng, 0.05, 0.3, 1.0)).astype(np.uint8)
 
 
-def _bounded(rng: np.random.Generator, *dtypes: str) -> tuple[str, dict[str, int]]:
-    """The type of a result, and the attribute of those that saturate below the limit of theirs."""
-    dtype = str(_pick(rng, *dtypes, "uint8", "uint3", "uint5"))
-    if not dtype.startswith("uint") or rng.integers(2):
-        return dtype, {}
-    return dtype, {"largest": int(rng.integers(1, LIMITS[dtype][1] + 1))}
+def _result(rng: np.random.Generator) -> tuple[str, dict[str, int]]:
+    """The type of a result, and attributes that bound it: counts of at most `largest`."""
+    dtype = str(_pick(rng, "int8", "uint8", "uint8", "uint3", "int16", "int32"))
+    bounded = dtype.startswith("uint") and rng.integers(4) > 0
+    return dtype, {"largest": int(rng.integers(1, LIMITS[dtype][1] + 1))} if bounded else {}
 
 
 def lif_case(rng: np.random.Generator) -> SpikingCase:
@@ -158,13 +157,13 @@ def spike_attention_case(rng: np.random.Generator) -> SpikingCase:
 def requantize_case(rng: np.random.Generator) -> SpikingCase:
     channels, source = int(_pick(rng, 1, 5, 33)), str(_pick(rng, "int16", "int32"))
     x = integers(rng, source, (2, int(_pick(rng, 1, 7, 20)), channels))
-    dtype, attributes = _bounded(rng, "int8", "int16", "int32")
+    dtype, bound = _result(rng)
     return SpikingCase(
         kind="requantize",
         dtype=dtype,
         dtypes=(source,),
         arrays=(x,),
-        attributes=attributes,
+        attributes=bound,
         tensors=requantization(rng, channels, LIMITS[source][1]),
     )
 
@@ -181,14 +180,13 @@ def grouped_conv_case(rng: np.random.Generator) -> SpikingCase:
     m = groups * outputs
     out = [(s + 2 * p - k) // t + 1 for s, p, k, t in zip(size, padding, kernel, stride, strict=True)]
     bias_shape = (*out, m) if rng.integers(2) else (m,)
-    result, attributes = _bounded(rng, "int8", "int16", "int32")
-    attributes |= {"channels": m, "groups": groups}
+    result, bound = _result(rng)
     return SpikingCase(
         kind="conv2d",
         dtype=result,
         dtypes=(dtype,),
         arrays=(integers(rng, dtype, (2, *steps, *size, groups * depth)),),
-        attributes={**attributes, "kernel": kernel, "stride": stride, "padding": padding},
+        attributes={"channels": m, "groups": groups, "kernel": kernel, "stride": stride, "padding": padding, **bound},
         tensors={
             "weight": weights(rng, (m, *kernel, depth), corners=False),
             "bias": rng.integers(-(2**14), 2**14, bias_shape).astype(np.int32),
@@ -208,13 +206,13 @@ def spike_linear_case(rng: np.random.Generator) -> SpikingCase:
     rate = float(_pick(rng, 0.0, 0.1, 0.6, 1.0))
     counts = np.full((2, rows, k), largest) if rate == 1 else rng.integers(1, largest + 1, (2, rows, k))
     x = np.where(rng.random((2, rows, k)) < rate, counts, 0)
-    dtype, attributes = _bounded(rng, "int8", "int16", "int32")
+    dtype, bound = _result(rng)
     return SpikingCase(
         kind="linear",
         dtype=dtype,
         dtypes=(f"uint{largest.bit_length()}",),
         arrays=(x.astype(np.uint8),),
-        attributes={"channels": m, **attributes},
+        attributes={"channels": m, **bound},
         tensors={
             "weight": weights(rng, (m, k), corners=bool(rng.integers(2))),
             "bias": rng.integers(-(2**14), 2**14, m).astype(np.int32),
@@ -239,44 +237,61 @@ def add_case(rng: np.random.Generator) -> SpikingCase:
     return SpikingCase(kind="add", dtype=dtypes[2], dtypes=dtypes[:2], arrays=(a, b))
 
 
+def _charge(rng: np.random.Generator, shape: tuple[int, ...], reach: int) -> Array:
+    """int32 of all magnitudes up to `reach`, of either sign; at times only the largest."""
+    if rng.integers(4) == 0:
+        return rng.choice(np.array([-reach, reach]), shape).astype(np.int32)
+    drawn = rng.integers(-reach, reach + 1, shape) >> rng.integers(0, 32, shape)
+    return drawn.astype(np.int32)
+
+
+def _factors(rng: np.random.Generator, channels: int, reach: int, largest: int) -> dict[str, Array]:
+    """Factors that bring `reach` to about `largest`, that leave it as it is, that halve it (so that odd numbers are
+    ties), or at the ends of what is allowed."""
+    style = int(rng.integers(4))
+    if style == 0:
+        mult, shift = multiplier(np.minimum(2 * largest / reach * np.exp(rng.normal(size=channels)), 2**20))
+    elif style == 1:
+        ends = (2**MULTIPLIER_BITS - 1, 2**21, 0), (1, 21, SHIFT_MAX)
+        mult, shift = (rng.choice(np.array(each), channels) for each in ends)
+    else:
+        mult, shift = np.full(channels, AS_IT_IS[0]), np.full(channels, AS_IT_IS[1] + style - 2)
+    return {"mult": mult.astype(np.int32), "shift": shift.astype(np.uint8)}
+
+
 def integrate_case(rng: np.random.Generator) -> SpikingCase:
-    """Sums over time of spikes, counts and accumulators, up to the largest that these can be."""
-    steps, channels, source = int(_pick(rng, 1, 4, 9, 255)), int(_pick(rng, 1, 5, 33, 70)), _pick(rng, "uint1", "int32")
-    rows = _pick(rng, (), (5,), (3, 4))
-    dtype, attributes = _bounded(rng, "int8", "int16", "int32")
-    limit = int(_pick(rng, 0, 1000, 2**31 - 1))
+    """Sums over time of spikes, of counts and of int32; the last may pass int32."""
+    source, steps = str(_pick(rng, "uint1", "uint3", "uint8", "int32", "int32")), int(_pick(rng, 1, 2, 4, STEPS_MAX))
+    rows = _pick(rng, (), (5,), (2, 3)) if steps < STEPS_MAX else ()
+    channels, wide = int(_pick(rng, 1, 5, 17)), source == "int32"
+    shape, reach = (2, steps, *rows, channels), int(_pick(rng, 50, 2**20, 2**31 - 1)) if wide else LIMITS[source][1]
+    peak = int(_pick(rng, 0, reach, 2**31 - 1))
+    bias = rng.integers(-peak - 1, peak + 1, channels)
+    dtype, bound = _result(rng)
     return SpikingCase(
         kind="integrate",
         dtype=dtype,
         dtypes=(source,),
-        arrays=(integers(rng, source, (2, steps, *rows, channels), corners=bool(rng.integers(2))),),
-        attributes={"steps": steps, **attributes},
+        arrays=(_charge(rng, shape, reach) if wide else integers(rng, source, shape),),
+        attributes={"steps": steps, **bound},
         tensors={
-            "bias": rng.integers(-limit, limit + 1, channels).astype(np.int32),
-            **requantization(rng, channels, LIMITS[source][1]),
+            "bias": np.where(rng.random(channels) < 0.3, -peak - 1, bias).astype(np.int32),
+            **_factors(rng, channels, steps * reach, bound.get("largest", LIMITS[dtype][1])),
         },
     )
 
 
 def fire_case(rng: np.random.Generator) -> SpikingCase:
-    """Neurons that are charged once, from currents of no spike to those of more than there are steps."""
-    steps, channels, reach = (
-        int(_pick(rng, 1, 4, 9, 255)),
-        int(_pick(rng, 1, 5, 33, 70)),
-        10 ** int(rng.integers(1, 10)),
-    )
-    rows = _pick(rng, (), (5,), (3, 4))
-    factors = requantization(rng, channels, reach)
-    if rng.integers(2):  # so that a current of `reach` is about one count more than there are steps
-        mult, shift = multiplier(np.full(channels, (steps + 1) / reach))
-        factors = {"mult": mult, "shift": shift}
+    steps, channels = int(_pick(rng, 1, 2, 4, 4, STEPS_MAX)), int(_pick(rng, 1, 5, 33))
+    rows = _pick(rng, (), (5,), (2, 3)) if steps < STEPS_MAX else ()
+    reach = int(_pick(rng, 20, 2**20, 2**31 - 1))
     return SpikingCase(
         kind="fire",
         dtype="uint1",
         dtypes=("int32",),
-        arrays=(rng.integers(-reach, reach + 1, (2, *rows, channels)).astype(np.int32),),
+        arrays=(_charge(rng, (2, *rows, channels), reach),),
         attributes={"steps": steps},
-        tensors=factors,
+        tensors=_factors(rng, channels, reach, steps),
     )
 
 
