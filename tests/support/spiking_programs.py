@@ -143,7 +143,7 @@ def multiply_case(rng: np.random.Generator) -> SpikingCase:
 def spike_attention_case(rng: np.random.Generator) -> SpikingCase:
     windows, heads, length = int(rng.integers(1, 4)), int(rng.integers(1, 4)), int(_pick(rng, 1, 4, 16, 49))
     dims = [int(_pick(rng, 1, 3, 8, 32)) for _ in range(2)]
-    dtype = str(_pick(rng, "uint1", "uint1", "uint4"))
+    dtype = str(_pick(rng, "uint1", "uint1", "uint2", "uint3", "uint4"))
     q, k, v = (integers(rng, dtype, (2, windows * length, heads * dims[n])) for n in (0, 0, 1))
     return SpikingCase(
         kind="spike_attention",
