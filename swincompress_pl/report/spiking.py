@@ -23,12 +23,15 @@ class SpikingCost(Summarized, Plain):
 
     The operations are those that spikingjelly's `op_counter` counts. The energies are those of its simple model (45 nm,
     float32; Horowitz, ISSCC 2014): estimates for comparisons, not measurements. Zeros in weights save nothing there.
+    Where neurons give counts of spikes, a count of c is c spikes in the binary time steps of
+    `models.spiking.multi_spike.MultiSpike`, and a product of two counts is that of every pair of their steps.
 
     Attributes:
         parameters: Parameters of the network.
         nonzero: Parameters that are not zero.
         size_bytes: Bytes of the parameters in float32.
-        dense_macs: Multiply-accumulates if every input were a number, as `pruning.count_macs` counts.
+        dense_macs: Multiply-accumulates if every input were a number, as `pruning.count_macs` counts; a count is one
+            number.
         macs: Multiply-accumulates with numbers that are not spikes.
         acs: Accumulations.
         sops: Accumulations that a spike causes at a weight (synaptic operations).
@@ -80,7 +83,7 @@ def spiking_cost(network: nn.Module, images: Tensor) -> SpikingCost:
         ValueError: If the network does not spike, keeps its state between calls or is a `QuantizedNetwork`, or if
             `images` has another shape.
     """
-    from spikingjelly.activation_based.op_counter import estimate_simple_energy
+    from swincompress_pl.report.binary_steps import energy_profiler  # it imports spikingjelly
 
     if isinstance(network, QuantizedNetwork):
         raise ValueError(
@@ -96,7 +99,9 @@ def spiking_cost(network: nn.Module, images: Tensor) -> SpikingCost:
     with evaluation_mode(network), torch.no_grad():
         with watching_spikes(network) as rates:
             network(images)
-        energy = estimate_simple_energy(network, images)
+        with energy_profiler(network) as profiler:
+            network(images)
+    energy = profiler.get_report()
     counts, total = energy.counts, sum(p.numel() for p in parameters)
     return SpikingCost(
         parameters=total,
