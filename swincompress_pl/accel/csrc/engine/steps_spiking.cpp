@@ -63,7 +63,9 @@ private:
 
 class GroupedConvStep : public Step {
 public:
-    GroupedConvStep(const GroupedConvolution& layer, const WindowCall& call, Size rows, const Kernels& kernels)
+    // largest: of the inputs
+    GroupedConvStep(const GroupedConvolution& layer, const WindowCall& call, Size rows, Size largest,
+                    const Kernels& kernels)
         : layer_(layer),
           call_(call),
           rows_(rows),
@@ -81,6 +83,11 @@ public:
                 for (Size tap = 0; tap < taps; ++tap)
                     by_tap_[static_cast<std::size_t>(tap * call.channels + c)] = layer.weight[c * taps + tap];
             layer_.by_tap = by_tap_.data();
+            // small counts
+            if (layer.input == Type::uint8 && largest * 127 * taps <= 32767) {
+                words_by_tap_.assign(by_tap_.begin(), by_tap_.end());
+                layer_.words_by_tap = words_by_tap_.data();
+            }
         }
         layer_.bias = bias_.data();
         layer_.mult = mult_.data();
@@ -94,6 +101,7 @@ private:
     WindowCall call_;
     Size rows_;
     std::vector<std::int8_t> weight_, by_tap_;
+    std::vector<std::int16_t> words_by_tap_;
     std::vector<std::int32_t> bias_, mult_;
     std::vector<std::uint8_t> shift_;
     const Kernels& kernels_;
@@ -317,7 +325,6 @@ std::unique_ptr<Step> make_grouped_conv2d(const OperationView& view, const Linea
     GroupedConvolution grouped{};
     grouped.input = layer.input;
     grouped.output = layer.output;
-    grouped.largest = layer.largest;
     grouped.groups = groups;
     grouped.weight = layer.weight;
     grouped.bias = layer.bias;
@@ -326,7 +333,7 @@ std::unique_ptr<Step> make_grouped_conv2d(const OperationView& view, const Linea
     grouped.shift = layer.shift;
     grouped.result_largest = layer.result_largest;
     return std::make_unique<GroupedConvStep>(grouped, window_call(view, shape, layer.channels), view.output().rows(),
-                                             kernels);
+                                             layer.largest, kernels);
 }
 
 std::unique_ptr<Step> make_block_sum(const OperationView& view, const Kernels& kernels) {

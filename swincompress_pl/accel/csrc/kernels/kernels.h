@@ -123,11 +123,11 @@ constexpr Size kEventsOnly = 1000;  // percent: the most that inputs of up to 10
 // A convolution whose groups have few channels; bounds as in LinearLayer.
 struct GroupedConvolution {
     Type input, output;
-    Size largest;  // as in LinearLayer
     Size groups;
     const std::int8_t* weight;  // (channels, kernel_height, kernel_width, in_channels / groups)
     const std::int8_t* by_tap;  // nullptr, or, of a depthwise convolution, (kernel_height, kernel_width, channels)
-    const std::int32_t* bias;   // (channels), or (height, width, channels)
+    const std::int16_t* words_by_tap;  // the same, where 16 bits hold all sums of products; or nullptr
+    const std::int32_t* bias;          // (channels), or (height, width, channels)
     bool bias_map;
     const std::int32_t* mult;
     const std::uint8_t* shift;

@@ -22,6 +22,8 @@ namespace {
 
 #include "kernels/generic/store_spikes.inc"
 
+#include "kernels/generic/words.inc"
+
 #include "kernels/generic/spiking.inc"
 
 #include "kernels/generic/add_weights.inc"

@@ -18,6 +18,8 @@ namespace {
 
 #include "kernels/x86/avx2_store_spikes.inc"
 
+#include "kernels/x86/words.inc"
+
 #include "kernels/generic/spiking.inc"
 
 #include "kernels/x86/avx2_add_weights.inc"

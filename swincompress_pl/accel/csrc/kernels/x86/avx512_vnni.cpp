@@ -14,6 +14,8 @@ namespace {
 
 #include "kernels/x86/avx512_store_spikes.inc"
 
+#include "kernels/x86/words.inc"
+
 #include "kernels/generic/spiking.inc"
 
 #include "kernels/x86/avx2_add_weights.inc"
