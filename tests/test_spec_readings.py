@@ -186,6 +186,14 @@ def test_weights_are_shared_with_the_other_reading() -> None:
             assert binary.tensors[op.tensors["weight"]] is program.tensors[op.tensors["weight"]]
 
 
+def test_operations_may_have_one_name() -> None:
+    """It is for messages alone; values are what a Program has once."""
+    program, pixels = counting_program(), images(2)
+    same = replace(program, operations=tuple(replace(op, name="same") for op in program.operations))
+    check(binary_steps(same))
+    assert np.array_equal(run(binary_steps(same), pixels), run(program, pixels))
+
+
 # What is refused
 
 
