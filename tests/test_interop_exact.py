@@ -13,7 +13,7 @@ import numpy.typing as npt
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.count_programs import counting_program
+from support.counting_programs import counting_program, e_spikeformer_program
 from support.program_cases import masked, small_program, with_maps
 from support.random_operations import random_cases
 from support.spiking_programs import SpikingCase, layers_of_spikes, spiking_cases, spiking_program
@@ -144,6 +144,20 @@ def test_sums_over_255_steps_pass_neither_53_bits_nor_int32_unseen(dtype: str, v
         assert_equals_specification(case, case.values, reference=True)
 
 
+@pytest.mark.parametrize("dtype", ["int16", "int32"])
+def test_neurons_are_charged_with_streams_of_both_widths(dtype: str) -> None:
+    low, high = spec.LIMITS[dtype]
+    numbers = [low, -3, -1, 0, 1, 2, 3, 4, 5, 7, high]
+    case = SpikingCase(
+        kind="fire", dtype="uint1", dtypes=(dtype,), attributes={"steps": 4},
+        arrays=(np.array(numbers)[None, :, None].repeat(4, 2).astype(dtype),),
+        tensors={
+            "mult": np.array([2**21, 2**21, 2**22 - 1, 0], np.int32), "shift": np.array([21, 22, 1, 52], np.uint8)
+        },
+    )  # fmt: skip
+    assert_equals_specification(case, case.values, reference=True)
+
+
 @given(
     numbers=st.lists(st.integers(-(2**31) + 1, 2**31 - 1), min_size=1, max_size=40),
     mult=st.one_of(st.integers(0, 2**22 - 1), st.sampled_from([0, 1, 2**21, 2**22 - 1])),
@@ -180,8 +194,11 @@ PROGRAMS: dict[str, Callable[[], spec.Program]] = {
     "maps": lambda: with_maps(small_program()),
     "spiking": spiking_program,
     "spikes": layers_of_spikes,
-    "counts": counting_program,
-    "binary steps": lambda: spec.binary_steps(counting_program()),
+    "counts": lambda: counting_program(0, 4),
+    "counts of one": lambda: counting_program(1, 1),
+    "counts, binary steps": lambda: spec.binary_steps(counting_program(2, 9)),
+    "e-spikeformer": e_spikeformer_program,
+    "e-spikeformer, binary steps": lambda: spec.binary_steps(e_spikeformer_program()),
 }
 
 
@@ -211,7 +228,7 @@ def test_programs_equal_the_specification(name: str, threads: int, tmp_path: Pat
 
 def test_both_readings_of_counts_have_one_answer(tmp_path: Path) -> None:
     """In onnxruntime and in onnx's evaluator."""
-    program = counting_program()
+    program = e_spikeformer_program()
     images = images_of(program, 1)
     expected = spec.run(program, images)
     for number, reading in enumerate((program, spec.binary_steps(program))):

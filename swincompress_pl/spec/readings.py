@@ -148,7 +148,7 @@ class _Unrolling:
         for role, tensor in tensors.items():
             shared = op.tensors.get(role)
             same = shared is not None and self.program.tensors[shared] is tensor
-            keys[role] = shared if same and shared is not None else f"{op.name}.{role}.{op.kind}"
+            keys[role] = shared if same and shared is not None else f"{op.output}.{role}.{op.kind}"
             self.tensors[keys[role]] = tensor
         self.operations.append(replace(op, tensors=keys))
 

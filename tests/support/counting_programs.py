@@ -1,7 +1,8 @@
-"""Random small Programs whose neurons give counts of spikes."""
+"""Random small Programs whose neurons give counts of spikes, and a small E-SpikeFormer."""
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -44,7 +45,7 @@ class _Counting(ProgramBuilder):
 
     def counting_conv(self, x: str, inputs: int, channels: int, *, groups: int = 1) -> str:
         """Counts of a convolution with a random window."""
-        kernel = [int(k) for k in self.rng.integers(1, 4, 2)]
+        kernel = [int(self.rng.integers(1, min(3, size) + 1)) for size in self.seen[x].shape[1:3]]
         window = {
             "kernel": kernel,
             "stride": [int(s) for s in self.rng.integers(1, 3, 2)],
@@ -90,3 +91,17 @@ def counting_program(seed: int = 0, most: int = 4, *, width: int = 6, classes: i
         tensors=build.tensors,
         logit_scale=0.01,
     )
+
+
+@lru_cache
+def e_spikeformer_program() -> Program:
+    """Random weights, and BatchNorm's statistics from random images."""
+    import torch  # the other Programs do without, and without spikingjelly
+
+    from support.spiking_cases import COUNTING, SIZE_PX, lively
+    from swincompress_pl.quant import quantize
+
+    network, _ = lively(COUNTING["e-spikeformer"], 0, trained_statistics=True)
+    images = torch.rand(8, 3, SIZE_PX, SIZE_PX, generator=torch.Generator().manual_seed(0)) * 4 - 2
+    known = {"mean": [0.5] * 3, "std": [0.25] * 3, "height": SIZE_PX, "width": SIZE_PX}
+    return quantize(network.float(), [images], method="max", preprocessing=known).to_program()
