@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ SPIKING: dict[str, dict[str, Any]] = {
     "QKFormer": {"embed_dims": 32, "num_heads": (2, 2, 4), "depths": (1, 1, 1)},
     "MaxFormer": {"embed_dims": 32, "depths": (1, 1, 2)},
     "MetaSpikeFormer": {"embed_dims": (8, 16, 32, 48), "depths": (1, 1, 1, 1, 1), "num_heads": 4},
+    "ESpikeFormer": {"embed_dims": (8, 16, 32, 48), "depths": (1, 1, 1, 1, 1), "num_heads": 4},
 }
 TEXT = PAGE.read_text(encoding="utf-8")
 ROWS = re.findall(r"^\| [^|]+ \| `(\w+)` \| ([\w, ]+) \| (yes|no) \|", TEXT, flags=re.MULTILINE)
@@ -35,7 +37,9 @@ ROWS = re.findall(r"^\| [^|]+ \| `(\w+)` \| ([\w, ]+) \| (yes|no) \|", TEXT, fla
 def built(name: str) -> tuple[nn.Module, torch.Tensor]:
     """A tiny network under that name, and normalized images of mean and std 0.5."""
     if name in SPIKING:
-        network, _ = lively(lambda: create_model(name, T=2, num_classes=3, **SPIKING[name]), 0, trained_statistics=True)
+        steps = {} if name == "ESpikeFormer" else {"T": 2}
+        made = partial(create_model, name, num_classes=3, **steps, **SPIKING[name])
+        network, _ = lively(made, 0, trained_statistics=True)
         network = network.float()
     else:
         options = HYBRID if "resnet" in name else SWIN if name.startswith("swin") else VIT

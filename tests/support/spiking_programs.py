@@ -284,12 +284,14 @@ def integrate_case(rng: np.random.Generator) -> SpikingCase:
 def fire_case(rng: np.random.Generator) -> SpikingCase:
     steps, channels = int(_pick(rng, 1, 2, 4, 4, STEPS_MAX)), int(_pick(rng, 1, 5, 33))
     rows = _pick(rng, (), (5,), (2, 3)) if steps < STEPS_MAX else ()
-    reach = int(_pick(rng, 20, 2**20, 2**31 - 1))
+    source, reach = _pick(
+        rng, ("int32", 20), ("int32", 2**20), ("int32", 2**31 - 1), ("int16", 20), ("int16", 2**15 - 1)
+    )
     return SpikingCase(
         kind="fire",
         dtype="uint1",
-        dtypes=("int32",),
-        arrays=(_charge(rng, (2, *rows, channels), reach),),
+        dtypes=(source,),
+        arrays=(_charge(rng, (2, *rows, channels), reach).astype(source),),
         attributes={"steps": steps},
         tensors=_factors(rng, channels, reach, steps),
     )

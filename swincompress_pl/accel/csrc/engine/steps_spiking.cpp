@@ -259,7 +259,7 @@ public:
         call.first_row = range.first;
         call.last_row = range.last;
         for (Size number = 0; number < work.images; ++number) {
-            call.x = reinterpret_cast<const std::int32_t*>(work.inputs[0]) + number * image;
+            call.x = work.inputs[0] + number * image * type_bytes(call.input);
             call.y = reinterpret_cast<std::uint8_t*>(work.output) + number * call.steps * image;
             kernels_.fire(call);
         }
@@ -397,6 +397,7 @@ std::unique_ptr<Step> make_integrate(const OperationView& view, const Kernels& k
 
 std::unique_ptr<Step> make_fire(const OperationView& view, const Kernels& kernels) {
     FireCall call{};
+    call.input = view.input(0).type();
     call.steps = view.attribute("steps");
     call.rows = view.input(0).rows();
     call.channels = view.input(0).channels();

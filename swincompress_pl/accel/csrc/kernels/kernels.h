@@ -191,8 +191,9 @@ struct IntegrateCall {
 // Neurons without leak that are charged once: y[t, r, c] = requantize(x[r, c]) > t, for `steps` <= 255 time steps; rows
 // [first_row, last_row) of one image.
 struct FireCall {
-    const std::int32_t* x;  // (rows, channels)
-    std::uint8_t* y;        // (steps, rows, channels), 0 or 1
+    const void* x;    // (rows, channels) int16 or int32
+    std::uint8_t* y;  // (steps, rows, channels), 0 or 1
+    Type input;
     Size steps, rows, channels;
     const std::int32_t* mult;
     const std::uint8_t* shift;

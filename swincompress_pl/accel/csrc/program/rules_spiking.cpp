@@ -95,7 +95,7 @@ Value check_integrate(Call& call) {
 }
 
 Value check_fire(Call& call) {
-    const Value& x = call.source(0, {Type::int32});
+    const Value& x = call.source(0, {Type::int16, Type::int32});
     std::vector<Size> shape = x.shape;
     shape.insert(shape.begin(), call.integer("steps", 1, kStepsMax));
     call.requantization(x.channels());
