@@ -22,11 +22,20 @@ VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads"
 HYBRID = {key: value for key, value in VIT.items() if key != "patch_size"}
 SWIN = {"img_size": 32, "window_size": 4, "embed_dim": 16, "depths": (1, 1), "num_heads": (2, 2), "num_classes": 3}
 SPIKING: dict[str, dict[str, Any]] = {
-    "Spikformer": {"img_size_h": 32, "img_size_w": 32, "patch_size": 4, "embed_dims": 16, "num_heads": 2, "depths": 2},
-    "SpikeDrivenTransformer": {"embed_dims": 16, "num_heads": 2, "depths": 2, "pooling_stat": "0011"},
-    "QKFormer": {"embed_dims": 32, "num_heads": (2, 2, 4), "depths": (1, 1, 1)},
-    "MaxFormer": {"embed_dims": 32, "depths": (1, 1, 2)},
-    "MetaSpikeFormer": {"embed_dims": (8, 16, 32, 48), "depths": (1, 1, 1, 1, 1), "num_heads": 4},
+    "Spikformer": {
+        "T": 2,
+        "img_size_h": 32,
+        "img_size_w": 32,
+        "patch_size": 4,
+        "embed_dims": 16,
+        "num_heads": 2,
+        "depths": 2,
+    },
+    "SpikeDrivenTransformer": {"T": 2, "embed_dims": 16, "num_heads": 2, "depths": 2, "pooling_stat": "0011"},
+    "QKFormer": {"T": 2, "embed_dims": 32, "num_heads": (2, 2, 4), "depths": (1, 1, 1)},
+    "MaxFormer": {"T": 2, "embed_dims": 32, "depths": (1, 1, 2)},
+    "MetaSpikeFormer": {"T": 2, "embed_dims": (8, 16, 32, 48), "depths": (1, 1, 1, 1, 1), "num_heads": 4},
+    "ESpikeFormer": {"embed_dims": (8, 16, 32, 48), "depths": (1, 1, 1, 1, 1), "num_heads": 4},
 }
 TEXT = PAGE.read_text(encoding="utf-8")
 ROWS = re.findall(r"^\| [^|]+ \| `(\w+)` \| ([\w, ]+) \| (yes|no) \|", TEXT, flags=re.MULTILINE)
@@ -35,7 +44,7 @@ ROWS = re.findall(r"^\| [^|]+ \| `(\w+)` \| ([\w, ]+) \| (yes|no) \|", TEXT, fla
 def built(name: str) -> tuple[nn.Module, torch.Tensor]:
     """A tiny network under that name, and normalized images of mean and std 0.5."""
     if name in SPIKING:
-        network, _ = lively(lambda: create_model(name, T=2, num_classes=3, **SPIKING[name]), 0, trained_statistics=True)
+        network, _ = lively(lambda: create_model(name, num_classes=3, **SPIKING[name]), 0, trained_statistics=True)
         network = network.float()
     else:
         options = HYBRID if "resnet" in name else SWIN if name.startswith("swin") else VIT
