@@ -164,9 +164,9 @@ def holdout_of(network: nn.Module, images: Tensor, cache_size_bytes: int) -> Hol
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["spikformer", "qkformer", "maxformer, cifar"])
+@pytest.mark.parametrize("name", ["spikformer", "qkformer", "maxformer, cifar", "e-spikeformer"])
 def test_the_round_robin_search_prunes_them_and_begins_in_the_middle(name: str) -> None:
-    shallow = FAMILIES[name] if name == "spikformer" else partial(FAMILIES[name], depths=(1, 1, 1))
+    shallow = partial(ALL[name], depths=(1, 1, 1)) if name in ("qkformer", "maxformer, cifar") else ALL[name]
     network, _ = lively(shallow, 5, trained_statistics=True)
     network.float()
     images = torch.randn(60, 3, SIZE_PX, SIZE_PX)
