@@ -142,6 +142,13 @@ class ConvNormNode(WeightedNode):
         border = self._border(network)
         return F.pad(x.reshape(-1, *x.shape[-3:]) - border, (0, 0, wide, wide, high, high)) + border
 
+    def _images(self, network: nn.Module, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """The images (B, C, H, W) of a value, and the padding with zeros that they still need."""
+        if self.border is not None:
+            return self._padded(network, x).permute(0, 3, 1, 2), (0, 0)
+        x = self._channels_last(x)
+        return x.reshape(-1, *x.shape[-3:]).permute(0, 3, 1, 2), self.geometry(network)[2]
+
     def forward(self, run: Run, *inputs: Tensor) -> Tensor:
         """Maps (..., H, W, C), or images (N, C, H, W), to (..., H', W', M)."""
         x, norms = inputs[0], self._norms(run.network)
@@ -152,10 +159,11 @@ class ConvNormNode(WeightedNode):
         if by_batch:
             factor = self._rows(self._factor_and_offset(run.network)[0])[:, None, None, None]
             weight = weight / torch.where(factor == 0, 1, factor)
-        # The images are copied to channels first. With channels last, backward passes of torch 2.15 on a CPU give wrong
-        # gradients (double precision, 3 channels) or write beyond their memory (1 x 1, stride 2, 4 to 8 channels).
-        images = self._padded(run.network, x).permute(0, 3, 1, 2).contiguous()
-        y = F.conv2d(images, weight, bias, stride, groups=groups)
+        # The images have channels first in memory, which takes a copy only where another layer made them otherwise.
+        # With channels last, backward passes of torch 2.15 on a CPU give wrong gradients (double precision, 3 channels)
+        # or write beyond their memory (1 x 1, stride 2, 4 to 8 channels).
+        images, padding = self._images(run.network, x)
+        y = F.conv2d(images.contiguous(), weight, bias, stride, padding, groups=groups)
         for norm in norms if by_batch else ():
             y = self._normalized(norm, y)
         y = y.permute(0, 2, 3, 1)

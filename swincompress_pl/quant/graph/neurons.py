@@ -119,15 +119,32 @@ def spikes(module: nn.Module, neuron: Neuron, currents: Tensor, steps: int, *, r
     found = []
     for step in range(steps):
         current = currents if repeated else currents[:, step]
-        if neuron.input_decay:
-            charged = membrane + (current - (membrane - neuron.reset)) * neuron.decay
-        else:
-            charged = membrane - (membrane - neuron.reset) * neuron.decay + current
+        charged = _charged(neuron, membrane, current)
         spike = node.surrogate_function(charged - neuron.threshold)
         found.append(spike)
         fired = spike.detach() if node.detach_reset else spike
-        if neuron.soft_reset:
-            membrane = charged - fired * neuron.threshold
-        else:
-            membrane = charged * (1 - fired) + fired * neuron.reset
-    return torch.stack(found, dim=1)
+        membrane = _after(neuron, charged, fired)
+    return _stacked(found)
+
+
+def _charged(neuron: Neuron, membrane: Tensor, current: Tensor) -> Tensor:
+    """The potentials after a current."""
+    above = membrane if neuron.reset == 0 else membrane - neuron.reset
+    if neuron.input_decay:
+        return membrane + (current - above) * neuron.decay
+    return membrane - above * neuron.decay + current
+
+
+def _after(neuron: Neuron, charged: Tensor, fired: Tensor) -> Tensor:
+    """The potentials after the spikes."""
+    if neuron.soft_reset:
+        return charged - fired * neuron.threshold
+    kept = charged * (1 - fired)
+    return kept if neuron.reset == 0 else kept + fired * neuron.reset
+
+
+def _stacked(steps: list[Tensor]) -> Tensor:
+    """Values (N, ..., C) of every step as (N, T, ..., C), with channels before tokens in memory as convolutions make
+    them: another order would cost copies, and slow gradients, in the next one.
+    """
+    return torch.stack([step.movedim(-1, 1) for step in steps], dim=1).movedim(2, -1)
