@@ -13,6 +13,7 @@ from support.spiking_cases import COUNTING, SIZE_PX, lively, most_spikes, spikes
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from swincompress_pl import accel
 from swincompress_pl.callbacks import PrimeSVT, QuantizationAwareTraining
 from swincompress_pl.checkpoint.restore import restore_from_history
 from swincompress_pl.history import history_of
@@ -71,12 +72,13 @@ def classifier() -> CompressibleClassifier:
 
 
 def assert_one_answer(program: Program, pixels: Tensor) -> None:
-    """Reference and twin, in counts and in binary time steps, value by value."""
+    """Reference, twin and engine, in counts and in binary time steps; the reference value by value."""
     images, expected = pixels.numpy(), run(program, pixels.numpy())
     binary = binary_steps(program)
     check(binary)
     for reading in (program, binary):
         assert np.array_equal(TorchTwin(reading, torch.device("cpu"))(pixels).numpy(), expected)
+        assert np.array_equal(accel.Engine(reading).run_integer(images), expected)
     found = {op.output: value for op, value in steps(binary, images)}
     for op, value in steps(program, images):
         spikes = found[op.output]
@@ -189,6 +191,8 @@ def test_a_fit_goes_on_in_integers(tmp_path: Path) -> None:
     assert np.array_equal(logits, made.integer_logits(pixels).numpy())
     assert float(run_.callback_metrics["val/top1"]) == pytest.approx((logits.argmax(1) == labels(24).numpy()).mean())
     assert_one_answer(program, pixels[:2])
+    file = accel.export(made, tmp_path / "model.safetensors")
+    assert np.array_equal(accel.load(file, threads=1).run_integer(pixels.numpy()), logits)
     run_.save_checkpoint(tmp_path / "last.ckpt")
     loaded = CompressibleClassifier.load_from_checkpoint(tmp_path / "last.ckpt").eval()
     assert np.array_equal(run(loaded.net.to_program(), pixels.numpy()), logits)  # type: ignore[operator]

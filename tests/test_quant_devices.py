@@ -63,15 +63,15 @@ def test_quantization_stays_on_the_networks_device(name: str, options: dict[str,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["qkformer", "meta-spikeformer"])
+@pytest.mark.parametrize("family", ["qkformer", "meta-spikeformer", "e-spikeformer"])
 def test_a_spiking_network_is_quantized_on_its_device(family: str) -> None:
     from support.spiking_cases import (  # not where spikingjelly is missing, as on some GPU machines
-        FAMILIES,
+        ALL,
         SIZE_PX,
         lively,
     )
 
-    network, images = lively(FAMILIES[family], 0, trained_statistics=True)
+    network, images = lively(ALL[family], 0, trained_statistics=True)
     preprocessing = {"mean": [0.5] * 3, "std": [0.25] * 3, "height": SIZE_PX, "width": SIZE_PX}
     images = images.float().clamp(-1.5, 1.5)
     pixels = ((images * 0.25 + 0.5) * 255).round().clamp(0, 255).to(torch.uint8).movedim(1, -1).contiguous()
