@@ -144,7 +144,7 @@ def _after(neuron: Neuron, charged: Tensor, fired: Tensor) -> Tensor:
 
 
 def _stacked(steps: list[Tensor]) -> Tensor:
-    """Values (N, ..., C) of every step as (N, T, ..., C), with channels before tokens in memory as convolutions make
-    them: another order would cost copies, and slow gradients, in the next one.
-    """
+    """Values (N, ..., C) of every step as (N, T, ..., C)."""
+    # In memory, channels come before tokens, as convolutions make them. Another order would cost copies, and slow
+    # gradients, in the next one.
     return torch.stack([step.movedim(-1, 1) for step in steps], dim=1).movedim(2, -1)
