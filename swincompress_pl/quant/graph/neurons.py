@@ -112,8 +112,10 @@ def spikes(module: nn.Module, neuron: Neuron, currents: Tensor, steps: int, *, r
     """The spikes (N, T, ...) for currents (N, T, ...), or for currents (N, ...) that are `repeated` at every step.
 
     They have the surrogate gradient of `module`, in training and in evaluation. Membrane potentials begin at the reset
-    value and are not kept.
+    value and are not kept. On an accelerator the module itself runs, for which spikingjelly may have a fused kernel.
     """
+    if currents.device.type != "cpu":
+        return spikes_of_module(module, currents, steps, repeated=repeated)
     node: Any = module
     membrane = torch.full_like(currents if repeated else currents[:, 0], neuron.reset)
     found = []
@@ -125,6 +127,16 @@ def spikes(module: nn.Module, neuron: Neuron, currents: Tensor, steps: int, *, r
         fired = spike.detach() if node.detach_reset else spike
         membrane = _after(neuron, charged, fired)
     return _stacked(found)
+
+
+def spikes_of_module(module: nn.Module, currents: Tensor, steps: int, *, repeated: bool) -> Tensor:
+    """The same by a call of the module, in multi-step mode, which is reset before and after it."""
+    node: Any = module
+    sequence = currents.expand(steps, *currents.shape) if repeated else currents.transpose(0, 1)
+    node.reset()
+    found: Tensor = node(sequence)
+    node.reset()
+    return found.transpose(0, 1)
 
 
 def _charged(neuron: Neuron, membrane: Tensor, current: Tensor) -> Tensor:
