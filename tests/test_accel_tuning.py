@@ -156,7 +156,7 @@ def test_wrong_arguments(table: LayerTimes) -> None:
     with pytest.raises(ValueError, match="kind is 'attention'; times are measured of linear and conv2d"):
         LayerShape(kind="attention", shape=(4,), dtype="int8", largest=127, output="int8", attributes=())
     with pytest.raises(spec.ProgramError):
-        table.time_ms(LayerShape(**{**vars(DENSE), "output": "uint1"}))
+        table.time_ms(LayerShape(**{**vars(DENSE), "output": "int4"}))
     with pytest.raises(ValueError, match="tuning is"):
         table.time_ms(DENSE, tuning=Tuning(block_bytes=2**40))
     with pytest.raises(ValueError, match="tuning is"):

@@ -77,7 +77,7 @@ def _pruned(results: Mapping[str, Any]) -> str:
     return (
         f"PrimeSVT with compensation, single shot, without training, removes {saved:.1f} % of the parameters. It loses "
         f"{held:.2f} points on the images that decide, and {lost:.2f} on the 10,000 test images; the integers of what "
-        f"is left lose {integers:.2f} more."
+        f"is left {'lose' if integers > 0 else 'gain'} {abs(integers):.2f}."
     )
 
 
