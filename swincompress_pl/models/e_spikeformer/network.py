@@ -200,10 +200,10 @@ class ESpikeFormer(nn.Module):
         mlp_ratio: Hidden channels of all MLPs over their width.
         strides: Strides of the five down-samplings. The default is for 224 pixels; it leaves 2 x 2 tokens of 32 pixels.
         D: The most spikes of a neuron, 1 to 255.
+        T: 1, as there are no time steps.
 
     Raises:
         ValueError: If an argument is outside its range, or, in a call, the input is not (N, C, H, W).
-        TypeError: If `T` is given, as the network has no time steps.
     """
 
     def __init__(
@@ -306,21 +306,45 @@ def _check(
         )
 
 
-def e_spikeformer_tiny(in_channels: int = 3, num_classes: int = 1000, D: int = 4) -> ESpikeFormer:  # noqa: N803
+def e_spikeformer_tiny(
+    in_channels: int = 3,
+    num_classes: int = 1000,
+    D: int = 4,  # noqa: N803
+    *,
+    T: int = 1,  # noqa: N803
+) -> ESpikeFormer:
     """The smallest published configuration."""
-    return ESpikeFormer(in_channels, num_classes, embed_dims=(24, 48, 96, 128), D=D)
+    return ESpikeFormer(in_channels, num_classes, embed_dims=(24, 48, 96, 128), D=D, T=T)
 
 
-def e_spikeformer_small(in_channels: int = 3, num_classes: int = 1000, D: int = 4) -> ESpikeFormer:  # noqa: N803
+def e_spikeformer_small(
+    in_channels: int = 3,
+    num_classes: int = 1000,
+    D: int = 4,  # noqa: N803
+    *,
+    T: int = 1,  # noqa: N803
+) -> ESpikeFormer:
     """The model of 5.1 M parameters with 1000 classes."""
-    return ESpikeFormer(in_channels, num_classes, embed_dims=(32, 64, 128, 192), D=D)
+    return ESpikeFormer(in_channels, num_classes, embed_dims=(32, 64, 128, 192), D=D, T=T)
 
 
-def e_spikeformer_medium(in_channels: int = 3, num_classes: int = 1000, D: int = 4) -> ESpikeFormer:  # noqa: N803
+def e_spikeformer_medium(
+    in_channels: int = 3,
+    num_classes: int = 1000,
+    D: int = 4,  # noqa: N803
+    *,
+    T: int = 1,  # noqa: N803
+) -> ESpikeFormer:
     """The model of 10.0 M parameters with 1000 classes: 78.5 % on ImageNet."""
-    return ESpikeFormer(in_channels, num_classes, embed_dims=(48, 96, 192, 240), D=D)
+    return ESpikeFormer(in_channels, num_classes, embed_dims=(48, 96, 192, 240), D=D, T=T)
 
 
-def e_spikeformer_large(in_channels: int = 3, num_classes: int = 1000, D: int = 4) -> ESpikeFormer:  # noqa: N803
+def e_spikeformer_large(
+    in_channels: int = 3,
+    num_classes: int = 1000,
+    D: int = 4,  # noqa: N803
+    *,
+    T: int = 1,  # noqa: N803
+) -> ESpikeFormer:
     """The model of 19.0 M parameters with 1000 classes: 79.8 % on ImageNet."""
-    return ESpikeFormer(in_channels, num_classes, embed_dims=(64, 128, 256, 360), D=D)
+    return ESpikeFormer(in_channels, num_classes, embed_dims=(64, 128, 256, 360), D=D, T=T)
