@@ -87,9 +87,9 @@ def watching_spikes(network: nn.Module) -> Iterator[dict[str, float]]:
     rates: dict[str, float] = {}
 
     def count(name: str, output: Tensor, module: nn.Module) -> None:
-        one, steps = (1 / module.norm, module.D) if isinstance(module, MultiSpike) else (1.0, 1)
+        norm, steps = (module.norm, module.D) if isinstance(module, MultiSpike) else (1, 1)
         spikes, places = counts.get(name, (output.new_zeros((), dtype=torch.float64), 0))
-        counts[name] = spikes + output.detach().double().sum() / one, places + output.numel() * steps
+        counts[name] = spikes + output.detach().double().sum() * norm, places + output.numel() * steps
 
     with ExitStack() as hooks:
         for name, module in network.named_modules():
