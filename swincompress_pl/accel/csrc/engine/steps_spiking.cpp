@@ -175,15 +175,22 @@ private:
     const Kernels& kernels_;
 };
 
+// The tensors of a requantization, which a step owns.
+struct Factors {
+    Factors(const OperationView& view, Size channels)
+        : mult(copied(view.elements<std::int32_t>("mult"), channels)),
+          shift(copied(view.elements<std::uint8_t>("shift"), channels)) {}
+
+    std::vector<std::int32_t> mult;
+    std::vector<std::uint8_t> shift;
+};
+
 class RequantizeStep : public Step {
 public:
-    RequantizeStep(const RequantizeCall& call, const Kernels& kernels)
-        : call_(call),
-          mult_(copied(call.mult, call.channels)),
-          shift_(copied(call.shift, call.channels)),
-          kernels_(kernels) {
-        call_.mult = mult_.data();
-        call_.shift = shift_.data();
+    RequantizeStep(const OperationView& view, const RequantizeCall& call, const Kernels& kernels)
+        : call_(call), factors_(view, call.channels), kernels_(kernels) {
+        call_.mult = factors_.mult.data();
+        call_.shift = factors_.shift.data();
     }
 
     void run(const Work& work) const override {
@@ -197,20 +204,23 @@ public:
 
 private:
     RequantizeCall call_;
-    std::vector<std::int32_t> mult_;
-    std::vector<std::uint8_t> shift_;
+    Factors factors_;
     const Kernels& kernels_;
 };
 
-// The tensors of a requantization, which a step owns.
-struct Factors {
-    Factors(const OperationView& view, Size channels)
-        : mult(copied(view.elements<std::int32_t>("mult"), channels)),
-          shift(copied(view.elements<std::uint8_t>("shift"), channels)) {}
-
-    std::vector<std::int32_t> mult;
-    std::vector<std::uint8_t> shift;
-};
+// This thread's share of the rows of each image, one image after another; their inputs and results lie so many bytes
+// apart.
+template <typename Call>
+void run_by_image(void (*kernel)(const Call&), Call call, const Work& work, Size in_bytes, Size out_bytes) {
+    const Range range = share(call.rows, 1, work.part, work.parts);
+    call.first_row = range.first;
+    call.last_row = range.last;
+    for (Size image = 0; image < work.images; ++image) {
+        call.x = work.inputs[0] + image * in_bytes;
+        call.y = work.output + image * out_bytes;
+        kernel(call);
+    }
+}
 
 class IntegrateStep : public Step {
 public:
@@ -225,16 +235,9 @@ public:
     }
 
     void run(const Work& work) const override {
-        IntegrateCall call = call_;
-        const Range range = share(call.rows, 1, work.part, work.parts);
-        const Size image = call.rows * call.channels;
-        call.first_row = range.first;
-        call.last_row = range.last;
-        for (Size number = 0; number < work.images; ++number) {
-            call.x = work.inputs[0] + number * call.steps * image * type_bytes(call.input);
-            call.y = work.output + number * image * type_bytes(call.output);
-            kernels_.integrate(call);
-        }
+        const Size elements = call_.rows * call_.channels;
+        run_by_image(kernels_.integrate, call_, work, call_.steps * elements * type_bytes(call_.input),
+                     elements * type_bytes(call_.output));
     }
 
 private:
@@ -253,16 +256,8 @@ public:
     }
 
     void run(const Work& work) const override {
-        FireCall call = call_;
-        const Range range = share(call.rows, 1, work.part, work.parts);
-        const Size image = call.rows * call.channels;
-        call.first_row = range.first;
-        call.last_row = range.last;
-        for (Size number = 0; number < work.images; ++number) {
-            call.x = work.inputs[0] + number * image * type_bytes(call.input);
-            call.y = reinterpret_cast<std::uint8_t*>(work.output) + number * call.steps * image;
-            kernels_.fire(call);
-        }
+        const Size elements = call_.rows * call_.channels;
+        run_by_image(kernels_.fire, call_, work, elements * type_bytes(call_.input), call_.steps * elements);
     }
 
 private:
@@ -378,10 +373,8 @@ std::unique_ptr<Step> make_requantize(const OperationView& view, const Kernels& 
     call.output = view.output().type();
     call.rows = x.rows();
     call.channels = x.channels();
-    call.mult = view.elements<std::int32_t>("mult");
-    call.shift = view.elements<std::uint8_t>("shift");
     call.result_largest = call.output == Type::uint8 ? view.output().largest : 255;
-    return std::make_unique<RequantizeStep>(call, kernels);
+    return std::make_unique<RequantizeStep>(view, call, kernels);
 }
 
 std::unique_ptr<Step> make_integrate(const OperationView& view, const Kernels& kernels) {

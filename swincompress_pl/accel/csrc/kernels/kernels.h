@@ -191,8 +191,8 @@ struct IntegrateCall {
 // Neurons without leak that are charged once: y[t, r, c] = requantize(x[r, c]) > t, for `steps` <= 255 time steps; rows
 // [first_row, last_row) of one image.
 struct FireCall {
-    const void* x;    // (rows, channels) int16 or int32
-    std::uint8_t* y;  // (steps, rows, channels), 0 or 1
+    const void* x;  // (rows, channels) int16 or int32
+    void* y;        // (steps, rows, channels) uint8, 0 or 1
     Type input;
     Size steps, rows, channels;
     const std::int32_t* mult;
