@@ -15,7 +15,7 @@ from support.spiking_cases import FAMILIES
 
 from benchmarks.primesvt import baselines, subjects
 from benchmarks.spiking import __main__ as main
-from benchmarks.spiking import accuracy, exact, report, speed
+from benchmarks.spiking import accuracy, exact, report, speed, steps
 from swincompress_pl.models import create_model
 from swincompress_pl.models.spiking.memory import without_memory
 from swincompress_pl.report.environment import installed_version
@@ -44,6 +44,45 @@ def test_every_builder_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert (tmp_path / "exact-tiny-1.json").stat().st_mtime_ns == written, "what there is is not made again"
     text = page_of(report.write(tmp_path, tmp_path / "results"))
     assert "| tiny" in text
+
+
+def counting(name: str) -> Any:
+    return create_model("ESpikeFormer", num_classes=5, embed_dims=[8, 8, 16, 16], depths=[1] * 5, num_heads=2)
+
+
+def test_networks_of_counts_are_compared_in_both_readings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (exact, main):
+        monkeypatch.setattr(module, "COUNTING", ("tiny",))
+    monkeypatch.setattr(exact, "BUILDERS", {"tiny": 32})
+    monkeypatch.setattr(exact, "create_model", counting)
+    given = SimpleNamespace(models="tiny", steps="1,2,4", batches="1", out=tmp_path, commit="abc", threads=1)
+    main._exact(given)
+    found = {file.stem: json.loads(file.read_text()) for file in tmp_path.glob("*.json")}
+    assert set(found) == {"exact-tiny-1", "exact-tiny-4"}, "two steps are no reading"
+    one, four = found["exact-tiny-1"], found["exact-tiny-4"]
+    assert one["differ"] == four["differ"] == 0
+    assert one["neurons"] == four["neurons"] > 0
+    assert one["spike_rate_percent"] == four["spike_rate_percent"] > 0
+    assert four["operations"] > one["operations"]
+    with pytest.raises(ValueError, match="tiny: steps=2; its neurons count to 4, so choose that or 1"):
+        exact.program_of(exact.quantized("tiny", 1), "tiny", 2)
+
+
+@pytest.mark.filterwarnings("ignore:.* neurons never spike")
+def test_steps_of_training_are_timed_in_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = tiny_place(tmp_path, monkeypatch)
+    baselines.train(subjects.SUBJECTS["maxformer"], place, tmp_path / "checkpoints", "abc")
+    monkeypatch.setattr(steps, "SUBJECTS", subjects.SUBJECTS)
+    monkeypatch.setattr(steps, "_ROUNDS", 2)
+    stepped: list[str] = []
+    whole = steps._step
+    monkeypatch.setattr(
+        steps, "_step", lambda network, *rest: (stepped.append(type(network).__name__), whole(network, *rest))
+    )
+    found = steps.measure("maxformer", place, threads=1)
+    assert {name: stepped.count(name) for name in stepped} == {"MaxFormer": 5, "QuantizedNetwork": 5}
+    assert [len(each["samples_ms"]) for each in found["step_ms"].values()] == [2, 2]
+    assert found["times_float"]["median"] > 0
 
 
 def test_a_difference_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
