@@ -266,7 +266,9 @@ def test_results_are_written_and_shown(tmp_path: Path, monkeypatch: pytest.Monke
     assert race["checks"][0]["held"]["registers"] == race["checks"][0]["free"]["registers"] == []
     assert "gone" in race["checks"][1]["why_not"]
     assert race["results"][1]["unavailable"] == race["checks"][1]["why_not"]
+    figures["environment"]["commit"] = None  # as in a copy without its history
     text = "\n".join(page.parts([figures]))
+    assert ", commit not known. " in text
     assert f"- broken did not run: {race['checks'][1]['why_not']}" in text
     assert "| swincompress_pl |" in text
     assert "did not run" in (tmp_path / "peers-deit_tiny_patch16_224-b1.md").read_text()

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from ..engine import avx2_peers, report
 from .races import Figures, shown, time_cell
-from .text import command, cpu, details, table
+from .text import command, commit, cpu, details, table
 
 _COMMAND = "python -m benchmarks.engine avx2-peers\npython -m benchmarks.pages"
 _HOW = (
@@ -23,7 +23,7 @@ def parts(races: Sequence[Figures]) -> list[str]:
     environment = races[0]["environment"]
     return [
         f"{_HOW} Measured on {environment['cores']} cores of an {cpu(environment)}, commit "
-        f"{environment['commit'][:7]}. Times are medians, with how many times longer than the engine in brackets, "
+        f"{commit(environment)}. Times are medians, with how many times longer than the engine in brackets, "
         "and quartiles. Agreement is the lowest correlation of an image's logits in the race, and the number of images "
         "with the same best class.",
         *(part for figures in races for race in figures["races"] for part in _race(figures, race)),

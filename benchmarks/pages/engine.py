@@ -12,7 +12,7 @@ from . import avx2_peers
 from .headline import MODEL
 from .races import Figures, by_time, median_ms, on_threads, result, shown, time_cell, times
 from .sources import Sources, pick
-from .text import command, cpu, details, document, picture, shifted, table
+from .text import command, commit, cpu, details, document, picture, shifted, table
 from .theme import Drawing, Theme, behind, canvas, long_bars
 
 _PEER = "openvino int8 (nncf)"
@@ -71,9 +71,10 @@ def _swin_tiny(figures: Figures) -> list[str]:
     header = ["runtime", "1 thread, ms", "2 threads, ms", "peak memory, 1 thread", "peak memory, 2 threads"]
     return [
         "## Swin-T, one image",
-        f"Swin-T at 224 pixels, batch 1, on 2 cores of an {cpu(figures['environment'])}, commit {_commit(figures)}. "
-        "Cells are medians in ms. Brackets hold how many times longer a runtime takes than the engine: the median over "
-        f"{report.rounds(figures)} interleaved rounds. The weights are random, since they do not change the time.",
+        f"Swin-T at 224 pixels, batch 1, on 2 cores of an {cpu(figures['environment'])}, commit "
+        f"{commit(figures['environment'])}. Cells are medians in ms. Brackets hold how many times longer a runtime "
+        f"takes than the engine: the median over {report.rounds(figures)} interleaved rounds. The weights are random, "
+        "since they do not change the time.",
         table(header, rows),
         command(_COMMAND, "the extra bench and a quiet machine"),
     ]
@@ -85,8 +86,8 @@ def _quiet(sources: Sources) -> list[str]:
     ours = " and ".join(f"{median_ms(on_threads(quiet, threads), ENGINE):.1f}" for threads in (1, 2))
     peers = " and ".join(f"{times(on_threads(quiet, threads), _PEER):.2f}x" for threads in (1, 2))
     return [
-        f"The machine was noisy during this run. On a quiet one (commit {_commit(quiet)}), the engine takes {ours} ms "
-        f"on 1 and 2 threads, and OpenVINO int8 {peers} as long:",
+        f"The machine was noisy during this run. On a quiet one (commit {commit(quiet['environment'])}), the engine "
+        f"takes {ours} ms on 1 and 2 threads, and OpenVINO int8 {peers} as long:",
         *(details(f"The quiet run of {report.title(each)}", _body(each)) for each in sources.quiet_races),
     ]
 
@@ -156,14 +157,15 @@ def pruned_times(sources: Sources) -> str:
     environment = latency["environment"]
     return (
         f"Pruned by {', '.join(parts)} of its MACs (`round_to={latency['round_to']}`), Swin-T takes {one} % of its "
-        f"time on one thread and {two} % on two ({cpu(environment)}, commit {environment['commit'][:7]})."
+        f"time on one thread and {two} % on two ({cpu(environment)}, commit {commit(environment)})."
     )
 
 
 def _zen4(sources: Sources) -> list[str]:
+    environment = sources.zen4_races[0]["environment"]
     return [
         "## On Zen 4",
-        f"Commit {_commit(sources.zen4_races[0])} on 2 cores of an {cpu(sources.zen4_races[0]['environment'])}:",
+        f"Commit {commit(environment)} on 2 cores of an {cpu(environment)}:",
         *(_race(each) for each in sources.zen4_races),
     ]
 
@@ -186,10 +188,6 @@ def _race(figures: Figures) -> str:
 
 def _body(figures: Figures) -> list[str]:
     return [*report.race_sections(figures, "**{}**"), report.environment(figures["environment"])]
-
-
-def _commit(figures: Figures) -> str:
-    return str(figures["environment"]["commit"])[:7]
 
 
 def _draw_runtimes(sources: Sources, theme: Theme) -> Figure:

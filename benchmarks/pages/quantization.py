@@ -11,7 +11,7 @@ from matplotlib.ticker import MaxNLocator
 from ..quantization import report
 from ..quantization.jobs import BITS, FORMS, Job
 from .sources import Sources, result_of
-from .text import command, cpu, document, picture, short_cpu, table
+from .text import command, commit, cpu, document, picture, short_cpu, table
 from .theme import Drawing, Theme, canvas
 
 _DEIT = Job(network="deit_tiny")
@@ -100,7 +100,7 @@ def _files(sizes: Mapping[str, Any], results: Mapping[str, Any]) -> list[str]:
         "Load times are those of the three files in this order. The file is read, proved and made ready, with one "
         f"thread; each is the median of {sizes['rounds']} loads in turns. All give the same logits in Python and C++.",
         table(header, rows),
-        f"{cpu(sizes['environment'])}, commit {sizes['environment']['commit'][:7]}.",
+        f"{cpu(sizes['environment'])}, commit {commit(sizes['environment'])}.",
         command(_SIZES, "a download"),
     ]
 
@@ -126,7 +126,7 @@ def _features(figures: Mapping[str, Any]) -> list[str]:
         f"{times['first_ms']:.0f} ms for the first picture and {times['picture_ms']:.1f} ms for each further one. The "
         f"command `swincompress classify` takes {times['command_ms']:.0f} ms for one picture. Medians of "
         f"{times['processes']} processes.",
-        f"{cpu(figures['environment'])}, commit {figures['environment']['commit'][:7]}.",
+        f"{cpu(figures['environment'])}, commit {commit(figures['environment'])}.",
         command(_FEATURES, "a download"),
     ]
 
@@ -231,7 +231,7 @@ def _lost(entry: Mapping[str, Any]) -> str:
 def _place(entry: Mapping[str, Any]) -> str:
     device = entry.get("place", {}).get("device", "cpu")
     gpu = "" if device == "cpu" else f"{device} and "
-    return f"{gpu}{short_cpu(entry['environment'])}, {entry['environment']['commit'][:7]}"
+    return f"{gpu}{short_cpu(entry['environment'])}, {commit(entry['environment'])}"
 
 
 def _checked_images(results: Mapping[str, Any]) -> str:

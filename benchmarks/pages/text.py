@@ -7,7 +7,7 @@ from typing import Any
 
 from swincompress_pl.report.markdown import table
 
-__all__ = ["command", "cpu", "details", "document", "picture", "places", "shifted", "short_cpu", "table"]
+__all__ = ["command", "commit", "cpu", "details", "document", "picture", "places", "shifted", "short_cpu", "table"]
 
 
 def document(parts: Iterable[str]) -> str:
@@ -46,6 +46,11 @@ def places(entries: Iterable[Mapping[str, Any]]) -> str:
         f"{name} (commit{'s' if len(commits) > 1 else ''} {', '.join(sorted(commits))})"
         for name, commits in sorted(found.items())
     )
+
+
+def commit(environment: Mapping[str, Any]) -> str:
+    """The commit in short; "not known" where the sources were no checkout."""
+    return str(environment["commit"])[:7] if environment["commit"] else "not known"
 
 
 def cpu(environment: Mapping[str, Any]) -> str:
