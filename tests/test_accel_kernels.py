@@ -51,7 +51,7 @@ def test_threads_share_a_head_or_have_nothing_to_do(threads: int) -> None:
 
 
 def product_case(x: int, weight: int, depth: int, x_dtype: str, mult: int, shift: int, bias: int = 0) -> Case:
-    channels, rows = 50, 11
+    channels, rows = 50, 37  # two tiles of 16 rows, and one that begins inside them
     return Case(
         kind="linear",
         dtype="int32",

@@ -101,7 +101,7 @@ def test_more_threads_than_work_and_cpus(program: spec.Program) -> None:
     np.testing.assert_array_equal(accel.Engine(program, threads=19).run_integer(images), spec.run(program, images))
 
 
-ORDER = ("avx512_vnni", "avx_vnni", "avx2", "neon_dotprod", "scalar")
+ORDER = ("amx_int8", "avx512_vnni", "avx_vnni", "avx2", "neon_dotprod", "scalar")
 
 
 def test_implementations_are_listed_best_first() -> None:
@@ -115,6 +115,7 @@ def test_every_implementation_that_the_cpu_can_run_is_listed(path: Path) -> None
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     flags = next((set(line.split()) for line in lines if line.startswith(("flags", "Features"))), set())
     needed = {
+        "amx_int8": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "amx_tile", "amx_int8"},
         "avx512_vnni": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni"},
         "avx_vnni": {"avx2", "avx_vnni"},
         "avx2": {"avx2"},

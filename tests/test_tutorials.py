@@ -24,7 +24,7 @@ NOT_EXECUTED = ("imagenet_cluster",)
 BLOCK = re.compile(r"^(<!-- not run: .+ -->\n)?```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 NUMBER = re.compile(r"(-?\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?)(\s?%)?")
 TIME = re.compile(r"[\d.]+(?= (?:ms|s|microseconds)\b)")
-INSTRUCTIONS = re.compile(r"(?:(?:avx512_vnni|avx_vnni|avx2|neon\w*|scalar)(?:, )?)+")
+INSTRUCTIONS = re.compile(r"(?:(?:amx_int8|avx512_vnni|avx_vnni|avx2|neon\w*|scalar)(?:, )?)+")
 RULE = re.compile(r"-{3,}")  # of a table: as wide as its widest cell
 LAYER = re.compile(r"\b(?:blocks|layers|stages?)\.\d+\.[\w.]+")
 # How far a number may lie from the page's: percentages in points, others by a part or so much of their own unit.

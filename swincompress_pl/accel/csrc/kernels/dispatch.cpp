@@ -9,6 +9,9 @@ namespace {
 constexpr const char* kVariable = "SWINCOMPRESS_IMPLEMENTATION";
 
 const Kernels* const kInOrderOfPreference[] = {
+#ifdef SWINCOMPRESS_WITH_AMX_INT8
+    &amx_int8_kernels,
+#endif
 #ifdef SWINCOMPRESS_WITH_AVX512_VNNI
     &avx512_vnni_kernels,
 #endif
@@ -26,7 +29,7 @@ const Kernels* const kInOrderOfPreference[] = {
 
 // All names of implementations, so that the error tells one that this build lacks from one that does not exist.
 bool known_elsewhere(const std::string& name) {
-    for (const char* other : {"avx2", "avx_vnni", "avx512_vnni", "neon_dotprod"})
+    for (const char* other : {"avx2", "avx_vnni", "avx512_vnni", "amx_int8", "neon_dotprod"})
         if (name == other) return true;
     return false;
 }

@@ -271,6 +271,9 @@ extern const Kernels avx_vnni_kernels;
 #ifdef SWINCOMPRESS_WITH_AVX512_VNNI
 extern const Kernels avx512_vnni_kernels;
 #endif
+#ifdef SWINCOMPRESS_WITH_AMX_INT8
+extern const Kernels amx_int8_kernels;
+#endif
 #ifdef SWINCOMPRESS_WITH_NEON_DOTPROD
 extern const Kernels neon_dotprod_kernels;
 #endif

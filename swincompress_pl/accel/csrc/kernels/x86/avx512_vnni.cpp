@@ -1,5 +1,11 @@
-// The implementation for CPUs with AVX-512 F, BW, DQ, VL and VNNI (Intel from Cascade Lake, AMD from Zen 4).
+// The implementation for CPUs with AVX-512 F, BW, DQ, VL and VNNI (Intel from Cascade Lake, AMD from Zen 4), and the
+// same with linear layers on AMX tiles (Intel from Sapphire Rapids).
+#include <cpuid.h>
 #include <immintrin.h>
+#ifdef SWINCOMPRESS_WITH_AMX_INT8
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include <cstddef>
 
@@ -15,6 +21,8 @@ namespace {
 #include "kernels/x86/avx512_store_spikes.inc"
 
 #include "kernels/x86/words.inc"
+
+#include "kernels/x86/add.inc"
 
 #include "kernels/generic/spiking.inc"
 
@@ -68,6 +76,10 @@ bool runnable() {
            __builtin_cpu_supports("avx512vnni");
 }
 
+#ifdef SWINCOMPRESS_WITH_AMX_INT8
+#include "kernels/x86/amx_linear.inc"
+#endif
+
 #include "kernels/generic/table.inc"
 
 constexpr Kernels made() {
@@ -76,12 +88,30 @@ constexpr Kernels made() {
     kernels.attention = attention;
     kernels.layer_norm = layer_norm;
     kernels.table = table;
+    kernels.add = add;
     kernels.events_max_percent = kEventsMaxPercent;
     return kernels;
 }
 
+#ifdef SWINCOMPRESS_WITH_AMX_INT8
+constexpr Kernels made_with_amx() {
+    Kernels kernels = made();
+    kernels.name = "amx_int8";
+    kernels.runnable = amx_runnable;
+    kernels.packed_linear_bytes = packed_bytes_for<AmxProducts>;
+    kernels.pack_linear = pack_for<AmxProducts>;
+    kernels.linear_scratch_bytes = scratch_bytes_for<AmxProducts>;
+    kernels.linear = linear_with<AmxProducts>;
+    kernels.peak_products = amx_peak_products;
+    return kernels;
+}
+#endif
+
 }  // namespace
 
 constexpr Kernels avx512_vnni_kernels = made();
+#ifdef SWINCOMPRESS_WITH_AMX_INT8
+constexpr Kernels amx_int8_kernels = made_with_amx();
+#endif
 
 }  // namespace swincompress

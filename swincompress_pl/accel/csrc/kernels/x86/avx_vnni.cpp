@@ -20,6 +20,8 @@ namespace {
 
 #include "kernels/x86/words.inc"
 
+#include "kernels/x86/add.inc"
+
 #include "kernels/generic/spiking.inc"
 
 #include "kernels/x86/avx2_add_weights.inc"
@@ -59,6 +61,7 @@ constexpr Kernels made() {
     kernels.attention = attention;
     kernels.layer_norm = layer_norm;
     kernels.table = table;
+    kernels.add = add;
     return kernels;
 }
 
