@@ -569,3 +569,31 @@ def test_an_engine_closes_its_file_when_it_goes(path: Path) -> None:
     assert len(os.listdir("/proc/self/fd")) == before + 1
     del again
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+SMALL_SIGNAL_STACK = """
+import ctypes, sys
+import numpy as np
+
+class Stack(ctypes.Structure):
+    _fields_ = [("pointer", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t)]
+
+memory = ctypes.create_string_buffer(6000)
+assert ctypes.CDLL(None).sigaltstack(ctypes.byref(Stack(ctypes.addressof(memory), 0, len(memory))), None) == 0
+from swincompress_pl import accel
+engine = accel.load(sys.argv[1])
+assert engine.implementation == accel.implementations()[0] != "amx_int8"
+engine.run_integer(np.zeros((1, *engine.input_shape), np.uint8))
+try:
+    accel.load(sys.argv[1], implementation="amx_int8")
+except ValueError as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif("amx_int8" not in accel.implementations(), reason="this CPU has no AMX, or may not use it")
+def test_where_linux_refuses_amx_the_next_implementation_runs(path: Path) -> None:
+    command = [sys.executable, "-c", SMALL_SIGNAL_STACK, str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "implementation 'amx_int8' cannot run on this CPU; this CPU can run: avx512_vnni, " in done.stdout
