@@ -6,30 +6,35 @@ namespace swincompress {
 namespace {
 
 constexpr auto kLong = std::chrono::milliseconds(2);  // of a run with help: waiting is little beside it
-constexpr unsigned kTrial = 32, kRareTrial = 128;     // runs from one trial of the other way to the next
-constexpr int kMemory = 8, kTrialMemory = 2;          // about how many runs the usual time leans on
+// Runs from one trial of the other way to the next: at first, and at most, also where the other way is far slower.
+constexpr unsigned kFirstTrial = 8, kTrial = 32, kRareTrial = 128;
+constexpr int kMemory = 8, kTrialMemory = 2;  // about how many runs the usual time leans on
 
 }  // namespace
 
 bool Pace::alone(Size images) {
     if (images != images_) *this = Pace();
     images_ = images;
-    ++runs_;
     const bool best = alone_is_faster();
-    alone_ = best;
-    if (best || (ways_[0].known() && ways_[0].usual < kLong)) {
-        const Way &faster = ways_[best ? 1 : 0], &slower = ways_[best ? 0 : 1];
-        const bool clear = slower.usual > faster.usual + faster.usual / 2;
-        if (runs_ % (clear ? kRareTrial : kTrial) == 0) alone_ = !best;
+    if (best != best_) until_trial_ = interval_ = kFirstTrial;
+    best_ = alone_ = best;
+    const bool is_short = ways_[0].known() && ways_[0].usual < kLong;
+    if ((best || is_short) && --until_trial_ == 0) {
+        alone_ = !best;
+        until_trial_ = interval_;
     }
     return alone_;
 }
 
 void Pace::took(Duration time) {
-    Way& way = ways_[alone_ ? 1 : 0];
-    const int memory = alone_ == alone_is_faster() ? kMemory : kTrialMemory;
+    Way &way = ways_[alone_ ? 1 : 0], &other = ways_[alone_ ? 0 : 1];
+    const bool trial = alone_ != best_;
     if (way.known()) time = std::min(time, 2 * way.usual);  // other work on the CPUs disturbs single runs
-    way.usual = way.known() ? way.usual + (time - way.usual) / memory : time;
+    way.usual = way.known() ? way.usual + (time - way.usual) / (trial ? kTrialMemory : kMemory) : time;
+    if (!trial) return;
+    const bool clear = way.usual > other.usual + other.usual / 2;
+    interval_ = time < other.usual ? kFirstTrial : std::min(4 * interval_, clear ? kRareTrial : kTrial);
+    until_trial_ = interval_;
 }
 
 }  // namespace swincompress

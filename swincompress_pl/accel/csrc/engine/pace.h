@@ -27,10 +27,11 @@ private:
 
     bool alone_is_faster() const { return ways_[1].known() && ways_[1].usual < ways_[0].usual; }
 
-    Way ways_[2];  // with help, alone
-    bool alone_ = false;
+    Way ways_[2];         // with help, alone
+    bool best_ = false;   // whether alone is the faster way
+    bool alone_ = false;  // whether this run is alone: the other way in a trial
     Size images_ = 0;
-    unsigned runs_ = 0;
+    unsigned interval_ = 8, until_trial_ = 8;  // of trials, in runs
 };
 
 }  // namespace swincompress
