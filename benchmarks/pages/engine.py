@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from matplotlib.figure import Figure
 
 from swincompress_pl.report.comparison.bench import ENGINE
 from swincompress_pl.report.content.numbers import megabytes
 
 from ..engine import batches, gemm, report, shares
+from ..engine.measure import BEFORE
 from . import avx2_peers
 from .headline import MODEL
 from .races import Figures, by_time, median_ms, on_threads, result, shown, time_cell, times
@@ -28,6 +32,12 @@ _COMMAND = (
     "  --rounds 9 --turn-ms 200"
 )
 
+_AMX_COMMAND = (
+    f"python -m benchmarks.engine --model {','.join(_MODELS)} \\\n"
+    "  --batch 1,8 --against openvino,onnxruntime,onnxruntime-qdq \\\n"
+    "  --before BEFORE --rounds 9 --turn-ms 200 --output benchmarks/results/amx"
+)
+
 
 def page(sources: Sources) -> str:
     """The whole page."""
@@ -39,6 +49,7 @@ def page(sources: Sources) -> str:
             *_swin_tiny(figures),
             *_quiet(sources),
             *_other_networks(sources),
+            *_amx(sources),
             *_single_figures(sources),
             "## All races on Sapphire Rapids",
             *shifted(report.matrices(sources.races)),
@@ -92,27 +103,45 @@ def _quiet(sources: Sources) -> list[str]:
     ]
 
 
-def _other_networks(sources: Sources) -> list[str]:
+def _networks(races: list[dict[str, Any]], peers: Mapping[str, str]) -> str:
+    """The engine's times on the networks, and how many times longer each of `peers` takes ({name: as shown})."""
     rows = [
         [
             name,
             str(batch),
             *(f"{median_ms(on_threads(race, threads), ENGINE):.1f}" for threads in (1, 2)),
-            *(f"{times(on_threads(race, threads), _PEER):.2f}x" for threads in (1, 2)),
+            *(f"{times(on_threads(race, threads), peer):.2f}x" for peer in peers for threads in (1, 2)),
         ]
         for batch in (1, 8)
         for model, name in _MODELS.items()
-        for race in [sources.race(model, batch)]
+        for race in [pick(races, model, batch)]
     ]
-    header = [
-        "network", "batch", "engine, 1 thread, ms", "engine, 2 threads, ms", "OpenVINO int8, 1 thread",
-        "OpenVINO int8, 2 threads",
-    ]  # fmt: skip
+    header = ["network", "batch", "engine, 1 thread, ms", "engine, 2 threads, ms"]
+    header += [f"{peer}, {threads}" for peer in peers.values() for threads in ("1 thread", "2 threads")]
+    return table(header, rows)
+
+
+def _other_networks(sources: Sources) -> list[str]:
     return [
         "## Other networks against OpenVINO int8",
         picture("engine-networks", "OpenVINO int8 relative to the engine for four networks, batch 1 and 8"),
         f"{_closest(sources)}The table says how many times longer than the engine OpenVINO int8 (NNCF) takes.",
-        table(header, rows),
+        _networks(sources.races, {_PEER: "OpenVINO int8"}),
+    ]
+
+
+def _amx(sources: Sources) -> list[str]:
+    """Where the processor has AMX, which OpenVINO uses, too."""
+    environment = sources.amx_races[0]["environment"]
+    commits = sorted({commit(each["environment"]) for each in sources.amx_races})
+    return [
+        "## With AMX",
+        f"The same networks on 2 cores of an {cpu(environment)}, commits {' and '.join(commits)}. OpenVINO uses AMX, "
+        "too. The engine before, commit fb941f7, does not. Cells for both say how many times longer than the engine "
+        "they take.",
+        _networks(sources.amx_races, {_PEER: "OpenVINO int8", BEFORE: "engine before"}),
+        command(_AMX_COMMAND, "a CPU with AMX, the extra bench, an engine built in BEFORE and a quiet machine"),
+        *(_race(each) for each in sources.amx_races),
     ]
 
 

@@ -75,6 +75,11 @@ class Sources:
         return self._races(".", "engine-*.json")
 
     @cached_property
+    def amx_races(self) -> list[dict[str, Any]]:
+        """Races of the engine on Sapphire Rapids with AMX, also against its commit before."""
+        return self._races("amx", "engine-*.json")
+
+    @cached_property
     def avx2_races(self) -> list[dict[str, Any]]:
         """Races of the engine, with AVX2 alone, against an earlier commit of it."""
         return self._races("avx2", "engine-*.json")
