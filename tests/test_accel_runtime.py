@@ -125,8 +125,9 @@ def test_every_implementation_that_the_cpu_can_run_is_listed(path: Path) -> None
     for name in ORDER:
         if name in accel.implementations():
             assert needed[name] <= flags
-        elif needed[name] <= flags:  # an old compiler may not know the ISA
-            with pytest.raises(ValueError, match=f"'{name}' is not part of this build"):
+        elif needed[name] <= flags:  # an old compiler may not know the ISA, and a sandbox may refuse AMX
+            refused = "|cannot run on this CPU" if name == "amx_int8" else ""
+            with pytest.raises(ValueError, match=f"'{name}' (is not part of this build{refused})"):
                 accel.load(path, implementation=name)
 
 
