@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import sys
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ from safetensors.torch import save_file
 from timm.layers import Mlp
 from torch import nn
 
-from benchmarks import runner
-from benchmarks.pruning import batches, images, jobs, peers, report, subjects, tables, training, work
+from benchmarks import pages, runner
+from benchmarks.pruning import __main__ as pruning_main
+from benchmarks.pruning import batches, compensation, images, jobs, peers, report, subjects, tables, training, work
 from benchmarks.pruning.jobs import Job
 from swincompress_pl.data import Preprocessing
 from swincompress_pl.models import create_model
@@ -266,3 +268,20 @@ def test_an_archive_is_decoded_once(tmp_path: Path) -> None:
 def test_missing_images_are_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"cifar10_jpeg\.tar\.xz"):
         images.prepare("cifar10", tmp_path, tmp_path / "cache")
+
+
+def test_the_report_of_compensation_keeps_rows_that_were_not_run_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = (job.name for job in compensation.all_jobs()[:2])
+    results, folder = tmp_path / "results", tmp_path / "runs"
+    results.mkdir()
+    (results / "compensation.json").write_text(json.dumps({second: {"old": 1}, "gone": {"old": 2}}))
+    runner.result_file(folder, first).parent.mkdir(parents=True, exist_ok=True)
+    runner.result_file(folder, first).write_text(json.dumps({"new": 3}))
+    monkeypatch.setattr(pruning_main, "_RESULTS", results)
+    monkeypatch.setattr(pages, "write_pages", lambda _: [])
+    monkeypatch.setattr(sys, "argv", ["pruning", "compensation-report", "--out", str(folder)])
+    assert pruning_main.main() == 0
+    rows = json.loads((results / "compensation.json").read_text())
+    assert list(rows.items()) == [(first, {"new": 3}), (second, {"old": 1}), ("gone", {"old": 2})]

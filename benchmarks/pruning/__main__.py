@@ -136,14 +136,16 @@ def _compensation(given: argparse.Namespace) -> int:
 
 
 def _compensation_report(given: argparse.Namespace) -> None:
-    """the rows as benchmarks/results/compensation.json and its page"""
+    """the rows, beside those committed, as benchmarks/results/compensation.json and its page"""
     from ..pages import write_pages
     from . import compensation
 
+    file = _RESULTS / "compensation.json"
+    rows = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     names = [job.name for job in compensation.all_jobs()]
     found = [name for name in names if runner.result_file(given.out, name).is_file()]
-    rows = {name: runner.read_result(given.out, name) for name in found}
-    _write(_RESULTS / "compensation.json", rows)
+    rows |= {name: runner.read_result(given.out, name) for name in found}
+    _write(file, {name: rows[name] for name in sorted(rows, key=[*names, *rows].index)})
     print(*write_pages(["compensation"]), sep="\n")
 
 
