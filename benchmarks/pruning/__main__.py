@@ -150,11 +150,11 @@ def _compensation_report(given: argparse.Namespace) -> None:
 
 
 def _report(given: argparse.Namespace) -> None:
-    """the results as benchmarks/results/pruning.json and its page"""
+    """the results as benchmarks/results/pruning.json and its pages"""
     from ..pages import write_pages
     from .report import write
 
-    print(write(given.out, _RESULTS), *write_pages(["pruning"]), sep="\n")
+    print(write(given.out, _RESULTS), *write_pages(["pruning", "compensation"]), sep="\n")
 
 
 def _cache(given: argparse.Namespace) -> Path:
