@@ -6,8 +6,8 @@ namespace swincompress {
 namespace {
 
 constexpr auto kLong = std::chrono::milliseconds(2);  // of a run with help: waiting is little beside it
-// Runs from one trial of the other way to the next: at first, and at most, also where the other way is far slower.
-constexpr unsigned kFirstTrial = 8, kTrial = 32, kRareTrial = 128;
+// Runs from one trial of the other way to the next, at most: usually, and where the other way is far slower.
+constexpr unsigned kTrial = 32, kRareTrial = 128;
 constexpr int kMemory = 8, kTrialMemory = 2;  // about how many runs the usual time leans on
 
 }  // namespace

@@ -20,6 +20,8 @@ public:
     void took(Duration time);
 
 private:
+    static constexpr unsigned kFirstTrial = 8;  // runs from one trial of the other way to the next, at first
+
     struct Way {
         Duration usual{0};  // of recent runs; 0 before the first
         bool known() const { return usual.count() != 0; }
@@ -31,7 +33,7 @@ private:
     bool best_ = false;   // whether alone is the faster way
     bool alone_ = false;  // whether this run is alone: the other way in a trial
     Size images_ = 0;
-    unsigned interval_ = 8, until_trial_ = 8;  // of trials, in runs
+    unsigned interval_ = kFirstTrial, until_trial_ = kFirstTrial;  // of trials, in runs
 };
 
 }  // namespace swincompress
