@@ -6,12 +6,13 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from fuzz import corpus
 from fuzz import verdicts as verdicts_of_mutants
 from support import artifact_verdicts
 from support.artifact_bombs import EVIL
@@ -21,6 +22,7 @@ from support.program_cases import small_program
 from swincompress_pl import accel, spec
 from swincompress_pl.accel import artifact
 from swincompress_pl.cli.inspect import describe_artifact
+from swincompress_pl.spec.kinds import KINDS
 
 
 def figures(numbers: range) -> Figures:
@@ -29,6 +31,11 @@ def figures(numbers: range) -> Figures:
     assert found.files == len(numbers)
     assert found.failures == []
     return found
+
+
+@pytest.mark.parametrize("programs", [corpus.programs().values(), verdicts_of_mutants.programs()])
+def test_every_kind_of_operation_is_changed(programs: Iterable[spec.Program]) -> None:
+    assert {op.kind for program in programs for op in program.operations} == set(KINDS)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of the memory from /proc")
@@ -124,6 +131,7 @@ import resource, sys
 from pathlib import Path
 from swincompress_pl import accel
 from swincompress_pl.cli.inspect import describe_artifact
+from swincompress_pl.spec.kinds import KINDS
 def peak():
     return int(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1]) * 1024
 before = peak()

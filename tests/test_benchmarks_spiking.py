@@ -106,7 +106,7 @@ def test_the_engine_races_with_its_peers(tmp_path: Path, monkeypatch: pytest.Mon
 
     for module in (exact, speed):
         monkeypatch.setattr(module, "BUILDERS", {"tiny": 32})
-        monkeypatch.setattr(module, "create_model", tiny)
+    monkeypatch.setattr(exact, "create_model", tiny)
     given = SimpleNamespace(
         models="tiny", steps=2, thread_counts="1", density=0.2, rounds=1, turn_ms=1.0, out=tmp_path, commit="abc",
         threads=1,

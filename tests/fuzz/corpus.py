@@ -16,7 +16,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from support.program_cases import integers, masked, small_program, with_maps
-from support.spiking_programs import _Builder
+from support.spiking_programs import ProgramBuilder
 
 from swincompress_pl import accel, spec
 from swincompress_pl.accel import storage
@@ -32,7 +32,7 @@ def folded_program() -> spec.Program:
     return dataclasses.replace(program, tensors={**program.tensors, conv.tensors["bias"]: border})
 
 
-class TinyBuilder(_Builder):
+class TinyBuilder(ProgramBuilder):
     """Programs of a few operations: a description soon read, and a mutation that hits something."""
 
     def __init__(self, seed: int, *shape: int, weight: str = "int8") -> None:
@@ -130,6 +130,15 @@ def counting_program() -> spec.Program:
     return b.program()
 
 
+def charge_program() -> spec.Program:
+    b = TinyBuilder(6, 4, 4, 3)
+    factors = {"mult": np.full(4, 2**21, np.int32), "shift": np.full(4, 30, np.uint8)}
+    spikes = b.emit("fire", (b.patches(4, "int16"),), "uint1", factors, steps=3)
+    bias = b.rng.integers(-99, 99, 4).astype(np.int32)
+    b.head(b.emit("integrate", (b.linear(spikes, 4, 4),), "int8", {"bias": bias, **factors}, steps=3), 4)
+    return b.program()
+
+
 def programs() -> dict[str, spec.Program]:
     return {
         "mlp": mlp_program("int8"),
@@ -142,6 +151,7 @@ def programs() -> dict[str, spec.Program]:
         "neurons": neuron_program((4, 5, 3), 1),
         "events": neuron_program((2, 4, 5, 2), 0),
         "counting": counting_program(),
+        "charged": charge_program(),
         "folded": folded_program(),
         "whole": small_program(2, channels=7, weight="int3"),
     }
