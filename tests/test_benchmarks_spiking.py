@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,6 +25,11 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(main.runner, "run", run_here)
 
 
+def command(text: str, out: Path) -> int:
+    """Runs `python -m benchmarks.spiking` with the words of `text` here."""
+    return main.main([*text.split(), "--out", str(out), "--commit", "abc"])
+
+
 def page_of(kept: Path) -> str:
     """The tables of what a report keeps."""
     return "\n\n".join(report.sections(json.loads(kept.read_text(encoding="utf-8"))))
@@ -34,13 +38,13 @@ def page_of(kept: Path) -> str:
 def test_every_builder_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exact, "BUILDERS", {"tiny": 32})
     monkeypatch.setattr(exact, "create_model", lambda name, T: without_memory(FAMILIES["qkformer"](T=T)))  # noqa: N803
-    given = SimpleNamespace(models="tiny", steps="1,2", batches="1,2", out=tmp_path, commit="abc", threads=1)
-    main._exact(given)
+    exactly = "exact --models tiny --steps 1,2 --batches 1,2"
+    assert command(exactly, tmp_path) == 0
     found = json.loads((tmp_path / "exact-tiny-2.json").read_text())
     assert found["differ"] == 0
     assert found["neurons"] > found["silent_neurons"]
     written = (tmp_path / "exact-tiny-1.json").stat().st_mtime_ns
-    main._exact(given)
+    assert command(exactly, tmp_path) == 0
     assert (tmp_path / "exact-tiny-1.json").stat().st_mtime_ns == written, "what there is is not made again"
     text = page_of(report.write(tmp_path, tmp_path / "results"))
     assert "| tiny" in text
@@ -55,8 +59,7 @@ def test_networks_of_counts_are_compared_in_both_readings(tmp_path: Path, monkey
         monkeypatch.setattr(module, "COUNTING", ("tiny",))
     monkeypatch.setattr(exact, "BUILDERS", {"tiny": 32})
     monkeypatch.setattr(exact, "create_model", counting)
-    given = SimpleNamespace(models="tiny", steps="1,2,4", batches="1", out=tmp_path, commit="abc", threads=1)
-    main._exact(given)
+    assert command("exact --models tiny --batches 1", tmp_path) == 0
     found = {file.stem: json.loads(file.read_text()) for file in tmp_path.glob("*.json")}
     assert set(found) == {"exact-tiny-1", "exact-tiny-4"}, "two steps are no reading"
     one, four = found["exact-tiny-1"], found["exact-tiny-4"]
@@ -107,11 +110,8 @@ def test_the_engine_races_with_its_peers(tmp_path: Path, monkeypatch: pytest.Mon
     for module in (exact, speed):
         monkeypatch.setattr(module, "BUILDERS", {"tiny": 32})
     monkeypatch.setattr(exact, "create_model", tiny)
-    given = SimpleNamespace(
-        models="tiny", steps=2, thread_counts="1", density=0.2, rounds=1, turn_ms=1.0, out=tmp_path, commit="abc",
-        threads=1,
-    )  # fmt: skip
-    main._speed(given)
+    racing = "speed --models tiny --steps 2 --thread-counts 1 --rounds 1 --turn-ms 1"
+    assert command(racing, tmp_path) == 0
     found = json.loads((tmp_path / "speed-tiny-2.json").read_text())
     assert found["dense"]["equal"]
     assert found["pruned"]["equal"]
@@ -166,19 +166,11 @@ def test_accuracy_before_and_after_fine_tuning(tmp_path: Path, monkeypatch: pyte
     baselines.train(subjects.SUBJECTS["maxformer"], place, tmp_path / "checkpoints", "abc")
     monkeypatch.setattr(accuracy, "SUBJECTS", subjects.SUBJECTS)
     out = tmp_path / "out"
-    given = SimpleNamespace(
-        models="maxformer", data=tmp_path, cache=tmp_path, out=out, commit="abc", threads=1, device="cpu"
-    )
-    for tuned, bits, rounding in (
-        (False, "W8A8", "nearest"),
-        (False, "W4A8", "second_order"),
-        (True, "float,W4A8", "nearest"),
-    ):
-        given.tuned, given.bits, given.rounding = tuned, bits, rounding
-        main._accuracy(given)
-    given.rounding = "learned"
+    measuring = f"accuracy --models maxformer --data {tmp_path} --cache {tmp_path}"
+    for options in ("--bits W8A8", "--bits W4A8 --rounding second_order", "--bits float,W4A8 --tuned"):
+        assert command(f"{measuring} {options}", out) == 0
     with pytest.raises(SystemExit, match="--rounding learned goes with networks that are not trained"):
-        main._accuracy(given)
+        command(f"{measuring} --tuned --rounding learned", out)
     found = {file.stem: json.loads(file.read_text()) for file in out.glob("*.json")}
     expected = {"maxformer-W8A8", "maxformer-W4A8-second_order", "maxformer-float-tuned", "maxformer-W4A8-tuned"}
     assert set(found) == expected

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from swincompress_pl.quant.quantize import ROUNDINGS
@@ -15,8 +16,8 @@ from .exact import BUILDERS, COUNTING
 from .work import Job
 
 
-def main() -> int:
-    """Runs one command; 1 where a job failed."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command (default: what stands on the command line); 1 where a job failed."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.spiking")
     commands = parser.add_subparsers(required=True)
     exact = commands.add_parser("exact", help="compare reference, twin and engine on every builder")
@@ -60,7 +61,7 @@ def main() -> int:
         command.add_argument("--out", type=Path, required=True, help="of results")
         command.add_argument("--threads", type=int, default=1)
         command.add_argument("--commit", default=None)
-    given = parser.parse_args()
+    given = parser.parse_args(arguments)
     return int(given.command(given) or 0)
 
 
