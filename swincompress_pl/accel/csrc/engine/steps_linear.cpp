@@ -75,6 +75,7 @@ public:
     void run_rows(const std::byte* x, Range rows, std::byte* y, std::byte* scratch) const override {
         LinearCall call{};
         call.x = x + rows.first * in_row_;
+        call.x_stride = in_row_;
         call.y = y;
         call.rows = rows.last - rows.first;
         call.last_channel = layer_.channels();
@@ -97,6 +98,7 @@ public:
         const Size out_row = layer_.channels() * type_bytes(output_);
         LinearCall call{};
         call.x = work.inputs[0] + r.first * in_row_;
+        call.x_stride = in_row_;
         call.y = work.output + r.first * out_row;
         call.rows = r.last - r.first;
         call.first_channel = c.first;
@@ -139,11 +141,12 @@ public:
           shape_(shape),
           images_(images),
           in_channels_(in_channels),
-          fields_bytes_(aligned(kBlock * layer.depth)),
+          depth_(layer.depth),
+          field_bytes_(layer.input == Type::uint8 ? kernels.row_stride(layer.depth) : layer.depth),
           output_(layer.output),
           kernels_(kernels) {}
 
-    Size row_scratch_bytes() const override { return fields_bytes_ + layer_.scratch_bytes(); }
+    Size row_scratch_bytes() const override { return aligned(kBlock * field_bytes_) + layer_.scratch_bytes(); }
 
     Size scratch_bytes() const override {
         return neurons_ == nullptr ? row_scratch_bytes() : neurons_scratch_bytes(*this, neurons_->call());
@@ -161,17 +164,20 @@ public:
         const Size positions = shape_.height * shape_.width;
         const Size in_bytes = shape_.in_height * shape_.in_width * in_channels_;
         const Size out_row = layer_.channels() * type_bytes(output_);
+        for (Size row = 0; row < kBlock; ++row)
+            std::memset(scratch + row * field_bytes_ + depth_, 0, static_cast<std::size_t>(field_bytes_ - depth_));
         for (Size first = range.first; first < range.last;) {
             const Size image = first / positions, position = first % positions;
             const Size rows = std::min({kBlock, range.last - first, positions - position});
             collect(x + image * in_bytes, position, rows, scratch);
             LinearCall call{};
             call.x = scratch;
+            call.x_stride = field_bytes_;
             call.y = y + (first - range.first) * out_row;
             call.rows = rows;
             call.last_channel = layer_.channels();
             call.bias_row = position;
-            call.scratch = scratch + fields_bytes_;
+            call.scratch = scratch + aligned(kBlock * field_bytes_);
             layer_.run(call);
             first += rows;
         }
@@ -188,14 +194,14 @@ public:
 private:
     static constexpr Size kBlock = 64;
 
-    // The receptive fields of `rows` positions, (kh, kw, C) each, zeros outside the image.
+    // The receptive fields of `rows` positions, (kh, kw, C) each, zeros outside the image. What lies between them
+    // stays.
     void collect(const std::byte* image, Size position, Size rows, std::byte* fields) const {
         const Size line = shape_.kernel.second * in_channels_;
-        for (Size row = 0; row < rows; ++row) {
+        for (Size row = 0; row < rows; ++row, fields += field_bytes_) {
             const Size top = (position + row) / shape_.width * shape_.stride.first - shape_.padding.first;
             const Size left = (position + row) % shape_.width * shape_.stride.second - shape_.padding.second;
-            for (Size ky = 0; ky < shape_.kernel.first; ++ky, fields += line)
-                collect_line(image, top + ky, left, fields);
+            for (Size ky = 0; ky < shape_.kernel.first; ++ky) collect_line(image, top + ky, left, fields + ky * line);
         }
     }
 
@@ -212,7 +218,8 @@ private:
 
     PackedLayer layer_;
     WindowShape shape_;
-    Size images_, in_channels_, fields_bytes_;
+    Size images_, in_channels_;
+    Size depth_, field_bytes_;  // of a receptive field, and between two
     Type output_;
     const Kernels& kernels_;
     std::unique_ptr<Neurons> neurons_;

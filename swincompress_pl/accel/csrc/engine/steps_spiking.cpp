@@ -144,11 +144,11 @@ public:
     SpikeAttentionStep(const SpikeAttentionCall& call, Size windows, Size heads, const Kernels& kernels)
         : call_(call), windows_(windows), heads_(heads), kernels_(kernels) {}
 
-    // k^T v in 32 bits, or v, k^T v and a row of sums in 16 bits, in rows of whole vectors.
+    // k^T v in 32 bits, or a row of sums in 32 bits, and v and k^T v in 16, in rows of whole vectors.
     Size scratch_bytes() const override {
         const Size row = (call_.v_dim + 31) / 32 * 32;
         return std::max(call_.qk_dim * call_.v_dim * type_bytes(Type::int32),
-                        (call_.length + call_.qk_dim + 1) * row * type_bytes(Type::int16));
+                        (call_.length + call_.qk_dim + 2) * row * type_bytes(Type::int16));
     }
 
     void run(const Work& work) const override {

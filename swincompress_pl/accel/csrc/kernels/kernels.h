@@ -32,7 +32,8 @@ struct LinearLayer {
 // y[:, first_channel:last_channel] = after(requantize(x weight^T + bias)) for `rows` rows.
 struct LinearCall {
     const void* packed;  // what pack_linear of the same implementation wrote
-    const void* x;       // (rows, depth), contiguous rows
+    const void* x;       // (rows, depth)
+    Size x_stride;       // between rows: depth, or for uint8 row_stride(depth), the bytes behind a row being 0
     void* y;             // (rows, channels)
     Size rows;
     Size first_channel;         // a multiple of column_unit
@@ -219,6 +220,8 @@ struct Kernels {
     Size (*packed_linear_bytes)(const LinearLayer&);
     void (*pack_linear)(const LinearLayer&, void* packed);
     Size (*linear_scratch_bytes)(const LinearLayer&);
+    Size (*row_stride)(
+        Size depth);  // between rows of uint8 that `linear` reads where they are; depth if it copies them
     void (*linear)(const LinearCall&);
 
     Size (*attention_scratch_bytes)(Size length, Size qk_dim, Size v_dim);

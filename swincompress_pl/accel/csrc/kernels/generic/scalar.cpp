@@ -61,6 +61,7 @@ void pack_linear(const LinearLayer& layer, void* packed) {
 }
 
 Size linear_scratch_bytes(const LinearLayer&) { return 0; }
+Size row_stride(Size depth) { return depth; }
 
 template <Type input, Type output>
 void linear_rows(const LinearCall& call) {
@@ -72,7 +73,7 @@ void linear_rows(const LinearCall& call) {
     const auto* mult = reinterpret_cast<const std::int32_t*>(base + packed.mult_at);
     const auto* shift = reinterpret_cast<const std::uint8_t*>(base + packed.shift_at);
     for (Size row = 0; row < call.rows; ++row) {
-        const auto* x = static_cast<const typename Stored<input>::Element*>(call.x) + row * packed.depth;
+        const auto* x = static_cast<const typename Stored<input>::Element*>(call.x) + row * call.x_stride;
         Out* y = static_cast<Out*>(call.y) + row * packed.channels;
         const std::int32_t* bias = packed.bias_rows == 1 ? biases : biases + (call.bias_row + row) * packed.channels;
         for (Size c = call.first_channel; c < call.last_channel; ++c)

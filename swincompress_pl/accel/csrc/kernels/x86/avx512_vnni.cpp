@@ -104,6 +104,7 @@ constexpr Kernels made_with_amx() {
     kernels.packed_linear_bytes = packed_bytes_for<AmxProducts>;
     kernels.pack_linear = pack_for<AmxProducts>;
     kernels.linear_scratch_bytes = scratch_bytes_for<AmxProducts>;
+    kernels.row_stride = row_stride_for<AmxProducts>;
     kernels.linear = linear_with<AmxProducts>;
     kernels.peak_products = amx_peak_products;
     kernels.events_max_percent = kAmxEventsMaxPercent;
