@@ -128,7 +128,7 @@ def conv2d_case(rng: np.random.Generator) -> Case:
     padding = [int(rng.integers(0, k)) for k in kernel]
     stride = [int(v) for v in rng.integers(1, 5, 2)]
     height, width = (int(rng.integers(max(1, k - 2 * p), k + 12)) for k, p in zip(kernel, padding, strict=True))
-    in_channels, channels, x_dtype = pick(rng, SMALL), pick(rng, MEDIUM), pick(rng, ["int8", "uint8"])
+    in_channels, channels, x_dtype = pick(rng, [*SMALL, 64]), pick(rng, MEDIUM), pick(rng, ["int8", "uint8"])
     out = [(s + 2 * p - k) // t + 1 for s, p, k, t in zip((height, width), padding, kernel, stride, strict=True)]
     bias_shape = (*out, channels) if rng.integers(2) else (channels,)
     dtype, attributes = bounded(rng, "int8", "uint8", "int16", "int32")

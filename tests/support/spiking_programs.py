@@ -142,9 +142,10 @@ def multiply_case(rng: np.random.Generator) -> SpikingCase:
 
 def spike_attention_case(rng: np.random.Generator) -> SpikingCase:
     windows, heads, length = int(rng.integers(1, 4)), int(rng.integers(1, 4)), int(_pick(rng, 1, 4, 16, 49))
-    dims = [int(_pick(rng, 1, 3, 8, 32)) for _ in range(2)]
+    dims = [int(_pick(rng, 1, 3, 8, 32)), int(_pick(rng, 1, 3, 8, 32, 56, 64, 90, 130))]
     dtype = str(_pick(rng, "uint1", "uint1", "uint2", "uint3", "uint4"))
-    q, k, v = (integers(rng, dtype, (2, windows * length, heads * dims[n])) for n in (0, 0, 1))
+    corners = bool(rng.integers(4) == 0)
+    q, k, v = (integers(rng, dtype, (2, windows * length, heads * dims[n]), corners=corners) for n in (0, 0, 1))
     return SpikingCase(
         kind="spike_attention",
         dtype="int32",
@@ -175,6 +176,8 @@ def grouped_conv_case(rng: np.random.Generator) -> SpikingCase:
     padding = [int(rng.integers(0, k)) for k in kernel]
     stride = [int(v) for v in rng.integers(1, 3, 2)]
     groups, depth, outputs = int(_pick(rng, 1, 2, 5, 16)), int(_pick(rng, 1, 3)), int(_pick(rng, 1, 2, 4))
+    if rng.integers(2):  # as many channels as go through registers together, and others
+        groups, depth, outputs = int(_pick(rng, 7, 16, 24, 40, 56, 64, 65, 90, 130)), 1, 1
     steps = () if rng.integers(2) else (int(rng.integers(1, 4)),)
     dtype = str(_pick(rng, "uint1", "uint8", "int8"))
     m = groups * outputs
