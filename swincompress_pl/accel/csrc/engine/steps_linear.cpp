@@ -141,12 +141,11 @@ public:
           shape_(shape),
           images_(images),
           in_channels_(in_channels),
-          depth_(layer.depth),
           field_bytes_(layer.input == Type::uint8 ? kernels.row_stride(layer.depth) : layer.depth),
           output_(layer.output),
           kernels_(kernels) {}
 
-    Size row_scratch_bytes() const override { return aligned(kBlock * field_bytes_) + layer_.scratch_bytes(); }
+    Size row_scratch_bytes() const override { return fields_bytes() + layer_.scratch_bytes(); }
 
     Size scratch_bytes() const override {
         return neurons_ == nullptr ? row_scratch_bytes() : neurons_scratch_bytes(*this, neurons_->call());
@@ -164,8 +163,6 @@ public:
         const Size positions = shape_.height * shape_.width;
         const Size in_bytes = shape_.in_height * shape_.in_width * in_channels_;
         const Size out_row = layer_.channels() * type_bytes(output_);
-        for (Size row = 0; row < kBlock; ++row)
-            std::memset(scratch + row * field_bytes_ + depth_, 0, static_cast<std::size_t>(field_bytes_ - depth_));
         for (Size first = range.first; first < range.last;) {
             const Size image = first / positions, position = first % positions;
             const Size rows = std::min({kBlock, range.last - first, positions - position});
@@ -177,7 +174,7 @@ public:
             call.rows = rows;
             call.last_channel = layer_.channels();
             call.bias_row = position;
-            call.scratch = scratch + aligned(kBlock * field_bytes_);
+            call.scratch = scratch + fields_bytes();
             layer_.run(call);
             first += rows;
         }
@@ -193,9 +190,11 @@ public:
 
 private:
     static constexpr Size kBlock = 64;
+    static constexpr Size kCopied = 16, kShortLine = 512;  // bytes at once; longer lines are left to memcpy
 
-    // The receptive fields of `rows` positions, (kh, kw, C) each, zeros outside the image. What lies between them
-    // stays.
+    Size fields_bytes() const { return aligned(kBlock * field_bytes_ + kCopied); }
+
+    // The receptive fields of `rows` positions, (kh, kw, C) each, zeros outside the image, and anything between them.
     void collect(const std::byte* image, Size position, Size rows, std::byte* fields) const {
         const Size line = shape_.kernel.second * in_channels_;
         for (Size row = 0; row < rows; ++row, fields += field_bytes_) {
@@ -205,13 +204,19 @@ private:
         }
     }
 
+    // May also write up to kCopied - 1 bytes behind the line.
     void collect_line(const std::byte* image, Size y, Size left, std::byte* field) const {
-        const Size channels = in_channels_, width = shape_.kernel.second;
+        const Size channels = in_channels_, width = shape_.kernel.second, bytes = width * channels;
         const Size first = y < 0 || y >= shape_.in_height ? width : std::clamp<Size>(-left, 0, width);
         const Size last = std::clamp<Size>(shape_.in_width - left, first, width);
+        const Size at = (y * shape_.in_width + left) * channels, end = shape_.in_height * shape_.in_width * channels;
+        if (last - first == width && bytes <= kShortLine && at + bytes + kCopied <= end) {
+            for (Size b = 0; b < bytes; b += kCopied) std::memcpy(field + b, image + at + b, kCopied);
+            return;
+        }
         std::memset(field, 0, static_cast<std::size_t>(first * channels));
         if (first < last)
-            std::memcpy(field + first * channels, image + (y * shape_.in_width + left + first) * channels,
+            std::memcpy(field + first * channels, image + at + first * channels,
                         static_cast<std::size_t>((last - first) * channels));
         std::memset(field + last * channels, 0, static_cast<std::size_t>((width - last) * channels));
     }
@@ -219,7 +224,7 @@ private:
     PackedLayer layer_;
     WindowShape shape_;
     Size images_, in_channels_;
-    Size depth_, field_bytes_;  // of a receptive field, and between two
+    Size field_bytes_;  // between receptive fields
     Type output_;
     const Kernels& kernels_;
     std::unique_ptr<Neurons> neurons_;

@@ -33,7 +33,7 @@ struct LinearLayer {
 struct LinearCall {
     const void* packed;  // what pack_linear of the same implementation wrote
     const void* x;       // (rows, depth)
-    Size x_stride;       // between rows: depth, or for uint8 row_stride(depth), the bytes behind a row being 0
+    Size x_stride;       // between rows: depth, or for uint8 row_stride(depth), with any bytes behind a row
     void* y;             // (rows, channels)
     Size rows;
     Size first_channel;         // a multiple of column_unit
