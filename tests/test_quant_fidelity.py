@@ -178,6 +178,26 @@ def test_spiking_networks_are_their_graphs(name: str) -> None:
     assert all(torch.equal(dict(network.named_buffers())[n], count) for n, count in counts.items())
 
 
+def test_what_cancels_out_is_compared_without_its_rounding() -> None:
+    """Behind silent inputs, a BatchNorm takes the bias of a layer away, up to rounding."""
+    network, _ = lively(FAMILIES["maxformer"], 3, trained_statistics=True)
+    network = network.float()
+    mlp = network.get_submodule("stage3.0.mlp")
+    layer, norm = mlp.fc2, mlp.bn2
+    with torch.no_grad():
+        layer.weight.zero_()
+        layer.bias.copy_(torch.linspace(-1, 1, len(layer.bias)))
+        norm.running_mean.copy_(layer.bias)
+        norm.running_var.zero_()
+        norm.bias.zero_()
+    check_network(network, SPIKING)
+    with torch.no_grad():
+        norm.running_mean += 1e-6  # which is more than rounding
+    norm.register_forward_hook(lambda _, __, y: torch.zeros_like(y))
+    with pytest.raises(UnsupportedNetworkError, match=r"stage3\.0\.mlp\.bn2"):
+        check_network(network, SPIKING)
+
+
 class _Ternary(nn.Module):
     spiking = True
 

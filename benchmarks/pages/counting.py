@@ -7,13 +7,18 @@ from typing import Any
 
 from swincompress_pl.report.comparison.bench import ENGINE
 
+from ..spiking.speed import PRUNED
 from .races import median_ms, on_threads, times
 from .sources import Sources, result_of
 from .text import command, cpu, table
 
 _LARGE, _SMALL = "e_spikeformer_small", "e_spikeformer"
 _PEERS = ("torch fp32", "onnxruntime fp32")
-_IMPLEMENTATIONS = {"AVX-512 VNNI": f"speed-{_LARGE}-1", "AVX2, all held to it": f"speed-{_LARGE}-1-avx2"}
+_IMPLEMENTATIONS = {
+    "AMX": f"speed-{_LARGE}-1",
+    "AVX-512 VNNI": f"speed-{_LARGE}-1-avx512_vnni",
+    "AVX2, all held to it": f"speed-{_LARGE}-1-avx2",
+}
 
 
 def section(sources: Sources) -> list[str]:
@@ -26,6 +31,8 @@ def section(sources: Sources) -> list[str]:
         _speed(results),
         command(
             "python -m benchmarks.spiking speed --models e_spikeformer_small --out runs/spiking\n"
+            "python -m benchmarks.spiking speed --models e_spikeformer_small --implementation avx512_vnni "
+            "--out runs/spiking\n"
             "python -m benchmarks.spiking speed --models e_spikeformer_small --implementation avx2 --out runs/spiking",
             "a quiet machine",
         ),
@@ -42,11 +49,14 @@ def _speed(results: Mapping[str, Any]) -> str:
         for threads in (1, 2):
             race = on_threads(entry | {"model": _LARGE, "batch": 1}, threads)
             cells = [f"{median_ms(race, peer):.0f} ({times(race, peer):.1f}x)" for peer in _PEERS]
-            rows.append([title, str(threads), f"{median_ms(race, ENGINE):.1f}", *cells])
-    where = cpu(result_of(results, next(iter(_IMPLEMENTATIONS.values())))["environment"])
+            ours = [f"{median_ms(race, name):.1f}" for name in (ENGINE, PRUNED)]
+            rows.append([title, str(threads), *ours, *cells])
+    first = result_of(results, next(iter(_IMPLEMENTATIONS.values())))
+    where, gone = cpu(first["environment"]), 1 - first["pruned"]["parameters"] / first["dense"]["parameters"]
     return (
-        f"{table(['instructions', 'threads', 'engine, ms', *(f'{peer}, ms' for peer in _PEERS)], rows)}\n\n"
-        f"On {where}; brackets hold how many times longer than the engine a runtime takes."
+        f"{table(['instructions', 'threads', *(f'{name}, ms' for name in (ENGINE, PRUNED, *_PEERS))], rows)}\n\n"
+        f"On {where}; brackets hold how many times longer than the engine a runtime takes. The pruned network lacks "
+        f"{100 * gone:.0f} % of the parameters."
     )
 
 

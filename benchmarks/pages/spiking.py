@@ -15,7 +15,7 @@ from ..spiking.speed import PRUNED
 from . import counting
 from .races import median_ms, on_threads, result, times
 from .sources import Sources, result_of
-from .text import command, document, picture, places, table
+from .text import command, cpu, document, picture, places, table
 from .theme import Drawing, Theme, behind, canvas
 
 TITLES = {
@@ -31,7 +31,6 @@ _NETWORKS = (
 )  # fmt: skip
 _PEERS = ("torch fp32", "onnxruntime fp32")
 _STEPS = 4
-_MACHINE = "2 cores of an Intel Xeon (Sapphire Rapids, AVX-512 VNNI, no AMX)"
 
 
 def page(sources: Sources) -> str:
@@ -82,6 +81,10 @@ def networks(sources: Sources) -> str:
     )
 
 
+def _machine(entries: Mapping[str, dict[str, Any]]) -> str:
+    return _one({cpu(entry["environment"]) for entry in entries.values()})
+
+
 def _speed(results: Mapping[str, Any]) -> list[str]:
     entries = _entries(results)
     rows = []
@@ -99,7 +102,8 @@ def _speed(results: Mapping[str, Any]) -> list[str]:
     first = next(iter(entries.values()))
     rounds = len(result(first["races"][0], ENGINE)["latency"]["samples_ms"])
     return [
-        f"T = {_STEPS}, batch 1, fresh weights, statistics set by a training pass, random images, on {_MACHINE}, "
+        f"T = {_STEPS}, batch 1, fresh weights, statistics set by a training pass, random images, on 2 cores of an "
+        f"{_machine(entries)}, "
         f"commit {_one({entry['commit'] for entry in entries.values()})}. Cells are medians in ms. Brackets hold how "
         f"many times longer than the engine a runtime takes: the median of {rounds} interleaved rounds.",
         table(header, rows),
@@ -179,7 +183,7 @@ def _accuracy(results: Mapping[str, Any]) -> list[str]:
 
 def _one(values: set[str]) -> str:
     if len(values) != 1:
-        raise ValueError(f"races of different commits: {sorted(values)}; say so on the page")
+        raise ValueError(f"races of different commits or machines: {sorted(values)}; say so on the page")
     return values.pop()
 
 
@@ -187,7 +191,7 @@ def _draw(sources: Sources, theme: Theme) -> Figure:
     figure = canvas(
         5.0, 5.4, theme=theme, title="Spiking networks: time relative to the engine",
         subtitle=(
-            f"{_MACHINE.removeprefix('2 cores of an ')}, 1 thread.\nT = {_STEPS}, batch 1, fresh weights, random "
+            f"{_machine(_entries(sources.spiking))}, 1 thread.\nT = {_STEPS}, batch 1, fresh weights, random "
             "images. Right of the\nline the engine is quicker. Medians of all rounds."
         ),
     )  # fmt: skip

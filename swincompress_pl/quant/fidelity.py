@@ -36,6 +36,9 @@ BOUND = 1e-4
 """The largest relative error between a graph and its network, both in float64."""
 
 _IMAGES = 2
+_ROUNDING = 1000
+"""Multiples of the type's epsilon that rounding may leave where numbers of about 1 cancel out, as in a BatchNorm that
+takes the bias of silent inputs away."""
 _REMEDY = (
     "Quantization follows what the modules of the family compute: remove the hook, the patch or the subclass, fold it "
     "into the weights, or register an adapter whose graph has it"
@@ -170,10 +173,11 @@ def _without_hooks(network: nn.Module) -> Iterator[None]:
 
 
 def _relative(a: Tensor, b: Tensor) -> float:
-    """The largest error of any image, relative to the size of its values."""
+    """The largest error of any image, relative to the size of its values; 0 for what is rounding."""
     size = b.norm(dim=1)
     error = (a - b).norm(dim=1)
-    return float(torch.where(error > 0, error / size, 0.0).max())
+    rounding = _ROUNDING * torch.finfo(b.dtype).eps * math.sqrt(b.shape[1])
+    return float(torch.where(error > rounding, error / size, 0.0).max())
 
 
 # What modules and nodes read and give
@@ -203,13 +207,14 @@ def _joined(prints: Sequence[_Print | None]) -> _Print | None:
 
 
 def _distance(a: _Print | None, b: _Print | None) -> float | None:
-    """The relative error between two values; None if they have different sizes or are not finite."""
+    """The relative error between two values, 0 for rounding; None if they have different sizes or are not finite."""
     if a is None or b is None or a[0] != b[0]:
         return None
+    rounding = _ROUNDING * max(torch.finfo(values.dtype).eps for _, values in (a, b))
     first, second = a[1].double().cpu(), b[1].double().cpu()
     size = float(torch.maximum(first[2], second[2]))
     error = float((first - second).abs().max())
-    return (error / size if error else 0.0) if math.isfinite(error) else None
+    return (error / size if error > rounding else 0.0) if math.isfinite(error) else None
 
 
 @dataclass
