@@ -85,6 +85,11 @@ def _machine(entries: Mapping[str, dict[str, Any]]) -> str:
     return _one({cpu(entry["environment"]) for entry in entries.values()})
 
 
+def _commits(entries: Mapping[str, dict[str, Any]]) -> str:
+    commits = sorted({entry["commit"] for entry in entries.values()})
+    return f"commit{'s' * (len(commits) > 1)} {', '.join(commits)}"
+
+
 def _speed(results: Mapping[str, Any]) -> list[str]:
     entries = _entries(results)
     rows = []
@@ -104,7 +109,7 @@ def _speed(results: Mapping[str, Any]) -> list[str]:
     return [
         f"T = {_STEPS}, batch 1, fresh weights, statistics set by a training pass, random images, on 2 cores of an "
         f"{_machine(entries)}, "
-        f"commit {_one({entry['commit'] for entry in entries.values()})}. Cells are medians in ms. Brackets hold how "
+        f"{_commits(entries)}. Cells are medians in ms. Brackets hold how "
         f"many times longer than the engine a runtime takes: the median of {rounds} interleaved rounds.",
         table(header, rows),
         command(f"python -m benchmarks.spiking speed --out runs/spiking --rounds {rounds}", "a quiet machine"),
@@ -138,8 +143,8 @@ def _pruned(entries: Mapping[str, dict[str, Any]]) -> str:
     removed = [100 * (1 - e["pruned"]["parameters"] / e["dense"]["parameters"]) for e in entries.values()]
     macs = [100 * (1 - e["pruned"]["macs"] / e["dense"]["macs"]) for e in entries.values()]
     exceptions = "".join(
-        f" The exception is {name} on {threads} thread: it takes {value:.2f} times its time, so pruning makes it "
-        "slower."
+        f" The exception is {name} on {threads} thread{'s' * (threads > 1)}: it takes {value:.2f} times its time, so "
+        "pruning makes it slower."
         for (name, threads), value in slower.items()
     )
     return (
@@ -183,7 +188,7 @@ def _accuracy(results: Mapping[str, Any]) -> list[str]:
 
 def _one(values: set[str]) -> str:
     if len(values) != 1:
-        raise ValueError(f"races of different commits or machines: {sorted(values)}; say so on the page")
+        raise ValueError(f"races on different machines: {sorted(values)}; say so on the page")
     return values.pop()
 
 

@@ -144,15 +144,21 @@ def _accuracy(results: Results) -> str:
     return f"{text}\n\n{table(header, rows)}" if rows else ""
 
 
+def _title(key: str, entry: Mapping[str, Any]) -> str:
+    """The network of a race, with the instructions if they were not the engine's choice."""
+    chosen = f", {entry['implementation']}" if key.endswith(f"-{entry['implementation']}") else ""
+    return f"{entry['network']}, T = {entry['steps']}{chosen}"
+
+
 def _speed(results: Results) -> str:
     rows, shares = [], []
-    for entry in results.values():
+    for key, entry in results.items():
         for race in entry.get("races", []):
             found = {result["name"]: result for result in race["results"]}
             dense = entry["dense"]
             rows.append(
                 [
-                    f"{entry['network']}, T = {entry['steps']}, {race['threads']} thread(s)",
+                    f"{_title(key, entry)}, {race['threads']} thread(s)",
                     count(dense["macs"]),
                     f"{dense['sops'] / dense['macs']:.0%}",
                     _time(found[ENGINE]),
@@ -163,7 +169,7 @@ def _speed(results: Results) -> str:
                 ]
             )
             told = ", ".join(f"{kind} {share:.0%}" for kind, share in race["shares"].items() if share >= 0.005)
-            shares.append(f"- {entry['network']}, {race['threads']} thread(s): {told}")
+            shares.append(f"- {_title(key, entry)}, {race['threads']} thread(s): {told}")
     header = [
         "network", "MACs", "spikes per MAC", "engine, ms", "torch fp32, ms (times engine)",
         "onnxruntime fp32, ms (times engine)", "answer equal", "peak RSS", "file against float32",
@@ -224,12 +230,12 @@ def _against(found: Mapping[str, Any], race: Mapping[str, Any], name: str) -> st
 
 def _pruned(results: Results) -> str:
     rows = []
-    for entry in results.values():
+    for key, entry in results.items():
         for race in entry.get("races", []):
             dense, pruned = entry["dense"], entry["pruned"]
             rows.append(
                 [
-                    f"{entry['network']}, T = {entry['steps']}, {race['threads']} thread(s)",
+                    f"{_title(key, entry)}, {race['threads']} thread(s)",
                     f"{1 - pruned['parameters'] / dense['parameters']:.2%}",
                     f"{pruned['macs'] / dense['macs']:.2f}",
                     f"{pruned['sops'] / dense['sops']:.2f}",
