@@ -220,8 +220,8 @@ struct Kernels {
     Size (*packed_linear_bytes)(const LinearLayer&);
     void (*pack_linear)(const LinearLayer&, void* packed);
     Size (*linear_scratch_bytes)(const LinearLayer&);
-    Size (*row_stride)(
-        Size depth);  // between rows of uint8 that `linear` reads where they are; depth if it copies them
+    // Between rows of uint8 that `linear` reads where they are; depth if it copies them.
+    Size (*row_stride)(Size depth);
     void (*linear)(const LinearCall&);
 
     Size (*attention_scratch_bytes)(Size length, Size qk_dim, Size v_dim);
