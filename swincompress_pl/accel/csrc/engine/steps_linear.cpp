@@ -51,6 +51,7 @@ LinearLayer read_layer(const OperationView& view) {
     layer.input = view.input(0).type();
     layer.output = view.output().type();
     layer.largest = view.input(0).largest;
+    layer.below = view.input(0).below;
     layer.result_largest = layer.output == Type::uint8 ? view.output().largest : 255;
     const Size tuned = view.operation().tuning.block_bytes;
     layer.block_bytes = tuned > 0 ? tuned : block_bytes();

@@ -21,6 +21,7 @@ struct LinearLayer {
     Type input;                 // int8 or uint8
     Type output;                // int8, uint8, int16 or int32
     Size largest;               // the largest uint8 input
+    Size below;                 // no int8 input is less than -below, which is at most 128
     Size result_largest;        // uint8 results saturate at it; 255 otherwise
     Size block_bytes;           // of a second-level cache for inputs and results of rows that run together
     const std::int8_t* weight;  // (channels, depth), in [-127, 127]

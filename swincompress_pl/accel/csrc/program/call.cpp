@@ -63,7 +63,7 @@ Value Call::bounded(std::vector<Size> shape, std::initializer_list<Type> types) 
 Value Call::selection(std::vector<Size> shape, const Value& x) const {
     require(operation_.output == x.declared,
             "output is " + operation_.output.name() + "; it must be " + x.declared.name() + " as the input");
-    return {x.declared, std::move(shape), x.largest};
+    return {x.declared, std::move(shape), x.largest, x.below};
 }
 
 Value Call::counts(std::vector<Size> shape, const char* what, Size reach, std::initializer_list<Type> types) const {

@@ -23,11 +23,12 @@ struct ValueType {
 };
 
 // Type and shape of a value of one image: (rows..., channels). No element exceeds `largest` in magnitude, as
-// check_operation proves it; without a smaller bound it is the type's limit.
+// check_operation proves it; without a smaller bound it is the type's limit. No int8 element is less than -below.
 struct Value {
     ValueType declared;
     std::vector<Size> shape;
     Size largest;
+    Size below = 128;
 
     Type type() const { return declared.type; }
     Size channels() const { return shape.back(); }

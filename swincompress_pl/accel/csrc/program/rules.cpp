@@ -70,6 +70,10 @@ Value check_table(Call& call) {
     const Value& x = call.source(0, {Type::int8});
     Value output = call.output(x.shape, {Type::int8, Type::uint8, Type::int16});
     in_type(call, "values", output.declared, {256});
+    if (output.type() == Type::int8) {
+        const auto* values = static_cast<const std::int8_t*>(call.operation().tensors.at("values").data);
+        output.below = std::max(0, -*std::min_element(values, values + 256));
+    }
     return output;
 }
 
