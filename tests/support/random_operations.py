@@ -94,6 +94,8 @@ def weighted(
 ) -> dict[str, Array]:
     """Weights, a bias that may reach the bound of the accumulator, and factors."""
     weight = values(rng, pick(rng, ["int8", "int8", "int6", "int4", "int2"]), shape)
+    if rng.integers(3) == 0:  # as training leaves them: few are large
+        weight = np.rint(np.clip(rng.normal(scale=pick(rng, [0.2, 0.35]), size=shape), -1, 1) * 127).astype(np.int8)
     peak = spec.LIMITS[x_dtype][1] * np.abs(weight.astype(np.int64)).reshape(shape[0], -1).sum(axis=1)
     room = 2**31 - 1 - peak
     limit = room if rng.integers(8) == 0 else np.minimum(room, peak + 10)
