@@ -264,13 +264,16 @@ def test_results_are_written_and_shown(tmp_path: Path, monkeypatch: pytest.Monke
     assert figures["implementation"] == "avx2"
     assert figures["answers"]["equal_to_reference"]
     assert race["checks"][0]["held"]["registers"] == race["checks"][0]["free"]["registers"] == []
-    assert "gone" in race["checks"][1]["why_not"]
-    assert race["results"][1]["unavailable"] == race["checks"][1]["why_not"]
+    assert race["results"][1]["name"] == "engine, 7-bit weights"
+    assert race["results"][1]["latency"]
+    assert "gone" in race["checks"][2]["why_not"]
+    assert race["results"][2]["unavailable"] == race["checks"][2]["why_not"]
     figures["environment"]["commit"] = None  # as in a copy without its history
     text = "\n".join(page.parts([figures]))
     assert ", commit not known. " in text
-    assert f"- broken did not run: {race['checks'][1]['why_not']}" in text
-    assert "| swincompress_pl |" in text
+    assert f"- broken did not run: {race['checks'][2]['why_not']}" in text
+    assert "| swincompress_pl  " in text
+    assert "| swincompress_pl, 7-bit weights |" in text
     assert "did not run" in (tmp_path / "peers-deit_tiny_patch16_224-b1.md").read_text()
 
 

@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for model in models:
             for figures in measure_model(
                 model, against=against, batches=batches, threads=threads, rounds=given.rounds, turn_ms=given.turn_ms,
-                images_checked=given.images_checked, implementation=IMPLEMENTATION,
+                images_checked=given.images_checked, implementation=IMPLEMENTATION, narrow=True,
                 check=partial(check, hold=hold, watch=watch),
             ):  # fmt: skip
                 equal = equal and figures["answers"]["equal_to_reference"]

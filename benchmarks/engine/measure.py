@@ -20,6 +20,7 @@ from swincompress_pl.report.comparison.worker import PIXEL_MEAN, PIXEL_STD, SEED
 from swincompress_pl.spec import Program
 
 BEFORE = "engine before"
+NARROW = "engine, 7-bit weights"
 FLOATS = ("torch fp32", "onnxruntime fp32", "openvino fp32")  # the first in a race is the float network
 _CALIBRATION_IMAGES = 4
 Check = Callable[[Runner], tuple[Runner, dict[str, Any]]]
@@ -36,6 +37,7 @@ def measure_model(
     images_checked: int,
     implementation: str | None = None,
     before: Path | None = None,
+    narrow: bool = False,
     check: Check | None = None,
 ) -> Iterator[dict[str, Any]]:
     """The figures of a model with random weights, one batch after the other; for the arguments see `race_all`."""
@@ -46,13 +48,17 @@ def measure_model(
         with progress_bar() as tell:
             tell(f"quantizing {model}", 0, 1)
             program = export_random(model, file)
+            narrow_file = Path(directory) / "narrow.safetensors" if narrow else None
+            if narrow_file is not None:
+                export_random(model, narrow_file, "W7A8")
             tell("checking engine against reference", 0, 1)
-            equal = answers_equal(file, program, images_checked)
+            equal = all(answers_equal(each, images_checked) for each in (file, narrow_file) if each is not None)
         for batch in batches:
             with progress_bar() as tell, tempfile.TemporaryDirectory(dir=directory) as files:
                 races = race_all(
                     against, program, file, batch=batch, threads=threads, rounds=rounds, turn_ms=turn_ms,
-                    directory=Path(files), tell=tell, implementation=implementation, before=before, check=check,
+                    directory=Path(files), tell=tell, implementation=implementation, before=before, narrow=narrow_file,
+                    check=check,
                 )  # fmt: skip
             yield {
                 "model": model,
@@ -67,7 +73,7 @@ def measure_model(
             }
 
 
-def export_random(model: str, file: Path) -> Program:
+def export_random(model: str, file: Path, bits: str = "W8A8") -> Program:
     """An artifact of `model` with random weights, those that its peers draw too, calibrated on random images."""
     import torch
 
@@ -78,17 +84,18 @@ def export_random(model: str, file: Path) -> Program:
     channels, height, width = network.pretrained_cfg["input_size"]  # type: ignore[index]
     images = (torch.rand(_CALIBRATION_IMAGES, channels, height, width) - PIXEL_MEAN) / PIXEL_STD
     preprocessing = {"mean": (PIXEL_MEAN,) * channels, "std": (PIXEL_STD,) * channels}
-    quantized = quant.quantize(network, [images], method="max", preprocessing=preprocessing)
+    quantized = quant.quantize(network, [images], method="max", bits=bits, preprocessing=preprocessing)
     accel.export(quantized, file)
     return accel.reference(file).program
 
 
-def answers_equal(file: Path, program: Program, images: int) -> bool:
+def answers_equal(file: Path, images: int) -> bool:
     """Whether every implementation that this CPU has gives the reference's integers on random images."""
     from swincompress_pl import accel
 
-    pixels = np.random.default_rng(0).integers(0, 256, (images, *program.input.value.shape), dtype=np.uint8)
-    expected = accel.reference(file).run_integer(pixels)
+    reference = accel.reference(file)
+    pixels = np.random.default_rng(0).integers(0, 256, (images, *reference.input_shape), dtype=np.uint8)
+    expected = reference.run_integer(pixels)
     engines = (accel.load(file, implementation=name) for name in accel.implementations())
     return all(bool(np.array_equal(engine.run_integer(pixels), expected)) for engine in engines)
 
@@ -106,11 +113,12 @@ def race_all(
     tell: Progress,
     implementation: str | None = None,
     before: Path | None = None,
+    narrow: Path | None = None,
     check: Check | None = None,
 ) -> list[dict[str, Any]]:
     """One race for every number of threads, as JSON types; directory: for the files that peers read; implementation: of
-    the engine, None for the best; before: a checkout of another commit, with its engine built, that joins in; check:
-    changes a runner before the race, and says what it found."""
+    the engine, None for the best; before: a checkout of another commit, with its engine built, that joins in; narrow:
+    the artifact with 7-bit weights, if it joins in; check: changes a runner before the race, and says what it found."""
     shape = program.input.value.shape
     peers = prepare(
         against, origin=program.origin, image_shape=shape, threads=threads, batch=batch, directory=directory,
@@ -123,7 +131,8 @@ def race_all(
             implementation=implementation,
         )  # fmt: skip
         earlier = [] if before is None else [replace(ours, name=BEFORE, checkout=before)]
-        runners, checks = _checked([ours, *earlier, *peers[number]], check, tell)
+        narrower = [] if narrow is None else [replace(ours, name=NARROW, file=str(narrow))]
+        runners, checks = _checked([ours, *narrower, *earlier, *peers[number]], check, tell)
         results = compare(runners, rounds=rounds, turn_ms=turn_ms, on_progress=tell)
         races.append({"threads": number, **_race(results), **({"checks": checks} if check else {})})
     return races

@@ -7,9 +7,12 @@ from typing import Any
 
 from swincompress_pl.report.comparison.bench import ENGINE
 
+from ..engine.measure import NARROW
+
 Figures = Mapping[str, Any]
 NAMES = {
     ENGINE: "swincompress_pl",
+    NARROW: "swincompress_pl, 7-bit weights",
     "openvino int8 (nncf)": "OpenVINO int8 (NNCF)",
     "openvino fp32": "OpenVINO fp32",
     "onnxruntime static int8 (QDQ)": "onnxruntime static int8 (QDQ)",
