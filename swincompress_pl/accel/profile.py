@@ -16,8 +16,8 @@ from swincompress_pl.summaries import Tabulated
 Counts = tuple[int, int, int]  # spikes, places of neurons, synaptic operations
 ABOVE_THE_PEAK = (
     "A share of the peak above 100 % is no error: the peak is that of products in registers, measured after the steps, "
-    "when the clock may have been slower. Layers over counts of spikes skip zeros, and with avx2 they multiply four "
-    "small numbers at a time instead of two."
+    "when the clock may have been slower. With avx2 it is that of any two operands in 16 bits; layers, whose weights are "
+    "known, multiply four numbers of 8 bits where that has two. Layers over counts of spikes skip zeros."
 )
 _COLUMNS = (9, 6, 9, 7, 5, 9, 9, 6)  # widths of the table's columns
 
@@ -71,8 +71,8 @@ class Profile(Tabulated):
         threads: Number of threads.
         images: Images in the batch.
         peak_gmacs_per_s: What the kernels' products reach with operands in registers on as many threads, measured with
-            the rows; None for the reference. A layer over counts of spikes may exceed it: with avx2 it multiplies four
-            small numbers at a time instead of two, and it skips zeros.
+            the rows; None for the reference. With avx2 a layer may exceed it: the peak is that of two numbers in 16
+            bits at a time, and weights are known, so that four in 8 bits can be. Layers over spikes skip zeros.
     """
 
     rows: tuple[ProfileRow, ...] = field(repr=False)
