@@ -16,8 +16,8 @@ from swincompress_pl.summaries import Tabulated
 Counts = tuple[int, int, int]  # spikes, places of neurons, synaptic operations
 ABOVE_THE_PEAK = (
     "A share of the peak above 100 % is no error: the peak is that of products in registers, measured after the steps, "
-    "when the clock may have been slower. With avx2 it is that of any two operands in 16 bits; layers, whose weights are "
-    "known, multiply four numbers of 8 bits where that has two. Layers over counts of spikes skip zeros."
+    "when the clock may have been slower. With avx2 it is that of any two operands in 16 bits; layers, whose weights "
+    "are known, multiply four numbers of 8 bits where that has two. Layers over counts of spikes skip zeros."
 )
 _COLUMNS = (9, 6, 9, 7, 5, 9, 9, 6)  # widths of the table's columns
 

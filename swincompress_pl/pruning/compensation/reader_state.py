@@ -19,6 +19,7 @@ MOST_ROWS = 131_072  # per layer; more say little more
 _FELT_PART = 0.3  # of a row's weight
 _FELT_POWER = 0.5  # of the mean squared gradient of an output
 _LEAST_FELT = 1e-4  # of the mean over the outputs
+_MOST_OUTPUTS = 4096  # of a layer whose errors are weighed together; a matrix of them has 134 MB
 
 
 class ReaderState:
@@ -36,6 +37,7 @@ class ReaderState:
         device = stored_tensor(network, f"{reader.name}.weight").device
         self._felt = torch.zeros(outputs, dtype=torch.float64, device=device)  # squared gradients of outputs, summed
         self._felt_rows = 0
+        self._felt_together = self._felt.new_zeros(outputs, outputs) if outputs <= _MOST_OUTPUTS else None
         self._read(network)
         self.moments = Moments.empty(inputs, outputs, self.weight.device)
         self._by_width = {inputs: torch.arange(inputs, device=self.weight.device)}
@@ -80,6 +82,9 @@ class ReaderState:
         """The weights (rows,) of rows with gradients (rows, outputs); None if the answers felt none so far."""
         squares = gradients.square()
         self._felt += squares.sum(0)
+        if self._felt_together is not None:
+            rounded = gradients.float()
+            self._felt_together += rounded.T @ rounded
         felt = squares.sum(1)
         self._felt_rows += len(felt)
         mean = float(self._felt.sum()) / self._felt_rows
@@ -89,6 +94,8 @@ class ReaderState:
         """The moments of all ranks of a distributed run, which all have to call it; the gradients become theirs too."""
         if world_size() > 1:
             distributed.all_reduce(self._felt)
+            if self._felt_together is not None:
+                distributed.all_reduce(self._felt_together)
         return self.moments.over_ranks()
 
     def fits(self, network: nn.Module) -> bool:
@@ -119,6 +126,15 @@ class ReaderState:
     def _without(self, columns: frozenset[int]) -> Tensor:
         kept = [c for c in range(self.weight.shape[1]) if c not in columns]
         return torch.tensor(kept, dtype=torch.long, device=self.weight.device)
+
+    def felt_together(self) -> Tensor | None:
+        """E[g g^T] (outputs, outputs) of the gradients g of what the layer gives, of mean 1 on the diagonal.
+
+        It says how much the answers feel errors of several outputs together (the Kronecker factor of Martens & Grosse,
+        2015); None if they feel none, or there are too many outputs.
+        """
+        mean = float(self._felt.mean())
+        return self._felt_together / mean if self._felt_together is not None and mean > 0 else None
 
     def system(self) -> System:
         """The normal equations of the columns that the reader still has."""

@@ -6,6 +6,11 @@ row has another K, so every row is another system; `RowSystem.solve` solves them
 takes too long, `RowSystem.approach` does some steps of conjugate gradients, for all rows together. Which weights go is
 a search over all masks; `RowSystem.mask` does it by the alternating direction method of multipliers with a growing
 number of zeros (Boza, arXiv 2401.02938).
+
+What follows a layer may feel errors of several outputs together: with G their matrix, the error of the layer is
+tr(G (W - V) A (W - V)^T), V the weights if nothing is lost. That is the Kronecker-factored curvature with which LLM
+Surgeon updates weights (van der Ouderaa et al., ICLR 2024). One output can then make up for another, rows are no
+systems of their own, and conjugate gradients approach all of them.
 """
 
 from __future__ import annotations
@@ -25,6 +30,10 @@ Keep = Callable[[Tensor, float], Tensor]
 _ELEMENTS_AT_ONCE = 1 << 23  # of batched matrices; 64 MB
 _CONJUGATE_STEPS = 64
 _STEPS = 20  # of the search for a mask; the number of zeros grows in the first half
+# G is estimated from one drawn class per image, and far away the error is no square: so much of the mean of its
+# diagonal is added to it, and a search for masks, whose errors are larger, takes its root.
+_TOGETHER_DAMPING = 1.0
+_TOGETHER_DAMPING_OF_MASKS = 0.3
 MOST_OPERATIONS = 1e11  # of the exact solution of a layer; above it, it is approached
 
 
@@ -36,14 +45,18 @@ class RowSystem:
         hessian: A (inputs, inputs), positive definite.
         right: r (outputs, inputs).
         factor: The lower Cholesky factor of A.
+        together: G (outputs, outputs), with a diagonal of mean 1; None if every output counts for itself.
     """
 
     hessian: Tensor = field(repr=False)
     right: Tensor = field(repr=False)
     factor: Tensor = field(repr=False)
+    together: Tensor | None = field(default=None, repr=False)
 
     @classmethod
-    def of(cls, system: System, weight: Tensor, damping: float | None = None) -> RowSystem | None:
+    def of(
+        cls, system: System, weight: Tensor, damping: float | None = None, together: Tensor | None = None
+    ) -> RowSystem | None:
         """The equations of a layer, damped towards `weight` (outputs, inputs); see `System.solve`.
 
         None if the inputs say nothing, or the damping is infinite.
@@ -56,7 +69,7 @@ class RowSystem:
             return None
         hessian = system.xx.clone()
         hessian.diagonal().add_(used * scale)
-        return cls(hessian=hessian, right=system.xy.T + used * scale * weight, factor=factor)
+        return cls(hessian=hessian, right=system.xy.T + used * scale * weight, factor=factor, together=together)
 
     @cached_property
     def inverse(self) -> Tensor:
@@ -93,17 +106,26 @@ class RowSystem:
         These are some steps of conjugate gradients from there, for all rows at once.
         """
         inside = mask.to(weight)
-        size = self.hessian.diagonal()
+        apart = self.together is None
+        felt = None if self.together is None else _damped(self.together, _TOGETHER_DAMPING)
+        size = self.hessian.diagonal() if felt is None else torch.outer(felt.diagonal(), self.hessian.diagonal())
+
+        def weighed(errors: Tensor) -> Tensor:
+            return errors * inside if felt is None else felt @ errors * inside
+
+        def total(products: Tensor) -> Tensor:
+            return products.sum(1, keepdim=True) if apart else products.sum()
+
         found = weight * inside
-        missed = (self.right - found @ self.hessian) * inside
+        missed = weighed(self.right - found @ self.hessian)
         direction = missed / size
-        product = (missed * direction).sum(1, keepdim=True)
+        product = total(missed * direction)
         for _ in range(_CONJUGATE_STEPS):
-            along = direction @ self.hessian * inside
-            length = _divided(product, (direction * along).sum(1, keepdim=True))
+            along = weighed(direction @ self.hessian)
+            length = _divided(product, total(direction * along))
             found += length * direction
             missed -= length * along
-            before, product = product, (missed.square() / size).sum(1, keepdim=True)
+            before, product = product, total(missed.square() / size)
             direction = missed / size + _divided(product, before) * direction
         return found
 
@@ -138,20 +160,46 @@ class RowSystem:
         Returns:
             The mask (outputs, inputs), True where a weight stays.
         """
-        # Half the precision will do to choose; with inputs of variance 1 one penalty fits all.
+        # Half the precision will do to choose; with inputs, and outputs, of variance 1 one penalty fits all.
+        felt = None if self.together is None else _damped(_root(self.together), _TOGETHER_DAMPING_OF_MASKS)
+        factors = (scale if felt is None else felt.diagonal().sqrt()).unsqueeze(1)
         size = self.hessian.diagonal().sqrt()
-        hessian = (self.hessian / size / size.unsqueeze(1)).float()
-        right, found = (self.right / size).float(), (weight * size).float()
-        hessian.diagonal().add_(1.0)
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
-        factors, missed = scale.float().unsqueeze(1), torch.zeros_like(found)
+        pull = _pull(self.hessian / size / size.unsqueeze(1), None if felt is None else felt / factors / factors.T)
+        best, found = (self.best * size * factors).float(), (weight * size * factors).float()
+        missed = torch.zeros_like(found)
         for step in range(1, _STEPS + 1):
             part = min(1.0, 2 * step / _STEPS) ** (1 / 3)  # most of it early, as the weights then have time to follow
-            mask = keep(((found + missed) * factors).square(), part)
+            mask = keep((found + missed).square(), part)
             masked = (found + missed) * mask
             missed = missed + found - masked
-            found = (right + masked - missed) @ inverse
+            found = best + pull(masked - missed - best)
         return mask
+
+
+def _pull(hessian: Tensor, felt: Tensor | None) -> Callable[[Tensor], Tensor]:
+    """The d that minimizes tr(G d A d^T) + |d - c|^2, as a function of c (outputs, inputs), in half the precision."""
+    if felt is None:
+        damped = hessian.float()
+        damped.diagonal().add_(1.0)
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+        return lambda c: c @ inverse
+    sizes, inputs = torch.linalg.eigh(hessian.float())
+    weights, outputs = torch.linalg.eigh(felt.float())
+    parts = 1 / (1 + torch.outer(weights.clamp_min(0), sizes.clamp_min(0)))
+    return lambda c: outputs @ (outputs.T @ c @ inputs * parts) @ inputs.T
+
+
+def _root(matrix: Tensor) -> Tensor:
+    """The square root of a matrix without negative eigenvalues, of mean 1 on the diagonal."""
+    values, vectors = torch.linalg.eigh(matrix)
+    root: Tensor = vectors * values.clamp_min(0).sqrt() @ vectors.T
+    return root / root.diagonal().mean()
+
+
+def _damped(matrix: Tensor, by: float) -> Tensor:
+    damped = matrix.clone()
+    damped.diagonal().add_(by * damped.diagonal().mean())
+    return damped
 
 
 def best_weights(rows: RowSystem | None, weight: Tensor, mask: Tensor, *, exactly: bool = True) -> Tensor:
@@ -161,7 +209,8 @@ def best_weights(rows: RowSystem | None, weight: Tensor, mask: Tensor, *, exactl
     """
     if rows is None:
         return weight * mask
-    return rows.solve(mask) if exactly and rows.operations(mask) <= MOST_OPERATIONS else rows.approach(weight, mask)
+    exactly = exactly and rows.together is None and rows.operations(mask) <= MOST_OPERATIONS
+    return rows.solve(mask) if exactly else rows.approach(weight, mask)
 
 
 def _parts(mask: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
