@@ -1,0 +1,143 @@
+"""Errors of a layer's outputs that are felt together: the weights and the masks of least error under both matrices."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from swincompress_pl.pruning.compensation import reader_state
+from swincompress_pl.pruning.compensation.compensator import Compensator
+from swincompress_pl.pruning.compensation.moments import Moments
+from swincompress_pl.pruning.compensation.rows import RowSystem, best_weights
+
+OUTPUTS, INPUTS = 6, 10
+
+
+def _system(seed: int, together: Tensor | None, outputs: int = OUTPUTS, inputs: int = INPUTS) -> RowSystem:
+    draw = torch.Generator().manual_seed(seed)
+    x = torch.randn(200, inputs, generator=draw) @ torch.randn(inputs, inputs, generator=draw)
+    weight = torch.randn(outputs, inputs, generator=draw).double()
+    moments = Moments.empty(inputs, outputs, torch.device("cpu"))
+    moments.add(x)
+    moments.give(weight, weight.new_zeros(outputs))
+    system = RowSystem.of(moments.system(intercept=True), weight, together=together)
+    assert system is not None
+    return system
+
+
+def _felt(seed: int, outputs: int = OUTPUTS) -> Tensor:
+    """Like gradients that mostly point one way."""
+    draw = torch.Generator().manual_seed(seed)
+    g = torch.randn(300, outputs, generator=draw).double() + 3 * torch.randn(300, 1, generator=draw).double()
+    found = g.T @ g
+    return found / found.diagonal().mean()
+
+
+def _mask(seed: int, outputs: int = OUTPUTS, inputs: int = INPUTS) -> Tensor:
+    return torch.rand(outputs, inputs, generator=torch.Generator().manual_seed(seed + 1)) >= 0.5
+
+
+def _of_weights(system: RowSystem) -> Tensor:
+    """How errors are weighed when weights are solved."""
+    assert system.together is not None
+    return system.together + torch.eye(len(system.together), dtype=torch.float64)
+
+
+def _error(system: RowSystem, weight: Tensor, felt: Tensor | None = None) -> float:
+    felt = _of_weights(system) if felt is None else felt
+    d = weight - system.best
+    return float(((felt @ d @ system.hessian) * d).sum())
+
+
+def _exact(system: RowSystem, mask: Tensor, felt: Tensor | None = None) -> Tensor:
+    """Solves all weights that stay in one system."""
+    felt = _of_weights(system) if felt is None else felt
+    whole, kept = torch.kron(felt, system.hessian), mask.flatten()
+    right = (felt @ system.right).flatten()[kept]
+    solved = torch.zeros(mask.numel(), dtype=torch.float64)
+    solved[kept] = torch.linalg.solve(whole[kept][:, kept], right)
+    return solved.reshape(mask.shape)
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 10_000))
+def test_weights_come_close_to_the_least_error(seed: int) -> None:
+    system, mask = _system(seed, _felt(seed)), _mask(seed)
+    begun = system.best * mask
+    near, best = best_weights(system, begun, mask), _exact(system, mask)
+    assert not near[~mask].any()
+    assert _error(system, best) <= _error(system, near) * (1 + 1e-7) + 1e-9
+    assert _error(system, near) <= 1.01 * _error(system, best) + 1e-9
+    apart = replace(system, together=None).solve(mask)
+    assert _error(system, best) <= _error(system, apart) * (1 + 1e-7) + 1e-9
+
+
+def test_outputs_that_are_felt_apart_are_solved_apart() -> None:
+    mask = _mask(3)
+    apart, together = _system(3, None), _system(3, torch.eye(OUTPUTS, dtype=torch.float64))
+    torch.testing.assert_close(together.approach(together.best, mask), apart.solve(mask), rtol=1e-4, atol=1e-4)
+
+
+def _keep(saliency: Tensor, part: float) -> Tensor:
+    """Half of all weights in the end."""
+    kept = torch.zeros(saliency.numel(), dtype=torch.bool)
+    kept[saliency.flatten().topk(round(saliency.numel() * (1 - part / 2))).indices] = True
+    return kept.reshape(saliency.shape)
+
+
+def test_masks_of_outputs_that_are_felt_apart_are_those_of_each_for_itself() -> None:
+    apart, scale = _system(5, None, inputs=32), torch.ones(OUTPUTS, dtype=torch.float64)
+    together = replace(apart, together=torch.eye(OUTPUTS, dtype=torch.float64))
+    same = together.mask(apart.best, scale, _keep) == apart.mask(apart.best, scale, _keep)
+    assert float(same.double().mean()) > 0.98  # rounding decides between weights that cost the same
+
+
+def test_a_mask_that_knows_of_it_costs_less() -> None:
+    known = unknown = 0.0
+    for seed in range(8):
+        system, scale = _system(seed, _felt(seed)), torch.ones(OUTPUTS, dtype=torch.float64)
+        assert system.together is not None
+        values, vectors = torch.linalg.eigh(system.together)
+        root = vectors * values.clamp_min(0).sqrt() @ vectors.T
+        felt = root + 0.3 * root.diagonal().mean() * torch.eye(OUTPUTS, dtype=torch.float64)
+        for each in (system, replace(system, together=None)):
+            mask = each.mask(system.best, scale, _keep)
+            assert int(mask.sum()) == mask.numel() // 2
+            error = _error(system, _exact(system, mask, felt), felt)
+            known, unknown = (known + error, unknown) if each is system else (known, unknown + error)
+    assert known < unknown
+
+
+def _network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 12), nn.GELU(), nn.Linear(12, 4)).eval()
+
+
+@pytest.mark.parametrize("most", [12, 11])
+def test_what_is_felt_together_are_the_products_of_gradients(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reader_state, "_MOST_OUTPUTS", most)
+    network, images = _network(), torch.randn(64, 8, generator=torch.Generator().manual_seed(1))
+    compensator = Compensator([images[:40], images[40:]])
+    compensator.begin_round(network, None, ["0", "2"])
+    hidden, last = compensator.state("0"), compensator.state("2")
+    assert hidden is not None
+    assert last is not None
+    found = last.felt_together()
+    assert found is not None
+    assert float(found.diagonal().mean()) == pytest.approx(1.0)
+    if most < 12:
+        assert hidden.felt_together() is None  # each of so many outputs counts for itself
+        return
+    # All that the hidden layer's gradients can be lies in the rows of the last weight, bent by the GELU.
+    whole = hidden.felt_together()
+    assert whole is not None
+    assert torch.equal(whole, whole.T)
+    assert float(torch.linalg.eigvalsh(whole).min()) > -1e-6
+    assert float(whole.fill_diagonal_(0.0).abs().max()) > 0.1
+    # Gradients of log-probabilities sum to 0, so that all logits together can move freely.
+    torch.testing.assert_close(found.sum(1), torch.zeros(4, dtype=torch.float64), atol=1e-5, rtol=0)
