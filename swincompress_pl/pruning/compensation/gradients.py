@@ -1,8 +1,12 @@
 """What layers read and give in a pass over images, and how much the network's answers feel it.
 
-An error e of what a layer gives moves the answers by (g e)^2 / 2 nats on average, where g is the gradient of the
-log-probability of a class that is drawn from the answers: the Fisher information (Martens & Grosse, 2015). So an error
-where g is small costs little: in most tokens of a last block, or where a neuron is saturated.
+An error e of what a layer gives moves the answers by (g e)^2 / 2 nats on average, where g is a random gradient whose
+second moment is the Fisher information (Martens & Grosse, 2015). So an error where g is small costs little: in most
+tokens of a last block, or where a neuron is saturated.
+
+g is that of sum_c v_c logit_c with v = sqrt(p) z - p (sqrt(p) z), p the answers and z signs by chance. It has the same
+second moment as the gradient of the log-probability of a class drawn from p. That is next to nothing for most confident
+images and large for a few, which takes more images to average out.
 """
 
 from __future__ import annotations
@@ -34,7 +38,7 @@ def run_watched(
         images: The images.
         watched: {path: function}.
         predict: Runs the network on images.
-        draw: Draws the classes whose log-probabilities are differentiated; None for no gradients.
+        draw: Draws the signs; None for no gradients.
     """
     if draw is None or not images.is_floating_point():
         with torch.no_grad(), _calls(network, watched, len(images)):
@@ -58,9 +62,10 @@ def _pulled(answers: object, draw: torch.Generator) -> Tensor | None:
     if not isinstance(answers, Tensor) or not answers.requires_grad or not bool(answers.isfinite().all()):
         return None
     if answers.ndim == 2 and answers.shape[1] > 1:
-        logarithms = answers.double().log_softmax(1)
-        classes = torch.multinomial(logarithms.detach().exp().cpu(), 1, generator=draw)
-        return logarithms.gather(1, classes.to(answers.device)).sum()
+        parts = answers.detach().double().softmax(1)
+        signs = torch.randint(2, answers.shape, generator=draw).to(parts) * 2 - 1
+        pull = parts.sqrt() * signs
+        return (answers.double() * (pull - parts * pull.sum(1, keepdim=True))).sum()
     return (answers * torch.randn(answers.shape, generator=draw).to(answers)).sum()
 
 

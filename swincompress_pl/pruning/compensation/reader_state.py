@@ -15,7 +15,7 @@ from swincompress_pl.pruning.structure.apply import stored_tensor
 
 MOST_ROWS = 131_072  # per layer; more say little more
 # What gradients decide, the rest being the same for all. All of it would fit the few rows that are felt most, and is
-# noisy, as one class is drawn per image.
+# noisy, as there is one gradient per image.
 _FELT_PART = 0.3  # of a row's weight
 _FELT_POWER = 0.5  # of the mean squared gradient of an output
 _LEAST_FELT = 1e-4  # of the mean over the outputs

@@ -28,9 +28,9 @@ Keep = Callable[[Tensor, float], Tensor]
 """(saliency (outputs, inputs), part of the removal that is done, 0 to 1) -> mask, True where a weight stays"""
 
 _ELEMENTS_AT_ONCE = 1 << 23  # of batched matrices; 64 MB
-_CONJUGATE_STEPS = 64
+_CONJUGATE_STEPS = 100
 _STEPS = 20  # of the search for a mask; the number of zeros grows in the first half
-# G is estimated from one drawn class per image, and far away the error is no square: so much of the mean of its
+# G is estimated from one gradient per image, and far away the error is no square: so much of the mean of its
 # diagonal is added to it, and a search for masks, whose errors are larger, takes its root.
 _TOGETHER_DAMPING = 1.0
 _TOGETHER_DAMPING_OF_MASKS = 0.3
