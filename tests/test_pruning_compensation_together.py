@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from swincompress_pl.pruning.compensation import reader_state
 from swincompress_pl.pruning.compensation.compensator import Compensator
 from swincompress_pl.pruning.compensation.moments import Moments
-from swincompress_pl.pruning.compensation.rows import RowSystem, best_weights
+from swincompress_pl.pruning.compensation.rows import Felt, RowSystem, best_weights
 
 OUTPUTS, INPUTS = 6, 10
 
@@ -25,9 +26,21 @@ def _system(seed: int, together: Tensor | None, outputs: int = OUTPUTS, inputs: 
     moments = Moments.empty(inputs, outputs, torch.device("cpu"))
     moments.add(x)
     moments.give(weight, weight.new_zeros(outputs))
-    system = RowSystem.of(moments.system(intercept=True), weight, together=together)
+    whole = moments.system(intercept=True)
+    felt = None if together is None else Felt(together=together, parts=_parts(together, whole.xx, seed))
+    system = RowSystem.of(whole, weight, felt=felt)
     assert system is not None
     return system
+
+
+def _parts(together: Tensor, xx: Tensor, seed: int) -> tuple[tuple[Tensor, Tensor], ...]:
+    """One group of rows, or two of different inputs."""
+    if seed % 2:
+        return ((together, xx),)
+    direction = torch.randn(len(together), generator=torch.Generator().manual_seed(seed)).double()
+    direction *= together.diagonal().min().sqrt() / direction.abs().max() / len(together)
+    apart = torch.outer(direction, direction)
+    return (apart, 3 * xx.diagonal().diag()), (together - apart, xx)
 
 
 def _felt(seed: int, outputs: int = OUTPUTS) -> Tensor:
@@ -42,23 +55,27 @@ def _mask(seed: int, outputs: int = OUTPUTS, inputs: int = INPUTS) -> Tensor:
     return torch.rand(outputs, inputs, generator=torch.Generator().manual_seed(seed + 1)) >= 0.5
 
 
-def _of_weights(system: RowSystem) -> Tensor:
+Terms = Sequence[tuple[Tensor, Tensor]]
+
+
+def _terms(system: RowSystem) -> Terms:
     """How errors are weighed when weights are solved."""
-    assert system.together is not None
-    return system.together + torch.eye(len(system.together), dtype=torch.float64)
+    assert system.felt is not None
+    least = 1e-4 * system.hessian.diagonal().mean() * torch.eye(len(system.hessian), dtype=torch.float64)
+    alone = 0.5 * system.felt.together.diagonal().diag()
+    return [*((g, a + least) for g, a in system.felt.parts), (alone, system.hessian)]
 
 
-def _error(system: RowSystem, weight: Tensor, felt: Tensor | None = None) -> float:
-    felt = _of_weights(system) if felt is None else felt
+def _error(system: RowSystem, weight: Tensor, terms: Terms | None = None) -> float:
     d = weight - system.best
-    return float(((felt @ d @ system.hessian) * d).sum())
+    return float(sum((g @ d @ a * d).sum() for g, a in terms or _terms(system)))
 
 
-def _exact(system: RowSystem, mask: Tensor, felt: Tensor | None = None) -> Tensor:
+def _exact(system: RowSystem, mask: Tensor, terms: Terms | None = None) -> Tensor:
     """Solves all weights that stay in one system."""
-    felt = _of_weights(system) if felt is None else felt
-    whole, kept = torch.kron(felt, system.hessian), mask.flatten()
-    right = (felt @ system.right).flatten()[kept]
+    whole = torch.stack([torch.kron(g, a) for g, a in terms or _terms(system)]).sum(0)
+    kept = mask.flatten()
+    right = (whole @ system.best.flatten())[kept]
     solved = torch.zeros(mask.numel(), dtype=torch.float64)
     solved[kept] = torch.linalg.solve(whole[kept][:, kept], right)
     return solved.reshape(mask.shape)
@@ -73,7 +90,7 @@ def test_weights_come_close_to_the_least_error(seed: int) -> None:
     assert not near[~mask].any()
     assert _error(system, best) <= _error(system, near) * (1 + 1e-7) + 1e-9
     assert _error(system, near) <= 1.01 * _error(system, best) + 1e-9
-    apart = replace(system, together=None).solve(mask)
+    apart = replace(system, felt=None).solve(mask)
     assert _error(system, best) <= _error(system, apart) * (1 + 1e-7) + 1e-9
 
 
@@ -92,7 +109,8 @@ def _keep(saliency: Tensor, part: float) -> Tensor:
 
 def test_masks_of_outputs_that_are_felt_apart_are_those_of_each_for_itself() -> None:
     apart, scale = _system(5, None, inputs=32), torch.ones(OUTPUTS, dtype=torch.float64)
-    together = replace(apart, together=torch.eye(OUTPUTS, dtype=torch.float64))
+    eye = torch.eye(OUTPUTS, dtype=torch.float64)
+    together = replace(apart, felt=Felt(together=eye, parts=((eye, apart.hessian),)))
     same = together.mask(apart.best, scale, _keep) == apart.mask(apart.best, scale, _keep)
     assert float(same.double().mean()) > 0.98  # rounding decides between weights that cost the same
 
@@ -101,14 +119,15 @@ def test_a_mask_that_knows_of_it_costs_less() -> None:
     known = unknown = 0.0
     for seed in range(8):
         system, scale = _system(seed, _felt(seed)), torch.ones(OUTPUTS, dtype=torch.float64)
-        assert system.together is not None
-        values, vectors = torch.linalg.eigh(system.together)
+        assert system.felt is not None
+        values, vectors = torch.linalg.eigh(system.felt.together)
         root = vectors * values.clamp_min(0).sqrt() @ vectors.T
-        felt = root + 0.3 * root.diagonal().mean() * torch.eye(OUTPUTS, dtype=torch.float64)
-        for each in (system, replace(system, together=None)):
+        root /= root.diagonal().mean()
+        terms = [(root + 0.3 * torch.eye(OUTPUTS, dtype=torch.float64), system.hessian)]
+        for each in (system, replace(system, felt=None)):
             mask = each.mask(system.best, scale, _keep)
             assert int(mask.sum()) == mask.numel() // 2
-            error = _error(system, _exact(system, mask, felt), felt)
+            error = _error(system, _exact(system, mask, terms), terms)
             known, unknown = (known + error, unknown) if each is system else (known, unknown + error)
     assert known < unknown
 
@@ -127,15 +146,17 @@ def test_what_is_felt_together_are_the_products_of_gradients(most: int, monkeypa
     hidden, last = compensator.state("0"), compensator.state("2")
     assert hidden is not None
     assert last is not None
-    found = last.felt_together()
-    assert found is not None
+    felt = last.felt()
+    assert felt is not None
+    found = felt.together
     assert float(found.diagonal().mean()) == pytest.approx(1.0)
     if most < 12:
-        assert hidden.felt_together() is None  # each of so many outputs counts for itself
+        assert hidden.felt() is None  # each of so many outputs counts for itself
         return
     # All that the hidden layer's gradients can be lies in the rows of the last weight, bent by the GELU.
-    whole = hidden.felt_together()
-    assert whole is not None
+    of_hidden = hidden.felt()
+    assert of_hidden is not None
+    whole = of_hidden.together
     assert torch.equal(whole, whole.T)
     assert float(torch.linalg.eigvalsh(whole).min()) > -1e-6
     assert float(whole.fill_diagonal_(0.0).abs().max()) > 0.1

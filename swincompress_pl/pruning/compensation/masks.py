@@ -141,7 +141,7 @@ class MaskCompensator:
         if key not in self._rows:
             state = self._state(name)
             assert state is not None
-            self._rows = {key: RowSystem.of(state.system(), state.weight, damping, state.felt_together())}
+            self._rows = {key: RowSystem.of(state.system(), state.weight, damping, state.felt())}
         return self._rows[key]
 
     def _state(self, name: str) -> ReaderState | None:

@@ -79,6 +79,17 @@ class Moments:
         self.y = weight @ self.x + bias * self.rows
         self.xy = self.xx @ weight.T + torch.outer(self.x, bias)
 
+    def without(self, others: Moments) -> Moments:
+        """The moments of the rows that are not among `others`; it has no y."""
+        found = Moments.empty(len(self.x), len(self.y), self.x.device)
+        found.xx, found.x, found.rows = self.xx - others.xx, self.x - others.x, self.rows - others.rows
+        return found
+
+    def second(self, about: Tensor) -> Tensor:
+        """E[(x - about) (x - about)^T] (inputs, inputs)."""
+        cross = torch.outer(about, self.x / self.rows)
+        return self.xx / self.rows - cross - cross.T + torch.outer(about, about)
+
     def over_ranks(self) -> Moments:
         """The moments of the rows of all ranks of a distributed run; all ranks have to call it."""
         if world_size() > 1:

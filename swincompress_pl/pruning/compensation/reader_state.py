@@ -9,7 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from swincompress_pl.masks import masked_parameters
 from swincompress_pl.pruning.compensation.moments import Moments, System
 from swincompress_pl.pruning.compensation.readers import Reader
-from swincompress_pl.pruning.compensation.rows import RowSystem, best_weights
+from swincompress_pl.pruning.compensation.rows import Felt, RowSystem, best_weights
 from swincompress_pl.pruning.evaluation.ranks import world_size
 from swincompress_pl.pruning.structure.apply import stored_tensor
 
@@ -19,6 +19,7 @@ MOST_ROWS = 131_072  # per layer; more say little more
 _FELT_PART = 0.3  # of a row's weight
 _FELT_POWER = 0.5  # of the mean squared gradient of an output
 _LEAST_FELT = 1e-4  # of the mean over the outputs
+_FELT_FAR = 4.0  # times the mean of an image's rows: such rows, as of a class token, are a group of their own
 _MOST_OUTPUTS = 4096  # of a layer whose errors are weighed together; a matrix of them has 134 MB
 
 
@@ -37,9 +38,11 @@ class ReaderState:
         device = stored_tensor(network, f"{reader.name}.weight").device
         self._felt = torch.zeros(outputs, dtype=torch.float64, device=device)  # squared gradients of outputs, summed
         self._felt_rows = 0
-        self._felt_together = self._felt.new_zeros(outputs, outputs) if outputs <= _MOST_OUTPUTS else None
+        # Products of gradients: of all rows, and of those that are felt far more than others of their image.
+        self._felt_together = self._felt.new_zeros(2, outputs, outputs) if outputs <= _MOST_OUTPUTS else None
         self._read(network)
         self.moments = Moments.empty(inputs, outputs, self.weight.device)
+        self._far = Moments.empty(inputs, outputs, self.weight.device)  # of the rows that are felt far more
         self._by_width = {inputs: torch.arange(inputs, device=self.weight.device)}
         self._mask: Tensor | None = None  # of single weights, True where one stays; None if none are masked
         self._solved: dict[frozenset[int], tuple[Tensor, Tensor]] = {}
@@ -68,27 +71,39 @@ class ReaderState:
 
         A random part of the rows is taken if all images, `of`, have too many.
         """
-        weights = None if gradient is None else self._weights(self.reader.given(layer, gradient.detach()).double())
+        far = weights = None
+        if gradient is not None:
+            weights, far = self._weights(self.reader.given(layer, gradient.detach()).double(), images)
         part, start = min(1.0, MOST_ROWS * images / of / self.reader.count(layer, x)), 0
         for rows in self.reader.rows(layer, x):
-            weigh = None if weights is None else weights[start : start + len(rows)]
+            here = slice(start, start + len(rows))
             start += len(rows)
+            chosen = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
             if part < 1:
-                chosen = (torch.rand(len(rows), generator=self._draw) < part).nonzero().squeeze(1).to(rows.device)
-                rows, weigh = rows[chosen], None if weigh is None else weigh[chosen]
-            self.moments.add(rows, weigh)
+                chosen = (torch.rand(len(rows), generator=self._draw) < part).to(rows.device)
+                rows = rows[chosen]
+            self.moments.add(rows, None if weights is None else weights[here][chosen])
+            if far is not None and weights is not None and bool(far[here].any()):
+                apart = far[here][chosen]
+                self._far.add(rows[apart], weights[here][chosen][apart])
 
-    def _weights(self, gradients: Tensor) -> Tensor | None:
-        """The weights (rows,) of rows with gradients (rows, outputs); None if the answers felt none so far."""
+    def _weights(self, gradients: Tensor, images: int) -> tuple[Tensor | None, Tensor]:
+        """The weights (rows,) of rows with gradients (rows, outputs), and which are felt far more than others.
+
+        The weights are None if the answers felt none so far.
+        """
         squares = gradients.square()
         self._felt += squares.sum(0)
+        felt = squares.sum(1)
+        by_image = felt.reshape(images, -1) if len(felt) % images == 0 else felt.reshape(1, -1)
+        far = (by_image > _FELT_FAR * by_image.mean(1, keepdim=True)).flatten()
         if self._felt_together is not None:
             rounded = gradients.float()
-            self._felt_together += rounded.T @ rounded
-        felt = squares.sum(1)
+            for number, each in enumerate((rounded, rounded[far])):
+                self._felt_together[number] += each.T @ each
         self._felt_rows += len(felt)
         mean = float(self._felt.sum()) / self._felt_rows
-        return (1 - _FELT_PART) + _FELT_PART * felt / mean if mean > 0 else None
+        return (1 - _FELT_PART) + _FELT_PART * felt / mean if mean > 0 else None, far
 
     def over_ranks(self) -> Moments:
         """The moments of all ranks of a distributed run, which all have to call it; the gradients become theirs too."""
@@ -96,6 +111,7 @@ class ReaderState:
             distributed.all_reduce(self._felt)
             if self._felt_together is not None:
                 distributed.all_reduce(self._felt_together)
+        self._far.over_ranks()
         return self.moments.over_ranks()
 
     def fits(self, network: nn.Module) -> bool:
@@ -120,21 +136,31 @@ class ReaderState:
 
     def turned(self, matrix: Tensor) -> None:
         """Says that the reader reads `matrix` times what the moments are of."""
-        self.moments.xx = matrix @ self.moments.xx @ matrix.T
-        self.moments.x = matrix @ self.moments.x
+        for moments in (self.moments, self._far):
+            moments.xx = matrix @ moments.xx @ matrix.T
+            moments.x = matrix @ moments.x
 
     def _without(self, columns: frozenset[int]) -> Tensor:
         kept = [c for c in range(self.weight.shape[1]) if c not in columns]
         return torch.tensor(kept, dtype=torch.long, device=self.weight.device)
 
-    def felt_together(self) -> Tensor | None:
-        """E[g g^T] (outputs, outputs) of the gradients g of what the layer gives, of mean 1 on the diagonal.
+    def felt(self) -> Felt | None:
+        """How much the answers feel errors of the outputs together; None if they feel none, or outputs are too many.
 
-        It says how much the answers feel errors of several outputs together (the Kronecker factor of Martens & Grosse,
-        2015); None if they feel none, or there are too many outputs.
+        That is E[g g^T] of the gradients g of what the layer gives (a Kronecker factor of Martens & Grosse, 2015).
         """
         mean = float(self._felt.mean())
-        return self._felt_together / mean if self._felt_together is not None and mean > 0 else None
+        if self._felt_together is None or not mean > 0:
+            return None
+        together, of_far = self._felt_together / mean
+        parts = [(together, self.moments)]
+        if self._far.rows > 0:
+            parts = [(of_far, self._far), (together - of_far, self.moments.without(self._far))]
+        about = self.moments.x * (0.0 if self.reader.fixed_bias else 1 / self.moments.rows)
+        return Felt(
+            together=together,
+            parts=tuple((g, each.second(about)[self.columns][:, self.columns]) for g, each in parts if each.rows > 0),
+        )
 
     def system(self) -> System:
         """The normal equations of the columns that the reader still has."""

@@ -10,7 +10,8 @@ number of zeros (Boza, arXiv 2401.02938).
 What follows a layer may feel errors of several outputs together: with G their matrix, the error of the layer is
 tr(G (W - V) A (W - V)^T), V the weights if nothing is lost. That is the Kronecker-factored curvature with which LLM
 Surgeon updates weights (van der Ouderaa et al., ICLR 2024). One output can then make up for another, rows are no
-systems of their own, and conjugate gradients approach all of them.
+systems of their own, and conjugate gradients approach all of them. Inputs that are felt far more than others, as those
+of a class token, have a G and an A of their own (`Felt`).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from swincompress_pl.pruning.compensation.moments import System, factorized
+from swincompress_pl.pruning.compensation.moments import LEAST_DAMPING, System, factorized
 
 Keep = Callable[[Tensor, float], Tensor]
 """(saliency (outputs, inputs), part of the removal that is done, 0 to 1) -> mask, True where a weight stays"""
@@ -30,11 +31,25 @@ Keep = Callable[[Tensor, float], Tensor]
 _ELEMENTS_AT_ONCE = 1 << 23  # of batched matrices; 64 MB
 _CONJUGATE_STEPS = 100
 _STEPS = 20  # of the search for a mask; the number of zeros grows in the first half
-# G is estimated from one gradient per image, and far away the error is no square: so much of the mean of its
-# diagonal is added to it, and a search for masks, whose errors are larger, takes its root.
-_TOGETHER_DAMPING = 1.0
+# G is estimated from one gradient per image, and far away the error is no square: so much of its diagonal is added to
+# it. A search for masks, whose errors are larger, takes its root, and adds so much of the mean.
+_TOGETHER_DAMPING = 0.5
 _TOGETHER_DAMPING_OF_MASKS = 0.3
 MOST_OPERATIONS = 1e11  # of the exact solution of a layer; above it, it is approached
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Felt:
+    """How much what follows a layer feels errors of its outputs.
+
+    Attributes:
+        together: G (outputs, outputs), with a diagonal of mean 1.
+        parts: (G (outputs, outputs), A (inputs, inputs)) of groups of rows: the G are parts of the whole, and every A
+            is the mean over its group, about the mean of all.
+    """
+
+    together: Tensor = field(repr=False)
+    parts: tuple[tuple[Tensor, Tensor], ...] = field(repr=False)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -45,17 +60,17 @@ class RowSystem:
         hessian: A (inputs, inputs), positive definite.
         right: r (outputs, inputs).
         factor: The lower Cholesky factor of A.
-        together: G (outputs, outputs), with a diagonal of mean 1; None if every output counts for itself.
+        felt: How outputs count together; None if each counts for itself.
     """
 
     hessian: Tensor = field(repr=False)
     right: Tensor = field(repr=False)
     factor: Tensor = field(repr=False)
-    together: Tensor | None = field(default=None, repr=False)
+    felt: Felt | None = field(default=None, repr=False)
 
     @classmethod
     def of(
-        cls, system: System, weight: Tensor, damping: float | None = None, together: Tensor | None = None
+        cls, system: System, weight: Tensor, damping: float | None = None, felt: Felt | None = None
     ) -> RowSystem | None:
         """The equations of a layer, damped towards `weight` (outputs, inputs); see `System.solve`.
 
@@ -69,7 +84,7 @@ class RowSystem:
             return None
         hessian = system.xx.clone()
         hessian.diagonal().add_(used * scale)
-        return cls(hessian=hessian, right=system.xy.T + used * scale * weight, factor=factor, together=together)
+        return cls(hessian=hessian, right=system.xy.T + used * scale * weight, factor=factor, felt=felt)
 
     @cached_property
     def inverse(self) -> Tensor:
@@ -106,28 +121,33 @@ class RowSystem:
         These are some steps of conjugate gradients from there, for all rows at once.
         """
         inside = mask.to(weight)
-        apart = self.together is None
-        felt = None if self.together is None else _damped(self.together, _TOGETHER_DAMPING)
-        size = self.hessian.diagonal() if felt is None else torch.outer(felt.diagonal(), self.hessian.diagonal())
-
-        def weighed(errors: Tensor) -> Tensor:
-            return errors * inside if felt is None else felt @ errors * inside
+        apply, size = self._curvature()
 
         def total(products: Tensor) -> Tensor:
-            return products.sum(1, keepdim=True) if apart else products.sum()
+            return products.sum(1, keepdim=True) if self.felt is None else products.sum()
 
         found = weight * inside
-        missed = weighed(self.right - found @ self.hessian)
+        missed = apply(self.best - found) * inside
         direction = missed / size
         product = total(missed * direction)
         for _ in range(_CONJUGATE_STEPS):
-            along = weighed(direction @ self.hessian)
+            along = apply(direction) * inside
             length = _divided(product, total(direction * along))
             found += length * direction
             missed -= length * along
             before, product = product, total(missed.square() / size)
             direction = missed / size + _divided(product, before) * direction
         return found
+
+    def _curvature(self) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+        """The gradient of the error as a function of a change of weights, and its diagonal: of a row, or of all."""
+        if self.felt is None:
+            return lambda x: x @ self.hessian, self.hessian.diagonal()
+        added = LEAST_DAMPING * float(self.hessian.diagonal().mean())
+        terms = [(g, _plus(a, added)) for g, a in self.felt.parts]
+        terms.append((_TOGETHER_DAMPING * torch.diag(self.felt.together.diagonal()), self.hessian))
+        size = torch.stack([torch.outer(g.diagonal(), a.diagonal()) for g, a in terms]).sum(0)
+        return lambda x: torch.stack([g @ x @ a for g, a in terms]).sum(0), size
 
     def operations(self, mask: Tensor) -> float:
         """About how many floating-point operations `solve` takes."""
@@ -161,7 +181,7 @@ class RowSystem:
             The mask (outputs, inputs), True where a weight stays.
         """
         # Half the precision will do to choose; with inputs, and outputs, of variance 1 one penalty fits all.
-        felt = None if self.together is None else _damped(_root(self.together), _TOGETHER_DAMPING_OF_MASKS)
+        felt = None if self.felt is None else _plus(_root(self.felt.together), _TOGETHER_DAMPING_OF_MASKS)
         factors = (scale if felt is None else felt.diagonal().sqrt()).unsqueeze(1)
         size = self.hessian.diagonal().sqrt()
         pull = _pull(self.hessian / size / size.unsqueeze(1), None if felt is None else felt / factors / factors.T)
@@ -196,10 +216,11 @@ def _root(matrix: Tensor) -> Tensor:
     return root / root.diagonal().mean()
 
 
-def _damped(matrix: Tensor, by: float) -> Tensor:
-    damped = matrix.clone()
-    damped.diagonal().add_(by * damped.diagonal().mean())
-    return damped
+def _plus(matrix: Tensor, by: float) -> Tensor:
+    """The matrix with so much added to its diagonal."""
+    found = matrix.clone()
+    found.diagonal().add_(by)
+    return found
 
 
 def best_weights(rows: RowSystem | None, weight: Tensor, mask: Tensor, *, exactly: bool = True) -> Tensor:
@@ -209,7 +230,7 @@ def best_weights(rows: RowSystem | None, weight: Tensor, mask: Tensor, *, exactl
     """
     if rows is None:
         return weight * mask
-    exactly = exactly and rows.together is None and rows.operations(mask) <= MOST_OPERATIONS
+    exactly = exactly and rows.felt is None and rows.operations(mask) <= MOST_OPERATIONS
     return rows.solve(mask) if exactly else rows.approach(weight, mask)
 
 
