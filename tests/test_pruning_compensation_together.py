@@ -162,3 +162,29 @@ def test_what_is_felt_together_are_the_products_of_gradients(most: int, monkeypa
     assert float(whole.fill_diagonal_(0.0).abs().max()) > 0.1
     # Gradients of log-probabilities sum to 0, so that all logits together can move freely.
     torch.testing.assert_close(found.sum(1), torch.zeros(4, dtype=torch.float64), atol=1e-5, rtol=0)
+
+
+class _FirstToken(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, 0]
+
+
+def test_tokens_that_alone_are_read_are_a_group_of_their_own() -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(6, 5), _FirstToken(), nn.Linear(5, 3)).eval()
+    images = torch.randn(40, 9, 6, generator=torch.Generator().manual_seed(1))
+    images[:, 0] += 2.0  # the first token reads something else
+    compensator = Compensator([images])
+    compensator.begin_round(network, None, ["0", "2"])
+    state = compensator.state("0")
+    assert state is not None
+    felt = state.felt()
+    assert felt is not None
+    (far, of_first), (others, of_others) = felt.parts
+    torch.testing.assert_close(far, felt.together)
+    assert not others.any()
+    mean = state.moments.x / state.moments.rows
+    assert float(((of_first.diagonal() + 1e-9).sqrt()).min()) > 1.0
+    assert float(of_others.diagonal().max()) < float(of_first.diagonal().min())
+    others_about = (images[:, 1:].flatten(0, 1).double() - mean).T @ (images[:, 1:].flatten(0, 1).double() - mean)
+    torch.testing.assert_close(of_others, others_about / (40 * 8), rtol=1e-6, atol=1e-6)

@@ -38,7 +38,7 @@ class ReaderState:
         device = stored_tensor(network, f"{reader.name}.weight").device
         self._felt = torch.zeros(outputs, dtype=torch.float64, device=device)  # squared gradients of outputs, summed
         self._felt_rows = 0
-        # Products of gradients: of all rows, and of those that are felt far more than others of their image.
+        # Products of gradients: of the rows that are felt far more than others of their image, and of the others.
         self._felt_together = self._felt.new_zeros(2, outputs, outputs) if outputs <= _MOST_OUTPUTS else None
         self._read(network)
         self.moments = Moments.empty(inputs, outputs, self.weight.device)
@@ -99,7 +99,7 @@ class ReaderState:
         far = (by_image > _FELT_FAR * by_image.mean(1, keepdim=True)).flatten()
         if self._felt_together is not None:
             rounded = gradients.float()
-            for number, each in enumerate((rounded, rounded[far])):
+            for number, each in enumerate((rounded[far], rounded[~far])):
                 self._felt_together[number] += each.T @ each
         self._felt_rows += len(felt)
         mean = float(self._felt.sum()) / self._felt_rows
@@ -152,13 +152,11 @@ class ReaderState:
         mean = float(self._felt.mean())
         if self._felt_together is None or not mean > 0:
             return None
-        together, of_far = self._felt_together / mean
-        parts = [(together, self.moments)]
-        if self._far.rows > 0:
-            parts = [(of_far, self._far), (together - of_far, self.moments.without(self._far))]
+        of_far, of_others = self._felt_together / mean
+        parts = [(of_far, self._far), (of_others, self.moments.without(self._far))]
         about = self.moments.x * (0.0 if self.reader.fixed_bias else 1 / self.moments.rows)
         return Felt(
-            together=together,
+            together=of_far + of_others,
             parts=tuple((g, each.second(about)[self.columns][:, self.columns]) for g, each in parts if each.rows > 0),
         )
 
