@@ -20,7 +20,7 @@ _FELT_PART = 0.3  # of a row's weight
 _FELT_POWER = 0.5  # of the mean squared gradient of an output
 _LEAST_FELT = 1e-4  # of the mean over the outputs
 _FELT_FAR = 4.0  # times the mean of an image's rows: such rows, as of a class token, are a group of their own
-_MOST_OUTPUTS = 4096  # of a layer whose errors are weighed together; a matrix of them has 134 MB
+_MOST_OUTPUTS = 2048  # of a layer whose errors are weighed together; two matrices of them have 67 MB
 
 
 class ReaderState:

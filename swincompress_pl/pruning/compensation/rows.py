@@ -144,10 +144,16 @@ class RowSystem:
         if self.felt is None:
             return lambda x: x @ self.hessian, self.hessian.diagonal()
         added = LEAST_DAMPING * float(self.hessian.diagonal().mean())
-        terms = [(g, _plus(a, added)) for g, a in self.felt.parts]
-        terms.append((_TOGETHER_DAMPING * torch.diag(self.felt.together.diagonal()), self.hessian))
-        size = torch.stack([torch.outer(g.diagonal(), a.diagonal()) for g, a in terms]).sum(0)
-        return lambda x: torch.stack([g @ x @ a for g, a in terms]).sum(0), size
+        terms = [(g.float(), _plus(a, added).float()) for g, a in self.felt.parts]  # half the precision steers well
+        alone, hessian = _TOGETHER_DAMPING * self.felt.together.diagonal().float().unsqueeze(1), self.hessian.float()
+        size = alone * hessian.diagonal() + sum(torch.outer(g.diagonal(), a.diagonal()) for g, a in terms)
+
+        def apply(x: Tensor) -> Tensor:
+            narrow = x.float()
+            found: Tensor = alone * (narrow @ hessian) + sum(g @ narrow @ a for g, a in terms)
+            return found.to(x)
+
+        return apply, size.double()
 
     def operations(self, mask: Tensor) -> float:
         """About how many floating-point operations `solve` takes."""
@@ -181,7 +187,7 @@ class RowSystem:
             The mask (outputs, inputs), True where a weight stays.
         """
         # Half the precision will do to choose; with inputs, and outputs, of variance 1 one penalty fits all.
-        felt = None if self.felt is None else _plus(_root(self.felt.together), _TOGETHER_DAMPING_OF_MASKS)
+        felt = None if self.felt is None else _plus(_root(self.felt.together.float()), _TOGETHER_DAMPING_OF_MASKS)
         factors = (scale if felt is None else felt.diagonal().sqrt()).unsqueeze(1)
         size = self.hessian.diagonal().sqrt()
         pull = _pull(self.hessian / size / size.unsqueeze(1), None if felt is None else felt / factors / factors.T)
