@@ -61,9 +61,8 @@ Terms = Sequence[tuple[Tensor, Tensor]]
 def _terms(system: RowSystem) -> Terms:
     """How errors are weighed when weights are solved."""
     assert system.felt is not None
-    least = 1e-4 * system.hessian.diagonal().mean() * torch.eye(len(system.hessian), dtype=torch.float64)
     alone = 0.5 * system.felt.together.diagonal().diag()
-    return [*((g, a + least) for g, a in system.felt.parts), (alone, system.hessian)]
+    return [*system.felt.parts, (alone, system.hessian)]
 
 
 def _error(system: RowSystem, weight: Tensor, terms: Terms | None = None) -> float:
@@ -97,7 +96,7 @@ def test_weights_come_close_to_the_least_error(seed: int) -> None:
 def test_outputs_that_are_felt_apart_are_solved_apart() -> None:
     mask = _mask(3)
     apart, together = _system(3, None), _system(3, torch.eye(OUTPUTS, dtype=torch.float64))
-    torch.testing.assert_close(together.approach(together.best, mask), apart.solve(mask), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(together.approach(together.best, mask), apart.solve(mask), rtol=1e-3, atol=1e-3)
 
 
 def _keep(saliency: Tensor, part: float) -> Tensor:

@@ -23,13 +23,13 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from swincompress_pl.pruning.compensation.moments import LEAST_DAMPING, System, factorized
+from swincompress_pl.pruning.compensation.moments import System, factorized
 
 Keep = Callable[[Tensor, float], Tensor]
 """(saliency (outputs, inputs), part of the removal that is done, 0 to 1) -> mask, True where a weight stays"""
 
 _ELEMENTS_AT_ONCE = 1 << 23  # of batched matrices; 64 MB
-_CONJUGATE_STEPS = 100
+_CONJUGATE_STEPS = 64
 _STEPS = 20  # of the search for a mask; the number of zeros grows in the first half
 # G is estimated from one gradient per image, and far away the error is no square: so much of its diagonal is added to
 # it. A search for masks, whose errors are larger, takes its root, and adds so much of the mean.
@@ -143,8 +143,7 @@ class RowSystem:
         """The gradient of the error as a function of a change of weights, and its diagonal: of a row, or of all."""
         if self.felt is None:
             return lambda x: x @ self.hessian, self.hessian.diagonal()
-        added = LEAST_DAMPING * float(self.hessian.diagonal().mean())
-        terms = [(g.float(), _plus(a, added).float()) for g, a in self.felt.parts]  # half the precision steers well
+        terms = [(g.float(), a.float()) for g, a in self.felt.parts]  # half the precision steers well
         alone, hessian = _TOGETHER_DAMPING * self.felt.together.diagonal().float().unsqueeze(1), self.hessian.float()
         size = alone * hessian.diagonal() + sum(torch.outer(g.diagonal(), a.diagonal()) for g, a in terms)
 
@@ -236,8 +235,11 @@ def best_weights(rows: RowSystem | None, weight: Tensor, mask: Tensor, *, exactl
     """
     if rows is None:
         return weight * mask
-    exactly = exactly and rows.felt is None and rows.operations(mask) <= MOST_OPERATIONS
-    return rows.solve(mask) if exactly else rows.approach(weight, mask)
+    if exactly and rows.operations(mask) <= MOST_OPERATIONS:
+        weight = rows.solve(mask)
+        if rows.felt is None:
+            return weight
+    return rows.approach(weight, mask)
 
 
 def _parts(mask: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
