@@ -24,8 +24,9 @@ Masks = Mapping[str, Tensor]
 class MaskCompensator:
     """Compensates masks of the weights of one network, for one round of a search.
 
-    Each output of a layer is solved exactly, unless that takes too many operations for the layer.
-    Then the solution is approached by conjugate gradients. The methods "ridge" and "second_order" are the same.
+    Each output of a layer is solved exactly, unless that takes too many operations for the layer. Then, and where the
+    answers say how they feel the outputs together, the solution is approached by conjugate gradients. The methods
+    "ridge" and "second_order" are the same.
 
     Args:
         compensator: Has the sums, and the method.
