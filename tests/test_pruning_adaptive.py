@@ -480,7 +480,7 @@ def _unit_prices(network: nn.Module) -> dict[str, int]:
     prices = {}
     for target in search_space(AdaptivePruningConfig()).targets(network):
         narrower = copy.deepcopy(network)
-        removal = search_space(AdaptivePruningConfig()).removal(narrower, target, target.units - target.granule, None)
+        removal = search_space(AdaptivePruningConfig()).removals(narrower, target, None)(target.units - target.granule)
         search_space(AdaptivePruningConfig()).commit(narrower, removal)
         prices[target.name] = (count_macs(network, SHAPE) - count_macs(narrower, SHAPE)) // target.granule
     return prices
@@ -517,7 +517,7 @@ def test_a_step_of_a_global_ranking_removes_what_it_is_asked_for(round_to: int) 
     (target,) = space.targets(network)
     members = {member.name: member for member in target.members}
     for asked in (1, 50, 200, 400):
-        removal = space.removal(network, target, target.units - asked, None)
+        removal = space.removals(network, target, None)(target.units - asked)
         assert all(members[name].kind == "heads" or len(gone) % round_to == 0 for name, gone in removal.items())
         cost = {name: member.weights / member.initial_units for name, member in members.items()}
         removed = sum(cost[name] * len(gone) for name, gone in removal.items())

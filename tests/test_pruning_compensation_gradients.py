@@ -15,7 +15,7 @@ from swincompress_pl.pruning.compensation.masks import MaskCompensator
 from swincompress_pl.pruning.compensation.moments import CalibrationError, Moments
 from swincompress_pl.pruning.compensation.reader_state import ReaderState
 from swincompress_pl.pruning.compensation.readers import Reader
-from swincompress_pl.pruning.space import SpaceConfig, WeightSpace, compensator_for, search_space
+from swincompress_pl.pruning.space import SpaceConfig, Target, WeightSpace, compensator_for, search_space
 
 FC1, FC2 = "blocks.0.mlp.fc1", "blocks.1.mlp.fc2"
 
@@ -182,7 +182,11 @@ def _costs(network: nn.Module) -> tuple[WeightSpace, list[Tensor], list[Tensor]]
     space.prepare(network)
     targets = space.targets(network)
     saliency = [space.scores(network, target, None).flatten() for target in targets]
-    return space, saliency, [space.scores_of_kept(network, target, None) for target in targets]
+    return space, saliency, [_scores_of_kept(space, network, target) for target in targets]
+
+
+def _scores_of_kept(space: WeightSpace, network: nn.Module, target: Target) -> Tensor:
+    return space.scores_of_kept(network, target, space.scores(network, target, None))
 
 
 def test_costs_rise_in_the_order_of_the_scores() -> None:
@@ -200,7 +204,7 @@ def test_costs_add_up_to_what_was_measured() -> None:
     network, images = _network(), _images(32)
     space, _, costs = _costs(network)
     target = space.targets(network)[0]
-    half = space.refined(target, space.removal(network, target, target.units // 2, None))
+    half = space.refined(target, space.removals(network, target, None)(target.units // 2))
     for count, removal in ((target.units // 2, half), (target.units, {target.name: torch.zeros(48, 16).bool()})):
         with torch.no_grad():
             wanted = network(images).double().log_softmax(1)
@@ -214,8 +218,8 @@ def test_a_second_round_goes_on_where_the_first_ended() -> None:
     network = _network()
     space, _, costs = _costs(network)
     target = space.targets(network)[0]
-    space.commit(network, space.removal(network, target, target.units * 3 // 4, None))
+    space.commit(network, space.removals(network, target, None)(target.units * 3 // 4))
     space.prepare(network)
-    again = space.scores_of_kept(network, space.targets(network)[0], None)
+    again = _scores_of_kept(space, network, space.targets(network)[0])
     assert len(again) == target.units * 3 // 4
     torch.testing.assert_close(again.sort().values, costs[0].sort().values[-len(again) :])

@@ -55,7 +55,7 @@ def _half(space: WeightSpace, network: nn.Module, *names: str) -> dict[str, Tens
     found: dict[str, Tensor] = {}
     for target in space.targets(network):
         if target.name in names:
-            removal = space.removal(network, target, max(target.min_units, target.units // 2), None)
+            removal = space.removals(network, target, None)(max(target.min_units, target.units // 2))
             found |= space.refined(target, removal)
     return found
 
@@ -299,7 +299,7 @@ def test_later_rounds_keep_earlier_zeros_and_aim_at_the_first_network() -> None:
         space.prepare(network)
         target = next(t for t in space.targets(network) if t.name == FC1)
         assert target.units == (1024 if gone is None else 768)
-        removal = space.refined(target, space.removal(network, target, keep, None))
+        removal = space.refined(target, space.removals(network, target, None)(keep))
         assert int(removal[FC1].sum()) == keep
         space.commit(network, removal)
         assert gone is None or not removal[FC1][gone].any()

@@ -295,7 +295,7 @@ def test_queries_and_keys_are_sorted_and_cut_in_every_round(name: str) -> None:
             if number == 0:
                 torch.testing.assert_close(network(images), wanted, rtol=1e-9, atol=1e-9)
                 assert float(apart[:, -1].sum()) <= float(apart[:, 0].sum())
-            space.commit(network, space.removal(network, target, target.units - 1, None))
+            space.commit(network, space.removals(network, target, None)(target.units - 1))
 
 
 @pytest.mark.parametrize("options", [{"ranking": "global"}, {"kinds": ("qk",)}])

@@ -157,11 +157,7 @@ class Round:
 
         The step goes to `after` units, or only as far as the target of the search needs.
         """
-        setup = self.setup
-
-        def at(keep: int) -> Removal:
-            return self.space.removal(self.network, target, keep, setup.gradients)
-
+        at = self.space.removals(self.network, target, self.setup.gradients)
         removal = at(after)
         if self.config.target is None:
             return after, removal, None

@@ -424,12 +424,12 @@ def measure_sensitivity(
         reference = evaluator.compare_with(network)
         for target in space.targets(network):
             points = curves.setdefault(target.name, [(0.0, reference)])
+            gone = space.removals(network, target, gradients)
             for level in levels:
                 keep = max(round(target.units * (1 - level) / target.granule) * target.granule, target.min_units)
                 if keep >= target.units or points[-1][0] >= 1 - keep / target.units:
                     continue
-                removal = space.removal(network, target, keep, gradients)
-                with space.masked(network, removal):
+                with space.masked(network, gone(keep)):
                     verdict = evaluator.is_at_least(floor, network, target.tensors)
                 points.append((1 - keep / target.units, verdict.score))
     return curves

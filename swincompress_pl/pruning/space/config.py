@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -25,6 +25,9 @@ from swincompress_pl.pruning.structure.cost import CostTracker
 
 Removal = Mapping[str, Any]
 """All that is gone: the unit indices of each group, or the mask of each parameter, True where a weight stays."""
+
+Removals = Callable[[int], Removal]
+"""What is gone if so many units stay."""
 
 WHOLE_NETWORK = "network"
 WITHOUT_READERS = "magnitude"
@@ -131,8 +134,11 @@ class SearchSpace(Protocol):
         """Everything that can be narrowed, in the order of the network."""
         ...
 
-    def removal(self, network: nn.Module, target: Target, keep: int, gradients: Gradients | None) -> Removal:
-        """What is gone of a target if `keep` units stay: the lowest scores go first, as rank 0 computes them."""
+    def removals(self, network: nn.Module, target: Target, gradients: Gradients | None) -> Removals:
+        """Scores a target as it is now, as rank 0 does: `removals(...)(keep)` is what is gone if `keep` units stay.
+
+        The lowest scores go first.
+        """
         ...
 
     def refined(self, target: Target, removal: Removal) -> Removal:

@@ -15,7 +15,7 @@ from swincompress_pl.pruning.criteria import (
     estimates_loss,
 )
 from swincompress_pl.pruning.evaluation.ranks import from_rank_zero
-from swincompress_pl.pruning.space.config import WHOLE_NETWORK, Removal, Target
+from swincompress_pl.pruning.space.config import WHOLE_NETWORK, Removal, Removals, Target
 from swincompress_pl.pruning.space.structured import StructuredSpace
 from swincompress_pl.pruning.space.weights import WeightSpace
 from swincompress_pl.pruning.structure.apply import apply_plan
@@ -55,24 +55,32 @@ class GlobalSpace:
             )
         ]
 
-    def removal(self, network: nn.Module, target: Target, keep: int, gradients: Gradients | None) -> Removal:
-        """See `SearchSpace.removal`; `keep` is in per mille."""
-        removal: dict[str, Any] = {}
-        for member, width in zip(target.members, self._widths(network, target, keep, gradients), strict=True):
-            if width < member.units:
-                scores = self.local.scores(network, member, gradients)
-                removal.update(self.local.lowest(scores, member, width))
-        return from_rank_zero(removal)
+    def removals(self, network: nn.Module, target: Target, gradients: Gradients | None) -> Removals:
+        """See `SearchSpace.removals`; `keep` is in per mille."""
+        scores = [self.local.scores(network, member, gradients) for member in target.members]
+        owners = self._owners(network, target, scores)
 
-    def _widths(self, network: nn.Module, target: Target, keep: int, gradients: Gradients | None) -> list[int]:
-        """The members' widths if together they lose the lowest (target.units - keep) per mille of all weights."""
-        scores = [self.local.scores_of_kept(network, m, gradients) for m in target.members]
+        def at(keep: int) -> Removal:
+            removal: dict[str, Any] = {}
+            for member, its, width in zip(target.members, scores, self._widths(target, owners, keep), strict=True):
+                if width < member.units:
+                    removal.update(self.local.lowest(its, member, width))
+            return from_rank_zero(removal)
+
+        return at
+
+    def _owners(self, network: nn.Module, target: Target, given: Sequence[Tensor]) -> Tensor:
+        """Which member has each unit (units,), the lowest score of all first."""
+        scores = [self.local.scores_of_kept(network, m, its) for m, its in zip(target.members, given, strict=True)]
         if estimates_loss(self.config.criterion):
             # A space lives for one round, in which nothing is sliced.
             self._known_prices = prices = self._known_prices or self._prices(network, target.members)
             scores = [each / price for each, price in zip(scores, prices, strict=True)]
         owners = torch.cat([torch.full((len(s),), i) for i, s in enumerate(scores)])
-        owners = owners[torch.argsort(torch.cat(scores), stable=True)]
+        return owners[torch.argsort(torch.cat(scores), stable=True)]
+
+    def _widths(self, target: Target, owners: Tensor, keep: int) -> list[int]:
+        """The members' widths if together they lose the lowest (target.units - keep) per mille of all weights."""
         costs = [m.weights / m.initial_units for m in target.members]
         budget = target.weights * (target.units - keep) / _PER_MILLE * (1 + 1e-9)
 

@@ -21,7 +21,7 @@ from swincompress_pl.pruning.criteria import (
     unit_scores,
 )
 from swincompress_pl.pruning.evaluation.ranks import from_rank_zero
-from swincompress_pl.pruning.space.config import WITHOUT_READERS, Removal, SpaceConfig, Target, matching
+from swincompress_pl.pruning.space.config import WITHOUT_READERS, Removal, Removals, SpaceConfig, Target, matching
 from swincompress_pl.pruning.structure.apply import apply_plan, check_layers, stored_tensor
 from swincompress_pl.pruning.structure.change import Change, commit_masks, consumer_masks, gone_units, owners
 from swincompress_pl.pruning.structure.cost import CostTracker
@@ -110,9 +110,10 @@ class StructuredSpace:
         scores[gone] = -1.0
         return scores
 
-    def removal(self, network: nn.Module, target: Target, keep: int, gradients: Gradients | None) -> Removal:
-        """See `SearchSpace.removal`."""
-        return from_rank_zero(self.lowest(self.scores(network, target, gradients), target, keep))
+    def removals(self, network: nn.Module, target: Target, gradients: Gradients | None) -> Removals:
+        """See `SearchSpace.removals`."""
+        scores = self.scores(network, target, gradients)
+        return lambda keep: from_rank_zero(self.lowest(scores, target, keep))
 
     def lowest(self, scores: Tensor, target: Target, keep: int) -> Removal:
         """What is gone if the `keep` units of `target` with the highest `scores` stay."""
@@ -126,9 +127,9 @@ class StructuredSpace:
         """What stays if `units` stay, as `CostTracker` counts it: units."""
         return units
 
-    def scores_of_kept(self, network: nn.Module, target: Target, gradients: Gradients | None) -> Tensor:
-        """The scores (target.units,), float64, of the units that are still there, to be compared between targets."""
-        scores = self.scores(network, target, gradients).double()
+    def scores_of_kept(self, network: nn.Module, target: Target, scores: Tensor) -> Tensor:
+        """Those of `scores` (target.units,), float64, whose units are still there, to be compared between targets."""
+        scores = scores.double()
         if self.config.criterion == SECOND_ORDER and self._compensator is not None:
             scores = scores * self._compensator.sensitivity(network, self._group(network, target))
         return scores[scores >= 0]

@@ -20,7 +20,7 @@ from swincompress_pl.pruning.criteria import (
     weight_scores,
 )
 from swincompress_pl.pruning.evaluation.ranks import from_rank_zero
-from swincompress_pl.pruning.space.config import Removal, SpaceConfig, Target, matching
+from swincompress_pl.pruning.space.config import Removal, Removals, SpaceConfig, Target, matching
 from swincompress_pl.pruning.structure.apply import check_layers, stored_tensor
 from swincompress_pl.pruning.structure.change import Change, commit_masks, owners
 from swincompress_pl.pruning.structure.cost import CostTracker
@@ -103,9 +103,10 @@ class WeightSpace:
             scores = scores.masked_fill(~masks[target.name][1].to(scores.device), -1.0)
         return scores
 
-    def removal(self, network: nn.Module, target: Target, keep: int, gradients: Gradients | None) -> Removal:
-        """See `SearchSpace.removal`."""
-        return from_rank_zero(self.lowest(self.scores(network, target, gradients), target, keep))
+    def removals(self, network: nn.Module, target: Target, gradients: Gradients | None) -> Removals:
+        """See `SearchSpace.removals`."""
+        scores = self.scores(network, target, gradients)
+        return lambda keep: from_rank_zero(self.lowest(scores, target, keep))
 
     def lowest(self, scores: Tensor, target: Target, keep: int) -> Removal:
         """What is gone if the `keep` units of `target` with the highest `scores` stay."""
@@ -134,9 +135,11 @@ class WeightSpace:
         """What stays if `units` stay, as `CostTracker` counts it: weights."""
         return target.weights // target.initial_units * units
 
-    def scores_of_kept(self, network: nn.Module, target: Target, gradients: Gradients | None) -> Tensor:
-        """The scores (target.units,), float64, of the units that are still there, to be compared between targets."""
-        saliency = self.scores(network, target, gradients)
+    def scores_of_kept(self, network: nn.Module, target: Target, saliency: Tensor) -> Tensor:
+        """The scores (target.units,), float64, of the units that are still there, to be compared between targets.
+
+        `saliency` is that of all weights, as `scores` gives it.
+        """
         scores = self.pattern.unit_scores(saliency).double().cpu()
         scores = scores[scores >= 0]
         return self._costs(network, target, saliency, scores) if self.config.criterion == SECOND_ORDER else scores
