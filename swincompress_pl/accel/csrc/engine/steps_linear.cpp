@@ -20,14 +20,11 @@ Size block_bytes() { return std::clamp<Size>(second_level_cache_bytes() / 4 * 3,
 class PackedLayer {
 public:
     PackedLayer(const LinearLayer& layer, const Kernels& kernels)
-        : kernels_(kernels),
-          channels_(layer.channels),
-          packed_(kernels.packed_linear_bytes(layer)),
-          scratch_bytes_(kernels.linear_scratch_bytes(layer)) {
-        kernels.pack_linear(layer, packed_.data());
+        : kernels_(kernels), channels_(layer.channels), bytes_(kernels.linear_bytes(layer)), packed_(bytes_.packed) {
+        kernels.pack_linear(layer, bytes_.packed, packed_.data());
     }
 
-    Size scratch_bytes() const { return scratch_bytes_; }
+    Size scratch_bytes() const { return bytes_.scratch; }
     Size column_unit() const { return kernels_.column_unit; }
     Size channels() const { return channels_; }
 
@@ -39,8 +36,8 @@ public:
 private:
     const Kernels& kernels_;
     Size channels_;
+    LinearBytes bytes_;
     Buffer packed_;
-    Size scratch_bytes_;
 };
 
 LinearLayer read_layer(const OperationView& view) {

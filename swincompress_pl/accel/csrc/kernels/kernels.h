@@ -42,7 +42,12 @@ struct LinearCall {
     Size bias_row;              // bias row of the first row, where there is more than one
     const std::uint8_t* table;  // nullptr, or 256 bytes that map an int8 result
     const void* residual;       // nullptr, or (rows, channels) of the output type, added with saturation
-    void* scratch;              // linear_scratch_bytes, 64-byte aligned
+    void* scratch;              // LinearBytes::scratch, 64-byte aligned
+};
+
+// What a layer takes in the form that its kernels need, and what a call of it writes besides its results.
+struct LinearBytes {
+    Size packed, scratch;
 };
 
 // softmax(q k^T + bias) v of the queries [first_query, last_query) of one image, counted head by head in each window:
@@ -218,9 +223,8 @@ struct Kernels {
     bool (*runnable)();  // whether this CPU and operating system can run it
 
     Size column_unit;  // threads split a layer's channels at multiples of this
-    Size (*packed_linear_bytes)(const LinearLayer&);
-    void (*pack_linear)(const LinearLayer&, void* packed);
-    Size (*linear_scratch_bytes)(const LinearLayer&);
+    LinearBytes (*linear_bytes)(const LinearLayer&);
+    void (*pack_linear)(const LinearLayer&, Size packed_bytes, void* to);
     // Between rows of uint8 that `linear` reads where they are; depth if it copies them.
     Size (*row_stride)(Size depth);
     void (*linear)(const LinearCall&);

@@ -45,13 +45,13 @@ PackedLinear layout(const LinearLayer& layer) {
     return packed;
 }
 
-Size packed_linear_bytes(const LinearLayer& layer) { return layout(layer).bytes; }
+LinearBytes linear_bytes(const LinearLayer& layer) { return {layout(layer).bytes, 0}; }
 
 void copy(void* to, Size at, const void* from, Size bytes) {
     __builtin_memcpy(static_cast<char*>(to) + at, from, static_cast<unsigned long>(bytes));
 }
 
-void pack_linear(const LinearLayer& layer, void* packed) {
+void pack_linear(const LinearLayer& layer, Size /*bytes*/, void* packed) {
     const PackedLinear header = layout(layer);
     copy(packed, 0, &header, static_cast<Size>(sizeof(header)));
     copy(packed, header.weight_at, layer.weight, layer.channels * layer.depth);
@@ -60,7 +60,6 @@ void pack_linear(const LinearLayer& layer, void* packed) {
     copy(packed, header.shift_at, layer.shift, layer.channels);
 }
 
-Size linear_scratch_bytes(const LinearLayer&) { return 0; }
 Size row_stride(Size depth) { return depth; }
 
 template <Type input, Type output>

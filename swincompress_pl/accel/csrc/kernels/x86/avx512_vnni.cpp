@@ -101,9 +101,8 @@ constexpr Kernels made_with_amx() {
     Kernels kernels = made();
     kernels.name = "amx_int8";
     kernels.runnable = amx_runnable;
-    kernels.packed_linear_bytes = packed_bytes_for<AmxProducts>;
+    kernels.linear_bytes = linear_bytes_for<AmxProducts>;
     kernels.pack_linear = pack_for<AmxProducts>;
-    kernels.linear_scratch_bytes = scratch_bytes_for<AmxProducts>;
     kernels.row_stride = row_stride_for<AmxProducts>;
     kernels.linear = linear_with<AmxProducts>;
     kernels.peak_products = amx_peak_products;
