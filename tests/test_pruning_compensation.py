@@ -176,6 +176,20 @@ def test_turning_heads_leaves_the_function(build: Callable[[], nn.Module]) -> No
     assert float((after - before).abs().max()) < 1e-4 * float(before.abs().max())
 
 
+@pytest.mark.parametrize("size", [0.0, 1e-18])
+def test_heads_that_compute_nothing_stay_as_they_are(size: float) -> None:
+    """Their queries, keys and values have no second moment, or one that cannot be scaled to 1."""
+    network, images = _vit(), _images()
+    for each in network.blocks[0].norm1.parameters():
+        nn.init.constant_(each, size)
+    nn.init.zeros_(network.blocks[0].attn.qkv.bias)
+    with torch.no_grad():
+        before = network(images)
+        _compensator(network, _groups(network, "head_dim"), images)
+        after = network(images)
+    assert float((after - before).abs().max()) < 1e-4 * float(before.abs().max())
+
+
 def test_of_many_rows_a_part_turns_the_heads(monkeypatch: pytest.MonkeyPatch) -> None:
     counts = []
 
@@ -470,14 +484,14 @@ def test_a_network_of_nothing_but_constants_keeps_its_weights() -> None:
     assert moments.intercept(torch.zeros(2, 3, dtype=torch.float64), torch.arange(3)).tolist() == [6.0, 15.0]
 
 
-def test_images_with_nan_are_named_with_the_layer() -> None:
+def test_values_that_overflow_are_named_with_the_layer() -> None:
     network, before = _vit(), _state(_vit())
     with pytest.raises(CalibrationError, match=r"NaN or infinite values at blocks.0.attn.proj"):
         prune(
             network,
             lambda _: 90.0,
             AdaptivePruningConfig(compensation="ridge"),
-            calibration=[torch.full((4, *SHAPE[1:]), float("nan"))],
+            calibration=[torch.full((4, *SHAPE[1:]), 1e30)],
         )
     assert _equal(_state(network), before)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import pytest
@@ -236,8 +237,11 @@ def test_singular_matrices_give_finite_weights_that_do_no_harm(case: str, method
 
 def test_nan_images_are_named() -> None:
     network = _network()
-    with pytest.raises(CalibrationError, match="NaN"):
-        _space(network, [torch.full((2, 3, 16, 16), float("nan"))])
+    images = torch.zeros(2, 3, 16, 16)
+    with pytest.raises(ValueError, match="image 1 of batch 1 of calibration holds NaN or infinite pixels"):
+        _space(network, [images, images.index_fill(0, torch.tensor(1), math.nan)])
+    with pytest.raises(CalibrationError, match=r"NaN or infinite values at blocks\.0\.attn\.qkv"):
+        _space(network, [images + 1e30])
 
 
 def test_trials_nest_and_masks_add_up() -> None:

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from swincompress_pl.pruning.compensation import reader_state
 from swincompress_pl.pruning.compensation.compensator import Compensator
+from swincompress_pl.pruning.compensation.masks import MaskCompensator
 from swincompress_pl.pruning.compensation.moments import Moments
 from swincompress_pl.pruning.compensation.rows import Felt, RowSystem, best_weights
+from swincompress_pl.pruning.structure.patterns import SingleWeights
 
 OUTPUTS, INPUTS = 6, 10
 
@@ -161,6 +163,33 @@ def test_what_is_felt_together_are_the_products_of_gradients(most: int, monkeypa
     assert float(whole.fill_diagonal_(0.0).abs().max()) > 0.1
     # Gradients of log-probabilities sum to 0, so that all logits together can move freely.
     torch.testing.assert_close(found.sum(1), torch.zeros(4, dtype=torch.float64), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("size", [1e-25, 1e25])
+def test_gradients_that_do_not_fit_32_bits_weigh_no_outputs_together(size: float) -> None:
+    """Such as those behind a saturated softmax; the masks are searched for all the same."""
+    network, images = _network(), torch.randn(64, 8, generator=torch.Generator().manual_seed(1))
+    network.append(_Scaled(size))
+    compensator = Compensator([images])
+    masks = MaskCompensator(compensator, writes=True)
+    masks.begin_round(network, ["0.weight", "2.weight"])
+    state = compensator.state("2")
+    assert state is not None
+    assert state.felt() is None
+    half = masks.best_mask("2.weight", lambda saliency, part: SingleWeights().keep_mask(saliency, 24), (4, 12))
+    assert half is not None
+    assert int(half.sum()) == 24
+
+
+class _Scaled(nn.Module):
+    """Its gradients are `size` times as large as they are, what it gives is not."""
+
+    def __init__(self, size: float) -> None:
+        super().__init__()
+        self.size = size
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.detach() + (x - x.detach()) * self.size
 
 
 class _FirstToken(nn.Module):

@@ -265,6 +265,16 @@ def test_bad_input_is_refused(make: Callable[[], object], error: type[Exception]
         make()
 
 
+@pytest.mark.parametrize("pixel", [math.nan, math.inf])
+def test_pixels_that_are_not_finite_are_refused(pixel: float) -> None:
+    """Spiking neurons would not show them."""
+    images = IMAGES.clone()
+    images[77, 1, 2, 3] = pixel
+    with pytest.raises(ValueError, match="image 77 of the hold-out holds NaN or infinite pixels"):
+        HoldOut(images, LABELS[id(VIT)])
+    assert HoldOut(torch.zeros(3, 3, 8, 8, dtype=torch.uint8), torch.arange(3)).images == 3  # no such pixels
+
+
 def test_bad_logits_are_refused() -> None:
     labels = LABELS[id(VIT)]
 

@@ -444,6 +444,17 @@ def test_statistics_are_corrected_by_what_pruning_changes() -> None:
     assert changed
 
 
+@pytest.mark.parametrize("options", [{"batchnorm": "correct"}, {"compensation": "ridge"}])
+def test_calibration_images_with_nan_are_refused(options: dict[str, str]) -> None:
+    """No layer behind a neuron would show them."""
+    network, images = network_of(), torch.randn(8, 3, SIZE_PX, SIZE_PX)
+    before, config = state_of(network), prime_config(tolerance=90, min_memory_saving=0, **options, **QUICK)
+    calibration = [(images, None), (images.index_fill(0, torch.tensor(5), float("nan")), None)]
+    with pytest.raises(ValueError, match="image 5 of batch 1 of calibration holds NaN or infinite pixels"):
+        primesvt(network, holdout_of(network), config, calibration=calibration)
+    assert same_state(before, state_of(network))
+
+
 def test_corrected_statistics_belong_to_the_candidate() -> None:
     network = network_of()
     holdout, calibration = holdout_of(network), [torch.randn(8, 3, SIZE_PX, SIZE_PX) for _ in range(2)]

@@ -23,6 +23,7 @@ from swincompress_pl.pruning.structure.change import gone_units
 from swincompress_pl.pruning.structure.groups import Group
 
 _LEAST = 1e-12  # of the largest eigenvalue: what a direction without any variance counts as
+_NOTHING = 1e-30  # no variance at all; scaled to 1, what there is would not fit 32 bits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,9 +181,12 @@ def _read_axes(projection: Tensor, read: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _roots(moment: Tensor) -> tuple[Tensor, Tensor]:
-    """The symmetric square root of a second moment, and its inverse."""
+    """The symmetric square root of a second moment, and its inverse; of no moment at all, the identity."""
     values, vectors = torch.linalg.eigh(moment)
-    values = values.clamp_min(float(values.max().clamp_min(torch.finfo(values.dtype).tiny)) * _LEAST)
+    largest = float(values.max())
+    if largest < _NOTHING:
+        values, largest = torch.ones_like(values), 1.0
+    values = values.clamp_min(largest * _LEAST)
     return (vectors * values.sqrt()) @ vectors.T, (vectors * values.rsqrt()) @ vectors.T
 
 

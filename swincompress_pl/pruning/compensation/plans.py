@@ -13,6 +13,7 @@ from swincompress_pl.evaluation_mode import outside_inference_mode, replace_infe
 from swincompress_pl.interrupts import all_or_nothing
 from swincompress_pl.pruning.compensation.compensator import METHODS, Compensator, Method
 from swincompress_pl.pruning.compensation.readers import Predict
+from swincompress_pl.pruning.evaluation.images import check_finite
 from swincompress_pl.pruning.structure.apply import AppliedPlan, apply_plan
 from swincompress_pl.pruning.structure.groups import validate_units
 from swincompress_pl.pruning.structure.plan import PruningPlan, find_group
@@ -71,9 +72,11 @@ def compensate(
 
 
 def images_of(calibration: Iterable[Any]) -> list[Tensor]:
-    """The images of batches (images, ...) or tensors; a TypeError for anything else."""
+    """The images of batches (images, ...) or tensors; a TypeError for anything else, a ValueError for NaN."""
     images = [batch[0] if isinstance(batch, list | tuple) and batch else batch for batch in calibration]
     wrong = next((image for image in images if not isinstance(image, Tensor)), None)
     if wrong is not None:
         raise TypeError(f"calibration has a batch of type {type(wrong).__name__}; tensors of images are expected")
+    for number, batch in enumerate(images):
+        check_finite(f"batch {number} of calibration", batch)
     return images

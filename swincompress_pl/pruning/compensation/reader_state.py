@@ -20,6 +20,7 @@ _FELT_PART = 0.3  # of a row's weight
 _FELT_POWER = 0.5  # of the mean squared gradient of an output
 _LEAST_FELT = 1e-4  # of the mean over the outputs
 _FELT_FAR = 4.0  # times the mean of an image's rows: such rows, as of a class token, are a group of their own
+_FELT_ERROR = 1e-2  # the error of the mean squared gradient in 32 bits
 _MOST_OUTPUTS = 2048  # of a layer whose errors are weighed together; two matrices of them have 67 MB
 
 
@@ -147,12 +148,17 @@ class ReaderState:
     def felt(self) -> Felt | None:
         """How much the answers feel errors of the outputs together; None if they feel none, or outputs are too many.
 
+        It is None, too, if gradients are so small or so large that their products do not fit 32 bits, as those of a
+        saturated softmax.
+
         That is E[g g^T] of the gradients g of what the layer gives (a Kronecker factor of Martens & Grosse, 2015).
         """
         mean = float(self._felt.mean())
         if self._felt_together is None or not mean > 0:
             return None
         of_far, of_others = self._felt_together / mean
+        if not abs(float((of_far + of_others).diagonal().mean()) - 1) < _FELT_ERROR:
+            return None
         parts = [(of_far, self._far), (of_others, self.moments.without(self._far))]
         about = self.moments.x * (0.0 if self.reader.fixed_bias else 1 / self.moments.rows)
         return Felt(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from swincompress_pl.evaluation_mode import evaluation_mode
+from swincompress_pl.pruning.evaluation.images import check_finite
 from swincompress_pl.pruning.evaluation.prefix_cache import PrefixCache
 from swincompress_pl.pruning.evaluation.ranks import from_all_ranks
 
@@ -84,6 +85,7 @@ def first_images(calibration: Iterable[Any], count: int) -> list[Tensor]:
     for batch in calibration:
         images = batch[0] if isinstance(batch, list | tuple) else batch
         found.append(images[: count - sum(map(len, found))])
+        check_finite(f"batch {len(found) - 1} of calibration", found[-1])
         if sum(map(len, found)) == count:
             break
     return [images for images in found if len(images)]

@@ -15,6 +15,7 @@ from swincompress_pl.arguments import flag, integer, optional
 from swincompress_pl.pruning.evaluation.ranks import from_all_ranks, rank, world_size
 
 _GOLDEN = (math.sqrt(5) - 1) / 2
+_IMAGES_CHECKED = 64  # at once
 
 
 class TooLargeError(ValueError):
@@ -82,6 +83,22 @@ def check_images(images: Tensor, labels: Tensor) -> None:
         raise ValueError(f"labels of type {labels.dtype}: integers are expected, the class of each image")
     if len(labels) and int(labels.min()) < 0:
         raise ValueError(f"label {int(labels.min())} of the hold-out is negative; classes count from 0")
+    check_finite("the hold-out", images)
+
+
+def check_finite(name: str, images: Tensor) -> None:
+    """Raises ValueError, naming the first image, where pixels are NaN or infinite.
+
+    Spiking neurons would not show them: a membrane of NaN does not spike.
+    """
+    if not images.is_floating_point():
+        return
+    for first in range(0, len(images), _IMAGES_CHECKED):
+        few = images[first : first + _IMAGES_CHECKED]
+        here = few.isfinite().reshape(len(few), -1).all(1)
+        if not bool(here.all()):
+            broken = first + int((~here).nonzero()[0])
+            raise ValueError(f"image {broken} of {name} holds NaN or infinite pixels; leave it out, or read it again")
 
 
 def _collect(

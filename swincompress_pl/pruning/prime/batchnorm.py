@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import update_bn
 
+from swincompress_pl.pruning.evaluation.images import check_finite
 from swincompress_pl.pruning.evaluation.ranks import from_all_ranks, share_buffers
 
 _LEAST_VARIANCE = 1e-5  # BatchNorm's own epsilon, which bounds the ratio for a channel that was silent
@@ -61,6 +62,8 @@ class StatisticsCorrection:
         def counted() -> Iterator[Any]:
             nonlocal seen
             for batch in calibration:
+                images = batch[0] if isinstance(batch, list | tuple) else batch
+                check_finite(f"batch {seen} of calibration", images)
                 seen += 1
                 yield batch
 
