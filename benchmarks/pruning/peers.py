@@ -146,14 +146,15 @@ def one_shot(
         kinds=tuple(kinds), round_to=round_to, ranking="global" if ranked_together else "local", max_sparsity=0.99
     )
     granularity = search_space(config)
+    targets = [(each, granularity.removals(network, each, None)) for each in granularity.targets(network)]
 
     def removal(part: float) -> dict[str, Any]:
         chosen: dict[str, Any] = {}
-        for target in granularity.targets(network):
+        for target, gone in targets:
             wanted = round(target.units * (1 - part) / target.granule) * target.granule
             keep = min(max(wanted, target.least_units(config.max_sparsity)), target.units)
             if keep < target.units:
-                chosen.update(granularity.removal(network, target, keep, None))
+                chosen.update(gone(keep))
         return chosen
 
     def macs_at(part: float) -> int:
