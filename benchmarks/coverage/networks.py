@@ -31,11 +31,12 @@ def timm_case(name: str, changed: str = "", head: Callable[[int], nn.Module] | N
     told = ", ".join(f"{key}={value}" for key, value in options.items())
 
     def build() -> nn.Module:
-        network: Any = create_model(name, **{"num_classes": CLASSES, **options})
-        if head is not None and hasattr(network.head, "fc"):
-            network.head.fc = head(network.num_features)
+        network = create_model(name, **{"num_classes": CLASSES, **options})
+        given: Any = network
+        if head is not None and hasattr(given.head, "fc"):
+            given.head.fc = head(given.num_features)
         elif head is not None:
-            network.head = head(network.num_features)
+            given.head = head(given.num_features)
         return network
 
     return Case(library="timm", name=name, changed=", ".join(part for part in (changed, told) if part), build=build)

@@ -125,7 +125,7 @@ def products_saturate() -> bool:
         "product",
         [helper.make_tensor_value_info("x", onnx.TensorProto.UINT8, x.shape)],
         [helper.make_tensor_value_info("y", onnx.TensorProto.INT32, None)],
-        initializer=[tensor(weight, "w"), tensor(np.uint8(0), "zero"), tensor(np.int8(0), "at")],
+        initializer=[tensor(weight, "w"), tensor(np.array(0, np.uint8), "zero"), tensor(np.array(0, np.int8), "at")],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])

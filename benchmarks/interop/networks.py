@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -41,7 +42,7 @@ def _fresh(name: str, **arguments: Any) -> nn.Module:
 
 
 def _pruned() -> nn.Module:
-    network: Any = _fresh("SwinTransformer", **_SWIN)
+    network = _fresh("SwinTransformer", **_SWIN)
     groups = adapter_for(network).groups(network)
     gone = {group.name: list(range(int(_SHARE * group.units))) for group in groups}
     apply_plan(network, PruningPlan.removing(groups, gone))
@@ -84,7 +85,7 @@ NETWORKS: dict[str, Callable[[], spec.Program]] = {
     "Swin, 60 % of the weights masked": lambda: _program(_masked()),
     "Spike-driven Transformer, events": _events,
     "Swin, weights of 4 bits": lambda: _program(_fresh("SwinTransformer", **_SWIN), bits="W4A8"),
-    **{f"{name}, trained": (lambda subject=subject: _trained(subject)) for name, subject in BINARY.items()},
+    **{f"{name}, trained": partial(_trained, subject) for name, subject in BINARY.items()},
 }
 
 

@@ -80,7 +80,7 @@ class Job:
 
 def all_jobs() -> list[Job]:
     """Every job, the ones that matter most first."""
-    ours = {"method": "ridge", "criterion": "second_order"}
+    ours: dict[str, Any] = {"method": "ridge", "criterion": "second_order"}
     jobs = [
         Job(model=model, seed=seed, target=target, **ours)
         for seed in SEEDS

@@ -122,7 +122,7 @@ def _decode(source: _Source, data: Path) -> dict[str, Any]:
             pixels = np.stack(pool.map(decode, encoded.values(), chunksize=64))
     splits = np.array([path.split("/")[0] for path in encoded])
     labels = np.array([numbers[path.split("/")[1]] for path in encoded], dtype=np.int64)
-    arrays = {}
+    arrays: dict[str, NDArray[Any]] = {}
     for name, folder in (("train", "train"), ("test", source.test_split)):
         arrays |= {f"{name}_pixels": pixels[splits == folder], f"{name}_labels": labels[splits == folder]}
     return arrays

@@ -89,7 +89,7 @@ def make(model: str, name: str, fraction: float, kinds: Sequence[str], file: Pat
     """Prunes `fraction` of the MACs by magnitude, the same part of every group, quantizes and exports."""
     torch.manual_seed(0)
     network = models.create_model(model).eval()
-    size = int(network.pretrained_cfg["input_size"][1])  # type: ignore[index,call-overload]
+    size = int(network.pretrained_cfg["input_size"][1])  # type: ignore[index]
     shape = (1, 3, size, size)
     if fraction:
         macs = int((1 - fraction) * count_macs(network, shape))

@@ -56,7 +56,8 @@ class Recipe:
 
     def changed(self, overrides: dict[str, Any]) -> Recipe:
         """With some fields replaced; TypeError for a field that there is not."""
-        return replace(self, **{k: tuple(v) if isinstance(v, list) else v for k, v in overrides.items()})
+        given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in overrides.items()}
+        return replace(self, **given)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields in JSON types."""
@@ -173,7 +174,7 @@ class Subject:
 def subject(name: str, seed: int, place: Place, overrides: dict[str, Any] | None = None) -> Subject:
     """The network `name` of MODELS; `overrides` replace fields of its recipe. The digits' is trained on first use."""
     recipe = RECIPES[name].changed(overrides or {})
-    common = {"name": name, "recipe": recipe, "seed": seed, "place": place}
+    common: dict[str, Any] = {"name": name, "recipe": recipe, "seed": seed, "place": place}
     if name == "deit_tiny":
         return Subject(
             **common, model="deit_tiny_patch16_224", classes=1000, arguments={},
@@ -205,7 +206,7 @@ def trainer(epochs: int, callbacks: list[Callback], place: Place, **options: Any
         max_epochs=epochs,
         accelerator="gpu" if place.device == "cuda" else "cpu",
         devices=1,
-        precision=place.precision,
+        precision=place.precision,  # type: ignore[arg-type]  # which says what is wrong with another
         callbacks=callbacks,
         logger=False,
         enable_checkpointing=False,

@@ -11,7 +11,8 @@ import torch
 
 from swincompress_pl.report import describe_environment
 
-from .jobs import Job, read_result, write_result
+from ..runner import read_result
+from .jobs import Job, write_result
 from .overhead import overhead
 from .peers import peer
 from .scoring import scoring

@@ -65,7 +65,8 @@ def neighbors(queries: Floats, gallery: Floats) -> npt.NDArray[np.int64]:
 
 def unit(features: Floats) -> Floats:
     """Features of length 1."""
-    return features / np.linalg.norm(features, axis=1, keepdims=True)
+    scaled: Floats = features / np.linalg.norm(features, axis=1, keepdims=True)
+    return scaled
 
 
 def compare(floats: dict[str, Floats], integers: dict[str, Floats], pictures: dict[str, Pictures]) -> dict[str, Any]:

@@ -44,6 +44,7 @@ def make(job: Job, folder: Path, place: Place) -> Path:
     path = folder / f"{job.name}.safetensors"
     if not path.is_file():
         given = material(job.network, job.pruned, place)
+        assert job.bits is not None
         quantized = quantize(
             copy.deepcopy(given.network), calibration_batches(given, crops=0), bits=job.bits,
             preprocessing=given.preprocessing, calibration_images=CALIBRATION_IMAGES, **WAYS[job.way or "max"],

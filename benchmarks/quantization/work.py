@@ -27,8 +27,8 @@ from benchmarks.pruning.subjects import Place, Subject, device_name, subject
 from swincompress_pl import accel, spec
 from swincompress_pl.checkpoint.restore import restore_from_history
 from swincompress_pl.data.sampling import Purpose, derive_seed
+from swincompress_pl.history import history_of
 from swincompress_pl.pruning import AdaptivePruningConfig, HoldOut, collect_gradients, prune
-from swincompress_pl.pruning.structure.apply import history_of
 from swincompress_pl.quant import QuantizedNetwork, quantize
 from swincompress_pl.report import describe_environment
 from swincompress_pl.report.plain import write_text
@@ -231,7 +231,8 @@ def _integers(given: Material, quantized: QuantizedNetwork) -> dict[str, Any]:
     expected = spec.run(program, some)
 
     def run(pixels: Tensor) -> Tensor:
-        return quantized.integer_logits(pixels.to(given.subject.place.device))
+        logits: Tensor = quantized.integer_logits(pixels.to(given.subject.place.device))
+        return logits
 
     twin = run(torch.from_numpy(some)).cpu().numpy()
     figures["equal"] = {"images": len(some), "twin == reference": bool(np.array_equal(twin, expected))}
