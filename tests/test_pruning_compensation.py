@@ -178,7 +178,7 @@ def test_turning_heads_leaves_the_function(build: Callable[[], nn.Module]) -> No
 
 @pytest.mark.parametrize("size", [0.0, 1e-18])
 def test_heads_that_compute_nothing_stay_as_they_are(size: float) -> None:
-    """Their queries, keys and values have no second moment, or one that cannot be scaled to 1."""
+    """Their queries, keys and values have no second moment, or next to none."""
     network, images = _vit(), _images()
     for each in network.blocks[0].norm1.parameters():
         nn.init.constant_(each, size)
